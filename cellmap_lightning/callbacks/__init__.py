@@ -1,0 +1,18 @@
+"""What plugs into a Trainer beside the data."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cellmap_lightning.callbacks.run_config import RunConfig
+    from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
+
+_HOMES = {"RunConfig": "run_config", "StreamPrefetch": "stream_prefetch"}
+
+__all__ = ["RunConfig", "StreamPrefetch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,265 @@
+"""The commands: Hydra programs that share ``configs/``.
+
+Neither torch nor Lightning is imported before a job starts, so that ``--help`` answers at once.
+"""
+
+import difflib
+import importlib
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
+
+log = logging.getLogger(__name__)
+
+_HERE = Path(__file__).parent
+#: In a wheel the configs lie inside the package, in a checkout beside it.
+CONFIGS = next(path for path in (_HERE / "configs", _HERE.parent / "configs") if path.is_dir())
+
+_HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+_started = False
+
+
+def register_resolvers() -> None:
+    """Make ``${length:...}`` known to the configs."""
+    OmegaConf.register_new_resolver("length", len, replace=True)
+
+
+def train() -> Any:
+    """``cellmap-train``: train, validate, and leave checkpoints, curves and pictures in the run's folder."""
+    return _command("train", _train)
+
+
+def _command(name: str, job: Callable[[DictConfig], Any]) -> Any:
+    """Run a job under Hydra, with errors that a user can act on."""
+    register_resolvers()
+
+    def run(cfg: DictConfig) -> Any:
+        global _started
+        _started = True
+        try:
+            _check_missing(cfg)
+            _check_targets(cfg)
+            return job(cfg)
+        except KeyboardInterrupt:
+            _stop("interrupted", 130)
+        except Exception as e:
+            cause: BaseException | None = e
+            while cause is not None and not isinstance(cause, CellMapError | OmegaConfBaseException):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            log.debug("where it happened", exc_info=e)
+            _stop(str(cause))
+
+    main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)
+    try:
+        return main()
+    except SystemExit as e:
+        if e.code == 1 and not _started:
+            for hint in _hints(name, sys.argv[1:]):
+                print(hint, file=sys.stderr)
+        raise
+
+
+def _stop(message: str, code: int = 1) -> None:
+    print(f"Error: {message}" if code == 1 else message, file=sys.stderr)
+    sys.exit(code)
+
+
+# -- what can be said about a config before anything runs
+
+
+def _check_missing(cfg: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise CellMapValueError("\n".join(f"{key} is required: set it with {key}=..." for key in missing))
+
+
+def target_nodes(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every part of a plain config that names a ``_target_``, with its key."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield where, node
+        for key, value in node.items():
+            yield from target_nodes(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from target_nodes(value, f"{where}[{number}]")
+
+
+def check_target(where: str, node: dict[str, Any]) -> None:
+    """Hold the keys of one ``_target_`` node against the signature of what it names.
+
+    Raises:
+        CellMapTypeError: there is nothing of that name.
+        CellMapKeyError: an argument that it does not take, or one that it needs and does not get.
+    """
+    path = node["_target_"]
+    module, _, name = str(path).rpartition(".")
+    try:
+        found = importlib.import_module(module)
+        target = getattr(found, name)
+    except (ImportError, ValueError, AttributeError):
+        try:  # a method of a class
+            owner, _, cls = module.rpartition(".")
+            target = getattr(getattr(importlib.import_module(owner), cls), name)
+        except (ImportError, ValueError, AttributeError):
+            raise CellMapTypeError(f"{where}._target_: there is no {path!r} to import") from None
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return
+    names = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for key in node:
+            if key not in names and key not in _HYDRA_KEYS:
+                close = difflib.get_close_matches(str(key), names, 1)
+                hint = f"; did you mean {where}.{close[0]}?" if close else f"; it takes {', '.join(names)}"
+                raise CellMapKeyError(f"{where}.{key}: {name} has no argument {key!r}{hint}")
+    if not node.get("_partial_") and not node.get("_args_"):
+        needed = [n for n in names if parameters[n].default is inspect.Parameter.empty and n not in node]
+        if needed:
+            raise CellMapKeyError(f"{where}: {name} needs {', '.join(needed)}")
+
+
+def _check_targets(cfg: DictConfig) -> None:
+    for where, node in target_nodes(OmegaConf.to_container(cfg, resolve=True)):
+        check_target(where, node)
+
+
+def _hints(name: str, arguments: list[str]) -> list[str]:
+    """For overrides that name no key of the config: the keys that were probably meant."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    chosen = []
+    for override in overrides:
+        group, _, option = override.partition("=")
+        if group in groups and (CONFIGS / group / f"{option}.yaml").exists():
+            chosen.append(override)
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
+            cfg = hydra.compose(name, overrides=chosen)
+    except Exception:  # the hint must never hide the error it is about
+        return []
+    keys = [*_flat(OmegaConf.to_container(cfg, resolve=False)), *groups]
+    hints = []
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key in keys or key.startswith("hydra"):
+            continue
+        close = difflib.get_close_matches(key, keys, 1, 0.6)
+        hints.append(
+            f"There is no {key!r}; did you mean {close[0]!r}?"
+            if close
+            else f"There is no {key!r}; 'cellmap-{name} --cfg job' prints every key."
+        )
+    return hints
+
+
+def _flat(node: Any, where: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            below = f"{where}.{key}" if where else str(key)
+            yield below
+            yield from _flat(value, below)
+
+
+# -- training
+
+
+def _train(cfg: DictConfig) -> float | None:
+    """Fit, and say what came of it. Returns the monitored metric, for sweepers."""
+    _check_launch(cfg)
+    import lightning as L
+    import torch
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.utils import instantiate
+
+    from cellmap_lightning import report
+    from cellmap_lightning.callbacks.run_config import RunConfig
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    L.seed_everything(cfg.seed, verbose=False)
+    _quieten()
+    data = instantiate(cfg.data, _convert_="all")
+    task = instantiate(cfg.task, _convert_="all")
+    callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c is not None]
+    loggers = [instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c is not None]
+    trainer = instantiate(
+        cfg.trainer, _convert_="all", callbacks=[*callbacks, RunConfig(plain)], logger=loggers or False
+    )
+    validates = data.split.given("val") and trainer.limit_val_batches != 0
+    if trainer.is_global_zero:
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    untrained = None
+    try:
+        if cfg.compare_untrained and validates and not trainer.fast_dev_run:
+            trainer.validate(task, datamodule=data, verbose=False)
+            untrained = dict(getattr(task, "scores", {}).get("val", {}))
+        trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if validates and best:
+            trainer.validate(task, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
+        metric = trainer.callback_metrics.get(cfg.monitor)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.finalize("success")
+            if validates:
+                task.eval()
+
+                def predict(raw: torch.Tensor) -> torch.Tensor:
+                    with torch.inference_mode():
+                        return torch.sigmoid(task(raw.to(task.device)))
+
+                report.write_samples(data.val_dataset, predict, folder / "samples.png", title=cfg.name)
+            report.write_curves(folder)
+            scores = getattr(task, "scores", {}).get("val")
+            if scores is not None:
+                print("\nvalidation\n" + report.score_table(scores, untrained, list(cfg.data.classes)))
+            print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder)))
+        return float(metric) if metric is not None else None
+    finally:
+        data.close()
+
+
+def _quieten() -> None:
+    """Leave out what would tell a user nothing, or something wrong."""
+    # Lightning's own handler would print each line a second time beside Hydra's.
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # the data reads with threads of its own: processes would be slower
+        ".*Experiment logs directory.*",  # the run's folder already holds the log and the configuration
+        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _check_launch(cfg: DictConfig) -> None:
+    """A sweep whose jobs start processes of their own would start the sweep again in each of them."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    strategy, devices = str(cfg.trainer.strategy), cfg.trainer.devices
+    if sweeping and strategy.startswith("ddp") and "spawn" not in strategy and "fork" not in strategy and devices != 1:
+        raise CellMapValueError(
+            f"-m with trainer.strategy={strategy} on {devices} devices: each process would start the whole sweep "
+            "again. "
+            "Use trainer.strategy=ddp_spawn, or one job per command"
+        )

@@ -1,0 +1,40 @@
+"""The one family of errors: each is a `CellMapError` and also the builtin that a caller would catch."""
+
+
+class CellMapError(Exception):
+    """Base of every error that this package raises about data, metadata, configuration or their combination."""
+
+
+class CellMapValueError(CellMapError, ValueError):
+    """A value that was given, or found in metadata, cannot be right."""
+
+
+class CellMapTypeError(CellMapError, TypeError):
+    """A value of the wrong kind was given."""
+
+
+class CellMapKeyError(CellMapError, KeyError):
+    """A name that does not exist: an axis, an array, a class, a split."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class CellMapIndexError(CellMapError, IndexError):
+    """A position outside ``range(len(dataset))``."""
+
+
+class CellMapFileNotFoundError(CellMapError, FileNotFoundError):
+    """A path that a CSV, a config or a caller names does not exist."""
+
+
+class MetadataError(CellMapValueError):
+    """Metadata on disk that is not readable as OME-NGFF, Zarr or CellMap attributes."""
+
+
+class ChunkError(CellMapError, OSError):
+    """Stored voxels that could not be read or decoded."""
+
+
+class MissingExtraError(CellMapError, ImportError):
+    """An optional library is needed here and is not installed."""

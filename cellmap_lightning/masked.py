@@ -1,0 +1,119 @@
+"""Losses and scores over the voxels that somebody annotated.
+
+Targets are 1, 0 or NaN; NaN takes no part. Every term is averaged per class over the voxels that count, then over the
+classes that occur in the batch, so that a class that is annotated in three crops is not drowned by one that is
+everywhere.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchmetrics import Metric
+
+from cellmap_lightning.errors import CellMapValueError
+
+
+def _per_class(value: Tensor) -> Tensor:
+    """Sum over everything but the class axis, ``[N, C, ...] -> [C]``."""
+    return value.sum(dim=[0, *range(2, value.ndim)])
+
+
+def known_and_target(target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask of the annotated voxels, and the target with 0 where there is none."""
+    known = ~torch.isnan(target)
+    return known, torch.nan_to_num(target, nan=0.0)
+
+
+def mean_over_present(value: Tensor, present: Tensor) -> Tensor:
+    """Mean of per-class values over the classes that are present; 0 with a gradient where none is."""
+    return (value * present).sum() / present.sum().clamp(min=1)
+
+
+def masked_bce(logits: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> Tensor:
+    """Binary cross entropy of ``[N, C, ...]`` logits against 1, 0 and NaN.
+
+    Args:
+        logits: scores before the sigmoid.
+        target: 1, 0 or NaN.
+        pos_weight: ``[C]``, how much a positive voxel counts.
+
+    Returns:
+        Mean over the annotated voxels of each class, then over the classes that have any.
+    """
+    known, wanted = known_and_target(target)
+    weight = pos_weight.reshape(-1, *[1] * (logits.ndim - 2)) if pos_weight is not None else None
+    loss = binary_cross_entropy_with_logits(logits, wanted, reduction="none", pos_weight=weight)
+    counts = _per_class(known.to(loss.dtype))
+    return mean_over_present(_per_class(loss * known) / counts.clamp(min=1), counts > 0)
+
+
+def masked_dice(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
+    """Soft Dice loss of ``[N, C, ...]`` logits against 1, 0 and NaN, pooled over the batch.
+
+    Args:
+        logits: scores before the sigmoid.
+        target: 1, 0 or NaN.
+        smooth: added to both sides of the ratio, voxels.
+
+    Returns:
+        Mean of ``1 - (2 |pt| + smooth) / (|p| + |t| + smooth)`` over the classes that have positive voxels in the
+        batch.
+    """
+    known, wanted = known_and_target(target)
+    chance = torch.sigmoid(logits) * known
+    both, sums = _per_class(chance * wanted), _per_class(chance) + _per_class(wanted)
+    return mean_over_present(1 - (2 * both + smooth) / (sums + smooth), _per_class(wanted) > 0)
+
+
+class DiceScore(Metric):
+    """Dice per class, pooled over everything that was seen: true and false positives are counted, then divided once.
+
+    Args:
+        classes: names of the classes.
+        threshold: logit from which a voxel is taken as positive.
+    """
+
+    full_state_update = False
+    tp: Tensor
+    predicted: Tensor
+    positive: Tensor
+    known: Tensor
+
+    def __init__(self, classes: Sequence[str], threshold: float = 0.0) -> None:
+        super().__init__()
+        self.classes = tuple(classes)
+        self.threshold = threshold
+        for name in ("tp", "predicted", "positive", "known"):
+            # float64 counts voxels exactly up to 2^53.
+            self.add_state(name, torch.zeros(len(self.classes), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def set_dtype(self, dst_type: Any) -> "DiceScore":
+        """Counts stay float64 whatever the precision of the model."""
+        return self
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Count a batch: ``[N, C, ...]`` logits and targets (1, 0, NaN)."""
+        if logits.shape[1] != len(self.classes) or logits.shape != target.shape:
+            raise CellMapValueError(
+                f"{list(logits.shape)} logits and {list(target.shape)} targets do not fit {len(self.classes)} classes"
+            )
+        known, wanted = known_and_target(target)
+        found = (logits > self.threshold) & known
+        hit = found & (wanted > 0.5)
+        for name, value in (("tp", hit), ("predicted", found), ("positive", wanted > 0.5), ("known", known)):
+            setattr(self, name, getattr(self, name) + _per_class(value.to(torch.float64)))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Scores of each class, ``[C]``.
+
+        Returns:
+            ``dice``, NaN where the class neither occurs nor is predicted; ``constant``, that of the best constant
+            predictor (the one that says yes everywhere), NaN where the class does not occur; ``occurs``, whether it
+            does.
+        """
+        occurs = self.positive > 0
+        constant = torch.where(occurs, 2 * self.positive / (self.known + self.positive), torch.nan)
+        return {"dice": 2 * self.tp / (self.predicted + self.positive), "constant": constant, "occurs": occurs}

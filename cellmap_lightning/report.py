@@ -1,0 +1,114 @@
+"""What a run leaves behind for its user: scores, curves and a contact sheet."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cellmap_lightning.figures import SheetSample, contact_sheet, training_curves
+from cellmap_lightning.sampling.source import SampleSource
+from cellmap_lightning.volumes.geometry import AXES
+
+#: Tiles that are looked at to find the ones worth showing.
+_CANDIDATES = 24
+
+
+def score_table(
+    scores: Mapping[str, Mapping[str, float]], untrained: Mapping[str, Mapping[str, float]] | None, classes: list[str]
+) -> str:
+    """Dice per class as text, beside that of the untrained network and of the best constant predictor.
+
+    Args:
+        scores: ``{class: {"dice": .., "constant": ..}}`` of the classes that occur.
+        untrained: the same of the network before training.
+        classes: every class.
+    """
+    columns = ["class", "Dice", *(["untrained"] if untrained else []), "constant"]
+    rows: list[list[Any]] = []
+    for name, score in scores.items():
+        before = [untrained[name]["dice"]] if untrained and name in untrained else [float("nan")] if untrained else []
+        rows.append([name, score["dice"], *before, score["constant"]])
+    if rows:
+        rows.append(["mean", *(sum(r[i] for r in rows) / len(rows) for i in range(1, len(columns)))])
+    width = max(len(str(r[0])) for r in [columns, *rows])
+    lines = [f"{columns[0]:<{width}}" + "".join(f"{c:>11}" for c in columns[1:])]
+    lines += [f"{r[0]:<{width}}" + "".join(f"{v:>11.3f}" for v in r[1:]) for r in rows]
+    missing = [c for c in classes if c not in scores]
+    if missing:
+        lines.append(f"not in the validation data, so not scored: {', '.join(missing)}")
+    return "\n".join(lines)
+
+
+def write_samples(
+    source: SampleSource,
+    predict: Callable[[torch.Tensor], torch.Tensor] | None,
+    path: Path,
+    *,
+    title: str | None = None,
+    count: int = 4,
+) -> None:
+    """Draw a contact sheet of the tiles with the most classes: raw, target and prediction.
+
+    Args:
+        source: where the samples come from.
+        predict: from a finished input ``[1, 1, z, y, x]`` to probabilities ``[1, C, z, y, x]``, on any device.
+        path: the PNG to write.
+        title: a line at the top.
+        count: samples at most.
+    """
+    input_name = next(iter(source.layout.inputs))
+    target_name = next(iter(source.layout.targets), None)
+    step = max(1, source.tile_count // _CANDIDATES)
+    tiles = sorted({source.tile(n) for n in range(0, source.tile_count, step)})
+    ranked = []
+    for position in tiles:
+        sample = source[position]
+        if target_name is None:
+            ranked.append((0.0, 0.0, position, sample))
+            continue
+        shares = (sample[target_name] == 1).flatten(1).float().mean(1)
+        ranked.append((float((shares > 0.005).sum()), float(shares.clamp(max=0.1).sum()), position, sample))
+    ranked.sort(key=lambda r: r[:2], reverse=True)
+    shown = []
+    for _, _, position, sample in ranked[:count]:
+        window = source.layout.inputs[input_name]
+        probabilities = predict(sample[input_name][None])[0].float().cpu().numpy() if predict else None
+        center = source.get_center(position)
+        dataset, _ = source._locate(position)
+        place = ", ".join(f"{a} {center[a]:.0f}" for a in AXES)
+        same = target_name is None or (
+            source.layout.targets[target_name].shape == window.shape
+            and source.layout.targets[target_name].scale.tolist() == window.scale.tolist()
+        )
+        shown.append(
+            SheetSample(
+                raw=sample[input_name][0].numpy(),
+                target=sample[target_name].numpy() if target_name and same else None,
+                prediction=probabilities,
+                scale=tuple(window.scale.tolist()),
+                header=f"{dataset.label}, centre {place} nm",
+            )
+        )
+    contact_sheet(shown, list(source.classes), path=path, title=title)
+
+
+def describe_run(folder: Path) -> list[str]:
+    """The files of a run that are there, one line each."""
+    known: dict[str, Any] = {
+        "checkpoints/best.ckpt": "weights of the best validation Dice",
+        "checkpoints/last.ckpt": "to resume from",
+        "config.yaml": "the configuration, resolved",
+        "metrics.csv": "losses and scores per step and epoch",
+        "curves.png": "the same, drawn",
+        "samples.png": "raw, target and prediction",
+    }
+    width = max(map(len, known))
+    return [f"  {name:<{width}}  {what}" for name, what in known.items() if (folder / name).exists()]
+
+
+def write_curves(folder: Path) -> None:
+    """Draw ``metrics.csv`` as ``curves.png``, if there are metrics."""
+    metrics = folder / "metrics.csv"
+    if metrics.exists():
+        training_curves(metrics, folder / "curves.png")

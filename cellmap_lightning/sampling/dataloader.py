@@ -1,0 +1,158 @@
+"""Samples as batches: a `DataLoader` that a Trainer, or a plain loop, can use."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from cellmap_lightning.errors import CellMapTypeError
+from cellmap_lightning.sampling.arrays import BatchLayout
+from cellmap_lightning.sampling.memory import BatchMemory
+from cellmap_lightning.sampling.prefetch import PrefetchDecision, SideStream, prefetch
+from cellmap_lightning.sampling.sampler import StreamSampler
+from cellmap_lightning.sampling.source import Samples, SampleSource
+
+
+def _as_read(batch: Any) -> Any:
+    """The dataset reads whole batches, so there is nothing left to collate."""
+    return batch
+
+
+class CellMapDataLoader(DataLoader[Any]):
+    """Batches of a `CellMapDataset` or `CellMapMultiDataset`.
+
+    Batches are read by the dataset's own threads, so ``num_workers=0`` is the fast way; worker processes pay when value
+    transforms in Python dominate.
+
+    Args:
+        dataset: where the samples come from. ``loader.dataset`` is a view of it with as many items as an epoch has
+            samples; its ``.dataset`` is this one.
+        batch_size: samples of a batch, per rank.
+        num_workers: worker processes.
+        samples_per_epoch: samples of an epoch over all ranks; by default as many as tiles cover every crop once.
+        is_train: draw samples at random, augmented if the dataset is for training; otherwise go through the tiles.
+        seed: what everything random follows from.
+        finish: yield finished batches (float32); False leaves them compact, for `BatchLayout.finish`.
+        drop_last: leave an incomplete last batch out; by default while training.
+        rank: this process among ``world``; by default that of `torch.distributed`.
+        world: number of processes.
+        pin_memory: read into page-locked memory.
+        prefetch_to: copy batches ahead to this device, as ``decision`` says.
+        decision: see `prefetch.decide`.
+        persistent_workers: keep worker processes between epochs; by default where there are any.
+        prefetch_factor: batches ahead per worker process.
+        timeout: seconds after which a worker that delivers nothing is an error; 0 waits for ever.
+        multiprocessing_context: how worker processes are started.
+        worker_init_fn: called in each worker process.
+        sampler: replaces the loader's own, as Lightning does for ``overfit_batches``.
+        batch_sampler: likewise, as Lightning does to predict.
+        shuffle: taken for torch's sake; the order follows from ``is_train``.
+
+    Raises:
+        CellMapValueError: the numbers do not fit together.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSource | Samples,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        samples_per_epoch: int | None = None,
+        is_train: bool = True,
+        seed: int = 0,
+        finish: bool = True,
+        *,
+        drop_last: bool | None = None,
+        rank: int | None = None,
+        world: int | None = None,
+        pin_memory: bool = False,
+        prefetch_to: torch.device | None = None,
+        decision: PrefetchDecision | None = None,
+        persistent_workers: bool | None = None,
+        prefetch_factor: int | None = None,
+        timeout: float = 0,
+        multiprocessing_context: Any = None,
+        worker_init_fn: Any = None,
+        sampler: Iterable[int] | None = None,
+        batch_sampler: Iterable[list[int]] | None = None,
+        shuffle: bool | None = None,
+    ) -> None:
+        source = dataset.dataset if isinstance(dataset, Samples) else dataset
+        if not isinstance(source, SampleSource):
+            raise CellMapTypeError(f"CellMapDataLoader needs a CellMapDataset, got {type(dataset).__name__}")
+        if isinstance(dataset, Samples):
+            samples = dataset
+        else:
+            # Workers cannot allocate page-locked memory; their batches are pinned when they arrive.
+            samples = Samples(source, samples_per_epoch, is_train, seed, pin=pin_memory and num_workers == 0)
+        common: dict[str, Any] = {
+            "num_workers": num_workers,
+            "collate_fn": _as_read,
+            "pin_memory": pin_memory and num_workers > 0,
+            "timeout": timeout,
+            "worker_init_fn": worker_init_fn,
+            "multiprocessing_context": multiprocessing_context,
+            "prefetch_factor": prefetch_factor,
+            "persistent_workers": num_workers > 0 if persistent_workers is None else persistent_workers,
+        }
+        if batch_sampler is not None:
+            super().__init__(samples, batch_sampler=batch_sampler, **common)
+        else:
+            order = sampler if sampler is not None else StreamSampler(len(samples), is_train, rank, world)
+            drop = is_train and len(order) >= batch_size if drop_last is None else drop_last  # type: ignore[arg-type]
+            super().__init__(samples, batch_size=batch_size, sampler=order, drop_last=drop, **common)
+        self.finish = finish
+        self.prefetch_to = prefetch_to
+        self.decision = decision
+
+    @property
+    def source(self) -> SampleSource:
+        """The dataset that was given."""
+        samples: Samples = self.dataset  # type: ignore[assignment]
+        return samples.dataset
+
+    @property
+    def layout(self) -> BatchLayout:
+        """How its batches are laid out and finished."""
+        samples: Samples = self.dataset  # type: ignore[assignment]
+        return samples.layout
+
+    @property
+    def batch_memory(self) -> BatchMemory:
+        """The bytes of a batch, known before anything is read."""
+        size: Any = self.batch_size or getattr(self.batch_sampler, "batch_size", 1)
+        return self.source.batch_memory(int(size))
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # type: ignore[override]
+        # A generator: Lightning asks twice for the iterator of one epoch and abandons one of them. Nothing starts, and
+        # no
+        # epoch is counted, before the first batch is asked for.
+        return self._pass(partial(super().__iter__))
+
+    def _pass(self, batches: Any) -> Iterator[dict[str, torch.Tensor]]:
+        sampler = self._own_sampler()
+        if sampler is not None:
+            sampler.start()
+        decision, device = self.decision, self.prefetch_to
+        if decision is not None and decision.enabled and device is not None:
+            stream: Iterable[Any] = prefetch(batches, SideStream(device), decision.depth)
+        else:
+            stream = batches()
+        layout = self.layout
+        for batch in stream:
+            yield layout.finish(batch) if self.finish else batch
+
+    def _own_sampler(self) -> StreamSampler | None:
+        """The loader's own sampler, also where Lightning has wrapped it to predict."""
+        sampler: Any = self.sampler
+        if not isinstance(sampler, DistributedSampler):
+            sampler = getattr(self.batch_sampler, "sampler", None)
+        return sampler if isinstance(sampler, StreamSampler) else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass is this epoch."""
+        sampler = self._own_sampler()
+        if sampler is not None:
+            sampler.set_epoch(epoch)

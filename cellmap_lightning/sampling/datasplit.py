@@ -1,0 +1,346 @@
+"""Which crops are for training, validation, test and prediction."""
+
+import csv
+import io
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cellmap_lightning.errors import (
+    CellMapError,
+    CellMapFileNotFoundError,
+    CellMapKeyError,
+    CellMapTypeError,
+    CellMapValueError,
+)
+from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes
+from cellmap_lightning.sampling.dataset import CellMapDataset, NotAnnotatedError, TooCoarseError
+from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
+from cellmap_lightning.transforms.intensity import AUTO
+from cellmap_lightning.volumes.image import MAX_UPSAMPLING
+from cellmap_lightning.volumes.region import DEFAULT_CACHE_BYTES
+from cellmap_lightning.volumes.store import local, missing
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test", "predict")
+_USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}
+_ENTRY_KEYS = ("raw", "gt")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One crop of a split.
+
+    Attributes:
+        where: where it was named, for messages.
+        input_path: the raw multiscale group.
+        target_path: the label groups in bracket form, or None.
+        dataset: a dataset that was given ready-made.
+    """
+
+    where: str
+    input_path: str = ""
+    target_path: str | None = None
+    dataset: CellMapDataset | None = None
+
+    @property
+    def text(self) -> str:
+        """What messages show of it."""
+        return self.target_path or self.input_path
+
+
+class CellMapDataSplit:
+    """Datasets of each split, built when they are first asked for, and kept.
+
+    Args:
+        csv_path: a CSV without or with a header, of 5 columns ``usage, zarr, raw dataset, zarr, target dataset`` or of
+            3 ``usage, raw, target``; for prediction the target may be empty or left out. Relative paths are relative
+            to the CSV's folder. Usages: train, val (or validate), test, predict.
+        datasets: instead of it, ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also be a `CellMapDataset`.
+        classes: the targets' channels; None for raw only.
+        input_arrays: see `CellMapDataset`, as all that follow.
+        target_arrays: see there.
+        spatial_transforms: applied to the train split.
+        raw_value_transforms: see there.
+        target_value_transforms: see there.
+        class_relation_dict: see there.
+        pad: see there.
+        max_workers: see there.
+        seed: see there.
+        too_coarse: what becomes of crops whose labels are coarser than asked for: ``drop`` (logged), ``upsample``, or
+            ``error``.
+        max_upsampling: see there.
+        cache_bytes: see there.
+
+    Raises:
+        CellMapFileNotFoundError: there is no such CSV.
+        CellMapValueError: rows that cannot be read, all of them in one table.
+    """
+
+    def __init__(
+        self,
+        csv_path: str | Path | None = None,
+        datasets: Mapping[str, Sequence[Any] | None] | None = None,
+        classes: Sequence[str] | None = None,
+        input_arrays: ArraySpecs | None = None,
+        target_arrays: ArraySpecs | None = None,
+        spatial_transforms: Mapping[str, Any] | None = None,
+        raw_value_transforms: Any = AUTO,
+        target_value_transforms: Any = None,
+        class_relation_dict: Mapping[str, Any] | None = None,
+        pad: bool = False,
+        max_workers: int | None = None,
+        seed: int = 0,
+        *,
+        too_coarse: Literal["drop", "upsample", "error"] = "drop",
+        max_upsampling: float = MAX_UPSAMPLING,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        if (csv_path is None) == (datasets is None):
+            raise CellMapTypeError("give the crops either as csv_path or as datasets")
+        if too_coarse not in ("drop", "upsample", "error"):
+            raise CellMapValueError(f"too_coarse must be 'drop', 'upsample' or 'error', got {too_coarse!r}")
+        self.classes = parse_classes(classes) if classes is not None else None
+        self.too_coarse = too_coarse
+        self.source = str(csv_path) if csv_path is not None else "datasets"
+        self._common: dict[str, Any] = {
+            "classes": self.classes,
+            "input_arrays": input_arrays,
+            "target_arrays": target_arrays,
+            "raw_value_transforms": raw_value_transforms,
+            "target_value_transforms": target_value_transforms,
+            "class_relation_dict": class_relation_dict,
+            "pad": pad,
+            "max_workers": max_workers,
+            "seed": seed,
+            "too_coarse": "upsample" if too_coarse == "upsample" else "error",
+            "max_upsampling": max_upsampling,
+            "cache_bytes": cache_bytes,
+        }
+        self._spatial = spatial_transforms
+        self.entries = read_csv(csv_path) if csv_path is not None else read_mapping(datasets or {})
+        self._built: dict[str, CellMapMultiDataset] = {}
+        self._lock = threading.Lock()
+
+    def given(self, split: str) -> bool:
+        """Whether there are entries for a split."""
+        return bool(self.entries.get(split))
+
+    def __getitem__(self, split: str) -> CellMapMultiDataset:
+        """The dataset of a split, the same object each time.
+
+        Raises:
+            CellMapKeyError: there is no such split, or nothing was given for it.
+            CellMapValueError: crops that cannot be used, all of them in one table; or every crop was dropped.
+        """
+        if split not in SPLITS:
+            raise CellMapKeyError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
+        with self._lock:
+            if split not in self._built:
+                self._built[split] = self._build(split)
+            return self._built[split]
+
+    @property
+    def built(self) -> Mapping[str, CellMapMultiDataset]:
+        """The datasets that exist so far."""
+        return dict(self._built)
+
+    def _build(self, split: str) -> CellMapMultiDataset:
+        entries = self.entries.get(split, [])
+        if not entries:
+            usage = "validate" if split == "val" else split
+            raise CellMapKeyError(
+                f"no crops were given for {split!r}: {self.source} has none"
+                f" (a CSV marks them with the usage {usage!r}, datasets with the key {split!r})"
+            )
+        datasets: list[CellMapDataset] = []
+        problems: list[tuple[Entry, CellMapError]] = []
+        dropped: list[tuple[Entry, CellMapError]] = []
+        for entry in entries:
+            try:
+                datasets.append(entry.dataset or self._open(entry, split))
+            except TooCoarseError as e:
+                (dropped if self.too_coarse == "drop" else problems).append((entry, e))
+            except NotAnnotatedError as e:
+                dropped.append((entry, e))
+            except CellMapError as e:
+                problems.append((entry, e))
+        if problems:
+            also = f"; {len(dropped)} more would be dropped" if dropped else ""
+            raise CellMapValueError(
+                f"{len(problems)} of the {len(entries)} crops for {split!r} cannot be used{also}:\n{_table(problems)}"
+            ) from (problems[0][1] if len(problems) == 1 else None)
+        if not datasets:
+            raise CellMapValueError(
+                f"none of the {len(entries)} crops for {split!r} is left, so there is nothing to read:\n"
+                f"{_table(dropped)}"
+            )
+        if dropped:
+            log.warning(
+                "%d of the %d crops for %r are left out:\n%s", len(dropped), len(entries), split, _table(dropped)
+            )
+        multi = CellMapMultiDataset(datasets)
+        self._check_classes(split, multi)
+        return multi
+
+    def _open(self, entry: Entry, split: str) -> CellMapDataset:
+        training = split == "train"
+        if split != "predict" and self.classes is not None and entry.target_path is None:
+            raise CellMapValueError(f"a crop for {split!r} needs a target; only those for 'predict' may go without")
+        return CellMapDataset(
+            entry.input_path,
+            None if split == "predict" else entry.target_path,
+            is_train=training,
+            spatial_transforms=self._spatial if training else None,
+            **self._common,
+        )
+
+    def _check_classes(self, split: str, multi: CellMapMultiDataset) -> None:
+        """A class that no crop annotates would be learnt from nothing."""
+        nowhere = [c for c, n in multi.annotated_in().items() if n == 0] if multi.layout.targets else []
+        if nowhere and split == "train":
+            listed = sorted({n for d in multi.datasets if d.target_path for n in d.target_path.names})
+            raise CellMapValueError(
+                f"no crop for 'train' annotates {', '.join(map(repr, nowhere))}; they annotate {', '.join(listed)}"
+            )
+        if nowhere:
+            log.warning("no crop for %r annotates %s: nothing is measured for them there", split, ", ".join(nowhere))
+
+    def close(self) -> None:
+        """Close every dataset."""
+        for dataset in self._built.values():
+            dataset.close()
+
+    def cancel(self) -> None:
+        """Cancel the reads that have not begun."""
+        for dataset in self._built.values():
+            dataset.cancel()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def _table(rows: Sequence[tuple[Entry, CellMapError]]) -> str:
+    """One line per crop: where it was named, and what is wrong."""
+    width = max(len(entry.where) for entry, _ in rows)
+    return "\n".join(f"  {entry.where:<{width}}  {error}" for entry, error in rows)
+
+
+def read_csv(path: str | Path) -> dict[str, list[Entry]]:
+    """Entries of a CSV per split; see `CellMapDataSplit`.
+
+    Raises:
+        CellMapFileNotFoundError: there is no such file.
+        CellMapValueError: rows that cannot be read, all of them in one table.
+    """
+    file = local(path)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise missing(file, "the CSV of crops") from None
+    except IsADirectoryError:
+        raise CellMapFileNotFoundError(f"the CSV of crops {file} is a folder") from None
+    except UnicodeDecodeError as e:
+        raise CellMapValueError(f"{file} is not a text file ({e})") from None
+    entries: dict[str, list[Entry]] = {}
+    problems: list[tuple[Entry, CellMapError]] = []
+    first = True
+    reader = csv.reader(io.StringIO(text), skipinitialspace=True)
+    for row in reader:
+        cells = [cell.strip() for cell in row]
+        if not any(cells) or cells[0].startswith("#"):
+            continue
+        header, first = first and cells[0].lower() == "usage", False
+        if header:
+            continue
+        where = f"{file.name}, line {reader.line_num}"
+        try:
+            split, entry = _row(cells, where, file.parent)
+            entries.setdefault(split, []).append(entry)
+        except CellMapError as e:
+            problems.append((Entry(where), e))
+    if problems:
+        raise CellMapValueError(f"{len(problems)} rows of {file} cannot be read:\n{_table(problems)}")
+    if not entries:
+        raise CellMapValueError(f"{file} names no crops: rows of 'usage, raw, target' are needed")
+    return entries
+
+
+def _row(cells: list[str], where: str, folder: Path) -> tuple[str, Entry]:
+    split = _USAGES.get(cells[0].lower())
+    if split is None:
+        raise CellMapValueError(f"the usage {cells[0]!r} should be one of {', '.join(_USAGES)}")
+    if len(cells) == 5:
+        raw, target = _join(cells[1], cells[2]), _join(cells[3], cells[4])
+    elif len(cells) in (2, 3):
+        raw, target = cells[1], cells[2] if len(cells) == 3 else ""
+    else:
+        hint = '; a bracket of classes needs quotes: "…/crop1/[mito,er]"' if any("[" in c for c in cells) else ""
+        raise CellMapValueError(
+            f"{len(cells)} columns; 3 (usage, raw, target) or 5 (usage, zarr, raw dataset, zarr, target dataset) are "
+            f"needed{hint}"
+        )
+    if not raw:
+        raise CellMapValueError("the raw path is empty")
+    if not target and split != "predict":
+        raise CellMapValueError(f"the target path is empty; only crops for 'predict' may go without, not {split!r}")
+    return split, Entry(where, _anchor(raw, folder), _anchor(target, folder) if target else None)
+
+
+def _join(zarr: str, inside: str) -> str:
+    return f"{zarr.rstrip('/')}/{inside.strip('/')}" if zarr and inside else ""
+
+
+def _anchor(path: str, folder: Path) -> str:
+    """A relative path, seen from the file that names it."""
+    if "://" in path or path.startswith("~"):
+        return path
+    return str(folder / path)
+
+
+def read_mapping(datasets: Mapping[str, Any]) -> dict[str, list[Entry]]:
+    """Entries of ``{split: [{"raw": path, "gt": path}, ...]}`` per split.
+
+    Raises:
+        CellMapKeyError: an unknown split, or an unknown or missing key of an entry.
+        CellMapTypeError: an entry that is none.
+    """
+    entries: dict[str, list[Entry]] = {}
+    for name, items in datasets.items():
+        split = _USAGES.get(str(name))
+        if split is None:
+            raise CellMapKeyError(f"datasets has the split {name!r}; there are {', '.join(SPLITS)}")
+        if items is None:
+            continue
+        if isinstance(items, Mapping | str) or not isinstance(items, Sequence):
+            raise CellMapTypeError(f"datasets.{name} must be a list of entries {{raw: path, gt: path}}, got {items!r}")
+        for number, item in enumerate(items):
+            entries.setdefault(split, []).append(_entry(item, f"datasets.{name}[{number}]"))
+    return entries
+
+
+def _entry(item: Any, where: str) -> Entry:
+    if isinstance(item, CellMapDataset):
+        return Entry(where, item.input_path, dataset=item)
+    if not isinstance(item, Mapping):
+        raise CellMapTypeError(f"{where} must be {{raw: path, gt: path}}, got {item!r}")
+    older = {"input_path": "raw", "raw_path": "raw", "target_path": "gt", "gt_path": "gt", "ground_truth_path": "gt"}
+    unknown = [key for key in item if key not in _ENTRY_KEYS and key not in older]
+    if unknown:
+        raise CellMapKeyError(f"{where} has no {unknown[0]!r}; it has {' and '.join(_ENTRY_KEYS)}")
+    found: dict[str, Any] = {}
+    for key, value in item.items():
+        name = older.get(str(key), str(key))
+        if name in found:
+            raise CellMapTypeError(f"{where}: {name} is given twice")
+        found[name] = value
+    if not found.get("raw"):
+        raise CellMapKeyError(f"{where} needs 'raw', the path of the raw multiscale group")
+    return Entry(where, str(found["raw"]), str(found["gt"]) if found.get("gt") else None)

@@ -1,0 +1,73 @@
+"""Many crops as one."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
+from cellmap_lightning.sampling.dataset import CellMapDataset
+from cellmap_lightning.sampling.pool import ReadPool
+from cellmap_lightning.sampling.source import SampleSource
+from cellmap_lightning.volumes.region import ChunkCache
+
+log = logging.getLogger(__name__)
+
+
+class CellMapMultiDataset(SampleSource):
+    """Crops that share classes and arrays, with one pool of threads and one cache for all of them.
+
+    Args:
+        datasets: the crops, all with the same classes, arrays and value transforms.
+
+    Raises:
+        CellMapValueError: there is none, or they differ in what they deliver.
+    """
+
+    def __init__(self, datasets: Sequence[CellMapDataset]) -> None:
+        if not datasets:
+            raise CellMapValueError("a CellMapMultiDataset needs at least one dataset")
+        for dataset in datasets:
+            if not isinstance(dataset, CellMapDataset):
+                raise CellMapTypeError(f"a CellMapMultiDataset joins CellMapDatasets, got {type(dataset).__name__}")
+        self._datasets = tuple(datasets)
+        first = self._datasets[0]
+        for other in self._datasets[1:]:
+            for what, a, b in (
+                ("classes", first.classes, other.classes),
+                ("inputs", _windows(first.layout.inputs), _windows(other.layout.inputs)),
+                ("targets", _windows(first.layout.targets), _windows(other.layout.targets)),
+                ("is_train", first.is_train, other.is_train),
+            ):
+                if a != b:
+                    raise CellMapValueError(f"{other.label} and {first.label} differ in their {what}: {b} and {a}")
+        self.seed, self.is_train, self.spatial = first.seed, first.is_train, first.spatial
+        dtypes = {d.raw_dtype for d in self._datasets}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        self.layout = dataclasses.replace(first.layout, raw_dtype=dtype)
+        self._pool = ReadPool(max(d.max_workers for d in self._datasets))
+        self._cache = ChunkCache(max(d._cache.budget for d in self._datasets))
+        for dataset in self._datasets:
+            dataset.share(self._pool, self._cache)
+        log.info(
+            "%d crops: %d positions; classes %s; %d workers",
+            len(self._datasets), len(self), self.annotated_in(), self.max_workers,
+        )  # fmt: skip
+
+    @property
+    def datasets(self) -> Sequence[CellMapDataset]:
+        """The crops, in the order of the positions."""
+        return self._datasets
+
+    def annotated_in(self) -> dict[str, int]:
+        """In how many crops each class is annotated."""
+        return {c: sum(c in d.annotated for d in self._datasets) for c in self.classes}
+
+    def __repr__(self) -> str:
+        return f"CellMapMultiDataset({len(self._datasets)} crops, {len(self)} positions)"
+
+
+def _windows(windows: Any) -> dict[str, tuple[Any, ...]]:
+    return {name: (w.shape, tuple(w.scale.tolist())) for name, w in windows.items()}

@@ -1,0 +1,113 @@
+"""The threads that read: one pool per collection of datasets and process, made at first use, kept until closed."""
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from cellmap_lightning.errors import CellMapValueError
+
+THREAD_PREFIX = "cellmap-read"
+
+
+def default_workers(max_workers: int | None = None) -> int:
+    """``max_workers``, else the environment's ``CELLMAP_MAX_WORKERS``, else ``min(4, cpu_count)``.
+
+    Raises:
+        CellMapValueError: the number is not a positive whole number.
+    """
+    given: Any = max_workers
+    source = "max_workers"
+    if given is None and os.environ.get("CELLMAP_MAX_WORKERS"):
+        given, source = os.environ["CELLMAP_MAX_WORKERS"], "the environment's CELLMAP_MAX_WORKERS"
+    if given is None:
+        return min(4, os.cpu_count() or 1)
+    try:
+        workers = int(given)
+        if workers != float(given) or workers < 1:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise CellMapValueError(f"{source} must be a positive whole number, got {given!r}") from None
+    return workers
+
+
+class ReadPool:
+    """A `ThreadPoolExecutor` that appears at first use and is the same until `close`.
+
+    It never travels: a copy in another process, forked or unpickled, makes its own.
+
+    Args:
+        workers: threads.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._reset()
+        _POOLS.add(self)
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._queued: set[Future[Any]] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"workers": self.workers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """The pool of this process."""
+        with self._lock:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(self.workers, THREAD_PREFIX)
+            return self._executor
+
+    def run(self, tasks: Iterable[Callable[[], None]]) -> None:
+        """Run the tasks in the pool and wait for them; none of them may itself wait for the pool.
+
+        The first error is raised as it is, after what had not begun is cancelled and what had begun is finished, so
+        that no task writes to memory that its caller has given up.
+        """
+        executor = self.executor
+        futures = [executor.submit(task) for task in tasks]
+        self._queued.update(futures)
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            for future in futures:
+                if not future.cancelled():
+                    future.exception()
+            self._queued.difference_update(futures)
+
+    def cancel(self) -> None:
+        """Cancel every task that has not begun; whoever waits for it gets `concurrent.futures.CancelledError`."""
+        for future in list(self._queued):
+            future.cancel()
+
+    def close(self) -> None:
+        """Cancel what has not begun, finish what has, end the threads. A later use makes new ones."""
+        self.cancel()
+        with self._lock:
+            executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+_POOLS: "weakref.WeakSet[ReadPool]" = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    # The child has neither the threads nor whoever held the lock.
+    for pool in list(_POOLS):
+        pool._reset()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)

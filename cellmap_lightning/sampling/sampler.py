@@ -1,0 +1,61 @@
+"""The order of samples: numbers of one stream, dealt out over ranks."""
+
+from collections.abc import Iterator
+
+import torch.distributed
+from torch.utils.data import DistributedSampler
+
+from cellmap_lightning.errors import CellMapValueError
+
+
+class StreamSampler(DistributedSampler[int]):
+    """Numbers of the samples of an epoch that one rank reads: every ``world``-th of the stream.
+
+    The k-th batches of all ranks together are the k-th global batch, whatever their number. While training, numbers go
+    on through the epochs; otherwise each pass is the same.
+
+    It is a `DistributedSampler` so that Lightning leaves it alone, and calls `set_epoch`.
+
+    Args:
+        count: samples of an epoch over all ranks.
+        is_train: whether epochs differ. The samples of an epoch that cannot be dealt out evenly are then left out.
+        rank: this process; by default that of `torch.distributed`, else 0.
+        world: processes; likewise, else 1.
+
+    Raises:
+        CellMapValueError: fewer samples than ranks.
+    """
+
+    def __init__(self, count: int, is_train: bool, rank: int | None = None, world: int | None = None) -> None:
+        # The base class would want a dataset to permute; everything that it sets is set here.
+        started = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = rank if rank is not None else torch.distributed.get_rank() if started else 0
+        self.num_replicas = world if world is not None else torch.distributed.get_world_size() if started else 1
+        self.count = count
+        self.is_train = is_train
+        self.shuffle = False
+        self.drop_last = is_train
+        self.epoch = 0
+        self._next_epoch = 0
+        usable = count - count % self.num_replicas if is_train else count
+        self._numbers = range(self.rank, usable, self.num_replicas)
+        if not self._numbers:
+            raise CellMapValueError(
+                f"{count} samples cannot be dealt out over {self.num_replicas} ranks: at least one for each is needed"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass is this epoch."""
+        self._next_epoch = int(epoch)
+
+    def start(self) -> None:
+        """A pass begins: it is the epoch that was set, or the one after the last."""
+        self.epoch = self._next_epoch
+        self._next_epoch += 1
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch * self.count if self.is_train else 0
+        return (first + k for k in self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)

@@ -1,0 +1,247 @@
+"""What one crop and many crops have in common: positions, samples, batches, and the pool that reads them."""
+
+import bisect
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from cellmap_lightning.draws import PLACE, uniforms
+from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
+from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
+from cellmap_lightning.sampling.memory import BatchMemory, FormMemory
+from cellmap_lightning.sampling.pool import ReadPool
+from cellmap_lightning.transforms.spatial import SpatialTransforms
+from cellmap_lightning.transforms.targets import packed_bytes
+from cellmap_lightning.volumes.geometry import AXES, FloatArray
+from cellmap_lightning.volumes.region import ChunkCache
+
+if TYPE_CHECKING:
+    from cellmap_lightning.sampling.dataset import CellMapDataset
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """One sample, described: where it is read and how it is turned.
+
+    Attributes:
+        sample: its number in the stream.
+        position: which position of the source.
+        turn: see `geometry.patch_map`.
+    """
+
+    sample: int
+    position: int
+    turn: FloatArray | None
+
+
+class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
+    """Positions that can be read as samples, one by one or as batches.
+
+    Attributes:
+        layout: how its batches are laid out.
+        seed: seed of everything random.
+        is_train: whether samples are drawn at random and augmented.
+        spatial: the spatial augmentation.
+    """
+
+    layout: BatchLayout
+    seed: int
+    is_train: bool
+    spatial: SpatialTransforms
+    _pool: ReadPool
+    _cache: ChunkCache
+
+    @property
+    @abstractmethod
+    def datasets(self) -> Sequence["CellMapDataset"]:
+        """The crops, in the order of the positions."""
+
+    @cached_property
+    def _offsets(self) -> list[int]:
+        """First position of each crop, and the number of positions at the end."""
+        return [0, *accumulate(len(d.placement) for d in self.datasets)]
+
+    @cached_property
+    def _tile_offsets(self) -> list[int]:
+        return [0, *accumulate(d.placement.tile_count for d in self.datasets)]
+
+    @cached_property
+    def _chances(self) -> FloatArray:
+        """Cumulative chance of each crop: the square root of its volume, so that large crops drown no others."""
+        weights = np.sqrt([d.volume for d in self.datasets])
+        chances: FloatArray = np.cumsum(weights) / weights.sum()
+        return chances
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the targets' channels."""
+        return self.layout.classes
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return self._offsets[-1]
+
+    def _locate(self, position: int) -> tuple["CellMapDataset", int]:
+        """The crop that holds a position, and the position inside it."""
+        index = int(position)
+        if not -len(self) <= index < len(self):
+            raise CellMapIndexError(f"{self}: position {index} is outside its {len(self)} positions")
+        index %= len(self)
+        crop = bisect.bisect_right(self._offsets, index) - 1
+        return self.datasets[crop], index - self._offsets[crop]
+
+    def get_center(self, position: int) -> dict[str, float]:
+        """Centre of the patches at a position, ``{axis: nm}``.
+
+        Raises:
+            CellMapIndexError: there is no such position.
+        """
+        dataset, local = self._locate(position)
+        return dict(zip(AXES, dataset.placement.center(local).tolist(), strict=True))
+
+    @property
+    def tile_count(self) -> int:
+        """Number of patches that together cover every crop."""
+        return self._tile_offsets[-1]
+
+    def tile(self, number: int) -> int:
+        """Position of one of the patches that together cover every crop."""
+        crop = bisect.bisect_right(self._tile_offsets, number) - 1
+        return self._offsets[crop] + self.datasets[crop].placement.tile(number - self._tile_offsets[crop])
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        """The finished sample at a position: a batch of one without its first axis.
+
+        While training it is augmented as sample ``position`` of the first epoch would be.
+
+        Raises:
+            CellMapIndexError: there is no such position.
+        """
+        self._locate(position)
+        position = int(position) % len(self)
+        turn = self.spatial.turns(self.seed, [position])[0] if self.is_train else None
+        batch = self.layout.finish(self.read([Draw(position, position, turn)]))
+        return {name: value[0] for name, value in batch.items()}
+
+    def draw(self, samples: Sequence[int], shuffle: bool, seed: int) -> list[Draw]:
+        """Describe samples by their numbers: a function of (seed, number) alone.
+
+        Args:
+            samples: their numbers.
+            shuffle: draw a crop and a position in it for each; otherwise sample ``n`` is tile ``n``. What is drawn is
+                also augmented, if the dataset is for training.
+            seed: what everything random follows from.
+        """
+        turns = self.spatial.turns(seed, samples) if shuffle and self.is_train else [None] * len(samples)
+        if not shuffle:
+            return [Draw(n, self.tile(n % self.tile_count), turn) for n, turn in zip(samples, turns, strict=True)]
+        places = uniforms(seed, PLACE, samples, 2)
+        crops = np.searchsorted(self._chances, places[:, 0], side="right").clip(max=len(self.datasets) - 1)
+        draws = []
+        for n, crop, u, turn in zip(samples, crops.tolist(), places[:, 1].tolist(), turns, strict=True):
+            count = len(self.datasets[crop].placement)
+            draws.append(Draw(n, self._offsets[crop] + min(int(u * count), count - 1), turn))
+        return draws
+
+    def read(self, draws: Sequence[Draw], pin: bool = False) -> CompactBatch:
+        """Read samples into one new compact batch, in page-locked memory with ``pin``."""
+        batch = self.layout.empty(len(draws), pin)
+        arrays = {name: tensor.numpy() for name, tensor in batch.items()}
+        tasks: list[Callable[[], None]] = []
+        for row, draw in enumerate(draws):
+            dataset, local = self._locate(draw.position)
+            center = dataset.placement.center(local)
+            tasks += [
+                partial(dataset.read_array, name, center, draw.turn, array[row], self.layout)
+                for name, array in arrays.items()
+            ]
+        self._pool.run(tasks)
+        batch["idx"] = torch.tensor([d.position for d in draws], dtype=torch.int64)
+        batch["sample"] = torch.tensor([d.sample for d in draws], dtype=torch.int64)
+        return batch
+
+    def batch_memory(self, batch_size: int = 1) -> BatchMemory:
+        """The bytes of a batch of ``batch_size`` samples, known before anything is read."""
+        finished, compact = {}, {}
+        for name, window in self.layout.inputs.items():
+            voxels = batch_size * math.prod(window.shape)
+            finished[name], compact[name] = 4 * voxels, self.layout.raw_dtype.itemsize * voxels
+        for name, window in self.layout.targets.items():
+            voxels = batch_size * math.prod(window.shape)
+            finished[name] = 4 * voxels * len(self.classes)
+            compact[name] = packed_bytes(len(self.classes)) * voxels
+        return BatchMemory(finished, FormMemory(compact))
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """The threads that read: made at first use, the same until `close`, shared by the crops of a collection."""
+        return self._pool.executor
+
+    @property
+    def max_workers(self) -> int:
+        """Number of reading threads."""
+        return self._pool.workers
+
+    def cancel(self) -> None:
+        """Cancel the reads that have not begun."""
+        self._pool.cancel()
+
+    def close(self) -> None:
+        """Cancel the reads that have not begun, end the threads, drop what is cached. A later use starts anew."""
+        self._pool.close()
+        self._cache.clear()
+
+    def __enter__(self) -> "SampleSource":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Samples(Dataset[Any]):
+    """What a `DataLoader` sees: as many items as an epoch has samples, numbered on through the epochs.
+
+    Args:
+        dataset: where the samples come from.
+        count: samples of an epoch; by default as many as tiles cover every crop once.
+        shuffle: draw samples at random; otherwise go through the tiles.
+        seed: what everything random follows from.
+        pin: read into page-locked memory.
+
+    Raises:
+        CellMapValueError: ``count`` is not positive.
+    """
+
+    def __init__(self, dataset: SampleSource, count: int | None, shuffle: bool, seed: int, pin: bool = False) -> None:
+        count = dataset.tile_count if count is None else int(count)
+        if count < 1:
+            raise CellMapValueError(f"samples_per_epoch must be at least 1, got {count}")
+        self.dataset = dataset
+        self.count = count
+        self.shuffle = shuffle
+        self.seed = seed
+        self.pin = pin
+        #: How its batches are laid out and finished.
+        self.layout = dataclasses.replace(dataset.layout, seed=seed)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, samples: Sequence[int]) -> CompactBatch:
+        """The samples of these numbers as one compact batch."""
+        return self.dataset.read(self.dataset.draw(samples, self.shuffle, self.seed), self.pin)
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        """One finished sample."""
+        batch = self.layout.finish(self.__getitems__([sample]))
+        return {name: value[0] for name, value in batch.items()}

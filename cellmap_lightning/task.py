@@ -1,0 +1,197 @@
+"""An example task: a network that marks each class in each voxel. Any LightningModule can take its place."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.masked import DiceScore, masked_bce, masked_dice
+
+log = logging.getLogger(__name__)
+
+#: Bounds of a class weight: beyond them one rare voxel would drown a batch, or a class would not be learnt at all.
+WEIGHT_BOUNDS = (0.1, 50.0)
+
+
+class SegmentationTask(L.LightningModule):
+    """Multi-label segmentation with targets of 1, 0 and NaN.
+
+    Args:
+        network: from ``[N, 1, z, y, x]`` (or ``[N, 1, y, x]``) to as many channels as classes, in logits.
+        classes: names of the channels.
+        optimizer: from parameters to an optimizer; by default AdamW with a learning rate of 1e-3.
+        scheduler: from an optimizer to a scheduler that steps each epoch, or None.
+        dice_weight: weight of the Dice term beside cross entropy, from 0 to 1.
+        class_weights: how much a positive voxel counts in the cross entropy: ``none``; ``pos_weight``, the ratio of
+            negative to positive voxels; ``inverse_sqrt``, its square root; or ``{class: weight}``. Measured on
+            ``weight_batches`` batches of the train split, bounded to [0.1, 50] and printed.
+        weight_batches: batches on which class weights are measured.
+        input_name: the input of the batch; by default the only one.
+        target_name: the target of the batch; by default the only one.
+
+    Raises:
+        CellMapValueError: ``class_weights`` that cannot be one.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: Sequence[str],
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        dice_weight: float = 0.5,
+        class_weights: str | Mapping[str, float] = "none",
+        weight_batches: int = 8,
+        input_name: str | None = None,
+        target_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.classes = tuple(classes)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        if not 0 <= dice_weight <= 1:
+            raise CellMapValueError(f"dice_weight must be in [0, 1], got {dice_weight}")
+        self.dice_weight = dice_weight
+        if isinstance(class_weights, str):
+            if class_weights not in ("none", "pos_weight", "inverse_sqrt"):
+                raise CellMapValueError(
+                    f"class_weights must be 'none', 'pos_weight', 'inverse_sqrt' or {{class: weight}}, "
+                    f"got {class_weights!r}"
+                )
+        else:
+            unknown = sorted(set(class_weights) - set(self.classes))
+            if unknown:
+                raise CellMapKeyError(f"class_weights names {unknown}, which are not among {list(self.classes)}")
+        self.class_weights = class_weights
+        self.weight_batches = weight_batches
+        self.input_name, self.target_name = input_name, target_name
+        self.register_buffer("pos_weight", torch.ones(len(self.classes)))
+        #: Of the last validation and test: Dice of the classes that occurred, and of the best constant predictor.
+        self.scores: dict[str, dict[str, dict[str, float]]] = {}
+        self.val_dice = DiceScore(self.classes)
+        self.test_dice = DiceScore(self.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a finished input."""
+        out: Tensor = self.network(x)
+        return out
+
+    def _parts(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        inputs, targets = list(getattr(data, "input_arrays", [])), list(getattr(data, "target_arrays", []))
+        return batch[self._name("input", self.input_name, inputs)], batch[
+            self._name("target", self.target_name, targets)
+        ]
+
+    def _name(self, kind: str, given: str | None, names: Sequence[str]) -> str:
+        if given is not None:
+            return given
+        if len(names) != 1:
+            raise CellMapKeyError(f"the batch has the {kind}s {list(names)}; say which one with {kind}_name")
+        return names[0]
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross entropy and Dice over the annotated voxels."""
+        total = (1 - self.dice_weight) * masked_bce(logits, target, self.pos_weight)
+        if self.dice_weight:
+            total = total + self.dice_weight * masked_dice(logits, target)
+        return total
+
+    # -- steps
+
+    def on_fit_start(self) -> None:
+        """Measure the class weights, once."""
+        if self.class_weights == "none":
+            return
+        if isinstance(self.class_weights, str):
+            weights = self._measured_weights(self.class_weights)
+        else:
+            weights = torch.tensor([float(self.class_weights.get(c, 1.0)) for c in self.classes])
+        bounded = weights.clamp(*WEIGHT_BOUNDS).to(self.device)
+        self.pos_weight = bounded
+        shown = ", ".join(f"{c} {w:.3g}" for c, w in zip(self.classes, bounded.tolist(), strict=True))
+        log.info(
+            "class weights (%s): %s", self.class_weights if isinstance(self.class_weights, str) else "given", shown
+        )
+
+    def _measured_weights(self, rule: str) -> Tensor:
+        """Ratio of negative to positive voxels in a few batches; 1 for a class that does not occur in them."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise CellMapValueError(f"class_weights={rule!r} needs the Trainer to run with a CellMapDataModule")
+        positive = known = torch.zeros(len(self.classes), dtype=torch.float64)
+        # What is measured must not depend on the ranks, nor move the training stream.
+        source, batch_size = data.train_dataset, data.batch_size
+        from cellmap_lightning.sampling.dataloader import CellMapDataLoader
+
+        loader = CellMapDataLoader(
+            source, batch_size, samples_per_epoch=self.weight_batches * batch_size, seed=data.seed, rank=0, world=1
+        )
+        name = self._name("target", self.target_name, list(data.target_arrays))
+        for batch in loader:
+            target = batch[name]
+            axes = [0, *range(2, target.ndim)]
+            known = known + (~torch.isnan(target)).sum(axes)
+            positive = positive + (target == 1).sum(axes)
+        ratio = torch.where(positive > 0, (known - positive) / positive.clamp(min=1), 1.0)
+        return (ratio if rule == "pos_weight" else ratio.sqrt()).to(torch.float32)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of a batch, logged as ``train/loss``."""
+        x, y = self._parts(batch)
+        loss = self.loss(self(x), y)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Loss and counts of a batch."""
+        self._evaluate("val", self.val_dice, batch)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Loss and counts of a batch."""
+        self._evaluate("test", self.test_dice, batch)
+
+    def _evaluate(self, stage: str, dice: DiceScore, batch: Mapping[str, Tensor]) -> None:
+        x, y = self._parts(batch)
+        logits = self(x)
+        dice.update(logits, y)
+        self.log(f"{stage}/loss", self.loss(logits, y), batch_size=len(x), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/dice`` and ``val/dice/<class>``."""
+        self._report("val", self.val_dice)
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/dice`` and ``test/dice/<class>``."""
+        self._report("test", self.test_dice)
+
+    def _report(self, stage: str, dice: DiceScore) -> None:
+        result = {name: value.tolist() for name, value in dice.compute().items()}
+        occurring = [i for i, there in enumerate(result["occurs"]) if there]
+        self.scores[stage] = {
+            self.classes[i]: {"dice": result["dice"][i], "constant": result["constant"][i]} for i in occurring
+        }
+        found = [result["dice"][i] for i in occurring]
+        self.log(f"{stage}/dice", sum(found) / len(found) if found else float("nan"), prog_bar=True)
+        for name, score in self.scores[stage].items():
+            self.log(f"{stage}/dice/{name}", score["dice"])
+        dice.reset()
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Probability of each class, ``[N, C, z, y, x]``."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        x = batch[self._name("input", self.input_name, list(getattr(data, "input_arrays", [])))]
+        return torch.sigmoid(self(x))
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the scheduler if there is one."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self.optimizer(parameters) if self.optimizer else torch.optim.AdamW(parameters, lr=1e-3)
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}

@@ -1,0 +1,1 @@
+"""What happens to a sample: where it is read (spatial), what its values become (intensity, targets)."""

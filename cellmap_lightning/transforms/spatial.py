@@ -1,0 +1,149 @@
+"""Where a sample is read: mirrors, axis permutations and rotations, as one orthogonal matrix per sample.
+
+The matrix takes directions in the patch to directions in the volume, in nm, order z, y, x: the patch's voxel at ``p``
+(nm from its centre) shows the volume at ``centre + matrix @ p``. It becomes part of the one affine map of the read, so
+nothing is turned afterwards, and anisotropic patches stay right.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cellmap_lightning.draws import TURN, uniforms
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.volumes.geometry import AXES, FloatArray
+from cellmap_lightning.volumes.placement import Window
+
+#: For a rotation about the first, content moves from the second towards the third (right-handed in x, y, z).
+_PLANES = {"z": ("x", "y"), "x": ("y", "z"), "y": ("z", "x")}
+
+
+class SpatialTransforms:
+    """Random mirrors, axis permutations and rotations.
+
+    Args:
+        config: any of
+            ``mirror: {axes: {x: 0.5}}``, the probability of a flip per axis;
+            ``transpose: {axes: [x, y]}``, a random permutation of these axes;
+            ``rotate: {axes: {z: [-180, 180]}}``, a uniform angle in degrees about the axis, right-handed: 90 degrees
+            about z moves what lies along x to y.
+            They act in this order on the content: mirror, transpose, rotate (about x, then y, then z).
+
+    Raises:
+        CellMapKeyError: an unknown transform or axis.
+        CellMapValueError: a probability outside [0, 1], or a range that is none.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None) -> None:
+        config = dict(config or {})
+        unknown = set(config) - {"mirror", "transpose", "rotate"}
+        if unknown:
+            raise CellMapKeyError(f"spatial_transforms has no {sorted(unknown)}; it has mirror, transpose and rotate")
+        self.mirror: dict[str, float] = {}
+        for axis, p in _axes("mirror", config.get("mirror"), Mapping).items():
+            if not _number(p) or not 0 <= p <= 1:
+                raise CellMapValueError(
+                    f"spatial_transforms.mirror: the probability for {axis} must be in [0, 1], got {p!r}"
+                )
+            self.mirror[axis] = float(p)
+        self.transpose: list[str] = list(_axes("transpose", config.get("transpose"), Sequence))
+        self.rotate: dict[str, tuple[float, float]] = {}
+        for axis, span in _axes("rotate", config.get("rotate"), Mapping).items():
+            good = isinstance(span, Sequence) and len(span) == 2 and all(map(_number, span)) and span[0] <= span[1]
+            if not good:
+                raise CellMapValueError(
+                    f"spatial_transforms.rotate: the angles about {axis} must be [lowest, highest] degrees, "
+                    f"got {span!r}"
+                )
+            self.rotate[axis] = (float(span[0]), float(span[1]))
+
+    def __bool__(self) -> bool:
+        return bool(self.mirror or self.transpose or self.rotate)
+
+    def check(self, windows: Mapping[str, Window]) -> None:
+        """Refuse what would turn the only slice of a two-dimensional patch out of its plane.
+
+        Raises:
+            CellMapValueError: a rotation about an axis in the plane of a patch with a single slice, or a permutation
+                that exchanges the slice's axis with another.
+        """
+        for name, window in windows.items():
+            for thin in (i for i, n in enumerate(window.shape) if n == 1):
+                tilting = [a for a, (lo, hi) in self.rotate.items() if a != AXES[thin] and (lo, hi) != (0, 0)]
+                if tilting:
+                    raise CellMapValueError(
+                        f"spatial_transforms.rotate: a rotation about {tilting[0]} would tilt the single slice of "
+                        f"{name!r} (shape {list(window.shape)}); rotate about {AXES[thin]} instead"
+                    )
+                if AXES[thin] in self.transpose and len(self.transpose) > 1:
+                    raise CellMapValueError(
+                        f"spatial_transforms.transpose: exchanging {AXES[thin]} would turn the single slice of "
+                        f"{name!r} "
+                        f"(shape {list(window.shape)}) out of its plane; leave {AXES[thin]} out"
+                    )
+
+    def turns(self, seed: int, samples: Sequence[int] | npt.NDArray[np.int64]) -> list[FloatArray | None]:
+        """The matrix of each sample, a function of (seed, sample) alone; None where nothing is drawn at all."""
+        if not self:
+            return [None] * len(samples)
+        return [self._turn(u) for u in uniforms(seed, TURN, samples, 3 + len(self.transpose) + 3)]
+
+    def _turn(self, u: FloatArray) -> FloatArray:
+        matrix = np.eye(3)
+        for i, axis in enumerate(AXES):
+            if u[i] < self.mirror.get(axis, 0):
+                matrix[i, i] = -1
+        if self.transpose:
+            rows = [AXES.index(a) for a in self.transpose]
+            order = np.argsort(u[3 : 3 + len(rows)])
+            permuted = np.eye(3)
+            permuted[rows] = np.eye(3)[[rows[i] for i in order]]
+            matrix = permuted @ matrix
+        for i, axis in enumerate(("x", "y", "z")):
+            if axis in self.rotate:
+                lo, hi = self.rotate[axis]
+                matrix = rotation(axis, lo + (hi - lo) * u[-3 + i]) @ matrix
+        # What moves the content forwards takes the patch's directions back.
+        return matrix.T
+
+
+def rotation(axis: str, degrees: float) -> FloatArray:
+    """Matrix (order z, y, x) that turns content by an angle about an axis, right-handed: z, 90 moves x to y."""
+    angle = math.radians(degrees)
+    quarter = round(degrees / 90)
+    # Quarter turns are exact, so that they stay permutations of the voxels.
+    c, s = (
+        (math.cos(angle), math.sin(angle))
+        if degrees != quarter * 90
+        else ((1, 0), (0, 1), (-1, 0), (0, -1))[quarter % 4]
+    )
+    a, b = (AXES.index(name) for name in _PLANES[axis])
+    out = np.eye(3)
+    out[a, a], out[b, a], out[a, b], out[b, b] = c, s, -s, c
+    return out
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _axes(name: str, config: Any, kind: type) -> Any:
+    """The ``axes`` of one transform, checked."""
+    empty: Any = {} if kind is Mapping else []
+    if config is None:
+        return empty
+    shape = "{axis: value}" if kind is Mapping else "[axis, ...]"
+    if not isinstance(config, Mapping) or set(config) != {"axes"}:
+        raise CellMapKeyError(f"spatial_transforms.{name} must be {{axes: {shape}}}, got {config!r}")
+    axes = config["axes"]
+    if axes is None:
+        return empty
+    if not isinstance(axes, kind) or isinstance(axes, str):
+        raise CellMapValueError(f"spatial_transforms.{name}.axes must be {shape}, got {axes!r}")
+    names: list[Any] = list(axes)  # type: ignore[call-overload]
+    if not set(names) <= set(AXES) or len(set(names)) != len(names):
+        raise CellMapKeyError(f"spatial_transforms.{name}.axes must name z, y and x at most once, got {names}")
+    return axes

@@ -1,0 +1,118 @@
+"""Targets as bits on the way, and as 0, 1 and NaN at the end.
+
+Packed, a voxel has ``2 * ceil(classes / 8)`` bytes: for every eight classes one byte of *present* bits and one byte of
+*known* bits, the lowest bit for the first class. A class is present only where it is known.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+
+if TYPE_CHECKING:
+    import torch
+
+Relations = Mapping[int, Sequence[int]]
+
+
+def packed_bytes(classes: int) -> int:
+    """Bytes per voxel of ``classes`` packed classes."""
+    return 2 * -(-classes // 8)
+
+
+def pack_into(
+    out: np.ndarray[Any, Any], index: int, stored: np.ndarray[Any, Any], absent: int, unknown: int | None
+) -> None:
+    """Add one class to packed voxels.
+
+    Args:
+        out: ``[z, y, x, packed_bytes]`` uint8, zero where nothing is known yet.
+        index: position of the class.
+        stored: ``[z, y, x]`` stored integers.
+        absent: their value where the class is not.
+        unknown: their value where nobody annotated, or None.
+    """
+    byte, bit = 2 * (index // 8), np.uint8(1 << (index % 8))
+    present = stored != absent
+    if unknown is None:
+        out[..., byte + 1] |= bit
+    else:
+        known = stored != unknown
+        present &= known
+        out[..., byte + 1] |= known.view(np.uint8) * bit
+    out[..., byte] |= present.view(np.uint8) * bit
+
+
+def infer_exclusive(packed: np.ndarray[Any, Any], relations: Relations) -> None:
+    """Where a class is not known and one that excludes it is present, it is known to be absent. In place.
+
+    Args:
+        packed: ``[z, y, x, packed_bytes]`` uint8.
+        relations: for the position of a class, those of the classes that exclude it.
+    """
+    seen = packed[..., 0::2].copy()
+    for index, others in relations.items():
+        excluded = np.zeros(packed.shape[:-1], np.uint8)
+        for other in others:
+            excluded |= (seen[..., other // 8] >> np.uint8(other % 8)) & np.uint8(1)
+        packed[..., 2 * (index // 8) + 1] |= excluded << np.uint8(index % 8)
+
+
+def parse_relations(relations: Mapping[str, Any] | None, classes: Sequence[str]) -> dict[int, list[int]]:
+    """``{class: [classes that exclude it]}`` as positions; classes that are not asked for are left out.
+
+    Raises:
+        CellMapValueError: a value is not a list, tuple or set of names.
+    """
+    found: dict[int, list[int]] = {}
+    for name, others in (relations or {}).items():
+        if isinstance(others, str) or not hasattr(others, "__iter__"):
+            raise CellMapValueError(f"class_relation_dict[{name!r}] must be a list or set of classes, got {others!r}")
+        if name in classes:
+            known = [classes.index(o) for o in others if o in classes and o != name]
+            if known:
+                found[classes.index(name)] = sorted(known)
+    return found
+
+
+def unpack(packed: "torch.Tensor", classes: int) -> "torch.Tensor":
+    """float32 ``[N, classes, z, y, x]`` with 1 present, 0 absent, NaN unknown, from uint8 ``[N, z, y, x, bytes]``."""
+    import torch
+
+    out = torch.empty((packed.shape[0], classes, *packed.shape[1:4]), dtype=torch.float32, device=packed.device)
+    for index in range(classes):
+        present, known = packed[..., 2 * (index // 8)], packed[..., 2 * (index // 8) + 1]
+        bit = 1 << (index % 8)
+        out[:, index] = (present & bit) != 0
+        out[:, index].masked_fill_((known & bit) == 0, float("nan"))
+    return out
+
+
+def class_transforms(transforms: Any, classes: Sequence[str], what: str) -> dict[int, Callable[..., Any]]:
+    """Transform of each class, from one for all, a list (one per class) or ``{class: transform}``.
+
+    Raises:
+        CellMapKeyError: a class that is not asked for.
+        CellMapValueError: a list of another length, or something that cannot be called.
+    """
+    if transforms is None:
+        return {}
+    if isinstance(transforms, Mapping):
+        unknown = [name for name in transforms if name not in classes]
+        if unknown:
+            raise CellMapKeyError(f"{what}: {unknown} are not among the classes {list(classes)}")
+        found = {classes.index(name): t for name, t in transforms.items()}
+    elif isinstance(transforms, Sequence) and not isinstance(transforms, str):
+        if len(transforms) != len(classes):
+            raise CellMapValueError(
+                f"{what}: {len(transforms)} transforms for {len(classes)} classes; one each is needed"
+            )
+        found = dict(enumerate(transforms))
+    else:
+        found = dict.fromkeys(range(len(classes)), transforms)
+    for index, transform in found.items():
+        if not callable(transform):
+            raise CellMapValueError(f"{what}: the transform of {classes[index]!r} cannot be called: {transform!r}")
+    return found

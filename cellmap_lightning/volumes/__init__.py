@@ -1,0 +1,1 @@
+"""The lowest floor: coordinates, metadata and chunks. Knows numpy and zarr, and neither torch nor Lightning."""

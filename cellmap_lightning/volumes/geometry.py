@@ -1,0 +1,164 @@
+"""Where a voxel is: lattices in nanometres, and the one affine map from a patch to an array.
+
+Convention (OME-NGFF 0.6 / RFC-5, and what CellMap's own numbers say): ``translation`` is the *centre* of voxel 0, so an
+array of ``n`` voxels of size ``s`` covers ``[t - s/2, t + (n - 1/2) s]``. Lattices are compared at their voxel *edges*,
+where arrays of different voxel sizes share corners, with a tolerance, since stored numbers carry float noise
+(3133.52 / 5.24 is 597.99999).
+
+Vectors are ordered z, y, x.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+
+AXES = ("z", "y", "x")
+FloatArray = npt.NDArray[np.float64]
+Vector = tuple[float, float, float]
+Shape = tuple[int, int, int]
+
+#: Voxels by which a patch may miss an array's lattice over its whole length and still be read by slicing.
+LATTICE_TOLERANCE = 5e-4
+#: Relative difference up to which two voxel sizes count as the same when a level is chosen.
+SCALE_TOLERANCE = 0.01
+#: Voxels within which a point counts as lying on the edge between two voxels.
+EDGE_TOLERANCE = 1e-6
+
+
+def vector(value: Sequence[float] | Mapping[str, float] | FloatArray, what: str = "a point") -> FloatArray:
+    """Three numbers in the order z, y, x, from a sequence or from ``{"z": .., "y": .., "x": ..}``.
+
+    Raises:
+        CellMapKeyError: an axis is missing or unknown.
+        CellMapValueError: not three finite numbers.
+    """
+    if isinstance(value, Mapping):
+        if set(value) != set(AXES):
+            raise CellMapKeyError(f"{what} needs the axes z, y and x, got {sorted(value)}")
+        value = [value[a] for a in AXES]
+    out = np.asarray(value, dtype=np.float64)
+    if out.shape != (3,) or not np.isfinite(out).all():
+        raise CellMapValueError(f"{what} needs three finite numbers (z, y, x), got {value!r}")
+    return out
+
+
+@dataclass(frozen=True)
+class Box:
+    """A physical box, ``lower`` and ``upper`` corner in nm (z, y, x)."""
+
+    lower: Vector
+    upper: Vector
+
+    @property
+    def extent(self) -> FloatArray:
+        """Edge lengths in nm."""
+        return np.subtract(self.upper, self.lower)
+
+    @property
+    def center(self) -> FloatArray:
+        """Centre in nm."""
+        return np.add(self.lower, self.upper) / 2
+
+    def intersects(self, other: "Box") -> bool:
+        """Whether the two share a volume (not only a face)."""
+        return all(a < d and c < b for a, b, c, d in zip(self.lower, self.upper, other.lower, other.upper, strict=True))
+
+    def union(self, other: "Box") -> "Box":
+        """The smallest box that holds both."""
+        return Box(to_vector(np.minimum(self.lower, other.lower)), to_vector(np.maximum(self.upper, other.upper)))
+
+    def as_dict(self) -> dict[str, list[float]]:
+        """``{"z": [lower, upper], ...}`` in nm."""
+        return {a: [self.lower[i], self.upper[i]] for i, a in enumerate(AXES)}
+
+    def __str__(self) -> str:
+        return (
+            " x ".join(f"{a} [{lo:g}, {hi:g}]" for a, lo, hi in zip(AXES, self.lower, self.upper, strict=True)) + " nm"
+        )
+
+
+def to_vector(value: npt.ArrayLike) -> Vector:
+    """A plain tuple of three floats."""
+    z, y, x = (float(v) for v in np.asarray(value, dtype=np.float64))
+    return z, y, x
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """A regular grid of voxels.
+
+    Attributes:
+        origin: centre of voxel 0, nm.
+        step: voxel size, nm.
+        shape: voxels along z, y, x.
+    """
+
+    origin: Vector
+    step: Vector
+    shape: Shape
+
+    @property
+    def box(self) -> Box:
+        """The physical box that the voxels fill, edges included."""
+        lower = np.subtract(self.origin, np.divide(self.step, 2))
+        return Box(to_vector(lower), to_vector(lower + np.multiply(self.step, self.shape)))
+
+    def matches(self, other: "Lattice") -> bool:
+        """Whether voxel i of the one is voxel i of the other, within the tolerance."""
+        if self.shape != other.shape:
+            return False
+        first = np.abs(np.subtract(self.origin, other.origin)) / self.step
+        drift = np.abs(np.divide(other.step, self.step) - 1) * self.shape
+        return bool((first + drift < LATTICE_TOLERANCE).all())
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap:
+    """From the voxel indices of a patch to the (fractional) indices of an array: ``index = matrix @ voxel + offset``.
+
+    Voxel centres map to voxel centres; index 0.0 is the centre of the array's voxel 0, -0.5 its lower edge.
+
+    Attributes:
+        matrix: ``[3, 3]``, array voxels per patch voxel.
+        offset: ``[3]``, where the centre of patch voxel (0, 0, 0) falls.
+        shape: voxels of the patch.
+    """
+
+    matrix: FloatArray
+    offset: FloatArray
+    shape: Shape
+
+    def separable(self) -> tuple[tuple[int, int, int], FloatArray] | None:
+        """Array axis and step of each patch axis, or None when the map turns by more than quarter turns."""
+        axes = np.abs(self.matrix).argmax(axis=0)
+        steps = self.matrix[axes, range(3)]
+        rest = self.matrix.copy()
+        rest[axes, range(3)] = 0
+        if len(set(axes.tolist())) < 3 or (np.abs(rest) @ np.asarray(self.shape, float)).max() >= LATTICE_TOLERANCE:
+            return None
+        z, y, x = axes.tolist()
+        return (z, y, x), steps
+
+
+def patch_map(
+    center: FloatArray, shape: Shape, scale: FloatArray, lattice: Lattice, turn: FloatArray | None = None
+) -> AffineMap:
+    """The map of a patch around ``center``.
+
+    Args:
+        center: centre of the patch's physical box, nm.
+        shape: voxels of the patch.
+        scale: voxel size of the patch, nm.
+        lattice: the array that is read.
+        turn: ``[3, 3]`` orthogonal matrix (mirror, axis permutation, rotation) from patch to world directions, acting
+            on nm, so that anisotropic patches stay right. None leaves the patch as it is.
+    """
+    turned = np.diag(scale) if turn is None else turn * scale
+    matrix = turned / np.asarray(lattice.step)[:, None]
+    middle = (np.asarray(shape, float) - 1) / 2
+    offset = (center - lattice.origin) / lattice.step - matrix @ middle
+    return AffineMap(matrix, offset, shape)

@@ -1,0 +1,202 @@
+"""One multiscale array, read as patches of a fixed size and resolution."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
+from cellmap_lightning.volumes.chunks import ChunkReader
+from cellmap_lightning.volumes.geometry import (
+    AXES,
+    SCALE_TOLERANCE,
+    FloatArray,
+    patch_map,
+    vector,
+)
+from cellmap_lightning.volumes.ngff import Level, Multiscale, read_multiscale
+from cellmap_lightning.volumes.placement import Placement, Window
+from cellmap_lightning.volumes.region import ChunkCache, Region
+from cellmap_lightning.volumes.resample import AnyArray, Method, evaluate
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+#: How many times finer than the finest stored level a patch may be before it is refused.
+MAX_UPSAMPLING = 2.0
+
+
+def choose_level(
+    image: Multiscale, scale: Sequence[float], what: str = "", max_upsampling: float | None = None
+) -> Level:
+    """The coarsest level that is not coarser than ``scale`` (within 1 %) on any axis, else the finest.
+
+    Args:
+        image: the multiscale image.
+        scale: the voxel size asked for, nm (z, y, x).
+        what: what messages call the image.
+        max_upsampling: how many times finer than the finest level ``scale`` may be; None for any.
+
+    Raises:
+        CellMapValueError: ``scale`` is finer than that; the message has the ratio per axis.
+    """
+    name = f"{what}: " if what else ""
+
+    def fits(level: Level) -> bool:
+        return all(s <= asked * (1 + SCALE_TOLERANCE) for s, asked in zip(level.scale, scale, strict=True))
+
+    def size(level: Level) -> float:
+        return float(np.prod(level.scale))
+
+    fine = [level for level in image.present if fits(level)]
+    if fine:
+        level = max(fine, key=size)
+        lost = [m for m in image.levels if m.info is None and fits(m) and size(m) > size(level)]
+        if lost:
+            log.warning(
+                "%s%s lists level %s, which is not on disk; the finer level %s is read instead of it",
+                name, image.path, lost[-1].name, level.name,
+            )  # fmt: skip
+        return level
+    level = min(image.present, key=size)
+    ratios = np.divide(level.scale, scale)
+    if max_upsampling is not None and ratios.max() > max_upsampling * (1 + SCALE_TOLERANCE):
+        gone = [m.name for m in image.levels if m.info is None]
+        raise CellMapValueError(
+            f"{name}{image.path}: the scale {[float(s) for s in scale]} nm is "
+            + ", ".join(
+                f"{r:.3g}x finer along {a}" for a, r in zip(AXES, ratios, strict=True) if r > 1 + SCALE_TOLERANCE
+            )
+            + f" than its finest level {level.name} ({list(level.scale)} nm); at most {max_upsampling:g}x is allowed"
+            + (f". Levels {', '.join(gone)} are listed but not on disk" if gone else "")
+        )
+    log.info(
+        "%s%s has no level as fine as %s nm; %s (%s nm) is upsampled",
+        name, image.path, list(scale), level.name, list(level.scale),
+    )  # fmt: skip
+    return level
+
+
+def open_region(level: Level, cache: ChunkCache, label: str = "") -> Region:
+    """The stored voxels of a level, decoded once per chunk."""
+    reader = ChunkReader(level, label)
+    return Region(reader.shape, reader.chunks, reader.dtype, reader.read, cache, str(level.path))
+
+
+class CellMapImage:
+    """Patches of one OME-NGFF image, at any centre, on a lattice of the caller's resolution.
+
+    Args:
+        path: the multiscale group.
+        target_class: what the image shows, for messages (``raw``, ``mito``).
+        target_scale: voxel size of a patch in nm (z, y, x).
+        target_voxel_shape: voxels of a patch (z, y, x).
+        pad: allow images smaller than a patch: positions then hold the whole image instead of lying inside it.
+        pad_value: value of the voxels outside the image.
+        interpolation: ``nearest`` (labels) or ``linear`` (raw) where a patch does not fall on the stored voxels;
+            linear is the mean over the patch's voxel when that is coarser than the level read.
+        axis_order: the order of axes in ``target_scale``, ``target_voxel_shape`` and the patches: a permutation of
+            ``zyx``.
+        max_upsampling: how many times finer than the finest level ``target_scale`` may be.
+        cache: decoded chunks to share with other images; by default the image keeps its own.
+
+    Raises:
+        CellMapFileNotFoundError: there is no such image, or none of its levels is on disk.
+        MetadataError: its metadata breaks the specification.
+        CellMapValueError: the scale is too fine for it, or it is smaller than a patch and ``pad`` is off.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        target_class: str,
+        target_scale: Sequence[float],
+        target_voxel_shape: Sequence[int],
+        pad: bool = False,
+        pad_value: float = float("nan"),
+        interpolation: Method = "nearest",
+        axis_order: str = "zyx",
+        *,
+        max_upsampling: float = MAX_UPSAMPLING,
+        cache: ChunkCache | None = None,
+    ) -> None:
+        if sorted(axis_order) != sorted(AXES):
+            raise CellMapValueError(f"axis_order must be a permutation of 'zyx', got {axis_order!r}")
+        if interpolation not in ("nearest", "linear"):
+            raise CellMapValueError(f"interpolation must be 'nearest' or 'linear', got {interpolation!r}")
+        self.path = str(path)
+        self.target_class = target_class
+        self.axis_order = axis_order
+        order = [axis_order.index(a) for a in AXES]
+        self.window = Window([target_voxel_shape[i] for i in order], [target_scale[i] for i in order])
+        self.pad = pad
+        self.pad_value = pad_value
+        self.interpolation: Method = interpolation
+        self.image = read_multiscale(path)
+        self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
+        self.region = open_region(self.level, cache if cache is not None else ChunkCache(), target_class)
+
+    @property
+    def scale_level(self) -> int:
+        """Index of the level that is read, in the order of the metadata."""
+        return self.image.levels.index(self.level)
+
+    @property
+    def bounding_box(self) -> dict[str, list[float]]:
+        """The physical box of the image, voxel edges included: ``{axis: [lower, upper]}`` in nm."""
+        return self.image.finest.lattice.box.as_dict()
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Where patches may lie."""
+        return Placement.plan(
+            self.image.finest.lattice.box,
+            [self.window],
+            [(self.window, self.level.lattice)],
+            self.pad,
+            self.target_class,
+        )
+
+    @property
+    def sampling_box(self) -> dict[str, list[float]]:
+        """Lowest and highest centre of a patch: ``{axis: [lower, upper]}`` in nm."""
+        return self.placement.centers.as_dict()
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return len(self.placement)
+
+    def get_center(self, index: int) -> dict[str, float]:
+        """Centre of the patch at a position, ``{axis: nm}``.
+
+        Raises:
+            CellMapIndexError: there is no such position.
+        """
+        if not -len(self) <= index < len(self):
+            raise CellMapIndexError(f"{self.path}: position {index} of {len(self)}")
+        return dict(zip(AXES, self.placement.center(index % len(self)).tolist(), strict=True))
+
+    def read_into(self, center: FloatArray, out: AnyArray, turn: FloatArray | None = None) -> None:
+        """Write the patch around ``center`` to ``out`` ``[z, y, x]``; see `patch_map` for ``turn``."""
+        amap = patch_map(center, self.window.shape, self.window.scale, self.level.lattice, turn)
+        evaluate(self.region, amap, out, method=self.interpolation, fill=self.pad_value)
+
+    def __getitem__(self, center: Mapping[str, float]) -> "torch.Tensor":
+        """The patch whose physical box is centred on ``center`` (``{axis: nm}``), float32, in ``axis_order``."""
+        # torch is needed only to hand out what a caller of this method asks for.
+        import torch
+
+        out = np.empty(self.window.shape, np.float32)
+        self.read_into(vector(center, "a centre"), out)
+        patch = torch.from_numpy(out)
+        return patch.permute(*(AXES.index(a) for a in self.axis_order))
+
+    def __repr__(self) -> str:
+        return (
+            f"CellMapImage({self.path!r}, {self.target_class!r}, level={self.level.name!r}, "
+            f"shape={list(self.window.shape)}, scale={self.window.scale.tolist()})"
+        )

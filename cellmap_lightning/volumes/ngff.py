@@ -1,0 +1,350 @@
+"""OME-NGFF multiscales 0.4 (Zarr v2) and 0.5 (Zarr v3), and CellMap annotation attributes, read from their JSON.
+
+Specifications: https://ngff.openmicroscopy.org/0.4/#multiscale-md, https://ngff.openmicroscopy.org/0.5/#multiscale-md,
+https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html, https://zarr-specs.readthedocs.io/en/latest/v3/core/v3.0.html;
+annotations: https://github.com/janelia-cellmap/cellmap-schemas.
+
+An array is described without being opened: zarr-python comes in when the first chunk is needed.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from cellmap_lightning.errors import MetadataError
+from cellmap_lightning.volumes.geometry import AXES, Lattice, Shape, Vector
+from cellmap_lightning.volumes.store import children, local, missing, read_json
+
+log = logging.getLogger(__name__)
+
+#: Nanometres in one unit (UDUNITS-2 names, as OME-NGFF asks for, and the abbreviations seen in the wild).
+UNITS_NM = {
+    "angstrom": 0.1,
+    "nanometer": 1.0,
+    "nm": 1.0,
+    "micrometer": 1e3,
+    "um": 1e3,
+    "µm": 1e3,
+    "millimeter": 1e6,
+    "mm": 1e6,
+    "meter": 1e9,
+    "picometer": 1e-3,
+}
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """What an array's metadata says.
+
+    Attributes:
+        path: the array's folder.
+        zarr_format: 2 or 3.
+        shape: voxels along the stored axes.
+        chunks: voxels of the smallest part that can be read by itself (the inner chunk of a shard).
+        dtype: the stored type.
+        attributes: the array's own attributes.
+    """
+
+    path: Path
+    zarr_format: int
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype[Any]
+    attributes: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of a multiscale image.
+
+    Attributes:
+        path: the array's folder.
+        name: its path inside the image, such as ``s0``.
+        scale: voxel size in nm (z, y, x).
+        translation: centre of voxel 0 in nm (z, y, x).
+        axes: which stored axis is z, y, x.
+        ndim: number of stored axes.
+    """
+
+    path: Path
+    name: str
+    scale: Vector
+    translation: Vector
+    axes: tuple[int, int, int]
+    ndim: int
+
+    @cached_property
+    def info(self) -> ArrayInfo | None:
+        """The array's metadata, or None when the image lists a level that is not on disk."""
+        info = read_array(self.path)
+        if info is not None and len(info.shape) != self.ndim:
+            raise MetadataError(
+                f"{self.path}: the array has {len(info.shape)} axes {list(info.shape)}, the image's "
+                f"metadata has {self.ndim}"
+            )
+        if info is not None:
+            other = [n for i, n in enumerate(info.shape) if i not in self.axes]
+            if any(n != 1 for n in other):
+                raise MetadataError(
+                    f"{self.path}: shape {list(info.shape)} has a non-spatial axis longer than 1; "
+                    "only channel and time axes of length 1 can be read"
+                )
+        return info
+
+    @cached_property
+    def lattice(self) -> Lattice:
+        """The voxels in nm.
+
+        Raises:
+            CellMapFileNotFoundError: the level is not on disk.
+        """
+        return Lattice(self.translation, self.scale, self.zyx(self.array.shape))
+
+    @property
+    def array(self) -> ArrayInfo:
+        """The array's metadata.
+
+        Raises:
+            CellMapFileNotFoundError: the level is not on disk.
+        """
+        if self.info is None:
+            raise missing(self.path, f"level {self.name!r} is listed in {self.path.parent} but")
+        return self.info
+
+    def zyx(self, stored: Sequence[int]) -> Shape:
+        """Lengths along the stored axes, in the order z, y, x."""
+        z, y, x = (int(stored[a]) for a in self.axes)
+        return z, y, x
+
+
+@dataclass(frozen=True)
+class Multiscale:
+    """One multiscale image.
+
+    Attributes:
+        path: the group's folder.
+        levels: finest first, as listed.
+        attributes: the group's attributes.
+    """
+
+    path: Path
+    levels: tuple[Level, ...]
+    attributes: Mapping[str, Any] = field(repr=False)
+
+    @cached_property
+    def present(self) -> tuple[Level, ...]:
+        """The levels that are on disk.
+
+        Raises:
+            CellMapFileNotFoundError: none is.
+        """
+        found = tuple(level for level in self.levels if level.info is not None)
+        if not found:
+            raise missing(self.levels[0].path, f"{self.path}: none of its levels is on disk;")
+        return found
+
+    @property
+    def finest(self) -> Level:
+        """The finest level on disk."""
+        return self.present[0]
+
+
+def read_attributes(path: Path) -> tuple[dict[str, Any], int] | None:
+    """Attributes and Zarr format of a group or an array, or None when ``path`` is neither."""
+    node = read_json(path / "zarr.json")
+    if node is not None:
+        attributes = node.get("attributes", {})
+        if not isinstance(attributes, dict):
+            raise MetadataError(f"{path / 'zarr.json'}: attributes should be an object, got {attributes!r}")
+        return attributes, 3
+    attributes = read_json(path / ".zattrs")
+    if attributes is None and not ((path / ".zgroup").exists() or (path / ".zarray").exists()):
+        return None
+    return attributes or {}, 2
+
+
+def read_array(path: Path) -> ArrayInfo | None:
+    """Describe the array in ``path`` from its metadata, or return None when there is none.
+
+    Raises:
+        MetadataError: the metadata is malformed.
+    """
+    file = path / "zarr.json"
+    meta = read_json(file)
+    if meta is not None:
+        if meta.get("node_type") != "array":
+            return None
+        try:
+            chunks = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
+            for codec in meta["codecs"]:
+                if codec["name"] == "sharding_indexed":
+                    chunks = tuple(codec["configuration"]["chunk_shape"])
+            dtype = meta["data_type"]
+        except (KeyError, TypeError) as e:
+            raise MetadataError(f"{file}: not the metadata of a Zarr v3 array with a regular chunk grid ({e!r})") from e
+        return _array(file, path, 3, meta.get("shape"), chunks, dtype, meta.get("attributes") or {})
+    file = path / ".zarray"
+    meta = read_json(file)
+    if meta is None:
+        return None
+    return _array(
+        file, path, 2, meta.get("shape"), meta.get("chunks"), meta.get("dtype"), read_json(path / ".zattrs") or {}
+    )
+
+
+def _array(
+    file: Path, path: Path, zarr_format: int, shape: Any, chunks: Any, dtype: Any, attributes: dict[str, Any]
+) -> ArrayInfo:
+    for what, value in (("shape", shape), ("chunks", chunks)):
+        good = isinstance(value, list | tuple) and all(isinstance(n, int) and n > 0 for n in value)
+        if not good:
+            raise MetadataError(f"{file}: {what} should be positive whole numbers, got {value!r}")
+    if len(shape) != len(chunks):
+        raise MetadataError(f"{file}: shape {shape} and chunks {list(chunks)} differ in length")
+    try:
+        stored = np.dtype(dtype)
+    except (TypeError, ValueError) as e:
+        raise MetadataError(f"{file}: unknown data type {dtype!r}") from e
+    if stored.kind not in "uif" and stored != np.bool_:
+        raise MetadataError(f"{file}: data type {dtype!r} is not a number")
+    return ArrayInfo(path, zarr_format, tuple(shape), tuple(chunks), stored.newbyteorder("="), attributes)
+
+
+def read_multiscale(path: str | Path) -> Multiscale:
+    """Read the multiscale image in the group ``path``.
+
+    Raises:
+        CellMapFileNotFoundError: ``path`` does not exist.
+        MetadataError: it holds no multiscale image, or one that breaks the specification.
+    """
+    group = local(path)
+    if not group.exists():
+        raise missing(group, "image")
+    node = read_attributes(group)
+    file = group / ("zarr.json" if node and node[1] == 3 else ".zattrs")
+    attributes = node[0] if node else {}
+    scales = (
+        (attributes.get("ome") or {}).get("multiscales") if node and node[1] == 3 else attributes.get("multiscales")
+    )
+    if scales is None:
+        scales = attributes.get("multiscales")
+    if not isinstance(scales, list) or not scales or not isinstance(scales[0], dict):
+        names = children(group)
+        raise MetadataError(
+            f"{group} holds no OME-NGFF multiscale image (no 'multiscales' in {file.name})"
+            + (f"; it holds {', '.join(names[:12])}" if names else "")
+        )
+    image = scales[0]
+    stored, units = _axes(file, image)
+    z, y, x = (stored.index(a) for a in AXES)
+    datasets = image.get("datasets")
+    if not isinstance(datasets, list) or not datasets:
+        raise MetadataError(f"{file}: 'datasets' should list the levels, got {datasets!r}")
+    levels = []
+    for entry in datasets:
+        name = entry.get("path") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not name or ".." in PurePosixPath(name).parts or name.startswith("/"):
+            raise MetadataError(f"{file}: a level's path should be a name inside the image, got {name!r}")
+        scale, translation = np.ones(len(stored)), np.zeros(len(stored))
+        for where in (entry, image):
+            for step in where.get("coordinateTransformations") or []:
+                scale, translation = _compose(f"{file}, level {name!r}", step, scale, translation)
+        if not (np.isfinite(scale).all() and (scale > 0).all() and np.isfinite(translation).all()):
+            raise MetadataError(
+                f"{file}, level {name!r}: scale must be positive and finite, got scale {scale.tolist()}, "
+                f"translation {translation.tolist()}"
+            )
+        s, t = scale[[z, y, x]] * units, translation[[z, y, x]] * units
+        levels.append(Level(group / name, name, (s[0], s[1], s[2]), (t[0], t[1], t[2]), (z, y, x), len(stored)))
+    return Multiscale(group, tuple(levels), attributes)
+
+
+def _axes(file: Path, image: dict[str, Any]) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float64]]]:
+    """Names of the stored axes, and the nm in one unit of z, y, x."""
+    axes = image.get("axes")
+    if not isinstance(axes, list) or not all(isinstance(a, dict) and isinstance(a.get("name"), str) for a in axes):
+        raise MetadataError(f"{file}: 'axes' should be a list of objects with a name, got {axes!r}")
+    names = [a["name"] for a in axes]
+    if len(set(names)) != len(names) or not set(AXES) <= set(names):
+        raise MetadataError(f"{file}: the axes z, y and x are needed once each, got {names}")
+    units = []
+    for name in AXES:
+        unit = axes[names.index(name)].get("unit")
+        if unit is None:
+            log.warning("%s: axis %r has no unit; nanometre is assumed", file, name)
+            unit = "nanometer"
+        if unit not in UNITS_NM:
+            raise MetadataError(f"{file}: axis {name!r} has the unit {unit!r}; one of {', '.join(UNITS_NM)} is needed")
+        units.append(UNITS_NM[unit])
+    return names, np.asarray(units)
+
+
+def _compose(where: str, step: Any, scale: Any, translation: Any) -> tuple[Any, Any]:
+    kind = step.get("type") if isinstance(step, dict) else None
+    if kind == "identity":
+        return scale, translation
+    value = step.get(kind) if kind in ("scale", "translation") else None
+    good = isinstance(value, list) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value
+    )
+    if value is None or not good or len(value) != len(scale):
+        raise MetadataError(f"{where}: needs a scale or translation of {len(scale)} numbers, got {step!r}")
+    values = np.asarray(value, dtype=np.float64)
+    if kind == "scale":
+        return scale * values, translation * values
+    return scale, translation + values
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the stored integers of a label array mean.
+
+    Attributes:
+        absent: value of voxels where the class is not.
+        unknown: value of voxels that nobody annotated, or None where every value is meant.
+        ambiguous: ``unknown`` could also be an instance's id, since nothing on disk rules it out.
+    """
+
+    absent: int
+    unknown: int | None
+    ambiguous: bool = False
+
+
+def read_encoding(image: Multiscale, level: Level) -> Encoding:
+    """The encoding of a label level, from the array's own attributes, its finest level's, or the class group's.
+
+    In an instance segmentation whose ``complement_counts.unknown`` is 0, the code of ``unknown`` is an instance.
+
+    Raises:
+        MetadataError: the encoding is malformed.
+    """
+    blocks = []
+    for attributes in (level.array.attributes, image.finest.array.attributes, image.attributes):
+        block = attributes.get("cellmap", {})
+        block = block.get("annotation") if isinstance(block, dict) else None
+        if isinstance(block, dict):
+            blocks.append(block)
+    kind: dict[str, Any] = next(
+        (b["annotation_type"] for b in blocks if isinstance(b.get("annotation_type"), dict)), {}
+    )
+    codes = kind.get("encoding", {"absent": 0, "unknown": 255})
+    try:
+        absent = int(codes["absent"])
+        unknown = None if codes.get("unknown") is None else int(codes["unknown"])
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise MetadataError(
+            f"{image.path}: the annotation's encoding needs whole numbers for 'absent' and 'unknown', got {codes!r}"
+        ) from e
+    # Only the finest level's count says that nothing is unknown: a coarser one may have lost it in the pyramid.
+    finest = image.finest.array.attributes.get("cellmap", {})
+    counts = (finest.get("annotation") or {}).get("complement_counts") if isinstance(finest, dict) else None
+    counts = counts if isinstance(counts, dict) else {}
+    if kind.get("type") == "instance_segmentation" and counts.get("unknown") == 0:
+        return Encoding(absent, None)
+    return Encoding(absent, unknown, ambiguous=kind.get("type") != "semantic_segmentation")

@@ -1,0 +1,338 @@
+"""Multiscale groups as the field stores them: OME-NGFF 0.4 in Zarr v2, OME-NGFF 0.5 in Zarr v3.
+
+Two conventions hold everywhere. A ``translation`` is the **centre** of voxel 0, so that level ``k``, whose voxels are
+``f**k`` times as large, starts at ``t + s * (f**k - 1) / 2`` and covers the same physical box as level 0. And a ragged
+last plane, too thin for a window, is **dropped**: the box of a coarse level then ends up to ``f**k - 1`` fine voxels
+early, but none of its voxels is made of values that are not in the data.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+import zarr.codecs
+from numpy.typing import NDArray
+
+from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
+
+__all__ = ["CellMapFileExistsError", "downsample_mean", "downsample_mode", "write_group", "write_multiscale"]
+
+Compressor = Literal["zstd", "lz4", "gzip"]
+ZarrFormat = Literal[2, 3]
+
+_NODE_FILES = (".zgroup", ".zarray", "zarr.json")
+_RESERVED = ("multiscales", "ome")
+
+
+class CellMapFileExistsError(CellMapError, FileExistsError):
+    """Something is already where a volume was to be written."""
+
+
+# ---------------------------------------------------------------------------------------------------- the pyramid
+
+
+def _window_parts(data: NDArray[Any], factors: Sequence[int]) -> list[NDArray[Any]]:
+    """The members of every window, as ``prod(factors)`` strided views of one common shape."""
+    if len(factors) != data.ndim or any(f < 1 for f in factors):
+        raise CellMapValueError(
+            f"factors {tuple(factors)} do not fit an array of shape {data.shape}: one integer >= 1 each"
+        )
+    shape = [n // f for n, f in zip(data.shape, factors, strict=True)]
+    if 0 in shape:
+        raise CellMapValueError(f"an array of shape {data.shape} has no whole window of {tuple(factors)} voxels")
+    return [
+        data[tuple(slice(o, o + n * f, f) for o, n, f in zip(offsets, shape, factors, strict=True))]
+        for offsets in product(*(range(f) for f in factors))
+    ]
+
+
+def downsample_mean(data: NDArray[Any], factors: Sequence[int] = (2, 2, 2)) -> NDArray[Any]:
+    """Average every window of ``factors`` voxels.
+
+    Integers are summed exactly and rounded to nearest, halves upwards, so that repeated levels do not darken.
+
+    Args:
+        data: Integer or floating array.
+        factors: Window size in voxels, one per axis.
+
+    Returns:
+        Array of the same dtype and of shape ``data.shape[i] // factors[i]``.
+
+    Raises:
+        CellMapTypeError: If the dtype has no mean (booleans, strings).
+        CellMapValueError: If the array is smaller than one window.
+    """
+    parts = _window_parts(data, factors)
+    n = len(parts)
+    if data.dtype.kind == "f":
+        total = np.zeros(parts[0].shape, np.float64)
+        for part in parts:
+            total += part
+        return (total / n).astype(data.dtype)
+    if data.dtype.kind not in "iu":
+        raise CellMapTypeError(f"cannot average dtype {data.dtype}; integers and floats have a mean")
+    # Half as many bits are enough for any sensible window; eight-byte integers have no wider type to go to.
+    bits = data.dtype.itemsize * 8
+    if bits < 64 and n <= 1 << bits - 1:
+        total = np.zeros(parts[0].shape, np.dtype(f"{data.dtype.kind}{data.dtype.itemsize * 2}"))
+        for part in parts:
+            total += part
+        total += total.dtype.type(n // 2)
+        return np.asarray(total // total.dtype.type(n)).astype(data.dtype)
+    quotient = np.zeros(parts[0].shape, data.dtype)
+    remainder = np.zeros(parts[0].shape, np.int64)
+    for part in parts:
+        whole = part // n
+        quotient += whole
+        remainder += (part - whole * n).astype(np.int64)
+    quotient += ((remainder + n // 2) // n).astype(data.dtype)
+    return quotient
+
+
+def downsample_mode(data: NDArray[Any], factors: Sequence[int] = (2, 2, 2)) -> NDArray[Any]:
+    """Take the most frequent value of every window of ``factors`` voxels.
+
+    A tie goes to the smaller value: background before foreground, foreground before ``unknown``.
+
+    Args:
+        data: Integer or boolean array.
+        factors: Window size in voxels, one per axis.
+
+    Returns:
+        Array of the same dtype and of shape ``data.shape[i] // factors[i]``.
+
+    Raises:
+        CellMapTypeError: If the dtype is not one of labels.
+        CellMapValueError: If the array is smaller than one window.
+    """
+    if data.dtype.kind not in "iub":
+        raise CellMapTypeError(f"cannot take the mode of dtype {data.dtype}; labels are integers")
+    parts = _window_parts(data, factors)
+    least = parts[0].copy()
+    most = parts[0].copy()
+    for part in parts[1:]:
+        np.minimum(least, part, out=least)
+        np.maximum(most, part, out=most)
+    # Nearly all windows of a label volume hold one value; only those on a border are worth sorting.
+    mixed = np.nonzero(least != most)
+    if mixed[0].size:
+        members = np.sort(np.stack([part[mixed] for part in parts]), axis=0)
+        winner = members[0].copy()
+        run = np.ones(winner.shape, np.int32)
+        longest = run.copy()
+        for before, value in pairwise(members):
+            run = np.where(value == before, run + 1, 1).astype(np.int32)
+            better = run > longest
+            winner[better] = value[better]
+            np.maximum(longest, run, out=longest)
+        least[mixed] = winner
+    return least
+
+
+# ---------------------------------------------------------------------------------------------------- the groups
+
+
+def _codec(compressor: Compressor | None, zarr_format: int) -> Any:
+    """What `zarr.create_array` wants for a compressor's name, in the words of each format."""
+    if compressor is None:
+        return None
+    if compressor not in ("zstd", "lz4", "gzip"):
+        raise CellMapValueError(f"unknown compressor {compressor!r}; one of 'zstd', 'lz4', 'gzip', None")
+    if compressor == "gzip":
+        return {"id": "gzip", "level": 5} if zarr_format == 2 else zarr.codecs.GzipCodec(level=5)
+    if zarr_format == 2:
+        return {"id": "blosc", "cname": compressor, "clevel": 5, "shuffle": 1, "blocksize": 0}
+    return zarr.codecs.BloscCodec(cname=compressor, clevel=5, shuffle="shuffle")
+
+
+def _check_format(zarr_format: int) -> None:
+    if zarr_format not in (2, 3):
+        raise CellMapValueError(f"zarr_format is {zarr_format!r}; 2 (OME-NGFF 0.4) or 3 (OME-NGFF 0.5)")
+
+
+def _make_room(path: Path, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not overwrite:
+        raise CellMapFileExistsError(f"{path} exists already; choose another path or pass overwrite=True")
+    is_node = path.is_dir() and (any((path / name).is_file() for name in _NODE_FILES) or not any(path.iterdir()))
+    if not is_node:
+        raise CellMapFileExistsError(
+            f"{path} is neither a Zarr group nor a Zarr array: it is not removed, even with overwrite=True"
+        )
+    shutil.rmtree(path)
+
+
+def write_group(
+    path: str | os.PathLike[str], attributes: Mapping[str, Any] | None = None, zarr_format: ZarrFormat = 2
+) -> None:
+    """Make sure that a Zarr group is at ``path``, and merge ``attributes`` into its own.
+
+    Args:
+        path: Local folder of the group. Its parents are made as folders, but not as groups.
+        attributes: JSON-like attributes; keys that the group has already are replaced.
+        zarr_format: 2 or 3. A group of the other format is an error.
+
+    Raises:
+        CellMapFileExistsError: If an array, a group of the other format or a file is there.
+    """
+    _check_format(zarr_format)
+    path = Path(path)
+    group_file = ".zgroup" if zarr_format == 2 else "zarr.json"
+    if path.exists() and not path.is_dir():
+        raise CellMapFileExistsError(f"{path} is a file; a Zarr group is a folder")
+    if any((path / name).exists() for name in _NODE_FILES):
+        try:
+            group = zarr.open_group(str(path), mode="r+", zarr_format=zarr_format, use_consolidated=False)
+        except (FileNotFoundError, ValueError) as error:
+            raise CellMapFileExistsError(
+                f"{path} holds something that is no Zarr v{zarr_format} group ({group_file} of a group expected)"
+            ) from error
+        if attributes:
+            group.update_attributes(dict(attributes))
+        return
+    zarr.create_group(str(path), zarr_format=zarr_format, attributes=dict(attributes or {}))
+
+
+def _per_axis(what: str, values: Sequence[Any], axes: Sequence[str]) -> tuple[Any, ...]:
+    if len(values) != len(axes):
+        raise CellMapValueError(f"{what} {tuple(values)} has {len(values)} entries; the axes are {', '.join(axes)}")
+    return tuple(values)
+
+
+def write_multiscale(
+    path: str | os.PathLike[str],
+    data: NDArray[Any],
+    *,
+    scale: Sequence[float],
+    translation: Sequence[float],
+    levels: int = 1,
+    mode: Literal["mean", "mode"] = "mean",
+    factors: Sequence[int] = (2, 2, 2),
+    zarr_format: ZarrFormat = 2,
+    chunks: Sequence[int] = (64, 64, 64),
+    shards: Sequence[int] | None = None,
+    compressor: Compressor | None = "zstd",
+    axes: Sequence[str] = ("z", "y", "x"),
+    unit: str = "nanometer",
+    name: str | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    array_attributes: Callable[[int, NDArray[Any]], Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write an array and its pyramid as a multiscale group with arrays ``s0 .. s{levels - 1}``.
+
+    The multiscale metadata are written last: a group that has them is whole. Metadata are never consolidated, because
+    a consolidated copy goes stale as soon as somebody adds a class to a parent group.
+
+    Args:
+        path: Local folder of the group.
+        data: Level 0, one axis per entry of ``axes``.
+        scale: Voxel size of level 0 per axis, in ``unit``.
+        translation: Centre of voxel 0 of level 0 per axis, in ``unit``.
+        levels: Number of levels, level 0 included.
+        mode: ``"mean"`` for intensities (see `downsample_mean`), ``"mode"`` for labels (see `downsample_mode`).
+        factors: Voxels of one level that make one of the next, per axis.
+        zarr_format: 2 writes OME-NGFF 0.4, 3 writes OME-NGFF 0.5.
+        chunks: Chunk shape in voxels, the same for every level.
+        shards: Shard shape in voxels, a multiple of ``chunks``; Zarr v3 only.
+        compressor: ``"zstd"`` and ``"lz4"`` are inside Blosc; None stores plain bytes.
+        axes: Names of the spatial axes, in the order of the array.
+        unit: Unit of ``scale`` and ``translation``, as OME-NGFF spells it.
+        name: Name of the multiscale; the folder's name when None.
+        attributes: More attributes of the group. ``multiscales`` and ``ome`` belong to this function.
+        array_attributes: Called with each level's number and array; what it returns becomes that array's attributes.
+        overwrite: Replace a Zarr group or array that is at ``path``.
+
+    Raises:
+        CellMapFileExistsError: If ``path`` exists and ``overwrite`` is False, or is not a Zarr node.
+        CellMapValueError: If the arguments contradict each other or ``levels`` is more than the shape allows.
+        CellMapTypeError: If the dtype has no mean, or no mode.
+    """
+    path = Path(path)
+    _check_format(zarr_format)
+    if data.ndim != len(axes) or len(set(axes)) != len(axes):
+        raise CellMapValueError(
+            f"axes {tuple(axes)} do not name the {data.ndim} axes of an array of shape {data.shape}"
+        )
+    scale = tuple(float(s) for s in _per_axis("scale", scale, axes))
+    translation = tuple(float(t) for t in _per_axis("translation", translation, axes))
+    factors = tuple(int(f) for f in _per_axis("factors", factors, axes))
+    chunks = tuple(int(c) for c in _per_axis("chunks", chunks, axes))
+    if any(not math.isfinite(s) or s <= 0 for s in scale) or not all(map(math.isfinite, translation)):
+        raise CellMapValueError(f"scale {scale} must be positive and, like translation {translation}, finite")
+    if any(c < 1 for c in chunks):
+        raise CellMapValueError(f"chunks {chunks} must be positive")
+    if shards is not None:
+        shards = tuple(int(s) for s in _per_axis("shards", shards, axes))
+        if zarr_format == 2:
+            raise CellMapValueError("shards need zarr_format=3: Zarr v2 has no sharding")
+        if any(s < 1 or s % c for s, c in zip(shards, chunks, strict=True)):
+            raise CellMapValueError(f"shards {shards} must be multiples of chunks {chunks}")
+    if mode not in ("mean", "mode"):
+        raise CellMapValueError(f"mode is {mode!r}; 'mean' for intensities, 'mode' for labels")
+    if levels < 1 or any(n < f ** (levels - 1) for n, f in zip(data.shape, factors, strict=True)):
+        raise CellMapValueError(
+            f"levels is {levels}: shape {data.shape} with factors {factors} does not have that many"
+        )
+    reserved = [key for key in _RESERVED if key in (attributes or {})]
+    if reserved:
+        raise CellMapValueError(
+            f"attributes must not contain {', '.join(reserved)}: these are written from the arguments"
+        )
+    codec = _codec(compressor, zarr_format)
+
+    _make_room(path, overwrite)
+    write_group(path, zarr_format=zarr_format)
+    v3: dict[str, Any] = {"dimension_names": tuple(axes), "shards": shards} if zarr_format == 3 else {}
+    datasets = []
+    array = data
+    for level in range(levels):
+        if level:
+            array = downsample_mean(array, factors) if mode == "mean" else downsample_mode(array, factors)
+        powers = [f**level for f in factors]
+        datasets.append(
+            {
+                "path": f"s{level}",
+                "coordinateTransformations": [
+                    {"type": "scale", "scale": [s * p for s, p in zip(scale, powers, strict=True)]},
+                    {
+                        "type": "translation",
+                        "translation": [
+                            t + s * (p - 1) / 2 for t, s, p in zip(translation, scale, powers, strict=True)
+                        ],
+                    },
+                ],
+            }
+        )
+        target = zarr.create_array(
+            str(path / f"s{level}"),
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=chunks,
+            compressors=codec,
+            fill_value=0,
+            zarr_format=zarr_format,
+            chunk_key_encoding={"name": "v2" if zarr_format == 2 else "default", "separator": "/"},
+            attributes=dict(array_attributes(level, array)) if array_attributes else None,
+            **v3,
+        )
+        target[...] = array
+
+    multiscale: dict[str, Any] = {
+        "name": path.name if name is None else name,
+        "axes": [{"name": axis, "type": "space", "unit": unit} for axis in axes],
+        "datasets": datasets,
+        "coordinateTransformations": [{"type": "scale", "scale": [1.0] * len(axes)}],
+    }
+    if zarr_format == 2:
+        block: dict[str, Any] = {"multiscales": [{"version": "0.4", **multiscale}]}
+    else:
+        block = {"ome": {"version": "0.5", "multiscales": [multiscale]}}
+    write_group(path, {**(attributes or {}), **block}, zarr_format)
