@@ -80,7 +80,9 @@ def _stop(message: str, code: int = 1) -> None:
 
 
 def _check_missing(cfg: DictConfig) -> None:
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    # Not OmegaConf.missing_keys: it resolves, and what refers to a missing value would be reported instead of it.
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    missing = sorted(key for key, value in _flat(plain) if value == "???")
     if missing:
         raise CellMapValueError("\n".join(f"{key} is required: set it with {key}=..." for key in missing))
 
@@ -154,7 +156,7 @@ def _hints(name: str, arguments: list[str]) -> list[str]:
             cfg = hydra.compose(name, overrides=chosen)
     except Exception:  # the hint must never hide the error it is about
         return []
-    keys = [*_flat(OmegaConf.to_container(cfg, resolve=False)), *groups]
+    keys = [*(key for key, _ in _flat(OmegaConf.to_container(cfg, resolve=False))), *groups]
     hints = []
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
@@ -169,11 +171,12 @@ def _hints(name: str, arguments: list[str]) -> list[str]:
     return hints
 
 
-def _flat(node: Any, where: str = "") -> Iterator[str]:
+def _flat(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a plain config, with dots, and its value."""
     if isinstance(node, dict):
         for key, value in node.items():
             below = f"{where}.{key}" if where else str(key)
-            yield below
+            yield below, value
             yield from _flat(value, below)
 
 

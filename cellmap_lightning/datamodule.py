@@ -113,7 +113,7 @@ class CellMapDataModule(L.LightningDataModule):
             ("batches_per_epoch", batches_per_epoch, 1),
             ("val_samples", val_samples, 1),
         ):
-            if value is not None and (isinstance(value, bool) or int(value) != value or value < least):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise CellMapValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if input_arrays is None:
             raise CellMapTypeError("input_arrays is needed: {name: {shape: voxels, scale: nm}}")

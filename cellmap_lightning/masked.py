@@ -87,12 +87,8 @@ class DiceScore(Metric):
         self.classes = tuple(classes)
         self.threshold = threshold
         for name in ("tp", "predicted", "positive", "known"):
-            # float64 counts voxels exactly up to 2^53.
-            self.add_state(name, torch.zeros(len(self.classes), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def set_dtype(self, dst_type: Any) -> "DiceScore":
-        """Counts stay float64 whatever the precision of the model."""
-        return self
+            # Whole numbers stay exact, also when a Trainer converts the model to half precision.
+            self.add_state(name, torch.zeros(len(self.classes), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Count a batch: ``[N, C, ...]`` logits and targets (1, 0, NaN)."""
@@ -104,7 +100,7 @@ class DiceScore(Metric):
         found = (logits > self.threshold) & known
         hit = found & (wanted > 0.5)
         for name, value in (("tp", hit), ("predicted", found), ("positive", wanted > 0.5), ("known", known)):
-            setattr(self, name, getattr(self, name) + _per_class(value.to(torch.float64)))
+            setattr(self, name, getattr(self, name) + _per_class(value))
 
     def compute(self) -> dict[str, Tensor]:
         """Scores of each class, ``[C]``.
@@ -115,5 +111,5 @@ class DiceScore(Metric):
             does.
         """
         occurs = self.positive > 0
-        constant = torch.where(occurs, 2 * self.positive / (self.known + self.positive), torch.nan)
-        return {"dice": 2 * self.tp / (self.predicted + self.positive), "constant": constant, "occurs": occurs}
+        constant = torch.where(occurs, 2.0 * self.positive / (self.known + self.positive), torch.nan)
+        return {"dice": 2.0 * self.tp / (self.predicted + self.positive), "constant": constant, "occurs": occurs}

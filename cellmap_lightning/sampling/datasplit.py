@@ -277,15 +277,15 @@ def _row(cells: list[str], where: str, folder: Path) -> tuple[str, Entry]:
     split = _USAGES.get(cells[0].lower())
     if split is None:
         raise CellMapValueError(f"the usage {cells[0]!r} should be one of {', '.join(_USAGES)}")
+    if any(cell.count("[") != cell.count("]") for cell in cells):
+        raise CellMapValueError('a bracket of classes needs quotes around its path: "…/crop1/[mito,er]"')
     if len(cells) == 5:
         raw, target = _join(cells[1], cells[2]), _join(cells[3], cells[4])
     elif len(cells) in (2, 3):
         raw, target = cells[1], cells[2] if len(cells) == 3 else ""
     else:
-        hint = '; a bracket of classes needs quotes: "…/crop1/[mito,er]"' if any("[" in c for c in cells) else ""
         raise CellMapValueError(
-            f"{len(cells)} columns; 3 (usage, raw, target) or 5 (usage, zarr, raw dataset, zarr, target dataset) are "
-            f"needed{hint}"
+            f"{len(cells)} columns; 3 (usage, raw, target) or 5 (usage, zarr, raw dataset, zarr, target dataset) are needed"
         )
     if not raw:
         raise CellMapValueError("the raw path is empty")

@@ -1,7 +1,6 @@
 """The one way to a chunk: whatever is read from a store is read, decoded and checked here."""
 
 import os
-import threading
 from typing import Any
 
 import numpy as np
@@ -33,9 +32,7 @@ class ChunkReader:
         self.chunks: Shape = level.zyx(info.chunks)
         # Booleans are read as the 0 and 1 that they stand for.
         self.dtype: np.dtype[Any] = np.dtype(np.uint8) if info.dtype == np.bool_ else info.dtype
-        self._array: zarr.Array[Any] | None = None
-        self._pid = 0
-        self._lock = threading.Lock()
+        self._opened: tuple[int, zarr.Array[Any]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"level": self.level, "label": self.label}
@@ -45,14 +42,15 @@ class ChunkReader:
 
     def _open(self) -> "zarr.Array[Any]":
         # Two threads may both open it at the same time: the one that is kept is as good as the other, and a lock held
-        # while a fork happens would stay locked in the child.
-        array, pid = self._array, os.getpid()
-        if array is None or self._pid != pid:
+        # while a fork happens would stay locked in the child. Process and array are one value, so that no thread sees
+        # the array of one process with the number of another.
+        opened, pid = self._opened, os.getpid()
+        if opened is None or opened[0] != pid:
             info = self.level.array
             store = LocalStore(info.path, read_only=True)
-            array = zarr.open_array(store, mode="r", zarr_format=3 if info.zarr_format == 3 else 2)
-            self._array, self._pid = array, pid
-        return array
+            opened = pid, zarr.open_array(store, mode="r", zarr_format=3 if info.zarr_format == 3 else 2)
+            self._opened = opened
+        return opened[1]
 
     def read(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
         """The decoded voxels of a box inside the array, in native byte order.

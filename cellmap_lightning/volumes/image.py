@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,6 +125,9 @@ class CellMapImage:
     ) -> None:
         if sorted(axis_order) != sorted(AXES):
             raise CellMapValueError(f"axis_order must be a permutation of 'zyx', got {axis_order!r}")
+        for what, value in (("target_scale", target_scale), ("target_voxel_shape", target_voxel_shape)):
+            if len(value) != 3:
+                raise CellMapValueError(f"{what} needs three numbers ({', '.join(axis_order)}), got {list(value)}")
         if interpolation not in ("nearest", "linear"):
             raise CellMapValueError(f"interpolation must be 'nearest' or 'linear', got {interpolation!r}")
         self.path = str(path)
@@ -139,6 +141,14 @@ class CellMapImage:
         self.image = read_multiscale(path)
         self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
         self.region = open_region(self.level, cache if cache is not None else ChunkCache(), target_class)
+        #: Where patches may lie.
+        self.placement = Placement.plan(
+            self.image.finest.lattice.box,
+            [self.window],
+            [(self.window, self.level.lattice)],
+            pad,
+            target_class,
+        )
 
     @property
     def scale_level(self) -> int:
@@ -149,17 +159,6 @@ class CellMapImage:
     def bounding_box(self) -> dict[str, list[float]]:
         """The physical box of the image, voxel edges included: ``{axis: [lower, upper]}`` in nm."""
         return self.image.finest.lattice.box.as_dict()
-
-    @cached_property
-    def placement(self) -> Placement:
-        """Where patches may lie."""
-        return Placement.plan(
-            self.image.finest.lattice.box,
-            [self.window],
-            [(self.window, self.level.lattice)],
-            self.pad,
-            self.target_class,
-        )
 
     @property
     def sampling_box(self) -> dict[str, list[float]]:

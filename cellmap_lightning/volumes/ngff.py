@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.volumes.geometry import AXES, Lattice, Shape, Vector
+from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, Lattice, Shape, Vector, to_vector
 from cellmap_lightning.volumes.store import children, local, missing, read_json
 
 log = logging.getLogger(__name__)
@@ -205,10 +205,12 @@ def _array(
         good = isinstance(value, list | tuple) and all(isinstance(n, int) and n > 0 for n in value)
         if not good:
             raise MetadataError(f"{file}: {what} should be positive whole numbers, got {value!r}")
+    if not isinstance(attributes, dict):
+        raise MetadataError(f"{file}: attributes should be an object, got {attributes!r}")
     if len(shape) != len(chunks):
         raise MetadataError(f"{file}: shape {shape} and chunks {list(chunks)} differ in length")
     try:
-        stored = np.dtype(dtype)
+        stored = np.dtype(dtype if dtype is not None else "missing")  # numpy takes None for float64
     except (TypeError, ValueError) as e:
         raise MetadataError(f"{file}: unknown data type {dtype!r}") from e
     if stored.kind not in "uif" and stored != np.bool_:
@@ -229,9 +231,8 @@ def read_multiscale(path: str | Path) -> Multiscale:
     node = read_attributes(group)
     file = group / ("zarr.json" if node and node[1] == 3 else ".zattrs")
     attributes = node[0] if node else {}
-    scales = (
-        (attributes.get("ome") or {}).get("multiscales") if node and node[1] == 3 else attributes.get("multiscales")
-    )
+    ome = attributes.get("ome")
+    scales = ome.get("multiscales") if isinstance(ome, dict) else None
     if scales is None:
         scales = attributes.get("multiscales")
     if not isinstance(scales, list) or not scales or not isinstance(scales[0], dict):
@@ -246,22 +247,30 @@ def read_multiscale(path: str | Path) -> Multiscale:
     datasets = image.get("datasets")
     if not isinstance(datasets, list) or not datasets:
         raise MetadataError(f"{file}: 'datasets' should list the levels, got {datasets!r}")
-    levels = []
+    levels: list[Level] = []
     for entry in datasets:
         name = entry.get("path") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name or ".." in PurePosixPath(name).parts or name.startswith("/"):
             raise MetadataError(f"{file}: a level's path should be a name inside the image, got {name!r}")
         scale, translation = np.ones(len(stored)), np.zeros(len(stored))
-        for where in (entry, image):
-            for step in where.get("coordinateTransformations") or []:
-                scale, translation = _compose(f"{file}, level {name!r}", step, scale, translation)
+        where = f"{file}, level {name!r}"
+        own, common = _transformations(where, entry), _transformations(where, image)
+        if not any(isinstance(step, dict) and step.get("type") == "scale" for step in own):
+            raise MetadataError(f"{where}: its coordinateTransformations have no scale, so its voxels have no size")
+        for step in own + common:
+            scale, translation = _compose(where, step, scale, translation)
         if not (np.isfinite(scale).all() and (scale > 0).all() and np.isfinite(translation).all()):
             raise MetadataError(
-                f"{file}, level {name!r}: scale must be positive and finite, got scale {scale.tolist()}, "
+                f"{where}: scale must be positive and finite, got scale {scale.tolist()}, "
                 f"translation {translation.tolist()}"
             )
-        s, t = scale[[z, y, x]] * units, translation[[z, y, x]] * units
-        levels.append(Level(group / name, name, (s[0], s[1], s[2]), (t[0], t[1], t[2]), (z, y, x), len(stored)))
+        s, t = to_vector(scale[[z, y, x]] * units), to_vector(translation[[z, y, x]] * units)
+        if levels and math.prod(s) < math.prod(levels[-1].scale) * (1 - SCALE_TOLERANCE):
+            raise MetadataError(
+                f"{where}: its voxels {list(s)} nm are finer than those of level {levels[-1].name!r} before it "
+                f"({list(levels[-1].scale)} nm); levels are listed finest first"
+            )
+        levels.append(Level(group / name, name, s, t, (z, y, x), len(stored)))
     return Multiscale(group, tuple(levels), attributes)
 
 
@@ -279,10 +288,17 @@ def _axes(file: Path, image: dict[str, Any]) -> tuple[list[str], np.ndarray[Any,
         if unit is None:
             log.warning("%s: axis %r has no unit; nanometre is assumed", file, name)
             unit = "nanometer"
-        if unit not in UNITS_NM:
+        if not isinstance(unit, str) or unit not in UNITS_NM:
             raise MetadataError(f"{file}: axis {name!r} has the unit {unit!r}; one of {', '.join(UNITS_NM)} is needed")
         units.append(UNITS_NM[unit])
     return names, np.asarray(units)
+
+
+def _transformations(where: str, node: dict[str, Any]) -> list[Any]:
+    steps = node.get("coordinateTransformations") or []
+    if not isinstance(steps, list):
+        raise MetadataError(f"{where}: 'coordinateTransformations' should be a list, got {steps!r}")
+    return steps
 
 
 def _compose(where: str, step: Any, scale: Any, translation: Any) -> tuple[Any, Any]:
@@ -316,6 +332,20 @@ class Encoding:
     ambiguous: bool = False
 
 
+def _annotation(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """CellMap's annotation block in the attributes of a group or an array, empty where there is none."""
+    block = attributes.get("cellmap")
+    block = block.get("annotation") if isinstance(block, dict) else None
+    return block if isinstance(block, dict) else {}
+
+
+def _whole(value: Any) -> int:
+    number = int(value)
+    if number != value:
+        raise ValueError(f"{value!r} is not a whole number")
+    return number
+
+
 def read_encoding(image: Multiscale, level: Level) -> Encoding:
     """The encoding of a label level, from the array's own attributes, its finest level's, or the class group's.
 
@@ -324,26 +354,23 @@ def read_encoding(image: Multiscale, level: Level) -> Encoding:
     Raises:
         MetadataError: the encoding is malformed.
     """
-    blocks = []
-    for attributes in (level.array.attributes, image.finest.array.attributes, image.attributes):
-        block = attributes.get("cellmap", {})
-        block = block.get("annotation") if isinstance(block, dict) else None
-        if isinstance(block, dict):
-            blocks.append(block)
+    blocks = [
+        _annotation(attributes)
+        for attributes in (level.array.attributes, image.finest.array.attributes, image.attributes)
+    ]
     kind: dict[str, Any] = next(
         (b["annotation_type"] for b in blocks if isinstance(b.get("annotation_type"), dict)), {}
     )
     codes = kind.get("encoding", {"absent": 0, "unknown": 255})
     try:
-        absent = int(codes["absent"])
-        unknown = None if codes.get("unknown") is None else int(codes["unknown"])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        absent, unknown = _whole(codes["absent"]), codes.get("unknown")
+        unknown = None if unknown is None else _whole(unknown)
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
         raise MetadataError(
             f"{image.path}: the annotation's encoding needs whole numbers for 'absent' and 'unknown', got {codes!r}"
         ) from e
     # Only the finest level's count says that nothing is unknown: a coarser one may have lost it in the pyramid.
-    finest = image.finest.array.attributes.get("cellmap", {})
-    counts = (finest.get("annotation") or {}).get("complement_counts") if isinstance(finest, dict) else None
+    counts = _annotation(image.finest.array.attributes).get("complement_counts")
     counts = counts if isinstance(counts, dict) else {}
     if kind.get("type") == "instance_segmentation" and counts.get("unknown") == 0:
         return Encoding(absent, None)

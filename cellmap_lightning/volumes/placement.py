@@ -73,8 +73,9 @@ class Placement:
 
         Along an axis on which ``box`` is smaller than a window, and with ``pad``, they are the positions at which the
         window holds the box. Centres are such that patches fall on the voxels of the coarsest of ``arrays`` that has
-        the window's voxel size, the first of equals; along an axis where none has, they are anchored at the box's
-        lower edge in steps of the coarsest of ``windows``.
+        the window's voxel size, the first of equals; along an axis where none has, they go from one edge of the box to
+        the other in equal steps of at most a voxel of the coarsest of ``windows``. No step is longer than the smallest
+        of ``windows``, so that tiles leave no gap.
 
         Args:
             box: what is annotated, or the whole volume; nm.
@@ -91,15 +92,19 @@ class Placement:
         first, step, counts, strides, held = [], [], [], [], []
         for axis in range(3):
             extent = max(w.extent[axis] for w in windows)
-            smallest = min(w.extent[axis] for w in windows)
+            smallest = min(float(w.extent[axis]) for w in windows)
             tied = [
                 (lattice.step[axis], lattice.box.lower[axis] + w.extent[axis] / 2)
                 for w, lattice in arrays
                 if abs(lattice.step[axis] / w.scale[axis] - 1) * w.shape[axis] < LATTICE_TOLERANCE
+                and lattice.step[axis] < smallest * (1 + LATTICE_TOLERANCE)
             ]
-            coarse = max(float(w.scale[axis]) for w in windows)
-            anchor = (coarse, box.lower[axis] + extent / 2)
-            s, c0 = max(tied, key=lambda t: t[0]) if tied else anchor
+            s = max((lattice_step for lattice_step, _ in tied), default=0.0)
+            # The same voxel size may be stored with different float noise, hence the tolerance.
+            s, c0 = next(
+                (t for t in tied if t[0] > s * (1 - LATTICE_TOLERANCE)),
+                (min(smallest, max(float(w.scale[axis]) for w in windows)), math.nan),
+            )
             slack = s * LATTICE_TOLERANCE
             lo, hi = box.lower[axis] + extent / 2, box.upper[axis] - extent / 2
             holds = hi < lo - slack
@@ -116,8 +121,12 @@ class Placement:
             if hi < lo - slack:
                 raise CellMapValueError(
                     f"{name}no place for the patch along {AXES[axis]}: an input of "
-                    f"{max(w.extent[axis] for w, _ in limits):g} nm leaves its volume everywhere; use a smaller patch, or pad=True"
+                    f"{max(w.extent[axis] for w, _ in limits):g} nm leaves its volume everywhere; "
+                    "use a smaller patch, or pad=True"
                 )
+            if not tied:
+                c0 = lo
+                s = (hi - lo) / math.ceil((hi - lo) / s - LATTICE_TOLERANCE) if hi - lo > slack else s
             k_lo, k_hi = math.ceil((lo - c0) / s - LATTICE_TOLERANCE), math.floor((hi - c0) / s + LATTICE_TOLERANCE)
             if k_hi < k_lo:  # no voxel edge of the coarsest array lets the patch in: it lies where the box says
                 c0, k_lo, k_hi = (lo + hi) / 2, 0, 0
@@ -163,7 +172,10 @@ class Placement:
         return math.prod(self._tiles_along)
 
     def tile(self, number: int) -> int:
-        """Position of one of the patches that together cover the box, in the order z, y, x; the last of an axis overlaps."""
+        """Position of one of the patches that together cover the box, in the order z, y, x.
+
+        The last along an axis overlaps the one before it where they do not divide.
+        """
         along = self._tiles_along
         rest, x = divmod(number, along[2])
         z, y = divmod(rest, along[1])

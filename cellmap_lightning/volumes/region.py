@@ -3,6 +3,7 @@
 import itertools
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -18,6 +19,20 @@ Decode = Callable[[tuple[int, int, int], Shape], AnyArray]
 DEFAULT_CACHE_BYTES = 2 << 30
 
 
+_caches: "weakref.WeakSet[ChunkCache]" = weakref.WeakSet()
+
+
+def _start_empty() -> None:
+    """In a forked child: a lock may have been held, and the threads that were decoding are gone."""
+    for cache in list(_caches):
+        cache._reset()
+
+
+# Here and not at the first use in the child, where several threads may come first at once.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_empty)
+
+
 class ChunkCache:
     """Decoded chunks in memory, the least recently used dropped first.
 
@@ -30,10 +45,10 @@ class ChunkCache:
 
     def __init__(self, budget: int = DEFAULT_CACHE_BYTES) -> None:
         self.budget = budget
-        self._clear()
+        self._reset()
+        _caches.add(self)
 
-    def _clear(self) -> None:
-        self._pid = os.getpid()
+    def _reset(self) -> None:
         self._lock = threading.Lock()
         self._chunks: OrderedDict[Hashable, AnyArray] = OrderedDict()
         self._coming: dict[Hashable, threading.Event] = {}
@@ -48,8 +63,6 @@ class ChunkCache:
 
     def get(self, key: Hashable, decode: Callable[[], AnyArray]) -> AnyArray:
         """The chunk of that key, decoded now if it is not kept. It is shared: copy from it, never write to it."""
-        if self._pid != os.getpid():  # forked: the lock may have been held, the decoding threads are gone
-            self._clear()
         while True:
             with self._lock:
                 chunk = self._chunks.get(key)
@@ -111,7 +124,7 @@ class Region:
         self.decode, self.cache, self.key, self.depth = decode, cache, key, depth
 
     def read_into(self, start: tuple[int, int, int], out: AnyArray) -> None:
-        """Copy the box at ``start`` with the shape of ``out``, inside the array, into ``out``, a view of any strides."""
+        """Copy the box at ``start`` with the shape of ``out``, inside the array, into ``out`` (any strides)."""
         stop = [a + n for a, n in zip(start, out.shape, strict=False)]
         spans = [range(a // c, -(-b // c)) for a, b, c in zip(start, stop, self.chunks, strict=True)]
         for index in itertools.product(*spans):

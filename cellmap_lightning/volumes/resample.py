@@ -63,7 +63,8 @@ def evaluate(source: Source, amap: AffineMap, out: AnyArray, *, method: Method, 
     steps, offset = steps[order], amap.offset
     counts = np.asarray(view.shape[:3])
     first = np.rint(offset)
-    miss = np.abs(offset - first) + np.abs(np.abs(steps) - 1) * (counts - 1)
+    # A single voxel has no next one to miss, but a coarse one is still the mean of several.
+    miss = np.abs(offset - first) + np.abs(np.abs(steps) - 1) * counts
     if (miss < LATTICE_TOLERANCE).all():
         flips = tuple(slice(None, None, -1 if s < 0 else 1) for s in steps)
         start = np.where(steps < 0, first - (counts - 1), first).astype(np.int64)
@@ -158,7 +159,10 @@ def _store(values: AnyArray, out: AnyArray, stored: np.dtype[Any]) -> None:
     """Assign, with what comes from stored integers rounded to them."""
     if stored.kind in "iu" and out.dtype.kind in "iu":
         info = np.iinfo(out.dtype)
-        values = np.clip(np.rint(values, out=values), info.min, info.max, out=values)
+        highest = values.dtype.type(info.max)
+        if int(highest) > info.max:  # 2**63 - 1 is no float64: what it rounds to would wrap around
+            highest = np.nextafter(highest, values.dtype.type(0))
+        values = np.clip(np.rint(values, out=values), info.min, highest, out=values)
     out[...] = values
 
 
@@ -192,13 +196,27 @@ def _weigh(source: Source, offset: FloatArray, steps: FloatArray, out: AnyArray,
         out[...] = fill
     kind = _compute_type(source.dtype)
     values = _read(source, lo, hi, out).astype(kind)
+    # A weight of zero does not silence a NaN in a product of matrices: it would spread over the whole patch.
+    holes = ~np.isfinite(values) if source.dtype.kind == "f" else None
+    if holes is not None and holes.any():
+        values[holes] = 0
+    else:
+        holes = None
     # The axis that shrinks most goes first, so that the later products are small.
     for axis in sorted(range(3), key=lambda a: matrices[a].shape[0] / matrices[a].shape[1]):
         matrix = matrices[axis].astype(kind)
         if matrix.shape[0] == matrix.shape[1] and np.array_equal(matrix, np.eye(len(matrix))):
             continue
-        values = np.moveaxis(np.tensordot(matrix, values, axes=(1, axis)), 0, axis)
+        values = _along(matrix, values, axis)
+        if holes is not None:
+            holes = _along((matrix != 0).astype(np.float32), holes.astype(np.float32), axis) > 0
+    if holes is not None:
+        values[holes] = np.nan
     _store(values, target, source.dtype)
+
+
+def _along(matrix: AnyArray, values: AnyArray, axis: int) -> AnyArray:
+    return np.moveaxis(np.tensordot(matrix, values, axes=(1, axis)), 0, axis)
 
 
 def _gather(source: Source, amap: AffineMap, out: AnyArray, method: Method, fill: float) -> None:
@@ -267,12 +285,16 @@ def _trilinear(box: AnyArray, points: FloatArray, stored: np.dtype[Any]) -> AnyA
         base = left * stride if base is None else base + left * stride
     assert base is not None
     total = np.zeros(base.shape, kind)
+    whole = stored.kind != "f" or np.isfinite(flat).all()
     for corner in np.ndindex(2, 2, 2):
         weight = np.ones((), kind)
         for bit, part in zip(corner, parts, strict=True):
             weight = weight * (part if bit else 1 - part)
         step = sum(bit * stride for bit, stride in zip(corner, strides, strict=True))
-        total += weight * flat[base + step].astype(kind)
+        values = flat[base + step].astype(kind)
+        if not whole:  # what has no weight has no say, not even as NaN
+            values = np.where(np.isfinite(values), values, np.where(weight == 0, 0, np.nan).astype(kind))
+        total += weight * values
     return total
 
 

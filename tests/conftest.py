@@ -1,0 +1,68 @@
+"""Volumes that the tests share, written once; nothing here stands in for the real thing."""
+
+import logging
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+
+from cellmap_lightning.synthetic import SyntheticVolume, write_volume
+
+INPUTS = {"raw": {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}}
+TARGETS = {"labels": {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}}
+CLASSES = ["mito", "er", "pm"]
+
+
+@pytest.fixture(scope="session")
+def volume(tmp_path_factory) -> SyntheticVolume:
+    """The synthetic volume, Zarr v2."""
+    return write_volume(tmp_path_factory.mktemp("v2") / "volume.zarr")
+
+
+@pytest.fixture(scope="session")
+def volume_v3(tmp_path_factory) -> SyntheticVolume:
+    """The same in Zarr v3."""
+    return write_volume(tmp_path_factory.mktemp("v3") / "volume.zarr", zarr_format=3)
+
+
+@pytest.fixture
+def real_volume() -> Path:
+    """A real volume that is not part of the project."""
+    path = Path(__file__).parents[2] / "shared" / "data" / "vnc.zarr"
+    if not path.exists():
+        pytest.skip("the real volume is not here")
+    return path
+
+
+def reading_threads() -> list[str]:
+    """Names of the threads that belong to this package."""
+    return sorted(t.name for t in threading.enumerate() if t.name.startswith("cellmap"))
+
+
+@pytest.fixture
+def no_threads_left():
+    """Fails when a test leaves a thread of this package behind."""
+    yield
+    assert reading_threads() == []
+
+
+@pytest.fixture
+def quiet_lightning():
+    """Leave out Lightning's remarks on workers, loggers and GPUs, which these tests provoke on purpose."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for text in (
+            ".*does not have many workers.*",
+            ".*isinstance.treespec.*",
+            ".*logging interval.*",
+            ".*`Trainer.fit.*",
+            ".*You are trying to `self.log.*",
+            ".*Checkpoint directory.*exists.*",
+            ".*does not pass a `valid` .*",
+            ".*requested to overfit.*",
+            ".*have overridden `on_.*_batch_transfer`.*",
+            ".*`tensorboardX` has been removed.*",
+        ):
+            warnings.filterwarnings("ignore", text)
+        yield

@@ -1,0 +1,161 @@
+"""The command as a user types it, in a process of its own."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+COMMAND = Path(sys.executable).with_name("cellmap-train")
+
+
+def run(*arguments, cwd, timeout=240, **env):
+    return subprocess.run(
+        [COMMAND, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )  # fmt: skip
+
+
+def run_forked(*arguments, cwd):
+    """The same in a fork of this process, which has imported torch and Lightning already: seconds less."""
+    import warnings
+
+    import lightning  # noqa: F401
+    import monai.networks.nets  # noqa: F401
+
+    from cellmap_lightning import cli
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            out = os.open(cwd / "stderr.txt", os.O_WRONLY | os.O_CREAT)
+            os.dup2(out, 2)
+            os.dup2(out, 1)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            os.chdir(cwd)
+            warnings.resetwarnings()
+            sys.argv = ["cellmap-train", *arguments]
+            try:
+                cli.train()
+                code = 0
+            except SystemExit as e:
+                code = e.code if isinstance(e.code, int) else 98
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), (cwd / "stderr.txt").read_text()
+
+
+def small(volume, *more):
+    return [
+        f"data.csv_path={volume.csv_path}", "data.classes=[mito,er]", "patch.shape=[8,16,16]", "patch.scale=[10.48,8,8]",
+        "data.batch_size=2", "data.batches_per_epoch=3", "data.val_samples=4", "model.channels=[4,8]", "model.strides=[2]",
+        "trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", *more,
+    ]  # fmt: skip
+
+
+def test_help_imports_neither_torch_nor_lightning(tmp_path):
+    code = (
+        "import sys, json\n"
+        "sys.argv = ['cellmap-train', '--help']\n"
+        "from cellmap_lightning.cli import train\n"
+        "try:\n    train()\nexcept SystemExit as e:\n    assert not e.code\n"
+        "print(json.dumps([m for m in ('torch', 'lightning', 'zarr', 'monai') if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+    assert "experiment: demo" in done.stdout
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, cellmap_lightning\nassert 'torch' not in sys.modules\n"
+        "import cellmap_lightning.sampling.dataloader\n"
+        "print([m for m in ('lightning', 'hydra', 'monai', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_run_leaves_what_it_promises(volume, tmp_path):
+    done = run(*small(volume, "compare_untrained=true", "hydra.run.dir=out"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for line in ("class", "mito", "er ", "mean", "results in"):
+        assert line in done.stdout
+    assert "untrained" in done.stdout
+    assert "constant" in done.stdout
+    out = tmp_path / "out"
+    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "curves.png", "samples.png"):
+        assert (out / name).stat().st_size > 0
+    with (out / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {"train/loss", "val/loss", "val/dice", "val/dice/mito", "val/dice/er"} <= set(rows[0])
+    checkpoint = torch.load(out / "checkpoints/best.ckpt", weights_only=True)
+    assert checkpoint["cellmap_config"]["data"]["classes"] == ["mito", "er"]
+    assert "${" not in (out / "config.yaml").read_text()
+
+
+def test_a_sweep(volume, tmp_path):
+    done = run(
+        "-m", *small(volume, "task.dice_weight=0,1", "trainer.max_epochs=1", "hydra.sweep.dir=sweep"), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/samples.png")) == ["0", "1"]
+
+
+def test_one_batch_of_everything(tmp_path):
+    done = run("experiment=fast_dev_run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "demo_data" / "demo.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["data.classes is required: set it with data.classes=...", "data.csv_path is required"]),
+        (["data.batchsize=4"], ["Could not override 'data.batchsize'", "did you mean 'data.batch_size'?"]),
+        (["trainer.max_epoch=4"], ["Key 'max_epoch'", "did you mean 'trainer.max_epochs'?"]),
+        (["dta.batch_size=3"], ["did you mean 'data.batch_size'?"]),
+        (["data.batch_size=0"], ["batch_size must be a whole number of at least 1, got 0"]),
+        (["data.batch_size=four"], ["batch_size must be a whole number of at least 1, got 'four'"]),
+        (
+            ["+data.batchsize=4"],
+            ["data.batchsize: CellMapDataModule has no argument 'batchsize'; did you mean data.batch_size?"],
+        ),
+        (["experiment=dmo"], ["Could not find 'experiment/dmo'", "demo"]),
+        (["model=resnet"], ["Could not find 'model/resnet'", "unet"]),
+        (["data.csv_path=nowhere.csv"], ["the CSV of crops nowhere.csv does not exist"]),
+        (["patch.scale=[1,1,1]"], ["crops for 'train' cannot be used", "5.24x finer along z"]),
+        (["patch.shape=[8,16]"], ["three positive whole numbers of voxels (z, y, x), got [8, 16]"]),
+        (["data.pad=false", "patch.shape=[8,900,16]"], ["use a smaller patch, or pad=True"]),
+        (["data.classes=[mito,golgi]"], ["no crop for 'train' annotates 'golgi'"]),
+        (["task.class_weights=balanced"], ["class_weights must be"]),
+        (["data.spatial_transforms.mirror.axes.x=2"], ["probability for x must be in [0, 1], got 2"]),
+    ],
+    ids=lambda a: (a[0] if a else "nothing") if isinstance(a, list) and (not a or "=" in a[0]) else "",
+)
+def test_wrong_use_ends_in_a_few_lines(volume, tmp_path, arguments, expected):
+    given = [a for a in small(volume) if arguments and not any(a.split("=")[0] == b.split("=")[0] for b in arguments)]
+    code, text = run_forked(*given, *arguments, cwd=tmp_path)
+    assert code == 1, text
+    for part in expected:
+        assert part in text
+    assert "Traceback" not in text
+    assert len([line for line in text.splitlines() if line.strip() and not line[:1].isdigit()]) <= 20
+
+
+def test_wrong_use_in_a_process_of_its_own(tmp_path):
+    done = run("data.batchsize=4", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "did you mean 'data.batch_size'?" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,392 @@
+import gc
+import logging
+import pickle
+import threading
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from cellmap_lightning import CellMapDataModule, CellMapError
+from cellmap_lightning.callbacks import RunConfig, StreamPrefetch
+from cellmap_lightning.sampling.arrays import CompactBatch
+from cellmap_lightning.task import SegmentationTask
+from tests.conftest import CLASSES, INPUTS, TARGETS, reading_threads
+
+pytestmark = pytest.mark.usefixtures("quiet_lightning")
+GT = "recon-1/labels/groundtruth"
+
+
+def module(volume, **kwargs):
+    entry = {n: {"raw": volume.raw_path, "gt": f"{volume.path}/{GT}/crop{n}/[mito,er,pm]"} for n in (2, 3, 4)}
+    given = {
+        "classes": CLASSES,
+        "input_arrays": INPUTS,
+        "target_arrays": TARGETS,
+        "datasets": {
+            "train": [entry[2], entry[3]],
+            "val": [entry[4]],
+            "test": [entry[4]],
+            "predict": [{"raw": volume.raw_path}],
+        },
+        "batch_size": 2,
+        "batches_per_epoch": 3,
+        "val_samples": 4,
+    }
+    return CellMapDataModule(**(given | kwargs))
+
+
+@pytest.fixture
+def data(volume):
+    with module(volume) as data:
+        yield data
+    assert reading_threads() == []
+
+
+def task(**kwargs):
+    torch.manual_seed(0)
+    return SegmentationTask(nn.Conv3d(1, 3, 3, padding=1), CLASSES, **kwargs)
+
+
+def trainer(tmp_path, **kwargs):
+    given = {
+        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path,
+    }  # fmt: skip
+    return L.Trainer(**(given | kwargs))
+
+
+class Watch(L.Callback):
+    """Keeps the batches that the steps saw."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append({n: t.clone() for n, t in batch.items()})
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.batches.append({n: t.clone() for n, t in batch.items()})
+
+
+def test_fit_validate_test_predict_fit_on_one_module(volume, tmp_path):
+    """The same datasets and the same executor objects through every stage; nothing left after close."""
+    data = module(volume)
+    run = trainer(tmp_path)
+    model = task()
+    run.fit(model, data)
+    train, val = data.train_dataset, data.val_dataset
+    executors = train.executor, val.executor
+    assert any(name.startswith("cellmap") for name in reading_threads())
+    run.validate(model, data, verbose=False)
+    run.test(model, data, verbose=False)
+    predictions = trainer(tmp_path, limit_predict_batches=2).predict(model, data)
+    run.fit_loop.max_epochs = 2
+    run.fit(model, data)
+    assert (data.train_dataset, data.val_dataset) == (train, val)
+    assert (data.train_dataset.executor, data.val_dataset.executor) == executors
+    assert predictions[0].shape == (2, 3, 8, 16, 24)
+    assert 0 <= predictions[0].min() <= predictions[0].max() <= 1
+    data.close()
+    assert reading_threads() == []
+    assert model.scores["val"].keys() <= set(CLASSES)
+    assert model.scores["test"]
+
+
+def test_steps_see_finished_batches(data, tmp_path):
+    watch = Watch()
+    trainer(tmp_path, callbacks=[watch, StreamPrefetch()]).fit(task(), data)
+    assert len(watch.batches) == 2 + 3 + 2  # sanity check, training, validation
+    for batch in watch.batches:
+        assert list(batch) == ["raw", "labels", "idx"]
+        assert batch["raw"].dtype == batch["labels"].dtype == torch.float32
+        assert not batch["raw"].isnan().any()
+        assert data.batch_memory().total_bytes == batch["raw"].nbytes + batch["labels"].nbytes
+
+
+def test_a_failing_step_leaves_nothing_hanging(volume, tmp_path):
+    class Fails(SegmentationTask):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("the step failed")
+
+    data = module(volume)
+    with pytest.raises(RuntimeError, match="the step failed"):
+        trainer(tmp_path).fit(Fails(nn.Conv3d(1, 3, 1), CLASSES), data)
+    executor = data.train_dataset.executor
+    trainer(tmp_path).fit(task(), data)  # and it goes on
+    assert data.train_dataset.executor is executor
+    data.close()
+    assert reading_threads() == []
+
+
+def test_ctrl_c_cancels_what_is_queued(volume, tmp_path):
+    """Lightning ends the process without calling teardown; `on_exception` is what is left."""
+
+    class Interrupted(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            hold.acquire()
+            pool = trainer.datamodule.train_dataset._pool
+            # Both reading threads are busy and more is queued when Ctrl-C comes.
+            self.futures = [pool.executor.submit(hold.acquire) for _ in range(2)]
+            self.futures += [pool.executor.submit(print, "never") for _ in range(3)]
+            pool._queued.update(self.futures)
+            raise KeyboardInterrupt
+
+    hold = threading.Semaphore(1)
+    callback = Interrupted()
+    data = module(volume, max_workers=2)
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, callbacks=[callback]).fit(task(), data)
+    assert all(f.cancelled() for f in callback.futures[2:])
+    hold.release(2)
+    data.close()
+    assert reading_threads() == []
+
+
+def test_garbage_collection_ends_the_threads(volume, tmp_path):
+    data = module(volume)
+    trainer(tmp_path).fit(task(), data)
+    assert reading_threads()
+    del data
+    for _ in range(3):
+        gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("cellmap"):
+            thread.join(5)
+    assert reading_threads() == []
+
+
+def test_two_modules_at_once(volume, tmp_path):
+    with module(volume) as one, module(volume) as two:
+        trainer(tmp_path).fit(task(), one)
+        trainer(tmp_path).fit(task(), two)
+        assert one.train_dataset.executor is not two.train_dataset.executor
+
+
+def test_worker_processes_under_a_trainer(volume, tmp_path):
+    watch, direct = Watch(), Watch()
+    with module(volume, num_workers=1, multiprocessing_context="fork") as data:
+        trainer(tmp_path, callbacks=[watch], limit_val_batches=0).fit(task(), data)
+    with module(volume) as data:
+        trainer(tmp_path, callbacks=[direct], limit_val_batches=0).fit(task(), data)
+    assert len(watch.batches) == 3
+    for a, b in zip(watch.batches, direct.batches, strict=True):
+        assert all(torch.equal(a[n].nan_to_num(-1), b[n].nan_to_num(-1)) for n in a)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"overfit_batches": 2},
+        {"limit_train_batches": 1, "limit_val_batches": 1},
+        {"reload_dataloaders_every_n_epochs": 1, "max_epochs": 2},
+        {"accumulate_grad_batches": 2},
+        {"val_check_interval": 1},
+        {"fast_dev_run": True},
+    ],
+    ids=lambda k: next(iter(k)),
+)
+def test_trainer_options(data, tmp_path, kwargs):
+    trainer(tmp_path, **kwargs).fit(task(), data)
+
+
+def test_overfit_batches_repeat(data, tmp_path):
+    class Trained(L.Callback):
+        seen: list = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.seen.append(batch["idx"].tolist())
+
+    trainer(tmp_path, callbacks=[Trained()], overfit_batches=1, max_epochs=3).fit(task(), data)
+    assert len(Trained.seen) == 3
+    assert Trained.seen[0] == Trained.seen[1] == Trained.seen[2]
+
+
+def test_epochs_differ_and_are_reproducible(volume, tmp_path):
+    seen = []
+    for _ in range(2):
+        watch = Watch()
+        with module(volume) as data:
+            trainer(tmp_path, callbacks=[watch], max_epochs=2, limit_val_batches=0).fit(task(), data)
+        seen.append([b["idx"].tolist() for b in watch.batches])
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 6
+    assert seen[0][:3] != seen[0][3:]
+
+
+def test_validation_is_the_same_each_time(data, tmp_path):
+    watch = Watch()
+    run = trainer(tmp_path, callbacks=[watch])
+    run.validate(task(), data, verbose=False)
+    run.validate(task(), data, verbose=False)
+    assert len(watch.batches) == 4
+    for a, b in zip(watch.batches[:2], watch.batches[2:], strict=True):
+        assert torch.equal(a["raw"], b["raw"])
+
+
+def test_the_batch_size_finder_changes_the_loaders(data, tmp_path):
+    watch = Watch()
+    finder = L.pytorch.callbacks.BatchSizeFinder("power", steps_per_trial=1, init_val=2, max_trials=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tmp_path, callbacks=[finder, watch], limit_val_batches=0).fit(task(), data)
+    assert data.batch_size == 4
+    assert len(watch.batches[-1]["idx"]) == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_compact_batches_are_finished_in_the_transfer(volume, tmp_path, precision, monkeypatch):
+    """On an accelerator batches travel compact. The path is the same on a CPU that is said to be one."""
+    monkeypatch.setattr("cellmap_lightning.datamodule.STREAM_DEVICES", ("cpu",))
+    delivered, seen = [], []
+
+    class Own(SegmentationTask):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            delivered.append(type(batch))
+            return batch
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            seen.append({n: (t.dtype, tuple(t.shape)) for n, t in batch.items()})
+            return batch
+
+    with module(volume) as data:
+        model = Own(nn.Conv3d(1, 3, 3, padding=1), CLASSES)
+        trainer(tmp_path, precision=precision).fit(model, data)
+    assert set(delivered) == {CompactBatch}
+    expected = {"bf16-true": torch.bfloat16, "64-true": torch.float64, "bf16-mixed": torch.float32}[precision]
+    assert seen[0] == {
+        "raw": (expected, (2, 1, 8, 16, 24)),
+        "labels": (expected, (2, 3, 8, 16, 24)),
+        "idx": (torch.int64, (2,)),
+    }
+
+
+def test_the_stream_decision_is_made_for_each_loader(data, tmp_path, caplog):
+    callback = StreamPrefetch()
+    with caplog.at_level(logging.INFO, "cellmap_lightning.callbacks.stream_prefetch"):
+        trainer(tmp_path, callbacks=[callback]).fit(task(), data)
+    assert set(callback.decisions) == {"train", "val"}
+    assert not any(d.enabled for d in callback.decisions.values())
+    assert caplog.text.count("stream prefetch for train: off, a cpu device has no copies to overlap") == 1
+
+
+def test_the_thresholds_come_from_arguments_or_the_environment(monkeypatch):
+    assert StreamPrefetch().settings.min_batch_mb == 100
+    assert StreamPrefetch().settings.max_streams == 8
+    monkeypatch.setenv("MIN_BATCH_MEMORY_FOR_STREAMS_MB", "50")
+    monkeypatch.setenv("MAX_CONCURRENT_CUDA_STREAMS", "2")
+    assert (StreamPrefetch().settings.min_batch_mb, StreamPrefetch().settings.max_streams) == (50, 2)
+    assert StreamPrefetch(min_batch_mb=10).settings.min_batch_mb == 10
+    monkeypatch.setenv("MIN_BATCH_MEMORY_FOR_STREAMS_MB", "much")
+    with pytest.raises(CellMapError, match="MIN_BATCH_MEMORY_FOR_STREAMS_MB must be a number, got 'much'"):
+        StreamPrefetch()
+
+
+def test_batches_are_copied_ahead_where_the_decision_says_so(volume, tmp_path, monkeypatch):
+    """A stand-in for the device's copy engine under a real Trainer: order, threads, and what the steps see."""
+    log = []
+
+    class Engine:
+        def __init__(self, device):
+            pass
+
+        def bind(self):
+            log.append(("bind", threading.current_thread().name))
+
+        def copy(self, batch):
+            log.append(("copy", threading.current_thread().name))
+            return (batch,)
+
+        def acquire(self, batch):
+            log.append(("acquire", threading.current_thread().name))
+            return batch
+
+    monkeypatch.setattr("cellmap_lightning.datamodule.STREAM_DEVICES", ("cpu",))
+    monkeypatch.setattr("cellmap_lightning.sampling.prefetch.STREAM_DEVICES", ("cpu",))
+    monkeypatch.setattr("cellmap_lightning.sampling.dataloader.SideStream", Engine)
+    ahead, plain = Watch(), Watch()
+    with module(volume) as data:
+        callback = StreamPrefetch(min_batch_mb=0)
+        run = trainer(tmp_path, callbacks=[ahead, callback])
+        run.fit(task(), data)
+        run.test(task(), data, verbose=False)
+        assert callback.decisions["train"].enabled
+    with module(volume) as data:
+        trainer(tmp_path, callbacks=[plain]).fit(task(), data)
+    assert {thread for what, thread in log if what != "acquire"} == {"cellmap-copy_0"}
+    assert {thread for what, thread in log if what == "acquire"} == {"MainThread"}
+    for a, b in zip(ahead.batches, plain.batches, strict=True):
+        assert torch.equal(a["raw"], b["raw"])
+    gc.collect()
+    assert reading_threads() == []
+
+
+def test_a_split_that_was_not_given(volume):
+    entry = {"raw": volume.raw_path, "gt": f"{volume.path}/{GT}/crop2/[mito,er,pm]"}
+    with module(volume, datasets={"train": [entry]}) as data:
+        data.setup("fit")
+        data.setup("test")
+        with pytest.raises(KeyError, match="no crops were given for 'val'"):
+            data.val_dataloader()
+
+
+def test_two_modules_can_be_pickled(volume):
+    with module(volume) as data:
+        data.setup("fit")
+        batch = next(iter(data.train_dataloader()))
+        with pickle.loads(pickle.dumps(data)) as copy:
+            assert torch.equal(next(iter(copy.train_dataloader()))["raw"], batch["raw"])
+
+
+def test_arguments(volume):
+    for match, kwargs in (
+        ("give one", {"samples_per_epoch": 4, "batches_per_epoch": 2}),
+        ("batch_size must be a whole number of at least 1, got 0", {"batch_size": 0}),
+        ("num_workers must be", {"num_workers": -1}),
+        ("input_arrays is needed", {"input_arrays": None}),
+        ("either as csv_path or as datasets", {"csv_path": "x.csv"}),
+        ("too_coarse must be", {"too_coarse": "ignore"}),
+    ):
+        with pytest.raises(CellMapError, match=match):
+            module(volume, **kwargs)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batchsize'"):
+        module(volume, batchsize=3)
+
+
+def test_checkpoints_are_plain(data, tmp_path):
+    """Loadable with weights_only=True, configuration included."""
+    keep = L.pytorch.callbacks.ModelCheckpoint(tmp_path, "best", monitor="val/dice", mode="max", save_last=True)
+    config = {"data": {"classes": CLASSES}, "seed": 0}
+    run = trainer(tmp_path, callbacks=[keep, RunConfig(config)], enable_checkpointing=True)
+    model = task()
+    run.fit(model, data)
+    checkpoint = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert checkpoint["cellmap_config"] == config
+    torch.testing.assert_close(checkpoint["state_dict"]["network.weight"], model.network.weight.detach())
+    assert (tmp_path / "last.ckpt").exists()
+    run.validate(task(), data, ckpt_path=str(tmp_path / "best.ckpt"), verbose=False, weights_only=True)
+
+
+def test_class_weights(data, tmp_path, caplog):
+    for rule in ("pos_weight", "inverse_sqrt", {"er": 1000.0}):
+        model = task(class_weights=rule, weight_batches=2)
+        with caplog.at_level(logging.INFO, "cellmap_lightning.task"):
+            trainer(tmp_path, limit_val_batches=0).fit(model, data)
+        weights = model.pos_weight.tolist()
+        assert all(0.1 <= w <= 50 for w in weights)
+        if rule == "pos_weight":
+            ratios = weights
+        elif rule == "inverse_sqrt":
+            unbounded = [r for r in ratios if r < 50]
+            assert [w for r, w in zip(ratios, weights, strict=True) if r < 50] == pytest.approx(
+                [r**0.5 for r in unbounded]
+            )
+        else:
+            assert weights == [1, 50, 1]
+    assert "class weights (pos_weight): mito" in caplog.text
+    with pytest.raises(KeyError, match="golgi"):
+        task(class_weights={"golgi": 1})
+    with pytest.raises(ValueError, match="class_weights must be"):
+        task(class_weights="balanced")

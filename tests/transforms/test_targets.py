@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+import torch
+
+from cellmap_lightning.transforms.intensity import to_unit_range
+from cellmap_lightning.transforms.targets import infer_exclusive, pack_into, packed_bytes, unpack
+
+
+@pytest.mark.parametrize("classes", [1, 3, 8, 9, 48])
+def test_packed_classes_come_back(classes):
+    rng = np.random.default_rng(classes)
+    stored = rng.choice([0, 1, 255], size=(classes, 3, 4, 5)).astype(np.uint8)
+    packed = np.zeros((3, 4, 5, packed_bytes(classes)), np.uint8)
+    for index in range(classes):
+        if index != 2:  # the third class is not annotated
+            pack_into(packed, index, stored[index], absent=0, unknown=255)
+    expected = np.where(stored == 255, np.nan, stored).astype(np.float32)
+    if classes > 2:
+        expected[2] = np.nan
+    np.testing.assert_array_equal(unpack(torch.from_numpy(packed)[None], classes)[0].numpy(), expected)
+    assert packed_bytes(classes) == 2 * ((classes + 7) // 8)
+
+
+def test_instances():
+    stored = np.array([[[0, 1, 255, 256, 70000]]], np.uint32)
+    packed = np.zeros((1, 1, 5, 2), np.uint8)
+    pack_into(packed, 0, stored, absent=0, unknown=None)
+    assert unpack(torch.from_numpy(packed)[None], 1).flatten().tolist() == [0, 1, 1, 1, 1]
+
+
+def test_exclusive_classes():
+    packed = np.zeros((1, 1, 4, 2), np.uint8)
+    pack_into(packed, 0, np.array([[[0, 1, 1, 255]]], np.uint8), 0, 255)
+    infer_exclusive(packed, {1: [0]})
+    labels = unpack(torch.from_numpy(packed)[None], 2)[0, 1].flatten()
+    assert labels.isnan().tolist() == [True, False, False, True]
+    assert labels[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32])
+def test_unit_range(dtype):
+    info = torch.iinfo(dtype)
+    raw = torch.tensor([info.min, info.max], dtype=dtype)
+    torch.testing.assert_close(to_unit_range(raw), torch.tensor([0.0, 1.0]))
+
+
+def test_floats_keep_their_values():
+    raw = torch.tensor([-3.0, 700.0], dtype=torch.float16)
+    assert to_unit_range(raw).tolist() == [-3, 700]
+    assert to_unit_range(raw).dtype == torch.float32
