@@ -36,6 +36,26 @@ _RUNNING = {"train": "train", "sanity_check": "val", "validate": "val", "test": 
 PrefetchPolicy = Callable[[str, BatchMemory, torch.device], PrefetchDecision]
 
 
+def _instantiated(datasets: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The same with every entry that names a ``_target_`` made into what it names."""
+    if not isinstance(datasets, Mapping):
+        return datasets
+
+    def made(entry: Any) -> Any:
+        if isinstance(entry, Mapping) and "_target_" in entry:
+            from hydra.utils import instantiate  # under Hydra this has happened before
+
+            return instantiate(entry, _convert_="all")
+        return entry
+
+    return {
+        split: [made(entry) for entry in entries]
+        if isinstance(entries, Sequence) and not isinstance(entries, str)
+        else entries
+        for split, entries in datasets.items()
+    }
+
+
 class CellMapDataModule(L.LightningDataModule):
     """Crops of CellMap volumes for `Trainer.fit`, `validate`, `test` and `predict`.
 
@@ -47,7 +67,8 @@ class CellMapDataModule(L.LightningDataModule):
         input_arrays: ``{name: {"shape": voxels, "scale": nm}}`` (z, y, x) of the inputs, or one bare description.
         target_arrays: the same for the targets; concentric with the inputs. None for raw only.
         csv_path: the crops, see `CellMapDataSplit`.
-        datasets: the crops instead of a CSV, ``{split: [{"raw": path, "gt": path}, ...]}``.
+        datasets: the crops instead of a CSV, ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also be a
+            `CellMapDataset`, or a mapping whose ``_target_`` makes one.
         batch_size: samples of a batch, per rank.
         num_workers: worker processes per loader; the dataset reads with threads of its own, so 0 is the fast way.
         spatial_transforms: augmentation of the train split, see `SpatialTransforms`.
@@ -137,7 +158,7 @@ class CellMapDataModule(L.LightningDataModule):
         self._layouts: dict[str, BatchLayout] = {}
         self.split = CellMapDataSplit(
             csv_path,
-            datasets,
+            _instantiated(datasets),
             self.classes,
             input_arrays,
             target_arrays,

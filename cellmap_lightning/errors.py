@@ -28,6 +28,10 @@ class CellMapFileNotFoundError(CellMapError, FileNotFoundError):
     """A path that a CSV, a config or a caller names does not exist."""
 
 
+class CellMapFileExistsError(CellMapError, FileExistsError):
+    """Something is already where a volume was to be written."""
+
+
 class MetadataError(CellMapValueError):
     """Metadata on disk that is not readable as OME-NGFF, Zarr or CellMap attributes."""
 

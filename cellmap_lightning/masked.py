@@ -6,7 +6,6 @@ everywhere.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor

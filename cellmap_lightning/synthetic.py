@@ -30,8 +30,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.volumes.writer import CellMapFileExistsError, downsample_mean, write_group, write_multiscale
+from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
+from cellmap_lightning.volumes.writer import downsample_mean, write_group, write_multiscale
 
 __all__ = ["CLASS_IDS", "TRAIN_CLASSES", "SyntheticVolume", "demo_csv", "write_volume"]
 

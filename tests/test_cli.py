@@ -57,10 +57,20 @@ def run_forked(*arguments, cwd):
 
 def small(volume, *more):
     return [
-        f"data.csv_path={volume.csv_path}", "data.classes=[mito,er]", "patch.shape=[8,16,16]", "patch.scale=[10.48,8,8]",
-        "data.batch_size=2", "data.batches_per_epoch=3", "data.val_samples=4", "model.channels=[4,8]", "model.strides=[2]",
-        "trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", *more,
-    ]  # fmt: skip
+        f"data.csv_path={volume.csv_path}",
+        "data.classes=[mito,er]",
+        "patch.shape=[8,16,16]",
+        "patch.scale=[10.48,8,8]",
+        "data.batch_size=2",
+        "data.batches_per_epoch=3",
+        "data.val_samples=4",
+        "model.channels=[4,8]",
+        "model.strides=[2]",
+        "trainer=cpu",
+        "trainer.max_epochs=2",
+        "trainer.log_every_n_steps=1",
+        *more,
+    ]
 
 
 def test_help_imports_neither_torch_nor_lightning(tmp_path):
@@ -111,12 +121,6 @@ def test_a_sweep(volume, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/samples.png")) == ["0", "1"]
-
-
-def test_one_batch_of_everything(tmp_path):
-    done = run("experiment=fast_dev_run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "demo_data" / "demo.csv").exists()
 
 
 @pytest.mark.parametrize(

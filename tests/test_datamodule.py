@@ -194,14 +194,16 @@ def test_trainer_options(data, tmp_path, kwargs):
 
 def test_overfit_batches_repeat(data, tmp_path):
     class Trained(L.Callback):
-        seen: list = []
+        def __init__(self):
+            self.seen = []
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             self.seen.append(batch["idx"].tolist())
 
-    trainer(tmp_path, callbacks=[Trained()], overfit_batches=1, max_epochs=3).fit(task(), data)
-    assert len(Trained.seen) == 3
-    assert Trained.seen[0] == Trained.seen[1] == Trained.seen[2]
+    trained = Trained()
+    trainer(tmp_path, callbacks=[trained], overfit_batches=1, max_epochs=3).fit(task(), data)
+    assert len(trained.seen) == 3
+    assert trained.seen[0] == trained.seen[1] == trained.seen[2]
 
 
 def test_epochs_differ_and_are_reproducible(volume, tmp_path):
@@ -330,6 +332,20 @@ def test_a_split_that_was_not_given(volume):
         data.setup("test")
         with pytest.raises(KeyError, match="no crops were given for 'val'"):
             data.val_dataloader()
+
+
+def test_an_entry_can_name_a_target(volume):
+    entry = {
+        "_target_": "cellmap_lightning.CellMapDataset",
+        "input_path": volume.raw_path,
+        "target_path": f"{volume.path}/{GT}/crop2/[mito,er,pm]",
+        "classes": CLASSES,
+        "input_arrays": INPUTS,
+        "target_arrays": TARGETS,
+    }
+    with module(volume, datasets={"train": [entry]}) as data:
+        data.setup("fit")
+        assert data.train_dataset.datasets[0].label == "volume/crop2"
 
 
 def test_two_modules_can_be_pickled(volume):

@@ -10,8 +10,8 @@ import pytest
 import zarr
 
 from cellmap_lightning import synthetic
-from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.volumes.writer import CellMapFileExistsError, downsample_mode
+from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
+from cellmap_lightning.volumes.writer import downsample_mode
 
 RAW_SCALE = np.array([5.24, 4, 4])
 

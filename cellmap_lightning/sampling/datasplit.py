@@ -285,7 +285,8 @@ def _row(cells: list[str], where: str, folder: Path) -> tuple[str, Entry]:
         raw, target = cells[1], cells[2] if len(cells) == 3 else ""
     else:
         raise CellMapValueError(
-            f"{len(cells)} columns; 3 (usage, raw, target) or 5 (usage, zarr, raw dataset, zarr, target dataset) are needed"
+            f"{len(cells)} columns; 3 (usage, raw, target) or 5 (usage, zarr, raw dataset, zarr, target dataset) "
+            "are needed"
         )
     if not raw:
         raise CellMapValueError("the raw path is empty")

@@ -19,19 +19,15 @@ import zarr
 import zarr.codecs
 from numpy.typing import NDArray
 
-from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapFileExistsError, CellMapTypeError, CellMapValueError
 
-__all__ = ["CellMapFileExistsError", "downsample_mean", "downsample_mode", "write_group", "write_multiscale"]
+__all__ = ["downsample_mean", "downsample_mode", "write_group", "write_multiscale"]
 
 Compressor = Literal["zstd", "lz4", "gzip"]
 ZarrFormat = Literal[2, 3]
 
 _NODE_FILES = (".zgroup", ".zarray", "zarr.json")
 _RESERVED = ("multiscales", "ome")
-
-
-class CellMapFileExistsError(CellMapError, FileExistsError):
-    """Something is already where a volume was to be written."""
 
 
 # ---------------------------------------------------------------------------------------------------- the pyramid

@@ -80,7 +80,7 @@ def test_errors(config, match):
 def test_a_single_slice_stays_in_its_plane():
     windows = {"raw": Window([1, 64, 64], [8, 8, 8])}
     SpatialTransforms({"rotate": {"axes": {"z": [0, 90]}}, "transpose": {"axes": ["x", "y"]}}).check(windows)
-    with pytest.raises(CellMapError, match="rotation about x would tilt the single slice.*rotate about z instead"):
+    with pytest.raises(CellMapError, match=r"rotation about x would tilt the single slice.*rotate about z instead"):
         SpatialTransforms({"rotate": {"axes": {"x": [0, 90]}}}).check(windows)
     with pytest.raises(CellMapError, match="exchanging z would turn the single slice"):
         SpatialTransforms({"transpose": {"axes": ["x", "z"]}}).check(windows)

@@ -16,9 +16,7 @@ from cellmap_lightning.volumes.ngff import ArrayInfo, Level, Multiscale
 from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.resample import evaluate
 
-many = settings(
-    max_examples=150, derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate, Phase.shrink]
-)
+many = settings(max_examples=80, derandomize=True, deadline=None, phases=[Phase.explicit, Phase.generate, Phase.shrink])
 MANIFEST = Path(__file__).parents[3] / "shared" / "data" / "challenge" / "train_crop_manifest.csv"
 
 
@@ -27,7 +25,7 @@ def lattice(shape, step, lower=(0, 0, 0)):
     return Lattice(to_vector(np.add(lower, np.divide(step, 2))), to_vector(step), tuple(shape))
 
 
-def spans(placement, window, axis=None):
+def spans(placement, window):
     """Lower and upper edges of the patch at every position, ``[positions, 3]`` each."""
     centers = np.stack([placement.center(i) for i in range(len(placement))])
     return centers - window.extent / 2, centers + window.extent / 2
@@ -47,7 +45,7 @@ def test_a_crop_as_large_as_the_patch_has_one_position(step):
 @many
 @given(
     st.tuples(*[st.integers(1, 9)] * 3),
-    st.tuples(*[st.integers(0, 6)] * 3),
+    st.tuples(*[st.integers(0, 4)] * 3),
     st.tuples(*[st.sampled_from([1.62, 2.0, 2.62, 4.0, 8.0])] * 3),
     st.tuples(*[st.integers(-50000, 50000)] * 3),
 )
@@ -69,20 +67,23 @@ def test_every_position_exists_first_and_last_included(shape, more, step, lower)
         assert placement.index(place) == number
 
 
-def covered(box, placement, window, points):
-    """Which points of ``[n, 3]`` some tile holds."""
-    seen = np.zeros(len(points), bool)
-    for number in range(placement.tile_count):
-        position = placement.tile(number)
-        assert 0 <= position < len(placement)
-        center = placement.center(position)
-        seen |= (abs(points - center) < window.extent / 2 + 1e-6).all(axis=1)
-    return seen
-
-
-def voxel_centres(grid):
-    index = np.stack(np.meshgrid(*[np.arange(n) for n in grid.shape], indexing="ij"), axis=-1).reshape(-1, 3)
-    return grid.origin + index * np.asarray(grid.step)
+def covers(placement, window, grid):
+    """Whether every voxel centre of ``grid`` lies in some tile."""
+    tiles = [placement.tile(number) for number in range(placement.tile_count)]
+    assert all(0 <= tile < len(placement) for tile in tiles)
+    centers = np.stack([placement.center(tile) for tile in tiles])
+    along = [np.unique(centers[:, axis]) for axis in range(3)]
+    # As many different tiles as a full product of their places along each axis has: then axis by axis is enough.
+    assert len(set(tiles)) == len(tiles) == math.prod(len(a) for a in along)
+    return all(
+        (abs(points[:, None] - places) < half + 1e-6).any(axis=1).all()
+        for points, places, half in zip(
+            [t + s * np.arange(n) for t, s, n in zip(grid.origin, grid.step, grid.shape, strict=True)],
+            along,
+            window.extent / 2,
+            strict=True,
+        )
+    )
 
 
 @many
@@ -91,15 +92,14 @@ def test_tiles_cover_every_voxel(shape, more):
     crop = lattice(np.add(shape, more).tolist(), (2.62, 2.0, 2.0), (3130.9, 898.0, 25862.0))
     window = Window(shape, crop.step)
     placement = Placement.plan(crop.box, [window], [(window, crop)], pad=False)
-    assert covered(crop.box, placement, window, voxel_centres(crop)).all()
+    assert covers(placement, window, crop)
     least = math.prod(-(-n // w) for n, w in zip(crop.shape, shape, strict=True))
     assert placement.tile_count == least
-    assert len({placement.tile(i) for i in range(placement.tile_count)}) == placement.tile_count
 
 
 @many
 @given(
-    st.tuples(*[st.integers(1, 6)] * 3),
+    st.tuples(*[st.integers(3, 8)] * 3),
     st.tuples(*[st.integers(4, 40)] * 3),
     st.tuples(*[st.sampled_from([3.0, 4.0, 5.24, 7.3])] * 3),
 )
@@ -112,7 +112,7 @@ def test_off_the_lattice_both_edges_are_reached_and_tiles_cover(shape, size, sca
     np.testing.assert_allclose(placement.center(0) - window.extent / 2, crop.box.lower, atol=1e-6)
     np.testing.assert_allclose(placement.center(len(placement) - 1) + window.extent / 2, crop.box.upper, atol=1e-6)
     assert (placement.step <= np.asarray(scale) * 1.001).all()
-    assert covered(crop.box, placement, window, voxel_centres(crop)).all()
+    assert covers(placement, window, crop)
 
 
 def test_a_thin_patch_beside_a_coarse_one_leaves_no_slice_out():
@@ -122,7 +122,7 @@ def test_a_thin_patch_beside_a_coarse_one_leaves_no_slice_out():
     target, given = Window((1, 16, 16), (4, 4, 4)), Window((1, 16, 16), (8, 4, 4))
     placement = Placement.plan(crop.box, [target], [(target, crop), (given, raw)], pad=False)
     assert placement.counts == (10, 1, 1)
-    assert covered(crop.box, placement, target, voxel_centres(crop)).all()
+    assert covers(placement, target, crop)
 
 
 def test_of_equal_lattices_the_first_is_kept_to_whatever_the_float_noise():
@@ -149,7 +149,7 @@ def test_with_pad_a_larger_patch_holds_the_crop(shape, size):
             assert (low[:, axis] >= crop.box.lower[axis] - 1e-6).all()
             assert (high[:, axis] <= crop.box.upper[axis] + 1e-6).all()
         assert placement.counts[axis] == abs(size[axis] - shape[axis]) + 1
-    assert covered(crop.box, placement, window, voxel_centres(crop)).all()
+    assert covers(placement, window, crop)
     starts = (low - crop.box.lower) / crop.step
     assert abs(starts - np.rint(starts)).max() < 1e-6
 
@@ -167,9 +167,10 @@ def test_a_raw_patch_stays_in_its_volume():
     target, context = Window((20, 20, 20), (4, 4, 4)), Window((60, 60, 60), (4, 4, 4))
     arrays = [(target, crop), (context, volume)]
     placement = Placement.plan(crop.box, [target], arrays, False, "", [(context, volume.box)])
-    low, high = spans(placement, context)
-    assert (low.min(axis=0) >= np.asarray(volume.box.lower) - 1e-6).all()
-    assert (high.max(axis=0) <= np.asarray(volume.box.upper) + 1e-6).all()
+    low = placement.center(0) - context.extent / 2
+    high = placement.center(len(placement) - 1) + context.extent / 2
+    assert (low >= np.asarray(volume.box.lower) - 1e-6).all()
+    assert (high <= np.asarray(volume.box.upper) + 1e-6).all()
     assert placement.counts == (51, 81, 81)
     narrow = lattice((40, 200, 200), (4.0, 4.0, 4.0))
     with pytest.raises(CellMapValueError, match="no place for the patch along z"):
@@ -186,22 +187,23 @@ def test_windows_are_positive(shape, scale):
         Window(shape, scale)
 
 
-# The challenge: (voxel size, translation, shape) of each kind of crop that its table of statistics tells apart.
+# The challenge: voxel size, translation and shape of one crop of each kind, as its manifest gives them.
 CROPS = [
+    ((1.62, 2, 2), (9528.03, 355, 27839), (980, 440, 620)),
+    ((1.68, 2, 2), (28223.16, 1599, 32399), (400, 400, 400)),
+    ((1.72, 2, 2), (14103.14, 1739, 24799), (400, 400, 400)),
+    ((1.74, 2, 2), (20527.65, 7903, 35703), (400, 400, 400)),
+    ((2.28, 2, 2), (25078.859999999997, 2979, 18819), (170, 400, 400)),
     ((2.62, 2, 2), (3132.21, 899, 25863), (200, 1000, 1000)),
-    ((1.72, 2, 2), (1032.86, 4201, 7001), (400, 400, 400)),
-    ((1.62, 2, 2), (16200.81, 3401, 8201), (400, 400, 400)),
-    ((1.68, 2, 2), (5040.84, 2401, 1201), (200, 200, 200)),
-    ((2.28, 2, 2), (4561.14, 7599, 35999), (600, 400, 600)),
-    ((1.74, 2, 2), (23837.13, 7599, 35999), (600, 600, 600)),
-    ((2, 2, 2), (2761, 5161, 10671), (400, 400, 400)),
+    ((2, 2, 2), (19043, 19807, 25971), (400, 400, 400)),
     ((2, 2, 2), (2760, 5160, 10670), (400, 400, 400)),  # raw of the same voxel size
-    ((4, 4, 4), (80602, 20002, 30002), (400, 400, 400)),
-    ((4, 4, 4), (80601, 20001, 30001), (400, 400, 400)),  # raw twice as fine
-    ((8, 8, 8), (16004, 8004, 8004), (300, 300, 300)),
-    ((16, 16, 16), (16006, 8006, 8006), (500, 500, 500)),  # four times
-    ((32, 32, 32), (16012, 8012, 8012), (200, 200, 200)),
-    ((64, 64, 64), (16028, 8028, 8028), (1500, 1500, 1500)),  # eight times
+    ((4, 4, 4), (88198, 30198, 54918), (200, 200, 200)),
+    ((8, 8, 8), (79568, 20432, 46408), (300, 300, 300)),
+    ((8, 8, 8), (3, 2403, 803), (450, 600, 1100)),  # raw four times as fine
+    ((16, 16, 16), (84004, 22788, 53316), (400, 300, 300)),  # twice
+    ((16, 16, 16), (17190, 4022, 3222), (584, 550, 550)),
+    ((32, 32, 32), (57900, 67372, 62092), (400, 400, 400)),
+    ((64, 64, 64), (33372, 66908, 91996), (400, 400, 390)),  # eight times
 ]
 
 
@@ -273,11 +275,11 @@ def check_crop(step, origin, shape):
         apart = np.subtract(of_label.lattice.box.lower, of_raw.lattice.box.lower) / scale
         meet = abs(apart - np.rint(apart)).max() < 1e-4
         rng = np.random.default_rng(0)
-        for position in (0, len(placement) - 1, *rng.integers(0, len(placement), 3).tolist()):
+        for position in (0, len(placement) - 1, *rng.integers(0, len(placement), 1).tolist()):
             center = placement.center(position)
             low, high = center - window.extent / 2, center + window.extent / 2
-            assert (low >= np.asarray(box.lower) - 1e-6 - 5e-4 * scale).all()
-            assert (high <= np.asarray(box.upper) + 1e-6 + 5e-4 * scale).all()
+            assert (low >= np.asarray(box.lower) - 1e-6).all()
+            assert (high <= np.asarray(box.upper) + 1e-6).all()
             starts = [
                 copied_from(center, window, of_label.lattice, "nearest"),
                 copied_from(center, window, of_raw.lattice, "linear"),
@@ -301,7 +303,7 @@ def check_crop(step, origin, shape):
 
 @pytest.mark.parametrize(("step", "origin", "shape"), CROPS)
 def test_raw_and_labels_of_the_challenge_coincide(step, origin, shape):
-    assert check_crop(step, origin, shape) >= 5, "at its own voxel size or twice that, everything is sliced"
+    assert check_crop(step, origin, shape) >= 3, "at its own voxel size or twice that, everything is sliced"
 
 
 @pytest.mark.skipif(not MANIFEST.exists(), reason="the challenge's manifest is not part of the repository")
@@ -316,4 +318,4 @@ def test_raw_and_labels_of_every_crop_of_the_challenge_coincide():
         }
     assert len(crops) > 250
     for step, origin, shape in sorted(crops):
-        assert check_crop(step, origin, tuple(int(n) for n in shape)) >= 5, (step, origin, shape)
+        assert check_crop(step, origin, tuple(int(n) for n in shape)) >= 3, (step, origin, shape)

@@ -8,9 +8,8 @@ import ome_zarr_models.v05.image
 import pytest
 import zarr
 
-from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.volumes.writer import (
-    CellMapFileExistsError,
     downsample_mean,
     downsample_mode,
     write_group,

@@ -1,0 +1,64 @@
+"""Every notebook runs from its first cell to its last, and is stored without outputs."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+class ThisPython(AsyncKernelManager):
+    """Starts this interpreter, whatever kernel called python3 is installed on the machine."""
+
+    kernel_spec = KernelSpec(
+        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python"
+    )
+
+
+def test_there_are_notebooks():
+    assert [path.name for path in NOTEBOOKS] == ["quickstart.ipynb"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_stored_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert cells
+    for cell in cells:
+        assert cell.outputs == []
+        assert cell.execution_count is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(path, volume, tmp_path, monkeypatch):
+    # Connection files, history and profile stay out of the user's home.
+    for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    work = tmp_path / "work"
+    (work / "demo_data").mkdir(parents=True)
+    # The volume that the notebook would write, which this session has written already.
+    (work / "demo_data" / "demo.zarr").symlink_to(volume.path)
+
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("import sys\nprint(sys.executable)"))
+    NotebookClient(
+        notebook, timeout=120, kernel_manager_class=ThisPython, resources={"metadata": {"path": str(work)}}
+    ).execute()
+    assert notebook.cells[0].outputs[0].text.strip() == sys.executable
+    if path.stem == "quickstart":
+        assert (work / "batch.png").stat().st_size > 0
+        printed = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
+        for text in (
+            "raw     torch.float32 [3, 1, 16, 48, 48]",
+            "32^3: off, 0 ahead",
+            "128^3: on, 2 ahead",
+            "val/dice",
+        ):
+            assert text in printed

@@ -1,0 +1,115 @@
+"""What the README shows is what happens: its program runs, its configuration composes, its map is true."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import cellmap_lightning
+from cellmap_lightning.cli import check_target, target_nodes
+from cellmap_lightning.sampling.datasplit import read_csv
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGE = Path(cellmap_lightning.__file__).parent
+COMMAND = Path(sys.executable).with_name("cellmap-train")
+
+
+def block(language, number=0):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[number]
+
+
+def run(*command, cwd):
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_program_runs(volume, tmp_path):
+    # The volume that the program would write, which this session has written already.
+    (tmp_path / "demo_data").mkdir()
+    (tmp_path / "demo_data" / "demo.zarr").symlink_to(volume.path)
+    (tmp_path / "program.py").write_text(block("python"), encoding="utf-8")
+    printed = run(sys.executable, "program.py", cwd=tmp_path)
+    assert re.fullmatch(r"tensor\(0\.\d+.*\)", printed.splitlines()[-1])
+
+
+@pytest.fixture
+def my_configs(tmp_path):
+    folder = tmp_path / "my_configs"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mito.yaml").write_text(block("yaml"), encoding="utf-8")
+    return folder
+
+
+def test_the_experiment_composes_and_fits_its_targets(my_configs, tmp_path):
+    printed = run(COMMAND, "--config-dir", my_configs, "experiment=mito", "--cfg", "job", "--resolve", cwd=tmp_path)
+    cfg = OmegaConf.to_container(OmegaConf.create(printed))
+    given = OmegaConf.to_container(OmegaConf.create(block("yaml")))
+    for key in ("name", "patch", "task.class_weights", "task.optimizer.lr", "trainer.max_epochs", "data.batch_size"):
+        assert OmegaConf.select(OmegaConf.create(cfg), key) == OmegaConf.select(OmegaConf.create(given), key)
+    assert cfg["data"]["spatial_transforms"]["rotate"] == {"axes": {"z": [-180, 180]}}
+    assert cfg["data"]["target_arrays"]["labels"] == cfg["patch"]
+    nodes = dict(target_nodes(cfg))
+    assert {"data", "trainer", "task", "model"} <= set(nodes)
+    for where, node in nodes.items():
+        check_target(where, node)
+
+
+def test_the_csv_can_be_read(tmp_path):
+    (tmp_path / "crops.csv").write_text(block("csv"), encoding="utf-8")
+    entries = read_csv(tmp_path / "crops.csv")
+    assert {split: len(found) for split, found in entries.items()} == {"train": 1, "val": 1, "predict": 1}
+    assert entries["train"][0].input_path == str(tmp_path / "jrc_a.zarr/recon-1/em/fibsem-uint8")
+    assert entries["train"][0].target_path.endswith("crop1/[mito,er]")
+    assert entries["predict"][0].target_path is None
+
+
+def test_every_command_takes_options_that_exist(my_configs, tmp_path):
+    """Each `cellmap-train` line composes, apart from -m, which has no `--cfg` of its own."""
+    lines = [line.split("#")[0].split() for line in block("bash", 0).splitlines() + block("bash", 1).splitlines()]
+    assert len(lines) == 6
+    for name, *arguments in lines:
+        assert name == "cellmap-train"
+        arguments = [a.replace("0,0.5,1", "0.5") for a in arguments if a not in ("-m", "--cfg", "job")]
+        printed = run(COMMAND, *arguments, *([] if "--help" in arguments else ["--cfg", "job"]), cwd=tmp_path)
+        assert "csv_path" in printed
+
+
+def entries_of_the_map():
+    """Paths in the map, files and folders, from its indentation."""
+    text = next(
+        b for b in re.findall(r"^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL) if "cellmap_lightning/" in b
+    )
+    folders, found = [], []
+    for line in text.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name.rstrip("/")] if name.endswith("/") else []
+        found.append("/".join(folders) if name.endswith("/") else "/".join([*folders[:depth], name]))
+        assert len(line.split()) > 1, f"{name} is not described"
+    return found
+
+
+def test_the_map_is_true():
+    found = entries_of_the_map()
+    assert len(found) == len(set(found))
+    # Packages are described by the line of their folder.
+    files = {p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"}
+    folders = {p.parent for p in PACKAGE.rglob("__init__.py")}
+    expected = {str(p.relative_to(PACKAGE.parent).as_posix()) for p in files | folders}
+    assert set(found) - {"configs"} == expected
+    assert all((PACKAGE.parent / entry).exists() for entry in expected)
+
+
+def test_the_groups_of_the_configuration_are_named():
+    line = next(line for line in README.splitlines() if line.startswith("configs/"))
+    named = set(line.split("groups:")[1].replace(",", " ").split())
+    assert named == {p.name for p in (ROOT / "configs").iterdir() if p.is_dir()}
