@@ -11,10 +11,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cellmap_lightning.datamodule import CellMapDataModule
     from cellmap_lightning.errors import CellMapError
+    from cellmap_lightning.sampling.arrays import batch_memory
     from cellmap_lightning.sampling.dataloader import CellMapDataLoader
     from cellmap_lightning.sampling.dataset import CellMapDataset
     from cellmap_lightning.sampling.datasplit import CellMapDataSplit
-    from cellmap_lightning.sampling.memory import batch_memory
     from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
     from cellmap_lightning.volumes.image import CellMapImage
 
@@ -26,7 +26,7 @@ _HOMES = {
     "CellMapError": "errors",
     "CellMapImage": "volumes.image",
     "CellMapMultiDataset": "sampling.multidataset",
-    "batch_memory": "sampling.memory",
+    "batch_memory": "sampling.arrays",
 }
 
 __all__ = [

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
@@ -49,12 +50,16 @@ def _command(name: str, job: Callable[[DictConfig], Any]) -> Any:
         try:
             _check_missing(cfg)
             _check_targets(cfg)
+            _check_strides(cfg)
             return job(cfg)
         except KeyboardInterrupt:
             _stop("interrupted", 130)
         except Exception as e:
             cause: BaseException | None = e
             while cause is not None and not isinstance(cause, CellMapError | OmegaConfBaseException):
+                if type(cause).__name__ == "MisconfigurationException":  # Lightning's own word for a wrong argument
+                    hint = "; trainer=cpu runs without one" if "gpu backend" in str(cause) else ""
+                    _stop(f"{cause}{hint}")
                 cause = cause.__cause__
             if cause is None:
                 raise
@@ -65,7 +70,7 @@ def _command(name: str, job: Callable[[DictConfig], Any]) -> Any:
     try:
         return main()
     except SystemExit as e:
-        if e.code == 1 and not _started:
+        if e.code not in (0, None) and not _started:
             for hint in _hints(name, sys.argv[1:]):
                 print(hint, file=sys.stderr)
         raise
@@ -139,6 +144,34 @@ def _check_targets(cfg: DictConfig) -> None:
         check_target(where, node)
 
 
+def _check_strides(cfg: DictConfig) -> None:
+    """A U-Net halves its patch and doubles it again: lengths that do not divide come back as others."""
+    strides = OmegaConf.select(cfg, "model.strides")
+    shape = OmegaConf.select(cfg, "patch.shape")
+    if not isinstance(shape, ListConfig):
+        return
+    lengths = [n for n in shape if n != 1]
+    dimensions = OmegaConf.select(cfg, "model.spatial_dims")
+    if dimensions is not None and dimensions != len(lengths):
+        option = "unet2d" if len(lengths) == 2 else "unet"
+        raise CellMapValueError(
+            f"patch.shape={list(shape)} has {len(lengths)} dimensions and model.spatial_dims={dimensions}; "
+            f"model={option} fits it"
+        )
+    if not isinstance(strides, ListConfig):
+        return
+    for axis, length in enumerate(lengths):
+        try:
+            factor = math.prod(s if isinstance(s, int) else s[axis] for s in strides)
+        except (IndexError, TypeError):
+            return  # the network itself will say what is wrong with them
+        if isinstance(length, int) and length % factor:
+            raise CellMapValueError(
+                f"patch.shape={list(shape)}: {length} is not a multiple of {factor}, by which "
+                f"model.strides={list(strides)} shrinks it; {length // factor * factor or factor} and {(length // factor + 1) * factor} are"
+            )
+
+
 def _hints(name: str, arguments: list[str]) -> list[str]:
     """For overrides that name no key of the config: the keys that were probably meant."""
     from hydra.core.global_hydra import GlobalHydra
@@ -158,6 +191,8 @@ def _hints(name: str, arguments: list[str]) -> list[str]:
         return []
     keys = [*(key for key, _ in _flat(OmegaConf.to_container(cfg, resolve=False))), *groups]
     hints = []
+    if "-m" in arguments[1:] and not arguments[0].startswith("-"):
+        hints.append(f"-m comes first: cellmap-{name} -m {' '.join(a for a in arguments if a != '-m')}")
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         if key in keys or key.startswith("hydra"):
@@ -215,8 +250,9 @@ def _train(cfg: DictConfig) -> float | None:
             untrained = dict(getattr(task, "scores", {}).get("val", {}))
         trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if validates and best:
-            trainer.validate(task, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
+        if validates and not trainer.fast_dev_run:
+            # A run that ended before its first validation has no best weights: the last ones are judged.
+            trainer.validate(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
         metric = trainer.callback_metrics.get(cfg.monitor)
         if trainer.is_global_zero:
             for logger in trainer.loggers:

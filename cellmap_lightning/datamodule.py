@@ -8,9 +8,17 @@ import lightning as L
 import torch
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
-from cellmap_lightning.sampling.arrays import ArraySpecs, BatchLayout, CompactBatch, parse_arrays, parse_classes
+from cellmap_lightning.sampling.arrays import (
+    ArraySpecs,
+    BatchLayout,
+    CompactBatch,
+    parse_classes,
+    parse_inputs,
+    parse_targets,
+)
 from cellmap_lightning.sampling.dataloader import CellMapDataLoader
 from cellmap_lightning.sampling.datasplit import SPLITS, CellMapDataSplit
+from cellmap_lightning.sampling.labels import Downsample, Unknown
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.prefetch import STREAM_DEVICES, PrefetchDecision
@@ -80,6 +88,14 @@ class CellMapDataModule(L.LightningDataModule):
         val_samples: validate on this many tiles, the same each time; by default all.
         pad: read crops smaller than a patch, with the raw around them; targets are NaN outside the crop.
         seed: everything random follows from it and from the number of the sample.
+        normalize: how stored values become an input, see `CellMapDataset`; an entry of ``datasets`` can have its own.
+        invert: exchange dark and bright, likewise.
+        infer: see `CellMapDataset`.
+        class_table: see `CellMapDataset`.
+        label_downsample: see `CellMapDataset`.
+        unknown: see `CellMapDataset`.
+        nan_targets: see `CellMapDataset`.
+        planes: where patches of two lengths lie, any of ``xy``, ``xz`` and ``yz``.
         too_coarse: crops whose labels are coarser than asked for: ``drop`` (logged), ``upsample``, or ``error``.
         max_upsampling: how many times finer than raw's finest level an input may be.
         max_workers: reading threads per split; see `CellMapDataset`.
@@ -113,6 +129,14 @@ class CellMapDataModule(L.LightningDataModule):
         val_samples: int | None = None,
         pad: bool = True,
         seed: int = 0,
+        normalize: Any = "dtype",
+        invert: bool = False,
+        infer: Sequence[str] = (),
+        class_table: str | None = None,
+        label_downsample: Downsample = "stored",
+        unknown: Unknown = "metadata",
+        nan_targets: bool = True,
+        planes: Sequence[str] = ("xy",),
         too_coarse: Literal["drop", "upsample", "error"] = "drop",
         max_upsampling: float = MAX_UPSAMPLING,
         max_workers: int | None = None,
@@ -139,8 +163,8 @@ class CellMapDataModule(L.LightningDataModule):
         if input_arrays is None:
             raise CellMapTypeError("input_arrays is needed: {name: {shape: voxels, scale: nm}}")
         self.classes = parse_classes(classes) if classes is not None else None
-        self.input_arrays = parse_arrays(input_arrays, "input_arrays", "input")
-        self.target_arrays = parse_arrays(target_arrays, "target_arrays", "output") if target_arrays else {}
+        self.input_arrays = parse_inputs(input_arrays)
+        self.target_arrays = parse_targets(target_arrays, len(self.classes)) if target_arrays and self.classes else {}
         self.batch_size = batch_size  # plain, so that Lightning's BatchSizeFinder can change it
         self.num_workers = num_workers
         self.samples_per_epoch = samples_per_epoch
@@ -169,6 +193,14 @@ class CellMapDataModule(L.LightningDataModule):
             pad,
             max_workers,
             seed,
+            normalize=normalize,
+            invert=invert,
+            infer=infer,
+            class_table=class_table,
+            label_downsample=label_downsample,
+            unknown=unknown,
+            nan_targets=nan_targets,
+            planes=planes,
             too_coarse=too_coarse,
             max_upsampling=max_upsampling,
             cache_bytes=cache_bytes,

@@ -72,14 +72,14 @@ def write_samples(
     ranked.sort(key=lambda r: r[:2], reverse=True)
     shown = []
     for _, _, position, sample in ranked[:count]:
-        window = source.layout.inputs[input_name]
+        window = source.layout.inputs[input_name].window
         probabilities = predict(sample[input_name][None])[0].float().cpu().numpy() if predict else None
         center = source.get_center(position)
         dataset, _ = source._locate(position)
         place = ", ".join(f"{a} {center[a]:.0f}" for a in AXES)
         same = target_name is None or (
-            source.layout.targets[target_name].shape == window.shape
-            and source.layout.targets[target_name].scale.tolist() == window.scale.tolist()
+            source.layout.targets[target_name].window.shape == window.shape
+            and source.layout.targets[target_name].window.scale.tolist() == window.scale.tolist()
         )
         shown.append(
             SheetSample(

@@ -1,17 +1,20 @@
 """What a batch is made of: the arrays that are asked for, its compact form, its finished form."""
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cellmap_lightning.draws import VALUES, hashes
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
-from cellmap_lightning.transforms.intensity import AUTO, to_unit_range
-from cellmap_lightning.transforms.targets import packed_bytes, unpack
+from cellmap_lightning.sampling.memory import BatchMemory, FormMemory
+from cellmap_lightning.transforms.intensity import AUTO, Scaling
+from cellmap_lightning.transforms.kinds import KINDS, TargetKind, make_kind, signed
 from cellmap_lightning.volumes.placement import Window
 
 #: ``{name: {"shape": [z, y, x] voxels, "scale": [z, y, x] nm}}``, or one such description by itself.
@@ -20,48 +23,127 @@ ArraySpecs: TypeAlias = Mapping[str, Any]
 _RESERVED = ("idx", "sample")
 
 
-def parse_arrays(specs: ArraySpecs, what: str, default_name: str) -> dict[str, Window]:
-    """Read array specifications.
+@dataclass(frozen=True, eq=False)
+class InputArray:
+    """What is asked for of an input.
 
-    Args:
-        specs: ``{name: {"shape": .., "scale": ..}}``, or one bare ``{"shape": .., "scale": ..}``.
-        what: the argument, for messages.
-        default_name: name of a bare one.
+    Attributes:
+        window: its patch. Of a flat one the first scale is a placeholder: a slice is as thick as the volume's voxels.
+        flat: it was given by two lengths, so that it can lie in any plane.
+        slices_as_channels: its slices along z become the channels of a two-dimensional input.
+    """
+
+    window: Window
+    flat: bool = False
+    slices_as_channels: bool = False
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells it from another one."""
+        return self.window.shape, tuple(self.window.scale.tolist()), self.flat, self.slices_as_channels
+
+
+@dataclass(frozen=True, eq=False)
+class TargetArray:
+    """What is asked for of a target.
+
+    Attributes:
+        window: its patch; see `InputArray`.
+        kind: what it holds.
+        flat: see `InputArray`.
+    """
+
+    window: Window
+    kind: TargetKind
+    flat: bool = False
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells it from another one."""
+        return self.window.shape, tuple(self.window.scale.tolist()), self.flat, self.kind.identity
+
+
+def parse_inputs(specs: ArraySpecs, what: str = "input_arrays") -> dict[str, InputArray]:
+    """Read the specifications of the inputs: ``{name: {"shape": .., "scale": ..}}``, or one of them by itself.
+
+    A shape and a scale of two numbers (y, x) ask for slices. ``slices_as: channels`` makes the slices of a patch the
+    channels of a two-dimensional input.
 
     Raises:
         CellMapKeyError: a key is missing, unknown or reserved.
+        CellMapTypeError: something that is no specification.
         CellMapValueError: a shape or scale that cannot be one.
     """
+    inputs = {}
+    for name, window, flat, rest in _windows(specs, what, "input", ("slices_as",)):
+        slices_as = rest.get("slices_as")
+        if slices_as not in (None, "channels"):
+            raise CellMapValueError(f"{what}.{name}.slices_as must be 'channels', got {slices_as!r}")
+        inputs[name] = InputArray(window, flat, slices_as == "channels")
+    return inputs
+
+
+def parse_targets(specs: ArraySpecs, classes: int, what: str = "target_arrays") -> dict[str, TargetArray]:
+    """Read the specifications of the targets: as for inputs, with ``kind`` and its options.
+
+    Args:
+        specs: the specifications.
+        classes: number of classes.
+        what: the argument, for messages.
+
+    Raises:
+        CellMapError: as `parse_inputs`, and for kinds.
+    """
+    options = sorted({"kind", *(option for kind in KINDS.values() for option in kind.options)})
+    return {
+        name: TargetArray(window, make_kind(f"{what}.{name}", window, classes, rest), flat)
+        for name, window, flat, rest in _windows(specs, what, "output", options)
+    }
+
+
+def _windows(
+    specs: ArraySpecs, what: str, default_name: str, options: Sequence[str]
+) -> Iterator[tuple[str, Window, bool, dict[str, Any]]]:
+    """Name, window, whether it is flat, and the other keys of each array."""
     if not isinstance(specs, Mapping) or not specs:
         raise CellMapTypeError(f"{what} must be {{name: {{shape: [z, y, x], scale: [z, y, x]}}}}, got {specs!r}")
     if not all(isinstance(v, Mapping) for v in specs.values()):
         specs = {default_name: specs}
-    windows = {}
+    keys = ["shape", "scale", *options]
     for name, spec in specs.items():
         where = f"{what}.{name}"
-        if name in _RESERVED:
+        if name in _RESERVED or str(name).endswith("_mask"):
             raise CellMapKeyError(f"{where}: the name {name!r} is taken; call the array something else")
         for key in spec:
-            if key not in ("shape", "scale"):
-                close = difflib.get_close_matches(str(key), ["shape", "scale"], 1)
-                hint = f"; did you mean {close[0]!r}?" if close else "; it has shape and scale"
+            if key not in keys:
+                close = difflib.get_close_matches(str(key), keys, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(keys)}"
                 raise CellMapKeyError(f"{where} has no {key!r}{hint}")
         missing = [key for key in ("shape", "scale") if spec.get(key) is None]
         if missing:
             raise CellMapKeyError(f"{where} needs {' and '.join(missing)}: {{shape: voxels, scale: nm}}, both z, y, x")
-        for key in ("shape", "scale"):
-            if isinstance(spec[key], str) or not isinstance(spec[key], Sequence | np.ndarray):
-                raise CellMapTypeError(f"{where}.{key} must be three numbers (z, y, x), got {spec[key]!r}")
-            if not all(isinstance(n, int | float | np.number) and not isinstance(n, bool) for n in spec[key]):
-                raise CellMapTypeError(f"{where}.{key} must be three numbers (z, y, x), got {list(spec[key])}")
+        shape, scale = (_numbers(where, key, spec[key]) for key in ("shape", "scale"))
+        flat = len(shape) == 2
+        if flat:
+            if len(scale) == 3:
+                scale = scale[1:]
+            if len(scale) != 2:
+                raise CellMapValueError(f"{where}: a shape of two lengths needs a scale of two numbers, got {scale}")
+            shape, scale = [1, *shape], [min(scale), *scale]
         try:
-            window = Window(list(spec["shape"]), list(spec["scale"]))
+            window = Window(shape, scale)
         except CellMapValueError as e:
             raise CellMapValueError(f"{where}: {e}") from None
         if sum(n == 1 for n in window.shape) > 1:
             raise CellMapValueError(f"{where}: at most one axis may have length 1, got the shape {list(window.shape)}")
-        windows[name] = window
-    return windows
+        yield name, window, flat, {k: v for k, v in spec.items() if k not in ("shape", "scale") and v is not None}
+
+
+def _numbers(where: str, key: str, value: Any) -> list[Any]:
+    numbers = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+    if not numbers or not all(isinstance(n, int | float | np.number) and not isinstance(n, bool) for n in value):
+        raise CellMapTypeError(f"{where}.{key} must be three numbers (z, y, x), got {value!r}")
+    return list(value)
 
 
 def parse_classes(classes: Sequence[str]) -> tuple[str, ...]:
@@ -80,11 +162,12 @@ def parse_classes(classes: Sequence[str]) -> tuple[str, ...]:
 
 
 class CompactBatch(dict[str, torch.Tensor]):
-    """A batch as it travels: inputs in their stored type, targets as bits.
+    """A batch as it travels: inputs in their stored type, targets as bits, ids or distances.
 
-    Keys: each input ``[N, 1, z, y, x]``, each target uint8 ``[N, z, y, x, 2 * ceil(classes / 8)]``, ``idx`` int64
-        ``[N]``
-    (positions) and ``sample`` int64 ``[N]`` (numbers of the samples, from which random value transforms follow).
+    Keys: each input ``[N, 1, z, y, x]``, each target (binary: uint8 ``[N, z, y, x, 2 * ceil(classes / 8)]``), ``idx``
+        int64
+    ``[N]`` (positions) and ``sample`` int64 ``[N]`` (numbers of the samples, from which random value transforms
+    follow).
     """
 
 
@@ -93,40 +176,61 @@ class BatchLayout:
     """How a batch is laid out, and how it is finished.
 
     Attributes:
-        inputs: window of each input.
-        targets: window of each target; empty when nothing is annotated.
-        classes: names of the targets' channels.
+        inputs: the inputs.
+        targets: the targets; empty when nothing is annotated.
+        classes: names of the classes.
         raw_dtype: type in which inputs travel.
-        raw_transforms: per input ``"auto"``, None, or a callable.
-        target_transforms: for the position of a class, a callable.
+        id_dtype: type in which instance ids travel.
+        raw_transforms: per input ``"auto"`` (normalize), None (stored values), or a callable.
+        target_transforms: for the position of a class, a callable on its channel of binary targets.
+        scaling: how stored values are normalized.
+        nan_targets: say NaN where nothing is known; otherwise 0, with a boolean ``<name>_mask`` beside it.
         seed: seed of random value transforms.
     """
 
-    inputs: Mapping[str, Window]
-    targets: Mapping[str, Window]
+    inputs: Mapping[str, InputArray]
+    targets: Mapping[str, TargetArray]
     classes: tuple[str, ...]
     raw_dtype: np.dtype[Any]
-    raw_transforms: Mapping[str, Any] = field(default_factory=dict)
-    target_transforms: Mapping[int, Any] = field(default_factory=dict)
+    id_dtype: np.dtype[Any]
+    raw_transforms: Mapping[str, Any]
+    target_transforms: Mapping[int, Any]
+    scaling: Scaling
+    nan_targets: bool = True
     seed: int = 0
 
     def empty(self, count: int, pin: bool = False) -> CompactBatch:
         """A compact batch of ``count`` samples whose voxels are not set; in page-locked memory with ``pin``."""
-        kind = getattr(torch, self.raw_dtype.name)
         batch = CompactBatch()
-        for name, window in self.inputs.items():
-            batch[name] = torch.empty((count, 1, *window.shape), dtype=kind, pin_memory=pin)
-        depth = packed_bytes(len(self.classes))
-        for name, window in self.targets.items():
-            batch[name] = torch.empty((count, *window.shape, depth), dtype=torch.uint8, pin_memory=pin)
+        for name, spec in self.inputs.items():
+            kind = getattr(torch, self.raw_dtype.name)
+            batch[name] = torch.empty((count, 1, *spec.window.shape), dtype=kind, pin_memory=pin)
+        for name, target in self.targets.items():
+            shape, dtype = target.kind.compact(self.id_dtype)
+            batch[name] = torch.empty((count, *shape), dtype=getattr(torch, dtype.name), pin_memory=pin)
         return batch
+
+    def memory(self, count: int) -> BatchMemory:
+        """The bytes of a batch of ``count`` samples, in both forms."""
+        finished, compact = {}, {}
+        for name, spec in self.inputs.items():
+            voxels = count * math.prod(spec.window.shape)
+            finished[name], compact[name] = voxels * torch.float32.itemsize, voxels * self.raw_dtype.itemsize
+        for name, target in self.targets.items():
+            shape, dtype = target.kind.compact(self.id_dtype)
+            compact[name] = count * math.prod(shape) * dtype.itemsize
+            voxels = count * math.prod(target.window.shape) * target.kind.channels
+            finished[name] = voxels * target.kind.dtype.itemsize
+            if not self.nan_targets and target.kind.dtype.is_floating_point:
+                finished[f"{name}_mask"] = voxels
+        return BatchMemory(finished, FormMemory(compact))
 
     def finish(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The finished form of a batch, on the device where it is; a finished batch is handed back as it is.
 
         Returns:
-            Each input float32 ``[N, 1, z, y, x]`` without NaN; each target float32 ``[N, C, z, y, x]`` with NaN where
-            nothing is known; ``idx`` int64 ``[N]``. A spatial axis of length 1 is dropped.
+            Each input float32 ``[N, 1, z, y, x]`` without NaN; each binary target float32 ``[N, C, z, y, x]`` with NaN
+            where nothing is known; ``idx`` int64 ``[N]``. A spatial axis of length 1 is dropped.
 
         Raises:
             CellMapValueError: a value transform changed the shape.
@@ -135,24 +239,29 @@ class BatchLayout:
             return dict(batch)
         samples = batch["sample"].tolist()
         out = {}
-        for name, window in self.inputs.items():
+        for name, spec in self.inputs.items():
             transform = self.raw_transforms.get(name, AUTO)
             raw = batch[name]
             if transform == AUTO:
-                value = to_unit_range(raw)
+                value = self.scaling(raw, batch["idx"])
             elif transform is None:
                 value = raw.to(torch.float32)
             else:
                 value = self._each(transform, raw, samples, f"raw value transform of {name!r}")
-            if value.is_floating_point() and (raw.is_floating_point() or callable(transform)):
+            if raw.is_floating_point() or callable(transform):
                 value = torch.nan_to_num(value, nan=0.0, posinf=float("inf"), neginf=float("-inf"))
-            out[name] = _drop_thin(value, window)
-        for name, window in self.targets.items():
-            value = unpack(batch[name], len(self.classes))
-            for index, transform in self.target_transforms.items():
-                what = f"target value transform of {self.classes[index]!r}"
-                value[:, index] = self._each(transform, value[:, index], samples, what)
-            out[name] = _drop_thin(value, window)
+            out[name] = value.squeeze(1) if spec.slices_as_channels else _drop_thin(value, spec.window)
+        for name, target in self.targets.items():
+            value = target.kind.finish(batch[name])
+            if target.kind.name == "binary":
+                for index, transform in self.target_transforms.items():
+                    what = f"target value transform of {self.classes[index]!r}"
+                    value[:, index] = self._each(transform, value[:, index], samples, what)
+            value = _drop_thin(value, target.window)
+            if not self.nan_targets and value.is_floating_point():
+                out[f"{name}_mask"] = ~value.isnan()
+                value = torch.nan_to_num(value, nan=0.0)
+            out[name] = value
         out["idx"] = batch["idx"]
         return out
 
@@ -176,3 +285,40 @@ def _drop_thin(value: torch.Tensor, window: Window) -> torch.Tensor:
     """Without the spatial axis of length 1, so that two-dimensional models get ``[N, C, y, x]``."""
     thin = [i for i, n in enumerate(window.shape) if n == 1]
     return value.squeeze(2 + thin[0]) if thin else value
+
+
+def batch_memory(
+    input_arrays: ArraySpecs,
+    target_arrays: ArraySpecs | None = None,
+    classes: Sequence[str] | None = None,
+    batch_size: int = 1,
+    *,
+    raw_dtype: npt.DTypeLike = np.uint8,
+    label_dtype: npt.DTypeLike = np.uint8,
+    nan_targets: bool = True,
+) -> BatchMemory:
+    """The bytes of a batch.
+
+    With binary targets every finished array is float32, a target with one channel per class: for ``n`` samples,
+    ``4 n (sum of input voxels + sum of target voxels x classes)``, the formula of cellmap-data 2025.7. Compact, inputs
+    have the stored type and a binary target has two bits per class and voxel, in whole bytes.
+
+    Args:
+        input_arrays: ``{name: {"shape": voxels, "scale": nm}}``.
+        target_arrays: the same for the targets, with their kinds; None when there are none.
+        classes: names of the classes; None when there are no targets.
+        batch_size: samples.
+        raw_dtype: the stored type of the inputs.
+        label_dtype: the widest stored type of the labels, which instance ids travel in.
+        nan_targets: see `CellMapDataset`.
+
+    Returns:
+        Bytes per array and in total, exactly those of the real tensors.
+    """
+    names = parse_classes(classes) if classes else ()
+    targets = parse_targets(target_arrays, len(names)) if target_arrays and names else {}
+    layout = BatchLayout(
+        parse_inputs(input_arrays), targets, names, np.dtype(raw_dtype), signed(np.dtype(label_dtype)),
+        {}, {}, Scaling.none(), nan_targets,
+    )  # fmt: skip
+    return layout.memory(batch_size)

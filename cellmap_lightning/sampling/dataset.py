@@ -8,20 +8,32 @@ from typing import Any, Literal
 import numpy as np
 
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
-from cellmap_lightning.sampling.arrays import ArraySpecs, BatchLayout, parse_arrays, parse_classes
-from cellmap_lightning.sampling.labels import LabelStack
+from cellmap_lightning.sampling.arrays import (
+    ArraySpecs,
+    BatchLayout,
+    InputArray,
+    TargetArray,
+    parse_classes,
+    parse_inputs,
+    parse_targets,
+)
+from cellmap_lightning.sampling.labels import DOWNSAMPLE, BitStack, Downsample, IdStack, Unknown, id_dtype
 from cellmap_lightning.sampling.names import renamed
+from cellmap_lightning.sampling.planes import Plane
 from cellmap_lightning.sampling.pool import ReadPool, default_workers
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.sampling.targets_path import TargetPath
-from cellmap_lightning.transforms.intensity import AUTO, input_transforms, unit_range
+from cellmap_lightning.transforms.implied import Implications
+from cellmap_lightning.transforms.intensity import AUTO, Normalize, Scaling, input_transforms
 from cellmap_lightning.transforms.spatial import SpatialTransforms
-from cellmap_lightning.transforms.targets import class_transforms, parse_relations
-from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, FloatArray
-from cellmap_lightning.volumes.image import MAX_UPSAMPLING, CellMapImage
+from cellmap_lightning.transforms.targets import class_transforms
+from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, FloatArray, Shape, patch_map
+from cellmap_lightning.volumes.image import MAX_UPSAMPLING, choose_level, open_region
 from cellmap_lightning.volumes.ngff import Multiscale, read_multiscale
-from cellmap_lightning.volumes.placement import Placement
+from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import DEFAULT_CACHE_BYTES, ChunkCache
+from cellmap_lightning.volumes.resample import evaluate
+from cellmap_lightning.volumes.statistics import statistics
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +68,16 @@ class CellMapDataset(SampleSource):
             outside the crop.
         max_workers: reading threads; by default the environment's ``CELLMAP_MAX_WORKERS``, else ``min(4, cpu_count)``.
         seed: everything random follows from it and from the number of the sample.
+        normalize: how ``"auto"`` maps stored values: ``dtype`` (the type's range to [0, 1]), ``{range: [lo, hi]}``,
+            ``{percentile: [lo, hi]}`` or ``zscore`` of the volume; linear, nothing is cut off.
+        invert: exchange dark and bright after that.
+        infer: what is known by implication, any of ``subset`` and ``superset``; see `Implications`.
+        class_table: the classes and their parts; by default those of the CellMap Segmentation Challenge.
+        label_downsample: how labels are made coarser: ``stored`` (the level on disk), or from the finest level the
+            ``majority`` of the voxels, or ``any`` of them, for thin structures that a pyramid loses.
+        unknown: code of unknown voxels: ``metadata``, a number, or None where every value is meant.
+        nan_targets: say NaN where nothing is known; otherwise 0, with a boolean ``<name>_mask`` beside the target.
+        plane: where flat patches lie: ``xy``, ``xz`` or ``yz``.
         too_coarse: ``error`` when labels are coarser than a target asks for, or ``upsample``.
         max_upsampling: how many times finer than raw's finest level an input may be.
         cache_bytes: decoded chunks to keep in memory, bytes.
@@ -85,6 +107,14 @@ class CellMapDataset(SampleSource):
         max_workers: int | None = None,
         seed: int = 0,
         *,
+        normalize: Any = "dtype",
+        invert: bool = False,
+        infer: Sequence[str] = (),
+        class_table: str | None = None,
+        label_downsample: Downsample = "stored",
+        unknown: Unknown = "metadata",
+        nan_targets: bool = True,
+        plane: str = "xy",
         too_coarse: Literal["error", "upsample"] = "error",
         max_upsampling: float = MAX_UPSAMPLING,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
@@ -102,45 +132,53 @@ class CellMapDataset(SampleSource):
         self.seed = int(seed)
         self.is_train = bool(is_train)
         self.pad = bool(pad)
-        inputs = parse_arrays(input_arrays, "input_arrays", "input")
         names = parse_classes(classes) if classes is not None else ()
+        inputs = parse_inputs(input_arrays)
         annotated = target_path is not None and classes is not None
-        targets = parse_arrays(target_arrays, "target_arrays", "output") if annotated and target_arrays else {}
+        targets = parse_targets(target_arrays, len(names)) if annotated and target_arrays else {}
         if annotated and not targets:
             raise CellMapTypeError("target_arrays is needed when there are classes: {name: {shape: voxels, scale: nm}}")
+        arrays: dict[str, InputArray | TargetArray] = {**inputs, **targets}
         both = sorted(set(inputs) & set(targets))
         if both:
             raise CellMapValueError(f"inputs and targets share the names {both}; give the targets others")
+        if label_downsample not in DOWNSAMPLE:
+            raise CellMapValueError(
+                f"label_downsample must be one of {', '.join(DOWNSAMPLE)}, got {label_downsample!r}"
+            )
+        if too_coarse not in ("error", "upsample"):
+            raise CellMapValueError(f"too_coarse must be 'error' or 'upsample', got {too_coarse!r}")
+        if unknown not in ("metadata", None) and (isinstance(unknown, bool) or not isinstance(unknown, int)):
+            raise CellMapValueError(f"unknown must be 'metadata', a stored value or null, got {unknown!r}")
         self.spatial = SpatialTransforms(spatial_transforms)
-        self.spatial.check({**inputs, **targets})
+        self.spatial.check({name: spec.window for name, spec in arrays.items()})
         self.target_path = TargetPath.parse(str(target_path)) if targets else None
-        raw_name = Path(self.input_path).name
-        self.label = self.target_path.label if self.target_path else raw_name
+        self.label = self.target_path.label if self.target_path else Path(self.input_path).name
         self._pool = ReadPool(default_workers(max_workers))
         self._cache = ChunkCache(int(cache_bytes))
 
-        self._images = {
-            name: CellMapImage(
-                self.input_path,
-                f"{self.label}: raw" if targets else "raw",
-                window.scale.tolist(),
-                window.shape,
-                pad=True,
-                pad_value=0.0,
-                interpolation="linear",
-                max_upsampling=max_upsampling,
-                cache=self._cache,
-            )
-            for name, window in inputs.items()
+        raw = read_multiscale(self.input_path)
+        volume = raw.finest.lattice.box
+        self.plane = Plane.parse(plane, arrays)
+        #: Patches of the arrays, along their own axes.
+        self._windows = {
+            name: self.plane.thicken(spec.window, raw.finest.scale) if spec.flat else spec.window
+            for name, spec in arrays.items()
         }
-        raw = next(iter(self._images.values()))
-        volume = raw.image.finest.lattice.box
-        labels = self._open_labels(names) if self.target_path else {}
-        if labels:
-            if too_coarse not in ("error", "upsample"):
-                raise CellMapValueError(f"too_coarse must be 'error' or 'upsample', got {too_coarse!r}")
+        #: The same along the axes of the volume.
+        world = {name: self.plane.in_volume(window) for name, window in self._windows.items()}
+        what = f"{self.label}: raw" if targets else "raw"
+        self._raw = {name: choose_level(raw, world[name].scale.tolist(), what, max_upsampling) for name in inputs}
+        self._raw_regions = {name: open_region(level, self._cache, what) for name, level in self._raw.items()}
+
+        labels: dict[str, Multiscale] = {}
+        implications = Implications(
+            names, self.target_path.names if self.target_path else (), infer, class_table, class_relation_dict
+        )
+        if self.target_path:
+            labels = self._open_labels(names, implications.read)
             if too_coarse == "error":
-                self._check_resolution(labels, [w.scale for w in targets.values()])
+                self._check_resolution(labels, [world[name].scale for name in targets])
             boxes = [image.finest.lattice.box for image in labels.values()]
             crop = boxes[0]
             for box in boxes[1:]:
@@ -152,40 +190,52 @@ class CellMapDataset(SampleSource):
         else:
             crop = volume
         self.box = crop
-        relations = parse_relations(class_relation_dict, names)
-        self._stacks = {
-            name: LabelStack(labels, names, window, self._cache, self.label, relations)
-            for name, window in targets.items()
-        }
         self.annotated = tuple(c for c in names if c in labels)
+        self._stacks: dict[str, BitStack | IdStack] = {}
+        for name, target in targets.items():
+            if target.kind.reads == "bits":
+                self._stacks[name] = BitStack(
+                    labels, implications, len(names), world[name], self._cache, self.label, label_downsample, unknown
+                )
+            else:
+                own = {c: image for c, image in labels.items() if c in names}
+                self._stacks[name] = IdStack(own, names, world[name], self._cache, self.label, unknown)
+
+        rule = Normalize.parse(normalize, invert)
+        found = statistics(raw) if rule.needs_statistics else None
+        #: Offset and factor that normalize stored values.
+        self.affine = rule.affine(self.raw_dtype, found, self.input_path)
         self.layout = BatchLayout(
             inputs,
             targets,
             names,
-            raw.region.dtype,
+            self.raw_dtype,
+            id_dtype(labels),
             input_transforms(raw_value_transforms, list(inputs), "raw_value_transforms"),
             class_transforms(target_value_transforms, names, "target_value_transforms") if targets else {},
+            Scaling.of([0], [self.affine]),
+            bool(nan_targets),
             self.seed,
         )
-        arrays = [(w, lattice) for n, w in targets.items() for lattice in self._stacks[n].lattices]
-        arrays += [(image.window, image.level.lattice) for image in self._images.values()]
+        lattices = [(world[n], lattice) for n in targets for lattice in self._stacks[n].lattices]
+        lattices += [(world[n], level.lattice) for n, level in self._raw.items()]
         self.placement = Placement.plan(
             crop,
-            list(targets.values()) or list(inputs.values()),
-            arrays,
+            [world[n] for n in targets or inputs],
+            lattices,
             self.pad,
             self.label,
-            [] if self.pad else [(w, volume) for w in inputs.values()],
+            [] if self.pad else [(world[n], volume) for n in inputs],
         )
-        scale = np.max([w.scale for w in (targets or inputs).values()], axis=0)
+        scale = np.max([world[n].scale for n in targets or inputs], axis=0)
         #: Voxels of the crop at the resolution asked for, by which crops are weighed against each other.
         self.volume = float(np.prod(crop.extent / scale))
         self._announce()
 
-    def _open_labels(self, names: Sequence[str]) -> dict[str, Multiscale]:
-        """The label image of each class that is asked for and annotated here."""
+    def _open_labels(self, names: Sequence[str], read: Sequence[str]) -> dict[str, Multiscale]:
+        """The label image of each class that is read and annotated here."""
         assert self.target_path is not None
-        wanted = [name for name in names if name in self.target_path.names]
+        wanted = [name for name in read if name in self.target_path.names]
         if not wanted:
             raise NotAnnotatedError(
                 f"{self.label}: none of the classes {list(names)} is annotated in it; "
@@ -212,8 +262,8 @@ class CellMapDataset(SampleSource):
         log.info(
             "%s: inputs %s; targets %s; annotated %s; not annotated %s; %d positions; %d workers",
             self.label,
-            ", ".join(f"{n} {list(i.window.shape)} at {i.level.name}" for n, i in self._images.items()),
-            ", ".join(f"{n} {list(s.window.shape)}" for n, s in self._stacks.items()) or "none",
+            ", ".join(f"{n} {list(self._windows[n].shape)} at {level.name}" for n, level in self._raw.items()),
+            ", ".join(f"{n} {list(self._windows[n].shape)}" for n in self._stacks) or "none",
             list(self.annotated),
             absent,
             len(self),
@@ -228,21 +278,16 @@ class CellMapDataset(SampleSource):
     @property
     def raw_dtype(self) -> np.dtype[Any]:
         """The stored type of raw."""
-        return next(iter(self._images.values())).region.dtype
-
-    @property
-    def input_images(self) -> Mapping[str, CellMapImage]:
-        """The image behind each input."""
-        return self._images
+        return next(iter(self._raw_regions.values())).dtype
 
     def share(self, pool: ReadPool, cache: ChunkCache) -> None:
         """Read with the threads and the cache of a collection."""
         self._pool, self._cache = pool, cache
-        for image in self._images.values():
-            image.region.cache = cache
+        for region in self._raw_regions.values():
+            region.cache = cache
         for stack in self._stacks.values():
-            for group in stack.groups:
-                group.region.cache = cache
+            for region in stack.regions:
+                region.cache = cache
 
     def read_array(
         self, name: str, center: FloatArray, turn: FloatArray | None, out: np.ndarray[Any, Any], layout: BatchLayout
@@ -252,29 +297,59 @@ class CellMapDataset(SampleSource):
         Args:
             name: an input or a target.
             center: the sample's centre, nm (z, y, x).
-            turn: see `geometry.patch_map`.
-            out: ``[1, z, y, x]`` of ``layout.raw_dtype`` for an input, ``[z, y, x, bytes]`` for a target.
+            turn: see `geometry.patch_map`; along the patch's own axes.
+            out: ``[1, z, y, x]`` of ``layout.raw_dtype`` for an input, one sample of its compact form for a target.
             layout: the layout of the batch, which crops of several stored types may share.
         """
+        window, turn = self._windows[name], self.plane.turn(turn)
         stack = self._stacks.get(name)
-        if stack is not None:
-            stack.read_into(center, out, turn)
+        if stack is None:
+            self._read_raw(name, center, window, turn, out[0], layout)
             return
-        image = self._images[name]
+        kind = layout.targets[name].kind
+        if isinstance(stack, IdStack):
+            shape, dtype = (len(self.classes), *_widened(window.shape, kind.margin)), stack.dtype
+        else:
+            shape, dtype = (*_widened(window.shape, kind.margin), stack.depth_out), np.dtype(np.uint8)
+        if shape == out.shape and dtype == out.dtype:
+            stack.read_into(center, window.scale, out, turn)
+            return
+        stored = np.empty(shape, dtype)
+        stack.read_into(center, window.scale, stored, turn)
+        if kind.name == "instances":
+            out[...] = stored  # ids of a narrower type than that of the batch
+        else:
+            kind.encode(stored, out)
+
+    def _read_raw(
+        self,
+        name: str,
+        center: FloatArray,
+        window: Window,
+        turn: FloatArray | None,
+        out: np.ndarray[Any, Any],
+        layout: BatchLayout,
+    ) -> None:
+        amap = patch_map(center, window.shape, window.scale, self._raw[name].lattice, turn)
+        # What is read as nothing becomes 0 when it is normalized, as nearly as the stored type can say it.
+        fill = self.affine[0] if layout.raw_transforms.get(name) == AUTO else 0.0
+        if self.raw_dtype.kind in "iu":
+            info = np.iinfo(self.raw_dtype)
+            fill = min(max(round(fill), info.min), info.max)
         if out.dtype == self.raw_dtype:
-            image.read_into(center, out[0], turn)
+            evaluate(self._raw_regions[name], amap, out, method="linear", fill=fill)
             return
-        # Crops of different types travel as float32, which no longer tells the range of the stored type.
-        stored = np.empty(out.shape[1:], self.raw_dtype)
-        image.read_into(center, stored, turn)
-        out[0] = stored
-        if layout.raw_transforms.get(name) == AUTO:
-            offset, factor = unit_range(self.raw_dtype)
-            if (offset, factor) != (0.0, 1.0):
-                out[0] -= np.float32(offset)
-                out[0] *= np.float32(factor)
+        # Crops of different types travel as float32, rounded as they were stored.
+        stored = np.empty(out.shape, self.raw_dtype)
+        evaluate(self._raw_regions[name], amap, stored, method="linear", fill=fill)
+        out[...] = stored
 
     def __repr__(self) -> str:
         return (
             f"CellMapDataset({self.label}: {len(self)} positions, {len(self.annotated)} of {len(self.classes)} classes)"
         )
+
+
+def _widened(shape: Shape, margin: Shape) -> Shape:
+    z, y, x = (n + 2 * m for n, m in zip(shape, margin, strict=True))
+    return z, y, x

@@ -1,6 +1,7 @@
 """Which crops are for training, validation, test and prediction."""
 
 import csv
+import difflib
 import io
 import logging
 import threading
@@ -18,6 +19,7 @@ from cellmap_lightning.errors import (
 )
 from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes
 from cellmap_lightning.sampling.dataset import CellMapDataset, NotAnnotatedError, TooCoarseError
+from cellmap_lightning.sampling.labels import Downsample, Unknown
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.transforms.intensity import AUTO
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING
@@ -28,7 +30,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test", "predict")
 _USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}
-_ENTRY_KEYS = ("raw", "gt")
+_ENTRY_KEYS = ("raw", "gt", "normalize", "invert")
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,16 @@ class Entry:
         input_path: the raw multiscale group.
         target_path: the label groups in bracket form, or None.
         dataset: a dataset that was given ready-made.
+        normalize: how its raw is normalized, when not as the others.
+        invert: whether it is inverted, when not as the others.
     """
 
     where: str
     input_path: str = ""
     target_path: str | None = None
     dataset: CellMapDataset | None = None
-
-    @property
-    def text(self) -> str:
-        """What messages show of it."""
-        return self.target_path or self.input_path
+    normalize: Any = None
+    invert: bool | None = None
 
 
 class CellMapDataSplit:
@@ -60,7 +61,8 @@ class CellMapDataSplit:
         csv_path: a CSV without or with a header, of 5 columns ``usage, zarr, raw dataset, zarr, target dataset`` or of
             3 ``usage, raw, target``; for prediction the target may be empty or left out. Relative paths are relative
             to the CSV's folder. Usages: train, val (or validate), test, predict.
-        datasets: instead of it, ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also be a `CellMapDataset`.
+        datasets: instead of it, ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also say ``normalize`` and
+            ``invert``, or be a `CellMapDataset`.
         classes: the targets' channels; None for raw only.
         input_arrays: see `CellMapDataset`, as all that follow.
         target_arrays: see there.
@@ -68,9 +70,17 @@ class CellMapDataSplit:
         raw_value_transforms: see there.
         target_value_transforms: see there.
         class_relation_dict: see there.
-        pad: see there.
+        pad: see there; so too what follows.
         max_workers: see there.
         seed: see there.
+        normalize: see there.
+        invert: see there.
+        infer: see there.
+        class_table: see there.
+        label_downsample: see there.
+        unknown: see there.
+        nan_targets: see there.
+        planes: of flat patches, a dataset in each.
         too_coarse: what becomes of crops whose labels are coarser than asked for: ``drop`` (logged), ``upsample``, or
             ``error``.
         max_upsampling: see there.
@@ -96,6 +106,14 @@ class CellMapDataSplit:
         max_workers: int | None = None,
         seed: int = 0,
         *,
+        normalize: Any = "dtype",
+        invert: bool = False,
+        infer: Sequence[str] = (),
+        class_table: str | None = None,
+        label_downsample: Downsample = "stored",
+        unknown: Unknown = "metadata",
+        nan_targets: bool = True,
+        planes: Sequence[str] = ("xy",),
         too_coarse: Literal["drop", "upsample", "error"] = "drop",
         max_upsampling: float = MAX_UPSAMPLING,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
@@ -117,10 +135,20 @@ class CellMapDataSplit:
             "pad": pad,
             "max_workers": max_workers,
             "seed": seed,
+            "normalize": normalize,
+            "invert": invert,
+            "infer": tuple(infer),
+            "class_table": class_table,
+            "label_downsample": label_downsample,
+            "unknown": unknown,
+            "nan_targets": nan_targets,
             "too_coarse": "upsample" if too_coarse == "upsample" else "error",
             "max_upsampling": max_upsampling,
             "cache_bytes": cache_bytes,
         }
+        if isinstance(planes, str) or not planes or len(set(planes)) != len(list(planes)):
+            raise CellMapValueError(f"planes must name xy, xz and yz at most once, got {planes!r}")
+        self.planes = tuple(planes)
         self._spatial = spatial_transforms
         self.entries = read_csv(csv_path) if csv_path is not None else read_mapping(datasets or {})
         self._built: dict[str, CellMapMultiDataset] = {}
@@ -162,7 +190,7 @@ class CellMapDataSplit:
         dropped: list[tuple[Entry, CellMapError]] = []
         for entry in entries:
             try:
-                datasets.append(entry.dataset or self._open(entry, split))
+                datasets += [entry.dataset] if entry.dataset else [self._open(entry, split, p) for p in self.planes]
             except TooCoarseError as e:
                 (dropped if self.too_coarse == "drop" else problems).append((entry, e))
             except NotAnnotatedError as e:
@@ -187,16 +215,18 @@ class CellMapDataSplit:
         self._check_classes(split, multi)
         return multi
 
-    def _open(self, entry: Entry, split: str) -> CellMapDataset:
+    def _open(self, entry: Entry, split: str, plane: str) -> CellMapDataset:
         training = split == "train"
         if split != "predict" and self.classes is not None and entry.target_path is None:
             raise CellMapValueError(f"a crop for {split!r} needs a target; only those for 'predict' may go without")
+        own = {"normalize": entry.normalize, "invert": entry.invert}
         return CellMapDataset(
             entry.input_path,
             None if split == "predict" else entry.target_path,
             is_train=training,
             spatial_transforms=self._spatial if training else None,
-            **self._common,
+            plane=plane,
+            **self._common | {key: value for key, value in own.items() if value is not None},
         )
 
     def _check_classes(self, split: str, multi: CellMapMultiDataset) -> None:
@@ -204,8 +234,10 @@ class CellMapDataSplit:
         nowhere = [c for c, n in multi.annotated_in().items() if n == 0] if multi.layout.targets else []
         if nowhere and split == "train":
             listed = sorted({n for d in multi.datasets if d.target_path for n in d.target_path.names})
+            close = [c for name in nowhere for c in difflib.get_close_matches(name, listed, 1)]
+            hint = f" (did you mean {' and '.join(map(repr, close))}?)" if close else ""
             raise CellMapValueError(
-                f"no crop for 'train' annotates {', '.join(map(repr, nowhere))}; they annotate {', '.join(listed)}"
+                f"no crop for 'train' annotates {', '.join(map(repr, nowhere))}{hint}; they annotate {', '.join(listed)}"
             )
         if nowhere:
             log.warning("no crop for %r annotates %s: nothing is measured for them there", split, ", ".join(nowhere))
@@ -267,7 +299,9 @@ def read_csv(path: str | Path) -> dict[str, list[Entry]]:
         except CellMapError as e:
             problems.append((Entry(where), e))
     if problems:
-        raise CellMapValueError(f"{len(problems)} rows of {file} cannot be read:\n{_table(problems)}")
+        raise CellMapValueError(
+            f"{len(problems)} row{'s' if len(problems) > 1 else ''} of {file} cannot be read:\n" + _table(problems)
+        )
     if not entries:
         raise CellMapValueError(f"{file} names no crops: rows of 'usage, raw, target' are needed")
     return entries
@@ -335,7 +369,7 @@ def _entry(item: Any, where: str) -> Entry:
     older = {"input_path": "raw", "raw_path": "raw", "target_path": "gt", "gt_path": "gt", "ground_truth_path": "gt"}
     unknown = [key for key in item if key not in _ENTRY_KEYS and key not in older]
     if unknown:
-        raise CellMapKeyError(f"{where} has no {unknown[0]!r}; it has {' and '.join(_ENTRY_KEYS)}")
+        raise CellMapKeyError(f"{where} has no {unknown[0]!r}; it has {', '.join(_ENTRY_KEYS)}")
     found: dict[str, Any] = {}
     for key, value in item.items():
         name = older.get(str(key), str(key))
@@ -344,4 +378,11 @@ def _entry(item: Any, where: str) -> Entry:
         found[name] = value
     if not found.get("raw"):
         raise CellMapKeyError(f"{where} needs 'raw', the path of the raw multiscale group")
-    return Entry(where, str(found["raw"]), str(found["gt"]) if found.get("gt") else None)
+    return Entry(
+        where,
+        str(found["raw"]),
+        str(found["gt"]) if found.get("gt") else None,
+        None,
+        found.get("normalize"),
+        found.get("invert"),
+    )

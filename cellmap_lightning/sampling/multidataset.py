@@ -11,6 +11,7 @@ from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.pool import ReadPool
 from cellmap_lightning.sampling.source import SampleSource
+from cellmap_lightning.transforms.intensity import Scaling
 from cellmap_lightning.volumes.region import ChunkCache
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ class CellMapMultiDataset(SampleSource):
         for other in self._datasets[1:]:
             for what, a, b in (
                 ("classes", first.classes, other.classes),
-                ("inputs", _windows(first.layout.inputs), _windows(other.layout.inputs)),
-                ("targets", _windows(first.layout.targets), _windows(other.layout.targets)),
+                ("inputs", _identities(first.layout.inputs), _identities(other.layout.inputs)),
+                ("targets", _identities(first.layout.targets), _identities(other.layout.targets)),
                 ("is_train", first.is_train, other.is_train),
             ):
                 if a != b:
@@ -46,7 +47,12 @@ class CellMapMultiDataset(SampleSource):
         self.seed, self.is_train, self.spatial = first.seed, first.is_train, first.spatial
         dtypes = {d.raw_dtype for d in self._datasets}
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-        self.layout = dataclasses.replace(first.layout, raw_dtype=dtype)
+        self.layout = dataclasses.replace(
+            first.layout,
+            raw_dtype=dtype,
+            id_dtype=max((d.layout.id_dtype for d in self._datasets), key=lambda kind: kind.itemsize),
+            scaling=Scaling.of(self._offsets[:-1], [d.affine for d in self._datasets]),
+        )
         self._pool = ReadPool(max(d.max_workers for d in self._datasets))
         self._cache = ChunkCache(max(d._cache.budget for d in self._datasets))
         for dataset in self._datasets:
@@ -69,5 +75,5 @@ class CellMapMultiDataset(SampleSource):
         return f"CellMapMultiDataset({len(self._datasets)} crops, {len(self)} positions)"
 
 
-def _windows(windows: Any) -> dict[str, tuple[Any, ...]]:
-    return {name: (w.shape, tuple(w.scale.tolist())) for name, w in windows.items()}
+def _identities(arrays: Any) -> dict[str, tuple[Any, ...]]:
+    return {name: array.identity for name, array in arrays.items()}

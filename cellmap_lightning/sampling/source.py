@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +17,9 @@ from torch.utils.data import Dataset
 from cellmap_lightning.draws import PLACE, uniforms
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
 from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
-from cellmap_lightning.sampling.memory import BatchMemory, FormMemory
+from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.pool import ReadPool
 from cellmap_lightning.transforms.spatial import SpatialTransforms
-from cellmap_lightning.transforms.targets import packed_bytes
 from cellmap_lightning.volumes.geometry import AXES, FloatArray
 from cellmap_lightning.volumes.region import ChunkCache
 
@@ -172,15 +170,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
 
     def batch_memory(self, batch_size: int = 1) -> BatchMemory:
         """The bytes of a batch of ``batch_size`` samples, known before anything is read."""
-        finished, compact = {}, {}
-        for name, window in self.layout.inputs.items():
-            voxels = batch_size * math.prod(window.shape)
-            finished[name], compact[name] = 4 * voxels, self.layout.raw_dtype.itemsize * voxels
-        for name, window in self.layout.targets.items():
-            voxels = batch_size * math.prod(window.shape)
-            finished[name] = 4 * voxels * len(self.classes)
-            compact[name] = packed_bytes(len(self.classes)) * voxels
-        return BatchMemory(finished, FormMemory(compact))
+        return self.layout.memory(batch_size)
 
     @property
     def executor(self) -> ThreadPoolExecutor:

@@ -1,37 +1,133 @@
 """What the stored values of raw become."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.volumes.statistics import Statistics
 
 AUTO = "auto"
 
 
-def unit_range(dtype: np.dtype[Any]) -> tuple[float, float]:
-    """Offset and factor that bring a stored integer type to [0, 1]: ``(value - offset) * factor``."""
-    if dtype.kind not in "iu":
-        return 0.0, 1.0
-    info = np.iinfo(dtype)
-    return float(info.min), 1.0 / (float(info.max) - float(info.min))
+@dataclass(frozen=True)
+class Normalize:
+    """The rule by which stored values become an input.
+
+    Attributes:
+        rule: ``dtype``, ``range``, ``percentile`` or ``zscore``.
+        low: what becomes 0: a stored value, or a percentile.
+        high: what becomes 1, likewise.
+        invert: exchange dark and bright.
+    """
+
+    rule: str = "dtype"
+    low: float = 0.0
+    high: float = 0.0
+    invert: bool = False
+
+    @classmethod
+    def parse(cls, value: Any, invert: Any = False) -> "Normalize":
+        """Read ``dtype``, ``zscore``, ``{range: [lo, hi]}`` or ``{percentile: [lo, hi]}``.
+
+        Raises:
+            CellMapValueError: it is none of these.
+        """
+        if not isinstance(invert, bool):
+            raise CellMapValueError(f"invert must be true or false, got {invert!r}")
+        if value in ("dtype", "zscore"):
+            return cls(value, invert=invert)
+        if isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in ("range", "percentile"):
+            (rule, span), *_ = value.items()
+            good = isinstance(span, Sequence) and len(span) == 2 and all(isinstance(v, int | float) for v in span)
+            if good and span[0] < span[1] and (rule == "range" or 0 <= span[0] < span[1] <= 100):
+                return cls(rule, float(span[0]), float(span[1]), invert)
+        raise CellMapValueError(
+            "normalize must be dtype, zscore, {range: [lowest, highest]} in stored values, or {percentile: "
+            f"[lowest, highest]}} with 0 <= lowest < highest <= 100; got {value!r}"
+        )
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the values of the volume have to be looked at."""
+        return self.rule in ("percentile", "zscore")
+
+    def affine(self, dtype: np.dtype[Any], statistics: Statistics | None, where: str = "") -> tuple[float, float]:
+        """Offset and factor: ``(stored - offset) * factor`` is the input.
+
+        Raises:
+            CellMapValueError: the volume has a single value, so that nothing can be told apart by it.
+        """
+        if self.rule == "dtype":
+            info = np.iinfo(dtype) if dtype.kind in "iu" else None
+            low, high = (float(info.min), float(info.max)) if info else (0.0, 1.0)
+        elif self.rule == "range":
+            low, high = self.low, self.high
+        else:
+            assert statistics is not None
+            if self.rule == "percentile":
+                low, high = statistics.percentile(self.low), statistics.percentile(self.high)
+            else:
+                low, high = statistics.mean, statistics.mean + statistics.std
+            if not high > low:
+                raise CellMapValueError(
+                    f"{where}: normalize {self.rule} needs values that differ; all are about {low:g}"
+                )
+        factor = 1.0 / (high - low)
+        if not self.invert:
+            return low, factor
+        # One minus it; of a z-score, its negative.
+        return (low if self.rule == "zscore" else high), -factor
 
 
-def to_unit_range(raw: torch.Tensor) -> torch.Tensor:
-    """float32 in [0, 1] by the range of the stored integer type (uint8: value / 255); floats as they are."""
-    if raw.is_floating_point():
-        return raw.to(torch.float32)
-    info = torch.iinfo(raw.dtype)
-    out = raw.to(torch.float32)
-    if info.min:
-        out -= float(info.min)
-    return out.mul_(1.0 / (float(info.max) - float(info.min)))
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """Offset and factor of the crop that each sample comes from.
+
+    Attributes:
+        starts: first position of each crop, int64 ``[K]``.
+        offsets: float32 ``[K]``.
+        factors: float32 ``[K]``.
+    """
+
+    starts: torch.Tensor
+    offsets: torch.Tensor
+    factors: torch.Tensor
+
+    @classmethod
+    def of(cls, starts: Sequence[int], affine: Sequence[tuple[float, float]]) -> "Scaling":
+        """One entry per crop; one for all where they agree."""
+        if len(set(affine)) == 1:
+            starts, affine = [0], affine[:1]
+        offsets, factors = zip(*affine, strict=True)
+        return cls(torch.tensor(list(starts)), torch.tensor(offsets), torch.tensor(factors))
+
+    @classmethod
+    def none(cls) -> "Scaling":
+        """Stored values as they are."""
+        return cls.of([0], [(0.0, 1.0)])
+
+    def __call__(self, raw: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Normalize a batch: float32 from ``[N, ...]`` stored values and ``[N]`` positions."""
+        out = raw.to(torch.float32)
+        if out is raw:
+            out = raw.clone()
+        if len(self.starts) == 1:
+            offset, factor = self.offsets.item(), self.factors.item()
+            if offset:
+                out -= offset
+            return out if factor == 1 else out.mul_(factor)
+        crop = torch.searchsorted(self.starts.to(positions.device), positions, right=True) - 1
+        shape = (-1, *[1] * (raw.ndim - 1))
+        out -= self.offsets.to(raw.device)[crop].reshape(shape)
+        return out.mul_(self.factors.to(raw.device)[crop].reshape(shape))
 
 
 def input_transforms(transforms: Any, inputs: Sequence[str], what: str) -> dict[str, Any]:
-    """Transform of each input: ``"auto"``, None, or a callable; from one for all or ``{input: ...}``.
+    """Transform of each input: ``"auto"`` (normalize), None, or a callable; from one for all or ``{input: ...}``.
 
     A list is a chain of callables.
 
@@ -49,7 +145,7 @@ def input_transforms(transforms: Any, inputs: Sequence[str], what: str) -> dict[
 
 def _check(transform: Any, what: str) -> Any:
     if isinstance(transform, Sequence) and not isinstance(transform, str):
-        return Chain([to_unit_range if t == AUTO else _callable(t, what) for t in transform])
+        return Chain([_callable(t, what) for t in transform])
     if transform is None or transform == AUTO or callable(transform):
         return transform
     raise CellMapValueError(f"{what} must be 'auto', null or something that can be called, got {transform!r}")

@@ -60,23 +60,6 @@ def infer_exclusive(packed: np.ndarray[Any, Any], relations: Relations) -> None:
         packed[..., 2 * (index // 8) + 1] |= excluded << np.uint8(index % 8)
 
 
-def parse_relations(relations: Mapping[str, Any] | None, classes: Sequence[str]) -> dict[int, list[int]]:
-    """``{class: [classes that exclude it]}`` as positions; classes that are not asked for are left out.
-
-    Raises:
-        CellMapValueError: a value is not a list, tuple or set of names.
-    """
-    found: dict[int, list[int]] = {}
-    for name, others in (relations or {}).items():
-        if isinstance(others, str) or not hasattr(others, "__iter__"):
-            raise CellMapValueError(f"class_relation_dict[{name!r}] must be a list or set of classes, got {others!r}")
-        if name in classes:
-            known = [classes.index(o) for o in others if o in classes and o != name]
-            if known:
-                found[classes.index(name)] = sorted(known)
-    return found
-
-
 def unpack(packed: "torch.Tensor", classes: int) -> "torch.Tensor":
     """float32 ``[N, classes, z, y, x]`` with 1 present, 0 absent, NaN unknown, from uint8 ``[N, z, y, x, bytes]``."""
     import torch

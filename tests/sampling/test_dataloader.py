@@ -21,12 +21,19 @@ def make(volume, is_train=True, **kwargs):
     return CellMapMultiDataset(
         [
             CellMapDataset(
-                volume.raw_path, f"{volume.path}/recon-1/labels/groundtruth/crop{n}/[mito,er]", CLASSES, INPUTS, TARGETS,
-                spatial_transforms=TURNS, is_train=is_train, pad=True, **kwargs,
+                volume.raw_path,
+                f"{volume.path}/recon-1/labels/groundtruth/crop{n}/[mito,er]",
+                CLASSES,
+                INPUTS,
+                TARGETS,
+                spatial_transforms=TURNS,
+                is_train=is_train,
+                pad=True,
+                **kwargs,
             )
             for n in (1, 2, 3)
         ]
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from cellmap_lightning.transforms.intensity import to_unit_range
 from cellmap_lightning.transforms.targets import infer_exclusive, pack_into, packed_bytes, unpack
 
 
@@ -35,16 +34,3 @@ def test_exclusive_classes():
     labels = unpack(torch.from_numpy(packed)[None], 2)[0, 1].flatten()
     assert labels.isnan().tolist() == [True, False, False, True]
     assert labels[1] == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32])
-def test_unit_range(dtype):
-    info = torch.iinfo(dtype)
-    raw = torch.tensor([info.min, info.max], dtype=dtype)
-    torch.testing.assert_close(to_unit_range(raw), torch.tensor([0.0, 1.0]))
-
-
-def test_floats_keep_their_values():
-    raw = torch.tensor([-3.0, 700.0], dtype=torch.float16)
-    assert to_unit_range(raw).tolist() == [-3, 700]
-    assert to_unit_range(raw).dtype == torch.float32
