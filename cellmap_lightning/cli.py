@@ -166,9 +166,10 @@ def _check_strides(cfg: DictConfig) -> None:
         except (IndexError, TypeError):
             return  # the network itself will say what is wrong with them
         if isinstance(length, int) and length % factor:
+            lower = max(length // factor * factor, factor)
             raise CellMapValueError(
                 f"patch.shape={list(shape)}: {length} is not a multiple of {factor}, by which "
-                f"model.strides={list(strides)} shrinks it; {length // factor * factor or factor} and {(length // factor + 1) * factor} are"
+                f"model.strides={list(strides)} shrinks it; {lower} and {(length // factor + 1) * factor} are"
             )
 
 

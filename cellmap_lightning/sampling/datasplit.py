@@ -237,7 +237,8 @@ class CellMapDataSplit:
             close = [c for name in nowhere for c in difflib.get_close_matches(name, listed, 1)]
             hint = f" (did you mean {' and '.join(map(repr, close))}?)" if close else ""
             raise CellMapValueError(
-                f"no crop for 'train' annotates {', '.join(map(repr, nowhere))}{hint}; they annotate {', '.join(listed)}"
+                f"no crop for 'train' annotates {', '.join(map(repr, nowhere))}{hint}; they "
+                f"annotate {', '.join(listed)}"
             )
         if nowhere:
             log.warning("no crop for %r annotates %s: nothing is measured for them there", split, ", ".join(nowhere))
