@@ -31,8 +31,16 @@ _started = False
 
 
 def register_resolvers() -> None:
-    """Make ``${length:...}`` known to the configs."""
-    OmegaConf.register_new_resolver("length", len, replace=True)
+    """Make ``${channels:...}`` known to the configs."""
+    OmegaConf.register_new_resolver("channels", _channels, replace=True)
+
+
+def _channels(targets: Any, classes: Any) -> int:
+    """Channels of a network for the first of the targets; one more, for the background, where it is a softmax."""
+    first = next(iter((targets or {}).values()), None) or {}
+    count = len(classes)
+    kind = first.get("kind", "binary")
+    return count + 1 if kind == "labels" else count * len(first["offsets"]) if kind == "affinities" else count
 
 
 def train() -> Any:

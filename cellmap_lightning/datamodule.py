@@ -333,6 +333,17 @@ class CellMapDataModule(L.LightningDataModule):
         # Lightning converts what a loader yields to the precision before it is moved: here it is only float32 by now.
         return self.trainer.precision_plugin.convert_input(self._layouts[split].finish(batch))
 
+    # -- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """How each volume was normalized, so that a prediction from the checkpoint sees the same numbers."""
+        return {"normalization": {path: list(affine) for path, affine in self.split.normalization.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Normalize the volumes of the checkpoint as they were."""
+        affine = state_dict.get("normalization", {})
+        self.split.restore_normalization({path: (float(o), float(f)) for path, (o, f) in affine.items()})
+
     # -- the end
 
     def on_exception(self, exception: BaseException) -> None:

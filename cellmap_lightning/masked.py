@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torchmetrics import Metric
 
 from cellmap_lightning.errors import CellMapValueError
@@ -65,6 +65,39 @@ def masked_dice(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
     chance = torch.sigmoid(logits) * known
     both, sums = _per_class(chance * wanted), _per_class(chance) + _per_class(wanted)
     return mean_over_present(1 - (2 * both + smooth) / (sums + smooth), _per_class(wanted) > 0)
+
+
+def masked_cross_entropy(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
+    """Cross entropy of ``[N, 1 + C, ...]`` logits against numbers of classes, over the annotated voxels.
+
+    Args:
+        logits: scores before the softmax, background first.
+        target: ``[N, 1, ...]`` whole numbers, 0 for background.
+        known: which of them count.
+    """
+    wanted = torch.where(known, target, -100)[:, 0]
+    return cross_entropy(logits, wanted, ignore_index=-100, reduction="sum") / known.sum().clamp(min=1)
+
+
+def one_against_all(logits: Tensor, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of classes as a target of 1, 0 and NaN per class, and logits of each class against all others.
+
+    The logit of class i is its score minus the logarithm of the summed exponentials of the others: its sigmoid is the
+    softmax.
+
+    Args:
+        logits: ``[N, 1 + C, ...]``, background first.
+        target: ``[N, 1, ...]`` whole numbers.
+        known: which of them count.
+
+    Returns:
+        ``[N, C, ...]`` logits and targets.
+    """
+    chance = torch.log_softmax(logits, 1)[:, 1:]
+    against = chance - torch.log1p(-chance.exp().clamp(max=1 - 1e-6))
+    number = torch.arange(1, logits.shape[1], device=target.device).reshape(-1, *[1] * (target.ndim - 2))
+    wanted = (target == number).to(logits.dtype)
+    return against, wanted.masked_fill(~known, float("nan"))
 
 
 class DiceScore(Metric):

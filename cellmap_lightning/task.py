@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
-from cellmap_lightning.masked import DiceScore, masked_bce, masked_dice
+from cellmap_lightning.masked import DiceScore, masked_bce, masked_cross_entropy, masked_dice, one_against_all
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +18,11 @@ WEIGHT_BOUNDS = (0.1, 50.0)
 
 
 class SegmentationTask(L.LightningModule):
-    """Multi-label segmentation with targets of 1, 0 and NaN.
+    """Segmentation with binary targets (1, 0, NaN), or with targets of kind ``labels`` and a background channel.
 
     Args:
-        network: from ``[N, 1, z, y, x]`` (or ``[N, 1, y, x]``) to as many channels as classes, in logits.
+        network: from ``[N, 1, z, y, x]`` (or ``[N, 1, y, x]``) to as many channels as classes, in logits; for
+            targets of kind ``labels`` to one more, the background, which comes first.
         classes: names of the channels.
         optimizer: from parameters to an optimizer; by default AdamW with a learning rate of 1e-3.
         scheduler: from an optimizer to a scheduler that steps each epoch, or None.
@@ -96,7 +97,13 @@ class SegmentationTask(L.LightningModule):
         return names[0]
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross entropy and Dice over the annotated voxels."""
+        """Cross entropy and Dice over the annotated voxels, of classes that overlap or (integer targets) exclude."""
+        if not target.is_floating_point():
+            known = (target >= 0) & (target <= len(self.classes))
+            total = (1 - self.dice_weight) * masked_cross_entropy(logits, target, known)
+            if self.dice_weight:
+                total = total + self.dice_weight * masked_dice(*one_against_all(logits, target, known))
+            return total
         total = (1 - self.dice_weight) * masked_bce(logits, target, self.pos_weight)
         if self.dice_weight:
             total = total + self.dice_weight * masked_dice(logits, target)
@@ -159,7 +166,10 @@ class SegmentationTask(L.LightningModule):
     def _evaluate(self, stage: str, dice: DiceScore, batch: Mapping[str, Tensor]) -> None:
         x, y = self._parts(batch)
         logits = self(x)
-        dice.update(logits, y)
+        if y.is_floating_point():
+            dice.update(logits, y)
+        else:
+            dice.update(*one_against_all(logits, y, (y >= 0) & (y <= len(self.classes))))
         self.log(f"{stage}/loss", self.loss(logits, y), batch_size=len(x), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
@@ -189,7 +199,10 @@ class SegmentationTask(L.LightningModule):
         """Probability of each class, ``[N, C, z, y, x]``."""
         data: Any = getattr(self.trainer, "datamodule", None)
         x = batch[self._name("input", self.input_name, list(getattr(data, "input_arrays", [])))]
-        return torch.sigmoid(self(x))
+        logits = self(x)
+        if logits.shape[1] == len(self.classes) + 1:  # a softmax with a background
+            return torch.softmax(logits, 1)[:, 1:]
+        return torch.sigmoid(logits)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler if there is one."""

@@ -385,6 +385,35 @@ def test_checkpoints_are_plain(data, tmp_path):
     run.validate(task(), data, ckpt_path=str(tmp_path / "best.ckpt"), verbose=False, weights_only=True)
 
 
+def test_targets_for_a_softmax_train(volume, tmp_path):
+    target = {"labels": {**TARGETS["labels"], "kind": "labels"}}
+    with module(volume, target_arrays=target) as data:
+        model = SegmentationTask(nn.Conv3d(1, 4, 3, padding=1), CLASSES)
+        run = trainer(tmp_path, limit_predict_batches=1)
+        run.fit(model, data)
+        assert model.scores["val"]
+        assert run.predict(model, data)[0].shape == (2, 3, 8, 16, 24)
+
+
+def test_normalization_is_kept_with_the_checkpoint(volume, tmp_path, monkeypatch):
+    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "kept"))
+    with module(volume, normalize="zscore") as data:
+        run = trainer(tmp_path)
+        run.fit(task(), data)
+        run.save_checkpoint(tmp_path / "x.ckpt")
+        (affine,) = set(data.split.normalization.values())
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["CellMapDataModule"]
+    assert tuple(state["normalization"][volume.raw_path]) == affine
+    # Another run that would measure something else normalizes as the checkpoint says.
+    watch = Watch()
+    with module(volume, normalize="dtype") as data:
+        trainer(tmp_path, callbacks=[watch]).validate(task(), data, ckpt_path=tmp_path / "x.ckpt", verbose=False)
+        assert set(data.split.normalization.values()) == {affine}
+    with module(volume, normalize="zscore") as data:
+        data.setup("validate")
+        assert torch.equal(next(iter(data.val_dataloader()))["raw"], watch.batches[0]["raw"])
+
+
 def test_class_weights(data, tmp_path, caplog):
     for rule in ("pos_weight", "inverse_sqrt", {"er": 1000.0}):
         model = task(class_weights=rule, weight_batches=2)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from cellmap_lightning.masked import DiceScore, masked_bce, masked_dice
+from cellmap_lightning.masked import DiceScore, masked_bce, masked_cross_entropy, masked_dice, one_against_all
 
 NAN = float("nan")
 
@@ -77,3 +77,25 @@ def test_dice_is_pooled_over_batches_and_ignores_the_unknown():
 def test_counts_stay_exact_in_half_precision():
     metric = DiceScore(["a"]).to(torch.bfloat16)
     assert metric.tp.dtype == torch.int64
+
+
+def test_cross_entropy_of_class_numbers():
+    logits = torch.randn(2, 4, 3, 3, 3)
+    target = torch.randint(0, 4, (2, 1, 3, 3, 3))
+    known = torch.ones_like(target, dtype=torch.bool)
+    torch.testing.assert_close(
+        masked_cross_entropy(logits, target, known), torch.nn.functional.cross_entropy(logits, target[:, 0])
+    )
+    more = torch.cat([target, torch.full_like(target, -100)], 2)
+    unknown = torch.cat([known, ~known], 2)
+    twice = torch.cat([logits, torch.randn_like(logits)], 2)
+    torch.testing.assert_close(masked_cross_entropy(twice, more, unknown), masked_cross_entropy(logits, target, known))
+
+
+def test_one_class_against_the_others():
+    logits = torch.randn(1, 3, 2, 2, 2)
+    target = torch.tensor([0, 1, 2, -100, 1, 1, 0, 2]).reshape(1, 1, 2, 2, 2)
+    against, wanted = one_against_all(logits, target, target >= 0)
+    torch.testing.assert_close(torch.sigmoid(against), torch.softmax(logits, 1)[:, 1:])
+    assert wanted[0, 0].flatten()[:3].tolist() == [0, 1, 0]
+    assert wanted[0, :, 0, 1, 1].isnan().all()

@@ -1,7 +1,9 @@
 """One raw volume and one annotated crop of it."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ from cellmap_lightning.sampling.arrays import (
     parse_inputs,
     parse_targets,
 )
+from cellmap_lightning.sampling.counts import foreground
 from cellmap_lightning.sampling.labels import DOWNSAMPLE, BitStack, Downsample, IdStack, Unknown, id_dtype
 from cellmap_lightning.sampling.names import renamed
 from cellmap_lightning.sampling.planes import Plane
@@ -29,7 +32,7 @@ from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.transforms.targets import class_transforms
 from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, FloatArray, Shape, patch_map
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING, choose_level, open_region
-from cellmap_lightning.volumes.ngff import Multiscale, read_multiscale
+from cellmap_lightning.volumes.ngff import Encoding, Multiscale, read_encoding, read_multiscale
 from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import DEFAULT_CACHE_BYTES, ChunkCache
 from cellmap_lightning.volumes.resample import evaluate
@@ -190,6 +193,7 @@ class CellMapDataset(SampleSource):
         else:
             crop = volume
         self.box = crop
+        self._labels, self._unknown = labels, unknown
         self.annotated = tuple(c for c in names if c in labels)
         self._stacks: dict[str, BitStack | IdStack] = {}
         for name, target in targets.items():
@@ -279,6 +283,30 @@ class CellMapDataset(SampleSource):
     def raw_dtype(self) -> np.dtype[Any]:
         """The stored type of raw."""
         return next(iter(self._raw_regions.values())).dtype
+
+    @cached_property
+    def class_counts(self) -> dict[str, float]:
+        """Foreground voxels of each annotated class in the crop, scaled to the resolution of the first target.
+
+        From the metadata's ``complement_counts``; where there are none the voxels are counted once, and the count is
+        kept in the cache folder, never in the data.
+        """
+        found = {}
+        for name in self.annotated:
+            image = self._labels[name]
+            boolean = image.finest.array.dtype.kind == "b"
+            encoding = Encoding(0, None) if boolean else read_encoding(image, image.finest)
+            if self._unknown != "metadata":
+                encoding = Encoding(encoding.absent, self._unknown)
+            stored = foreground(image, encoding, self._pool, f"{self.label}/{name}")
+            scale = next(iter(self._windows[target].scale for target in self.layout.targets))
+            found[name] = stored * float(np.prod(image.finest.scale) / np.prod(scale))
+        return found
+
+    def set_affine(self, affine: tuple[float, float]) -> None:
+        """Normalize by another offset and factor, such as those of a checkpoint."""
+        self.affine = affine
+        self.layout = dataclasses.replace(self.layout, scaling=Scaling.of([0], [affine]))
 
     def share(self, pool: ReadPool, cache: ChunkCache) -> None:
         """Read with the threads and the cache of a collection."""

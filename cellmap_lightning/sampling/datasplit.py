@@ -152,6 +152,7 @@ class CellMapDataSplit:
         self._spatial = spatial_transforms
         self.entries = read_csv(csv_path) if csv_path is not None else read_mapping(datasets or {})
         self._built: dict[str, CellMapMultiDataset] = {}
+        self._affine: dict[str, tuple[float, float]] = {}
         self._lock = threading.Lock()
 
     def given(self, split: str) -> bool:
@@ -212,6 +213,7 @@ class CellMapDataSplit:
                 "%d of the %d crops for %r are left out:\n%s", len(dropped), len(entries), split, _table(dropped)
             )
         multi = CellMapMultiDataset(datasets)
+        multi.set_affine(self._affine)
         self._check_classes(split, multi)
         return multi
 
@@ -242,6 +244,17 @@ class CellMapDataSplit:
             )
         if nowhere:
             log.warning("no crop for %r annotates %s: nothing is measured for them there", split, ", ".join(nowhere))
+
+    @property
+    def normalization(self) -> dict[str, tuple[float, float]]:
+        """Offset and factor of every volume that was opened, ``{input_path: (offset, factor)}``."""
+        return {d.input_path: d.affine for multi in self._built.values() for d in multi.datasets}
+
+    def restore_normalization(self, affine: Mapping[str, tuple[float, float]]) -> None:
+        """Normalize these volumes as they were before, now and when they are opened."""
+        self._affine.update(affine)
+        for multi in self._built.values():
+            multi.set_affine(self._affine)
 
     def close(self) -> None:
         """Close every dataset."""

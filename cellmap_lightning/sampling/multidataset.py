@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,23 @@ class CellMapMultiDataset(SampleSource):
     def datasets(self) -> Sequence[CellMapDataset]:
         """The crops, in the order of the positions."""
         return self._datasets
+
+    @property
+    def class_counts(self) -> dict[str, float]:
+        """Foreground voxels of each class over all crops; see `CellMapDataset.class_counts`."""
+        found = dict.fromkeys(self.classes, 0.0)
+        for dataset in self._datasets:
+            for name, count in dataset.class_counts.items():
+                found[name] += count
+        return found
+
+    def set_affine(self, affine: Mapping[str, tuple[float, float]]) -> None:
+        """Normalize the volumes that are named by other offsets and factors, ``{input_path: (offset, factor)}``."""
+        for dataset in self._datasets:
+            if dataset.input_path in affine:
+                dataset.set_affine(affine[dataset.input_path])
+        scaling = Scaling.of(self._offsets[:-1], [d.affine for d in self._datasets])
+        self.layout = dataclasses.replace(self.layout, scaling=scaling)
 
     def annotated_in(self) -> dict[str, int]:
         """In how many crops each class is annotated."""

@@ -73,9 +73,10 @@ class Placement:
 
         Along an axis on which ``box`` is smaller than a window, and with ``pad``, they are the positions at which the
         window holds the box. Centres are such that patches fall on the voxels of the coarsest of ``arrays`` that has
-        the window's voxel size, the first of equals; along an axis where none has, they go from one edge of the box to
-        the other in equal steps of at most a voxel of the coarsest of ``windows``. No step is longer than the smallest
-        of ``windows``, so that tiles leave no gap.
+        the window's voxel size, the first of equals. Along an axis where none has, they are anchored at the box's lower
+        edge, in steps of a voxel of the coarsest of ``windows``: all patches of a crop are then slices of one resampled
+        array. With ``pad`` the last of them may end less than a voxel beyond the box. No step is longer than the
+        smallest of ``windows``, so that tiles leave no gap.
 
         Args:
             box: what is annotated, or the whole volume; nm.
@@ -125,9 +126,10 @@ class Placement:
                     "use a smaller patch, or pad=True"
                 )
             if not tied:
-                c0 = lo
-                s = (hi - lo) / math.ceil((hi - lo) / s - LATTICE_TOLERANCE) if hi - lo > slack else s
+                c0 = box.lower[axis] + extent / 2
             k_lo, k_hi = math.ceil((lo - c0) / s - LATTICE_TOLERANCE), math.floor((hi - c0) / s + LATTICE_TOLERANCE)
+            if pad and not tied and not holds:  # the last patch may stick out by less than a voxel, to reach the end
+                k_hi = math.ceil((hi - c0) / s - LATTICE_TOLERANCE)
             if k_hi < k_lo:  # no voxel edge of the coarsest array lets the patch in: it lies where the box says
                 c0, k_lo, k_hi = (lo + hi) / 2, 0, 0
             first.append(c0 + k_lo * s)

@@ -103,16 +103,23 @@ def test_tiles_cover_every_voxel(shape, more):
     st.tuples(*[st.integers(4, 40)] * 3),
     st.tuples(*[st.sampled_from([3.0, 4.0, 5.24, 7.3])] * 3),
 )
-def test_off_the_lattice_both_edges_are_reached_and_tiles_cover(shape, size, scale):
+def test_off_the_lattice_patches_are_slices_anchored_at_the_crop(shape, size, scale):
     crop = lattice(size, (2.62, 2.0, 1.62), (3130.9, 898.0, 25862.0))
     window = Window(shape, scale)
     if (window.extent > crop.box.extent).any():
         return
-    placement = Placement.plan(crop.box, [window], [(window, crop)], pad=False)
-    np.testing.assert_allclose(placement.center(0) - window.extent / 2, crop.box.lower, atol=1e-6)
-    np.testing.assert_allclose(placement.center(len(placement) - 1) + window.extent / 2, crop.box.upper, atol=1e-6)
-    assert (placement.step <= np.asarray(scale) * 1.001).all()
-    assert covers(placement, window, crop)
+    inside = Placement.plan(crop.box, [window], [(window, crop)], pad=False)
+    padded = Placement.plan(crop.box, [window], [(window, crop)], pad=True)
+    tied = np.isclose(scale, crop.step)
+    for placement in (inside, padded):
+        np.testing.assert_allclose(placement.center(0) - window.extent / 2, crop.box.lower, atol=1e-6)
+        np.testing.assert_allclose(placement.step, scale, rtol=1e-9)
+    beyond = padded.center(len(padded) - 1) + window.extent / 2 - crop.box.upper
+    assert ((beyond > -1e-6) & (beyond < np.asarray(scale))).all()
+    left = crop.box.upper - (inside.center(len(inside) - 1) + window.extent / 2)
+    assert ((left > -1e-6) & (left < np.asarray(scale))).all()
+    assert not tied.any()
+    assert covers(padded, window, crop)
 
 
 def test_a_thin_patch_beside_a_coarse_one_leaves_no_slice_out():
