@@ -257,7 +257,14 @@ def _train(cfg: DictConfig) -> float | None:
         if cfg.compare_untrained and validates and not trainer.fast_dev_run:
             trainer.validate(task, datamodule=data, verbose=False)
             untrained = dict(getattr(task, "scores", {}).get("val", {}))
-        trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        except SystemExit as e:
+            if not isinstance(e.__context__, KeyboardInterrupt):  # which is how Lightning ends a run on Ctrl-C
+                raise
+            last = folder / "checkpoints" / "last.ckpt"
+            resume = f"; go on with ckpt_path={last}" if last.exists() else ", before anything was saved"
+            _stop(f"interrupted{resume}", 130)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if validates and not trainer.fast_dev_run:
             # A run that ended before its first validation has no best weights: the last ones are judged.
@@ -290,6 +297,7 @@ def _quieten() -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("torch").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",  # the data reads with threads of its own: processes would be slower
         ".*Experiment logs directory.*",  # the run's folder already holds the log and the configuration

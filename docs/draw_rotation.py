@@ -33,8 +33,8 @@ COLOR = "#e69f00"
 
 def letter(y: Array, x: Array) -> Array:
     """Where the letter F is, from coordinates in nm around its middle: the foot points down, the arms to the right."""
-    stem = (np.abs(y) < 70) & (np.abs(x + 36) < 12)
-    upper = (np.abs(y + 58) < 12) & (x > -48) & (x < 52)
+    stem = (np.abs(y) < 72) & (np.abs(x + 36) < 12)
+    upper = (np.abs(y + 60) < 12) & (x > -48) & (x < 56)
     lower = (np.abs(y + 4) < 12) & (x > -48) & (x < 24)
     return stem | upper | lower
 
@@ -52,10 +52,10 @@ def write(root: Path) -> None:
 
 
 def read(root: Path, config: dict[str, Any]) -> tuple[Array, Array]:
-    """The middle slice of raw, and its target, in the first sample for which something is drawn."""
-    seed = 0
+    """The middle slice of raw, and its target, under a configuration."""
+    position, seed = 1, 0  # of the three slices
     if "transpose" in config:  # it is a random permutation: the first seed for which it is not the identity
-        seed = next(s for s in range(99) if SpatialTransforms(config).turns(s, [0])[0][1, 2])
+        seed = next(s for s in range(99) if SpatialTransforms(config).turns(s, [position])[0][1, 2])
     with CellMapDataset(
         root / "raw",
         f"{root}/crop/[F]",
@@ -66,7 +66,7 @@ def read(root: Path, config: dict[str, Any]) -> tuple[Array, Array]:
         is_train=True,
         seed=seed,
     ) as dataset:
-        sample = dataset[len(dataset) // 2]
+        sample = dataset[position]
     return sample["raw"][0].numpy(), sample["labels"][0].numpy()
 
 

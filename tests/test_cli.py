@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,23 @@ def test_a_run_leaves_what_it_promises(volume, tmp_path):
     checkpoint = torch.load(out / "checkpoints/best.ckpt", weights_only=True)
     assert checkpoint["cellmap_config"]["data"]["classes"] == ["mito", "er"]
     assert "${" not in (out / "config.yaml").read_text()
+
+
+def test_ctrl_c_ends_a_run_and_says_how_to_go_on(volume, tmp_path):
+    with subprocess.Popen(
+        [COMMAND, *small(volume, "trainer.max_epochs=10000", "hydra.run.dir=out")], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:  # fmt: skip
+        last = tmp_path / "out" / "checkpoints" / "last.ckpt"
+        deadline = time.monotonic() + 120
+        while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; go on with ckpt_path=" in errors
+    assert "Traceback" not in errors
 
 
 def test_a_sweep(volume, tmp_path):
