@@ -246,6 +246,8 @@ def _train(cfg: DictConfig) -> float | None:
     task = instantiate(cfg.task, _convert_="all")
     callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c is not None]
     loggers = [instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c is not None]
+    if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
+        cfg.trainer.enable_progress_bar = False  # in a file it would be noise
     trainer = instantiate(
         cfg.trainer, _convert_="all", callbacks=[*callbacks, RunConfig(plain)], logger=loggers or False
     )

@@ -70,12 +70,20 @@ def write_samples(
         shares = (sample[target_name] == 1).flatten(1).float().mean(1)
         ranked.append((float((shares > 0.005).sum()), float(shares.clamp(max=0.1).sum()), position, sample))
     ranked.sort(key=lambda r: r[:2], reverse=True)
+    # Tiles that overlap what is shown already would show one place again; they come only when nothing else is left.
+    chosen: list[Any] = []
+    for apart in (True, False):
+        for row in ranked:
+            taken = any(row[2] == other[2] for other in chosen)
+            near = apart and any(_overlap(source, row[2], other[2], input_name) for other in chosen)
+            if len(chosen) < count and not taken and not near:
+                chosen.append(row)
     shown = []
-    for _, _, position, sample in ranked[:count]:
+    for _, _, position, sample in chosen:
         window = source.layout.inputs[input_name].window
         probabilities = predict(sample[input_name][None])[0].float().cpu().numpy() if predict else None
         center = source.get_center(position)
-        dataset, _ = source._locate(position)
+        dataset, _ = source.locate(position)
         place = ", ".join(f"{a} {center[a]:.0f}" for a in AXES)
         same = target_name is None or (
             source.layout.targets[target_name].window.shape == window.shape
@@ -91,6 +99,16 @@ def write_samples(
             )
         )
     contact_sheet(shown, list(source.classes), path=path, title=title)
+
+
+def _overlap(source: SampleSource, one: int, other: int, name: str) -> bool:
+    """Whether the patches at two positions share more than half of their extent along every axis."""
+    (a, _), (b, _) = source.locate(one), source.locate(other)
+    if a is not b:
+        return False
+    first, second = source.get_center(one), source.get_center(other)
+    extent = source.layout.inputs[name].window.extent
+    return all(abs(first[axis] - second[axis]) < n / 2 for axis, n in zip(AXES, extent, strict=True))
 
 
 def describe_run(folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ def rows():
 
 
 @cache
-def tests_in(file):
+def names_of_tests(file):
     return {
         node.name
         for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
@@ -42,7 +42,7 @@ def test_every_row_is_shown_by_tests_that_exist(row):
     assert named
     assert re.sub(r"`[^`]*`", "", row[3]).strip(" ,") == "", "the last column holds tests and nothing else"
     for file, name in named:
-        assert name in tests_in(file), f"{file} has no {name}"
+        assert name in names_of_tests(file), f"{file} has no {name}"
 
 
 def test_the_tables_are_found():

@@ -89,7 +89,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         """Number of positions."""
         return self._offsets[-1]
 
-    def _locate(self, position: int) -> tuple["CellMapDataset", int]:
+    def locate(self, position: int) -> tuple["CellMapDataset", int]:
         """The crop that holds a position, and the position inside it."""
         index = int(position)
         if not -len(self) <= index < len(self):
@@ -104,7 +104,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         Raises:
             CellMapIndexError: there is no such position.
         """
-        dataset, local = self._locate(position)
+        dataset, local = self.locate(position)
         return dict(zip(AXES, dataset.placement.center(local).tolist(), strict=True))
 
     @property
@@ -125,7 +125,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         Raises:
             CellMapIndexError: there is no such position.
         """
-        self._locate(position)
+        self.locate(position)
         position = int(position) % len(self)
         turn = self.spatial.turns(self.seed, [position])[0] if self.is_train else None
         batch = self.layout.finish(self.read([Draw(position, position, turn)]))
@@ -157,7 +157,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         arrays = {name: tensor.numpy() for name, tensor in batch.items()}
         tasks: list[Callable[[], None]] = []
         for row, draw in enumerate(draws):
-            dataset, local = self._locate(draw.position)
+            dataset, local = self.locate(draw.position)
             center = dataset.placement.center(local)
             tasks += [
                 partial(dataset.read_array, name, center, draw.turn, array[row], self.layout)

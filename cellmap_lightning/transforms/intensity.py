@@ -112,14 +112,15 @@ class Scaling:
 
     def __call__(self, raw: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Normalize a batch: float32 from ``[N, ...]`` stored values and ``[N]`` positions."""
-        out = raw.to(torch.float32)
-        if out is raw:
-            out = raw.clone()
+        if len(self.starts) == 1 and raw.device.type == "cpu":
+            stored = raw.numpy()
+            value = np.empty(stored.shape, np.float32)
+            offset, factor = self.offsets.numpy()[0], self.factors.numpy()[0]
+            np.subtract(stored, offset, out=value, dtype=np.float32, casting="unsafe")
+            return torch.from_numpy(np.multiply(value, factor, out=value))
+        out = raw.to(torch.float32, copy=True)
         if len(self.starts) == 1:
-            offset, factor = self.offsets.item(), self.factors.item()
-            if offset:
-                out -= offset
-            return out if factor == 1 else out.mul_(factor)
+            return out.sub_(self.offsets.item()).mul_(self.factors.item())
         crop = torch.searchsorted(self.starts.to(positions.device), positions, right=True) - 1
         shape = (-1, *[1] * (raw.ndim - 1))
         out -= self.offsets.to(raw.device)[crop].reshape(shape)

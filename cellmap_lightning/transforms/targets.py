@@ -61,15 +61,39 @@ def infer_exclusive(packed: np.ndarray[Any, Any], relations: Relations) -> None:
 
 
 def unpack(packed: "torch.Tensor", classes: int) -> "torch.Tensor":
-    """float32 ``[N, classes, z, y, x]`` with 1 present, 0 absent, NaN unknown, from uint8 ``[N, z, y, x, bytes]``."""
+    """float32 ``[N, classes, z, y, x]`` with 1 present, 0 absent, NaN unknown, from uint8 ``[N, z, y, x, bytes]``.
+
+    The same bits on every device.
+    """
     import torch
 
+    if packed.device.type == "cpu":
+        return torch.from_numpy(_unpack_on_cpu(packed.numpy(), classes))
     out = torch.empty((packed.shape[0], classes, *packed.shape[1:4]), dtype=torch.float32, device=packed.device)
-    for index in range(classes):
-        present, known = packed[..., 2 * (index // 8)], packed[..., 2 * (index // 8) + 1]
-        bit = 1 << (index % 8)
-        out[:, index] = (present & bit) != 0
-        out[:, index].masked_fill_((known & bit) == 0, float("nan"))
+    for first in range(0, classes, 8):
+        count = min(8, classes - first)
+        bits = (1 << torch.arange(count, device=packed.device)).to(torch.uint8).reshape(1, -1, 1, 1, 1)
+        present, known = packed[:, None, ..., first // 4], packed[:, None, ..., first // 4 + 1]
+        part = out[:, first : first + count]
+        part.copy_((present & bits) != 0)
+        part.masked_fill_((known & bits) == 0, float("nan"))
+    return out
+
+
+def _unpack_on_cpu(packed: np.ndarray[Any, Any], classes: int) -> np.ndarray[Any, Any]:
+    """Sample by sample, so that its bytes stay in the cache while each class is written once."""
+    # NumPy asks for huge pages where torch pays for each page it touches first.
+    out = np.empty((packed.shape[0], classes, *packed.shape[1:4]), np.float32)
+    for sample, target in zip(packed, out, strict=True):
+        for first in range(0, classes, 8):
+            present = np.ascontiguousarray(sample[..., first // 4])
+            known = np.ascontiguousarray(sample[..., first // 4 + 1])
+            every = int(np.bitwise_and.reduce(known, axis=None))
+            for bit in range(min(8, classes - first)):
+                channel = target[first + bit]
+                np.copyto(channel, (present >> np.uint8(bit)) & np.uint8(1))
+                if not every >> bit & 1:
+                    channel[(known >> np.uint8(bit)) & np.uint8(1) == 0] = np.nan
     return out
 
 

@@ -118,7 +118,7 @@ def test_tiles_cover_every_crop_the_same_each_time(volume):
         assert len(seen) == len(set(seen)) == dataset.tile_count
         for crop in dataset.datasets:
             lower, upper = crop.box.lower, crop.box.upper
-            centers = [dataset.get_center(i) for i in seen if dataset._locate(i)[0] is crop]
+            centers = [dataset.get_center(i) for i in seen if dataset.locate(i)[0] is crop]
             for axis, name in enumerate("zyx"):
                 half = INPUTS["raw"]["shape"][axis] * INPUTS["raw"]["scale"][axis] / 2
                 assert min(c[name] for c in centers) - half <= lower[axis] + 1e-6

@@ -34,3 +34,34 @@ def test_exclusive_classes():
     labels = unpack(torch.from_numpy(packed)[None], 2)[0, 1].flatten()
     assert labels.isnan().tolist() == [True, False, False, True]
     assert labels[1] == 0
+
+
+@pytest.mark.parametrize("classes", [3, 8, 11])
+def test_every_device_unpacks_to_the_same_bits(classes):
+    """The road of a device, walked on the CPU by way of torch's own kernels."""
+    rng = np.random.default_rng(0)
+    known = rng.integers(0, 256, (2, 3, 4, 5, packed_bytes(classes) // 2), dtype=np.uint8)
+    packed = np.stack([known & rng.integers(0, 256, known.shape, dtype=np.uint8), known], -1).reshape(
+        *known.shape[:-1], -1
+    )
+
+    class Elsewhere(torch.Tensor):
+        """A CPU tensor that says that it is not on one."""
+
+        @property
+        def device(self):
+            class Device:
+                type = "elsewhere"
+
+            return Device()
+
+    here = unpack(torch.from_numpy(packed), classes)
+    elsewhere = torch.from_numpy(packed).as_subclass(Elsewhere)
+    real_empty, real_arange = torch.empty, torch.arange
+    try:
+        torch.empty = lambda *a, device=None, **k: real_empty(*a, **k)
+        torch.arange = lambda *a, device=None, **k: real_arange(*a, **k)
+        there = unpack(elsewhere, classes)
+    finally:
+        torch.empty, torch.arange = real_empty, real_arange
+    assert torch.equal(here.view(torch.int32), there.as_subclass(torch.Tensor).view(torch.int32))
