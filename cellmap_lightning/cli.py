@@ -35,9 +35,9 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("channels", _channels, replace=True)
 
 
-def _channels(targets: Any, classes: Any) -> int:
-    """Channels of a network for the first of the targets; one more, for the background, where it is a softmax."""
-    first = next(iter((targets or {}).values()), None) or {}
+def _channels(targets: Any, classes: Any, name: str | None = None) -> int:
+    """Channels of a network for a target, by default the first; one more, for the background, where it is a softmax."""
+    first = (targets or {}).get(name or "") or next(iter((targets or {}).values()), None) or {}
     count = len(classes)
     kind = first.get("kind", "binary")
     return count + 1 if kind == "labels" else count * len(first["offsets"]) if kind == "affinities" else count
@@ -97,7 +97,10 @@ def _check_missing(cfg: DictConfig) -> None:
     plain = OmegaConf.to_container(cfg, resolve=False)
     missing = sorted(key for key, value in _flat(plain) if value == "???")
     if missing:
-        raise CellMapValueError("\n".join(f"{key} is required: set it with {key}=..." for key in missing))
+        instead = {"data.csv_path": " (or data.csv_path=null with data.datasets)"}
+        raise CellMapValueError(
+            "\n".join(f"{key} is required: set it with {key}=...{instead.get(key, '')}" for key in missing)
+        )
 
 
 def target_nodes(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -237,6 +240,7 @@ def _train(cfg: DictConfig) -> float | None:
 
     from cellmap_lightning import report
     from cellmap_lightning.callbacks.run_config import RunConfig
+    from cellmap_lightning.masked import probabilities
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -280,7 +284,7 @@ def _train(cfg: DictConfig) -> float | None:
 
                 def predict(raw: torch.Tensor) -> torch.Tensor:
                     with torch.inference_mode():
-                        return torch.sigmoid(task(raw.to(task.device)))
+                        return probabilities(task(raw.to(task.device)), len(data.classes or ()))
 
                 report.write_samples(data.val_dataset, predict, folder / "samples.png", title=cfg.name)
             report.write_curves(folder)

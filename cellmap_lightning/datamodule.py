@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.arrays import (
@@ -85,7 +86,7 @@ class CellMapDataModule(L.LightningDataModule):
         class_relation_dict: see `CellMapDataset`.
         samples_per_epoch: samples of a training epoch over all ranks.
         batches_per_epoch: batches of a training epoch instead, over all ranks; 1000 when neither is given.
-        val_samples: validate on this many tiles, the same each time; by default all.
+        val_samples: validate on this many tiles at most, spread over all crops, the same each time; by default all.
         pad: read crops smaller than a patch, with the raw around them; targets are NaN outside the crop.
         seed: everything random follows from it and from the number of the sample.
         normalize: how stored values become an input, see `CellMapDataset`; an entry of ``datasets`` can have its own.
@@ -264,7 +265,13 @@ class CellMapDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> CellMapDataLoader:
         """Tiles of the val split, the same each time."""
-        return self._loader("val", self.val_samples)
+        if not self.split.given("val"):
+            raise CellMapKeyError(
+                f"no crops were given for 'val': {self.split.source} has none; add some (in a CSV with the usage "
+                "'validate'), or train without validation by limit_val_batches=0"
+            )
+        count = self.val_samples
+        return self._loader("val", None if count is None else min(count, self.split["val"].tile_count))
 
     def test_dataloader(self) -> CellMapDataLoader:
         """Tiles that cover the test split."""
@@ -277,9 +284,11 @@ class CellMapDataModule(L.LightningDataModule):
     def _loader(self, split: str, samples: int | None) -> CellMapDataLoader:
         dataset = self.split[split]
         device = self._device
-        streams = device.type in STREAM_DEVICES
+        # Only a Trainer that runs passes batches through `transfer_batch_to_device`.
+        running = self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
+        streams = running and device.type in STREAM_DEVICES
         decision = None
-        if self.prefetch is not None:
+        if self.prefetch is not None and running:
             decision = self.prefetch(split, dataset.batch_memory(self.batch_size), device)
         loader = CellMapDataLoader(
             dataset,
@@ -295,6 +304,7 @@ class CellMapDataModule(L.LightningDataModule):
             pin_memory=device.type == "cuda" if self.pin_memory is None else self.pin_memory,
             prefetch_to=device if decision is not None and decision.enabled else None,
             decision=decision,
+            floats_as_integers=streams,
             persistent_workers=self.persistent_workers,
             prefetch_factor=self.prefetch_factor,
             timeout=self.timeout,

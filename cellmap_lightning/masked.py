@@ -42,7 +42,8 @@ def masked_bce(logits: Tensor, target: Tensor, pos_weight: Tensor | None = None)
     Returns:
         Mean over the annotated voxels of each class, then over the classes that have any.
     """
-    known, wanted = known_and_target(target)
+    logits = logits.float()  # sums over a patch leave the range of half precision
+    known, wanted = known_and_target(target.float())
     weight = pos_weight.reshape(-1, *[1] * (logits.ndim - 2)) if pos_weight is not None else None
     loss = binary_cross_entropy_with_logits(logits, wanted, reduction="none", pos_weight=weight)
     counts = _per_class(known.to(loss.dtype))
@@ -61,7 +62,8 @@ def masked_dice(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
         Mean of ``1 - (2 |pt| + smooth) / (|p| + |t| + smooth)`` over the classes that have positive voxels in the
         batch.
     """
-    known, wanted = known_and_target(target)
+    logits = logits.float()
+    known, wanted = known_and_target(target.float())
     chance = torch.sigmoid(logits) * known
     both, sums = _per_class(chance * wanted), _per_class(chance) + _per_class(wanted)
     return mean_over_present(1 - (2 * both + smooth) / (sums + smooth), _per_class(wanted) > 0)
@@ -76,7 +78,7 @@ def masked_cross_entropy(logits: Tensor, target: Tensor, known: Tensor) -> Tenso
         known: which of them count.
     """
     wanted = torch.where(known, target, -100)[:, 0]
-    return cross_entropy(logits, wanted, ignore_index=-100, reduction="sum") / known.sum().clamp(min=1)
+    return cross_entropy(logits.float(), wanted, ignore_index=-100, reduction="sum") / known.sum().clamp(min=1)
 
 
 def one_against_all(logits: Tensor, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,11 +95,26 @@ def one_against_all(logits: Tensor, target: Tensor, known: Tensor) -> tuple[Tens
     Returns:
         ``[N, C, ...]`` logits and targets.
     """
-    chance = torch.log_softmax(logits, 1)[:, 1:]
+    chance = torch.log_softmax(logits.float(), 1)[:, 1:]
     against = chance - torch.log1p(-chance.exp().clamp(max=1 - 1e-6))
     number = torch.arange(1, logits.shape[1], device=target.device).reshape(-1, *[1] * (target.ndim - 2))
-    wanted = (target == number).to(logits.dtype)
+    wanted = (target == number).to(chance.dtype)
     return against, wanted.masked_fill(~known, float("nan"))
+
+
+def probabilities(logits: Tensor, classes: int) -> Tensor:
+    """Probability of each class: by softmax where the logits have one more channel, the background, else by sigmoid.
+
+    Args:
+        logits: ``[N, C, ...]``, or ``[N, 1 + C, ...]`` with the background first.
+        classes: number of classes.
+
+    Returns:
+        ``[N, C, ...]``.
+    """
+    if logits.shape[1] == classes + 1:
+        return torch.softmax(logits, 1)[:, 1:]
+    return torch.sigmoid(logits)
 
 
 class DiceScore(Metric):

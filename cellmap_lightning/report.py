@@ -64,10 +64,13 @@ def write_samples(
     ranked = []
     for position in tiles:
         sample = source[position]
-        if target_name is None:
+        target = _by_class(sample[target_name], len(source.classes)) if target_name else None
+        if target_name is None or target is None:
+            target_name = None
             ranked.append((0.0, 0.0, position, sample))
             continue
-        shares = (sample[target_name] == 1).flatten(1).float().mean(1)
+        sample[target_name] = target
+        shares = (target == 1).flatten(1).float().mean(1)
         ranked.append((float((shares > 0.005).sum()), float(shares.clamp(max=0.1).sum()), position, sample))
     ranked.sort(key=lambda r: r[:2], reverse=True)
     # Tiles that overlap what is shown already would show one place again; they come only when nothing else is left.
@@ -99,6 +102,16 @@ def write_samples(
             )
         )
     contact_sheet(shown, list(source.classes), path=path, title=title)
+
+
+def _by_class(target: torch.Tensor, classes: int) -> torch.Tensor | None:
+    """A target as 1, 0 and NaN per class, or None where it is of a kind that has no outlines."""
+    if target.is_floating_point():
+        return target if len(target) == classes else None
+    if len(target) == 1:  # numbers of classes
+        number = torch.arange(1, classes + 1).reshape(-1, *[1] * (target.ndim - 1))
+        return (target == number).float().masked_fill(target < 0, float("nan"))
+    return (target > 0).float().masked_fill(target < 0, float("nan"))  # ids
 
 
 def _overlap(source: SampleSource, one: int, other: int, name: str) -> bool:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
-from cellmap_lightning.masked import DiceScore, masked_bce, masked_cross_entropy, masked_dice, one_against_all
+from cellmap_lightning.masked import (
+    DiceScore,
+    masked_bce,
+    masked_cross_entropy,
+    masked_dice,
+    one_against_all,
+    probabilities,
+)
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +92,19 @@ class SegmentationTask(L.LightningModule):
     def _parts(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         data: Any = getattr(self.trainer, "datamodule", None)
         inputs, targets = list(getattr(data, "input_arrays", [])), list(getattr(data, "target_arrays", []))
+        self._check_kind(data, ("binary", "labels"))
         return batch[self._name("input", self.input_name, inputs)], batch[
             self._name("target", self.target_name, targets)
         ]
+
+    def _check_kind(self, data: Any, kinds: Sequence[str]) -> None:
+        targets = getattr(data, "target_arrays", {})
+        target = targets.get(self._name("target", self.target_name, list(targets))) if targets else None
+        if target is not None and target.kind.name not in kinds:
+            raise CellMapValueError(
+                f"SegmentationTask needs a target of kind {' or '.join(kinds)} here, not {target.kind.name}; name "
+                "another with target_name, or write a task of your own"
+            )
 
     def _name(self, kind: str, given: str | None, names: Sequence[str]) -> str:
         if given is not None:
@@ -115,6 +132,7 @@ class SegmentationTask(L.LightningModule):
         """Measure the class weights, once."""
         if self.class_weights == "none":
             return
+        self._check_kind(getattr(self.trainer, "datamodule", None), ("binary",))  # weights are for those alone
         if isinstance(self.class_weights, str):
             weights = self._measured_weights(self.class_weights)
         else:
@@ -199,10 +217,7 @@ class SegmentationTask(L.LightningModule):
         """Probability of each class, ``[N, C, z, y, x]``."""
         data: Any = getattr(self.trainer, "datamodule", None)
         x = batch[self._name("input", self.input_name, list(getattr(data, "input_arrays", [])))]
-        logits = self(x)
-        if logits.shape[1] == len(self.classes) + 1:  # a softmax with a background
-            return torch.softmax(logits, 1)[:, 1:]
-        return torch.sigmoid(logits)
+        return probabilities(self(x), len(self.classes))
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler if there is one."""

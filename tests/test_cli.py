@@ -117,6 +117,16 @@ def test_a_run_leaves_what_it_promises(volume, tmp_path):
     assert "${" not in (out / "config.yaml").read_text()
 
 
+def test_a_softmax_from_the_command_line(volume, tmp_path):
+    done = run(
+        *small(volume, "+data.target_arrays.labels.kind=labels", "trainer.max_epochs=1", "hydra.run.dir=out"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mean" in done.stdout
+    assert (tmp_path / "out" / "samples.png").exists()
+
+
 def test_ctrl_c_ends_a_run_and_says_how_to_go_on(volume, tmp_path):
     with subprocess.Popen(
         [COMMAND, *small(volume, "trainer.max_epochs=10000", "hydra.run.dir=out")], cwd=tmp_path, text=True,

@@ -342,6 +342,7 @@ def test_an_entry_can_name_a_target(volume):
         "classes": CLASSES,
         "input_arrays": INPUTS,
         "target_arrays": TARGETS,
+        "is_train": True,
     }
     with module(volume, datasets={"train": [entry]}) as data:
         data.setup("fit")
@@ -401,17 +402,88 @@ def test_normalization_is_kept_with_the_checkpoint(volume, tmp_path, monkeypatch
         run = trainer(tmp_path)
         run.fit(task(), data)
         run.save_checkpoint(tmp_path / "x.ckpt")
-        (affine,) = set(data.split.normalization.values())
-    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["CellMapDataModule"]
-    assert tuple(state["normalization"][volume.raw_path]) == affine
-    # Another run that would measure something else normalizes as the checkpoint says.
-    watch = Watch()
-    with module(volume, normalize="dtype") as data:
-        trainer(tmp_path, callbacks=[watch]).validate(task(), data, ckpt_path=tmp_path / "x.ckpt", verbose=False)
-        assert set(data.split.normalization.values()) == {affine}
-    with module(volume, normalize="zscore") as data:
-        data.setup("validate")
-        assert torch.equal(next(iter(data.val_dataloader()))["raw"], watch.batches[0]["raw"])
+        ((key, (mean, factor)),) = data.split.normalization.items()
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert tuple(saved["CellMapDataModule"]["normalization"][key]) == (mean, factor)
+    # A run that would measure something else normalizes as the checkpoint says, if the rule is the same.
+    saved["CellMapDataModule"]["normalization"][key] = [mean - 7, factor]
+    torch.save(saved, tmp_path / "y.ckpt")
+    for rule, expected in (("zscore", {(mean - 7, factor)}), ("dtype", {(0.0, 1 / 255)})):
+        watch = Watch()
+        with module(volume, normalize=rule) as data:
+            trainer(tmp_path, callbacks=[watch]).validate(task(), data, ckpt_path=tmp_path / "y.ckpt", verbose=False)
+            assert set(data.split.normalization.values()) == expected
+            torch.testing.assert_close(next(iter(data.val_dataloader()))["raw"], watch.batches[0]["raw"])
+
+
+def test_entries_of_one_volume_keep_their_own_normalization(volume):
+    entry = {"raw": volume.raw_path, "gt": f"{volume.path}/{GT}/crop2/[mito,er,pm]"}
+    entries = [{**entry, "normalize": {"range": [0, 100]}}, {**entry, "invert": True}]
+    with module(volume, datasets={"train": entries}) as data:
+        data.setup("fit")
+        before = [d.affine for d in data.train_dataset.datasets]
+        data.load_state_dict(data.state_dict())
+        assert [d.affine for d in data.train_dataset.datasets] == before
+        assert before[0] != before[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_float_raw_is_finished_before_it_is_rounded(tmp_path, precision, monkeypatch):
+    """Lightning converts floats to the model's precision before the transfer: 70,000 would be infinite in float16."""
+    import numpy as np
+
+    from cellmap_lightning.volumes.writer import write_multiscale
+
+    raw = (70_000 + 1000 * np.random.default_rng(0).random((8, 8, 8))).astype(np.float32)
+    write_multiscale(tmp_path / "raw", raw, scale=(8, 8, 8), translation=(0, 0, 0), levels=1)
+    monkeypatch.setattr("cellmap_lightning.datamodule.STREAM_DEVICES", ("cpu",))
+    seen = []
+
+    class Look(L.LightningModule):
+        def predict_step(self, batch, batch_idx):
+            seen.append(batch["raw"].float())
+            return batch["idx"]
+
+    spec = {"raw": {"shape": [8, 8, 8], "scale": [8, 8, 8]}}
+    with CellMapDataModule(
+        None, spec, datasets={"predict": [{"raw": str(tmp_path / "raw")}]}, normalize={"range": [70_000, 71_000]}
+    ) as data:
+        trainer(tmp_path, precision=precision).predict(Look(), data)
+    torch.testing.assert_close(seen[0][0, 0], torch.from_numpy((raw - 70_000) / 1000), atol=4e-3, rtol=0)
+
+
+def test_loaders_outside_a_running_trainer_finish_their_batches(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("cellmap_lightning.datamodule.STREAM_DEVICES", ("cpu",))
+    trainer(tmp_path, callbacks=[StreamPrefetch()]).fit(task(), data)
+    assert not isinstance(next(iter(data.val_dataloader())), CompactBatch)
+    assert data.prefetch is None  # another Trainer may come without the callback
+
+
+def test_fit_without_validation_crops_says_how(volume, tmp_path):
+    entry = {"raw": volume.raw_path, "gt": f"{volume.path}/{GT}/crop2/[mito,er,pm]"}
+    with module(volume, datasets={"train": [entry]}) as data:
+        with pytest.raises(KeyError, match="or train without validation by limit_val_batches=0"):
+            trainer(tmp_path).fit(task(), data)
+        trainer(tmp_path, limit_val_batches=0).fit(task(), data)
+
+
+@pytest.mark.parametrize("kind", [{"kind": "sdt", "nm": 50}, {"kind": "instances"}])
+def test_the_example_task_refuses_what_it_cannot_train(volume, tmp_path, kind):
+    match = f"kind binary or labels here, not {kind['kind']}"
+    target = {"labels": {**TARGETS["labels"], **kind}}
+    with module(volume, target_arrays=target) as data, pytest.raises(CellMapError, match=match):
+        trainer(tmp_path).fit(task(), data)
+
+
+def test_a_ready_made_dataset_must_fit_the_module(volume):
+    from cellmap_lightning import CellMapDataset
+
+    other = CellMapDataset(
+        volume.raw_path, f"{volume.path}/{GT}/crop2/[mito,er]", ["er", "mito"], INPUTS, TARGETS, is_train=True
+    )
+    match = r"was made for the classes \['er', 'mito'\], not"
+    with module(volume, datasets={"train": [other]}) as data, pytest.raises(CellMapError, match=match):
+        data.setup("fit")
 
 
 def test_class_weights(data, tmp_path, caplog):

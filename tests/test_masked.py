@@ -99,3 +99,16 @@ def test_one_class_against_the_others():
     torch.testing.assert_close(torch.sigmoid(against), torch.softmax(logits, 1)[:, 1:])
     assert wanted[0, 0].flatten()[:3].tolist() == [0, 1, 0]
     assert wanted[0, :, 0, 1, 1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_finite(dtype):
+    logits = torch.full((2, 2, 64, 64, 64), 1.0, dtype=dtype, requires_grad=True)
+    target = torch.ones(2, 2, 64, 64, 64, dtype=dtype)
+    loss = masked_bce(logits, target) + masked_dice(logits, target)
+    numbers = torch.ones(2, 1, 64, 64, 64, dtype=torch.int64)
+    against, wanted = one_against_all(logits, numbers, numbers > 0)
+    loss = loss + masked_dice(against, wanted) + masked_cross_entropy(logits, numbers, numbers > 0)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()

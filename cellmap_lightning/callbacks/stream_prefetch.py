@@ -86,6 +86,19 @@ class StreamPrefetch(L.Callback):
             return
         datamodule.prefetch = self._decide
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take the policy back: another Trainer may run the datamodule without this callback."""
+        self._forget(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The same where a run ends early, and ``teardown`` is not called."""
+        self._forget(trainer)
+
+    def _forget(self, trainer: L.Trainer) -> None:
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if getattr(datamodule, "prefetch", None) == self._decide:
+            datamodule.prefetch = None
+
     def _decide(self, split: str, memory: BatchMemory, device: torch.device) -> PrefetchDecision:
         decision = decide(memory, device.type, device_memory(device), self.settings)
         if self.decisions.get(split) != decision:

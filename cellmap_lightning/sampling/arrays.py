@@ -79,6 +79,8 @@ def parse_inputs(specs: ArraySpecs, what: str = "input_arrays") -> dict[str, Inp
         slices_as = rest.get("slices_as")
         if slices_as not in (None, "channels"):
             raise CellMapValueError(f"{what}.{name}.slices_as must be 'channels', got {slices_as!r}")
+        if slices_as and (flat or 1 in window.shape[1:]):
+            raise CellMapValueError(f"{what}.{name}.slices_as: slices are along z, got the shape {list(window.shape)}")
         inputs[name] = InputArray(window, flat, slices_as == "channels")
     return inputs
 
@@ -107,11 +109,13 @@ def _windows(
     """Name, window, whether it is flat, and the other keys of each array."""
     if not isinstance(specs, Mapping) or not specs:
         raise CellMapTypeError(f"{what} must be {{name: {{shape: [z, y, x], scale: [z, y, x]}}}}, got {specs!r}")
-    if not all(isinstance(v, Mapping) for v in specs.values()):
+    if not any(isinstance(v, Mapping) for v in specs.values()):
         specs = {default_name: specs}
     keys = ["shape", "scale", *options]
     for name, spec in specs.items():
         where = f"{what}.{name}"
+        if not isinstance(spec, Mapping):
+            raise CellMapTypeError(f"{where} must be {{shape: [z, y, x], scale: [z, y, x]}}, got {spec!r}")
         if name in _RESERVED or str(name).endswith("_mask"):
             raise CellMapKeyError(f"{where}: the name {name!r} is taken; call the array something else")
         for key in spec:
@@ -161,14 +165,20 @@ def parse_classes(classes: Sequence[str]) -> tuple[str, ...]:
     return tuple(classes)
 
 
+_SAME_BITS = {torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+
+
 class CompactBatch(dict[str, torch.Tensor]):
     """A batch as it travels: inputs in their stored type, targets as bits, ids or distances.
 
     Keys: each input ``[N, 1, z, y, x]``, each target (binary: uint8 ``[N, z, y, x, 2 * ceil(classes / 8)]``), ``idx``
-        int64
-    ``[N]`` (positions) and ``sample`` int64 ``[N]`` (numbers of the samples, from which random value transforms
+    int64 ``[N]`` (positions) and ``sample`` int64 ``[N]`` (numbers of the samples, from which random value transforms
     follow).
     """
+
+    def as_integers(self) -> "CompactBatch":
+        """The same memory, with floats seen as integers of the same bits; `BatchLayout.finish` sees them back."""
+        return CompactBatch({name: t.view(_SAME_BITS.get(t.dtype, t.dtype)) for name, t in self.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,26 +247,29 @@ class BatchLayout:
         """
         if not isinstance(batch, CompactBatch):
             return dict(batch)
-        samples = batch["sample"].tolist()
-        out = {}
+        samples = batch["sample"]
+        out: dict[str, torch.Tensor] = {}
         for name, spec in self.inputs.items():
             transform = self.raw_transforms.get(name, AUTO)
-            raw = batch[name]
+            raw = batch[name].view(getattr(torch, self.raw_dtype.name))
             if transform == AUTO:
                 value = self.scaling(raw, batch["idx"])
             elif transform is None:
                 value = raw.to(torch.float32)
             else:
-                value = self._each(transform, raw, samples, f"raw value transform of {name!r}")
+                if raw.is_floating_point():
+                    raw = torch.nan_to_num(raw, nan=0.0, posinf=float("inf"), neginf=float("-inf"))
+                value = self._each(transform, raw, samples, f"raw value transform of {name!r}", len(out))
             if raw.is_floating_point() or callable(transform):
                 value = torch.nan_to_num(value, nan=0.0, posinf=float("inf"), neginf=float("-inf"))
             out[name] = value.squeeze(1) if spec.slices_as_channels else _drop_thin(value, spec.window)
         for name, target in self.targets.items():
-            value = target.kind.finish(batch[name])
+            dtype = target.kind.compact(self.id_dtype)[1]
+            value = target.kind.finish(batch[name].view(getattr(torch, dtype.name)))
             if target.kind.name == "binary":
                 for index, transform in self.target_transforms.items():
                     what = f"target value transform of {self.classes[index]!r}"
-                    value[:, index] = self._each(transform, value[:, index], samples, what)
+                    value[:, index] = self._each(transform, value[:, index], samples, what, len(out) + index)
             value = _drop_thin(value, target.window)
             if not self.nan_targets and value.is_floating_point():
                 out[f"{name}_mask"] = ~value.isnan()
@@ -265,15 +278,21 @@ class BatchLayout:
         out["idx"] = batch["idx"]
         return out
 
-    def _each(self, transform: Any, values: torch.Tensor, samples: Sequence[int], what: str) -> torch.Tensor:
+    def _each(
+        self, transform: Any, values: torch.Tensor, samples: torch.Tensor, what: str, number: int
+    ) -> torch.Tensor:
         """Apply a callable sample by sample, with torch's generator seeded by the sample and put back afterwards."""
-        seeds = hashes(self.seed, VALUES, samples, 1)[:, 0]
+        seeds = hashes(self.seed, VALUES, samples.tolist(), number + 1)[:, number]
         accelerator = [values.device] if values.device.type == "cuda" else []
         done = []
         with torch.random.fork_rng(devices=accelerator):
             for value, seed in zip(values, seeds.tolist(), strict=True):
-                torch.manual_seed(seed >> 1)
-                result = transform(value)
+                # Not torch.manual_seed, which would seed every other device as well.
+                generator = (
+                    torch.cuda.default_generators[values.device.index] if accelerator else torch.default_generator
+                )
+                generator.manual_seed(seed >> 1)
+                result = transform(value.clone())
                 if not isinstance(result, torch.Tensor) or result.shape != value.shape:
                     got = list(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
                     raise CellMapValueError(f"{what}: it must keep the shape {list(value.shape)}, it gave {got}")
@@ -315,6 +334,8 @@ def batch_memory(
     Returns:
         Bytes per array and in total, exactly those of the real tensors.
     """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise CellMapValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     names = parse_classes(classes) if classes else ()
     targets = parse_targets(target_arrays, len(names)) if target_arrays and names else {}
     layout = BatchLayout(

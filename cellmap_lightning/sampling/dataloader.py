@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from cellmap_lightning.errors import CellMapTypeError
-from cellmap_lightning.sampling.arrays import BatchLayout
+from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
+from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.prefetch import PrefetchDecision, SideStream, prefetch
 from cellmap_lightning.sampling.sampler import StreamSampler
@@ -23,8 +23,8 @@ def _as_read(batch: Any) -> Any:
 class CellMapDataLoader(DataLoader[Any]):
     """Batches of a `CellMapDataset` or `CellMapMultiDataset`.
 
-    Batches are read by the dataset's own threads, so ``num_workers=0`` is the fast way; worker processes pay when value
-    transforms in Python dominate.
+    Batches are read by the dataset's own threads, so ``num_workers=0`` is the fast way. Value transforms run where the
+    batch is finished, in the main process.
 
     Args:
         dataset: where the samples come from. ``loader.dataset`` is a view of it with as many items as an epoch has
@@ -33,7 +33,7 @@ class CellMapDataLoader(DataLoader[Any]):
         num_workers: worker processes.
         samples_per_epoch: samples of an epoch over all ranks; by default as many as tiles cover every crop once.
         is_train: draw samples at random, augmented if the dataset is for training; otherwise go through the tiles.
-        seed: what everything random follows from.
+        seed: what everything random follows from; by default the dataset's.
         finish: yield finished batches (float32); False leaves them compact, for `BatchLayout.finish`.
         drop_last: leave an incomplete last batch out; by default while training.
         rank: this process among ``world``; by default that of `torch.distributed`.
@@ -41,6 +41,8 @@ class CellMapDataLoader(DataLoader[Any]):
         pin_memory: read into page-locked memory.
         prefetch_to: copy batches ahead to this device, as ``decision`` says.
         decision: see `prefetch.decide`.
+        floats_as_integers: hand out the floats of compact batches as integers of the same bits: Lightning would convert
+            them to the precision of the model before they are finished.
         persistent_workers: keep worker processes between epochs; by default where there are any.
         prefetch_factor: batches ahead per worker process.
         timeout: seconds after which a worker that delivers nothing is an error; 0 waits for ever.
@@ -61,7 +63,7 @@ class CellMapDataLoader(DataLoader[Any]):
         num_workers: int = 0,
         samples_per_epoch: int | None = None,
         is_train: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
         finish: bool = True,
         *,
         drop_last: bool | None = None,
@@ -70,6 +72,7 @@ class CellMapDataLoader(DataLoader[Any]):
         pin_memory: bool = False,
         prefetch_to: torch.device | None = None,
         decision: PrefetchDecision | None = None,
+        floats_as_integers: bool = False,
         persistent_workers: bool | None = None,
         prefetch_factor: int | None = None,
         timeout: float = 0,
@@ -86,12 +89,22 @@ class CellMapDataLoader(DataLoader[Any]):
             samples = dataset
         else:
             # Workers cannot allocate page-locked memory; their batches are pinned when they arrive.
-            samples = Samples(source, samples_per_epoch, is_train, seed, pin=pin_memory and num_workers == 0)
+            samples = Samples(
+                source,
+                samples_per_epoch,
+                is_train,
+                source.seed if seed is None else seed,
+                pin_memory and num_workers == 0,
+            )
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise CellMapValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        if shuffle is not None and shuffle != is_train and sampler is None and batch_sampler is None:
+            raise CellMapValueError(f"shuffle={shuffle} contradicts is_train={is_train}, from which the order follows")
         common: dict[str, Any] = {
             "num_workers": num_workers,
             "collate_fn": _as_read,
             "pin_memory": pin_memory and num_workers > 0,
-            "timeout": timeout,
+            "timeout": timeout if num_workers else 0,  # without workers there is nobody to wait for
             "worker_init_fn": worker_init_fn,
             "multiprocessing_context": multiprocessing_context,
             "prefetch_factor": prefetch_factor,
@@ -105,6 +118,7 @@ class CellMapDataLoader(DataLoader[Any]):
             super().__init__(samples, batch_size=batch_size, sampler=order, drop_last=drop, **common)
         self.finish = finish
         self.prefetch_to = prefetch_to
+        self.floats_as_integers = floats_as_integers
         self.decision = decision
 
     @property
@@ -142,7 +156,10 @@ class CellMapDataLoader(DataLoader[Any]):
             stream = batches()
         layout = self.layout
         for batch in stream:
-            yield layout.finish(batch) if self.finish else batch
+            if self.finish:
+                yield layout.finish(batch)
+            else:
+                yield batch.as_integers() if self.floats_as_integers and isinstance(batch, CompactBatch) else batch
 
     def _own_sampler(self) -> StreamSampler | None:
         """The loader's own sampler, also where Lightning has wrapped it to predict."""

@@ -209,6 +209,10 @@ class CellMapDataset(SampleSource):
         found = statistics(raw) if rule.needs_statistics else None
         #: Offset and factor that normalize stored values.
         self.affine = rule.affine(self.raw_dtype, found, self.input_path)
+        if raw.finest.array.dtype.kind == "b" and rule.rule == "dtype":
+            self.affine = (1.0, -1.0) if rule.invert else (0.0, 1.0)
+        #: Tells this volume and rule from others in a checkpoint.
+        self.normalization_key = f"{self.input_path} {rule}"
         self.layout = BatchLayout(
             inputs,
             targets,
@@ -221,6 +225,8 @@ class CellMapDataset(SampleSource):
             bool(nan_targets),
             self.seed,
         )
+        if self.pad:
+            self._check_fill()
         lattices = [(world[n], lattice) for n in targets for lattice in self._stacks[n].lattices]
         lattices += [(world[n], level.lattice) for n, level in self._raw.items()]
         self.placement = Placement.plan(
@@ -349,6 +355,28 @@ class CellMapDataset(SampleSource):
         else:
             kind.encode(stored, out)
 
+    def _fill(self, transform: Any) -> float:
+        """What stands in raw outside the volume: what is normalized to 0, as nearly as the stored type can say it."""
+        fill = self.affine[0] if transform == AUTO else 0.0
+        if self.raw_dtype.kind in "iu":
+            info = np.iinfo(self.raw_dtype)
+            fill = min(max(round(fill), int(info.min)), int(info.max))
+        return fill
+
+    def _check_fill(self) -> None:
+        offset, factor = self.affine
+        left = abs((self._fill(AUTO) - offset) * factor)
+        # Rounding a z-score's mean to a whole number is harmless; a value beyond the type is not.
+        if (
+            AUTO in self.layout.raw_transforms.values()
+            and self.raw_dtype.kind in "iu"
+            and left > max(0.01, abs(factor))
+        ):
+            raise CellMapValueError(
+                f"{self.label}: normalize makes 0 of the stored value {offset:g}, which {self.raw_dtype} cannot say, "
+                "so that what lies outside the volume cannot be 0; use a range inside the type, or pad=False"
+            )
+
     def _read_raw(
         self,
         name: str,
@@ -359,11 +387,7 @@ class CellMapDataset(SampleSource):
         layout: BatchLayout,
     ) -> None:
         amap = patch_map(center, window.shape, window.scale, self._raw[name].lattice, turn)
-        # What is read as nothing becomes 0 when it is normalized, as nearly as the stored type can say it.
-        fill = self.affine[0] if layout.raw_transforms.get(name) == AUTO else 0.0
-        if self.raw_dtype.kind in "iu":
-            info = np.iinfo(self.raw_dtype)
-            fill = min(max(round(fill), info.min), info.max)
+        fill = self._fill(layout.raw_transforms.get(name))
         if out.dtype == self.raw_dtype:
             evaluate(self._raw_regions[name], amap, out, method="linear", fill=fill)
             return

@@ -17,7 +17,7 @@ from cellmap_lightning.errors import (
     CellMapTypeError,
     CellMapValueError,
 )
-from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes
+from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes, parse_inputs
 from cellmap_lightning.sampling.dataset import CellMapDataset, NotAnnotatedError, TooCoarseError
 from cellmap_lightning.sampling.labels import Downsample, Unknown
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
@@ -191,7 +191,11 @@ class CellMapDataSplit:
         dropped: list[tuple[Entry, CellMapError]] = []
         for entry in entries:
             try:
-                datasets += [entry.dataset] if entry.dataset else [self._open(entry, split, p) for p in self.planes]
+                datasets += (
+                    [self._own(entry.dataset, split)]
+                    if entry.dataset
+                    else [self._open(entry, split, plane) for plane in self.planes]
+                )
             except TooCoarseError as e:
                 (dropped if self.too_coarse == "drop" else problems).append((entry, e))
             except NotAnnotatedError as e:
@@ -216,6 +220,22 @@ class CellMapDataSplit:
         multi.set_affine(self._affine)
         self._check_classes(split, multi)
         return multi
+
+    def _own(self, dataset: CellMapDataset, split: str) -> CellMapDataset:
+        """A dataset that was given ready-made, if it delivers what is asked for."""
+        inputs = parse_inputs(self._common["input_arrays"])
+        given, wanted = list(dataset.layout.inputs), list(inputs)
+        if dataset.layout.targets and dataset.classes != (self.classes or ()):
+            raise CellMapValueError(
+                f"{dataset.label} was made for the classes {list(dataset.classes)}, not {list(self.classes or ())}"
+            )
+        if dataset.is_train != (split == "train"):
+            raise CellMapValueError(
+                f"{dataset.label} was made with is_train={dataset.is_train}, and stands in {split!r}"
+            )
+        if given != wanted:
+            raise CellMapValueError(f"{dataset.label} was made with the inputs {given}, not {wanted}")
+        return dataset
 
     def _open(self, entry: Entry, split: str, plane: str) -> CellMapDataset:
         training = split == "train"
@@ -247,8 +267,8 @@ class CellMapDataSplit:
 
     @property
     def normalization(self) -> dict[str, tuple[float, float]]:
-        """Offset and factor of every volume that was opened, ``{input_path: (offset, factor)}``."""
-        return {d.input_path: d.affine for multi in self._built.values() for d in multi.datasets}
+        """Offset and factor of every volume and rule that was opened, ``{normalization_key: (offset, factor)}``."""
+        return {d.normalization_key: d.affine for multi in self._built.values() for d in multi.datasets}
 
     def restore_normalization(self, affine: Mapping[str, tuple[float, float]]) -> None:
         """Normalize these volumes as they were before, now and when they are opened."""

@@ -71,6 +71,15 @@ def stored_labels(reader: ChunkReader, encoding: Encoding, start: tuple[int, int
         if not (np.isfinite(stored).all() and (np.rint(stored) == stored).all()):
             raise MetadataError(f"{reader.label}: {reader.level.path} holds labels that are not whole numbers (or NaN)")
         stored = stored.astype(np.int64)
+    if stored.dtype.kind == "i":
+        odd = (stored < 0) & (stored != encoding.absent)
+        if encoding.unknown is not None:
+            odd &= stored != encoding.unknown
+        if odd.any():
+            raise MetadataError(
+                f"{reader.label}: {reader.level.path} holds the negative label {int(stored[odd][0])}, which its "
+                f"encoding does not explain (absent {encoding.absent}, unknown {encoding.unknown})"
+            )
     if encoding.ambiguous and encoding.unknown is not None and (stored > encoding.unknown).any():
         raise MetadataError(
             f"{reader.label}: {reader.level.path} holds ids above {encoding.unknown}, and nothing says whether "

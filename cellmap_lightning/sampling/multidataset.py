@@ -41,6 +41,11 @@ class CellMapMultiDataset(SampleSource):
                 ("inputs", _identities(first.layout.inputs), _identities(other.layout.inputs)),
                 ("targets", _identities(first.layout.targets), _identities(other.layout.targets)),
                 ("is_train", first.is_train, other.is_train),
+                ("seed", first.seed, other.seed),
+                ("nan_targets", first.layout.nan_targets, other.layout.nan_targets),
+                ("spatial_transforms", vars(first.spatial), vars(other.spatial)),
+                ("raw_value_transforms", first.layout.raw_transforms, other.layout.raw_transforms),
+                ("target_value_transforms", first.layout.target_transforms, other.layout.target_transforms),
             ):
                 if a != b:
                     raise CellMapValueError(f"{other.label} and {first.label} differ in their {what}: {b} and {a}")
@@ -77,10 +82,10 @@ class CellMapMultiDataset(SampleSource):
         return found
 
     def set_affine(self, affine: Mapping[str, tuple[float, float]]) -> None:
-        """Normalize the volumes that are named by other offsets and factors, ``{input_path: (offset, factor)}``."""
+        """Normalize what is named by other offsets and factors, ``{normalization_key: (offset, factor)}``."""
         for dataset in self._datasets:
-            if dataset.input_path in affine:
-                dataset.set_affine(affine[dataset.input_path])
+            if dataset.normalization_key in affine:
+                dataset.set_affine(affine[dataset.normalization_key])
         scaling = Scaling.of(self._offsets[:-1], [d.affine for d in self._datasets])
         self.layout = dataclasses.replace(self.layout, scaling=scaling)
 

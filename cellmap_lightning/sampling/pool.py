@@ -4,10 +4,10 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
-from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.errors import CellMapError, CellMapValueError
 
 THREAD_PREFIX = "cellmap-read"
 
@@ -33,6 +33,11 @@ def default_workers(max_workers: int | None = None) -> int:
     return workers
 
 
+def _enter(threads: "weakref.WeakSet[threading.Thread]") -> None:
+    """In each new thread of a pool; holds no reference to the pool, which could otherwise not be collected."""
+    threads.add(threading.current_thread())
+
+
 class ReadPool:
     """A `ThreadPoolExecutor` that appears at first use and is the same until `close`.
 
@@ -51,6 +56,7 @@ class ReadPool:
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
         self._queued: set[Future[Any]] = set()
+        self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"workers": self.workers}
@@ -62,9 +68,14 @@ class ReadPool:
     def executor(self) -> ThreadPoolExecutor:
         """The pool of this process."""
         with self._lock:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(self.workers, THREAD_PREFIX)
-            return self._executor
+            return self._executor_locked()
+
+    def _executor_locked(self) -> ThreadPoolExecutor:
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(
+                self.workers, THREAD_PREFIX, initializer=_enter, initargs=(self._threads,)
+            )
+        return self._executor
 
     def run(self, tasks: Iterable[Callable[[], None]]) -> None:
         """Run the tasks in the pool and wait for them; none of them may itself wait for the pool.
@@ -72,12 +83,22 @@ class ReadPool:
         The first error is raised as it is, after what had not begun is cancelled and what had begun is finished, so
         that no task writes to memory that its caller has given up.
         """
-        executor = self.executor
-        futures = [executor.submit(task) for task in tasks]
-        self._queued.update(futures)
+        tasks = list(tasks)
+        if threading.current_thread() in self._threads:
+            # A caller that is one of the pool's own threads would wait for itself.
+            for task in tasks:
+                task()
+            return
+        futures: list[Future[Any]] = []
         try:
+            with self._lock:
+                executor = self._executor_locked()
+                futures.extend(executor.submit(task) for task in tasks)  # keeps what was submitted if one fails
+                self._queued.update(futures)
             for future in futures:
                 future.result()
+        except CancelledError:
+            raise CellMapError("reading was cancelled: the dataset was closed while it was read") from None
         finally:
             for future in futures:
                 future.cancel()
@@ -87,7 +108,7 @@ class ReadPool:
             self._queued.difference_update(futures)
 
     def cancel(self) -> None:
-        """Cancel every task that has not begun; whoever waits for it gets `concurrent.futures.CancelledError`."""
+        """Cancel every task that has not begun; whoever waits for it in `run` gets a `CellMapError`."""
         for future in list(self._queued):
             future.cancel()
 

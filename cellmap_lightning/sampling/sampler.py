@@ -28,21 +28,44 @@ class StreamSampler(DistributedSampler[int]):
 
     def __init__(self, count: int, is_train: bool, rank: int | None = None, world: int | None = None) -> None:
         # The base class would want a dataset to permute; everything that it sets is set here.
-        started = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = rank if rank is not None else torch.distributed.get_rank() if started else 0
-        self.num_replicas = world if world is not None else torch.distributed.get_world_size() if started else 1
+        if (rank is None) != (world is None) or (world is not None and not 0 <= (rank or 0) < world):
+            raise CellMapValueError(f"rank {rank} is none of {world}")
+        self._given = (rank, world) if rank is not None and world is not None else None
         self.count = count
         self.is_train = is_train
         self.shuffle = False
         self.drop_last = is_train
         self.epoch = 0
         self._next_epoch = 0
-        usable = count - count % self.num_replicas if is_train else count
-        self._numbers = range(self.rank, usable, self.num_replicas)
         if not self._numbers:
             raise CellMapValueError(
                 f"{count} samples cannot be dealt out over {self.num_replicas} ranks: at least one for each is needed"
             )
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of processes: a loader may be built before the processes find each other."""
+        if self._given is not None:
+            return self._given
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        """This process."""
+        return self._place[0]
+
+    @property
+    def num_replicas(self) -> int:  # type: ignore[override]
+        """Processes."""
+        return self._place[1]
+
+    @property
+    def _numbers(self) -> range:
+        rank, world = self._place
+        usable = self.count - self.count % world if self.is_train else self.count
+        return range(rank, usable, world)
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is this epoch."""

@@ -114,6 +114,8 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
 
     def tile(self, number: int) -> int:
         """Position of one of the patches that together cover every crop."""
+        if not 0 <= number < self.tile_count:
+            raise CellMapIndexError(f"{self}: tile {number} is none of its {self.tile_count}")
         crop = bisect.bisect_right(self._tile_offsets, number) - 1
         return self._offsets[crop] + self.datasets[crop].placement.tile(number - self._tile_offsets[crop])
 
@@ -142,7 +144,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         """
         turns = self.spatial.turns(seed, samples) if shuffle and self.is_train else [None] * len(samples)
         if not shuffle:
-            return [Draw(n, self.tile(n % self.tile_count), turn) for n, turn in zip(samples, turns, strict=True)]
+            return [Draw(n, self.tile(n), turn) for n, turn in zip(samples, turns, strict=True)]
         places = uniforms(seed, PLACE, samples, 2)
         crops = np.searchsorted(self._chances, places[:, 0], side="right").clip(max=len(self.datasets) - 1)
         draws = []
@@ -213,9 +215,14 @@ class Samples(Dataset[Any]):
     """
 
     def __init__(self, dataset: SampleSource, count: int | None, shuffle: bool, seed: int, pin: bool = False) -> None:
-        count = dataset.tile_count if count is None else int(count)
-        if count < 1:
-            raise CellMapValueError(f"samples_per_epoch must be at least 1, got {count}")
+        count = dataset.tile_count if count is None else count
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise CellMapValueError(f"samples_per_epoch must be a whole number of at least 1, got {count!r}")
+        if not shuffle and count > dataset.tile_count:
+            raise CellMapValueError(
+                f"samples_per_epoch={count}, and {dataset.tile_count} tiles cover everything once; without "
+                "is_train=True none is shown twice"
+            )
         self.dataset = dataset
         self.count = count
         self.shuffle = shuffle
@@ -229,6 +236,8 @@ class Samples(Dataset[Any]):
 
     def __getitems__(self, samples: Sequence[int]) -> CompactBatch:
         """The samples of these numbers as one compact batch."""
+        if not self.shuffle:  # fewer than all tiles are spread over all crops
+            samples = [n * self.dataset.tile_count // self.count for n in samples]
         return self.dataset.read(self.dataset.draw(samples, self.shuffle, self.seed), self.pin)
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:

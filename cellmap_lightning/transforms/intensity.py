@@ -1,5 +1,6 @@
 """What the stored values of raw become."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class Normalize:
             return cls(value, invert=invert)
         if isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in ("range", "percentile"):
             (rule, span), *_ = value.items()
-            good = isinstance(span, Sequence) and len(span) == 2 and all(isinstance(v, int | float) for v in span)
+            good = isinstance(span, Sequence) and len(span) == 2 and all(map(_finite, span))
             if good and span[0] < span[1] and (rule == "range" or 0 <= span[0] < span[1] <= 100):
                 return cls(rule, float(span[0]), float(span[1]), invert)
         raise CellMapValueError(
@@ -83,14 +84,18 @@ class Normalize:
         return (low if self.rule == "zscore" else high), -factor
 
 
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True, eq=False)
 class Scaling:
     """Offset and factor of the crop that each sample comes from.
 
     Attributes:
         starts: first position of each crop, int64 ``[K]``.
-        offsets: float32 ``[K]``.
-        factors: float32 ``[K]``.
+        offsets: float64 ``[K]``.
+        factors: float64 ``[K]``.
     """
 
     starts: torch.Tensor
@@ -103,7 +108,11 @@ class Scaling:
         if len(set(affine)) == 1:
             starts, affine = [0], affine[:1]
         offsets, factors = zip(*affine, strict=True)
-        return cls(torch.tensor(list(starts)), torch.tensor(offsets), torch.tensor(factors))
+        return cls(
+            torch.tensor(list(starts)),
+            torch.tensor(offsets, dtype=torch.float64),
+            torch.tensor(factors, dtype=torch.float64),
+        )
 
     @classmethod
     def none(cls) -> "Scaling":
@@ -112,19 +121,22 @@ class Scaling:
 
     def __call__(self, raw: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Normalize a batch: float32 from ``[N, ...]`` stored values and ``[N]`` positions."""
+        # Near a large offset float32 cannot tell the values of wide types apart.
+        wide = (raw.dtype.itemsize > 2 and raw.dtype != torch.float32) or bool(self.offsets.abs().max() > 2**16)
         if len(self.starts) == 1 and raw.device.type == "cpu":
-            stored = raw.numpy()
-            value = np.empty(stored.shape, np.float32)
-            offset, factor = self.offsets.numpy()[0], self.factors.numpy()[0]
-            np.subtract(stored, offset, out=value, dtype=np.float32, casting="unsafe")
-            return torch.from_numpy(np.multiply(value, factor, out=value))
-        out = raw.to(torch.float32, copy=True)
+            kind = np.float64 if wide else np.float32
+            value = np.empty(raw.shape, kind)
+            offset, factor = kind(self.offsets.item()), kind(self.factors.item())
+            np.subtract(raw.numpy(), offset, out=value, dtype=kind, casting="unsafe")
+            return torch.from_numpy(np.multiply(value, factor, out=value).astype(np.float32, copy=False))
+        working = torch.float64 if wide else torch.float32
+        out = raw.to(working, copy=True)
         if len(self.starts) == 1:
-            return out.sub_(self.offsets.item()).mul_(self.factors.item())
+            return out.sub_(self.offsets.item()).mul_(self.factors.item()).to(torch.float32)
         crop = torch.searchsorted(self.starts.to(positions.device), positions, right=True) - 1
         shape = (-1, *[1] * (raw.ndim - 1))
-        out -= self.offsets.to(raw.device)[crop].reshape(shape)
-        return out.mul_(self.factors.to(raw.device)[crop].reshape(shape))
+        out -= self.offsets.to(raw.device, working)[crop].reshape(shape)
+        return out.mul_(self.factors.to(raw.device, working)[crop].reshape(shape)).to(torch.float32)
 
 
 def input_transforms(transforms: Any, inputs: Sequence[str], what: str) -> dict[str, Any]:
@@ -160,7 +172,7 @@ def _callable(transform: Any, what: str) -> Callable[..., Any]:
 
 
 class Chain:
-    """Callables one after the other.
+    """Callables one after the other; two chains of the same callables are equal.
 
     Args:
         transforms: the callables.
@@ -168,6 +180,12 @@ class Chain:
 
     def __init__(self, transforms: Sequence[Callable[..., Any]]) -> None:
         self.transforms = list(transforms)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chain) and self.transforms == other.transforms
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self.transforms)))
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
         """Apply them in order."""

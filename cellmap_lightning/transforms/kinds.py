@@ -2,7 +2,7 @@
 
 Each kind says how it travels (compact), what it becomes (finished), and how much it must see around the patch. Presence
 travels as bits (see `targets`), ids in the signed type one size above the widest stored one, so that -1 can say unknown
-without taking an id away.
+without taking an id away (negative ids are refused).
 """
 
 import math

@@ -27,7 +27,7 @@ class Window:
     """
 
     def __init__(self, shape: Sequence[int], scale: Sequence[float]) -> None:
-        if len(shape) != 3 or any(int(n) != n or n < 1 for n in shape):
+        if len(shape) != 3 or any(not math.isfinite(n) or int(n) != n or n < 1 for n in shape):
             raise CellMapValueError(f"a shape is three positive whole numbers of voxels (z, y, x), got {list(shape)}")
         if len(scale) != 3 or not all(math.isfinite(s) and s > 0 for s in scale):
             raise CellMapValueError(f"a scale is three positive numbers of nm (z, y, x), got {list(scale)}")

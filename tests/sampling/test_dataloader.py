@@ -166,13 +166,50 @@ def test_an_error_while_reading_arrives_and_leaves_nothing_queued(volume, tmp_pa
     assert reading_threads() == []
 
 
+def test_fewer_than_all_tiles_are_spread_over_the_crops(volume):
+    with make(volume, is_train=False) as dataset:
+        loader = CellMapDataLoader(dataset, 2, samples_per_epoch=6, is_train=False)
+        seen = [i for b in loader for i in b["idx"].tolist()]
+        assert len(set(seen)) == 6
+        assert {dataset.locate(i)[0].label for i in seen} == {d.label for d in dataset.datasets}
+        with pytest.raises(CellMapError, match="tiles cover everything once"):
+            CellMapDataLoader(dataset, samples_per_epoch=dataset.tile_count + 1, is_train=False)
+
+
+def test_the_seed_is_the_datasets_unless_another_is_given(volume):
+    with make(volume, seed=7) as seven, make(volume) as zero:
+        first = digest(next(iter(CellMapDataLoader(seven, 2))))
+        assert first == digest(next(iter(CellMapDataLoader(zero, 2, seed=7))))
+        assert first != digest(next(iter(CellMapDataLoader(zero, 2))))
+
+
 def test_arguments(dataset):
+    for kwargs, match in (
+        ({"shuffle": False}, "shuffle=False contradicts is_train=True"),
+        ({"batch_size": None}, "batch_size must be a whole number"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number"),
+        ({"samples_per_epoch": 2.9}, "samples_per_epoch must be a whole number"),
+        ({"rank": 5, "world": 2}, "rank 5 is none of 2"),
+    ):
+        with pytest.raises(CellMapError, match=match):
+            CellMapDataLoader(dataset, **kwargs)
     with pytest.raises(CellMapError, match="at least 1, got 0"):
         CellMapDataLoader(dataset, samples_per_epoch=0)
     with pytest.raises(CellMapError, match="cannot be dealt out over 4 ranks"):
         CellMapDataLoader(dataset, samples_per_epoch=2, rank=0, world=4)
     with pytest.raises(TypeError, match="needs a CellMapDataset, got list"):
         CellMapDataLoader([1, 2])
+
+
+def test_ranks_are_asked_for_when_they_are_needed(dataset, monkeypatch):
+    """A loader that was built before the processes found each other."""
+    loader = CellMapDataLoader(dataset, 2, samples_per_epoch=8)
+    assert list(loader.sampler) == list(range(8))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert list(loader.sampler) == [1, 3, 5, 7]
+    assert len(loader) == 2
 
 
 def test_stream_sampler_deals_out_evenly():

@@ -389,3 +389,101 @@ def test_crops_that_differ_cannot_join(volume):
     two = CellMapDataset(volume.raw_path, crop(volume, 3), ["mito", "er"], INPUTS, TARGETS)
     with pytest.raises(CellMapError, match="differ in their classes"):
         CellMapMultiDataset([one, two])
+
+
+def plain(tmp_path, raw, **kwargs):
+    """A volume of these voxels, read whole."""
+    from cellmap_lightning.volumes.writer import write_multiscale
+
+    path = tmp_path / "raw"
+    if not path.exists():
+        write_multiscale(path, raw, scale=(8, 8, 8), translation=(0, 0, 0), levels=1)
+    inputs = {"raw": {"shape": list(raw.shape), "scale": [8, 8, 8]}}
+    return CellMapDataset(path, input_arrays=kwargs.pop("inputs", inputs), **kwargs)
+
+
+def test_booleans_are_0_and_1(tmp_path):
+    from cellmap_lightning.volumes.writer import write_multiscale
+
+    raw = np.arange(64).reshape(4, 4, 4) % 3 == 0
+    write_multiscale(tmp_path / "raw", raw.astype(np.uint8), scale=(8, 8, 8), translation=(0, 0, 0), levels=1)
+    zarr.create_array(tmp_path / "raw" / "s0", data=raw, zarr_format=2, overwrite=True)
+    with plain(tmp_path, raw) as dataset:
+        np.testing.assert_array_equal(dataset[0]["raw"][0].numpy(), raw)
+
+
+@pytest.mark.parametrize("dtype", ["uint32", "float64"])
+def test_a_window_far_from_zero_is_resolved(tmp_path, dtype):
+    raw = (4_000_000_000 + np.arange(64).reshape(4, 4, 4)).astype(dtype)
+    with plain(tmp_path, raw, normalize={"range": [4_000_000_000, 4_000_000_063]}) as dataset:
+        expected = torch.arange(64).reshape(1, 4, 4, 4) / 63
+        torch.testing.assert_close(dataset[0]["raw"], expected)
+
+
+def test_what_lies_outside_must_be_sayable(tmp_path):
+    raw = np.full((4, 4, 4), 9, np.uint8)
+    with pytest.raises(CellMapError, match="makes 0 of the stored value -100, which uint8 cannot say"):
+        plain(tmp_path, raw, normalize={"range": [-100, 200]}, pad=True)
+    plain(tmp_path, raw, normalize={"range": [-100, 200]})
+
+
+def test_transforms_get_no_nan_no_shared_memory_and_seeds_of_their_own(tmp_path, monkeypatch):
+    raw = np.full((4, 4, 4), 9, np.float32)
+    raw[1, 1, 1] = np.nan
+    with plain(tmp_path, raw, raw_value_transforms=lambda v: v.mul_(2) - v.mean()) as dataset:
+        compact = dataset.read(dataset.draw([0], False, 0))
+        first = dataset.layout.finish(compact)["raw"]
+        assert first.isfinite().all()
+        assert first.abs().max() > 0
+        assert torch.equal(dataset.layout.finish(compact)["raw"], first)
+    spec = {"shape": [4, 4, 4], "scale": [8, 8, 8]}
+    elsewhere = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", elsewhere.append)
+    noise = {"inputs": {"a": spec, "b": spec}, "raw_value_transforms": lambda v: torch.randn(v.shape)}
+    with plain(tmp_path, raw, **noise) as dataset:
+        sample = dataset[0]
+        assert not torch.equal(sample["a"], sample["b"])
+        assert torch.equal(dataset[0]["a"], sample["a"])
+    assert elsewhere == []
+
+
+def test_crops_that_would_be_treated_alike_must_be_alike(volume):
+    one = CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS)
+    mirror = {"mirror": {"axes": {"x": 1}}}
+    other = {"raw_value_transforms": None, "nan_targets": False, "seed": 9, "spatial_transforms": mirror}
+    for name, value in other.items():
+        two = CellMapDataset(volume.raw_path, crop(volume, 3), CLASSES, INPUTS, TARGETS, **{name: value})
+        with pytest.raises(CellMapError, match=f"differ in their {name}"):
+            CellMapMultiDataset([one, two])
+
+
+def test_closing_while_others_read(volume):
+    """They are told so, or read on with new threads; nothing else, and nothing hangs."""
+    dataset = CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, max_workers=2)
+    stop, wrong = threading.Event(), []
+
+    def read():
+        while not stop.is_set():
+            try:
+                dataset[0]
+            except CellMapError as e:
+                if "closed while it was read" not in str(e):
+                    wrong.append(e)
+            except BaseException as e:
+                wrong.append(e)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    [t.start() for t in threads]
+    for _ in range(30):
+        dataset.close()
+    stop.set()
+    [t.join(20) for t in threads]
+    dataset.close()
+    assert wrong == []
+    assert not any(t.is_alive() for t in threads)
+
+
+def test_a_task_of_the_pool_may_read(volume):
+    """With one thread it would wait for itself."""
+    with CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, max_workers=1) as dataset:
+        assert torch.equal(dataset.executor.submit(lambda: dataset[0]).result(30)["raw"], dataset[0]["raw"])

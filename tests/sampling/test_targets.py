@@ -78,10 +78,10 @@ def whole(dataset):
     assert len(dataset) == 1
     with dataset:
         finished = dataset[0]
-        batch = dataset.layout.finish(dataset.read(dataset.draw([0, 1], shuffle=False, seed=0)))
+        batch = dataset.layout.finish(dataset.read(dataset.draw([0, 0], shuffle=False, seed=0)))
         memory = dataset.batch_memory(2)
         assert memory.arrays == {n: t.nbytes for n, t in batch.items() if n != "idx"}
-        compact = dataset.read(dataset.draw([0, 1], shuffle=False, seed=0))
+        compact = dataset.read(dataset.draw([0, 0], shuffle=False, seed=0))
         assert memory.compact.arrays == {n: t.nbytes for n, t in compact.items() if n not in ("idx", "sample")}
     return finished["target"]
 
@@ -184,6 +184,14 @@ def test_ids_above_the_encoding_need_a_word(crop):
     np.testing.assert_array_equal(none, crop.labels["a"] != 0)
     with pytest.raises(CellMapError, match="unknown must be 'metadata', a stored value or null"):
         crop.dataset(["a"], unknown="none")
+
+
+def test_negative_labels_are_refused(crop):
+    crop.add("a", np.where(random_ids(1, [0, 1]) == 1, -1, 0).astype(np.int32))
+    with pytest.raises(
+        CellMapError, match=r"crop1/a: .* holds the negative label -1, which its encoding does not explain"
+    ):
+        crop.dataset(["a"])[0]
 
 
 def test_another_encoding(crop):
