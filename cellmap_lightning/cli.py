@@ -286,7 +286,14 @@ def _train(cfg: DictConfig) -> float | None:
                     with torch.inference_mode():
                         return probabilities(task(raw.to(task.device)), len(data.classes or ()))
 
-                report.write_samples(data.val_dataset, predict, folder / "samples.png", title=cfg.name)
+                report.write_samples(
+                    data.val_dataset,
+                    predict,
+                    folder / "samples.png",
+                    title=cfg.name,
+                    input_name=getattr(task, "input_name", None),
+                    target_name=getattr(task, "target_name", None),
+                )
             report.write_curves(folder)
             scores = getattr(task, "scores", {}).get("val")
             if scores is not None:

@@ -47,6 +47,8 @@ def write_samples(
     *,
     title: str | None = None,
     count: int = 4,
+    input_name: str | None = None,
+    target_name: str | None = None,
 ) -> None:
     """Draw a contact sheet of the tiles with the most classes: raw, target and prediction.
 
@@ -56,9 +58,11 @@ def write_samples(
         path: the PNG to write.
         title: a line at the top.
         count: samples at most.
+        input_name: the input that is shown and predicted from; by default the first.
+        target_name: the target that is shown; by default the first.
     """
-    input_name = next(iter(source.layout.inputs))
-    target_name = next(iter(source.layout.targets), None)
+    input_name = input_name or next(iter(source.layout.inputs))
+    target_name = target_name or next(iter(source.layout.targets), None)
     step = max(1, source.tile_count // _CANDIDATES)
     tiles = sorted({source.tile(n) for n in range(0, source.tile_count, step)})
     ranked = []
