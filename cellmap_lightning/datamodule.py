@@ -1,6 +1,7 @@
 """The data of a Trainer: crops of each split, their loaders, and where their batches are finished."""
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,8 +25,9 @@ from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.prefetch import STREAM_DEVICES, PrefetchDecision
 from cellmap_lightning.transforms.intensity import AUTO
+from cellmap_lightning.volumes.chunks import Reader
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING
-from cellmap_lightning.volumes.region import DEFAULT_CACHE_BYTES
+from cellmap_lightning.volumes.location import CacheMode
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +102,9 @@ class CellMapDataModule(L.LightningDataModule):
         too_coarse: crops whose labels are coarser than asked for: ``drop`` (logged), ``upsample``, or ``error``.
         max_upsampling: how many times finer than raw's finest level an input may be.
         max_workers: reading threads per split; see `CellMapDataset`.
-        cache_bytes: decoded chunks that a split keeps in memory, bytes.
+        cache: where decoded voxels are kept: ``auto``, ``disk``, ``memory`` or ``none``; see `CellMapDataset`.
+        cache_bytes: bytes of each split that are kept at most; see `CellMapDataset`.
+        reader: what decodes: ``zarr`` or ``tensorstore``.
         pin_memory: read into page-locked memory; by default on CUDA devices.
         persistent_workers: see `CellMapDataLoader`.
         prefetch_factor: see `CellMapDataLoader`.
@@ -141,7 +145,9 @@ class CellMapDataModule(L.LightningDataModule):
         too_coarse: Literal["drop", "upsample", "error"] = "drop",
         max_upsampling: float = MAX_UPSAMPLING,
         max_workers: int | None = None,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache: CacheMode = "auto",
+        cache_bytes: int | None = None,
+        reader: Reader = "zarr",
         pin_memory: bool | None = None,
         persistent_workers: bool | None = None,
         prefetch_factor: int | None = None,
@@ -204,7 +210,9 @@ class CellMapDataModule(L.LightningDataModule):
             planes=planes,
             too_coarse=too_coarse,
             max_upsampling=max_upsampling,
+            cache=cache,
             cache_bytes=cache_bytes,
+            reader=reader,
         )
 
     # -- datasets
@@ -284,6 +292,9 @@ class CellMapDataModule(L.LightningDataModule):
     def _loader(self, split: str, samples: int | None) -> CellMapDataLoader:
         dataset = self.split[split]
         device = self._device
+        if self.num_workers == 0:
+            # The dataset reads with threads of its own: what Lightning says about processes would make it slower.
+            warnings.filterwarnings("ignore", f".*'{split}_dataloader' does not have many workers")
         # Only a Trainer that runs passes batches through `transfer_batch_to_device`.
         running = self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
         streams = running and device.type in STREAM_DEVICES

@@ -40,5 +40,9 @@ class ChunkError(CellMapError, OSError):
     """Stored voxels that could not be read or decoded."""
 
 
+class CacheError(CellMapError, OSError):
+    """Decoded voxels that cannot be kept where they were to be kept."""
+
+
 class MissingExtraError(CellMapError, ImportError):
     """An optional library is needed here and is not installed."""

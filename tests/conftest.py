@@ -1,5 +1,6 @@
 """Volumes that the tests share, written once; nothing here stands in for the real thing."""
 
+import gc
 import logging
 import threading
 import warnings
@@ -12,6 +13,14 @@ from cellmap_lightning.synthetic import SyntheticVolume, write_volume
 INPUTS = {"raw": {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}}
 TARGETS = {"labels": {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}}
 CLASSES = ["mito", "er", "pm"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Nothing that tests keep is found by the user's own runs, nor the other way round."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CELLMAP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +45,8 @@ def real_volume() -> Path:
 
 
 def reading_threads() -> list[str]:
-    """Names of the threads that belong to this package."""
+    """Names of the threads that belong to this package; those of tests before, kept by their tracebacks, end first."""
+    gc.collect()
     return sorted(t.name for t in threading.enumerate() if t.name.startswith("cellmap"))
 
 

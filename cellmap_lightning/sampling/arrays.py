@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cellmap_lightning.buffers import BUFFERS
 from cellmap_lightning.draws import VALUES, hashes
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.memory import BatchMemory, FormMemory
@@ -209,16 +210,28 @@ class BatchLayout:
     nan_targets: bool = True
     seed: int = 0
 
+    def compact(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shape of one sample and type of each array of a compact batch."""
+        arrays: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+            name: ((1, *spec.window.shape), self.raw_dtype) for name, spec in self.inputs.items()
+        }
+        return arrays | {name: target.kind.compact(self.id_dtype) for name, target in self.targets.items()}
+
     def empty(self, count: int, pin: bool = False) -> CompactBatch:
         """A compact batch of ``count`` samples whose voxels are not set; in page-locked memory with ``pin``."""
         batch = CompactBatch()
-        for name, spec in self.inputs.items():
-            kind = getattr(torch, self.raw_dtype.name)
-            batch[name] = torch.empty((count, 1, *spec.window.shape), dtype=kind, pin_memory=pin)
-        for name, target in self.targets.items():
-            shape, dtype = target.kind.compact(self.id_dtype)
-            batch[name] = torch.empty((count, *shape), dtype=getattr(torch, dtype.name), pin_memory=pin)
+        for name, (shape, dtype) in self.compact().items():
+            if pin:
+                kind = getattr(torch, dtype.name)
+                batch[name] = torch.empty((count, *shape), dtype=kind, pin_memory=True)
+            else:
+                batch[name] = torch.from_numpy(BUFFERS.empty((count, *shape), dtype))
         return batch
+
+    @property
+    def custom(self) -> bool:
+        """Whether somebody's own functions are called to finish a batch."""
+        return bool(self.target_transforms) or any(callable(t) for t in self.raw_transforms.values())
 
     def memory(self, count: int) -> BatchMemory:
         """The bytes of a batch of ``count`` samples, in both forms."""

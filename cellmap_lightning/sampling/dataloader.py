@@ -1,6 +1,8 @@
 """Samples as batches: a `DataLoader` that a Trainer, or a plain loop, can use."""
 
+import multiprocessing
 from collections.abc import Iterable, Iterator
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -12,12 +14,41 @@ from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.prefetch import PrefetchDecision, SideStream, prefetch
 from cellmap_lightning.sampling.sampler import StreamSampler
+from cellmap_lightning.sampling.slots import SlotBatch, Slots
 from cellmap_lightning.sampling.source import Samples, SampleSource
 
 
 def _as_read(batch: Any) -> Any:
     """The dataset reads whole batches, so there is nothing left to collate."""
     return batch
+
+
+def _begin(worker: int) -> None:
+    """In a new worker process: one thread for torch, as `DataLoader` itself sets."""
+
+
+def _start_method(source: SampleSource, given: Any) -> Any:
+    """How worker processes are started.
+
+    Raises:
+        CellMapValueError: by a fork, with a reader whose threads would be missing in the child.
+    """
+    unsafe = any(dataset.reader == "tensorstore" for dataset in source.datasets)
+    if given is None and not unsafe:
+        return None
+    context = multiprocessing.get_context("forkserver") if given is None else given
+    if isinstance(context, str):
+        context = multiprocessing.get_context(context)
+    method = context.get_start_method()
+    if unsafe and method == "fork":
+        raise CellMapValueError(
+            "reader='tensorstore' does not work in forked processes; leave multiprocessing_context out, or say "
+            "'forkserver' or 'spawn'"
+        )
+    if method == "forkserver":
+        # Imported once, in the process that workers are forked from.
+        context.set_forkserver_preload(["cellmap_lightning.sampling.dataset"])
+    return context
 
 
 class CellMapDataLoader(DataLoader[Any]):
@@ -46,7 +77,7 @@ class CellMapDataLoader(DataLoader[Any]):
         persistent_workers: keep worker processes between epochs; by default where there are any.
         prefetch_factor: batches ahead per worker process.
         timeout: seconds after which a worker that delivers nothing is an error; 0 waits for ever.
-        multiprocessing_context: how worker processes are started.
+        multiprocessing_context: how worker processes are started; by default as is safe with the reader.
         worker_init_fn: called in each worker process.
         sampler: replaces the loader's own, as Lightning does for ``overfit_batches``.
         batch_sampler: likewise, as Lightning does to predict.
@@ -86,16 +117,16 @@ class CellMapDataLoader(DataLoader[Any]):
         if not isinstance(source, SampleSource):
             raise CellMapTypeError(f"CellMapDataLoader needs a CellMapDataset, got {type(dataset).__name__}")
         if isinstance(dataset, Samples):
-            samples = dataset
+            samples = copy(dataset)  # with other workers than the loader that it was taken from
+            samples.slots = None
         else:
-            # Workers cannot allocate page-locked memory; their batches are pinned when they arrive.
-            samples = Samples(
-                source,
-                samples_per_epoch,
-                is_train,
-                source.seed if seed is None else seed,
-                pin_memory and num_workers == 0,
-            )
+            seed = source.seed if seed is None else seed
+            samples = Samples(source, samples_per_epoch, is_train, seed, pin_memory)
+        slots = num_workers > 0 and Slots.possible()
+        if num_workers > 0:
+            # Not None: Lightning would add one that makes every worker import it.
+            worker_init_fn = worker_init_fn or _begin
+            multiprocessing_context = _start_method(source, multiprocessing_context)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise CellMapValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         if shuffle is not None and shuffle != is_train and sampler is None and batch_sampler is None:
@@ -103,7 +134,8 @@ class CellMapDataLoader(DataLoader[Any]):
         common: dict[str, Any] = {
             "num_workers": num_workers,
             "collate_fn": _as_read,
-            "pin_memory": pin_memory and num_workers > 0,
+            # Batches are read, or copied out of a slot, into page-locked memory.
+            "pin_memory": samples.pin and num_workers > 0 and not slots,
             "timeout": timeout if num_workers else 0,  # without workers there is nobody to wait for
             "worker_init_fn": worker_init_fn,
             "multiprocessing_context": multiprocessing_context,
@@ -116,6 +148,7 @@ class CellMapDataLoader(DataLoader[Any]):
             order = sampler if sampler is not None else StreamSampler(len(samples), is_train, rank, world)
             drop = is_train and len(order) >= batch_size if drop_last is None else drop_last  # type: ignore[arg-type]
             super().__init__(samples, batch_size=batch_size, sampler=order, drop_last=drop, **common)
+        self._by_slots = slots
         self.finish = finish
         self.prefetch_to = prefetch_to
         self.floats_as_integers = floats_as_integers
@@ -143,7 +176,22 @@ class CellMapDataLoader(DataLoader[Any]):
         # A generator: Lightning asks twice for the iterator of one epoch and abandons one of them. Nothing starts, and
         # no
         # epoch is counted, before the first batch is asked for.
-        return self._pass(partial(super().__iter__))
+        return self._pass(partial(self._batches, partial(super().__iter__)))
+
+    def _batches(self, start: Any) -> Iterator[Any]:
+        """The batches of a pass, as they were read; worker processes are started here."""
+        samples: Samples = self.dataset  # type: ignore[assignment]
+        if self.num_workers > 0:
+            self.source.prepare()  # before they begin, so that all of them share what is kept
+        if self._by_slots and samples.slots is None:
+            size: Any = self.batch_size or getattr(self.batch_sampler, "batch_size", 1)
+            samples.room = int(size)
+            samples.slots = Slots(
+                samples.layout, samples.room, self.num_workers, self.prefetch_factor or 2,
+                self.finish and samples.layout.custom,
+            )  # fmt: skip
+        slots = samples.slots
+        return (slots.take(b, samples.pin) if slots and isinstance(b, SlotBatch) else b for b in start())
 
     def _pass(self, batches: Any) -> Iterator[dict[str, torch.Tensor]]:
         sampler = self._own_sampler()

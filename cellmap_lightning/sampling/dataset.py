@@ -30,15 +30,20 @@ from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.intensity import AUTO, Normalize, Scaling, input_transforms
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.transforms.targets import class_transforms
-from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, FloatArray, Shape, patch_map
-from cellmap_lightning.volumes.image import MAX_UPSAMPLING, choose_level, open_region
+from cellmap_lightning.volumes.chunks import Reader, check_reader
+from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, FloatArray, Shape
+from cellmap_lightning.volumes.image import MAX_UPSAMPLING, StoredImage, choose_level
+from cellmap_lightning.volumes.location import CacheMode
 from cellmap_lightning.volumes.ngff import Encoding, Multiscale, read_encoding, read_multiscale
+from cellmap_lightning.volumes.patches import Patches, Resampled, reached
 from cellmap_lightning.volumes.placement import Placement, Window
-from cellmap_lightning.volumes.region import DEFAULT_CACHE_BYTES, ChunkCache
-from cellmap_lightning.volumes.resample import evaluate
+from cellmap_lightning.volumes.region import Region, RegionStore
 from cellmap_lightning.volumes.statistics import statistics
 
 log = logging.getLogger(__name__)
+
+#: A place in a placement's grid (z, y, x).
+Place = tuple[int, int, int]
 
 
 class TooCoarseError(CellMapValueError):
@@ -83,7 +88,10 @@ class CellMapDataset(SampleSource):
         plane: where flat patches lie: ``xy``, ``xz`` or ``yz``.
         too_coarse: ``error`` when labels are coarser than a target asks for, or ``upsample``.
         max_upsampling: how many times finer than raw's finest level an input may be.
-        cache_bytes: decoded chunks to keep in memory, bytes.
+        cache: where decoded voxels are kept: ``disk`` (shared by all processes of the machine, and found again by the
+            next run), ``memory``, ``none``, or ``auto``: on disk unless that is a network file system.
+        cache_bytes: bytes that are kept at most; by default half of what is free there, on disk at most 200 GB.
+        reader: what decodes: ``zarr``, or ``tensorstore`` (from the extra ``fast``).
         raw_path: older name of ``input_path``.
         gt_path: older name of ``target_path``.
 
@@ -120,7 +128,9 @@ class CellMapDataset(SampleSource):
         plane: str = "xy",
         too_coarse: Literal["error", "upsample"] = "error",
         max_upsampling: float = MAX_UPSAMPLING,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache: CacheMode = "auto",
+        cache_bytes: int | None = None,
+        reader: Reader = "zarr",
         raw_path: str | None = None,
         gt_path: str | None = None,
         ground_truth_path: str | None = None,
@@ -158,7 +168,9 @@ class CellMapDataset(SampleSource):
         self.target_path = TargetPath.parse(str(target_path)) if targets else None
         self.label = self.target_path.label if self.target_path else Path(self.input_path).name
         self._pool = ReadPool(default_workers(max_workers))
-        self._cache = ChunkCache(int(cache_bytes))
+        self._store = RegionStore(cache, cache_bytes)
+        chunks = self._store.chunks
+        self.reader = check_reader(reader)
 
         raw = read_multiscale(self.input_path)
         volume = raw.finest.lattice.box
@@ -172,7 +184,7 @@ class CellMapDataset(SampleSource):
         world = {name: self.plane.in_volume(window) for name, window in self._windows.items()}
         what = f"{self.label}: raw" if targets else "raw"
         self._raw = {name: choose_level(raw, world[name].scale.tolist(), what, max_upsampling) for name in inputs}
-        self._raw_regions = {name: open_region(level, self._cache, what) for name, level in self._raw.items()}
+        self._images = {name: StoredImage(level, chunks, what, self.reader) for name, level in self._raw.items()}
 
         labels: dict[str, Multiscale] = {}
         implications = Implications(
@@ -199,11 +211,12 @@ class CellMapDataset(SampleSource):
         for name, target in targets.items():
             if target.kind.reads == "bits":
                 self._stacks[name] = BitStack(
-                    labels, implications, len(names), world[name], self._cache, self.label, label_downsample, unknown
-                )
+                    labels, implications, len(names), world[name], chunks, self.label, label_downsample, unknown,
+                    self.reader,
+                )  # fmt: skip
             else:
                 own = {c: image for c, image in labels.items() if c in names}
-                self._stacks[name] = IdStack(own, names, world[name], self._cache, self.label, unknown)
+                self._stacks[name] = IdStack(own, names, world[name], chunks, self.label, unknown, self.reader)
 
         rule = Normalize.parse(normalize, invert)
         found = statistics(raw) if rule.needs_statistics else None
@@ -237,10 +250,45 @@ class CellMapDataset(SampleSource):
             self.label,
             [] if self.pad else [(world[n], volume) for n in inputs],
         )
+        self._place(world, targets)
         scale = np.max([world[n].scale for n in targets or inputs], axis=0)
         #: Voxels of the crop at the resolution asked for, by which crops are weighed against each other.
         self.volume = float(np.prod(crop.extent / scale))
         self._announce()
+
+    def _place(self, world: Mapping[str, Window], targets: Mapping[str, TargetArray]) -> None:
+        """Say where each array is read at each position, and what of the volume that can touch."""
+        axis = self.plane.turn(None)
+        roaming, turned = bool(self.spatial.rotate), bool(self.spatial.transpose)
+        self._patches: dict[str, Patches] = {}
+        self._raw_regions: list[Region] = []
+        for name, image in self._images.items():
+            window, straight = self._windows[name], world[name]
+            patches = Patches(image.region, image.lattice, window, self.placement, image, axis)
+            image.region.limit(*reached(self.placement, straight, image.lattice, turned, roaming or not patches.sliced))
+            regions = [image.region]
+            if not patches.sliced:
+                again = Resampled(
+                    image, image.lattice.box, straight, self.placement, image.region.dtype, 0, self._store.chunks
+                )
+                patches = Patches(again.region, again.lattice, window, self.placement, image, axis)
+                if patches.sliced:
+                    again.region.limit(*reached(self.placement, straight, again.lattice, turned, roaming))
+                    regions = [again.region, image.region] if roaming else [again.region]
+            self._patches[name] = patches
+            self._raw_regions += regions
+        for name, stack in self._stacks.items():
+            margin = targets[name].kind.margin
+            window, straight = (_grown(w, margin) for w in (self._windows[name], world[name]))
+            stack.place(window, straight, self.placement, axis, roaming)
+            if isinstance(stack, BitStack):
+                assert stack.patches is not None
+                self._patches[name] = stack.patches
+
+    @property
+    def regions(self) -> list[Region]:
+        """The arrays that are read, each decoded once."""
+        return [*self._raw_regions, *(region for stack in self._stacks.values() for region in stack.regions)]
 
     def _open_labels(self, names: Sequence[str], read: Sequence[str]) -> dict[str, Multiscale]:
         """The label image of each class that is read and annotated here."""
@@ -288,7 +336,7 @@ class CellMapDataset(SampleSource):
     @property
     def raw_dtype(self) -> np.dtype[Any]:
         """The stored type of raw."""
-        return next(iter(self._raw_regions.values())).dtype
+        return next(iter(self._images.values())).region.dtype
 
     @cached_property
     def class_counts(self) -> dict[str, float]:
@@ -314,42 +362,56 @@ class CellMapDataset(SampleSource):
         self.affine = affine
         self.layout = dataclasses.replace(self.layout, scaling=Scaling.of([0], [affine]))
 
-    def share(self, pool: ReadPool, cache: ChunkCache) -> None:
-        """Read with the threads and the cache of a collection."""
-        self._pool, self._cache = pool, cache
-        for region in self._raw_regions.values():
-            region.cache = cache
-        for stack in self._stacks.values():
-            for region in stack.regions:
-                region.cache = cache
+    def share(self, pool: ReadPool, store: RegionStore) -> None:
+        """Read with the threads and the store of a collection."""
+        self._store.close()
+        self._pool, self._store = pool, store
+
+    def missing(self, name: str, place: Place, turn: FloatArray | None) -> list[tuple[Region, Shape]] | None:
+        """The chunks that must be filled before an array of a sample is copied; None where it must be computed."""
+        turn = self.plane.turn(turn)
+        stack = self._stacks.get(name)
+        if stack is not None and self.layout.targets[name].kind.computed:
+            return None
+        found: list[tuple[Region, Shape]] = []
+        for patches in stack.patches if isinstance(stack, IdStack) else [self._patches[name]]:
+            part = patches.missing(place, turn)
+            if part is None:
+                return None
+            found += [(patches.region, index) for index in part]
+        return found
 
     def read_array(
-        self, name: str, center: FloatArray, turn: FloatArray | None, out: np.ndarray[Any, Any], layout: BatchLayout
+        self, name: str, place: Place, turn: FloatArray | None, out: np.ndarray[Any, Any], layout: BatchLayout
     ) -> None:
         """Write one array of one sample to its place in a compact batch.
 
         Args:
             name: an input or a target.
-            center: the sample's centre, nm (z, y, x).
+            place: the sample's place in the placement's grid (z, y, x).
             turn: see `geometry.patch_map`; along the patch's own axes.
             out: ``[1, z, y, x]`` of ``layout.raw_dtype`` for an input, one sample of its compact form for a target.
             layout: the layout of the batch, which crops of several stored types may share.
         """
-        window, turn = self._windows[name], self.plane.turn(turn)
+        turn = self.plane.turn(turn)
         stack = self._stacks.get(name)
         if stack is None:
-            self._read_raw(name, center, window, turn, out[0], layout)
+            self._read_raw(name, place, turn, out[0], layout)
             return
         kind = layout.targets[name].kind
+        shape: tuple[int, ...] = _widened(self._windows[name].shape, kind.margin)
         if isinstance(stack, IdStack):
-            shape, dtype = (len(self.classes), *_widened(window.shape, kind.margin)), stack.dtype
+            shape, dtype = (len(self.classes), *shape), stack.dtype
         else:
-            shape, dtype = (*_widened(window.shape, kind.margin), stack.depth_out), np.dtype(np.uint8)
-        if shape == out.shape and dtype == out.dtype:
-            stack.read_into(center, window.scale, out, turn)
+            shape, dtype = (*shape, stack.depth_out), np.dtype(np.uint8)
+        same = shape == out.shape and dtype == out.dtype
+        stored = out if same else np.empty(shape, dtype)
+        if isinstance(stack, IdStack):
+            stack.read_into(place, stored, turn)
+        else:
+            self._patches[name].read_into(place, stored, turn, 0)
+        if same:
             return
-        stored = np.empty(shape, dtype)
-        stack.read_into(center, window.scale, stored, turn)
         if kind.name == "instances":
             out[...] = stored  # ids of a narrower type than that of the batch
         else:
@@ -378,22 +440,15 @@ class CellMapDataset(SampleSource):
             )
 
     def _read_raw(
-        self,
-        name: str,
-        center: FloatArray,
-        window: Window,
-        turn: FloatArray | None,
-        out: np.ndarray[Any, Any],
-        layout: BatchLayout,
+        self, name: str, place: Place, turn: FloatArray | None, out: np.ndarray[Any, Any], layout: BatchLayout
     ) -> None:
-        amap = patch_map(center, window.shape, window.scale, self._raw[name].lattice, turn)
         fill = self._fill(layout.raw_transforms.get(name))
         if out.dtype == self.raw_dtype:
-            evaluate(self._raw_regions[name], amap, out, method="linear", fill=fill)
+            self._patches[name].read_into(place, out, turn, fill)
             return
         # Crops of different types travel as float32, rounded as they were stored.
         stored = np.empty(out.shape, self.raw_dtype)
-        evaluate(self._raw_regions[name], amap, stored, method="linear", fill=fill)
+        self._patches[name].read_into(place, stored, turn, fill)
         out[...] = stored
 
     def __repr__(self) -> str:
@@ -405,3 +460,7 @@ class CellMapDataset(SampleSource):
 def _widened(shape: Shape, margin: Shape) -> Shape:
     z, y, x = (n + 2 * m for n, m in zip(shape, margin, strict=True))
     return z, y, x
+
+
+def _grown(window: Window, margin: Shape) -> Window:
+    return Window(_widened(window.shape, margin), window.scale.tolist())

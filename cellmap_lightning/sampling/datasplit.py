@@ -22,8 +22,9 @@ from cellmap_lightning.sampling.dataset import CellMapDataset, NotAnnotatedError
 from cellmap_lightning.sampling.labels import Downsample, Unknown
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.transforms.intensity import AUTO
+from cellmap_lightning.volumes.chunks import Reader
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING
-from cellmap_lightning.volumes.region import DEFAULT_CACHE_BYTES
+from cellmap_lightning.volumes.location import CacheMode
 from cellmap_lightning.volumes.store import local, missing
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,9 @@ class CellMapDataSplit:
         too_coarse: what becomes of crops whose labels are coarser than asked for: ``drop`` (logged), ``upsample``, or
             ``error``.
         max_upsampling: see there.
+        cache: see there.
         cache_bytes: see there.
+        reader: see there.
 
     Raises:
         CellMapFileNotFoundError: there is no such CSV.
@@ -116,7 +119,9 @@ class CellMapDataSplit:
         planes: Sequence[str] = ("xy",),
         too_coarse: Literal["drop", "upsample", "error"] = "drop",
         max_upsampling: float = MAX_UPSAMPLING,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache: CacheMode = "auto",
+        cache_bytes: int | None = None,
+        reader: Reader = "zarr",
     ) -> None:
         if (csv_path is None) == (datasets is None):
             raise CellMapTypeError("give the crops either as csv_path or as datasets")
@@ -144,7 +149,9 @@ class CellMapDataSplit:
             "nan_targets": nan_targets,
             "too_coarse": "upsample" if too_coarse == "upsample" else "error",
             "max_upsampling": max_upsampling,
+            "cache": cache,
             "cache_bytes": cache_bytes,
+            "reader": reader,
         }
         if isinstance(planes, str) or not planes or len(set(planes)) != len(list(planes)):
             raise CellMapValueError(f"planes must name xy, xz and yz at most once, got {planes!r}")

@@ -1,6 +1,6 @@
 """The label arrays of a crop, read together: presence of all classes as bits, or their ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -9,11 +9,12 @@ from cellmap_lightning.errors import CellMapError, CellMapValueError, MetadataEr
 from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.kinds import UNKNOWN_ID, signed
 from cellmap_lightning.transforms.targets import pack_into, packed_bytes
-from cellmap_lightning.volumes.chunks import ChunkReader
-from cellmap_lightning.volumes.geometry import AffineMap, FloatArray, Lattice, Shape, patch_map
+from cellmap_lightning.volumes.chunks import ChunkReader, Reader, chunk_shape
+from cellmap_lightning.volumes.geometry import AffineMap, Box, FloatArray, Lattice, Shape, patch_map
 from cellmap_lightning.volumes.image import choose_level
 from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding
-from cellmap_lightning.volumes.placement import Window
+from cellmap_lightning.volumes.patches import Patches, Resampled, stored_box
+from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import ChunkCache, Region
 from cellmap_lightning.volumes.resample import AnyArray, evaluate
 
@@ -95,24 +96,38 @@ class BitGroup:
     Args:
         members: position, name, level and encoding of each class.
         depth: bytes of a packed voxel.
-        cache: where decoded chunks are kept.
+        cache: where decoded chunks are kept that have no other place.
         label: what messages call the crop.
+        reader: see `chunks.Reader`.
     """
 
-    def __init__(self, members: Sequence[Member], depth: int, cache: ChunkCache, label: str) -> None:
+    def __init__(self, members: Sequence[Member], depth: int, cache: ChunkCache, label: str, reader: Reader) -> None:
         self.lattice: Lattice = members[0][2].lattice
         self.depth = depth
-        self.members = [(index, ChunkReader(level, f"{label}/{name}"), code) for index, name, level, code in members]
-        chunks = np.max([reader.chunks for _, reader, _ in self.members], axis=0)
-        z, y, x = (int(n) for n in np.minimum(chunks, self.lattice.shape))
+        self.members = [
+            (index, ChunkReader(level, f"{label}/{name}", reader), code) for index, name, level, code in members
+        ]
+        self.chunks = chunk_shape([reader for _, reader, _ in self.members])
         key = ("bits", depth, *((index, str(level.path), encoding) for index, _, level, encoding in members))
-        self.region = Region(self.lattice.shape, (z, y, x), np.dtype(np.uint8), self._decode, cache, key, depth)
+        self.region = Region(
+            self.lattice.shape, self.chunks, np.dtype(np.uint8), self.decode, cache, key, depth, self.stamp,
+            self.identity,
+        )  # fmt: skip
 
-    def _decode(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
+    def decode(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
+        """The packed voxels of a box."""
         packed = np.zeros((*shape, self.depth), np.uint8)
         for index, reader, encoding in self.members:
             pack_into(packed, index, stored_labels(reader, encoding, start, shape), encoding.absent, encoding.unknown)
         return packed
+
+    def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
+        """See `ChunkReader.stamp`, of all classes."""
+        return mixed(reader.stamp(start, shape) for _, reader, _ in self.members)
+
+    def identity(self) -> tuple[object, ...]:
+        """What the voxels follow from."""
+        return "bits", *((index, reader.identity(), encoding) for index, reader, encoding in self.members)
 
 
 class BitStack:
@@ -123,10 +138,11 @@ class BitStack:
         implications: the classes, and what follows from them.
         count: classes that are asked for, the first of those that are read.
         window: the target's patch in the volume's directions, from which the level follows.
-        cache: where decoded chunks are kept.
+        cache: where decoded chunks are kept that have no other place.
         label: what messages call the crop.
         downsample: see `Downsample`.
         unknown: see `Unknown`.
+        reader: see `chunks.Reader`.
     """
 
     def __init__(
@@ -139,9 +155,11 @@ class BitStack:
         label: str,
         downsample: Downsample = "stored",
         unknown: Unknown = "metadata",
+        reader: Reader = "zarr",
     ) -> None:
         self.implications = implications
         self.downsample = downsample
+        self.cache = cache
         self.depth, self.depth_out = packed_bytes(len(implications.read)), packed_bytes(count)
         groups: list[list[Member]] = []
         for member in label_members(images, implications.read, window, label, downsample, unknown):
@@ -151,29 +169,59 @@ class BitStack:
                     break
             else:
                 groups.append([member])
-        self.groups = [BitGroup(members, self.depth, cache, label) for members in groups]
-
-    @property
-    def regions(self) -> list[Region]:
-        """The arrays that are read."""
-        return [group.region for group in self.groups]
+        self.groups = [BitGroup(members, self.depth, cache, label, reader) for members in groups]
+        self.patches: Patches | None = None
+        self.regions: list[Region] = []
 
     @property
     def lattices(self) -> list[Lattice]:
         """Their lattices; one, unless classes of the crop differ."""
         return [group.lattice for group in self.groups]
 
-    def read_into(
-        self, center: FloatArray, scale: FloatArray, out: np.ndarray[Any, Any], turn: FloatArray | None
+    def place(
+        self, window: Window, straight: Window, placement: Placement, plane: FloatArray | None, roaming: bool
     ) -> None:
-        """Write the packed patch around ``center`` to ``out`` ``[z, y, x, bytes]``; zero where nothing is known.
+        """Say where patches are read; see `Patches`.
 
         Args:
-            center: nm (z, y, x).
-            scale: voxel size of the patch, nm.
-            out: where to.
-            turn: see `geometry.patch_map`.
+            window: a patch, along its own axes.
+            straight: the same along the axes of the volume.
+            placement: the positions.
+            plane: how the patch's axes lie in the volume.
+            roaming: patches are turned by other than quarter turns.
         """
+        sources = [group.region for group in self.groups]
+        if self.downsample == "stored" and len(self.groups) == 1:
+            group = self.groups[0]
+            key = (*sources[0].key, self.depth_out, repr(self.implications.identity))  # type: ignore[misc]
+            region = Region(
+                group.lattice.shape, group.chunks, np.dtype(np.uint8), self._decode, self.cache, key, self.depth_out,
+                group.stamp, self.identity,
+            )  # fmt: skip
+            patches = Patches(region, group.lattice, window, placement, _Nearest(region, group.lattice), plane)
+            if patches.sliced:
+                self.patches, self.regions = patches, [region]
+                return
+        box = self.lattices[0].box
+        for lattice in self.lattices[1:]:
+            box = box.union(lattice.box)
+        again = Resampled(self, box, straight, placement, np.dtype(np.uint8), self.depth_out, self.cache)
+        self.patches = Patches(again.region, again.lattice, window, placement, self, plane)
+        self.regions = [again.region] if self.patches.sliced else []
+        if roaming or not self.patches.sliced:
+            self.regions += sources
+
+    def _decode(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
+        """The packed voxels of a box of the only lattice, with what they imply."""
+        packed = self.groups[0].decode(start, shape)
+        if self.implications:
+            self.implications.apply(packed)
+        return packed[..., : self.depth_out]
+
+    def evaluate(
+        self, center: FloatArray, scale: FloatArray, out: AnyArray, turn: FloatArray | None, fill: float
+    ) -> None:
+        """Write the packed patch around ``center`` to ``out`` ``[z, y, x, bytes]``; zero where nothing is known."""
         whole = out if self.depth == self.depth_out else np.empty((*out.shape[:3], self.depth), np.uint8)
         for number, group in enumerate(self.groups):
             amap = patch_map(center, (out.shape[0], out.shape[1], out.shape[2]), scale, group.lattice, turn)
@@ -188,6 +236,49 @@ class BitStack:
             self.implications.apply(whole)
         if whole is not out:
             out[...] = whole[..., : self.depth_out]
+
+    def stamp(self, box: Box) -> int:
+        """See `ChunkReader.stamp`, of all classes in a physical box."""
+        found = ((group, stored_box(group.lattice, box, 1)) for group in self.groups)
+        return mixed(group.stamp(*part) for group, part in found if part is not None)
+
+    def identity(self) -> tuple[object, ...]:
+        """What the voxels follow from."""
+        groups = [group.identity() for group in self.groups]
+        return "labels", self.downsample, self.depth_out, self.implications.identity, groups
+
+
+class _Nearest:
+    """The nearest voxels of a region.
+
+    Args:
+        region: the region.
+        lattice: where its voxels are.
+    """
+
+    def __init__(self, region: Region, lattice: Lattice) -> None:
+        self.region, self.lattice = region, lattice
+
+    def evaluate(
+        self, center: FloatArray, scale: FloatArray, out: AnyArray, turn: FloatArray | None, fill: float
+    ) -> None:
+        amap = patch_map(center, (out.shape[0], out.shape[1], out.shape[2]), scale, self.lattice, turn)
+        evaluate(self.region, amap, out, method="nearest", fill=fill)
+
+    def stamp(self, box: Box) -> int:
+        found = stored_box(self.lattice, box, 1)
+        return self.region.stamp(*found) if found is not None and self.region.stamp is not None else 1
+
+    def identity(self) -> tuple[object, ...]:
+        return self.region.identity() if self.region.identity is not None else ()
+
+
+def mixed(stamps: Iterable[int]) -> int:
+    """One stamp of several."""
+    found = 0
+    for stamp in stamps:
+        found = (found * 0x100000001B3 ^ stamp) & 0xFFFFFFFFFFFFFFFF
+    return found or 1
 
 
 def _vote(region: Region, amap: AffineMap, out: np.ndarray[Any, Any], rule: Downsample) -> None:
@@ -223,6 +314,7 @@ class IdStack:
         cache: see `BitStack`.
         label: see `BitStack`.
         unknown: see `Unknown`.
+        reader: see `chunks.Reader`.
     """
 
     def __init__(
@@ -233,29 +325,51 @@ class IdStack:
         cache: ChunkCache,
         label: str,
         unknown: Unknown = "metadata",
+        reader: Reader = "zarr",
     ) -> None:
-        self.members = label_members(images, classes, window, label, "stored", unknown)
+        self.cache = cache
         self.dtype = id_dtype(images)
-        self.readers = [ChunkReader(level, f"{label}/{name}") for _, name, level, _ in self.members]
-        self.regions = []
-        for reader, (_, _, level, encoding) in zip(self.readers, self.members, strict=True):
-            decode = _IdDecoder(reader, encoding, self.dtype)
+        self.members = label_members(images, classes, window, label, "stored", unknown)
+        self._stored = []
+        for _, name, level, encoding in self.members:
+            decoder = _IdDecoder(ChunkReader(level, f"{label}/{name}", reader), encoding, self.dtype)
             key = ("ids", str(level.path), encoding, str(self.dtype))
-            self.regions.append(Region(reader.shape, reader.chunks, self.dtype, decode, cache, key))
+            self._stored.append(
+                Region(
+                    decoder.reader.shape, chunk_shape([decoder.reader]), self.dtype, decoder, cache, key,
+                    stamp=decoder.reader.stamp, identity=decoder.identity,
+                )
+            )  # fmt: skip
+        self.patches: list[Patches] = []
+        self.regions: list[Region] = []
 
     @property
     def lattices(self) -> list[Lattice]:
         """The lattices of the levels that are read."""
         return [level.lattice for _, _, level, _ in self.members]
 
-    def read_into(
-        self, center: FloatArray, scale: FloatArray, out: np.ndarray[Any, Any], turn: FloatArray | None
+    def place(
+        self, window: Window, straight: Window, placement: Placement, plane: FloatArray | None, roaming: bool
     ) -> None:
-        """Write the ids around ``center`` to ``out`` ``[C, z, y, x]``; -1 where nothing is known. See `BitStack`."""
-        out[...] = UNKNOWN_ID
-        for region, (index, _, level, _) in zip(self.regions, self.members, strict=True):
-            amap = patch_map(center, (out.shape[1], out.shape[2], out.shape[3]), scale, level.lattice, turn)
-            evaluate(region, amap, out[index], method="nearest", fill=UNKNOWN_ID)
+        """Say where patches are read; see `BitStack.place`."""
+        self.patches, self.regions = [], []
+        for region, lattice in zip(self._stored, self.lattices, strict=True):
+            source = _Nearest(region, lattice)
+            patches = Patches(region, lattice, window, placement, source, plane)
+            self.regions.append(region)
+            if not patches.sliced:
+                again = Resampled(source, lattice.box, straight, placement, self.dtype, 0, self.cache)
+                patches = Patches(again.region, again.lattice, window, placement, source, plane)
+                if patches.sliced:
+                    self.regions[-1:] = [again.region, region] if roaming else [again.region]
+            self.patches.append(patches)
+
+    def read_into(self, place: tuple[int, int, int], out: AnyArray, turn: FloatArray | None) -> None:
+        """Write the ids at a place to ``out`` ``[C, z, y, x]``; -1 where nothing is known. See `Patches`."""
+        if len(self.members) < len(out):
+            out[...] = UNKNOWN_ID
+        for patches, (index, _, _, _) in zip(self.patches, self.members, strict=True):
+            patches.read_into(place, out[index], turn, UNKNOWN_ID)
 
 
 class _IdDecoder:
@@ -263,6 +377,10 @@ class _IdDecoder:
 
     def __init__(self, reader: ChunkReader, encoding: Encoding, dtype: np.dtype[Any]) -> None:
         self.reader, self.encoding, self.dtype = reader, encoding, dtype
+
+    def identity(self) -> tuple[object, ...]:
+        """What the ids follow from."""
+        return "ids", self.reader.identity(), self.encoding, str(self.dtype)
 
     def __call__(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
         stored = stored_labels(self.reader, self.encoding, start, shape)

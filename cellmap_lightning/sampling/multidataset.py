@@ -12,7 +12,7 @@ from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.pool import ReadPool
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.transforms.intensity import Scaling
-from cellmap_lightning.volumes.region import ChunkCache
+from cellmap_lightning.volumes.region import RegionStore
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ class CellMapMultiDataset(SampleSource):
                 ("spatial_transforms", vars(first.spatial), vars(other.spatial)),
                 ("raw_value_transforms", first.layout.raw_transforms, other.layout.raw_transforms),
                 ("target_value_transforms", first.layout.target_transforms, other.layout.target_transforms),
+                ("cache", first._store.mode, other._store.mode),
+                ("cache_bytes", first._store.budget, other._store.budget),
             ):
                 if a != b:
                     raise CellMapValueError(f"{other.label} and {first.label} differ in their {what}: {b} and {a}")
@@ -59,9 +61,9 @@ class CellMapMultiDataset(SampleSource):
             scaling=Scaling.of(self._offsets[:-1], [d.affine for d in self._datasets]),
         )
         self._pool = ReadPool(max(d.max_workers for d in self._datasets))
-        self._cache = ChunkCache(max(d._cache.budget for d in self._datasets))
+        self._store = RegionStore(first._store.mode, first._store.budget)
         for dataset in self._datasets:
-            dataset.share(self._pool, self._cache)
+            dataset.share(self._pool, self._store)
         log.info(
             "%d crops: %d positions; classes %s; %d workers",
             len(self._datasets), len(self), self.annotated_in(), self.max_workers,

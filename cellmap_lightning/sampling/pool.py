@@ -121,14 +121,66 @@ class ReadPool:
             executor.shutdown(wait=True, cancel_futures=True)
 
 
+class ForkGate:
+    """Keeps a process from forking in the middle of a read.
+
+    The child would inherit the locks of libraries as the reading threads held them, and not the threads: with two
+    threads reading, forked workers of zarr-python 3.1 hang.
+    """
+
+    #: Seconds that a fork waits for reads to end.
+    PATIENCE = 60.0
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()
+        self._reading = 0
+        self._forking = False
+        self._mine = threading.local()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            while self._forking and not getattr(self._mine, "depth", 0):
+                self._changed.wait()
+            self._reading += 1
+        self._mine.depth = getattr(self._mine, "depth", 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        self._mine.depth -= 1
+        with self._changed:
+            self._reading -= 1
+            self._changed.notify_all()
+
+    def before_fork(self) -> None:
+        """Wait until nobody reads, but for the thread that forks."""
+        with self._changed:
+            self._forking = True
+            mine = 1 if getattr(self._mine, "depth", 0) else 0
+            self._changed.wait_for(lambda: self._reading <= mine, self.PATIENCE)
+
+    def after_fork(self) -> None:
+        """In the parent: reads go on."""
+        with self._changed:
+            self._forking = False
+            self._changed.notify_all()
+
+
+#: Whoever reads, does it inside.
+FORK_GATE = ForkGate()
+
 _POOLS: "weakref.WeakSet[ReadPool]" = weakref.WeakSet()
 
 
 def _forget_after_fork() -> None:
     # The child has neither the threads nor whoever held the lock.
+    FORK_GATE._reset()
     for pool in list(_POOLS):
         pool._reset()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_after_fork)
+    os.register_at_fork(
+        before=FORK_GATE.before_fork, after_in_parent=FORK_GATE.after_fork, after_in_child=_forget_after_fork
+    )

@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,19 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from cellmap_lightning.draws import PLACE, uniforms
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
 from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory
-from cellmap_lightning.sampling.pool import ReadPool
+from cellmap_lightning.sampling.pool import FORK_GATE, ReadPool
+from cellmap_lightning.sampling.slots import SlotBatch, Slots
 from cellmap_lightning.transforms.spatial import SpatialTransforms
-from cellmap_lightning.volumes.geometry import AXES, FloatArray
-from cellmap_lightning.volumes.region import ChunkCache
+from cellmap_lightning.volumes.geometry import AXES, FloatArray, Shape
+from cellmap_lightning.volumes.region import RegionStore
 
 if TYPE_CHECKING:
     from cellmap_lightning.sampling.dataset import CellMapDataset
+
+
+#: Bytes of a batch up to which one thread copies it.
+INLINE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +62,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
     is_train: bool
     spatial: SpatialTransforms
     _pool: ReadPool
-    _cache: ChunkCache
+    _store: RegionStore
 
     @property
     @abstractmethod
@@ -156,19 +161,44 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
     def read(self, draws: Sequence[Draw], pin: bool = False) -> CompactBatch:
         """Read samples into one new compact batch, in page-locked memory with ``pin``."""
         batch = self.layout.empty(len(draws), pin)
-        arrays = {name: tensor.numpy() for name, tensor in batch.items()}
-        tasks: list[Callable[[], None]] = []
-        for row, draw in enumerate(draws):
-            dataset, local = self.locate(draw.position)
-            center = dataset.placement.center(local)
-            tasks += [
-                partial(dataset.read_array, name, center, draw.turn, array[row], self.layout)
-                for name, array in arrays.items()
-            ]
-        self._pool.run(tasks)
+        self.read_into(draws, {name: tensor.numpy() for name, tensor in batch.items()})
         batch["idx"] = torch.tensor([d.position for d in draws], dtype=torch.int64)
         batch["sample"] = torch.tensor([d.sample for d in draws], dtype=torch.int64)
         return batch
+
+    def read_into(self, draws: Sequence[Draw], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Read samples into the arrays of a compact batch, ``{name: [N, ...]}``."""
+        self.prepare()
+        jobs: list[Callable[[], None]] = []
+        fills: dict[tuple[int, Shape], Callable[[], None]] = {}
+        size, computed = 0, False
+        for row, draw in enumerate(draws):
+            dataset, local = self.locate(draw.position)
+            place = dataset.placement.place(local)
+            for name, array in arrays.items():
+                jobs.append(partial(dataset.read_array, name, place, draw.turn, array[row], self.layout))
+                missing = dataset.missing(name, place, draw.turn)
+                if missing is None:
+                    computed = True
+                    continue
+                size += array[row].nbytes
+                for region, index in missing:
+                    fills[id(region), index] = partial(region.fill, index)
+        with FORK_GATE:
+            if fills:
+                self._pool.run(fills.values())
+            if computed or size > INLINE_BYTES:
+                self._pool.run(jobs)
+                return
+            # Handing a small copy to another thread costs more than the copy.
+            for job in jobs:
+                job()
+
+    def prepare(self) -> None:
+        """Decide where decoded voxels are kept, before the first read and before worker processes are started."""
+        if not self._store.planned:
+            regions = [region for dataset in self.datasets for region in dataset.regions]
+            self._store.plan(regions, not self.is_train, str(self))
 
     def batch_memory(self, batch_size: int = 1) -> BatchMemory:
         """The bytes of a batch of ``batch_size`` samples, known before anything is read."""
@@ -191,7 +221,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
     def close(self) -> None:
         """Cancel the reads that have not begun, end the threads, drop what is cached. A later use starts anew."""
         self._pool.close()
-        self._cache.clear()
+        self._store.close()
 
     def __enter__(self) -> "SampleSource":
         return self
@@ -230,17 +260,31 @@ class Samples(Dataset[Any]):
         self.pin = pin
         #: How its batches are laid out and finished.
         self.layout = dataclasses.replace(dataset.layout, seed=seed)
+        #: Where worker processes write, set by their loader; and for how many samples there is room.
+        self.slots: Slots | None = None
+        self.room = 0
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitems__(self, samples: Sequence[int]) -> CompactBatch:
-        """The samples of these numbers as one compact batch."""
+    def __getitems__(self, samples: Sequence[int]) -> CompactBatch | SlotBatch:
+        """The samples of these numbers as one compact batch; in a worker process, where it lies."""
         if not self.shuffle:  # fewer than all tiles are spread over all crops
             samples = [n * self.dataset.tile_count // self.count for n in samples]
-        return self.dataset.read(self.dataset.draw(samples, self.shuffle, self.seed), self.pin)
+        draws = self.dataset.draw(samples, self.shuffle, self.seed)
+        worker = get_worker_info()
+        if self.slots is None or worker is None or len(draws) > self.room:
+            return self.dataset.read(draws, self.pin)
+        if self.slots.finished:
+            return self.slots.put(worker.id, self.layout.finish(self.dataset.read(draws)))
+        turn, arrays = self.slots.open(worker.id, self.slots.compact_places(len(draws)))
+        arrays.pop("idx")[:] = [d.position for d in draws]
+        arrays.pop("sample")[:] = [d.sample for d in draws]
+        self.dataset.read_into(draws, arrays)
+        return SlotBatch(worker.id, turn, len(draws))
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
         """One finished sample."""
-        batch = self.layout.finish(self.__getitems__([sample]))
+        samples = [sample] if self.shuffle else [sample * self.dataset.tile_count // self.count]
+        batch = self.layout.finish(self.dataset.read(self.dataset.draw(samples, self.shuffle, self.seed)))
         return {name: value[0] for name, value in batch.items()}

@@ -95,6 +95,13 @@ class Implications:
     def __bool__(self) -> bool:
         return bool(self.rules or any(self._exclusive.values()))
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells these implications from others."""
+        exclusive = sorted((index, tuple(sorted(others))) for index, others in self._exclusive.items())
+        atoms = [sorted(part) for part in self._atoms] if self.rules else []
+        return self._count, self.read, self.rules, exclusive, atoms
+
     def apply(self, packed: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
         """Add what is implied to the packed voxels of the classes in `read`, in place. Annotations stay as they are."""
         if self.rules:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cellmap_lightning.buffers import BUFFERS
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.volumes.statistics import Statistics
 
@@ -125,10 +126,14 @@ class Scaling:
         wide = (raw.dtype.itemsize > 2 and raw.dtype != torch.float32) or bool(self.offsets.abs().max() > 2**16)
         if len(self.starts) == 1 and raw.device.type == "cpu":
             kind = np.float64 if wide else np.float32
-            value = np.empty(raw.shape, kind)
+            value = BUFFERS.empty(tuple(raw.shape), kind)
             offset, factor = kind(self.offsets.item()), kind(self.factors.item())
-            np.subtract(raw.numpy(), offset, out=value, dtype=kind, casting="unsafe")
-            return torch.from_numpy(np.multiply(value, factor, out=value).astype(np.float32, copy=False))
+            if offset == 0:  # the same bits, in one pass
+                np.multiply(raw.numpy(), factor, out=value, dtype=kind, casting="unsafe")
+            else:
+                np.subtract(raw.numpy(), offset, out=value, dtype=kind, casting="unsafe")
+                np.multiply(value, factor, out=value)
+            return torch.from_numpy(value.astype(np.float32, copy=False))
         working = torch.float64 if wide else torch.float32
         out = raw.to(working, copy=True)
         if len(self.starts) == 1:

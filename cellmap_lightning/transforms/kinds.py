@@ -31,8 +31,10 @@ class TargetKind(ABC):
         margin: voxels that are read on every side of the patch, and cropped when it is encoded.
         channels: channels of the finished target.
         dtype: type of the finished target.
+        computed: it is computed from what is read, and not a copy of it.
     """
 
+    computed: ClassVar[bool] = False
     name: ClassVar[str]
     reads: ClassVar[Literal["bits", "ids"]] = "bits"
     options: ClassVar[tuple[str, ...]] = ()
@@ -136,6 +138,7 @@ class Affinities(TargetKind):
         offsets: neighbours, in voxels of the target (z, y, x).
     """
 
+    computed = True
     name = "affinities"
     reads = "ids"
     options = ("offsets",)
@@ -196,6 +199,7 @@ class SignedDistance(TargetKind):
         nm: the distance that becomes 1.
     """
 
+    computed = True
     name = "sdt"
     options = ("nm",)
 

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cellmap_lightning.buffers import BUFFERS
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 
 if TYPE_CHECKING:
     import torch
 
+#: Voxels that are unpacked at a time.
+_PART = 1 << 17
 Relations = Mapping[int, Sequence[int]]
 
 
@@ -81,19 +84,25 @@ def unpack(packed: "torch.Tensor", classes: int) -> "torch.Tensor":
 
 
 def _unpack_on_cpu(packed: np.ndarray[Any, Any], classes: int) -> np.ndarray[Any, Any]:
-    """Sample by sample, so that its bytes stay in the cache while each class is written once."""
-    # NumPy asks for huge pages where torch pays for each page it touches first.
-    out = np.empty((packed.shape[0], classes, *packed.shape[1:4]), np.float32)
-    for sample, target in zip(packed, out, strict=True):
-        for first in range(0, classes, 8):
-            present = np.ascontiguousarray(sample[..., first // 4])
-            known = np.ascontiguousarray(sample[..., first // 4 + 1])
-            every = int(np.bitwise_and.reduce(known, axis=None))
-            for bit in range(min(8, classes - first)):
-                channel = target[first + bit]
-                np.copyto(channel, (present >> np.uint8(bit)) & np.uint8(1))
-                if not every >> bit & 1:
-                    channel[(known >> np.uint8(bit)) & np.uint8(1) == 0] = np.nan
+    """A few planes at a time, so that their bytes stay in the cache while each class is written once."""
+    out = BUFFERS.empty((packed.shape[0], classes, *packed.shape[1:4]), np.float32)
+    pairs = np.ascontiguousarray(packed).view(np.dtype("<u2"))
+    planes = max(1, _PART // max(1, packed.shape[2] * packed.shape[3]))
+    for sample, target in zip(pairs, out, strict=True):
+        for z in range(0, len(sample), planes):
+            for first in range(0, classes, 8):
+                pair = sample[z : z + planes, ..., first // 8]
+                present = pair.astype(np.uint8)
+                known = (pair >> np.uint16(8)).astype(np.uint8)
+                every, some = int(np.bitwise_and.reduce(known, axis=None)), int(np.bitwise_or.reduce(known, axis=None))
+                for bit in range(min(8, classes - first)):
+                    channel = target[first + bit, z : z + planes]
+                    if not some >> bit & 1:
+                        channel.fill(np.nan)
+                        continue
+                    np.copyto(channel, (present >> np.uint8(bit)) & np.uint8(1))
+                    if not every >> bit & 1:
+                        np.putmask(channel, (known >> np.uint8(bit)) & np.uint8(1) == 0, np.float32(np.nan))
     return out
 
 

@@ -1,56 +1,107 @@
 """The one way to a chunk: whatever is read from a store is read, decoded and checked here."""
 
+import hashlib
+import itertools
 import os
-from typing import Any
+import struct
+from typing import Any, Literal
 
 import numpy as np
 import zarr
 from zarr.storage import LocalStore
 
-from cellmap_lightning.errors import CellMapError, ChunkError
+from cellmap_lightning.errors import CellMapError, CellMapKeyError, ChunkError, MissingExtraError
 from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.ngff import Level
 from cellmap_lightning.volumes.resample import AnyArray
+
+#: Which library decodes: zarr-python, or TensorStore, which is several times as fast where nothing can be kept.
+Reader = Literal["zarr", "tensorstore"]
+READERS = ("zarr", "tensorstore")
+
+#: The process in which TensorStore was first used: its threads do not survive a fork.
+_tensorstore_pid: int | None = None
+
+
+def check_reader(name: Any) -> Reader:
+    """The reader of that name, if it is there.
+
+    Raises:
+        CellMapKeyError: there is none of that name.
+        MissingExtraError: TensorStore is not installed.
+    """
+    if name not in READERS:
+        raise CellMapKeyError(f"a reader is one of {', '.join(READERS)}, got {name!r}")
+    if name == "tensorstore":
+        try:
+            import tensorstore  # noqa: F401
+        except ImportError:
+            raise MissingExtraError(
+                'reader=tensorstore needs TensorStore: pip install "cellmap-lightning[fast]"'
+            ) from None
+    found: Reader = name
+    return found
 
 
 class ChunkReader:
     """Reads boxes of one stored array, in the order z, y, x.
 
-    The array is opened by zarr-python at the first read, once per process: a reader that was pickled or forked opens it
-    anew. Any number of threads may read at a time.
+    The array is opened at the first read, once per process: a reader that was pickled or forked opens it anew. Any
+    number of threads may read at a time.
 
     Args:
         level: the array.
         label: what error messages call it, such as ``crop12/mito``.
+        reader: see `Reader`.
     """
 
-    def __init__(self, level: Level, label: str = "") -> None:
+    def __init__(self, level: Level, label: str = "", reader: Reader = "zarr") -> None:
         info = level.array
         self.level = level
         self.label = label
+        self.reader: Reader = reader
         self.shape: Shape = level.zyx(info.shape)
         self.chunks: Shape = level.zyx(info.chunks)
         # Booleans are read as the 0 and 1 that they stand for.
         self.dtype: np.dtype[Any] = np.dtype(np.uint8) if info.dtype == np.bool_ else info.dtype
-        self._opened: tuple[int, zarr.Array[Any]] | None = None
+        self._opened: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"level": self.level, "label": self.label}
+        return {"level": self.level, "label": self.label, "reader": self.reader}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def _open(self) -> "zarr.Array[Any]":
+    def _open(self) -> Any:
         # Two threads may both open it at the same time: the one that is kept is as good as the other, and a lock held
         # while a fork happens would stay locked in the child. Process and array are one value, so that no thread sees
         # the array of one process with the number of another.
         opened, pid = self._opened, os.getpid()
         if opened is None or opened[0] != pid:
-            info = self.level.array
-            store = LocalStore(info.path, read_only=True)
-            opened = pid, zarr.open_array(store, mode="r", zarr_format=3 if info.zarr_format == 3 else 2)
+            opened = pid, self._tensorstore() if self.reader == "tensorstore" else self._zarr()
             self._opened = opened
         return opened[1]
+
+    def _zarr(self) -> "zarr.Array[Any]":
+        info = self.level.array
+        store = LocalStore(info.path, read_only=True)
+        return zarr.open_array(store, mode="r", zarr_format=3 if info.zarr_format == 3 else 2)
+
+    def _tensorstore(self) -> Any:
+        global _tensorstore_pid
+        import tensorstore
+
+        if _tensorstore_pid not in (None, os.getpid()):
+            raise ChunkError(
+                f"{self.label or self.level.path}: TensorStore was used in the process that this one was forked from, "
+                "and does not work in both; start worker processes with multiprocessing_context='forkserver' or "
+                "'spawn', or use reader='zarr'"
+            )
+        _tensorstore_pid = os.getpid()
+        info = self.level.array
+        driver = "zarr3" if info.zarr_format == 3 else "zarr"
+        spec = {"driver": driver, "kvstore": {"driver": "file", "path": str(info.path)}}
+        return tensorstore.open(spec, open=True, read=True).result()
 
     def read(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
         """The decoded voxels of a box inside the array, in native byte order.
@@ -58,18 +109,74 @@ class ChunkReader:
         Raises:
             ChunkError: the store or the codec failed; the message names the array and the box.
         """
+        try:
+            return self._read(start, shape)
+        except CellMapError:
+            raise
+        except Exception as e:  # codecs and stores raise whatever they like
+            start, shape, e = self._culprit(start, shape, e)
+            where = ", ".join(f"{a}[{o}:{o + n}]" for a, o, n in zip("zyx", start, shape, strict=True))
+            name = f"{self.label}: " if self.label else ""
+            raise ChunkError(
+                f"{name}{self.level.path}: voxels {where} could not be read: {type(e).__name__}: {e}"
+            ) from e
+
+    def _read(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
         level = self.level
         box: list[slice | int] = [0] * level.ndim
         for axis, first, count in zip(level.axes, start, shape, strict=True):
             box[axis] = slice(first, first + count)
-        try:
-            stored = np.asarray(self._open()[tuple(box)])
-        except CellMapError:
-            raise
-        except Exception as e:  # codecs and stores raise whatever they like
-            where = ", ".join(f"{a}[{o}:{o + n}]" for a, o, n in zip("zyx", start, shape, strict=True))
-            name = f"{self.label}: " if self.label else ""
-            raise ChunkError(f"{name}{level.path}: voxels {where} could not be read: {type(e).__name__}: {e}") from e
+        opened = self._open()
+        stored = np.asarray(opened[tuple(box)].read().result() if self.reader == "tensorstore" else opened[tuple(box)])
         kept = sorted(level.axes)
         out = stored.transpose([kept.index(a) for a in level.axes])
         return np.ascontiguousarray(out, dtype=self.dtype)
+
+    def _culprit(
+        self, start: tuple[int, int, int], shape: Shape, error: Exception
+    ) -> tuple[tuple[int, int, int], Shape, Exception]:
+        """The first chunk of a box that cannot be read, and why."""
+        grid = [range(a // c, -(-(a + n) // c)) for a, n, c in zip(start, shape, self.chunks, strict=True)]
+        for index in itertools.product(*grid):
+            lo = [max(a, i * c) for a, i, c in zip(start, index, self.chunks, strict=True)]
+            hi = [min(a + n, (i + 1) * c) for a, n, i, c in zip(start, shape, index, self.chunks, strict=True)]
+            part = (lo[0], lo[1], lo[2]), (hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2])
+            try:
+                self._read(*part)
+            except Exception as e:  # as above
+                return *part, e
+        return start, shape, error
+
+    def identity(self) -> tuple[object, ...]:
+        """What tells this array from every other one: where it is, and what its metadata says."""
+        info = self.level.array
+        return str(info.path.resolve()), hashlib.sha256(info.metadata.read_bytes()).hexdigest(), self.level.axes
+
+    def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
+        """A number (64 bits, not 0) that changes when a file that holds part of the box is written or removed."""
+        info, axes = self.level.array, self.level.axes
+        spans = [range(1)] * self.level.ndim
+        for axis, first, count in zip(axes, start, shape, strict=True):
+            size = info.files[axis]
+            spans[axis] = range(first // size, -(-(first + count) // size))
+        found = hashlib.blake2b(digest_size=8)
+        for index in itertools.product(*spans):
+            try:
+                stat = os.stat(info.file(index))  # noqa: PTH116  thousands of them, and a Path costs more than the call
+                found.update(struct.pack("<qq", stat.st_mtime_ns, stat.st_size))
+            except OSError:  # never written, or not to be read: reading will say
+                found.update(b"-")
+        return int.from_bytes(found.digest(), "little") or 1
+
+
+def chunk_shape(readers: list[ChunkReader]) -> Shape:
+    """Voxels that are decoded at a time from arrays of one shape: whole chunks of all of them, and not too few."""
+    chunks = np.max([reader.chunks for reader in readers], axis=0)
+    # Each call of a reader has a price of its own, which tiny chunks would pay thousands of times.
+    chunks = chunks * -(-LEAST_CHUNK // np.minimum(chunks, LEAST_CHUNK))
+    z, y, x = np.minimum(chunks, readers[0].shape).tolist()
+    return z, y, x
+
+
+#: Voxels along an axis that are decoded together at least.
+LEAST_CHUNK = 64

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
-from cellmap_lightning.volumes.chunks import ChunkReader
+from cellmap_lightning.volumes.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.volumes.geometry import (
     AXES,
     SCALE_TOLERANCE,
+    Box,
     FloatArray,
     patch_map,
     vector,
 )
 from cellmap_lightning.volumes.ngff import Level, Multiscale, read_multiscale
+from cellmap_lightning.volumes.patches import stored_box
 from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import ChunkCache, Region
 from cellmap_lightning.volumes.resample import AnyArray, Method, evaluate
@@ -80,10 +82,40 @@ def choose_level(
     return level
 
 
-def open_region(level: Level, cache: ChunkCache, label: str = "") -> Region:
-    """The stored voxels of a level, decoded once per chunk."""
-    reader = ChunkReader(level, label)
-    return Region(reader.shape, reader.chunks, reader.dtype, reader.read, cache, str(level.path))
+class StoredImage:
+    """The stored voxels of one level of raw.
+
+    Args:
+        level: the level.
+        cache: where decoded chunks are kept that have no other place.
+        label: what messages call it.
+        reader: see `chunks.Reader`.
+    """
+
+    def __init__(self, level: Level, cache: ChunkCache, label: str = "", reader: Reader = "zarr") -> None:
+        self.level = level
+        self.lattice = level.lattice
+        self.reader = ChunkReader(level, label, reader)
+        self.region = Region(
+            self.reader.shape, chunk_shape([self.reader]), self.reader.dtype, self.reader.read, cache, str(level.path),
+            stamp=self.reader.stamp, identity=self.identity,
+        )  # fmt: skip
+
+    def evaluate(
+        self, center: FloatArray, scale: FloatArray, out: AnyArray, turn: FloatArray | None, fill: float
+    ) -> None:
+        """Write the linear patch around ``center`` to ``out``; see `geometry.patch_map`."""
+        amap = patch_map(center, (out.shape[0], out.shape[1], out.shape[2]), scale, self.lattice, turn)
+        evaluate(self.region, amap, out, method="linear", fill=fill)
+
+    def stamp(self, box: Box) -> int:
+        """See `ChunkReader.stamp`; of a physical box and the neighbours that interpolate at its border."""
+        found = stored_box(self.lattice, box, 2)
+        return self.reader.stamp(*found) if found is not None else 1
+
+    def identity(self) -> tuple[object, ...]:
+        """See `ChunkReader.identity`."""
+        return "raw", *self.reader.identity()
 
 
 class CellMapImage:
@@ -140,7 +172,7 @@ class CellMapImage:
         self.interpolation: Method = interpolation
         self.image = read_multiscale(path)
         self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
-        self.region = open_region(self.level, cache if cache is not None else ChunkCache(), target_class)
+        self.region = StoredImage(self.level, cache if cache is not None else ChunkCache(), target_class).region
         #: Where patches may lie.
         self.placement = Placement.plan(
             self.image.finest.lattice.box,

@@ -10,7 +10,7 @@ An array is described without being opened: zarr-python comes in when the first 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -49,6 +49,9 @@ class ArrayInfo:
         chunks: voxels of the smallest part that can be read by itself (the inner chunk of a shard).
         dtype: the stored type.
         attributes: the array's own attributes.
+        files: voxels of what is stored in one file (the chunk, or the shard).
+        prefix: what stands before a chunk's indices in the name of its file.
+        separator: what stands between them.
     """
 
     path: Path
@@ -57,6 +60,18 @@ class ArrayInfo:
     chunks: tuple[int, ...]
     dtype: np.dtype[Any]
     attributes: Mapping[str, Any] = field(repr=False)
+    files: tuple[int, ...] = ()
+    prefix: str = ""
+    separator: str = "."
+
+    @property
+    def metadata(self) -> Path:
+        """The file that describes the array."""
+        return self.path / ("zarr.json" if self.zarr_format == 3 else ".zarray")
+
+    def file(self, index: Sequence[int]) -> str:
+        """Where the chunk or shard with these indices is stored, whether or not it was written."""
+        return f"{self.path}/{self.prefix}{self.separator.join(map(str, index))}"
 
 
 @dataclass(frozen=True)
@@ -181,21 +196,26 @@ def read_array(path: Path) -> ArrayInfo | None:
         if meta.get("node_type") != "array":
             return None
         try:
-            chunks = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
+            chunks = files = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
             for codec in meta["codecs"]:
                 if codec["name"] == "sharding_indexed":
                     chunks = tuple(codec["configuration"]["chunk_shape"])
             dtype = meta["data_type"]
-        except (KeyError, TypeError) as e:
+            keys = meta.get("chunk_key_encoding") or {"name": "default"}
+            default = keys["name"] == "default"
+            separator = (keys.get("configuration") or {}).get("separator", "/" if default else ".")
+        except (KeyError, TypeError, AttributeError) as e:
             raise MetadataError(f"{file}: not the metadata of a Zarr v3 array with a regular chunk grid ({e!r})") from e
-        return _array(file, path, 3, meta.get("shape"), chunks, dtype, meta.get("attributes") or {})
+        info = _array(file, path, 3, meta.get("shape"), chunks, dtype, meta.get("attributes") or {})
+        return replace(info, files=files, prefix=f"c{separator}" if default else "", separator=str(separator))
     file = path / ".zarray"
     meta = read_json(file)
     if meta is None:
         return None
-    return _array(
+    info = _array(
         file, path, 2, meta.get("shape"), meta.get("chunks"), meta.get("dtype"), read_json(path / ".zattrs") or {}
     )
+    return replace(info, separator=str(meta.get("dimension_separator", ".")))
 
 
 def _array(
@@ -215,7 +235,9 @@ def _array(
         raise MetadataError(f"{file}: unknown data type {dtype!r}") from e
     if stored.kind not in "uif" and stored != np.bool_:
         raise MetadataError(f"{file}: data type {dtype!r} is not a number")
-    return ArrayInfo(path, zarr_format, tuple(shape), tuple(chunks), stored.newbyteorder("="), attributes)
+    return ArrayInfo(
+        path, zarr_format, tuple(shape), tuple(chunks), stored.newbyteorder("="), attributes, tuple(chunks)
+    )
 
 
 def read_multiscale(path: str | Path) -> Multiscale:

@@ -145,11 +145,15 @@ class Placement:
     def __len__(self) -> int:
         return math.prod(self.counts)
 
-    def center(self, index: int) -> FloatArray:
-        """Centre of position ``index`` in nm (z, y, x)."""
+    def place(self, index: int) -> tuple[int, int, int]:
+        """Where position ``index`` is in the grid (z, y, x)."""
         rest, x = divmod(index, self.counts[2])
         z, y = divmod(rest, self.counts[1])
-        return self.first + self.step * (z, y, x)
+        return z, y, x
+
+    def center(self, index: int) -> FloatArray:
+        """Centre of position ``index`` in nm (z, y, x)."""
+        return self.first + self.step * self.place(index)
 
     def index(self, place: Sequence[int]) -> int:
         """Position at a place of the grid (z, y, x)."""

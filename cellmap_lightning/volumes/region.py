@@ -1,31 +1,48 @@
-"""Decoded chunks, kept for the next patch: what was decoded once is copied from then on."""
+"""Decoded voxels, kept for the next patch: what was decoded once is copied from then on.
 
+A `Region` is an array that is read by boxes. Its collection's `RegionStore` decides where its voxels are kept: in a
+mapping that processes share (see `shared`), chunk by chunk in the memory of this process, or nowhere.
+"""
+
+import hashlib
 import itertools
+import logging
 import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cellmap_lightning.volumes.geometry import Shape
+from cellmap_lightning.volumes.location import CacheMode, check_mode, choose
 from cellmap_lightning.volumes.resample import AnyArray
+from cellmap_lightning.volumes.shared import EMPTY, FILLED, FORMAT, Arena, Layout, Mapped, RegionFolder
+
+log = logging.getLogger(__name__)
 
 Decode = Callable[[tuple[int, int, int], Shape], AnyArray]
+Stamp = Callable[[tuple[int, int, int], Shape], int]
 
-#: Bytes of decoded chunks that one collection of datasets keeps in each process.
-DEFAULT_CACHE_BYTES = 2 << 30
+#: Bytes of decoded chunks that a process keeps of arrays that are too large to be kept whole.
+DEFAULT_CHUNK_BYTES = 2 << 30
 
+#: Types that are copied voxel by voxel where voxels have several bytes.
+_ITEMS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
-_caches: "weakref.WeakSet[ChunkCache]" = weakref.WeakSet()
+#: Columns times rows that are copied at a time: measured.
+_COLUMNS = 512
+
+_caches: "weakref.WeakSet[ChunkCache | RegionStore]" = weakref.WeakSet()
 
 
 def _start_empty() -> None:
     """In a forked child: a lock may have been held, and the threads that were decoding are gone."""
     for cache in list(_caches):
-        cache._reset()
+        cache._after_fork()
 
 
 # Here and not at the first use in the child, where several threads may come first at once.
@@ -33,25 +50,55 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_empty)
 
 
-class ChunkCache:
-    """Decoded chunks in memory, the least recently used dropped first.
+class Once:
+    """Work of which threads do each piece once: who comes second waits for the one that came first, which runs."""
 
-    Threads that want the same chunk at the same time decode it once: the others wait for the one that came first, which
-    is running by then and waits for nobody. A copy in another process starts empty.
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._coming: dict[Hashable, threading.Event] = {}
+
+    def begin(self, key: Hashable, found: Callable[[], Any]) -> Any:
+        """What was found, or None, after which the caller must do the work and call `end`.
+
+        Args:
+            key: the piece.
+            found: looks whether it is done, and may not wait.
+        """
+        while True:
+            with self._lock:
+                result = found()
+                if result is not None:
+                    return result
+                coming = self._coming.get(key)
+                if coming is None:
+                    self._coming[key] = threading.Event()
+                    return None
+            coming.wait()
+
+    def end(self, key: Hashable) -> None:
+        """The work is done, or has failed: the next one may try."""
+        with self._lock:
+            done = self._coming.pop(key)
+        done.set()
+
+
+class ChunkCache:
+    """Decoded chunks in the memory of this process, the least recently used dropped first.
+
+    A copy in another process starts empty.
 
     Args:
         budget: bytes to keep. A chunk larger than that is handed out and not kept.
     """
 
-    def __init__(self, budget: int = DEFAULT_CACHE_BYTES) -> None:
+    def __init__(self, budget: int = DEFAULT_CHUNK_BYTES) -> None:
         self.budget = budget
-        self._reset()
+        self._after_fork()
         _caches.add(self)
 
-    def _reset(self) -> None:
-        self._lock = threading.Lock()
+    def _after_fork(self) -> None:
+        self._once = Once()
         self._chunks: OrderedDict[Hashable, AnyArray] = OrderedDict()
-        self._coming: dict[Hashable, threading.Event] = {}
         self.nbytes = 0
         self.decoded = 0
 
@@ -63,21 +110,15 @@ class ChunkCache:
 
     def get(self, key: Hashable, decode: Callable[[], AnyArray]) -> AnyArray:
         """The chunk of that key, decoded now if it is not kept. It is shared: copy from it, never write to it."""
-        while True:
-            with self._lock:
-                chunk = self._chunks.get(key)
-                if chunk is not None:
-                    self._chunks.move_to_end(key)
-                    return chunk
-                coming = self._coming.get(key)
-                if coming is None:
-                    done = self._coming[key] = threading.Event()
-                    break
-            coming.wait()
+        once = self._once
+        kept = once.begin(key, lambda: self._kept(key))
+        if kept is not None:
+            found: AnyArray = kept
+            return found
         try:
             chunk = decode()
             chunk.setflags(write=False)
-            with self._lock:
+            with once._lock:
                 self.decoded += 1
                 if chunk.nbytes <= self.budget:
                     self._chunks[key] = chunk
@@ -86,28 +127,34 @@ class ChunkCache:
                         self.nbytes -= self._chunks.popitem(last=False)[1].nbytes
             return chunk
         finally:
-            with self._lock:
-                del self._coming[key]
-            done.set()
+            once.end(key)
+
+    def _kept(self, key: Hashable) -> AnyArray | None:
+        chunk = self._chunks.get(key)
+        if chunk is not None:
+            self._chunks.move_to_end(key)
+        return chunk
 
     def clear(self) -> None:
         """Drop everything."""
-        with self._lock:
+        with self._once._lock:
             self._chunks.clear()
             self.nbytes = 0
 
 
 class Region:
-    """An array that can be read by boxes, from decoded chunks.
+    """An array that can be read by boxes, from decoded voxels.
 
     Args:
         shape: voxels along z, y, x.
-        chunks: voxels of a chunk.
+        chunks: voxels that are decoded at a time.
         dtype: type of a voxel, or of each of its bytes when it has several.
+        decode: from the start and the shape of a box to its voxels.
+        cache: where decoded chunks are kept that have no other place.
+        key: tells this array from every other one in the process.
         depth: bytes per voxel along a last axis; 0 for none.
-        decode: from the start and the shape of a chunk to its voxels.
-        cache: where decoded chunks are kept.
-        key: tells this array from every other one in the cache.
+        stamp: from the start and the shape of a box to a number that changes when its source does.
+        identity: what its voxels follow from, for good: by it they are found again. None: by no other process.
     """
 
     def __init__(
@@ -119,12 +166,186 @@ class Region:
         cache: ChunkCache,
         key: Hashable,
         depth: int = 0,
+        stamp: Stamp | None = None,
+        identity: Callable[[], tuple[object, ...]] | None = None,
     ) -> None:
         self.shape, self.chunks, self.dtype = shape, chunks, dtype
         self.decode, self.cache, self.key, self.depth = decode, cache, key, depth
+        self.stamp, self.identity = stamp, identity
+        #: Set by `RegionStore.plan`.
+        self.store: RegionStore | None = None
+        #: Read exactly what is asked for, from the source, when the voxels are not kept.
+        self.direct = False
+        self._lo: Shape = (0, 0, 0)
+        self._hi = shape
+        self._mapped: Mapped | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_mapped": None}
+
+    def limit(self, lo: Sequence[int], hi: Sequence[int]) -> None:
+        """Keep only what lies between two corners, as far as the array goes."""
+        z, y, x = (min(max(0, int(a)), n - 1) for a, n in zip(lo, self.shape, strict=True))
+        self._lo = (z, y, x)
+        z, y, x = (min(n, max(int(b), a + 1)) for b, a, n in zip(hi, self._lo, self.shape, strict=True))
+        self._hi = (z, y, x)
+        self._mapped = None
+
+    @property
+    def layout(self) -> Layout:
+        """How what is kept lies in a mapping."""
+        z, y, x = (b - a for a, b in zip(self._lo, self._hi, strict=True))
+        gz, gy, gx = (-(-b // c) - a // c for a, b, c in zip(self._lo, self._hi, self.chunks, strict=True))
+        return Layout((z, y, x), (gz, gy, gx), max(1, self.depth) * self.dtype.itemsize)
+
+    def _chunk(self, index: Shape) -> tuple[tuple[int, int, int], Shape]:
+        """Start and shape of the part of a chunk that is kept."""
+        starts, shape = [], []
+        for i, c, lo, hi in zip(index, self.chunks, self._lo, self._hi, strict=True):
+            first = (lo // c + i) * c
+            starts.append(max(first, lo))
+            shape.append(min(first + c, hi) - starts[-1])
+        return (starts[0], starts[1], starts[2]), (shape[0], shape[1], shape[2])
+
+    def digest(self) -> str:
+        """Names what is kept, the same in every process and run that would keep the same."""
+        own: object = self.identity() if self.identity is not None else (os.getpid(), id(self))
+        parts = (FORMAT, own, self.shape, self.chunks, str(self.dtype), self.depth, self._lo, self._hi)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
 
     def read_into(self, start: tuple[int, int, int], out: AnyArray) -> None:
         """Copy the box at ``start`` with the shape of ``out``, inside the array, into ``out`` (any strides)."""
+        box = self._view(start, (out.shape[0], out.shape[1], out.shape[2]))
+        if box is not None:
+            self._assign(out, box)
+        elif self.direct:
+            out[...] = self.decode(start, (out.shape[0], out.shape[1], out.shape[2]))
+        else:
+            self._through_cache(start, out)
+
+    def read(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
+        """The voxels of a box inside the array: perhaps those that are kept, so never write to them."""
+        box = self._view(start, shape)
+        if box is not None:
+            return box
+        out = np.empty((*shape, self.depth) if self.depth else shape, self.dtype)
+        self.read_into(start, out)
+        return out
+
+    def _assign(self, out: AnyArray, box: AnyArray) -> None:
+        item = _ITEMS.get(self.depth)
+        if item is not None and out.strides[-1] == 1 and out.dtype == np.uint8:
+            out, box = out.view(item)[..., 0], box.view(item)[..., 0]
+        rows, size = out.strides[2], out.itemsize
+        if abs(rows) > max(abs(out.strides[0]), abs(out.strides[1])):
+            # Where runs of voxels become columns, a few of them at a time stay in the processor's cache.
+            few = max(4, _COLUMNS // out.shape[2])
+            for first in range(0, out.shape[2], few):
+                out[:, :, first : first + few] = box[:, :, first : first + few]
+        elif rows == -size and size <= 2 and out.shape[2] * size % 8 == 0 and box.strides[2] == size:
+            # Single bytes are turned round eight at a time: as the bytes of numbers of the other byte order.
+            few = 8
+            turned = np.empty((few, *out.shape[1:]), np.dtype(f">u{size}"))
+            words, target = turned.view(">u8")[:, :, ::-1], out[:, :, ::-1].view(np.uint64)
+            for first in range(0, len(out), few):
+                count = min(few, len(out) - first)
+                turned[:count] = box[first : first + few]
+                target[first : first + few] = words[:count]
+        else:
+            out[...] = box
+
+    def _view(self, start: tuple[int, int, int], shape: Shape) -> AnyArray | None:
+        """The kept voxels of a box, filled where they were not; None where they are not kept."""
+        mapped = self._attached()
+        if mapped is None:
+            return None
+        lo, hi = self._lo, self._hi
+        a0, a1, a2 = start[0] - lo[0], start[1] - lo[1], start[2] - lo[2]
+        b0, b1, b2 = a0 + shape[0], a1 + shape[1], a2 + shape[2]
+        if a0 < 0 or a1 < 0 or a2 < 0 or b0 > hi[0] - lo[0] or b1 > hi[1] - lo[1] or b2 > hi[2] - lo[2]:
+            return None
+        if not mapped.complete:
+            for index in self._missing(mapped, start, shape):
+                if not self._fill(mapped, index):
+                    return None
+        voxels = mapped.voxels[a0:b0, a1:b1, a2:b2]
+        if self.depth:
+            return voxels
+        found: AnyArray = voxels.view(self.dtype)[..., 0]
+        return found
+
+    @property
+    def kept(self) -> bool:
+        """Whether its voxels have a place, so that reading them is copying once they are there."""
+        mapped = self._attached()
+        return mapped is not None and not mapped.full
+
+    def missing(self, start: tuple[int, int, int], shape: Shape) -> list[Shape]:
+        """The chunks of a box that would have to be filled first."""
+        mapped = self._attached()
+        if mapped is None or mapped.complete or mapped.full:
+            return []
+        return self._missing(mapped, start, shape)
+
+    def _missing(self, mapped: Mapped, start: tuple[int, int, int], shape: Shape) -> list[Shape]:
+        spans = [
+            slice(max(0, a // c - lo // c), max(0, -(-(a + n) // c) - lo // c))
+            for a, n, c, lo in zip(start, shape, self.chunks, self._lo, strict=True)
+        ]
+        part = mapped.ready[tuple(spans)]
+        if part.all():
+            return []
+        z, y, x = (span.start for span in spans)
+        return [(i + z, j + y, k + x) for i, j, k in np.argwhere(~part).tolist()]
+
+    def fill(self, index: Shape) -> None:
+        """Fill a chunk that was `missing`."""
+        mapped = self._attached()
+        if mapped is not None:
+            self._fill(mapped, index)
+
+    def _fill(self, mapped: Mapped, index: Shape) -> bool:
+        """Decode a chunk and keep it, unless another thread or process does; False where there is no room."""
+        if mapped.full:
+            return bool(mapped.ready[index])
+        assert self.store is not None
+        once, key = self.store.once, (mapped.key, index)
+        if once.begin(key, lambda: True if mapped.ready[index] or mapped.full else None):
+            return bool(mapped.ready[index])
+        try:
+            box = self._chunk(index)
+            at = [a - lo for a, lo in zip(box[0], self._lo, strict=True)]
+            # Taken before the voxels: what is written meanwhile is noticed the next time.
+            stamp = np.uint64(self.stamp(*box) if self.stamp is not None else 1)
+            if mapped.flags[index] == EMPTY or mapped.stamps[index] != stamp:
+                with mapped.lock(index):
+                    if mapped.flags[index] == EMPTY or mapped.stamps[index] != stamp:
+                        if not mapped.reserve((at[0], at[0] + box[1][0]), index[0]):
+                            return False
+                        mapped.flags[index] = EMPTY
+                        place = tuple(slice(a, a + n) for a, n in zip(at, box[1], strict=True))
+                        voxels = self.decode(*box)
+                        target = mapped.voxels[place]
+                        if self.depth:
+                            target[...] = voxels
+                        else:
+                            target.view(self.dtype)[..., 0] = voxels
+                        mapped.stamps[index] = stamp
+                        mapped.flags[index] = FILLED
+                        self.store.decoded += 1
+            mapped.ready[index] = True
+            mapped.complete = bool(mapped.ready.all())
+            return True
+        finally:
+            once.end(key)
+
+    def _attached(self) -> Mapped | None:
+        mapped = self._mapped
+        if mapped is None and self.store is not None:
+            mapped = self._mapped = self.store.attach(self)
+        return mapped
+
+    def _through_cache(self, start: tuple[int, int, int], out: AnyArray) -> None:
         stop = [a + n for a, n in zip(start, out.shape, strict=False)]
         spans = [range(a // c, -(-b // c)) for a, b, c in zip(start, stop, self.chunks, strict=True)]
         for index in itertools.product(*spans):
@@ -141,3 +362,142 @@ class Region:
     def _decode(self, origin: list[int]) -> AnyArray:
         z, y, x = (min(c, n - o) for c, n, o in zip(self.chunks, self.shape, origin, strict=True))
         return self.decode((origin[0], origin[1], origin[2]), (z, y, x))
+
+
+class RegionStore:
+    """Where the voxels of a collection of datasets are kept; see `location.CacheMode`.
+
+    Args:
+        mode: on disk, in memory, or nowhere.
+        budget: bytes; by default what `location.choose` says.
+    """
+
+    def __init__(self, mode: CacheMode = "auto", budget: int | None = None) -> None:
+        check_mode(mode, budget)
+        self.mode: CacheMode = mode
+        self.budget = budget
+        self.chunks = ChunkCache(0 if mode == "none" else min(budget or DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES))
+        self.once = Once()
+        self.decoded = 0
+        self._folder: RegionFolder | None = None
+        self._arena: Arena | None = None
+        self._places: dict[str, int] = {}
+        self._regions: list[Region] = []
+        self._attached: dict[str, Mapped] = {}
+        self._lock = threading.Lock()
+        self.planned = False
+        _caches.add(self)
+
+    def _after_fork(self) -> None:
+        self.once, self._lock = Once(), threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        gone = ("once", "_lock", "_attached")
+        return {name: value for name, value in self.__dict__.items() if name not in gone}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, once=Once(), _lock=threading.Lock(), _attached={})
+        _caches.add(self)
+
+    def plan(self, regions: Sequence[Region], ordered: bool, name: str) -> None:
+        """Decide once what is kept where: every process that shares it must begin with the same plan.
+
+        Args:
+            regions: all regions of the collection.
+            ordered: patches are read one beside the other, so that chunks that were just decoded are wanted again.
+            name: what log lines call the collection.
+        """
+        with self._lock:
+            if self.planned:
+                return
+            self._regions = list(regions)
+            self.planned = True
+            for region in regions:
+                region.store, region.cache = self, self.chunks
+            if self.mode == "none":
+                for region in regions:
+                    region.direct = True
+                log.info("%s: nothing that is decoded is kept (cache=none)", name)
+                return
+            self._place(regions, ordered, name)
+
+    def _place(self, regions: Sequence[Region], ordered: bool, name: str) -> None:
+        location = choose(self.mode, self.budget)
+        keys = {region.digest(): region.layout.nbytes for region in regions}
+        if location.folder is not None:
+            self._folder = RegionFolder(location.folder)
+            held = {path.stem: size for path, size, _ in self._folder.files()}
+            location = choose(self.mode, self.budget, sum(held.values()))
+        kept: dict[str, int] = {}
+        at = 0
+        for key, nbytes in keys.items():
+            if at + nbytes <= location.budget:
+                kept[key] = at
+                at += nbytes
+        self._places = kept
+        if location.folder is not None and self._folder is not None:
+            over = sum(size for key, size in held.items() if key not in kept) + at - location.budget
+            removed = self._folder.evict(over, set(kept)) if over > 0 else 0
+            if removed:
+                log.info("%s: %.1f MB of older regions were removed from %s", name, removed / 1e6, location.folder)
+        else:
+            self._arena = Arena(max(at, 1))
+            self.chunks.budget = min(max(location.budget - at, 0), DEFAULT_CHUNK_BYTES)
+        total = sum(keys.values())
+        where = f"in {location.folder}" if location.folder is not None else "in memory"
+        log.info(
+            "%s: decoded voxels are kept %s: %.2f GB expected, at most %.2f GB allowed (%s)",
+            name, where, total / 1e9, location.budget / 1e9, location.why,
+        )  # fmt: skip
+        if len(kept) < len(keys):
+            # Of chunks picked at random, as many are found again as fit: too few to pay for decoding whole chunks.
+            rest = total - at
+            direct = not ordered and self.chunks.budget < rest / 2
+            log.warning(
+                "%s: %d of %d arrays (%.2f GB) do not fit into the cache of %.2f GB and are %s; raise cache_bytes, or "
+                "set CELLMAP_CACHE_DIR to a larger disk",
+                name, len(keys) - len(kept), len(keys), rest / 1e9, location.budget / 1e9,
+                "read from the source each time" if direct else "kept chunk by chunk in memory",
+            )  # fmt: skip
+            for region in regions:
+                region.direct = direct and region.digest() not in kept
+
+    def attach(self, region: Region) -> Mapped | None:
+        """The mapping of a region, or None where it has none."""
+        if not self._places:
+            return None
+        key = region.digest()
+        at = self._places.get(key)
+        if at is None:
+            region.store = None  # asked once
+            return None
+        with self._lock:
+            mapped = self._attached.get(key)
+            if mapped is None:
+                if self._folder is not None:
+                    mapped = self._folder.attach(key, region.layout)
+                else:
+                    assert self._arena is not None
+                    mapped = self._arena.attach(key, region.layout, at)
+                self._attached[key] = mapped
+            return mapped
+
+    def close(self) -> None:
+        """Write to disk what is kept there, and give everything back. A later use starts anew."""
+        with self._lock:
+            for mapped in self._attached.values():
+                mapped.sync()
+                if self._folder is not None:
+                    self._folder.release(mapped.key)
+            for region in self._regions:
+                region.store, region._mapped, region.direct = None, None, False
+            self._attached, self._places, self._regions, self.planned = {}, {}, [], False
+            if self._arena is not None:
+                self._arena.close()
+            self._arena = self._folder = None
+            self.chunks.clear()
+
+    @property
+    def mapped(self) -> npt.NDArray[np.bool_]:
+        """For every region of the plan, whether its voxels are kept whole."""
+        return np.array([region.digest() in self._places for region in self._regions])

@@ -8,6 +8,9 @@ interpolant over the output voxel's box: antialiased, and still exact on linear 
 array's border the interpolant continues its last slope. Labels are the nearest stored voxel, the lower one on a tie.
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -24,6 +27,8 @@ from cellmap_lightning.volumes.geometry import (
 
 AnyArray = npt.NDArray[Any]
 Method = Literal["linear", "nearest"]
+#: Types that are moved as one where voxels have several bytes.
+_ITEMS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SLAB_POINTS = 1 << 18  # points gathered at a time: bounds the temporary memory to about 20 MB a thread
 
 
@@ -41,6 +46,9 @@ class Source(Protocol):
     def read_into(self, start: tuple[int, int, int], out: AnyArray) -> None:
         """Copy the box at ``start`` with the shape of ``out`` into ``out``, a view of any strides."""
 
+    def read(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
+        """The box at ``start``; perhaps the array itself, so it is never written to."""
+
 
 def evaluate(source: Source, amap: AffineMap, out: AnyArray, *, method: Method, fill: float) -> None:
     """Write the patch of ``amap`` to ``out``.
@@ -54,46 +62,85 @@ def evaluate(source: Source, amap: AffineMap, out: AnyArray, *, method: Method, 
     """
     along_axes = amap.separable()
     if along_axes is None:
-        _gather(source, amap, out, method, fill)
+        if not _gather_about(source, amap, out, method, fill):
+            _gather(source, amap, out, method, fill)
+        return
+    cut = slices(amap, along_axes)
+    if cut is not None:
+        copy_slices(source, cut, cut.start, out, fill)
         return
     axes, steps = along_axes
     # Seen in the array's order of axes, the output is a view: nothing is permuted afterwards.
     order = np.argsort(axes)
     view = out.transpose(*order, *range(3, out.ndim))
-    steps, offset = steps[order], amap.offset
-    counts = np.asarray(view.shape[:3])
-    first = np.rint(offset)
-    # A single voxel has no next one to miss, but a coarse one is still the mean of several.
-    miss = np.abs(offset - first) + np.abs(np.abs(steps) - 1) * counts
-    if (miss < LATTICE_TOLERANCE).all():
-        flips = tuple(slice(None, None, -1 if s < 0 else 1) for s in steps)
-        start = np.where(steps < 0, first - (counts - 1), first).astype(np.int64)
-        _copy(source, start, view[flips], fill)
-        return
     if method == "nearest":
-        _pick(source, offset, steps, view, fill)
+        _pick(source, amap.offset, steps[order], view, fill)
     else:
-        _weigh(source, offset, steps, view, fill)
+        _weigh(source, amap.offset, steps[order], view, fill)
 
 
-def _copy(source: Source, start: npt.NDArray[np.int64], out: AnyArray, fill: float) -> None:
-    """Slices of step 1, with what lies outside the array filled."""
-    size = np.asarray(out.shape[:3])
-    lo = np.clip(start, 0, source.shape)
-    hi = np.clip(start + size, 0, source.shape)
-    if (hi - lo != size).any():
-        out[...] = fill
-        if (hi <= lo).any():
-            return
-    inside = tuple(slice(int(a), int(b)) for a, b in zip(lo - start, hi - start, strict=True))
-    z, y, x = lo.tolist()
-    source.read_into((z, y, x), out[inside])
+@dataclass(frozen=True)
+class Slices:
+    """A patch that is a box of the array, perhaps seen in another order of axes and from other ends.
+
+    Attributes:
+        start: first voxel of the box in the array; outside it where the patch is.
+        order: which axis of the patch each axis of the array is.
+        flips: per axis of the array, the slice that turns it round, or not.
+        plain: neither order nor ends differ.
+    """
+
+    start: tuple[int, int, int]
+    order: tuple[int, int, int]
+    flips: tuple[slice, slice, slice]
+    plain: bool
+
+    def shape(self, patch: Shape) -> Shape:
+        """The shape of the box for that of the patch."""
+        a, b, c = self.order
+        return patch[a], patch[b], patch[c]
+
+    def view(self, out: AnyArray) -> AnyArray:
+        """The patch as the array sees it."""
+        return out if self.plain else out.transpose(*self.order, *range(3, out.ndim))[self.flips]
 
 
-def _read(source: Source, lo: list[int], hi: list[int], like: AnyArray) -> AnyArray:
-    box = np.empty([b - a for a, b in zip(lo, hi, strict=True)] + list(like.shape[3:]), source.dtype)
-    source.read_into((lo[0], lo[1], lo[2]), box)
-    return box
+def slices(amap: AffineMap, along_axes: tuple[tuple[int, int, int], FloatArray] | None = None) -> Slices | None:
+    """The box that a map of step 1 copies, or None where voxels would have to be computed."""
+    along_axes = along_axes if along_axes is not None else amap.separable()
+    if along_axes is None:
+        return None
+    order = np.argsort(along_axes[0])
+    steps = along_axes[1][order]
+    counts = np.asarray(amap.shape)[order]
+    first = np.rint(amap.offset)
+    # A single voxel has no next one to miss, but a coarse one is still the mean of several.
+    miss = np.abs(amap.offset - first) + np.abs(np.abs(steps) - 1) * counts
+    if not (miss < LATTICE_TOLERANCE).all():
+        return None
+    z, y, x = np.where(steps < 0, first - (counts - 1), first).astype(np.int64).tolist()
+    a, b, c = order.tolist()
+    flips = tuple(slice(None, None, -1 if s < 0 else 1) for s in steps)
+    plain = (a, b, c) == (0, 1, 2) and bool((steps > 0).all())
+    return Slices((z, y, x), (a, b, c), (flips[0], flips[1], flips[2]), plain)
+
+
+def copy_slices(source: Source, cut: Slices, start: tuple[int, int, int], out: AnyArray, fill: float) -> None:
+    """Copy the box at ``start``, with what lies outside the array filled."""
+    view = cut.view(out)
+    if all(a >= 0 and a + n <= count for a, n, count in zip(start, view.shape, source.shape, strict=False)):
+        source.read_into(start, view)
+        return
+    out[...] = fill
+    lo = [max(a, 0) for a in start]
+    hi = [min(a + n, count) for a, n, count in zip(start, view.shape, source.shape, strict=False)]
+    if all(a < b for a, b in zip(lo, hi, strict=True)):
+        part = view[tuple(slice(a - s, b - s) for a, b, s in zip(lo, hi, start, strict=True))]
+        source.read_into((lo[0], lo[1], lo[2]), part)
+
+
+def _read(source: Source, lo: list[int], hi: list[int]) -> AnyArray:
+    return source.read((lo[0], lo[1], lo[2]), (hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2]))
 
 
 def nearest_index(points: FloatArray, count: int) -> npt.NDArray[np.int64]:
@@ -117,7 +164,7 @@ def _pick(source: Source, offset: FloatArray, steps: FloatArray, out: AnyArray, 
     if any(len(i) == 0 for i in index):
         return
     lo, hi = [int(i.min()) for i in index], [int(i.max()) + 1 for i in index]
-    box = _read(source, lo, hi, out)
+    box = _read(source, lo, hi)
     picked = box[np.ix_(*(i - a for i, a in zip(index, lo, strict=True)))]
     # Each axis enters and leaves the array once, so what is inside is one box of the output.
     inside = tuple(slice(int(w[0]), int(w[-1]) + 1) for w in where)
@@ -195,7 +242,7 @@ def _weigh(source: Source, offset: FloatArray, steps: FloatArray, out: AnyArray,
     if target.shape != out.shape:
         out[...] = fill
     kind = _compute_type(source.dtype)
-    values = _read(source, lo, hi, out).astype(kind)
+    values = _read(source, lo, hi).astype(kind)
     # A weight of zero does not silence a NaN in a product of matrices: it would spread over the whole patch.
     holes = ~np.isfinite(values) if source.dtype.kind == "f" else None
     if holes is not None and holes.any():
@@ -219,6 +266,158 @@ def _along(matrix: AnyArray, values: AnyArray, axis: int) -> AnyArray:
     return np.moveaxis(np.tensordot(matrix, values, axes=(1, axis)), 0, axis)
 
 
+def _gather_about(source: Source, amap: AffineMap, out: AnyArray, method: Method, fill: float) -> bool:
+    """A rotation about one axis of the patch: all that lies along that axis shares its neighbours and their weights.
+
+    Returns:
+        False where the map is none, or where what is stored is not finite; nothing is written then.
+    """
+    found = _axis_of_rotation(amap)
+    if found is None:
+        return False
+    mine, theirs, step = found
+    plane, across = [i for i in range(3) if i != mine], [i for i in range(3) if i != theirs]
+    matrix, offset = amap.matrix[np.ix_(across, plane)], amap.offset[across]
+    shape = [out.shape[i] for i in plane]
+    counts = [source.shape[i] for i in across]
+    reach = np.linalg.norm(matrix, axis=0)
+    parts = np.where((reach > 1 + SCALE_TOLERANCE) & (method == "linear"), np.ceil(reach), 1).astype(int)
+    corners = np.array([(-0.5, -0.5), (-0.5, shape[1]), (shape[0], -0.5), (shape[0], shape[1])]).T
+    reached = matrix @ corners + offset[:, None]
+    lo, hi = [0, 0, 0], [0, 0, 0]
+    for axis, values, count in zip(across, reached, counts, strict=True):
+        lo[axis] = min(max(math.floor(values.min()) - 1, 0), count)
+        hi[axis] = min(max(math.ceil(values.max()) + 2, 0), count)
+    along = amap.offset[theirs] + step * np.arange(out.shape[mine])
+    count = source.shape[theirs]
+    kind = _compute_type(source.dtype)
+    weights: AnyArray | None = None
+    if method == "nearest":
+        pick = nearest_index(along, count)
+        seen = np.flatnonzero(pick >= 0)
+        pick = pick[seen]
+    else:
+        seen = np.flatnonzero((along >= -0.5 - EDGE_TOLERANCE) & (along <= count - 0.5 + EDGE_TOLERANCE))
+        index, weight = linear_weights(np.clip(along[seen], -0.5, count - 0.5), abs(step), count)
+        pick = index[weight != 0]
+    if len(seen) == 0 or any(a >= b for i, (a, b) in enumerate(zip(lo, hi, strict=True)) if i != theirs):
+        out[...] = fill
+        return True
+    lo[theirs], hi[theirs] = int(pick.min()), int(pick.max()) + 1
+    box = _read(source, lo, hi)
+    if box.dtype.kind == "f" and not np.isfinite(box).all():
+        return False
+    item = _ITEMS.get(box.shape[3]) if box.ndim == 4 else box.dtype
+    if item is not None and box.ndim == 4:  # a voxel of several bytes is moved as one number
+        box = box.view(item)[..., 0]
+    # The axis of rotation last: what is gathered then are runs of voxels, and not single ones.
+    box = np.ascontiguousarray(np.moveaxis(box, theirs, 2))
+    rows = box.reshape(box.shape[0] * box.shape[1], *box.shape[2:])
+    if method == "nearest":
+        if not np.array_equal(pick, np.arange(lo[theirs], hi[theirs])):
+            rows = rows[:, pick - lo[theirs]]
+    else:
+        weights = np.zeros((hi[theirs] - lo[theirs], len(seen)))
+        places = np.broadcast_to(np.arange(len(seen))[:, None], index.shape)
+        np.add.at(weights, (np.clip(index - lo[theirs], 0, len(weights) - 1), places), weight)
+        if weights.shape[0] == weights.shape[1] and np.array_equal(weights, np.eye(len(weights))):
+            weights = None
+    view = np.moveaxis(out, mine, 2)
+    if view.shape[2] != len(seen):
+        out[...] = fill
+        view = view[:, :, int(seen[0]) : int(seen[-1]) + 1]
+    if item is not None and out.ndim == 4:
+        view = view.view(item)[..., 0]
+    low = np.array([-0.5 - EDGE_TOLERANCE] * 2)
+    high = np.array(counts) - 0.5 + EDGE_TOLERANCE
+    first = np.array([lo[i] for i in across])
+    per = max(1, _SLAB_POINTS // 4 // (shape[1] * len(seen)))
+    for q in range(0, shape[0], per):
+        slab = view[q : q + per]
+        centres = _plane_points(matrix, offset, slab.shape, q, (0.0, 0.0))
+        outside = ((centres < low[:, None, None]) | (centres > high[:, None, None])).any(axis=0)
+        if method == "nearest":
+            base = np.zeros(outside.shape, np.int64)
+            for i in range(2):
+                nearest = np.ceil(centres[i] - 0.5 - EDGE_TOLERANCE).astype(np.int64)
+                inside = np.clip(nearest, first[i], first[i] + box.shape[i] - 1)
+                base = base * box.shape[i] + inside - first[i]
+            slab[...] = rows.take(base.ravel(), axis=0).reshape(slab.shape)
+        else:
+            total: AnyArray | None = None
+            for part in np.ndindex(*parts):
+                shift = [(p + 0.5) / n - 0.5 for p, n in zip(part, parts, strict=True)]
+                points = _plane_points(matrix, offset, slab.shape, q, (shift[0], shift[1]))
+                values = _bilinear(rows, box.shape[:2], points, first, counts, kind)
+                total = values if total is None else np.add(total, values, out=total)
+            assert total is not None
+            if len(parts) and parts.prod() > 1:
+                total /= kind(parts.prod())
+            if weights is not None:
+                total = total @ weights.astype(kind)
+            _store(total.reshape(slab.shape), slab, source.dtype)
+        if outside.any():
+            slab[outside] = fill
+    return True
+
+
+def _axis_of_rotation(amap: AffineMap) -> tuple[int, int, float] | None:
+    """Patch axis and array axis that a rotation leaves in place, and the step along them."""
+    size = np.asarray(amap.shape, float)
+    for mine in range(3):
+        theirs = int(np.abs(amap.matrix[:, mine]).argmax())
+        rest = np.abs(amap.matrix)
+        step = float(amap.matrix[theirs, mine])
+        rest[theirs, mine] = 0
+        if (rest[theirs] @ size) < LATTICE_TOLERANCE and rest[:, mine].max() * size[mine] < LATTICE_TOLERANCE:
+            return mine, theirs, step
+    return None
+
+
+def _plane_points(
+    matrix: FloatArray, offset: FloatArray, shape: tuple[int, ...], first: int, shift: tuple[float, float]
+) -> FloatArray:
+    """Array indices ``[2, q, r]`` of the (shifted) centres of a slab that starts at row ``first``."""
+    q = np.arange(first, first + shape[0]) + shift[0]
+    r = np.arange(shape[1]) + shift[1]
+    points: FloatArray = matrix[:, 0, None, None] * q[:, None] + matrix[:, 1, None, None] * r + offset[:, None, None]
+    return points
+
+
+def _bilinear(
+    rows: AnyArray,
+    size: tuple[int, ...],
+    points: FloatArray,
+    first: npt.NDArray[np.int64],
+    counts: Sequence[int],
+    kind: type[np.floating[Any]],
+) -> AnyArray:
+    """Values ``[points, row]`` between the rows of four neighbours each."""
+    base = np.zeros(points[0].size, np.int64)
+    parts, strides = [], []
+    for i in range(2):
+        at = np.clip(points[i].ravel(), -0.5, counts[i] - 0.5)
+        left = np.clip(np.floor(at), 0, max(counts[i] - 2, 0))
+        # Where the box was cut, only points outside the array could reach further.
+        left = np.clip(left, first[i], max(first[i] + size[i] - 2, first[i]))
+        parts.append((at - left).astype(kind) if size[i] > 1 else np.zeros(at.shape, kind))
+        stride = size[1] if i == 0 else 1
+        strides.append(stride if size[i] > 1 else 0)
+        base += (left.astype(np.int64) - first[i]) * stride
+    u, v = parts
+    total: AnyArray | None = None
+    for step, weight in (
+        (0, (1 - u) * (1 - v)),
+        (strides[1], (1 - u) * v),
+        (strides[0], u * (1 - v)),
+        (strides[0] + strides[1], u * v),
+    ):
+        values = np.multiply(rows.take(base + step, axis=0), weight[:, None], dtype=kind)
+        total = values if total is None else np.add(total, values, out=total)
+    assert total is not None
+    return total
+
+
 def _gather(source: Source, amap: AffineMap, out: AnyArray, method: Method, fill: float) -> None:
     """Any rotation: every output voxel centre by itself, in slabs."""
     shape = np.asarray(out.shape[:3])
@@ -232,7 +431,7 @@ def _gather(source: Source, amap: AffineMap, out: AnyArray, method: Method, fill
     if (hi <= lo).any():
         out[...] = fill
         return
-    box = _read(source, lo.tolist(), hi.tolist(), out)
+    box = _read(source, lo.tolist(), hi.tolist())
     planes = max(1, _SLAB_POINTS // int(shape[1] * shape[2]))
     offset = amap.offset - lo
     limits = np.stack([-0.5 - lo, np.asarray(source.shape) - 0.5 - lo])

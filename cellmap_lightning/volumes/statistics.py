@@ -7,12 +7,12 @@ import os
 import threading
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.volumes.chunks import ChunkReader
+from cellmap_lightning.volumes.location import cache_folder
 from cellmap_lightning.volumes.ngff import Level, Multiscale
 from cellmap_lightning.volumes.store import read_json
 
@@ -45,19 +45,10 @@ class Statistics:
         return float(np.interp(percent, np.linspace(0, 100, len(self.quantiles)), self.quantiles))
 
 
-def cache_folder() -> Path:
-    """Where measurements are kept: ``CELLMAP_CACHE_DIR``, else the user's cache folder."""
-    given = os.environ.get("CELLMAP_CACHE_DIR")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cellmap_lightning"
-
-
 def fingerprint(level: Level, *more: object) -> str:
     """A name for what was measured: the array, its shape and type, the time of its metadata, and what else matters."""
     info = level.array
-    file = info.path / ("zarr.json" if info.zarr_format == 3 else ".zarray")
-    parts = (_VERSION, str(info.path.resolve()), info.shape, str(info.dtype), file.stat().st_mtime_ns, *more)
+    parts = (_VERSION, str(info.path.resolve()), info.shape, str(info.dtype), info.metadata.stat().st_mtime_ns, *more)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

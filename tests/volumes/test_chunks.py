@@ -19,12 +19,19 @@ from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, TransposeCodec, ZstdC
 
 from cellmap_lightning.errors import ChunkError
 from cellmap_lightning.volumes.chunks import ChunkReader
-from cellmap_lightning.volumes.image import open_region
+from cellmap_lightning.volumes.image import StoredImage
 from cellmap_lightning.volumes.ngff import Level
 from cellmap_lightning.volumes.region import ChunkCache, Region
 
 SHAPE, CHUNKS = (11, 13, 17), (4, 8, 6)  # ragged at every end
 DTYPES = ["uint8", "uint16", "uint32", "uint64", "int16", "int64", "float32", "float64", "bool"]
+
+
+def chunkwise(level, cache, label=""):
+    """A region that is decoded by single chunks, however small they are."""
+    image = StoredImage(level, cache, label)
+    image.region.chunks = image.reader.chunks
+    return image.region
 
 
 def values(dtype, shape=SHAPE):
@@ -54,7 +61,7 @@ def check(path, driver, dtype):
     expected = expected.astype(kind)
     reader = ChunkReader(level(path))
     assert (reader.shape, reader.dtype) == (expected.shape, kind)
-    region = open_region(level(path), ChunkCache())
+    region = chunkwise(level(path), ChunkCache())
     boxes = [((0, 0, 0), expected.shape), ((3, 7, 5), (2, 2, 2)), ((10, 12, 16), (1, 1, 1)), ((0, 5, 11), (11, 1, 6))]
     for start, shape in boxes:
         box = expected[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
@@ -169,7 +176,7 @@ def read_all(reader):
 
 @pytest.mark.parametrize("used", [False, True])
 def test_a_reader_and_a_cache_can_be_pickled(stored, used):
-    region = open_region(level(stored), ChunkCache(10**6), "crop1/mito")
+    region = chunkwise(level(stored), ChunkCache(10**6), "crop1/mito")
     out = np.empty(SHAPE, np.uint16)
     if used:
         region.read_into((0, 0, 0), out)
@@ -186,7 +193,7 @@ def test_a_reader_and_a_cache_can_be_pickled(stored, used):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_reads_while_the_parents_threads_are_decoding(stored):
     cache = ChunkCache()
-    region = open_region(level(stored), cache)
+    region = chunkwise(level(stored), cache)
     out = np.empty(SHAPE, np.uint16)
     region.read_into((0, 0, 0), out)
     started, release = threading.Event(), threading.Event()
@@ -209,7 +216,7 @@ def test_a_fork_reads_while_the_parents_threads_are_decoding(stored):
 
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    with cache._lock:  # held by a thread that the child does not have
+    with cache._once._lock:  # held by a thread that the child does not have
         process = context.Process(target=child, args=(queue,))
         process.start()
     process.join(20)
@@ -243,7 +250,7 @@ def test_eight_threads_read_what_one_reads(stored):
 
     expected = [values("uint16")[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))] for box in boxes]
     for budget in (0, 3 * 4 * 8 * 6 * 2, 10**6):  # nothing kept, almost nothing, everything
-        region = open_region(level(stored), ChunkCache(budget))
+        region = chunkwise(level(stored), ChunkCache(budget))
         with ThreadPoolExecutor(8) as pool:
             for got, right in zip(pool.map(run, boxes), expected, strict=True):
                 assert (got == right).all()
@@ -259,7 +266,7 @@ def test_a_corrupt_chunk_is_named(stored, how):
     chunk = stored / "1.1.2"
     whole = chunk.read_bytes()
     chunk.write_bytes(CORRUPT[how](whole))
-    region = open_region(level(stored), ChunkCache(), "crop12/mito")
+    region = chunkwise(level(stored), ChunkCache(), "crop12/mito")
     out = np.empty((4, 5, 5), np.uint16)
     with pytest.raises(
         ChunkError, match=r"crop12/mito: .*a: voxels z\[4:8\], y\[8:13\], x\[12:17\] could not be read"
@@ -374,7 +381,7 @@ def test_the_budget_holds_under_threads():
         list(pool.map(work, range(8)))
     assert cache.nbytes == 1000
     assert len(cache._chunks) == 10
-    assert not cache._coming
+    assert not cache._once._coming
 
 
 def test_what_is_shared_cannot_be_written_to():
@@ -402,7 +409,7 @@ def test_a_failure_reaches_everybody_and_is_not_kept():
         assert all(pool.map(run, range(8)))
     assert cache.decoded == 0
     assert cache.get("a", lambda: np.ones(1)).item() == 1
-    assert not cache._coming
+    assert not cache._once._coming
 
 
 def test_reading_writes_nothing(stored):

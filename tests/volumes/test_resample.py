@@ -40,6 +40,11 @@ class Voxels:
         assert all(s.start >= 0 and s.stop <= n for s, n in zip(box, self.shape, strict=True)), (box, self.shape)
         out[...] = self.array[box]
 
+    def read(self, start, shape):
+        out = np.empty((*shape, *self.array.shape[3:]), self.dtype)
+        self.read_into(start, out)
+        return out
+
 
 def read(array, amap, method, fill=0, dtype=None):
     out = np.full((*amap.shape, *array.shape[3:]), 77, dtype or array.dtype)
