@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.location import CacheMode, check_mode, choose
 from cellmap_lightning.volumes.resample import AnyArray
-from cellmap_lightning.volumes.shared import EMPTY, FILLED, FORMAT, Arena, Layout, Mapped, RegionFolder
+from cellmap_lightning.volumes.shared import EMPTY, FILLED, FORMAT, Arena, Layout, Mapped, Once, RegionFolder
 
 log = logging.getLogger(__name__)
 
@@ -48,38 +48,6 @@ def _start_empty() -> None:
 # Here and not at the first use in the child, where several threads may come first at once.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_empty)
-
-
-class Once:
-    """Work of which threads do each piece once: who comes second waits for the one that came first, which runs."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._coming: dict[Hashable, threading.Event] = {}
-
-    def begin(self, key: Hashable, found: Callable[[], Any]) -> Any:
-        """What was found, or None, after which the caller must do the work and call `end`.
-
-        Args:
-            key: the piece.
-            found: looks whether it is done, and may not wait.
-        """
-        while True:
-            with self._lock:
-                result = found()
-                if result is not None:
-                    return result
-                coming = self._coming.get(key)
-                if coming is None:
-                    self._coming[key] = threading.Event()
-                    return None
-            coming.wait()
-
-    def end(self, key: Hashable) -> None:
-        """The work is done, or has failed: the next one may try."""
-        with self._lock:
-            done = self._coming.pop(key)
-        done.set()
 
 
 class ChunkCache:
@@ -308,8 +276,7 @@ class Region:
         """Decode a chunk and keep it, unless another thread or process does; False where there is no room."""
         if mapped.full:
             return bool(mapped.ready[index])
-        assert self.store is not None
-        once, key = self.store.once, (mapped.key, index)
+        once, key = mapped.once, (mapped.key, index)
         if once.begin(key, lambda: True if mapped.ready[index] or mapped.full else None):
             return bool(mapped.ready[index])
         try:
@@ -332,7 +299,7 @@ class Region:
                             target.view(self.dtype)[..., 0] = voxels
                         mapped.stamps[index] = stamp
                         mapped.flags[index] = FILLED
-                        self.store.decoded += 1
+                        mapped.decoded += 1
             mapped.ready[index] = True
             mapped.complete = bool(mapped.ready.all())
             return True
@@ -340,9 +307,9 @@ class Region:
             once.end(key)
 
     def _attached(self) -> Mapped | None:
-        mapped = self._mapped
-        if mapped is None and self.store is not None:
-            mapped = self._mapped = self.store.attach(self)
+        mapped, store = self._mapped, self.store
+        if mapped is None and store is not None:  # which another thread may be closing
+            mapped = self._mapped = store.attach(self)
         return mapped
 
     def _through_cache(self, start: tuple[int, int, int], out: AnyArray) -> None:
@@ -378,7 +345,6 @@ class RegionStore:
         self.budget = budget
         self.chunks = ChunkCache(0 if mode == "none" else min(budget or DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES))
         self.once = Once()
-        self.decoded = 0
         self._folder: RegionFolder | None = None
         self._arena: Arena | None = None
         self._places: dict[str, int] = {}
@@ -390,6 +356,8 @@ class RegionStore:
 
     def _after_fork(self) -> None:
         self.once, self._lock = Once(), threading.Lock()
+        for mapped in self._attached.values():
+            mapped.once = self.once
 
     def __getstate__(self) -> dict[str, Any]:
         gone = ("once", "_lock", "_attached")
@@ -479,6 +447,7 @@ class RegionStore:
                 else:
                     assert self._arena is not None
                     mapped = self._arena.attach(key, region.layout, at)
+                mapped.once = self.once
                 self._attached[key] = mapped
             return mapped
 
@@ -496,6 +465,11 @@ class RegionStore:
                 self._arena.close()
             self._arena = self._folder = None
             self.chunks.clear()
+
+    @property
+    def decoded(self) -> int:
+        """Chunks that this process decoded and kept."""
+        return sum(mapped.decoded for mapped in list(self._attached.values()))
 
     @property
     def mapped(self) -> npt.NDArray[np.bool_]:

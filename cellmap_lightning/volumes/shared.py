@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,13 @@ class Locks:
         self._lock = threading.Lock()
         self._opened: tuple[int, int] | None = None
         self._used: Counter[int] = Counter()
+        self._closed = False
 
     def _fd(self) -> int:
         pid = os.getpid()
         with self._lock:
+            if self._closed:
+                raise CacheError("the dataset was closed while it was read")
             if self._opened is None or self._opened[0] != pid:
                 # Not shared with the parent: its locks are gone when any descriptor of the file is closed in a process.
                 self._opened = pid, os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -164,7 +167,7 @@ class Locks:
     def close(self) -> None:
         """Close the file."""
         with self._lock:
-            opened, self._opened = self._opened, None
+            opened, self._opened, self._closed = self._opened, None, True
         if opened is not None and opened[0] == os.getpid():
             os.close(opened[1])
 
@@ -187,6 +190,38 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+class Once:
+    """Work of which threads do each piece once: who comes second waits for the one that came first, which runs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._coming: dict[Hashable, threading.Event] = {}
+
+    def begin(self, key: Hashable, found: Callable[[], Any]) -> Any:
+        """What was found, or None, after which the caller must do the work and call `end`.
+
+        Args:
+            key: the piece.
+            found: looks whether it is done, and may not wait.
+        """
+        while True:
+            with self._lock:
+                result = found()
+                if result is not None:
+                    return result
+                coming = self._coming.get(key)
+                if coming is None:
+                    self._coming[key] = threading.Event()
+                    return None
+            coming.wait()
+
+    def end(self, key: Hashable) -> None:
+        """The work is done, or has failed: the next one may try."""
+        with self._lock:
+            done = self._coming.pop(key)
+        done.set()
+
+
 def _number(key: str) -> int:
     """The number of a region's lock."""
     return int(key[:14], 16)
@@ -202,6 +237,8 @@ class Mapped:
         ready: bool ``[grid]``, chunks that this process knows to be filled and current.
         complete: whether all are.
         full: whether there was no room for a chunk.
+        decoded: chunks that this process filled.
+        once: keeps its threads from filling a chunk twice.
     """
 
     def __init__(self, buffer: Any, at: int, layout: Layout, path: str | None, key: str, locks: Locks | None) -> None:
@@ -217,6 +254,8 @@ class Mapped:
         self.ready: npt.NDArray[np.bool_] = np.zeros(layout.grid, np.bool_)
         self.complete = False
         self.full = False
+        self.decoded = 0
+        self.once = Once()
         self._buffer, self._first = buffer, voxels
 
     def lock(self, index: Sequence[int]) -> contextlib.AbstractContextManager[None]:
