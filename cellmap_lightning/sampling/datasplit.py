@@ -6,9 +6,12 @@ import io
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from tqdm import tqdm
 
 from cellmap_lightning.errors import (
     CellMapError,
@@ -25,12 +28,15 @@ from cellmap_lightning.transforms.intensity import AUTO
 from cellmap_lightning.volumes.chunks import Reader
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING
 from cellmap_lightning.volumes.location import CacheMode
+from cellmap_lightning.volumes.ngff import shared_metadata
 from cellmap_lightning.volumes.store import local, missing
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test", "predict")
 _USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}
+#: Crops that are opened at a time: on a network file system most of that is waiting.
+OPENERS = 8
 _ENTRY_KEYS = ("raw", "gt", "normalize", "invert")
 
 
@@ -196,19 +202,15 @@ class CellMapDataSplit:
         datasets: list[CellMapDataset] = []
         problems: list[tuple[Entry, CellMapError]] = []
         dropped: list[tuple[Entry, CellMapError]] = []
-        for entry in entries:
-            try:
-                datasets += (
-                    [self._own(entry.dataset, split)]
-                    if entry.dataset
-                    else [self._open(entry, split, plane) for plane in self.planes]
-                )
-            except TooCoarseError as e:
-                (dropped if self.too_coarse == "drop" else problems).append((entry, e))
-            except NotAnnotatedError as e:
-                dropped.append((entry, e))
-            except CellMapError as e:
-                problems.append((entry, e))
+        for entry, result in zip(entries, self._opened(entries, split), strict=True):
+            if not isinstance(result, CellMapError):
+                datasets += result
+            elif isinstance(result, TooCoarseError):
+                (dropped if self.too_coarse == "drop" else problems).append((entry, result))
+            elif isinstance(result, NotAnnotatedError):
+                dropped.append((entry, result))
+            else:
+                problems.append((entry, result))
         if problems:
             also = f"; {len(dropped)} more would be dropped" if dropped else ""
             raise CellMapValueError(
@@ -227,6 +229,33 @@ class CellMapDataSplit:
         multi.set_affine(self._affine)
         self._check_classes(split, multi)
         return multi
+
+    def _opened(self, entries: Sequence[Entry], split: str) -> list[list[CellMapDataset] | CellMapError]:
+        """The datasets of each entry, or what is wrong with it: several at a time, each from many small files."""
+
+        def opened(entry: Entry) -> list[CellMapDataset] | CellMapError:
+            try:
+                if entry.dataset:
+                    return [self._own(entry.dataset, split)]
+                return [self._open(entry, split, plane) for plane in self.planes]
+            except CellMapError as e:
+                return e
+
+        with (
+            ThreadPoolExecutor(min(OPENERS, len(entries)), "cellmap-open") as pool,
+            shared_metadata(),
+            tqdm(total=len(entries), desc=f"opening {split}", unit="crop", disable=None, leave=False, delay=1) as bar,
+        ):
+            futures = [pool.submit(opened, entry) for entry in entries]
+            try:
+                results = []
+                for future in futures:
+                    results.append(future.result())
+                    bar.update()
+                return results
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _own(self, dataset: CellMapDataset, split: str) -> CellMapDataset:
         """A dataset that was given ready-made, if it delivers what is asked for."""

@@ -7,9 +7,11 @@ annotations: https://github.com/janelia-cellmap/cellmap-schemas.
 An array is described without being opened: zarr-python comes in when the first chunk is needed.
 """
 
+import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -240,6 +242,24 @@ def _array(
     )
 
 
+#: Images that were read since somebody began to share them; None while nobody does.
+_shared: dict[str, Multiscale] | None = None
+_sharing = threading.Lock()
+
+
+@contextlib.contextmanager
+def shared_metadata() -> Iterator[None]:
+    """While it lasts, an image that was read is not read again: hundreds of crops lie in the same raw volume."""
+    global _shared
+    with _sharing:
+        outer, _shared = _shared, {} if _shared is None else _shared
+    try:
+        yield
+    finally:
+        with _sharing:
+            _shared = outer
+
+
 def read_multiscale(path: str | Path) -> Multiscale:
     """Read the multiscale image in the group ``path``.
 
@@ -247,6 +267,16 @@ def read_multiscale(path: str | Path) -> Multiscale:
         CellMapFileNotFoundError: ``path`` does not exist.
         MetadataError: it holds no multiscale image, or one that breaks the specification.
     """
+    shared = _shared
+    if shared is None:
+        return _read_multiscale(path)
+    found = shared.get(str(path))
+    if found is None:
+        found = shared[str(path)] = _read_multiscale(path)
+    return found
+
+
+def _read_multiscale(path: str | Path) -> Multiscale:
     group = local(path)
     if not group.exists():
         raise missing(group, "image")
