@@ -48,6 +48,11 @@ def train() -> Any:
     return _command("train", _train)
 
 
+def inspect_() -> Any:
+    """``cellmap-inspect``: say what is kept on this machine, or remove it."""
+    return _command("inspect", _inspect)
+
+
 def _command(name: str, job: Callable[[DictConfig], Any]) -> Any:
     """Run a job under Hydra, with errors that a user can act on."""
     register_resolvers()
@@ -332,3 +337,30 @@ def _check_launch(cfg: DictConfig) -> None:
             "again. "
             "Use trainer.strategy=ddp_spawn, or one job per command"
         )
+
+
+# -- cellmap-inspect
+
+
+def _inspect(cfg: DictConfig) -> None:
+    from datetime import datetime
+
+    from cellmap_lightning.volumes.location import region_folder
+    from cellmap_lightning.volumes.shared import RegionFolder
+
+    if cfg.cache not in ("list", "clear"):
+        raise CellMapKeyError(f"cache is list or clear, got {cfg.cache!r}")
+    where = region_folder()
+    if not where.is_dir():
+        print(f"nothing is kept in {where}")
+        return
+    folder = RegionFolder(where)
+    files = folder.files()
+    for path, size, used in files:
+        print(f"{size / 1e6:10.1f} MB  {datetime.fromtimestamp(used):%Y-%m-%d %H:%M}  {folder.name(path) or path.stem}")
+    total = sum(size for _, size, _ in files)
+    print(f"{total / 1e6:10.1f} MB  in {len(files)} regions in {where}")
+    if cfg.cache == "clear":
+        removed = folder.evict(total + 1, set())
+        left = len(folder.files())
+        print(f"{removed / 1e6:10.1f} MB  removed" + (f"; {left} are in use" if left else ""))

@@ -269,7 +269,14 @@ class CellMapDataset(SampleSource):
             regions = [image.region]
             if not patches.sliced:
                 again = Resampled(
-                    image, image.lattice.box, straight, self.placement, image.region.dtype, 0, self._store.chunks
+                    image,
+                    image.lattice.box,
+                    straight,
+                    self.placement,
+                    image.region.dtype,
+                    0,
+                    self._store.chunks,
+                    image.region.name,
                 )
                 patches = Patches(again.region, again.lattice, window, self.placement, image, axis)
                 if patches.sliced:

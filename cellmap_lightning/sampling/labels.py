@@ -160,6 +160,7 @@ class BitStack:
         self.implications = implications
         self.downsample = downsample
         self.cache = cache
+        self.label = label
         self.depth, self.depth_out = packed_bytes(len(implications.read)), packed_bytes(count)
         groups: list[list[Member]] = []
         for member in label_members(images, implications.read, window, label, downsample, unknown):
@@ -196,7 +197,7 @@ class BitStack:
             key = (*sources[0].key, self.depth_out, repr(self.implications.identity))  # type: ignore[misc]
             region = Region(
                 group.lattice.shape, group.chunks, np.dtype(np.uint8), self._decode, self.cache, key, self.depth_out,
-                group.stamp, self.identity,
+                group.stamp, self.identity, f"{self.label}: {len(group.members)} classes",
             )  # fmt: skip
             patches = Patches(region, group.lattice, window, placement, _Nearest(region, group.lattice), plane)
             if patches.sliced:
@@ -205,7 +206,7 @@ class BitStack:
         box = self.lattices[0].box
         for lattice in self.lattices[1:]:
             box = box.union(lattice.box)
-        again = Resampled(self, box, straight, placement, np.dtype(np.uint8), self.depth_out, self.cache)
+        again = Resampled(self, box, straight, placement, np.dtype(np.uint8), self.depth_out, self.cache, self.label)
         self.patches = Patches(again.region, again.lattice, window, placement, self, plane)
         self.regions = [again.region] if self.patches.sliced else []
         if roaming or not self.patches.sliced:
@@ -328,6 +329,7 @@ class IdStack:
         reader: Reader = "zarr",
     ) -> None:
         self.cache = cache
+        self.label = label
         self.dtype = id_dtype(images)
         self.members = label_members(images, classes, window, label, "stored", unknown)
         self._stored = []
@@ -337,7 +339,7 @@ class IdStack:
             self._stored.append(
                 Region(
                     decoder.reader.shape, chunk_shape([decoder.reader]), self.dtype, decoder, cache, key,
-                    stamp=decoder.reader.stamp, identity=decoder.identity,
+                    stamp=decoder.reader.stamp, identity=decoder.identity, name=f"{label}/{name}",
                 )
             )  # fmt: skip
         self.patches: list[Patches] = []
@@ -358,7 +360,7 @@ class IdStack:
             patches = Patches(region, lattice, window, placement, source, plane)
             self.regions.append(region)
             if not patches.sliced:
-                again = Resampled(source, lattice.box, straight, placement, self.dtype, 0, self.cache)
+                again = Resampled(source, lattice.box, straight, placement, self.dtype, 0, self.cache, self.label)
                 patches = Patches(again.region, again.lattice, window, placement, source, plane)
                 if patches.sliced:
                     self.regions[-1:] = [again.region, region] if roaming else [again.region]

@@ -98,7 +98,7 @@ class StoredImage:
         self.reader = ChunkReader(level, label, reader)
         self.region = Region(
             self.reader.shape, chunk_shape([self.reader]), self.reader.dtype, self.reader.read, cache, str(level.path),
-            stamp=self.reader.stamp, identity=self.identity,
+            stamp=self.reader.stamp, identity=self.identity, name=f"{label} {level.path}",
         )  # fmt: skip
 
     def evaluate(

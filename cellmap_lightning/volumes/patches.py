@@ -160,6 +160,7 @@ class Resampled:
         dtype: type of a voxel, or of its bytes.
         depth: bytes of a voxel; 0 for one value of the type.
         cache: where blocks are kept that have no other place.
+        name: what people call it.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class Resampled:
         dtype: np.dtype[Any],
         depth: int,
         cache: ChunkCache,
+        name: str = "",
     ) -> None:
         self.source = source
         anchor = placement.first - window.extent / 2
@@ -183,7 +185,8 @@ class Resampled:
         self.lattice = Lattice(to_vector(origin), to_vector(window.scale), (z, y, x))
         blocks = (min(BLOCK, z), min(BLOCK, y), min(BLOCK, x))
         self.region = Region(
-            (z, y, x), blocks, dtype, self._decode, cache, self, depth, self._stamp, self._identity
+            (z, y, x), blocks, dtype, self._decode, cache, self, depth, self._stamp, self._identity,
+            f"{name}, resampled",
         )  # fmt: skip
 
     def _box(self, start: tuple[int, int, int], shape: Shape) -> Box:

@@ -123,6 +123,7 @@ class Region:
         depth: bytes per voxel along a last axis; 0 for none.
         stamp: from the start and the shape of a box to a number that changes when its source does.
         identity: what its voxels follow from, for good: by it they are found again. None: by no other process.
+        name: what people call it.
     """
 
     def __init__(
@@ -136,7 +137,9 @@ class Region:
         depth: int = 0,
         stamp: Stamp | None = None,
         identity: Callable[[], tuple[object, ...]] | None = None,
+        name: str = "",
     ) -> None:
+        self.name = name
         self.shape, self.chunks, self.dtype = shape, chunks, dtype
         self.decode, self.cache, self.key, self.depth = decode, cache, key, depth
         self.stamp, self.identity = stamp, identity
@@ -443,7 +446,7 @@ class RegionStore:
             mapped = self._attached.get(key)
             if mapped is None:
                 if self._folder is not None:
-                    mapped = self._folder.attach(key, region.layout)
+                    mapped = self._folder.attach(key, region.layout, region.name)
                 else:
                     assert self._arena is not None
                     mapped = self._arena.attach(key, region.layout, at)

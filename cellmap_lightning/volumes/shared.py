@@ -403,8 +403,13 @@ class RegionFolder:
         """The file of a region."""
         return self.folder / f"{key}{_SUFFIX}"
 
-    def attach(self, key: str, layout: Layout) -> Mapped:
+    def attach(self, key: str, layout: Layout, name: str = "") -> Mapped:
         """Map a region, made if it is not there.
+
+        Args:
+            key: names what it holds, for good.
+            layout: how it lies in the file.
+            name: says to people what it holds.
 
         Raises:
             CacheError: the file belongs to another user, or cannot be made.
@@ -413,14 +418,14 @@ class RegionFolder:
         path = self.path(key)
         try:
             with self.locks.hold(_number(key) % _IN_USE + _IN_USE // 2):
-                buffer = self._open(path, key, layout)
+                buffer = self._open(path, key, layout, name)
         except OSError as e:
             if isinstance(e, CacheError):
                 raise
             raise CacheError(f"{path}: decoded voxels cannot be kept there ({e.strerror})") from e
         return Mapped(buffer, 0, layout, str(path), key, self.locks)
 
-    def _open(self, path: Path, key: str, layout: Layout) -> mmap.mmap:
+    def _open(self, path: Path, key: str, layout: Layout, name: str) -> mmap.mmap:
         _allow_files()
         header = {"format": FORMAT, "key": key, "shape": layout.shape, "grid": layout.grid, "bytes": layout.itemsize}
         for attempt in range(2):
@@ -443,7 +448,7 @@ class RegionFolder:
             finally:
                 os.close(fd)
             known = _read_header(buffer)
-            if known is None or {k: v for k, v in known.items() if k != "boot"} != json.loads(json.dumps(header)):
+            if known is None or {k: known.get(k) for k in header} != json.loads(json.dumps(header)):
                 if not fresh and known is not None and attempt == 0:
                     path.unlink()
                     continue
@@ -453,7 +458,7 @@ class RegionFolder:
                 self._reset(buffer, layout, keep=SYNCED)
             else:
                 return buffer
-            text = json.dumps(header | {"boot": boot()}).encode()
+            text = json.dumps(header | {"boot": boot(), "name": name[:1000]}).encode()
             buffer[:_HEADER] = text.ljust(_HEADER, b"\0")
             return buffer
         raise CacheError(f"{path} is not what this version writes, and cannot be replaced")
@@ -478,6 +483,15 @@ class RegionFolder:
                 found.append((path, stat.st_blocks * 512, stat.st_mtime))
         return sorted(found, key=lambda entry: entry[2])
 
+    def name(self, path: Path) -> str:
+        """What a region holds, for people; empty where it does not say."""
+        try:
+            with path.open("rb") as file:
+                known = _read_header(file.read(_HEADER))
+        except OSError:
+            return ""
+        return str(known.get("name", "")) if known is not None else ""
+
     def evict(self, need: int, keep: set[str]) -> int:
         """Remove regions that no process uses, the longest unused first, until so many bytes are free.
 
@@ -501,7 +515,7 @@ class RegionFolder:
         return removed
 
 
-def _read_header(buffer: mmap.mmap) -> dict[str, Any] | None:
+def _read_header(buffer: mmap.mmap | bytes) -> dict[str, Any] | None:
     try:
         known = json.loads(buffer[:_HEADER].rstrip(b"\0"))
     except ValueError:
