@@ -8,7 +8,7 @@ import numpy as np
 from cellmap_lightning.errors import CellMapError, CellMapValueError, MetadataError
 from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.kinds import UNKNOWN_ID, signed
-from cellmap_lightning.transforms.targets import pack_into, packed_bytes
+from cellmap_lightning.transforms.targets import pack, packed_bytes
 from cellmap_lightning.volumes.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.volumes.geometry import AffineMap, Box, FloatArray, Lattice, Shape, patch_map
 from cellmap_lightning.volumes.image import choose_level
@@ -61,13 +61,15 @@ def label_members(
     return members
 
 
-def stored_labels(reader: ChunkReader, encoding: Encoding, start: tuple[int, int, int], shape: Shape) -> AnyArray:
-    """Stored integers of a box.
+def stored_labels(
+    reader: ChunkReader, encoding: Encoding, start: tuple[int, int, int], shape: Shape, begun: Any = None
+) -> AnyArray:
+    """Stored integers of a box; for ``begun`` see `ChunkReader.read`.
 
     Raises:
         MetadataError: they are not whole numbers, or it cannot be told whether a value is an id or means unknown.
     """
-    stored = reader.read(start, shape)
+    stored = reader.read(start, shape, begun)
     if stored.dtype.kind == "f":
         if not (np.isfinite(stored).all() and (np.rint(stored) == stored).all()):
             raise MetadataError(f"{reader.label}: {reader.level.path} holds labels that are not whole numbers (or NaN)")
@@ -116,10 +118,12 @@ class BitGroup:
 
     def decode(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
         """The packed voxels of a box."""
-        packed = np.zeros((*shape, self.depth), np.uint8)
-        for index, reader, encoding in self.members:
-            pack_into(packed, index, stored_labels(reader, encoding, start, shape), encoding.absent, encoding.unknown)
-        return packed
+        begun = [reader.begin(start, shape) for _, reader, _ in self.members]
+        stored = (
+            (index, stored_labels(reader, encoding, start, shape, ahead), encoding.absent, encoding.unknown)
+            for (index, reader, encoding), ahead in zip(self.members, begun, strict=True)
+        )
+        return pack(stored, shape, self.depth)
 
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
         """See `ChunkReader.stamp`, of all classes."""

@@ -4,7 +4,7 @@ Packed, a voxel has ``2 * ceil(classes / 8)`` bytes: for every eight classes one
 *known* bits, the lowest bit for the first class. A class is present only where it is known.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,27 +25,36 @@ def packed_bytes(classes: int) -> int:
     return 2 * -(-classes // 8)
 
 
-def pack_into(
-    out: np.ndarray[Any, Any], index: int, stored: np.ndarray[Any, Any], absent: int, unknown: int | None
-) -> None:
-    """Add one class to packed voxels.
+def pack(
+    labels: Iterable[tuple[int, np.ndarray[Any, Any], int, int | None]], shape: tuple[int, int, int], depth: int
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Classes as packed voxels ``[z, y, x, depth]``.
 
     Args:
-        out: ``[z, y, x, packed_bytes]`` uint8, zero where nothing is known yet.
-        index: position of the class.
-        stored: ``[z, y, x]`` stored integers.
-        absent: their value where the class is not.
-        unknown: their value where nobody annotated, or None.
+        labels: of each class that is annotated its position, its stored integers ``[z, y, x]``, their value where the
+            class is absent, and their value where nobody annotated, or None.
+        shape: voxels.
+        depth: bytes of a packed voxel.
     """
-    byte, bit = 2 * (index // 8), np.uint8(1 << (index % 8))
-    present = stored != absent
-    if unknown is None:
-        out[..., byte + 1] |= bit
-    else:
-        known = stored != unknown
-        present &= known
-        out[..., byte + 1] |= known.view(np.uint8) * bit
-    out[..., byte] |= present.view(np.uint8) * bit
+    # One plane of bits for all voxels at a time, and the planes of eight classes put together at the end.
+    present, known = np.zeros((2, depth // 2, *shape), np.uint8)
+    for index, stored, absent, unknown in labels:
+        byte, bit = index // 8, np.uint8(1 << (index % 8))
+        here = stored != absent
+        if unknown is None:
+            known[byte] |= bit
+        else:
+            sure = stored != unknown
+            here &= sure
+            known[byte] |= sure.view(np.uint8) * bit
+        present[byte] |= here.view(np.uint8) * bit
+    out = np.empty((*shape, depth // 2), np.dtype("<u2"))
+    for byte in range(depth // 2):
+        pair = known[byte].astype(out.dtype)
+        pair <<= np.uint16(8)
+        pair |= present[byte]
+        out[..., byte] = pair
+    return out.view(np.uint8)
 
 
 def infer_exclusive(packed: np.ndarray[Any, Any], relations: Relations) -> None:

@@ -103,14 +103,36 @@ class ChunkReader:
         spec = {"driver": driver, "kvstore": {"driver": "file", "path": str(info.path)}}
         return tensorstore.open(spec, open=True, read=True).result()
 
-    def read(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
+    def begin(self, start: tuple[int, int, int], shape: Shape) -> Any:
+        """Begin to read a box, where the library reads ahead: what `read` can be given later, or None."""
+        if self.reader != "tensorstore":
+            return None
+        try:
+            return self._open()[self._box(start, shape)].read()
+        except CellMapError:
+            raise
+        except Exception:  # `read` meets it again, and says where
+            return None
+
+    def _box(self, start: tuple[int, int, int], shape: Shape) -> tuple[slice | int, ...]:
+        box: list[slice | int] = [0] * self.level.ndim
+        for axis, first, count in zip(self.level.axes, start, shape, strict=True):
+            box[axis] = slice(first, first + count)
+        return tuple(box)
+
+    def read(self, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
         """The decoded voxels of a box inside the array, in native byte order.
+
+        Args:
+            start: first voxel.
+            shape: voxels.
+            begun: what `begin` gave for the same box.
 
         Raises:
             ChunkError: the store or the codec failed; the message names the array and the box.
         """
         try:
-            return self._read(start, shape)
+            return self._read(start, shape, begun)
         except CellMapError:
             raise
         except Exception as e:  # codecs and stores raise whatever they like
@@ -121,13 +143,13 @@ class ChunkReader:
                 f"{name}{self.level.path}: voxels {where} could not be read: {type(e).__name__}: {e}"
             ) from e
 
-    def _read(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
+    def _read(self, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
         level = self.level
-        box: list[slice | int] = [0] * level.ndim
-        for axis, first, count in zip(level.axes, start, shape, strict=True):
-            box[axis] = slice(first, first + count)
-        opened = self._open()
-        stored = np.asarray(opened[tuple(box)].read().result() if self.reader == "tensorstore" else opened[tuple(box)])
+        if self.reader == "tensorstore":
+            ahead = begun if begun is not None else self._open()[self._box(start, shape)].read()
+            stored = np.asarray(ahead.result())
+        else:
+            stored = np.asarray(self._open()[self._box(start, shape)])
         kept = sorted(level.axes)
         out = stored.transpose([kept.index(a) for a in level.axes])
         return np.ascontiguousarray(out, dtype=self.dtype)

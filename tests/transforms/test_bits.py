@@ -2,17 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from cellmap_lightning.transforms.targets import infer_exclusive, pack_into, packed_bytes, unpack
+from cellmap_lightning.transforms.targets import infer_exclusive, pack, packed_bytes, unpack
 
 
 @pytest.mark.parametrize("classes", [1, 3, 8, 9, 48])
 def test_packed_classes_come_back(classes):
     rng = np.random.default_rng(classes)
     stored = rng.choice([0, 1, 255], size=(classes, 3, 4, 5)).astype(np.uint8)
-    packed = np.zeros((3, 4, 5, packed_bytes(classes)), np.uint8)
-    for index in range(classes):
-        if index != 2:  # the third class is not annotated
-            pack_into(packed, index, stored[index], absent=0, unknown=255)
+    annotated = [index for index in range(classes) if index != 2]  # the third class is not
+    packed = pack(((index, stored[index], 0, 255) for index in annotated), (3, 4, 5), packed_bytes(classes))
     expected = np.where(stored == 255, np.nan, stored).astype(np.float32)
     if classes > 2:
         expected[2] = np.nan
@@ -22,14 +20,12 @@ def test_packed_classes_come_back(classes):
 
 def test_instances():
     stored = np.array([[[0, 1, 255, 256, 70000]]], np.uint32)
-    packed = np.zeros((1, 1, 5, 2), np.uint8)
-    pack_into(packed, 0, stored, absent=0, unknown=None)
+    packed = pack([(0, stored, 0, None)], (1, 1, 5), 2)
     assert unpack(torch.from_numpy(packed)[None], 1).flatten().tolist() == [0, 1, 1, 1, 1]
 
 
 def test_exclusive_classes():
-    packed = np.zeros((1, 1, 4, 2), np.uint8)
-    pack_into(packed, 0, np.array([[[0, 1, 1, 255]]], np.uint8), 0, 255)
+    packed = pack([(0, np.array([[[0, 1, 1, 255]]], np.uint8), 0, 255)], (1, 1, 4), 2)
     infer_exclusive(packed, {1: [0]})
     labels = unpack(torch.from_numpy(packed)[None], 2)[0, 1].flatten()
     assert labels.isnan().tolist() == [True, False, False, True]
