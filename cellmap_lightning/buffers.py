@@ -7,7 +7,6 @@ writing the batch. A block comes back when nothing refers to it any more: no ten
 import ctypes
 import math
 import os
-import threading
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -26,7 +25,6 @@ class Buffers:
 
     def __init__(self) -> None:
         self._waiting: dict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
-        self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An array whose values are not set, C-contiguous."""
@@ -34,10 +32,9 @@ class Buffers:
         nbytes = math.prod(shape) * kind.itemsize
         if nbytes < SMALL:
             return np.empty(shape, kind)
-        with self._lock:
-            waiting = self._waiting[nbytes]
-            block = waiting.pop() if waiting else None
-        if block is None:
+        try:
+            block = self._waiting[nbytes].pop()
+        except IndexError:
             block = np.empty(nbytes, np.uint8)
         # Everything that looks into the memory holds on to this object, and nothing else does.
         holder = (ctypes.c_uint8 * nbytes).from_address(block.ctypes.data)
@@ -45,7 +42,7 @@ class Buffers:
         return np.frombuffer(memoryview(holder), kind).reshape(shape)
 
     def _back(self, block: npt.NDArray[np.uint8], pid: int) -> None:
-        # May run anywhere, even where the lock is held: adding to a list needs none.
+        # May run anywhere and at any time, so that no lock is held here: lists need none.
         waiting = self._waiting[len(block)]
         if len(waiting) < WAITING and pid == os.getpid():
             waiting.append(block)
@@ -57,3 +54,6 @@ class Buffers:
 
 #: The blocks of this process.
 BUFFERS = Buffers()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=BUFFERS.clear)  # to write to the parent's would copy them first

@@ -149,6 +149,7 @@ class CellMapDataLoader(DataLoader[Any]):
             drop = is_train and len(order) >= batch_size if drop_last is None else drop_last  # type: ignore[arg-type]
             super().__init__(samples, batch_size=batch_size, sampler=order, drop_last=drop, **common)
         self._by_slots = slots
+        self._slots: Slots | None = None
         self.finish = finish
         self.prefetch_to = prefetch_to
         self.floats_as_integers = floats_as_integers
@@ -183,15 +184,20 @@ class CellMapDataLoader(DataLoader[Any]):
         samples: Samples = self.dataset  # type: ignore[assignment]
         if self.num_workers > 0:
             self.source.prepare()  # before they begin, so that all of them share what is kept
-        if self._by_slots and samples.slots is None:
-            size: Any = self.batch_size or getattr(self.batch_sampler, "batch_size", 1)
-            samples.room = int(size)
-            samples.slots = Slots(
-                samples.layout, samples.room, self.num_workers, self.prefetch_factor or 2,
-                self.finish and samples.layout.custom,
-            )  # fmt: skip
-        slots = samples.slots
-        return (slots.take(b, samples.pin) if slots and isinstance(b, SlotBatch) else b for b in start())
+        slots = None
+        if self._by_slots:
+            # Workers count their batches from their own beginning: only those that live on may use the same slots.
+            slots = self._slots if self.persistent_workers else None
+            if slots is None:
+                size: Any = self.batch_size or getattr(self.batch_sampler, "batch_size", 1)
+                samples.room = int(size)
+                slots = Slots(
+                    samples.layout, samples.room, self.num_workers, self.prefetch_factor or 2,
+                    self.finish and samples.layout.custom,
+                )  # fmt: skip
+            self._slots = samples.slots = slots
+        pin = samples.pin
+        return (slots.take(b, pin) if slots is not None and isinstance(b, SlotBatch) else b for b in start())
 
     def _pass(self, batches: Any) -> Iterator[dict[str, torch.Tensor]]:
         sampler = self._own_sampler()

@@ -278,7 +278,7 @@ class CellMapDataset(SampleSource):
                     self._store.chunks,
                     image.region.name,
                 )
-                patches = Patches(again.region, again.lattice, window, self.placement, image, axis)
+                patches = again.patches(window, self.placement, axis)
                 if patches.sliced:
                     again.region.limit(*reached(self.placement, straight, again.lattice, turned, roaming))
                     regions = [again.region, image.region] if roaming else [again.region]
@@ -387,6 +387,17 @@ class CellMapDataset(SampleSource):
                 return None
             found += [(patches.region, index) for index in part]
         return found
+
+    def effort(self, name: str, turn: FloatArray | None) -> int:
+        """How many times the work of a copy it is to compute an array of a sample: a guess, to share it out."""
+        about_one_axis = turn is not None and bool((np.abs(turn) == 1).any())
+        kind = self.layout.targets[name].kind if name in self.layout.targets else None
+        return 2 if about_one_axis and self._kept and not (kind is not None and kind.computed) else 16
+
+    @property
+    def _kept(self) -> bool:
+        """Whether what is read is kept, as it mostly is, so that nothing has to be decoded."""
+        return self._raw_regions[0].kept
 
     def read_array(
         self, name: str, place: Place, turn: FloatArray | None, out: np.ndarray[Any, Any], layout: BatchLayout

@@ -211,7 +211,7 @@ class BitStack:
         for lattice in self.lattices[1:]:
             box = box.union(lattice.box)
         again = Resampled(self, box, straight, placement, np.dtype(np.uint8), self.depth_out, self.cache, self.label)
-        self.patches = Patches(again.region, again.lattice, window, placement, self, plane)
+        self.patches = again.patches(window, placement, plane)
         self.regions = [again.region] if self.patches.sliced else []
         if roaming or not self.patches.sliced:
             self.regions += sources
@@ -263,6 +263,10 @@ class _Nearest:
 
     def __init__(self, region: Region, lattice: Lattice) -> None:
         self.region, self.lattice = region, lattice
+
+    @property
+    def lattices(self) -> list[Lattice]:
+        return [self.lattice]
 
     def evaluate(
         self, center: FloatArray, scale: FloatArray, out: AnyArray, turn: FloatArray | None, fill: float
@@ -365,7 +369,7 @@ class IdStack:
             self.regions.append(region)
             if not patches.sliced:
                 again = Resampled(source, lattice.box, straight, placement, self.dtype, 0, self.cache, self.label)
-                patches = Patches(again.region, again.lattice, window, placement, source, plane)
+                patches = again.patches(window, placement, plane)
                 if patches.sliced:
                     self.regions[-1:] = [again.region, region] if roaming else [again.region]
             self.patches.append(patches)

@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from cellmap_lightning.errors import CellMapError, CellMapValueError
@@ -36,6 +37,11 @@ def default_workers(max_workers: int | None = None) -> int:
 def _enter(threads: "weakref.WeakSet[threading.Thread]") -> None:
     """In each new thread of a pool; holds no reference to the pool, which could otherwise not be collected."""
     threads.add(threading.current_thread())
+
+
+def _each(tasks: list[Callable[[], None]]) -> None:
+    for task in tasks:
+        task()
 
 
 class ReadPool:
@@ -77,18 +83,24 @@ class ReadPool:
             )
         return self._executor
 
-    def run(self, tasks: Iterable[Callable[[], None]]) -> None:
+    def run(self, tasks: Iterable[Callable[[], None]], threads: int | None = None) -> None:
         """Run the tasks in the pool and wait for them; none of them may itself wait for the pool.
 
         The first error is raised as it is, after what had not begun is cancelled and what had begun is finished, so
         that no task writes to memory that its caller has given up.
+
+        Args:
+            tasks: what to do.
+            threads: how many threads share it: with one, it is the caller. By default all.
         """
         tasks = list(tasks)
-        if threading.current_thread() in self._threads:
+        if threads == 1 or threading.current_thread() in self._threads:
             # A caller that is one of the pool's own threads would wait for itself.
             for task in tasks:
                 task()
             return
+        if threads is not None and threads < self.workers:
+            tasks = [partial(_each, tasks[first::threads]) for first in range(threads)]
         futures: list[Future[Any]] = []
         try:
             with self._lock:

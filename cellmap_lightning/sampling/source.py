@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from cellmap_lightning.sampling.dataset import CellMapDataset
 
 
-#: Bytes of a batch up to which one thread copies it.
-INLINE_BYTES = 8 << 20
+#: Bytes to copy, or as much other work, from which another thread is worth its price.
+BYTES_PER_THREAD = 8 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,28 +171,21 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         self.prepare()
         jobs: list[Callable[[], None]] = []
         fills: dict[tuple[int, Shape], Callable[[], None]] = {}
-        size, computed = 0, False
+        work = 0
         for row, draw in enumerate(draws):
             dataset, local = self.locate(draw.position)
             place = dataset.placement.place(local)
             for name, array in arrays.items():
                 jobs.append(partial(dataset.read_array, name, place, draw.turn, array[row], self.layout))
                 missing = dataset.missing(name, place, draw.turn)
-                if missing is None:
-                    computed = True
-                    continue
-                size += array[row].nbytes
-                for region, index in missing:
+                work += array[row].nbytes * (1 if missing is not None else dataset.effort(name, draw.turn))
+                for region, index in missing or ():
                     fills[id(region), index] = partial(region.fill, index)
         with FORK_GATE:
             if fills:
                 self._pool.run(fills.values())
-            if computed or size > INLINE_BYTES:
-                self._pool.run(jobs)
-                return
-            # Handing a small copy to another thread costs more than the copy.
-            for job in jobs:
-                job()
+            # Handing a small copy to another thread costs more than the copy: as many threads as the work pays for.
+            self._pool.run(jobs, threads=-(-work // BYTES_PER_THREAD))
 
     def prepare(self) -> None:
         """Decide where decoded voxels are kept, before the first read and before worker processes are started."""

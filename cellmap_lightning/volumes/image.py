@@ -13,6 +13,7 @@ from cellmap_lightning.volumes.geometry import (
     SCALE_TOLERANCE,
     Box,
     FloatArray,
+    Lattice,
     patch_map,
     vector,
 )
@@ -107,6 +108,11 @@ class StoredImage:
         """Write the linear patch around ``center`` to ``out``; see `geometry.patch_map`."""
         amap = patch_map(center, (out.shape[0], out.shape[1], out.shape[2]), scale, self.lattice, turn)
         evaluate(self.region, amap, out, method="linear", fill=fill)
+
+    @property
+    def lattices(self) -> list[Lattice]:
+        """Where its voxels are."""
+        return [self.lattice]
 
     def stamp(self, box: Box) -> int:
         """See `ChunkReader.stamp`; of a physical box and the neighbours that interpolate at its border."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def _refusal(folder: Path) -> str | None:
 def filesystem(path: Path, mounts: str = "/proc/self/mountinfo") -> str:
     """The kind of file system that holds a path, such as ``ext4``; empty where the system does not say."""
     try:
-        lines = Path(mounts).read_text().splitlines()
+        lines = os.fsdecode(Path(mounts).read_bytes()).splitlines()
     except OSError:
         return ""
     wanted = path.resolve()
@@ -124,7 +125,8 @@ def filesystem(path: Path, mounts: str = "/proc/self/mountinfo") -> str:
     for line in lines:
         before, _, after = line.partition(" - ")
         # Spaces and the like stand there as octal numbers.
-        point = Path(before.split()[4].encode().decode("unicode_escape"))
+        name = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), os.fsencode(before.split()[4]))
+        point = Path(os.fsdecode(name))
         # The last of the mounts on one place hides those before it.
         if wanted.is_relative_to(point) and len(point.parts) >= best:
             best, kind = len(point.parts), after.split()[0]

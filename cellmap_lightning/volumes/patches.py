@@ -35,6 +35,7 @@ class Patches:
         placement: the positions.
         source: what is stored, for patches that are no box.
         plane: how the patch's own axes lie in the volume; None where they are its axes.
+        computed: patches are never boxes of the region.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Patches:
         placement: Placement,
         source: "Source",
         plane: FloatArray | None = None,
+        computed: bool = False,
     ) -> None:
         self.region, self.lattice, self.window, self.placement = region, lattice, window, placement
         self.source = source
@@ -53,7 +55,7 @@ class Patches:
         fits = np.abs(ratio - whole) * np.maximum(np.subtract(placement.counts, 1), 1) < LATTICE_TOLERANCE
         fits |= np.equal(placement.counts, 1)
         #: Voxels from one position to the next; None where that is no whole number.
-        self._steps = tuple(int(n) for n in whole) if fits.all() else None
+        self._steps = tuple(int(n) for n in whole) if fits.all() and not computed else None
         self._cuts: dict[bytes | None, Slices | None] = {}
         self.sliced = self.cut(plane) is not None
 
@@ -137,6 +139,10 @@ def reached(
 class Source(Protocol):
     """What is stored, however it is put together."""
 
+    @property
+    def lattices(self) -> list[Lattice]:
+        """Where its voxels are."""
+
     def evaluate(
         self, center: FloatArray, scale: FloatArray, out: AnyArray, turn: FloatArray | None, fill: float
     ) -> None:
@@ -180,6 +186,7 @@ class Resampled:
         lower = np.subtract(limits.lower, anchor) / window.scale - 0.5
         upper = np.subtract(limits.upper, anchor) / window.scale - 0.5
         first, last = np.ceil(lower - LATTICE_TOLERANCE), np.floor(upper + LATTICE_TOLERANCE)
+        self._empty = bool((last < first).any())
         z, y, x = (int(n) for n in np.maximum(last - first + 1, 1))
         origin = anchor + (first + 0.5) * window.scale
         self.lattice = Lattice(to_vector(origin), to_vector(window.scale), (z, y, x))
@@ -188,6 +195,10 @@ class Resampled:
             (z, y, x), blocks, dtype, self._decode, cache, self, depth, self._stamp, self._identity,
             f"{name}, resampled",
         )  # fmt: skip
+
+    def patches(self, window: Window, placement: Placement, plane: FloatArray | None) -> Patches:
+        """Its patches; see `Patches`."""
+        return Patches(self.region, self.lattice, window, placement, self.source, plane, computed=self._empty)
 
     def _box(self, start: tuple[int, int, int], shape: Shape) -> Box:
         low = self.lattice.box.lower + np.multiply(start, self.lattice.step)
@@ -203,7 +214,7 @@ class Resampled:
         return self.source.stamp(self._box(start, shape))
 
     def _identity(self) -> tuple[object, ...]:
-        return "resampled", self.lattice, self.source.identity()
+        return "resampled", self.lattice, *self.source.lattices, self.source.identity()
 
 
 def stored_box(lattice: Lattice, box: Box, more: int) -> tuple[tuple[int, int, int], Shape] | None:

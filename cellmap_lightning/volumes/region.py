@@ -20,7 +20,17 @@ import numpy.typing as npt
 from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.location import CacheMode, check_mode, choose
 from cellmap_lightning.volumes.resample import AnyArray
-from cellmap_lightning.volumes.shared import EMPTY, FILLED, FORMAT, Arena, Layout, Mapped, Once, RegionFolder
+from cellmap_lightning.volumes.shared import (
+    EMPTY,
+    FILLED,
+    FORMAT,
+    Arena,
+    Layout,
+    Mapped,
+    NoRoomError,
+    Once,
+    RegionFolder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -216,6 +226,7 @@ class Region:
         elif rows == -size and size <= 2 and out.shape[2] * size % 8 == 0 and box.strides[2] == size:
             # Single bytes are turned round eight at a time: as the bytes of numbers of the other byte order.
             few = 8
+            out, box = out.view(f"u{size}"), box.view(f"u{size}")
             turned = np.empty((few, *out.shape[1:]), np.dtype(f">u{size}"))
             words, target = turned.view(">u8")[:, :, ::-1], out[:, :, ::-1].view(np.uint64)
             for first in range(0, len(out), few):
@@ -446,7 +457,13 @@ class RegionStore:
             mapped = self._attached.get(key)
             if mapped is None:
                 if self._folder is not None:
-                    mapped = self._folder.attach(key, region.layout, region.name)
+                    try:
+                        mapped = self._folder.attach(key, region.layout, region.name)
+                    except NoRoomError as e:
+                        self._folder.complain(e)
+                        self._places.pop(key, None)
+                        region.store = None
+                        return None
                 else:
                     assert self._arena is not None
                     mapped = self._arena.attach(key, region.layout, at)

@@ -313,19 +313,25 @@ def _gather_about(source: Source, amap: AffineMap, out: AnyArray, method: Method
     # The axis of rotation last: what is gathered then are runs of voxels, and not single ones.
     box = np.ascontiguousarray(np.moveaxis(box, theirs, 2))
     rows = box.reshape(box.shape[0] * box.shape[1], *box.shape[2:])
-    if method == "nearest":
-        if not np.array_equal(pick, np.arange(lo[theirs], hi[theirs])):
-            rows = rows[:, pick - lo[theirs]]
-    else:
+    flip = False
+    if method == "linear":
         weights = np.zeros((hi[theirs] - lo[theirs], len(seen)))
         places = np.broadcast_to(np.arange(len(seen))[:, None], index.shape)
         np.add.at(weights, (np.clip(index - lo[theirs], 0, len(weights) - 1), places), weight)
-        if weights.shape[0] == weights.shape[1] and np.array_equal(weights, np.eye(len(weights))):
-            weights = None
+        if ((weights == 0) | (weights == 1)).all():
+            pick, weights = weights.argmax(axis=0) + lo[theirs], None
+    if weights is None:
+        # Voxels as they are: in their order, from the other end, or some of them.
+        flip = len(pick) > 1 and pick[0] > pick[-1]
+        order = pick[::-1] if flip else pick
+        if not np.array_equal(order, np.arange(lo[theirs], hi[theirs])):
+            rows = rows[:, order - lo[theirs]]
     view = np.moveaxis(out, mine, 2)
     if view.shape[2] != len(seen):
         out[...] = fill
         view = view[:, :, int(seen[0]) : int(seen[-1]) + 1]
+    if flip:
+        view = view[:, :, ::-1]
     if item is not None and out.ndim == 4:
         view = view.view(item)[..., 0]
     low = np.array([-0.5 - EDGE_TOLERANCE] * 2)

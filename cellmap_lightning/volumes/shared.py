@@ -46,6 +46,10 @@ _SUFFIX = ".region"
 EMPTY, FILLED, SYNCED = 0, 1, 2
 
 
+class NoRoomError(CacheError):
+    """There is no room for a region."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a region lies in its mapping.
@@ -106,6 +110,12 @@ class Locks:
         self._opened: tuple[int, int] | None = None
         self._used: Counter[int] = Counter()
         self._closed = False
+        _all_locks.add(self)
+
+    def __del__(self) -> None:
+        opened = self._opened
+        if opened is not None and opened[0] == os.getpid():
+            os.close(opened[1])
 
     def _fd(self) -> int:
         pid = os.getpid()
@@ -177,12 +187,13 @@ class Locks:
         self._used = Counter()
 
 
-#: One for each file and process: closing one of two descriptors would give back the locks of both.
+#: One for each folder and process: closing one of two descriptors would give back the locks of both.
 _locks: dict[str, Locks] = {}
+_all_locks: "weakref.WeakSet[Locks]" = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for locks in _locks.values():
+    for locks in list(_all_locks):
         locks.after_fork()
 
 
@@ -225,6 +236,20 @@ class Once:
 def _number(key: str) -> int:
     """The number of a region's lock."""
     return int(key[:14], 16)
+
+
+_complained: set[Path] = set()
+
+
+def _complain(folder: Path, error: OSError) -> None:
+    """Say once that there is no room."""
+    if folder not in _complained:
+        _complained.add(folder)
+        log.warning(
+            "no room for decoded voxels in %s (%s): what does not fit is read again each time; free some space, or set "
+            "cache_bytes or CELLMAP_CACHE_DIR",
+            folder, error.strerror or error,
+        )  # fmt: skip
 
 
 class Mapped:
@@ -288,11 +313,7 @@ class Mapped:
                 finally:
                     os.close(fd)
             except OSError as e:
-                log.warning(
-                    "no room for decoded voxels in %s (%s): what does not fit is read again each time; free some space "
-                    "or set cache_bytes",
-                    Path(self.path).parent, e.strerror,
-                )  # fmt: skip
+                _complain(Path(self.path).parent, e)
                 self.full = True
                 return False
             self._reserved[row] = 1
@@ -360,11 +381,17 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         self._block = SharedBlock(nbytes)
         self._locked = SharedBlock(1) if self._block.path else None
+        self._begin()
 
-    @property
-    def _locks(self) -> Locks | None:
-        path = self._locked.path if self._locked is not None else ""
-        return _locks.setdefault(path, Locks(path)) if path else None
+    def _begin(self) -> None:
+        self._locks = Locks(self._locked.path) if self._locked is not None else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_block": self._block, "_locked": self._locked}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     def attach(self, key: str, layout: Layout, at: int) -> Mapped:
         """The region that begins at a byte of the arena."""
@@ -372,10 +399,8 @@ class Arena:
 
     def close(self) -> None:
         """Give the memory back, as soon as nobody looks at it any more."""
-        if self._locked is not None:
-            locks = _locks.pop(self._locked.path, None)
-            if locks is not None:
-                locks.close()
+        if self._locks is not None and self._locked is not None:
+            self._locks.close()
             self._locked.close()
         self._block.close()
 
@@ -412,18 +437,27 @@ class RegionFolder:
             name: says to people what it holds.
 
         Raises:
-            CacheError: the file belongs to another user, or cannot be made.
+            CacheError: the file belongs to another user.
+            NoRoomError: it cannot be made.
         """
-        self.locks.use(_number(key))
         path = self.path(key)
+        self.locks.use(_number(key))
         try:
             with self.locks.hold(_number(key) % _IN_USE + _IN_USE // 2):
                 buffer = self._open(path, key, layout, name)
         except OSError as e:
+            self.locks.drop(_number(key))
             if isinstance(e, CacheError):
                 raise
-            raise CacheError(f"{path}: decoded voxels cannot be kept there ({e.strerror})") from e
+            with contextlib.suppress(OSError):
+                if path.stat().st_size != layout.nbytes:
+                    path.unlink()  # nothing is in it yet
+            raise NoRoomError(e.errno, e.strerror, str(path)) from e
         return Mapped(buffer, 0, layout, str(path), key, self.locks)
+
+    def complain(self, error: OSError) -> None:
+        """Say once that there is no room."""
+        _complain(self.folder, error)
 
     def _open(self, path: Path, key: str, layout: Layout, name: str) -> mmap.mmap:
         _allow_files()
@@ -439,6 +473,8 @@ class RegionFolder:
                     )
                 fresh = stat.st_size == 0
                 if fresh:
+                    # All but the voxels is written at once, whatever is read first.
+                    os.posix_fallocate(fd, 0, layout.parts[3])
                     os.ftruncate(fd, layout.nbytes)
                 elif stat.st_size != layout.nbytes and attempt == 0:
                     path.unlink()  # never cut short: somebody may have it mapped
@@ -458,7 +494,7 @@ class RegionFolder:
                 self._reset(buffer, layout, keep=SYNCED)
             else:
                 return buffer
-            text = json.dumps(header | {"boot": boot(), "name": name[:1000]}).encode()
+            text = json.dumps(header | {"boot": boot(), "name": name[:200]}).encode()
             buffer[:_HEADER] = text.ljust(_HEADER, b"\0")
             return buffer
         raise CacheError(f"{path} is not what this version writes, and cannot be replaced")
