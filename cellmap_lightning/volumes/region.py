@@ -449,11 +449,11 @@ class RegionStore:
         if not self._places:
             return None
         key = region.digest()
-        at = self._places.get(key)
-        if at is None:
-            region.store = None  # asked once
-            return None
-        with self._lock:
+        with self._lock:  # with which another thread may be closing
+            at = self._places.get(key)
+            if at is None or (self._folder is None and self._arena is None):
+                region.store = None  # asked once
+                return None
             mapped = self._attached.get(key)
             if mapped is None:
                 if self._folder is not None:
