@@ -103,7 +103,7 @@ class CellMapDataModule(L.LightningDataModule):
         max_upsampling: how many times finer than raw's finest level an input may be.
         max_workers: reading threads per split; see `CellMapDataset`.
         cache: where decoded voxels are kept: ``auto``, ``disk``, ``memory`` or ``none``; see `CellMapDataset`.
-        cache_bytes: bytes of each split that are kept at most; see `CellMapDataset`.
+        cache_bytes: bytes that are kept at most, by all splits together; see `CellMapDataset`.
         reader: what decodes: ``zarr`` or ``tensorstore``.
         pin_memory: read into page-locked memory; by default on CUDA devices.
         persistent_workers: see `CellMapDataLoader`.

@@ -90,7 +90,8 @@ class CellMapDataset(SampleSource):
         max_upsampling: how many times finer than raw's finest level an input may be.
         cache: where decoded voxels are kept: ``disk`` (shared by all processes of the machine, and found again by the
             next run), ``memory``, ``none``, or ``auto``: on disk unless that is a network file system.
-        cache_bytes: bytes that are kept at most; by default half of what is free there, on disk at most 200 GB.
+        cache_bytes: bytes that are kept at most, by all datasets of the process; by default half of what is free
+            there, on disk at most 200 GB.
         reader: what decodes: ``zarr``, or ``tensorstore`` (from the extra ``fast``).
         raw_path: older name of ``input_path``.
         gt_path: older name of ``target_path``.

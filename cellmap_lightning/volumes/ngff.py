@@ -8,6 +8,8 @@ An array is described without being opened: zarr-python comes in when the first 
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 import math
 import threading
@@ -54,6 +56,7 @@ class ArrayInfo:
         files: voxels of what is stored in one file (the chunk, or the shard).
         prefix: what stands before a chunk's indices in the name of its file.
         separator: what stands between them.
+        checksum: of all that the metadata says.
     """
 
     path: Path
@@ -65,6 +68,7 @@ class ArrayInfo:
     files: tuple[int, ...] = ()
     prefix: str = ""
     separator: str = "."
+    checksum: str = ""
 
     @property
     def metadata(self) -> Path:
@@ -209,7 +213,8 @@ def read_array(path: Path) -> ArrayInfo | None:
         except (KeyError, TypeError, AttributeError) as e:
             raise MetadataError(f"{file}: not the metadata of a Zarr v3 array with a regular chunk grid ({e!r})") from e
         info = _array(file, path, 3, meta.get("shape"), chunks, dtype, meta.get("attributes") or {})
-        return replace(info, files=files, prefix=f"c{separator}" if default else "", separator=str(separator))
+        prefix = f"c{separator}" if default else ""
+        return replace(info, files=files, prefix=prefix, separator=str(separator), checksum=_checksum(meta))
     file = path / ".zarray"
     meta = read_json(file)
     if meta is None:
@@ -217,7 +222,11 @@ def read_array(path: Path) -> ArrayInfo | None:
     info = _array(
         file, path, 2, meta.get("shape"), meta.get("chunks"), meta.get("dtype"), read_json(path / ".zattrs") or {}
     )
-    return replace(info, separator=str(meta.get("dimension_separator", ".")))
+    return replace(info, separator=str(meta.get("dimension_separator", ".")), checksum=_checksum(meta))
+
+
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _array(

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,7 @@ class Region:
         self._lo: Shape = (0, 0, 0)
         self._hi = shape
         self._mapped: Mapped | None = None
+        self._digest: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_mapped": None}
@@ -170,7 +172,7 @@ class Region:
         self._lo = (z, y, x)
         z, y, x = (min(n, max(int(b), a + 1)) for b, a, n in zip(hi, self._lo, self.shape, strict=True))
         self._hi = (z, y, x)
-        self._mapped = None
+        self._mapped = self._digest = None
 
     @property
     def layout(self) -> Layout:
@@ -190,9 +192,11 @@ class Region:
 
     def digest(self) -> str:
         """Names what is kept, the same in every process and run that would keep the same."""
-        own: object = self.identity() if self.identity is not None else (os.getpid(), id(self))
-        parts = (FORMAT, own, self.shape, self.chunks, str(self.dtype), self.depth, self._lo, self._hi)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
+        if self._digest is None:
+            own: object = self.identity() if self.identity is not None else (os.getpid(), id(self))
+            parts = (FORMAT, own, self.shape, self.chunks, str(self.dtype), self.depth, self._lo, self._hi)
+            self._digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
+        return self._digest
 
     def read_into(self, start: tuple[int, int, int], out: AnyArray) -> None:
         """Copy the box at ``start`` with the shape of ``out``, inside the array, into ``out`` (any strides)."""
@@ -362,6 +366,8 @@ class RegionStore:
         self._folder: RegionFolder | None = None
         self._arena: Arena | None = None
         self._places: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+        self._where: Path | None = None
         self._regions: list[Region] = []
         self._attached: dict[str, Mapped] = {}
         self._lock = threading.Lock()
@@ -410,21 +416,28 @@ class RegionStore:
             self._folder = RegionFolder(location.folder)
             held = {path.stem: size for path, size, _ in self._folder.files()}
             location = choose(self.mode, self.budget, sum(held.values()))
+        # The budget is that of the process: what other collections keep there counts.
+        others: dict[str, int] = {}
+        for store in list(_caches):
+            if isinstance(store, RegionStore) and store is not self and store._where == location.folder:
+                others |= store._sizes
+        room = location.budget - sum(nbytes for key, nbytes in others.items() if key not in keys or not location.folder)
         kept: dict[str, int] = {}
         at = 0
         for key, nbytes in keys.items():
-            if at + nbytes <= location.budget:
+            if at + nbytes <= room:
                 kept[key] = at
                 at += nbytes
-        self._places = kept
+        self._places, self._where = kept, location.folder
+        self._sizes = {key: keys[key] for key in kept}
         if location.folder is not None and self._folder is not None:
-            over = sum(size for key, size in held.items() if key not in kept) + at - location.budget
+            over = sum(size for key, size in held.items() if key not in kept and key not in others) + at - room
             removed = self._folder.evict(over, set(kept)) if over > 0 else 0
             if removed:
                 log.info("%s: %.1f MB of older regions were removed from %s", name, removed / 1e6, location.folder)
         else:
             self._arena = Arena(max(at, 1))
-            self.chunks.budget = min(max(location.budget - at, 0), DEFAULT_CHUNK_BYTES)
+            self.chunks.budget = min(max(room - at, 0), DEFAULT_CHUNK_BYTES)
         total = sum(keys.values())
         where = f"in {location.folder}" if location.folder is not None else "in memory"
         log.info(
@@ -436,9 +449,9 @@ class RegionStore:
             rest = total - at
             direct = not ordered and self.chunks.budget < rest / 2
             log.warning(
-                "%s: %d of %d arrays (%.2f GB) do not fit into the cache of %.2f GB and are %s; raise cache_bytes, or "
-                "set CELLMAP_CACHE_DIR to a larger disk",
-                name, len(keys) - len(kept), len(keys), rest / 1e9, location.budget / 1e9,
+                "%s: %d of %d arrays (%.2f GB) do not fit into the %.2f GB of the cache that are left and are %s; "
+                "raise cache_bytes, or set CELLMAP_CACHE_DIR to a larger disk",
+                name, len(keys) - len(kept), len(keys), rest / 1e9, max(room, 0) / 1e9,
                 "read from the source each time" if direct else "kept chunk by chunk in memory",
             )  # fmt: skip
             for region in regions:
@@ -479,8 +492,8 @@ class RegionStore:
                 if self._folder is not None:
                     self._folder.release(mapped.key)
             for region in self._regions:
-                region.store, region._mapped, region.direct = None, None, False
-            self._attached, self._places, self._regions, self.planned = {}, {}, [], False
+                region.store, region._mapped, region._digest, region.direct = None, None, None, False
+            self._attached, self._places, self._sizes, self._regions, self.planned = {}, {}, {}, [], False
             if self._arena is not None:
                 self._arena.close()
             self._arena = self._folder = None
