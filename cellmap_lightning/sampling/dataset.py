@@ -209,6 +209,7 @@ class CellMapDataset(SampleSource):
         self._labels, self._unknown = labels, unknown
         self.annotated = tuple(c for c in names if c in labels)
         self._stacks: dict[str, BitStack | IdStack] = {}
+        self._fills: dict[float, float] = {}
         for name, target in targets.items():
             if target.kind.reads == "bits":
                 self._stacks[name] = BitStack(
@@ -341,7 +342,7 @@ class CellMapDataset(SampleSource):
         """This crop alone."""
         return (self,)
 
-    @property
+    @cached_property
     def raw_dtype(self) -> np.dtype[Any]:
         """The stored type of raw."""
         return next(iter(self._images.values())).region.dtype
@@ -438,11 +439,14 @@ class CellMapDataset(SampleSource):
 
     def _fill(self, transform: Any) -> float:
         """What stands in raw outside the volume: what is normalized to 0, as nearly as the stored type can say it."""
-        fill = self.affine[0] if transform == AUTO else 0.0
-        if self.raw_dtype.kind in "iu":
-            info = np.iinfo(self.raw_dtype)
-            fill = min(max(round(fill), int(info.min)), int(info.max))
-        return fill
+        key = self.affine[0] if isinstance(transform, str) else 0.0
+        if key not in self._fills:
+            fill = key
+            if self.raw_dtype.kind in "iu":
+                info = np.iinfo(self.raw_dtype)
+                fill = min(max(round(fill), int(info.min)), int(info.max))
+            self._fills[key] = fill
+        return self._fills[key]
 
     def _check_fill(self) -> None:
         offset, factor = self.affine

@@ -43,7 +43,7 @@ class CellMapMultiDataset(SampleSource):
                 ("is_train", first.is_train, other.is_train),
                 ("seed", first.seed, other.seed),
                 ("nan_targets", first.layout.nan_targets, other.layout.nan_targets),
-                ("spatial_transforms", vars(first.spatial), vars(other.spatial)),
+                ("spatial_transforms", first.spatial, other.spatial),
                 ("raw_value_transforms", first.layout.raw_transforms, other.layout.raw_transforms),
                 ("target_value_transforms", first.layout.target_transforms, other.layout.target_transforms),
                 ("cache", first._store.mode, other._store.mode),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 #: Bytes to copy, or as much other work, from which another thread is worth its price.
-BYTES_PER_THREAD = 8 << 20
+BYTES_PER_THREAD = 16 << 20
 
 
 @dataclass(frozen=True, eq=False)

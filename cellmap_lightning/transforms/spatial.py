@@ -60,6 +60,18 @@ class SpatialTransforms:
                 )
             self.rotate[axis] = (float(span[0]), float(span[1]))
 
+        self._turns: dict[tuple[tuple[bool, ...], tuple[int, ...]], FloatArray] = {}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SpatialTransforms):
+            return NotImplemented
+        return (self.mirror, self.transpose, self.rotate) == (other.mirror, other.transpose, other.rotate)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"mirror {self.mirror}, transpose {self.transpose}, rotate {self.rotate}"
+
     def __bool__(self) -> bool:
         return bool(self.mirror or self.transpose or self.rotate)
 
@@ -92,22 +104,27 @@ class SpatialTransforms:
         return [self._turn(u) for u in uniforms(seed, TURN, samples, 3 + len(self.transpose) + 3)]
 
     def _turn(self, u: FloatArray) -> FloatArray:
-        matrix = np.eye(3)
-        for i, axis in enumerate(AXES):
-            if u[i] < self.mirror.get(axis, 0):
-                matrix[i, i] = -1
-        if self.transpose:
-            rows = [AXES.index(a) for a in self.transpose]
-            order = np.argsort(u[3 : 3 + len(rows)])
-            permuted = np.eye(3)
-            permuted[rows] = np.eye(3)[[rows[i] for i in order]]
-            matrix = permuted @ matrix
+        flips = tuple(bool(value < self.mirror.get(axis, 0)) for axis, value in zip(AXES, u.tolist(), strict=False))
+        count = len(self.transpose)
+        order = tuple(sorted(range(count), key=u[3 : 3 + count].tolist().__getitem__))
+        # There are 48 of these at most.
+        matrix = self._turns.get((flips, order))
+        if matrix is None:
+            matrix = np.diag([-1.0 if flip else 1.0 for flip in flips])
+            if count:
+                rows = [AXES.index(a) for a in self.transpose]
+                permuted = np.eye(3)
+                permuted[rows] = np.eye(3)[[rows[i] for i in order]]
+                matrix = permuted @ matrix
+            # What moves the content forwards takes the patch's directions back.
+            matrix = self._turns[flips, order] = matrix.T
+        if not self.rotate:
+            return matrix
         for i, axis in enumerate(("x", "y", "z")):
             if axis in self.rotate:
                 lo, hi = self.rotate[axis]
-                matrix = rotation(axis, lo + (hi - lo) * u[-3 + i]) @ matrix
-        # What moves the content forwards takes the patch's directions back.
-        return matrix.T
+                matrix = matrix @ rotation(axis, lo + (hi - lo) * u[-3 + i]).T
+        return matrix
 
 
 def rotation(axis: str, degrees: float) -> FloatArray:

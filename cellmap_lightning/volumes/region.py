@@ -242,7 +242,7 @@ class Region:
 
     def _view(self, start: tuple[int, int, int], shape: Shape) -> AnyArray | None:
         """The kept voxels of a box, filled where they were not; None where they are not kept."""
-        mapped = self._attached()
+        mapped = self.attached()
         if mapped is None:
             return None
         lo, hi = self._lo, self._hi
@@ -263,12 +263,12 @@ class Region:
     @property
     def kept(self) -> bool:
         """Whether its voxels have a place, so that reading them is copying once they are there."""
-        mapped = self._attached()
+        mapped = self.attached()
         return mapped is not None and not mapped.full
 
     def missing(self, start: tuple[int, int, int], shape: Shape) -> list[Shape]:
         """The chunks of a box that would have to be filled first."""
-        mapped = self._attached()
+        mapped = self.attached()
         if mapped is None or mapped.complete or mapped.full:
             return []
         return self._missing(mapped, start, shape)
@@ -286,7 +286,7 @@ class Region:
 
     def fill(self, index: Shape) -> None:
         """Fill a chunk that was `missing`."""
-        mapped = self._attached()
+        mapped = self.attached()
         if mapped is not None:
             self._fill(mapped, index)
 
@@ -324,7 +324,8 @@ class Region:
         finally:
             once.end(key)
 
-    def _attached(self) -> Mapped | None:
+    def attached(self) -> Mapped | None:
+        """Its mapping, or None where it has none."""
         mapped, store = self._mapped, self.store
         if mapped is None and store is not None:  # which another thread may be closing
             mapped = self._mapped = store.attach(self)
