@@ -106,6 +106,8 @@ def _refusal(folder: Path) -> str | None:
         return f"{folder} cannot be made ({e.strerror})"
     if folder.stat().st_uid != os.getuid():
         return f"{folder} belongs to another user"
+    if folder.stat().st_mode & 0o022:
+        return f"others may write to {folder}"
     if not os.access(folder, os.W_OK | os.X_OK):
         return f"{folder} cannot be written to"
     kind = filesystem(folder)

@@ -433,7 +433,7 @@ class RegionStore:
         self._sizes = {key: keys[key] for key in kept}
         if location.folder is not None and self._folder is not None:
             over = sum(size for key, size in held.items() if key not in kept and key not in others) + at - room
-            removed = self._folder.evict(over, set(kept)) if over > 0 else 0
+            removed = self._folder.evict(over, set(kept) | set(others)) if over > 0 else 0
             if removed:
                 log.info("%s: %.1f MB of older regions were removed from %s", name, removed / 1e6, location.folder)
         else:

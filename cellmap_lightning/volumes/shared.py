@@ -110,6 +110,8 @@ class Locks:
         self._opened: tuple[int, int] | None = None
         self._used: Counter[int] = Counter()
         self._closed = False
+        #: Keeps the threads of this process apart while they reserve room.
+        self.reserving = threading.Lock()
         _all_locks.add(self)
 
     def __del__(self) -> None:
@@ -148,8 +150,8 @@ class Locks:
 
     def use(self, number: int) -> None:
         """Say that this process uses a region, until as many calls of `drop`, or its end."""
-        self._used[number] += 1
         fcntl.lockf(self._fd(), fcntl.LOCK_SH, 1, _IN_USE + number)
+        self._used[number] += 1
 
     def drop(self, number: int) -> None:
         """Say that it does not any more."""
@@ -183,7 +185,7 @@ class Locks:
 
     def after_fork(self) -> None:
         """In a forked child: the lock may be held by a thread that is gone, and the child uses nothing yet."""
-        self._lock = threading.Lock()
+        self._lock, self.reserving = threading.Lock(), threading.Lock()
         self._used = Counter()
 
 
@@ -303,7 +305,7 @@ class Mapped:
             return True
         size = int(np.prod(self.layout.room[1:])) * self.layout.itemsize
         # Held so that what a file system without reservations does instead, writing zeros, meets no voxels.
-        with self.locks.hold((_number(self.key) + 7 * row + 3) % _IN_USE):
+        with self.locks.reserving, self.locks.hold((_number(self.key) + 7 * row + 3) % _IN_USE):
             if self._reserved[row]:
                 return True
             try:
@@ -440,13 +442,15 @@ class RegionFolder:
             CacheError: the file belongs to another user.
             NoRoomError: it cannot be made.
         """
-        path = self.path(key)
-        self.locks.use(_number(key))
+        path, used = self.path(key), False
         try:
+            self.locks.use(_number(key))
+            used = True
             with self.locks.hold(_number(key) % _IN_USE + _IN_USE // 2):
                 buffer = self._open(path, key, layout, name)
         except OSError as e:
-            self.locks.drop(_number(key))
+            if used:
+                self.locks.drop(_number(key))
             if isinstance(e, CacheError):
                 raise
             with contextlib.suppress(OSError):
