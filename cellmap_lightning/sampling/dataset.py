@@ -392,6 +392,8 @@ class CellMapDataset(SampleSource):
 
     def effort(self, name: str, turn: FloatArray | None) -> int:
         """How many times the work of a copy it is to compute an array of a sample: a guess, to share it out."""
+        if not self._kept and self.reader == "zarr":
+            return 0  # zarr-python decodes the chunks of a box in threads of its own
         about_one_axis = turn is not None and bool((np.abs(turn) == 1).any())
         kind = self.layout.targets[name].kind if name in self.layout.targets else None
         return 2 if about_one_axis and self._kept and not (kind is not None and kind.computed) else 16

@@ -185,7 +185,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
             if fills:
                 self._pool.run(fills.values())
             # Handing a small copy to another thread costs more than the copy: as many threads as the work pays for.
-            self._pool.run(jobs, threads=-(-work // BYTES_PER_THREAD))
+            self._pool.run(jobs, threads=max(1, -(-work // BYTES_PER_THREAD)))
 
     def prepare(self) -> None:
         """Decide where decoded voxels are kept, before the first read and before worker processes are started."""

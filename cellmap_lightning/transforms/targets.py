@@ -4,6 +4,7 @@ Packed, a voxel has ``2 * ceil(classes / 8)`` bytes: for every eight classes one
 *known* bits, the lowest bit for the first class. A class is present only where it is known.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 #: Voxels that are unpacked at a time.
-_PART = 1 << 17
+_PART = 1 << 18
 Relations = Mapping[int, Sequence[int]]
 
 
@@ -103,7 +104,7 @@ def _unpack_on_cpu(packed: np.ndarray[Any, Any], classes: int) -> np.ndarray[Any
                 pair = sample[z : z + planes, ..., first // 8]
                 present = pair.astype(np.uint8)
                 known = (pair >> np.uint16(8)).astype(np.uint8)
-                every, some = int(np.bitwise_and.reduce(known, axis=None)), int(np.bitwise_or.reduce(known, axis=None))
+                every, some = _fold(np.bitwise_and, known), _fold(np.bitwise_or, known)
                 for bit in range(min(8, classes - first)):
                     channel = target[first + bit, z : z + planes]
                     if not some >> bit & 1:
@@ -113,6 +114,16 @@ def _unpack_on_cpu(packed: np.ndarray[Any, Any], classes: int) -> np.ndarray[Any
                     if not every >> bit & 1:
                         np.putmask(channel, (known >> np.uint8(bit)) & np.uint8(1) == 0, np.float32(np.nan))
     return out
+
+
+def _fold(operation: np.ufunc, values: np.ndarray[Any, Any]) -> int:
+    """All bytes of an array, put together bit by bit; eight at a time."""
+    flat = values.reshape(-1)
+    words = len(flat) // 8 * 8
+    rest = [int(v) for v in flat[words:]]
+    if words:
+        rest += operation.reduce(flat[:words].view(np.uint64)).tobytes()
+    return functools.reduce(lambda a, b: int(operation(a, b)), rest)
 
 
 def class_transforms(transforms: Any, classes: Sequence[str], what: str) -> dict[int, Callable[..., Any]]:
