@@ -83,6 +83,8 @@ class CellMapDataModule(L.LightningDataModule):
         batch_size: samples of a batch, per rank.
         num_workers: worker processes per loader; the dataset reads with threads of its own, so 0 is the fast way.
         spatial_transforms: augmentation of the train split, see `SpatialTransforms`.
+        intensity_transforms: random blur, contrast, brightness, gamma and noise of the train split, see
+            `IntensityTransforms`.
         raw_value_transforms: see `CellMapDataset`.
         target_value_transforms: see `CellMapDataset`.
         class_relation_dict: see `CellMapDataset`.
@@ -134,6 +136,7 @@ class CellMapDataModule(L.LightningDataModule):
         val_samples: int | None = None,
         pad: bool = True,
         seed: int = 0,
+        intensity_transforms: Mapping[str, Any] | None = None,
         normalize: Any = "dtype",
         invert: bool = False,
         infer: Sequence[str] = (),
@@ -200,6 +203,7 @@ class CellMapDataModule(L.LightningDataModule):
             pad,
             max_workers,
             seed,
+            intensity_transforms=intensity_transforms,
             normalize=normalize,
             invert=invert,
             infer=infer,

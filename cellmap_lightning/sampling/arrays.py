@@ -14,6 +14,7 @@ from cellmap_lightning.buffers import BUFFERS
 from cellmap_lightning.draws import VALUES, hashes
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.memory import BatchMemory, FormMemory
+from cellmap_lightning.transforms.augment import IntensityTransforms
 from cellmap_lightning.transforms.intensity import AUTO, Scaling
 from cellmap_lightning.transforms.kinds import KINDS, TargetKind, make_kind, signed
 from cellmap_lightning.volumes.placement import Window
@@ -197,6 +198,7 @@ class BatchLayout:
         scaling: how stored values are normalized.
         nan_targets: say NaN where nothing is known; otherwise 0, with a boolean ``<name>_mask`` beside it.
         seed: seed of random value transforms.
+        augment: random changes of the values of inputs.
     """
 
     inputs: Mapping[str, InputArray]
@@ -209,6 +211,7 @@ class BatchLayout:
     scaling: Scaling
     nan_targets: bool = True
     seed: int = 0
+    augment: IntensityTransforms | None = None
 
     def compact(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape of one sample and type of each array of a compact batch."""
@@ -275,6 +278,8 @@ class BatchLayout:
                 value = self._each(transform, raw, samples, f"raw value transform of {name!r}", len(out))
             if raw.is_floating_point() or callable(transform):
                 value = torch.nan_to_num(value, nan=0.0, posinf=float("inf"), neginf=float("-inf"))
+            if self.augment:
+                value = self.augment(value, self.seed, samples.tolist(), len(out), spec.window.scale.tolist())
             out[name] = value.squeeze(1) if spec.slices_as_channels else _drop_thin(value, spec.window)
         for name, target in self.targets.items():
             dtype = target.kind.compact(self.id_dtype)[1]

@@ -26,6 +26,7 @@ from cellmap_lightning.sampling.planes import Plane
 from cellmap_lightning.sampling.pool import ReadPool, default_workers
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.sampling.targets_path import TargetPath
+from cellmap_lightning.transforms.augment import IntensityTransforms
 from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.intensity import AUTO, Normalize, Scaling, input_transforms
 from cellmap_lightning.transforms.spatial import SpatialTransforms
@@ -65,6 +66,7 @@ class CellMapDataset(SampleSource):
         input_arrays: ``{name: {"shape": voxels, "scale": nm}}`` (z, y, x) of the inputs, or one bare description.
         target_arrays: the same for the targets; concentric with the inputs.
         spatial_transforms: see `SpatialTransforms`; applied while training.
+        intensity_transforms: see `IntensityTransforms`; applied while training, to normalized raw.
         raw_value_transforms: ``"auto"`` (stored integers to [0, 1] by their type's range), None (stored values as
             float32), a callable ``[1, z, y, x] -> [1, z, y, x]``, a list of these, or one per input.
         target_value_transforms: None, or a callable ``[z, y, x] -> [z, y, x]`` on 0, 1 and NaN: one for all, a list, or
@@ -119,6 +121,7 @@ class CellMapDataset(SampleSource):
         max_workers: int | None = None,
         seed: int = 0,
         *,
+        intensity_transforms: Mapping[str, Any] | None = None,
         normalize: Any = "dtype",
         invert: bool = False,
         infer: Sequence[str] = (),
@@ -164,6 +167,7 @@ class CellMapDataset(SampleSource):
             raise CellMapValueError(f"too_coarse must be 'error' or 'upsample', got {too_coarse!r}")
         if unknown not in ("metadata", None) and (isinstance(unknown, bool) or not isinstance(unknown, int)):
             raise CellMapValueError(f"unknown must be 'metadata', a stored value or null, got {unknown!r}")
+        augment = IntensityTransforms(intensity_transforms)
         self.spatial = SpatialTransforms(spatial_transforms)
         self.spatial.check({name: spec.window for name, spec in arrays.items()})
         self.target_path = TargetPath.parse(str(target_path)) if targets else None
@@ -239,6 +243,7 @@ class CellMapDataset(SampleSource):
             Scaling.of([0], [self.affine]),
             bool(nan_targets),
             self.seed,
+            augment if self.is_train else None,
         )
         if self.pad:
             self._check_fill()

@@ -74,6 +74,7 @@ class CellMapDataSplit:
         input_arrays: see `CellMapDataset`, as all that follow.
         target_arrays: see there.
         spatial_transforms: applied to the train split.
+        intensity_transforms: applied to the train split.
         raw_value_transforms: see there.
         target_value_transforms: see there.
         class_relation_dict: see there.
@@ -115,6 +116,7 @@ class CellMapDataSplit:
         max_workers: int | None = None,
         seed: int = 0,
         *,
+        intensity_transforms: Mapping[str, Any] | None = None,
         normalize: Any = "dtype",
         invert: bool = False,
         infer: Sequence[str] = (),
@@ -162,7 +164,7 @@ class CellMapDataSplit:
         if isinstance(planes, str) or not planes or len(set(planes)) != len(list(planes)):
             raise CellMapValueError(f"planes must name xy, xz and yz at most once, got {planes!r}")
         self.planes = tuple(planes)
-        self._spatial = spatial_transforms
+        self._spatial, self._intensity = spatial_transforms, intensity_transforms
         self.entries = read_csv(csv_path) if csv_path is not None else read_mapping(datasets or {})
         self._built: dict[str, CellMapMultiDataset] = {}
         self._affine: dict[str, tuple[float, float]] = {}
@@ -283,6 +285,7 @@ class CellMapDataSplit:
             None if split == "predict" else entry.target_path,
             is_train=training,
             spatial_transforms=self._spatial if training else None,
+            intensity_transforms=self._intensity if training else None,
             plane=plane,
             **self._common | {key: value for key, value in own.items() if value is not None},
         )

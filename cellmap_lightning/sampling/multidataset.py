@@ -44,6 +44,7 @@ class CellMapMultiDataset(SampleSource):
                 ("seed", first.seed, other.seed),
                 ("nan_targets", first.layout.nan_targets, other.layout.nan_targets),
                 ("spatial_transforms", first.spatial, other.spatial),
+                ("intensity_transforms", first.layout.augment, other.layout.augment),
                 ("raw_value_transforms", first.layout.raw_transforms, other.layout.raw_transforms),
                 ("target_value_transforms", first.layout.target_transforms, other.layout.target_transforms),
                 ("cache", first._store.mode, other._store.mode),
