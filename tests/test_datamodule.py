@@ -176,6 +176,15 @@ def test_worker_processes_under_a_trainer(volume, tmp_path):
         assert all(torch.equal(a[n].nan_to_num(-1), b[n].nan_to_num(-1)) for n in a)
 
 
+def test_lightning_does_not_ask_for_workers_where_they_would_be_slower(data, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path).fit(task(), data)
+        trainer(tmp_path).validate(task(), data)
+        trainer(tmp_path).predict(task(), data)
+    assert not [w.message for w in caught if "does not have many workers" in str(w.message)]
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [

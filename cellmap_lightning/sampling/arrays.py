@@ -310,7 +310,11 @@ class BatchLayout:
                     torch.cuda.default_generators[values.device.index] if accelerator else torch.default_generator
                 )
                 generator.manual_seed(seed >> 1)
-                result = transform(value.clone())
+                try:
+                    result = transform(value.clone())
+                except Exception as error:
+                    error.add_note(f"in the {what}, a {list(value.shape)} tensor")
+                    raise
                 if not isinstance(result, torch.Tensor) or result.shape != value.shape:
                     got = list(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
                     raise CellMapValueError(f"{what}: it must keep the shape {list(value.shape)}, it gave {got}")

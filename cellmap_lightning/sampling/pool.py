@@ -169,7 +169,7 @@ class ForkGate:
         """Wait until nobody reads, but for the thread that forks."""
         with self._changed:
             self._forking = True
-            mine = 1 if getattr(self._mine, "depth", 0) else 0
+            mine: int = getattr(self._mine, "depth", 0)
             self._changed.wait_for(lambda: self._reading <= mine, self.PATIENCE)
 
     def after_fork(self) -> None:
