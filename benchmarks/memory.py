@@ -39,8 +39,8 @@ def main():
     args = parser.parse_args()
     ensure(args.data)
     name = "ours" if args.compact else "ours-finished"
-    print(f"{args.samples} samples of 64³, 8 classes, {'compact' if args.compact else 'finished'}; target: below")
-    print(f"{TARGET:g} MB per 1,000 samples\n")
+    print(f"{args.samples} samples of 64³, 8 classes, {'compact' if args.compact else 'finished'}.")
+    print(f"Target: below {TARGET:g} MB per 1,000 samples.\n")
     print("| decoded voxels | MB per 1,000 samples | peak above imports, MB | less the budget, MB | met |")
     print("|---|---|---|---|---|", flush=True)
     traces = {}
