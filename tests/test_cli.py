@@ -165,6 +165,12 @@ def test_a_sweep(volume, tmp_path):
             ["+data.batchsize=4"],
             ["data.batchsize: CellMapDataModule has no argument 'batchsize'; did you mean data.batch_size?"],
         ),
+        (["experiment=demo", "data.cache=dsk"], ["Error: cache is one of auto, disk, memory, none, got 'dsk'"]),
+        (["experiment=demo", "data.reader=zar"], ["Error: a reader is one of zarr, tensorstore, got 'zar'"]),
+        (
+            ["experiment=demo", "data.intensity_transforms.contrast=1.5"],
+            ["Error: intensity_transforms.contrast must be [lowest, highest], none below 0, got 1.5"],
+        ),
         (["experiment=dmo"], ["Could not find 'experiment/dmo'", "demo"]),
         (["model=resnet"], ["Could not find 'model/resnet'", "unet"]),
         (["data.csv_path=nowhere.csv"], ["the CSV of crops nowhere.csv does not exist"]),

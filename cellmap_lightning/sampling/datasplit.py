@@ -24,10 +24,12 @@ from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes, parse_i
 from cellmap_lightning.sampling.dataset import CellMapDataset, NotAnnotatedError, TooCoarseError
 from cellmap_lightning.sampling.labels import Downsample, Unknown
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
+from cellmap_lightning.transforms.augment import IntensityTransforms
 from cellmap_lightning.transforms.intensity import AUTO
-from cellmap_lightning.volumes.chunks import Reader
+from cellmap_lightning.transforms.spatial import SpatialTransforms
+from cellmap_lightning.volumes.chunks import Reader, check_reader
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING
-from cellmap_lightning.volumes.location import CacheMode
+from cellmap_lightning.volumes.location import CacheMode, check_mode
 from cellmap_lightning.volumes.ngff import shared_metadata
 from cellmap_lightning.volumes.store import local, missing
 
@@ -135,6 +137,11 @@ class CellMapDataSplit:
             raise CellMapTypeError("give the crops either as csv_path or as datasets")
         if too_coarse not in ("drop", "upsample", "error"):
             raise CellMapValueError(f"too_coarse must be 'drop', 'upsample' or 'error', got {too_coarse!r}")
+        # What is the same for every crop is refused here, once, and not crop by crop.
+        check_mode(cache, cache_bytes)
+        check_reader(reader)
+        SpatialTransforms(spatial_transforms)
+        IntensityTransforms(intensity_transforms)
         self.classes = parse_classes(classes) if classes is not None else None
         self.too_coarse = too_coarse
         self.source = str(csv_path) if csv_path is not None else "datasets"
