@@ -1,6 +1,7 @@
 """The data of a Trainer: crops of each split, their loaders, and where their batches are finished."""
 
 import logging
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -8,11 +9,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.arrays import (
     ArraySpecs,
-    BatchLayout,
     CompactBatch,
     parse_classes,
     parse_inputs,
@@ -21,9 +22,10 @@ from cellmap_lightning.sampling.arrays import (
 from cellmap_lightning.sampling.dataloader import CellMapDataLoader
 from cellmap_lightning.sampling.datasplit import SPLITS, CellMapDataSplit
 from cellmap_lightning.sampling.labels import Downsample, Unknown
-from cellmap_lightning.sampling.memory import BatchMemory
+from cellmap_lightning.sampling.memory import BatchMemory, check_fits, device_memory
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.prefetch import STREAM_DEVICES, PrefetchDecision
+from cellmap_lightning.sampling.waiting import Waiting
 from cellmap_lightning.transforms.intensity import AUTO
 from cellmap_lightning.volumes.chunks import Reader
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING
@@ -41,8 +43,6 @@ _STAGES: dict[str | None, tuple[str, ...]] = {
     "predict": ("predict",),
     None: SPLITS,
 }
-#: The split behind each of a Trainer's running stages.
-_RUNNING = {"train": "train", "sanity_check": "val", "validate": "val", "test": "test", "predict": "predict"}
 
 PrefetchPolicy = Callable[[str, BatchMemory, torch.device], PrefetchDecision]
 
@@ -189,7 +189,8 @@ class CellMapDataModule(L.LightningDataModule):
         self.drop_last = drop_last
         #: Set by `StreamPrefetch`: from (split, memory, device) to a decision.
         self.prefetch: PrefetchPolicy | None = None
-        self._layouts: dict[str, BatchLayout] = {}
+        #: Seconds that steps waited for batches of this module, over all of its loaders.
+        self.waiting = Waiting()
         self.split = CellMapDataSplit(
             csv_path,
             _instantiated(datasets),
@@ -302,10 +303,10 @@ class CellMapDataModule(L.LightningDataModule):
         # Only a Trainer that runs passes batches through `transfer_batch_to_device`.
         running = self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
         streams = running and device.type in STREAM_DEVICES
-        decision = None
-        if self.prefetch is not None and running:
-            decision = self.prefetch(split, dataset.batch_memory(self.batch_size), device)
-        loader = CellMapDataLoader(
+        memory, total = dataset.batch_memory(self.batch_size), device_memory(device)
+        check_fits(memory, self.batch_size, device, total, split)
+        decision = self.prefetch(split, memory, device) if self.prefetch is not None and running else None
+        return CellMapDataLoader(
             dataset,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
@@ -317,16 +318,15 @@ class CellMapDataModule(L.LightningDataModule):
             rank=self.trainer.global_rank if self.trainer is not None else None,
             world=self._world if self.trainer is not None else None,
             pin_memory=device.type == "cuda" if self.pin_memory is None else self.pin_memory,
-            prefetch_to=device if decision is not None and decision.enabled else None,
+            device=device,
             decision=decision,
-            floats_as_integers=streams,
+            carry=streams,
+            waiting=self.waiting,
             persistent_workers=self.persistent_workers,
             prefetch_factor=self.prefetch_factor,
             timeout=self.timeout,
             multiprocessing_context=self.multiprocessing_context,
         )
-        self._layouts[split] = loader.layout
-        return loader
 
     @property
     def _device(self) -> torch.device:
@@ -344,19 +344,17 @@ class CellMapDataModule(L.LightningDataModule):
         Finished here and not in ``on_after_batch_transfer``: a hook of that name on a datamodule would hide the user's
         own.
         """
+        began = time.perf_counter()
         batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        if not isinstance(batch, CompactBatch):
-            return batch
-        if self.trainer is None:
-            raise CellMapValueError(
-                "a compact batch can only be finished while a Trainer runs; use layout.finish(batch)"
-            )
-        stage = self.trainer.state.stage
-        split = _RUNNING.get(stage.value if stage is not None else "")
-        if split is None or split not in self._layouts:
-            raise CellMapKeyError(f"no loader of this module delivers batches in the stage {stage!r}")
+        if self.trainer is not None:
+            # Several loaders make a list or a mapping of batches.
+            batch = apply_to_collection(batch, CompactBatch, self._finished)
+        self.waiting.moved += time.perf_counter() - began
+        return batch
+
+    def _finished(self, batch: CompactBatch) -> Any:
         # Lightning converts what a loader yields to the precision before it is moved: here it is only float32 by now.
-        return self.trainer.precision_plugin.convert_input(self._layouts[split].finish(batch))
+        return self.trainer.precision_plugin.convert_input(batch.finished())  # type: ignore[union-attr]
 
     # -- checkpoints
 
@@ -372,8 +370,11 @@ class CellMapDataModule(L.LightningDataModule):
     # -- the end
 
     def on_exception(self, exception: BaseException) -> None:
-        """Cancel queued reads: an interpreter that exits would otherwise run them all first."""
-        self.split.cancel()
+        """Cancel queued reads and end every thread: Lightning calls no ``teardown`` after this.
+
+        The datasets stay, and so does what they decoded: a later run makes new threads.
+        """
+        self.split.stop()
 
     def close(self) -> None:
         """End every thread and drop what is cached. A later use makes new ones."""
@@ -384,6 +385,10 @@ class CellMapDataModule(L.LightningDataModule):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A Trainer takes hold of the copy itself, and cannot always be pickled.
+        return self.__dict__ | {"trainer": None}
 
     def __str__(self) -> str:
         given = [split for split in SPLITS if self.split.given(split)]

@@ -44,5 +44,9 @@ class CacheError(CellMapError, OSError):
     """Decoded voxels that cannot be kept where they were to be kept."""
 
 
+class CellMapMemoryError(CellMapError, MemoryError, RuntimeError):
+    """A batch that cannot fit; also a `RuntimeError`, by which Lightning's tuner knows a batch size as too large."""
+
+
 class MissingExtraError(CellMapError, ImportError):
     """An optional library is needed here and is not installed."""

@@ -114,14 +114,15 @@ def test_a_failing_step_leaves_nothing_hanging(volume, tmp_path):
     data = module(volume)
     with pytest.raises(RuntimeError, match="the step failed"):
         trainer(tmp_path).fit(Fails(nn.Conv3d(1, 3, 1), CLASSES), data)
-    executor = data.train_dataset.executor
+    assert reading_threads() == []
+    train = data.train_dataset
     trainer(tmp_path).fit(task(), data)  # and it goes on
-    assert data.train_dataset.executor is executor
+    assert data.train_dataset is train
     data.close()
     assert reading_threads() == []
 
 
-def test_ctrl_c_cancels_what_is_queued(volume, tmp_path):
+def test_ctrl_c_cancels_what_is_queued(volume, tmp_path, monkeypatch):
     """Lightning ends the process without calling teardown; `on_exception` is what is left."""
 
     class Interrupted(L.Callback):
@@ -131,9 +132,10 @@ def test_ctrl_c_cancels_what_is_queued(volume, tmp_path):
             # Both reading threads are busy and more is queued when Ctrl-C comes.
             self.futures = [pool.executor.submit(hold.acquire) for _ in range(2)]
             self.futures += [pool.executor.submit(print, "never") for _ in range(3)]
-            pool._queued.update(self.futures)
+            pool._queued.update(dict.fromkeys(self.futures, threading.get_ident()))
             raise KeyboardInterrupt
 
+    monkeypatch.setattr("cellmap_lightning.sampling.pool.PATIENCE", 0.2)  # nobody interrupts what reads already
     hold = threading.Semaphore(1)
     callback = Interrupted()
     data = module(volume, max_workers=2)
@@ -314,8 +316,11 @@ def test_batches_are_copied_ahead_where_the_decision_says_so(volume, tmp_path, m
             log.append(("acquire", threading.current_thread().name))
             return batch
 
-    monkeypatch.setattr("cellmap_lightning.datamodule.STREAM_DEVICES", ("cpu",))
-    monkeypatch.setattr("cellmap_lightning.sampling.prefetch.STREAM_DEVICES", ("cpu",))
+        def idle(self):
+            return True
+
+    for module_ in ("datamodule", "sampling.prefetch", "sampling.dataloader"):
+        monkeypatch.setattr(f"cellmap_lightning.{module_}.STREAM_DEVICES", ("cpu",))
     monkeypatch.setattr("cellmap_lightning.sampling.dataloader.SideStream", Engine)
     ahead, plain = Watch(), Watch()
     with module(volume) as data:

@@ -1,5 +1,6 @@
 """Choose CUDA-stream prefetching from the computed memory of a batch."""
 
+import dataclasses
 import logging
 import os
 from typing import Any
@@ -8,7 +9,7 @@ import lightning as L
 import torch
 
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
-from cellmap_lightning.sampling.memory import BatchMemory
+from cellmap_lightning.sampling.memory import BatchMemory, device_memory
 from cellmap_lightning.sampling.prefetch import PrefetchDecision, PrefetchSettings, decide
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class StreamPrefetch(L.Callback):
     """Copies batches to the device ahead of the step, where that pays and fits.
 
     Each loader is judged when it is built, from numbers alone (see `prefetch.decide`), so that every rank decides the
-    same. On a CPU or MPS device nothing is started.
+    same. On a CPU or MPS device nothing is started, unless ``enabled=True`` asks for a thread that reads ahead.
 
     Args:
         min_batch_mb: MiB of a finished batch from which a side stream is used; by default the environment's
@@ -36,11 +37,11 @@ class StreamPrefetch(L.Callback):
         max_streams: side streams at most; by default the environment's ``MAX_CONCURRENT_CUDA_STREAMS``, else 8. One is
             used: the copies of a batch share one copy engine.
         depth: batches ahead; ``"auto"`` for as many as fit, at most 2.
-        memory_fraction: part of the device's total memory that batches may take.
-        enabled: ``"auto"``, True (whatever the size of a batch), or False.
+        memory_fraction: part of the device's total memory that the batches of a loader may take.
+        enabled: ``"auto"``, True (whatever the size of a batch, on any device), or False.
 
     Attributes:
-        decisions: the decision for each split whose loader was built.
+        decisions: the decision for each split whose loader was built, also logged as hyperparameters.
 
     Raises:
         CellMapValueError: a setting that cannot be one.
@@ -69,6 +70,7 @@ class StreamPrefetch(L.Callback):
             )
         self.settings = PrefetchSettings(min_batch_mb, max_streams, depth, memory_fraction, enabled)
         self.decisions: dict[str, PrefetchDecision] = {}
+        self._unlogged: dict[str, PrefetchDecision] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Hand the policy to the datamodule, which asks it whenever it builds a loader.
@@ -94,6 +96,33 @@ class StreamPrefetch(L.Callback):
         """The same where a run ends early, and ``teardown`` is not called."""
         self._forget(trainer)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the decisions that were made as hyperparameters."""
+        self._log(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Likewise."""
+        self._log(trainer)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Likewise."""
+        self._log(trainer)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Likewise."""
+        self._log(trainer)
+
+    def _log(self, trainer: L.Trainer) -> None:
+        made, self._unlogged = self._unlogged, {}
+        values = {
+            f"stream_prefetch/{split}/{name}": value
+            for split, decision in made.items()
+            for name, value in dataclasses.asdict(decision).items()
+        }
+        if values:
+            for logger in trainer.loggers:
+                logger.log_hyperparams(values)
+
     def _forget(self, trainer: L.Trainer) -> None:
         datamodule: Any = getattr(trainer, "datamodule", None)
         if getattr(datamodule, "prefetch", None) == self._decide:
@@ -102,20 +131,10 @@ class StreamPrefetch(L.Callback):
     def _decide(self, split: str, memory: BatchMemory, device: torch.device) -> PrefetchDecision:
         decision = decide(memory, device.type, device_memory(device), self.settings)
         if self.decisions.get(split) != decision:
+            how = f"{decision.depth} ahead " + ("on a stream" if decision.streams else "in a thread")
             log.info(
-                "stream prefetch for %s: %s, %s",
-                split,
-                f"on, {decision.depth} ahead on {decision.streams} stream" if decision.enabled else "off",
-                decision.reason,
+                "stream prefetch for %s: %s, %s", split, f"on, {how}" if decision.enabled else "off", decision.reason
             )
+            self._unlogged[split] = decision
         self.decisions[split] = decision
         return decision
-
-
-def device_memory(device: torch.device) -> int | None:
-    """Total memory of a device in bytes, the same in every run; None where it is not known or does not matter."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    if device.type == "xpu":
-        return int(torch.xpu.get_device_properties(device).total_memory)
-    return None

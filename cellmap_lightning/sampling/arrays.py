@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ from cellmap_lightning.volumes.placement import Window
 #: ``{name: {"shape": [z, y, x] voxels, "scale": [z, y, x] nm}}``, or one such description by itself.
 ArraySpecs: TypeAlias = Mapping[str, Any]
 
-_RESERVED = ("idx", "sample")
+_RESERVED = ("idx", "sample", "finish")
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,11 @@ def parse_classes(classes: Sequence[str]) -> tuple[str, ...]:
 _SAME_BITS = {torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class CompactBatch(dict[str, torch.Tensor]):
+#: Under this key a compact batch carries what finishes it; see `CompactBatch.carried`.
+_FINISH = "finish"
+
+
+class CompactBatch(dict[str, Any]):
     """A batch as it travels: inputs in their stored type, targets as bits, ids or distances.
 
     Keys: each input ``[N, 1, z, y, x]``, each target (binary: uint8 ``[N, z, y, x, 2 * ceil(classes / 8)]``), ``idx``
@@ -178,9 +182,21 @@ class CompactBatch(dict[str, torch.Tensor]):
     follow).
     """
 
-    def as_integers(self) -> "CompactBatch":
-        """The same memory, with floats seen as integers of the same bits; `BatchLayout.finish` sees them back."""
-        return CompactBatch({name: t.view(_SAME_BITS.get(t.dtype, t.dtype)) for name, t in self.items()})
+    def carried(self, layout: "BatchLayout") -> "CompactBatch":
+        """The same memory, to be finished by `finished` after Lightning has moved it.
+
+        Floats are seen as integers of the same bits, which `BatchLayout.finish` sees back: Lightning converts floats
+        to the precision of the model first. What finishes the batch is one of its values, as Lightning copies mappings
+        by their items.
+        """
+        batch = CompactBatch({name: t.view(_SAME_BITS.get(t.dtype, t.dtype)) for name, t in self.items()})
+        batch[_FINISH] = layout.finish
+        return batch
+
+    def finished(self) -> dict[str, torch.Tensor]:
+        """The finished form of a batch that was `carried`."""
+        finish: Callable[[CompactBatch], dict[str, torch.Tensor]] = self[_FINISH]
+        return finish(CompactBatch({name: value for name, value in self.items() if name != _FINISH}))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,9 @@
 """Samples as batches: a `DataLoader` that a Trainer, or a plain loop, can use."""
 
 import multiprocessing
-from collections.abc import Iterable, Iterator
+import time
+import weakref
+from collections.abc import Generator, Iterable
 from copy import copy
 from functools import partial
 from typing import Any
@@ -12,10 +14,18 @@ from torch.utils.data import DataLoader, DistributedSampler
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory
-from cellmap_lightning.sampling.prefetch import PrefetchDecision, SideStream, prefetch
+from cellmap_lightning.sampling.prefetch import (
+    STREAM_DEVICES,
+    PrefetchDecision,
+    ReadAhead,
+    SideStream,
+    device_idle,
+    prefetch,
+)
 from cellmap_lightning.sampling.sampler import StreamSampler
 from cellmap_lightning.sampling.slots import SlotBatch, Slots
 from cellmap_lightning.sampling.source import Samples, SampleSource
+from cellmap_lightning.sampling.waiting import Timed, Waiting
 
 
 def _as_read(batch: Any) -> Any:
@@ -70,10 +80,12 @@ class CellMapDataLoader(DataLoader[Any]):
         rank: this process among ``world``; by default that of `torch.distributed`.
         world: number of processes.
         pin_memory: read into page-locked memory.
-        prefetch_to: copy batches ahead to this device, as ``decision`` says.
-        decision: see `prefetch.decide`.
-        floats_as_integers: hand out the floats of compact batches as integers of the same bits: Lightning would convert
-            them to the precision of the model before they are finished.
+        device: where the batches are used; they are copied to it if ``decision`` says so.
+        decision: have batches ahead, see `prefetch.decide`; by default none are.
+        carry: compact batches carry the means to finish them, and their floats as integers of the same bits, since
+            Lightning would convert them to the precision of the model before: for `CellMapDataModule`, see
+            `CompactBatch.carried`.
+        waiting: counts up while batches are waited for.
         persistent_workers: keep worker processes between epochs; by default where there are any.
         prefetch_factor: batches ahead per worker process.
         timeout: seconds after which a worker that delivers nothing is an error; 0 waits for ever.
@@ -101,9 +113,10 @@ class CellMapDataLoader(DataLoader[Any]):
         rank: int | None = None,
         world: int | None = None,
         pin_memory: bool = False,
-        prefetch_to: torch.device | None = None,
+        device: torch.device | None = None,
         decision: PrefetchDecision | None = None,
-        floats_as_integers: bool = False,
+        carry: bool = False,
+        waiting: Waiting | None = None,
         persistent_workers: bool | None = None,
         prefetch_factor: int | None = None,
         timeout: float = 0,
@@ -151,9 +164,11 @@ class CellMapDataLoader(DataLoader[Any]):
         self._by_slots = slots
         self._slots: Slots | None = None
         self.finish = finish
-        self.prefetch_to = prefetch_to
-        self.floats_as_integers = floats_as_integers
+        self.device = device or torch.device("cpu")
+        self.carry = carry
         self.decision = decision
+        self.waiting = waiting or Waiting()
+        self._passes: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
     def source(self) -> SampleSource:
@@ -168,18 +183,34 @@ class CellMapDataLoader(DataLoader[Any]):
         return samples.layout
 
     @property
+    def _most(self) -> int:
+        """Samples of a batch at most; Lightning gives a batch sampler instead to predict."""
+        size: Any = self.batch_size or getattr(self.batch_sampler, "batch_size", 1)
+        return int(size)
+
     def batch_memory(self) -> BatchMemory:
         """The bytes of a batch, known before anything is read."""
-        size: Any = self.batch_size or getattr(self.batch_sampler, "batch_size", 1)
-        return self.source.batch_memory(int(size))
+        return self.source.batch_memory(self._most)
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:  # type: ignore[override]
+    def __iter__(self) -> Generator[dict[str, torch.Tensor], None, None]:  # type: ignore[override]
         # A generator: Lightning asks twice for the iterator of one epoch and abandons one of them. Nothing starts, and
-        # no
-        # epoch is counted, before the first batch is asked for.
-        return self._pass(partial(self._batches, partial(super().__iter__)))
+        # no epoch is counted, before the first batch is asked for.
+        started = self._pass(partial(self._batches, partial(super().__iter__)))
+        self._passes.add(started)
+        self.source.follow(self)
+        return started
 
-    def _batches(self, start: Any) -> Iterator[Any]:
+    def close(self) -> None:
+        """End every pass under way, its thread, and the worker processes. A later pass begins anew."""
+        for started in list(self._passes):
+            try:
+                started.close()
+            except ValueError:  # somebody waits for a batch in it right now, and will be told that reading ended
+                continue
+        self._slots = None
+        self._iterator = None  # persistent workers end with it
+
+    def _batches(self, start: Any) -> Generator[Any, None, None]:
         """The batches of a pass, as they were read; worker processes are started here."""
         samples: Samples = self.dataset  # type: ignore[assignment]
         if self.num_workers > 0:
@@ -189,8 +220,7 @@ class CellMapDataLoader(DataLoader[Any]):
             # Workers count their batches from their own beginning: only those that live on may use the same slots.
             slots = self._slots if self.persistent_workers else None
             if slots is None:
-                size: Any = self.batch_size or getattr(self.batch_sampler, "batch_size", 1)
-                samples.room = int(size)
+                samples.room = self._most
                 slots = Slots(
                     samples.layout, samples.room, self.num_workers, self.prefetch_factor or 2,
                     self.finish and samples.layout.custom,
@@ -199,21 +229,43 @@ class CellMapDataLoader(DataLoader[Any]):
         pin = samples.pin
         return (slots.take(b, pin) if slots is not None and isinstance(b, SlotBatch) else b for b in start())
 
-    def _pass(self, batches: Any) -> Iterator[dict[str, torch.Tensor]]:
+    def _pass(self, batches: Any) -> Generator[dict[str, torch.Tensor], None, None]:
         sampler = self._own_sampler()
         if sampler is not None:
             sampler.start()
-        decision, device = self.decision, self.prefetch_to
-        if decision is not None and decision.enabled and device is not None:
-            stream: Iterable[Any] = prefetch(batches, SideStream(device), decision.depth)
+        present: Any = self._present
+        idle: Any = partial(device_idle, self.device)
+        if self.decision is not None and self.decision.enabled:
+            engine: SideStream | ReadAhead
+            if self.device.type in STREAM_DEVICES:
+                engine = SideStream(self.device)
+            elif self.layout.custom:
+                engine = ReadAhead()  # somebody's own functions may use torch's generator, as the step does
+            else:
+                engine, present = ReadAhead(present), None
+            idle = engine.idle
+            stream = prefetch(batches, engine, self.decision.depth, self.source.cancel)
         else:
             stream = batches()
-        layout = self.layout
-        for batch in stream:
-            if self.finish:
-                yield layout.finish(batch)
-            else:
-                yield batch.as_integers() if self.floats_as_integers and isinstance(batch, CompactBatch) else batch
+        timed = Timed(stream, self.waiting, idle)
+        try:
+            # Neither keeps a batch that it has handed out: its memory is the step's alone.
+            yield from timed if present is None else map(self._timed_present, timed)
+        finally:
+            stream.close()
+
+    def _timed_present(self, batch: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return self._present(batch)
+        finally:
+            self.waiting.moved += time.perf_counter() - began
+
+    def _present(self, batch: Any) -> Any:
+        """A batch in the form that was asked for."""
+        if self.finish:
+            return self.layout.finish(batch)
+        return batch.carried(self.layout) if self.carry and isinstance(batch, CompactBatch) else batch
 
     def _own_sampler(self) -> StreamSampler | None:
         """The loader's own sampler, also where Lightning has wrapped it to predict."""

@@ -327,10 +327,10 @@ class CellMapDataSplit:
         for dataset in self._built.values():
             dataset.close()
 
-    def cancel(self) -> None:
-        """Cancel the reads that have not begun."""
+    def stop(self) -> None:
+        """Stop every dataset: end threads and passes, keep what is decoded."""
         for dataset in self._built.values():
-            dataset.cancel()
+            dataset.stop()
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_lock"}

@@ -1,7 +1,12 @@
 """The bytes of a batch, known from its description alone, before anything is read."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+
+from cellmap_lightning.errors import CellMapMemoryError
 
 
 @dataclass(frozen=True)
@@ -34,3 +39,44 @@ class BatchMemory(FormMemory):
     """
 
     compact: FormMemory
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Total memory of a device in bytes, for a CPU the machine's; None where it is not known. The same in every run."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "xpu":
+        return int(torch.xpu.get_device_properties(device).total_memory)
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def check_fits(memory: BatchMemory, batch_size: int, device: torch.device, total: int | None, split: str) -> None:
+    """Refuse a batch that is larger than all of a device's memory, before anything is read.
+
+    A batch is held in both forms while it is finished.
+
+    Args:
+        memory: bytes of the batch.
+        batch_size: samples in it.
+        device: where it is finished.
+        total: bytes of the device's memory; None where it is not known.
+        split: what the batch is for.
+
+    Raises:
+        CellMapMemoryError: it cannot fit.
+    """
+    needed = memory.total_bytes + memory.compact.total_bytes
+    if total is None or needed <= total:
+        return
+    largest = max(memory.arrays, key=lambda name: memory.arrays[name])
+    fits = total * batch_size // needed
+    advice = f"at most batch_size={fits} fits" if fits else "not even one sample fits"
+    # Words that Lightning's tuner looks for when it tries batch sizes.
+    word = "DefaultCPUAllocator: can't allocate memory" if device.type == "cpu" else "CUDA out of memory"
+    raise CellMapMemoryError(
+        f"{split}: a batch of {batch_size} takes {memory.total_mb:.0f} MiB finished and {memory.compact.total_mb:.0f} "
+        f"MiB as it travels, and the whole memory of {device} is {total / 2**20:.0f} MiB (torch would say: {word}); "
+        f"{advice}; most is for {largest!r}, which a smaller shape or fewer classes make smaller"
+    )

@@ -1,16 +1,29 @@
 """The threads that read: one pool per collection of datasets and process, made at first use, kept until closed."""
 
+import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from cellmap_lightning.errors import CellMapError, CellMapValueError
 
+log = logging.getLogger(__name__)
+
 THREAD_PREFIX = "cellmap-read"
+#: Seconds that somebody who closes waits for a read that cannot be cancelled any more.
+PATIENCE = 10.0
+
+
+class Closes(Protocol):
+    """What can be closed."""
+
+    def close(self) -> None:
+        """End it."""
 
 
 def default_workers(max_workers: int | None = None) -> int:
@@ -39,6 +52,22 @@ def _enter(threads: "weakref.WeakSet[threading.Thread]") -> None:
     threads.add(threading.current_thread())
 
 
+def end_threads(threads: Iterable[threading.Thread], doing: str) -> None:
+    """Wait until threads that were told to end have ended; a read that hangs is left behind after `PATIENCE` seconds.
+
+    Args:
+        threads: the threads; the calling one is left out, since garbage may be collected in any.
+        doing: what they do, for the log.
+    """
+    deadline = time.monotonic() + PATIENCE
+    left = [thread for thread in threads if thread is not threading.current_thread()]
+    for thread in left:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    hanging = [thread.name for thread in left if thread.is_alive()]
+    if hanging:
+        log.warning("%s for more than %g s and cannot be interrupted: %s", doing, PATIENCE, ", ".join(hanging))
+
+
 def _each(tasks: list[Callable[[], None]]) -> None:
     for task in tasks:
         task()
@@ -61,7 +90,9 @@ class ReadPool:
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
-        self._queued: set[Future[Any]] = set()
+        #: The tasks that are waited for, and the thread that waits.
+        self._queued: dict[Future[Any], int] = {}
+        self._followers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -106,7 +137,7 @@ class ReadPool:
             with self._lock:
                 executor = self._executor_locked()
                 futures.extend(executor.submit(task) for task in tasks)  # keeps what was submitted if one fails
-                self._queued.update(futures)
+                self._queued.update(dict.fromkeys(futures, threading.get_ident()))
             for future in futures:
                 future.result()
         except CancelledError:
@@ -117,20 +148,36 @@ class ReadPool:
             for future in futures:
                 if not future.cancelled():
                     future.exception()
-            self._queued.difference_update(futures)
+            for future in futures:
+                self._queued.pop(future, None)
 
-    def cancel(self) -> None:
-        """Cancel every task that has not begun; whoever waits for it in `run` gets a `CellMapError`."""
-        for future in list(self._queued):
-            future.cancel()
+    def follow(self, follower: Closes) -> None:
+        """Close this first, when the pool is closed: it reads with the pool's threads."""
+        self._followers.add(follower)
+
+    def cancel(self, waiting: int | None = None) -> None:
+        """Cancel every task that has not begun; whoever waits for it in `run` gets a `CellMapError`.
+
+        Args:
+            waiting: only the tasks that this thread waits for.
+        """
+        for future, thread in list(self._queued.items()):
+            if waiting is None or waiting == thread:
+                future.cancel()
 
     def close(self) -> None:
-        """Cancel what has not begun, finish what has, end the threads. A later use makes new ones."""
+        """Cancel what has not begun, finish what has, end the threads and who reads with them. A later use begins anew.
+
+        Returns after `PATIENCE` seconds at the latest for each of them, also when a read hangs.
+        """
         self.cancel()
+        for follower in list(self._followers):
+            follower.close()
         with self._lock:
             executor, self._executor = self._executor, None
         if executor is not None:
-            executor.shutdown(wait=True, cancel_futures=True)
+            executor.shutdown(wait=False, cancel_futures=True)
+            end_threads(list(self._threads), "a read has been under way")
 
 
 class ForkGate:

@@ -5,8 +5,9 @@ carries it out: one thread reads the next batches and queues their copies on a s
 computes.
 """
 
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from cellmap_lightning.sampling.memory import BatchMemory
+from cellmap_lightning.sampling.pool import end_threads
 
 #: Kinds of device whose copies can overlap with compute.
 STREAM_DEVICES = ("cuda", "xpu")
@@ -29,7 +31,7 @@ class PrefetchSettings:
         max_streams: side streams at most.
         depth: batches ahead, or ``"auto"``.
         memory_fraction: part of the device's memory that batches may take.
-        enabled: ``"auto"``, or True (whatever the size), or False.
+        enabled: ``"auto"``, or True (whatever the size and the device), or False.
         max_depth: what ``"auto"`` chooses at most.
     """
 
@@ -48,7 +50,7 @@ class PrefetchDecision:
     Attributes:
         enabled: whether they are.
         depth: batches ahead.
-        streams: side streams.
+        streams: side streams; 0 where a thread only reads ahead.
         reason: why, with the numbers.
     """
 
@@ -61,7 +63,10 @@ class PrefetchDecision:
 def decide(
     memory: BatchMemory, device_type: str, device_bytes: int | None, settings: PrefetchSettings
 ) -> PrefetchDecision:
-    """Whether to copy batches ahead on a side stream: a function of its arguments alone, the same on every rank.
+    """Whether to have batches ahead of the step: a function of its arguments alone, the same on every rank.
+
+    On CUDA and XPU devices they are copied on a side stream, from a size on. Elsewhere there is no copy to overlap;
+    ``enabled=True`` has a thread read (and finish) them ahead, ``"auto"`` starts nothing.
 
     Args:
         memory: bytes of a batch.
@@ -70,41 +75,75 @@ def decide(
         settings: see `PrefetchSettings`.
 
     Returns:
-        The decision. Held on the device are ``depth`` queued batches, the one in use and the one whose memory is freed
-        when its step has run, in the form in which they travel, and one finished.
+        The decision. Held in the device's memory are ``depth`` queued batches, the one in use and the one whose memory
+        is freed when its step has run, in the form in which they are queued, and one finished. A queue for training
+        stays full while the Trainer validates in the middle of an epoch: validation has a budget of its own.
     """
 
     def off(reason: str) -> PrefetchDecision:
         return PrefetchDecision(False, 0, 0, reason)
 
+    copies = device_type in STREAM_DEVICES
+    size = f"a finished batch is {memory.total_mb:.1f} MiB"
     if settings.enabled is False:
         return off("switched off")
-    if device_type not in STREAM_DEVICES:
-        return off(f"a {device_type} device has no copies to overlap")
-    size = f"a finished batch is {memory.total_mb:.1f} MiB"
+    if settings.enabled == "auto" and not copies:
+        return off(f"a {device_type} device has no copies to overlap; enabled=True reads ahead all the same")
     if settings.enabled == "auto" and memory.total_mb < settings.min_batch_mb:
         return off(f"{size}, below the threshold of {settings.min_batch_mb:g} MiB")
-    budget = int(settings.memory_fraction * device_bytes) if device_bytes else None
-    queued = memory.compact.total_bytes
+    if copies and settings.max_streams < 1:
+        return off("max_streams is 0")
     depth = settings.max_depth if settings.depth == "auto" else int(settings.depth)
-    room = f"{settings.memory_fraction:.0%} of the device"
-    if budget is not None:
+    if depth < 1:
+        return off(f"depth is {depth}")
+    # Without a stream batches are finished before they are queued.
+    queued = memory.compact.total_bytes if copies else memory.total_bytes
+    room = f"{settings.memory_fraction:.0%} of the {'device' if copies else 'memory'}"
+    if device_bytes:
+        budget = int(settings.memory_fraction * device_bytes)
         room += f" is {budget / 2**20:.0f} MiB"
         fits = (budget - memory.total_bytes) // queued - 2
         if fits < 1:
             return off(f"{size}, and {room}: too little for one batch ahead")
         depth = min(depth, fits)
-    if depth < 1:
-        return off(f"depth is {depth}")
     why = "switched on" if settings.enabled is True else f"threshold {settings.min_batch_mb:g} MiB"
-    streams = min(1, settings.max_streams)
-    if streams < 1:
-        return off("max_streams is 0")
-    return PrefetchDecision(True, depth, streams, f"{size} ({why}), {queued / 2**20:.1f} MiB travel, {room}")
+    what = f"{queued / 2**20:.1f} MiB travel" if copies else "a thread reads, nothing is copied"
+    return PrefetchDecision(True, depth, int(copies), f"{size} ({why}), {what}, {room}")
+
+
+def device_idle(device: torch.device) -> bool:
+    """Whether a device has nothing left to do; a CPU that asks has not."""
+    return device.type not in STREAM_DEVICES or bool(torch.accelerator.current_stream(device).query())
+
+
+class ReadAhead:
+    """What `prefetch` does with each batch where nothing is copied to a device.
+
+    Args:
+        prepare: called with each batch in the thread that reads ahead.
+    """
+
+    def __init__(self, prepare: Callable[[Any], Any] | None = None) -> None:
+        self.prepare = prepare
+
+    def bind(self) -> None:
+        """Nothing belongs to the thread."""
+
+    def copy(self, batch: Any) -> tuple[Any]:
+        """The batch, prepared."""
+        return (self.prepare(batch) if self.prepare else batch,)
+
+    def acquire(self, batch: Any) -> Any:
+        """The batch."""
+        return batch
+
+    def idle(self) -> bool:
+        """Whoever waits here computes nothing."""
+        return True
 
 
 class SideStream:
-    """Copies to a device on a stream of its own.
+    """What `prefetch` does with each batch for a device: copies it on a stream of its own.
 
     `copy` runs in the copying thread, `acquire` in the thread that uses the batch.
 
@@ -115,6 +154,7 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.Stream(device)
+        self._idle = False
 
     def bind(self) -> None:
         """Make the device current in the calling thread: a new thread would use device 0."""
@@ -132,35 +172,102 @@ class SideStream:
     def acquire(self, batch: dict[str, torch.Tensor], copied: torch.Event) -> dict[str, torch.Tensor]:
         """Let the current stream wait for the copies, and keep their memory until it has used them."""
         current = torch.accelerator.current_stream(self.device)
+        self._idle = current.query()
         current.wait_event(copied)
         for tensor in batch.values():
             # Freed by Python while the step's kernels still run, the block would return to the side stream at once.
             tensor.record_stream(current)
         return batch
 
+    def idle(self) -> bool:
+        """Whether the device had nothing left to do when the last batch was acquired."""
+        return self._idle
 
-def prefetch(source: Callable[[], Iterable[Any]], engine: Any, depth: int) -> Iterator[Any]:
-    """Yield the batches of ``source`` in order, up to ``depth`` of them copied ahead by one thread.
+
+class _Ahead:
+    """The batches ahead, and the thread that gets them.
+
+    The thread has one task at a time, the next batch: an interpreter that exits runs what is queued, and that should
+    not be ``depth`` batches. The task that ends queues the next one, if there is room; else whoever takes a batch does.
+    """
+
+    def __init__(self, batches: Iterator[Any], engine: Any, depth: int, cancel: Callable[[int], None] | None) -> None:
+        self._batches: Iterator[Any] | None = batches
+        self._engine, self._depth, self._cancel = engine, depth, cancel
+        self._futures: deque[Future[Any]] = deque()
+        self._lock = threading.RLock()
+        self._threads: list[threading.Thread] = []
+        self._pool = ThreadPoolExecutor(1, "cellmap-copy", initializer=self._begin)
+        self._queue()
+
+    def _begin(self) -> None:
+        self._threads.append(threading.current_thread())
+        self._engine.bind()
+
+    def _step(self) -> Any:
+        batches = self._batches
+        batch = _END if batches is None else next(batches, _END)
+        return _END if batch is _END else self._engine.copy(batch)
+
+    def _queue(self, done: Future[Any] | None = None) -> None:
+        """Have the next batch got, if there is room for it and the last one is there."""
+        with self._lock:
+            if self._batches is None or len(self._futures) >= self._depth:
+                return
+            last = self._futures[-1] if self._futures else None
+            if last is not None and (not last.done() or last.exception() is not None or last.result() is _END):
+                return
+            try:
+                future = self._pool.submit(self._step)
+            except RuntimeError:  # the interpreter exits
+                return
+            self._futures.append(future)
+        future.add_done_callback(self._queue)
+
+    def take(self) -> Any:
+        """The next batch, or `_END`; an error of the source at its place. Nothing here holds it afterwards."""
+        if not self._futures:
+            return _END
+        try:
+            item = self._futures[0].result()
+        finally:
+            with self._lock:
+                if self._futures and self._futures[0].done():
+                    self._futures.popleft()
+        if item is _END:
+            return _END
+        self._queue()
+        return self._engine.acquire(*item)
+
+    def close(self) -> None:
+        """End the thread, after what it is reading now has ended or been cancelled; drop every batch."""
+        with self._lock:
+            self._batches = None
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._cancel is not None:
+            for thread in self._threads:
+                self._cancel(thread.ident or 0)
+        end_threads(self._threads, "a batch is read ahead")
+        self._futures.clear()
+
+
+def prefetch(
+    source: Callable[[], Iterable[Any]], engine: Any, depth: int, cancel: Callable[[int], None] | None = None
+) -> Generator[Any, None, None]:
+    """Yield the batches of ``source`` in order, up to ``depth`` of them got ahead by one thread.
 
     Nothing starts before the first batch is asked for. An error of the source is raised at its place in the order.
-    However the iteration ends, the thread ends with it.
+    However the iteration ends, the thread and the batches ahead end with it. A batch that was yielded is held by nobody
+    but its user.
 
     Args:
         source: makes the batches, called in the caller's thread, where worker processes are started.
-        engine: has ``bind()``, ``copy(batch)`` and ``acquire(*copied)``, as `SideStream` has.
+        engine: has ``bind()``, ``copy(batch)`` and ``acquire(*copied)``, as `SideStream` and `ReadAhead` have.
         depth: batches ahead.
+        cancel: given the identity of the thread, cancels the reads that it waits for.
     """
-    batches = iter(source())
-
-    def step() -> Any:
-        batch = next(batches, _END)
-        return _END if batch is _END else engine.copy(batch)
-
-    pool = ThreadPoolExecutor(1, "cellmap-copy", initializer=engine.bind)
+    ahead = _Ahead(iter(source()), engine, depth, cancel)
     try:
-        ahead: deque[Future[Any]] = deque(pool.submit(step) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not _END:
-            ahead.append(pool.submit(step))
-            yield engine.acquire(*item)
+        yield from iter(ahead.take, _END)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        ahead.close()

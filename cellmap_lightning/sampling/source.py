@@ -18,10 +18,11 @@ from cellmap_lightning.draws import PLACE, uniforms
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
 from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory
-from cellmap_lightning.sampling.pool import FORK_GATE, ReadPool
+from cellmap_lightning.sampling.pool import FORK_GATE, Closes, ReadPool
 from cellmap_lightning.sampling.slots import SlotBatch, Slots
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.volumes.geometry import AXES, FloatArray, Shape
+from cellmap_lightning.volumes.location import CacheMode
 from cellmap_lightning.volumes.region import RegionStore
 
 if TYPE_CHECKING:
@@ -193,6 +194,16 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
             regions = [region for dataset in self.datasets for region in dataset.regions]
             self._store.plan(regions, not self.is_train, str(self))
 
+    @property
+    def cache(self) -> CacheMode:
+        """Where decoded voxels are kept."""
+        return self._store.mode
+
+    @property
+    def kept(self) -> bool:
+        """Whether everything that is read has a place where it is kept once it was decoded."""
+        return all(region.kept for dataset in self.datasets for region in dataset.regions)
+
     def batch_memory(self, batch_size: int = 1) -> BatchMemory:
         """The bytes of a batch of ``batch_size`` samples, known before anything is read."""
         return self.layout.memory(batch_size)
@@ -207,13 +218,21 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         """Number of reading threads."""
         return self._pool.workers
 
-    def cancel(self) -> None:
-        """Cancel the reads that have not begun."""
-        self._pool.cancel()
+    def follow(self, reader: Closes) -> None:
+        """Close this first, when the dataset is stopped or closed."""
+        self._pool.follow(reader)
+
+    def cancel(self, waiting: int | None = None) -> None:
+        """Cancel the reads that have not begun, by default all, else those that a thread waits for."""
+        self._pool.cancel(waiting)
+
+    def stop(self) -> None:
+        """Cancel the reads that have not begun, end the threads and the passes of loaders; keep what is decoded."""
+        self._pool.close()
 
     def close(self) -> None:
-        """Cancel the reads that have not begun, end the threads, drop what is cached. A later use starts anew."""
-        self._pool.close()
+        """Stop, and drop what is cached. A later use starts anew."""
+        self.stop()
         self._store.close()
 
     def __enter__(self) -> "SampleSource":

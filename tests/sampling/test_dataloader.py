@@ -136,7 +136,7 @@ def test_compact_batches_finish_to_the_same(dataset):
 def test_memory_is_that_of_the_real_batch(dataset):
     loader = CellMapDataLoader(dataset, 3, samples_per_epoch=3)
     batch = next(iter(loader))
-    assert loader.batch_memory.total_bytes == batch["raw"].nbytes + batch["labels"].nbytes
+    assert loader.batch_memory().total_bytes == batch["raw"].nbytes + batch["labels"].nbytes
 
 
 def test_a_foreign_sampler_is_followed(dataset):
@@ -161,7 +161,7 @@ def test_an_error_while_reading_arrives_and_leaves_nothing_queued(volume, tmp_pa
     with pytest.raises(CellMapError, match=r"broken/crop2: raw: .*fibsem-uint8/s1: voxels z\[") as caught:
         next(iter(loader))
     assert isinstance(caught.value, OSError)
-    assert dataset._pool._queued == set()
+    assert not dataset._pool._queued
     dataset.close()
     assert reading_threads() == []
 

@@ -1,11 +1,19 @@
 import gc
 import itertools
+import logging
+import threading
+import time
+import weakref
+from concurrent.futures import BrokenExecutor
 
 import pytest
 import torch
+from lightning.pytorch.utilities.memory import is_oom_error
 
-from cellmap_lightning import batch_memory
-from cellmap_lightning.sampling.prefetch import PrefetchSettings, SideStream, decide, prefetch
+from cellmap_lightning import CellMapError, batch_memory
+from cellmap_lightning.sampling.memory import check_fits, device_memory
+from cellmap_lightning.sampling.pool import ReadPool
+from cellmap_lightning.sampling.prefetch import PrefetchSettings, ReadAhead, SideStream, _Ahead, decide, prefetch
 from tests.conftest import reading_threads
 
 MB = 2**20
@@ -26,7 +34,13 @@ def memory(finished_mb):
         (99, "cuda", 80_000, {"enabled": True}, True, 2, "switched on"),
         (200, "cuda", 80_000, {"enabled": False}, False, 0, "switched off"),
         (200, "cpu", None, {}, False, 0, "a cpu device has no copies"),
-        (200, "cpu", None, {"enabled": True}, False, 0, "a cpu device"),
+        (200, "cpu", 80_000, {}, False, 0, "a cpu device has no copies"),
+        (200, "cpu", None, {"enabled": False}, False, 0, "switched off"),
+        # No stream, but a thread that reads ahead, where somebody asks for it; what waits is finished: 200, not 50.
+        (200, "cpu", None, {"enabled": True}, True, 2, "a thread reads, nothing is copied"),
+        (1, "mps", None, {"enabled": True, "depth": 3, "max_streams": 0}, True, 3, "a thread reads"),
+        (200, "cpu", 4_000, {"enabled": True, "depth": 3}, True, 1, "20% of the memory is 800 MiB"),
+        (200, "cpu", 3_999, {"enabled": True}, False, 0, "too little for one batch ahead"),
         (200, "mps", None, {}, False, 0, "a mps device"),
         (200, "xpu", 80_000, {}, True, 2, "200.0 MiB"),
         (200, "cuda", 80_000, {"depth": 5}, True, 5, ""),
@@ -41,8 +55,24 @@ def memory(finished_mb):
 def test_decision(size, device, total, settings, enabled, depth, reason):
     decision = decide(memory(size), device, total and total * MB, PrefetchSettings(**settings))
     assert (decision.enabled, decision.depth) == (enabled, depth)
-    assert decision.streams == (1 if enabled else 0)
+    assert decision.streams == (1 if enabled and device in ("cuda", "xpu") else 0)
     assert reason in decision.reason
+
+
+def test_a_batch_that_cannot_fit_is_refused_with_advice():
+    batch = memory(200)  # and 50 travel
+    device = torch.device("cuda", 0)
+    check_fits(batch, 200, device, 250 * MB, "train")
+    check_fits(batch, 200, device, None, "train")
+    with pytest.raises(CellMapError, match=r"at most batch_size=199 fits; most is for 'raw'") as caught:
+        check_fits(batch, 200, device, 250 * MB - 1, "train")
+    assert isinstance(caught.value, MemoryError)
+    assert is_oom_error(caught.value)  # Lightning's tuner takes the batch size as too large
+    with pytest.raises(CellMapError, match=r"val: .*not even one sample fits") as caught:
+        check_fits(memory(1), 1, torch.device("cpu"), MB, "val")
+    assert is_oom_error(caught.value)
+    assert 1 << 30 < device_memory(torch.device("cpu")) < 1 << 50
+    assert device_memory(torch.device("meta")) is None
 
 
 class Engine:
@@ -88,6 +118,140 @@ def test_nothing_starts_before_the_first_batch():
     batches.close()
 
 
+class Batch:
+    """Something that can be watched while somebody holds it."""
+
+
+@pytest.mark.parametrize("end", ["used up", "abandoned", "error in the step", "closed", "error in the source"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_nobody_holds_a_batch_longer_than_its_user(depth, end):
+    alive = weakref.WeakSet()
+
+    def source():
+        for n in range(12):
+            if end == "error in the source" and n == 6:
+                raise OSError("chunk 6 unreadable")
+            batch = Batch()
+            alive.add(batch)
+            yield batch
+            del batch
+
+    def use():
+        batches = prefetch(source, ReadAhead(), depth)
+        for n, batch in enumerate(batches):
+            assert batch in alive
+            del batch
+            assert len(alive) <= depth + 1  # the one that is being read may be in nobody's hands yet
+            if n == 4 and end == "abandoned":
+                return None
+            if n == 4 and end == "error in the step":
+                raise OSError("the step failed")
+            if n == 4 and end == "closed":
+                batches.close()
+                return batches
+        return batches
+
+    if end.startswith("error"):
+        with pytest.raises(OSError, match=r"unreadable|failed") as caught:
+            use()
+        caught.value.__traceback__ = None  # which holds the frames
+        del caught
+    else:
+        use()
+    assert len(alive) == 0
+    assert reading_threads() == []
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_one_batch_is_read_at_a_time(depth):
+    """What an interpreter that exits has to wait for is one batch, not as many as may be ahead."""
+    queued = []
+
+    def source():
+        for n in range(9):
+            queued.append(thread_pool()._work_queue.qsize())
+            yield n
+
+    def thread_pool():
+        return next(o for o in gc.get_objects() if isinstance(o, _Ahead))._pool
+
+    assert list(prefetch(source, ReadAhead(), depth)) == list(range(9))
+    assert set(queued) == {0}
+
+
+def test_an_engine_that_cannot_begin_is_an_error():
+    class Broken(ReadAhead):
+        def bind(self):
+            raise RuntimeError("no such device")
+
+    logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)
+    with pytest.raises(BrokenExecutor):
+        next(prefetch(lambda: range(3), Broken(), 2))
+
+
+def test_what_is_prepared_is_prepared_in_the_thread():
+    names = set()
+
+    def prepare(n):
+        names.add(threading.current_thread().name)
+        return 2 * n
+
+    assert list(prefetch(lambda: range(5), ReadAhead(prepare), 2)) == [0, 2, 4, 6, 8]
+    assert names == {"cellmap-copy_0"}
+
+
+def test_an_abandoned_pass_cancels_its_own_reads_and_no_others():
+    """Two threads wait for reads of one pool: who is abandoned cancels what it waits for."""
+    pool = ReadPool(1)
+    hold, held = threading.Event(), threading.Event()
+    ran = []
+
+    def block():
+        held.set()
+        hold.wait(10)
+
+    def source():
+        yield 0
+        pool.run([lambda: ran.append("mine") for _ in range(3)])
+        yield 1
+
+    def other():
+        pool.run([block, lambda: ran.append("other")])
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert held.wait(10)
+    batches = prefetch(source, ReadAhead(), 2, pool.cancel)
+    assert next(batches) == 0
+    while len(pool._queued) < 5:  # the thread that reads ahead now waits for its reads
+        time.sleep(0.001)
+    batches.close()  # at once, though the pool's only thread is held
+    assert not hold.is_set()
+    hold.set()
+    thread.join(10)
+    assert ran == ["other"]
+    pool.close()
+
+
+def test_a_read_that_hangs_does_not_hold_up_the_end(monkeypatch, caplog):
+    monkeypatch.setattr("cellmap_lightning.sampling.pool.PATIENCE", 0.2)
+    begun, hang = threading.Event(), threading.Event()
+
+    def source():
+        yield 0
+        begun.set()
+        hang.wait(10)
+        yield 1
+
+    batches = prefetch(source, ReadAhead(), 1)
+    assert next(batches) == 0
+    assert begun.wait(10)
+    with caplog.at_level(logging.WARNING):
+        batches.close()
+    assert "a batch is read ahead for more than 0.2 s and cannot be interrupted: cellmap-copy_0" in caplog.text
+    hang.set()
+
+
 def test_an_error_arrives_at_its_place():
     def source():
         yield from (0, 1, 2)
@@ -110,8 +274,6 @@ def test_abandoned_iterators_leave_no_thread():
 
 def test_reading_goes_on_while_the_step_computes():
     """What the thread is for: at the end of a step the next batch has been read. Told by events, not by a clock."""
-    import threading
-
     read = threading.Event()
 
     def source():
@@ -148,6 +310,10 @@ def torch_log(monkeypatch):
             return "event"
 
     class Current:
+        def query(self):
+            log.append("current stream idle?")
+            return True
+
         def wait_event(self, event):
             log.append(f"current stream waits for {event}")
 
@@ -170,7 +336,11 @@ def test_the_order_of_a_side_stream_copy(torch_log):
     assert torch_log == ["enter side stream", "leave side stream", "record event on side stream"]
     del torch_log[:]
     engine.acquire(batch, event)
-    assert torch_log == ["current stream waits for event", "kept for current", "kept for current"]
+    # Whether the device had run dry is asked before it is made to wait for this very copy.
+    assert torch_log == [
+        "current stream idle?", "current stream waits for event", "kept for current", "kept for current",
+    ]  # fmt: skip
+    assert engine.idle()
 
 
 @pytest.mark.cuda

@@ -19,6 +19,7 @@ from tests.conftest import CLASSES, INPUTS, TARGETS
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="slots are shared so on Linux only"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # where there are two cores
 ]
 
 
