@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.synthetic import SyntheticVolume, write_volume
 
 INPUTS = {"raw": {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}}
@@ -20,6 +21,24 @@ def own_cache(tmp_path_factory):
     """Nothing that tests keep is found by the user's own runs, nor the other way round."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CELLMAP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def predicted_memory_is_real():
+    """Every batch that any test finishes has exactly the bytes that were predicted, in both forms, array by array."""
+    finish = BatchLayout.finish
+
+    def checked(layout, batch):
+        finished = finish(layout, batch)
+        if isinstance(batch, CompactBatch):
+            said = layout.memory(len(batch["idx"]))
+            assert {n: t.nbytes for n, t in batch.items() if n not in ("idx", "sample")} == said.compact.arrays
+            assert {n: t.nbytes for n, t in finished.items() if n != "idx"} == said.arrays
+        return finished
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchLayout, "finish", checked)
         yield
 
 

@@ -321,6 +321,7 @@ def test_batches_are_copied_ahead_where_the_decision_says_so(volume, tmp_path, m
 
     for module_ in ("datamodule", "sampling.prefetch", "sampling.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{module_}.STREAM_DEVICES", ("cpu",))
+    monkeypatch.setattr("cellmap_lightning.sampling.dataloader.device_idle", lambda device: True)
     monkeypatch.setattr("cellmap_lightning.sampling.dataloader.SideStream", Engine)
     ahead, plain = Watch(), Watch()
     with module(volume) as data:
