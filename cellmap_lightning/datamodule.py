@@ -22,7 +22,7 @@ from cellmap_lightning.sampling.arrays import (
 from cellmap_lightning.sampling.dataloader import CellMapDataLoader
 from cellmap_lightning.sampling.datasplit import SPLITS, CellMapDataSplit
 from cellmap_lightning.sampling.labels import Downsample, Unknown
-from cellmap_lightning.sampling.memory import BatchMemory, check_fits, device_memory
+from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.prefetch import STREAM_DEVICES, PrefetchDecision
 from cellmap_lightning.sampling.waiting import Waiting
@@ -303,9 +303,9 @@ class CellMapDataModule(L.LightningDataModule):
         # Only a Trainer that runs passes batches through `transfer_batch_to_device`.
         running = self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
         streams = running and device.type in STREAM_DEVICES
-        memory, total = dataset.batch_memory(self.batch_size), device_memory(device)
-        check_fits(memory, self.batch_size, device, total, split)
-        decision = self.prefetch(split, memory, device) if self.prefetch is not None and running else None
+        decision = None
+        if self.prefetch is not None and running:
+            decision = self.prefetch(split, dataset.batch_memory(self.batch_size), device)
         return CellMapDataLoader(
             dataset,
             batch_size=self.batch_size,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
-from cellmap_lightning.sampling.memory import BatchMemory
+from cellmap_lightning.sampling.memory import BatchMemory, check_fits, device_memory
 from cellmap_lightning.sampling.prefetch import (
     STREAM_DEVICES,
     PrefetchDecision,
@@ -97,6 +97,7 @@ class CellMapDataLoader(DataLoader[Any]):
 
     Raises:
         CellMapValueError: the numbers do not fit together.
+        CellMapMemoryError: a batch is larger than the whole memory of ``device``; raised when a pass begins.
     """
 
     def __init__(
@@ -230,6 +231,8 @@ class CellMapDataLoader(DataLoader[Any]):
         return (slots.take(b, pin) if slots is not None and isinstance(b, SlotBatch) else b for b in start())
 
     def _pass(self, batches: Any) -> Generator[dict[str, torch.Tensor], None, None]:
+        # Here and not where the loader is made, since Lightning's tuner makes loaders that it does not use.
+        check_fits(self.batch_memory(), self._most, self.device, device_memory(self.device), str(self.source))
         sampler = self._own_sampler()
         if sampler is not None:
             sampler.start()

@@ -52,7 +52,7 @@ def device_memory(device: torch.device) -> int | None:
     return None
 
 
-def check_fits(memory: BatchMemory, batch_size: int, device: torch.device, total: int | None, split: str) -> None:
+def check_fits(memory: BatchMemory, batch_size: int, device: torch.device, total: int | None, what: str) -> None:
     """Refuse a batch that is larger than all of a device's memory, before anything is read.
 
     A batch is held in both forms while it is finished.
@@ -62,7 +62,7 @@ def check_fits(memory: BatchMemory, batch_size: int, device: torch.device, total
         batch_size: samples in it.
         device: where it is finished.
         total: bytes of the device's memory; None where it is not known.
-        split: what the batch is for.
+        what: where the batch comes from, for the message.
 
     Raises:
         CellMapMemoryError: it cannot fit.
@@ -76,7 +76,7 @@ def check_fits(memory: BatchMemory, batch_size: int, device: torch.device, total
     # Words that Lightning's tuner looks for when it tries batch sizes.
     word = "DefaultCPUAllocator: can't allocate memory" if device.type == "cpu" else "CUDA out of memory"
     raise CellMapMemoryError(
-        f"{split}: a batch of {batch_size} takes {memory.total_mb:.0f} MiB finished and {memory.compact.total_mb:.0f} "
+        f"{what}: a batch of {batch_size} takes {memory.total_mb:.0f} MiB finished and {memory.compact.total_mb:.0f} "
         f"MiB as it travels, and the whole memory of {device} is {total / 2**20:.0f} MiB (torch would say: {word}); "
         f"{advice}; most is for {largest!r}, which a smaller shape or fewer classes make smaller"
     )

@@ -236,8 +236,9 @@ class _Ahead:
                     self._futures.popleft()
         if item is _END:
             return _END
+        batch = self._engine.acquire(*item)
         self._queue()
-        return self._engine.acquire(*item)
+        return batch
 
     def close(self) -> None:
         """End the thread, after what it is reading now has ended or been cancelled; drop every batch."""
