@@ -1,0 +1,175 @@
+"""Waiting is counted where it happens, shown where people look, and explained once."""
+
+import csv
+import logging
+import time
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+
+from cellmap_lightning import CellMapDataLoader, CellMapError
+from cellmap_lightning.callbacks import DataWatch, StreamPrefetch
+from cellmap_lightning.sampling.waiting import Waiting
+from tests.runs import module, task, trainer
+
+pytestmark = [pytest.mark.usefixtures("quiet_lightning", "no_threads_left")]
+
+
+class Slow:
+    """A reading that takes its time, behind the real one."""
+
+    def __init__(self, source, seconds):
+        self.read, self.seconds = source.read, seconds
+        source.read = self
+
+    def __call__(self, draws, pin=False):
+        time.sleep(self.seconds)
+        return self.read(draws, pin)
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_waiting_is_logged_per_step(volume, tmp_path):
+    with module(volume, batches_per_epoch=6) as data:
+        data.setup("fit")
+        Slow(data.train_dataset, 0.02)
+        logger = CSVLogger(tmp_path, "", "")
+        run = trainer(tmp_path, logger=logger, callbacks=[DataWatch()], log_every_n_steps=1, limit_val_batches=0)
+        run.fit(task(), data)
+        assert {"data/wait_s", "data/copy_s"} <= set(run.progress_bar_metrics)
+        waits = [float(row["data/wait_s"]) for row in rows(tmp_path) if row["data/wait_s"]]
+        copies = [float(row["data/copy_s"]) for row in rows(tmp_path) if row["data/copy_s"]]
+    assert len(waits) == len(copies) == 6
+    assert all(wait >= 0.02 for wait in waits)
+    assert all(0 < copy < wait for copy, wait in zip(copies, waits, strict=True))
+
+
+def test_what_validation_waits_for_belongs_to_no_step(volume, tmp_path):
+    with module(volume, batches_per_epoch=4) as data:
+        data.setup("fit")
+        Slow(data.val_dataset, 0.3)
+        logger = CSVLogger(tmp_path, "", "")
+        options = {"val_check_interval": 1, "num_sanity_val_steps": 0, "limit_val_batches": 1, "log_every_n_steps": 1}
+        trainer(tmp_path, logger=logger, callbacks=[DataWatch()], **options).fit(task(), data)
+        assert data.waiting.waited > 4 * 0.3
+        waits = [float(row["data/wait_s"]) for row in rows(tmp_path) if row["data/wait_s"]]
+    assert len(waits) == 4
+    assert max(waits) < 0.3
+
+
+@pytest.mark.parametrize("starving", [True, False])
+def test_one_hint_where_the_device_starves(volume, tmp_path, caplog, starving):
+    class Steps(L.Callback):
+        def on_train_batch_start(self, *_):
+            time.sleep(0 if starving else 0.2)
+
+    watch = DataWatch(hint_after=4)
+    with module(volume, batches_per_epoch=12, cache="none") as data:
+        data.setup("fit")
+        if starving:
+            Slow(data.train_dataset, 0.05)
+        with caplog.at_level(logging.WARNING, "cellmap_lightning.callbacks.data_watch"):
+            trainer(tmp_path, callbacks=[watch, Steps(), StreamPrefetch()], limit_val_batches=0).fit(task(), data)
+    if not starving:
+        assert watch.hint is None
+        assert not caplog.records
+        return
+    assert len(caplog.records) == 1
+    assert watch.hint == caplog.records[0].getMessage()
+    assert "of a training step is waiting for data" in watch.hint
+    assert "mean of 4 steps" in watch.hint
+    assert "cache=auto keeps what was decoded" in watch.hint
+    assert "StreamPrefetch does not read ahead (a cpu device has no copies to overlap" in watch.hint
+    assert "reader=tensorstore decodes faster" in watch.hint
+
+
+def test_advice_follows_from_what_is_set(volume, tmp_path):
+    said = {}
+    for name, callbacks, options in (
+        ("nothing", [], {}),
+        ("ahead", [StreamPrefetch(enabled=True, depth=1)], {}),
+        ("small", [], {"cache": "memory", "cache_bytes": 20_000}),
+        ("tensorstore", [], {"reader": "tensorstore"}),
+    ):
+        watch = DataWatch(hint_after=2, hint_above=1e-6)
+        with module(volume, batches_per_epoch=6, **options) as data:
+            data.setup("fit")
+            Slow(data.train_dataset, 0.01)
+            trainer(tmp_path, callbacks=[watch, *callbacks], limit_val_batches=0).fit(task(), data)
+        said[name] = watch.hint
+    assert "StreamPrefetch(enabled=True) reads ahead" in said["nothing"]
+    assert "later epochs wait less" in said["nothing"]
+    assert "a depth above 1 evens out" in said["ahead"]
+    assert "the cache is too small for these crops" in said["small"]
+    assert "tensorstore" in said["nothing"]
+    assert "reader=tensorstore" not in said["tensorstore"]
+
+
+def test_reading_ahead_takes_waiting_out_of_the_step(volume):
+    """The same slow reading, with a step that is longer: what is waited for is the first batch. No clock decides."""
+    waited = {}
+    for ahead in (False, True):
+        with module(volume, batches_per_epoch=8) as data:
+            data.setup("fit")
+            Slow(data.train_dataset, 0.02)
+            waiting = Waiting()
+            decision = StreamPrefetch(enabled=True)._decide("train", data.batch_memory(), torch.device("cpu"))
+            loader = CellMapDataLoader(
+                data.train_dataset, 2, samples_per_epoch=16, decision=decision if ahead else None, waiting=waiting
+            )
+            for _ in loader:
+                time.sleep(0.06)
+            waited[ahead] = waiting.waited
+            assert waiting.batches == 8
+            assert waiting.starved == waiting.waited  # a CPU computes nothing while it waits
+    assert waited[False] >= 8 * 0.02
+    assert waited[True] < waited[False] / 2
+
+
+def test_other_data_and_other_trainers(tmp_path):
+    """Data that counts nothing is left alone."""
+    from torch.utils.data import DataLoader
+
+    class Line(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    run = trainer(tmp_path, callbacks=[DataWatch(), StreamPrefetch()])
+    run.fit(Line(), DataLoader(torch.zeros(4, 1), 2))
+    assert "data/wait_s" not in run.logged_metrics
+
+
+def test_decisions_are_hyperparameters(volume, tmp_path):
+    callback = StreamPrefetch(enabled=True)
+    logger = CSVLogger(tmp_path, "", "")
+    with module(volume) as data:
+        run = trainer(tmp_path, logger=logger, callbacks=[callback])
+        run.fit(task(), data)
+        run.test(task(), data, verbose=False)
+    logger.save()
+    kept = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    for split in ("train", "val", "test"):
+        decision = callback.decisions[split]
+        assert kept[f"stream_prefetch/{split}/enabled"] is True
+        assert kept[f"stream_prefetch/{split}/depth"] == decision.depth == 2
+        assert kept[f"stream_prefetch/{split}/streams"] == 0
+        assert kept[f"stream_prefetch/{split}/reason"] == decision.reason
+
+
+@pytest.mark.parametrize("given", [{"hint_after": 0}, {"hint_after": 1.5}, {"hint_above": 0}, {"hint_above": 2}])
+def test_arguments(given):
+    with pytest.raises(CellMapError, match=f"{next(iter(given))} must be"):
+        DataWatch(**given)
