@@ -78,6 +78,14 @@ def test_what_does_not_fit_is_named(tmp_path):
     assert "overlap: 2 MiB, finished (no time was left)" in result["left_out"]
 
 
+@pytest.mark.slow
+def test_executor():
+    done = run("executor.py", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    assert "Target: access takes at most 1/33.1" in done.stdout
+    assert "| 9 tasks, new / persistent |" in done.stdout
+
+
 @pytest.fixture
 def gpu_streams(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
