@@ -411,7 +411,7 @@ def test_normalization_is_kept_with_the_checkpoint(volume, tmp_path, monkeypatch
         run = trainer(tmp_path)
         run.fit(task(), data)
         run.save_checkpoint(tmp_path / "x.ckpt")
-        ((key, (mean, factor)),) = data.split.normalization.items()
+        ((key, (mean, factor)),) = data.crops.normalization.items()
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert tuple(saved["CellMapDataModule"]["normalization"][key]) == (mean, factor)
     # A run that would measure something else normalizes as the checkpoint says, if the rule is the same.
@@ -421,7 +421,7 @@ def test_normalization_is_kept_with_the_checkpoint(volume, tmp_path, monkeypatch
         watch = Watch()
         with module(volume, normalize=rule) as data:
             trainer(tmp_path, callbacks=[watch]).validate(task(), data, ckpt_path=tmp_path / "y.ckpt", verbose=False)
-            assert set(data.split.normalization.values()) == expected
+            assert set(data.crops.normalization.values()) == expected
             torch.testing.assert_close(next(iter(data.val_dataloader()))["raw"], watch.batches[0]["raw"])
 
 
