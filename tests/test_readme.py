@@ -80,7 +80,7 @@ def test_the_csv_can_be_read(tmp_path):
 
 def test_every_command_composes(my_configs, tmp_path):
     lines = [line.split("#")[0].split() for line in block("bash", 0).splitlines() + block("bash", 1).splitlines()]
-    assert len(lines) == 5
+    assert len(lines) == 6
     for name, *arguments in lines:
         assert name == "cellmap-train"
         # Hydra prints no configuration of a sweep: another flag stands where -m stood, and one value for its values.

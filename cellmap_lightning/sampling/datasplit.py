@@ -178,7 +178,8 @@ class CellMapDataSplit:
             raise CellMapTypeError("manifest needs search_path too: the folder that holds its datasets")
         if len(given) != 1:
             raise CellMapTypeError(
-                f"give the crops in one way, as csv_path, datasets or search_path; got {' and '.join(given) or 'none'}"
+                "give the crops either as csv_path or as datasets or as search_path; got "
+                + (" and ".join(given) or "none of them")
             )
         check_split(split, val_fraction, fold, n_folds)
         if split == "csv" and search_path is not None:

@@ -94,6 +94,8 @@ def assign(
         CellMapError: what is asked for cannot be had from these crops.
     """
     check_split(split, val_fraction, fold, n_folds)
+    if split == "csv":
+        raise CellMapValueError("split=csv is no rule: the CSV itself says which crops validate")
     datasets = sorted({crop.dataset for crop in crops})
     if split == "leave_one_dataset_out":
         if len(datasets) < 2:

@@ -180,6 +180,7 @@ def test_the_split_of_these_names_stays_what_it_is():
     ("kwargs", "match"),
     [
         ({"split": "stratifed"}, "split is one of csv, random, .*, got 'stratifed'; did you mean 'stratified'?"),
+        ({"split": "csv"}, "split=csv is no rule"),
         ({"split": "random", "val_fraction": 1}, "val_fraction must be a number between 0 and 1, got 1"),
         ({"split": "random", "val_fraction": 0.0}, "val_fraction must be a number between 0 and 1, got 0.0"),
         ({"split": "random", "val_fraction": "0.1"}, "val_fraction must be a number between 0 and 1, got '0.1'"),
