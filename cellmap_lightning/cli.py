@@ -268,7 +268,7 @@ def _train(cfg: DictConfig) -> float | None:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         data.crops.write_csv(folder / "split.csv")
         if data.crops.rule != "csv":
-            print(f"crops that hold each class, and its voxels in them\n{data.crops.table()}\n", flush=True)
+            print(f"\ncrops that hold each class, and its voxels in them\n{data.crops.table()}\n", flush=True)
     untrained = None
     try:
         if cfg.compare_untrained and validates and not trainer.fast_dev_run:

@@ -373,6 +373,14 @@ def test_the_same_names_are_divided_alike_wherever_they_lie(folder, tmp_path):
     assert where(one) == where(two)
 
 
+def test_what_a_csv_cannot_say_is_logged(volume, tmp_path, caplog):
+    entry = {"raw": volume.raw_path, "gt": f"{volume.path}/{GT}/crop1/[mito]"}
+    crops = split(datasets={"train": [entry, entry | {"invert": True}]}, classes=["mito"])
+    with caplog.at_level(logging.WARNING):
+        crops.write_csv(tmp_path / "split.csv")
+    assert "does not say how these are normalized and inverted: datasets.train[1]" in caplog.text
+
+
 def test_filters(folder):
     def kept(**kwargs):
         crops = split(search_path=folder, split="random", val_fraction=0.5, **kwargs)
