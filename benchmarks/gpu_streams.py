@@ -36,7 +36,7 @@ from loaders import machine
 
 from cellmap_lightning.sampling.memory import BatchMemory, FormMemory
 from cellmap_lightning.sampling.pool import ReadPool, default_workers
-from cellmap_lightning.sampling.prefetch import PrefetchSettings, SideStream, decide, prefetch
+from cellmap_lightning.sampling.prefetch import PrefetchSettings, ReadAhead, SideStream, decide, prefetch
 from cellmap_lightning.transforms.targets import packed_bytes, unpack
 
 MIB = 2**20
@@ -135,19 +135,6 @@ class Cuda:
         return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
 
 
-class NoStream:
-    """Hands batches on."""
-
-    def bind(self):
-        pass
-
-    def copy(self, batch):
-        return (batch,)
-
-    def acquire(self, batch):
-        return batch
-
-
 class Cpu:
     """The same calls without a device, to test this program."""
 
@@ -161,7 +148,7 @@ class Cpu:
         return None
 
     def engine(self, streams=1):
-        return NoStream()
+        return ReadAhead()
 
     def empty(self, like, pin=True):
         return torch.empty(like.shape, dtype=like.dtype)

@@ -98,13 +98,16 @@ def _stop(message: str, code: int = 1) -> None:
 
 
 def _check_missing(cfg: DictConfig) -> None:
+    instead = [OmegaConf.select(cfg, f"data.{name}") for name in ("datasets", "search_path")]
+    if any(value is not None for value in instead) and OmegaConf.is_missing(cfg.data, "csv_path"):
+        cfg.data.csv_path = None  # crops that are given in another way need no CSV
     # Not OmegaConf.missing_keys: it resolves, and what refers to a missing value would be reported instead of it.
     plain = OmegaConf.to_container(cfg, resolve=False)
     missing = sorted(key for key, value in _flat(plain) if value == "???")
     if missing:
-        instead = {"data.csv_path": " (or data.csv_path=null with data.datasets)"}
+        hints = {"data.csv_path": ", or give data.search_path=... or data.datasets instead"}
         raise CellMapValueError(
-            "\n".join(f"{key} is required: set it with {key}=...{instead.get(key, '')}" for key in missing)
+            "\n".join(f"{key} is required: set it with {key}=...{hints.get(key, '')}" for key in missing)
         )
 
 
@@ -260,9 +263,12 @@ def _train(cfg: DictConfig) -> float | None:
     trainer = instantiate(
         cfg.trainer, _convert_="all", callbacks=[*callbacks, RunConfig(plain)], logger=loggers or False
     )
-    validates = data.split.given("val") and trainer.limit_val_batches != 0
+    validates = data.crops.given("val") and trainer.limit_val_batches != 0
     if trainer.is_global_zero:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        data.crops.write_csv(folder / "split.csv")
+        if data.crops.rule != "csv":
+            print(f"\ncrops that hold each class, and its voxels in them\n{data.crops.table()}\n", flush=True)
     untrained = None
     try:
         if cfg.compare_untrained and validates and not trainer.fast_dev_run:

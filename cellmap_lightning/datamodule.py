@@ -25,6 +25,7 @@ from cellmap_lightning.sampling.labels import Downsample, Unknown
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.prefetch import STREAM_DEVICES, PrefetchDecision
+from cellmap_lightning.sampling.splits import SplitRule
 from cellmap_lightning.sampling.waiting import Waiting
 from cellmap_lightning.transforms.intensity import AUTO
 from cellmap_lightning.volumes.chunks import Reader
@@ -113,6 +114,15 @@ class CellMapDataModule(L.LightningDataModule):
         timeout: see `CellMapDataLoader`.
         multiprocessing_context: see `CellMapDataLoader`.
         drop_last: leave out an incomplete last training batch.
+        split: which crops validate: ``csv`` (as the CSV says), or by a rule ``random``, ``stratified``, ``by_dataset``,
+            ``leave_one_dataset_out`` or ``kfold``; see `CellMapDataSplit`, as for all that follow. ``seed`` counts.
+        val_fraction: the part of the crops that validates.
+        fold: which fold, or which dataset, validates.
+        n_folds: number of folds.
+        search_path: the crops instead of a CSV: the folder of the challenge's data.
+        manifest: the challenge's list of these crops.
+        only_datasets: names or patterns of the datasets that are wanted.
+        only_crops: names, numbers or patterns of the crops that are wanted.
 
     Raises:
         CellMapError: the arguments contradict each other. What is wrong with the data is met in ``setup``.
@@ -157,6 +167,14 @@ class CellMapDataModule(L.LightningDataModule):
         timeout: float = 0,
         multiprocessing_context: str | None = None,
         drop_last: bool | None = None,
+        split: SplitRule = "csv",
+        val_fraction: float = 0.1,
+        fold: int = 0,
+        n_folds: int = 5,
+        search_path: str | None = None,
+        manifest: str | None = None,
+        only_datasets: Sequence[str] | None = None,
+        only_crops: Sequence[str | int] | None = None,
     ) -> None:
         super().__init__()
         if samples_per_epoch is not None and batches_per_epoch is not None:
@@ -191,7 +209,8 @@ class CellMapDataModule(L.LightningDataModule):
         self.prefetch: PrefetchPolicy | None = None
         #: Seconds that steps waited for batches of this module, over all of its loaders.
         self.waiting = Waiting()
-        self.split = CellMapDataSplit(
+        #: The crops of each split.
+        self.crops = CellMapDataSplit(
             csv_path,
             _instantiated(datasets),
             self.classes,
@@ -218,6 +237,14 @@ class CellMapDataModule(L.LightningDataModule):
             cache=cache,
             cache_bytes=cache_bytes,
             reader=reader,
+            split=split,
+            val_fraction=val_fraction,
+            fold=fold,
+            n_folds=n_folds,
+            search_path=search_path,
+            manifest=manifest,
+            only_datasets=only_datasets,
+            only_crops=only_crops,
         )
 
     # -- datasets
@@ -229,28 +256,28 @@ class CellMapDataModule(L.LightningDataModule):
             CellMapError: what is wrong with the data, all crops in one table.
         """
         for split in _STAGES.get(str(getattr(stage, "value", stage)) if stage is not None else None, SPLITS):
-            if self.split.given(split):
-                self.split[split]
+            if self.crops.given(split):
+                self.crops[split]
 
     @property
     def train_dataset(self) -> CellMapMultiDataset:
         """Crops to train on."""
-        return self.split["train"]
+        return self.crops["train"]
 
     @property
     def val_dataset(self) -> CellMapMultiDataset:
         """Crops to validate on."""
-        return self.split["val"]
+        return self.crops["val"]
 
     @property
     def test_dataset(self) -> CellMapMultiDataset:
         """Crops to test on."""
-        return self.split["test"]
+        return self.crops["test"]
 
     @property
     def predict_dataset(self) -> CellMapMultiDataset:
         """Volumes to predict."""
-        return self.split["predict"]
+        return self.crops["predict"]
 
     def batch_memory(self, split: str = "train") -> BatchMemory:
         """The bytes of a batch, known before anything is read.
@@ -258,7 +285,7 @@ class CellMapDataModule(L.LightningDataModule):
         Raises:
             CellMapKeyError: there are no crops for that split.
         """
-        return self.split[split].batch_memory(self.batch_size)
+        return self.crops[split].batch_memory(self.batch_size)
 
     # -- loaders
 
@@ -278,13 +305,13 @@ class CellMapDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> CellMapDataLoader:
         """Tiles of the val split, the same each time."""
-        if not self.split.given("val"):
+        if not self.crops.given("val"):
             raise CellMapKeyError(
-                f"no crops were given for 'val': {self.split.source} has none; add some (in a CSV with the usage "
+                f"no crops were given for 'val': {self.crops.source} has none; add some (in a CSV with the usage "
                 "'validate'), or train without validation by limit_val_batches=0"
             )
         count = self.val_samples
-        return self._loader("val", None if count is None else min(count, self.split["val"].tile_count))
+        return self._loader("val", None if count is None else min(count, self.crops["val"].tile_count))
 
     def test_dataloader(self) -> CellMapDataLoader:
         """Tiles that cover the test split."""
@@ -295,7 +322,7 @@ class CellMapDataModule(L.LightningDataModule):
         return self._loader("predict", None)
 
     def _loader(self, split: str, samples: int | None) -> CellMapDataLoader:
-        dataset = self.split[split]
+        dataset = self.crops[split]
         device = self._device
         if self.num_workers == 0:
             # The dataset reads with threads of its own: what Lightning says about processes would make it slower.
@@ -360,12 +387,12 @@ class CellMapDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """How each volume was normalized, so that a prediction from the checkpoint sees the same numbers."""
-        return {"normalization": {path: list(affine) for path, affine in self.split.normalization.items()}}
+        return {"normalization": {path: list(affine) for path, affine in self.crops.normalization.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Normalize the volumes of the checkpoint as they were."""
         affine = state_dict.get("normalization", {})
-        self.split.restore_normalization({path: (float(o), float(f)) for path, (o, f) in affine.items()})
+        self.crops.restore_normalization({path: (float(o), float(f)) for path, (o, f) in affine.items()})
 
     # -- the end
 
@@ -374,11 +401,11 @@ class CellMapDataModule(L.LightningDataModule):
 
         The datasets stay, and so does what they decoded: a later run makes new threads.
         """
-        self.split.stop()
+        self.crops.stop()
 
     def close(self) -> None:
         """End every thread and drop what is cached. A later use makes new ones."""
-        self.split.close()
+        self.crops.close()
 
     def __enter__(self) -> "CellMapDataModule":
         return self
@@ -391,5 +418,5 @@ class CellMapDataModule(L.LightningDataModule):
         return self.__dict__ | {"trainer": None}
 
     def __str__(self) -> str:
-        given = [split for split in SPLITS if self.split.given(split)]
-        return f"CellMapDataModule({self.split.source}; splits: {', '.join(given)}; classes: {self.classes})"
+        given = [split for split in SPLITS if self.crops.given(split)]
+        return f"CellMapDataModule({self.crops.source}; splits: {', '.join(given)}; classes: {self.classes})"

@@ -134,6 +134,7 @@ def describe_run(folder: Path) -> list[str]:
         "checkpoints/best.ckpt": "weights of the best validation Dice",
         "checkpoints/last.ckpt": "to resume from",
         "config.yaml": "the configuration, resolved",
+        "split.csv": "the crops of each split",
         "metrics.csv": "losses and scores per step and epoch",
         "curves.png": "the same, drawn",
         "samples.png": "raw, target and prediction",

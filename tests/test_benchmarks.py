@@ -41,7 +41,7 @@ def test_gpu_streams_on_the_cpu(tmp_path):
     assert result["seconds"] > 0
     sections = result["sections"]
     assert [(r["engine"], r["depth"], r["batches"], r["mismatches"]) for r in sections["corruption"]] == [
-        ("NoStream", depth, 200, 0) for depth in (1, 2, 3, 4)
+        ("ReadAhead", depth, 200, 0) for depth in (1, 2, 3, 4)
     ]
     assert {(r["form"], r["finished_mib"], r["regime"]) for r in sections["overlap"]} == {
         (form, size, regime)

@@ -152,9 +152,41 @@ def test_a_sweep(volume, tmp_path):
     assert sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/samples.png")) == ["0", "1"]
 
 
+def test_folds_from_the_folders_of_the_challenge(volume, tmp_path):
+    (tmp_path / "data" / "jrc_a").mkdir(parents=True)
+    (tmp_path / "data" / "jrc_a" / "jrc_a.zarr").symlink_to(volume.path)
+    given = [argument for argument in small(volume) if not argument.startswith("data.csv_path")]
+    done = run(
+        "-m", *given, "data.search_path=data", "data.split=kfold", "data.n_folds=3", "data.fold=0,1,2",
+        "trainer.fast_dev_run=true", "hydra.sweep.dir=sweep", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("class  train") == 3
+    assert "split.csv" in done.stdout
+    validates = []
+    for fold in range(3):
+        with (tmp_path / "sweep" / str(fold) / "split.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 5
+        validates += [row["target"].split("/")[-2] for row in rows if row["usage"] == "validate"]
+    assert sorted(validates) == [f"crop{n}" for n in range(1, 6)]
+    # One of them again, by the CSV that it left.
+    again = [f"data.csv_path={tmp_path}/sweep/2/split.csv", "trainer.fast_dev_run=true", "hydra.run.dir=again"]
+    code, text = run_forked(*given, *again, cwd=tmp_path)
+    assert code == 0, text
+    assert (tmp_path / "again" / "split.csv").read_text() == (tmp_path / "sweep" / "2" / "split.csv").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["data.split=stratifed"], ["Error: split is one of csv, random,", "did you mean 'stratified'?"]),
+        (
+            ["data.split=kfold", "data.n_folds=6"],
+            ["n_folds=6 needs 6 crops that do not overlap", "there are 5"],
+        ),
+        (["data.split=kfold", "data.fold=5"], ["fold 5 is out of range: n_folds=5 makes the folds 0 to 4"]),
+        (["data.only_crops=[crop9]"], ["only_crops: nothing is called 'crop9'; did you mean 'crop"]),
         ([], ["data.classes is required: set it with data.classes=...", "data.csv_path is required"]),
         (["data.batchsize=4"], ["Could not override 'data.batchsize'", "did you mean 'data.batch_size'?"]),
         (["trainer.max_epoch=4"], ["Key 'max_epoch'", "did you mean 'trainer.max_epochs'?"]),

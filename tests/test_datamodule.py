@@ -12,6 +12,7 @@ from torch import nn
 from cellmap_lightning import CellMapDataModule, CellMapError
 from cellmap_lightning.callbacks import RunConfig, StreamPrefetch
 from cellmap_lightning.sampling.arrays import CompactBatch
+from cellmap_lightning.sampling.prefetch import ReadAhead
 from cellmap_lightning.task import SegmentationTask
 from tests.conftest import CLASSES, INPUTS, TARGETS, reading_threads
 from tests.runs import GT, Watch, module, task, trainer
@@ -256,9 +257,9 @@ def test_batches_are_copied_ahead_where_the_decision_says_so(volume, tmp_path, m
     """A stand-in for the device's copy engine under a real Trainer: order, threads, and what the steps see."""
     log = []
 
-    class Engine:
+    class Engine(ReadAhead):
         def __init__(self, device):
-            pass
+            super().__init__()
 
         def bind(self):
             log.append(("bind", threading.current_thread().name))
@@ -271,12 +272,9 @@ def test_batches_are_copied_ahead_where_the_decision_says_so(volume, tmp_path, m
             log.append(("acquire", threading.current_thread().name))
             return batch
 
-        def idle(self):
-            return True
-
     for module_ in ("datamodule", "sampling.prefetch", "sampling.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{module_}.STREAM_DEVICES", ("cpu",))
-    monkeypatch.setattr("cellmap_lightning.sampling.dataloader.device_idle", lambda device: True)
+    monkeypatch.setattr("cellmap_lightning.sampling.dataloader.NothingAhead", lambda device: ReadAhead())
     monkeypatch.setattr("cellmap_lightning.sampling.dataloader.SideStream", Engine)
     ahead, plain = Watch(), Watch()
     with module(volume) as data:
@@ -372,7 +370,7 @@ def test_normalization_is_kept_with_the_checkpoint(volume, tmp_path, monkeypatch
         run = trainer(tmp_path)
         run.fit(task(), data)
         run.save_checkpoint(tmp_path / "x.ckpt")
-        ((key, (mean, factor)),) = data.split.normalization.items()
+        ((key, (mean, factor)),) = data.crops.normalization.items()
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert tuple(saved["CellMapDataModule"]["normalization"][key]) == (mean, factor)
     # A run that would measure something else normalizes as the checkpoint says, if the rule is the same.
@@ -382,7 +380,7 @@ def test_normalization_is_kept_with_the_checkpoint(volume, tmp_path, monkeypatch
         watch = Watch()
         with module(volume, normalize=rule) as data:
             trainer(tmp_path, callbacks=[watch]).validate(task(), data, ckpt_path=tmp_path / "y.ckpt", verbose=False)
-            assert set(data.split.normalization.values()) == expected
+            assert set(data.crops.normalization.values()) == expected
             torch.testing.assert_close(next(iter(data.val_dataloader()))["raw"], watch.batches[0]["raw"])
 
 

@@ -71,7 +71,7 @@ def engine(monkeypatch):
     Engine.alive.clear()
     for place in ("datamodule", "sampling.prefetch", "sampling.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{place}.STREAM_DEVICES", ("cpu",))
-    monkeypatch.setattr("cellmap_lightning.sampling.dataloader.device_idle", lambda device: True)
+    monkeypatch.setattr("cellmap_lightning.sampling.dataloader.NothingAhead", lambda device: ReadAhead())
     monkeypatch.setattr("cellmap_lightning.sampling.dataloader.SideStream", Engine)
     return Engine
 

@@ -80,15 +80,17 @@ def test_the_csv_can_be_read(tmp_path):
 
 def test_every_command_composes(my_configs, tmp_path):
     lines = [line.split("#")[0].split() for line in block("bash", 0).splitlines() + block("bash", 1).splitlines()]
-    assert len(lines) == 5
+    assert len(lines) == 6
     for name, *arguments in lines:
         assert name == "cellmap-train"
         # Hydra prints no configuration of a sweep: another flag stands where -m stood, and one value for its values.
-        arguments = [
-            {"-m": "--resolve", "task.dice_weight=0,0.5,1": "task.dice_weight=0.5"}.get(a, a) for a in arguments
-        ]
+        instead = {
+            "-m": "--resolve", "task.dice_weight=0,0.5,1": "task.dice_weight=0.5", "data.fold=0,1,2,3,4": "data.fold=4"
+        }  # fmt: skip
+        arguments = [instead.get(a, a) for a in arguments]
         wanted = arguments if "--cfg" in arguments else [*arguments, "--cfg", "job"]
-        assert "csv_path: crops.csv" in run(COMMAND, *wanted, cwd=tmp_path)
+        crops = "search_path: data" if "data.search_path=data" in arguments else "csv_path: crops.csv"
+        assert crops in run(COMMAND, *wanted, cwd=tmp_path)
 
 
 def entries_of_the_map():

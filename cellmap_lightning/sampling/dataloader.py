@@ -16,10 +16,10 @@ from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory, check_fits, device_memory
 from cellmap_lightning.sampling.prefetch import (
     STREAM_DEVICES,
+    NothingAhead,
     PrefetchDecision,
     ReadAhead,
     SideStream,
-    device_idle,
     prefetch,
 )
 from cellmap_lightning.sampling.sampler import StreamSampler
@@ -237,20 +237,18 @@ class CellMapDataLoader(DataLoader[Any]):
         if sampler is not None:
             sampler.start()
         present: Any = self._present
-        idle: Any = partial(device_idle, self.device)
-        if self.decision is not None and self.decision.enabled:
-            engine: SideStream | ReadAhead
+        engine: SideStream | ReadAhead | NothingAhead
+        if self.decision is None or not self.decision.enabled:
+            engine, stream = NothingAhead(self.device), batches()
+        else:
             if self.device.type in STREAM_DEVICES:
                 engine = SideStream(self.device)
             elif self.layout.custom:
                 engine = ReadAhead()  # somebody's own functions may use torch's generator, as the step does
             else:
                 engine, present = ReadAhead(present), None
-            idle = engine.idle
             stream = prefetch(batches, engine, self.decision.depth, self.source.cancel)
-        else:
-            stream = batches()
-        timed = Timed(stream, self.waiting, idle)
+        timed = Timed(stream, self.waiting, engine)
         try:
             # Neither keeps a batch that it has handed out: its memory is the step's alone.
             yield from timed if present is None else map(self._timed_present, timed)

@@ -5,12 +5,13 @@ import difflib
 import io
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
 from cellmap_lightning.errors import (
@@ -20,14 +21,20 @@ from cellmap_lightning.errors import (
     CellMapTypeError,
     CellMapValueError,
 )
-from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes, parse_inputs
+from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes, parse_inputs, parse_targets
 from cellmap_lightning.sampling.dataset import CellMapDataset, NotAnnotatedError, TooCoarseError
+from cellmap_lightning.sampling.holds import Holding, look, place_of
 from cellmap_lightning.sampling.labels import Downsample, Unknown
+from cellmap_lightning.sampling.layout import Filter, ListedCrop, find_crops, read_manifest
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
+from cellmap_lightning.sampling.splits import Crop, SplitRule, assign, check_split, missing_classes
+from cellmap_lightning.sampling.targets_path import TargetPath
 from cellmap_lightning.transforms.augment import IntensityTransforms
+from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.intensity import AUTO
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.volumes.chunks import Reader, check_reader
+from cellmap_lightning.volumes.geometry import SCALE_TOLERANCE, Box, FloatArray
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING
 from cellmap_lightning.volumes.location import CacheMode, check_mode
 from cellmap_lightning.volumes.ngff import shared_metadata
@@ -39,6 +46,7 @@ SPLITS = ("train", "val", "test", "predict")
 _USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}
 #: Crops that are opened at a time: on a network file system most of that is waiting.
 OPENERS = 8
+_T = TypeVar("_T")
 _ENTRY_KEYS = ("raw", "gt", "normalize", "invert")
 
 
@@ -53,6 +61,7 @@ class Entry:
         dataset: a dataset that was given ready-made.
         normalize: how its raw is normalized, when not as the others.
         invert: whether it is inverted, when not as the others.
+        box: where it lies, in nm, if that was said where it was named.
     """
 
     where: str
@@ -61,6 +70,18 @@ class Entry:
     dataset: CellMapDataset | None = None
     normalize: Any = None
     invert: bool | None = None
+    box: Box | None = None
+
+    @property
+    def target(self) -> TargetPath | None:
+        """Where its labels lie.
+
+        Raises:
+            CellMapValueError: the bracket is malformed.
+        """
+        if self.dataset is not None:
+            return self.dataset.target_path
+        return TargetPath.parse(self.target_path) if self.target_path is not None else None
 
 
 class CellMapDataSplit:
@@ -97,9 +118,19 @@ class CellMapDataSplit:
         cache: see there.
         cache_bytes: see there.
         reader: see there.
+        split: ``csv``: each crop is for what the CSV, or ``datasets``, says. Otherwise its crops for train and val are
+            divided anew by a rule, see `splits.assign`: ``random``, ``stratified``, ``by_dataset``,
+            ``leave_one_dataset_out`` or ``kfold``; those for test and predict stay.
+        val_fraction: the part of these crops that validates; ``kfold`` and ``leave_one_dataset_out`` have their own.
+        fold: which fold, or which dataset in alphabetical order, validates.
+        n_folds: number of folds of ``kfold``.
+        search_path: the crops instead of a CSV: the folder of the challenge's data, see `layout.find_crops`.
+        manifest: the challenge's list of these crops, see `layout.read_manifest`; by default, those that are there.
+        only_datasets: names or patterns of the datasets whose crops are wanted for train, val and test.
+        only_crops: likewise names, numbers or patterns of the crops, see `layout.Filter`.
 
     Raises:
-        CellMapFileNotFoundError: there is no such CSV.
+        CellMapFileNotFoundError: there is no such CSV, manifest or folder.
         CellMapValueError: rows that cannot be read, all of them in one table.
     """
 
@@ -132,9 +163,30 @@ class CellMapDataSplit:
         cache: CacheMode = "auto",
         cache_bytes: int | None = None,
         reader: Reader = "zarr",
+        split: SplitRule = "csv",
+        val_fraction: float = 0.1,
+        fold: int = 0,
+        n_folds: int = 5,
+        search_path: str | Path | None = None,
+        manifest: str | Path | None = None,
+        only_datasets: Sequence[str] | None = None,
+        only_crops: Sequence[str | int] | None = None,
     ) -> None:
-        if (csv_path is None) == (datasets is None):
-            raise CellMapTypeError("give the crops either as csv_path or as datasets")
+        sources = {"csv_path": csv_path, "datasets": datasets, "search_path": search_path}
+        given = [name for name, value in sources.items() if value is not None]
+        if manifest is not None and search_path is None:
+            raise CellMapTypeError("manifest needs search_path too: the folder that holds its datasets")
+        if len(given) != 1:
+            raise CellMapTypeError(
+                "give the crops either as csv_path or as datasets or as search_path; got "
+                + (" and ".join(given) or "none of them")
+            )
+        check_split(split, val_fraction, fold, n_folds)
+        if split == "csv" and search_path is not None:
+            raise CellMapValueError(
+                "search_path does not say which crops validate: choose a rule, such as split=stratified, "
+                "by_dataset or kfold"
+            )
         if too_coarse not in ("drop", "upsample", "error"):
             raise CellMapValueError(f"too_coarse must be 'drop', 'upsample' or 'error', got {too_coarse!r}")
         # What is the same for every crop is refused here, once, and not crop by crop.
@@ -144,7 +196,10 @@ class CellMapDataSplit:
         IntensityTransforms(intensity_transforms)
         self.classes = parse_classes(classes) if classes is not None else None
         self.too_coarse = too_coarse
-        self.source = str(csv_path) if csv_path is not None else "datasets"
+        self.source = "datasets" if datasets is not None else str(csv_path or manifest or search_path)
+        self.rule = split
+        self._rule: dict[str, Any] = {"val_fraction": val_fraction, "fold": fold, "n_folds": n_folds, "seed": seed}
+        self._filter = Filter(only_datasets, only_crops)
         self._common: dict[str, Any] = {
             "classes": self.classes,
             "input_arrays": input_arrays,
@@ -172,10 +227,28 @@ class CellMapDataSplit:
             raise CellMapValueError(f"planes must name xy, xz and yz at most once, got {planes!r}")
         self.planes = tuple(planes)
         self._spatial, self._intensity = spatial_transforms, intensity_transforms
-        self.entries = read_csv(csv_path) if csv_path is not None else read_mapping(datasets or {})
+        if search_path is not None:
+            found = find_crops(search_path) if manifest is None else read_manifest(manifest, search_path)
+            self._given = {"train": self._listed(found)}
+        else:
+            self._given = read_csv(csv_path) if csv_path is not None else read_mapping(datasets or {})
+        self._entries: dict[str, list[Entry]] | None = None
+        self._holdings: dict[tuple[str, str | None], Holding | None] = {}
         self._built: dict[str, CellMapMultiDataset] = {}
         self._affine: dict[str, tuple[float, float]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+
+    @property
+    def entries(self) -> Mapping[str, list[Entry]]:
+        """The crops of each split. By a rule they are divided when this is first asked for: metadata is read.
+
+        Raises:
+            CellMapError: the crops cannot be divided like this, or nothing fits a filter.
+        """
+        with self._lock:
+            if self._entries is None:
+                self._entries = self._divided()
+            return self._entries
 
     def given(self, split: str) -> bool:
         """Whether there are entries for a split."""
@@ -240,7 +313,7 @@ class CellMapDataSplit:
         return multi
 
     def _opened(self, entries: Sequence[Entry], split: str) -> list[list[CellMapDataset] | CellMapError]:
-        """The datasets of each entry, or what is wrong with it: several at a time, each from many small files."""
+        """The datasets of each entry, or what is wrong with it."""
 
         def opened(entry: Entry) -> list[CellMapDataset] | CellMapError:
             try:
@@ -250,21 +323,192 @@ class CellMapDataSplit:
             except CellMapError as e:
                 return e
 
-        with (
-            ThreadPoolExecutor(min(OPENERS, len(entries)), "cellmap-open") as pool,
-            shared_metadata(),
-            tqdm(total=len(entries), desc=f"opening {split}", unit="crop", disable=None, leave=False, delay=1) as bar,
-        ):
-            futures = [pool.submit(opened, entry) for entry in entries]
+        return _for_all(opened, entries, f"opening {split}")
+
+    # -- division
+
+    def _listed(self, crops: Sequence[ListedCrop]) -> list[Entry]:
+        """Entries of crops that a folder or a manifest names, with the classes that are read."""
+        if self.classes is None:
+            return [Entry(crop.where, raw) for raw, crop in {crop.raw: crop for crop in crops}.items()]
+        entries = []
+        for crop in crops:
+            names = [name for name in self._read(crop.classes) if name in crop.classes]
+            if names:
+                target = f"{crop.folder}/[{','.join(names)}]"
+                entries.append(Entry(crop.where, crop.raw, target, box=crop.box))
+        annotated = sorted({name for crop in crops for name in crop.classes})
+        if not entries:
+            raise CellMapValueError(
+                f"none of the {len(crops)} crops of {self.source} annotates any of {', '.join(self.classes)}; they "
+                f"annotate {', '.join(annotated) or 'nothing'}"
+            )
+        if len(entries) < len(crops):
+            log.info("%d of the %d crops annotate none of the classes", len(crops) - len(entries), len(crops))
+        return entries
+
+    def _read(self, annotated: Sequence[str]) -> tuple[str, ...]:
+        """The classes that are asked for, and those that say something about them."""
+        common = self._common
+        return Implications(
+            self.classes or (), annotated, common["infer"], common["class_table"], common["class_relation_dict"]
+        ).read
+
+    def _divided(self) -> dict[str, list[Entry]]:
+        """The crops of each split, by the filters and by the rule."""
+        given = self._given
+        if self._filter:
+            annotated = [(split, entry) for split in ("train", "val", "test") for entry in given.get(split, [])]
+            kept = self._filter.kept([_named(entry) for _, entry in annotated])
+            given = {"predict": given["predict"]} if "predict" in given else {}
+            for (split, entry), wanted in zip(annotated, kept, strict=True):
+                if wanted:
+                    given.setdefault(split, []).append(entry)
+            if not any(kept):
+                raise CellMapValueError(f"no crop of {self.source} is left by only_datasets and only_crops")
+        if self.rule == "csv":
+            return given
+        pool = [*given.get("train", []), *given.get("val", [])]
+        for entry in pool:
+            if entry.dataset is not None:
+                raise CellMapTypeError(
+                    f"{entry.where}: a dataset that was made with is_train={entry.dataset.is_train} cannot be moved by "
+                    f"split={self.rule}; give its paths instead"
+                )
+        if not pool:
+            raise CellMapValueError(
+                f"split={self.rule} divides the crops for train and val, and {self.source} has none"
+            )
+        usages = self._usages(pool)
+        rest = {split: entries for split, entries in given.items() if split not in ("train", "val")}
+        divided = {
+            split: [entry for entry, usage in zip(pool, usages, strict=True) if usage == split]
+            for split in ("train", "val")
+        }
+        return {**{split: entries for split, entries in divided.items() if entries}, **rest}
+
+    def _usages(self, pool: Sequence[Entry]) -> list[str]:
+        """``train`` or ``val`` for each entry."""
+        holdings = self._look(pool)
+        names = _names(pool)
+        crops, counted = [], []
+        for index, (entry, holding, (dataset, name)) in enumerate(zip(pool, holdings, names, strict=True)):
+            if self.classes is not None and (holding is None or not holding.voxels or self._too_coarse(holding)):
+                continue  # it will be dropped, or refused, when it is opened: no rule should count on it
+            known = holding or Holding({})
+            asked = known.classes.intersection(self.classes or ())
+            crops.append(Crop(name, dataset, asked, known.box or entry.box))
+            counted.append(index)
+        usages = ["train"] * len(pool)
+        if not crops:
+            return usages
+        if len(crops) < len(pool):
+            log.warning(
+                "split=%s counts on %d of the %d crops: the others annotate none of the classes, or too coarsely",
+                self.rule, len(crops), len(pool),
+            )  # fmt: skip
+        chosen = assign(crops, self.rule, **self._rule)
+        for index, usage in zip(counted, chosen, strict=True):
+            usages[index] = usage
+        in_val, in_train = missing_classes(crops, chosen)
+        if in_val or in_train:
+            log.warning(
+                "split=%s: %s",
+                self.rule,
+                "; ".join(
+                    f"no crop for {split} holds {', '.join(missing)}"
+                    for split, missing in (("val", in_val), ("train", in_train))
+                    if missing
+                ),
+            )
+        return usages
+
+    def _look(self, entries: Sequence[Entry]) -> list[Holding | None]:
+        """What each entry holds by its metadata; None where there is no target, or none that can be told."""
+
+        def key(entry: Entry) -> tuple[str, str | None]:
+            return entry.input_path, entry.target_path if entry.dataset is None else entry.where
+
+        def looked(entry: Entry) -> Holding | None:
             try:
-                results = []
-                for future in futures:
-                    results.append(future.result())
-                    bar.update()
-                return results
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+                target = entry.target if self.classes is not None else None
+            except CellMapError:
+                return None  # opening it will say what is wrong
+            return look(target, self._read(target.names)) if target is not None else None
+
+        new = list({key(entry): entry for entry in entries if key(entry) not in self._holdings}.values())
+        for entry, holding in zip(new, _for_all(looked, new, "looking at crops"), strict=True):
+            self._holdings[key(entry)] = holding
+        return [self._holdings[key(entry)] for entry in entries]
+
+    def _too_coarse(self, holding: Holding) -> bool:
+        """Whether a crop will be dropped for its resolution; of flat patches that is known once raw is open."""
+        asked = self._finest
+        if self.too_coarse != "drop" or asked is None or holding.scale is None:
+            return False
+        return bool((np.divide(holding.scale, asked) > 1 + SCALE_TOLERANCE).any())
+
+    @property
+    def _finest(self) -> FloatArray | None:
+        arrays = self._common["target_arrays"]
+        targets = parse_targets(arrays, len(self.classes or ())) if arrays and self.classes else {}
+        if not targets or any(spec.flat for spec in targets.values()):
+            return None
+        scales: FloatArray = np.min([spec.window.scale for spec in targets.values()], axis=0)
+        return scales
+
+    def write_csv(self, path: str | Path) -> None:
+        """Write the crops of every split as a CSV of ``usage, raw, target`` with absolute paths.
+
+        Read again with ``split="csv"`` it gives the same splits. How single entries are normalized or inverted has no
+        place in a CSV; that is logged.
+        """
+        rows, own = [], []
+        for split in SPLITS:
+            for entry in self.entries.get(split, []):
+                target = entry.target_path
+                if entry.dataset is not None and entry.dataset.target_path is not None:
+                    target = str(entry.dataset.target_path)
+                raw, gt = _absolute(entry.input_path), _absolute(target) if target else ""
+                rows.append(["validate" if split == "val" else split, raw, gt])
+                if entry.normalize is not None or entry.invert is not None:
+                    own.append(entry.where)
+        if own:
+            log.warning("%s does not say how these are normalized and inverted: %s", path, ", ".join(own))
+        file = local(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", encoding="utf-8", newline="") as out:
+            writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
+            writer.writerow(["usage", "raw", "target"])
+            writer.writerows(rows)
+
+    def table(self) -> str:
+        """How many crops of each split hold each class, and the foreground voxels in them where the metadata says so.
+
+        Voxels are those of the finest level. ``-`` where no crop says how many, ``>=`` where some do not.
+        """
+        shown = [split for split in ("train", "val", "test") if self.entries.get(split)]
+        holdings = {split: [h or Holding({}) for h in self._look(self.entries[split])] for split in shown}
+        rows = [["class", *(cell for split in shown for cell in (split, "voxels"))]]
+        for name in self.classes or ():
+            row = [name]
+            for split in shown:
+                counts = [h.voxels[name] for h in holdings[split] if name in h.classes]
+                known = [count for count in counts if count is not None]
+                at_least = ">=" if len(known) < len(counts) else ""
+                row += [str(len(counts)), f"{at_least}{sum(known):.3g}" if known else "-" if counts else "0"]
+            rows.append(row)
+        rows.append(["crops", *(cell for split in shown for cell in (str(len(self.entries[split])), ""))])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join(
+            (
+                f"{row[0]:<{widths[0]}}"
+                + "".join(f"  {cell:>{n}}" for cell, n in zip(row[1:], widths[1:], strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+    # -- one crop
 
     def _own(self, dataset: CellMapDataset, split: str) -> CellMapDataset:
         """A dataset that was given ready-made, if it delivers what is asked for."""
@@ -336,7 +580,58 @@ class CellMapDataSplit:
         return {k: v for k, v in self.__dict__.items() if k != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.RLock())
+
+
+def _for_all(work: Callable[[Entry], _T], entries: Sequence[Entry], what: str) -> list[_T]:
+    """The result for each entry, several at a time: each comes from many small files."""
+    if not entries:
+        return []
+    with (
+        ThreadPoolExecutor(min(OPENERS, len(entries)), "cellmap-open") as pool,
+        shared_metadata(),
+        tqdm(total=len(entries), desc=what, unit="crop", disable=None, leave=False, delay=1) as bar,
+    ):
+        futures = [pool.submit(work, entry) for entry in entries]
+        try:
+            results = []
+            for future in futures:
+                results.append(future.result())
+                bar.update()
+            return results
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _named(entry: Entry) -> tuple[str, str]:
+    """Dataset of an entry, and the name of its crop."""
+    dataset, inside = _place(entry)
+    return dataset, Path(inside).name
+
+
+def _names(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+    """Dataset and full name of each: ``jrc_hela-2/crop1``, or its whole path where that would name another crop too."""
+    places = [_place(entry) for entry in entries]
+    called: dict[tuple[str, str], set[str]] = {}
+    for dataset, inside in places:
+        called.setdefault((dataset, Path(inside).name), set()).add(inside)
+    return [
+        (dataset, f"{dataset}/{Path(inside).name if len(called[dataset, Path(inside).name]) == 1 else inside}")
+        for dataset, inside in places
+    ]
+
+
+def _place(entry: Entry) -> tuple[str, str]:
+    try:
+        target = entry.target
+    except CellMapError:
+        target = None  # opening it will say what is wrong
+    return place_of(entry.input_path, target)
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(local(path).absolute())
 
 
 def _table(rows: Sequence[tuple[Entry, CellMapError]]) -> str:

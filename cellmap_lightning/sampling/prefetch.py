@@ -6,6 +6,7 @@ computes.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -111,17 +112,14 @@ def decide(
     return PrefetchDecision(True, depth, int(copies), f"{size} ({why}), {what}, {room}")
 
 
-def device_idle(device: torch.device) -> bool:
-    """Whether a device has nothing left to do; a CPU that asks has not."""
-    return device.type not in STREAM_DEVICES or bool(torch.accelerator.current_stream(device).query())
-
-
 class ReadAhead:
     """What `prefetch` does with each batch where nothing is copied to a device.
 
     Args:
         prepare: called with each batch in the thread that reads ahead.
     """
+
+    held = 0.0
 
     def __init__(self, prepare: Callable[[Any], Any] | None = None) -> None:
         self.prepare = prepare
@@ -154,7 +152,10 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.Stream(device)
+        #: Seconds that the host was held back, so that it does not run ahead of the device.
+        self.held = 0.0
         self._idle = False
+        self._before: torch.Event | None = None
 
     def bind(self) -> None:
         """Make the device current in the calling thread: a new thread would use device 0."""
@@ -173,6 +174,13 @@ class SideStream:
         """Let the current stream wait for the copies, and keep their memory until it has used them."""
         current = torch.accelerator.current_stream(self.device)
         self._idle = current.query()
+        # A host that queues step after step would have a batch in memory for each of them: when it queues a step, the
+        # one before may still run, and those before that have ended.
+        queued, self._before = self._before, current.record_event()
+        if queued is not None:
+            began = time.perf_counter()
+            queued.synchronize()
+            self.held += time.perf_counter() - began
         current.wait_event(copied)
         for tensor in batch.values():
             # Freed by Python while the step's kernels still run, the block would return to the side stream at once.
@@ -182,6 +190,23 @@ class SideStream:
     def idle(self) -> bool:
         """Whether the device had nothing left to do when the last batch was acquired."""
         return self._idle
+
+
+class NothingAhead:
+    """What is known of a device where `prefetch` is not used.
+
+    Args:
+        device: where the batches are used.
+    """
+
+    held = 0.0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def idle(self) -> bool:
+        """Whether the device has nothing left to do; a CPU that asks has not."""
+        return self.device.type not in STREAM_DEVICES or bool(torch.accelerator.current_stream(self.device).query())
 
 
 class _Ahead:

@@ -43,6 +43,9 @@ class TargetPath:
             raise CellMapValueError(f"target path {path!r}: each class should be named once, got [{inside}]")
         return cls(before.rstrip("/"), names, after.strip("/"))
 
+    def __str__(self) -> str:
+        return f"{self.before}/[{','.join(self.names)}]" + (f"/{self.after}" if self.after else "")
+
     @property
     def label(self) -> str:
         """What messages call the crop, such as ``jrc_hela-2/crop1``."""

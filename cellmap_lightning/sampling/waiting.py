@@ -1,9 +1,22 @@
 """Seconds that steps wait for their batches, and that bringing these to the device takes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+
+class Device(Protocol):
+    """What is known of the device that waits.
+
+    Attributes:
+        held: seconds that the thread was held back because the device has enough to do.
+    """
+
+    held: float
+
+    def idle(self) -> bool:
+        """Whether the device had nothing left to do when the last batch came."""
 
 
 @dataclass
@@ -38,21 +51,21 @@ class Timed:
     Args:
         batches: the batches.
         waiting: what is counted up.
-        idle: whether the device had nothing left to do when the batch came.
+        device: what waits.
     """
 
-    def __init__(self, batches: Iterator[Any], waiting: Waiting, idle: Callable[[], bool]) -> None:
-        self._batches, self._waiting, self._idle = batches, waiting, idle
+    def __init__(self, batches: Iterator[Any], waiting: Waiting, device: Device) -> None:
+        self._batches, self._waiting, self._device = batches, waiting, device
 
     def __iter__(self) -> "Timed":
         return self
 
     def __next__(self) -> Any:
-        began = time.perf_counter()
+        began, held = time.perf_counter(), self._device.held
         batch = next(self._batches)
-        took = time.perf_counter() - began
+        took = time.perf_counter() - began - (self._device.held - held)
         self._waiting.batches += 1
         self._waiting.waited += took
-        if self._idle():
+        if self._device.idle():
             self._waiting.starved += took
         return batch

@@ -139,7 +139,7 @@ def test_labels_that_are_too_coarse(write, policy, caplog):
 def test_bad_arguments(write, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"did you mean|has no 'cropz.csv'"):
         split(tmp_path / "cropz.csv")
-    with pytest.raises(TypeError, match="either as csv_path or as datasets"):
+    with pytest.raises(TypeError, match="either as csv_path or as datasets or as search_path; got none"):
         split()
     with pytest.raises(ValueError, match="names no crops"):
         split(write("# nothing"))
