@@ -150,6 +150,14 @@ def test_each_of_two_targets_counts_its_own_voxels_once(stored):
     assert counts["labels"] == directly(stored, ((2, 2), (3, 3), (0, 0)))
 
 
+@pytest.mark.usefixtures("quiet_lightning")
+def test_a_smaller_target_beside_one_that_holds_the_crop_is_shown_as_far_as_positions_reach(stored):
+    small, large = ({"shape": shape, "scale": SCALE} for shape in ((6, 21, 21), (20, 21, 21)))
+    counts = validated(stored, {"raw": small, "wide": large}, {"labels": small, "context": large})
+    assert counts["context"] == directly(stored)
+    assert counts["labels"] == directly(stored, ((1, 1), (0, 0), (0, 0)))
+
+
 def scattered(dataset, target):
     """How often each voxel is known over all tiles, and its values, on the lattice of the first position's patch."""
     loader = CellMapDataLoader(dataset, 4, is_train=False)
