@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
@@ -91,7 +91,8 @@ class CellMapDataModule(L.LightningDataModule):
         class_relation_dict: see `CellMapDataset`.
         samples_per_epoch: samples of a training epoch over all ranks.
         batches_per_epoch: batches of a training epoch instead, over all ranks; 1000 when neither is given.
-        val_samples: validate on this many tiles at most, spread over all crops, the same each time; by default all.
+        val_samples: tiles to validate on during ``fit``, in which every class that occurs has its share, the same in
+            every epoch and on any number of ranks; None for all. `Trainer.validate` and ``test`` go through all tiles.
         pad: read crops smaller than a patch, with the raw around them; targets are NaN outside the crop.
         seed: everything random follows from it and from the number of the sample.
         normalize: how stored values become an input, see `CellMapDataset`; an entry of ``datasets`` can have its own.
@@ -143,7 +144,7 @@ class CellMapDataModule(L.LightningDataModule):
         class_relation_dict: Mapping[str, Any] | None = None,
         samples_per_epoch: int | None = None,
         batches_per_epoch: int | None = None,
-        val_samples: int | None = None,
+        val_samples: int | None = 256,
         pad: bool = True,
         seed: int = 0,
         intensity_transforms: Mapping[str, Any] | None = None,
@@ -304,31 +305,33 @@ class CellMapDataModule(L.LightningDataModule):
         return self._loader("train", samples)
 
     def val_dataloader(self) -> CellMapDataLoader:
-        """Tiles of the val split, the same each time."""
+        """Tiles of the val split, the same each time: ``val_samples`` of them during ``fit``, otherwise all."""
         if not self.crops.given("val"):
             raise CellMapKeyError(
                 f"no crops were given for 'val': {self.crops.source} has none; add some (in a CSV with the usage "
                 "'validate'), or train without validation by limit_val_batches=0"
             )
-        count = self.val_samples
-        return self._loader("val", None if count is None else min(count, self.crops["val"].tile_count))
+        fitting = self._running and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if self.val_samples is None or not fitting:
+            return self._loader("val", None)
+        return self._loader("val", None, self.crops["val"].chosen_tiles(self.val_samples, self.seed))
 
     def test_dataloader(self) -> CellMapDataLoader:
         """Tiles that cover the test split."""
         return self._loader("test", None)
 
     def predict_dataloader(self) -> CellMapDataLoader:
-        """Tiles that cover the volumes to predict."""
-        return self._loader("predict", None)
+        """Tiles that cover the volumes to predict, in the order z, y, x."""
+        return self._loader("predict", None, range(self.crops["predict"].tile_count))
 
-    def _loader(self, split: str, samples: int | None) -> CellMapDataLoader:
+    def _loader(self, split: str, samples: int | None, tiles: Sequence[int] | None = None) -> CellMapDataLoader:
         dataset = self.crops[split]
         device = self._device
         if self.num_workers == 0:
             # The dataset reads with threads of its own: what Lightning says about processes would make it slower.
             warnings.filterwarnings("ignore", f".*'{split}_dataloader' does not have many workers")
         # Only a Trainer that runs passes batches through `transfer_batch_to_device`.
-        running = self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
+        running = self._running
         streams = running and device.type in STREAM_DEVICES
         decision = None
         if self.prefetch is not None and running:
@@ -353,7 +356,12 @@ class CellMapDataModule(L.LightningDataModule):
             prefetch_factor=self.prefetch_factor,
             timeout=self.timeout,
             multiprocessing_context=self.multiprocessing_context,
+            tiles=tiles,
         )
+
+    @property
+    def _running(self) -> bool:
+        return self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
 
     @property
     def _device(self) -> torch.device:

@@ -162,3 +162,30 @@ class DiceScore(Metric):
         occurs = self.positive > 0
         constant = torch.where(occurs, 2.0 * self.positive / (self.known + self.positive), torch.nan)
         return {"dice": 2.0 * self.tp / (self.predicted + self.positive), "constant": constant, "occurs": occurs}
+
+
+class MeanOverSamples(Metric):
+    """Mean of a value per batch, weighted by samples, over everything that was seen on all ranks.
+
+    Lightning's own mean over ranks (``self.log(..., sync_dist=True)`` in a step) divides the number of samples by that
+    of the ranks as an integer, and is wrong where ranks saw different numbers of samples.
+    """
+
+    full_state_update = False
+    total: Tensor
+    samples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, value: Tensor, samples: int) -> None:
+        """Count a batch of so many samples."""
+        # Not in place: a state that was made in inference mode cannot be changed outside of it.
+        self.total = self.total + value.detach().to(self.total.dtype) * samples
+        self.samples = self.samples + samples
+
+    def compute(self) -> Tensor:
+        """The mean; NaN when nothing was seen."""
+        return self.total / self.samples

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.masked import (
     DiceScore,
+    MeanOverSamples,
     masked_bce,
     masked_cross_entropy,
     masked_dice,
@@ -83,6 +84,8 @@ class SegmentationTask(L.LightningModule):
         self.scores: dict[str, dict[str, dict[str, float]]] = {}
         self.val_dice = DiceScore(self.classes)
         self.test_dice = DiceScore(self.classes)
+        self.val_loss = MeanOverSamples()
+        self.test_loss = MeanOverSamples()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a finished input."""
@@ -175,32 +178,33 @@ class SegmentationTask(L.LightningModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Loss and counts of a batch."""
-        self._evaluate("val", self.val_dice, batch)
+        self._evaluate(self.val_dice, self.val_loss, batch)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Loss and counts of a batch."""
-        self._evaluate("test", self.test_dice, batch)
+        self._evaluate(self.test_dice, self.test_loss, batch)
 
-    def _evaluate(self, stage: str, dice: DiceScore, batch: Mapping[str, Tensor]) -> None:
+    def _evaluate(self, dice: DiceScore, loss: MeanOverSamples, batch: Mapping[str, Tensor]) -> None:
         x, y = self._parts(batch)
         logits = self(x)
         if y.is_floating_point():
             dice.update(logits, y)
         else:
             dice.update(*one_against_all(logits, y, (y >= 0) & (y <= len(self.classes))))
-        self.log(f"{stage}/loss", self.loss(logits, y), batch_size=len(x), sync_dist=True)
+        loss.update(self.loss(logits, y), len(x))
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/dice`` and ``val/dice/<class>``."""
-        self._report("val", self.val_dice)
+        """Log ``val/loss``, ``val/dice`` and ``val/dice/<class>``."""
+        self._report("val", self.val_dice, self.val_loss)
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/dice`` and ``test/dice/<class>``."""
-        self._report("test", self.test_dice)
+        """Log ``test/loss``, ``test/dice`` and ``test/dice/<class>``."""
+        self._report("test", self.test_dice, self.test_loss)
 
-    def _report(self, stage: str, dice: DiceScore) -> None:
+    def _report(self, stage: str, dice: DiceScore, loss: MeanOverSamples) -> None:
         if self.trainer.sanity_checking:  # a few tiles, by which nothing is to be judged
             dice.reset()
+            loss.reset()
             return
         result = {name: value.tolist() for name, value in dice.compute().items()}
         occurring = [i for i, there in enumerate(result["occurs"]) if there]
@@ -208,10 +212,14 @@ class SegmentationTask(L.LightningModule):
             self.classes[i]: {"dice": result["dice"][i], "constant": result["constant"][i]} for i in occurring
         }
         found = [result["dice"][i] for i in occurring]
-        self.log(f"{stage}/dice", sum(found) / len(found) if found else float("nan"), prog_bar=True)
+        # The sums of all ranks are added by now, and what is logged is the same on each: their mean changes nothing.
+        self.log(f"{stage}/loss", loss.compute(), sync_dist=True)
+        mean = sum(found) / len(found) if found else float("nan")
+        self.log(f"{stage}/dice", mean, prog_bar=True, sync_dist=True)
         for name, score in self.scores[stage].items():
-            self.log(f"{stage}/dice/{name}", score["dice"])
+            self.log(f"{stage}/dice/{name}", score["dice"], sync_dist=True)
         dice.reset()
+        loss.reset()
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Probability of each class, ``[N, C, z, y, x]``."""

@@ -3,7 +3,7 @@
 import multiprocessing
 import time
 import weakref
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from copy import copy
 from functools import partial
 from typing import Any
@@ -73,7 +73,9 @@ class CellMapDataLoader(DataLoader[Any]):
         batch_size: samples of a batch, per rank.
         num_workers: worker processes.
         samples_per_epoch: samples of an epoch over all ranks; by default as many as tiles cover every crop once.
-        is_train: draw samples at random, augmented if the dataset is for training; otherwise go through the tiles.
+        is_train: draw samples at random, augmented if the dataset is for training; otherwise go through the tiles, in
+            an order of which every beginning is spread over all crops. Where a tile overlaps the one before it its
+            targets are unknown, so that all tiles together show each voxel of a target once.
         seed: what everything random follows from; by default the dataset's.
         finish: yield finished batches (float32); False leaves them compact, for `BatchLayout.finish`.
         drop_last: leave an incomplete last batch out; by default while training.
@@ -94,6 +96,7 @@ class CellMapDataLoader(DataLoader[Any]):
         sampler: replaces the loader's own, as Lightning does for ``overfit_batches``.
         batch_sampler: likewise, as Lightning does to predict.
         shuffle: taken for torch's sake; the order follows from ``is_train``.
+        tiles: the tiles to go through, in this order, such as ``range(dataset.tile_count)``.
 
     Raises:
         CellMapValueError: the numbers do not fit together.
@@ -126,6 +129,7 @@ class CellMapDataLoader(DataLoader[Any]):
         sampler: Iterable[int] | None = None,
         batch_sampler: Iterable[list[int]] | None = None,
         shuffle: bool | None = None,
+        tiles: Sequence[int] | None = None,
     ) -> None:
         source = dataset.dataset if isinstance(dataset, Samples) else dataset
         if not isinstance(source, SampleSource):
@@ -135,7 +139,7 @@ class CellMapDataLoader(DataLoader[Any]):
             samples.slots = None
         else:
             seed = source.seed if seed is None else seed
-            samples = Samples(source, samples_per_epoch, is_train, seed, pin_memory)
+            samples = Samples(source, samples_per_epoch, is_train, seed, pin_memory, tiles)
         slots = num_workers > 0 and Slots.possible()
         if num_workers > 0:
             # Not None: Lightning would add one that makes every worker import it.

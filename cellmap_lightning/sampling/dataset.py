@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,17 +25,20 @@ from cellmap_lightning.sampling.names import renamed
 from cellmap_lightning.sampling.planes import Plane
 from cellmap_lightning.sampling.pool import ReadPool, default_workers
 from cellmap_lightning.sampling.source import SampleSource
+from cellmap_lightning.sampling.strata import tiles_with
 from cellmap_lightning.sampling.targets_path import TargetPath
+from cellmap_lightning.sampling.tiles import IntArray
 from cellmap_lightning.transforms.augment import IntensityTransforms
 from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.intensity import AUTO, Normalize, Scaling, input_transforms
+from cellmap_lightning.transforms.kinds import TargetKind
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.transforms.targets import class_transforms
 from cellmap_lightning.volumes.chunks import Reader, check_reader
-from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, FloatArray, Shape
+from cellmap_lightning.volumes.geometry import AXES, LATTICE_TOLERANCE, SCALE_TOLERANCE, FloatArray, Shape
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING, StoredImage, choose_level
 from cellmap_lightning.volumes.location import CacheMode
-from cellmap_lightning.volumes.ngff import Encoding, Multiscale, read_encoding, read_multiscale
+from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding, read_multiscale
 from cellmap_lightning.volumes.patches import Patches, Resampled, reached
 from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import Region, RegionStore
@@ -258,6 +261,7 @@ class CellMapDataset(SampleSource):
             [] if self.pad else [(world[n], volume) for n in inputs],
         )
         self._place(world, targets)
+        self._tiled = world[next(iter(targets or inputs))]
         scale = np.max([world[n].scale for n in targets or inputs], axis=0)
         #: Voxels of the crop at the resolution asked for, by which crops are weighed against each other.
         self.volume = float(np.prod(crop.extent / scale))
@@ -362,13 +366,28 @@ class CellMapDataset(SampleSource):
         found = {}
         for name in self.annotated:
             image = self._labels[name]
-            boolean = image.finest.array.dtype.kind == "b"
-            encoding = Encoding(0, None) if boolean else read_encoding(image, image.finest)
-            if self._unknown != "metadata":
-                encoding = Encoding(encoding.absent, self._unknown)
-            stored = foreground(image, encoding, self._pool, f"{self.label}/{name}")
+            stored = foreground(image, self._encoding(name, image.finest), self._pool, f"{self.label}/{name}")
             scale = next(iter(self._windows[target].scale for target in self.layout.targets))
             found[name] = stored * float(np.prod(image.finest.scale) / np.prod(scale))
+        return found
+
+    def _encoding(self, name: str, level: Level) -> Encoding:
+        """What the stored values of a class mean."""
+        if level.array.dtype.kind == "b":
+            return Encoding(0, None)
+        encoding = read_encoding(self._labels[name], level)
+        return encoding if self._unknown == "metadata" else Encoding(encoding.absent, self._unknown)
+
+    @cached_property
+    def class_tiles(self) -> dict[str, IntArray | None]:
+        """Tiles of the first target in which each annotated class is seen; see `tiles_with`."""
+        found: dict[str, IntArray | None] = {}
+
+        def look(name: str) -> None:
+            image, label = self._labels[name], f"{self.label}/{name}"
+            found[name] = tiles_with(image, partial(self._encoding, name), self.placement, self._tiled, label)
+
+        self._pool.run([partial(look, name) for name in self.annotated])
         return found
 
     def set_affine(self, affine: tuple[float, float]) -> None:
@@ -409,7 +428,13 @@ class CellMapDataset(SampleSource):
         return self._raw_regions[0].kept
 
     def read_array(
-        self, name: str, place: Place, turn: FloatArray | None, out: np.ndarray[Any, Any], layout: BatchLayout
+        self,
+        name: str,
+        place: Place,
+        turn: FloatArray | None,
+        out: np.ndarray[Any, Any],
+        layout: BatchLayout,
+        advance: FloatArray | None = None,
     ) -> None:
         """Write one array of one sample to its place in a compact batch.
 
@@ -419,13 +444,24 @@ class CellMapDataset(SampleSource):
             turn: see `geometry.patch_map`; along the patch's own axes.
             out: ``[1, z, y, x]`` of ``layout.raw_dtype`` for an input, one sample of its compact form for a target.
             layout: the layout of the batch, which crops of several stored types may share.
+            advance: of a tile, see `Placement.advance`.
         """
         turn = self.plane.turn(turn)
-        stack = self._stacks.get(name)
-        if stack is None:
+        if name not in self._stacks:
             self._read_raw(name, place, turn, out[0], layout)
             return
         kind = layout.targets[name].kind
+        self._read_target(name, place, turn, out, kind)
+        if advance is not None:
+            window = self._windows[name]
+            # The voxels whose centres lie before the end of the tile before.
+            before = np.ceil(window.shape - advance[list(self.plane.axes)] / window.scale - 0.5 - LATTICE_TOLERANCE)
+            kind.forget(out, before.clip(0).astype(int).tolist())
+
+    def _read_target(
+        self, name: str, place: Place, turn: FloatArray | None, out: np.ndarray[Any, Any], kind: TargetKind
+    ) -> None:
+        stack = self._stacks[name]
         shape: tuple[int, ...] = _widened(self._windows[name].shape, kind.margin)
         if isinstance(stack, IdStack):
             shape, dtype = (len(self.classes), *shape), stack.dtype

@@ -20,6 +20,7 @@ from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.pool import FORK_GATE, Closes, ReadPool
 from cellmap_lightning.sampling.slots import SlotBatch, Slots
+from cellmap_lightning.sampling.tiles import Spread, stratified
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.volumes.geometry import AXES, FloatArray, Shape
 from cellmap_lightning.volumes.location import CacheMode
@@ -41,11 +42,14 @@ class Draw:
         sample: its number in the stream.
         position: which position of the source.
         turn: see `geometry.patch_map`.
+        advance: of a tile, see `Placement.advance`: targets are unknown where the tiles before it cover them. None for
+            what is no tile.
     """
 
     sample: int
     position: int
     turn: FloatArray | None
+    advance: FloatArray | None = None
 
 
 class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
@@ -120,10 +124,39 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
 
     def tile(self, number: int) -> int:
         """Position of one of the patches that together cover every crop."""
+        return self._tile(number, number).position
+
+    def _tile(self, sample: int, number: int) -> Draw:
+        """A tile as a sample."""
         if not 0 <= number < self.tile_count:
             raise CellMapIndexError(f"{self}: tile {number} is none of its {self.tile_count}")
         crop = bisect.bisect_right(self._tile_offsets, number) - 1
-        return self._offsets[crop] + self.datasets[crop].placement.tile(number - self._tile_offsets[crop])
+        placement, local = self.datasets[crop].placement, number - self._tile_offsets[crop]
+        return Draw(sample, self._offsets[crop] + placement.tile(local), None, placement.advance(local))
+
+    def spread_tiles(self) -> Spread:
+        """All tiles, in an order of which every beginning is spread over all crops."""
+        return Spread([dataset.placement.tiles_along for dataset in self.datasets])
+
+    def chosen_tiles(self, count: int, seed: int) -> Sequence[int]:
+        """Tiles in which every class that occurs has its share, a function of the crops and the seed; see `stratified`.
+
+        Coarse levels of the labels are read for it, once.
+        """
+        if count >= self.tile_count:
+            return self.spread_tiles()
+        strata = []
+        for name in self.classes:
+            seen, anywhere = [], []
+            for offset, dataset in zip(self._tile_offsets, self.datasets, strict=False):
+                tiles = dataset.class_tiles.get(name, ())
+                if tiles is None:
+                    anywhere.append(np.arange(offset, offset + dataset.placement.tile_count))
+                elif len(tiles):
+                    seen.append(offset + np.asarray(tiles))
+            if seen or anywhere:
+                strata.append(np.concatenate(seen or anywhere))
+        return stratified(strata, self.spread_tiles(), count, seed)
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         """The finished sample at a position: a batch of one without its first axis.
@@ -144,13 +177,14 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
 
         Args:
             samples: their numbers.
-            shuffle: draw a crop and a position in it for each; otherwise sample ``n`` is tile ``n``. What is drawn is
-                also augmented, if the dataset is for training.
+            shuffle: draw a crop and a position in it for each; otherwise sample ``n`` is tile ``n``, with targets that
+                are unknown where the tiles before it cover them. What is drawn is also augmented, if the dataset is for
+                training.
             seed: what everything random follows from.
         """
-        turns = self.spatial.turns(seed, samples) if shuffle and self.is_train else [None] * len(samples)
         if not shuffle:
-            return [Draw(n, self.tile(n), turn) for n, turn in zip(samples, turns, strict=True)]
+            return [self._tile(n, n) for n in samples]
+        turns = self.spatial.turns(seed, samples) if self.is_train else [None] * len(samples)
         places = uniforms(seed, PLACE, samples, 2)
         crops = np.searchsorted(self._chances, places[:, 0], side="right").clip(max=len(self.datasets) - 1)
         draws = []
@@ -177,7 +211,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
             dataset, local = self.locate(draw.position)
             place = dataset.placement.place(local)
             for name, array in arrays.items():
-                jobs.append(partial(dataset.read_array, name, place, draw.turn, array[row], self.layout))
+                jobs.append(partial(dataset.read_array, name, place, draw.turn, array[row], self.layout, draw.advance))
                 missing = dataset.missing(name, place, draw.turn)
                 work += array[row].nbytes * (1 if missing is not None else dataset.effort(name, draw.turn))
                 for region, index in missing or ():
@@ -247,22 +281,34 @@ class Samples(Dataset[Any]):
 
     Args:
         dataset: where the samples come from.
-        count: samples of an epoch; by default as many as tiles cover every crop once.
+        count: samples of an epoch; by default as many as there are tiles.
         shuffle: draw samples at random; otherwise go through the tiles.
         seed: what everything random follows from.
         pin: read into page-locked memory.
+        tiles: numbers of the tiles, in the order in which they come; by default all, see `SampleSource.spread_tiles`.
 
     Raises:
-        CellMapValueError: ``count`` is not positive.
+        CellMapValueError: ``count`` is not positive, or larger than there are tiles; tiles are given to be drawn.
     """
 
-    def __init__(self, dataset: SampleSource, count: int | None, shuffle: bool, seed: int, pin: bool = False) -> None:
-        count = dataset.tile_count if count is None else count
+    def __init__(
+        self,
+        dataset: SampleSource,
+        count: int | None,
+        shuffle: bool,
+        seed: int,
+        pin: bool = False,
+        tiles: Sequence[int] | None = None,
+    ) -> None:
+        if tiles is not None and shuffle:
+            raise CellMapValueError("tiles are gone through without is_train=True; with it samples are drawn")
+        tiles = dataset.spread_tiles() if tiles is None else tiles
+        count = len(tiles) if count is None else count
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise CellMapValueError(f"samples_per_epoch must be a whole number of at least 1, got {count!r}")
-        if not shuffle and count > dataset.tile_count:
+        if not shuffle and count > len(tiles):
             raise CellMapValueError(
-                f"samples_per_epoch={count}, and {dataset.tile_count} tiles cover everything once; without "
+                f"samples_per_epoch={count}, and {len(tiles)} tiles cover everything once; without "
                 "is_train=True none is shown twice"
             )
         self.dataset = dataset
@@ -270,6 +316,7 @@ class Samples(Dataset[Any]):
         self.shuffle = shuffle
         self.seed = seed
         self.pin = pin
+        self.tiles = tiles
         #: How its batches are laid out and finished.
         self.layout = dataclasses.replace(dataset.layout, seed=seed)
         #: Where worker processes write, set by their loader; and for how many samples there is room.
@@ -281,9 +328,7 @@ class Samples(Dataset[Any]):
 
     def __getitems__(self, samples: Sequence[int]) -> CompactBatch | SlotBatch:
         """The samples of these numbers as one compact batch; in a worker process, where it lies."""
-        if not self.shuffle:  # fewer than all tiles are spread over all crops
-            samples = [n * self.dataset.tile_count // self.count for n in samples]
-        draws = self.dataset.draw(samples, self.shuffle, self.seed)
+        draws = self._draw(samples)
         worker = get_worker_info()
         if self.slots is None or worker is None or len(draws) > self.room:
             return self.dataset.read(draws, self.pin)
@@ -297,6 +342,9 @@ class Samples(Dataset[Any]):
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
         """One finished sample."""
-        samples = [sample] if self.shuffle else [sample * self.dataset.tile_count // self.count]
-        batch = self.layout.finish(self.dataset.read(self.dataset.draw(samples, self.shuffle, self.seed)))
+        batch = self.layout.finish(self.dataset.read(self._draw([sample])))
         return {name: value[0] for name, value in batch.items()}
+
+    def _draw(self, samples: Sequence[int]) -> list[Draw]:
+        numbers = samples if self.shuffle else [self.tiles[n] for n in samples]
+        return self.dataset.draw(numbers, self.shuffle, self.seed)

@@ -32,8 +32,12 @@ class TargetKind(ABC):
         channels: channels of the finished target.
         dtype: type of the finished target.
         computed: it is computed from what is read, and not a copy of it.
+        unknown: what stands in its compact form where nobody says.
+        channels_first: whether its compact form is ``[channels, z, y, x]``, else ``[z, y, x, bytes]``.
     """
 
+    unknown: ClassVar[float] = 0
+    channels_first: ClassVar[bool] = False
     computed: ClassVar[bool] = False
     name: ClassVar[str]
     reads: ClassVar[Literal["bits", "ids"]] = "bits"
@@ -58,6 +62,17 @@ class TargetKind(ABC):
     def encode(self, stored: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
         """Write what was read, margin included, to its compact form. Kinds without a margin are read in place."""
         raise NotImplementedError
+
+    def forget(self, compact: np.ndarray[Any, Any], counts: Sequence[int]) -> None:
+        """Make the first voxels along z, y and x of the compact form of a sample unknown. In place.
+
+        Args:
+            compact: one sample, see `compact`.
+            counts: how many along each axis, at most those of the patch.
+        """
+        voxels = np.moveaxis(compact, 0, -1) if self.channels_first else compact
+        for axis, count in enumerate(counts):
+            voxels[(slice(None),) * axis + (slice(count),)] = self.unknown
 
     @abstractmethod
     def finish(self, compact: torch.Tensor) -> torch.Tensor:
@@ -118,6 +133,8 @@ class Instances(TargetKind):
 
     name = "instances"
     reads = "ids"
+    unknown = UNKNOWN_ID
+    channels_first = True
     dtype = torch.int64
 
     def compact(self, id_dtype: np.dtype[Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -201,6 +218,8 @@ class SignedDistance(TargetKind):
 
     computed = True
     name = "sdt"
+    unknown = math.nan
+    channels_first = True
     options = ("nm",)
 
     def __init__(self, window: Window, classes: int, nm: float = 0.0) -> None:

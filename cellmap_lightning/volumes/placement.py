@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.volumes.geometry import (
@@ -50,7 +52,7 @@ class Placement:
         step: distance of neighbouring centres, nm.
         counts: centres along z, y, x.
         stride: positions from one tile to the next that touches it, per axis.
-        held: per axis, whether patches are larger than the crop and hold it.
+        held: per axis, whether every patch is larger than the crop and holds it.
     """
 
     first: FloatArray
@@ -136,7 +138,7 @@ class Placement:
             step.append(s)
             counts.append(k_hi - k_lo + 1)
             strides.append(max(1, math.floor(smallest / s + LATTICE_TOLERANCE)))
-            held.append(holds)
+            held.append(holds and smallest >= box.extent[axis] - slack)
         return cls(
             np.asarray(first), np.asarray(step), (counts[0], counts[1], counts[2]),
             (strides[0], strides[1], strides[2]), (held[0], held[1], held[2]),
@@ -164,28 +166,60 @@ class Placement:
         """The box from the lowest to the highest centre, nm."""
         return Box(to_vector(self.first), to_vector(self.first + self.step * np.subtract(self.counts, 1)))
 
-    @property
-    def _tiles_along(self) -> tuple[int, ...]:
+    @cached_property
+    def tiles_along(self) -> Shape:
         """Tiles along z, y, x."""
-        return tuple(
+        z, y, x = (
             1 if holds else 1 + math.ceil((count - 1) / stride)
             for count, stride, holds in zip(self.counts, self.stride, self.held, strict=True)
         )
+        return z, y, x
 
     @property
     def tile_count(self) -> int:
         """Number of patches that together cover the box."""
-        return math.prod(self._tiles_along)
+        return math.prod(self.tiles_along)
 
     def tile(self, number: int) -> int:
         """Position of one of the patches that together cover the box, in the order z, y, x.
 
         The last along an axis overlaps the one before it where they do not divide.
         """
-        along = self._tiles_along
-        rest, x = divmod(number, along[2])
-        z, y = divmod(rest, along[1])
-        place = []
-        for at, count, stride, holds in zip((z, y, x), self.counts, self.stride, self.held, strict=True):
-            place.append(count // 2 if holds else min(at * stride, count - 1))
-        return self.index(place)
+        return self.index([self._along(axis, at) for axis, at in enumerate(self._tile_place(number))])
+
+    def advance(self, number: int) -> FloatArray:
+        """How far a tile lies beyond the one before it along z, y and x, nm; infinite where it is the first.
+
+        What of it the one before covers too is then known for arrays of any shape and scale: along an axis tiles come
+        in the order of their places, and a longer patch that reaches back over several of them ends before the next.
+        """
+        steps = [
+            self._along(axis, at) - self._along(axis, at - 1) if at else math.inf
+            for axis, at in enumerate(self._tile_place(number))
+        ]
+        return np.asarray(steps) * self.step
+
+    def tiles_at(self, axis: int, points: FloatArray, extent: float) -> npt.NDArray[np.int64]:
+        """Along one axis, the first tile that covers each point; the nearest one for points that none covers.
+
+        Args:
+            axis: 0, 1 or 2.
+            points: nm.
+            extent: length of a patch, nm.
+        """
+        if self.held[axis]:
+            return np.zeros(len(points), np.int64)
+        beyond = points - (self.first[axis] + extent / 2)
+        number = np.ceil(beyond / (self.step[axis] * self.stride[axis]) - LATTICE_TOLERANCE)
+        tiles: npt.NDArray[np.int64] = number.clip(0, self.tiles_along[axis] - 1).astype(np.int64)
+        return tiles
+
+    def _tile_place(self, number: int) -> tuple[int, int, int]:
+        """Where a tile is in the grid of tiles (z, y, x)."""
+        rest, x = divmod(number, self.tiles_along[2])
+        z, y = divmod(rest, self.tiles_along[1])
+        return z, y, x
+
+    def _along(self, axis: int, at: int) -> int:
+        """Place of a tile in the grid of positions, along one axis."""
+        return self.counts[axis] // 2 if self.held[axis] else min(at * self.stride[axis], self.counts[axis] - 1)
