@@ -113,6 +113,9 @@ class CellMapDataModule(L.LightningDataModule):
         timeout: see `CellMapDataLoader`.
         multiprocessing_context: see `CellMapDataLoader`.
         drop_last: leave out an incomplete last training batch.
+        strategy: where training samples come from: ``mix`` (two thirds ``class_balanced``, one third ``foreground``),
+            ``uniform``, ``per_crop``, ``weighted``, or ``{name: one of them, and its options}``; see `strategies`.
+        balance_datasets: make raw volumes equally likely in training, whatever the number and size of their crops.
 
     Raises:
         CellMapError: the arguments contradict each other. What is wrong with the data is met in ``setup``.
@@ -157,6 +160,8 @@ class CellMapDataModule(L.LightningDataModule):
         timeout: float = 0,
         multiprocessing_context: str | None = None,
         drop_last: bool | None = None,
+        strategy: Any = "mix",
+        balance_datasets: bool = False,
     ) -> None:
         super().__init__()
         if samples_per_epoch is not None and batches_per_epoch is not None:
@@ -217,6 +222,8 @@ class CellMapDataModule(L.LightningDataModule):
             cache=cache,
             cache_bytes=cache_bytes,
             reader=reader,
+            strategy=strategy,
+            balance_datasets=balance_datasets,
         )
 
     # -- datasets

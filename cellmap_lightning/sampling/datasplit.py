@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes, parse_i
 from cellmap_lightning.sampling.dataset import CellMapDataset, NotAnnotatedError, TooCoarseError
 from cellmap_lightning.sampling.labels import Downsample, Unknown
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
+from cellmap_lightning.sampling.strategies import check_weight, parse_strategy
 from cellmap_lightning.transforms.augment import IntensityTransforms
 from cellmap_lightning.transforms.intensity import AUTO
 from cellmap_lightning.transforms.spatial import SpatialTransforms
@@ -39,7 +40,7 @@ SPLITS = ("train", "val", "test", "predict")
 _USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}
 #: Crops that are opened at a time: on a network file system most of that is waiting.
 OPENERS = 8
-_ENTRY_KEYS = ("raw", "gt", "normalize", "invert")
+_ENTRY_KEYS = ("raw", "gt", "normalize", "invert", "weight")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Entry:
         dataset: a dataset that was given ready-made.
         normalize: how its raw is normalized, when not as the others.
         invert: whether it is inverted, when not as the others.
+        weight: how often it is drawn by the strategy ``weighted``.
     """
 
     where: str
@@ -61,6 +63,7 @@ class Entry:
     dataset: CellMapDataset | None = None
     normalize: Any = None
     invert: bool | None = None
+    weight: float | None = None
 
 
 class CellMapDataSplit:
@@ -69,9 +72,10 @@ class CellMapDataSplit:
     Args:
         csv_path: a CSV without or with a header, of 5 columns ``usage, zarr, raw dataset, zarr, target dataset`` or of
             3 ``usage, raw, target``; for prediction the target may be empty or left out. Relative paths are relative
-            to the CSV's folder. Usages: train, val (or validate), test, predict.
-        datasets: instead of it, ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also say ``normalize`` and
-            ``invert``, or be a `CellMapDataset`.
+            to the CSV's folder. Usages: train, val (or validate), test, predict. With a header whose last word is
+            ``weight``, the last column is the crop's weight for the strategy ``weighted``.
+        datasets: instead of it, ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also say ``normalize``,
+            ``invert`` and ``weight``, or be a `CellMapDataset`.
         classes: the targets' channels; None for raw only.
         input_arrays: see `CellMapDataset`, as all that follow.
         target_arrays: see there.
@@ -97,6 +101,8 @@ class CellMapDataSplit:
         cache: see there.
         cache_bytes: see there.
         reader: see there.
+        strategy: where the samples of the train split come from, see `CellMapMultiDataset`.
+        balance_datasets: see there.
 
     Raises:
         CellMapFileNotFoundError: there is no such CSV.
@@ -132,6 +138,8 @@ class CellMapDataSplit:
         cache: CacheMode = "auto",
         cache_bytes: int | None = None,
         reader: Reader = "zarr",
+        strategy: Any = "mix",
+        balance_datasets: bool = False,
     ) -> None:
         if (csv_path is None) == (datasets is None):
             raise CellMapTypeError("give the crops either as csv_path or as datasets")
@@ -142,6 +150,7 @@ class CellMapDataSplit:
         check_reader(reader)
         SpatialTransforms(spatial_transforms)
         IntensityTransforms(intensity_transforms)
+        self._strategy, self._balance = parse_strategy(strategy), bool(balance_datasets)
         self.classes = parse_classes(classes) if classes is not None else None
         self.too_coarse = too_coarse
         self.source = str(csv_path) if csv_path is not None else "datasets"
@@ -234,7 +243,8 @@ class CellMapDataSplit:
             log.warning(
                 "%d of the %d crops for %r are left out:\n%s", len(dropped), len(entries), split, _table(dropped)
             )
-        multi = CellMapMultiDataset(datasets)
+        how = (self._strategy, self._balance) if split == "train" else ()
+        multi = CellMapMultiDataset(datasets, *how)
         multi.set_affine(self._affine)
         self._check_classes(split, multi)
         return multi
@@ -287,7 +297,7 @@ class CellMapDataSplit:
         if split != "predict" and self.classes is not None and entry.target_path is None:
             raise CellMapValueError(f"a crop for {split!r} needs a target; only those for 'predict' may go without")
         own = {"normalize": entry.normalize, "invert": entry.invert}
-        return CellMapDataset(
+        dataset = CellMapDataset(
             entry.input_path,
             None if split == "predict" else entry.target_path,
             is_train=training,
@@ -296,6 +306,8 @@ class CellMapDataSplit:
             plane=plane,
             **self._common | {key: value for key, value in own.items() if value is not None},
         )
+        dataset.weight = entry.weight
+        return dataset
 
     def _check_classes(self, split: str, multi: CellMapMultiDataset) -> None:
         """A class that no crop annotates would be learnt from nothing."""
@@ -363,7 +375,7 @@ def read_csv(path: str | Path) -> dict[str, list[Entry]]:
         raise CellMapValueError(f"{file} is not a text file ({e})") from None
     entries: dict[str, list[Entry]] = {}
     problems: list[tuple[Entry, CellMapError]] = []
-    first = True
+    first, weighted = True, False
     reader = csv.reader(io.StringIO(text), skipinitialspace=True)
     for row in reader:
         cells = [cell.strip() for cell in row]
@@ -371,10 +383,13 @@ def read_csv(path: str | Path) -> dict[str, list[Entry]]:
             continue
         header, first = first and cells[0].lower() == "usage", False
         if header:
+            weighted = cells[-1].lower() == "weight"
             continue
         where = f"{file.name}, line {reader.line_num}"
         try:
+            weight = _weight(cells.pop()) if weighted else None
             split, entry = _row(cells, where, file.parent)
+            entry = replace(entry, weight=weight)
             entries.setdefault(split, []).append(entry)
         except CellMapError as e:
             problems.append((Entry(where), e))
@@ -407,6 +422,15 @@ def _row(cells: list[str], where: str, folder: Path) -> tuple[str, Entry]:
     if not target and split != "predict":
         raise CellMapValueError(f"the target path is empty; only crops for 'predict' may go without, not {split!r}")
     return split, Entry(where, _anchor(raw, folder), _anchor(target, folder) if target else None)
+
+
+def _weight(cell: str) -> float | None:
+    """The last cell of a row under a header that says ``weight``; empty where the crop has none of its own."""
+    try:
+        value = float(cell) if cell else None
+    except ValueError:
+        raise CellMapValueError(f"the weight {cell!r} should be a number") from None
+    return None if value is None else check_weight(value, "the weight")
 
 
 def _join(zarr: str, inside: str) -> str:
@@ -465,4 +489,5 @@ def _entry(item: Any, where: str) -> Entry:
         None,
         found.get("normalize"),
         found.get("invert"),
+        check_weight(found["weight"], f"{where}: weight") if found.get("weight") is not None else None,
     )
