@@ -372,6 +372,11 @@ class CellMapDataset(SampleSource):
         return found
 
     @property
+    def target_window(self) -> Window:
+        """A patch of the first target, along its own axes."""
+        return self._windows[next(iter(self.layout.targets))]
+
+    @property
     def background_counts(self) -> dict[str, float]:
         """Voxels where each annotated class is not, scaled like `class_counts`.
 
@@ -390,8 +395,7 @@ class CellMapDataset(SampleSource):
         With ``label_downsample`` other than ``stored`` patches are made from the finest level, so that is looked at.
         """
         image = self._labels[name]
-        first = next(iter(self.layout.targets))
-        scale = self.plane.in_volume(self._windows[first]).scale.tolist()
+        scale = self.plane.in_volume(self.target_window).scale.tolist()
         chosen = choose_level(image, scale, f"{self.label}/{name}") if self._stored_levels else image.finest
         levels = image.present[image.present.index(chosen) :: -1]
         return foreground_index(levels, self._encoding(image, chosen), self._pool, f"{self.label}/{name}")
@@ -404,7 +408,7 @@ class CellMapDataset(SampleSource):
 
     def _per_stored_voxel(self, image: Multiscale) -> float:
         """Voxels of the first target in one of the finest level."""
-        scale = next(iter(self._windows[target].scale for target in self.layout.targets))
+        scale = self.target_window.scale
         return float(np.prod(image.finest.scale) / np.prod(scale))
 
     def set_affine(self, affine: tuple[float, float]) -> None:

@@ -1,11 +1,11 @@
 """Where the foreground of a class is: an index of a label image, built once from the chunks that exist, and kept."""
 
 import base64
-import logging
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
@@ -17,14 +17,14 @@ from cellmap_lightning.draws import INDEX, uniforms
 from cellmap_lightning.sampling.labels import stored_labels
 from cellmap_lightning.sampling.pool import FORK_GATE, ReadPool
 from cellmap_lightning.volumes.chunks import ChunkReader, chunk_shape
-from cellmap_lightning.volumes.geometry import FloatArray, Lattice
+from cellmap_lightning.volumes.geometry import FloatArray, Lattice, Shape
 from cellmap_lightning.volumes.ngff import Encoding, Level
 from cellmap_lightning.volumes.statistics import fingerprint, recall, remember
 
-log = logging.getLogger(__name__)
-
 #: Voxels that are kept of a block of chunks at most, and of a whole index, as long as it has fewer blocks: a few KB.
 MOST_OF_A_BLOCK, MOST_OF_ALL = 256, 4096
+#: Blocks that are read at most, if any of them has foreground: spread over all that are stored.
+MOST_BLOCKS = 4096
 
 Voxels = npt.NDArray[np.int32]
 
@@ -33,8 +33,9 @@ Voxels = npt.NDArray[np.int32]
 class Foreground:
     """Foreground voxels of one class in one crop: how many there are in each block, and some of them.
 
-    A block is chosen by its number of foreground voxels, and then one of those that were kept of it: an even choice of
-    every voxel, but for that of a block with more than were kept only these can be met.
+    A block is chosen by its number of foreground voxels, and then one of those that were kept of it. So every voxel is
+    as likely as every other, except that of a block with many of them only those that were kept can be met, and of an
+    image of more than `MOST_BLOCKS` blocks only those that were read.
 
     Attributes:
         lattice: of the level that was looked at.
@@ -99,50 +100,55 @@ def _nothing() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Voxels]:
 
 def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str) -> Foreground:
     reader = ChunkReader(level, label)
-    name = fingerprint(level, "index", encoding, MOST_OF_A_BLOCK, MOST_OF_ALL)
+    files = reader.stored()
+    name = fingerprint(level, "index", encoding, MOST_OF_A_BLOCK, MOST_OF_ALL, MOST_BLOCKS)
     # Chunks can be rewritten without a change of the metadata, from which the name follows.
-    stamp = reader.stamp((0, 0, 0), reader.shape)
+    stamp = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
     kept = recall(name)
     if kept is not None and kept.get("stamp") == stamp:
         return Foreground(level.lattice, *_unpacked(kept))
     with FORK_GATE:
-        found = Foreground(level.lattice, *_build(reader, encoding, pool))
+        found = Foreground(level.lattice, *_build(reader, files, encoding, pool))
     remember(name, {"stamp": stamp, **_packed(found)})
     return found
 
 
 def _build(
-    reader: ChunkReader, encoding: Encoding, pool: ReadPool
+    reader: ChunkReader, files: Iterable[tuple[int, int, int]], encoding: Encoding, pool: ReadPool
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Voxels]:
     block = chunk_shape([reader])
-    grid = [-(-n // b) for n, b in zip(reader.shape, block, strict=True)]
-    most = min(MOST_OF_A_BLOCK, max(1, MOST_OF_ALL // math.prod(grid)))
+    z, y, x = (-(-n // b) for n, b in zip(reader.shape, block, strict=True))
+    grid = z, y, x
+    numbers = _written(reader, files, block, grid)
+    if len(numbers) < math.prod(grid):
+        # What no file holds is all fill value: one voxel of it tells whether that is foreground.
+        hole = next(n for n in range(math.prod(grid)) if n not in numbers)
+        start = np.multiply(np.unravel_index(hole, grid), block).tolist()
+        if _present(reader, encoding, (start[0], start[1], start[2]), (1, 1, 1)).any():
+            numbers = range(math.prod(grid))
+    order = np.array(sorted(numbers), np.int64)
+    first = _spread(len(order), MOST_BLOCKS, len(order))
+    most = min(MOST_OF_A_BLOCK, max(1, MOST_OF_ALL // max(1, len(first))))
     blocks: dict[int, tuple[int, Voxels]] = {}
-    fills: list[bool] = []
 
-    def look(number: int, place: tuple[int, int, int]) -> None:
-        z, y, x = (i * b for i, b in zip(place, block, strict=True))
-        dz, dy, dx = (min(b, n - o) for b, n, o in zip(block, reader.shape, (z, y, x), strict=True))
-        if not reader.written((z, y, x), (dz, dy, dx)):
-            # A box without a file is all fill value: one voxel tells what that is, and no codec runs.
-            if not fills:
-                fills.append(bool(_present(reader, encoding, (z, y, x), (1, 1, 1)).any()))
-            if not fills[0]:
-                return
-        present = np.flatnonzero(_present(reader, encoding, (z, y, x), (dz, dy, dx)))
+    def look(number: int) -> None:
+        start = np.multiply(np.unravel_index(number, grid), block).tolist()
+        shape = np.minimum(block, np.subtract(reader.shape, start)).tolist()
+        present = np.flatnonzero(_present(reader, encoding, tuple(start), tuple(shape)))
         if len(present):
             chosen = present[_spread(len(present), most, number)]
-            voxels = np.add(np.stack(np.unravel_index(chosen, (dz, dy, dx)), axis=1), (z, y, x))
+            voxels = np.add(np.stack(np.unravel_index(chosen, shape), axis=1), start)
             blocks[number] = len(present), voxels.astype(np.int32)
 
-    places = list(enumerate(product(*map(range, grid))))
     batch = 4 * pool.workers  # so that the queue stays short and the bar moves
     title = f"looking for foreground: {reader.label}"
-    with tqdm(total=len(places), desc=title, unit="block", disable=None, leave=False, delay=1) as bar:
-        for first in range(0, len(places), batch):
-            part = places[first : first + batch]
-            pool.run([lambda n=n, p=p: look(n, p) for n, p in part])  # type: ignore[misc]
-            bar.update(len(part))
+    with tqdm(total=len(first), desc=title, unit="block", disable=None, leave=False, delay=1) as bar:
+        # The rest only if these have none.
+        for part in (order[first], np.delete(order, first)):
+            for at in range(0, 0 if blocks else len(part), batch):
+                some = part[at : at + batch].tolist()
+                pool.run([partial(look, number) for number in some])
+                bar.update(len(some))
     if not blocks:
         return _nothing()
     found = [blocks[number] for number in sorted(blocks)]  # threads end in any order
@@ -151,6 +157,18 @@ def _build(
         np.array([len(voxels) for _, voxels in found], np.int64),
         np.concatenate([voxels for _, voxels in found]),
     )
+
+
+def _written(reader: ChunkReader, files: Iterable[tuple[int, int, int]], block: Shape, grid: Shape) -> Collection[int]:
+    """Numbers of the blocks that a file holds part of."""
+    size = reader.level.zyx(reader.level.array.files)
+    found: set[int] = set()
+    for file in files:
+        spans = [
+            range(i * f // b, min(-(-(i + 1) * f // b), n)) for i, f, b, n in zip(file, size, block, grid, strict=True)
+        ]
+        found.update((z * grid[1] + y) * grid[2] + x for z, y, x in product(*spans))
+    return found
 
 
 def _present(
@@ -164,7 +182,7 @@ def _present(
 
 
 def _spread(count: int, most: int, number: int) -> npt.NDArray[np.int64]:
-    """Which of ``count`` voxels are kept of a block: one of each of ``most`` equal runs, chosen by a hash."""
+    """Which ``most`` of ``count`` things are taken: one of each of as many equal runs, chosen by a hash of a number."""
     if count <= most:
         return np.arange(count)
     u = uniforms(0, INDEX, [number], most)[0]

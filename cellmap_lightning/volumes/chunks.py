@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import os
 import struct
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -175,25 +174,35 @@ class ChunkReader:
         info = self.level.array
         return os.path.realpath(info.path), info.checksum, self.level.axes
 
-    def written(self, start: tuple[int, int, int], shape: Shape) -> bool:
-        """Whether any file holds part of the box; where none does, every voxel of it has the array's fill value."""
-        return any(os.path.exists(file) for file in self._files(start, shape))  # noqa: PTH110  as below
+    def stored(self) -> dict[tuple[int, int, int], tuple[int, int]]:
+        """The files of chunks or shards that exist, ``{place among them (z, y, x): (time, bytes)}``.
 
-    def _files(self, start: tuple[int, int, int], shape: Shape) -> Iterator[str]:
-        """The files that hold a box, whether or not they exist."""
-        info = self.level.array
-        spans = [range(1)] * self.level.ndim
-        for axis, first, count in zip(self.level.axes, start, shape, strict=True):
-            size = info.files[axis]
-            spans[axis] = range(first // size, -(-(first + count) // size))
-        return (info.file(index) for index in itertools.product(*spans))
+        Whatever no file holds has the array's fill value.
+        """
+        info, root = self.level.array, str(self.level.array.path)
+        found = {}
+        for folder, _, names in os.walk(root):
+            inside = folder[len(root) + 1 :]
+            for name in names:
+                key = f"{inside}/{name}" if inside else name
+                index = key.removeprefix(info.prefix).split(info.separator)
+                if key.startswith(info.prefix) and len(index) == len(info.shape) and all(map(str.isdigit, index)):
+                    stat = os.stat(f"{folder}/{name}")  # noqa: PTH116  as below
+                    z, y, x = self.level.zyx([int(part) for part in index])
+                    found[z, y, x] = stat.st_mtime_ns, stat.st_size
+        return found
 
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
         """A number (64 bits, not 0) that changes when a file that holds part of the box is written or removed."""
+        info, axes = self.level.array, self.level.axes
+        spans = [range(1)] * self.level.ndim
+        for axis, first, count in zip(axes, start, shape, strict=True):
+            size = info.files[axis]
+            spans[axis] = range(first // size, -(-(first + count) // size))
         found = hashlib.blake2b(digest_size=8)
-        for file in self._files(start, shape):
+        for index in itertools.product(*spans):
             try:
-                stat = os.stat(file)  # noqa: PTH116  thousands of them, and a Path costs more than the call
+                stat = os.stat(info.file(index))  # noqa: PTH116  thousands of them, and a Path costs more than the call
                 found.update(struct.pack("<qq", stat.st_mtime_ns, stat.st_size))
             except OSError:  # never written, or not to be read: reading will say
                 found.update(b"-")
