@@ -120,9 +120,11 @@ class CellMapDataLoader(DataLoader[Any]):
             raise CellMapTypeError(f"CellMapDataLoader needs a CellMapDataset, got {type(dataset).__name__}")
         strategy = None
         if isinstance(sampler, PositionSampler):  # it says how to draw; the numbers of the samples are the loader's own
+            if sampler.dataset is not source:
+                raise CellMapValueError(f"the sampler draws positions of {sampler.dataset}, not of {source}")
             strategy, seed, samples_per_epoch = sampler.strategy, sampler.seed, sampler.samples_per_epoch
-            sampler, is_train = None, True
-        if isinstance(dataset, Samples):
+            sampler, shuffle, is_train = None, None, True
+        if isinstance(dataset, Samples) and strategy is None:
             samples = copy(dataset)  # with other workers than the loader that it was taken from
             samples.slots = None
         else:

@@ -71,6 +71,8 @@ class CellMapMultiDataset(SampleSource):
         )
         self.crops = Crops(self._datasets, self.classes, bool(balance_datasets))
         self.strategy = parse_strategy(strategy).on(self.crops)
+        if self.is_train and not self.strategy.uses_weights and any(d.weight is not None for d in self._datasets):
+            log.warning("crops have weights, and the strategy %r does not use them; weighted does", self.strategy)
         self._pool = ReadPool(max(d.max_workers for d in self._datasets))
         self._store = RegionStore(first._store.mode, first._store.budget)
         for dataset in self._datasets:

@@ -194,6 +194,9 @@ class Strategy(ABC):
     name: ClassVar[str]
     crops: Crops
 
+    #: Whether the weights that the CSV or ``datasets`` give to crops count.
+    uses_weights: bool = False
+
     def on(self, crops: Crops) -> "Strategy":
         """The same for these crops.
 
@@ -303,8 +306,15 @@ class PerCrop(_ByCrop):
         return np.ones(len(self.crops))
 
 
+class _ByRoot(_ByCrop):
+    """Crops by the square root of their volume, so that large ones drown no others."""
+
+    def _weights(self) -> FloatArray:
+        return np.sqrt(self.crops.volumes)
+
+
 class Weighted(_ByCrop):
-    """Crops by weights that are given, else by the square root of their volume, so that large crops drown no others.
+    """Crops by weights that are given, else by the square root of their volume.
 
     Args:
         weights: ``{crop: weight}``, a crop being ``crop12``, ``12`` or ``jrc_a/crop12``; those that are not named have
@@ -318,6 +328,7 @@ class Weighted(_ByCrop):
         if weights is not None and (isinstance(weights, str) or not isinstance(weights, Mapping | Sequence)):
             raise CellMapTypeError(f"strategy weighted: weights must be {{crop: weight}} or a list, got {weights!r}")
         self.weights = weights
+        self.uses_weights = weights is None
         values = weights.items() if isinstance(weights, Mapping) else enumerate(weights or ())
         for crop, value in values:
             check_weight(value, f"strategy weighted: the weight of {crop!r}")
@@ -457,7 +468,7 @@ class Foreground(_ByClass):
 
     @cached_property
     def _others(self) -> Strategy:
-        return Weighted().on(self.crops)
+        return _ByRoot().on(self.crops)
 
     @cached_property
     def class_chances(self) -> FloatArray:
@@ -563,6 +574,7 @@ class Mix(Strategy):
                 raise CellMapValueError("strategy mix: a mix cannot be a part of a mix; name its parts instead")
             self.parts.append(made)
             self.shares.append(share)
+        self.uses_weights = any(part.uses_weights for part in self.parts)
         if not sum(self.shares) > 0:
             raise CellMapValueError("strategy mix: every part has the share 0")
 
@@ -585,7 +597,7 @@ class Mix(Strategy):
             "strategy mix: no class has a voxel in these %d crops; they are drawn by the square root of their volume",
             len(self.crops),
         )
-        return [(Weighted().on(self.crops), 1.0)]
+        return [(_ByRoot().on(self.crops), 1.0)]
 
     def _sum(self, of: Callable[[Strategy], FloatArray]) -> FloatArray:
         total: FloatArray = np.sum([share * of(part) for part, share in self._used], axis=0)

@@ -403,7 +403,7 @@ def test_errors(volume, tmp_path):
         dataset.draw([0], True, 0)
 
 
-def test_weights_of_the_csv_and_of_entries(volume, tmp_path):
+def test_weights_of_the_csv_and_of_entries(volume, tmp_path, caplog):
     base = f"{volume.path}/recon-1/labels/groundtruth"
     rows = "\n".join(f'train,{volume.raw_path},"{base}/crop{n}/[mito]",{w}' for n, w in ((1, 3), (2, ""), (3, 0)))
     (tmp_path / "crops.csv").write_text(f"usage,raw,target,weight\n{rows}\n")
@@ -411,6 +411,12 @@ def test_weights_of_the_csv_and_of_entries(volume, tmp_path):
     split = CellMapDataSplit(tmp_path / "crops.csv", None, *common, pad=True, strategy="weighted")
     np.testing.assert_allclose(split["train"].strategy.crop_chances, [0.75, 0.25, 0])
     split.close()
+    for strategy, warned in (("mix", True), ({"name": "mix", "parts": {"weighted": 1, "foreground": 1}}, False)):
+        caplog.clear()
+        split = CellMapDataSplit(tmp_path / "crops.csv", None, *common, pad=True, strategy=strategy)
+        assert split["train"].strategy.crop_chances[2] > 0
+        split.close()
+        assert ("crops have weights, and the strategy mix of" in caplog.text) == warned
     entries = [{"raw": volume.raw_path, "gt": f"{base}/crop{n}/[mito]", "weight": w} for n, w in ((1, 1), (2, 4))]
     split = CellMapDataSplit(None, {"train": entries}, *common, pad=True, strategy="weighted")
     np.testing.assert_allclose(split["train"].strategy.crop_chances, [0.2, 0.8])
@@ -454,8 +460,12 @@ def test_class_balanced_sampler(volume):
         loader = CellMapDataLoader(dataset, 2, sampler=ClassBalancedSampler(dataset, 6, 1))
         ours = [i for b in loader for i in b["idx"].tolist()]
         assert plain == ours == first[:6]
+        again = CellMapDataLoader(loader.dataset, 2, sampler=ClassBalancedSampler(dataset, 6, 2), shuffle=False)
+        assert [i for b in again for i in b["idx"].tolist()] == list(ClassBalancedSampler(dataset, 6, 2))
         with pytest.raises(CellMapError, match="samples_per_epoch must be a whole number of at least 1, got 0"):
             ClassBalancedSampler(dataset, 0)
+        with make(volume, crops={1: "mito"}) as other, pytest.raises(CellMapError, match="draws positions of"):
+            CellMapDataLoader(other, 2, sampler=ClassBalancedSampler(dataset, 6))
 
 
 def test_worker_processes_draw_the_same(volume):
