@@ -26,6 +26,7 @@ from cellmap_lightning.sampling import counts
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
 from cellmap_lightning.sampling.frequencies import class_frequencies
 from cellmap_lightning.sampling.strategies import NUMBERS, Chooser, parse_strategy
+from cellmap_lightning.volumes.writer import write_group, write_multiscale
 from tests.sampling.bare import write_bare
 
 MANIFEST = Path(__file__).parents[3] / "shared" / "data" / "challenge" / "train_crop_manifest.csv"
@@ -225,6 +226,37 @@ def test_the_voxel_is_anywhere_in_its_patch_with_jitter_1_and_in_its_middle_with
             shown = middle.flatten(1).any(dim=1).float().mean()
             assert shown >= low if jitter == 0 else shown > 0.5
             assert shown <= high or jitter == 1
+
+
+@pytest.mark.parametrize("jitter", [0, 1])
+@pytest.mark.parametrize(
+    "turns", [{}, {"rotate": {"axes": {"z": [-180, 180], "y": [-40, 40]}}, "transpose": {"axes": ["x", "z"]}}]
+)
+def test_the_only_voxel_is_nowhere_outside_its_patch(tmp_path, turns, jitter):
+    """By geometry, along the patch's own axes; of a class of one voxel, so that no neighbour stands in for it."""
+    stored = np.zeros((48, 48, 48), np.uint8)
+    stored[20, 25, 22] = 1
+    write_group(tmp_path / "v.zarr")
+    for name in ("raw", "crop1/a"):
+        write_multiscale(
+            tmp_path / "v.zarr" / name, stored, scale=(8, 8, 8), translation=(0, 0, 0), levels=1, chunks=(16, 16, 16)
+        )
+    spec = {"shape": [5, 8, 12], "scale": [8, 8, 8]}
+    crop = CellMapDataset(
+        tmp_path / "v.zarr/raw", f"{tmp_path}/v.zarr/crop1/[a]", ["a"], {"raw": spec}, {"labels": spec}, turns,
+        is_train=True,
+    )  # fmt: skip
+    with CellMapMultiDataset([crop], {"name": "foreground", "jitter": jitter}) as dataset:
+        offsets = []
+        for draw in dataset.draw(range(400), True, 0):
+            away = np.multiply(8, (20, 25, 22)) - crop.placement.center(draw.position)
+            offsets.append(away if draw.turn is None else draw.turn.T @ away)
+    reach = np.abs(offsets) / (np.multiply(8, spec["shape"]) / 2)
+    assert reach.max() <= 1 + 1e-9
+    if jitter:
+        assert (reach.max(axis=0) > 0.75).all()  # and it is anywhere in it
+    else:
+        assert (np.linalg.norm(offsets, axis=1) <= 8 * 3**0.5 / 2 + 1e-9).all()  # as near the middle as positions allow
 
 
 def test_turned_by_any_angle_few_corners_miss_it(volume):
