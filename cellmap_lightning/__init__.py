@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cellmap_lightning.sampling.dataset import CellMapDataset
     from cellmap_lightning.sampling.datasplit import CellMapDataSplit
     from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
+    from cellmap_lightning.sampling.positions import ClassBalancedSampler
     from cellmap_lightning.volumes.image import CellMapImage
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "CellMapError": "errors",
     "CellMapImage": "volumes.image",
     "CellMapMultiDataset": "sampling.multidataset",
+    "ClassBalancedSampler": "sampling.positions",
     "batch_memory": "sampling.arrays",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "CellMapError",
     "CellMapImage",
     "CellMapMultiDataset",
+    "ClassBalancedSampler",
     "batch_memory",
 ]
 

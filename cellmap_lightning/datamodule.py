@@ -124,6 +124,9 @@ class CellMapDataModule(L.LightningDataModule):
         manifest: the challenge's list of these crops.
         only_datasets: names or patterns of the datasets that are wanted.
         only_crops: names, numbers or patterns of the crops that are wanted.
+        strategy: where training samples come from: ``mix`` (two thirds ``class_balanced``, one third ``foreground``),
+            ``uniform``, ``per_crop``, ``weighted``, or ``{name: one of them, and its options}``; see `strategies`.
+        balance_datasets: make raw volumes equally likely in training, whatever the number and size of their crops.
 
     Raises:
         CellMapError: the arguments contradict each other. What is wrong with the data is met in ``setup``.
@@ -176,6 +179,8 @@ class CellMapDataModule(L.LightningDataModule):
         manifest: str | None = None,
         only_datasets: Sequence[str] | None = None,
         only_crops: Sequence[str | int] | None = None,
+        strategy: Any = "mix",
+        balance_datasets: bool = False,
     ) -> None:
         super().__init__()
         if samples_per_epoch is not None and batches_per_epoch is not None:
@@ -246,6 +251,8 @@ class CellMapDataModule(L.LightningDataModule):
             manifest=manifest,
             only_datasets=only_datasets,
             only_crops=only_crops,
+            strategy=strategy,
+            balance_datasets=balance_datasets,
         )
 
     # -- datasets

@@ -295,14 +295,14 @@ def test_persistent_workers_live_through_epochs_and_end_with_the_module(volume, 
     trainer(tmp_path, callbacks=[Look()], max_epochs=3, limit_val_batches=0).fit(task(), data)
     assert len(pids) == 3
     assert pids[0] == pids[1] == pids[2]
-    _gone(pids[0])
+    _gone(pids[0], "of the fit")
     # In a plain loop the workers are the loader's, and end with the data.
     loader = data.train_dataloader()
     next(iter(loader))
     workers = [w.pid for w in loader._iterator._workers]
     data.close()
     gc.collect()
-    _gone(workers)
+    _gone(workers, "of the loop")
     assert reading_threads() == []
     next(iter(loader))  # and it can begin anew
     loader.close()
@@ -320,10 +320,10 @@ def _alive(pids):
     return found
 
 
-def _gone(pids, seconds=20):
+def _gone(pids, which, seconds=20):
     end = time.monotonic() + seconds
     while alive := _alive(pids):
-        assert time.monotonic() < end, alive
+        assert time.monotonic() < end, (which, alive)
         time.sleep(0.01)
 
 
@@ -480,7 +480,7 @@ def test_ctrl_c_in_a_real_process(volume, tmp_path, workers):
         assert process.returncode == 1, err
         assert time.monotonic() - began < 15
         assert "Traceback" not in err.replace('Traceback (most recent call last):\n  File "<string>"', ""), err[-2000:]
-        _gone(children)
+        _gone(children, "of the run")
     finally:
         process.kill()
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from itertools import product
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -21,13 +22,25 @@ def counted_in_metadata(image: Multiscale) -> int | None:
 
     ``foreground = size - sum(complement_counts)``, as cellmap-schemas defines it.
     """
+    counts = _complement_counts(image)
+    size = int(np.prod(image.finest.array.shape))
+    if not counts or not all(isinstance(n, int) for n in counts.values()):
+        return None
+    return size - sum(counts.values()) if 0 <= sum(counts.values()) <= size else None
+
+
+def unknown_in_metadata(image: Multiscale) -> int:
+    """Voxels of the finest level that nobody annotated, by its ``complement_counts``; 0 where it does not say."""
+    counts = _complement_counts(image)
+    number = counts.get("unknown", 0) if counts else 0
+    return number if isinstance(number, int) else 0
+
+
+def _complement_counts(image: Multiscale) -> Mapping[str, Any] | None:
     block = image.finest.array.attributes.get("cellmap")
     block = block.get("annotation") if isinstance(block, Mapping) else None
     counts = block.get("complement_counts") if isinstance(block, Mapping) else None
-    size = int(np.prod(image.finest.array.shape))
-    if not isinstance(counts, Mapping) or not counts or not all(isinstance(n, int) for n in counts.values()):
-        return None
-    return size - sum(counts.values()) if 0 <= sum(counts.values()) <= size else None
+    return counts if isinstance(counts, Mapping) else None
 
 
 def foreground(image: Multiscale, encoding: Encoding, pool: ReadPool, label: str) -> int:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory, check_fits, device_memory
+from cellmap_lightning.sampling.positions import PositionSampler
 from cellmap_lightning.sampling.prefetch import (
     STREAM_DEVICES,
     NothingAhead,
@@ -93,7 +94,8 @@ class CellMapDataLoader(DataLoader[Any]):
         timeout: seconds after which a worker that delivers nothing is an error; 0 waits for ever.
         multiprocessing_context: how worker processes are started; by default as is safe with the reader.
         worker_init_fn: called in each worker process.
-        sampler: replaces the loader's own, as Lightning does for ``overfit_batches``.
+        sampler: replaces the loader's own, as Lightning does for ``overfit_batches``; or a `PositionSampler`, such as
+            `ClassBalancedSampler`, whose strategy, seed and number of samples are then the loader's.
         batch_sampler: likewise, as Lightning does to predict.
         shuffle: taken for torch's sake; the order follows from ``is_train``.
         tiles: the tiles to go through, in this order, such as ``range(dataset.tile_count)``.
@@ -134,12 +136,18 @@ class CellMapDataLoader(DataLoader[Any]):
         source = dataset.dataset if isinstance(dataset, Samples) else dataset
         if not isinstance(source, SampleSource):
             raise CellMapTypeError(f"CellMapDataLoader needs a CellMapDataset, got {type(dataset).__name__}")
-        if isinstance(dataset, Samples):
+        strategy = None
+        if isinstance(sampler, PositionSampler):  # it says how to draw; the numbers of the samples are the loader's own
+            if sampler.dataset is not source:
+                raise CellMapValueError(f"the sampler draws positions of {sampler.dataset}, not of {source}")
+            strategy, seed, samples_per_epoch = sampler.strategy, sampler.seed, sampler.samples_per_epoch
+            sampler, shuffle, is_train = None, None, True
+        if isinstance(dataset, Samples) and strategy is None:
             samples = copy(dataset)  # with other workers than the loader that it was taken from
             samples.slots = None
         else:
             seed = source.seed if seed is None else seed
-            samples = Samples(source, samples_per_epoch, is_train, seed, pin_memory, tiles)
+            samples = Samples(source, samples_per_epoch, is_train, seed, pin_memory, tiles, strategy)
         slots = num_workers > 0 and Slots.possible()
         if num_workers > 0:
             # Not None: Lightning would add one that makes every worker import it.
@@ -219,7 +227,7 @@ class CellMapDataLoader(DataLoader[Any]):
         """The batches of a pass, as they were read; worker processes are started here."""
         samples: Samples = self.dataset  # type: ignore[assignment]
         if self.num_workers > 0:
-            self.source.prepare()  # before they begin, so that all of them share what is kept
+            samples.prepare()  # before they begin, so that all of them share what is kept
         slots = None
         if self._by_slots:
             # Workers count their batches from their own beginning: only those that live on may use the same slots.

@@ -19,7 +19,8 @@ from cellmap_lightning.sampling.arrays import (
     parse_inputs,
     parse_targets,
 )
-from cellmap_lightning.sampling.counts import foreground
+from cellmap_lightning.sampling.counts import foreground, unknown_in_metadata
+from cellmap_lightning.sampling.foreground import Foreground, foreground_index
 from cellmap_lightning.sampling.labels import DOWNSAMPLE, BitStack, Downsample, IdStack, Unknown, id_dtype
 from cellmap_lightning.sampling.names import renamed
 from cellmap_lightning.sampling.planes import Plane
@@ -213,7 +214,7 @@ class CellMapDataset(SampleSource):
         else:
             crop = volume
         self.box = crop
-        self._labels, self._unknown = labels, unknown
+        self._labels, self._unknown, self._stored_levels = labels, unknown, label_downsample == "stored"
         self.annotated = tuple(c for c in names if c in labels)
         self._stacks: dict[str, BitStack | IdStack] = {}
         self._fills: dict[float, float] = {}
@@ -265,6 +266,10 @@ class CellMapDataset(SampleSource):
         scale = np.max([world[n].scale for n in targets or inputs], axis=0)
         #: Voxels of the crop at the resolution asked for, by which crops are weighed against each other.
         self.volume = float(np.prod(crop.extent / scale))
+        #: How often it is drawn beside other crops by the strategy `weighted`; None where nobody said.
+        self.weight: float | None = None
+        #: Half the edge lengths of what every target holds, along the patch's own axes, nm.
+        self.half: FloatArray = np.min([self._windows[n].extent for n in targets or inputs], axis=0) / 2
         self._announce()
 
     def _place(self, world: Mapping[str, Window], targets: Mapping[str, TargetArray]) -> None:
@@ -366,17 +371,49 @@ class CellMapDataset(SampleSource):
         found = {}
         for name in self.annotated:
             image = self._labels[name]
-            stored = foreground(image, self._encoding(name, image.finest), self._pool, f"{self.label}/{name}")
-            scale = next(iter(self._windows[target].scale for target in self.layout.targets))
-            found[name] = stored * float(np.prod(image.finest.scale) / np.prod(scale))
+            stored = foreground(image, self._encoding(image, image.finest), self._pool, f"{self.label}/{name}")
+            found[name] = stored * self._per_stored_voxel(image)
         return found
 
-    def _encoding(self, name: str, level: Level) -> Encoding:
-        """What the stored values of a class mean."""
+    @property
+    def target_window(self) -> Window:
+        """A patch of the first target, along its own axes."""
+        return self._windows[next(iter(self.layout.targets))]
+
+    @property
+    def background_counts(self) -> dict[str, float]:
+        """Voxels where each annotated class is not, scaled like `class_counts`.
+
+        Unknown voxels are left out where the metadata says how many there are.
+        """
+        found = {}
+        for name, count in self.class_counts.items():
+            image = self._labels[name]
+            known = float(np.prod(image.finest.array.shape)) - unknown_in_metadata(image)
+            found[name] = max(0.0, known * self._per_stored_voxel(image) - count)
+        return found
+
+    def foreground_index(self, name: str) -> Foreground:
+        """Where a class is: an index of the level that patches read, or of the next finer one that has any of it.
+
+        With ``label_downsample`` other than ``stored`` patches are made from the finest level, so that is looked at.
+        """
+        image = self._labels[name]
+        scale = self.plane.in_volume(self.target_window).scale.tolist()
+        chosen = choose_level(image, scale, f"{self.label}/{name}") if self._stored_levels else image.finest
+        levels = image.present[image.present.index(chosen) :: -1]
+        return foreground_index(levels, self._encoding(image, chosen), self._pool, f"{self.label}/{name}")
+
+    def _encoding(self, image: Multiscale, level: Level) -> Encoding:
         if level.array.dtype.kind == "b":
             return Encoding(0, None)
-        encoding = read_encoding(self._labels[name], level)
+        encoding = read_encoding(image, level)
         return encoding if self._unknown == "metadata" else Encoding(encoding.absent, self._unknown)
+
+    def _per_stored_voxel(self, image: Multiscale) -> float:
+        """Voxels of the first target in one of the finest level."""
+        scale = self.target_window.scale
+        return float(np.prod(image.finest.scale) / np.prod(scale))
 
     @cached_property
     def class_tiles(self) -> dict[str, IntArray | None]:
@@ -385,7 +422,7 @@ class CellMapDataset(SampleSource):
 
         def look(name: str) -> None:
             image, label = self._labels[name], f"{self.label}/{name}"
-            found[name] = tiles_with(image, partial(self._encoding, name), self.placement, self._tiled, label)
+            found[name] = tiles_with(image, partial(self._encoding, image), self.placement, self._tiled, label)
 
         self._pool.run([partial(look, name) for name in self.annotated])
         return found

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,6 +28,7 @@ from cellmap_lightning.sampling.labels import Downsample, Unknown
 from cellmap_lightning.sampling.layout import Filter, ListedCrop, find_crops, read_manifest
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.splits import Crop, SplitRule, assign, check_split, missing_classes
+from cellmap_lightning.sampling.strategies import check_weight, parse_strategy
 from cellmap_lightning.sampling.targets_path import TargetPath
 from cellmap_lightning.transforms.augment import IntensityTransforms
 from cellmap_lightning.transforms.implied import Implications
@@ -47,7 +48,7 @@ _USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}
 #: Crops that are opened at a time: on a network file system most of that is waiting.
 OPENERS = 8
 _T = TypeVar("_T")
-_ENTRY_KEYS = ("raw", "gt", "normalize", "invert")
+_ENTRY_KEYS = ("raw", "gt", "normalize", "invert", "weight")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Entry:
         normalize: how its raw is normalized, when not as the others.
         invert: whether it is inverted, when not as the others.
         box: where it lies, in nm, if that was said where it was named.
+        weight: how often it is drawn by the strategy ``weighted``.
     """
 
     where: str
@@ -70,6 +72,7 @@ class Entry:
     dataset: CellMapDataset | None = None
     normalize: Any = None
     invert: bool | None = None
+    weight: float | None = None
     box: Box | None = None
 
     @property
@@ -90,9 +93,10 @@ class CellMapDataSplit:
     Args:
         csv_path: a CSV without or with a header, of 5 columns ``usage, zarr, raw dataset, zarr, target dataset`` or of
             3 ``usage, raw, target``; for prediction the target may be empty or left out. Relative paths are relative
-            to the CSV's folder. Usages: train, val (or validate), test, predict.
-        datasets: instead of it, ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also say ``normalize`` and
-            ``invert``, or be a `CellMapDataset`.
+            to the CSV's folder. Usages: train, val (or validate), test, predict. With a header whose last word is
+            ``weight``, the last column is the crop's weight for the strategy ``weighted``.
+        datasets: instead of it, ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also say ``normalize``,
+            ``invert`` and ``weight``, or be a `CellMapDataset`.
         classes: the targets' channels; None for raw only.
         input_arrays: see `CellMapDataset`, as all that follow.
         target_arrays: see there.
@@ -128,6 +132,8 @@ class CellMapDataSplit:
         manifest: the challenge's list of these crops, see `layout.read_manifest`; by default, those that are there.
         only_datasets: names or patterns of the datasets whose crops are wanted for train, val and test.
         only_crops: likewise names, numbers or patterns of the crops, see `layout.Filter`.
+        strategy: where the samples of the train split come from, see `CellMapMultiDataset`.
+        balance_datasets: see there.
 
     Raises:
         CellMapFileNotFoundError: there is no such CSV, manifest or folder.
@@ -171,6 +177,8 @@ class CellMapDataSplit:
         manifest: str | Path | None = None,
         only_datasets: Sequence[str] | None = None,
         only_crops: Sequence[str | int] | None = None,
+        strategy: Any = "mix",
+        balance_datasets: bool = False,
     ) -> None:
         sources = {"csv_path": csv_path, "datasets": datasets, "search_path": search_path}
         given = [name for name, value in sources.items() if value is not None]
@@ -194,6 +202,7 @@ class CellMapDataSplit:
         check_reader(reader)
         SpatialTransforms(spatial_transforms)
         IntensityTransforms(intensity_transforms)
+        self._strategy, self._balance = parse_strategy(strategy), bool(balance_datasets)
         self.classes = parse_classes(classes) if classes is not None else None
         self.too_coarse = too_coarse
         self.source = "datasets" if datasets is not None else str(csv_path or manifest or search_path)
@@ -307,7 +316,8 @@ class CellMapDataSplit:
             log.warning(
                 "%d of the %d crops for %r are left out:\n%s", len(dropped), len(entries), split, _table(dropped)
             )
-        multi = CellMapMultiDataset(datasets)
+        how = (self._strategy, self._balance) if split == "train" else ()
+        multi = CellMapMultiDataset(datasets, *how)
         multi.set_affine(self._affine)
         self._check_classes(split, multi)
         return multi
@@ -531,7 +541,7 @@ class CellMapDataSplit:
         if split != "predict" and self.classes is not None and entry.target_path is None:
             raise CellMapValueError(f"a crop for {split!r} needs a target; only those for 'predict' may go without")
         own = {"normalize": entry.normalize, "invert": entry.invert}
-        return CellMapDataset(
+        dataset = CellMapDataset(
             entry.input_path,
             None if split == "predict" else entry.target_path,
             is_train=training,
@@ -540,6 +550,8 @@ class CellMapDataSplit:
             plane=plane,
             **self._common | {key: value for key, value in own.items() if value is not None},
         )
+        dataset.weight = entry.weight
+        return dataset
 
     def _check_classes(self, split: str, multi: CellMapMultiDataset) -> None:
         """A class that no crop annotates would be learnt from nothing."""
@@ -658,7 +670,7 @@ def read_csv(path: str | Path) -> dict[str, list[Entry]]:
         raise CellMapValueError(f"{file} is not a text file ({e})") from None
     entries: dict[str, list[Entry]] = {}
     problems: list[tuple[Entry, CellMapError]] = []
-    first = True
+    first, weighted = True, False
     reader = csv.reader(io.StringIO(text), skipinitialspace=True)
     for row in reader:
         cells = [cell.strip() for cell in row]
@@ -666,10 +678,13 @@ def read_csv(path: str | Path) -> dict[str, list[Entry]]:
             continue
         header, first = first and cells[0].lower() == "usage", False
         if header:
+            weighted = cells[-1].lower() == "weight"
             continue
         where = f"{file.name}, line {reader.line_num}"
         try:
+            weight = _weight(cells.pop()) if weighted else None
             split, entry = _row(cells, where, file.parent)
+            entry = replace(entry, weight=weight)
             entries.setdefault(split, []).append(entry)
         except CellMapError as e:
             problems.append((Entry(where), e))
@@ -702,6 +717,15 @@ def _row(cells: list[str], where: str, folder: Path) -> tuple[str, Entry]:
     if not target and split != "predict":
         raise CellMapValueError(f"the target path is empty; only crops for 'predict' may go without, not {split!r}")
     return split, Entry(where, _anchor(raw, folder), _anchor(target, folder) if target else None)
+
+
+def _weight(cell: str) -> float | None:
+    """The last cell of a row under a header that says ``weight``; empty where the crop has none of its own."""
+    try:
+        value = float(cell) if cell else None
+    except ValueError:
+        raise CellMapValueError(f"the weight {cell!r} should be a number") from None
+    return None if value is None else check_weight(value, "the weight")
 
 
 def _join(zarr: str, inside: str) -> str:
@@ -760,4 +784,5 @@ def _entry(item: Any, where: str) -> Entry:
         None,
         found.get("normalize"),
         found.get("invert"),
+        check_weight(found["weight"], f"{where}: weight") if found.get("weight") is not None else None,
     )

@@ -11,6 +11,7 @@ from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.pool import ReadPool
 from cellmap_lightning.sampling.source import SampleSource
+from cellmap_lightning.sampling.strategies import Crops, parse_strategy
 from cellmap_lightning.transforms.intensity import Scaling
 from cellmap_lightning.volumes.region import RegionStore
 
@@ -23,11 +24,18 @@ class CellMapMultiDataset(SampleSource):
     Args:
         datasets: the crops, all with the same classes, arrays and value transforms.
 
+        strategy: where random samples come from: ``mix``, ``uniform``, ``per_crop``, ``weighted``, ``class_balanced``
+            or ``foreground``, or ``{name: one of them, and its options}``; see `strategies`.
+        balance_datasets: make raw volumes equally likely, whatever the number and size of their crops.
+
     Raises:
         CellMapValueError: there is none, or they differ in what they deliver.
+        CellMapKeyError: a strategy, or a crop or class that it names, does not exist.
     """
 
-    def __init__(self, datasets: Sequence[CellMapDataset]) -> None:
+    def __init__(
+        self, datasets: Sequence[CellMapDataset], strategy: Any = "mix", balance_datasets: bool = False
+    ) -> None:
         if not datasets:
             raise CellMapValueError("a CellMapMultiDataset needs at least one dataset")
         for dataset in datasets:
@@ -61,6 +69,10 @@ class CellMapMultiDataset(SampleSource):
             id_dtype=max((d.layout.id_dtype for d in self._datasets), key=lambda kind: kind.itemsize),
             scaling=Scaling.of(self._offsets[:-1], [d.affine for d in self._datasets]),
         )
+        self.crops = Crops(self._datasets, self.classes, bool(balance_datasets))
+        self.strategy = parse_strategy(strategy).on(self.crops)
+        if self.is_train and not self.strategy.uses_weights and any(d.weight is not None for d in self._datasets):
+            log.warning("crops have weights, and the strategy %r does not use them; weighted does", self.strategy)
         self._pool = ReadPool(max(d.max_workers for d in self._datasets))
         self._store = RegionStore(first._store.mode, first._store.budget)
         for dataset in self._datasets:
@@ -74,6 +86,15 @@ class CellMapMultiDataset(SampleSource):
     def datasets(self) -> Sequence[CellMapDataset]:
         """The crops, in the order of the positions."""
         return self._datasets
+
+    @property
+    def background_counts(self) -> dict[str, float]:
+        """Voxels of each class's annotation where it is not; see `CellMapDataset.background_counts`."""
+        found = dict.fromkeys(self.classes, 0.0)
+        for dataset in self._datasets:
+            for name, count in dataset.background_counts.items():
+                found[name] += count
+        return found
 
     @property
     def class_counts(self) -> dict[str, float]:

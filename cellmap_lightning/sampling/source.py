@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
@@ -19,7 +20,9 @@ from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
 from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.pool import FORK_GATE, Closes, ReadPool
+from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
 from cellmap_lightning.sampling.slots import SlotBatch, Slots
+from cellmap_lightning.sampling.strategies import NUMBERS, ClassBalanced, Crops, PerCrop, Strategy, Uniform
 from cellmap_lightning.sampling.tiles import Spread, stratified
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.volumes.geometry import AXES, FloatArray, Shape
@@ -84,11 +87,14 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         return [0, *accumulate(d.placement.tile_count for d in self.datasets)]
 
     @cached_property
-    def _chances(self) -> FloatArray:
-        """Cumulative chance of each crop: the square root of its volume, so that large crops drown no others."""
-        weights = np.sqrt([d.volume for d in self.datasets])
-        chances: FloatArray = np.cumsum(weights) / weights.sum()
-        return chances
+    def strategy(self) -> Strategy:
+        """Where random samples come from; of a crop alone, any position in it."""
+        return PerCrop().on(self.crops)
+
+    @cached_property
+    def crops(self) -> Crops:
+        """What strategies know of the crops."""
+        return Crops(self.datasets, self.classes)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -172,7 +178,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         batch = self.layout.finish(self.read([Draw(position, position, turn)]))
         return {name: value[0] for name, value in batch.items()}
 
-    def draw(self, samples: Sequence[int], shuffle: bool, seed: int) -> list[Draw]:
+    def draw(self, samples: Sequence[int], shuffle: bool, seed: int, strategy: Strategy | None = None) -> list[Draw]:
         """Describe samples by their numbers: a function of (seed, number) alone.
 
         Args:
@@ -181,17 +187,64 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
                 are unknown where the tiles before it cover them. What is drawn is also augmented, if the dataset is for
                 training.
             seed: what everything random follows from.
+            strategy: where they come from; by default as `strategy` says.
         """
         if not shuffle:
             return [self._tile(n, n) for n in samples]
         turns = self.spatial.turns(seed, samples) if self.is_train else [None] * len(samples)
-        places = uniforms(seed, PLACE, samples, 2)
-        crops = np.searchsorted(self._chances, places[:, 0], side="right").clip(max=len(self.datasets) - 1)
-        draws = []
-        for n, crop, u, turn in zip(samples, crops.tolist(), places[:, 1].tolist(), turns, strict=True):
-            count = len(self.datasets[crop].placement)
-            draws.append(Draw(n, self._offsets[crop] + min(int(u * count), count - 1), turn))
-        return draws
+        found = (strategy or self.strategy).places(uniforms(seed, PLACE, samples, NUMBERS), turns)
+        positions = np.asarray(self._offsets)[found.crops] + found.positions
+        return [Draw(n, at, turn) for n, at, turn in zip(samples, positions.tolist(), turns, strict=True)]
+
+    def get_crop_class_matrix(self) -> npt.NDArray[np.bool_]:
+        """``[crops, classes]``, whether a crop holds voxels of a class: by its counts, not by what is listed."""
+        return self.crops.counts > 0
+
+    @property
+    @abstractmethod
+    def class_counts(self) -> dict[str, float]:
+        """Foreground voxels of each class."""
+
+    @property
+    @abstractmethod
+    def background_counts(self) -> dict[str, float]:
+        """Voxels where each class was looked for and is not."""
+
+    @property
+    def class_weights(self) -> dict[str, float]:
+        """Background over foreground voxels of each class, as for ``pos_weight``; 1 for a class without foreground."""
+        counts, background = self.class_counts, self.background_counts
+        return {name: background[name] / count if count > 0 else 1.0 for name, count in counts.items()}
+
+    @property
+    def validation_indices(self) -> list[int]:
+        """Positions of the tiles, which together cover every crop once."""
+        return [self.tile(number) for number in range(self.tile_count)]
+
+    def get_weighted_sampler(
+        self, batch_size: int = 1, rng: torch.Generator | None = None, samples_per_epoch: int | None = None
+    ) -> PositionSampler:
+        """Random positions, each class as often as every other; see `ClassBalancedSampler`.
+
+        Args:
+            batch_size: positions of an epoch when ``samples_per_epoch`` says nothing, as in cellmap-data.
+            rng: gives the seed; by default the dataset's own seed is used, and no generator.
+            samples_per_epoch: positions of an epoch.
+        """
+        return ClassBalancedSampler(self, samples_per_epoch or batch_size, _seed(rng, self.seed))
+
+    def get_subset_random_sampler(
+        self, num_samples: int, weighted: bool = True, rng: torch.Generator | None = None
+    ) -> PositionSampler:
+        """As many random positions, in each pass others.
+
+        Args:
+            num_samples: how many.
+            weighted: each class as often as every other; otherwise every voxel as often as every other.
+            rng: see `get_weighted_sampler`.
+        """
+        strategy = ClassBalanced() if weighted else Uniform()
+        return PositionSampler(self, num_samples, _seed(rng, self.seed), strategy)
 
     def read(self, draws: Sequence[Draw], pin: bool = False) -> CompactBatch:
         """Read samples into one new compact batch, in page-locked memory with ``pin``."""
@@ -276,6 +329,10 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         self.close()
 
 
+def _seed(rng: torch.Generator | None, otherwise: int) -> int:
+    return otherwise if rng is None else rng.initial_seed()
+
+
 class Samples(Dataset[Any]):
     """What a `DataLoader` sees: as many items as an epoch has samples, numbered on through the epochs.
 
@@ -286,6 +343,7 @@ class Samples(Dataset[Any]):
         seed: what everything random follows from.
         pin: read into page-locked memory.
         tiles: numbers of the tiles, in the order in which they come; by default all, see `SampleSource.spread_tiles`.
+        strategy: where random samples come from; by default as the dataset's own says.
 
     Raises:
         CellMapValueError: ``count`` is not positive, or larger than there are tiles; tiles are given to be drawn.
@@ -299,6 +357,7 @@ class Samples(Dataset[Any]):
         seed: int,
         pin: bool = False,
         tiles: Sequence[int] | None = None,
+        strategy: Strategy | None = None,
     ) -> None:
         if tiles is not None and shuffle:
             raise CellMapValueError("tiles are gone through without is_train=True; with it samples are drawn")
@@ -317,6 +376,7 @@ class Samples(Dataset[Any]):
         self.seed = seed
         self.pin = pin
         self.tiles = tiles
+        self.strategy = strategy
         #: How its batches are laid out and finished.
         self.layout = dataclasses.replace(dataset.layout, seed=seed)
         #: Where worker processes write, set by their loader; and for how many samples there is room.
@@ -325,6 +385,12 @@ class Samples(Dataset[Any]):
 
     def __len__(self) -> int:
         return self.count
+
+    def prepare(self) -> None:
+        """Do once, before worker processes are started, what each of them would otherwise do by itself."""
+        self.dataset.prepare()
+        if self.shuffle:
+            (self.strategy or self.dataset.strategy).prepare()
 
     def __getitems__(self, samples: Sequence[int]) -> CompactBatch | SlotBatch:
         """The samples of these numbers as one compact batch; in a worker process, where it lies."""
@@ -347,4 +413,4 @@ class Samples(Dataset[Any]):
 
     def _draw(self, samples: Sequence[int]) -> list[Draw]:
         numbers = samples if self.shuffle else [self.tiles[n] for n in samples]
-        return self.dataset.draw(numbers, self.shuffle, self.seed)
+        return self.dataset.draw(numbers, self.shuffle, self.seed, self.strategy)

@@ -174,6 +174,24 @@ class ChunkReader:
         info = self.level.array
         return os.path.realpath(info.path), info.checksum, self.level.axes
 
+    def stored(self) -> dict[tuple[int, int, int], tuple[int, int]]:
+        """The files of chunks or shards that exist, ``{place among them (z, y, x): (time, bytes)}``.
+
+        Whatever no file holds has the array's fill value.
+        """
+        info, root = self.level.array, str(self.level.array.path)
+        found = {}
+        for folder, _, names in os.walk(root):
+            inside = folder[len(root) + 1 :]
+            for name in names:
+                key = f"{inside}/{name}" if inside else name
+                index = key.removeprefix(info.prefix).split(info.separator)
+                if key.startswith(info.prefix) and len(index) == len(info.shape) and all(map(str.isdigit, index)):
+                    stat = os.stat(f"{folder}/{name}")  # noqa: PTH116  as below
+                    z, y, x = self.level.zyx([int(part) for part in index])
+                    found[z, y, x] = stat.st_mtime_ns, stat.st_size
+        return found
+
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
         """A number (64 bits, not 0) that changes when a file that holds part of the box is written or removed."""
         info, axes = self.level.array, self.level.axes

@@ -1,0 +1,542 @@
+"""Where samples come from: the shares that each strategy promises, and that nothing but seed and number decides."""
+
+import csv
+import logging
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from cellmap_lightning import (
+    CellMapDataLoader,
+    CellMapDataModule,
+    CellMapDataset,
+    CellMapError,
+    CellMapMultiDataset,
+    ClassBalancedSampler,
+)
+from cellmap_lightning.draws import PLACE, uniforms
+from cellmap_lightning.sampling import counts
+from cellmap_lightning.sampling.datasplit import CellMapDataSplit
+from cellmap_lightning.sampling.frequencies import class_frequencies
+from cellmap_lightning.sampling.strategies import NUMBERS, Chooser, parse_strategy
+from cellmap_lightning.volumes.writer import write_group, write_multiscale
+from tests.sampling.bare import write_bare
+
+MANIFEST = Path(__file__).parents[3] / "shared" / "data" / "challenge" / "train_crop_manifest.csv"
+CLASSES = ["mito", "er", "nuc", "pm"]
+SPEC = {"shape": [8, 16, 16], "scale": [10.48, 8, 8]}
+CROPS = {1: "mito,er,nuc", 2: "mito,er,nuc,pm", 3: "pm,mito,er", 5: "mito"}
+STRATEGIES = ["uniform", "per_crop", "weighted", "class_balanced", "foreground", "mix"]
+MANY = 4000
+
+
+def make(volume, strategy="mix", spec=SPEC, classes=CLASSES, crops=CROPS, balance=False, **kwargs):
+    return CellMapMultiDataset(
+        [
+            CellMapDataset(
+                volume.raw_path, f"{volume.path}/recon-1/labels/groundtruth/crop{n}/[{names}]", classes,
+                {"raw": spec}, {"labels": spec}, is_train=True, pad=True, **kwargs,
+            )
+            for n, names in crops.items()
+        ],
+        strategy,
+        balance,
+    )  # fmt: skip
+
+
+def places(dataset, count=MANY, seed=0):
+    return dataset.strategy.places(uniforms(seed, PLACE, range(count), NUMBERS), [None] * count)
+
+
+def share(chosen, choices):
+    return np.bincount(chosen, minlength=choices) / len(chosen)
+
+
+def chi_square(found, expected, count):
+    """Below 4 standard deviations of what chance alone gives."""
+    there = expected > 0
+    assert not found[~there].any()
+    statistic = count * ((found - expected)[there] ** 2 / expected[there]).sum()
+    freedom = max(1, there.sum() - 1)
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5, (found, expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_crops_and_classes_come_as_often_as_expected(volume, strategy):
+    with make(volume, strategy) as dataset:
+        found, used = places(dataset), dataset.strategy
+        assert used.crop_chances.sum() == pytest.approx(1)
+        chi_square(share(found.crops, len(CROPS)), used.crop_chances, MANY)
+        if used.class_chances.any():
+            chi_square(share(found.classes, len(CLASSES)), used.class_chances, MANY)
+        else:
+            assert (found.classes == -1).all()
+        for crop, d in enumerate(dataset.datasets):
+            own = found.positions[found.crops == crop]
+            assert own.min() >= 0
+            assert own.max() < len(d)
+
+
+def test_what_each_strategy_promises(volume):
+    with make(volume) as dataset:
+        volumes, held = dataset.crops.volumes, dataset.crops.counts > 0
+        assert held.tolist() == [
+            [True, True, False, False],
+            [True, True, True, False],
+            [True, True, False, True],
+            [True, False, False, False],
+        ]  # nuc is annotated in crop1, and pm in crop2, and neither is there
+
+        def on(given):
+            return parse_strategy(given).on(dataset.crops)
+
+        np.testing.assert_allclose(on("uniform").crop_chances, volumes / volumes.sum())
+        np.testing.assert_allclose(on("per_crop").crop_chances, 1 / 4)
+        np.testing.assert_allclose(on("weighted").crop_chances, volumes**0.5 / (volumes**0.5).sum())
+        for weights in ({"crop2": 3, 5: 0}, {"volume/crop2": 3, "crop5": 0}, [1, 3, 1, 0]):
+            np.testing.assert_allclose(on({"name": "weighted", "weights": weights}).crop_chances, [0.2, 0.6, 0.2, 0])
+        np.testing.assert_allclose(on("class_balanced").class_chances, 1 / 4)
+        rare = on("foreground").class_chances
+        counted = dataset.crops.counts.sum(axis=0) / (volumes @ dataset.crops.annotated)
+        assert np.argsort(rare).tolist() == np.argsort(-counted).tolist()
+        np.testing.assert_allclose(
+            on({"name": "foreground", "fraction": 0.5, "classes": {"mito": 3, "pm": 1}}).class_chances,
+            [0.375, 0, 0, 0.125],
+        )
+        mix = on({"name": "mix", "parts": {"class_balanced": 3, "uniform": 1}})
+        np.testing.assert_allclose(
+            mix.crop_chances, 0.75 * on("class_balanced").crop_chances + 0.25 * on("uniform").crop_chances
+        )
+        assert repr(dataset.strategy) == "mix of 67% class_balanced, 33% foreground (100%, jitter 0.5)"
+
+
+@pytest.mark.parametrize("strategy", ["class_balanced", "foreground", "mix"])
+def test_the_report_of_what_was_drawn_and_read(volume, strategy):
+    with make(volume, strategy) as dataset:
+        found = class_frequencies(dataset, 500)
+        for row in found.rows:
+            for wanted, got in ((row.expected_drawn, row.drawn), (row.expected_crop, row.crop)):
+                assert abs(wanted - got) <= 4 * found.error(wanted)
+            if strategy == "class_balanced":
+                assert row.expected_voxels is not None
+                # The share of a patch that is one class varies by at most this much from patch to patch.
+                assert abs(row.expected_voxels - row.voxels) < 4 * found.error(row.expected_voxels)
+            else:
+                assert row.expected_voxels is None
+            if strategy == "foreground":
+                assert row.kept == 1
+        lines = str(found).splitlines()
+        assert len(lines) == 2 + len(CLASSES)
+        assert lines[0].startswith(strategy)
+        assert len({len(line) for line in lines[1:]}) == 1
+        uniform = class_frequencies(dataset, 500, strategy="uniform")
+        rarest = found.rows[CLASSES.index("pm")]
+        assert rarest.shown > uniform.rows[CLASSES.index("pm")].shown
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_function_of_seed_and_number_alone(volume, strategy):
+    turns = {"mirror": {"axes": {"x": 0.5}}, "rotate": {"axes": {"z": [-180, 180]}}}
+    with (
+        make(volume, strategy, spatial_transforms=turns) as dataset,
+        make(volume, strategy, spatial_transforms=turns) as b,
+    ):
+
+        def draws(source, numbers, seed=3):
+            return [(d.sample, d.position) for d in source.draw(numbers, True, seed)]
+
+        numbers = [7, 1_000_003, 0, 12, 5]
+        torch_state, numpy_state, python_state = (
+            torch.get_rng_state(),
+            np.random.get_state()[1].copy(),  # noqa: NPY002
+            random.getstate(),
+        )
+        singles = {n: draws(b, [n])[0] for n in reversed(numbers)}
+        assert draws(dataset, numbers) == [singles[n] for n in numbers]
+        assert draws(pickle.loads(pickle.dumps(dataset)), numbers) == [singles[n] for n in numbers]
+        assert draws(dataset, numbers, seed=4) != [singles[n] for n in numbers]
+        assert torch.equal(torch_state, torch.get_rng_state())
+        assert (numpy_state == np.random.get_state()[1]).all()  # noqa: NPY002
+        assert python_state == random.getstate()
+
+
+def test_another_process_draws_the_same(volume, tmp_path):
+    with make(volume, "mix") as dataset:
+        (tmp_path / "dataset").write_bytes(pickle.dumps(dataset))
+        expected = [d.position for d in dataset.draw(range(50), True, 0)]
+    code = (
+        "import pickle, pathlib, sys\n"
+        "d = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
+        "print([x.position for x in reversed(d.draw(range(49, -1, -1), True, 0))])\n"
+        "d.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "dataset"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == str(expected)
+
+
+TURNS = {
+    "straight": None,
+    "quarter turns": {"mirror": {"axes": {"x": 0.5, "z": 0.5}}, "transpose": {"axes": ["x", "y"]}},
+}
+
+
+@pytest.mark.parametrize("turns", TURNS)
+@pytest.mark.parametrize("jitter", [0, 0.5, 1])
+@pytest.mark.parametrize("shape", [[8, 16, 16], [1, 24, 24], [7, 9, 11]])
+def test_the_voxel_is_in_its_patch(volume, shape, jitter, turns):
+    """Every one: read, not computed."""
+    spec = {"shape": shape, "scale": [10.48, 8, 8]}
+    options = {"name": "foreground", "jitter": jitter}
+    with make(volume, options, spec, spatial_transforms=TURNS[turns]) as dataset:
+        count = 150
+        draws = dataset.draw(range(count), True, 0)
+        found = dataset.strategy.places(uniforms(0, PLACE, range(count), NUMBERS), [d.turn for d in draws])
+        target = dataset.layout.finish(dataset.read(draws))["labels"].reshape(count, len(CLASSES), -1)
+        assert set(found.classes) == {0, 1, 2, 3}
+        assert (target[torch.arange(count), torch.from_numpy(found.classes)] == 1).any(dim=1).all()
+
+
+def test_slices_in_each_plane_hold_it_too(volume):
+    spec = {"shape": [24, 24], "scale": [8, 8]}
+    for plane in ("xy", "xz", "yz"):
+        with make(volume, "foreground", spec, plane=plane, crops={2: "mito,er"}, classes=["mito", "er"]) as dataset:
+            draws = dataset.draw(range(60), True, 0)
+            target = dataset.layout.finish(dataset.read(draws))["labels"].reshape(60, 2, -1)
+            found = places(dataset, 60)
+            assert (target[torch.arange(60), torch.from_numpy(found.classes)] == 1).any(dim=1).all()
+
+
+def test_the_voxel_is_anywhere_in_its_patch_with_jitter_1_and_in_its_middle_with_0(volume):
+    """In a crop that is much larger than the patch, so that few patches have to be moved."""
+    spec = {"shape": [4, 8, 8], "scale": [10.48, 8, 8]}
+    for jitter, low, high in ((0, 0.99, 1.01), (1, 0.4, 0.75)):
+        options = {"name": "foreground", "classes": "nuc", "jitter": jitter}
+        with make(volume, options, spec, crops={2: "nuc"}, classes=["nuc"]) as dataset:
+            target = dataset.layout.finish(dataset.read(dataset.draw(range(200), True, 0)))["labels"]
+            middle = target[:, 0, 1:3, 3:5, 3:5] == 1
+            shown = middle.flatten(1).any(dim=1).float().mean()
+            assert shown >= low if jitter == 0 else shown > 0.5
+            assert shown <= high or jitter == 1
+
+
+@pytest.mark.parametrize("jitter", [0, 1])
+@pytest.mark.parametrize(
+    "turns", [{}, {"rotate": {"axes": {"z": [-180, 180], "y": [-40, 40]}}, "transpose": {"axes": ["x", "z"]}}]
+)
+def test_the_only_voxel_is_nowhere_outside_its_patch(tmp_path, turns, jitter):
+    """By geometry, along the patch's own axes; of a class of one voxel, so that no neighbour stands in for it."""
+    stored = np.zeros((48, 48, 48), np.uint8)
+    stored[20, 25, 22] = 1
+    write_group(tmp_path / "v.zarr")
+    for name in ("raw", "crop1/a"):
+        write_multiscale(
+            tmp_path / "v.zarr" / name, stored, scale=(8, 8, 8), translation=(0, 0, 0), levels=1, chunks=(16, 16, 16)
+        )
+    spec = {"shape": [5, 8, 12], "scale": [8, 8, 8]}
+    crop = CellMapDataset(
+        tmp_path / "v.zarr/raw", f"{tmp_path}/v.zarr/crop1/[a]", ["a"], {"raw": spec}, {"labels": spec}, turns,
+        is_train=True,
+    )  # fmt: skip
+    with CellMapMultiDataset([crop], {"name": "foreground", "jitter": jitter}) as dataset:
+        offsets = []
+        for draw in dataset.draw(range(400), True, 0):
+            away = np.multiply(8, (20, 25, 22)) - crop.placement.center(draw.position)
+            offsets.append(away if draw.turn is None else draw.turn.T @ away)
+    reach = np.abs(offsets) / (np.multiply(8, spec["shape"]) / 2)
+    assert reach.max() <= 1 + 1e-9
+    if jitter:
+        assert (reach.max(axis=0) > 0.75).all()  # and it is anywhere in it
+    else:
+        assert (np.linalg.norm(offsets, axis=1) <= 8 * 3**0.5 / 2 + 1e-9).all()  # as near the middle as positions allow
+
+
+def test_turned_by_any_angle_few_corners_miss_it(volume):
+    turns = {"rotate": {"axes": {"z": [-180, 180]}}}
+    with make(volume, "foreground", spatial_transforms=turns) as dataset:
+        count = 300
+        draws = dataset.draw(range(count), True, 0)
+        found = dataset.strategy.places(uniforms(0, PLACE, range(count), NUMBERS), [d.turn for d in draws])
+        target = dataset.layout.finish(dataset.read(draws))["labels"].reshape(count, len(CLASSES), -1)
+        shown = (target[torch.arange(count), torch.from_numpy(found.classes)] == 1).any(dim=1)
+        assert shown.float().mean() > 0.97
+
+
+def test_voxels_that_nobody_annotated_are_never_aimed_at(volume):
+    """Half of er in crop2 is marked unknown."""
+    with make(volume, "foreground", crops={2: "er"}, classes=["er"]) as dataset:
+        index = dataset.crops.index(0, 0)
+        crop = dataset.datasets[0]
+        stored = crop._labels["er"]
+        level = next(m for m in stored.present if m.lattice == index.lattice)
+        import zarr
+
+        values = np.asarray(zarr.open_array(level.path, mode="r")[:])
+        assert (values == 255).any()
+        assert set(values[tuple(index.voxels.T)].tolist()) <= set(np.unique(values).tolist()) - {0, 255}
+
+
+def test_nothing_is_counted_where_no_strategy_asks(volume, monkeypatch):
+    """mito_mem of crop5 has lost its attributes, so its voxels would have to be counted."""
+    asked = []
+    real = counts.foreground
+    monkeypatch.setattr(
+        "cellmap_lightning.sampling.dataset.foreground", lambda *args: asked.append(args[-1]) or real(*args)
+    )
+    crops, classes = {5: "mito,mito_mem"}, ["mito", "mito_mem"]
+    for strategy in ("uniform", "per_crop", "weighted"):
+        with make(volume, strategy, crops=crops, classes=classes) as dataset:
+            dataset.draw(range(10), True, 0)
+    assert asked == []
+    with make(volume, "class_balanced", crops=crops, classes=classes) as dataset:
+        dataset.draw(range(10), True, 0)
+    assert [label.rpartition("/")[2] for label in asked] == classes
+
+
+# ---------------------------------------------------------------------------------------------- volumes of metadata
+
+
+def bare(tmp_path, sizes, strategy="mix", classes=("a", "b"), foreground=None, raws=1, balance=False):
+    """Crops of 8 nm voxels, ``[crops]`` edge lengths, in ``raws`` volumes; ``foreground[crop][class]`` voxels."""
+    datasets = []
+    spec = {"shape": [8, 8, 8], "scale": [8, 8, 8]}
+    for number, size in enumerate(sizes):
+        raw = tmp_path / f"v{number % raws}.zarr" / "raw"
+        if not raw.exists():
+            write_bare(raw, [max(sizes) if classes else size] * 3, [8, 8, 8])
+        crop = tmp_path / f"v{number % raws}.zarr" / f"crop{number}"
+        for name in classes:
+            there = 1 if foreground is None else foreground[number][classes.index(name)]
+            write_bare(crop / name, [size] * 3, [8, 8, 8], foreground=there)
+        target = f"{crop}/[{','.join(classes)}]" if classes else None
+        datasets.append(
+            CellMapDataset(raw, target, list(classes) or None, {"raw": spec}, {"labels": spec}, is_train=True, pad=True)
+        )
+    return CellMapMultiDataset(datasets, strategy, balance)
+
+
+def test_uniform_warns_when_few_crops_give_most_of_the_samples(tmp_path, caplog):
+    with bare(tmp_path, [400] + [64] * 39, "uniform") as dataset, caplog.at_level(logging.WARNING):
+        dataset.draw(range(5), True, 0)
+        dataset.draw(range(5), True, 0)
+    (record,) = [r for r in caplog.records if "strategy uniform" in r.message]
+    assert "2 of the 40 crops give 87 % of the samples (v0/crop0, " in record.message
+    caplog.clear()
+    with bare(tmp_path / "even", [64] * 40, "uniform") as dataset, caplog.at_level(logging.WARNING):
+        dataset.draw(range(5), True, 0)
+    assert "strategy uniform" not in caplog.text
+
+
+@pytest.mark.skipif(not MANIFEST.exists(), reason="the challenge's manifest is not here")
+def test_uniform_on_the_crops_of_the_challenge(tmp_path, caplog):
+    """Their real shapes and voxel sizes: five of 289 hold two thirds of the volume, and by its root a good third."""
+    rows = {row["crop_name"]: row for row in csv.DictReader(MANIFEST.read_text().splitlines())}
+    spec = {"shape": [8, 8, 8], "scale": [8, 8, 8]}
+    datasets = []
+    for name, row in rows.items():
+        scale, origin, shape = (
+            [float(n) for n in row[key].strip("[]").split(";")] for key in ("voxel_size", "translation", "shape")
+        )
+        raw = write_bare(tmp_path / name / "raw", shape, scale, origin)
+        write_bare(tmp_path / name / f"crop{name}" / "nuc", shape, scale, origin, foreground=1)
+        target = f"{tmp_path / name}/crop{name}/[nuc]"
+        datasets.append(
+            CellMapDataset(
+                raw, target, ["nuc"], {"raw": spec}, {"labels": spec}, is_train=True, pad=True, too_coarse="upsample",
+                max_upsampling=1e9,
+            )
+        )  # fmt: skip
+    with CellMapMultiDataset(datasets, "uniform") as dataset, caplog.at_level(logging.WARNING):
+        dataset.draw(range(5), True, 0)
+        assert "strategy uniform: 14 of the 289 crops give 93 % of the samples" in caplog.text
+        largest = np.sort(dataset.strategy.crop_chances)[-5:].sum()
+        assert largest == pytest.approx(2 / 3, abs=0.02)
+        balanced = parse_strategy("class_balanced").on(dataset.crops)
+        assert np.sort(balanced.crop_chances)[-5:].sum() < 0.4
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "per_crop", "weighted", "class_balanced"])
+def test_balanced_volumes(tmp_path, strategy):
+    """Two volumes, one with three crops and one with two: half of the samples from each, b is in one crop of each."""
+    there = [[1, 1], [1, 1], [1, 0], [1, 0], [1, 0]]
+    with bare(tmp_path, [64, 128, 64, 64, 200], strategy, foreground=there, raws=2, balance=True) as dataset:
+        chances = dataset.strategy.crop_chances
+        assert chances[::2].sum() == pytest.approx(0.5)
+        chi_square(share(places(dataset).crops, 5), chances, MANY)
+    with bare(tmp_path / "not", [64, 128, 64, 64, 200], strategy, foreground=there, raws=2) as dataset:
+        assert abs(dataset.strategy.crop_chances[::2].sum() - 0.5) > 0.005
+
+
+def test_where_no_class_has_a_voxel_the_mix_goes_by_volume_and_says_so(tmp_path, caplog):
+    for classes, name in (((), "raw"), (("a",), "absent")):
+        caplog.clear()
+        with (
+            bare(tmp_path / name, [64, 128], classes=classes, foreground=[[0], [0]], raws=2) as dataset,
+            caplog.at_level(logging.INFO),
+        ):
+            dataset.draw(range(5), True, 0)
+            np.testing.assert_allclose(
+                dataset.strategy.crop_chances, np.sqrt([64**3, 128**3]) / np.sqrt([64**3, 128**3]).sum()
+            )
+        assert "strategy mix: no class has a voxel in these 2 crops" in caplog.text
+
+
+def test_counts_of_the_metadata_that_are_not_stored_are_announced(tmp_path, caplog):
+    with bare(tmp_path, [64], "foreground", classes=("a",)) as dataset, caplog.at_level(logging.WARNING):
+        assert len(dataset.draw(range(20), True, 0)) == 20
+    assert [r.message for r in caplog.records if "counts voxels" in r.message] == [
+        "v0/crop0: the metadata counts voxels of 'a', and none is stored: it is sampled anywhere in the crop"
+    ]
+
+
+def test_errors(volume, tmp_path):
+    crops = {1: "mito,er"}
+    for strategy, match in (
+        ("class_balance", "strategy 'class_balance' does not exist; did you mean 'class_balanced'"),
+        ("x", "strategy 'x' does not exist; there are uniform, per_crop, weighted, class_balanced, foreground, mix"),
+        (3, "strategy must be one of uniform, .*, got 3"),
+        ({"fraction": 1}, "strategy must be one of"),
+        ({"name": "foreground", "fracton": 1}, "option 'fracton' does not exist; did you mean 'fraction'"),
+        ({"name": "uniform", "jitter": 1}, "strategy uniform has no options, got 'jitter'"),
+        ({"name": "foreground", "fraction": 2}, "fraction must be between 0 and 1, got 2"),
+        ({"name": "foreground", "jitter": True}, "jitter must be between 0 and 1, got True"),
+        ({"name": "foreground", "classes": ["mitto"]}, "class 'mitto' does not exist; did you mean 'mito'"),
+        ({"name": "foreground", "classes": []}, "classes is empty"),
+        ({"name": "foreground", "classes": {"mito": -1}}, "weight of 'mito' must be a number of at least 0, got -1"),
+        ({"name": "weighted", "weights": {"crop11": 1}}, "crop 'crop11' does not exist; did you mean 'crop1'"),
+        ({"name": "weighted", "weights": {"crop1": "x"}}, "weight of 'crop1' must be a number of at least 0, got 'x'"),
+        ({"name": "weighted", "weights": [1, 2]}, "2 weights were given for 1 crops"),
+        ({"name": "weighted", "weights": [0]}, "every crop has the weight 0"),
+        ({"name": "mix", "parts": {"mix": 1}}, "a mix cannot be a part of a mix"),
+        ({"name": "mix", "parts": {"uniform": 0}}, "every part has the share 0"),
+        ({"name": "mix", "parts": 1}, "parts must be"),
+    ):
+        with pytest.raises(CellMapError, match=match):
+            make(volume, strategy, crops=crops).close()
+    with pytest.raises(CellMapError, match="class_balanced needs classes, and nothing is annotated here"):
+        bare(tmp_path, [64], "class_balanced", classes=())
+    with (
+        bare(tmp_path / "b", [64], "class_balanced", foreground=[[0, 0]]) as dataset,
+        pytest.raises(CellMapError, match="class_balanced: no crop holds a voxel of a, b"),
+    ):
+        dataset.draw([0], True, 0)
+    with (
+        bare(tmp_path / "c", [64], {"name": "foreground", "classes": ["b"]}, foreground=[[1, 0]]) as dataset,
+        pytest.raises(CellMapError, match="foreground: no crop holds a voxel of b"),
+    ):
+        dataset.draw([0], True, 0)
+
+
+def test_weights_of_the_csv_and_of_entries(volume, tmp_path, caplog):
+    base = f"{volume.path}/recon-1/labels/groundtruth"
+    rows = "\n".join(f'train,{volume.raw_path},"{base}/crop{n}/[mito]",{w}' for n, w in ((1, 3), (2, ""), (3, 0)))
+    (tmp_path / "crops.csv").write_text(f"usage,raw,target,weight\n{rows}\n")
+    common = (["mito"], {"raw": SPEC}, {"labels": SPEC})
+    split = CellMapDataSplit(tmp_path / "crops.csv", None, *common, pad=True, strategy="weighted")
+    np.testing.assert_allclose(split["train"].strategy.crop_chances, [0.75, 0.25, 0])
+    split.close()
+    for strategy, warned in (("mix", True), ({"name": "mix", "parts": {"weighted": 1, "foreground": 1}}, False)):
+        caplog.clear()
+        split = CellMapDataSplit(tmp_path / "crops.csv", None, *common, pad=True, strategy=strategy)
+        assert split["train"].strategy.crop_chances[2] > 0
+        split.close()
+        assert ("crops have weights, and the strategy mix of" in caplog.text) == warned
+    entries = [{"raw": volume.raw_path, "gt": f"{base}/crop{n}/[mito]", "weight": w} for n, w in ((1, 1), (2, 4))]
+    split = CellMapDataSplit(None, {"train": entries}, *common, pad=True, strategy="weighted")
+    np.testing.assert_allclose(split["train"].strategy.crop_chances, [0.2, 0.8])
+    split.close()
+    (tmp_path / "bad.csv").write_text(
+        f"usage,raw,target,weight\n{rows.replace('],3', '],many')}\n".replace('",3', '",many')
+    )
+    with pytest.raises(CellMapError, match=r"line 2  the weight 'many' should be a number"):
+        CellMapDataSplit(tmp_path / "bad.csv", None, *common)
+    with pytest.raises(CellMapError, match="weight must be a number of at least 0, got -1"):
+        CellMapDataSplit(None, {"train": [{**entries[0], "weight": -1}]}, *common)
+
+
+def test_the_datamodule_draws_its_training_by_it(volume):
+    common = {"input_arrays": {"raw": SPEC}, "target_arrays": {"labels": SPEC}, "csv_path": volume.csv_path}
+    with CellMapDataModule(["mito", "er"], **common) as data:
+        assert repr(data.train_dataset.strategy).startswith("mix")
+    with CellMapDataModule(["mito", "er"], strategy="per_crop", balance_datasets=True, **common) as data:
+        assert repr(data.train_dataset.strategy) == "per_crop"
+        assert data.train_dataset.crops.balance
+        assert not data.val_dataset.crops.balance
+    with pytest.raises(CellMapError, match="did you mean 'foreground'"):
+        CellMapDataModule(["mito"], strategy="forground", **common)
+
+
+# ------------------------------------------------------------------------------------------------ cellmap-data's names
+
+
+def test_class_balanced_sampler(volume):
+    with make(volume, "uniform") as dataset:
+        sampler = ClassBalancedSampler(dataset, samples_per_epoch=400, seed=1)
+        assert len(sampler) == 400
+        first, second = list(sampler), list(sampler)
+        assert first != second  # each pass has others
+        assert list(ClassBalancedSampler(dataset, 400, 1)) == first
+        assert list(ClassBalancedSampler(dataset, 400, 2)) != first
+        crops = np.array([dataset.datasets.index(dataset.locate(p)[0]) for p in first])
+        chi_square(share(crops, len(CROPS)), parse_strategy("class_balanced").on(dataset.crops).crop_chances, 400)
+        # Torch's own loader over the dataset, and ours, meet the same positions.
+        plain = [int(b["idx"]) for b in DataLoader(dataset, sampler=ClassBalancedSampler(dataset, 6, 1))]
+        loader = CellMapDataLoader(dataset, 2, sampler=ClassBalancedSampler(dataset, 6, 1))
+        ours = [i for b in loader for i in b["idx"].tolist()]
+        assert plain == ours == first[:6]
+        again = CellMapDataLoader(loader.dataset, 2, sampler=ClassBalancedSampler(dataset, 6, 2), shuffle=False)
+        assert [i for b in again for i in b["idx"].tolist()] == list(ClassBalancedSampler(dataset, 6, 2))
+        with pytest.raises(CellMapError, match="samples_per_epoch must be a whole number of at least 1, got 0"):
+            ClassBalancedSampler(dataset, 0)
+        with make(volume, crops={1: "mito"}) as other, pytest.raises(CellMapError, match="draws positions of"):
+            CellMapDataLoader(other, 2, sampler=ClassBalancedSampler(dataset, 6))
+
+
+def test_worker_processes_draw_the_same(volume):
+    with make(volume, "mix") as dataset:
+        here = [b["idx"].tolist() for b in CellMapDataLoader(dataset, 2, samples_per_epoch=8)]
+        there = [b["idx"].tolist() for b in CellMapDataLoader(dataset, 2, 2, samples_per_epoch=8)]
+        assert here == there
+
+
+def test_the_other_names(volume):
+    with make(volume, "uniform") as dataset:
+        assert dataset.get_crop_class_matrix().dtype == bool
+        assert dataset.get_crop_class_matrix().shape == (len(CROPS), len(CLASSES))
+        assert dataset.datasets[0].get_crop_class_matrix().tolist() == [[True, True, False, False]]
+        tiles = dataset.validation_indices
+        assert tiles == [dataset.tile(n) for n in range(dataset.tile_count)]
+        fg, bg = dataset.class_counts, dataset.background_counts
+        assert dataset.class_weights == {c: bg[c] / fg[c] for c in CLASSES}
+        mito = dataset.datasets[0]
+        assert fg["mito"] > mito.class_counts["mito"] > 0
+        assert mito.class_counts["mito"] + mito.background_counts["mito"] == pytest.approx(mito.volume)
+        assert dataset.datasets[0].class_weights["nuc"] == 1  # annotated, and not there
+        unknown = dataset.datasets[1]
+        assert unknown.class_counts["er"] + unknown.background_counts["er"] < unknown.volume
+        weighted = dataset.get_weighted_sampler(4)
+        assert len(list(weighted)) == 4
+        assert len(dataset.get_weighted_sampler(4, samples_per_epoch=9)) == 9
+        subset = list(dataset.get_subset_random_sampler(300, weighted=False, rng=torch.Generator().manual_seed(5)))
+        assert len(subset) == 300
+        assert subset == list(dataset.get_subset_random_sampler(300, False, torch.Generator().manual_seed(5)))
+        crops = np.array([dataset.datasets.index(dataset.locate(p)[0]) for p in subset])
+        chi_square(share(crops, len(CROPS)), dataset.strategy.crop_chances, 300)
+        assert len(list(dataset.get_subset_random_sampler(7))) == 7
+
+
+def test_choices_at_the_ends_of_the_interval():
+    """What has no weight is never chosen, first, last or between, in the last row as in the first."""
+    weights = np.array([[0, 1, 0, 3, 0]] * 48, float)
+    choose = Chooser(weights)
+    rows = np.repeat(np.arange(48), 3)
+    u = np.tile([0, 0.25, np.nextafter(1, 0)], 48)
+    assert choose(rows, u).reshape(48, 3).tolist() == [[1, 3, 3]] * 48
