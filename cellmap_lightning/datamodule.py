@@ -68,6 +68,42 @@ def _instantiated(datasets: Mapping[str, Any] | None) -> Mapping[str, Any] | Non
     }
 
 
+class TrainingSteps:
+    """A Trainer's count of the batches of a training epoch.
+
+    By its count of those whose step has ended the stream of samples goes on exactly, also when a signal has a
+    checkpoint saved in the middle of a step. A run that goes on with another batch size has done another number of
+    batches than the checkpoint says, so that its epoch would end too early or too late.
+
+    Args:
+        trainer: the Trainer.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self._trainer = trainer
+
+    @property
+    def done(self) -> int:
+        """Batches of this epoch whose step has ended."""
+        return int(self._current.processed)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last batch was the last of its epoch."""
+        return bool(self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+
+    @property
+    def _current(self) -> Any:
+        return self._trainer.fit_loop.epoch_loop.batch_progress.current
+
+    def go_on_from(self, done: int) -> None:
+        """Count as many batches as done."""
+        current = self._current
+        shift = done - current.processed
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(current, name, getattr(current, name) + shift)
+
+
 class CellMapDataModule(L.LightningDataModule):
     """Crops of CellMap volumes for `Trainer.fit`, `validate`, `test` and `predict`.
 
@@ -359,6 +395,7 @@ class CellMapDataModule(L.LightningDataModule):
             decision=decision,
             carry=streams,
             waiting=self.waiting,
+            steps=TrainingSteps(self.trainer) if running and split == "train" and self.trainer is not None else None,
             persistent_workers=self.persistent_workers,
             prefetch_factor=self.prefetch_factor,
             timeout=self.timeout,

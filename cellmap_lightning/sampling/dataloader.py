@@ -3,15 +3,15 @@
 import multiprocessing
 import time
 import weakref
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory, check_fits, device_memory
 from cellmap_lightning.sampling.positions import PositionSampler
@@ -62,6 +62,24 @@ def _start_method(source: SampleSource, given: Any) -> Any:
     return context
 
 
+class Steps(Protocol):
+    """A Trainer's own count of the training batches of an epoch.
+
+    Attributes:
+        done: batches whose step has ended.
+        ended: whether the last of them was the last of its epoch.
+    """
+
+    @property
+    def done(self) -> int: ...  # noqa: D102
+
+    @property
+    def ended(self) -> bool: ...  # noqa: D102
+
+    def go_on_from(self, done: int) -> None:
+        """A run goes on with as many batches done, of the size that they have now."""
+
+
 class CellMapDataLoader(DataLoader[Any]):
     """Batches of a `CellMapDataset` or `CellMapMultiDataset`.
 
@@ -89,6 +107,8 @@ class CellMapDataLoader(DataLoader[Any]):
             Lightning would convert them to the precision of the model before: for `CellMapDataModule`, see
             `CompactBatch.carried`.
         waiting: counts up while batches are waited for.
+        steps: the Trainer's count of batches, by which `state_dict` says how far a pass has come; by default as many as
+            were delivered.
         persistent_workers: keep worker processes between epochs; by default where there are any.
         prefetch_factor: batches ahead per worker process.
         timeout: seconds after which a worker that delivers nothing is an error; 0 waits for ever.
@@ -123,6 +143,7 @@ class CellMapDataLoader(DataLoader[Any]):
         decision: PrefetchDecision | None = None,
         carry: bool = False,
         waiting: Waiting | None = None,
+        steps: Steps | None = None,
         persistent_workers: bool | None = None,
         prefetch_factor: int | None = None,
         timeout: float = 0,
@@ -181,6 +202,11 @@ class CellMapDataLoader(DataLoader[Any]):
         self.carry = carry
         self.decision = decision
         self.waiting = waiting or Waiting()
+        self.steps = steps
+        #: What the next pass goes on from, if it is that epoch.
+        self._resume: dict[str, int] | None = None
+        self._delivered = self._steps_before = 0
+        self._under_way = False
         self._passes: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
@@ -245,9 +271,7 @@ class CellMapDataLoader(DataLoader[Any]):
     def _pass(self, batches: Any) -> Generator[dict[str, torch.Tensor], None, None]:
         # Here and not where the loader is made, since Lightning's tuner makes loaders that it does not use.
         check_fits(self.batch_memory(), self._most, self.device, device_memory(self.device), str(self.source))
-        sampler = self._own_sampler()
-        if sampler is not None:
-            sampler.start()
+        self._start()
         present: Any = self._present
         engine: SideStream | ReadAhead | NothingAhead
         if self.decision is None or not self.decision.enabled:
@@ -263,9 +287,14 @@ class CellMapDataLoader(DataLoader[Any]):
         timed = Timed(stream, self.waiting, engine)
         try:
             # Neither keeps a batch that it has handed out: its memory is the step's alone.
-            yield from timed if present is None else map(self._timed_present, timed)
+            yield from map(self._delivering, timed if present is None else map(self._timed_present, timed))
+            self._under_way = False
         finally:
             stream.close()
+
+    def _delivering(self, batch: Any) -> Any:
+        self._delivered += 1
+        return batch
 
     def _timed_present(self, batch: Any) -> Any:
         began = time.perf_counter()
@@ -292,3 +321,72 @@ class CellMapDataLoader(DataLoader[Any]):
         sampler = self._own_sampler()
         if sampler is not None:
             sampler.set_epoch(epoch)
+
+    # -- going on where a run has stopped
+
+    def _start(self) -> None:
+        """A pass begins, in the middle of its epoch if a run goes on there."""
+        sampler = self._own_sampler()
+        if sampler is None:
+            return
+        resume, self._resume = self._resume, None
+        skip = 0
+        if resume is not None and resume["epoch"] == sampler.next_epoch:
+            skip = resume["samples"]
+        elif resume is not None and self._batches_left(resume["samples"]) == 0:
+            # With max_steps, Lightning numbers an epoch too many where a checkpoint was saved at the end of one.
+            sampler.begin_at(sampler.next_epoch, resume["first"] + sampler.count)
+        sampler.start(skip)
+        self._delivered, self._under_way = 0, True
+        self._steps_before = self.steps.done if self.steps is not None else 0
+
+    def _batches_left(self, samples: int) -> int:
+        """Batches of this rank in an epoch of which so many samples are done, over all ranks."""
+        sampler = self._own_sampler()
+        left = sampler.left(samples) if sampler is not None else 0
+        return left // self._most if self.drop_last else -(-left // self._most)
+
+    def state_dict(self) -> dict[str, int]:
+        """How far the samples have come: for `load_state_dict` of another loader, also one with other batches or ranks.
+
+        Returns:
+            ``epoch``, the number of its ``first`` sample, and how many ``samples`` of it are done, over all ranks: read
+            and delivered, and under a Trainer those whose step has ended.
+        """
+        sampler = self._own_sampler()
+        if sampler is None:  # somebody else's order, of which nothing is known
+            return {}
+        if self._resume is not None:
+            return dict(self._resume)
+        epoch, samples = sampler.next_epoch, 0
+        if self._under_way:
+            done = self._delivered if self.steps is None else self.steps.done - self._steps_before
+            epoch, samples = sampler.epoch, sampler.skip + done * self._most * sampler.num_replicas
+        return {"epoch": epoch, "first": sampler.first(epoch), "samples": min(samples, sampler.count)}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go on from where `state_dict` was taken: the next pass begins at the next sample of that epoch.
+
+        Raises:
+            CellMapKeyError: it is no such state.
+        """
+        sampler = self._own_sampler()
+        if sampler is None or not state_dict:
+            return
+        missing = sorted({"epoch", "first", "samples"} - set(state_dict))
+        if missing:
+            raise CellMapKeyError(
+                f"the state of a loader has epoch, first and samples; {', '.join(missing)} is missing"
+            )
+        epoch, first, samples = (int(state_dict[name]) for name in ("epoch", "first", "samples"))
+        # Epochs may have another length now. More may be done than they have, or their end may have been reached: then
+        # this epoch has ended, and the next one begins behind what is done.
+        ended = self.steps is not None and self.steps.ended and self._batches_left(samples) > 0
+        if samples > sampler.count or ended:
+            first, samples = first + samples - sampler.count, sampler.count
+        sampler.begin_at(epoch, first)
+        sampler.set_epoch(epoch)
+        self._resume = {"epoch": epoch, "first": first, "samples": samples}
+        self._under_way = False
+        if self.steps is not None:
+            self.steps.go_on_from(len(self) - self._batches_left(samples))

@@ -16,6 +16,9 @@ class StreamSampler(DistributedSampler[int]):
 
     It is a `DistributedSampler` so that Lightning leaves it alone, and calls `set_epoch`.
 
+    Attributes:
+        skip: samples at the beginning of the epoch, over all ranks, that the pass under way leaves out.
+
     Args:
         count: samples of an epoch over all ranks.
         is_train: whether epochs differ. The samples of an epoch that cannot be dealt out evenly are then left out.
@@ -36,8 +39,11 @@ class StreamSampler(DistributedSampler[int]):
         self.shuffle = False
         self.drop_last = is_train
         self.epoch = 0
+        self.skip = 0
         self._next_epoch = 0
-        if not self._numbers:
+        #: An epoch, and the number of its first sample.
+        self._origin = (0, 0)
+        if not len(self):
             raise CellMapValueError(
                 f"{count} samples cannot be dealt out over {self.num_replicas} ranks: at least one for each is needed"
             )
@@ -61,24 +67,43 @@ class StreamSampler(DistributedSampler[int]):
         """Processes."""
         return self._place[1]
 
-    @property
-    def _numbers(self) -> range:
+    def _stop(self, skip: int) -> int:
+        """Behind the last sample of an epoch that is dealt out, when so many are left out at its beginning."""
+        return self.count - (self.count - skip) % self.num_replicas if self.is_train else self.count
+
+    def left(self, skip: int) -> int:
+        """Samples of an epoch that this rank reads, when so many over all ranks are left out at its beginning."""
         rank, world = self._place
-        usable = self.count - self.count % world if self.is_train else self.count
-        return range(rank, usable, world)
+        return len(range(skip + rank, self._stop(skip), world))
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch of the next pass."""
+        return self._next_epoch
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is this epoch."""
         self._next_epoch = int(epoch)
 
-    def start(self) -> None:
+    def first(self, epoch: int) -> int:
+        """Number of the first sample of an epoch."""
+        since, sample = self._origin
+        return sample + (epoch - since) * self.count if self.is_train else 0
+
+    def begin_at(self, epoch: int, first: int) -> None:
+        """Number samples so that this is the first of the epoch: a run goes on whose epochs had another length."""
+        self._origin = (int(epoch), int(first))
+
+    def start(self, skip: int = 0) -> None:
         """A pass begins: it is the epoch that was set, or the one after the last."""
         self.epoch = self._next_epoch
+        self.skip = skip
         self._next_epoch += 1
 
     def __iter__(self) -> Iterator[int]:
-        first = self.epoch * self.count if self.is_train else 0
-        return (first + k for k in self._numbers)
+        rank, world = self._place
+        first = self.first(self.epoch)
+        return (first + k for k in range(self.skip + rank, self._stop(self.skip), world))
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return self.left(0)
