@@ -8,9 +8,11 @@ import importlib
 import inspect
 import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,13 @@ import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import (
+    CellMapError,
+    CellMapFileNotFoundError,
+    CellMapKeyError,
+    CellMapTypeError,
+    CellMapValueError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +39,21 @@ _started = False
 
 
 def register_resolvers() -> None:
-    """Make ``${channels:...}`` known to the configs."""
+    """Make ``${channels:...}`` and ``${run_folder:...}`` known to the configs."""
     OmegaConf.register_new_resolver("channels", _channels, replace=True)
+    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True, use_cache=True)
+
+
+def _run_folder(name: Any) -> str:
+    """The folder of a run below ``runs``: the same for all processes of a run, and for a job that is requeued."""
+    if name is not None:
+        return str(name)
+    if "SLURM_JOB_ID" in os.environ:
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ["SLURM_JOB_ID"]
+        return f"slurm-{job}"
+    torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"torchrun-{torchrun}" if torchrun != "none" else f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
 
 
 def _channels(targets: Any, classes: Any, name: str | None = None) -> int:
@@ -251,6 +272,7 @@ def _train(cfg: DictConfig) -> float | None:
     from cellmap_lightning.masked import probabilities
 
     folder = Path(HydraConfig.get().runtime.output_dir)
+    checkpoint = _checkpoint(cfg.resume, folder)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     L.seed_everything(cfg.seed, verbose=False)
     _quieten()
@@ -275,13 +297,10 @@ def _train(cfg: DictConfig) -> float | None:
             trainer.validate(task, datamodule=data, verbose=False)
             untrained = dict(getattr(task, "scores", {}).get("val", {}))
         try:
-            trainer.fit(task, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as e:
-            if not isinstance(e.__context__, KeyboardInterrupt):  # which is how Lightning ends a run on Ctrl-C
-                raise
-            last = folder / "checkpoints" / "last.ckpt"
-            resume = f"; go on with ckpt_path={last}" if last.exists() else ", before anything was saved"
-            _stop(f"interrupted{resume}", 130)
+            _ended(e, trainer, folder)
+            raise
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if validates and not trainer.fast_dev_run:
             # A run that ended before its first validation has no best weights: the last ones are judged.
@@ -315,6 +334,48 @@ def _train(cfg: DictConfig) -> float | None:
         data.close()
 
 
+def _checkpoint(resume: str | None, folder: Path) -> Path | None:
+    """The checkpoint that a run goes on from.
+
+    Raises:
+        CellMapFileNotFoundError: one was named that is not there.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        path = Path(resume)
+        if not path.is_file():
+            there = ", ".join(map(str, sorted(path.parent.glob("*.ckpt")))) or "none"
+            raise CellMapFileNotFoundError(
+                f"resume={resume}: there is no such checkpoint; checkpoints beside it: {there}; resume=auto takes the "
+                "newest of the run's folder"
+            )
+        return path
+    from cellmap_lightning.checkpoints import newest_checkpoint
+
+    path_or_none = newest_checkpoint(folder)
+    log.info("resume=auto: %s", path_or_none or f"nothing to go on from in {folder}, so this is the beginning")
+    metrics = folder / "metrics.csv"
+    if path_or_none is not None and metrics.exists() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        # Lightning's logger would delete it.
+        parts = len(list(folder.glob("metrics.*.csv")))
+        metrics.rename(folder / f"metrics.{parts + 1}.csv")
+    return path_or_none
+
+
+def _ended(end: SystemExit, trainer: Any, folder: Path) -> None:
+    """Say how to go on with a run that Ctrl-C or a signal has ended; Lightning exits on both."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    if isinstance(end, SIGTERMException):
+        saved = next((path for c in trainer.callbacks if (path := getattr(c, "saved", None))), None)
+        how = f"saved {saved}; the same command with resume=auto and run.name={folder.name} goes on"
+        _stop(f"told to end: {how if saved else 'nothing was saved, since there is no callback Preemption'}", 143)
+    if isinstance(end.__context__, KeyboardInterrupt):
+        last = folder / "checkpoints" / "last.ckpt"
+        _stop(f"interrupted{f'; go on with resume={last}' if last.exists() else ', before anything was saved'}", 130)
+
+
 def _quieten() -> None:
     """Leave out what would tell a user nothing, or something wrong."""
     # Lightning's own handler would print each line a second time beside Hydra's.
@@ -335,6 +396,11 @@ def _check_launch(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    if os.environ.get("TORCHELASTIC_RUN_ID") == "none" and cfg.run.name is None:
+        raise CellMapValueError(
+            "torchrun starts several processes, which would make a folder each; give it with run.name=..., or start "
+            "them with torchrun --standalone or --rdzv-id"
+        )
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     strategy, devices = str(cfg.trainer.strategy), cfg.trainer.devices
     if sweeping and strategy.startswith("ddp") and "spawn" not in strategy and "fork" not in strategy and devices != 1:

@@ -132,7 +132,7 @@ def describe_run(folder: Path) -> list[str]:
     """The files of a run that are there, one line each."""
     known: dict[str, Any] = {
         "checkpoints/best.ckpt": "weights of the best validation Dice",
-        "checkpoints/last.ckpt": "to resume from",
+        "checkpoints/last.ckpt": "to go on from",
         "config.yaml": "the configuration, resolved",
         "split.csv": "the crops of each split",
         "metrics.csv": "losses and scores per step and epoch",

@@ -112,7 +112,7 @@ def rows():
             yield pytest.param(point, stop, ending, workers, ahead, marks=[] if always else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("point", "stop", "ending", "workers", "ahead"), rows())
+@pytest.mark.parametrize(("point", "stop", "ending", "workers", "ahead"), list(rows()))
 def test_the_stream_goes_on(volume, tmp_path, whole, point, stop, ending, workers, ahead):
     ending = EPOCHS * BATCHES if ending == "max_steps" else None
     options = {"num_workers": workers, "ahead": ahead, "point": point, "ending": ending}

@@ -5,12 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cellmap_lightning.callbacks.data_watch import DataWatch
+    from cellmap_lightning.callbacks.preemption import Preemption
     from cellmap_lightning.callbacks.run_config import RunConfig
     from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
 
-_HOMES = {"DataWatch": "data_watch", "RunConfig": "run_config", "StreamPrefetch": "stream_prefetch"}
+_HOMES = {
+    "DataWatch": "data_watch",
+    "Preemption": "preemption",
+    "RunConfig": "run_config",
+    "StreamPrefetch": "stream_prefetch",
+}
 
-__all__ = ["DataWatch", "RunConfig", "StreamPrefetch"]
+__all__ = ["DataWatch", "Preemption", "RunConfig", "StreamPrefetch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,50 @@
+"""A checkpoint when a job is told to end."""
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+#: Name of the checkpoint, without its ending.
+PREEMPTED = "preempted"
+
+
+class Preemption(L.Callback):
+    """Saves a checkpoint and ends the run after the step in which SIGTERM comes.
+
+    With several processes Lightning itself ends a run between two steps, on all of them. Under Slurm, Lightning
+    answers the signal of ``#SBATCH --signal=SIGUSR1@90`` with a checkpoint of its own and requeues the job.
+
+    Args:
+        dirpath: folder of ``preempted.ckpt``; by default the Trainer's ``default_root_dir``.
+
+    Attributes:
+        saved: the checkpoint that was saved.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+        self.saved: Path | None = None
+
+    # At the start of a batch and not at the end of one, so that no callback misses what was done.
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        """End here and not at the end of the epoch, as Lightning does with one process."""
+        self._end(trainer)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        """Nor after a whole validation."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._end(trainer)
+
+    def _end(self, trainer: L.Trainer) -> None:
+        if trainer.received_sigterm and trainer.world_size == 1:
+            raise SIGTERMException
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save, if it was the signal that ended the run."""
+        if isinstance(exception, SIGTERMException):
+            path = Path(self.dirpath or trainer.default_root_dir) / f"{PREEMPTED}.ckpt"
+            trainer.save_checkpoint(path)
+            self.saved = path
