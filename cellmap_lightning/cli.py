@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ def _channels(targets: Any, classes: Any, name: str | None = None) -> int:
     return count + 1 if kind == "labels" else count * len(first["offsets"]) if kind == "affinities" else count
 
 
+# Here and not in `_command`: what a launcher such as submitit starts imports this module, and nothing else of it.
+register_resolvers()
+
+
 def train() -> Any:
     """``cellmap-train``: train, validate, and leave checkpoints, curves and pictures in the run's folder."""
     return _command("train", _train)
@@ -76,7 +81,6 @@ def inspect_() -> Any:
 
 def _command(name: str, job: Callable[[DictConfig], Any]) -> Any:
     """Run a job under Hydra, with errors that a user can act on."""
-    register_resolvers()
 
     def run(cfg: DictConfig) -> Any:
         global _started
@@ -232,6 +236,10 @@ def _hints(name: str, arguments: list[str]) -> list[str]:
         return []
     keys = [*(key for key, _ in _flat(OmegaConf.to_container(cfg, resolve=False))), *groups]
     hints = []
+    if any("submitit" in a or a.endswith("=slurm_ddp") for a in arguments) and not find_spec(
+        "hydra_plugins.hydra_submitit_launcher"
+    ):
+        hints.append('Jobs through Slurm need pip install "cellmap-lightning[slurm]".')
     if "-m" in arguments[1:] and not arguments[0].startswith("-"):
         hints.append(f"-m comes first: cellmap-{name} -m {' '.join(a for a in arguments if a != '-m')}")
     for override in overrides:
@@ -403,11 +411,12 @@ def _check_launch(cfg: DictConfig) -> None:
         )
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     strategy, devices = str(cfg.trainer.strategy), cfg.trainer.devices
-    if sweeping and strategy.startswith("ddp") and "spawn" not in strategy and "fork" not in strategy and devices != 1:
+    submitted = "submitit" in str(HydraConfig.get().launcher.get("_target_"))  # Slurm starts the processes of a job
+    alone = devices == 1 or submitted or "spawn" in strategy or "fork" in strategy
+    if sweeping and strategy.startswith("ddp") and not alone:
         raise CellMapValueError(
             f"-m with trainer.strategy={strategy} on {devices} devices: each process would start the whole sweep "
-            "again. "
-            "Use trainer.strategy=ddp_spawn, or one job per command"
+            "again. Use trainer.strategy=ddp_spawn, or hydra/launcher=submitit_slurm, or one job per command"
         )
 
 

@@ -1,5 +1,6 @@
 """A run that stops and goes on sees the samples that it would have seen: bit for bit, and each once."""
 
+import datetime as dt
 import hashlib
 import itertools
 
@@ -7,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 
 from cellmap_lightning import CellMapDataLoader, CellMapError
 from cellmap_lightning.callbacks import StreamPrefetch
@@ -290,3 +292,36 @@ def test_weights_and_optimizer_are_those_of_a_run_that_never_stopped(volume, tmp
     expected = weights()
     weights(stop=5)
     assert torch.equal(weights(ckpt=tmp_path / "kept.ckpt"), expected)
+
+
+class Written(L.Callback):
+    """What each rank saw, in files, from processes of their own."""
+
+    def __init__(self, folder, name):
+        self.folder, self.name = folder, name
+
+    def on_train_batch_end(self, run, pl_module, outputs, batch, batch_idx):
+        hashes = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:12] for row in batch["raw"]]
+        with (self.folder / f"{self.name}-{run.global_rank}").open("a") as file:
+            print(*hashes, file=file)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
+def test_with_other_ranks(volume, tmp_path, whole, before, after):
+    """Stopped in the middle of an epoch on some ranks, gone on with on others: one stream of global batches."""
+
+    def fit(name, world, steps, ckpt=None):
+        strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=60))
+        keep = ModelCheckpoint(tmp_path, "kept", enable_version_counter=False, every_n_train_steps=1)
+        with module(volume, batch_size=2 // world, samples_per_epoch=8, batches_per_epoch=None) as data:
+            trainer(
+                tmp_path, devices=world, strategy=strategy if world > 1 else "auto", enable_checkpointing=True,
+                callbacks=[Written(tmp_path, name), keep, StreamPrefetch(enabled=True)], limit_val_batches=0,
+                max_epochs=EPOCHS, max_steps=steps, num_sanity_val_steps=0,
+            ).fit(task(), data, ckpt_path=ckpt, weights_only=True)  # fmt: skip
+        ranks = [(tmp_path / f"{name}-{rank}").read_text().splitlines() for rank in range(world)]
+        return [sorted(" ".join(batch).split()) for batch in zip(*ranks, strict=True)]
+
+    expected = [sorted(hashes) for _, _, hashes in whole.steps]
+    assert fit("before", before, 6) == expected[:6]
+    assert fit("after", after, -1, tmp_path / "kept.ckpt") == expected[6:]
