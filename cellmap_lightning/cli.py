@@ -236,9 +236,8 @@ def _hints(name: str, arguments: list[str]) -> list[str]:
         return []
     keys = [*(key for key, _ in _flat(OmegaConf.to_container(cfg, resolve=False))), *groups]
     hints = []
-    if any("submitit" in a or a.endswith("=slurm_ddp") for a in arguments) and not find_spec(
-        "hydra_plugins.hydra_submitit_launcher"
-    ):
+    slurm = any("submitit" in a or a.endswith("=slurm_ddp") for a in arguments)
+    if slurm and not find_spec("submitit"):
         hints.append('Jobs through Slurm need pip install "cellmap-lightning[slurm]".')
     if "-m" in arguments[1:] and not arguments[0].startswith("-"):
         hints.append(f"-m comes first: cellmap-{name} -m {' '.join(a for a in arguments if a != '-m')}")
