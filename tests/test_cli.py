@@ -236,3 +236,15 @@ def test_wrong_use_in_a_process_of_its_own(tmp_path):
     assert done.returncode == 1
     assert "did you mean 'data.batch_size'?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_of_jobs_that_submitit_starts(volume, tmp_path):
+    """As through Slurm, but on this machine: what travels to the jobs' processes, and what they find there."""
+    done = run(
+        "-m", *small(volume, "trainer.max_epochs=1", "data.seed=1,2", "run.name=two"), "hydra/launcher=submitit_local",
+        "hydra.launcher.timeout_min=5", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for number in (0, 1):
+        assert (tmp_path / f"multirun/two/{number}/checkpoints/best.ckpt").exists()
