@@ -20,7 +20,8 @@ from cellmap_lightning.sampling.arrays import (
     parse_targets,
 )
 from cellmap_lightning.sampling.dataloader import CellMapDataLoader
-from cellmap_lightning.sampling.datasplit import SPLITS, CellMapDataSplit
+from cellmap_lightning.sampling.datasplit import CellMapDataSplit
+from cellmap_lightning.sampling.entries import SPLITS
 from cellmap_lightning.sampling.labels import Downsample, Unknown
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset

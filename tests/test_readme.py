@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import cellmap_lightning
 from cellmap_lightning.cli import check_target, target_nodes
-from cellmap_lightning.sampling.datasplit import read_csv
+from cellmap_lightning.sampling.entries import read_csv
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
