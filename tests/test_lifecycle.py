@@ -299,9 +299,10 @@ def test_persistent_workers_live_through_epochs_and_end_with_the_module(volume, 
     # In a plain loop the workers are the loader's, and end with the data.
     loader = data.train_dataloader()
     next(iter(loader))
-    workers = [w.pid for w in loader._iterator._workers]
+    # Also while somebody holds on to them, as Lightning does after an error in a hook that makes loaders.
+    held = loader._iterator
+    workers = [w.pid for w in held._workers]
     data.close()
-    gc.collect()
     _gone(workers, "of the loop")
     assert reading_threads() == []
     next(iter(loader))  # and it can begin anew
@@ -340,6 +341,64 @@ def test_a_module_that_ran_can_be_pickled(volume, tmp_path):
             assert torch.equal(next(iter(copy.train_dataloader()))["raw"], batch["raw"])
         assert data.trainer is run
         next(under_way)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_with_a_pass_under_way_can_be_pickled(volume, tmp_path, workers):
+    with module(volume, num_workers=workers) as data:
+        loader = data.train_dataloader()
+        under_way = iter(loader)
+        first = next(under_way)
+        with pickle.loads(pickle.dumps(loader)).source as source:
+            assert source is not loader.source
+        copy = pickle.loads(pickle.dumps(loader))
+        copy.set_epoch(0)
+        assert torch.equal(next(iter(copy))["raw"], first["raw"])
+        copy.close()
+        copy.source.close()
+        assert len(list(under_way)) == 2
+
+
+@pytest.mark.parametrize("end", ["a pass is left", "an error"])
+@pytest.mark.parametrize(("workers", "ahead"), [(0, True), (2, False), (2, True)])
+def test_a_program_ends_with_a_pass_under_way(volume, tmp_path, end, workers, ahead):
+    """Soon, in silence but for its own error, and the worker processes end too."""
+    (tmp_path / "volume.pkl").write_bytes(pickle.dumps(volume))
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(
+            f"""
+            import pickle, time, warnings
+            warnings.filterwarnings("ignore", ".*fork.*")
+            from cellmap_lightning import CellMapDataLoader, CellMapDataset
+            from cellmap_lightning.sampling.prefetch import PrefetchDecision
+            from tests.conftest import CLASSES, INPUTS, TARGETS
+
+            volume = pickle.load(open({str(tmp_path / "volume.pkl")!r}, "rb"))
+            path = volume.label_path(volume.crops[1], "[mito,er]")
+            dataset = CellMapDataset(volume.raw_path, path, CLASSES, INPUTS, TARGETS, is_train=True)
+            decision = PrefetchDecision({ahead}, 2, 0, "")
+            loader = CellMapDataLoader(dataset, 2, {workers}, samples_per_epoch=10000, decision=decision)
+            passes = iter(loader)
+            for batch in passes:
+                break
+            workers = loader._iterator._workers if {workers} else []
+            print(time.monotonic(), *(w.pid for w in workers), flush=True)
+            if {end!r} == "an error":
+                raise OSError("enough")
+            """
+        )
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60, env=env)
+    began, *pids = done.stdout.split()
+    assert time.monotonic() - float(began) < 5
+    assert len(pids) == workers
+    assert _alive(pids) == {}
+    said = done.stderr.splitlines()
+    assert said[-1:] == (["OSError: enough"] if end == "an error" else [])
+    assert done.stderr.count("Traceback") == len(said[-1:])
+    assert done.returncode == len(said[-1:])
 
 
 def test_two_modules_in_turns(volume, tmp_path, engine):
