@@ -231,7 +231,7 @@ class CellMapDataLoader(DataLoader[Any]):
         # What is under way stays behind, and so does the Trainer, which cannot always be pickled.
         samples = copy(self.dataset)
         samples.slots = None  # type: ignore[attr-defined]
-        here = {"_passes", "_streams", "_readings"}
+        here = {"_passes", "_streams", "_readings", "__pl_attrs_record"}  # the last is Lightning's, see `close`
         state = {name: value for name, value in self.__dict__.items() if name not in here}
         return state | {"dataset": samples, "steps": None, "_iterator": None}
 
@@ -362,7 +362,9 @@ class CellMapDataLoader(DataLoader[Any]):
             stream.close()
 
     def _delivering(self, batch: Any) -> Any:
-        self._delivered += 1
+        self.__dict__["_delivered"] += (
+            1  # not by setattr: where Lightning records what is set, each batch would add to it
+        )
         return batch
 
     def _timed_present(self, batch: Any) -> Any:
