@@ -299,9 +299,10 @@ def test_persistent_workers_live_through_epochs_and_end_with_the_module(volume, 
     # In a plain loop the workers are the loader's, and end with the data.
     loader = data.train_dataloader()
     next(iter(loader))
-    workers = [w.pid for w in loader._iterator._workers]
+    # Also while somebody holds on to them, as Lightning does after an error in a hook that makes loaders.
+    held = loader._iterator
+    workers = [w.pid for w in held._workers]
     data.close()
-    gc.collect()
     _gone(workers, "of the loop")
     assert reading_threads() == []
     next(iter(loader))  # and it can begin anew
@@ -340,6 +341,67 @@ def test_a_module_that_ran_can_be_pickled(volume, tmp_path):
             assert torch.equal(next(iter(copy.train_dataloader()))["raw"], batch["raw"])
         assert data.trainer is run
         next(under_way)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_with_a_pass_under_way_can_be_pickled(volume, tmp_path, workers):
+    with module(volume, num_workers=workers) as data:
+        loader = data.train_dataloader()
+        under_way = iter(loader)
+        first = next(under_way)
+        with pickle.loads(pickle.dumps(loader)).source as source:
+            assert source is not loader.source
+        copy = pickle.loads(pickle.dumps(loader))
+        copy.set_epoch(0)
+        assert torch.equal(next(iter(copy))["raw"], first["raw"])
+        copy.close()
+        copy.source.close()
+        assert len(list(under_way)) == 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize(
+    ("workers", "ahead", "end"),
+    [(0, True, "a pass is left"), (0, True, "an error"), (2, False, "an error"), (2, True, "a pass is left")],
+)
+def test_a_program_ends_with_a_pass_under_way(volume, tmp_path, workers, ahead, end):
+    """Soon, in silence but for its own error, and the worker processes end too."""
+    (tmp_path / "volume.pkl").write_bytes(pickle.dumps(volume))
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(
+            f"""
+            import pickle, time, warnings
+            warnings.filterwarnings("ignore", ".*fork.*")
+            from cellmap_lightning import CellMapDataLoader, CellMapDataset
+            from cellmap_lightning.sampling.prefetch import PrefetchDecision
+            from tests.conftest import CLASSES, INPUTS, TARGETS
+
+            volume = pickle.load(open({str(tmp_path / "volume.pkl")!r}, "rb"))
+            path = volume.label_path(volume.crops[1], "[mito,er]")
+            dataset = CellMapDataset(volume.raw_path, path, CLASSES, INPUTS, TARGETS, is_train=True)
+            decision = PrefetchDecision({ahead}, 2, 0, "")
+            loader = CellMapDataLoader(dataset, 2, {workers}, samples_per_epoch=10000, decision=decision)
+            passes = iter(loader)
+            for batch in passes:
+                break
+            workers = loader._iterator._workers if {workers} else []
+            print(time.monotonic(), *(w.pid for w in workers), flush=True)
+            if {end!r} == "an error":
+                raise OSError("enough")
+            """
+        )
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60, env=env)
+    began, *pids = done.stdout.split()
+    assert time.monotonic() - float(began) < 5
+    assert len(pids) == workers
+    assert _alive(pids) == {}
+    said = done.stderr.splitlines()
+    assert said[-1:] == (["OSError: enough"] if end == "an error" else [])
+    assert done.stderr.count("Traceback") == len(said[-1:])
+    assert done.returncode == len(said[-1:])
 
 
 def test_two_modules_in_turns(volume, tmp_path, engine):
@@ -394,9 +456,12 @@ class Report(L.Callback):
             print(*batch["idx"].tolist(), file=file)
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn", "ddp"])
-def test_processes_of_a_trainer(volume, tmp_path, strategy):
-    """The module has read before the processes begin; each makes its own threads, and together they see one stream."""
+@pytest.mark.parametrize("strategies", [["ddp_fork", "ddp_spawn"], ["ddp"]])
+def test_processes_of_a_trainer(volume, tmp_path, strategies):
+    """The module has read before the processes begin; each makes its own threads, and together they see one stream.
+
+    One program does several one after the other with one module, since to import everything takes longest.
+    """
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent(
@@ -415,27 +480,31 @@ def test_processes_of_a_trainer(volume, tmp_path, strategy):
                 data = module(volume, batches_per_epoch=4)
                 data.setup("fit")
                 executor = data.train_dataset.executor
-                if {strategy!r} != "ddp":
-                    next(iter(data.train_dataloader()))  # threads are there before the processes begin
-                run = trainer({str(tmp_path)!r}, strategy={strategy!r}, devices=2, limit_val_batches=1,
-                              callbacks=[Report(), StreamPrefetch(enabled=True)])
-                run.fit(task(), data)
-                assert {strategy!r} == "ddp" or data.train_dataset.executor is executor
+                for strategy in {strategies!r}:
+                    if strategy != "ddp":
+                        next(iter(data.train_dataloader()))  # threads are there before the processes begin
+                    run = trainer({str(tmp_path)!r} + "/" + strategy, strategy=strategy, devices=2,
+                                  limit_val_batches=1, callbacks=[Report(), StreamPrefetch(enabled=True)])
+                    run.fit(task(), data)
+                    assert strategy == "ddp" or data.train_dataset.executor is executor
                 data.close()
                 print("ended well", flush=True)
             """
         )
     )
     (tmp_path / "volume.pkl").write_bytes(pickle.dumps(volume))
+    for strategy in strategies:
+        (tmp_path / strategy).mkdir()
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ended well") == (2 if strategy == "ddp" else 1)
-    ranks = [(tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)]
-    assert [len(batches) for batches in ranks] == [2, 2]
+    assert done.stdout.count("ended well") == (2 if strategies == ["ddp"] else 1)
     with module(volume, batches_per_epoch=4) as data:
-        expected = [i for batch in data.train_dataloader() for i in batch["idx"].tolist()]
-    assert sorted(int(i) for batches in ranks for batch in batches for i in batch.split()) == sorted(expected)
+        expected = sorted(i for batch in data.train_dataloader() for i in batch["idx"].tolist())
+    for strategy in strategies:
+        ranks = [(tmp_path / strategy / f"rank{rank}").read_text().splitlines() for rank in (0, 1)]
+        assert [len(batches) for batches in ranks] == [2, 2]
+        assert sorted(int(i) for batches in ranks for batch in batches for i in batch.split()) == expected
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")

@@ -12,7 +12,7 @@ import torch
 
 from cellmap_lightning.buffers import BUFFERS
 from cellmap_lightning.draws import VALUES, hashes
-from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.memory import BatchMemory, FormMemory
 from cellmap_lightning.transforms.augment import IntensityTransforms
 from cellmap_lightning.transforms.intensity import AUTO, Scaling
@@ -328,6 +328,8 @@ class BatchLayout:
                 generator.manual_seed(seed >> 1)
                 try:
                     result = transform(value.clone())
+                except StopIteration as error:  # which would end the epoch here, and nobody would know
+                    raise CellMapError(f"{what}: it raised StopIteration") from error
                 except Exception as error:
                     error.add_note(f"in the {what}, a {list(value.shape)} tensor")
                     raise

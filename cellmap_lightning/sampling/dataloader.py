@@ -1,9 +1,10 @@
 """Samples as batches: a `DataLoader` that a Trainer, or a plain loop, can use."""
 
 import multiprocessing
+import os
 import time
 import weakref
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory, check_fits, device_memory
 from cellmap_lightning.sampling.positions import PositionSampler
@@ -62,6 +63,13 @@ def _start_method(source: SampleSource, given: Any) -> Any:
     return context
 
 
+def _end_workers(iterator: Iterator[Any]) -> None:
+    """End the worker processes of an iterator of torch's, if it has any."""
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is not None:
+        shutdown()
+
+
 class Steps(Protocol):
     """A Trainer's own count of the training batches of an epoch.
 
@@ -78,6 +86,11 @@ class Steps(Protocol):
 
     def go_on_from(self, done: int) -> None:
         """A run goes on with as many batches done, of the size that they have now."""
+
+
+_SHARED = (
+    "passes of one loader at a time cannot share its worker processes (persistent_workers=False: each has its own)"
+)
 
 
 class CellMapDataLoader(DataLoader[Any]):
@@ -196,7 +209,6 @@ class CellMapDataLoader(DataLoader[Any]):
             drop = is_train and len(order) >= batch_size if drop_last is None else drop_last  # type: ignore[arg-type]
             super().__init__(samples, batch_size=batch_size, sampler=order, drop_last=drop, **common)
         self._by_slots = slots
-        self._slots: Slots | None = None
         self.finish = finish
         self.device = device or torch.device("cpu")
         self.carry = carry
@@ -207,7 +219,25 @@ class CellMapDataLoader(DataLoader[Any]):
         self._resume: dict[str, int] | None = None
         self._delivered = self._steps_before = 0
         self._under_way = False
+        self._nothing_under_way()
+
+    def _nothing_under_way(self) -> None:
+        #: The passes that were begun, what each takes its batches from, and what reads these.
         self._passes: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._readings: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is under way stays behind, and so does the Trainer, which cannot always be pickled.
+        samples = copy(self.dataset)
+        samples.slots = None  # type: ignore[attr-defined]
+        here = {"_passes", "_streams", "_readings", "__pl_attrs_record"}  # the last is Lightning's, see `close`
+        state = {name: value for name, value in self.__dict__.items() if name not in here}
+        return state | {"dataset": samples, "steps": None, "_iterator": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._nothing_under_way()
 
     @property
     def source(self) -> SampleSource:
@@ -241,13 +271,19 @@ class CellMapDataLoader(DataLoader[Any]):
 
     def close(self) -> None:
         """End every pass under way, its thread, and the worker processes. A later pass begins anew."""
+        # Workers are told to end. To drop the iterator would end them with its last reference, and Lightning may have
+        # one: an error in a hook that makes loaders leaves it recording whatever is set on any of them.
+        iterator, self._iterator = self._iterator, None
         for started in list(self._passes):
             try:
                 started.close()
             except ValueError:  # somebody waits for a batch in it right now, and will be told that reading ended
                 continue
-        self._slots = None
-        self._iterator = None  # persistent workers end with it
+        samples: Samples = self.dataset  # type: ignore[assignment]
+        samples.slots = None
+        # Whoever still waits for a batch of theirs would wait for ever, and ends them afterwards.
+        if iterator is not None and not any(reading.gi_running for reading in list(self._readings)):
+            _end_workers(iterator)
 
     def _batches(self, start: Any) -> Generator[Any, None, None]:
         """The batches of a pass, as they were read; worker processes are started here."""
@@ -257,16 +293,44 @@ class CellMapDataLoader(DataLoader[Any]):
         slots = None
         if self._by_slots:
             # Workers count their batches from their own beginning: only those that live on may use the same slots.
-            slots = self._slots if self.persistent_workers else None
+            slots = samples.slots if self.persistent_workers else None
             if slots is None:
                 samples.room = self._most
                 slots = Slots(
                     samples.layout, samples.room, self.num_workers, self.prefetch_factor or 2,
                     self.finish and samples.layout.custom,
                 )  # fmt: skip
-            self._slots = samples.slots = slots
-        pin = samples.pin
-        return (slots.take(b, pin) if slots is not None and isinstance(b, SlotBatch) else b for b in start())
+            samples.slots = slots
+        reading = self._read(start(), partial(self._taken, slots, samples.pin))
+        self._readings.add(reading)
+        return reading
+
+    def _read(self, iterator: Iterator[Any], taken: Any) -> Generator[Any, None, None]:
+        pid = os.getpid()
+        try:
+            yield from map(taken, iterator)  # and holds no batch while it waits to be asked for the next
+        finally:
+            # Also where the traceback of an error holds on to the iterator. Persistent ones are the loader's to end,
+            # and in a forked process they are the parent's.
+            if iterator is not self._iterator and pid == os.getpid():
+                _end_workers(iterator)
+
+    @staticmethod
+    def _taken(slots: Slots | None, pin: bool, batch: Any) -> Any:
+        return slots.take(batch, pin) if slots is not None and isinstance(batch, SlotBatch) else batch
+
+    def _take_over(self) -> None:
+        """Persistent workers serve one pass at a time: end those before, which would take batches meant for this one.
+
+        Raises:
+            CellMapError: one of them waits for a batch right now.
+        """
+        for stream in list(self._streams):
+            try:
+                stream.close()
+            except ValueError:
+                raise CellMapError(f"{self.source}: {_SHARED}, and another thread waits for a batch in one") from None
+            self._streams.discard(stream)
 
     def _pass(self, batches: Any) -> Generator[dict[str, torch.Tensor], None, None]:
         # Here and not where the loader is made, since Lightning's tuner makes loaders that it does not use.
@@ -274,6 +338,8 @@ class CellMapDataLoader(DataLoader[Any]):
         self._start()
         present: Any = self._present
         engine: SideStream | ReadAhead | NothingAhead
+        if self.persistent_workers:
+            self._take_over()
         if self.decision is None or not self.decision.enabled:
             engine, stream = NothingAhead(self.device), batches()
         else:
@@ -284,16 +350,21 @@ class CellMapDataLoader(DataLoader[Any]):
             else:
                 engine, present = ReadAhead(present), None
             stream = prefetch(batches, engine, self.decision.depth, self.source.cancel)
+        self._streams.add(stream)
         timed = Timed(stream, self.waiting, engine)
         try:
             # Neither keeps a batch that it has handed out: its memory is the step's alone.
             yield from map(self._delivering, timed if present is None else map(self._timed_present, timed))
+            if stream not in self._streams:
+                raise CellMapError(f"{self.source}: {_SHARED}, and another one was begun before this one had ended")
             self._under_way = False
         finally:
             stream.close()
 
     def _delivering(self, batch: Any) -> Any:
-        self._delivered += 1
+        self.__dict__["_delivered"] += (
+            1  # not by setattr: where Lightning records what is set, each batch would add to it
+        )
         return batch
 
     def _timed_present(self, batch: Any) -> Any:

@@ -153,7 +153,8 @@ class ReadPool:
 
     def follow(self, follower: Closes) -> None:
         """Close this first, when the pool is closed: it reads with the pool's threads."""
-        self._followers.add(follower)
+        with self._lock:  # `close` may be going through them
+            self._followers.add(follower)
 
     def cancel(self, waiting: int | None = None) -> None:
         """Cancel every task that has not begun; whoever waits for it in `run` gets a `CellMapError`.
@@ -171,7 +172,9 @@ class ReadPool:
         Returns after `PATIENCE` seconds at the latest for each of them, also when a read hangs.
         """
         self.cancel()
-        for follower in list(self._followers):
+        with self._lock:
+            followers = list(self._followers)
+        for follower in followers:
             follower.close()
         with self._lock:
             executor, self._executor = self._executor, None

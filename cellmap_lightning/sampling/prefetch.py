@@ -5,6 +5,8 @@ carries it out: one thread reads the next batches and queues their copies on a s
 computes.
 """
 
+import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.pool import end_threads
 
@@ -209,6 +212,12 @@ class NothingAhead:
         return self.device.type not in STREAM_DEVICES or bool(torch.accelerator.current_stream(self.device).query())
 
 
+def _begin(threads: list[threading.Thread], engine: Any) -> None:
+    """In the new thread, which holds it as long as it lives: an `_Ahead` that is lost, and so its thread, must end."""
+    threads.append(threading.current_thread())
+    engine.bind()
+
+
 class _Ahead:
     """The batches ahead, and the thread that gets them.
 
@@ -222,24 +231,20 @@ class _Ahead:
         self._futures: deque[Future[Any]] = deque()
         self._lock = threading.RLock()
         self._threads: list[threading.Thread] = []
-        self._pool = ThreadPoolExecutor(1, "cellmap-copy", initializer=self._begin)
-        self._queue()
-
-    def _begin(self) -> None:
-        self._threads.append(threading.current_thread())
-        self._engine.bind()
+        self._pool = ThreadPoolExecutor(1, "cellmap-copy", initializer=_begin, initargs=(self._threads, engine))
+        self._pid = os.getpid()
 
     def _step(self) -> Any:
         batches = self._batches
         batch = _END if batches is None else next(batches, _END)
         return _END if batch is _END else self._engine.copy(batch)
 
-    def _queue(self, done: Future[Any] | None = None) -> None:
+    def queue(self, done: Future[Any] | None = None) -> None:
         """Have the next batch got, if there is room for it and the last one is there."""
         with self._lock:
             if self._batches is None or len(self._futures) >= self._depth:
                 return
-            last = self._futures[-1] if self._futures else None
+            last = self._futures[-1] if self._futures else done  # which may have been taken
             if last is not None and (not last.done() or last.exception() is not None or last.result() is _END):
                 return
             try:
@@ -247,12 +252,18 @@ class _Ahead:
             except RuntimeError:  # the interpreter exits
                 return
             self._futures.append(future)
-        future.add_done_callback(self._queue)
+        future.add_done_callback(self.queue)
 
     def take(self) -> Any:
-        """The next batch, or `_END`; an error of the source at its place. Nothing here holds it afterwards."""
+        """The next batch, or `_END`; an error of the source at its place. Nothing here holds it afterwards.
+
+        Raises:
+            CellMapError: there will be none, since the thread is not in this process or the interpreter exits.
+        """
+        if self._pid != os.getpid():
+            raise CellMapError("a pass with batches ahead cannot go on in a forked process; begin one there")
         if not self._futures:
-            return _END
+            raise CellMapError("no batch can be read ahead any more: the interpreter exits")
         try:
             item = self._futures[0].result()
         finally:
@@ -262,19 +273,25 @@ class _Ahead:
         if item is _END:
             return _END
         batch = self._engine.acquire(*item)
-        self._queue()
+        self.queue()
         return batch
 
     def close(self) -> None:
         """End the thread, after what it is reading now has ended or been cancelled; drop every batch."""
+        if self._pid != os.getpid():  # the thread is not here, and may have held the locks when the process was forked
+            return
         with self._lock:
-            self._batches = None
+            batches, self._batches = self._batches, None
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._cancel is not None:
             for thread in self._threads:
                 self._cancel(thread.ident or 0)
         end_threads(self._threads, "a batch is read ahead")
         self._futures.clear()
+        if isinstance(batches, Generator):
+            # What it holds ends now and not with the last reference, which a traceback may have.
+            with contextlib.suppress(ValueError):  # a read hangs in it
+                batches.close()
 
 
 def prefetch(
@@ -294,6 +311,7 @@ def prefetch(
     """
     ahead = _Ahead(iter(source()), engine, depth, cancel)
     try:
+        ahead.queue()
         yield from iter(ahead.take, _END)
     finally:
         ahead.close()

@@ -1,5 +1,6 @@
 import hashlib
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch.utils.data import SequentialSampler
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataset, CellMapError, CellMapMultiDataset
 from cellmap_lightning.sampling.arrays import CompactBatch
+from cellmap_lightning.sampling.prefetch import PrefetchDecision
 from cellmap_lightning.sampling.sampler import StreamSampler
 from tests.conftest import CLASSES, INPUTS, TARGETS, reading_threads
 
@@ -217,3 +219,30 @@ def test_stream_sampler_deals_out_evenly():
     assert sorted(itertools.chain(*shares)) == list(range(8))
     shares = [list(StreamSampler(10, False, rank, 4)) for rank in range(4)]
     assert sorted(itertools.chain(*shares)) == list(range(10))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_batch_is_held_by_its_user_alone(dataset, workers):
+    loader = CellMapDataLoader(dataset, 2, workers, samples_per_epoch=6, finish=False)
+    batches = iter(loader)
+    for _ in range(2):
+        batch = next(batches)
+        held = [weakref.ref(batch), *(weakref.ref(tensor) for tensor in batch.values())]
+        del batch
+        assert [ref() for ref in held if ref() is not None] == []
+    loader.close()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_transform_cannot_end_an_epoch(volume, ahead):
+    """StopIteration means the end wherever Python iterates; from a function of the user's it is an error."""
+    emptied = iter([1.0])
+
+    def transform(raw):
+        return raw.float() * next(emptied)
+
+    with make(volume, raw_value_transforms=transform) as dataset:
+        loader = CellMapDataLoader(dataset, 1, samples_per_epoch=4, decision=PrefetchDecision(ahead, 1, 0, ""))
+        with pytest.raises(CellMapError, match="raw value transform of 'raw': it raised StopIteration"):
+            list(loader)

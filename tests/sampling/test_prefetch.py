@@ -1,6 +1,8 @@
+import contextlib
 import gc
 import itertools
 import logging
+import os
 import threading
 import time
 import weakref
@@ -270,6 +272,93 @@ def test_abandoned_iterators_leave_no_thread():
         del batches
     gc.collect()
     assert reading_threads() == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_pass_stays_with_its_process():
+    """The thread is not in a forked process: to end the pass there waits for nothing, to go on is an error."""
+    ahead = _Ahead(iter(range(9)), Engine(), 2, None)
+    ahead.queue()
+    assert ahead.take() == 0
+    with ahead._lock:  # as the thread may hold it
+        pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            threading.Thread(target=lambda: (ahead._lock.acquire(), time.sleep(10)), daemon=True).start()
+            time.sleep(0.1)
+            with contextlib.suppress(CellMapError):
+                ahead.take()
+                code = 2
+            began = time.monotonic()
+            ahead.close()
+            code = 0 if code == 1 and time.monotonic() - began < 1 else 3
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert [ahead.take() for _ in range(8)] == list(range(1, 9))
+    ahead.close()
+
+
+def test_an_interrupt_before_the_pass_is_watched_leaves_no_thread(monkeypatch):
+    """Ctrl-C may come at any place, also right after the thread was started."""
+    queue = _Ahead.queue
+
+    def interrupted(self, done=None):
+        queue(self, done)
+        if done is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Ahead, "queue", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(prefetch(lambda: range(9), Engine(), 2))
+    assert reading_threads() == []
+
+
+def test_a_pass_that_is_lost_takes_its_thread_along():
+    ahead = _Ahead(iter(range(9)), Engine(), 2, None)
+    ahead.queue()
+    ahead.take()
+    del ahead
+    end = time.monotonic() + 10
+    while reading_threads():
+        assert time.monotonic() < end
+
+
+def test_a_pass_is_not_cut_short_in_silence(monkeypatch):
+    """When the interpreter exits nothing can be queued any more, and a thread that trains still runs."""
+    ahead = _Ahead(iter(range(9)), Engine(), 1, None)
+    ahead.queue()
+
+    def refuse(step):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(ahead._pool, "submit", refuse)
+    assert ahead.take() == 0
+    with pytest.raises(CellMapError, match="the interpreter exits"):
+        ahead.take()
+    ahead.close()
+
+
+def test_what_the_source_holds_ends_with_the_pass():
+    """Whoever holds on to the traceback of an error, and to the frames in it."""
+    ended = []
+
+    class Broken(ReadAhead):
+        def copy(self, batch):
+            raise OSError("no room")
+
+    def source():
+        try:
+            yield from range(9)
+        finally:
+            ended.append(True)
+
+    with pytest.raises(OSError, match="no room") as caught:
+        next(prefetch(source, Broken(), 1))
+    assert caught.value.__traceback__ is not None
+    assert ended == [True]
 
 
 def test_reading_goes_on_while_the_step_computes():

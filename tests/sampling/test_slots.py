@@ -1,5 +1,6 @@
 """Worker processes that write to slots of shared memory, and forks among threads that read."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataset, CellMapError
 from cellmap_lightning.sampling.pool import ForkGate
+from cellmap_lightning.sampling.prefetch import PrefetchDecision
 from cellmap_lightning.sampling.slots import Slots
 from tests.conftest import CLASSES, INPUTS, TARGETS
 
@@ -82,6 +84,41 @@ def test_a_pass_that_is_abandoned_and_two_at_once(volume):
         a += [bits(batch) for batch in one]
         b += [bits(batch) for batch in two]
         assert a == b == expected
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_two_passes_do_not_share_workers(volume, ahead):
+    """The later one has them, complete; who goes on with the earlier one is told, and gets no batch of the other."""
+    with make(volume) as dataset:
+        expected = [bits(b) for b in CellMapDataLoader(dataset, 2, samples_per_epoch=16)]
+        decision = PrefetchDecision(ahead, 2, 0, "")
+        loader = CellMapDataLoader(dataset, 2, 2, samples_per_epoch=16, decision=decision)
+        one = iter(loader)
+        next(one)
+        loader.set_epoch(0)
+        assert [bits(b) for b in loader] == expected
+        with pytest.raises(CellMapError, match="another one was begun before this one had ended"):
+            next(one)
+        loader.close()
+
+
+class Unreadable:
+    """Raises where the batch is finished."""
+
+    def __call__(self, raw):
+        raise OSError("enough")
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_workers_of_a_pass_end_with_it_whoever_holds_its_traceback(volume, ahead):
+    with make(volume, raw_value_transforms=Unreadable()) as dataset:
+        decision = PrefetchDecision(ahead, 2, 0, "")
+        loader = CellMapDataLoader(dataset, 2, 2, samples_per_epoch=16, decision=decision, persistent_workers=False)
+        others = set(multiprocessing.active_children())
+        with pytest.raises(OSError, match="enough") as caught:
+            next(iter(loader))
+        assert caught.value.__traceback__ is not None
+        assert set(multiprocessing.active_children()) <= others
 
 
 def test_slots_are_given_back(volume):
