@@ -42,6 +42,7 @@ def run_forked(*arguments, cwd):
             os.dup2(out, 1)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             os.chdir(cwd)
+            torch.set_num_threads(1)  # the threads of libgomp are not here, and would be waited for
             warnings.resetwarnings()
             sys.argv = ["cellmap-train", *arguments]
             try:
