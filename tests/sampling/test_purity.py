@@ -181,16 +181,14 @@ CACHES, READERS = ("auto", "disk", "memory", "none"), ("zarr", "tensorstore")
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_full_product(volume, references, name, cache, reader, threads):
-    """Batches ahead and ranks, without workers and with forked ones; the costly ways of starting them once with each."""
+    """All of it without workers; with workers, those are left out that would only start the same processes again."""
     if reader == "tensorstore":
         pytest.importorskip("tensorstore")
     torch.set_num_threads(threads)
     ways = [(0, None, depth, world) for depth, world in itertools.product((0, 1, 3), (1, 2, 4))]
     if reader == "zarr":
-        ways += [(2, "fork", depth, world) for depth, world in itertools.product((0, 1, 3), (1, 2, 4))]
-        ways += [(1, "fork", depth, 1) for depth in (0, 1, 3)]
-    depth = (0, 1, 3, 1)[CACHES.index(cache)]
-    ways += [(threads // 4 + 1, method, depth, 1) for method in ("forkserver", "spawn")]
+        ways += [(threads // 2 or 1, "fork", depth, world) for depth, world in ((0, 4), (1, 2), (3, 1))]
+    ways.append((2, "forkserver", 3, 1) if threads == 4 else (1, "spawn", 1, 1))
     for workers, method, depth, world in ways:
         how = {"workers": workers, "method": method, "depth": depth, "world": world}
         with open_set(volume, name, threads, reader, cache) as dataset:
