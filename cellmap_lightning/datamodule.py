@@ -250,6 +250,7 @@ class CellMapDataModule(L.LightningDataModule):
         self.drop_last = drop_last
         #: Set by `StreamPrefetch`: from (split, memory, device) to a decision.
         self.prefetch: PrefetchPolicy | None = None
+        self._said: tuple[int, int] | None = None
         #: Seconds that steps waited for batches of this module, over all of its loaders.
         self.waiting = Waiting()
         #: The crops of each split.
@@ -346,7 +347,21 @@ class CellMapDataModule(L.LightningDataModule):
                 f"an epoch of {samples} samples has no complete batch of {self.batch_size} for each of {world} ranks; "
                 "raise samples_per_epoch or batches_per_epoch"
             )
+        self._say_what_is_left_out(samples, world)
         return self._loader("train", samples)
+
+    def _say_what_is_left_out(self, samples: int, world: int) -> None:
+        """One line, on one rank, until something about it changes: a Trainer can build a loader for every epoch."""
+        together = world * (1 if self.drop_last is False else self.batch_size)
+        left = samples % together
+        if self._said == (samples, together) or not left or not (self.trainer is None or self.trainer.is_global_zero):
+            return
+        self._said = samples, together
+        log.info(
+            "train: an epoch of %d samples is %d global batches of %d (ranks: %d, samples of each: %d); "
+            "%d samples of it make no complete one and are left out",
+            samples, samples // together, together, world, together // world, left,
+        )  # fmt: skip
 
     def val_dataloader(self) -> CellMapDataLoader:
         """Tiles of the val split, the same each time: ``val_samples`` of them during ``fit``, otherwise all."""

@@ -2,7 +2,9 @@
 
 import difflib
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -315,17 +317,19 @@ class BatchLayout:
     def _each(
         self, transform: Any, values: torch.Tensor, samples: torch.Tensor, what: str, number: int
     ) -> torch.Tensor:
-        """Apply a callable sample by sample, with torch's generator seeded by the sample and put back afterwards."""
+        """Apply a callable sample by sample, the global generators seeded by the sample, and put back afterwards."""
         seeds = hashes(self.seed, VALUES, samples.tolist(), number + 1)[:, number]
         accelerator = [values.device] if values.device.type == "cuda" else []
         done = []
-        with torch.random.fork_rng(devices=accelerator):
+        with torch.random.fork_rng(devices=accelerator), _others_kept():
             for value, seed in zip(values, seeds.tolist(), strict=True):
                 # Not torch.manual_seed, which would seed every other device as well.
                 generator = (
                     torch.cuda.default_generators[values.device.index] if accelerator else torch.default_generator
                 )
                 generator.manual_seed(seed >> 1)
+                np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  somebody's function may use it
+                random.seed(seed)
                 try:
                     result = transform(value.clone())
                 except StopIteration as error:  # which would end the epoch here, and nobody would know
@@ -338,6 +342,17 @@ class BatchLayout:
                     raise CellMapValueError(f"{what}: it must keep the shape {list(value.shape)}, it gave {got}")
                 done.append(result.to(torch.float32))
         return torch.stack(done)
+
+
+@contextmanager
+def _others_kept() -> Iterator[None]:
+    """Put the global generators of Python and NumPy back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _drop_thin(value: torch.Tensor, window: Window) -> torch.Tensor:

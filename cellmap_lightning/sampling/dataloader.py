@@ -198,6 +198,8 @@ class CellMapDataLoader(DataLoader[Any]):
             "pin_memory": samples.pin and num_workers > 0 and not slots,
             "timeout": timeout if num_workers else 0,  # without workers there is nobody to wait for
             "worker_init_fn": worker_init_fn,
+            # Where each pass would otherwise take a number from the global one, which is the user's.
+            "generator": torch.Generator().manual_seed(samples.seed & 0x7FFFFFFFFFFFFFFF),
             "multiprocessing_context": multiprocessing_context,
             "prefetch_factor": prefetch_factor,
             "persistent_workers": num_workers > 0 if persistent_workers is None else persistent_workers,

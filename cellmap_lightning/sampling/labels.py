@@ -10,10 +10,10 @@ from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.kinds import UNKNOWN_ID, signed
 from cellmap_lightning.transforms.targets import pack, packed_bytes
 from cellmap_lightning.volumes.chunks import ChunkReader, Reader, chunk_shape
-from cellmap_lightning.volumes.geometry import AffineMap, Box, FloatArray, Lattice, Shape, patch_map
+from cellmap_lightning.volumes.geometry import AffineMap, Box, FloatArray, Lattice, Shape
 from cellmap_lightning.volumes.image import choose_level
 from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding
-from cellmap_lightning.volumes.patches import Patches, Resampled, stored_box
+from cellmap_lightning.volumes.patches import MapTo, Patches, Resampled, stored_box
 from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import ChunkCache, Region
 from cellmap_lightning.volumes.resample import AnyArray, evaluate
@@ -223,13 +223,11 @@ class BitStack:
             self.implications.apply(packed)
         return packed[..., : self.depth_out]
 
-    def evaluate(
-        self, center: FloatArray, scale: FloatArray, out: AnyArray, turn: FloatArray | None, fill: float
-    ) -> None:
-        """Write the packed patch around ``center`` to ``out`` ``[z, y, x, bytes]``; zero where nothing is known."""
+    def evaluate(self, where: MapTo, out: AnyArray, fill: float) -> None:
+        """Write a packed patch to ``out`` ``[z, y, x, bytes]``; zero where nothing is known."""
         whole = out if self.depth == self.depth_out else np.empty((*out.shape[:3], self.depth), np.uint8)
         for number, group in enumerate(self.groups):
-            amap = patch_map(center, (out.shape[0], out.shape[1], out.shape[2]), scale, group.lattice, turn)
+            amap = where(group.lattice)
             part = whole if number == 0 else np.empty(whole.shape, np.uint8)
             if self.downsample == "stored":
                 evaluate(group.region, amap, part, method="nearest", fill=0)
@@ -268,11 +266,8 @@ class _Nearest:
     def lattices(self) -> list[Lattice]:
         return [self.lattice]
 
-    def evaluate(
-        self, center: FloatArray, scale: FloatArray, out: AnyArray, turn: FloatArray | None, fill: float
-    ) -> None:
-        amap = patch_map(center, (out.shape[0], out.shape[1], out.shape[2]), scale, self.lattice, turn)
-        evaluate(self.region, amap, out, method="nearest", fill=fill)
+    def evaluate(self, where: MapTo, out: AnyArray, fill: float) -> None:
+        evaluate(self.region, where(self.lattice), out, method="nearest", fill=fill)
 
     def stamp(self, box: Box) -> int:
         found = stored_box(self.lattice, box, 1)
@@ -297,7 +292,7 @@ def _vote(region: Region, amap: AffineMap, out: np.ndarray[Any, Any], rule: Down
     sample = np.empty(out.shape, np.uint8)
     for part in np.ndindex(*parts):
         shift = (np.asarray(part) + 0.5) / parts - 0.5
-        moved = AffineMap(amap.matrix, amap.offset + amap.matrix @ shift, amap.shape)
+        moved = AffineMap(amap.matrix, amap.offset + amap.matrix @ shift, amap.shape, amap.first)
         evaluate(region, moved, sample, method="nearest", fill=0)
         votes += np.unpackbits(sample, axis=-1, bitorder="little")
     votes = votes.reshape(*out.shape[:3], -1, 2, 8)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from cellmap_lightning.draws import AUGMENT, hashes, uniforms
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
@@ -91,7 +90,7 @@ class IntensityTransforms:
             shift = 0.5 * (1 - factor) + value.get("brightness", torch.zeros(1))
             raw = raw * factor.to(raw.device) + shift.to(raw.device)
         if "gamma" in value:
-            raw = raw.abs().pow_(value["gamma"].to(raw.device)).copysign_(raw)
+            raw = _power(raw, value["gamma"])
         if "noise" in value:
             seeds = hashes(seed, AUGMENT, samples, len(NAMES) + number + 1)[:, -1].tolist()
             noise = torch.empty_like(raw)
@@ -103,21 +102,51 @@ class IntensityTransforms:
         return raw
 
 
+def _power(raw: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Each sample's absolute values to a power of its own, with their signs."""
+    if raw.device.type != "cpu":
+        return raw.abs().pow_(exponents.to(raw.device)).copysign_(raw)
+    out = raw.abs()
+    for part, exponent in zip(out.numpy(), exponents.flatten().tolist(), strict=True):
+        # Torch has another function, of other last bits, for what is left over of each thread's share.
+        np.power(part, np.float32(exponent), out=part)
+    return out.copysign_(raw)
+
+
 def _blurred(raw: torch.Tensor, sigmas: Sequence[float], scale: Sequence[float], most: float) -> torch.Tensor:
-    """Each sample under a Gaussian of its own, axis by axis; the axes of a slice have no neighbours."""
-    out = raw.transpose(0, 1)
-    count = len(sigmas)
-    for axis, step in enumerate(scale):
-        radius = math.ceil(3 * most / step)
-        if raw.shape[2 + axis] == 1 or radius == 0:
-            continue
-        at = torch.arange(-radius, radius + 1, dtype=torch.float64)
-        width = torch.tensor(sigmas, dtype=torch.float64)[:, None] / step
-        weights = torch.where(width > 0, torch.exp(-0.5 * (at / width.clamp_min(1e-6)) ** 2), (at == 0).double())
-        weights = (weights / weights.sum(dim=1, keepdim=True)).to(raw.device, torch.float32)
-        shape = [count, 1, 1, 1, 1]
-        shape[2 + axis] = len(at)
-        pad = [0] * 6
-        pad[2 * (2 - axis)] = pad[2 * (2 - axis) + 1] = radius
-        out = F.conv3d(F.pad(out, pad, mode="replicate"), weights.reshape(shape), groups=count)
-    return out.transpose(0, 1)
+    """Each sample under a Gaussian of its own, axis by axis; the axes of a slice have no neighbours.
+
+    Sums are written out, since the last bits of a convolution depend on the number of samples and of threads.
+    """
+    cpu = raw.device.type == "cpu"
+    xp: Any = np if cpu else torch  # torch would wake its threads for each of many short sums
+    values: Any = raw.numpy() if cpu else raw
+    out = xp.empty_like(values)
+    few = 1 if cpu else len(raw)  # what one sample takes stays in a processor's cache
+    for first in range(0, len(raw), few):
+        some = values[first : first + few]
+        for axis, step in enumerate(scale, start=2):
+            radius, size = math.ceil(3 * most / step), raw.shape[axis]
+            if size == 1 or radius == 0:
+                continue
+            weights = torch.tensor([_gaussian(sigma / step, radius) for sigma in sigmas[first : first + few]])
+            middle, *others = (weights.numpy() if cpu else weights.to(raw.device)).T.reshape(radius + 1, -1, 1, 1, 1, 1)
+            before = (slice(None),) * axis
+            lower, upper = (some[(*before, slice(at, at + 1))] for at in (0, size - 1))
+            padded = xp.concatenate([lower] * radius + [some] + [upper] * radius, axis)
+            some = some * middle
+            part = xp.empty_like(some)
+            for at, weight in enumerate(others, start=1):
+                either = (padded[(*before, slice(begin, begin + size))] for begin in (radius - at, radius + at))
+                xp.add(*either, out=part)
+                part *= weight
+                some += part
+        out[first : first + few] = some
+    return torch.from_numpy(out) if cpu else out
+
+
+def _gaussian(sigma: float, radius: int) -> list[float]:
+    """Weights of the middle voxel and of those on either side of it, in voxels."""
+    side = [math.exp(-0.5 * (at / sigma) ** 2) if sigma > 0 else 0.0 for at in range(1, radius + 1)]
+    whole = 1 + 2 * math.fsum(side)
+    return [1 / whole, *(weight / whole for weight in side)]

@@ -124,13 +124,21 @@ class AffineMap:
 
     Attributes:
         matrix: ``[3, 3]``, array voxels per patch voxel.
-        offset: ``[3]``, where the centre of patch voxel (0, 0, 0) falls.
+        offset: ``[3]``, where the centre of voxel (0, 0, 0) falls.
         shape: voxels of the patch.
+        first: of a box of a lattice whose axes are the array's, its first voxel: voxels are then counted from the
+            lattice's own first one, so that each is the same number in every box that holds it, to the last bit.
     """
 
     matrix: FloatArray
     offset: FloatArray
     shape: Shape
+    first: Shape | None = None
+
+    def along(self, axis: int) -> npt.NDArray[np.int64]:
+        """Indices of the patch's voxels along an axis."""
+        begin = self.first[axis] if self.first is not None else 0
+        return np.arange(begin, begin + self.shape[axis])
 
     def separable(self) -> tuple[tuple[int, int, int], FloatArray] | None:
         """Array axis and step of each patch axis, or None when the map turns by more than quarter turns."""
@@ -162,3 +170,16 @@ def patch_map(
     middle = (np.asarray(shape, float) - 1) / 2
     offset = (center - lattice.origin) / lattice.step - matrix @ middle
     return AffineMap(matrix, offset, shape)
+
+
+def box_map(inner: Lattice, first: Shape, shape: Shape, lattice: Lattice) -> AffineMap:
+    """The map of a box of another lattice along the same axes; see `AffineMap.first`.
+
+    Args:
+        inner: the lattice that has the box.
+        first: its first voxel there.
+        shape: its voxels.
+        lattice: the array that is read.
+    """
+    matrix = np.diag(np.divide(inner.step, lattice.step))
+    return AffineMap(matrix, np.subtract(inner.origin, lattice.origin) / lattice.step, shape, first)

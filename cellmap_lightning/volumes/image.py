@@ -18,7 +18,7 @@ from cellmap_lightning.volumes.geometry import (
     vector,
 )
 from cellmap_lightning.volumes.ngff import Level, Multiscale, read_multiscale
-from cellmap_lightning.volumes.patches import stored_box
+from cellmap_lightning.volumes.patches import MapTo, stored_box
 from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import ChunkCache, Region
 from cellmap_lightning.volumes.resample import AnyArray, Method, evaluate
@@ -102,12 +102,9 @@ class StoredImage:
             stamp=self.reader.stamp, identity=self.identity, name=f"{label} {level.path}",
         )  # fmt: skip
 
-    def evaluate(
-        self, center: FloatArray, scale: FloatArray, out: AnyArray, turn: FloatArray | None, fill: float
-    ) -> None:
-        """Write the linear patch around ``center`` to ``out``; see `geometry.patch_map`."""
-        amap = patch_map(center, (out.shape[0], out.shape[1], out.shape[2]), scale, self.lattice, turn)
-        evaluate(self.region, amap, out, method="linear", fill=fill)
+    def evaluate(self, where: MapTo, out: AnyArray, fill: float) -> None:
+        """Write a linear patch to ``out``."""
+        evaluate(self.region, where(self.lattice), out, method="linear", fill=fill)
 
     @property
     def lattices(self) -> list[Lattice]:

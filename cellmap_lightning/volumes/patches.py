@@ -4,16 +4,20 @@ An array whose voxels do not lie where patches ask for them (a step of 2.62 nm, 
 the lattice of the patches, anchored at the first position, and kept: patches are boxes of that.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from cellmap_lightning.volumes.geometry import (
     LATTICE_TOLERANCE,
+    AffineMap,
     Box,
     FloatArray,
     Lattice,
     Shape,
+    box_map,
     patch_map,
     to_vector,
 )
@@ -21,6 +25,8 @@ from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import ChunkCache, Region
 from cellmap_lightning.volumes.resample import AnyArray, Slices, copy_slices, slices
 
+#: Where a patch lies: its map to the lattice of an array.
+MapTo = Callable[[Lattice], AffineMap]
 #: Voxels along an axis of a block that is evaluated at a time.
 BLOCK = 64
 
@@ -106,7 +112,7 @@ class Patches:
         cut = self.cut(turn)
         if cut is None:
             center = self.placement.first + self.placement.step * place
-            self.source.evaluate(center, self.window.scale, out, turn, fill)
+            self.source.evaluate(partial(patch_map, center, self.window.shape, self.window.scale, turn=turn), out, fill)
         else:
             copy_slices(self.region, cut, self.start(cut, place), out, fill)
 
@@ -146,10 +152,8 @@ class Source(Protocol):
     def lattices(self) -> list[Lattice]:
         """Where its voxels are."""
 
-    def evaluate(
-        self, center: FloatArray, scale: FloatArray, out: AnyArray, turn: FloatArray | None, fill: float
-    ) -> None:
-        """Write the patch of a shape and scale around a centre, straight from what is stored."""
+    def evaluate(self, where: "MapTo", out: AnyArray, fill: float) -> None:
+        """Write a patch, straight from what is stored."""
 
     def stamp(self, box: Box) -> int:
         """A number that changes when what is stored in a physical box does."""
@@ -210,14 +214,15 @@ class Resampled:
     def _decode(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
         depth = self.region.depth
         out = np.zeros((*shape, depth) if depth else shape, self.region.dtype)
-        self.source.evaluate(self._box(start, shape).center, np.asarray(self.lattice.step), out, None, 0)
+        self.source.evaluate(partial(box_map, self.lattice, start, shape), out, 0)
         return out
 
     def _stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
         return self.source.stamp(self._box(start, shape))
 
     def _identity(self) -> tuple[object, ...]:
-        return "resampled", self.lattice, *self.source.lattices, self.source.identity()
+        # The number counts the ways in which they were ever evaluated: what others left behind is not mixed in.
+        return "resampled", 2, self.lattice, *self.source.lattices, self.source.identity()
 
 
 def stored_box(lattice: Lattice, box: Box, more: int) -> tuple[tuple[int, int, int], Shape] | None:

@@ -65,18 +65,20 @@ def evaluate(source: Source, amap: AffineMap, out: AnyArray, *, method: Method, 
         if not _gather_about(source, amap, out, method, fill):
             _gather(source, amap, out, method, fill)
         return
-    cut = slices(amap, along_axes)
+    # Whether a map is a copy is a matter of tolerance, and of its shape: boxes of one lattice could differ in it.
+    cut = slices(amap, along_axes) if amap.first is None else None
     if cut is not None:
         copy_slices(source, cut, cut.start, out, fill)
         return
     axes, steps = along_axes
     # Seen in the array's order of axes, the output is a view: nothing is permuted afterwards.
-    order = np.argsort(axes)
+    order = np.argsort(axes).tolist()
     view = out.transpose(*order, *range(3, out.ndim))
+    points = [amap.offset[i] + steps[axis] * amap.along(axis) for i, axis in enumerate(order)]
     if method == "nearest":
-        _pick(source, amap.offset, steps[order], view, fill)
+        _pick(source, points, view, fill)
     else:
-        _weigh(source, amap.offset, steps[order], view, fill)
+        _weigh(source, points, np.abs(steps[order]).tolist(), view, fill)
 
 
 @dataclass(frozen=True)
@@ -151,11 +153,11 @@ def nearest_index(points: FloatArray, count: int) -> npt.NDArray[np.int64]:
     return index
 
 
-def _pick(source: Source, offset: FloatArray, steps: FloatArray, out: AnyArray, fill: float) -> None:
-    """The nearest voxel along each axis."""
+def _pick(source: Source, points: Sequence[FloatArray], out: AnyArray, fill: float) -> None:
+    """The nearest voxel to each of the points along each axis."""
     where, index = [], []
     for axis in range(3):
-        found = nearest_index(offset[axis] + steps[axis] * np.arange(out.shape[axis]), source.shape[axis])
+        found = nearest_index(points[axis], source.shape[axis])
         where.append(np.flatnonzero(found >= 0))
         index.append(found[found >= 0])
     complete = all(len(w) == n for w, n in zip(where, out.shape, strict=False))
@@ -218,24 +220,78 @@ def _compute_type(stored: np.dtype[Any]) -> type[np.floating[Any]]:
     return np.float32 if stored.itemsize <= 2 or stored == np.float32 else np.float64
 
 
-def _weigh(source: Source, offset: FloatArray, steps: FloatArray, out: AnyArray, fill: float) -> None:
+@dataclass(frozen=True)
+class _Band:
+    """Weighted sums along one axis, each in the order of its neighbours.
+
+    So, to the last bit, a voxel does not depend on the patch or block that it is part of. A product of matrices adds up
+    in an order that follows from its shape, and from the number of threads.
+
+    Attributes:
+        low: ``[points]``, the first neighbour of each point.
+        weights: ``[points, neighbours]``, of that and of those after it.
+    """
+
+    low: npt.NDArray[np.int64]
+    weights: FloatArray
+
+    @classmethod
+    def of(cls, points: FloatArray, width: float, count: int) -> "_Band":
+        """See `linear_weights`."""
+        index, weight = linear_weights(points, width, count)
+        low = index.min(axis=1)
+        weights = np.zeros((len(low), int((index - low[:, None]).max()) + 1))
+        np.add.at(weights, (np.arange(len(low))[:, None], index - low[:, None]), weight)
+        return cls(low, weights)
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """The first neighbour with a weight, and the one after the last."""
+        neighbours = (self.low[:, None] + np.arange(self.weights.shape[1]))[self.weights != 0]
+        return int(neighbours.min()), int(neighbours.max()) + 1
+
+    @property
+    def copies(self) -> npt.NDArray[np.int64] | None:
+        """The one neighbour of each point, where none has several."""
+        one = ((self.weights == 0) | (self.weights == 1)).all()
+        return self.low + self.weights.argmax(axis=1) if one else None
+
+    def __call__(self, values: AnyArray, axis: int, first: int) -> AnyArray:
+        """The sums along an axis of ``values``, which begins with the array's voxel ``first``; of booleans, any."""
+        shape = list(values.shape)
+        shape[axis] = len(self.low)
+        total = np.zeros(shape, values.dtype)
+        along = [1] * values.ndim
+        along[axis] = -1
+        part = np.empty_like(total)
+        for number in range(self.weights.shape[1]):
+            weights = self.weights[:, number]
+            if not weights.any():
+                continue
+            # What lies outside has no weight.
+            np.take(values, self.low + number - first, axis, out=part, mode="clip")
+            if values.dtype == bool:
+                total |= part & (weights != 0).reshape(along)
+            else:
+                part *= weights.astype(values.dtype).reshape(along)
+                total += part
+        return total
+
+
+def _weigh(source: Source, points: Sequence[FloatArray], widths: Sequence[float], out: AnyArray, fill: float) -> None:
     """A weighted sum along each axis in turn: the trilinear interpolant, or its mean, is a product over the axes."""
-    inside, matrices, lo, hi = [], [], [], []
+    inside, bands, lo, hi = [], [], [], []
     for axis in range(3):
         count = source.shape[axis]
-        points = offset[axis] + steps[axis] * np.arange(out.shape[axis])
-        ok = np.flatnonzero((points >= -0.5 - EDGE_TOLERANCE) & (points <= count - 0.5 + EDGE_TOLERANCE))
+        at = points[axis]
+        ok = np.flatnonzero((at >= -0.5 - EDGE_TOLERANCE) & (at <= count - 0.5 + EDGE_TOLERANCE))
         if len(ok) == 0:
             out[...] = fill
             return
-        index, weight = linear_weights(np.clip(points[ok], -0.5, count - 0.5), abs(steps[axis]), count)
-        used = index[weight != 0]
-        first, last = int(used.min()), int(used.max()) + 1
-        matrix = np.zeros((len(ok), last - first))
-        rows = np.broadcast_to(np.arange(len(ok))[:, None], index.shape)
-        np.add.at(matrix, (rows, np.clip(index - first, 0, last - first - 1)), weight)
+        band = _Band.of(np.clip(at[ok], -0.5, count - 0.5), widths[axis], count)
+        first, last = band.used
         inside.append(slice(int(ok[0]), int(ok[-1]) + 1))
-        matrices.append(matrix)
+        bands.append(band)
         lo.append(first)
         hi.append(last)
     target = out[tuple(inside)]
@@ -243,27 +299,25 @@ def _weigh(source: Source, offset: FloatArray, steps: FloatArray, out: AnyArray,
         out[...] = fill
     kind = _compute_type(source.dtype)
     values = _read(source, lo, hi).astype(kind)
-    # A weight of zero does not silence a NaN in a product of matrices: it would spread over the whole patch.
+    # A weight of zero does not silence a NaN.
     holes = ~np.isfinite(values) if source.dtype.kind == "f" else None
     if holes is not None and holes.any():
         values[holes] = 0
     else:
         holes = None
-    # The axis that shrinks most goes first, so that the later products are small.
-    for axis in sorted(range(3), key=lambda a: matrices[a].shape[0] / matrices[a].shape[1]):
-        matrix = matrices[axis].astype(kind)
-        if matrix.shape[0] == matrix.shape[1] and np.array_equal(matrix, np.eye(len(matrix))):
+    # The axis that shrinks most goes first, so that the later sums are small.
+    for axis in sorted(range(3), key=lambda a: -widths[a]):
+        band = bands[axis]
+        kept = band.copies
+        if kept is not None and np.array_equal(kept, np.arange(lo[axis], hi[axis])):
             continue
-        values = _along(matrix, values, axis)
+        values = band(values, axis, lo[axis])
         if holes is not None:
-            holes = _along((matrix != 0).astype(np.float32), holes.astype(np.float32), axis) > 0
+            holes = band(holes, axis, lo[axis])
     if holes is not None:
         values[holes] = np.nan
+    values += 0  # a sum is never -0, and what is copied should not be either
     _store(values, target, source.dtype)
-
-
-def _along(matrix: AnyArray, values: AnyArray, axis: int) -> AnyArray:
-    return np.moveaxis(np.tensordot(matrix, values, axes=(1, axis)), 0, axis)
 
 
 def _gather_about(source: Source, amap: AffineMap, out: AnyArray, method: Method, fill: float) -> bool:
@@ -291,19 +345,25 @@ def _gather_about(source: Source, amap: AffineMap, out: AnyArray, method: Method
     along = amap.offset[theirs] + step * np.arange(out.shape[mine])
     count = source.shape[theirs]
     kind = _compute_type(source.dtype)
-    weights: AnyArray | None = None
+    band: _Band | None = None
     if method == "nearest":
         pick = nearest_index(along, count)
         seen = np.flatnonzero(pick >= 0)
         pick = pick[seen]
     else:
         seen = np.flatnonzero((along >= -0.5 - EDGE_TOLERANCE) & (along <= count - 0.5 + EDGE_TOLERANCE))
-        index, weight = linear_weights(np.clip(along[seen], -0.5, count - 0.5), abs(step), count)
-        pick = index[weight != 0]
+        if len(seen):
+            band = _Band.of(np.clip(along[seen], -0.5, count - 0.5), abs(step), count)
     if len(seen) == 0 or any(a >= b for i, (a, b) in enumerate(zip(lo, hi, strict=True)) if i != theirs):
         out[...] = fill
         return True
-    lo[theirs], hi[theirs] = int(pick.min()), int(pick.max()) + 1
+    if band is not None:
+        lo[theirs], hi[theirs] = band.used
+        copies = band.copies
+        if copies is not None:
+            pick, band = copies, None
+    else:
+        lo[theirs], hi[theirs] = int(pick.min()), int(pick.max()) + 1
     box = _read(source, lo, hi)
     if box.dtype.kind == "f" and not np.isfinite(box).all():
         return False
@@ -314,13 +374,7 @@ def _gather_about(source: Source, amap: AffineMap, out: AnyArray, method: Method
     box = np.ascontiguousarray(np.moveaxis(box, theirs, 2))
     rows = box.reshape(box.shape[0] * box.shape[1], *box.shape[2:])
     flip = False
-    if method == "linear":
-        weights = np.zeros((hi[theirs] - lo[theirs], len(seen)))
-        places = np.broadcast_to(np.arange(len(seen))[:, None], index.shape)
-        np.add.at(weights, (np.clip(index - lo[theirs], 0, len(weights) - 1), places), weight)
-        if ((weights == 0) | (weights == 1)).all():
-            pick, weights = weights.argmax(axis=0) + lo[theirs], None
-    if weights is None:
+    if band is None:
         # Voxels as they are: in their order, from the other end, or some of them.
         flip = len(pick) > 1 and pick[0] > pick[-1]
         order = pick[::-1] if flip else pick
@@ -359,8 +413,8 @@ def _gather_about(source: Source, amap: AffineMap, out: AnyArray, method: Method
             assert total is not None
             if len(parts) and parts.prod() > 1:
                 total /= kind(parts.prod())
-            if weights is not None:
-                total = total @ weights.astype(kind)
+            if band is not None:
+                total = band(total, 1, lo[theirs])
             _store(total.reshape(slab.shape), slab, source.dtype)
         if outside.any():
             slab[outside] = fill

@@ -51,13 +51,31 @@ def test_a_sample_depends_on_seed_and_number_alone():
     whole = change(ALL, raw)
     assert torch.equal(raw, before), "what was given stays as it is"
     for row in range(3):
-        torch.testing.assert_close(change(ALL, raw[row : row + 1], [5 + row])[0], whole[row])
+        assert torch.equal(change(ALL, raw[row : row + 1], [5 + row])[0], whole[row])
     assert not torch.equal(change(ALL, raw, seed=2), whole)
     assert not torch.equal(change(ALL, raw, (6, 7, 8)), whole)
     # Another input of the same samples changes alike, but for its noise.
     alike = {name: span for name, span in ALL.items() if name != "noise"}
     torch.testing.assert_close(change(alike, raw, number=1), change(alike, raw))
     assert not torch.equal(change({"noise": [1, 1]}, raw, number=1), change({"noise": [1, 1]}, raw))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_last_bit_depends_on_neither_threads_nor_the_other_samples(name):
+    """In patches that torch shares out over its threads, whose parts do not end where its vectors do."""
+    raw, samples = patch(4, (37, 65, 63)) - 0.1, [0, 1, 2, 3]
+    config, before = {name: ALL[name]}, torch.get_num_threads()
+    found = {}
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            for size in (1, 2, 3, 4):
+                parts = [slice(at, at + size) for at in range(0, 4, size)]
+                found[threads, size] = torch.cat([change(config, raw[part], samples[part]) for part in parts])
+    finally:
+        torch.set_num_threads(before)
+    different = [how for how, values in found.items() if not torch.equal(values, found[1, 1])]
+    assert different == []
 
 
 @pytest.mark.parametrize(
