@@ -310,6 +310,8 @@ def _train(cfg: DictConfig) -> float | None:
             raise
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if validates and not trainer.fast_dev_run:
+            if any(word in str(cfg.trainer.strategy) for word in ("spawn", "fork")):
+                trainer.loggers = []  # in the new processes they would begin their files anew
             # A run that ended before its first validation has no best weights: the last ones are judged.
             trainer.validate(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
         metric = trainer.callback_metrics.get(cfg.monitor)
@@ -335,6 +337,8 @@ def _train(cfg: DictConfig) -> float | None:
             scores = getattr(task, "scores", {}).get("val")
             if scores is not None:
                 print("\nvalidation\n" + report.score_table(scores, untrained, list(cfg.data.classes)))
+            elif metric is not None:  # the scores of each class stayed in the processes of ddp_spawn and ddp_fork
+                print(f"\nvalidation\n{cfg.monitor} {float(metric):.3f}")
             print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder)))
         return float(metric) if metric is not None else None
     finally:
@@ -444,3 +448,7 @@ def _inspect(cfg: DictConfig) -> None:
         removed = folder.evict(total + 1, set())
         left = len(folder.files())
         print(f"{removed / 1e6:10.1f} MB  removed" + (f"; {left} are in use" if left else ""))
+
+
+if __name__ == "__main__":
+    train()

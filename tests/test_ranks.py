@@ -104,7 +104,10 @@ def test_a_sweep_of_jobs_of_two_processes(volume, tmp_path, strategy):
     assert done.returncode == 0, done.stderr[-3000:]
     for job in ("0", "1"):
         with (tmp_path / "out" / job / "metrics.csv").open() as file:
-            assert all(0 <= float(row["val/dice"]) <= 1 for row in csv.DictReader(file))
+            rows = list(csv.DictReader(file))
+        assert all(0 <= float(row["val/dice"]) <= 1 for row in rows if row["val/dice"])
+        assert sum(bool(row["train/loss"]) for row in rows) == 2
         best = torch.load(tmp_path / "out" / job / "checkpoints" / "best.ckpt", weights_only=True)
         assert best["global_step"] == 2, "four batches for two processes"
+    assert done.stdout.count("val/dice 0.") == 2
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0", "1", "multirun.yaml"]
