@@ -309,7 +309,7 @@ def _train(cfg: DictConfig) -> float | None:
             _ended(e, trainer, folder)
             raise
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if validates and not trainer.fast_dev_run:
+        if validates and cfg.final_validation and not trainer.fast_dev_run:
             if any(word in str(cfg.trainer.strategy) for word in ("spawn", "fork")):
                 trainer.loggers = []  # in the new processes they would begin their files anew
             # A run that ended before its first validation has no best weights: the last ones are judged.

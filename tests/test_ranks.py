@@ -111,3 +111,22 @@ def test_a_sweep_of_jobs_of_two_processes(volume, tmp_path, strategy):
         assert best["global_step"] == 2, "four batches for two processes"
     assert done.stdout.count("val/dice 0.") == 2
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0", "1", "multirun.yaml"]
+
+
+@pytest.mark.slow
+def test_torchrun(volume, tmp_path):
+    """Processes that somebody else starts share one folder, and one stream of samples."""
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2",
+            Path(sys.executable).with_name("cellmap-train"), f"data.csv_path={volume.csv_path}",
+            "patch.shape=[8,16,16]", "patch.scale=[10.48,8,8]", "data.batch_size=2", "data.batches_per_epoch=4",
+            "data.val_samples=4", "data.classes=[mito,er]", "model.channels=[4,8]", "model.strides=[2]", "trainer=ddp", "trainer.accelerator=cpu",
+            "trainer.devices=2", "trainer.max_epochs=1", "final_validation=false",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("torchrun-")
+    assert torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == 2
