@@ -135,6 +135,7 @@ def test_told_to_end_in_the_middle_of_an_epoch(volume, tmp_path, expected):
     assert (tmp_path / "runs/mine/metrics.1.csv").exists()
 
 
+@pytest.mark.slow
 def test_told_to_end_while_it_validates(volume, tmp_path, expected):
     job = Job(*arguments(volume, tmp_path, seconds=0, validation=1), cwd=tmp_path)
     job.until(lambda entry: entry[:2] == ["validation", 1])
