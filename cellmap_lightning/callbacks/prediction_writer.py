@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
@@ -310,6 +311,8 @@ class PredictionWriter(L.Callback):
         self.summary.stored += ended - began
         self.summary.seconds = ended - self._began
         self.summary.waited = trainer.datamodule.waiting.waited - self._waited  # type: ignore[attr-defined]
+        if trainer.received_sigterm:  # Lightning itself would go on to the end
+            raise SIGTERMException
 
     def _values(self, outputs: Any, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """What `predict_step` gave, ``[N, C, z, y, x]``."""
