@@ -76,7 +76,7 @@ def module(path, patch, classes=("a",), **kwargs):
 
 def predict(path, patch, output, model=None, classes=("a",), world=1, data=None, **kwargs):
     """Run it; the writer."""
-    given = {"chunks": [8, 8, 16], "block_mb": 0.05, "dtype": "float32"}
+    given = {"chunks": [8, 8, 16], "block_mb": 0.02, "dtype": "float32"}
     writer = PredictionWriter(str(output), classes=list(classes), **(given | kwargs))
     strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=60))
     run = L.Trainer(
@@ -380,7 +380,7 @@ def test_too_little_room_is_known_before_anything_is_computed(tmp_path, monkeypa
 def test_a_limit_leaves_the_rest_for_another_time(tmp_path):
     path, values = raw_volume(tmp_path, (33, 41, 50))
     out = tmp_path / "out.zarr"
-    writer = PredictionWriter(str(out), classes=["a"], dtype="float32", chunks=[8, 8, 16], block_mb=0.05)
+    writer = PredictionWriter(str(out), classes=["a"], dtype="float32", chunks=[8, 8, 16], block_mb=0.02)
     run = L.Trainer(
         accelerator="cpu", devices=1, logger=False, limit_predict_batches=8, callbacks=[writer],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,

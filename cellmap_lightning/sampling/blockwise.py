@@ -11,7 +11,7 @@ from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.source import Draw, Samples
 from cellmap_lightning.volumes.blending import Part, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid
-from cellmap_lightning.volumes.geometry import Lattice
+from cellmap_lightning.volumes.geometry import Lattice, Shape
 from cellmap_lightning.volumes.placement import Placement, Window
 
 
@@ -90,15 +90,20 @@ class BlockPlan:
         for batch in self.batches():
             yield [self.position(part) for part in batch.parts]
 
+    def patches(self, block: Shape | None = None) -> int:
+        """Patches of all blocks of all processes; with blocks of another shape, if one is given."""
+        axes = zip(self.grid.first, self.grid.shape, block or self.grid.block, strict=True)
+        return math.prod(self.tiling.count(axis, *lengths) for axis, lengths in enumerate(axes))
+
     @property
     def redundancy(self) -> float:
-        """Voxels that the model computes for each that is written, estimated from a block of the middle."""
-        if not len(self.grid):
-            return 1.0
-        z, y, x = (n // 2 for n in self.grid.along)
-        middle = (z * self.grid.along[1] + y) * self.grid.along[2] + x
-        written = math.prod(self.grid[middle][1])
-        return len(self.parts(middle)) * math.prod(self.tiling.patch) / written
+        """Patches that are computed for each that would be if everything were one block."""
+        return self.patches() / self.patches(self.grid.shape)
+
+    @property
+    def computed(self) -> float:
+        """Voxels that the model computes for each that is written."""
+        return self.patches() * math.prod(self.tiling.patch) / math.prod(self.grid.shape)
 
 
 class PatchSamples(Samples):

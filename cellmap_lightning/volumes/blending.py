@@ -99,9 +99,16 @@ class Tiling:
             start: the block's first voxel.
             shape: its voxels.
         """
-        along = self._kept if self.blend == "trim" else self._covering
-        axes = [along(axis, a, a + n) for axis, (a, n) in enumerate(zip(start, shape, strict=True))]
+        axes = [self._along(axis, a, a + n) for axis, (a, n) in enumerate(zip(start, shape, strict=True))]
         return [Part(*zip(*found, strict=True)) for found in product(*axes)]
+
+    def count(self, axis: int, first: int, length: int, block: int) -> int:
+        """Patches along an axis, of all blocks of a length that begin at ``first``."""
+        end = first + length
+        return sum(len(self._along(axis, a, min(a + block, end))) for a in range(first, end, block))
+
+    def _along(self, axis: int, a: int, b: int) -> list[tuple[int, int, int]]:
+        return self._kept(axis, a, b) if self.blend == "trim" else self._covering(axis, a, b)
 
     def _kept(self, axis: int, a: int, b: int) -> list[tuple[int, int, int]]:
         """Start, and first and last voxel kept, of patches that share out ``[a, b)``."""

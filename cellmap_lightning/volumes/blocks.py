@@ -4,7 +4,7 @@ A block is one or several whole chunks (or shards) of the output, so that no two
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,6 @@ import numpy as np
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
 from cellmap_lightning.volumes.geometry import AXES, LATTICE_TOLERANCE, Box, Lattice, Shape, to_vector
 from cellmap_lightning.volumes.placement import Window
-
-#: Blocks do not grow beyond this number of them, so that ranks share the work and a restart repeats little.
-MIN_BLOCKS = 16
 
 
 def output_lattice(window: Window, volume: Box, levels: Sequence[Lattice]) -> Lattice:
@@ -108,33 +105,37 @@ class BlockGrid:
         return z, y, x
 
 
-def block_shape(shape: Shape, unit: Shape, voxel_bytes: int, budget: int, least: Shape = (1, 1, 1)) -> Shape:
-    """Voxels of a block: as many whole units as the memory allows, as nearly a cube as they make.
+def block_shape(shape: Shape, unit: Shape, voxel_bytes: int, budget: int, patches: Callable[[int, int], int]) -> Shape:
+    """Voxels of a block: of whole units, so that as few patches as possible are computed.
 
-    A function of its arguments alone: never of ranks or of the machine, so that a prediction can go on anywhere.
+    Large blocks compute fewer patches twice; many blocks share out better over processes, and a restart repeats less.
+    So the number of patches counts, and a block more, as if one process had to end alone with it.
+
+    A function of its arguments alone, never of ranks or of the machine, so that a prediction can go on anywhere.
 
     Args:
         shape: voxels that are written.
         unit: voxels of a chunk, or of a shard.
         voxel_bytes: bytes that a voxel of a block takes while it is computed, all channels together.
         budget: bytes of a block at most; one unit is always allowed.
-        least: voxels (a patch's) below which the number of blocks is no reason to stop growing.
+        patches: from an axis and the length of blocks along it to the patches of all blocks along that axis.
     """
     counts = [-(-n // u) for n, u in zip(shape, unit, strict=True)]
-    units = [1, 1, 1]
-    while True:
-        growing = [axis for axis in range(3) if units[axis] < counts[axis]]
-        for axis in sorted(growing, key=lambda axis: units[axis] * unit[axis] / least[axis]):
-            more = [n + (i == axis) for i, n in enumerate(units)]
-            blocks = math.prod(-(-c // n) for c, n in zip(counts, more, strict=True))
-            small = units[axis] * unit[axis] < least[axis]
-            size = math.prod(n * u for n, u in zip(more, unit, strict=True)) * voxel_bytes
-            if size <= budget and (blocks >= MIN_BLOCKS or small):
-                units = more
-                break
-        else:
-            z, y, x = (n * u for n, u in zip(units, unit, strict=True))
-            return z, y, x
+    most = max(1, budget // (voxel_bytes * math.prod(unit)))
+    # Blocks along an axis, and their patches, by the units of a block.
+    along = [
+        [(-(-counts[axis] // n), patches(axis, n * unit[axis])) for n in range(1, min(counts[axis], most) + 1)]
+        for axis in range(3)
+    ]
+    best, block = math.inf, (1, 1, 1)
+    for z, (blocks_z, patches_z) in enumerate(along[0], 1):
+        for y, (blocks_y, patches_y) in enumerate(along[1][: most // z], 1):
+            for x, (blocks_x, patches_x) in enumerate(along[2][: most // (z * y)], 1):
+                cost = patches_z * patches_y * patches_x * (1 + 1 / (blocks_z * blocks_y * blocks_x))
+                if cost < best:
+                    best, block = cost, (z, y, x)
+    z, y, x = (n * u for n, u in zip(block, unit, strict=True))
+    return z, y, x
 
 
 def parse_region(region: object) -> Box:
