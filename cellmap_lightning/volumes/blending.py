@@ -187,7 +187,7 @@ class BlockSum:
         weights = self.weights[there]
         self._total[here] += weights
         for total, value in zip(self._sum, values, strict=True):
-            total[here] += np.multiply(value[there], weights, dtype=np.float64)
+            total[here] += value[there] * weights
 
     def mean(self) -> Floats:
         """The block, ``[C, z, y, x]``."""
