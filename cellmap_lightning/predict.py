@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.callbacks.run_config import CONFIG_KEY
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
+from cellmap_lightning.evaluate import draw, evaluate, table, write_csv
 from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW
 from cellmap_lightning.volumes.geometry import Box
 from cellmap_lightning.volumes.ngff import read_multiscale
@@ -76,7 +77,7 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     found = OmegaConf.create(
         {
             "ckpt": cfg.ckpt, "patch": patch, "data": data, "model": saved.get("model"), "task": saved["task"],
-            "trainer": trainer, "writer": writer,
+            "trainer": trainer, "writer": writer, "evaluate": bool(cfg.evaluate), "input_path": cfg.data.input_path,
         }
     )  # fmt: skip
     for override in overrides:
@@ -86,6 +87,11 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         if key.startswith("data.") and key != "data.input_path":
             OmegaConf.update(found, key, OmegaConf.select(cfg, key), force_add=True)
     return found
+
+
+def groundtruth(input_path: str) -> Path:
+    """Where the crops of a raw volume are in the layout of the challenge."""
+    return Path(input_path).absolute().parents[len(Path(RAW).parts) - 1] / GROUNDTRUTH
 
 
 def region(given: Any, input_path: str) -> dict[str, list[float]] | None:
@@ -100,8 +106,7 @@ def region(given: Any, input_path: str) -> dict[str, list[float]] | None:
     """
     if not isinstance(given, str):
         return given  # type: ignore[no-any-return]
-    raw = Path(input_path).absolute()
-    folder = raw.parents[len(Path(RAW).parts) - 1] / GROUNDTRUTH
+    folder = groundtruth(input_path)
     crop = folder / given
     if not crop.is_dir():
         there = ", ".join(sorted(p.name for p in folder.glob("crop*"))) or "none"
@@ -147,7 +152,17 @@ def run(cfg: DictConfig) -> str | None:
         raise
     finally:
         data.close()
-    return f"{writer.output}\n{writer.summary}" if trainer.is_global_zero else None
+    if not trainer.is_global_zero:
+        return None
+    said = f"{writer.output}\n{writer.summary}"
+    if cfg.evaluate and writer.summary.complete:
+        names = writer.classes or data.classes or ()
+        scores = evaluate(writer.output, groundtruth(cfg.input_path), names, writer.threshold)
+        table_file, picture = (writer.output.with_name(f"{writer.output.stem}-scores{end}") for end in (".csv", ".png"))
+        write_csv(scores, table_file)
+        draw(scores, picture)
+        said += f"\n\n{table(scores)}\n\n{table_file}\n{picture}"
+    return said
 
 
 def ended(end: SystemExit) -> str | None:

@@ -1,5 +1,6 @@
 """``cellmap-predict`` as a user types it, with a checkpoint that ``cellmap-train`` has written."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -12,8 +13,10 @@ import torch
 import zarr
 
 from cellmap_lightning.errors import CellMapError
-from cellmap_lightning.predict import region, saved_config
-from cellmap_lightning.volumes.ngff import read_multiscale
+from cellmap_lightning.evaluate import evaluate
+from cellmap_lightning.predict import groundtruth, region, saved_config
+from cellmap_lightning.volumes.ngff import read_encoding, read_multiscale
+from cellmap_lightning.volumes.writer import write_multiscale
 from tests.test_cli import run as train
 from tests.test_cli import run_forked, small
 
@@ -45,7 +48,7 @@ def predict(*given):
 
 def test_a_crop_from_the_command_line(checkpoint, volume, tmp_path):
     given = ["region=crop2", "writer.blend=gaussian", "patch.shape=[8,32,32]", "data.batch_size=4"]
-    code, text, errors = predict(checkpoint, volume, tmp_path / "out.zarr", *given)
+    code, text, errors = predict(checkpoint, volume, tmp_path / "out.zarr", *given, "evaluate=true")
     assert code == 0, errors
     assert "blocks are done" in text
     assert "million per second" in text
@@ -57,6 +60,10 @@ def test_a_crop_from_the_command_line(checkpoint, volume, tmp_path):
         assert (np.asarray(found.box.lower) <= np.asarray(box.lower) + 1e-6).all()
         assert (np.asarray(found.box.upper) >= np.asarray(box.upper) - 1e-6).all()
         assert zarr.open_array(str(tmp_path / "out.zarr" / name / "s0"), mode="r")[...].any()
+    with (tmp_path / "out-scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["crop"], row["class"]) for row in rows} >= {("crop2", "mito"), ("crop2", "er")}
+    assert (tmp_path / "out-scores.png").stat().st_size > 5000
     code, text, errors = predict(checkpoint, volume, tmp_path / "out.zarr", *given, "writer.overlap=0.25")
     assert code == 1
     assert "overlap: [4, 16, 16] is there, now [6, 24, 24]" in errors
@@ -124,3 +131,29 @@ def test_a_region_may_be_a_box(volume):
     box = {"z": [0, 1], "y": [0, 1], "x": [0, 1]}
     assert region(box, volume.raw_path) == box
     assert region(None, volume.raw_path) is None
+
+
+def test_scores_count_annotated_voxels_alone(volume, tmp_path):
+    """A prediction made of the labels themselves: perfect where it is left alone, and wrong where it is spoilt."""
+    crop = f"{volume.path}/recon-1/labels/groundtruth/crop2/mito"
+    image = read_multiscale(crop)
+    level, encoding = image.finest, read_encoding(image, image.finest)
+    stored = zarr.open_array(str(level.path), mode="r")[...]
+    known, there = stored != encoding.unknown, (stored != encoding.absent) & (stored != encoding.unknown)
+    spoilt = there.copy()
+    spoilt[: len(spoilt) // 2] = False
+    for values, name in ((there, "whole"), (spoilt, "spoilt")):
+        given = {"scale": level.scale, "translation": level.translation}
+        write_multiscale(tmp_path / name / "mito", np.where(values, 255, 0).astype(np.uint8), **given)
+    (whole,) = [s for s in scores_of(tmp_path / "whole", volume) if s.crop == "crop2"]
+    assert (whole.known, whole.tp, whole.fp, whole.fn) == (known.sum(), there.sum(), 0, 0)
+    assert whole.dice == whole.iou == whole.precision == whole.recall == 1
+    (half,) = [s for s in scores_of(tmp_path / "spoilt", volume) if s.crop == "crop2"]
+    left = int(spoilt.sum())
+    assert (half.tp, half.fp, half.fn) == (left, 0, there.sum() - left)
+    assert half.precision == 1
+    assert half.recall == pytest.approx(left / there.sum())
+
+
+def scores_of(output, volume):
+    return evaluate(output, groundtruth(volume.raw_path), ["mito"])
