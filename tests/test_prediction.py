@@ -395,6 +395,20 @@ def test_a_limit_leaves_the_rest_for_another_time(tmp_path):
     assert np.abs(read(out) - values / 255).max() < 1e-6
 
 
+def test_a_real_volume_comes_back_as_it_is(real_volume, tmp_path):
+    path = real_volume / "recon-1" / "em" / "fibsem-uint8"
+    level = read_multiscale(path).finest
+    spec = {"raw": {"shape": [8, 128, 128], "scale": list(level.scale)}}
+    with CellMapDataModule(["a"], spec, datasets={"predict": [{"raw": str(path)}]}, batch_size=4) as data:
+        run = L.Trainer(
+            accelerator="cpu", devices=1, logger=False, callbacks=[PredictionWriter(str(tmp_path / "out.zarr"))],
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+        run.predict(Identity(), datamodule=data)
+    assert np.array_equal(read(tmp_path / "out.zarr"), zarr.open_array(str(level.path), mode="r")[...])
+    assert read_multiscale(tmp_path / "out.zarr" / "a").finest.lattice.matches(level.lattice)
+
+
 PROGRAM = """
 import sys, time
 import torch
