@@ -377,6 +377,22 @@ def test_too_little_room_is_known_before_anything_is_computed(tmp_path, monkeypa
     predict(path, (12, 16, 20), tmp_path / "out.zarr", check_space=False)
 
 
+def test_wrong_trainers_are_refused(tmp_path):
+    path, _ = raw_volume(tmp_path, (16, 16, 16))
+    writers = [PredictionWriter(str(tmp_path / f"{n}.zarr")) for n in range(2)]
+    common = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    with module(path, (8, 8, 8)) as data:
+        with pytest.raises(CellMapError, match="a Trainer can have one PredictionWriter"):
+            L.Trainer(callbacks=writers, **common, **quiet).predict(Identity(), datamodule=data)
+        assert data.prediction is None
+    with pytest.raises(CellMapError, match="needs a CellMapDataModule"):
+        L.Trainer(callbacks=writers[:1], **common, **quiet).predict(Identity(), [1])
+    raw = {"raw": str(path)}
+    with pytest.raises(CellMapValueError, match="writes one volume, and 'predict' has 2"):
+        predict(path, (8, 8, 8), tmp_path / "out.zarr", data={"datasets": {"predict": [raw, raw]}})
+
+
 def test_a_limit_leaves_the_rest_for_another_time(tmp_path):
     path, values = raw_volume(tmp_path, (33, 41, 50))
     out = tmp_path / "out.zarr"

@@ -167,13 +167,15 @@ class PredictionWriter(L.Callback):
         """Hand the blocks to the datamodule.
 
         Raises:
-            CellMapTypeError: the Trainer runs without a datamodule that can deliver them.
+            CellMapTypeError: the Trainer runs without a datamodule that can deliver them, or has another such callback.
         """
         if stage != TrainerFn.PREDICTING.value:
             return
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "prediction"):
             raise CellMapTypeError("PredictionWriter needs a CellMapDataModule as the Trainer's datamodule")
+        if datamodule.prediction is not None:
+            raise CellMapTypeError("a Trainer can have one PredictionWriter: each batch is a part of its output")
         trainer.predict_loop.return_predictions = False
         datamodule.prediction = lambda: self._plan(trainer, pl_module)
 

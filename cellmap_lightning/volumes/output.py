@@ -190,11 +190,14 @@ class PredictionOutput:
 
     def _sweep(self) -> None:
         """Remove what zarr had not finished writing when it was killed."""
-        for number in self.journal.unfinished:
-            for name in self.classes:
-                for folder in self._folders(name, number):
-                    for path in folder.glob("*.partial"):
-                        path.unlink(missing_ok=True)
+        folders = [self.path]
+        for name in self.classes:
+            folders += [self.path / name, self.path / name / "s0"]
+            for number in self.journal.unfinished:
+                folders += self._folders(name, number)
+        for folder in folders:
+            for path in folder.glob("*.partial"):
+                path.unlink(missing_ok=True)
 
     def _folders(self, name: str, number: int) -> Iterator[Path]:
         """Where the files of a block lie."""
