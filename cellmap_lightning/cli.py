@@ -79,13 +79,22 @@ def inspect_() -> Any:
     return _command("inspect", _inspect)
 
 
-def _command(name: str, job: Callable[[DictConfig], Any]) -> Any:
-    """Run a job under Hydra, with errors that a user can act on."""
+def predict() -> Any:
+    """``cellmap-predict``: write what the model of a checkpoint says of a volume."""
+    return _command("predict", _predict, _prediction)
+
+
+def _command(
+    name: str, job: Callable[[DictConfig], Any], prepare: Callable[[DictConfig], DictConfig] | None = None
+) -> Any:
+    """Run a job under Hydra, with errors that a user can act on; ``prepare`` makes the configuration that it gets."""
 
     def run(cfg: DictConfig) -> Any:
         global _started
         _started = True
         try:
+            if prepare is not None:
+                cfg = prepare(cfg)
             _check_missing(cfg)
             _check_targets(cfg)
             _check_strides(cfg)
@@ -421,6 +430,26 @@ def _check_launch(cfg: DictConfig) -> None:
             f"-m with trainer.strategy={strategy} on {devices} devices: each process would start the whole sweep "
             "again. Use trainer.strategy=ddp_spawn, or hydra/launcher=submitit_slurm, or one job per command"
         )
+
+
+# -- cellmap-predict
+
+
+def _prediction(cfg: DictConfig) -> DictConfig:
+    from hydra.core.hydra_config import HydraConfig
+
+    from cellmap_lightning.predict import effective_config
+
+    return effective_config(cfg, list(HydraConfig.get().overrides.task))
+
+
+def _predict(cfg: DictConfig) -> None:
+    from cellmap_lightning.predict import run
+
+    _quieten()
+    said = run(cfg)
+    if said is not None:
+        print(f"\n{said}")
 
 
 # -- cellmap-inspect

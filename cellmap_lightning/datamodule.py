@@ -19,7 +19,9 @@ from cellmap_lightning.sampling.arrays import (
     parse_inputs,
     parse_targets,
 )
+from cellmap_lightning.sampling.blockwise import BlockPlan, PatchSamples, Stream
 from cellmap_lightning.sampling.dataloader import CellMapDataLoader
+from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
 from cellmap_lightning.sampling.entries import SPLITS
 from cellmap_lightning.sampling.labels import Downsample, Unknown
@@ -47,6 +49,7 @@ _STAGES: dict[str | None, tuple[str, ...]] = {
 }
 
 PrefetchPolicy = Callable[[str, BatchMemory, torch.device], PrefetchDecision]
+PredictionPolicy = Callable[[], tuple[CellMapDataset, BlockPlan]]
 
 
 def _instantiated(datasets: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -251,6 +254,8 @@ class CellMapDataModule(L.LightningDataModule):
         #: Set by `StreamPrefetch`: from (split, memory, device) to a decision.
         self.prefetch: PrefetchPolicy | None = None
         self._said: tuple[int, int] | None = None
+        #: Set by `PredictionWriter`: what `Trainer.predict` reads instead of tiles.
+        self.prediction: PredictionPolicy | None = None
         #: Seconds that steps waited for batches of this module, over all of its loaders.
         self.waiting = Waiting()
         #: The crops of each split.
@@ -379,13 +384,22 @@ class CellMapDataModule(L.LightningDataModule):
         """Tiles that cover the test split."""
         return self._loader("test", None)
 
-    def predict_dataloader(self) -> CellMapDataLoader:
-        """Tiles that cover the volumes to predict, in the order z, y, x."""
+    def predict_dataloader(self) -> CellMapDataLoader | Stream:
+        """Tiles that cover the volumes to predict, in the order z, y, x; with `PredictionWriter`, its blocks."""
+        if self.prediction is not None and self._running:
+            return Stream(self._loader("predict", None, blocks=self.prediction()))
         return self._loader("predict", None, range(self.crops["predict"].tile_count))
 
-    def _loader(self, split: str, samples: int | None, tiles: Sequence[int] | None = None) -> CellMapDataLoader:
+    def _loader(
+        self,
+        split: str,
+        samples: int | None,
+        tiles: Sequence[int] | None = None,
+        blocks: tuple[CellMapDataset, BlockPlan] | None = None,
+    ) -> CellMapDataLoader:
         dataset = self.crops[split]
         device = self._device
+        pin = device.type == "cuda" if self.pin_memory is None else self.pin_memory
         if self.num_workers == 0:
             # The dataset reads with threads of its own: what Lightning says about processes would make it slower.
             warnings.filterwarnings("ignore", f".*'{split}_dataloader' does not have many workers")
@@ -396,7 +410,7 @@ class CellMapDataModule(L.LightningDataModule):
         if self.prefetch is not None and running:
             decision = self.prefetch(split, dataset.batch_memory(self.batch_size), device)
         return CellMapDataLoader(
-            dataset,
+            dataset if blocks is None else PatchSamples(blocks[0], self.seed, pin),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             samples_per_epoch=samples,
@@ -406,7 +420,7 @@ class CellMapDataModule(L.LightningDataModule):
             drop_last=self.drop_last if split == "train" else False,
             rank=self.trainer.global_rank if self.trainer is not None else None,
             world=self._world if self.trainer is not None else None,
-            pin_memory=device.type == "cuda" if self.pin_memory is None else self.pin_memory,
+            pin_memory=pin,
             device=device,
             decision=decision,
             carry=streams,
@@ -417,6 +431,7 @@ class CellMapDataModule(L.LightningDataModule):
             timeout=self.timeout,
             multiprocessing_context=self.multiprocessing_context,
             tiles=tiles,
+            batch_sampler=blocks[1] if blocks is not None else None,
         )
 
     @property

@@ -44,6 +44,10 @@ class CacheError(CellMapError, OSError):
     """Decoded voxels that cannot be kept where they were to be kept."""
 
 
+class OutputError(CellMapError, OSError):
+    """A volume that cannot be written: the disk is full, read-only or too small."""
+
+
 class CellMapMemoryError(CellMapError, MemoryError, RuntimeError):
     """A batch that cannot fit; also a `RuntimeError`, by which Lightning's tuner knows a batch size as too large."""
 

@@ -22,7 +22,7 @@ def run(*arguments, cwd, timeout=240, **env):
     )  # fmt: skip
 
 
-def run_forked(*arguments, cwd):
+def run_forked(*arguments, cwd, command="train"):
     """The same in a fork of this process, which has imported torch and Lightning already: seconds less."""
     import warnings
 
@@ -37,16 +37,16 @@ def run_forked(*arguments, cwd):
     if child == 0:
         code = 99
         try:
-            out = os.open(cwd / "stderr.txt", os.O_WRONLY | os.O_CREAT)
+            out = os.open(cwd / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 2)
             os.dup2(out, 1)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             os.chdir(cwd)
             torch.set_num_threads(1)  # the threads of libgomp are not here, and would be waited for
             warnings.resetwarnings()
-            sys.argv = ["cellmap-train", *arguments]
+            sys.argv = [f"cellmap-{command}", *arguments]
             try:
-                cli.train()
+                getattr(cli, command)()
                 code = 0
             except SystemExit as e:
                 code = e.code if isinstance(e.code, int) else 98

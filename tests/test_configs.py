@@ -53,6 +53,20 @@ def test_every_argument_of_the_datamodule_is_listed():
     assert set(node) - {"_target_"} == set(inspect.signature(CellMapDataModule.__init__).parameters) - {"self"}
 
 
+def test_every_argument_of_the_writer_is_listed():
+    from cellmap_lightning.callbacks import PredictionWriter
+
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        node = OmegaConf.to_container(hydra.compose("predict"))["writer"]
+    parameters = inspect.signature(PredictionWriter.__init__).parameters
+    assert set(node) - {"_target_"} == set(parameters) - {"self"}
+    for name, parameter in parameters.items():
+        if name not in ("self", "output", "overwrite"):
+            assert node[name] == (
+                list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            )
+
+
 def test_one_override_changes_inputs_and_targets():
     cfg = compose(*REQUIRED, "patch.shape=[1,2,3]", "patch.scale=[4,5,6]")
     for spec in (cfg["data"]["input_arrays"]["raw"], cfg["data"]["target_arrays"]["labels"]):

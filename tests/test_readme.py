@@ -93,6 +93,17 @@ def test_every_command_composes(my_configs, tmp_path):
         assert crops in run(COMMAND, *wanted, cwd=tmp_path)
 
 
+def test_every_prediction_composes(tmp_path):
+    lines = [line.split() for line in block("bash", 3).replace("\\\n", " ").splitlines()]
+    assert len(lines) == 2
+    code = "from cellmap_lightning.cli import predict; predict()"
+    for name, *arguments in lines:
+        assert name == "cellmap-predict"
+        more = [re.search(r'"(region=.*?)"', README)[1]] if arguments[-1].startswith("out=") else []
+        printed = run(sys.executable, "-c", code, *arguments, *more, "--cfg", "job", cwd=tmp_path)
+        assert "out: pred.zarr" in printed
+
+
 def entries_of_the_map():
     """Paths in the map, files and folders, from its indentation."""
     text = README.split("\n## Map\n")[1].split("```")[1].strip()

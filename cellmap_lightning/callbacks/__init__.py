@@ -5,18 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cellmap_lightning.callbacks.data_watch import DataWatch
+    from cellmap_lightning.callbacks.prediction_writer import PredictionWriter
     from cellmap_lightning.callbacks.preemption import Preemption
     from cellmap_lightning.callbacks.run_config import RunConfig
     from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
 
 _HOMES = {
     "DataWatch": "data_watch",
+    "PredictionWriter": "prediction_writer",
     "Preemption": "preemption",
     "RunConfig": "run_config",
     "StreamPrefetch": "stream_prefetch",
 }
 
-__all__ = ["DataWatch", "Preemption", "RunConfig", "StreamPrefetch"]
+__all__ = ["DataWatch", "PredictionWriter", "Preemption", "RunConfig", "StreamPrefetch"]
 
 
 def __getattr__(name: str) -> Any:

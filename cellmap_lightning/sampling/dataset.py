@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,7 @@ from cellmap_lightning.transforms.kinds import TargetKind
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.transforms.targets import class_transforms
 from cellmap_lightning.volumes.chunks import Reader, check_reader
-from cellmap_lightning.volumes.geometry import AXES, LATTICE_TOLERANCE, SCALE_TOLERANCE, FloatArray, Shape
+from cellmap_lightning.volumes.geometry import AXES, LATTICE_TOLERANCE, SCALE_TOLERANCE, Box, FloatArray, Shape
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING, StoredImage, choose_level
 from cellmap_lightning.volumes.location import CacheMode
 from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding, read_multiscale
@@ -431,6 +432,42 @@ class CellMapDataset(SampleSource):
         """Normalize by another offset and factor, such as those of a checkpoint."""
         self.affine = affine
         self.layout = dataclasses.replace(self.layout, scaling=Scaling.of([0], [affine]))
+
+    @property
+    def levels(self) -> dict[str, Level]:
+        """The level of raw that each input is read from."""
+        return dict(self._raw)
+
+    @property
+    def raw_box(self) -> Box:
+        """The whole volume, nm."""
+        return read_multiscale(self.input_path).finest.lattice.box
+
+    def in_volume(self, window: Window, flat: bool = False) -> Window:
+        """A window along the axes of the volume; a flat one as thick as the volume's voxels."""
+        if flat:
+            window = self.plane.thicken(window, read_multiscale(self.input_path).finest.scale)
+        return self.plane.in_volume(window)
+
+    def placed(self, placement: Placement) -> "CellMapDataset":
+        """The raw volume of this dataset, with its inputs around other centres, in a store of its own.
+
+        Args:
+            placement: where they may lie; inputs reach over the border of the volume if it says so.
+        """
+        other = copy(self)
+        other.__dict__.pop("_offsets", None)  # they are those of the positions, and worked out when asked for
+        other.__dict__.pop("_tile_offsets", None)
+        other.placement = placement
+        other._store = RegionStore(self._store.mode, self._store.budget)
+        other._images = {
+            name: StoredImage(level, other._store.chunks, f"{self.label}: raw", self.reader)
+            for name, level in self._raw.items()
+        }
+        other._stacks = {}
+        other.layout = dataclasses.replace(self.layout, targets={}, scaling=Scaling.of([0], [self.affine]))
+        other._place({name: self.plane.in_volume(self._windows[name]) for name in self._images}, {})
+        return other
 
     def share(self, pool: ReadPool, store: RegionStore) -> None:
         """Read with the threads and the store of a collection."""

@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapTypeError, CellMapValueError
 
-__all__ = ["downsample_mean", "downsample_mode", "write_group", "write_multiscale"]
+__all__ = [
+    "codec_of",
+    "create_level",
+    "downsample_mean",
+    "downsample_mode",
+    "multiscale_attributes",
+    "write_group",
+    "write_multiscale",
+]
 
 Compressor = Literal["zstd", "lz4", "gzip"]
 ZarrFormat = Literal[2, 3]
@@ -134,7 +142,7 @@ def downsample_mode(data: NDArray[Any], factors: Sequence[int] = (2, 2, 2)) -> N
 # ---------------------------------------------------------------------------------------------------- the groups
 
 
-def _codec(compressor: Compressor | None, zarr_format: int) -> Any:
+def codec_of(compressor: Compressor | None, zarr_format: int) -> Any:
     """What `zarr.create_array` wants for a compressor's name, in the words of each format."""
     if compressor is None:
         return None
@@ -194,6 +202,95 @@ def write_group(
             group.update_attributes(dict(attributes))
         return
     zarr.create_group(str(path), zarr_format=zarr_format, attributes=dict(attributes or {}))
+
+
+def create_level(
+    path: Path,
+    shape: Sequence[int],
+    dtype: Any,
+    chunks: Sequence[int],
+    zarr_format: ZarrFormat,
+    codec: Any,
+    shards: Sequence[int] | None = None,
+    axes: Sequence[str] = ("z", "y", "x"),
+    attributes: dict[str, Any] | None = None,
+) -> zarr.Array[Any]:
+    """Make the array of a level, whose voxels are 0, below a group.
+
+    Args:
+        path: local folder of the array.
+        shape: voxels along each axis.
+        dtype: type of a voxel.
+        chunks: voxels of a chunk.
+        zarr_format: 2 or 3.
+        codec: what compresses, in zarr's own words; one codec, several, or None.
+        shards: voxels of a shard; Zarr v3 only.
+        axes: names of the axes.
+        attributes: attributes of the array.
+    """
+    v3: dict[str, Any] = {"dimension_names": tuple(axes), "shards": shards} if zarr_format == 3 else {}
+    return zarr.create_array(
+        str(path),
+        shape=tuple(shape),
+        dtype=dtype,
+        chunks=tuple(chunks),
+        compressors=codec,
+        fill_value=0,
+        zarr_format=zarr_format,
+        chunk_key_encoding={"name": "v2" if zarr_format == 2 else "default", "separator": "/"},
+        attributes=attributes,
+        **v3,
+    )
+
+
+def multiscale_attributes(
+    name: str,
+    scale: Sequence[float],
+    translation: Sequence[float],
+    levels: int,
+    factors: Sequence[int] = (2, 2, 2),
+    zarr_format: ZarrFormat = 2,
+    axes: Sequence[str] = ("z", "y", "x"),
+    unit: str = "nanometer",
+) -> dict[str, Any]:
+    """The attributes by which a group is a multiscale image with arrays ``s0 .. s{levels - 1}``.
+
+    Args:
+        name: name of the multiscale.
+        scale: voxel size of level 0 per axis.
+        translation: centre of voxel 0 of level 0 per axis.
+        levels: number of levels.
+        factors: voxels of one level that make one of the next.
+        zarr_format: 2 for OME-NGFF 0.4, 3 for 0.5.
+        axes: names of the axes.
+        unit: unit of the lengths.
+    """
+    datasets = []
+    for level in range(levels):
+        powers = [f**level for f in factors]
+        datasets.append(
+            {
+                "path": f"s{level}",
+                "coordinateTransformations": [
+                    {"type": "scale", "scale": [s * p for s, p in zip(scale, powers, strict=True)]},
+                    {
+                        "type": "translation",
+                        "translation": [
+                            t + s * (p - 1) / 2 for t, s, p in zip(translation, scale, powers, strict=True)
+                        ],
+                    },
+                ],
+            }
+        )
+    multiscale: dict[str, Any] = {
+        "name": name,
+        "axes": [{"name": axis, "type": "space", "unit": unit} for axis in axes],
+        "datasets": datasets,
+        "coordinateTransformations": [{"type": "scale", "scale": [1.0] * len(axes)}],
+    }
+    if zarr_format == 2:
+        return {"multiscales": [{"version": "0.4", **multiscale}]}
+    return {"ome": {"version": "0.5", "multiscales": [multiscale]}}
 
 
 def _per_axis(what: str, values: Sequence[Any], axes: Sequence[str]) -> tuple[Any, ...]:
@@ -282,53 +379,21 @@ def write_multiscale(
         raise CellMapValueError(
             f"attributes must not contain {', '.join(reserved)}: these are written from the arguments"
         )
-    codec = _codec(compressor, zarr_format)
+    codec = codec_of(compressor, zarr_format)
 
     _make_room(path, overwrite)
     write_group(path, zarr_format=zarr_format)
-    v3: dict[str, Any] = {"dimension_names": tuple(axes), "shards": shards} if zarr_format == 3 else {}
-    datasets = []
     array = data
     for level in range(levels):
         if level:
             array = downsample_mean(array, factors) if mode == "mean" else downsample_mode(array, factors)
-        powers = [f**level for f in factors]
-        datasets.append(
-            {
-                "path": f"s{level}",
-                "coordinateTransformations": [
-                    {"type": "scale", "scale": [s * p for s, p in zip(scale, powers, strict=True)]},
-                    {
-                        "type": "translation",
-                        "translation": [
-                            t + s * (p - 1) / 2 for t, s, p in zip(translation, scale, powers, strict=True)
-                        ],
-                    },
-                ],
-            }
-        )
-        target = zarr.create_array(
-            str(path / f"s{level}"),
-            shape=array.shape,
-            dtype=array.dtype,
-            chunks=chunks,
-            compressors=codec,
-            fill_value=0,
-            zarr_format=zarr_format,
-            chunk_key_encoding={"name": "v2" if zarr_format == 2 else "default", "separator": "/"},
-            attributes=dict(array_attributes(level, array)) if array_attributes else None,
-            **v3,
-        )
+        target = create_level(
+            path / f"s{level}", array.shape, array.dtype, chunks, zarr_format, codec, shards, axes,
+            dict(array_attributes(level, array)) if array_attributes else None,
+        )  # fmt: skip
         target[...] = array
 
-    multiscale: dict[str, Any] = {
-        "name": path.name if name is None else name,
-        "axes": [{"name": axis, "type": "space", "unit": unit} for axis in axes],
-        "datasets": datasets,
-        "coordinateTransformations": [{"type": "scale", "scale": [1.0] * len(axes)}],
-    }
-    if zarr_format == 2:
-        block: dict[str, Any] = {"multiscales": [{"version": "0.4", **multiscale}]}
-    else:
-        block = {"ome": {"version": "0.5", "multiscales": [multiscale]}}
+    block = multiscale_attributes(
+        path.name if name is None else name, scale, translation, levels, factors, zarr_format, axes, unit
+    )
     write_group(path, {**(attributes or {}), **block}, zarr_format)

@@ -1,0 +1,174 @@
+"""What ``cellmap-predict`` does: the configuration of a checkpoint, with overrides, run on a volume."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from cellmap_lightning.callbacks.run_config import CONFIG_KEY
+from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
+from cellmap_lightning.evaluate import draw, evaluate, table, write_csv
+from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW
+from cellmap_lightning.volumes.geometry import Box
+from cellmap_lightning.volumes.ngff import read_multiscale
+
+#: Settings of the data that say which crops a training has, or what is random in it.
+_OF_TRAINING = (
+    "csv_path", "search_path", "manifest", "only_datasets", "only_crops", "spatial_transforms", "intensity_transforms",
+    "samples_per_epoch", "batches_per_epoch",
+)  # fmt: skip
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint carries.
+
+    Raises:
+        CellMapFileNotFoundError: there is no such checkpoint.
+        CellMapValueError: it cannot be read without running code from it, or carries none.
+    """
+    if not path.is_file():
+        there = ", ".join(map(str, sorted(path.parent.glob("*.ckpt")))) or "none"
+        raise CellMapFileNotFoundError(f"ckpt={path}: there is no such checkpoint; checkpoints beside it: {there}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises what its readers raise
+        raise CellMapValueError(f"ckpt={path} cannot be read: {str(e).splitlines()[0]}") from e
+    found = content.get(CONFIG_KEY) if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not {"data", "task"} <= set(found):
+        raise CellMapValueError(
+            f"ckpt={path} carries no configuration ({CONFIG_KEY!r}), as those of cellmap-train do; predict with it "
+            "from Python: Trainer(callbacks=[PredictionWriter(...)]).predict(model, datamodule=...)"
+        )
+    return found
+
+
+def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration of a prediction: that of the checkpoint, with what was said on the command line on top.
+
+    Args:
+        cfg: ``predict.yaml`` with all overrides.
+        overrides: the overrides, as they were given.
+
+    Raises:
+        CellMapError: see `saved_config`; or the region is none.
+    """
+    missing = [key for key in ("ckpt", "data.input_path", "out") if OmegaConf.select(cfg, key, default=None) is None]
+    if missing:
+        raise CellMapValueError("\n".join(f"{key} is required: set it with {key}=..." for key in missing))
+    saved = saved_config(Path(cfg.ckpt))
+    data = {name: None if name in _OF_TRAINING else value for name, value in saved["data"].items()}
+    data |= {"datasets": {"predict": [{"raw": cfg.data.input_path}]}, "split": "csv"}
+    patch = dict(saved.get("patch") or {})
+    for name in ("shape", "scale"):
+        wanted = OmegaConf.to_container(cfg.patch)[name]  # type: ignore[call-overload, index]
+        if wanted is not None:
+            for array in [*(data.get("input_arrays") or {}).values(), *(data.get("target_arrays") or {}).values()]:
+                if array.get(name) == patch.get(name):
+                    array[name] = wanted
+            patch[name] = wanted
+    trainer: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
+    if trainer.get("precision") is None:
+        trainer["precision"] = (saved.get("trainer") or {}).get("precision")
+    writer: Any = OmegaConf.to_container(cfg.writer, resolve=True)
+    given: Any = OmegaConf.to_container(cfg.region) if OmegaConf.is_config(cfg.region) else cfg.region
+    writer["region"] = writer["region"] or region(given, str(cfg.data.input_path))
+    found = OmegaConf.create(
+        {
+            "ckpt": cfg.ckpt, "patch": patch, "data": data, "model": saved.get("model"), "task": saved["task"],
+            "trainer": trainer, "writer": writer, "evaluate": bool(cfg.evaluate), "input_path": cfg.data.input_path,
+        }
+    )  # fmt: skip
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key == "data":
+            raise CellMapValueError(f"{override}: the data are those of the checkpoint; give data.input_path")
+        if key.startswith("data.") and key != "data.input_path":
+            OmegaConf.update(found, key, OmegaConf.select(cfg, key), force_add=True)
+    return found
+
+
+def groundtruth(input_path: str) -> Path:
+    """Where the crops of a raw volume are in the layout of the challenge."""
+    return Path(input_path).absolute().parents[len(Path(RAW).parts) - 1] / GROUNDTRUTH
+
+
+def region(given: Any, input_path: str) -> dict[str, list[float]] | None:
+    """The box of what was asked for, nm; None for the whole volume.
+
+    Args:
+        given: a box, the name of a crop, or None.
+        input_path: the raw volume, in the layout of the challenge where a crop is named.
+
+    Raises:
+        CellMapKeyError: there is no such crop.
+    """
+    if not isinstance(given, str):
+        return given  # type: ignore[no-any-return]
+    folder = groundtruth(input_path)
+    crop = folder / given
+    if not crop.is_dir():
+        there = ", ".join(sorted(p.name for p in folder.glob("crop*"))) or "none"
+        raise CellMapKeyError(f"region={given}: there is no crop of that name in {folder}; there are {there}")
+    box: Box | None = None
+    for path in sorted(
+        p for p in crop.iterdir() if p.is_dir() and any((p / n).exists() for n in (".zattrs", "zarr.json"))
+    ):
+        found = read_multiscale(path).finest.lattice.box
+        box = found if box is None else box.union(found)
+    if box is None:
+        raise CellMapKeyError(f"region={given}: {crop} holds no multiscale group")
+    return box.as_dict()
+
+
+def run(cfg: DictConfig) -> str | None:
+    """Predict. Returns what was done, on the first process; None on others.
+
+    Raises:
+        SystemExit: it was interrupted; see `ended`.
+    """
+    import lightning as L
+    from hydra.utils import instantiate
+
+    from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
+
+    data = instantiate(cfg.data, _convert_="all")
+    task = instantiate(cfg.task, _convert_="all")
+    writer = instantiate(cfg.writer, _convert_="all")
+    cfg.trainer.enable_progress_bar = False  # the writer's own counts blocks
+    cfg.trainer.enable_model_summary = cfg.trainer.enable_checkpointing = False
+    trainer: L.Trainer = instantiate(
+        cfg.trainer, _convert_="all", callbacks=[writer, StreamPrefetch()], logger=False
+    )  # fmt: skip
+    try:
+        trainer.predict(task, datamodule=data, ckpt_path=cfg.ckpt, return_predictions=False, weights_only=True)
+    except SystemExit as e:
+        why = ended(e)
+        if why is not None:
+            done = f"{writer.summary.written} blocks were written by this run" if writer.summary.blocks else ""
+            print(f"{why}{f'; {done}' if done else ''}; the same command goes on from there", file=sys.stderr)
+            sys.exit(130 if why == "interrupted" else 143)
+        raise
+    finally:
+        data.close()
+    if not trainer.is_global_zero:
+        return None
+    said = f"{writer.output}\n{writer.summary}"
+    if cfg.evaluate and writer.summary.complete:
+        names = writer.classes or data.classes or ()
+        scores = evaluate(writer.output, groundtruth(cfg.input_path), names, writer.threshold)
+        table_file, picture = (writer.output.with_name(f"{writer.output.stem}-scores{end}") for end in (".csv", ".png"))
+        write_csv(scores, table_file)
+        draw(scores, picture)
+        said += f"\n\n{table(scores)}\n\n{table_file}\n{picture}"
+    return said
+
+
+def ended(end: SystemExit) -> str | None:
+    """In a word, what made Lightning exit: Ctrl-C or a signal; None for anything else."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    if isinstance(end, SIGTERMException):
+        return "told to end"
+    return "interrupted" if isinstance(end.__context__, KeyboardInterrupt) else None

@@ -1,0 +1,156 @@
+"""Where a prediction is written: its lattice, the region of it that is wanted, and the blocks it is computed in.
+
+A block is one or several whole chunks (or shards) of the output, so that no two writers ever touch one file.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
+from cellmap_lightning.volumes.geometry import AXES, LATTICE_TOLERANCE, Box, Lattice, Shape, to_vector
+from cellmap_lightning.volumes.placement import Window
+
+
+def output_lattice(window: Window, volume: Box, levels: Sequence[Lattice]) -> Lattice:
+    """All output voxels of a volume.
+
+    Along an axis they are the voxels of the first of ``levels`` that has the output's voxel size; where none has, they
+    begin at the volume's lower edge, and the last may stick out by less than a voxel.
+
+    Args:
+        window: a patch of the output, along the axes of the volume.
+        volume: the whole volume, nm.
+        levels: the arrays that are read.
+    """
+    origin, step, shape = [], [], []
+    for axis in range(3):
+        scale = float(window.scale[axis])
+        lower, count = volume.lower[axis], volume.extent[axis] / scale
+        for level in levels:
+            if abs(level.step[axis] / scale - 1) * max(level.shape[axis], window.shape[axis]) < LATTICE_TOLERANCE:
+                scale, lower, count = level.step[axis], level.box.lower[axis], level.shape[axis]
+                break
+        origin.append(lower + scale / 2)
+        step.append(scale)
+        shape.append(max(1, math.ceil(count - LATTICE_TOLERANCE)))
+    return Lattice(to_vector(origin), to_vector(step), (shape[0], shape[1], shape[2]))
+
+
+def voxels_of(lattice: Lattice, box: Box) -> tuple[Shape, Shape]:
+    """First voxel and number of voxels of those that share a volume with a physical box.
+
+    Raises:
+        CellMapValueError: there are none.
+    """
+    if not lattice.box.intersects(box):
+        raise CellMapValueError(f"the region {box} lies outside the volume, {lattice.box}")
+    lower = np.subtract(box.lower, lattice.box.lower) / lattice.step
+    upper = np.subtract(box.upper, lattice.box.lower) / lattice.step
+    lo = np.maximum(np.floor(lower + LATTICE_TOLERANCE), 0).astype(int).tolist()
+    hi = np.minimum(np.ceil(upper - LATTICE_TOLERANCE), lattice.shape).astype(int).tolist()
+    shape = [max(1, b - a) for a, b in zip(lo, hi, strict=True)]
+    return (lo[0], lo[1], lo[2]), (shape[0], shape[1], shape[2])
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """The voxels that are written, in blocks.
+
+    Attributes:
+        whole: all output voxels of the volume.
+        first: the first that is written, counted in ``whole``.
+        shape: how many are written along z, y, x.
+        block: voxels of a block; those at the upper end may be smaller.
+    """
+
+    whole: Lattice
+    first: Shape
+    shape: Shape
+    block: Shape
+
+    @property
+    def lattice(self) -> Lattice:
+        """Where the written voxels are."""
+        origin = np.add(self.whole.origin, np.multiply(self.first, self.whole.step))
+        return Lattice(to_vector(origin), self.whole.step, self.shape)
+
+    @property
+    def along(self) -> Shape:
+        """Blocks along z, y, x."""
+        z, y, x = (-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
+        return z, y, x
+
+    def __len__(self) -> int:
+        return math.prod(self.along)
+
+    def __getitem__(self, number: int) -> tuple[Shape, Shape]:
+        """Start and shape of a block in the written array.
+
+        Raises:
+            CellMapIndexError: there is no such block.
+        """
+        if not 0 <= number < len(self):
+            raise CellMapIndexError(f"block {number} is none of {len(self)}")
+        z, y, x = (int(i) for i in np.unravel_index(number, self.along))
+        start = (z * self.block[0], y * self.block[1], x * self.block[2])
+        shape = [min(b, n - s) for b, n, s in zip(self.block, self.shape, start, strict=True)]
+        return start, (shape[0], shape[1], shape[2])
+
+    def whole_start(self, number: int) -> Shape:
+        """Start of a block, counted in ``whole``."""
+        z, y, x = np.add(self[number][0], self.first).tolist()
+        return z, y, x
+
+
+def block_shape(shape: Shape, unit: Shape, voxel_bytes: int, budget: int, patches: Callable[[int, int], int]) -> Shape:
+    """Voxels of a block: of whole units, so that as few patches as possible are computed.
+
+    Large blocks compute fewer patches twice; many blocks share out better over processes, and a restart repeats less.
+    So the number of patches counts, and a block more, as if one process had to end alone with it.
+
+    A function of its arguments alone, never of ranks or of the machine, so that a prediction can go on anywhere.
+
+    Args:
+        shape: voxels that are written.
+        unit: voxels of a chunk, or of a shard.
+        voxel_bytes: bytes that a voxel of a block takes while it is computed, all channels together.
+        budget: bytes of a block at most; one unit is always allowed.
+        patches: from an axis and the length of blocks along it to the patches of all blocks along that axis.
+    """
+    counts = [-(-n // u) for n, u in zip(shape, unit, strict=True)]
+    most = max(1, budget // (voxel_bytes * math.prod(unit)))
+    # Blocks along an axis, and their patches, by the units of a block.
+    along = [
+        [(-(-counts[axis] // n), patches(axis, n * unit[axis])) for n in range(1, min(counts[axis], most) + 1)]
+        for axis in range(3)
+    ]
+    best, block = math.inf, (1, 1, 1)
+    for z, (blocks_z, patches_z) in enumerate(along[0], 1):
+        for y, (blocks_y, patches_y) in enumerate(along[1][: most // z], 1):
+            for x, (blocks_x, patches_x) in enumerate(along[2][: most // (z * y)], 1):
+                cost = patches_z * patches_y * patches_x * (1 + 1 / (blocks_z * blocks_y * blocks_x))
+                if cost < best:
+                    best, block = cost, (z, y, x)
+    z, y, x = (n * u for n, u in zip(block, unit, strict=True))
+    return z, y, x
+
+
+def parse_region(region: object) -> Box:
+    """A box from ``{z: [lower, upper], y: .., x: ..}`` in nm.
+
+    Raises:
+        CellMapValueError: it is none.
+    """
+    wanted = "a region is {z: [lower, upper], y: [lower, upper], x: [lower, upper]} in nm"
+    if not isinstance(region, dict) or set(region) != set(AXES):
+        raise CellMapValueError(f"{wanted}, got {region!r}")
+    try:
+        pairs = [[float(v) for v in region[axis]] for axis in AXES]
+    except (TypeError, ValueError):
+        raise CellMapValueError(f"{wanted}, got {region!r}") from None
+    if any(len(pair) != 2 or not pair[0] < pair[1] or not all(map(math.isfinite, pair)) for pair in pairs):
+        raise CellMapValueError(f"{wanted}, the lower end first, got {region!r}")
+    return Box(to_vector([a for a, _ in pairs]), to_vector([b for _, b in pairs]))

@@ -1,0 +1,351 @@
+"""The volumes that a prediction writes: ``<output>/<class>/s0..``, block by block, and their pyramids at the end.
+
+A group has its multiscale metadata once it is whole, as everything that `writer` writes.
+"""
+
+import errno
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+import zarr.codecs
+
+from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
+from cellmap_lightning.volumes.blocks import BlockGrid
+from cellmap_lightning.volumes.geometry import Shape
+from cellmap_lightning.volumes.journal import Journal
+from cellmap_lightning.volumes.writer import (
+    ZarrFormat,
+    codec_of,
+    create_level,
+    downsample_mean,
+    downsample_mode,
+    multiscale_attributes,
+    write_group,
+)
+
+log = logging.getLogger(__name__)
+
+#: How values are stored: probabilities as ``round(255 p)``, as they are, or as labels 0 and 1.
+OutputType = Literal["uint8", "float16", "float32", "labels"]
+#: A pyramid ends before an axis has fewer voxels than this.
+LEAST_LENGTH = 32
+#: By how much a probability may miss [0, 1]: the noise of half precision.
+_TOLERANCE = 2e-3
+
+
+def _empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+class PredictionOutput:
+    """Where a prediction goes.
+
+    Args:
+        path: the output, a Zarr group with one group per class.
+        classes: names of the channels.
+        grid: the voxels, in blocks.
+        dtype: see `OutputType`.
+        threshold: from which value a voxel is 1 with ``labels``, and counted as foreground.
+        chunks: voxels of a chunk.
+        shards: voxels of a shard, for Zarr v3; None for none.
+        zarr_format: 2 or 3.
+        levels: levels of the pyramid; None for as many as leave every axis 32 voxels.
+        rank: number of this process.
+
+    Raises:
+        CellMapValueError: the arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        classes: Sequence[str],
+        grid: BlockGrid,
+        dtype: OutputType = "uint8",
+        threshold: float = 0.5,
+        chunks: Shape = (64, 64, 64),
+        shards: Shape | None = None,
+        zarr_format: ZarrFormat = 2,
+        levels: int | None = None,
+        rank: int = 0,
+    ) -> None:
+        if dtype not in get_args(OutputType):
+            raise CellMapValueError(f"dtype is one of {', '.join(get_args(OutputType))}, got {dtype!r}")
+        most = 1 + math.floor(math.log2(max(1, min(grid.shape))))
+        if levels is None:
+            levels = 1 + max(0, math.floor(math.log2(min(grid.shape) / LEAST_LENGTH)))
+        if not 1 <= levels <= most:
+            raise CellMapValueError(f"levels must be from 1 to {most} for {list(grid.shape)} voxels, got {levels}")
+        bad = [c for c in classes if not c or "/" in c or c.startswith(".")]
+        if bad:
+            raise CellMapValueError(f"{bad} cannot be names of groups")
+        self.path = Path(path)
+        self.classes, self.grid, self.kind, self.threshold = tuple(classes), grid, dtype, threshold
+        self.chunks, self.shards, self.levels = chunks, shards, levels
+        self.zarr_format: ZarrFormat = zarr_format
+        self.dtype: np.dtype[Any] = np.dtype(np.uint8 if dtype == "labels" else dtype)
+        self.journal = Journal(self.path, rank)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all voxels of all levels, before compression."""
+        voxels = sum(math.prod(self._shape(level)) for level in range(self.levels))
+        return len(self.classes) * voxels * self.dtype.itemsize
+
+    def _shape(self, level: int) -> Shape:
+        z, y, x = (n >> level for n in self.grid.shape)
+        return z, y, x
+
+    # -- the beginning
+
+    def open(self, settings: Mapping[str, Any], overwrite: bool = False, check_space: bool = True) -> None:
+        """Make the groups, or find those of the same prediction. One process does it, before the others read.
+
+        Args:
+            settings: what is predicted, plain values; see `Journal.check`.
+            overwrite: replace another prediction that is there.
+            check_space: refuse to begin where the disk has less room than the rest takes without compression.
+
+        Raises:
+            CellMapFileExistsError: something else is there.
+            OutputError: the disk is read-only, or has too little room.
+        """
+        with self._clear_errors("cannot be begun"):
+            if overwrite:
+                self._remove()
+            if self.journal.settings is not None:
+                self.journal.check(settings)
+                self._sweep()
+            elif self.path.exists() and not self.journal.folder.is_dir() and not _empty(self.path):
+                raise CellMapFileExistsError(
+                    f"{self.path} exists and holds no prediction of this package: it is neither added to nor removed; "
+                    "choose another output"
+                )
+            self.journal.folder.mkdir(parents=True, exist_ok=True)
+            if check_space:
+                self._check_space()
+            if self.journal.settings is None:
+                self._create()
+                self.journal.begin(settings)
+
+    def _create(self) -> None:
+        """All groups, and level 0 of each; what a kill has left of an earlier attempt is made anew."""
+        attributes: dict[str, Any] = {}
+        if self.kind == "labels":
+            attributes = {"cellmap": {"annotation": {"class_names": list(self.classes)}}}
+        write_group(self.path, attributes, self.zarr_format)
+        for name in self.classes:
+            if (self.path / name).exists():
+                shutil.rmtree(self.path / name)
+            write_group(self.path / name, zarr_format=self.zarr_format)
+            self._level(name, 0)
+
+    def _level(self, name: str, level: int) -> zarr.Array[Any]:
+        codec = codec_of("zstd", self.zarr_format)
+        if self.zarr_format == 3:
+            codec = [codec, zarr.codecs.Crc32cCodec()]
+        attributes = {"cellmap": self._about(name)} if self.kind == "labels" else None
+        return create_level(
+            self.path / name / f"s{level}", self._shape(level), self.dtype, self.chunks, self.zarr_format, codec,
+            self.shards, attributes=attributes,
+        )  # fmt: skip
+
+    def _about(self, name: str) -> dict[str, Any]:
+        """CellMap's attributes of labels; of probabilities, what the numbers mean."""
+        if self.kind == "labels":
+            encoding = {"absent": 0, "present": 1, "unknown": 255}
+            kind = {"type": "semantic_segmentation", "encoding": encoding}
+            return {"annotation": {"class_name": name, "annotation_type": kind}}
+        values = {"probability_1": 255} if self.kind == "uint8" else {}
+        return {"prediction": {"class_name": name, **values}}
+
+    def _remove(self) -> None:
+        """Take away what an earlier prediction has written, and nothing else."""
+        there = self.journal.folder
+        if not self.path.exists() or not there.is_dir():
+            return
+        settings = self.journal.folder / "settings.json"
+        try:
+            classes = (self.journal.settings or {}).get("classes", self.classes)
+        except CellMapValueError:
+            classes = self.classes
+        settings.unlink(missing_ok=True)  # first, so that what is half removed is no prediction that could go on
+        for name in dict.fromkeys([*classes, *self.classes]):
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
+        shutil.rmtree(there)
+        for name in (".zgroup", ".zattrs", "zarr.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what zarr had not finished writing when it was killed."""
+        folders = [self.path]
+        for name in self.classes:
+            folders += [self.path / name, self.path / name / "s0"]
+            for number in self.journal.unfinished:
+                folders += self._folders(name, number)
+        for folder in folders:
+            for path in folder.glob("*.partial"):
+                path.unlink(missing_ok=True)
+
+    def _folders(self, name: str, number: int) -> Iterator[Path]:
+        """Where the files of a block lie."""
+        start, shape = self.grid[number]
+        unit = self.shards or self.chunks
+        spans = [range(a // u, -(-(a + n) // u)) for a, n, u in zip(start, shape, unit, strict=True)]
+        root = self.path / name / "s0"
+        for z, y in product(spans[0], spans[1]):
+            yield root / ("c" if self.zarr_format == 3 else "") / str(z) / str(y)
+
+    def _check_space(self) -> None:
+        left = 1 - len(self.journal.finished) / len(self.grid)
+        needed = self.nbytes * left
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise OutputError(
+                f"the prediction takes {needed / 1e9:.3g} GB before compression ({len(self.classes)} classes, "
+                f"{self.kind}), and {self.path} has {free / 1e9:.3g} GB left; free some, predict a region, or go ahead "
+                "with check_space=False"
+            )
+
+    # -- blocks
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        """Level 0 of a class."""
+        if name not in self._arrays:
+            self._arrays[name] = zarr.open_array(
+                str(self.path / name / "s0"), mode="r+", zarr_format=self.zarr_format
+            )  # fmt: skip
+        return self._arrays[name]
+
+    def stored(self, values: npt.NDArray[np.float32], where: str) -> npt.NDArray[Any]:
+        """Values as they are stored.
+
+        Raises:
+            CellMapValueError: values that are no numbers, or no probabilities where these are stored.
+        """
+        if self.kind.startswith("float"):
+            if self.kind == "float16":
+                with np.errstate(over="ignore"):
+                    small = values.astype(np.float16)
+                if np.isinf(small).any() and not np.isinf(values).any():
+                    raise CellMapValueError(f"{where}: {np.abs(values).max():g} is too large for float16; use float32")
+                return small
+            return values
+        low, high = float(values.min()), float(values.max())
+        if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):  # which NaN fails as well
+            found = "NaN" if math.isnan(low + high) else f"values from {low:.4g} to {high:.4g}"
+            raise CellMapValueError(
+                f"{where}: the model gave {found}, and dtype={self.kind} stores probabilities from 0 to 1; "
+                "activation='sigmoid' (or 'softmax') makes them of logits, dtype='float32' stores any number"
+            )
+        if self.kind == "labels":
+            return (values >= self.threshold).astype(np.uint8)
+        return np.rint(values.clip(0, 1) * np.float32(255)).astype(np.uint8)
+
+    def write(self, number: int, values: npt.NDArray[np.float32]) -> None:
+        """Write a block and say that it is done.
+
+        Args:
+            number: which.
+            values: ``[C, z, y, x]``.
+
+        Raises:
+            CellMapValueError: see `stored`.
+            OutputError: the disk is full or read-only; the blocks before are untouched.
+        """
+        stored = self.stored(values, f"block {number}")
+        start, shape = self.grid[number]
+        place = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+        with self._clear_errors(f"cannot be written to at block {number}"):
+            self.journal.write("begun", number)
+            for name, channel in zip(self.classes, stored, strict=True):
+                self.array(name)[place] = channel
+            self.journal.write("done", number, [int((channel >= self.threshold).sum()) for channel in values])
+
+    def fractions(self) -> dict[str, float]:
+        """The part of the finished voxels of each class that reach the threshold."""
+        notes = self.journal.finished
+        voxels = sum(math.prod(self.grid[number][1]) for number in notes)
+        counts = np.sum(list(notes.values()), axis=0) if notes else np.zeros(len(self.classes))
+        return {name: float(count) / max(1, voxels) for name, count in zip(self.classes, counts, strict=True)}
+
+    # -- the end
+
+    def finish(self, rank: int, world: int, barrier: Callable[[], None]) -> bool:
+        """Build the pyramids out of core and describe the groups: every process a part, level by level.
+
+        Returns:
+            Whether all blocks are done, so that it could be finished.
+
+        Args:
+            rank: this process.
+            world: how many there are.
+            barrier: waits for all of them.
+        """
+        coarser = downsample_mode if self.kind == "labels" else downsample_mean
+        unit = self.shards or self.chunks
+        with self._clear_errors("cannot be finished"):
+            barrier()  # all have written what they had to
+            if len(self.journal.finished) < len(self.grid):
+                return False
+            if self.journal.complete:
+                return True
+            barrier()  # all have seen that it is not
+            for level in range(1, self.levels):
+                if rank == 0:
+                    for name in self.classes:
+                        shutil.rmtree(self.path / name / f"s{level}", ignore_errors=True)
+                        self._level(name, level)
+                barrier()
+                shape = self._shape(level)
+                boxes = list(product(*(range(0, n, u) for n, u in zip(shape, unit, strict=True))))
+                for task, (name, start) in enumerate(product(self.classes, boxes)):
+                    if task % world != rank:
+                        continue
+                    stop = [min(a + u, n) for a, u, n in zip(start, unit, shape, strict=True)]
+                    here = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+                    fine = tuple(slice(2 * a, 2 * b) for a, b in zip(start, stop, strict=True))
+                    source = zarr.open_array(str(self.path / name / f"s{level - 1}"), mode="r")
+                    target = zarr.open_array(str(self.path / name / f"s{level}"), mode="r+")
+                    target[here] = coarser(np.asarray(source[fine]))
+                barrier()
+            if rank == 0:
+                for name in self.classes:
+                    lattice = self.grid.lattice
+                    block = multiscale_attributes(
+                        name, lattice.step, lattice.origin, self.levels, zarr_format=self.zarr_format
+                    )
+                    write_group(self.path / name, {"cellmap": self._about(name), **block}, self.zarr_format)
+                self.journal.complete = True
+            barrier()
+            return True
+
+    @contextmanager
+    def _clear_errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except CellMapError:
+            raise
+        except OSError as e:
+            why = {
+                errno.ENOSPC: "the disk is full",
+                errno.EDQUOT: "the quota is used up",
+                errno.EROFS: "the disk is read-only",
+                errno.EACCES: "it may not be written to",
+                errno.EPERM: "it may not be written to",
+            }.get(e.errno or 0, str(e))
+            raise OutputError(
+                f"{self.path} {what}: {why}. What is finished stays; the same command goes on from there"
+            ) from e

@@ -1,0 +1,532 @@
+"""A whole volume, predicted: what is written is what the model says, wherever blocks, ranks and kills fall."""
+
+import datetime as dt
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import zarr
+from lightning.pytorch.strategies import DDPStrategy
+
+from cellmap_lightning import CellMapDataModule
+from cellmap_lightning.callbacks import PredictionWriter
+from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
+from cellmap_lightning.volumes.journal import Journal
+from cellmap_lightning.volumes.ngff import read_multiscale
+from cellmap_lightning.volumes.writer import downsample_mean, downsample_mode, write_multiscale
+
+pytestmark = pytest.mark.usefixtures("quiet_lightning", "no_threads_left")
+
+SCALE, TRANSLATION = (10.48, 8.0, 8.0), (5.24, 4.0, 2.0)
+
+
+class Identity(L.LightningModule):
+    """Gives back its input, once for each class."""
+
+    def __init__(self, channels=1):
+        super().__init__()
+        self.channels = channels
+        self.batches = 0
+
+    def predict_step(self, batch, batch_idx):
+        self.batches += 1
+        return batch["raw"].repeat(1, self.channels, *[1] * (batch["raw"].ndim - 2))
+
+
+class Convolution(L.LightningModule):
+    """Something whose borders differ from its middle."""
+
+    def __init__(self, channels=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = torch.nn.Sequential(
+            torch.nn.Conv3d(1, 4, 5, padding=2), torch.nn.Conv3d(4, channels, 3, padding=1)
+        )
+
+    def forward(self, x):
+        return self.network(x).sigmoid()
+
+    def predict_step(self, batch, batch_idx):
+        # One by one: what a convolution gives may differ in the last bit with the number of samples.
+        return {"found": torch.cat([self(x[None]) for x in batch["raw"]])}
+
+
+def raw_volume(folder, shape, dtype="uint8", **kwargs):
+    """Random voxels, and where they are."""
+    values = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+    path = Path(folder) / "raw.zarr" / "em"
+    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(16, 16, 16), **kwargs)
+    return path, values
+
+
+def module(path, patch, classes=("a",), **kwargs):
+    spec = {"shape": list(patch), "scale": list(SCALE)}
+    given = {"datasets": {"predict": [{"raw": str(path)}]}, "batch_size": 3}
+    return CellMapDataModule(list(classes), {"raw": spec}, **(given | kwargs))
+
+
+def predict(path, patch, output, model=None, classes=("a",), world=1, data=None, **kwargs):
+    """Run it; the writer."""
+    given = {"chunks": [8, 8, 16], "block_mb": 0.02, "dtype": "float32"}
+    writer = PredictionWriter(str(output), classes=list(classes), **(given | kwargs))
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=60))
+    run = L.Trainer(
+        accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[writer],
+        default_root_dir=Path(output).parent,
+    )  # fmt: skip
+    with module(path, patch, classes, **(data or {})) as given_data:
+        assert not run.predict(model or Identity(len(classes)), datamodule=given_data)
+    return writer
+
+
+def read(output, name="a", level=0):
+    return zarr.open_array(str(Path(output) / name / f"s{level}"), mode="r")[...]
+
+
+def contents(output):
+    """Every file of the data, with its bytes."""
+    return {
+        str(p.relative_to(output)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(output).rglob("*"))
+        if p.is_file() and ".cellmap-prediction" not in p.parts
+    }
+
+
+@pytest.mark.parametrize("shape", [(32, 48, 48), (33, 41, 50), (10, 12, 90)], ids=str)
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.7])
+def test_an_identity_is_reproduced_bit_for_bit_by_trim(tmp_path, shape, overlap):
+    path, values = raw_volume(tmp_path, shape)
+    writer = predict(path, (12, 16, 20), tmp_path / "out.zarr", overlap=overlap)
+    assert writer.summary.complete
+    assert writer.summary.blocks > 1
+    found = read(tmp_path / "out.zarr")
+    assert found.shape == shape
+    with module(path, (12, 16, 20)) as data:
+        whole = data.predict_dataset.layout.scaling(torch.from_numpy(values)[None, None], torch.tensor([0]))[0, 0]
+    assert np.array_equal(found, whole.numpy())
+
+
+@pytest.mark.parametrize("shape", [(32, 48, 48), (33, 41, 50), (10, 12, 90)], ids=str)
+@pytest.mark.parametrize("blend", ["average", "gaussian"])
+@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5, 0.75])
+def test_an_identity_is_reproduced_by_weighted_means(tmp_path, shape, blend, overlap):
+    path, values = raw_volume(tmp_path, shape)
+    predict(path, (12, 16, 20), tmp_path / "out.zarr", blend=blend, overlap=overlap, block_mb=0.2)
+    assert np.abs(read(tmp_path / "out.zarr") - values.astype(np.float32) / 255).max() < 1e-6
+
+
+@pytest.mark.parametrize(("blend", "mode"), [("average", "constant"), ("gaussian", "gaussian")])
+@pytest.mark.parametrize("overlap", [0.25, 0.5, 0.6])
+@pytest.mark.parametrize("shape", [(33, 41, 50), (10, 40, 64)], ids=str)
+def test_weighted_means_are_those_of_monai(tmp_path, blend, mode, overlap, shape):
+    from monai.inferers import sliding_window_inference
+
+    path, values = raw_volume(tmp_path, shape)
+    model = Convolution().eval()
+    predict(path, (12, 16, 20), tmp_path / "out.zarr", model, ("a", "b"), blend=blend, overlap=overlap)
+    with torch.inference_mode():
+        whole = torch.from_numpy(values.astype(np.float32) / 255)[None, None]
+        expected = sliding_window_inference(whole, (12, 16, 20), 2, model, overlap=overlap, mode=mode)[0]
+    for name, channel in zip("ab", expected.numpy(), strict=True):
+        assert np.abs(read(tmp_path / "out.zarr", name) - channel).max() < 1e-5
+
+
+def test_a_region_is_a_cut_out_of_the_whole(tmp_path):
+    path, _ = raw_volume(tmp_path, (33, 41, 50))
+    for blend in ("trim", "gaussian"):
+        given = {"blend": blend, "classes": ("a", "b"), "block_mb": 0.3, "overlap": 0.5}
+        predict(path, (12, 16, 20), tmp_path / f"{blend}.zarr", Convolution(), **given)
+        lower, upper = (5, 8, 3), (29, 41, 40)
+        edges = [
+            [t + (n - 0.5) * s for t, n, s in zip(TRANSLATION, ends, SCALE, strict=True)] for ends in (lower, upper)
+        ]
+        region = dict(zip("zyx", zip(*edges, strict=True), strict=True))
+        predict(path, (12, 16, 20), tmp_path / f"{blend}-part.zarr", Convolution(), region=region, **given)
+        whole, part = (read(tmp_path / f"{name}.zarr") for name in (blend, f"{blend}-part"))
+        cut = whole[5:29, 8:41, 3:40]
+        # By trim blocks are laid out by themselves: with context as far as the network sees, that changes nothing.
+        assert part.shape == cut.shape
+        assert np.abs(part - cut).max() < 1e-6
+        found = read_multiscale(tmp_path / f"{blend}-part.zarr" / "a").finest.lattice
+        assert np.allclose(
+            found.origin, [t + n * s for t, n, s in zip(TRANSLATION, lower, SCALE, strict=True)], atol=1e-9
+        )
+    outside = {"z": [1e5, 2e5], "y": [0, 100], "x": [0, 100]}
+    with pytest.raises(CellMapValueError, match=r"the region .* lies outside the volume"):
+        predict(path, (12, 16, 20), tmp_path / "nowhere.zarr", region=outside)
+    assert not (tmp_path / "nowhere.zarr").exists()
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_other_programs_read_what_is_written(tmp_path, zarr_format):
+    import tensorstore
+    from ome_zarr_models.v04 import Image as Image04
+    from ome_zarr_models.v05 import Image as Image05
+
+    path, values = raw_volume(tmp_path, (64, 70, 72))
+    more = {"shards": [16, 16, 16]} if zarr_format == 3 else {}
+    out = tmp_path / "out.zarr"
+    predict(path, (16, 24, 24), out, classes=("a", "b"), zarr_format=zarr_format, dtype="uint8", **more)
+    driver = "zarr" if zarr_format == 2 else "zarr3"
+    expected = values
+    for level in range(2):
+        for name in "ab":
+            spec = {"driver": driver, "kvstore": {"driver": "file", "path": str(out / name / f"s{level}")}}
+            assert np.array_equal(tensorstore.open(spec, read=True).result()[...].read().result(), expected)
+        expected = downsample_mean(expected)
+    assert not (out / "a" / "s2").exists(), "the next level would have fewer than 32 voxels"
+    model = Image04 if zarr_format == 2 else Image05
+    image = model.from_zarr(zarr.open_group(str(out / "a"), mode="r"))
+    about = image.attributes if zarr_format == 2 else image.attributes.ome
+    assert [d.path for d in about.multiscales[0].datasets] == ["s0", "s1"]
+    here, there = read_multiscale(out / "a"), read_multiscale(path)
+    assert here.finest.lattice.matches(there.finest.lattice), "centres of voxels, not corners"
+    assert np.allclose(here.levels[1].lattice.box.lower, here.levels[0].lattice.box.lower)
+
+
+def test_labels_are_cellmap_labels(tmp_path):
+    path, values = raw_volume(tmp_path, (64, 64, 64))
+    out = tmp_path / "out.zarr"
+    writer = predict(path, (16, 16, 16), out, dtype="labels", threshold=0.25)
+    expected = (values.astype(np.float32) / 255 >= 0.25).astype(np.uint8)
+    assert np.array_equal(read(out), expected)
+    assert np.array_equal(read(out, level=1), downsample_mode(expected))
+    assert writer.summary.fractions == {"a": pytest.approx(expected.mean())}
+    annotation = dict(zarr.open_group(str(out / "a"), mode="r").attrs)["cellmap"]["annotation"]
+    assert annotation["annotation_type"]["encoding"] == {"absent": 0, "present": 1, "unknown": 255}
+
+
+def test_float16_and_an_activation(tmp_path):
+    path, values = raw_volume(tmp_path, (16, 32, 32))
+    predict(path, (8, 16, 16), tmp_path / "out.zarr", dtype="float16", activation="sigmoid", levels=1)
+    expected = 1 / (1 + np.exp(values / -255.0))
+    assert read(tmp_path / "out.zarr").dtype == np.float16
+    assert np.abs(read(tmp_path / "out.zarr") - expected).max() < 1e-3
+
+
+class Halved(L.LightningModule):
+    """A model whose output has voxels twice as large, and sees more than it predicts."""
+
+    def predict_step(self, batch, batch_idx):
+        x = batch["raw"][:, :, 4:-4, 4:-4, 4:-4]
+        return torch.nn.functional.avg_pool3d(x, 2)
+
+
+def test_an_output_of_another_shape_and_scale(tmp_path):
+    path, values = raw_volume(tmp_path, (33, 41, 50))
+    spec = {"shape": [6, 8, 8], "scale": [2 * s for s in SCALE]}
+    out = tmp_path / "out.zarr"
+    predict(path, (20, 24, 24), out, Halved(), data={"target_arrays": {"labels": spec}}, overlap=0, levels=1)
+    found = read(out)
+    assert found.shape == (17, 21, 25)
+    padded = np.pad(values.astype(np.float32) / 255, ((0, 1), (0, 1), (0, 0)))
+    expected = padded.reshape(17, 2, 21, 2, 25, 2).mean((1, 3, 5))
+    assert np.abs(found - expected).max() < 1e-6
+    lattice = read_multiscale(out / "a").finest.lattice
+    assert np.allclose(lattice.box.lower, read_multiscale(path).finest.lattice.box.lower)
+
+
+def test_slice_by_slice(tmp_path):
+    path, values = raw_volume(tmp_path, (9, 41, 50))
+    predict(path, (1, 16, 20), tmp_path / "out.zarr", overlap=0.25)
+    assert np.abs(read(tmp_path / "out.zarr") - values / 255).max() < 1e-6
+
+
+def test_two_and_four_processes_write_the_bytes_of_one(tmp_path):
+    path, _ = raw_volume(tmp_path, (33, 70, 64))
+    for blend in ("trim", "gaussian"):
+        given = {"model": Convolution(), "classes": ("a", "b"), "blend": blend, "dtype": "uint8", "block_mb": 0.3}
+        for world in (1, 2, 4):
+            predict(path, (12, 16, 20), tmp_path / f"{blend}{world}.zarr", world=world, **given)
+        alone = contents(tmp_path / f"{blend}1.zarr")
+        assert len(alone) > 20
+        for world in (2, 4):
+            assert contents(tmp_path / f"{blend}{world}.zarr") == alone
+        predict(path, (12, 16, 20), tmp_path / f"{blend}b.zarr", data={"batch_size": 5}, **given)
+        assert contents(tmp_path / f"{blend}b.zarr") == alone, "a model that does not depend on its batch"
+
+
+def test_a_finished_prediction_is_skipped_and_another_is_refused(tmp_path):
+    path, values = raw_volume(tmp_path, (33, 41, 50))
+    out = tmp_path / "out.zarr"
+    first = predict(path, (12, 16, 20), out, classes=("a", "b"), model=Convolution())
+    before = contents(out)
+    again = Convolution()
+    second = predict(path, (12, 16, 20), out, classes=("a", "b"), model=again, data={"batch_size": 2})
+    assert (second.summary.written, second.summary.complete) == (0, True)
+    assert second.summary.fractions == first.summary.fractions
+    other = Convolution()
+    with torch.no_grad():
+        other.network[0].bias += 1
+    box = {"z": [0, 100], "y": [0, 100], "x": [0, 100]}
+    for change, named in (
+        ({"model": other}, "model: 'Convolution .*' is there, now 'Convolution "),
+        ({"blend": "average"}, "blend: 'trim' is there, now 'average'"),
+        ({"region": box}, "shape: .33, 41, 50. is there"),
+        ({"dtype": "uint8"}, "dtype: 'float32' is there, now 'uint8'"),
+        ({"classes": ("a", "c")}, r"classes: \['a', 'b'\] is there, now \['a', 'c'\]"),
+        ({"data": {"normalize": "zscore"}}, "normalization: "),
+    ):
+        given = {"model": Convolution(), "classes": ("a", "b")} | change
+        with pytest.raises(CellMapFileExistsError, match=named):
+            predict(path, (12, 16, 20), out, **given)
+    with pytest.raises(CellMapFileExistsError, match="patch: "):
+        predict(path, (12, 20, 20), out, classes=("a", "b"), model=Convolution())
+    assert contents(out) == before
+    predict(path, (12, 16, 20), out, classes=("c",), model=Identity(), overwrite=True)
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == ["c"]
+    assert np.abs(read(out, "c") - values / 255).max() < 1e-6
+
+
+def test_what_is_no_prediction_is_never_replaced(tmp_path):
+    path, values = raw_volume(tmp_path, (16, 16, 16))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    for overwrite in (False, True):
+        with pytest.raises(CellMapFileExistsError, match="holds no prediction of this package"):
+            predict(path, (8, 8, 8), tmp_path / "mine", overwrite=overwrite)
+        for output in (path, path / "s0" / "x", path.parent):
+            with pytest.raises(CellMapValueError, match="must not lie in each other"):
+                predict(path, (8, 8, 8), output, overwrite=overwrite)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+    assert np.array_equal(read(path.parent, "em"), values)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"classes": ("a", "b"), "model": Identity(1)}, r"returned 1 channels, and there are 2 classes: \['a', 'b'\]"),
+        ({"model": Halved()}, r"returned \[\d, 1, 2, 4, 6\], and \[\d, 1, 12, 16, 20\] was expected"),
+        ({"context": 6}, "a context of 6 voxels on either side along z leaves nothing of a patch of 12; at most 5 fit"),
+        ({"overlap": 1.0}, r"overlap must be a part of a patch, in \[0, 1\)"),
+        ({"levels": 9}, "levels must be from 1 to 6"),
+        ({"blend": "max"}, "blend is one of trim, average, gaussian, got 'max'"),
+        ({"shards": [16, 16, 16]}, "shards need zarr_format=3"),
+        ({"dtype": "uint16"}, "dtype is one of uint8, float16, float32, labels, got 'uint16'"),
+        ({"region": {"z": [0, 10]}}, "a region is {z: "),
+        (
+            {"dtype": "uint8", "data": {"raw_value_transforms": None}},
+            "gave values from .* and dtype=uint8 stores",
+        ),
+    ],
+    ids=lambda v: "" if isinstance(v, dict) else v[:20],
+)
+def test_bad_input_is_an_error_with_both_sides(tmp_path, given, match):
+    path, _ = raw_volume(tmp_path, (33, 41, 50))
+    with pytest.raises(CellMapError, match=match):
+        predict(path, (12, 16, 20), tmp_path / "out.zarr", **given)
+
+
+class Breaking(L.LightningModule):
+    """Makes the output unwritable on the way."""
+
+    def __init__(self, output, after):
+        super().__init__()
+        self.output, self.after = output, after
+
+    def predict_step(self, batch, batch_idx):
+        if batch_idx == self.after:
+            limited(self.output)
+        return batch["raw"]
+
+
+def limited(output):
+    """No file of this process may grow any more, as on a full disk."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))
+
+
+def test_a_full_disk_leaves_what_is_finished(tmp_path):
+    path, _ = raw_volume(tmp_path, (33, 41, 50))
+    out = tmp_path / "out.zarr"
+    child = os.fork()
+    if child == 0:
+        try:
+            predict(path, (12, 16, 20), out, Breaking(out, 9), model_id="m")
+        except OutputError as e:
+            os._exit(7 if "What is finished stays" in str(e) else 8)
+        finally:
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    writer = predict(path, (12, 16, 20), out, Identity(), model_id="m")
+    assert 0 < writer.summary.written < writer.summary.blocks
+    predict(path, (12, 16, 20), tmp_path / "whole.zarr", Identity(), model_id="m")
+    assert contents(out) == contents(tmp_path / "whole.zarr")
+
+
+def test_too_little_room_is_known_before_anything_is_computed(tmp_path, monkeypatch):
+    path, _ = raw_volume(tmp_path, (33, 41, 50))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    model = Identity()
+    with pytest.raises(OutputError, match=r"takes .* GB before compression .* check_space=False"):
+        predict(path, (12, 16, 20), tmp_path / "out.zarr", model)
+    assert model.batches == 0
+    predict(path, (12, 16, 20), tmp_path / "out.zarr", check_space=False)
+
+
+def test_wrong_trainers_are_refused(tmp_path):
+    path, _ = raw_volume(tmp_path, (16, 16, 16))
+    writers = [PredictionWriter(str(tmp_path / f"{n}.zarr")) for n in range(2)]
+    common = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    with module(path, (8, 8, 8)) as data:
+        with pytest.raises(CellMapError, match="a Trainer can have one PredictionWriter"):
+            L.Trainer(callbacks=writers, **common, **quiet).predict(Identity(), datamodule=data)
+        assert data.prediction is None
+    with pytest.raises(CellMapError, match="needs a CellMapDataModule"):
+        L.Trainer(callbacks=writers[:1], **common, **quiet).predict(Identity(), [1])
+    raw = {"raw": str(path)}
+    with pytest.raises(CellMapValueError, match="writes one volume, and 'predict' has 2"):
+        predict(path, (8, 8, 8), tmp_path / "out.zarr", data={"datasets": {"predict": [raw, raw]}})
+
+
+def test_a_limit_leaves_the_rest_for_another_time(tmp_path):
+    path, values = raw_volume(tmp_path, (33, 41, 50))
+    out = tmp_path / "out.zarr"
+    writer = PredictionWriter(str(out), classes=["a"], dtype="float32", chunks=[8, 8, 16], block_mb=0.02)
+    run = L.Trainer(
+        accelerator="cpu", devices=1, logger=False, limit_predict_batches=8, callbacks=[writer],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    with module(path, (12, 16, 20)) as data:
+        run.predict(Identity(), datamodule=data)
+        assert data.prediction is None
+    assert not writer.summary.complete
+    with pytest.raises(CellMapError):
+        read_multiscale(out / "a")
+    assert predict(path, (12, 16, 20), out).summary.complete
+    assert np.abs(read(out) - values / 255).max() < 1e-6
+
+
+def test_a_real_volume_comes_back_as_it_is(real_volume, tmp_path):
+    path = real_volume / "recon-1" / "em" / "fibsem-uint8"
+    level = read_multiscale(path).finest
+    spec = {"raw": {"shape": [8, 128, 128], "scale": list(level.scale)}}
+    with CellMapDataModule(["a"], spec, datasets={"predict": [{"raw": str(path)}]}, batch_size=4) as data:
+        run = L.Trainer(
+            accelerator="cpu", devices=1, logger=False, callbacks=[PredictionWriter(str(tmp_path / "out.zarr"))],
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+        run.predict(Identity(), datamodule=data)
+    assert np.array_equal(read(tmp_path / "out.zarr"), zarr.open_array(str(level.path), mode="r")[...])
+    assert read_multiscale(tmp_path / "out.zarr" / "a").finest.lattice.matches(level.lattice)
+
+
+PROGRAM = """
+import sys, time
+import torch
+import tests.test_prediction as t
+torch.set_num_threads(1)
+
+class Slow(t.Convolution):
+    def predict_step(self, batch, batch_idx):
+        time.sleep(0.01)
+        return super().predict_step(batch, batch_idx)
+
+path, out, blend, world = sys.argv[1:]
+print("ready", flush=True)
+t.predict(path, (12, 16, 20), out, Slow(), ("a", "b"), blend=blend, dtype="uint8", block_mb=0.3, world=int(world))
+"""
+
+
+@pytest.mark.parametrize(
+    ("blend", "world"), [pytest.param("trim", 1, marks=pytest.mark.slow), ("gaussian", 1), ("trim", 2)]
+)
+def test_killed_at_any_moment_and_run_again_it_leaves_the_same_bytes(tmp_path, blend, world):
+    path, _ = raw_volume(tmp_path, (33, 70, 64))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    rng = np.random.default_rng([world, len(blend)])
+
+    def start(out):
+        command = [sys.executable, "-W", "ignore", tmp_path / "program.py", path, out, blend, str(world)]
+        root = str(Path(__file__).parents[1])
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+        return subprocess.Popen(
+            list(map(str, command)), cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    whole = tmp_path / "whole.zarr"
+    began = time.monotonic()
+    process = start(whole)
+    process.stdout.readline()
+    loading = time.monotonic() - began
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    lasts = time.monotonic() - began - loading
+    out, done = tmp_path / "out.zarr", []
+    for _ in range(4):
+        with start(out) as process:
+            process.stdout.readline()
+            time.sleep(rng.uniform(0.1, 0.9) * lasts / 2)
+            os.killpg(process.pid, signal.SIGKILL)
+        done.append(len(Journal(out).finished) if out.exists() else 0)
+    assert done == sorted(done)
+    with start(out) as process:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert contents(out) == contents(whole)
+    assert done[-1] > 0, done
+
+
+MEMORY = """
+import sys, threading, time
+from pathlib import Path
+import torch
+import tests.test_prediction as t
+torch.set_num_threads(1)
+path, out = sys.argv[1:]
+
+def own():  # what belongs to this process and to no file
+    return sum(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon"))
+
+def run(n):
+    t.predict(
+        f"{path}/{n}/raw.zarr/em", (32, 32, 32), f"{out}/{n}.zarr", t.Identity(), blend="gaussian",
+        overlap=0.25, chunks=[32, 32, 32], block_mb=2, levels=2,
+    )
+
+run("small")
+before, most, going = own(), 0, True
+
+def watch():
+    global most
+    while going:
+        most = max(most, own())
+        time.sleep(0.003)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+run("large")
+going = False
+watcher.join()
+print("peak", most - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_volume(tmp_path):
+    for name, shape in (("small", (48, 64, 64)), ("large", (128, 320, 320))):
+        raw_volume(tmp_path / name, shape)
+    (tmp_path / "program.py").write_text(MEMORY)
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", tmp_path / "program.py", tmp_path, tmp_path], cwd=root, capture_output=True,
+        text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.split("peak")[1]) * 1024
+    assert read(tmp_path / "large.zarr").nbytes > 50e6
+    assert peak < 25e6, "after a small volume a large one takes hardly more, and far less than its own 52 MB"
