@@ -261,6 +261,8 @@ class CellMapDataset(SampleSource):
             self.pad,
             self.label,
             [] if self.pad else [(world[n], volume) for n in inputs],
+            # An evaluation shows every voxel of every target; where a larger one leaves the crop, nothing is known.
+            cover=self.pad and not self.is_train,
         )
         self._place(world, targets)
         self._tiled = world[next(iter(targets or inputs))]

@@ -70,6 +70,7 @@ class Placement:
         pad: bool,
         label: str = "",
         limits: Sequence[tuple[Window, Box]] = (),
+        cover: bool = False,
     ) -> "Placement":
         """Positions at which ``windows``, all around one centre, lie inside ``box``.
 
@@ -87,6 +88,8 @@ class Placement:
             pad: allow boxes smaller than a window.
             label: what messages call the box.
             limits: further boxes that hold windows at every position (raw volumes that must not be left).
+            cover: positions at which the smallest of ``windows`` lies inside, so that it reaches the edges; the others
+                may stick out.
 
         Raises:
             CellMapValueError: a window is larger than its box and ``pad`` is off.
@@ -94,8 +97,8 @@ class Placement:
         name = f"{label}: " if label else ""
         first, step, counts, strides, held = [], [], [], [], []
         for axis in range(3):
-            extent = max(w.extent[axis] for w in windows)
             smallest = min(float(w.extent[axis]) for w in windows)
+            extent = smallest if cover else max(float(w.extent[axis]) for w in windows)
             tied = [
                 (lattice.step[axis], lattice.box.lower[axis] + w.extent[axis] / 2)
                 for w, lattice in arrays
