@@ -70,6 +70,7 @@ def test_a_crop_from_the_command_line(checkpoint, volume, tmp_path):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(checkpoint, volume, tmp_path):
     given = ["writer.block_mb=0.01", "writer.chunks=[8,32,32]", "writer.overlap=0.5", "data.batch_size=1"]
     out = tmp_path / "out.zarr"

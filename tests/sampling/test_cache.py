@@ -380,8 +380,15 @@ def test_slices_in_another_plane_off_the_lattice(tmp_path, plane):
 
 
 @pytest.mark.parametrize("spatial", ["straight", "mirrored and transposed", "rotated about z"])
-@pytest.mark.parametrize("rule", ["majority", "any"])
-@pytest.mark.parametrize("how", ["one step", "several"])
+@pytest.mark.parametrize(
+    ("how", "rule"),
+    [
+        ("one step", "majority"),
+        ("several", "any"),
+        pytest.param("one step", "any", marks=pytest.mark.slow),
+        pytest.param("several", "majority", marks=pytest.mark.slow),
+    ],
+)
 def test_votes_off_the_lattice(tmp_path, rule, spatial, how):
     volume = off_lattice(tmp_path, how)
     shape, scale = (6, 8, 10), (10.0, 16.0, 16.0)
