@@ -303,6 +303,9 @@ def _train(cfg: DictConfig) -> float | None:
     )
     validates = data.crops.given("val") and trainer.limit_val_batches != 0
     if trainer.is_global_zero:
+        metrics = folder / "metrics.csv"
+        if checkpoint is not None and metrics.exists():  # Lightning's logger would delete it
+            metrics.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         data.crops.write_csv(folder / "split.csv")
         if data.crops.rule != "csv":
@@ -375,11 +378,6 @@ def _checkpoint(resume: str | None, folder: Path) -> Path | None:
 
     path_or_none = newest_checkpoint(folder)
     log.info("resume=auto: %s", path_or_none or f"nothing to go on from in {folder}, so this is the beginning")
-    metrics = folder / "metrics.csv"
-    if path_or_none is not None and metrics.exists() and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        # Lightning's logger would delete it.
-        parts = len(list(folder.glob("metrics.*.csv")))
-        metrics.rename(folder / f"metrics.{parts + 1}.csv")
     return path_or_none
 
 

@@ -288,6 +288,34 @@ def test_a_finished_prediction_is_skipped_and_another_is_refused(tmp_path):
     assert np.abs(read(out, "c") - values / 255).max() < 1e-6
 
 
+class Doubled:
+    """A value transform of somebody's own, written as where it lies in memory."""
+
+    def __call__(self, raw):
+        return raw.float() / 255 * 2
+
+
+@pytest.mark.parametrize("make", [Doubled, lambda: lambda raw: raw.float() / 255], ids=["object", "function"])
+def test_a_value_transform_is_the_same_in_the_next_run(tmp_path, make):
+    path, _ = raw_volume(tmp_path, (16, 16, 16))
+    one, two = make(), make()
+    assert str(one) != str(two)
+    predict(path, (12, 16, 16), tmp_path / "out.zarr", data={"raw_value_transforms": one})
+    again = predict(path, (12, 16, 16), tmp_path / "out.zarr", data={"raw_value_transforms": two})
+    assert (again.summary.written, again.summary.complete) == (0, True)
+    with pytest.raises(CellMapFileExistsError, match="raw_value_transforms: "):
+        predict(path, (12, 16, 16), tmp_path / "out.zarr", data={"raw_value_transforms": "auto"})
+
+
+def test_whether_everything_is_done_is_said_by_one_process(tmp_path):
+    """Files that one process sees and another does not, as on a network: none waits where the others do not."""
+    path, _ = raw_volume(tmp_path, (16, 16, 16))
+    output = predict(path, (12, 16, 16), tmp_path / "out.zarr")._output
+    met = []
+    assert output.finish(1, 2, lambda: met.append("barrier"), lambda own: met.append(own) or False) is False
+    assert met == ["barrier", True]
+
+
 def test_what_is_no_prediction_is_never_replaced(tmp_path):
     path, values = raw_volume(tmp_path, (16, 16, 16))
     (tmp_path / "mine").mkdir()

@@ -261,7 +261,7 @@ class PredictionWriter(L.Callback):
             "key": self.key,
             "raw": str(Path(dataset.input_path).absolute()),
             "normalization": list(dataset.affine),
-            "raw_value_transforms": {name: str(t) for name, t in dataset.layout.raw_transforms.items()},
+            "raw_value_transforms": {name: _called(t) for name, t in dataset.layout.raw_transforms.items()},
             "inputs": inputs,
             "patch": list(window.shape),
             "voxel size": list(lattice.step),
@@ -354,7 +354,8 @@ class PredictionWriter(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Build the pyramids, when every process is done."""
         self._bar.close()
-        complete = self._output.finish(trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
+        strategy = trainer.strategy
+        complete = self._output.finish(trainer.global_rank, trainer.world_size, strategy.barrier, strategy.broadcast)
         self.summary.complete = complete
         self.summary.finished = len(self._output.journal.finished)
         self.summary.fractions = self._output.fractions()
@@ -394,6 +395,14 @@ def fingerprint(module: L.LightningModule) -> str:
             digest.update(f"{plain.dtype} {list(value.shape)}".encode())
             digest.update(plain.view(torch.uint8).numpy().tobytes())
     return f"{type(module).__qualname__} {digest.hexdigest()[:16]}"
+
+
+def _called(transform: Any) -> str:
+    """A value transform by its name; what it is written as may hold an address, another one in each process."""
+    if not callable(transform):
+        return str(transform)
+    named = transform if hasattr(transform, "__qualname__") else type(transform)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _lengths(what: str, value: Sequence[int]) -> Shape:

@@ -66,10 +66,7 @@ def foreground(image: Multiscale, encoding: Encoding, pool: ReadPool, label: str
     def count(start: tuple[int, int, int]) -> None:
         z, y, x = (min(c, n - o) for c, n, o in zip(reader.chunks, reader.shape, start, strict=True))
         stored = stored_labels(reader, encoding, start, (z, y, x))
-        present = stored != encoding.absent
-        if encoding.unknown is not None:
-            present &= stored != encoding.unknown
-        found.append(int(np.count_nonzero(present)))
+        found.append(int(np.count_nonzero(encoding.present(stored))))
 
     log.info("%s: its metadata has no complement_counts, so its %d chunks are counted once", label, len(corners))
     batch = 4 * pool.workers  # so that the queue stays short and the bar moves

@@ -184,6 +184,9 @@ class CellMapDataset(SampleSource):
 
         raw = read_multiscale(self.input_path)
         volume = raw.finest.lattice.box
+        #: The whole volume, nm.
+        self.raw_box: Box = volume
+        self._raw_scale = raw.finest.scale
         self.plane = Plane.parse(plane, arrays)
         #: Patches of the arrays, along their own axes.
         self._windows = {
@@ -440,15 +443,10 @@ class CellMapDataset(SampleSource):
         """The level of raw that each input is read from."""
         return dict(self._raw)
 
-    @property
-    def raw_box(self) -> Box:
-        """The whole volume, nm."""
-        return read_multiscale(self.input_path).finest.lattice.box
-
     def in_volume(self, window: Window, flat: bool = False) -> Window:
         """A window along the axes of the volume; a flat one as thick as the volume's voxels."""
         if flat:
-            window = self.plane.thicken(window, read_multiscale(self.input_path).finest.scale)
+            window = self.plane.thicken(window, self._raw_scale)
         return self.plane.in_volume(window)
 
     def placed(self, placement: Placement) -> "CellMapDataset":
@@ -458,8 +456,8 @@ class CellMapDataset(SampleSource):
             placement: where they may lie; inputs reach over the border of the volume if it says so.
         """
         other = copy(self)
-        other.__dict__.pop("_offsets", None)  # they are those of the positions, and worked out when asked for
-        other.__dict__.pop("_tile_offsets", None)
+        for name in ("_offsets", "_firsts", "_tile_offsets"):
+            other.__dict__.pop(name, None)  # they are those of the positions, and worked out when asked for
         other.placement = placement
         other._store = RegionStore(self._store.mode, self._store.budget)
         other._images = {

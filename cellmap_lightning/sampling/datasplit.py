@@ -426,19 +426,21 @@ class CellMapDataSplit:
         return scales
 
     def write_csv(self, path: str | Path) -> None:
-        """Write the crops of every split as a CSV of ``usage, raw, target`` with absolute paths.
+        """Write the crops of every split as a CSV of ``usage, raw, target`` with absolute paths, and ``weight`` if any.
 
         Read again with ``split="csv"`` it gives the same splits. How single entries are normalized or inverted has no
         place in a CSV; that is logged.
         """
         rows, own = [], []
+        weighted = any(entry.weight is not None for entries in self.entries.values() for entry in entries)
         for split in SPLITS:
             for entry in self.entries.get(split, []):
                 target = entry.target_path
                 if entry.dataset is not None and entry.dataset.target_path is not None:
                     target = str(entry.dataset.target_path)
                 raw, gt = _absolute(entry.input_path), _absolute(target) if target else ""
-                rows.append(["validate" if split == "val" else split, raw, gt])
+                weight = [] if not weighted else ["" if entry.weight is None else repr(entry.weight)]
+                rows.append(["validate" if split == "val" else split, raw, gt, *weight])
                 if entry.normalize is not None or entry.invert is not None:
                     own.append(entry.where)
         if own:
@@ -447,7 +449,7 @@ class CellMapDataSplit:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", encoding="utf-8", newline="") as out:
             writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
-            writer.writerow(["usage", "raw", "target"])
+            writer.writerow(["usage", "raw", "target", *(["weight"] if weighted else [])])
             writer.writerows(rows)
 
     def table(self) -> str:

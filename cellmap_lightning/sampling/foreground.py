@@ -124,7 +124,7 @@ def _build(
         # What no file holds is all fill value: one voxel of it tells whether that is foreground.
         hole = next(n for n in range(math.prod(grid)) if n not in numbers)
         start = np.multiply(np.unravel_index(hole, grid), block).tolist()
-        if _present(reader, encoding, (start[0], start[1], start[2]), (1, 1, 1)).any():
+        if encoding.present(stored_labels(reader, encoding, (start[0], start[1], start[2]), (1, 1, 1))).any():
             numbers = range(math.prod(grid))
     order = np.array(sorted(numbers), np.int64)
     first = _spread(len(order), MOST_BLOCKS, len(order))
@@ -134,7 +134,7 @@ def _build(
     def look(number: int) -> None:
         start = np.multiply(np.unravel_index(number, grid), block).tolist()
         shape = np.minimum(block, np.subtract(reader.shape, start)).tolist()
-        present = np.flatnonzero(_present(reader, encoding, tuple(start), tuple(shape)))
+        present = np.flatnonzero(encoding.present(stored_labels(reader, encoding, tuple(start), tuple(shape))))
         if len(present):
             chosen = present[_spread(len(present), most, number)]
             voxels = np.add(np.stack(np.unravel_index(chosen, shape), axis=1), start)
@@ -169,16 +169,6 @@ def _written(reader: ChunkReader, files: Iterable[tuple[int, int, int]], block: 
         ]
         found.update((z * grid[1] + y) * grid[2] + x for z, y, x in product(*spans))
     return found
-
-
-def _present(
-    reader: ChunkReader, encoding: Encoding, start: tuple[int, int, int], shape: tuple[int, int, int]
-) -> npt.NDArray[np.bool_]:
-    stored = stored_labels(reader, encoding, start, shape)
-    present: npt.NDArray[np.bool_] = stored != encoding.absent
-    if encoding.unknown is not None:
-        present &= stored != encoding.unknown
-    return present
 
 
 def _spread(count: int, most: int, number: int) -> npt.NDArray[np.int64]:

@@ -2,16 +2,17 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
+from cellmap_lightning.sampling.crops import Crops
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.pool import ReadPool
 from cellmap_lightning.sampling.source import SampleSource
-from cellmap_lightning.sampling.strategies import Crops, parse_strategy
+from cellmap_lightning.sampling.strategies import parse_strategy
 from cellmap_lightning.transforms.intensity import Scaling
 from cellmap_lightning.volumes.region import RegionStore
 
@@ -88,20 +89,19 @@ class CellMapMultiDataset(SampleSource):
         return self._datasets
 
     @property
-    def background_counts(self) -> dict[str, float]:
-        """Voxels of each class's annotation where it is not; see `CellMapDataset.background_counts`."""
-        found = dict.fromkeys(self.classes, 0.0)
-        for dataset in self._datasets:
-            for name, count in dataset.background_counts.items():
-                found[name] += count
-        return found
-
-    @property
     def class_counts(self) -> dict[str, float]:
         """Foreground voxels of each class over all crops; see `CellMapDataset.class_counts`."""
+        return self._added(dataset.class_counts for dataset in self._datasets)
+
+    @property
+    def background_counts(self) -> dict[str, float]:
+        """Voxels of each class's annotation where it is not; see `CellMapDataset.background_counts`."""
+        return self._added(dataset.background_counts for dataset in self._datasets)
+
+    def _added(self, counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
         found = dict.fromkeys(self.classes, 0.0)
-        for dataset in self._datasets:
-            for name, count in dataset.class_counts.items():
+        for crop in counts:
+            for name, count in crop.items():
                 found[name] += count
         return found
 

@@ -18,11 +18,12 @@ from torch.utils.data import Dataset, get_worker_info
 from cellmap_lightning.draws import PLACE, uniforms
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
 from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
+from cellmap_lightning.sampling.crops import Crops
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.pool import FORK_GATE, Closes, ReadPool
 from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
 from cellmap_lightning.sampling.slots import SlotBatch, Slots
-from cellmap_lightning.sampling.strategies import NUMBERS, ClassBalanced, Crops, PerCrop, Strategy, Uniform
+from cellmap_lightning.sampling.strategies import NUMBERS, ClassBalanced, PerCrop, Strategy, Uniform
 from cellmap_lightning.sampling.tiles import Spread, stratified
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.volumes.geometry import AXES, FloatArray, Shape
@@ -81,6 +82,11 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
     def _offsets(self) -> list[int]:
         """First position of each crop, and the number of positions at the end."""
         return [0, *accumulate(len(d.placement) for d in self.datasets)]
+
+    @cached_property
+    def _firsts(self) -> npt.NDArray[np.int64]:
+        """First position of each crop, as an array."""
+        return np.asarray(self._offsets[:-1], np.int64)
 
     @cached_property
     def _tile_offsets(self) -> list[int]:
@@ -193,7 +199,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
             return [self._tile(n, n) for n in samples]
         turns = self.spatial.turns(seed, samples) if self.is_train else [None] * len(samples)
         found = (strategy or self.strategy).places(uniforms(seed, PLACE, samples, NUMBERS), turns)
-        positions = np.asarray(self._offsets)[found.crops] + found.positions
+        positions = self._firsts[found.crops] + found.positions
         return [Draw(n, at, turn) for n, at, turn in zip(samples, positions.tolist(), turns, strict=True)]
 
     def get_crop_class_matrix(self) -> npt.NDArray[np.bool_]:

@@ -52,10 +52,7 @@ def tiles_with(
                 return None
             code = encoding(level)
             reader = ChunkReader(level, label)
-            stored = stored_labels(reader, code, (0, 0, 0), reader.shape)
-            present = stored != code.absent
-            if code.unknown is not None:
-                present &= stored != code.unknown
+            present = code.present(stored_labels(reader, code, (0, 0, 0), reader.shape))
             if present.any():
                 return _tiles(present, level, placement, window)
     except CellMapError as error:

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, Lattice, Shape, Vector, to_vector
@@ -391,6 +392,13 @@ class Encoding:
     absent: int
     unknown: int | None
     ambiguous: bool = False
+
+    def present(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Whether each stored value says that the class is there."""
+        there: npt.NDArray[np.bool_] = stored != self.absent
+        if self.unknown is not None:
+            there &= stored != self.unknown
+        return there
 
 
 def _annotation(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -283,7 +283,9 @@ class PredictionOutput:
 
     # -- the end
 
-    def finish(self, rank: int, world: int, barrier: Callable[[], None]) -> bool:
+    def finish(
+        self, rank: int, world: int, barrier: Callable[[], None], broadcast: Callable[[bool], bool] = bool
+    ) -> bool:
         """Build the pyramids out of core and describe the groups: every process a part, level by level.
 
         Returns:
@@ -293,16 +295,17 @@ class PredictionOutput:
             rank: this process.
             world: how many there are.
             barrier: waits for all of them.
+            broadcast: what process 0 gives, to all of them: on a network file system each might see another state, and
+                one that went on alone would wait for the others for ever.
         """
         coarser = downsample_mode if self.kind == "labels" else downsample_mean
         unit = self.shards or self.chunks
         with self._clear_errors("cannot be finished"):
             barrier()  # all have written what they had to
-            if len(self.journal.finished) < len(self.grid):
+            if not broadcast(len(self.journal.finished) == len(self.grid)):
                 return False
-            if self.journal.complete:
+            if broadcast(self.journal.complete):
                 return True
-            barrier()  # all have seen that it is not
             for level in range(1, self.levels):
                 if rank == 0:
                     for name in self.classes:

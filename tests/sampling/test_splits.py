@@ -280,6 +280,18 @@ def test_the_manifest_alone_is_enough_to_divide(challenge, tmp_path):
     assert [e.target_path for e in again.entries["val"]] == [e.target_path for e in crops.entries["val"]]
 
 
+def test_a_csv_that_was_written_keeps_the_weights(volume, tmp_path):
+    entries = [
+        {"raw": volume.raw_path, "gt": f"{volume.label_path(crop, '[mito]')}"} | weight
+        for crop, weight in zip(volume.crops[:3], ({"weight": 2.5}, {}, {"weight": 0}), strict=True)
+    ]
+    crops = split(None, classes=["mito"], datasets={"train": entries[:2], "val": entries[2:]})
+    crops.write_csv(tmp_path / "split.csv")
+    again = split(tmp_path / "split.csv", classes=["mito"])
+    assert [e.weight for e in again.entries["train"]] == [2.5, None]
+    assert [e.weight for e in again.entries["val"]] == [0]
+
+
 # -- where crops come from
 
 
