@@ -1,0 +1,181 @@
+"""`cellmap_data.dataloader`."""
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import RandomSampler, Sampler, Subset
+
+from cellmap_lightning.errors import CellMapIndexError, CellMapTypeError
+from cellmap_lightning.sampling.arrays import CompactBatch
+from cellmap_lightning.sampling.dataloader import CellMapDataLoader as DataLoader
+from cellmap_lightning.sampling.memory import device_memory
+from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
+from cellmap_lightning.sampling.prefetch import PrefetchDecision, PrefetchSettings, decide
+from cellmap_lightning.sampling.source import Draw, Samples, SampleSource
+
+log = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
+
+
+class _Chosen(Samples):
+    """Samples at positions that somebody else's sampler gives, each numbered on: see `_Numbered`.
+
+    Args:
+        dataset: where they are.
+        positions: the positions that there are to choose from; None for all.
+        pin: read into page-locked memory.
+    """
+
+    def __init__(self, dataset: SampleSource, positions: Sequence[int] | None, pin: bool) -> None:
+        super().__init__(dataset, 1, False, dataset.seed, pin, range(1))
+        self.positions = range(len(dataset)) if positions is None else positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def _draw(self, samples: Sequence[int]) -> list[Draw]:
+        # What is random follows from the number, of which the place among the positions is the remainder.
+        turns = self.dataset.spatial.turns(self.seed, samples) if self.dataset.is_train else [None] * len(samples)
+        places = [self.positions[n % len(self)] for n in samples]
+        return [Draw(n, int(at), turn) for n, at, turn in zip(samples, places, turns, strict=True)]
+
+
+class _Numbered(Sampler[int]):
+    """Numbers the choices of a sampler on: ``drawn * size + choice``.
+
+    Args:
+        sampler: chooses.
+        size: how many there are to choose from.
+    """
+
+    def __init__(self, sampler: Iterable[int], size: int) -> None:
+        self.sampler, self.size, self.drawn = sampler, size, 0
+
+    def __iter__(self) -> Iterator[int]:
+        for choice in self.sampler:
+            if not 0 <= int(choice) < self.size:
+                raise CellMapIndexError(f"the sampler chose {int(choice)}, and there are {self.size} positions")
+            self.drawn += 1
+            yield (self.drawn - 1) * self.size + int(choice)
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+
+class CellMapDataLoader(DataLoader):
+    """A `cellmap_lightning.CellMapDataLoader` with the constructor of cellmap-data, which delivers on a device.
+
+    Args:
+        dataset: a dataset of this package, or a `CellMapSubset` of one.
+        classes: has no effect: they are the dataset's.
+        batch_size: samples of a batch.
+        num_workers: worker processes; the dataset's threads read without any.
+        weighted_sampler: while training, each class as often as every other.
+        sampler: chooses positions, instead.
+        is_train: draw samples at random.
+        rng: gives the seed.
+        device: where batches are delivered; by default the CPU. They travel compact, and are finished there.
+        iterations_per_epoch: older name of ``samples_per_epoch``.
+        samples_per_epoch: samples of an epoch; by default as many as there are tiles, or positions of a subset.
+        batches_per_epoch: the same in batches.
+        kwargs: see `cellmap_lightning.CellMapDataLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        classes: Sequence[str] | None = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        weighted_sampler: bool = False,
+        sampler: Any = None,
+        is_train: bool = True,
+        rng: torch.Generator | None = None,
+        device: str | torch.device | None = None,
+        iterations_per_epoch: int | None = None,
+        samples_per_epoch: int | None = None,
+        batches_per_epoch: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = [n for n in (iterations_per_epoch, samples_per_epoch, batches_per_epoch) if n is not None]
+        if len(given) > 1:
+            raise CellMapTypeError("samples_per_epoch and batches_per_epoch both say how long an epoch is; give one")
+        if iterations_per_epoch is not None:
+            warnings.warn(
+                f"iterations_per_epoch={iterations_per_epoch} counts samples, as in cellmap-data of 2026, not batches "
+                "as in 2025: say samples_per_epoch or batches_per_epoch",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        count = given[0] if given else None
+        if batches_per_epoch is not None:
+            count = batches_per_epoch * batch_size
+        source = dataset.dataset if isinstance(dataset, Subset) else dataset
+        if not isinstance(source, SampleSource):
+            raise CellMapTypeError(f"CellMapDataLoader needs a CellMapDataset, got {type(source).__name__}")
+        target = torch.device(device) if device is not None else _CPU
+        seed = source.seed if rng is None else rng.initial_seed()
+        if callable(sampler) and not isinstance(sampler, Sampler):
+            sampler = sampler()
+        if weighted_sampler and is_train and sampler is None:
+            if isinstance(dataset, Subset):
+                log.warning("weighted_sampler=True: a subset is drawn from evenly, since its positions are given")
+            else:
+                sampler = ClassBalancedSampler(source, count or source.tile_count, seed)
+        pin = kwargs.pop("pin_memory", False) or target.type == "cuda"
+        own = sampler is None or isinstance(sampler, PositionSampler)
+        if isinstance(dataset, Subset) or not own:
+            positions = list(dataset.indices) if isinstance(dataset, Subset) else None
+            chosen = _Chosen(source, positions, pin)
+            if sampler is None:
+                order = torch.Generator().manual_seed(seed & 0x7FFFFFFFFFFFFFFF) if rng is None else rng
+                sampler = RandomSampler(chosen, num_samples=count, generator=order) if is_train else range(len(chosen))
+            what: Any = {"dataset": chosen, "sampler": _Numbered(sampler, len(chosen))}
+        else:
+            what = {"dataset": source, "sampler": sampler, "samples_per_epoch": count, "seed": seed, "pin_memory": pin}
+            if not is_train and count is not None:
+                what["samples_per_epoch"] = min(count, source.tile_count)
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            is_train=is_train,
+            finish=target.type == "cpu",
+            **{"drop_last": False, **what, **kwargs},
+        )
+        self.classes, self.is_train, self.rng = list(source.classes), is_train, rng
+        self.iterations_per_epoch, self._chooses = iterations_per_epoch, sampler
+        self.to(target)
+
+    @property
+    def loader(self) -> "CellMapDataLoader":
+        """Itself: it is a `torch.utils.data.DataLoader`."""
+        return self
+
+    def to(self, device: str | torch.device, non_blocking: bool = True) -> "CellMapDataLoader":
+        """Deliver on a device from the next pass on."""
+        self.device = torch.device(device)
+        self.finish = self.device.type == "cpu"
+        memory = self.batch_memory()
+        found = decide(memory, self.device.type, device_memory(self.device), PrefetchSettings())
+        self.decision: PrefetchDecision | None = found if found.enabled else None
+        return self
+
+    def refresh(self) -> None:
+        """Have the sampler choose anew, if it does so when it is asked; each pass of others is a new draw anyway."""
+        refresh = getattr(self._chooses, "refresh", None)
+        if refresh is not None:
+            refresh()
+
+    def __iter__(self) -> Any:
+        return map(self._on_device, super().__iter__()) if self.device.type != "cpu" else super().__iter__()
+
+    def _on_device(self, batch: Any) -> dict[str, torch.Tensor]:
+        moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        return self.layout.finish(CompactBatch(moved) if isinstance(batch, CompactBatch) else moved)
+
+    def __repr__(self) -> str:
+        return f"CellMapDataLoader({self.source!r}, batch_size={self.batch_size}, is_train={self.is_train})"

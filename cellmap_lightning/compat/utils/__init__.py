@@ -1,0 +1,33 @@
+"""`cellmap_data.utils`."""
+
+from cellmap_lightning.compat.utils.figs import fig_to_image, get_fig_dict, get_image_dict
+from cellmap_lightning.compat.utils.geometry import box_intersection, box_shape, box_union
+from cellmap_lightning.compat.utils.misc import (
+    array_has_singleton_dim,
+    expand_scale,
+    get_sliced_shape,
+    is_array_2D,
+    longest_common_substring,
+    min_redundant_inds,
+    permute_singleton_dimension,
+    split_target_path,
+    torch_max_value,
+)
+
+__all__ = [
+    "array_has_singleton_dim",
+    "box_intersection",
+    "box_shape",
+    "box_union",
+    "expand_scale",
+    "fig_to_image",
+    "get_fig_dict",
+    "get_image_dict",
+    "get_sliced_shape",
+    "is_array_2D",
+    "longest_common_substring",
+    "min_redundant_inds",
+    "permute_singleton_dimension",
+    "split_target_path",
+    "torch_max_value",
+]
