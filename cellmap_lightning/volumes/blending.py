@@ -114,7 +114,7 @@ class Tiling:
         return sum(len(self.along(axis, a, min(a + block, end))) for a in range(first, end, block))
 
     def along(self, axis: int, a: int, b: int) -> list[tuple[int, int, int]]:
-        """Of the patches that make ``[a, b)`` along an axis: where each starts, its first voxel that counts, the end."""
+        """The patches that make ``[a, b)`` along an axis: start, first voxel that counts, behind the last."""
         return self._kept(axis, a, b) if self.blend == "trim" else self._covering(axis, a, b)
 
     def _kept(self, axis: int, a: int, b: int) -> list[tuple[int, int, int]]:
@@ -203,9 +203,8 @@ class BlockSum:
         """The block, ``[C, z, y, x]``. It is the memory that was summed in: nothing can be added afterwards."""
         if self.weights is not None:
             shape = self._sum.shape[1:]
-            axes = [
-                self.tiling.along(axis, a, a + n) for axis, (a, n) in enumerate(zip(self.start, shape, strict=True))
-            ]
+            ends = np.add(self.start, shape).tolist()
+            axes = [self.tiling.along(axis, a, b) for axis, (a, b) in enumerate(zip(self.start, ends, strict=True))]
             # The sum over the patches along z, y and x is three sums, one after the other, whatever the weights.
             rows = np.zeros((*self.weights.shape[:2], shape[2]), np.float32)
             for start, lo, hi in axes[2]:
@@ -213,7 +212,7 @@ class BlockSum:
             planes = np.zeros((len(rows), *shape[1:]), np.float32)
             for start, lo, hi in axes[1]:
                 planes[:, lo - self.start[1] : hi - self.start[1]] += rows[:, lo - start : hi - start]
-            for z in range(self.start[0], self.start[0] + shape[0]):
+            for z in range(self.start[0], ends[0]):
                 found = [planes[z - start] for start, lo, hi in axes[0] if lo <= z < hi]
                 self._sum[:, z - self.start[0]] /= sum(found[1:], found[0])
         return self._sum.astype(np.float32, copy=False)
