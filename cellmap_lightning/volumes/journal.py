@@ -2,8 +2,8 @@
 
 ``settings.json`` says what is predicted: another prediction into the same output is refused, and the difference named.
 Each process appends to a file of its own: a block is ``begun``, and it is ``done`` once its chunks are there. A line
-that a kill has cut off is no line, and the block is computed again. Before it is done, the system has said that the
-chunks are on the disk, so that a block that is done survives also the machine's failure.
+that a kill has cut off is no line, and the block is computed again. What a process was told to write survives its end;
+what the operating system had not yet written when the machine itself failed may be lost.
 """
 
 import json
@@ -52,9 +52,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / "settings.json.draft"
         draft.write_text(json.dumps(dict(settings), indent=1) + "\n", encoding="utf-8")
-        settle(draft)
         draft.replace(self.folder / "settings.json")
-        settle(self.folder)
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Hold what is there against what is wanted.
@@ -109,16 +107,5 @@ class Journal:
         try:
             # On a line of its own even if the line before was cut off.
             os.write(handle, f"\n{line}.\n".encode("ascii"))
-            if word == "done":
-                os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def settle(path: Path) -> None:
-    """Have the system write a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,7 +22,7 @@ import zarr.codecs
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.volumes.blocks import BlockGrid
 from cellmap_lightning.volumes.geometry import Shape
-from cellmap_lightning.volumes.journal import Journal, settle
+from cellmap_lightning.volumes.journal import Journal
 from cellmap_lightning.volumes.writer import (
     ZarrFormat,
     codec_of,
@@ -137,8 +137,6 @@ class PredictionOutput:
                 self._check_space()
             if self.journal.settings is None:
                 self._create()
-                for path in (self.path.parent, self.path, *self.path.rglob("*")):
-                    settle(path)
                 self.journal.begin(settings)
 
     def _create(self) -> None:
@@ -210,21 +208,6 @@ class PredictionOutput:
         for z, y in product(spans[0], spans[1]):
             yield root / ("c" if self.zarr_format == 3 else "") / str(z) / str(y)
 
-    def _settle(self, name: str, number: int) -> None:
-        """Have the system write the files of a block, and the entries of its folders, to the disk."""
-        start, shape = self.grid[number]
-        unit = (self.shards or self.chunks)[2]
-        names = [str(x) for x in range(start[2] // unit, -(-(start[2] + shape[2]) // unit))]
-        folders: dict[Path, None] = {}
-        for folder in self._folders(name, number):
-            for path in (folder / x for x in names):
-                if path.exists():  # chunks of nothing but 0 are not written
-                    settle(path)
-            folders |= dict.fromkeys([folder, folder.parent, folder.parent.parent])
-        for folder in folders:
-            if folder.exists():
-                settle(folder)
-
     def _check_space(self) -> None:
         left = 1 - len(self.journal.finished) / len(self.grid)
         needed = self.nbytes * left
@@ -295,7 +278,6 @@ class PredictionOutput:
             self.journal.write("begun", number)
             for name, channel in zip(self.classes, stored, strict=True):
                 self.array(name)[place] = channel
-                self._settle(name, number)
             reached = [sum(int(np.count_nonzero(plane >= self.threshold)) for plane in channel) for channel in values]
             self.journal.write("done", number, reached)
 
