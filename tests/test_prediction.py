@@ -144,9 +144,9 @@ def test_weighted_means_are_those_of_monai(tmp_path, blend, mode, overlap, shape
 @pytest.mark.parametrize("blend", ["average", "gaussian"])
 def test_a_voxel_has_the_same_bits_in_every_block(tmp_path, blend):
     path, _ = raw_volume(tmp_path, (33, 41, 50))
-    for name, block_mb in (("small", 0.02), ("large", 8)):
+    for name, block_mb in (("small", 0.2), ("large", 8)):
         predict(path, (12, 16, 20), tmp_path / f"{name}.zarr", Convolution(1), blend=blend, block_mb=block_mb)
-    assert len(Journal(tmp_path / "small.zarr").finished) > len(Journal(tmp_path / "large.zarr").finished) == 1
+    assert len(Journal(tmp_path / "small.zarr").finished) > len(Journal(tmp_path / "large.zarr").finished)
     assert contents(tmp_path / "small.zarr") == contents(tmp_path / "large.zarr")
 
 
