@@ -1,19 +1,31 @@
-"""How fast a volume is predicted, and in how much memory, beside MONAI's sliding window in memory.
+"""How fast a volume is predicted, and in how much memory, beside MONAI's sliding window and cellmap-data's writer.
 
-    python benchmarks/prediction.py
+    python benchmarks/prediction.py --python cellmap=PYTHON --report FILE.md --plot FILE.png
 
-Each measurement is a process of its own with one torch thread. The identity model shows what everything but the model
-costs: ours reads stored chunks, blends and writes compressed ones; MONAI's blends an array that is in memory already
-(`infer`), or reads it first and writes the result as ours does (`read, infer, write`). A convolution shows how two
-processes share the work. Memory is the highest of what belongs to the process and to no file, sampled every 5 ms, above
-what it was when everything had been imported and the model had run once.
+Each measurement is a process of its own with one torch thread; in a round all of them are measured once, and figures
+are medians over the rounds. The identity model shows what everything but the model costs. Ours reads stored chunks,
+blends, and writes compressed ones and their pyramid. MONAI's sliding window blends an array that is in memory already
+(`infer`), or reads it first and writes the result and its pyramid as ours does (`whole`). cellmap-data's writer reads
+stored chunks and writes the middles of patches, those that ours keeps with `trim`, side by side: float32, without a
+pyramid, single-threaded. It leaves out the last patch along each axis, so its speed is that of the voxels that it
+writes. PYTHON is the interpreter of its environment (see the README here); without it that row is left out.
+
+A small U-Net shows how two processes share the work: with their start, and from the first batch of the slower one to
+its last block.
+
+Memory is the highest of what belongs to the process and to no file, sampled every 5 ms, above what it was when
+everything had been imported and the model had run once. CPU time is user + system.
 """
 
 import argparse
+import datetime as dt
 import importlib
 import json
 import math
 import os
+import platform
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,24 +38,40 @@ import numpy as np
 
 PATCH = (64, 64, 64)
 SCALE = (8.0, 8.0, 8.0)
+BATCH = 4
+OVERLAP = {"trim": 0.25, "average": 0.25, "gaussian": 0.5}
+SLAB = 64
 
 
 def volume(folder, length):
-    """A raw volume of smooth noise, written once."""
-    from cellmap_lightning.volumes.writer import write_multiscale
+    """A raw volume of smooth noise, written slab by slab, once."""
+    from cellmap_lightning.volumes.writer import codec_of, create_level, multiscale_attributes, write_group
 
     path = Path(folder) / f"raw{length}.zarr"
     if not path.exists():
         rng = np.random.default_rng(0)
-        small = rng.integers(0, 256, (length // 4,) * 3).astype(np.uint8)
-        data = small.repeat(4, 0).repeat(4, 1).repeat(4, 2)
-        write_multiscale(path, data, scale=SCALE, translation=(0, 0, 0), chunks=(64, 64, 64))
+        draft = path.with_suffix(".draft")
+        write_group(draft)
+        codec = codec_of("zstd", 2)
+        level = create_level(draft / "s0", (length,) * 3, np.uint8, (64, 64, 64), 2, codec)
+        for z in range(0, length, SLAB):
+            small = rng.integers(0, 256, (SLAB // 4, length // 4, length // 4)).astype(np.uint8)
+            level[z : z + SLAB] = small.repeat(4, 0).repeat(4, 1).repeat(4, 2)
+        write_group(draft, multiscale_attributes("raw", SCALE, (0, 0, 0), 1))
+        draft.rename(path)
     return path
 
 
 def own_memory():
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def cpu_seconds():
+    """Of this process and of those that it waited for."""
+    return sum(
+        r.ru_utime + r.ru_stime for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 class Peak:
@@ -70,59 +98,67 @@ class Peak:
         return (self.most - self.base) / 1e6
 
 
-def model_of(name):
-    import lightning as L
+def network(name):
+    """The identity, or a small U-Net: two levels, 8 and 16 channels."""
     import torch
+    from torch import nn
 
-    class Model(L.LightningModule):
+    if name == "identity":
+        return nn.Identity()
+
+    def block(a, b):
+        return nn.Sequential(nn.Conv3d(a, b, 3, padding=1), nn.ReLU(), nn.Conv3d(b, b, 3, padding=1), nn.ReLU())
+
+    class UNet(nn.Module):
         def __init__(self):
             super().__init__()
-            torch.manual_seed(0)
-            self.network = torch.nn.Identity()
-            if name == "convolution":
-                self.network = torch.nn.Sequential(
-                    torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.Conv3d(8, 1, 3, padding=1)
-                )
+            self.fine, self.coarse, self.up, self.out = block(1, 8), block(8, 16), block(24, 8), nn.Conv3d(8, 1, 1)
 
         def forward(self, x):
-            x = self.network(x)
-            return x.sigmoid() if name == "convolution" else x
+            fine = self.fine(x)
+            coarse = self.coarse(nn.functional.max_pool3d(fine, 2))
+            return self.out(self.up(torch.cat([fine, nn.functional.interpolate(coarse, scale_factor=2)], 1))).sigmoid()
 
-        def predict_step(self, batch, batch_idx):
-            return self(batch["raw"])
-
-    model = Model().eval()
-    with torch.inference_mode():
-        model(torch.zeros(1, 1, *PATCH))
-    return model
+    torch.manual_seed(0)
+    return UNet().eval()
 
 
-def ours(path, out, model, blend, world, block_mb):
-    import datetime as dt
-
+def ours(task, path, out):
     import lightning as L
     from lightning.pytorch.strategies import DDPStrategy
 
     from cellmap_lightning import CellMapDataModule
     from cellmap_lightning.callbacks import PredictionWriter
 
+    class Model(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = network(task["model"])
+
+        def predict_step(self, batch, batch_idx):
+            return self.network(batch["raw"])
+
+    class Note(L.Callback):
+        def teardown(self, trainer, pl_module, stage):
+            Path(f"{out}.{trainer.global_rank}").write_text(str(writer.summary.seconds))
+
+    world = task["world"]
     data = CellMapDataModule(
-        ["a"], {"raw": {"shape": PATCH, "scale": SCALE}}, datasets={"predict": [{"raw": str(path)}]}, batch_size=4,
-        max_workers=1,
-    )  # fmt: skip
+        ["a"], {"raw": {"shape": PATCH, "scale": SCALE}}, datasets={"predict": [{"raw": str(path)}]}, batch_size=BATCH
+    )
     strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=600))
-    writer = PredictionWriter(str(out), blend, block_mb=block_mb)
+    writer = PredictionWriter(str(out), task["blend"], block_mb=task["block_mb"])
     run = L.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False, callbacks=[writer],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False,
+        callbacks=[writer, Note()], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     with data:
-        run.predict(model, datamodule=data)
-    return writer.redundancy
+        run.predict(Model(), datamodule=data)
+    seconds = max(float(Path(f"{out}.{rank}").read_text()) for rank in range(world))
+    return {"redundancy": writer.redundancy, "inner": seconds}
 
 
-def monai(path, out, model, blend):
-    """Seconds of the inference alone."""
+def monai(task, path, out):
     import torch
     import zarr
     from monai.inferers import sliding_window_inference
@@ -130,15 +166,33 @@ def monai(path, out, model, blend):
     from cellmap_lightning.volumes.writer import write_multiscale
 
     raw = torch.from_numpy(zarr.open_array(str(path / "s0"), mode="r")[...]).to(torch.float32)[None, None] / 255
-    began = time.perf_counter()
+    blend, model = task["blend"], network(task["model"])
+    began, cpu = time.perf_counter(), cpu_seconds()
     with torch.inference_mode():
         mode = "gaussian" if blend == "gaussian" else "constant"
-        found = sliding_window_inference(raw, PATCH, 4, model, overlap=0.5 if blend == "gaussian" else 0.25, mode=mode)
-    seconds = time.perf_counter() - began
+        found = sliding_window_inference(raw, PATCH, BATCH, model, overlap=OVERLAP[blend], mode=mode)
+    inner, inner_cpu = time.perf_counter() - began, cpu_seconds() - cpu
     levels = 1 + max(0, int(math.log2(raw.shape[2] / 32)))
     stored = (found[0, 0] * 255).round().to(torch.uint8).numpy()
     write_multiscale(out, stored, scale=SCALE, translation=(0, 0, 0), levels=levels)
-    return seconds
+    return {"inner": inner, "inner_cpu": inner_cpu}
+
+
+def cellmap(task, path, out):
+    from cellmap_data import CellMapDatasetWriter
+
+    context = round(OVERLAP["trim"] * PATCH[0] / 2)
+    kept = [n - 2 * context for n in PATCH]
+    bounds = {"labels": dict.fromkeys("zyx", (0.0, task["length"] * SCALE[0]))}
+    model = network(task["model"])
+    writer = CellMapDatasetWriter(
+        str(path), str(out), ["a"], {"raw": {"shape": PATCH, "scale": SCALE}},
+        {"labels": {"shape": kept, "scale": SCALE}}, bounds, raw_value_transforms=lambda raw: raw / 255,
+    )  # fmt: skip
+    inner = (slice(context, -context),) * 3
+    for batch in writer.loader(batch_size=BATCH):
+        writer[batch["idx"]] = {"labels": model(batch["raw"])[..., *inner]}
+    return {"voxels": len(writer.writer_indices) * math.prod(kept)}
 
 
 def one(task):
@@ -147,68 +201,202 @@ def one(task):
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    path = volume(task["folder"], task["length"])
-    model = model_of(task["model"])
-    # Imported before the clock starts.
-    for name in ("lightning.pytorch.strategies", "cellmap_lightning.datamodule", "monai.inferers"):
+    path = Path(task["folder"]) / f"raw{task['length']}.zarr"
+    needs = {
+        "ours": ["lightning.pytorch.strategies", "cellmap_lightning.datamodule", "cellmap_lightning.callbacks"],
+        "monai": ["monai.inferers", "zarr", "cellmap_lightning.volumes.writer"],
+        "cellmap": ["cellmap_data"],
+    }
+    for name in needs[task["who"]]:  # before the clock starts
         importlib.import_module(name)
-    from cellmap_lightning.callbacks import PredictionWriter  # noqa: F401
-
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["CELLMAP_CACHE_DIR"] = f"{folder}/cache"
-        with Peak() as peak:
-            began = time.perf_counter()
-            if task["who"] == "ours":
-                extra = {"redundancy": ours(
-                    path, f"{folder}/out.zarr", model, task["blend"], task["world"], task["block_mb"]
-                )}  # fmt: skip
-            else:
-                extra = {"infer": monai(path, f"{folder}/out.zarr", model, task["blend"])}
-            seconds = time.perf_counter() - began
-    print("RESULT " + json.dumps({**task, **extra, "seconds": seconds, "peak_mb": peak.mb}))
+    with torch.inference_mode():
+        network(task["model"])(torch.zeros(1, 1, *PATCH))
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["CELLMAP_CACHE_DIR"] = f"{folder}/cache"
+            work = {"ours": ours, "monai": monai, "cellmap": cellmap}[task["who"]]
+            with Peak() as peak:
+                began, cpu = time.perf_counter(), cpu_seconds()
+                found = work(task, path, Path(folder) / "out.zarr")
+                seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
+    voxels = {"voxels": task["length"] ** 3}
+    print("RESULT " + json.dumps({**task, **voxels, **found, "seconds": seconds, "cpu": cpu, "peak_mb": peak.mb}))
 
 
-def measure(**task):
+def measure(python, **task):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    if task["who"] == "cellmap":
+        env.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [sys.executable, __file__, "--one", json.dumps(task)], capture_output=True, text=True, env=env, check=False
-    )  # fmt: skip
+        [python, __file__, "--one", json.dumps(task)], capture_output=True, text=True, env=env, check=False
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise SystemExit(done.stderr)
     return json.loads(lines[-1][7:])
 
 
+class Figures:
+    """Every measurement of a run."""
+
+    def __init__(self):
+        self.all = []
+
+    def of(self, **which):
+        return [f for f in self.all if all(f[k] == v for k, v in which.items())]
+
+    def median(self, key, **which):
+        return statistics.median(f[key] for f in self.of(**which))
+
+    def speed(self, key="seconds", **which):
+        """Million voxels per second."""
+        return statistics.median(f["voxels"] / 1e6 / f[key] for f in self.of(**which))
+
+    def ratio(self, mine, theirs, key="seconds", their_key=None):
+        """How many times as fast as the other, round by round."""
+        pairs = zip(self.of(**mine), self.of(**theirs), strict=True)
+        return statistics.median((a["voxels"] / a[key]) / (b["voxels"] / b[their_key or key]) for a, b in pairs)
+
+
+def tasks(args, peer):
+    """The measurements of a round."""
+    common = {"model": "identity", "world": 1, "block_mb": args.block_mb}
+    for length in args.lengths:
+        for blend in ("trim", "average", "gaussian"):
+            if length > args.compared and blend == "gaussian":
+                continue
+            yield {"who": "ours", "blend": blend, "length": length, **common}
+            if blend != "trim" and length <= args.compared:
+                yield {"who": "monai", "blend": blend, "length": length, **common}
+        if peer and length <= args.peer_length:
+            yield {"who": "cellmap", "blend": "trim", "length": length, **common}
+    for world in (1, 2):
+        yield common | {
+            "who": "ours", "blend": "trim", "length": args.shared_length, "model": "unet", "world": world
+        }  # fmt: skip
+
+
+def report(figures, args):
+    """The tables."""
+    yield (
+        "| volume | | ours, Mvoxel/s | MONAI infer | MONAI whole | ours / infer | ours / whole | CPU, ours / whole | "
+        "peak MB: ours | MONAI | patches, blocks / whole |"
+    )
+    yield "|" + "---|" * 11
+    for length in args.lengths:
+        for blend in ("trim", "average", "gaussian"):
+            mine, theirs = (
+                {"who": w, "blend": blend, "length": length, "model": "identity"} for w in ("ours", "monai")
+            )
+            if not figures.of(**mine):
+                continue
+            row = [f"{length}³", blend, f"{figures.speed(**mine):.1f}"]
+            if figures.of(**theirs):
+                row += [f"{figures.speed('inner', **theirs):.1f}", f"{figures.speed(**theirs):.1f}"]
+                row += [f"{figures.ratio(mine, theirs, 'seconds', 'inner'):.2f}", f"{figures.ratio(mine, theirs):.2f}"]
+                row += [f"{1 / figures.ratio(mine, theirs, 'cpu'):.2f}"]
+            else:
+                row += [""] * 5
+            row += [f"{figures.median('peak_mb', **mine):.0f}"]
+            row += [f"{figures.median('peak_mb', **theirs):.0f}" if figures.of(**theirs) else ""]
+            row += [f"{figures.median('redundancy', **mine):.2f}"]
+            yield "| " + " | ".join(row) + " |"
+    yield ""
+    for length in args.lengths:
+        peer = {"who": "cellmap", "length": length}
+        if figures.of(**peer):
+            mine = {"who": "ours", "blend": "trim", "length": length, "model": "identity"}
+            speed, peak = figures.speed(**peer), figures.median("peak_mb", **peer)
+            fast, cheap = figures.ratio(mine, peer), figures.ratio(mine, peer, "cpu")
+            yield (
+                f"cellmap-data's writer, {length}³: {speed:.1f} Mvoxel/s, {peak:.0f} MB; ours with trim is {fast:.2f} "
+                f"times as fast, {cheap:.2f} times by CPU time"
+            )
+    yield ""
+    alone, two = ({"who": "ours", "model": "unet", "world": world} for world in (1, 2))
+    yield (
+        f"U-Net, {args.shared_length}³: {figures.median('seconds', **alone):.1f} s with one process and "
+        f"{figures.median('seconds', **two):.1f} s with two, {figures.ratio(two, alone):.2f} times as fast; from the "
+        f"first batch to the last block {figures.ratio(two, alone, 'inner'):.2f} times"
+    )
+
+
+def draw(figures, args, file):
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    _, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    lines = [
+        ("ours", "average", "ours, average", "C0", "o-"), ("ours", "gaussian", "ours, gaussian", "C0", "s--"),
+        ("ours", "trim", "ours, trim", "C2", "^-"), ("monai", "average", "MONAI, average", "C1", "o-"),
+        ("monai", "gaussian", "MONAI, gaussian", "C1", "s--"), ("cellmap", "trim", "cellmap-data", "C3", "d-"),
+    ]  # fmt: skip
+    for who, blend, label, color, style in lines:
+        which = {"who": who, "blend": blend, "model": "identity"}
+        lengths = [n for n in args.lengths if figures.of(**which, length=n)]
+        if not lengths:
+            continue
+        peaks = [figures.median("peak_mb", **which, length=n) for n in lengths]
+        speeds = [figures.speed(**which, length=n) for n in lengths]
+        left.plot(lengths, peaks, style, color=color, label=label)
+        right.plot(lengths, speeds, style, color=color, label=label)
+    whole = [4 * n**3 / 1e6 for n in args.lengths]
+    left.plot(args.lengths, whole, ":", color="grey", label="the volume in float32")
+    left.set(ylabel="peak memory, MB", title="Memory above the model's own")
+    right.set(ylabel="million voxels per second", title="Identity model: read, blend, write", ylim=(0, None))
+    left.set_yscale("log")
+    for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(args.lengths, [f"{n}³" for n in args.lengths])
+        ax.set_xlabel("volume")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    plt.savefig(file, dpi=120)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 384], help="edges of the volumes")
-    parser.add_argument("--block-mb", type=float, default=64)
-    parser.add_argument("--folder", help="where volumes are written; a temporary folder by default")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024], help="edges of the volumes")
+    parser.add_argument("--compared", type=int, default=512, help="the longest that MONAI predicts, in memory")
+    parser.add_argument("--peer-length", type=int, default=256, help="the longest that cellmap-data predicts")
+    parser.add_argument("--shared-length", type=int, default=256, help="what two processes share")
+    parser.add_argument("--block-mb", type=float, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help="where volumes are written and kept; a temporary folder by default")
+    parser.add_argument("--python", action="append", default=[], metavar="cellmap=PYTHON", help="cellmap-data's")
+    parser.add_argument("--report", help="a file for the tables")
+    parser.add_argument("--plot", help="a PNG")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         one(json.loads(args.one))
         return
+    peer = dict(given.split("=", 1) for given in args.python).get("cellmap")
+    figures, began = Figures(), time.time()
     with tempfile.TemporaryDirectory() as temporary:
-        common = {"folder": args.folder or temporary, "block_mb": args.block_mb, "world": 1}
-        for length in args.lengths:  # so that no measurement writes its own
-            volume(common["folder"], length)
-        voxels = {length: length**3 / 1e6 for length in args.lengths}
-        print("identity: million voxels per second, and peak MB above the model's own")
-        for blend in ("trim", "average", "gaussian"):
-            for length in args.lengths:
-                found = measure(who="ours", model="identity", blend=blend, length=length, **common)
-                said = f"{blend:<9} {length:>5}^3  ours {voxels[length] / found['seconds']:6.2f}"
-                said += f" ({found['peak_mb']:5.0f} MB, {found['redundancy']:.2f} patches for each without blocks)"
-                if blend != "trim":
-                    peer = measure(who="monai", model="identity", blend=blend, length=length, **common)
-                    said += f"   MONAI infer {voxels[length] / peer['infer']:6.2f}, read, infer, write"
-                    said += f" {voxels[length] / peer['seconds']:6.2f} ({peer['peak_mb']:5.0f} MB)"
-                print(said, flush=True)
-        length = args.lengths[min(1, len(args.lengths) - 1)]
-        task = {"who": "ours", "model": "convolution", "blend": "trim", "length": length}
-        alone, two = (measure(**task, **common | {"world": world})["seconds"] for world in (1, 2))
-        print(f"convolution, {length}^3: {alone:.1f} s with one process, {two:.1f} s with two: {alone / two:.2f}x")
+        folder = args.folder or temporary
+        for length in {*args.lengths, args.shared_length}:  # so that no measurement writes its own
+            volume(folder, length)
+        for number in range(args.rounds):
+            for task in tasks(args, peer):
+                found = measure(peer if task["who"] == "cellmap" else sys.executable, folder=folder, **task)
+                figures.all.append(found)
+                print(
+                    f"{number + 1}: {task['who']:<8} {task['model']:<9} {task['blend']:<9} {task['length']:>5}^3 "
+                    f"x{task['world']} {found['seconds']:7.2f} s, cpu {found['cpu']:7.2f} s, "
+                    f"{found['peak_mb']:6.0f} MB",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+    rows = [
+        f"{args.rounds} rounds in {time.time() - began:.0f} s on {os.cpu_count()} cores ({platform.machine()}), load "
+        f"at the end {os.getloadavg()[2]:.1f}; block_mb={args.block_mb:g}", "", *report(figures, args),
+    ]  # fmt: skip
+    print("\n".join(rows))
+    if args.report:
+        Path(args.report).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    if args.plot:
+        draw(figures, args, args.plot)
 
 
 if __name__ == "__main__":

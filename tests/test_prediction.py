@@ -141,6 +141,15 @@ def test_weighted_means_are_those_of_monai(tmp_path, blend, mode, overlap, shape
         assert np.abs(read(tmp_path / "out.zarr", name) - channel).max() < 1e-5
 
 
+@pytest.mark.parametrize("blend", ["average", "gaussian"])
+def test_a_voxel_has_the_same_bits_in_every_block(tmp_path, blend):
+    path, _ = raw_volume(tmp_path, (33, 41, 50))
+    for name, block_mb in (("small", 0.2), ("large", 8)):
+        predict(path, (12, 16, 20), tmp_path / f"{name}.zarr", Convolution(1), blend=blend, block_mb=block_mb)
+    assert len(Journal(tmp_path / "small.zarr").finished) > len(Journal(tmp_path / "large.zarr").finished)
+    assert contents(tmp_path / "small.zarr") == contents(tmp_path / "large.zarr")
+
+
 def test_a_region_is_a_cut_out_of_the_whole(tmp_path):
     path, _ = raw_volume(tmp_path, (33, 41, 50))
     for blend in ("trim", "gaussian"):
@@ -391,6 +400,31 @@ def test_a_full_disk_leaves_what_is_finished(tmp_path):
     writer = predict(path, (12, 16, 20), out, Identity(), model_id="m")
     assert 0 < writer.summary.written < writer.summary.blocks
     predict(path, (12, 16, 20), tmp_path / "whole.zarr", Identity(), model_id="m")
+    assert contents(out) == contents(tmp_path / "whole.zarr")
+
+
+class Late(L.LightningModule):
+    """Gives what cannot be stored, in the last batch only."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+
+    def predict_step(self, batch, batch_idx):
+        return batch["raw"] + (2.0 if batch_idx == self.last else 0.0)
+
+
+def test_an_error_of_the_last_block_is_met_at_the_end(tmp_path):
+    path, _ = raw_volume(tmp_path, (33, 41, 50))
+    counting = Identity()
+    predict(path, (12, 16, 20), tmp_path / "whole.zarr", counting, dtype="uint8")
+    out = tmp_path / "out.zarr"
+    with pytest.raises(CellMapValueError, match=r"block \d+: the model gave values from .* and dtype=uint8 stores"):
+        predict(path, (12, 16, 20), out, Late(counting.batches - 1), dtype="uint8", model_id="m")
+    assert len(Journal(out).finished) == len(Journal(tmp_path / "whole.zarr").finished) - 1
+    with pytest.raises(CellMapError):
+        read_multiscale(out / "a")
+    assert predict(path, (12, 16, 20), out, Late(-1), dtype="uint8", model_id="m").summary.written == 1
     assert contents(out) == contents(tmp_path / "whole.zarr")
 
 

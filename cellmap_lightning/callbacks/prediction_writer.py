@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.blockwise import BlockBatch, BlockPlan, patch_placement
 from cellmap_lightning.sampling.dataset import CellMapDataset
+from cellmap_lightning.volumes.behind import Behind
 from cellmap_lightning.volumes.blending import Blend, BlockSum, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid, block_shape, output_lattice, parse_region, voxels_of
 from cellmap_lightning.volumes.geometry import Shape
@@ -42,7 +44,7 @@ class Summary:
         voxels: voxels that it wrote, of one channel.
         seconds: from the first batch to the last block.
         waited: of these, waiting for batches.
-        stored: of these, blending and writing.
+        stored: of these, blending, and waiting for a block to be written.
         fractions: part of the finished voxels of each class that reach the threshold.
         complete: whether all blocks are done and the pyramids built.
     """
@@ -100,7 +102,8 @@ class PredictionWriter(L.Callback):
         chunks: voxels of a chunk.
         shards: voxels of a shard; Zarr v3 only.
         levels: levels of the pyramid; by default as many as leave every axis 32 voxels.
-        block_mb: MiB that the sums of a block may take; what a block has of chunks follows from it.
+        block_mb: MiB that the sums of two blocks may take, one of which is written while the other is computed; what a
+            block has of chunks follows from it.
         check_space: refuse to begin where the disk has less room than the rest takes without compression.
         model_id: what tells this model from others; by default a hash of its weights.
 
@@ -200,8 +203,7 @@ class PredictionWriter(L.Callback):
         whole = output_lattice(window, dataset.raw_box, [level.lattice for level in dataset.levels.values()])
         self._tiling = Tiling(whole.shape, window.shape, self.blend, self.overlap, self.context)
         first, shape = voxels_of(whole, self.region) if self.region is not None else ((0, 0, 0), whole.shape)
-        # Sums and totals of a block: four bytes where patches share it out, eight where they overlap.
-        voxel = 4 * len(self._names) if self.blend == "trim" else 8 * (len(self._names) + 1)
+        voxel = 2 * self._tiling.precision.itemsize * len(self._names)  # one block is written while the next is summed
         unit = self.shards or self.chunks
         tiling = self._tiling
         block = block_shape(
@@ -235,13 +237,14 @@ class PredictionWriter(L.Callback):
         self._batches: Iterator[BlockBatch] = plan.batches()
         self._weights = self._tiling.weights()
         self._sum: BlockSum | None = None
+        self._behind = Behind()
         bar = tqdm(
             total=len(plan.blocks), desc="predicting", unit="block", disable=None if rank == 0 else True,
             dynamic_ncols=True,
         )  # fmt: skip
         self._bar = bar
         placed = dataset.placed(patch_placement(self._tiling, whole, window))
-        self._close = [bar.close, placed._store.close]
+        self._close = [self._behind.close, bar.close, placed._store.close]
         self._began, self._waited = time.perf_counter(), data.waiting.waited
         return placed, plan
 
@@ -290,8 +293,9 @@ class PredictionWriter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add the patches of a batch to their block, and write it when it is whole."""
+        """Add the patches of a batch to their block, which a thread writes when it is whole."""
         began = time.perf_counter()
+        self._behind.check()
         now = next(self._batches)
         positions = [self._written.position(part) for part in now.parts]
         if batch["idx"].tolist() != positions:
@@ -302,23 +306,32 @@ class PredictionWriter(L.Callback):
         values = self._values(outputs, len(positions))
         grid = self._output.grid
         if now.first or self._sum is None:
-            self._sum = BlockSum(grid.whole_start(now.block), grid[now.block][1], len(self._names), self._weights)
+            start, shape = grid.whole_start(now.block), grid[now.block][1]
+            self._sum = BlockSum(start, shape, len(self._names), self._tiling, self._weights)
         for part, value in zip(now.parts, values, strict=True):
             self._sum.add(part, value)
         if now.last:
-            self._output.write(now.block, self._sum.mean())
-            self._sum = None
-            self.summary.written += 1
-            self.summary.voxels += math.prod(grid[now.block][1])
-            self._bar.update()
-            speed = self.summary.voxels / (time.perf_counter() - self._began)
-            self._bar.set_postfix_str(f"{speed / 1e6:.3g} Mvoxel/s", refresh=False)
+            whole, self._sum = self._sum, None
+            self._behind.give(partial(self._write, now.block, whole))
+        self._count(trainer, began)
+        if trainer.received_sigterm:  # Lightning itself would go on to the end
+            raise SIGTERMException
+
+    def _write(self, number: int, block: BlockSum) -> None:
+        """Write a block, in the thread that does so."""
+        self._output.write(number, block.mean())
+        self.summary.written += 1
+        self.summary.voxels += math.prod(self._output.grid[number][1])
+        self._bar.update()
+        speed = self.summary.voxels / (time.perf_counter() - self._began)
+        self._bar.set_postfix_str(f"{speed / 1e6:.3g} Mvoxel/s", refresh=False)
+
+    def _count(self, trainer: L.Trainer, began: float) -> None:
+        """Count the time since ``began`` as that of blending and writing."""
         ended = time.perf_counter()
         self.summary.stored += ended - began
         self.summary.seconds = ended - self._began
         self.summary.waited = trainer.datamodule.waiting.waited - self._waited  # type: ignore[attr-defined]
-        if trainer.received_sigterm:  # Lightning itself would go on to the end
-            raise SIGTERMException
 
     def _values(self, outputs: Any, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """What `predict_step` gave, ``[N, C, z, y, x]``."""
@@ -352,7 +365,10 @@ class PredictionWriter(L.Callback):
     # -- the end
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Build the pyramids, when every process is done."""
+        """Wait for the last block; build the pyramids, when every process is done."""
+        began = time.perf_counter()
+        self._behind.wait()
+        self._count(trainer, began)
         self._bar.close()
         strategy = trainer.strategy
         complete = self._output.finish(trainer.global_rank, trainer.world_size, strategy.barrier, strategy.broadcast)

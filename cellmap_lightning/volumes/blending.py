@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +92,12 @@ class Tiling:
         #: Voxels from one patch to the next, with ``average`` and ``gaussian``.
         self.stride = [max(1, int(n * (1 - f))) for n, f in zip(patch, fractions, strict=True)]
 
+    @property
+    def precision(self) -> np.dtype[Any]:
+        """Type of sums: twice the precision where many patches cover a voxel, as errors of equal values add up."""
+        covering = math.prod(-(-n // s) for n, s in zip(self.patch, self.stride, strict=True))
+        return np.dtype(np.float32 if self.blend == "trim" or covering <= 8 else np.float64)
+
     def parts(self, start: Shape, shape: Shape) -> list[Part]:
         """The patches of a block, in the order z, y, x.
 
@@ -99,15 +105,16 @@ class Tiling:
             start: the block's first voxel.
             shape: its voxels.
         """
-        axes = [self._along(axis, a, a + n) for axis, (a, n) in enumerate(zip(start, shape, strict=True))]
+        axes = [self.along(axis, a, a + n) for axis, (a, n) in enumerate(zip(start, shape, strict=True))]
         return [Part(*zip(*found, strict=True)) for found in product(*axes)]
 
     def count(self, axis: int, first: int, length: int, block: int) -> int:
         """Patches along an axis, of all blocks of a length that begin at ``first``."""
         end = first + length
-        return sum(len(self._along(axis, a, min(a + block, end))) for a in range(first, end, block))
+        return sum(len(self.along(axis, a, min(a + block, end))) for a in range(first, end, block))
 
-    def _along(self, axis: int, a: int, b: int) -> list[tuple[int, int, int]]:
+    def along(self, axis: int, a: int, b: int) -> list[tuple[int, int, int]]:
+        """The patches that make ``[a, b)`` along an axis: start, first voxel that counts, behind the last."""
         return self._kept(axis, a, b) if self.blend == "trim" else self._covering(axis, a, b)
 
     def _kept(self, axis: int, a: int, b: int) -> list[tuple[int, int, int]]:
@@ -163,34 +170,49 @@ class Tiling:
 class BlockSum:
     """One block while its patches come in.
 
+    What a voxel becomes follows from the patches that cover it, in the order z, y, x, and from nothing else: it has
+    the same bits in every block that it may lie in.
+
     Args:
         start: its first voxel.
         shape: its voxels.
         channels: channels of a patch.
-        weights: see `Tiling.weights`.
+        tiling: the patches.
+        weights: ``tiling.weights()``.
     """
 
-    def __init__(self, start: Shape, shape: Shape, channels: int, weights: Floats | None) -> None:
-        self.start, self.weights = start, weights
-        # Twice the precision, so that the mean of equal values is that value at any number of patches.
-        kind = np.float32 if weights is None else np.float64
-        self._sum = np.zeros((channels, *shape), kind)
-        self._total = None if weights is None else np.zeros(shape, np.float64)
+    def __init__(self, start: Shape, shape: Shape, channels: int, tiling: Tiling, weights: Floats | None) -> None:
+        self.start, self.tiling, self.weights = start, tiling, weights
+        self._sum = np.zeros((channels, *shape), tiling.precision)
+        self._weighted = None if weights is None or tiling.blend == "average" else np.empty_like(weights)
 
     def add(self, part: Part, values: Floats) -> None:
         """Add what counts of a patch, ``[C, z, y, x]``."""
         here = tuple(slice(a - s, b - s) for a, b, s in zip(part.lo, part.hi, self.start, strict=True))
         there = tuple(slice(a - s, b - s) for a, b, s in zip(part.lo, part.hi, part.start, strict=True))
-        if self.weights is None or self._total is None:
+        if self.weights is None:
             self._sum[:, *here] = values[:, *there]
             return
-        weights = self.weights[there]
-        self._total[here] += weights
         for total, value in zip(self._sum, values, strict=True):
-            total[here] += value[there] * weights
+            if self._weighted is None:  # the weights are 1
+                total[here] += value[there]
+            else:
+                total[here] += np.multiply(value[there], self.weights[there], out=self._weighted[there])
 
     def mean(self) -> Floats:
-        """The block, ``[C, z, y, x]``."""
-        if self._total is not None:
-            self._sum /= self._total
+        """The block, ``[C, z, y, x]``. It is the memory that was summed in: nothing can be added afterwards."""
+        if self.weights is not None:
+            shape = self._sum.shape[1:]
+            ends = np.add(self.start, shape).tolist()
+            axes = [self.tiling.along(axis, a, b) for axis, (a, b) in enumerate(zip(self.start, ends, strict=True))]
+            # The sum over the patches along z, y and x is three sums, one after the other, whatever the weights.
+            rows = np.zeros((*self.weights.shape[:2], shape[2]), np.float32)
+            for start, lo, hi in axes[2]:
+                rows[:, :, lo - self.start[2] : hi - self.start[2]] += self.weights[:, :, lo - start : hi - start]
+            planes = np.zeros((len(rows), *shape[1:]), np.float32)
+            for start, lo, hi in axes[1]:
+                planes[:, lo - self.start[1] : hi - self.start[1]] += rows[:, lo - start : hi - start]
+            for z in range(self.start[0], ends[0]):
+                found = [planes[z - start] for start, lo, hi in axes[0] if lo <= z < hi]
+                self._sum[:, z - self.start[0]] /= sum(found[1:], found[0])
         return self._sum.astype(np.float32, copy=False)

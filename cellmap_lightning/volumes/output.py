@@ -251,8 +251,14 @@ class PredictionOutput:
                 "activation='sigmoid' (or 'softmax') makes them of logits, dtype='float32' stores any number"
             )
         if self.kind == "labels":
-            return (values >= self.threshold).astype(np.uint8)
-        return np.rint(values.clip(0, 1) * np.float32(255)).astype(np.uint8)
+            return (values >= self.threshold).view(np.uint8)
+        stored = np.empty(values.shape, np.uint8)
+        for channel, out in zip(values, stored, strict=True):
+            for plane, stored_plane in zip(channel, out, strict=True):  # which stays in the processor's cache
+                scaled = plane * np.float32(255)
+                np.rint(scaled, out=scaled)
+                stored_plane[...] = np.clip(scaled, 0, 255, out=scaled)
+        return stored
 
     def write(self, number: int, values: npt.NDArray[np.float32]) -> None:
         """Write a block and say that it is done.
@@ -272,7 +278,8 @@ class PredictionOutput:
             self.journal.write("begun", number)
             for name, channel in zip(self.classes, stored, strict=True):
                 self.array(name)[place] = channel
-            self.journal.write("done", number, [int((channel >= self.threshold).sum()) for channel in values])
+            reached = [sum(int(np.count_nonzero(plane >= self.threshold)) for plane in channel) for channel in values]
+            self.journal.write("done", number, reached)
 
     def fractions(self) -> dict[str, float]:
         """The part of the finished voxels of each class that reach the threshold."""

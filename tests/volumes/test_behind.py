@@ -1,0 +1,76 @@
+"""A thread that works behind its owner: in order, one task at a time, its errors where the owner is."""
+
+import threading
+
+import pytest
+
+from cellmap_lightning.volumes.behind import Behind
+
+pytestmark = pytest.mark.usefixtures("no_threads_left")
+
+
+@pytest.fixture
+def behind():
+    made = Behind()
+    yield made
+    made.close()
+
+
+def test_tasks_are_done_one_by_one_and_none_waits(behind):
+    done, go, begun = [], threading.Event(), threading.Event()
+
+    def first():
+        begun.set()
+        assert go.wait(10)
+        done.append(1)
+
+    behind.give(first)
+    assert begun.wait(10)
+    giving = threading.Thread(target=behind.give, args=(lambda: done.append(2),))
+    giving.start()
+    giving.join(0.05)
+    assert giving.is_alive(), "a second task is not taken while the first is under way"
+    go.set()
+    giving.join(10)
+    behind.wait()
+    assert done == [1, 2]
+
+
+def _until(behind, met, other):
+    while True:  # `check` may come before the thread has put the error down
+        behind.give(lambda: other.append(1)) if met == "give" else getattr(behind, met)()
+
+
+@pytest.mark.parametrize("met", ["check", "wait", "give"])
+def test_an_error_is_met_once_by_whoever_comes_next(behind, met):
+    ended = threading.Event()
+
+    def breaks():
+        try:
+            raise OSError("no room")
+        finally:
+            ended.set()
+
+    behind.give(breaks)
+    assert ended.wait(10)
+    other = []
+    with pytest.raises(OSError, match="no room"):
+        _until(behind, met, other)
+    assert not other
+    behind.check()
+    behind.wait()
+
+
+def test_closing_ends_what_is_under_way(behind):
+    done, begun = [], threading.Event()
+
+    def slow():
+        begun.set()
+        threading.Event().wait(0.05)
+        done.append(1)
+
+    behind.give(slow)
+    assert begun.wait(10)
+    behind.close()
+    assert done == [1]
+    behind.check()
