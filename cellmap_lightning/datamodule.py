@@ -19,15 +19,15 @@ from cellmap_lightning.sampling.arrays import (
     parse_inputs,
     parse_targets,
 )
-from cellmap_lightning.sampling.blockwise import BlockPlan, PatchSamples, Stream
+from cellmap_lightning.sampling.blockwise import PatchSamples, PlanBatches, Stream
 from cellmap_lightning.sampling.dataloader import CellMapDataLoader
-from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
 from cellmap_lightning.sampling.entries import SPLITS
 from cellmap_lightning.sampling.labels import Downsample, Unknown
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.prefetch import STREAM_DEVICES, PrefetchDecision
+from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.sampling.splits import SplitRule
 from cellmap_lightning.sampling.waiting import Waiting
 from cellmap_lightning.transforms.intensity import AUTO
@@ -49,7 +49,7 @@ _STAGES: dict[str | None, tuple[str, ...]] = {
 }
 
 PrefetchPolicy = Callable[[str, BatchMemory, torch.device], PrefetchDecision]
-PredictionPolicy = Callable[[], tuple[CellMapDataset, BlockPlan]]
+PredictionPolicy = Callable[[], tuple[SampleSource, PlanBatches]]
 
 
 def _instantiated(datasets: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -395,7 +395,7 @@ class CellMapDataModule(L.LightningDataModule):
         split: str,
         samples: int | None,
         tiles: Sequence[int] | None = None,
-        blocks: tuple[CellMapDataset, BlockPlan] | None = None,
+        blocks: tuple[SampleSource, PlanBatches] | None = None,
     ) -> CellMapDataLoader:
         dataset = self.crops[split]
         device = self._device

@@ -13,7 +13,7 @@ import torch
 import zarr
 
 from cellmap_lightning.errors import CellMapError
-from cellmap_lightning.evaluate import evaluate
+from cellmap_lightning.evaluate import Score, evaluate
 from cellmap_lightning.predict import groundtruth, region, saved_config
 from cellmap_lightning.volumes.ngff import read_encoding, read_multiscale
 from cellmap_lightning.volumes.writer import write_multiscale
@@ -154,6 +154,22 @@ def test_scores_count_annotated_voxels_alone(volume, tmp_path):
     assert (half.tp, half.fp, half.fn) == (left, 0, there.sum() - left)
     assert half.precision == 1
     assert half.recall == pytest.approx(left / there.sum())
+
+
+def test_scores_are_those_of_torchmetrics():
+    from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex, BinaryPrecision, BinaryRecall
+
+    rng = torch.Generator().manual_seed(0)
+    truth, there = (torch.rand(500, generator=rng) > 0.6 for _ in range(2))
+    known = torch.rand(500, generator=rng) > 0.3
+    tp, fp, fn = ((known & a & b).sum().item() for a, b in ((there, truth), (there, ~truth), (~there, truth)))
+    score = Score("crop", "mito", int(known.sum()), tp, fp, fn)
+    for name, metric in (
+        ("dice", BinaryF1Score()), ("iou", BinaryJaccardIndex()), ("precision", BinaryPrecision()),
+        ("recall", BinaryRecall()),
+    ):  # fmt: skip
+        expected = metric(there[known].int(), truth[known].int()).item()
+        assert getattr(score, name) == pytest.approx(expected, abs=1e-6)
 
 
 def scores_of(output, volume):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import lightning as L
@@ -20,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks import PredictionWriter
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
+from cellmap_lightning.volumes.geometry import AXES
 from cellmap_lightning.volumes.journal import Journal
 from cellmap_lightning.volumes.ngff import read_multiscale
 from cellmap_lightning.volumes.writer import downsample_mean, downsample_mode, write_multiscale
@@ -319,7 +321,7 @@ def test_a_value_transform_is_the_same_in_the_next_run(tmp_path, make):
 def test_whether_everything_is_done_is_said_by_one_process(tmp_path):
     """Files that one process sees and another does not, as on a network: none waits where the others do not."""
     path, _ = raw_volume(tmp_path, (16, 16, 16))
-    output = predict(path, (12, 16, 16), tmp_path / "out.zarr")._output
+    output = predict(path, (12, 16, 16), tmp_path / "out.zarr")._jobs[0].output
     met = []
     assert output.finish(1, 2, lambda: met.append("barrier"), lambda own: met.append(own) or False) is False
     assert met == ["barrier", True]
@@ -451,7 +453,7 @@ def test_wrong_trainers_are_refused(tmp_path):
     with pytest.raises(CellMapError, match="needs a CellMapDataModule"):
         L.Trainer(callbacks=writers[:1], **common, **quiet).predict(Identity(), [1])
     raw = {"raw": str(path)}
-    with pytest.raises(CellMapValueError, match="writes one volume, and 'predict' has 2"):
+    with pytest.raises(CellMapValueError, match="more than once"):
         predict(path, (8, 8, 8), tmp_path / "out.zarr", data={"datasets": {"predict": [raw, raw]}})
 
 
@@ -485,6 +487,216 @@ def test_a_real_volume_comes_back_as_it_is(real_volume, tmp_path):
         run.predict(Identity(), datamodule=data)
     assert np.array_equal(read(tmp_path / "out.zarr"), zarr.open_array(str(level.path), mode="r")[...])
     assert read_multiscale(tmp_path / "out.zarr" / "a").finest.lattice.matches(level.lattice)
+
+
+def in_numbers(path):
+    return read(path.parent, path.name).astype(np.float32) / 255
+
+
+class Sided(L.LightningModule):
+    """A model that is the same for no mirrored input: each voxel is that behind it, along every axis."""
+
+    def predict_step(self, batch):
+        x = batch["raw"]
+        for dim in range(2, x.ndim):
+            x = torch.cat([x.narrow(dim, 1, x.shape[dim] - 1), x.narrow(dim, x.shape[dim] - 1, 1)], dim)
+        return {"found": x}
+
+
+def test_mirrored_inputs_are_averaged(tmp_path):
+    path, _ = raw_volume(tmp_path, (20, 24, 28))
+    whole = in_numbers(path)
+
+    def behind(values, axes):
+        for axis in axes:
+            values = np.concatenate([np.delete(values, 0, axis), np.take(values, [-1], axis)], axis)
+        return values
+
+    for flips in ("", "y", "zx", "zyx"):
+        out = tmp_path / f"flips{flips}.zarr"
+        predict(path, (20, 24, 28), out, Sided(), overlap=0, flips=flips)
+        expected = np.mean(
+            [
+                np.flip(behind(np.flip(whole, axes), (0, 1, 2)), axes)
+                for axes in (
+                    tuple(axis for axis, chosen in zip([AXES.index(a) for a in flips], bits, strict=True) if chosen)
+                    for bits in product((0, 1), repeat=len(flips))
+                )
+            ],
+            axis=0,
+        )
+        assert np.abs(read(out) - expected).max() < 1e-6
+    flat = tmp_path / "flat.zarr"
+    predict(path, (1, 24, 28), flat, Sided(), overlap=0, flips="zyx")
+    both = [np.flip(behind(np.flip(whole, axes), (1, 2)), axes) for axes in ((), (1,), (2,), (1, 2))]
+    assert np.abs(read(flat) - np.mean(both, axis=0)).max() < 1e-6
+    with pytest.raises(CellMapFileExistsError, match="flips: 'zyx' is there, now 'zy'"):
+        predict(path, (20, 24, 28), tmp_path / "flipszyx.zarr", Sided(), overlap=0, flips="yz")
+    for wrong in ("w", "xx", [1]):
+        with pytest.raises(CellMapValueError, match="flips are axes"):
+            PredictionWriter(str(tmp_path / "no.zarr"), flips=wrong)
+
+
+class Blur(L.LightningModule):
+    """A model of slices: each pixel is the mean of itself and its two neighbours along the rows."""
+
+    def predict_step(self, batch, batch_idx):
+        assert batch["raw"].ndim == 4
+        x = torch.nn.functional.pad(batch["raw"], (1, 1, 0, 0), mode="replicate")
+        return (x[..., :-2] + x[..., 1:-1] + x[..., 2:]) / 3
+
+
+def isotropic(folder, shape):
+    values = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
+    path = Path(folder) / "iso.zarr" / "em"
+    write_multiscale(path, values, scale=(8, 8, 8), translation=(4, 0, 2), chunks=(16, 16, 16))
+    return path, values.astype(np.float32) / 255
+
+
+@pytest.mark.parametrize("blend", ["trim", "gaussian"])
+def test_slices_in_every_plane_and_their_mean(tmp_path, blend):
+    path, values = isotropic(tmp_path, (21, 34, 40))
+    along = {"xy": 2, "xz": 2, "yz": 1}  # the volume's axis that is a patch's row
+
+    def expected(plane):
+        padded = np.pad(values, [(1, 1) if axis == along[plane] else (0, 0) for axis in range(3)], mode="edge")
+        n = values.shape[along[plane]]
+        return sum(np.take(padded, range(k, k + n), along[plane]) for k in range(3)) / 3
+
+    spec = {"input_arrays": {"raw": {"shape": [16, 20], "scale": [8, 8]}}, "batch_size": 3}
+    given = {"blend": blend, "block_mb": 0.05, "context": 2} if blend == "trim" else {"blend": blend, "block_mb": 0.05}
+    identity = blend == "gaussian"  # whose patches see no further than they reach
+    for planes in (["xz"], ["yz"], ["xy", "xz", "yz"]):
+        out = tmp_path / f"{'-'.join(planes)}.zarr"
+        writer = predict_spec(path, spec | {"planes": planes}, out, Identity() if identity else Blur(), **given)
+        assert writer.summary.complete
+        wanted = values if identity else np.mean([expected(plane) for plane in planes], axis=0)
+        assert np.abs(read(out) - wanted).max() < 1e-6
+    again = predict_spec(path, spec | {"planes": planes}, out, Identity() if identity else Blur(), **given)
+    assert again.summary.written == 0
+    with pytest.raises(CellMapFileExistsError, match="planes: "):
+        predict_spec(path, spec | {"planes": ["xy"]}, out, Identity() if identity else Blur(), **given)
+
+
+def predict_spec(path, data, output, model, world=1, **kwargs):
+    """The same, of arrays that are given whole."""
+    data = {"classes": ["a"], "datasets": {"predict": [{"raw": str(path)}]}} | data
+    writer = PredictionWriter(str(output), **({"chunks": [8, 8, 16], "dtype": "float32"} | kwargs))
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=60))
+    run = L.Trainer(
+        accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[writer],
+    )  # fmt: skip
+    with CellMapDataModule(**data) as module:
+        run.predict(model, datamodule=module)
+    return writer
+
+
+def test_planes_whose_voxels_differ_have_no_mean(tmp_path):
+    path, _ = raw_volume(tmp_path, (16, 16, 16))
+    data = {"input_arrays": {"raw": {"shape": [8, 8], "scale": [8, 8]}}, "planes": ["xy", "xz"]}
+    with pytest.raises(CellMapValueError, match=r"theirs differ .*xy has \[10.48, 8.0, 8.0\] nm; xz has"):
+        predict_spec(path, data, tmp_path / "out.zarr", Identity())
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_several_volumes_in_one_run(tmp_path):
+    volumes = [raw_volume(tmp_path / name, shape) for name, shape in (("one", (20, 24, 28)), ("two", (9, 30, 17)))]
+    paths = []
+    for (path, _), name in zip(volumes, ("jrc_one", "jrc_two"), strict=True):
+        paths.append(path.parent.rename(tmp_path / f"{name}.zarr") / path.name)
+    entries = {"datasets": {"predict": [{"raw": str(path)} for path in paths]}}
+    for world in (1, 2):
+        out = tmp_path / f"out{world}"
+        writer = predict(paths[0], (8, 16, 16), out, data=entries, world=world, levels=1)
+        if world == 1:
+            assert writer.summary.complete
+            assert set(writer.summary.fractions) == {"jrc_one/a", "jrc_two/a"}
+        for path in paths:
+            assert np.abs(read(out / path.parent.stem) - in_numbers(path)).max() < 1e-6
+            lattice = read_multiscale(out / path.parent.stem / "a").finest.lattice
+            assert lattice.matches(read_multiscale(path).finest.lattice)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    assert predict(paths[0], (8, 16, 16), out, data=entries, levels=1).summary.written == 0
+    box = {"z": [0, 50], "y": [0, 50], "x": [0, 50]}
+    with pytest.raises(CellMapValueError, match="a region is a part of one volume"):
+        predict(paths[0], (8, 16, 16), tmp_path / "no", data=entries, region=box)
+    (tmp_path / "copy").mkdir()
+    other = shutil.copytree(paths[0].parent, tmp_path / "copy" / "jrc_one.zarr") / "em"
+    entries = {"datasets": {"predict": [{"raw": str(path)} for path in (paths[0], other)]}}
+    with pytest.raises(CellMapValueError, match="would all be written to 'jrc_one'"):
+        predict(paths[0], (8, 16, 16), tmp_path / "no", data=entries)
+
+
+def hollow(folder):
+    """A volume of which three quarters are empty, and a mask of it, half as fine, of one corner."""
+    values = np.zeros((32, 64, 64), np.uint8)
+    values[:, :32, :32] = np.random.default_rng(0).integers(1, 256, (32, 32, 32))
+    values[:, 32:, 32:] = 7  # as empty as black
+    raw, mask = Path(folder) / "v.zarr" / "em", Path(folder) / "mask.zarr"
+    write_multiscale(raw, values, scale=(8, 8, 8), translation=(4, 4, 4), chunks=(16, 16, 16))
+    wanted = np.zeros((16, 32, 32), np.uint8)
+    wanted[:8, :16, 16:] = 1
+    write_multiscale(mask, wanted, scale=(16, 16, 16), translation=(8, 8, 8), chunks=(16, 16, 16))
+    return raw, mask, values.astype(np.float32) / 255
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_blocks_without_anything_in_them_are_skipped(tmp_path, world):
+    raw, mask, values = hollow(tmp_path)
+    data = {"input_arrays": {"raw": {"shape": [16, 16, 16], "scale": [8, 8, 8]}}, "batch_size": 2}
+    given = {"chunks": [16, 16, 16], "block_mb": 0.01, "overlap": 0, "levels": 2}
+    model = Identity()
+    writer = predict_spec(raw, data, tmp_path / "a.zarr", model, world, skip_empty=True, **given)
+    expected = np.zeros_like(values)
+    expected[:, :32, :32] = values[:, :32, :32]
+    assert np.abs(read(tmp_path / "a.zarr") - expected).max() < 1e-6
+    files = [p for p in (tmp_path / "a.zarr" / "a" / "s0").rglob("*") if p.is_file() and p.name[0] != "."]
+    assert len(files) == 8, "nothing is written of what is skipped"
+    if world == 1:
+        assert model.batches == 8
+        assert (writer.summary.blocks, writer.summary.finished, writer.summary.complete) == (32, 32, True)
+        assert writer.summary.skipped == 24
+        assert "24 more were skipped" in str(writer.summary)
+        assert writer.summary.fractions["a"] == pytest.approx((expected >= 0.5).mean())
+        writer = predict_spec(raw, data, tmp_path / "b.zarr", Identity(), mask=str(mask), **given)
+        assert writer.summary.skipped == 28
+        kept = np.zeros_like(values)
+        kept[:16, :32, 32:] = values[:16, :32, 32:]
+        assert np.abs(read(tmp_path / "b.zarr") - kept).max() < 1e-6
+        again = predict_spec(raw, data, tmp_path / "b.zarr", Identity(), mask=str(mask), **given)
+        assert (again.summary.written, again.summary.skipped, again.summary.complete) == (0, 0, True)
+        with pytest.raises(CellMapFileExistsError, match="mask: "):
+            predict_spec(raw, data, tmp_path / "b.zarr", Identity(), **given)
+        with pytest.raises(CellMapError, match="nowhere"):
+            predict_spec(raw, data, tmp_path / "c.zarr", Identity(), mask=str(tmp_path / "nowhere"), **given)
+        outside = predict_spec(raw, data, tmp_path / "d.zarr", Identity(), mask=str(mask), skip_empty=True, **given)
+        assert outside.summary.skipped == 32
+        assert outside.summary.complete
+        assert not read(tmp_path / "d.zarr").any()
+
+
+def test_a_model_that_sees_further_than_the_context_is_named(tmp_path, caplog):
+    path, _ = raw_volume(tmp_path, (24, 32, 32))
+    given = {"classes": ("a", "b"), "model": Convolution()}  # 3 voxels on either side
+    for context, said in ((1, True), (2, True), (4, False)):
+        caplog.clear()
+        predict(path, (16, 16, 16), tmp_path / f"{context}.zarr", context=context, **given)
+        found = "sees further than the context of [" in caplog.text
+        assert found == said, context
+    caplog.clear()
+    predict(path, (16, 16, 16), tmp_path / "quiet.zarr", context=1, check_context=False, **given)
+    assert "sees further" not in caplog.text
+
+
+def test_a_level_that_is_not_there_is_known_before_anything_is_computed(tmp_path):
+    path, _ = raw_volume(tmp_path, (16, 16, 16), levels=2)
+    shutil.rmtree(path / "s0")
+    model = Identity()
+    with pytest.raises(CellMapError, match="s0 are listed but not on disk"):
+        predict(path, (8, 8, 8), tmp_path / "out.zarr", model, data={"max_upsampling": 1.0})
+    assert model.batches == 0
+    assert not (tmp_path / "out.zarr").exists()
 
 
 PROGRAM = """

@@ -1,12 +1,14 @@
 """Write what a model predicts of a whole volume, out of core, so that it can be stopped and go on."""
 
 import hashlib
+import inspect
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,19 +20,24 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
-from cellmap_lightning.sampling.blockwise import BlockBatch, BlockPlan, patch_placement
+from cellmap_lightning.sampling.blockwise import BlockBatch, BlockPlan, PlanBatches, patch_placement
 from cellmap_lightning.sampling.dataset import CellMapDataset
+from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
+from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.volumes.behind import Behind
-from cellmap_lightning.volumes.blending import Blend, BlockSum, Tiling
+from cellmap_lightning.volumes.blending import Blend, BlockSum, Floats, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid, block_shape, output_lattice, parse_region, voxels_of
-from cellmap_lightning.volumes.geometry import Shape
-from cellmap_lightning.volumes.output import OutputType, PredictionOutput
+from cellmap_lightning.volumes.geometry import AXES, Shape
+from cellmap_lightning.volumes.output import OutputType, PredictionOutput, check_apart
 from cellmap_lightning.volumes.placement import Window
+from cellmap_lightning.volumes.skipping import Skipping
 from cellmap_lightning.volumes.writer import ZarrFormat
 
 log = logging.getLogger(__name__)
 
 Activation = Literal["sigmoid", "softmax"]
+#: Changes of a probability that can be seen: two steps of uint8.
+VISIBLE = 2 / 255
 
 
 @dataclass
@@ -41,6 +48,7 @@ class Summary:
         blocks: blocks of the whole prediction.
         finished: how many of them are done.
         written: how many this process wrote.
+        skipped: how many it left out, as there is nothing to predict in them.
         voxels: voxels that it wrote, of one channel.
         seconds: from the first batch to the last block.
         waited: of these, waiting for batches.
@@ -52,6 +60,7 @@ class Summary:
     blocks: int = 0
     finished: int = 0
     written: int = 0
+    skipped: int = 0
     voxels: int = 0
     seconds: float = 0.0
     waited: float = 0.0
@@ -64,7 +73,8 @@ class Summary:
         speed = self.voxels / self.seconds if self.seconds else 0.0
         lines = [
             f"{self.finished} of {self.blocks} blocks are done, {self.written} of them by this run: "
-            f"{self.voxels / 1e6:.3g} million voxels in {self.seconds:.3g} s, {speed / 1e6:.3g} million per second",
+            f"{self.voxels / 1e6:.3g} million voxels in {self.seconds:.3g} s, {speed / 1e6:.3g} million per second"
+            + (f"; {self.skipped} more were skipped" if self.skipped else ""),
             f"of the time: waiting for data {self.waited:.3g} s, model {model:.3g} s, "
             f"blending and writing {self.stored:.3g} s",
         ]
@@ -72,16 +82,37 @@ class Summary:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One volume that is predicted.
+
+    Attributes:
+        name: its name.
+        output: where it is written.
+        plan: what this process computes of it.
+        weights: of the patches of each tiling.
+        done: blocks that were finished before.
+    """
+
+    name: str
+    output: PredictionOutput
+    plan: BlockPlan
+    weights: Sequence[Floats | None]
+    done: int
+
+
 class PredictionWriter(L.Callback):
     """Makes `Trainer.predict` write the prediction of a whole volume as OME-NGFF groups ``<output>/<class>``.
 
-    The datamodule, a `CellMapDataModule` with one volume to predict, delivers the patches of one block after the
-    other; a block is a box of whole chunks, which one process computes and writes. What was finished is skipped when
-    the same prediction is started again. Nothing is returned by `Trainer.predict`: it would be held in memory.
+    The datamodule, a `CellMapDataModule` with volumes to predict, delivers the patches of one block after the other; a
+    block is a box of whole chunks, which one process computes and writes. What was finished is skipped when the same
+    prediction is started again. Nothing is returned by `Trainer.predict`: it would be held in memory. Of several
+    volumes each goes to ``<output>/<name of the volume>/<class>``.
 
     An output patch is the first of the datamodule's ``target_arrays``, else the first input: the output of the model
     for that patch, of its shape and scale. `predict_step` returns ``[N, C, z, y, x]`` (without an axis of length 1 if
-    the patch has one), or a mapping that has such a tensor.
+    the patch has one), or a mapping that has such a tensor. Flat patches are predicted in the planes that the
+    datamodule's ``planes`` name; the prediction is the mean over the planes.
 
     Args:
         output: the Zarr group to write.
@@ -106,6 +137,12 @@ class PredictionWriter(L.Callback):
             block has of chunks follows from it.
         check_space: refuse to begin where the disk has less room than the rest takes without compression.
         model_id: what tells this model from others; by default a hash of its weights.
+        flips: axes of the patch, such as ``yx``: the mean over all mirrored versions of the input, each mirrored back,
+            after the activation. `predict_step` is called once more for each of them.
+        mask: a multiscale group; blocks in which it has no voxel above 0 are not computed, and left 0.
+        skip_empty: leave out blocks in which all voxels of raw have one value, as around the imaged volume.
+        check_context: with ``trim``, find out in the first batch how much the border of the input changes what is kept,
+            and warn where that is visible: the model then sees further than the context.
 
     Attributes:
         summary: what the last prediction did.
@@ -136,6 +173,10 @@ class PredictionWriter(L.Callback):
         block_mb: float = 256,
         check_space: bool = True,
         model_id: str | None = None,
+        flips: str | Sequence[str] = "",
+        mask: str | None = None,
+        skip_empty: bool = False,
+        check_context: bool = True,
     ) -> None:
         if activation is not None and activation not in get_args(Activation):
             raise CellMapValueError(f"activation is one of {', '.join(get_args(Activation))} or null: {activation!r}")
@@ -160,6 +201,10 @@ class PredictionWriter(L.Callback):
         self.region = None if region is None else parse_region({k: list(v) for k, v in region.items()})
         self.classes, self.key, self.activation = classes, key, activation
         self.levels, self.block_mb, self.check_space, self.model_id = levels, block_mb, check_space, model_id
+        self.flips = "".join(axis for axis in AXES if axis in flips)
+        if sorted(self.flips) != sorted(flips):
+            raise CellMapValueError(f"flips are axes of the patch, each of z, y and x at most once, got {flips!r}")
+        self.mask, self.skip_empty, self.check_context = mask, bool(skip_empty), bool(check_context)
         self.summary = Summary()
         self.redundancy = 1.0
         self._close: list[Callable[[], None]] = []
@@ -182,78 +227,118 @@ class PredictionWriter(L.Callback):
         trainer.predict_loop.return_predictions = False
         datamodule.prediction = lambda: self._plan(trainer, pl_module)
 
-    def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[CellMapDataset, BlockPlan]:
-        """Say what is computed, and make or find the output. Called when weights and normalization are restored."""
+    def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[SampleSource, PlanBatches]:
+        """Say what is computed, and make or find the outputs. Called when weights and normalization are restored."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        found = data.predict_dataset.datasets
-        if len(found) != 1:
-            raise CellMapValueError(
-                f"PredictionWriter writes one volume, and 'predict' has {len(found)}: "
-                f"{', '.join(d.input_path for d in found)}; give one of them, in one plane"
-            )
-        dataset: CellMapDataset = found[0]
-        if dataset.plane.turn(None) is not None:
-            raise CellMapValueError("slices are predicted in the plane xy; use planes=[xy]")
-        _check_apart(self.output, Path(dataset.input_path))
-        self._name, window = _output_window(data, dataset)
+        volumes = _volumes(data.predict_dataset.datasets)
+        if len(volumes) > 1 and self.region is not None:
+            raise CellMapValueError(f"a region is a part of one volume, and 'predict' has {len(volumes)}")
         names = self.classes if self.classes is not None else data.classes
         if not names:
             raise CellMapValueError("what the channels show is not known: give PredictionWriter classes=[...]")
         self._names = tuple(names)
+        self._jobs: list[_Job] = []
+        placed: list[CellMapDataset] = []
+        for name, planes in volumes.items():
+            output = self.output / name if len(volumes) > 1 else self.output
+            job, datasets = self._job(trainer, pl_module, output, name, planes)
+            self._jobs.append(job)
+            placed += datasets
+        self._behind = Behind()
+        if len(placed) == 1:
+            self._source: SampleSource = placed[0]
+            self._close = [placed[0]._store.close]  # its threads are those of the module's own dataset
+        else:
+            self._source = CellMapMultiDataset(placed, "per_crop")
+            self._close = [self._source.close]
+        self._close.insert(0, self._behind.close)
+        self.redundancy = max(job.plan.redundancy for job in self._jobs)
+        total = sum(len(job.plan.grid) for job in self._jobs)
+        self.summary = Summary(total, sum(job.done for job in self._jobs))
+        self._steps: Iterator[tuple[_Job, BlockBatch | int]] = (
+            (job, step) for job in self._jobs for step in job.plan.steps()
+        )
+        self._next: tuple[_Job, BlockBatch] | None = None
+        self._sum: BlockSum | None = None
+        self._whole: np.ndarray[Any, np.dtype[np.float32]] | None = None
+        rank = trainer.global_rank
+        self._bar = tqdm(
+            total=sum(len(job.plan.blocks) for job in self._jobs), desc="predicting", unit="block",
+            disable=None if rank == 0 else True, dynamic_ncols=True,
+        )  # fmt: skip
+        self._close.append(self._bar.close)
+        self._unchecked = self.check_context and self.blend == "trim" and rank == 0
+        self._began, self._waited = time.perf_counter(), data.waiting.waited
+        return self._source, PlanBatches([job.plan for job in self._jobs])
+
+    def _job(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        path: Path,
+        name: str,
+        datasets: Sequence[CellMapDataset],
+    ) -> tuple["_Job", list[CellMapDataset]]:
+        """One volume: its output, and its patches in each plane."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        dataset = datasets[0]
+        check_apart(path, Path(dataset.input_path))
+        self._name, windows = _output_windows(data, datasets)
+        #: Voxels of the output's patch along its own axes.
+        self._shape = {**data.target_arrays, **data.input_arrays}[self._name].window.shape
+        window = windows[0]
         whole = output_lattice(window, dataset.raw_box, [level.lattice for level in dataset.levels.values()])
-        self._tiling = Tiling(whole.shape, window.shape, self.blend, self.overlap, self.context)
+        tilings = [Tiling(whole.shape, w.shape, self.blend, self.overlap, self.context) for w in windows]
         first, shape = voxels_of(whole, self.region) if self.region is not None else ((0, 0, 0), whole.shape)
-        voxel = 2 * self._tiling.precision.itemsize * len(self._names)  # one block is written while the next is summed
-        unit = self.shards or self.chunks
-        tiling = self._tiling
+        # One block is written while the next is summed; and over several planes there is the mean of those before.
+        precision = max(t.precision.itemsize for t in tilings)
+        voxel = (2 * precision + 4 * (len(tilings) > 1)) * len(self._names)
+        tiling = tilings[0]
         block = block_shape(
-            shape, unit, voxel, int(self.block_mb * 2**20),
+            shape, self.shards or self.chunks, voxel, int(self.block_mb * 2**20),
             lambda axis, length: tiling.count(axis, first[axis], shape[axis], length),
         )  # fmt: skip
         grid = BlockGrid(whole, first, shape, block)
         rank, world = trainer.global_rank, trainer.world_size
-        self._output = PredictionOutput(
-            self.output, self._names, grid, self.dtype, self.threshold, self.chunks, self.shards, self.zarr_format,
+        output = PredictionOutput(
+            path, self._names, grid, self.dtype, self.threshold, self.chunks, self.shards, self.zarr_format,
             self.levels, rank,
         )  # fmt: skip
         if rank == 0:
-            settings = self._settings(trainer, pl_module, dataset, window, grid)
-            self._output.open(settings, self.overwrite, self.check_space)
+            settings = self._settings(trainer, pl_module, datasets, window, grid, tilings, output.levels)
+            output.open(settings, self.overwrite, self.check_space)
         trainer.strategy.barrier("the output is there")
-        finished = self._output.journal.finished
-        own = range(rank, len(grid), world)
-        plan = BlockPlan(grid, self._tiling, data.batch_size, [n for n in own if n not in finished])
-        self.redundancy = plan.redundancy
-        self.summary = Summary(len(grid), len(finished))
+        finished = output.journal.finished
+        placed = [d.placed(patch_placement(t, whole, w)) for d, t, w in zip(datasets, tilings, windows, strict=True)]
+        skips = None
+        if self.mask is not None or self.skip_empty:
+            image = next(iter(placed[0]._images.values())) if self.skip_empty else None
+            skips = Skipping(self.mask, whole.step, image)
+        start = sum(job.plan.positions for job in self._jobs)
+        own = [n for n in range(rank, len(grid), world) if n not in finished]
+        plan = BlockPlan(grid, tilings, data.batch_size, own, start, skips)
         if rank == 0:
-            size = f"{self._output.nbytes / 1e9:.3g} GB before compression"
+            size = f"{output.nbytes / 1e9:.3g} GB before compression"
             log.info(
                 "%s: %s voxels of %s nm, %d classes as %s, %s; %d blocks of %s, %d of them done; the model computes "
                 "%.2f voxels for each that is written, %.2f times as many as without blocks",
-                self.output, list(shape), [round(s, 4) for s in whole.step], len(self._names), self.dtype, size,
-                len(grid), list(block), len(finished), plan.computed, self.redundancy,
+                path, list(shape), [round(s, 4) for s in whole.step], len(self._names), self.dtype, size,
+                len(grid), list(block), len(finished), plan.computed, plan.redundancy,
             )  # fmt: skip
-        self._written = plan
-        self._batches: Iterator[BlockBatch] = plan.batches()
-        self._weights = self._tiling.weights()
-        self._sum: BlockSum | None = None
-        self._behind = Behind()
-        bar = tqdm(
-            total=len(plan.blocks), desc="predicting", unit="block", disable=None if rank == 0 else True,
-            dynamic_ncols=True,
-        )  # fmt: skip
-        self._bar = bar
-        placed = dataset.placed(patch_placement(self._tiling, whole, window))
-        self._close = [self._behind.close, bar.close, placed._store.close]
-        self._began, self._waited = time.perf_counter(), data.waiting.waited
-        return placed, plan
+        return _Job(name, output, plan, [t.weights() for t in tilings], len(finished)), placed
 
     def _settings(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, dataset: CellMapDataset, window: Window, grid: BlockGrid
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        datasets: Sequence[CellMapDataset],
+        window: Window,
+        grid: BlockGrid,
+        tilings: Sequence[Tiling],
+        levels: int,
     ) -> dict[str, Any]:
         """All that the bytes follow from, so that only the same prediction goes on."""
-        lattice = grid.lattice
-        tiling = self._tiling
+        lattice, dataset, tiling = grid.lattice, datasets[0], tilings[0]
         inputs = {
             name: [list(spec.window.shape), spec.window.scale.tolist()] for name, spec in dataset.layout.inputs.items()
         }
@@ -267,6 +352,10 @@ class PredictionWriter(L.Callback):
             "raw_value_transforms": {name: _called(t) for name, t in dataset.layout.raw_transforms.items()},
             "inputs": inputs,
             "patch": list(window.shape),
+            "planes": [d.plane.name for d in datasets],
+            "flips": self.flips,
+            "mask": None if self.mask is None else str(Path(self.mask).absolute()),
+            "skip_empty": self.skip_empty,
             "voxel size": list(lattice.step),
             "translation": list(lattice.origin),
             "shape": list(lattice.shape),
@@ -279,7 +368,7 @@ class PredictionWriter(L.Callback):
             "chunks": list(self.chunks),
             "shards": list(self.shards) if self.shards else None,
             "block": list(grid.block),
-            "levels": self._output.levels,
+            "levels": levels,
         }
 
     # -- batches
@@ -296,32 +385,75 @@ class PredictionWriter(L.Callback):
         """Add the patches of a batch to their block, which a thread writes when it is whole."""
         began = time.perf_counter()
         self._behind.check()
-        now = next(self._batches)
-        positions = [self._written.position(part) for part in now.parts]
+        self._skip()
+        if self._next is None:
+            raise CellMapValueError(f"batch {batch_idx} is one more than the blocks have")
+        job, now = self._next
+        self._next = None
+        positions = job.plan.places(now)
         if batch["idx"].tolist() != positions:
             raise CellMapValueError(
                 f"batch {batch_idx} holds the patches {batch['idx'].tolist()}, and those of block {now.block} that "
                 f"come next are {positions}: the order of batches was changed"
             )
-        values = self._values(outputs, len(positions))
-        grid = self._output.grid
+        patch = job.plan.tilings[now.tiling].patch
+        values = self._values(outputs, len(positions), patch)
+        if self.flips or self._unchecked:
+            again = partial(self._predicted, trainer, pl_module, batch_idx, len(positions), patch)
+            if self._unchecked:
+                self._unchecked = False
+                self._check_context(job.plan.tilings[now.tiling], values, again, batch)
+            values = self._over_flips(values, again, batch)
+        found: np.ndarray[Any, np.dtype[np.float32]] = values.cpu().numpy()
+        grid = job.output.grid
         if now.first or self._sum is None:
             start, shape = grid.whole_start(now.block), grid[now.block][1]
-            self._sum = BlockSum(start, shape, len(self._names), self._tiling, self._weights)
-        for part, value in zip(now.parts, values, strict=True):
+            tiling = job.plan.tilings[now.tiling]
+            self._sum = BlockSum(start, shape, len(self._names), tiling, job.weights[now.tiling])
+        for part, value in zip(now.parts, found, strict=True):
             self._sum.add(part, value)
         if now.last:
-            whole, self._sum = self._sum, None
-            self._behind.give(partial(self._write, now.block, whole))
+            self._end_tiling(job, now)
         self._count(trainer, began)
         if trainer.received_sigterm:  # Lightning itself would go on to the end
             raise SIGTERMException
 
-    def _write(self, number: int, block: BlockSum) -> None:
+    def _skip(self) -> None:
+        """Note the blocks that are not computed, up to the next batch."""
+        while self._next is None:
+            following = next(self._steps, None)
+            if following is None:
+                return
+            job, step = following
+            if isinstance(step, BlockBatch):
+                self._next = job, step
+                return
+            self._behind.give(partial(job.output.skip, step))
+            self.summary.skipped += 1
+            self._bar.update()
+
+    def _end_tiling(self, job: "_Job", now: BlockBatch) -> None:
+        """A block is whole in one plane: write it, or wait for the others."""
+        assert self._sum is not None
+        whole, self._sum = self._sum, None
+        planes = len(job.plan.tilings)
+        if planes == 1:
+            self._behind.give(partial(self._write, job, now.block, whole.mean))
+            return
+        if now.tiling == 0 or self._whole is None:
+            self._whole = whole.mean()
+        else:
+            self._whole += whole.mean()
+        if now.tiling == planes - 1:
+            values, self._whole = self._whole, None
+            values /= np.float32(planes)
+            self._behind.give(partial(self._write, job, now.block, lambda: values))
+
+    def _write(self, job: "_Job", number: int, values: Callable[[], np.ndarray[Any, np.dtype[np.float32]]]) -> None:
         """Write a block, in the thread that does so."""
-        self._output.write(number, block.mean())
+        job.output.write(number, values())
         self.summary.written += 1
-        self.summary.voxels += math.prod(self._output.grid[number][1])
+        self.summary.voxels += math.prod(job.output.grid[number][1])
         self._bar.update()
         speed = self.summary.voxels / (time.perf_counter() - self._began)
         self._bar.set_postfix_str(f"{speed / 1e6:.3g} Mvoxel/s", refresh=False)
@@ -333,8 +465,8 @@ class PredictionWriter(L.Callback):
         self.summary.seconds = ended - self._began
         self.summary.waited = trainer.datamodule.waiting.waited - self._waited  # type: ignore[attr-defined]
 
-    def _values(self, outputs: Any, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """What `predict_step` gave, ``[N, C, z, y, x]``."""
+    def _values(self, outputs: Any, count: int, patch: Shape) -> torch.Tensor:
+        """What `predict_step` gave, float32 ``[N, C, z, y, x]`` along the axes of the volume."""
         if isinstance(outputs, Mapping):
             key = self.key if self.key is not None else next(iter(outputs)) if len(outputs) == 1 else None
             if key not in outputs:
@@ -344,7 +476,6 @@ class PredictionWriter(L.Callback):
             raise CellMapTypeError(
                 f"predict_step must return a tensor [N, C, z, y, x] or a mapping of such, got {type(outputs).__name__}"
             )
-        patch = self._tiling.patch
         channels, got = len(self._names), tuple(outputs.shape)
         if len(got) > 1 and got[0] == count and got[1] != channels:
             raise CellMapValueError(
@@ -359,22 +490,90 @@ class PredictionWriter(L.Callback):
         values = outputs.detach().to(torch.float32)
         if self.activation is not None:
             values = values.sigmoid() if self.activation == "sigmoid" else values.softmax(1)
-        found: np.ndarray[Any, np.dtype[np.float32]] = values.reshape(count, channels, *patch).cpu().numpy()
-        return found
+        # Of a flat patch, rows and columns run along the volume's axes in their order, whatever its plane.
+        return values.reshape(count, channels, *patch)
+
+    # -- the model, asked again
+
+    def _predicted(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch_idx: int,
+        count: int,
+        patch: Shape,
+        batch: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """What the model gives for another batch."""
+        arguments = [batch, batch_idx][: len(inspect.signature(pl_module.predict_step).parameters)]
+        return self._values(trainer.strategy.predict_step(*arguments), count, patch)
+
+    def _over_flips(
+        self, values: torch.Tensor, again: Callable[[Mapping[str, Any]], torch.Tensor], batch: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """The mean over all mirrored versions of a batch, one after the other."""
+        inputs = self._source.layout.inputs
+        thick = [
+            n for n, a in enumerate(AXES) if a in self.flips and any(i.window.shape[n] > 1 for i in inputs.values())
+        ]
+        number = 1
+        for count in range(1, len(thick) + 1):
+            for axes in combinations(thick, count):
+                mirrored = {
+                    name: value.flip(_dims(inputs[name].window.shape, axes)) if name in inputs else value
+                    for name, value in batch.items()
+                }
+                # The axes of a flat patch that are longer than 1 lie in the volume in the same order.
+                kept = [dim for dim in range(2, 5) if values.shape[dim] != 1]
+                back = [kept[dim] for dim in _dims(self._shape, axes)]
+                values = values + again(mirrored).flip(back)
+                number += 1
+        return values / number
+
+    def _check_context(
+        self,
+        tiling: Tiling,
+        values: torch.Tensor,
+        again: Callable[[Mapping[str, Any]], torch.Tensor],
+        batch: Mapping[str, Any],
+    ) -> None:
+        """Warn where the outermost voxels of the input change what is kept of the output."""
+        if not any(tiling.trim):
+            return
+        inputs = self._source.layout.inputs
+        other = {
+            name: _new_border(value, _dims(inputs[name].window.shape, (0, 1, 2))) if name in inputs else value
+            for name, value in batch.items()
+        }
+        kept = tuple(slice(t, n - t) for t, n in zip(tiling.trim, tiling.patch, strict=True))
+        change = float((again(other) - values)[:, :, *kept].abs().max())
+        if change > VISIBLE:
+            log.warning(
+                "the outermost voxels of a patch change what is kept of it by up to %.3g: the model sees further than "
+                "the context of %s voxels (z, y, x) on either side, so seams between patches may show. More of it, by "
+                "context or a larger patch, makes the change smaller; check_context=False looks for none",
+                change, list(tiling.trim),
+            )  # fmt: skip
 
     # -- the end
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wait for the last block; build the pyramids, when every process is done."""
         began = time.perf_counter()
+        self._skip()
         self._behind.wait()
         self._count(trainer, began)
         self._bar.close()
         strategy = trainer.strategy
-        complete = self._output.finish(trainer.global_rank, trainer.world_size, strategy.barrier, strategy.broadcast)
-        self.summary.complete = complete
-        self.summary.finished = len(self._output.journal.finished)
-        self.summary.fractions = self._output.fractions()
+        fractions: dict[str, float] = {}
+        complete, finished = True, 0
+        for job in self._jobs:
+            output = job.output
+            complete &= output.finish(trainer.global_rank, trainer.world_size, strategy.barrier, strategy.broadcast)
+            finished += len(output.journal.finished)
+            before = f"{job.name}/" if len(self._jobs) > 1 else ""
+            fractions |= {f"{before}{name}": part for name, part in output.fractions().items()}
+        self.summary.complete, self.summary.finished, self.summary.fractions = complete, finished, fractions
         if trainer.global_rank == 0:
             if not complete:
                 log.warning(
@@ -398,7 +597,7 @@ class PredictionWriter(L.Callback):
         closing, self._close = self._close, []
         for close in closing:
             close()
-        self._sum = None
+        self._sum = self._whole = self._next = None
 
 
 def fingerprint(module: L.LightningModule) -> str:
@@ -428,15 +627,66 @@ def _lengths(what: str, value: Sequence[int]) -> Shape:
     return found[0], found[1], found[2]
 
 
-def _output_window(data: Any, dataset: CellMapDataset) -> tuple[str, Window]:
-    """Name and patch of the model's output, along the axes of the volume."""
+def _volumes(datasets: Sequence[CellMapDataset]) -> dict[str, list[CellMapDataset]]:
+    """The datasets of each volume, one for each plane, by a name.
+
+    Raises:
+        CellMapValueError: a volume is there twice, or two have one name.
+    """
+    found: dict[str, list[CellMapDataset]] = {}
+    for dataset in datasets:
+        found.setdefault(dataset.input_path, []).append(dataset)
+    for path, planes in found.items():
+        names = [dataset.plane.name for dataset in planes]
+        if len(set(names)) < len(names):
+            raise CellMapValueError(f"'predict' has {path} more than once; give each volume one time")
+    named = {path: volume_name(path) for path in found}
+    twice = sorted(path for path, name in named.items() if list(named.values()).count(name) > 1)
+    if twice:
+        raise CellMapValueError(
+            f"{', '.join(twice)} would all be written to {named[twice[0]]!r}; predict one at a time"
+        )
+    return {named[path]: planes for path, planes in found.items()}
+
+
+def volume_name(path: str) -> str:
+    """What a volume is called: the Zarr container that holds it, without its ending."""
+    parts = Path(path).parts
+    return next((Path(part).stem for part in parts if part.endswith((".zarr", ".n5"))), parts[-1])
+
+
+def _output_windows(data: Any, datasets: Sequence[CellMapDataset]) -> tuple[str, list[Window]]:
+    """Name of the model's output, and its patch in each plane, along the axes of the volume.
+
+    Raises:
+        CellMapValueError: the voxels of the planes are not the same, so that there is no mean of them.
+    """
     arrays = {**data.target_arrays, **data.input_arrays}
     name = next(iter(arrays))
-    return name, dataset.in_volume(arrays[name].window, arrays[name].flat)
+    windows = [dataset.in_volume(arrays[name].window, arrays[name].flat) for dataset in datasets]
+    if any(np.abs(w.scale / windows[0].scale - 1).max() > 1e-9 for w in windows):
+        said = "; ".join(
+            f"{d.plane.name} has {[round(float(s), 4) for s in w.scale]} nm"
+            for d, w in zip(datasets, windows, strict=True)
+        )
+        raise CellMapValueError(
+            f"several planes are averaged voxel by voxel, and theirs differ (z, y, x): {said}. Give a scale that is "
+            "the same along both axes and no finer than the volume's coarsest axis, or one plane"
+        )
+    return name, windows
 
 
-def _check_apart(output: Path, raw: Path) -> None:
-    """What is read is never written to."""
-    a, b = output.absolute(), raw.absolute()
-    if a == b or b in a.parents or a in b.parents:
-        raise CellMapValueError(f"the output {output} and the raw volume {raw} must not lie in each other")
+def _dims(shape: Shape, axes: Sequence[int]) -> list[int]:
+    """Where the axes of a patch are in a batch of it, which has none of length 1; counted from the end."""
+    kept = [axis for axis in range(3) if shape[axis] != 1]
+    return [kept.index(axis) - len(kept) for axis in axes if axis in kept]
+
+
+def _new_border(value: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    """A batch whose outermost voxels come from elsewhere in it."""
+    found, turned = value.clone(), value.flip(list(dims))
+    for dim in dims:
+        for end in (0, value.shape[dim] - 1):
+            middle = turned.select(dim, value.shape[dim] // 2)
+            found.select(dim, end).copy_(middle)
+    return found

@@ -1,17 +1,16 @@
 """A volume as the patches of its blocks: what a prediction reads."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.sampling.dataset import CellMapDataset
-from cellmap_lightning.sampling.source import Draw, Samples
+from cellmap_lightning.sampling.source import Draw, Samples, SampleSource
 from cellmap_lightning.volumes.blending import Part, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid
-from cellmap_lightning.volumes.geometry import Lattice, Shape
+from cellmap_lightning.volumes.geometry import Box, Lattice, Shape
 from cellmap_lightning.volumes.placement import Placement, Window
 
 
@@ -22,14 +21,16 @@ class BlockBatch:
     Attributes:
         block: number of the block.
         parts: its patches, in the order of the batch.
-        first: whether it is the first batch of its block.
+        first: whether it is the first batch of this tiling in its block.
         last: whether it is the last.
+        tiling: which of the plan's tilings; the block is whole after the last batch of the last of them.
     """
 
     block: int
     parts: tuple[Part, ...]
     first: bool
     last: bool
+    tiling: int = 0
 
 
 def patch_placement(tiling: Tiling, whole: Lattice, window: Window) -> Placement:
@@ -43,57 +44,81 @@ def patch_placement(tiling: Tiling, whole: Lattice, window: Window) -> Placement
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
-    """What one process predicts: its blocks, in batches that never reach over the end of a block.
+    """What one process predicts of a volume: its blocks, in batches that never reach over the end of a block.
 
     Which blocks these are follows from their numbers alone, and which patches make a batch from the block and the
     batch size: a run that goes on computes the same batches.
 
     Attributes:
         grid: the blocks.
-        tiling: their patches.
+        tilings: their patches; several where they are computed in several planes, one tiling after the other.
         batch_size: patches of a batch at most.
         blocks: numbers of the blocks, in their order.
+        start: number of positions before this volume, where one dataset holds several.
+        skips: says which blocks are not computed.
     """
 
     grid: BlockGrid
-    tiling: Tiling
+    tilings: Sequence[Tiling]
     batch_size: int
     blocks: Sequence[int]
-    _lowest: tuple[int, int, int] = field(init=False)
-    _counts: tuple[int, int, int] = field(init=False)
+    start: int = 0
+    skips: Callable[[Box], bool] | None = None
+    _lowest: list[Shape] = field(init=False, default_factory=list)
+    _counts: list[Shape] = field(init=False, default_factory=list)
+    _starts: list[int] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        lo, hi = self.tiling.bounds()
-        z, y, x = (b - a + 1 for a, b in zip(lo, hi, strict=True))
-        object.__setattr__(self, "_lowest", lo)
-        object.__setattr__(self, "_counts", (z, y, x))
+        at = self.start
+        for tiling in self.tilings:
+            lo, hi = tiling.bounds()
+            z, y, x = (b - a + 1 for a, b in zip(lo, hi, strict=True))
+            self._lowest.append(lo)
+            self._counts.append((z, y, x))
+            self._starts.append(at)
+            at += z * y * x
 
-    def parts(self, block: int) -> list[Part]:
+    @property
+    def positions(self) -> int:
+        """Positions of its patches, see `patch_placement`; over all tilings."""
+        return sum(math.prod(counts) for counts in self._counts)
+
+    def parts(self, block: int, tiling: int = 0) -> list[Part]:
         """The patches of a block."""
-        return self.tiling.parts(self.grid.whole_start(block), self.grid[block][1])
+        return self.tilings[tiling].parts(self.grid.whole_start(block), self.grid[block][1])
 
-    def batches(self) -> Iterator[BlockBatch]:
-        """Every batch, one after the other."""
+    def skipped(self, block: int) -> bool:
+        """Whether a block is not computed."""
+        return self.skips is not None and self.skips(self.grid.box(block))
+
+    def steps(self) -> Iterator[BlockBatch | int]:
+        """Every batch, one after the other; of a block that is skipped its number."""
         for block in self.blocks:
-            parts = self.parts(block)
-            for at in range(0, len(parts), self.batch_size):
-                last = at + self.batch_size >= len(parts)
-                yield BlockBatch(block, tuple(parts[at : at + self.batch_size]), at == 0, last)
+            if self.skipped(block):
+                yield block
+                continue
+            for tiling in range(len(self.tilings)):
+                parts = self.parts(block, tiling)
+                for at in range(0, len(parts), self.batch_size):
+                    last = at + self.batch_size >= len(parts)
+                    yield BlockBatch(block, tuple(parts[at : at + self.batch_size]), at == 0, last, tiling)
 
-    def position(self, part: Part) -> int:
-        """The position of a patch in `patch_placement`."""
-        z, y, x = (s - lo for s, lo in zip(part.start, self._lowest, strict=True))
-        return (z * self._counts[1] + y) * self._counts[2] + x
+    def position(self, part: Part, tiling: int = 0) -> int:
+        """The position of a patch in the dataset: in `patch_placement`, behind those of the tilings before."""
+        z, y, x = (s - lo for s, lo in zip(part.start, self._lowest[tiling], strict=True))
+        counts = self._counts[tiling]
+        return self._starts[tiling] + (z * counts[1] + y) * counts[2] + x
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """The positions of each batch, as a batch sampler gives them."""
-        for batch in self.batches():
-            yield [self.position(part) for part in batch.parts]
+    def places(self, batch: BlockBatch) -> list[int]:
+        """The positions of a batch."""
+        return [self.position(part, batch.tiling) for part in batch.parts]
 
     def patches(self, block: Shape | None = None) -> int:
         """Patches of all blocks of all processes; with blocks of another shape, if one is given."""
-        axes = zip(self.grid.first, self.grid.shape, block or self.grid.block, strict=True)
-        return math.prod(self.tiling.count(axis, *lengths) for axis, lengths in enumerate(axes))
+        axes = list(zip(self.grid.first, self.grid.shape, block or self.grid.block, strict=True))
+        return sum(
+            math.prod(tiling.count(axis, *lengths) for axis, lengths in enumerate(axes)) for tiling in self.tilings
+        )
 
     @property
     def redundancy(self) -> float:
@@ -103,19 +128,36 @@ class BlockPlan:
     @property
     def computed(self) -> float:
         """Voxels that the model computes for each that is written."""
-        return self.patches() * math.prod(self.tiling.patch) / math.prod(self.grid.shape)
+        return self.patches() * math.prod(self.tilings[0].patch) / math.prod(self.grid.shape)
+
+
+class PlanBatches:
+    """The positions of each batch of several plans, one plan after the other, as a batch sampler gives them.
+
+    Args:
+        plans: the plans.
+    """
+
+    def __init__(self, plans: Sequence[BlockPlan]) -> None:
+        self.plans = plans
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for plan in self.plans:
+            for step in plan.steps():
+                if isinstance(step, BlockBatch):
+                    yield plan.places(step)
 
 
 class PatchSamples(Samples):
     """Samples that are numbered by their positions.
 
     Args:
-        dataset: a volume whose placement is that of `patch_placement`.
+        dataset: a volume whose placement is that of `patch_placement`, or several.
         seed: of what is random in value transforms.
         pin: read into page-locked memory.
     """
 
-    def __init__(self, dataset: CellMapDataset, seed: int = 0, pin: bool = False) -> None:
+    def __init__(self, dataset: SampleSource, seed: int = 0, pin: bool = False) -> None:
         super().__init__(dataset, 1, False, seed, pin, range(1))
 
     def _draw(self, samples: Sequence[int]) -> list[Draw]:

@@ -99,6 +99,12 @@ class BlockGrid:
         shape = [min(b, n - s) for b, n, s in zip(self.block, self.shape, start, strict=True)]
         return start, (shape[0], shape[1], shape[2])
 
+    def box(self, number: int) -> Box:
+        """The physical box of a block, nm."""
+        start, shape = self[number]
+        origin = np.add(self.lattice.origin, np.multiply(start, self.whole.step))
+        return Lattice(to_vector(origin), self.whole.step, shape).box
+
     def whole_start(self, number: int) -> Shape:
         """Start of a block, counted in ``whole``."""
         z, y, x = np.add(self[number][0], self.first).tolist()

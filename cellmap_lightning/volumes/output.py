@@ -281,6 +281,15 @@ class PredictionOutput:
             reached = [sum(int(np.count_nonzero(plane >= self.threshold)) for plane in channel) for channel in values]
             self.journal.write("done", number, reached)
 
+    def skip(self, number: int) -> None:
+        """Say that a block is done of which nothing is written: its voxels are 0.
+
+        Raises:
+            OutputError: the disk is full or read-only.
+        """
+        with self._clear_errors(f"cannot be written to at block {number}"):
+            self.journal.write("done", number, [0] * len(self.classes))
+
     def fractions(self) -> dict[str, float]:
         """The part of the finished voxels of each class that reach the threshold."""
         notes = self.journal.finished
@@ -359,3 +368,14 @@ class PredictionOutput:
             raise OutputError(
                 f"{self.path} {what}: {why}. What is finished stays; the same command goes on from there"
             ) from e
+
+
+def check_apart(output: Path, raw: Path) -> None:
+    """What is read is never written to.
+
+    Raises:
+        CellMapValueError: one of them lies in the other.
+    """
+    a, b = output.absolute(), raw.absolute()
+    if a == b or b in a.parents or a in b.parents:
+        raise CellMapValueError(f"the output {output} and the raw volume {raw} must not lie in each other")
