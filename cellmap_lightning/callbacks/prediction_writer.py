@@ -22,7 +22,7 @@ from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.volumes.blending import Blend, BlockSum, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid, block_shape, output_lattice, parse_region, voxels_of
 from cellmap_lightning.volumes.geometry import Shape
-from cellmap_lightning.volumes.output import OutputType, PredictionOutput
+from cellmap_lightning.volumes.output import OutputType, PredictionOutput, check_apart
 from cellmap_lightning.volumes.placement import Window
 from cellmap_lightning.volumes.writer import ZarrFormat
 
@@ -191,7 +191,7 @@ class PredictionWriter(L.Callback):
         dataset: CellMapDataset = found[0]
         if dataset.plane.turn(None) is not None:
             raise CellMapValueError("slices are predicted in the plane xy; use planes=[xy]")
-        _check_apart(self.output, Path(dataset.input_path))
+        check_apart(self.output, Path(dataset.input_path))
         self._name, window = _output_window(data, dataset)
         names = self.classes if self.classes is not None else data.classes
         if not names:
@@ -417,10 +417,3 @@ def _output_window(data: Any, dataset: CellMapDataset) -> tuple[str, Window]:
     arrays = {**data.target_arrays, **data.input_arrays}
     name = next(iter(arrays))
     return name, dataset.in_volume(arrays[name].window, arrays[name].flat)
-
-
-def _check_apart(output: Path, raw: Path) -> None:
-    """What is read is never written to."""
-    a, b = output.absolute(), raw.absolute()
-    if a == b or b in a.parents or a in b.parents:
-        raise CellMapValueError(f"the output {output} and the raw volume {raw} must not lie in each other")
