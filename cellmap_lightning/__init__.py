@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cellmap_lightning.datamodule import CellMapDataModule
+    from cellmap_lightning.dataset_writer import CellMapDatasetWriter, ImageWriter
     from cellmap_lightning.errors import CellMapError
     from cellmap_lightning.sampling.arrays import batch_memory
     from cellmap_lightning.sampling.dataloader import CellMapDataLoader
@@ -24,10 +25,12 @@ _HOMES = {
     "CellMapDataLoader": "sampling.dataloader",
     "CellMapDataSplit": "sampling.datasplit",
     "CellMapDataset": "sampling.dataset",
+    "CellMapDatasetWriter": "dataset_writer",
     "CellMapError": "errors",
     "CellMapImage": "volumes.image",
     "CellMapMultiDataset": "sampling.multidataset",
     "ClassBalancedSampler": "sampling.positions",
+    "ImageWriter": "dataset_writer",
     "batch_memory": "sampling.arrays",
 }
 
@@ -36,10 +39,12 @@ __all__ = [
     "CellMapDataModule",
     "CellMapDataSplit",
     "CellMapDataset",
+    "CellMapDatasetWriter",
     "CellMapError",
     "CellMapImage",
     "CellMapMultiDataset",
     "ClassBalancedSampler",
+    "ImageWriter",
     "batch_memory",
 ]
 

@@ -403,6 +403,7 @@ def _quieten() -> None:
     logging.getLogger("torch").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",  # the data reads with threads of its own: processes would be slower
+        ".*callbacks used to create the checkpoint need to be provided.*",  # those of training, when predicting
         ".*Experiment logs directory.*",  # the run's folder already holds the log and the configuration
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ):

@@ -13,7 +13,8 @@ import torch
 from cellmap_lightning.errors import CellMapKeyError, MissingExtraError
 from cellmap_lightning.sampling.dataloader import CellMapDataLoader
 from cellmap_lightning.sampling.dataset import CellMapDataset
-from cellmap_lightning.volumes.ngff import read_multiscale
+from cellmap_lightning.volumes.geometry import Lattice
+from cellmap_lightning.volumes.ngff import Multiscale, read_multiscale
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +88,7 @@ def evaluate(output: Path, crops: Path, classes: Sequence[str], threshold: float
         for name in classes:
             if not any((crop / name / file).is_file() for file in (".zattrs", "zarr.json")):
                 continue
-            found = read_multiscale(output / name).finest
-            labels = read_multiscale(crop / name).finest.lattice.box
-            slack = np.asarray(found.lattice.step) / 2
-            box = found.lattice.box
-            if (labels.lower < box.lower - slack).any() or (labels.upper > box.upper + slack).any():
+            if not holds(read_multiscale(output / name).finest.lattice, read_multiscale(crop / name).finest.lattice):
                 outside.add(crop.name)
                 continue
             scores.append(_compare(output / name, crop, name, threshold))
@@ -104,11 +101,29 @@ def evaluate(output: Path, crops: Path, classes: Sequence[str], threshold: float
     return scores
 
 
+def holds(found: Lattice, labels: Lattice) -> bool:
+    """Whether a crop lies in a prediction, but for half a voxel of that."""
+    slack = np.asarray(found.step) / 2
+    lower, upper = np.subtract(found.box.lower, slack), np.add(found.box.upper, slack)
+    return bool((labels.box.lower >= lower).all() and (labels.box.upper <= upper).all())
+
+
+def stored_threshold(image: Multiscale, threshold: float) -> float:
+    """The stored value from which a voxel of a prediction is of the class: 1 where labels are stored.
+
+    Args:
+        image: what was predicted of a class.
+        threshold: probability from which it is.
+    """
+    if "annotation" in dict(image.attributes.get("cellmap", {})):
+        return 1
+    dtype = image.finest.array.dtype
+    return threshold * (np.iinfo(dtype).max if dtype.kind == "u" else 1)
+
+
 def _compare(group: Path, crop: Path, name: str, threshold: float) -> Score:
     image = read_multiscale(group)
-    level = image.finest
-    most = np.iinfo(level.array.dtype).max if level.array.dtype.kind == "u" else 1
-    labels = "annotation" in dict(image.attributes.get("cellmap", {}))
+    level, least = image.finest, stored_threshold(image, threshold)
     window = {"shape": list(_PATCH), "scale": list(level.scale)}
     known = tp = fp = fn = 0
     with CellMapDataset(
@@ -117,7 +132,7 @@ def _compare(group: Path, crop: Path, name: str, threshold: float) -> Score:
     ) as dataset:  # fmt: skip
         for batch in CellMapDataLoader(dataset, is_train=False, rank=0, world=1):
             truth = batch["labels"]
-            there = batch["found"] >= (1 if labels else threshold * most)
+            there = batch["found"] >= least
             annotated = ~torch.isnan(truth)
             positive = truth == 1
             known += int(annotated.sum())

@@ -370,6 +370,7 @@ class _Row:
     limits: tuple[float, float]
     occurs: set[int]
     lines: tuple[str, ...]  # the header, then what the sheet has to say about the sample
+    predicted: str  # above the panel of the prediction
 
 
 def contact_sheet(
@@ -380,6 +381,7 @@ def contact_sheet(
     title: str | None = None,
     max_rows: int = 6,
     overlay: Overlay = "outline",
+    predicted: str = f"prediction > {THRESHOLD:g}",
 ) -> "Figure":
     """Draw samples with the outlines of what was annotated and of what was predicted.
 
@@ -399,6 +401,7 @@ def contact_sheet(
         title: A line above everything.
         max_rows: Draw at most so many samples, and say so if there are more.
         overlay: ``"outline"``, or ``"fill"`` to tint the insides as well.
+        predicted: What stands above the predictions.
 
     Returns:
         The figure, 1400 px wide with four columns.
@@ -418,7 +421,7 @@ def contact_sheet(
         raise CellMapValueError(f"max_rows must be at least 1; it is {max_rows}.")
     if overlay not in ("outline", "fill"):
         raise CellMapValueError(f'overlay must be "outline" or "fill", not {overlay!r}.')
-    rows = [_prepare(sample, classes, number) for number, sample in enumerate(samples[:max_rows])]
+    rows = [_prepare(sample, classes, number, predicted) for number, sample in enumerate(samples[:max_rows])]
     notes = [title] if title else []
     if len(samples) > max_rows:
         notes.append(f"the first {max_rows} of {len(samples)} samples")
@@ -434,7 +437,7 @@ def _numbers(value: Any) -> Array:
     return np.asarray(value)
 
 
-def _prepare(sample: SheetSample, classes: Sequence[str], number: int) -> _Row:
+def _prepare(sample: SheetSample, classes: Sequence[str], number: int, predicted: str) -> _Row:
     where = f"Sample {number} of the contact sheet"
     raw = _numbers(sample.raw)
     if raw.ndim not in (2, 3) or not raw.size:
@@ -493,6 +496,7 @@ def _prepare(sample: SheetSample, classes: Sequence[str], number: int) -> _Row:
         limits=contrast_limits(raw),
         occurs=occurs,
         lines=(sample.header, "   ·   ".join(facts)),
+        predicted=predicted,
     )
 
 
@@ -616,7 +620,7 @@ def _inches_per_nm(row: _Row, column: float) -> tuple[float, float]:
 def _panel_title(kind: str, row: _Row) -> str:
     at = "" if row.z is None else f"  z={row.z}"
     if kind != "xz":
-        return {"raw": f"raw{at}", "target": "target", "prediction": f"prediction > {THRESHOLD:g}"}[kind]
+        return {"raw": f"raw{at}", "target": "target", "prediction": row.predicted}[kind]
     drawn = [n for n, s in (("target", row.xy.target), ("prediction", row.xy.prediction)) if s is not None]
     return f"xz  y={row.y}" + (": " + ", ".join(drawn) if drawn else "")
 

@@ -1,6 +1,8 @@
 """What ``cellmap-predict`` does: the configuration of a checkpoint, with overrides, run on a volume."""
 
+import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.callbacks.run_config import CONFIG_KEY
-from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
+from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError, MissingExtraError
 from cellmap_lightning.evaluate import draw, evaluate, table, write_csv
+from cellmap_lightning.overview import draw_prediction
 from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW
 from cellmap_lightning.volumes.geometry import Box
 from cellmap_lightning.volumes.ngff import read_multiscale
@@ -77,7 +80,8 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     found = OmegaConf.create(
         {
             "ckpt": cfg.ckpt, "patch": patch, "data": data, "model": saved.get("model"), "task": saved["task"],
-            "trainer": trainer, "writer": writer, "evaluate": bool(cfg.evaluate), "input_path": cfg.data.input_path,
+            "trainer": trainer, "writer": writer, "evaluate": bool(cfg.evaluate),
+            "picture": bool(cfg.picture), "input_path": cfg.data.input_path,
         }
     )  # fmt: skip
     for override in overrides:
@@ -91,7 +95,8 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
 def groundtruth(input_path: str) -> Path:
     """Where the crops of a raw volume are in the layout of the challenge."""
-    return Path(input_path).absolute().parents[len(Path(RAW).parts) - 1] / GROUNDTRUTH
+    above = Path(input_path).absolute().parents
+    return above[min(len(Path(RAW).parts), len(above)) - 1] / GROUNDTRUTH
 
 
 def region(given: Any, input_path: str) -> dict[str, list[float]] | None:
@@ -155,13 +160,33 @@ def run(cfg: DictConfig) -> str | None:
     if not trainer.is_global_zero:
         return None
     said = f"{writer.output}\n{writer.summary}"
-    if cfg.evaluate and writer.summary.complete:
-        names = writer.classes or data.classes or ()
-        scores = evaluate(writer.output, groundtruth(cfg.input_path), names, writer.threshold)
-        table_file, picture = (writer.output.with_name(f"{writer.output.stem}-scores{end}") for end in (".csv", ".png"))
-        write_csv(scores, table_file)
-        draw(scores, picture)
-        said += f"\n\n{table(scores)}\n\n{table_file}\n{picture}"
+    if writer.summary.complete:
+        said += _judged(cfg, writer, writer.classes or data.classes or ())
+    return said
+
+
+def _judged(cfg: DictConfig, writer: Any, names: Sequence[str]) -> str:
+    """Draw what was predicted, and compare it with the crops, as far as that is wanted; what there is then to say."""
+    said, output, crops = "", writer.output, groundtruth(cfg.input_path)
+    package = logging.getLogger("cellmap_lightning")
+    level = package.level
+    package.setLevel(logging.WARNING)  # each crop and class would be announced as in a training
+    try:
+        if cfg.picture:
+            picture = output.with_name(f"{output.stem}.png")
+            try:
+                draw_prediction(output, str(cfg.input_path), names, picture, crops, writer.threshold)
+                said += f"\n\n{picture}"
+            except MissingExtraError as e:
+                said += f"\n\nno picture: {e}"
+        if cfg.evaluate:
+            scores = evaluate(output, crops, names, writer.threshold)
+            table_file, matrix = (output.with_name(f"{output.stem}-scores{end}") for end in (".csv", ".png"))
+            write_csv(scores, table_file)
+            draw(scores, matrix)
+            said += f"\n\n{table(scores)}\n\n{table_file}\n{matrix}"
+    finally:
+        package.setLevel(level)
     return said
 
 

@@ -93,6 +93,7 @@ def test_help_imports_neither_torch_nor_lightning(tmp_path):
 def test_importing_the_package_imports_nothing_heavy():
     code = (
         "import sys, cellmap_lightning\nassert 'torch' not in sys.modules\n"
+        "cellmap_lightning.CellMapDatasetWriter\n"
         "import cellmap_lightning.sampling.dataloader\n"
         "print([m for m in ('lightning', 'hydra', 'monai', 'matplotlib') if m in sys.modules])"
     )

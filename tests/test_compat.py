@@ -69,6 +69,8 @@ def split(volume):
         (".image", ["CellMapImage"]),
         (".empty_image", ["EmptyImage"]),
         (".sampler", ["ClassBalancedSampler"]),
+        (".dataset_writer", ["CellMapDatasetWriter"]),
+        (".image_writer", ["ImageWriter"]),
         (".subdataset", ["CellMapSubset"]),
         (".mutable_sampler", ["MutableSubsetRandomSampler"]),
         (".transforms", ["Binarize", "GaussianBlur", "GaussianNoise", "NaNtoNum", "RandomContrast", "RandomGamma"]),

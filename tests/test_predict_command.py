@@ -64,6 +64,7 @@ def test_a_crop_from_the_command_line(checkpoint, volume, tmp_path):
         rows = list(csv.DictReader(file))
     assert {(row["crop"], row["class"]) for row in rows} >= {("crop2", "mito"), ("crop2", "er")}
     assert (tmp_path / "out-scores.png").stat().st_size > 5000
+    assert (tmp_path / "out.png").stat().st_size > 50_000
     code, text, errors = predict(checkpoint, volume, tmp_path / "out.zarr", *given, "writer.overlap=0.25")
     assert code == 1
     assert "overlap: [4, 16, 16] is there, now [6, 24, 24]" in errors

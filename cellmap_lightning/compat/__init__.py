@@ -7,9 +7,11 @@ places and with the values that docs/migration.md describes. What a class here a
 
 from cellmap_lightning.compat.dataloader import CellMapDataLoader
 from cellmap_lightning.compat.dataset import CellMapDataset
+from cellmap_lightning.compat.dataset_writer import CellMapDatasetWriter
 from cellmap_lightning.compat.datasplit import CellMapDataSplit
 from cellmap_lightning.compat.empty_image import EmptyImage
 from cellmap_lightning.compat.image import CellMapImage
+from cellmap_lightning.compat.image_writer import ImageWriter
 from cellmap_lightning.compat.multidataset import CellMapMultiDataset
 from cellmap_lightning.compat.mutable_sampler import MutableSubsetRandomSampler
 from cellmap_lightning.compat.sampler import ClassBalancedSampler
@@ -19,10 +21,12 @@ __all__ = [
     "CellMapDataLoader",
     "CellMapDataSplit",
     "CellMapDataset",
+    "CellMapDatasetWriter",
     "CellMapImage",
     "CellMapMultiDataset",
     "CellMapSubset",
     "ClassBalancedSampler",
     "EmptyImage",
+    "ImageWriter",
     "MutableSubsetRandomSampler",
 ]

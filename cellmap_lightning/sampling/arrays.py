@@ -67,11 +67,16 @@ class TargetArray:
         return self.window.shape, tuple(self.window.scale.tolist()), self.flat, self.kind.identity
 
 
-def parse_inputs(specs: ArraySpecs, what: str = "input_arrays") -> dict[str, InputArray]:
+def parse_inputs(specs: ArraySpecs, what: str = "input_arrays", default_name: str = "input") -> dict[str, InputArray]:
     """Read the specifications of the inputs: ``{name: {"shape": .., "scale": ..}}``, or one of them by itself.
 
     A shape and a scale of two numbers (y, x) ask for slices. ``slices_as: channels`` makes the slices of a patch the
     channels of a two-dimensional input.
+
+    Args:
+        specs: the specifications.
+        what: the argument, for messages.
+        default_name: name of one by itself.
 
     Raises:
         CellMapKeyError: a key is missing, unknown or reserved.
@@ -79,7 +84,7 @@ def parse_inputs(specs: ArraySpecs, what: str = "input_arrays") -> dict[str, Inp
         CellMapValueError: a shape or scale that cannot be one.
     """
     inputs = {}
-    for name, window, flat, rest in _windows(specs, what, "input", ("slices_as",)):
+    for name, window, flat, rest in _windows(specs, what, default_name, ("slices_as",)):
         slices_as = rest.get("slices_as")
         if slices_as not in (None, "channels"):
             raise CellMapValueError(f"{what}.{name}.slices_as must be 'channels', got {slices_as!r}")

@@ -55,6 +55,24 @@ def voxels_of(lattice: Lattice, box: Box) -> tuple[Shape, Shape]:
     return (lo[0], lo[1], lo[2]), (shape[0], shape[1], shape[2])
 
 
+def centred_voxels(lattice: Lattice, box: Box) -> Lattice:
+    """The voxels of a lattice, continued over its ends, whose centres lie in a physical box, its upper end left out.
+
+    A box whose ends are edges of voxels, and one whose ends are their centres, then hold equally many.
+
+    Raises:
+        CellMapValueError: there are none, or none of them is one of the lattice itself.
+    """
+    if not lattice.box.intersects(box):
+        raise CellMapValueError(f"the bounds {box} lie outside the volume, {lattice.box}")
+    ends = [np.subtract(end, lattice.origin) / lattice.step for end in (box.lower, box.upper)]
+    first, stop = (np.ceil(end - LATTICE_TOLERANCE).astype(int) for end in ends)
+    z, y, x = (stop - first).tolist()
+    if min(z, y, x) < 1:
+        raise CellMapValueError(f"the bounds {box} hold the centre of no voxel of {list(lattice.step)} nm")
+    return Lattice(to_vector(np.add(lattice.origin, first * np.asarray(lattice.step))), lattice.step, (z, y, x))
+
+
 @dataclass(frozen=True)
 class BlockGrid:
     """The voxels that are written, in blocks.

@@ -358,16 +358,20 @@ class PredictionOutput:
         except CellMapError:
             raise
         except OSError as e:
-            why = {
-                errno.ENOSPC: "the disk is full",
-                errno.EDQUOT: "the quota is used up",
-                errno.EROFS: "the disk is read-only",
-                errno.EACCES: "it may not be written to",
-                errno.EPERM: "it may not be written to",
-            }.get(e.errno or 0, str(e))
             raise OutputError(
-                f"{self.path} {what}: {why}. What is finished stays; the same command goes on from there"
+                f"{self.path} {what}: {why_not_written(e)}. What is finished stays; the same command goes on from there"
             ) from e
+
+
+def why_not_written(error: OSError) -> str:
+    """In words, why a disk refuses."""
+    return {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the quota is used up",
+        errno.EROFS: "the disk is read-only",
+        errno.EACCES: "it may not be written to",
+        errno.EPERM: "it may not be written to",
+    }.get(error.errno or 0, str(error))
 
 
 def check_apart(output: Path, raw: Path) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "create_level",
     "downsample_mean",
     "downsample_mode",
+    "make_room",
     "multiscale_attributes",
     "write_group",
     "write_multiscale",
@@ -160,7 +161,12 @@ def _check_format(zarr_format: int) -> None:
         raise CellMapValueError(f"zarr_format is {zarr_format!r}; 2 (OME-NGFF 0.4) or 3 (OME-NGFF 0.5)")
 
 
-def _make_room(path: Path, overwrite: bool) -> None:
+def make_room(path: Path, overwrite: bool) -> None:
+    """Remove the Zarr group or array that is at ``path``, if that is wanted.
+
+    Raises:
+        CellMapFileExistsError: something is there, and is not to be removed, or is no Zarr group and no Zarr array.
+    """
     if not path.exists():
         return
     if not overwrite:
@@ -214,8 +220,9 @@ def create_level(
     shards: Sequence[int] | None = None,
     axes: Sequence[str] = ("z", "y", "x"),
     attributes: dict[str, Any] | None = None,
+    fill_value: float = 0,
 ) -> zarr.Array[Any]:
-    """Make the array of a level, whose voxels are 0, below a group.
+    """Make the array of a level below a group.
 
     Args:
         path: local folder of the array.
@@ -227,6 +234,7 @@ def create_level(
         shards: voxels of a shard; Zarr v3 only.
         axes: names of the axes.
         attributes: attributes of the array.
+        fill_value: value of its voxels until they are written.
     """
     v3: dict[str, Any] = {"dimension_names": tuple(axes), "shards": shards} if zarr_format == 3 else {}
     return zarr.create_array(
@@ -235,7 +243,7 @@ def create_level(
         dtype=dtype,
         chunks=tuple(chunks),
         compressors=codec,
-        fill_value=0,
+        fill_value=fill_value,
         zarr_format=zarr_format,
         chunk_key_encoding={"name": "v2" if zarr_format == 2 else "default", "separator": "/"},
         attributes=attributes,
@@ -381,7 +389,7 @@ def write_multiscale(
         )
     codec = codec_of(compressor, zarr_format)
 
-    _make_room(path, overwrite)
+    make_room(path, overwrite)
     write_group(path, zarr_format=zarr_format)
     array = data
     for level in range(levels):

@@ -1,0 +1,5 @@
+"""`cellmap_data.dataset_writer`."""
+
+from cellmap_lightning.dataset_writer import CellMapDatasetWriter
+
+__all__ = ["CellMapDatasetWriter"]
