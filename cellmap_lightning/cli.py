@@ -293,10 +293,11 @@ def _train(cfg: DictConfig) -> float | None:
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     L.seed_everything(cfg.seed, verbose=False)
     _quieten()
+    unresolved = deepcopy(cfg)  # instantiate resolves in place what a part refers to
     data = instantiate(cfg.data, _convert_="all")
     task = instantiate(cfg.task, _convert_="all")
     if cfg.init_from is not None and checkpoint is None:  # what goes on has weights of its own
-        _begin_from(cfg, task)
+        _begin_from(unresolved, task)
     callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c is not None]
     loggers = [instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c is not None]
     if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
@@ -388,7 +389,12 @@ def _checkpoint(resume: str | None, folder: Path) -> Path | None:
 
 
 def _begin_from(cfg: DictConfig, task: Any) -> None:
-    """Load the weights of another training. With other classes, layers whose size is that of the classes begin anew."""
+    """Load the weights of another training. With other classes, layers whose size is that of the classes begin anew.
+
+    Args:
+        cfg: the configuration, not resolved yet; it is changed.
+        task: what gets the weights.
+    """
     import torch
     from hydra.utils import instantiate
 
@@ -399,10 +405,9 @@ def _begin_from(cfg: DictConfig, task: Any) -> None:
     before, now = saved_classes(Path(cfg.init_from)), list(cfg.data.classes or [])
     head: set[str] = set()
     if own and before != now:
-        more = deepcopy(cfg)
-        more.data.classes = [*now, "one more"]
+        cfg.data.classes = [*now, "one more"]
         with torch.device("meta"):
-            larger = instantiate(more.model, _convert_="all").state_dict()
+            larger = instantiate(cfg.model, _convert_="all").state_dict()
         head = {name for name, value in network.state_dict().items() if larger[name].shape != value.shape}
         if not head:
             log.warning(
