@@ -1,9 +1,13 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run goes on from, or begins with."""
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 
 log = logging.getLogger(__name__)
 
@@ -24,3 +28,70 @@ def newest_checkpoint(folder: Path) -> Path | None:
             return path
         log.info("%s holds weights alone, with which training cannot go on", path)
     return None
+
+
+def load_weights(module: torch.nn.Module, path: Path, prefix: str = "", anew: Collection[str] = ()) -> str:
+    """Begin with the weights of a checkpoint, as far as they fit.
+
+    Args:
+        module: what gets them.
+        path: the checkpoint; nothing but tensors and plain values is read from it.
+        prefix: where the module stands in the checkpoint, such as ``network.``.
+        anew: names of weights that are not loaded.
+
+    Returns:
+        In a few lines, what was loaded, and what begins anew and why.
+
+    Raises:
+        CellMapFileNotFoundError: there is no such checkpoint.
+        CellMapValueError: it cannot be read, or nothing in it fits.
+    """
+    saved = _content(path).get("state_dict", {})
+    there = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+    own = module.state_dict()
+    fits = {n: v for n, v in there.items() if n in own and v.shape == own[n].shape and n not in anew}
+    if not fits:
+        raise CellMapValueError(
+            f"init_from={path}: none of its {len(there)} weights fits the {len(own)} of the model; their names begin "
+            f"with {', '.join(list(there)[:3]) or 'nothing'}, those of the model with {', '.join(list(own)[:3])}"
+        )
+    lines = [f"{len(fits)} of the {len(own)} weights of the model are loaded"]
+    for name, value in own.items():
+        if name in anew:
+            lines.append(f"  {name} begins anew, since its size is that of the classes")
+        elif name not in there:
+            lines.append(f"  {name} begins anew, since the checkpoint does not have it")
+        elif name not in fits:
+            lines.append(f"  {name} begins anew: {list(there[name].shape)} there, {list(value.shape)} here")
+    unused = [name for name in there if name not in own]
+    if unused:
+        lines.append(f"  not used: {', '.join(unused)}")
+    module.load_state_dict(fits, strict=False)
+    return "\n".join(lines)
+
+
+def saved_classes(path: Path) -> list[str]:
+    """The classes of the training that wrote a checkpoint; none where it does not say.
+
+    Raises:
+        CellMapFileNotFoundError: there is no such checkpoint.
+        CellMapValueError: it cannot be read.
+    """
+    data = (_content(path).get("cellmap_config") or {}).get("data") or {}
+    return list(data.get("classes") or [])
+
+
+def _content(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        there = ", ".join(map(str, sorted(path.parent.glob("*.ckpt")))) or "none"
+        raise CellMapFileNotFoundError(
+            f"init_from={path}: there is no such checkpoint; name another with init_from=...; "
+            f"checkpoints beside it: {there}"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises what its readers raise
+        raise CellMapValueError(f"init_from={path} cannot be read: {str(e).splitlines()[0]}") from e
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CellMapValueError(f"init_from={path} is no checkpoint of Lightning: it has no 'state_dict'")
+    return content

@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,7 +61,7 @@ def _run_folder(name: Any) -> str:
 def _channels(targets: Any, classes: Any, name: str | None = None) -> int:
     """Channels of a network for a target, by default the first; one more, for the background, where it is a softmax."""
     first = (targets or {}).get(name or "") or next(iter((targets or {}).values()), None) or {}
-    count = len(classes)
+    count = len(classes or [None])  # raw only: what comes in goes out
     kind = first.get("kind", "binary")
     return count + 1 if kind == "labels" else count * len(first["offsets"]) if kind == "affinities" else count
 
@@ -292,8 +293,11 @@ def _train(cfg: DictConfig) -> float | None:
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     L.seed_everything(cfg.seed, verbose=False)
     _quieten()
+    unresolved = deepcopy(cfg)  # instantiate resolves in place what a part refers to
     data = instantiate(cfg.data, _convert_="all")
     task = instantiate(cfg.task, _convert_="all")
+    if cfg.init_from is not None and checkpoint is None:  # what goes on has weights of its own
+        _begin_from(unresolved, task)
     callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c is not None]
     loggers = [instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c is not None]
     if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
@@ -333,18 +337,21 @@ def _train(cfg: DictConfig) -> float | None:
             if validates:
                 task.eval()
 
-                def predict(raw: torch.Tensor) -> torch.Tensor:
+                def predict(*inputs: torch.Tensor) -> torch.Tensor:
                     with torch.inference_mode():
-                        return probabilities(task(raw.to(task.device)), len(data.classes or ()))
+                        return probabilities(task(*(x.to(task.device) for x in inputs)), len(data.classes or ()))
 
-                report.write_samples(
-                    data.val_dataset,
-                    predict,
-                    folder / "samples.png",
-                    title=cfg.name,
-                    input_name=getattr(task, "input_name", None),
-                    target_name=getattr(task, "target_name", None),
-                )
+                if hasattr(task, "write_samples"):  # a task that does not mark classes has pictures of its own
+                    task.write_samples(data.val_dataset, folder / "samples.png", title=cfg.name)
+                else:
+                    report.write_samples(
+                        data.val_dataset,
+                        predict,
+                        folder / "samples.png",
+                        title=cfg.name,
+                        input_name=getattr(task, "input_name", None),
+                        target_name=getattr(task, "target_name", None),
+                    )
             report.write_curves(folder)
             scores = getattr(task, "scores", {}).get("val")
             if scores is not None:
@@ -379,6 +386,36 @@ def _checkpoint(resume: str | None, folder: Path) -> Path | None:
     path_or_none = newest_checkpoint(folder)
     log.info("resume=auto: %s", path_or_none or f"nothing to go on from in {folder}, so this is the beginning")
     return path_or_none
+
+
+def _begin_from(cfg: DictConfig, task: Any) -> None:
+    """Load the weights of another training. With other classes, layers whose size is that of the classes begin anew.
+
+    Args:
+        cfg: the configuration, not resolved yet; it is changed.
+        task: what gets the weights.
+    """
+    import torch
+    from hydra.utils import instantiate
+
+    from cellmap_lightning.checkpoints import load_weights, saved_classes
+
+    own = isinstance(getattr(task, "network", None), torch.nn.Module)
+    network = task.network if own else task
+    before, now = saved_classes(Path(cfg.init_from)), list(cfg.data.classes or [])
+    head: set[str] = set()
+    if own and before != now:
+        cfg.data.classes = [*now, "one more"]
+        with torch.device("meta"):
+            larger = instantiate(cfg.model, _convert_="all").state_dict()
+        head = {name for name, value in network.state_dict().items() if larger[name].shape != value.shape}
+        if not head:
+            log.warning(
+                "init_from: the classes of the checkpoint, %s, are not those of this run, %s, and no layer of the "
+                "model has their size: every layer is kept, the last one too", before, now,
+            )  # fmt: skip
+    said = load_weights(network, Path(cfg.init_from), "network." if own else "", head)
+    log.info("init_from=%s: %s", cfg.init_from, said)
 
 
 def _ended(end: SystemExit, trainer: Any, folder: Path) -> None:

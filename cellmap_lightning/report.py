@@ -1,6 +1,6 @@
 """What a run leaves behind for its user: scores, curves and a contact sheet."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +42,28 @@ def score_table(
 
 def write_samples(
     source: SampleSource,
-    predict: Callable[[torch.Tensor], torch.Tensor] | None,
+    predict: Callable[..., torch.Tensor] | None,
     path: Path,
     *,
     title: str | None = None,
     count: int = 4,
-    input_name: str | None = None,
+    input_name: str | Sequence[str] | None = None,
     target_name: str | None = None,
 ) -> None:
     """Draw a contact sheet of the tiles with the most classes: raw, target and prediction.
 
     Args:
         source: where the samples come from.
-        predict: from a finished input ``[1, 1, z, y, x]`` to probabilities ``[1, C, z, y, x]``, on any device.
+        predict: from finished inputs ``[1, 1, z, y, x]`` to probabilities ``[1, C, z, y, x]``, on any device.
         path: the PNG to write.
         title: a line at the top.
         count: samples at most.
-        input_name: the input that is shown and predicted from; by default the first.
+        input_name: the input that is shown and predicted from, or those that are predicted from, of which the first is
+            shown; by default the first.
         target_name: the target that is shown; by default the first.
     """
-    input_name = input_name or next(iter(source.layout.inputs))
+    names = [input_name] if isinstance(input_name, str) else list(input_name or [next(iter(source.layout.inputs))])
+    input_name = names[0]
     target_name = target_name or next(iter(source.layout.targets), None)
     step = max(1, source.tile_count // _CANDIDATES)
     tiles = sorted({source.tile(n) for n in range(0, source.tile_count, step)})
@@ -88,7 +90,7 @@ def write_samples(
     shown = []
     for _, _, position, sample in chosen:
         window = source.layout.inputs[input_name].window
-        probabilities = predict(sample[input_name][None])[0].float().cpu().numpy() if predict else None
+        probabilities = predict(*(sample[name][None] for name in names))[0].float().cpu().numpy() if predict else None
         center = source.get_center(position)
         dataset, _ = source.locate(position)
         place = ", ".join(f"{a} {center[a]:.0f}" for a in AXES)
@@ -131,7 +133,7 @@ def _overlap(source: SampleSource, one: int, other: int, name: str) -> bool:
 def describe_run(folder: Path) -> list[str]:
     """The files of a run that are there, one line each."""
     known: dict[str, Any] = {
-        "checkpoints/best.ckpt": "weights of the best validation Dice",
+        "checkpoints/best.ckpt": "weights of the best validation",
         "checkpoints/last.ckpt": "to go on from",
         "config.yaml": "the configuration, resolved",
         "split.csv": "the crops of each split",

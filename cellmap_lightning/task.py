@@ -30,7 +30,8 @@ class SegmentationTask(L.LightningModule):
 
     Args:
         network: from ``[N, 1, z, y, x]`` (or ``[N, 1, y, x]``) to as many channels as classes, in logits; for
-            targets of kind ``labels`` to one more, the background, which comes first.
+            targets of kind ``labels`` to one more, the background, which comes first. With several inputs it takes
+            each of them.
         classes: names of the channels.
         optimizer: from parameters to an optimizer; by default AdamW with a learning rate of 1e-3.
         scheduler: from an optimizer to a scheduler that steps each epoch, or None.
@@ -39,7 +40,8 @@ class SegmentationTask(L.LightningModule):
             negative to positive voxels; ``inverse_sqrt``, its square root; or ``{class: weight}``. Measured on
             ``weight_batches`` batches of the train split, bounded to [0.1, 50] and printed.
         weight_batches: batches on which class weights are measured.
-        input_name: the input of the batch; by default the only one.
+        input_name: the input of the batch, or a list of those that the network takes, in order; by default the only
+            one.
         target_name: the target of the batch; by default the only one.
 
     Raises:
@@ -55,7 +57,7 @@ class SegmentationTask(L.LightningModule):
         dice_weight: float = 0.5,
         class_weights: str | Mapping[str, float] = "none",
         weight_batches: int = 8,
-        input_name: str | None = None,
+        input_name: str | Sequence[str] | None = None,
         target_name: str | None = None,
     ) -> None:
         super().__init__()
@@ -78,7 +80,8 @@ class SegmentationTask(L.LightningModule):
                 raise CellMapKeyError(f"class_weights names {unknown}, which are not among {list(self.classes)}")
         self.class_weights = class_weights
         self.weight_batches = weight_batches
-        self.input_name, self.target_name = input_name, target_name
+        self.input_name = input_name if input_name is None or isinstance(input_name, str) else tuple(input_name)
+        self.target_name = target_name
         self.register_buffer("pos_weight", torch.ones(len(self.classes)))
         #: Of the last validation and test: Dice of the classes that occurred, and of the best constant predictor.
         self.scores: dict[str, dict[str, dict[str, float]]] = {}
@@ -87,18 +90,22 @@ class SegmentationTask(L.LightningModule):
         self.val_loss = MeanOverSamples()
         self.test_loss = MeanOverSamples()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of a finished input."""
-        out: Tensor = self.network(x)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Logits of finished inputs."""
+        out: Tensor = self.network(*inputs)
         return out
 
-    def _parts(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _parts(self, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         data: Any = getattr(self.trainer, "datamodule", None)
-        inputs, targets = list(getattr(data, "input_arrays", [])), list(getattr(data, "target_arrays", []))
         self._check_kind(data, ("binary", "labels"))
-        return batch[self._name("input", self.input_name, inputs)], batch[
-            self._name("target", self.target_name, targets)
-        ]
+        name = self._name("target", self.target_name, list(getattr(data, "target_arrays", [])))
+        return self._inputs(batch), batch[name]
+
+    def _inputs(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
+        if isinstance(self.input_name, tuple):
+            return [batch[name] for name in self.input_name]
+        data: Any = getattr(self.trainer, "datamodule", None)
+        return [batch[self._name("input", self.input_name, list(getattr(data, "input_arrays", [])))]]
 
     def _check_kind(self, data: Any, kinds: Sequence[str]) -> None:
         targets = getattr(data, "target_arrays", {})
@@ -172,8 +179,8 @@ class SegmentationTask(L.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch, logged as ``train/loss``."""
         x, y = self._parts(batch)
-        loss = self.loss(self(x), y)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
+        loss = self.loss(self(*x), y)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(y))
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -186,12 +193,12 @@ class SegmentationTask(L.LightningModule):
 
     def _evaluate(self, dice: DiceScore, loss: MeanOverSamples, batch: Mapping[str, Tensor]) -> None:
         x, y = self._parts(batch)
-        logits = self(x)
+        logits = self(*x)
         if y.is_floating_point():
             dice.update(logits, y)
         else:
             dice.update(*one_against_all(logits, y, (y >= 0) & (y <= len(self.classes))))
-        loss.update(self.loss(logits, y), len(x))
+        loss.update(self.loss(logits, y), len(y))
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss``, ``val/dice`` and ``val/dice/<class>``."""
@@ -206,7 +213,8 @@ class SegmentationTask(L.LightningModule):
             dice.reset()
             loss.reset()
             return
-        result = {name: value.tolist() for name, value in dice.compute().items()}
+        # torchmetrics makes a scalar of what has one element, as with a single class.
+        result = {name: value.reshape(-1).tolist() for name, value in dice.compute().items()}
         occurring = [i for i, there in enumerate(result["occurs"]) if there]
         self.scores[stage] = {
             self.classes[i]: {"dice": result["dice"][i], "constant": result["constant"][i]} for i in occurring
@@ -223,9 +231,7 @@ class SegmentationTask(L.LightningModule):
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Probability of each class, ``[N, C, z, y, x]``."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        x = batch[self._name("input", self.input_name, list(getattr(data, "input_arrays", [])))]
-        return probabilities(self(x), len(self.classes))
+        return probabilities(self(*self._inputs(batch)), len(self.classes))
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler if there is one."""

@@ -28,13 +28,15 @@ OPTIONS = [
     for option in group.glob("*.yaml")
 ]
 REQUIRED = ["data.csv_path=x.csv", "data.classes=[mito,er]"]
+#: What an option needs that is none by itself.
+BESIDE = {"model=unet_context": ["+data.input_arrays.context={shape:[64,64,64],scale:[32,32,32]}"]}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_and_fits_its_targets(option):
     text = CONFIGS.joinpath(*option.split("=")).with_suffix(".yaml").read_text()
     has_data = "override /data: demo" in text or option == "data=demo"
-    nodes = dict(target_nodes(compose(*([] if has_data else REQUIRED), option)))
+    nodes = dict(target_nodes(compose(*([] if has_data else REQUIRED), option, *BESIDE.get(option, []))))
     assert {"data", "trainer", "task", "model"} <= set(nodes)
     for where, node in nodes.items():
         check_target(where, node)

@@ -198,7 +198,10 @@ class CellMapDataSplit:
             found = find_crops(search_path) if manifest is None else read_manifest(manifest, search_path)
             self._given = {"train": self._listed(found)}
         else:
-            self._given = read_csv(csv_path) if csv_path is not None else read_mapping(datasets or {})
+            annotated = self.classes is not None
+            self._given = read_csv(csv_path, annotated) if csv_path is not None else read_mapping(datasets or {})
+        if self.classes is None:
+            self._given = {name: _volumes(name, entries) for name, entries in self._given.items()}
         self._entries: dict[str, list[Entry]] | None = None
         self._holdings: dict[tuple[str, str | None], Holding | None] = {}
         self._built: dict[str, CellMapMultiDataset] = {}
@@ -574,6 +577,14 @@ def _for_all(work: Callable[[Entry], _T], entries: Sequence[Entry], what: str) -
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _volumes(split: str, entries: list[Entry]) -> list[Entry]:
+    """Each raw volume once: without classes, what a row names is the whole volume and no crop of it."""
+    found = {(e.input_path, str(e.normalize), e.invert) if e.dataset is None else e.where: e for e in entries}
+    if len(found) < len(entries):
+        log.info("%s: %d crops without classes are %d raw volumes", split, len(entries), len(found))
+    return list(found.values())
 
 
 def _named(entry: Entry) -> tuple[str, str]:

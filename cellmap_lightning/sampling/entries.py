@@ -67,8 +67,12 @@ def table_of(rows: Sequence[tuple[Entry, CellMapError]]) -> str:
     return "\n".join(f"  {entry.where:<{width}}  {error}" for entry, error in rows)
 
 
-def read_csv(path: str | Path) -> dict[str, list[Entry]]:
+def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[Entry]]:
     """Entries of a CSV per split; see `CellMapDataSplit`.
+
+    Args:
+        path: the file.
+        targets: whether crops need a target, unless they are for ``predict``.
 
     Raises:
         CellMapFileNotFoundError: there is no such file.
@@ -98,7 +102,7 @@ def read_csv(path: str | Path) -> dict[str, list[Entry]]:
         where = f"{file.name}, line {reader.line_num}"
         try:
             weight = _weight(cells.pop()) if weighted else None
-            split, entry = _row(cells, where, file.parent)
+            split, entry = _row(cells, where, file.parent, targets)
             entry = replace(entry, weight=weight)
             entries.setdefault(split, []).append(entry)
         except CellMapError as e:
@@ -112,7 +116,7 @@ def read_csv(path: str | Path) -> dict[str, list[Entry]]:
     return entries
 
 
-def _row(cells: list[str], where: str, folder: Path) -> tuple[str, Entry]:
+def _row(cells: list[str], where: str, folder: Path, targets: bool) -> tuple[str, Entry]:
     split = _USAGES.get(cells[0].lower())
     if split is None:
         raise CellMapValueError(f"the usage {cells[0]!r} should be one of {', '.join(_USAGES)}")
@@ -129,7 +133,7 @@ def _row(cells: list[str], where: str, folder: Path) -> tuple[str, Entry]:
         )
     if not raw:
         raise CellMapValueError("the raw path is empty")
-    if not target and split != "predict":
+    if not target and targets and split != "predict":
         raise CellMapValueError(f"the target path is empty; only crops for 'predict' may go without, not {split!r}")
     return split, Entry(where, _anchor(raw, folder), _anchor(target, folder) if target else None)
 
