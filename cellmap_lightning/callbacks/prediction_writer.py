@@ -95,6 +95,7 @@ class PredictionWriter(L.Callback):
         region: what is predicted, ``{z: [lower, upper], y: .., x: ..}`` in nm; None for the whole volume. Patches see
             the raw around it.
         classes: names of the channels; by default the datamodule's classes.
+        only: those of them that are written; None for all.
         key: where in a mapping the tensor is; by default its only entry.
         activation: ``sigmoid`` or ``softmax`` (over channels), for models that give logits.
         chunks: voxels of a chunk.
@@ -125,6 +126,7 @@ class PredictionWriter(L.Callback):
         context: int | Sequence[int] | None = None,
         region: Mapping[str, Sequence[float]] | None = None,
         classes: Sequence[str] | None = None,
+        only: Sequence[str] | None = None,
         key: str | None = None,
         activation: Activation | None = None,
         chunks: Sequence[int] = (64, 64, 64),
@@ -155,7 +157,7 @@ class PredictionWriter(L.Callback):
         self.zarr_format: ZarrFormat = zarr_format
         self.dtype, self.threshold, self.overwrite = dtype, threshold, bool(overwrite)
         self.region = None if region is None else parse_region({k: list(v) for k, v in region.items()})
-        self.classes, self.key, self.activation = classes, key, activation
+        self.classes, self.only, self.key, self.activation = classes, only, key, activation
         self.levels, self.block_mb, self.check_space, self.model_id = levels, block_mb, check_space, model_id
         self.summary = Summary()
         self.redundancy = 1.0
@@ -197,11 +199,15 @@ class PredictionWriter(L.Callback):
         if not names:
             raise CellMapValueError("what the channels show is not known: give PredictionWriter classes=[...]")
         self._names = tuple(names)
+        wanted = tuple(self.only) if self.only is not None else self._names
+        if not wanted or not set(wanted) <= set(self._names):
+            raise CellMapKeyError(f"only={list(wanted)} must name some of the channels {list(self._names)}")
+        self._kept = [self._names.index(name) for name in wanted]
         whole = output_lattice(window, dataset.raw_box, [level.lattice for level in dataset.levels.values()])
         self._tiling = Tiling(whole.shape, window.shape, self.blend, self.overlap, self.context)
         first, shape = voxels_of(whole, self.region) if self.region is not None else ((0, 0, 0), whole.shape)
         # Sums and totals of a block: four bytes where patches share it out, eight where they overlap.
-        voxel = 4 * len(self._names) if self.blend == "trim" else 8 * (len(self._names) + 1)
+        voxel = 4 * len(wanted) if self.blend == "trim" else 8 * (len(wanted) + 1)
         unit = self.shards or self.chunks
         tiling = self._tiling
         block = block_shape(
@@ -211,7 +217,7 @@ class PredictionWriter(L.Callback):
         grid = BlockGrid(whole, first, shape, block)
         rank, world = trainer.global_rank, trainer.world_size
         self._output = PredictionOutput(
-            self.output, self._names, grid, self.dtype, self.threshold, self.chunks, self.shards, self.zarr_format,
+            self.output, wanted, grid, self.dtype, self.threshold, self.chunks, self.shards, self.zarr_format,
             self.levels, rank,
         )  # fmt: skip
         if rank == 0:
@@ -228,7 +234,7 @@ class PredictionWriter(L.Callback):
             log.info(
                 "%s: %s voxels of %s nm, %d classes as %s, %s; %d blocks of %s, %d of them done; the model computes "
                 "%.2f voxels for each that is written, %.2f times as many as without blocks",
-                self.output, list(shape), [round(s, 4) for s in whole.step], len(self._names), self.dtype, size,
+                self.output, list(shape), [round(s, 4) for s in whole.step], len(wanted), self.dtype, size,
                 len(grid), list(block), len(finished), plan.computed, self.redundancy,
             )  # fmt: skip
         self._written = plan
@@ -267,7 +273,7 @@ class PredictionWriter(L.Callback):
             "voxel size": list(lattice.step),
             "translation": list(lattice.origin),
             "shape": list(lattice.shape),
-            "classes": list(self._names),
+            "classes": list(self._output.classes),
             "blend": self.blend,
             "overlap": list(tiling.trim) if self.blend == "trim" else list(tiling.stride),
             "dtype": self.dtype,
@@ -302,9 +308,9 @@ class PredictionWriter(L.Callback):
         values = self._values(outputs, len(positions))
         grid = self._output.grid
         if now.first or self._sum is None:
-            self._sum = BlockSum(grid.whole_start(now.block), grid[now.block][1], len(self._names), self._weights)
+            self._sum = BlockSum(grid.whole_start(now.block), grid[now.block][1], len(self._kept), self._weights)
         for part, value in zip(now.parts, values, strict=True):
-            self._sum.add(part, value)
+            self._sum.add(part, value[self._kept])
         if now.last:
             self._output.write(now.block, self._sum.mean())
             self._sum = None

@@ -160,7 +160,12 @@ def _check_format(zarr_format: int) -> None:
         raise CellMapValueError(f"zarr_format is {zarr_format!r}; 2 (OME-NGFF 0.4) or 3 (OME-NGFF 0.5)")
 
 
-def _make_room(path: Path, overwrite: bool) -> None:
+def make_room(path: Path, overwrite: bool) -> None:
+    """Remove a Zarr node that is to be replaced.
+
+    Raises:
+        CellMapFileExistsError: something is there, and ``overwrite`` is False, or it is no Zarr node.
+    """
     if not path.exists():
         return
     if not overwrite:
@@ -381,7 +386,7 @@ def write_multiscale(
         )
     codec = codec_of(compressor, zarr_format)
 
-    _make_room(path, overwrite)
+    make_room(path, overwrite)
     write_group(path, zarr_format=zarr_format)
     array = data
     for level in range(levels):
