@@ -1,4 +1,4 @@
-"""The CellMap Segmentation Challenge's lists: which crops are predicted, with which classes, and the names of classes."""
+"""The lists of the CellMap Segmentation Challenge: which crops are predicted, with which classes, and their names."""
 
 import csv
 from collections.abc import Sequence

@@ -111,8 +111,10 @@ def of_crops(cfg: DictConfig, overrides: list[str]) -> list[DictConfig]:
         raise CellMapValueError("\n".join(f"crops need {key} too: set it with {key}=..." for key in missing))
     given = [key for key in ("region", "data.input_path") if OmegaConf.select(cfg, key, default=None) is not None]
     if given or cfg.writer.region is not None or cfg.writer.only is not None:
-        raise CellMapValueError("crops say region, raw volume and classes themselves: leave out region, writer.region, "
-                                "writer.only and data.input_path")
+        raise CellMapValueError(
+            "crops say region, raw volume and classes themselves: leave out region, writer.region, "
+            "writer.only and data.input_path"
+        )
     wanted: Any = cfg.crops if isinstance(cfg.crops, str | int) else OmegaConf.to_container(cfg.crops)
     crops = listed_crops(cfg.manifest, wanted)
     raw = raw_of(cfg.search_path, dict.fromkeys(crop.dataset for crop in crops))

@@ -90,8 +90,7 @@ def submit(
     if not found or (missing and not allow_missing):
         raise CellMapFileNotFoundError(
             f"{len(missing)} of {len(missing) + len(found)} classes of crops that {Path(manifest).name} lists are not "
-            f"in {predictions}: {', '.join(missing)}"
-            + ("; allow_missing=true goes on without them" if found else "")
+            f"in {predictions}: {', '.join(missing)}" + ("; allow_missing=true goes on without them" if found else "")
         )
     for row, path in found:  # before anything is written
         _check_holds(row, path)

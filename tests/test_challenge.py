@@ -135,7 +135,7 @@ def test_what_is_missing_is_named(tmp_path):
         submit(*given)
     assert submit(*given, allow_missing=True)[1] == ["jrc_a/crop8/pm"]
     manifest(tmp_path, row(7, "er", (8, 8, 8), (8, 0, 0), (8, 8, 8)))
-    with pytest.raises(CellMapError, match="jrc_a/crop7/er: the prediction .* does not hold"):
+    with pytest.raises(CellMapError, match=r"jrc_a/crop7/er: the prediction .* does not hold"):
         submit(*given, overwrite=True)
 
 
@@ -184,6 +184,7 @@ def test_the_test_crops_from_the_command_line(checkpoint, layout, tmp_path):  # 
     for _ in range(2):  # the second finds everything done
         code, errors = run_forked(*given, cwd=tmp_path, command="predict")
         assert code == 0, errors
+    assert errors.count("0 of them by this run") == 2
     there = tmp_path / "predictions" / "jrc_a.zarr"
     assert sorted(p.parent.name + "/" + p.name for p in there.glob("*/[!.]*") if p.is_dir()) == [
         "crop7/er", "crop7/mito", "crop8/er",

@@ -178,7 +178,7 @@ def read_manifest(path: str | Path, root: str | Path) -> list[ListedCrop]:
     file = local(path)
     volumes = _volumes(root)
     nested = local(root).absolute()
-    if file.is_file() and "crop_number" in file.open(encoding="utf-8-sig").readline():
+    if file.is_file() and file.read_bytes().removeprefix(b"\xef\xbb\xbf").startswith(b"crop_number"):
         return _listed_by_number(file, volumes, nested)
     classes: dict[tuple[str, str], list[str]] = {}
     boxes: dict[tuple[str, str], Box] = {}
@@ -210,9 +210,7 @@ def _listed_by_number(file: Path, volumes: dict[str, Path], nested: Path) -> lis
         volume = volumes.get(dataset, nested / dataset / f"{dataset}.zarr")
         folder = volume / GROUNDTRUTH / crop
         found.append(
-            ListedCrop(
-                f"{file.name}, {dataset}/{crop}", str(volume / RAW), str(folder), tuple(children(folder))
-            )
+            ListedCrop(f"{file.name}, {dataset}/{crop}", str(volume / RAW), str(folder), tuple(children(folder)))
         )
     return found
 
