@@ -41,9 +41,10 @@ _started = False
 
 
 def register_resolvers() -> None:
-    """Make ``${channels:...}`` and ``${run_folder:...}`` known to the configs."""
+    """Make ``${channels:...}``, ``${run_folder:...}`` and ``${classes:...}`` known to the configs."""
     OmegaConf.register_new_resolver("channels", _channels, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("classes", _classes, replace=True)
 
 
 def _run_folder(name: Any) -> str:
@@ -66,6 +67,13 @@ def _channels(targets: Any, classes: Any, name: str | None = None) -> int:
     return count + 1 if kind == "labels" else count * len(first["offsets"]) if kind == "affinities" else count
 
 
+def _classes(path: str, group: str | None = None) -> list[str]:
+    """The classes that a file of the challenge names, or the parts of one of them."""
+    from cellmap_lightning.challenge import class_names
+
+    return class_names(path, group)
+
+
 # Here and not in `_command`: what a launcher such as submitit starts imports this module, and nothing else of it.
 register_resolvers()
 
@@ -82,24 +90,29 @@ def inspect_() -> Any:
 
 def predict() -> Any:
     """``cellmap-predict``: write what the model of a checkpoint says of a volume."""
-    return _command("predict", _predict, _prediction)
+    return _command("predict", _predict, _predictions)
+
+
+def submit() -> Any:
+    """``cellmap-submit``: make a submission to the challenge from predictions."""
+    return _command("submit", _submit)
 
 
 def _command(
-    name: str, job: Callable[[DictConfig], Any], prepare: Callable[[DictConfig], DictConfig] | None = None
+    name: str, job: Callable[[Any], Any], prepare: Callable[[DictConfig], list[DictConfig]] | None = None
 ) -> Any:
-    """Run a job under Hydra, with errors that a user can act on; ``prepare`` makes the configuration that it gets."""
+    """Run a job under Hydra, with errors that a user can act on; ``prepare`` makes the configurations that it gets."""
 
     def run(cfg: DictConfig) -> Any:
         global _started
         _started = True
         try:
-            if prepare is not None:
-                cfg = prepare(cfg)
-            _check_missing(cfg)
-            _check_targets(cfg)
-            _check_strides(cfg)
-            return job(cfg)
+            configs = [cfg] if prepare is None else prepare(cfg)
+            for config in configs:
+                _check_missing(config)
+                _check_targets(config)
+                _check_strides(config)
+            return job(cfg if prepare is None else configs)
         except KeyboardInterrupt:
             _stop("interrupted", 130)
         except Exception as e:
@@ -471,21 +484,32 @@ def _check_launch(cfg: DictConfig) -> None:
 # -- cellmap-predict
 
 
-def _prediction(cfg: DictConfig) -> DictConfig:
+def _predictions(cfg: DictConfig) -> list[DictConfig]:
     from hydra.core.hydra_config import HydraConfig
 
-    from cellmap_lightning.predict import effective_config
+    from cellmap_lightning.predict import of_crops
 
-    return effective_config(cfg, list(HydraConfig.get().overrides.task))
+    return of_crops(cfg, list(HydraConfig.get().overrides.task))
 
 
-def _predict(cfg: DictConfig) -> None:
-    from cellmap_lightning.predict import run
+def _predict(configs: list[DictConfig]) -> None:
+    from cellmap_lightning.predict import run_all
 
     _quieten()
-    said = run(cfg)
-    if said is not None:
-        print(f"\n{said}")
+    run_all(configs, print)
+
+
+# -- cellmap-submit
+
+
+def _submit(cfg: DictConfig) -> None:
+    from cellmap_lightning.submission import submit as write
+
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    path, missing = write(**settings)
+    print(f"\n{path}")
+    if missing:
+        print(f"not in it, though {cfg.manifest} lists them: {', '.join(missing)}")
 
 
 # -- cellmap-inspect

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.callbacks.run_config import CONFIG_KEY
+from cellmap_lightning.challenge import listed_crops
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError, MissingExtraError
 from cellmap_lightning.evaluate import draw, evaluate, table, write_csv
 from cellmap_lightning.overview import draw_prediction
-from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW
+from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW, raw_of
 from cellmap_lightning.volumes.geometry import Box
 from cellmap_lightning.volumes.ngff import read_multiscale
+
+log = logging.getLogger(__name__)
 
 #: Settings of the data that say which crops a training has, or what is random in it.
 _OF_TRAINING = (
@@ -93,6 +96,51 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     return found
 
 
+def of_crops(cfg: DictConfig, overrides: list[str]) -> list[DictConfig]:
+    """The configuration of each prediction: one, or with ``crops`` one for each of these crops of a manifest.
+
+    A crop's is written to ``<out>/<dataset>.zarr/<crop>``, with the classes that the manifest lists for it, and a voxel
+    around it, so that the manifest's own voxels can be interpolated up to the edge.
+
+    Raises:
+        CellMapError: see `effective_config`; or the manifest or the data cannot be found, or the model knows no class
+            of any crop.
+    """
+    if cfg.crops is None:
+        return [effective_config(cfg, overrides)]
+    missing = [key for key in ("ckpt", "manifest", "search_path") if OmegaConf.select(cfg, key, default=None) is None]
+    if missing:
+        raise CellMapValueError("\n".join(f"crops need {key} too: set it with {key}=..." for key in missing))
+    given = [key for key in ("region", "data.input_path") if OmegaConf.select(cfg, key, default=None) is not None]
+    if given or cfg.writer.region is not None or cfg.writer.only is not None:
+        raise CellMapValueError(
+            "crops say region, raw volume and classes themselves: leave out region, writer.region, "
+            "writer.only and data.input_path"
+        )
+    wanted: Any = cfg.crops if isinstance(cfg.crops, str | int) else OmegaConf.to_container(cfg.crops)
+    crops = listed_crops(cfg.manifest, wanted)
+    raw = raw_of(cfg.search_path, dict.fromkeys(crop.dataset for crop in crops))
+    folder = "predictions" if OmegaConf.is_missing(cfg, "out") else cfg.out
+    found = []
+    for crop in crops:
+        one = cfg.copy()
+        one.data.input_path, one.out = raw[crop.dataset], str(crop.within(folder))
+        config = effective_config(one, overrides)
+        known = list(config.writer.classes or config.data.classes or ())
+        only = [name for name in crop.classes if name in known]
+        if not only:
+            log.warning("%s/%s: the model knows none of its classes, so it is not predicted", crop.dataset, crop.name)
+            continue
+        scale = next(iter((config.data.target_arrays or config.data.input_arrays).values())).scale
+        if not any(override.startswith("picture=") for override in overrides):
+            config.picture = False  # it would lie among the groups of the predictions
+        config.writer.only, config.writer.region = only, crop.box(list(scale)).as_dict()
+        found.append(config)
+    if not found:
+        raise CellMapValueError(f"the model knows no class that {cfg.manifest} lists for these crops; it knows {known}")
+    return found
+
+
 def groundtruth(input_path: str) -> Path:
     """Where the crops of a raw volume are in the layout of the challenge."""
     above = Path(input_path).absolute().parents
@@ -127,8 +175,12 @@ def region(given: Any, input_path: str) -> dict[str, list[float]] | None:
     return box.as_dict()
 
 
-def run(cfg: DictConfig) -> str | None:
+def run(cfg: DictConfig, task: Any = None) -> str | None:
     """Predict. Returns what was done, on the first process; None on others.
+
+    Args:
+        cfg: see `effective_config`.
+        task: the model, where it was made before; its weights are those of the checkpoint afterwards.
 
     Raises:
         SystemExit: it was interrupted; see `ended`.
@@ -139,7 +191,7 @@ def run(cfg: DictConfig) -> str | None:
     from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
 
     data = instantiate(cfg.data, _convert_="all")
-    task = instantiate(cfg.task, _convert_="all")
+    task = task if task is not None else instantiate(cfg.task, _convert_="all")
     writer = instantiate(cfg.writer, _convert_="all")
     cfg.trainer.enable_progress_bar = False  # the writer's own counts blocks
     cfg.trainer.enable_model_summary = cfg.trainer.enable_checkpointing = False
@@ -161,7 +213,7 @@ def run(cfg: DictConfig) -> str | None:
         return None
     said = f"{writer.output}\n{writer.summary}"
     if writer.summary.complete:
-        said += _judged(cfg, writer, writer.classes or data.classes or ())
+        said += _judged(cfg, writer, writer.only or writer.classes or data.classes or ())
     return said
 
 
@@ -188,6 +240,21 @@ def _judged(cfg: DictConfig, writer: Any, names: Sequence[str]) -> str:
     finally:
         package.setLevel(level)
     return said
+
+
+def run_all(configs: list[DictConfig], say: Callable[[str], None]) -> None:
+    """Predict one after the other, with one model; what is finished is not computed again.
+
+    Raises:
+        SystemExit: see `run`.
+    """
+    from hydra.utils import instantiate
+
+    task = instantiate(configs[0].task, _convert_="all")
+    for config in configs:
+        said = run(config, task)
+        if said is not None:
+            say(f"\n{said}")
 
 
 def ended(end: SystemExit) -> str | None:

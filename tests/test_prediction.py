@@ -393,6 +393,7 @@ def test_a_full_disk_leaves_what_is_finished(tmp_path):
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # the threads of the parent are not there
             predict(path, (12, 16, 20), out, Breaking(out, 9), model_id="m")
         except OutputError as e:
             os._exit(7 if "What is finished stays" in str(e) else 8)

@@ -128,6 +128,7 @@ class PredictionWriter(L.Callback):
         region: what is predicted, ``{z: [lower, upper], y: .., x: ..}`` in nm; None for the whole volume. Patches see
             the raw around it.
         classes: names of the channels; by default the datamodule's classes.
+        only: those of them that are written; None for all.
         key: where in a mapping the tensor is; by default its only entry.
         activation: ``sigmoid`` or ``softmax`` (over channels), for models that give logits.
         chunks: voxels of a chunk.
@@ -165,6 +166,7 @@ class PredictionWriter(L.Callback):
         context: int | Sequence[int] | None = None,
         region: Mapping[str, Sequence[float]] | None = None,
         classes: Sequence[str] | None = None,
+        only: Sequence[str] | None = None,
         key: str | None = None,
         activation: Activation | None = None,
         chunks: Sequence[int] = (64, 64, 64),
@@ -199,7 +201,7 @@ class PredictionWriter(L.Callback):
         self.zarr_format: ZarrFormat = zarr_format
         self.dtype, self.threshold, self.overwrite = dtype, threshold, bool(overwrite)
         self.region = None if region is None else parse_region({k: list(v) for k, v in region.items()})
-        self.classes, self.key, self.activation = classes, key, activation
+        self.classes, self.only, self.key, self.activation = classes, only, key, activation
         self.levels, self.block_mb, self.check_space, self.model_id = levels, block_mb, check_space, model_id
         self.flips = "".join(axis for axis in AXES if axis in flips)
         if sorted(self.flips) != sorted(flips):
@@ -237,6 +239,10 @@ class PredictionWriter(L.Callback):
         if not names:
             raise CellMapValueError("what the channels show is not known: give PredictionWriter classes=[...]")
         self._names = tuple(names)
+        wanted = tuple(self.only) if self.only is not None else self._names
+        if not wanted or not set(wanted) <= set(self._names):
+            raise CellMapKeyError(f"only={list(wanted)} must name some of the channels {list(self._names)}")
+        self._wanted, self._kept = wanted, [self._names.index(name) for name in wanted]
         self._jobs: list[_Job] = []
         placed: list[CellMapDataset] = []
         for name, planes in volumes.items():
@@ -292,7 +298,7 @@ class PredictionWriter(L.Callback):
         first, shape = voxels_of(whole, self.region) if self.region is not None else ((0, 0, 0), whole.shape)
         # One block is written while the next is summed; and over several planes there is the mean of those before.
         precision = max(t.precision.itemsize for t in tilings)
-        voxel = (2 * precision + 4 * (len(tilings) > 1)) * len(self._names)
+        voxel = (2 * precision + 4 * (len(tilings) > 1)) * len(self._wanted)
         tiling = tilings[0]
         block = block_shape(
             shape, self.shards or self.chunks, voxel, int(self.block_mb * 2**20),
@@ -301,7 +307,7 @@ class PredictionWriter(L.Callback):
         grid = BlockGrid(whole, first, shape, block)
         rank, world = trainer.global_rank, trainer.world_size
         output = PredictionOutput(
-            path, self._names, grid, self.dtype, self.threshold, self.chunks, self.shards, self.zarr_format,
+            path, self._wanted, grid, self.dtype, self.threshold, self.chunks, self.shards, self.zarr_format,
             self.levels, rank,
         )  # fmt: skip
         if rank == 0:
@@ -322,7 +328,7 @@ class PredictionWriter(L.Callback):
             log.info(
                 "%s: %s voxels of %s nm, %d classes as %s, %s; %d blocks of %s, %d of them done; the model computes "
                 "%.2f voxels for each that is written, %.2f times as many as without blocks",
-                path, list(shape), [round(s, 4) for s in whole.step], len(self._names), self.dtype, size,
+                path, list(shape), [round(s, 4) for s in whole.step], len(self._wanted), self.dtype, size,
                 len(grid), list(block), len(finished), plan.computed, plan.redundancy,
             )  # fmt: skip
         return _Job(name, output, plan, [t.weights() for t in tilings], len(finished)), placed
@@ -359,7 +365,7 @@ class PredictionWriter(L.Callback):
             "voxel size": list(lattice.step),
             "translation": list(lattice.origin),
             "shape": list(lattice.shape),
-            "classes": list(self._names),
+            "classes": list(self._wanted),
             "blend": self.blend,
             "overlap": list(tiling.trim) if self.blend == "trim" else list(tiling.stride),
             "dtype": self.dtype,
@@ -404,12 +410,14 @@ class PredictionWriter(L.Callback):
                 self._unchecked = False
                 self._check_context(job.plan.tilings[now.tiling], values, again, batch)
             values = self._over_flips(values, again, batch)
+        if self.only is not None:
+            values = values[:, self._kept]
         found: np.ndarray[Any, np.dtype[np.float32]] = values.cpu().numpy()
         grid = job.output.grid
         if now.first or self._sum is None:
             start, shape = grid.whole_start(now.block), grid[now.block][1]
             tiling = job.plan.tilings[now.tiling]
-            self._sum = BlockSum(start, shape, len(self._names), tiling, job.weights[now.tiling])
+            self._sum = BlockSum(start, shape, len(self._kept), tiling, job.weights[now.tiling])
         for part, value in zip(now.parts, found, strict=True):
             self._sum.add(part, value)
         if now.last:

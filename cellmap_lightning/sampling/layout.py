@@ -85,12 +85,90 @@ def _volumes(root: str | Path) -> dict[str, Path]:
     return volumes
 
 
-def read_manifest(path: str | Path, root: str | Path) -> list[ListedCrop]:
-    """The crops of a manifest such as ``train_crop_manifest.csv``, one row per crop and class, sorted by name.
+@dataclass(frozen=True)
+class ManifestRow:
+    """A class of a crop, as a manifest lists it.
+
+    Attributes:
+        dataset: name of the dataset.
+        crop: name of the crop; ``crop234`` where the manifest says 234.
+        name: name of the class.
+        lattice: its voxels.
+    """
+
+    dataset: str
+    crop: str
+    name: str
+    lattice: Lattice
+
+
+def manifest_rows(path: str | Path) -> list[ManifestRow]:
+    """The rows of a manifest such as ``train_crop_manifest.csv`` or ``test_crop_manifest.csv``.
 
     Args:
         path: a CSV with the columns ``crop_name, dataset, class_label, voxel_size, translation, shape``; lists are
             ``[z;y;x]``, lengths nm, and a translation is the centre of voxel 0.
+
+    Raises:
+        CellMapFileNotFoundError: there is no such file.
+        CellMapValueError: it is no manifest, or has rows that cannot be read, or lists a class of a crop twice.
+    """
+    file = local(path)
+    found: dict[tuple[str, str, str], ManifestRow] = {}
+    for number, row in enumerate(_table(file, _COLUMNS), 2):
+        crop = row["crop_name"] or ""
+        key = (row["dataset"] or "", f"crop{crop}" if crop.isdigit() else crop, row["class_label"] or "")
+        try:
+            if not all(key):
+                raise ValueError("crop_name, dataset and class_label are needed")
+            step, origin, size = (to_vector(_numbers(row[name])) for name in _COLUMNS[3:])
+            if min(step) <= 0 or any(n < 1 or n != int(n) for n in size):
+                raise ValueError(f"voxel_size {list(step)} and shape {list(size)} must be positive, a shape whole")
+            found_row = ManifestRow(*key, Lattice(origin, step, (int(size[0]), int(size[1]), int(size[2]))))
+            if found.setdefault(key, found_row) != found_row:
+                raise ValueError(f"{'/'.join(key)} is listed before, with other voxels")
+        except ValueError as e:
+            raise CellMapValueError(f"{file.name}, line {number} cannot be read: {e}") from None
+    return list(found.values())
+
+
+def _table(file: Path, columns: Sequence[str]) -> list[dict[str, str | None]]:
+    try:
+        rows = list(csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines()))
+    except FileNotFoundError:
+        raise missing(file, "the manifest") from None
+    except (IsADirectoryError, UnicodeDecodeError) as e:
+        raise CellMapValueError(f"the manifest {file} is no text file ({e})") from None
+    lacking = [name for name in columns if not rows or name not in rows[0]]
+    if lacking:
+        raise CellMapValueError(
+            f"the manifest {file} needs rows with the columns {', '.join(columns)}; it has "
+            + (", ".join(map(str, rows[0])) if rows else "no rows")
+        )
+    return rows
+
+
+def raw_of(root: str | Path, datasets: Iterable[str]) -> dict[str, str]:
+    """The raw volume of each dataset, in the challenge's folders below ``root``.
+
+    Raises:
+        CellMapFileNotFoundError: there is no such folder, or a dataset is not in it.
+    """
+    volumes = _volumes(root)
+    absent = [name for name in datasets if name not in volumes]
+    if absent:
+        raise CellMapFileNotFoundError(
+            f"search_path {root} does not hold {_some(absent)}; it holds {_some(list(volumes))}"
+        )
+    return {name: str(volumes[name] / RAW) for name in datasets}
+
+
+def read_manifest(path: str | Path, root: str | Path) -> list[ListedCrop]:
+    """The crops of a manifest, sorted by name.
+
+    Args:
+        path: one row per crop and class, see `manifest_rows`; or one per crop with the columns ``crop_number,
+            collection, alignment, crop_url, em_url`` (``manifest.csv``), whose classes are those of its folder.
         root: the folder of the datasets, see `find_crops`.
 
     Raises:
@@ -98,35 +176,15 @@ def read_manifest(path: str | Path, root: str | Path) -> list[ListedCrop]:
         CellMapValueError: it is no manifest, or has rows that cannot be read.
     """
     file = local(path)
-    try:
-        rows = list(csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines()))
-    except FileNotFoundError:
-        raise missing(file, "the manifest") from None
-    except (IsADirectoryError, UnicodeDecodeError) as e:
-        raise CellMapValueError(f"the manifest {file} is no text file ({e})") from None
-    lacking = [name for name in _COLUMNS if not rows or name not in rows[0]]
-    if lacking:
-        raise CellMapValueError(
-            f"the manifest {file} needs rows with the columns {', '.join(_COLUMNS)}; it has "
-            + (", ".join(map(str, rows[0])) if rows else "no rows")
-        )
     volumes = _volumes(root)
     nested = local(root).absolute()
+    if file.is_file() and file.read_bytes().removeprefix(b"\xef\xbb\xbf").startswith(b"crop_number"):
+        return _listed_by_number(file, volumes, nested)
     classes: dict[tuple[str, str], list[str]] = {}
     boxes: dict[tuple[str, str], Box] = {}
-    for number, row in enumerate(rows, 2):
-        crop = row["crop_name"] or ""
-        key = (row["dataset"] or "", f"crop{crop}" if crop.isdigit() else crop)
-        try:
-            if not all(key) or not row["class_label"]:
-                raise ValueError("crop_name, dataset and class_label are needed")
-            step, origin, (z, y, x) = (to_vector(_numbers(row[name])) for name in _COLUMNS[3:])
-            box = Lattice(origin, step, (int(z), int(y), int(x))).box
-        except ValueError as e:
-            raise CellMapValueError(f"{file.name}, line {number} cannot be read: {e}") from None
-        listed = classes.setdefault(key, [])
-        if row["class_label"] not in listed:
-            listed.append(row["class_label"])
+    for row in manifest_rows(file):
+        key, box = (row.dataset, row.crop), row.lattice.box
+        classes.setdefault(key, []).append(row.name)
         boxes[key] = boxes[key].union(box) if key in boxes else box
     found = []
     for dataset, crop in sorted(classes, key=lambda key: (key[0], _natural(key[1]))):
@@ -139,6 +197,20 @@ def read_manifest(path: str | Path, root: str | Path) -> list[ListedCrop]:
                 tuple(sorted(classes[dataset, crop])),
                 boxes[dataset, crop],
             )
+        )
+    return found
+
+
+def _listed_by_number(file: Path, volumes: dict[str, Path], nested: Path) -> list[ListedCrop]:
+    """The crops of a ``manifest.csv``, which names no classes."""
+    found = []
+    rows = _table(file, ("crop_number", "collection", "alignment", "crop_url", "em_url"))
+    for row in sorted(rows, key=lambda row: (row["collection"] or "", _natural(row["crop_number"] or ""))):
+        dataset, crop = row["collection"] or "", f"crop{row['crop_number']}"
+        volume = volumes.get(dataset, nested / dataset / f"{dataset}.zarr")
+        folder = volume / GROUNDTRUTH / crop
+        found.append(
+            ListedCrop(f"{file.name}, {dataset}/{crop}", str(volume / RAW), str(folder), tuple(children(folder)))
         )
     return found
 
