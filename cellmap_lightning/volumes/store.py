@@ -3,9 +3,15 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError, MetadataError
+from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError, MetadataError
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+#: Bytes of a metadata file at most: those of real volumes have kilobytes, with consolidated metadata megabytes.
+MOST_JSON_BYTES = 1 << 28
 
 
 def local(path: str | Path) -> Path:
@@ -20,6 +26,13 @@ def local(path: str | Path) -> Path:
     return Path(text.removeprefix("file://")).expanduser()
 
 
+def open_store(path: Path) -> "Store":
+    """What zarr-python reads an array from."""
+    from zarr.storage import LocalStore  # metadata is read without it
+
+    return LocalStore(path, read_only=True)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None when there is no such file.
 
@@ -27,9 +40,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
         MetadataError: the file cannot be read, is not JSON, or holds something other than an object.
     """
     try:
-        content = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            text = file.read(MOST_JSON_BYTES + 1)
+        if len(text) > MOST_JSON_BYTES:
+            raise MetadataError(f"{path}: has more than {MOST_JSON_BYTES} bytes, too many for metadata")
+        content = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except CellMapError:
+        raise
     except OSError as e:
         raise MetadataError(f"{path}: cannot be read ({e.strerror})") from e
     except (ValueError, RecursionError) as e:
