@@ -20,7 +20,7 @@ from cellmap_lightning.sampling.arrays import (
     parse_targets,
 )
 from cellmap_lightning.sampling.blockwise import BlockPlan, PatchSamples, Stream
-from cellmap_lightning.sampling.dataloader import CellMapDataLoader
+from cellmap_lightning.sampling.dataloader import WORKER_TIMEOUT, CellMapDataLoader
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
 from cellmap_lightning.sampling.entries import SPLITS
@@ -215,7 +215,7 @@ class CellMapDataModule(L.LightningDataModule):
         pin_memory: bool | None = None,
         persistent_workers: bool | None = None,
         prefetch_factor: int | None = None,
-        timeout: float = 0,
+        timeout: float = WORKER_TIMEOUT,
         multiprocessing_context: str | None = None,
         drop_last: bool | None = None,
         split: SplitRule = "csv",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.arrays import (
     ArraySpecs,
     BatchLayout,
@@ -206,7 +207,10 @@ class CellMapDataset(SampleSource):
         self.missing_raw = check_missing_raw(missing_raw)
         self.patience = Patience(read_attempts, read_timeout)
 
-        raw = read_multiscale(self.input_path)
+        implications = Implications(
+            names, self.target_path.names if self.target_path else (), infer, class_table, class_relation_dict
+        )
+        raw, labels = self._look(names, implications.read)
         volume = raw.finest.lattice.box
         #: The whole volume, nm.
         self.raw_box: Box = volume
@@ -223,12 +227,7 @@ class CellMapDataset(SampleSource):
         self._raw = {name: choose_level(raw, world[name].scale.tolist(), what, max_upsampling) for name in inputs}
         self._images = {name: self._stored_image(level, chunks, what) for name, level in self._raw.items()}
 
-        labels: dict[str, Multiscale] = {}
-        implications = Implications(
-            names, self.target_path.names if self.target_path else (), infer, class_table, class_relation_dict
-        )
         if self.target_path:
-            labels = self._open_labels(names, implications.read)
             if too_coarse == "error":
                 self._check_resolution(labels, [world[name].scale for name in targets])
             boxes = [image.finest.lattice.box for image in labels.values()]
@@ -349,16 +348,42 @@ class CellMapDataset(SampleSource):
         """The arrays that are read, each decoded once."""
         return [*self._raw_regions, *(region for stack in self._stacks.values() for region in stack.regions)]
 
-    def _open_labels(self, names: Sequence[str], read: Sequence[str]) -> dict[str, Multiscale]:
-        """The label image of each class that is read and annotated here."""
-        assert self.target_path is not None
-        wanted = [name for name in read if name in self.target_path.names]
-        if not wanted:
-            raise NotAnnotatedError(
-                f"{self.label}: none of the classes {list(names)} is annotated in it; "
-                f"it has {list(self.target_path.names)}"
+    def _look(self, names: Sequence[str], read: Sequence[str]) -> tuple[Multiscale, dict[str, Multiscale]]:
+        """The raw image, and that of each class that is read and annotated here, with the metadata of every level.
+
+        Raises:
+            CellMapError: what is wrong with one of them, or a list of all that is wrong.
+        """
+        paths: dict[str, str | Path] = {"raw": self.input_path}
+        if self.target_path is not None:
+            wanted = [name for name in read if name in self.target_path.names]
+            if not wanted:
+                raise NotAnnotatedError(
+                    f"{self.label}: none of the classes {list(names)} is annotated in it; "
+                    f"it has {list(self.target_path.names)}"
+                )
+            paths |= {f"class {name}": self.target_path.of(name) for name in wanted}
+        found: dict[str, Multiscale] = {}
+        problems: list[CellMapError] = []
+        for what, path in paths.items():
+            try:
+                image = read_multiscale(path)
+                _ = image.finest.lattice
+                found[what] = image
+            except CellMapError as e:
+                problems.append(e)
+        if len(problems) == 1:
+            raise problems[0]
+        if problems:
+            raise CellMapValueError(
+                f"{self.label}: {len(problems)} things are wrong:" + "".join(f"\n    - {e}" for e in problems)
             )
-        return {name: read_multiscale(self.target_path.of(name)) for name in wanted}
+        for what, image in found.items():
+            unknown, voxels = unknown_in_metadata(image), math.prod(image.finest.array.shape)
+            if what != "raw" and unknown == voxels:
+                log.warning("%s, %s: by its metadata all %d voxels are unknown", self.label, what, voxels)
+        raw = found.pop("raw")
+        return raw, {what.removeprefix("class "): image for what, image in found.items()}
 
     def _check_resolution(self, labels: Mapping[str, Multiscale], scales: Sequence[FloatArray]) -> None:
         finest = np.min(scales, axis=0)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, Lattice, Shape, Vector, to_vector
 from cellmap_lightning.volumes.integrity import COMPRESSORS, FILTERS, Encoded
-from cellmap_lightning.volumes.store import children, local, missing, read_json
+from cellmap_lightning.volumes.store import children, exists, local, missing, read_json
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def read_attributes(path: Path) -> tuple[dict[str, Any], int] | None:
             raise MetadataError(f"{path / 'zarr.json'}: attributes should be an object, got {attributes!r}")
         return attributes, 3
     attributes = read_json(path / ".zattrs")
-    if attributes is None and not ((path / ".zgroup").exists() or (path / ".zarray").exists()):
+    if attributes is None and not (exists(path / ".zgroup") or exists(path / ".zarray")):
         return None
     return attributes or {}, 2
 
@@ -347,7 +347,7 @@ def read_multiscale(path: str | Path) -> Multiscale:
 
 def _read_multiscale(path: str | Path) -> Multiscale:
     group = local(path)
-    if not group.exists():
+    if not exists(group):
         raise missing(group, "image")
     node = read_attributes(group)
     file = group / ("zarr.json" if node and node[1] == 3 else ".zattrs")

@@ -33,6 +33,18 @@ def open_store(path: Path) -> "Store":
     return LocalStore(path, read_only=True)
 
 
+def exists(path: Path) -> bool:
+    """Whether there is anything at a path.
+
+    Raises:
+        MetadataError: a folder on the way may not be looked into, or the path cannot be one.
+    """
+    try:
+        return path.exists()
+    except (OSError, ValueError) as e:
+        raise MetadataError(f"{path}: cannot be looked at ({getattr(e, 'strerror', None) or e})") from e
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None when there is no such file.
 
@@ -45,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         if len(text) > MOST_JSON_BYTES:
             raise MetadataError(f"{path}: has more than {MOST_JSON_BYTES} bytes, too many for metadata")
         content = json.loads(text)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except CellMapError:
         raise
@@ -69,7 +81,7 @@ def children(path: Path) -> list[str]:
 def missing(path: Path, what: str) -> CellMapFileNotFoundError:
     """The error for a path that is not there: how far it exists, and what stands there instead."""
     found = path
-    while not found.exists() and found != found.parent:
+    while not exists(found) and found != found.parent:
         found = found.parent
     text = f"{what} {path} does not exist"
     if found != path:
