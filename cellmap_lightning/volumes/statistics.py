@@ -62,8 +62,9 @@ def remember(name: str, content: dict[str, object]) -> None:
     """Keep a measurement, whole or not at all. A folder that cannot be written to costs only time."""
     folder = cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         part = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
+        part.touch(0o600)
         part.write_text(json.dumps(content))
         part.replace(folder / f"{name}.json")
     except OSError as e:
