@@ -1,6 +1,7 @@
 """Data as it comes: damaged, incomplete, refused, changing. Each fault is an error, or a line, that says where."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -13,12 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from zarr.storage import LocalStore
 
 from cellmap_lightning.errors import CellMapValueError, ChunkError, MetadataError, WorkerError
 from cellmap_lightning.sampling.dataloader import WORKER_TIMEOUT, CellMapDataLoader
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
+from cellmap_lightning.volumes import chunks, guard
+from cellmap_lightning.volumes.guard import COUNTS
 from cellmap_lightning.volumes.writer import write_group, write_multiscale
+from tests.volumes.faults import FaultyStore, transient
 
 SCALE = (8.0, 8.0, 8.0)
 SHAPE = [32, 32, 32]
@@ -115,7 +120,7 @@ def test_missing_raw_warn_reads_the_fill_value_and_says_so(root, caplog, reader)
         data[position(data, (32, 32, 32))]
 
 
-@pytest.mark.parametrize("cache", ["none", "memory", "disk"])
+@pytest.mark.parametrize("cache", ["none", "disk", pytest.param("memory", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["binary", "instances", "affinities"])
 @pytest.mark.parametrize("spatial", [None, TURNS])
 def test_missing_raw_mask_makes_targets_unknown_there_and_nowhere_else(root, cache, kind, spatial):
@@ -280,7 +285,7 @@ def loader(data, **kwargs):
     return CellMapDataLoader(data, **given)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_worker_that_is_killed_or_stopped_is_an_error_with_its_crop(root, how):
     """SIGKILL is what the system sends when memory runs out."""
     with dataset(root, is_train=True) as data:
@@ -318,6 +323,138 @@ def test_a_fork_with_an_unsafe_reader_is_refused_with_advice(root):
         pytest.raises(CellMapValueError, match="leave multiprocessing_context out, or say 'forkserver' or 'spawn'"),
     ):
         loader(data, multiprocessing_context="fork")
+
+
+PROGRAM = """
+import itertools, os, sys
+import numpy as np
+from pathlib import Path
+from tests.test_faults import dataset, loader, split_of
+phase, root = sys.argv[1], Path(sys.argv[2])
+if __name__ == "__main__":
+    print("ready", flush=True)
+    if phase == "setup":
+        while True:
+            split_of(root)["train"].close()
+    with dataset(root, cache="disk", is_train=True) as data:
+        if phase == "fill":
+            for number in itertools.count():
+                data.read(data.draw(range(number * 8, number * 8 + 8), True, 0))
+                if number % 8 == 7:
+                    for file in (root / "raw" / "s0").rglob("[0-9]"):
+                        if file.is_file():
+                            os.utime(file)  # it is decoded again
+                    data.close()
+        batches = loader(data, num_workers=2, samples_per_epoch=10**6)
+        for number, _ in enumerate(batches):
+            if number == 2:
+                print("reading", flush=True)
+"""
+
+
+def split_of(root):
+    return CellMapDataSplit(
+        datasets={"train": [{"raw": str(root / "raw"), "gt": f"{root}/crop1/[mito,er]"}]}, classes=["mito", "er"],
+        input_arrays={"raw": SPEC}, target_arrays={"labels": SPEC}, cache="disk",
+    )  # fmt: skip
+
+
+def started(tmp_path, root, phase):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "program.py").write_text(PROGRAM)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(tmp_path / "tmp")}
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "program.py", phase, root], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=env,
+    )  # fmt: skip
+    assert process.stdout.readline().strip() == "ready"
+    if phase == "workers":
+        assert process.stdout.readline().strip() == "reading"
+    else:
+        time.sleep(0.7)
+    return process
+
+
+def children(pid):
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return {int(child) for task in tasks for child in (task / "children").read_text().split()}
+
+
+def gone(pids, seconds):
+    end = time.monotonic() + seconds
+    while alive := [p for p in pids if Path(f"/proc/{p}").exists()]:
+        assert time.monotonic() < end, alive
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "phase", ["fill", pytest.param("setup", marks=pytest.mark.slow), pytest.param("workers", marks=pytest.mark.slow)]
+)
+def test_ctrl_c_at_every_phase_leaves_nothing(root, tmp_path, phase):
+    """No process, thread or temporary file, and no voxels that are said to be kept and are not."""
+    process = started(tmp_path, root, phase)
+    try:
+        below = children(process.pid)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode not in (0, -signal.SIGKILL)
+        assert "KeyboardInterrupt" in errors
+        gone(below, 10)
+    finally:
+        process.kill()
+    assert list((tmp_path / "tmp").iterdir()) == []
+    with dataset(root, cache="disk", is_train=True) as data:
+        for number in range(0, 64, 8):
+            at = position(data, (number // 2, number // 4, number % 33))
+            z, y, x = number // 2, number // 4, number % 33
+            found = data.read([type(data.draw([0], True, 0)[0])(0, at, None)])
+            assert (np.asarray(found["raw"])[0, 0] == RAW[z : z + 32, y : y + 32, x : x + 32]).all()
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_was_killed(root, tmp_path):
+    process = started(tmp_path, root, "workers")
+    below = children(process.pid)
+    assert len(below) >= 2
+    process.kill()
+    process.communicate(timeout=10)
+    gone(below, 30)
+
+
+@pytest.mark.slow
+def test_soak_with_faults(root, monkeypatch):
+    """100,000 samples, 1 % of whose reads fail: each is right, and nothing grows."""
+    monkeypatch.setattr(guard, "FIRST_PAUSE", 0.001)
+    count = itertools.count(1)
+
+    def fault(key, number):
+        found = next(count)
+        return transient() if found % 100 == 0 else ConnectionResetError() if found % 250 == 0 else None
+
+    monkeypatch.setattr(chunks, "open_store", lambda path: FaultyStore(LocalStore(path, read_only=True), fault))
+    spec = {"shape": [8, 8, 8], "scale": list(SCALE)}
+    COUNTS.reset()
+    data = CellMapDataset(
+        root / "raw", f"{root}/crop1/[mito]", ["mito"], {"raw": spec}, {"labels": spec}, cache="none",
+        raw_value_transforms=None, is_train=True, max_workers=2,
+    )  # fmt: skip
+    found = []
+    with data:
+        for first in range(0, 100_000, 8):
+            draws = data.draw(range(first, first + 8), True, 0)
+            batch = data.read(draws)
+            for row, draw in enumerate(draws):
+                z, y, x = data.placement.place(draw.position)
+                assert (np.asarray(batch["raw"])[row, 0] == RAW[z : z + 8, y : y + 8, x : x + 8]).all()
+            if first % 1000 == 0:
+                status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+                descriptors = len(list(Path("/proc/self/fd").iterdir()))
+                found.append((int(status["VmRSS"].split()[0]), descriptors, threading.active_count()))
+    assert COUNTS.retries > 1000
+    assert COUNTS.failures == 0
+    early, late = np.median(found[20:40], axis=0), np.median(found[-20:], axis=0)
+    assert late[0] < 1.02 * early[0] + 4000, (early, late)
+    assert (late[1:] <= early[1:] + 2).all(), (early, late)
 
 
 # -- silence while closing

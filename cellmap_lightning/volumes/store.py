@@ -52,11 +52,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
         MetadataError: the file cannot be read, is not JSON, or holds something other than an object.
     """
     try:
-        with path.open("rb") as file:
-            text = file.read(MOST_JSON_BYTES + 1)
-        if len(text) > MOST_JSON_BYTES:
-            raise MetadataError(f"{path}: has more than {MOST_JSON_BYTES} bytes, too many for metadata")
-        content = json.loads(text)
+        size = path.stat().st_size
+        if size > MOST_JSON_BYTES:
+            raise MetadataError(f"{path}: has {size} bytes, too many for metadata; at most {MOST_JSON_BYTES} are read")
+        content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except CellMapError:
