@@ -149,7 +149,7 @@ CELLS = st.one_of(
 ROWS = st.lists(st.lists(CELLS, max_size=6).map(",".join), max_size=4)
 CSVS = st.one_of(st.binary(max_size=60), ROWS.map(lambda rows: "\n".join(rows).encode(errors="replace")))
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
-FEW, MANY = settings(max_examples=60, derandomize=True, **QUIET), settings(max_examples=4000, **QUIET)
+FEW, MANY = settings(max_examples=60, derandomize=True, **QUIET), settings(max_examples=1500, **QUIET)
 pytestmark = pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning", "ignore:.*overflow.*:RuntimeWarning")
 
 
