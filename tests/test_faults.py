@@ -297,8 +297,10 @@ def test_a_worker_that_is_killed_or_stopped_is_an_error_with_its_crop(root, how)
         next(passing)
         children = [int(p) for t in Path("/proc/self/task").iterdir() for p in (t / "children").read_text().split()]
         workers = [p for p in children if "resource_tracker" not in Path(f"/proc/{p}/cmdline").read_text()]
-        for worker in workers:
-            os.kill(worker, how)
+        # From another thread, while this one waits: torch's handler of signals raises wherever this one is.
+        timers = [threading.Timer(0.3, os.kill, (worker, how)) for worker in workers]
+        for timer in timers:
+            timer.start()
         try:
             with pytest.raises(WorkerError, match=r"a worker process .* which shows volume/crop1; ") as caught:
                 for _ in passing:

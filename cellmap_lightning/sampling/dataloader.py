@@ -335,7 +335,9 @@ class CellMapDataLoader(DataLoader[Any]):
     def _explained(self, error: RuntimeError, done: int) -> CellMapError | None:
         """What torch says of a worker that is gone or silent, with the crops that were waited for."""
         text = str(error)
-        if isinstance(error, CellMapError) or not ("timed out after" in text or "exited unexpectedly" in text):
+        if isinstance(error, CellMapError) or not any(
+            words in text for words in ("timed out after", "exited unexpectedly", "is killed by signal")
+        ):
             return None
         crops = str(self.source)
         if self._own_sampler() is not None:  # nobody else's order is gone through twice
@@ -395,6 +397,11 @@ class CellMapDataLoader(DataLoader[Any]):
             if stream not in self._streams:
                 raise CellMapError(f"{self.source}: {_SHARED}, and another one was begun before this one had ended")
             self._under_way = False
+        except RuntimeError as e:  # torch's handler of signals raises it wherever the main thread is
+            explained = self._explained(e, self._delivered)
+            if explained is None:
+                raise
+            raise explained from e
         finally:
             stream.close()
 
