@@ -20,7 +20,7 @@ from cellmap_lightning.sampling.arrays import (
     parse_targets,
 )
 from cellmap_lightning.sampling.blockwise import PatchSamples, PlanBatches, Stream
-from cellmap_lightning.sampling.dataloader import CellMapDataLoader
+from cellmap_lightning.sampling.dataloader import WORKER_TIMEOUT, CellMapDataLoader
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
 from cellmap_lightning.sampling.entries import SPLITS
 from cellmap_lightning.sampling.labels import Downsample, Unknown
@@ -32,7 +32,8 @@ from cellmap_lightning.sampling.splits import SplitRule
 from cellmap_lightning.sampling.waiting import Waiting
 from cellmap_lightning.transforms.intensity import AUTO
 from cellmap_lightning.volumes.chunks import Reader
-from cellmap_lightning.volumes.image import MAX_UPSAMPLING
+from cellmap_lightning.volumes.guard import PATIENT
+from cellmap_lightning.volumes.image import MAX_UPSAMPLING, MissingRaw
 from cellmap_lightning.volumes.location import CacheMode
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,9 @@ class CellMapDataModule(L.LightningDataModule):
         cache: where decoded voxels are kept: ``auto``, ``disk``, ``memory`` or ``none``; see `CellMapDataset`.
         cache_bytes: bytes that are kept at most, by all splits together; see `CellMapDataset`.
         reader: what decodes: ``zarr`` or ``tensorstore``.
+        missing_raw: chunks of raw that are not stored: ``error``, ``warn`` or ``mask``; see `CellMapDataSplit`.
+        read_attempts: how many times an object is asked for at most; see `CellMapDataset`.
+        read_timeout: seconds after which it is given up, with all attempts.
         pin_memory: read into page-locked memory; by default on CUDA devices.
         persistent_workers: see `CellMapDataLoader`.
         prefetch_factor: see `CellMapDataLoader`.
@@ -205,10 +209,13 @@ class CellMapDataModule(L.LightningDataModule):
         cache: CacheMode = "auto",
         cache_bytes: int | None = None,
         reader: Reader = "zarr",
+        missing_raw: MissingRaw = "error",
+        read_attempts: int = PATIENT.attempts,
+        read_timeout: float = PATIENT.timeout,
         pin_memory: bool | None = None,
         persistent_workers: bool | None = None,
         prefetch_factor: int | None = None,
-        timeout: float = 0,
+        timeout: float = WORKER_TIMEOUT,
         multiprocessing_context: str | None = None,
         drop_last: bool | None = None,
         split: SplitRule = "csv",
@@ -286,6 +293,9 @@ class CellMapDataModule(L.LightningDataModule):
             cache=cache,
             cache_bytes=cache_bytes,
             reader=reader,
+            missing_raw=missing_raw,
+            read_attempts=read_attempts,
+            read_timeout=read_timeout,
             split=split,
             val_fraction=val_fraction,
             fold=fold,

@@ -52,5 +52,9 @@ class CellMapMemoryError(CellMapError, MemoryError, RuntimeError):
     """A batch that cannot fit; also a `RuntimeError`, by which Lightning's tuner knows a batch size as too large."""
 
 
+class WorkerError(CellMapError, RuntimeError):
+    """A worker process that ended or does not answer; also a `RuntimeError`, as torch raises."""
+
+
 class MissingExtraError(CellMapError, ImportError):
     """An optional library is needed here and is not installed."""

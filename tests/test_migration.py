@@ -130,7 +130,8 @@ def test_shuffling_costs_nothing_however_large_the_volume(tmp_path):
     group.attrs["multiscales"] = [
         {"version": "0.4", "axes": axes, "datasets": [{"path": "s0", "coordinateTransformations": [scale]}]}
     ]
-    with CellMapDataset(tmp_path / "v.zarr", input_arrays={"shape": [8, 8, 8], "scale": [8, 8, 8]}) as dataset:
+    arrays = {"shape": [8, 8, 8], "scale": [8, 8, 8]}
+    with CellMapDataset(tmp_path / "v.zarr", input_arrays=arrays, missing_raw="warn") as dataset:
         loader = CellMapDataLoader(dataset, 2, samples_per_epoch=6)
         assert len(dataset) == 49_993**3
         tracemalloc.start()

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from cellmap_lightning.sampling.labels import stored_labels
 from cellmap_lightning.sampling.pool import ReadPool
 from cellmap_lightning.volumes.chunks import ChunkReader
+from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.ngff import Encoding, Multiscale
 from cellmap_lightning.volumes.statistics import fingerprint, recall, remember
 
@@ -43,7 +44,7 @@ def _complement_counts(image: Multiscale) -> Mapping[str, Any] | None:
     return counts if isinstance(counts, Mapping) else None
 
 
-def foreground(image: Multiscale, encoding: Encoding, pool: ReadPool, label: str) -> int:
+def foreground(image: Multiscale, encoding: Encoding, pool: ReadPool, label: str, patience: Patience = PATIENT) -> int:
     """Foreground voxels of the finest level, counted if the metadata does not say. The count is kept outside the data.
 
     Args:
@@ -51,6 +52,7 @@ def foreground(image: Multiscale, encoding: Encoding, pool: ReadPool, label: str
         encoding: what its values mean.
         pool: threads to read with; the caller is none of them.
         label: what messages call it.
+        patience: how long an object is tried for.
     """
     known = counted_in_metadata(image)
     if known is not None:
@@ -59,7 +61,7 @@ def foreground(image: Multiscale, encoding: Encoding, pool: ReadPool, label: str
     kept = recall(name)
     if kept is not None and isinstance(kept.get("foreground"), int):
         return int(kept["foreground"])  # type: ignore[call-overload, no-any-return]
-    reader = ChunkReader(image.finest, label)
+    reader = ChunkReader(image.finest, label, patience=patience)
     corners = list(product(*(range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True))))
     found: list[int] = []
 

@@ -1,5 +1,6 @@
 """Samples as batches: a `DataLoader` that a Trainer, or a plain loop, can use."""
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError, WorkerError
 from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory, check_fits, device_memory
 from cellmap_lightning.sampling.positions import PositionSampler
@@ -88,6 +89,8 @@ class Steps(Protocol):
         """A run goes on with as many batches done, of the size that they have now."""
 
 
+#: Seconds after which a worker process that delivers nothing is an error: first batches may decode for minutes.
+WORKER_TIMEOUT = 1200.0
 _SHARED = (
     "passes of one loader at a time cannot share its worker processes (persistent_workers=False: each has its own)"
 )
@@ -124,7 +127,8 @@ class CellMapDataLoader(DataLoader[Any]):
             were delivered.
         persistent_workers: keep worker processes between epochs; by default where there are any.
         prefetch_factor: batches ahead per worker process.
-        timeout: seconds after which a worker that delivers nothing is an error; 0 waits for ever.
+        timeout: seconds after which a worker that delivers nothing is an error; 0 waits for ever. Reads of single
+            objects have a shorter one, see `CellMapDataset`.
         multiprocessing_context: how worker processes are started; by default as is safe with the reader.
         worker_init_fn: called in each worker process.
         sampler: replaces the loader's own, as Lightning does for ``overfit_batches``; or a `PositionSampler`, such as
@@ -159,7 +163,7 @@ class CellMapDataLoader(DataLoader[Any]):
         steps: Steps | None = None,
         persistent_workers: bool | None = None,
         prefetch_factor: int | None = None,
-        timeout: float = 0,
+        timeout: float = WORKER_TIMEOUT,
         multiprocessing_context: Any = None,
         worker_init_fn: Any = None,
         sampler: Iterable[int] | None = None,
@@ -308,14 +312,47 @@ class CellMapDataLoader(DataLoader[Any]):
         return reading
 
     def _read(self, iterator: Iterator[Any], taken: Any) -> Generator[Any, None, None]:
-        pid = os.getpid()
+        pid, done = os.getpid(), 0
+
+        def counted(batch: Any) -> Any:
+            nonlocal done
+            done += 1
+            return taken(batch)
+
         try:
-            yield from map(taken, iterator)  # and holds no batch while it waits to be asked for the next
+            yield from map(counted, iterator)  # and holds no batch while it waits to be asked for the next
+        except RuntimeError as e:
+            explained = self._explained(e, done)
+            if explained is None:
+                raise
+            raise explained from e
         finally:
             # Also where the traceback of an error holds on to the iterator. Persistent ones are the loader's to end,
             # and in a forked process they are the parent's.
             if iterator is not self._iterator and pid == os.getpid():
                 _end_workers(iterator)
+
+    def _explained(self, error: RuntimeError, done: int) -> CellMapError | None:
+        """What torch says of a worker that is gone or silent, with the crops that were waited for."""
+        text = str(error)
+        if isinstance(error, CellMapError) or not any(
+            words in text for words in ("timed out after", "exited unexpectedly", "is killed by signal")
+        ):
+            return None
+        crops = str(self.source)
+        if self._own_sampler() is not None:  # nobody else's order is gone through twice
+            samples: Samples = self.dataset  # type: ignore[assignment]
+            numbers = next(itertools.islice(iter(self.batch_sampler or ()), done, None), [])
+            crops = ", ".join(dict.fromkeys(samples.crop(number) for number in numbers))
+        if "timed out after" in text:
+            what, advice = f"delivered nothing for {self.timeout:g} s", "timeout says how long to wait"
+        else:
+            what = "ended unexpectedly: it was killed, perhaps for memory"
+            advice = "fewer workers or a smaller batch_size need less"
+        return WorkerError(
+            f"a worker process {what}, while batch {done} of the pass was waited for, which shows {crops}; {advice} "
+            f"({text.splitlines()[0]})"
+        )
 
     @staticmethod
     def _taken(slots: Slots | None, pin: bool, batch: Any) -> Any:
@@ -360,6 +397,11 @@ class CellMapDataLoader(DataLoader[Any]):
             if stream not in self._streams:
                 raise CellMapError(f"{self.source}: {_SHARED}, and another one was begun before this one had ended")
             self._under_way = False
+        except RuntimeError as e:  # torch's handler of signals raises it wherever the main thread is
+            explained = self._explained(e, self._delivered)
+            if explained is None:
+                raise
+            raise explained from e
         finally:
             stream.close()
 

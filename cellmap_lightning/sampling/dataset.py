@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.arrays import (
     ArraySpecs,
     BatchLayout,
@@ -33,21 +34,35 @@ from cellmap_lightning.sampling.tiles import IntArray
 from cellmap_lightning.transforms.augment import IntensityTransforms
 from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.intensity import AUTO, Normalize, Scaling, input_transforms
-from cellmap_lightning.transforms.kinds import TargetKind
+from cellmap_lightning.transforms.kinds import UNKNOWN_ID, TargetKind
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.transforms.targets import class_transforms
 from cellmap_lightning.volumes.chunks import Reader, check_reader
-from cellmap_lightning.volumes.geometry import AXES, LATTICE_TOLERANCE, SCALE_TOLERANCE, Box, FloatArray, Shape
-from cellmap_lightning.volumes.image import MAX_UPSAMPLING, StoredImage, choose_level
+from cellmap_lightning.volumes.geometry import (
+    AXES,
+    LATTICE_TOLERANCE,
+    SCALE_TOLERANCE,
+    Box,
+    FloatArray,
+    Shape,
+    patch_map,
+)
+from cellmap_lightning.volumes.guard import PATIENT, Patience
+from cellmap_lightning.volumes.image import MAX_UPSAMPLING, MissingRaw, StoredImage, check_missing_raw, choose_level
 from cellmap_lightning.volumes.location import CacheMode
 from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding, read_multiscale
 from cellmap_lightning.volumes.patches import Patches, Resampled, reached
 from cellmap_lightning.volumes.placement import Placement, Window
-from cellmap_lightning.volumes.region import Region, RegionStore
+from cellmap_lightning.volumes.region import ChunkCache, Region, RegionStore
 from cellmap_lightning.volumes.statistics import statistics
 
 log = logging.getLogger(__name__)
 
+_CONSEQUENCE = {
+    "error": "a sample that shows one of them is an error",
+    "warn": "they show the fill value",
+    "mask": "they show the fill value, and targets there are unknown",
+}
 #: A place in a placement's grid (z, y, x).
 Place = tuple[int, int, int]
 
@@ -100,6 +115,11 @@ class CellMapDataset(SampleSource):
         cache_bytes: bytes that are kept at most, by all datasets of the process; by default half of what is free
             there, on disk at most 200 GB.
         reader: what decodes: ``zarr``, or ``tensorstore`` (from the extra ``fast``).
+        missing_raw: what becomes of samples that show raw of which a chunk is not stored: ``error``, ``warn`` (they
+            show the fill value), or ``mask`` (so they do, and targets there are unknown). A chunk of labels that is
+            not stored holds the fill value.
+        read_attempts: how many times an object is asked for at most, before that is an error.
+        read_timeout: seconds after which it is given up, with all attempts.
         raw_path: older name of ``input_path``.
         gt_path: older name of ``target_path``.
 
@@ -140,6 +160,9 @@ class CellMapDataset(SampleSource):
         cache: CacheMode = "auto",
         cache_bytes: int | None = None,
         reader: Reader = "zarr",
+        missing_raw: MissingRaw = "error",
+        read_attempts: int = PATIENT.attempts,
+        read_timeout: float = PATIENT.timeout,
         raw_path: str | None = None,
         gt_path: str | None = None,
         ground_truth_path: str | None = None,
@@ -181,8 +204,13 @@ class CellMapDataset(SampleSource):
         self._store = RegionStore(cache, cache_bytes)
         chunks = self._store.chunks
         self.reader = check_reader(reader)
+        self.missing_raw = check_missing_raw(missing_raw)
+        self.patience = Patience(read_attempts, read_timeout)
 
-        raw = read_multiscale(self.input_path)
+        implications = Implications(
+            names, self.target_path.names if self.target_path else (), infer, class_table, class_relation_dict
+        )
+        raw, labels = self._look(names, implications.read)
         volume = raw.finest.lattice.box
         #: The whole volume, nm.
         self.raw_box: Box = volume
@@ -197,14 +225,9 @@ class CellMapDataset(SampleSource):
         world = {name: self.plane.in_volume(window) for name, window in self._windows.items()}
         what = f"{self.label}: raw" if targets else "raw"
         self._raw = {name: choose_level(raw, world[name].scale.tolist(), what, max_upsampling) for name in inputs}
-        self._images = {name: StoredImage(level, chunks, what, self.reader) for name, level in self._raw.items()}
+        self._images = {name: self._stored_image(level, chunks, what) for name, level in self._raw.items()}
 
-        labels: dict[str, Multiscale] = {}
-        implications = Implications(
-            names, self.target_path.names if self.target_path else (), infer, class_table, class_relation_dict
-        )
         if self.target_path:
-            labels = self._open_labels(names, implications.read)
             if too_coarse == "error":
                 self._check_resolution(labels, [world[name].scale for name in targets])
             boxes = [image.finest.lattice.box for image in labels.values()]
@@ -226,14 +249,16 @@ class CellMapDataset(SampleSource):
             if target.kind.reads == "bits":
                 self._stacks[name] = BitStack(
                     labels, implications, len(names), world[name], chunks, self.label, label_downsample, unknown,
-                    self.reader,
+                    self.reader, self.patience,
                 )  # fmt: skip
             else:
                 own = {c: image for c, image in labels.items() if c in names}
-                self._stacks[name] = IdStack(own, names, world[name], chunks, self.label, unknown, self.reader)
+                self._stacks[name] = IdStack(
+                    own, names, world[name], chunks, self.label, unknown, self.reader, self.patience
+                )
 
         rule = Normalize.parse(normalize, invert)
-        found = statistics(raw) if rule.needs_statistics else None
+        found = statistics(raw, self.patience) if rule.needs_statistics else None
         #: Offset and factor that normalize stored values.
         self.affine = rule.affine(self.raw_dtype, found, self.input_path)
         if raw.finest.array.dtype.kind == "b" and rule.rule == "dtype":
@@ -277,6 +302,7 @@ class CellMapDataset(SampleSource):
         #: Half the edge lengths of what every target holds, along the patch's own axes, nm.
         self.half: FloatArray = np.min([self._windows[n].extent for n in targets or inputs], axis=0) / 2
         self._announce()
+        self._say_what_is_missing()
 
     def _place(self, world: Mapping[str, Window], targets: Mapping[str, TargetArray]) -> None:
         """Say where each array is read at each position, and what of the volume that can touch."""
@@ -314,21 +340,50 @@ class CellMapDataset(SampleSource):
                 assert stack.patches is not None
                 self._patches[name] = stack.patches
 
+    def _stored_image(self, level: Level, chunks: ChunkCache, what: str) -> StoredImage:
+        return StoredImage(level, chunks, what, self.reader, self.patience, self.missing_raw)
+
     @property
     def regions(self) -> list[Region]:
         """The arrays that are read, each decoded once."""
         return [*self._raw_regions, *(region for stack in self._stacks.values() for region in stack.regions)]
 
-    def _open_labels(self, names: Sequence[str], read: Sequence[str]) -> dict[str, Multiscale]:
-        """The label image of each class that is read and annotated here."""
-        assert self.target_path is not None
-        wanted = [name for name in read if name in self.target_path.names]
-        if not wanted:
-            raise NotAnnotatedError(
-                f"{self.label}: none of the classes {list(names)} is annotated in it; "
-                f"it has {list(self.target_path.names)}"
+    def _look(self, names: Sequence[str], read: Sequence[str]) -> tuple[Multiscale, dict[str, Multiscale]]:
+        """The raw image, and that of each class that is read and annotated here, with the metadata of every level.
+
+        Raises:
+            CellMapError: what is wrong with one of them, or a list of all that is wrong.
+        """
+        paths: dict[str, str | Path] = {"raw": self.input_path}
+        if self.target_path is not None:
+            wanted = [name for name in read if name in self.target_path.names]
+            if not wanted:
+                raise NotAnnotatedError(
+                    f"{self.label}: none of the classes {list(names)} is annotated in it; "
+                    f"it has {list(self.target_path.names)}"
+                )
+            paths |= {f"class {name}": self.target_path.of(name) for name in wanted}
+        found: dict[str, Multiscale] = {}
+        problems: list[CellMapError] = []
+        for what, path in paths.items():
+            try:
+                image = read_multiscale(path)
+                _ = image.finest.lattice
+                found[what] = image
+            except CellMapError as e:
+                problems.append(e)
+        if len(problems) == 1:
+            raise problems[0]
+        if problems:
+            raise CellMapValueError(
+                f"{self.label}: {len(problems)} things are wrong:" + "".join(f"\n    - {e}" for e in problems)
             )
-        return {name: read_multiscale(self.target_path.of(name)) for name in wanted}
+        for what, image in found.items():
+            unknown, voxels = unknown_in_metadata(image), math.prod(image.finest.array.shape)
+            if what != "raw" and unknown == voxels:
+                log.warning("%s, %s: by its metadata all %d voxels are unknown", self.label, what, voxels)
+        raw = found.pop("raw")
+        return raw, {what.removeprefix("class "): image for what, image in found.items()}
 
     def _check_resolution(self, labels: Mapping[str, Multiscale], scales: Sequence[FloatArray]) -> None:
         finest = np.min(scales, axis=0)
@@ -357,6 +412,16 @@ class CellMapDataset(SampleSource):
             self.max_workers,
         )
 
+    def _say_what_is_missing(self) -> None:
+        """Chunks of raw that patches can touch and that are not stored, counted where that is quick."""
+        for image in {image.level.path: image for image in self._images.values()}.values():
+            missing, files = image.holes() or (0, 0)
+            if missing:
+                log.warning(
+                    "%s: %d of the %d chunks of raw that it can show are not stored (%s); with missing_raw=%s %s",
+                    self.label, missing, files, image.level.path, self.missing_raw, _CONSEQUENCE[self.missing_raw],
+                )  # fmt: skip
+
     @property
     def datasets(self) -> Sequence["CellMapDataset"]:
         """This crop alone."""
@@ -377,7 +442,8 @@ class CellMapDataset(SampleSource):
         found = {}
         for name in self.annotated:
             image = self._labels[name]
-            stored = foreground(image, self._encoding(image, image.finest), self._pool, f"{self.label}/{name}")
+            code, label = self._encoding(image, image.finest), f"{self.label}/{name}"
+            stored = foreground(image, code, self._pool, label, self.patience)
             found[name] = stored * self._per_stored_voxel(image)
         return found
 
@@ -408,7 +474,8 @@ class CellMapDataset(SampleSource):
         scale = self.plane.in_volume(self.target_window).scale.tolist()
         chosen = choose_level(image, scale, f"{self.label}/{name}") if self._stored_levels else image.finest
         levels = image.present[image.present.index(chosen) :: -1]
-        return foreground_index(levels, self._encoding(image, chosen), self._pool, f"{self.label}/{name}")
+        code, label = self._encoding(image, chosen), f"{self.label}/{name}"
+        return foreground_index(levels, code, self._pool, label, self.patience)
 
     def _encoding(self, image: Multiscale, level: Level) -> Encoding:
         if level.array.dtype.kind == "b":
@@ -428,7 +495,8 @@ class CellMapDataset(SampleSource):
 
         def look(name: str) -> None:
             image, label = self._labels[name], f"{self.label}/{name}"
-            found[name] = tiles_with(image, partial(self._encoding, image), self.placement, self._tiled, label)
+            code = partial(self._encoding, image)
+            found[name] = tiles_with(image, code, self.placement, self._tiled, label, self.patience)
 
         self._pool.run([partial(look, name) for name in self.annotated])
         return found
@@ -461,7 +529,7 @@ class CellMapDataset(SampleSource):
         other.placement = placement
         other._store = RegionStore(self._store.mode, self._store.budget)
         other._images = {
-            name: StoredImage(level, other._store.chunks, f"{self.label}: raw", self.reader)
+            name: self._stored_image(level, other._store.chunks, f"{self.label}: raw")
             for name, level in self._raw.items()
         }
         other._stacks = {}
@@ -547,6 +615,15 @@ class CellMapDataset(SampleSource):
             stack.read_into(place, stored, turn)
         else:
             self._patches[name].read_into(place, stored, turn, 0)
+        if self.missing_raw == "mask":
+            window = _grown(self._windows[name], kind.margin)
+            center = self.placement.first + self.placement.step * place
+            for image in self._images.values():
+                unseen = image.unseen(patch_map(center, window.shape, window.scale, image.lattice, turn))
+                if unseen is not None and isinstance(stack, IdStack):
+                    stored[:, unseen] = UNKNOWN_ID
+                elif unseen is not None:
+                    stored[unseen] = 0
         if same:
             return
         if kind.name == "instances":

@@ -33,7 +33,8 @@ from cellmap_lightning.transforms.intensity import AUTO
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.volumes.chunks import Reader, check_reader
 from cellmap_lightning.volumes.geometry import SCALE_TOLERANCE, FloatArray
-from cellmap_lightning.volumes.image import MAX_UPSAMPLING
+from cellmap_lightning.volumes.guard import PATIENT, Patience
+from cellmap_lightning.volumes.image import MAX_UPSAMPLING, MissingRaw, check_missing_raw
 from cellmap_lightning.volumes.location import CacheMode, check_mode
 from cellmap_lightning.volumes.ngff import shared_metadata
 from cellmap_lightning.volumes.store import local
@@ -80,6 +81,10 @@ class CellMapDataSplit:
         cache: see there.
         cache_bytes: see there.
         reader: see there.
+        missing_raw: see there. Volumes to predict are not refused for missing chunks, which most programs leave out
+            where a volume is empty: ``error`` is ``warn`` there.
+        read_attempts: see there.
+        read_timeout: see there.
         split: ``csv``: each crop is for what the CSV, or ``datasets``, says. Otherwise its crops for train and val are
             divided anew by a rule, see `splits.assign`: ``random``, ``stratified``, ``by_dataset``,
             ``leave_one_dataset_out`` or ``kfold``; those for test and predict stay.
@@ -127,6 +132,9 @@ class CellMapDataSplit:
         cache: CacheMode = "auto",
         cache_bytes: int | None = None,
         reader: Reader = "zarr",
+        missing_raw: MissingRaw = "error",
+        read_attempts: int = PATIENT.attempts,
+        read_timeout: float = PATIENT.timeout,
         split: SplitRule = "csv",
         val_fraction: float = 0.1,
         fold: int = 0,
@@ -158,6 +166,8 @@ class CellMapDataSplit:
         # What is the same for every crop is refused here, once, and not crop by crop.
         check_mode(cache, cache_bytes)
         check_reader(reader)
+        check_missing_raw(missing_raw)
+        Patience(read_attempts, read_timeout)
         SpatialTransforms(spatial_transforms)
         IntensityTransforms(intensity_transforms)
         self._strategy, self._balance = parse_strategy(strategy), bool(balance_datasets)
@@ -189,6 +199,9 @@ class CellMapDataSplit:
             "cache": cache,
             "cache_bytes": cache_bytes,
             "reader": reader,
+            "missing_raw": missing_raw,
+            "read_attempts": read_attempts,
+            "read_timeout": read_timeout,
         }
         if isinstance(planes, str) or not planes or len(set(planes)) != len(list(planes)):
             raise CellMapValueError(f"planes must name xy, xz and yz at most once, got {planes!r}")
@@ -503,7 +516,9 @@ class CellMapDataSplit:
         training = split == "train"
         if split != "predict" and self.classes is not None and entry.target_path is None:
             raise CellMapValueError(f"a crop for {split!r} needs a target; only those for 'predict' may go without")
-        own = {"normalize": entry.normalize, "invert": entry.invert}
+        own: dict[str, Any] = {"normalize": entry.normalize, "invert": entry.invert}
+        if split == "predict" and self._common["missing_raw"] == "error":
+            own["missing_raw"] = "warn"
         dataset = CellMapDataset(
             entry.input_path,
             None if split == "predict" else entry.target_path,

@@ -18,6 +18,7 @@ from cellmap_lightning.sampling.labels import stored_labels
 from cellmap_lightning.sampling.pool import FORK_GATE, ReadPool
 from cellmap_lightning.volumes.chunks import ChunkReader, chunk_shape
 from cellmap_lightning.volumes.geometry import FloatArray, Lattice, Shape
+from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.ngff import Encoding, Level
 from cellmap_lightning.volumes.statistics import fingerprint, recall, remember
 
@@ -71,7 +72,9 @@ class Foreground:
         return z, y, x
 
 
-def foreground_index(levels: Sequence[Level], encoding: Encoding, pool: ReadPool, label: str) -> Foreground:
+def foreground_index(
+    levels: Sequence[Level], encoding: Encoding, pool: ReadPool, label: str, patience: Patience = PATIENT
+) -> Foreground:
     """The index of the first level that has foreground, from the cache folder or built and kept there.
 
     Chunks that were never written are not read. What the attributes call absent or unknown is no foreground.
@@ -81,6 +84,7 @@ def foreground_index(levels: Sequence[Level], encoding: Encoding, pool: ReadPool
         encoding: what their values mean.
         pool: threads to read with.
         label: what messages call it, such as ``crop12/mito``.
+        patience: how long an object is tried for.
 
     Raises:
         ChunkError: a chunk that cannot be read.
@@ -88,7 +92,7 @@ def foreground_index(levels: Sequence[Level], encoding: Encoding, pool: ReadPool
     """
     found = Foreground(levels[0].lattice, *_nothing())
     for level in levels:
-        found = _index(level, encoding, pool, label)
+        found = _index(level, encoding, pool, label, patience)
         if len(found):
             break
     return found
@@ -98,8 +102,8 @@ def _nothing() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Voxels]:
     return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int32)
 
 
-def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str) -> Foreground:
-    reader = ChunkReader(level, label)
+def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str, patience: Patience) -> Foreground:
+    reader = ChunkReader(level, label, patience=patience)
     files = reader.stored()
     name = fingerprint(level, "index", encoding, MOST_OF_A_BLOCK, MOST_OF_ALL, MOST_BLOCKS)
     # Chunks can be rewritten without a change of the metadata, from which the name follows.

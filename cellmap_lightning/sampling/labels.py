@@ -11,6 +11,7 @@ from cellmap_lightning.transforms.kinds import UNKNOWN_ID, signed
 from cellmap_lightning.transforms.targets import pack, packed_bytes
 from cellmap_lightning.volumes.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.volumes.geometry import AffineMap, Box, FloatArray, Lattice, Shape
+from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.image import choose_level
 from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding
 from cellmap_lightning.volumes.patches import MapTo, Patches, Resampled, stored_box
@@ -101,13 +102,23 @@ class BitGroup:
         cache: where decoded chunks are kept that have no other place.
         label: what messages call the crop.
         reader: see `chunks.Reader`.
+        patience: how long an object is tried for.
     """
 
-    def __init__(self, members: Sequence[Member], depth: int, cache: ChunkCache, label: str, reader: Reader) -> None:
+    def __init__(
+        self,
+        members: Sequence[Member],
+        depth: int,
+        cache: ChunkCache,
+        label: str,
+        reader: Reader,
+        patience: Patience,
+    ) -> None:
         self.lattice: Lattice = members[0][2].lattice
         self.depth = depth
         self.members = [
-            (index, ChunkReader(level, f"{label}/{name}", reader), code) for index, name, level, code in members
+            (index, ChunkReader(level, f"{label}/{name}", reader, patience), code)
+            for index, name, level, code in members
         ]
         self.chunks = chunk_shape([reader for _, reader, _ in self.members])
         key = ("bits", depth, *((index, str(level.path), encoding) for index, _, level, encoding in members))
@@ -147,6 +158,7 @@ class BitStack:
         downsample: see `Downsample`.
         unknown: see `Unknown`.
         reader: see `chunks.Reader`.
+        patience: how long an object is tried for.
     """
 
     def __init__(
@@ -160,6 +172,7 @@ class BitStack:
         downsample: Downsample = "stored",
         unknown: Unknown = "metadata",
         reader: Reader = "zarr",
+        patience: Patience = PATIENT,
     ) -> None:
         self.implications = implications
         self.downsample = downsample
@@ -174,7 +187,7 @@ class BitStack:
                     break
             else:
                 groups.append([member])
-        self.groups = [BitGroup(members, self.depth, cache, label, reader) for members in groups]
+        self.groups = [BitGroup(members, self.depth, cache, label, reader, patience) for members in groups]
         self.patches: Patches | None = None
         self.regions: list[Region] = []
 
@@ -319,6 +332,7 @@ class IdStack:
         label: see `BitStack`.
         unknown: see `Unknown`.
         reader: see `chunks.Reader`.
+        patience: how long an object is tried for.
     """
 
     def __init__(
@@ -330,6 +344,7 @@ class IdStack:
         label: str,
         unknown: Unknown = "metadata",
         reader: Reader = "zarr",
+        patience: Patience = PATIENT,
     ) -> None:
         self.cache = cache
         self.label = label
@@ -337,7 +352,7 @@ class IdStack:
         self.members = label_members(images, classes, window, label, "stored", unknown)
         self._stored = []
         for _, name, level, encoding in self.members:
-            decoder = _IdDecoder(ChunkReader(level, f"{label}/{name}", reader), encoding, self.dtype)
+            decoder = _IdDecoder(ChunkReader(level, f"{label}/{name}", reader, patience), encoding, self.dtype)
             key = ("ids", str(level.path), encoding, str(self.dtype))
             self._stored.append(
                 Region(

@@ -412,6 +412,10 @@ class Samples(Dataset[Any]):
         self.dataset.read_into(draws, arrays)
         return SlotBatch(worker.id, turn, len(draws))
 
+    def crop(self, sample: int) -> str:
+        """The crop that a sample shows, for messages."""
+        return self.dataset.locate(self._draw([sample])[0].position)[0].label
+
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
         """One finished sample."""
         batch = self.layout.finish(self.dataset.read(self._draw([sample])))

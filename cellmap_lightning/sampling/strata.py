@@ -12,6 +12,7 @@ from cellmap_lightning.sampling.counts import counted_in_metadata
 from cellmap_lightning.sampling.labels import stored_labels
 from cellmap_lightning.sampling.tiles import IntArray
 from cellmap_lightning.volumes.chunks import ChunkReader
+from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale
 from cellmap_lightning.volumes.placement import Placement, Window
 
@@ -22,7 +23,12 @@ MAX_VOXELS = 1 << 23
 
 
 def tiles_with(
-    image: Multiscale, encoding: Callable[[Level], Encoding], placement: Placement, window: Window, label: str
+    image: Multiscale,
+    encoding: Callable[[Level], Encoding],
+    placement: Placement,
+    window: Window,
+    label: str,
+    patience: Patience = PATIENT,
 ) -> IntArray | None:
     """Numbers of the tiles of a crop in which a class is seen, each by the first tile that covers it.
 
@@ -36,6 +42,7 @@ def tiles_with(
         placement: the tiles.
         window: a patch, along the axes of the volume.
         label: what messages call it.
+        patience: how long an object is tried for.
 
     Returns:
         None where the class may be anywhere in the crop.
@@ -51,7 +58,7 @@ def tiles_with(
             if math.prod(level.array.shape) > MAX_VOXELS:
                 return None
             code = encoding(level)
-            reader = ChunkReader(level, label)
+            reader = ChunkReader(level, label, patience=patience)
             present = code.present(stored_labels(reader, code, (0, 0, 0), reader.shape))
             if present.any():
                 return _tiles(present, level, placement, window)

@@ -4,16 +4,20 @@ import hashlib
 import itertools
 import os
 import struct
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore
+from zarr.core.sync import sync
 
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, ChunkError, MissingExtraError
-from cellmap_lightning.volumes.geometry import Shape
+from cellmap_lightning.volumes.geometry import AXES, Box, Shape, to_vector
+from cellmap_lightning.volumes.guard import PATIENT, GuardedStore, ObjectError, Patience, described
 from cellmap_lightning.volumes.ngff import Level
 from cellmap_lightning.volumes.resample import AnyArray
+from cellmap_lightning.volumes.store import open_store
 
 #: Which library decodes: zarr-python, or TensorStore, which is several times as fast where nothing can be kept.
 Reader = Literal["zarr", "tensorstore"]
@@ -53,13 +57,15 @@ class ChunkReader:
         level: the array.
         label: what error messages call it, such as ``crop12/mito``.
         reader: see `Reader`.
+        patience: how long an object is tried for.
     """
 
-    def __init__(self, level: Level, label: str = "", reader: Reader = "zarr") -> None:
+    def __init__(self, level: Level, label: str = "", reader: Reader = "zarr", patience: Patience = PATIENT) -> None:
         info = level.array
         self.level = level
         self.label = label
         self.reader: Reader = reader
+        self.patience = patience
         self.shape: Shape = level.zyx(info.shape)
         self.chunks: Shape = level.zyx(info.chunks)
         # Booleans are read as the 0 and 1 that they stand for.
@@ -67,7 +73,7 @@ class ChunkReader:
         self._opened: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"level": self.level, "label": self.label, "reader": self.reader}
+        return {"level": self.level, "label": self.label, "reader": self.reader, "patience": self.patience}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -84,7 +90,7 @@ class ChunkReader:
 
     def _zarr(self) -> "zarr.Array[Any]":
         info = self.level.array
-        store = LocalStore(info.path, read_only=True)
+        store = GuardedStore(open_store(info.path), info.encoded, self.patience, str(info.path))
         return zarr.open_array(store, mode="r", zarr_format=3 if info.zarr_format == 3 else 2)
 
     def _tensorstore(self) -> Any:
@@ -136,18 +142,31 @@ class ChunkReader:
         except CellMapError:
             raise
         except Exception as e:  # codecs and stores raise whatever they like
-            start, shape, e = self._culprit(start, shape, e)
-            where = ", ".join(f"{a}[{o}:{o + n}]" for a, o, n in zip("zyx", start, shape, strict=True))
-            name = f"{self.label}: " if self.label else ""
-            raise ChunkError(
-                f"{name}{self.level.path}: voxels {where} could not be read: {type(e).__name__}: {e}"
-            ) from e
+            if not isinstance(e, ObjectError):
+                start, shape, e = self._culprit(start, shape, e)
+            if isinstance(e, ObjectError):  # which also says which object, so that nothing is read again to find it
+                start, shape = self._part(e.key, start, shape)
+            said = str(e) if isinstance(e, ObjectError) else described(e)
+            raise ChunkError(f"{self.where(start, shape)} could not be read: {said}; {self.box(start, shape)}") from e
+
+    def where(self, start: tuple[int, int, int], shape: Shape) -> str:
+        """A box, for messages: who asks for it, the array, and its voxels."""
+        voxels = ", ".join(f"{a}[{o}:{o + n}]" for a, o, n in zip(AXES, start, shape, strict=True))
+        name = f"{self.label}: " if self.label else ""
+        return f"{name}{self.level.path}: voxels {voxels}"
+
+    def box(self, start: tuple[int, int, int], shape: Shape) -> str:
+        """Level and physical box of some voxels, for messages."""
+        low = np.add(self.level.lattice.box.lower, np.multiply(start, self.level.scale))
+        high = low + np.multiply(shape, self.level.scale)
+        box = Box(to_vector(low), to_vector(high))
+        return f"level {self.level.name}, {box}"
 
     def _read(self, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
         level = self.level
         if self.reader == "tensorstore":
             ahead = begun if begun is not None else self._open()[self._box(start, shape)].read()
-            stored = np.asarray(ahead.result())
+            stored = np.asarray(ahead.result(timeout=self.patience.timeout))
         else:
             stored = np.asarray(self._open()[self._box(start, shape)])
         kept = sorted(level.axes)
@@ -168,6 +187,67 @@ class ChunkReader:
             except Exception as e:  # as above
                 return *part, e
         return start, shape, error
+
+    def _part(self, key: str, start: tuple[int, int, int], shape: Shape) -> tuple[tuple[int, int, int], Shape]:
+        """What a box has in common with an object of the store; all of it where that is no chunk."""
+        index = next((index for index in self.files(start, shape) if key == self._key(index)), None)
+        return self.common(index, start, shape) if index is not None else (start, shape)
+
+    def common(
+        self, index: tuple[int, ...], start: tuple[int, int, int], shape: Shape
+    ) -> tuple[tuple[int, int, int], Shape]:
+        """What a box has in common with what is stored in one file: start and shape."""
+        size, file = self.level.zyx(self.level.array.files), self.level.zyx(index)
+        lo = [max(a, i * c) for a, i, c in zip(start, file, size, strict=True)]
+        hi = [min(a + n, (i + 1) * c) for a, n, i, c in zip(start, shape, file, size, strict=True)]
+        return (lo[0], lo[1], lo[2]), (hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2])
+
+    def _key(self, index: tuple[int, ...]) -> str:
+        """What a chunk or shard is called in the array's store."""
+        info = self.level.array
+        return f"{info.prefix}{info.separator.join(map(str, index))}"
+
+    def files(self, start: tuple[int, int, int], shape: Shape) -> Iterator[tuple[int, ...]]:
+        """Indices, along the stored axes, of the chunks or shards that hold part of a box."""
+        spans = [range(1)] * self.level.ndim
+        for axis, first, count in zip(self.level.axes, start, shape, strict=True):
+            size = self.level.array.files[axis]
+            spans[axis] = range(first // size, -(-(first + count) // size))
+        return itertools.product(*spans)
+
+    def missed(self, start: tuple[int, int, int], shape: Shape) -> list[tuple[int, ...]]:
+        """Which of the chunks or shards that hold part of a box were not stored when it was read just now."""
+        if self.local:
+            return [index for index in self.files(start, shape) if not self.stores(index)]
+        found = self._guard().missed
+        return [index for index in self.files(start, shape) if self._key(index) in found]
+
+    def stores(self, index: tuple[int, ...]) -> bool:
+        """Whether a chunk or shard is stored; where the store is not local, it is asked.
+
+        Raises:
+            ChunkError: it could not be asked.
+        """
+        if self.local:
+            # Thousands of them, and a Path costs more than the call.
+            return os.path.lexists(self.level.array.file(index))
+        try:
+            found: bool = sync(self._guard().stores(self._key(index)))
+        except ObjectError as e:
+            name = f"{self.label}: " if self.label else ""
+            raise ChunkError(f"{name}{self.level.path}: it could not be told what is stored: {e}") from e
+        return found
+
+    def _guard(self) -> GuardedStore:
+        """The store, read by zarr-python whatever decodes."""
+        opened = self._open()
+        store = opened.store if isinstance(opened, zarr.Array) else None
+        return store if isinstance(store, GuardedStore) else self._zarr().store  # type: ignore[return-value]
+
+    @property
+    def local(self) -> bool:
+        """Whether chunks are files of this machine, or of a file system that it sees."""
+        return isinstance(self.level.path, Path)
 
     def identity(self) -> tuple[object, ...]:
         """What tells this array from every other one: where it is, and what its metadata says."""
@@ -194,13 +274,9 @@ class ChunkReader:
 
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
         """A number (64 bits, not 0) that changes when a file that holds part of the box is written or removed."""
-        info, axes = self.level.array, self.level.axes
-        spans = [range(1)] * self.level.ndim
-        for axis, first, count in zip(axes, start, shape, strict=True):
-            size = info.files[axis]
-            spans[axis] = range(first // size, -(-(first + count) // size))
+        info = self.level.array
         found = hashlib.blake2b(digest_size=8)
-        for index in itertools.product(*spans):
+        for index in self.files(start, shape):
             try:
                 stat = os.stat(info.file(index))  # noqa: PTH116  thousands of them, and a Path costs more than the call
                 found.update(struct.pack("<qq", stat.st_mtime_ns, stat.st_size))

@@ -1,22 +1,28 @@
 """One multiscale array, read as patches of a fixed size and resolution."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
+from cellmap_lightning.errors import CellMapIndexError, CellMapValueError, ChunkError
 from cellmap_lightning.volumes.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.volumes.geometry import (
     AXES,
+    LATTICE_TOLERANCE,
     SCALE_TOLERANCE,
+    AffineMap,
     Box,
     FloatArray,
     Lattice,
+    Shape,
     patch_map,
     vector,
 )
+from cellmap_lightning.volumes.guard import PATIENT, Patience, power_of_two
 from cellmap_lightning.volumes.ngff import Level, Multiscale, read_multiscale
 from cellmap_lightning.volumes.patches import MapTo, stored_box
 from cellmap_lightning.volumes.placement import Placement, Window
@@ -28,8 +34,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: What becomes of samples that show raw of which a chunk is not stored: an ``error``, or fill values, which are logged
+#: (``warn``) and beneath which targets are unknown (``mask``).
+MissingRaw = Literal["error", "warn", "mask"]
+MISSING_RAW = ("error", "warn", "mask")
+ADVICE = (
+    "Fetch it again; or, if it was left out because it holds nothing but the fill value, say missing_raw=warn; "
+    "missing_raw=mask makes targets there unknown"
+)
+#: Chunks of a crop that are looked for when it is opened.
+MOST_COUNTED = 1 << 14
 #: How many times finer than the finest stored level a patch may be before it is refused.
 MAX_UPSAMPLING = 2.0
+
+
+def check_missing_raw(value: Any) -> MissingRaw:
+    """The policy of that name.
+
+    Raises:
+        CellMapValueError: there is none.
+    """
+    if value not in MISSING_RAW:
+        raise CellMapValueError(f"missing_raw must be one of {', '.join(MISSING_RAW)}, got {value!r}")
+    found: MissingRaw = value
+    return found
 
 
 def choose_level(
@@ -91,16 +119,102 @@ class StoredImage:
         cache: where decoded chunks are kept that have no other place.
         label: what messages call it.
         reader: see `chunks.Reader`.
+        patience: how long an object is tried for.
+        missing: see `MissingRaw`; None where it is no matter, as in labels.
     """
 
-    def __init__(self, level: Level, cache: ChunkCache, label: str = "", reader: Reader = "zarr") -> None:
+    def __init__(
+        self,
+        level: Level,
+        cache: ChunkCache,
+        label: str = "",
+        reader: Reader = "zarr",
+        patience: Patience = PATIENT,
+        missing: MissingRaw | None = None,
+    ) -> None:
         self.level = level
         self.lattice = level.lattice
-        self.reader = ChunkReader(level, label, reader)
+        self.reader = ChunkReader(level, label, reader, patience)
+        self.missing = missing
+        #: Chunks of which it is known whether they are stored.
+        self._stores: dict[tuple[int, ...], bool] = {}
+        self._said = 0
         self.region = Region(
-            self.reader.shape, chunk_shape([self.reader]), self.reader.dtype, self.reader.read, cache, str(level.path),
+            self.reader.shape, chunk_shape([self.reader]), self.reader.dtype, self._decode, cache, str(level.path),
             stamp=self.reader.stamp, identity=self.identity, name=f"{label} {level.path}",
         )  # fmt: skip
+
+    def _decode(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
+        """The voxels of a box.
+
+        Raises:
+            ChunkError: a chunk could not be read, or is missing where that is an error.
+        """
+        voxels = self.reader.read(start, shape)
+        missed = self.reader.missed(start, shape) if self.missing is not None else []
+        if missed and self.missing == "error":
+            raise ChunkError(self._missing_text(missed, start, shape) + f". {ADVICE}")
+        for _ in missed:
+            self._said += 1
+            if power_of_two(self._said):
+                log.warning(
+                    "%s and reads as the fill value (times that this happened: %d)",
+                    self._missing_text(missed, start, shape), self._said,
+                )  # fmt: skip
+        return voxels
+
+    def _missing_text(self, missed: Sequence[tuple[int, ...]], start: tuple[int, int, int], shape: Shape) -> str:
+        part = self.reader.common(missed[0], start, shape)
+        more = f" and {len(missed) - 1} more of the box" if len(missed) > 1 else ""
+        file = self.level.array.file(missed[0])
+        return f"{self.reader.where(*part)} are not stored: chunk {file}{more} is missing; {self.reader.box(*part)}"
+
+    def holes(self) -> tuple[int, int] | None:
+        """How many chunks of what can be read here are missing, and of how many; None where counting takes too long."""
+        start, shape = self.region.extent
+        files = list(itertools.islice(self.reader.files(start, shape), MOST_COUNTED + 1))
+        if not self.reader.local or len(files) > MOST_COUNTED:
+            return None
+        return sum(not self._stored(index) for index in files), len(files)
+
+    def _stored(self, index: tuple[int, ...]) -> bool:
+        found = self._stores.get(index)
+        if found is None:
+            found = self._stores[index] = self.reader.stores(index)
+        return found
+
+    def unseen(self, amap: AffineMap) -> npt.NDArray[np.bool_] | None:
+        """Where a patch shows raw that is not stored, or is interpolated from it; None where it nowhere does.
+
+        Args:
+            amap: from the patch's voxels to those of the level.
+        """
+        # Half of what is averaged, and the neighbours of an interpolant.
+        reach = np.maximum(np.abs(amap.matrix).sum(axis=1) - 1, 0) / 2
+        corners = np.array(list(itertools.product(*((0, n - 1) for n in amap.shape)))) @ amap.matrix.T + amap.offset
+        low = np.floor(corners.min(axis=0) - reach + LATTICE_TOLERANCE).astype(int)
+        high = np.ceil(corners.max(axis=0) + reach - LATTICE_TOLERANCE).astype(int)
+        lo, hi = np.maximum(low, 0), np.minimum(high + 1, self.lattice.shape)
+        if bool(np.any(lo >= hi)):
+            return None
+        (z, y, x), (dz, dy, dx) = lo.tolist(), (hi - lo).tolist()
+        files = [index for index in self.reader.files((z, y, x), (dz, dy, dx)) if not self._stored(index)]
+        if not files:
+            return None
+        size = np.asarray(self.level.zyx(self.level.array.files))
+        first = lo // size
+        grid = np.zeros((hi - 1) // size - first + 1, np.bool_)
+        for index in files:
+            grid[tuple(self.level.zyx(index) - first)] = True
+        points = np.moveaxis(np.indices(amap.shape), 0, -1) @ amap.matrix.T + amap.offset
+        ends = np.floor(points - reach + LATTICE_TOLERANCE), np.ceil(points + reach - LATTICE_TOLERANCE)
+        found: npt.NDArray[np.bool_] = np.zeros(amap.shape, np.bool_)
+        for corner in itertools.product((0, 1), repeat=3):
+            voxel = np.stack([ends[side][..., axis] for axis, side in enumerate(corner)], axis=-1).astype(int)
+            inside = ((voxel >= lo) & (voxel < hi)).all(axis=-1)
+            z, y, x = np.moveaxis(np.where(inside[..., None], voxel, lo) // size - first, -1, 0)
+            found |= inside & grid[z, y, x]
+        return found
 
     def evaluate(self, where: MapTo, out: AnyArray, fill: float) -> None:
         """Write a linear patch to ``out``."""
@@ -117,8 +231,8 @@ class StoredImage:
         return self.reader.stamp(*found) if found is not None else 1
 
     def identity(self) -> tuple[object, ...]:
-        """See `ChunkReader.identity`."""
-        return "raw", *self.reader.identity()
+        """See `ChunkReader.identity`; and whether what is kept may hold fill values of missing chunks."""
+        return "raw", self.missing == "error", *self.reader.identity()
 
 
 class CellMapImage:

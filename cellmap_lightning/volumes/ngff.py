@@ -24,7 +24,8 @@ import numpy.typing as npt
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, Lattice, Shape, Vector, to_vector
-from cellmap_lightning.volumes.store import children, local, missing, read_json
+from cellmap_lightning.volumes.integrity import COMPRESSORS, FILTERS, Encoded
+from cellmap_lightning.volumes.store import children, exists, local, missing, read_json
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,11 @@ UNITS_NM = {
     "meter": 1e9,
     "picometer": 1e-3,
 }
+#: Bytes of a chunk at most, since it is decoded whole; of an array; and chunks of a shard, whose index is read whole.
+MOST_CHUNK_BYTES, MOST_ARRAY_BYTES, MOST_INNER_CHUNKS = 1 << 32, 1 << 60, 1 << 24
+
+
+_UNKNOWN = Encoded("", 0, exact=False)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class ArrayInfo:
         prefix: what stands before a chunk's indices in the name of its file.
         separator: what stands between them.
         checksum: of all that the metadata says.
+        encoded: how chunks are stored in a file.
     """
 
     path: Path
@@ -70,6 +77,7 @@ class ArrayInfo:
     prefix: str = ""
     separator: str = "."
     checksum: str = ""
+    encoded: Encoded = _UNKNOWN
 
     @property
     def metadata(self) -> Path:
@@ -186,7 +194,7 @@ def read_attributes(path: Path) -> tuple[dict[str, Any], int] | None:
             raise MetadataError(f"{path / 'zarr.json'}: attributes should be an object, got {attributes!r}")
         return attributes, 3
     attributes = read_json(path / ".zattrs")
-    if attributes is None and not ((path / ".zgroup").exists() or (path / ".zarray").exists()):
+    if attributes is None and not (exists(path / ".zgroup") or exists(path / ".zarray")):
         return None
     return attributes or {}, 2
 
@@ -200,30 +208,79 @@ def read_array(path: Path) -> ArrayInfo | None:
     file = path / "zarr.json"
     meta = read_json(file)
     if meta is not None:
-        if meta.get("node_type") != "array":
-            return None
-        try:
-            chunks = files = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
-            for codec in meta["codecs"]:
-                if codec["name"] == "sharding_indexed":
-                    chunks = tuple(codec["configuration"]["chunk_shape"])
-            dtype = meta["data_type"]
-            keys = meta.get("chunk_key_encoding") or {"name": "default"}
-            default = keys["name"] == "default"
-            separator = (keys.get("configuration") or {}).get("separator", "/" if default else ".")
-        except (KeyError, TypeError, AttributeError) as e:
-            raise MetadataError(f"{file}: not the metadata of a Zarr v3 array with a regular chunk grid ({e!r})") from e
-        info = _array(file, path, 3, meta.get("shape"), chunks, dtype, meta.get("attributes") or {})
-        prefix = f"c{separator}" if default else ""
-        return replace(info, files=files, prefix=prefix, separator=str(separator), checksum=_checksum(meta))
+        return _array_v3(file, path, meta) if meta.get("node_type") == "array" else None
     file = path / ".zarray"
     meta = read_json(file)
     if meta is None:
         return None
-    info = _array(
-        file, path, 2, meta.get("shape"), meta.get("chunks"), meta.get("dtype"), read_json(path / ".zattrs") or {}
-    )
-    return replace(info, separator=str(meta.get("dimension_separator", ".")), checksum=_checksum(meta))
+    attributes = read_json(path / ".zattrs") or {}
+    chunks, separator = meta.get("chunks"), meta.get("dimension_separator", ".")
+    info = _array(file, path, 2, meta.get("shape"), chunks, chunks, meta.get("dtype"), attributes)
+    filters, compressor = meta.get("filters") or [], meta.get("compressor")
+    if not isinstance(filters, list):
+        raise MetadataError(f"{file}: filters should be a list, got {filters!r}")
+    names = [_codec(file, codec, "id") for codec in [*filters, *([] if compressor is None else [compressor])]]
+    encoded = Encoded(names[-1] if compressor is not None else "", _nbytes(info), exact=not filters)
+    return _stored(file, info, meta, separator, "", encoded)
+
+
+def _array_v3(file: Path, path: Path, meta: dict[str, Any]) -> ArrayInfo:
+    try:
+        chunks = files = meta["chunk_grid"]["configuration"]["chunk_shape"]
+        codecs, shard = _codecs(file, meta["codecs"]), {}
+        index: list[str] = []
+        if "sharding_indexed" in codecs:
+            shard = next(c["configuration"] for c in meta["codecs"] if c["name"] == "sharding_indexed")
+            chunks = shard["chunk_shape"]
+            codecs, index = _codecs(file, shard["codecs"]), _codecs(file, shard["index_codecs"])
+        dtype = meta["data_type"]
+        keys = meta.get("chunk_key_encoding") or {"name": "default"}
+        default = keys["name"] == "default"
+        separator = (keys.get("configuration") or {}).get("separator", "/" if default else ".")
+        location = shard.get("index_location", "end")
+    except (KeyError, TypeError, AttributeError) as e:
+        raise MetadataError(f"{file}: not the metadata of a Zarr v3 array with a regular chunk grid ({e!r})") from e
+    info = _array(file, path, 3, meta.get("shape"), chunks, files, dtype, meta.get("attributes") or {})
+    inner = math.prod(-(-n // c) for n, c in zip(info.files, info.chunks, strict=True)) if shard else 0
+    if inner > MOST_INNER_CHUNKS:
+        raise MetadataError(f"{file}: a shard has {inner} chunks, more than the {MOST_INNER_CHUNKS} that can be read")
+    tail = 4 if codecs[-1:] == ["crc32c"] else 0
+    bytewise = [name for name in codecs if name not in ("transpose", "bytes", "crc32c")]
+    last = codecs[-2] if tail and len(codecs) > 1 else codecs[-1] if codecs else ""
+    compressor = last if last in COMPRESSORS else ""
+    encoded = Encoded(
+        compressor, _nbytes(info), bytewise == [compressor] * bool(compressor), tail, inner, location == "end",
+        4 if "crc32c" in index else 0,
+    )  # fmt: skip
+    return _stored(file, info, meta, separator, f"c{separator}" if default else "", encoded)
+
+
+def _codecs(file: Path, codecs: Any) -> list[str]:
+    if not isinstance(codecs, list):
+        raise MetadataError(f"{file}: codecs should be a list, got {codecs!r}")
+    return [_codec(file, codec, "name") for codec in codecs]
+
+
+def _codec(file: Path, codec: Any, key: str) -> str:
+    """The name of a codec, if it is one that yields numbers, of which it can be told how many."""
+    name = codec.get(key) if isinstance(codec, dict) else None
+    bare = name.removeprefix("numcodecs.") if isinstance(name, str) else ""
+    known = COMPRESSORS | FILTERS | ({"bytes", "sharding_indexed", "transpose"} if key == "name" else set())
+    if bare not in known:
+        raise MetadataError(f"{file}: the codec {name!r} is none that can be read: {', '.join(sorted(known))}")
+    return bare
+
+
+def _stored(
+    file: Path, info: ArrayInfo, meta: dict[str, Any], separator: Any, prefix: str, encoded: Encoded
+) -> ArrayInfo:
+    if separator not in (".", "/"):
+        raise MetadataError(f"{file}: chunks are named with '.' or '/' between their indices, got {separator!r}")
+    return replace(info, prefix=prefix, separator=separator, checksum=_checksum(meta), encoded=encoded)
+
+
+def _nbytes(info: ArrayInfo) -> int:
+    return math.prod(info.chunks) * info.dtype.itemsize
 
 
 def _checksum(meta: dict[str, Any]) -> str:
@@ -231,25 +288,27 @@ def _checksum(meta: dict[str, Any]) -> str:
 
 
 def _array(
-    file: Path, path: Path, zarr_format: int, shape: Any, chunks: Any, dtype: Any, attributes: dict[str, Any]
+    file: Path, path: Path, zarr_format: int, shape: Any, chunks: Any, files: Any, dtype: Any, attributes: Any
 ) -> ArrayInfo:
-    for what, value in (("shape", shape), ("chunks", chunks)):
-        good = isinstance(value, list | tuple) and all(isinstance(n, int) and n > 0 for n in value)
+    for what, value in (("shape", shape), ("chunks", chunks), ("chunks", files)):
+        good = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
         if not good:
             raise MetadataError(f"{file}: {what} should be positive whole numbers, got {value!r}")
     if not isinstance(attributes, dict):
         raise MetadataError(f"{file}: attributes should be an object, got {attributes!r}")
-    if len(shape) != len(chunks):
+    if len(shape) != len(chunks) or len(shape) != len(files):
         raise MetadataError(f"{file}: shape {shape} and chunks {list(chunks)} differ in length")
     try:
         stored = np.dtype(dtype if dtype is not None else "missing")  # numpy takes None for float64
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, SyntaxError) as e:
         raise MetadataError(f"{file}: unknown data type {dtype!r}") from e
     if stored.kind not in "uif" and stored != np.bool_:
         raise MetadataError(f"{file}: data type {dtype!r} is not a number")
-    return ArrayInfo(
-        path, zarr_format, tuple(shape), tuple(chunks), stored.newbyteorder("="), attributes, tuple(chunks)
-    )
+    for what, value, most in (("shape", shape, MOST_ARRAY_BYTES), ("chunks", chunks, MOST_CHUNK_BYTES)):
+        nbytes = math.prod(value) * stored.itemsize
+        if nbytes > most:
+            raise MetadataError(f"{file}: {what} {value} of {stored} have {nbytes} bytes; at most {most} can be read")
+    return ArrayInfo(path, zarr_format, tuple(shape), tuple(chunks), stored.newbyteorder("="), attributes, tuple(files))
 
 
 #: Images that were read since somebody began to share them; None while nobody does.
@@ -288,7 +347,7 @@ def read_multiscale(path: str | Path) -> Multiscale:
 
 def _read_multiscale(path: str | Path) -> Multiscale:
     group = local(path)
-    if not group.exists():
+    if not exists(group):
         raise missing(group, "image")
     node = read_attributes(group)
     file = group / ("zarr.json" if node and node[1] == 3 else ".zattrs")

@@ -175,6 +175,12 @@ class Region:
         self._mapped = self._digest = None
 
     @property
+    def extent(self) -> tuple[Shape, Shape]:
+        """Start and shape of what is kept."""
+        z, y, x = (b - a for a, b in zip(self._lo, self._hi, strict=True))
+        return self._lo, (z, y, x)
+
+    @property
     def layout(self) -> Layout:
         """How what is kept lies in a mapping."""
         z, y, x = (b - a for a, b in zip(self._lo, self._hi, strict=True))

@@ -12,6 +12,7 @@ import numpy as np
 
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.volumes.chunks import ChunkReader
+from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.location import cache_folder
 from cellmap_lightning.volumes.ngff import Level, Multiscale
 from cellmap_lightning.volumes.store import read_json
@@ -61,19 +62,24 @@ def remember(name: str, content: dict[str, object]) -> None:
     """Keep a measurement, whole or not at all. A folder that cannot be written to costs only time."""
     folder = cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         part = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
+        part.touch(0o600)
         part.write_text(json.dumps(content))
         part.replace(folder / f"{name}.json")
     except OSError as e:
         log.warning("measurements cannot be kept in %s (%s); they will be made again", folder, e.strerror)
 
 
-def statistics(image: Multiscale) -> Statistics:
+def statistics(image: Multiscale, patience: Patience = PATIENT) -> Statistics:
     """Statistics of a volume's stored values, from the coarsest level that has enough of them.
 
     Voxels of value 0 are left out: chunks that were never written read as 0. A level that is larger than needed is
     looked at in evenly spaced chunks.
+
+    Args:
+        image: the volume.
+        patience: how long an object is tried for.
 
     Raises:
         CellMapValueError: the volume holds nothing but zeros.
@@ -88,13 +94,13 @@ def statistics(image: Multiscale) -> Statistics:
             if kept is not None:
                 _known[name] = Statistics(kept["mean"], kept["std"], tuple(kept["quantiles"]))  # type: ignore[arg-type]
             else:
-                _known[name] = _measure(level)
+                _known[name] = _measure(level, patience)
                 remember(name, asdict(_known[name]))
         return _known[name]
 
 
-def _measure(level: Level) -> Statistics:
-    reader = ChunkReader(level)
+def _measure(level: Level, patience: Patience) -> Statistics:
+    reader = ChunkReader(level, patience=patience)
     grid = [range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True)]
     corners = list(product(*grid))
     wanted = max(1, ENOUGH_VOXELS // int(np.prod(reader.chunks)))

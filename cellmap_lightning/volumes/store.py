@@ -3,9 +3,15 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError, MetadataError
+from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError, MetadataError
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+#: Bytes of a metadata file at most: those of real volumes have kilobytes, with consolidated metadata megabytes.
+MOST_JSON_BYTES = 1 << 28
 
 
 def local(path: str | Path) -> Path:
@@ -20,6 +26,25 @@ def local(path: str | Path) -> Path:
     return Path(text.removeprefix("file://")).expanduser()
 
 
+def open_store(path: Path) -> "Store":
+    """What zarr-python reads an array from."""
+    from zarr.storage import LocalStore  # metadata is read without it
+
+    return LocalStore(path, read_only=True)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything at a path.
+
+    Raises:
+        MetadataError: a folder on the way may not be looked into, or the path cannot be one.
+    """
+    try:
+        return path.exists()
+    except (OSError, ValueError) as e:
+        raise MetadataError(f"{path}: cannot be looked at ({getattr(e, 'strerror', None) or e})") from e
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None when there is no such file.
 
@@ -27,9 +52,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
         MetadataError: the file cannot be read, is not JSON, or holds something other than an object.
     """
     try:
+        size = path.stat().st_size
+        if size > MOST_JSON_BYTES:
+            raise MetadataError(f"{path}: has {size} bytes, too many for metadata; at most {MOST_JSON_BYTES} are read")
         content = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+    except CellMapError:
+        raise
     except OSError as e:
         raise MetadataError(f"{path}: cannot be read ({e.strerror})") from e
     except (ValueError, RecursionError) as e:
@@ -50,7 +80,7 @@ def children(path: Path) -> list[str]:
 def missing(path: Path, what: str) -> CellMapFileNotFoundError:
     """The error for a path that is not there: how far it exists, and what stands there instead."""
     found = path
-    while not found.exists() and found != found.parent:
+    while not exists(found) and found != found.parent:
         found = found.parent
     text = f"{what} {path} does not exist"
     if found != path:

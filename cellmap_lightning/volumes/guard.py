@@ -1,0 +1,288 @@
+"""A store that does not give up at the first fault, and not for ever: retries, deadlines, checks, and what is missing.
+
+It stands around any store of zarr-python's, local or remote. Each object is asked for a bounded number of times and
+seconds. What may pass is tried again, later each time and not in step with other processes; what will not pass, such as
+a refusal, is an error at once.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import random
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.storage import LocalStore, WrapperStore
+
+from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.volumes.integrity import DamagedError, Encoded, check_chunk, check_file
+
+log = logging.getLogger(__name__)
+
+#: Seconds before the second attempt, and at most before any; each is varied by half.
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+#: Responses after which it is worth asking again.
+_PASSING = {408, 425, 429, 500, 502, 503, 504}
+#: Errors of the system that pass: of network file systems, and of connections.
+_PASSING_ERRNO = {
+    getattr(errno, name)
+    for name in (
+        "EAGAIN", "EBUSY", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "EINTR", "EIO",
+        "ENETDOWN", "ENETRESET", "ENETUNREACH", "EPIPE", "EREMOTEIO", "ESTALE", "ETIMEDOUT",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
+_T = TypeVar("_T")
+_METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
+
+# Not the generator of the user's program, whose numbers would then depend on the network.
+_jitter = random.Random()
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long an object is tried for.
+
+    Attributes:
+        attempts: how many times it is asked for at most.
+        timeout: seconds after which it is given up, with all attempts. One that does not answer gets half of what is
+            left, the last one all of it.
+
+    Raises:
+        CellMapValueError: a number that cannot be one.
+    """
+
+    attempts: int = 5
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
+            raise CellMapValueError(f"read_attempts must be a whole number of at least 1, got {self.attempts!r}")
+        good = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
+        if not good or not 0 < self.timeout < float("inf"):
+            raise CellMapValueError(f"read_timeout must be a positive number of seconds, got {self.timeout!r}")
+
+
+#: What is asked of a store where nobody says.
+PATIENT = Patience()
+
+
+class ObjectError(Exception):
+    """An object that could not be read.
+
+    Attributes:
+        key: the object.
+        attempts: how many times it was asked for.
+        seconds: for how long.
+    """
+
+    def __init__(self, key: str, attempts: int, seconds: float, cause: Exception) -> None:
+        super().__init__(key, attempts, seconds, cause)
+        self.key, self.attempts, self.seconds, self.cause = key, attempts, seconds, cause
+
+    def __str__(self) -> str:
+        tried = f"{self.attempts} attempt{'s' if self.attempts > 1 else ''} in {self.seconds:.3g} s"
+        return f"{described(self.cause)} ({self.key}, {tried})"
+
+
+class RangeError(OSError):
+    """A server that does not give parts of objects, or a part that is too short."""
+
+
+class Counts:
+    """What this process has read from stores so far.
+
+    Attributes:
+        reads: objects that were asked for.
+        retries: attempts after the first.
+        failures: objects that were given up.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again: in a forked child it counts its own."""
+        self._lock = threading.Lock()
+        self.reads = self.retries = self.failures = 0
+
+    def add(self, name: str) -> int:
+        """Count one more, and say how many there are."""
+        with self._lock:
+            found: int = getattr(self, name) + 1
+            setattr(self, name, found)
+        return found
+
+
+COUNTS = Counts()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=COUNTS.reset)
+
+
+def power_of_two(number: int) -> bool:
+    """Whether the occurrence of that number is worth a line in the log: thousands of them are ten lines."""
+    return number & (number - 1) == 0
+
+
+class GuardedStore(WrapperStore[Store]):
+    """A store whose reads are bounded in time and checked.
+
+    Args:
+        store: what is read.
+        encoded: how chunks are stored in it.
+        patience: how long an object is tried for.
+        name: what log lines call it.
+    """
+
+    def __init__(self, store: Store, encoded: Encoded, patience: Patience, name: str) -> None:
+        super().__init__(store)
+        self._encoded, self._patience, self._name = encoded, patience, name
+        #: Chunks that were asked for and are not there.
+        self.missed: set[str] = set()
+
+    def _with_store(self, store: Store) -> "GuardedStore":
+        return GuardedStore(store, self._encoded, self._patience, self._name)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """The object, or None where there is none.
+
+        Raises:
+            ObjectError: it could not be read, or is damaged.
+        """
+
+        async def read() -> Buffer | None:
+            found = await self._store.get(key, prototype, byte_range)
+            self._check(key, found, byte_range)
+            return found
+
+        return await self._tried(key, read)
+
+    async def stores(self, key: str) -> bool:
+        """Whether there is such an object: its first byte is asked for, since not every server says it otherwise.
+
+        Raises:
+            ObjectError: the store did not answer.
+        """
+
+        async def read() -> bool:
+            found = await self._store.get(key, default_buffer_prototype(), RangeByteRequest(0, 1))
+            return found is not None
+
+        return await self._tried(key, read)
+
+    async def _tried(self, key: str, read: Callable[[], Awaitable[_T]]) -> _T:
+        """What `read` gives at last."""
+        COUNTS.add("reads")
+        clock = asyncio.get_running_loop().time
+        began, attempt = clock(), 0
+        end = began + self._patience.timeout
+        while True:
+            attempt += 1
+            left = end - clock()
+            try:
+                async with asyncio.timeout(left if attempt == self._patience.attempts else left / 2):
+                    return await read()
+            except Exception as e:  # stores raise whatever they like
+                pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * _jitter.uniform(0.5, 1.5)
+                if attempt == self._patience.attempts or not passes(e) or clock() + pause >= end:
+                    COUNTS.add("failures")
+                    raise ObjectError(key, attempt, clock() - began, e) from e
+                number = COUNTS.add("retries")
+                if power_of_two(number):
+                    log.warning(
+                        "%s/%s: %s; it is asked for again in %.2g s (retries of this process so far: %d)",
+                        self._name, key, described(e), pause, number,
+                    )  # fmt: skip
+            await asyncio.sleep(pause)
+
+    def _check(self, key: str, found: Buffer | None, byte_range: ByteRequest | None) -> None:
+        if key.rpartition("/")[2] in _METADATA:
+            return
+        if found is None:
+            self._check_missing(key)
+            self.missed.add(key)
+            return
+        self.missed.discard(key)
+        stored = memoryview(np.ascontiguousarray(found.as_numpy_array()).view(np.uint8).data)
+        encoded = self._encoded
+        if byte_range is None:
+            check_file(stored, encoded)
+            return
+        wanted = None
+        if isinstance(byte_range, RangeByteRequest):
+            wanted = byte_range.end - byte_range.start
+        elif isinstance(byte_range, SuffixByteRequest):
+            wanted = byte_range.suffix
+        if wanted is not None and len(stored) > wanted:
+            raise RangeError(
+                errno.EOPNOTSUPP,
+                f"{wanted} bytes of it were asked for and {len(stored)} came: the server does not support byte ranges, "
+                "which sharded arrays need",
+            )
+        if not len(stored) or (wanted is not None and len(stored) < wanted):
+            raise DamagedError(f"it is cut short: {len(stored)} of {wanted} bytes that belong to it are stored")
+        index = isinstance(byte_range, SuffixByteRequest) or (byte_range.start == 0 and not encoded.index_at_end)  # type: ignore[union-attr]
+        if encoded.inner and not index:
+            check_chunk(stored, encoded)
+
+    def _check_missing(self, key: str) -> None:
+        """Stores of zarr-python's take for missing what is there and is no file."""
+        if not isinstance(self._store, LocalStore):
+            return
+        path = self._store.root / key
+        if path.is_dir():
+            raise DamagedError("a folder stands where the chunk should be a file")
+        if path.is_symlink():
+            raise DamagedError(f"it is a link to {path.readlink()}, which is not there")
+
+
+def passes(error: Exception) -> bool:
+    """Whether an error may be gone the next time."""
+    if isinstance(error, PermissionError):
+        return False
+    status = _status(error)
+    if status is not None:
+        return status in _PASSING
+    if isinstance(error, DamagedError | TimeoutError | ConnectionError):
+        return True  # a file may be in the middle of being written
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _PASSING_ERRNO
+    # By name, so that libraries need not be imported: connections that broke, bodies that were cut short.
+    kinds = [kind for kind in type(error).__mro__ if kind.__module__.partition(".")[0] in ("aiohttp", "botocore")]
+    return bool(kinds) and not _refused(error)
+
+
+def _status(error: Exception) -> int | None:
+    """The status of a response, where the error is one."""
+    found: Any = getattr(error, "status", None)
+    response: Any = getattr(error, "response", None)
+    if found is None and isinstance(response, dict):
+        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return found if isinstance(found, int) else None
+
+
+def _refused(error: Exception) -> bool:
+    """Whether somebody is not allowed to read, or has not said who they are."""
+    text = f"{type(error).__name__} {error}".lower()
+    return (
+        isinstance(error, PermissionError)
+        or _status(error) in (401, 403)
+        or any(word in text for word in ("credential", "expiredtoken", "token has expired", "accessdenied"))
+    )
+
+
+def described(error: Exception) -> str:
+    """An error for people: its kind, what it says, and what would help."""
+    if isinstance(error, TimeoutError) and not str(error):
+        text = "TimeoutError: no answer, or not all of it, in time; read_timeout says how long to wait"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    if _refused(error):
+        text += "; reading is not allowed: credentials are missing, wrong or expired, or the file belongs to others"
+    return text

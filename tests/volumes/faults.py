@@ -1,0 +1,104 @@
+"""Stores and servers that fail in the ways that real ones do, for a set number of times."""
+
+import asyncio
+import errno
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from aiohttp import web
+from zarr.storage import WrapperStore
+
+
+class FaultyStore(WrapperStore):
+    """A store whose objects fail: ``faults`` gives, for a key and the number of the attempt, an error or None."""
+
+    def __init__(self, store, faults):
+        super().__init__(store)
+        self.faults, self.asked = faults, {}
+
+    def _with_store(self, store):
+        return FaultyStore(store, self.faults)
+
+    async def get(self, key, prototype, byte_range=None):
+        number = self.asked[key] = self.asked.get(key, 0) + 1
+        fault = self.faults(key, number)
+        if isinstance(fault, float):
+            await asyncio.sleep(fault)
+        elif fault is not None:
+            raise fault
+        return await self._store.get(key, prototype, byte_range)
+
+
+@contextmanager
+def serving(folder: Path, fault="", times=10**9, only=""):
+    """Serve a folder on loopback, with a fault for the first requests of the objects whose path ends so.
+
+    Yields the address, and the number of requests for each object.
+    """
+    asked: dict[str, int] = {}
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        path = request.path
+        asked[path] = asked.get(path, 0) + 1
+        file = folder / path.lstrip("/")
+        body = file.read_bytes() if file.is_file() else b""
+        if path.endswith(only) and asked[path] <= times:
+            if fault == "token":
+                return web.Response(status=403, text="<Code>ExpiredToken</Code> The provided token has expired.")
+            if fault.isdigit():
+                return web.Response(status=int(fault))
+            if fault == "reset":
+                request.transport.abort()
+                return web.Response()
+            if fault == "truncated":
+                response = web.StreamResponse(headers={"Content-Length": str(len(body))})
+                await response.prepare(request)
+                await response.write(body[: len(body) // 2])
+                request.transport.close()
+                return response
+            if fault == "silence":
+                await asyncio.sleep(30)
+            if fault == "drip":
+                response = web.StreamResponse(headers={"Content-Length": str(len(body))})
+                await response.prepare(request)
+                with suppress(ConnectionError):  # nobody waits for all of it
+                    for byte in body:
+                        await response.write(bytes([byte]))
+                        await asyncio.sleep(0.05)
+                return response
+        if not file.is_file():
+            return web.Response(status=404)
+        if fault == "no ranges":
+            return web.Response(body=body)
+        return web.FileResponse(file)
+
+    loop = asyncio.new_event_loop()
+    ready, port, end = threading.Event(), [0], asyncio.Event()
+
+    async def serve() -> None:
+        app = web.Application()
+        app.router.add_get("/{path:.*}", answer)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port[0] = runner.addresses[0][1]
+        ready.set()
+        await end.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), name="test-server")
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield f"http://127.0.0.1:{port[0]}", asked
+    finally:
+        loop.call_soon_threadsafe(end.set)
+        thread.join(10)
+        loop.close()
+
+
+def transient():
+    """An error of a network file system that passes."""
+    return OSError(errno.ESTALE, "Stale file handle")
