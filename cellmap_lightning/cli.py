@@ -277,6 +277,20 @@ def _hints(name: str, arguments: list[str]) -> list[str]:
     return hints
 
 
+def _hide_secrets(cfg: DictConfig, folder: Path) -> None:
+    """Take secrets out of the files in which Hydra has noted what was said on the command line."""
+    from cellmap_lightning.volumes.store import without_secrets
+
+    options = OmegaConf.select(cfg, "data.storage_options")
+    if options is None:
+        return
+    plain = OmegaConf.to_container(options, resolve=True)
+    for file in [*(folder / ".hydra").glob("*.yaml"), folder.parent / "multirun.yaml"]:
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
+            file.write_text(without_secrets(text, plain), encoding="utf-8")
+
+
 def _flat(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     """Every key of a plain config, with dots, and its value."""
     if isinstance(node, dict):
@@ -300,10 +314,12 @@ def _train(cfg: DictConfig) -> float | None:
     from cellmap_lightning import report
     from cellmap_lightning.callbacks.run_config import RunConfig
     from cellmap_lightning.masked import probabilities
+    from cellmap_lightning.volumes.store import redacted
 
     folder = Path(HydraConfig.get().runtime.output_dir)
+    _hide_secrets(cfg, folder)
     checkpoint = _checkpoint(cfg.resume, folder)
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    plain: Any = redacted(OmegaConf.to_container(cfg, resolve=True))  # what stays on disk
     L.seed_everything(cfg.seed, verbose=False)
     _quieten()
     unresolved = deepcopy(cfg)  # instantiate resolves in place what a part refers to
@@ -323,7 +339,7 @@ def _train(cfg: DictConfig) -> float | None:
         metrics = folder / "metrics.csv"
         if checkpoint is not None and metrics.exists():  # Lightning's logger would delete it
             metrics.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        OmegaConf.save(OmegaConf.create(plain), folder / "config.yaml")
         data.crops.write_csv(folder / "split.csv")
         if data.crops.rule != "csv":
             print(f"\ncrops that hold each class, and its voxels in them\n{data.crops.table()}\n", flush=True)

@@ -150,6 +150,8 @@ class CellMapDataModule(L.LightningDataModule):
         cache: where decoded voxels are kept: ``auto``, ``disk``, ``memory`` or ``none``; see `CellMapDataset`.
         cache_bytes: bytes that are kept at most, by all splits together; see `CellMapDataset`.
         reader: what decodes: ``zarr`` or ``tensorstore``.
+        storage_options: of addresses such as ``s3://bucket/vol.zarr``, see `CellMapDataset`; an entry of ``datasets``
+            can have its own.
         missing_raw: chunks of raw that are not stored: ``error``, ``warn`` or ``mask``; see `CellMapDataSplit`.
         read_attempts: how many times an object is asked for at most; see `CellMapDataset`.
         read_timeout: seconds after which it is given up, with all attempts.
@@ -209,6 +211,7 @@ class CellMapDataModule(L.LightningDataModule):
         cache: CacheMode = "auto",
         cache_bytes: int | None = None,
         reader: Reader = "zarr",
+        storage_options: Mapping[str, Any] | None = None,
         missing_raw: MissingRaw = "error",
         read_attempts: int = PATIENT.attempts,
         read_timeout: float = PATIENT.timeout,
@@ -293,6 +296,7 @@ class CellMapDataModule(L.LightningDataModule):
             cache=cache,
             cache_bytes=cache_bytes,
             reader=reader,
+            storage_options=storage_options,
             missing_raw=missing_raw,
             read_attempts=read_attempts,
             read_timeout=read_timeout,

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from cellmap_lightning.evaluate import draw, evaluate, table, write_csv
 from cellmap_lightning.overview import draw_prediction
 from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW, raw_of
 from cellmap_lightning.volumes.geometry import Box
-from cellmap_lightning.volumes.ngff import read_multiscale
+from cellmap_lightning.volumes.ngff import read_attributes, read_multiscale
+from cellmap_lightning.volumes.store import HIDDEN, StorePath, children, exists, located
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +78,17 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     trainer: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
     if trainer.get("precision") is None:
         trainer["precision"] = (saved.get("trainer") or {}).get("precision")
+    given_options = OmegaConf.select(cfg, "data.storage_options")
+    if given_options is not None:
+        data["storage_options"] = OmegaConf.to_container(given_options, resolve=True)
+    if HIDDEN in str(data.get("storage_options")):
+        raise CellMapValueError(
+            f"ckpt={cfg.ckpt} does not hold the secrets of its storage_options: give data.storage_options={{...}}, or "
+            "have them in the environment or a profile"
+        )
     writer: Any = OmegaConf.to_container(cfg.writer, resolve=True)
     given: Any = OmegaConf.to_container(cfg.region) if OmegaConf.is_config(cfg.region) else cfg.region
-    writer["region"] = writer["region"] or region(given, str(cfg.data.input_path))
+    writer["region"] = writer["region"] or region(given, str(cfg.data.input_path), data.get("storage_options"))
     found = OmegaConf.create(
         {
             "ckpt": cfg.ckpt, "patch": patch, "data": data, "model": saved.get("model"), "task": saved["task"],
@@ -141,33 +150,35 @@ def of_crops(cfg: DictConfig, overrides: list[str]) -> list[DictConfig]:
     return found
 
 
-def groundtruth(input_path: str) -> Path:
+def groundtruth(input_path: str, options: Mapping[str, Any] | None = None) -> StorePath:
     """Where the crops of a raw volume are in the layout of the challenge."""
-    above = Path(input_path).absolute().parents
+    raw = located(input_path, options)
+    above: Sequence[StorePath] = raw.absolute().parents if isinstance(raw, Path) else raw.parents
     return above[min(len(Path(RAW).parts), len(above)) - 1] / GROUNDTRUTH
 
 
-def region(given: Any, input_path: str) -> dict[str, list[float]] | None:
+def region(given: Any, input_path: str, options: Mapping[str, Any] | None = None) -> dict[str, list[float]] | None:
     """The box of what was asked for, nm; None for the whole volume.
 
     Args:
         given: a box, the name of a crop, or None.
         input_path: the raw volume, in the layout of the challenge where a crop is named.
+        options: ``storage_options`` of an address.
 
     Raises:
         CellMapKeyError: there is no such crop.
     """
     if not isinstance(given, str):
         return given  # type: ignore[no-any-return]
-    folder = groundtruth(input_path)
+    folder = groundtruth(input_path, options)
     crop = folder / given
-    if not crop.is_dir():
-        there = ", ".join(sorted(p.name for p in folder.glob("crop*"))) or "none"
+    if not exists(crop):
+        there = ", ".join(name for name in children(folder) if name.startswith("crop")) or "none"
         raise CellMapKeyError(f"region={given}: there is no crop of that name in {folder}; there are {there}")
     box: Box | None = None
-    for path in sorted(
-        p for p in crop.iterdir() if p.is_dir() and any((p / n).exists() for n in (".zattrs", "zarr.json"))
-    ):
+    for path in (crop / name for name in children(crop)):
+        if read_attributes(path) is None:
+            continue
         found = read_multiscale(path).finest.lattice.box
         box = found if box is None else box.union(found)
     if box is None:
@@ -219,7 +230,11 @@ def run(cfg: DictConfig, task: Any = None) -> str | None:
 
 def _judged(cfg: DictConfig, writer: Any, names: Sequence[str]) -> str:
     """Draw what was predicted, and compare it with the crops, as far as that is wanted; what there is then to say."""
-    said, output, crops = "", writer.output, groundtruth(cfg.input_path)
+    said, output = "", writer.output
+    raw = located(str(cfg.input_path), OmegaConf.to_container(cfg.data, resolve=True).get("storage_options"))  # type: ignore[union-attr]
+    if not isinstance(raw, Path):
+        return f"\n\nno picture{' and no scores' * bool(cfg.evaluate)}: raw and its crops are not on this machine"
+    crops = Path(str(groundtruth(str(raw))))
     package = logging.getLogger("cellmap_lightning")
     level = package.level
     package.setLevel(logging.WARNING)  # each crop and class would be announced as in a training

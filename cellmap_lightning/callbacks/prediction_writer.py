@@ -31,6 +31,7 @@ from cellmap_lightning.volumes.geometry import AXES, Shape
 from cellmap_lightning.volumes.output import OutputType, PredictionOutput, check_apart
 from cellmap_lightning.volumes.placement import Window
 from cellmap_lightning.volumes.skipping import Skipping
+from cellmap_lightning.volumes.store import parts_of
 from cellmap_lightning.volumes.writer import ZarrFormat
 
 log = logging.getLogger(__name__)
@@ -288,7 +289,8 @@ class PredictionWriter(L.Callback):
         """One volume: its output, and its patches in each plane."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         dataset = datasets[0]
-        check_apart(path, Path(dataset.input_path))
+        if isinstance(dataset.raw_at, Path):
+            check_apart(path, dataset.raw_at)
         self._name, windows = _output_windows(data, datasets)
         #: Voxels of the output's patch along its own axes.
         self._shape = {**data.target_arrays, **data.input_arrays}[self._name].window.shape
@@ -353,7 +355,7 @@ class PredictionWriter(L.Callback):
             "precision": str(trainer.precision),
             "activation": self.activation,
             "key": self.key,
-            "raw": str(Path(dataset.input_path).absolute()),
+            "raw": str(dataset.raw_at.absolute() if isinstance(dataset.raw_at, Path) else dataset.raw_at),
             "normalization": list(dataset.affine),
             "raw_value_transforms": {name: _called(t) for name, t in dataset.layout.raw_transforms.items()},
             "inputs": inputs,
@@ -659,7 +661,7 @@ def _volumes(datasets: Sequence[CellMapDataset]) -> dict[str, list[CellMapDatase
 
 def volume_name(path: str) -> str:
     """What a volume is called: the Zarr container that holds it, without its ending."""
-    parts = Path(path).parts
+    parts = parts_of(path).parts
     return next((Path(part).stem for part in parts if part.endswith((".zarr", ".n5"))), parts[-1])
 
 

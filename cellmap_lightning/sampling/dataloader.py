@@ -29,6 +29,7 @@ from cellmap_lightning.sampling.sampler import StreamSampler
 from cellmap_lightning.sampling.slots import SlotBatch, Slots
 from cellmap_lightning.sampling.source import Samples, SampleSource
 from cellmap_lightning.sampling.waiting import Timed, Waiting
+from cellmap_lightning.volumes.store import Remote
 
 
 def _as_read(batch: Any) -> Any:
@@ -47,8 +48,8 @@ def _start_method(source: SampleSource, given: Any) -> Any:
         CellMapValueError: by a fork, with a reader whose threads would be missing in the child.
     """
     unsafe = any(dataset.reader == "tensorstore" for dataset in source.datasets)
-    if given is None and not unsafe:
-        return None
+    if given is None and not unsafe and not any(isinstance(d.raw_at, Remote) for d in source.datasets):
+        return None  # connections to elsewhere stay behind in a fork, and are made anew in the child
     context = multiprocessing.get_context("forkserver") if given is None else given
     if isinstance(context, str):
         context = multiprocessing.get_context(context)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -50,11 +49,19 @@ from cellmap_lightning.volumes.geometry import (
 from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING, MissingRaw, StoredImage, check_missing_raw, choose_level
 from cellmap_lightning.volumes.location import CacheMode
-from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding, read_multiscale
+from cellmap_lightning.volumes.ngff import (
+    Encoding,
+    Level,
+    Multiscale,
+    read_encoding,
+    read_multiscale,
+    shared_metadata,
+)
 from cellmap_lightning.volumes.patches import Patches, Resampled, reached
 from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import ChunkCache, Region, RegionStore
 from cellmap_lightning.volumes.statistics import statistics
+from cellmap_lightning.volumes.store import Remote, StorePath, located, parts_of, warm
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +127,8 @@ class CellMapDataset(SampleSource):
             not stored holds the fill value.
         read_attempts: how many times an object is asked for at most, before that is an error.
         read_timeout: seconds after which it is given up, with all attempts.
+        storage_options: of addresses such as ``s3://bucket/vol.zarr``: what fsspec's file system is made with, as
+            ``{anon: true}``, ``{profile: lab}`` or ``{endpoint_url: ...}``.
         raw_path: older name of ``input_path``.
         gt_path: older name of ``target_path``.
 
@@ -163,6 +172,7 @@ class CellMapDataset(SampleSource):
         missing_raw: MissingRaw = "error",
         read_attempts: int = PATIENT.attempts,
         read_timeout: float = PATIENT.timeout,
+        storage_options: Mapping[str, Any] | None = None,
         raw_path: str | None = None,
         gt_path: str | None = None,
         ground_truth_path: str | None = None,
@@ -198,9 +208,11 @@ class CellMapDataset(SampleSource):
         augment = IntensityTransforms(intensity_transforms)
         self.spatial = SpatialTransforms(spatial_transforms)
         self.spatial.check({name: spec.window for name, spec in arrays.items()})
-        self.target_path = TargetPath.parse(str(target_path)) if targets else None
-        self.label = self.target_path.label if self.target_path else Path(self.input_path).name
-        self._pool = ReadPool(default_workers(max_workers))
+        #: Where raw lies.
+        self.raw_at = located(self.input_path, storage_options)
+        self.target_path = TargetPath.parse(str(target_path), storage_options) if targets else None
+        self.label = self.target_path.label if self.target_path else parts_of(self.input_path).name
+        self._pool = ReadPool(default_workers(max_workers, isinstance(self.raw_at, Remote)))
         self._store = RegionStore(cache, cache_bytes)
         chunks = self._store.chunks
         self.reader = check_reader(reader)
@@ -210,7 +222,8 @@ class CellMapDataset(SampleSource):
         implications = Implications(
             names, self.target_path.names if self.target_path else (), infer, class_table, class_relation_dict
         )
-        raw, labels = self._look(names, implications.read)
+        with shared_metadata():
+            raw, labels = self._look(names, implications.read)
         volume = raw.finest.lattice.box
         #: The whole volume, nm.
         self.raw_box: Box = volume
@@ -354,7 +367,7 @@ class CellMapDataset(SampleSource):
         Raises:
             CellMapError: what is wrong with one of them, or a list of all that is wrong.
         """
-        paths: dict[str, str | Path] = {"raw": self.input_path}
+        paths: dict[str, StorePath] = {"raw": self.raw_at}
         if self.target_path is not None:
             wanted = [name for name in read if name in self.target_path.names]
             if not wanted:
@@ -362,7 +375,8 @@ class CellMapDataset(SampleSource):
                     f"{self.label}: none of the classes {list(names)} is annotated in it; "
                     f"it has {list(self.target_path.names)}"
                 )
-            paths |= {f"class {name}": self.target_path.of(name) for name in wanted}
+            warm([self.target_path.of(name) for name in wanted])
+            paths |= {f"class {name}": self.target_path.found(name) for name in wanted}
         found: dict[str, Multiscale] = {}
         problems: list[CellMapError] = []
         for what, path in paths.items():

@@ -6,7 +6,8 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from cellmap_lightning.sampling.holds import Holding, look, place_of
 from cellmap_lightning.sampling.labels import Downsample, Unknown
 from cellmap_lightning.sampling.layout import Filter, ListedCrop, find_crops, read_manifest
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
+from cellmap_lightning.sampling.pool import REMOTE_WORKERS
 from cellmap_lightning.sampling.splits import Crop, SplitRule, assign, check_split, missing_classes
 from cellmap_lightning.sampling.strategies import parse_strategy
 from cellmap_lightning.transforms.augment import IntensityTransforms
@@ -135,6 +137,7 @@ class CellMapDataSplit:
         missing_raw: MissingRaw = "error",
         read_attempts: int = PATIENT.attempts,
         read_timeout: float = PATIENT.timeout,
+        storage_options: Mapping[str, Any] | None = None,
         split: SplitRule = "csv",
         val_fraction: float = 0.1,
         fold: int = 0,
@@ -199,6 +202,7 @@ class CellMapDataSplit:
             "cache": cache,
             "cache_bytes": cache_bytes,
             "reader": reader,
+            "storage_options": storage_options,
             "missing_raw": missing_raw,
             "read_attempts": read_attempts,
             "read_timeout": read_timeout,
@@ -208,11 +212,15 @@ class CellMapDataSplit:
         self.planes = tuple(planes)
         self._spatial, self._intensity = spatial_transforms, intensity_transforms
         if search_path is not None:
-            found = find_crops(search_path) if manifest is None else read_manifest(manifest, search_path)
+            if manifest is None:
+                found = find_crops(search_path, storage_options)
+            else:
+                found = read_manifest(manifest, search_path, storage_options)
             self._given = {"train": self._listed(found)}
         else:
             annotated = self.classes is not None
             self._given = read_csv(csv_path, annotated) if csv_path is not None else read_mapping(datasets or {})
+        self._given = {split: [self._with_options(e) for e in entries] for split, entries in self._given.items()}
         if self.classes is None:
             self._given = {name: _volumes(name, entries) for name, entries in self._given.items()}
         self._entries: dict[str, list[Entry]] | None = None
@@ -308,6 +316,10 @@ class CellMapDataSplit:
                 return e
 
         return _for_all(opened, entries, f"opening {split}")
+
+    def _with_options(self, entry: Entry) -> Entry:
+        common = self._common["storage_options"]
+        return entry if entry.storage_options is not None or common is None else replace(entry, storage_options=common)
 
     # -- division
 
@@ -517,6 +529,7 @@ class CellMapDataSplit:
         if split != "predict" and self.classes is not None and entry.target_path is None:
             raise CellMapValueError(f"a crop for {split!r} needs a target; only those for 'predict' may go without")
         own: dict[str, Any] = {"normalize": entry.normalize, "invert": entry.invert}
+        own["storage_options"] = entry.storage_options
         if split == "predict" and self._common["missing_raw"] == "error":
             own["missing_raw"] = "warn"
         dataset = CellMapDataset(
@@ -578,7 +591,7 @@ def _for_all(work: Callable[[Entry], _T], entries: Sequence[Entry], what: str) -
     if not entries:
         return []
     with (
-        ThreadPoolExecutor(min(OPENERS, len(entries)), "cellmap-open") as pool,
+        ThreadPoolExecutor(min(_openers(entries), len(entries)), "cellmap-open") as pool,
         shared_metadata(),
         tqdm(total=len(entries), desc=what, unit="crop", disable=None, leave=False, delay=1) as bar,
     ):
@@ -594,6 +607,11 @@ def _for_all(work: Callable[[Entry], _T], entries: Sequence[Entry], what: str) -
             raise
 
 
+def _openers(entries: Sequence[Entry]) -> int:
+    """How many crops are opened at a time: those that lie elsewhere cost a thread that waits."""
+    return REMOTE_WORKERS if any("://" in entry.input_path for entry in entries) else OPENERS
+
+
 def _volumes(split: str, entries: list[Entry]) -> list[Entry]:
     """Each raw volume once: without classes, what a row names is the whole volume and no crop of it."""
     found = {(e.input_path, str(e.normalize), e.invert) if e.dataset is None else e.where: e for e in entries}
@@ -605,7 +623,7 @@ def _volumes(split: str, entries: list[Entry]) -> list[Entry]:
 def _named(entry: Entry) -> tuple[str, str]:
     """Dataset of an entry, and the name of its crop."""
     dataset, inside = _place(entry)
-    return dataset, Path(inside).name
+    return dataset, PurePosixPath(inside).name
 
 
 def _names(entries: Sequence[Entry]) -> list[tuple[str, str]]:
@@ -613,9 +631,9 @@ def _names(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     places = [_place(entry) for entry in entries]
     called: dict[tuple[str, str], set[str]] = {}
     for dataset, inside in places:
-        called.setdefault((dataset, Path(inside).name), set()).add(inside)
+        called.setdefault((dataset, PurePosixPath(inside).name), set()).add(inside)
     return [
-        (dataset, f"{dataset}/{Path(inside).name if len(called[dataset, Path(inside).name]) == 1 else inside}")
+        (dataset, f"{dataset}/{PurePosixPath(inside).name if len(called[dataset, Path(inside).name]) == 1 else inside}")
         for dataset, inside in places
     ]
 

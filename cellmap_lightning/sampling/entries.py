@@ -22,7 +22,7 @@ from cellmap_lightning.volumes.store import local, missing
 
 SPLITS = ("train", "val", "test", "predict")
 _USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}
-_ENTRY_KEYS = ("raw", "gt", "normalize", "invert", "weight")
+_ENTRY_KEYS = ("raw", "gt", "normalize", "invert", "weight", "storage_options")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Entry:
         invert: whether it is inverted, when not as the others.
         box: where it lies, in nm, if that was said where it was named.
         weight: how often it is drawn by the strategy ``weighted``.
+        storage_options: see `CellMapDataset`.
     """
 
     where: str
@@ -48,6 +49,7 @@ class Entry:
     invert: bool | None = None
     weight: float | None = None
     box: Box | None = None
+    storage_options: Mapping[str, Any] | None = None
 
     @property
     def target(self) -> TargetPath | None:
@@ -58,7 +60,7 @@ class Entry:
         """
         if self.dataset is not None:
             return self.dataset.target_path
-        return TargetPath.parse(self.target_path) if self.target_path is not None else None
+        return TargetPath.parse(self.target_path, self.storage_options) if self.target_path is not None else None
 
 
 def table_of(rows: Sequence[tuple[Entry, CellMapError]]) -> str:
@@ -204,4 +206,6 @@ def _entry(item: Any, where: str) -> Entry:
         found.get("normalize"),
         found.get("invert"),
         check_weight(found["weight"], f"{where}: weight") if found.get("weight") is not None else None,
+        None,
+        found.get("storage_options"),
     )

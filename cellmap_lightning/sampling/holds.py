@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from cellmap_lightning.sampling.counts import counted_in_metadata
 from cellmap_lightning.sampling.targets_path import TargetPath
 from cellmap_lightning.volumes.geometry import Box, Vector, to_vector
 from cellmap_lightning.volumes.ngff import read_multiscale
+from cellmap_lightning.volumes.store import parts_of, warm
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ def look(target: TargetPath, classes: Sequence[str]) -> Holding:
     voxels: dict[str, int | None] = {}
     box: Box | None = None
     scale: Vector | None = None
-    for name in classes:
-        if name not in target.names:
-            continue
+    wanted = [name for name in classes if name in target.names]
+    warm([target.of(name) for name in wanted])
+    for name in wanted:
         voxels[name] = None
         try:
-            image = read_multiscale(target.of(name))
+            image = read_multiscale(target.found(name))
             lattice = image.finest.lattice
             voxels[name] = counted_in_metadata(image)
         except CellMapError:
@@ -58,12 +59,12 @@ def place_of(input_path: str, target: TargetPath | None) -> tuple[str, str]:
 
     The dataset is the name of the Zarr container, or else of the deepest folder that holds raw and target.
     """
-    own = Path(target.before) if target else Path(input_path)
+    own = parts_of(target.before) if target else parts_of(input_path)
     for parent in own.parents if target else (own, *own.parents):
         if parent.suffix in (".zarr", ".n5"):
             return parent.stem, own.relative_to(parent).as_posix()
-    raw = Path(input_path)
+    raw = parts_of(input_path)
     if target is None:
         return raw.name, raw.name
     shared = [a for a, b in zip(raw.parts, own.parts, strict=False) if a == b]
-    return Path(*shared).name if shared else raw.name, own.name
+    return PurePosixPath(*shared).name if shared else raw.name, own.name

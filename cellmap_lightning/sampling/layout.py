@@ -4,7 +4,7 @@ import csv
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +19,7 @@ from cellmap_lightning.errors import (
     CellMapValueError,
 )
 from cellmap_lightning.volumes.geometry import Box, Lattice, to_vector
-from cellmap_lightning.volumes.store import children, local, missing
+from cellmap_lightning.volumes.store import Remote, StorePath, children, exists, local, located, missing
 
 RAW = "recon-1/em/fibsem-uint8"
 GROUNDTRUTH = "recon-1/labels/groundtruth"
@@ -45,14 +45,14 @@ class ListedCrop:
     box: Box | None = None
 
 
-def find_crops(root: str | Path) -> list[ListedCrop]:
+def find_crops(root: str | Path, options: Mapping[str, Any] | None = None) -> list[ListedCrop]:
     """Every crop below ``root``, in ``<dataset>/<dataset>.zarr`` or ``<dataset>.zarr``, sorted by name.
 
     Raises:
         CellMapFileNotFoundError: there is no such folder, or no crop in it.
         CellMapValueError: a dataset is there twice.
     """
-    volumes = _volumes(root)
+    volumes = _volumes(root, options)
     found = []
     for volume in volumes.values():
         labels = volume / GROUNDTRUTH
@@ -61,7 +61,7 @@ def find_crops(root: str | Path) -> list[ListedCrop]:
             where = f"search_path, {volume.stem}/{crop}"
             found.append(ListedCrop(where, str(volume / RAW), str(labels / crop), classes))
     if not found:
-        has = f"none in {_some(list(volumes))}" if volumes else f"it has {_some(children(local(root)))}"
+        has = f"none in {_some(list(volumes))}" if volumes else f"it has {_some(children(located(root, options)))}"
         raise CellMapFileNotFoundError(
             f"search_path {root} holds no crops: they are looked for in <dataset>/<dataset>.zarr/{GROUNDTRUTH}/crop* "
             f"and <dataset>.zarr/{GROUNDTRUTH}/crop*; {has}"
@@ -69,15 +69,22 @@ def find_crops(root: str | Path) -> list[ListedCrop]:
     return found
 
 
-def _volumes(root: str | Path) -> dict[str, Path]:
-    """The volume of each dataset below a folder."""
-    folder = local(root).absolute()
-    if not folder.is_dir():
+def _root(root: str | Path, options: Mapping[str, Any] | None = None) -> StorePath:
+    folder = located(root, options)
+    return folder if isinstance(folder, Remote) else folder.absolute()
+
+
+def _volumes(root: str | Path, options: Mapping[str, Any] | None = None) -> dict[str, StorePath]:
+    """The volume of each dataset below a folder; nothing where it cannot be asked what is in it."""
+    folder = _root(root, options)
+    if isinstance(folder, Remote) and not folder.lists:
+        return {}
+    if not exists(folder):
         raise missing(folder, "search_path")
-    volumes: dict[str, Path] = {}
+    volumes: dict[str, StorePath] = {}
     for name in children(folder):
         volume = folder / name if name.endswith(".zarr") else folder / name / f"{name}.zarr"
-        if not volume.is_dir():
+        if not exists(volume):
             continue
         if volume.stem in volumes:
             raise CellMapValueError(f"the dataset {volume.stem} is there twice: {volumes[volume.stem]} and {volume}")
@@ -163,21 +170,21 @@ def raw_of(root: str | Path, datasets: Iterable[str]) -> dict[str, str]:
     return {name: str(volumes[name] / RAW) for name in datasets}
 
 
-def read_manifest(path: str | Path, root: str | Path) -> list[ListedCrop]:
+def read_manifest(path: str | Path, root: str | Path, options: Mapping[str, Any] | None = None) -> list[ListedCrop]:
     """The crops of a manifest, sorted by name.
 
     Args:
         path: one row per crop and class, see `manifest_rows`; or one per crop with the columns ``crop_number,
             collection, alignment, crop_url, em_url`` (``manifest.csv``), whose classes are those of its folder.
         root: the folder of the datasets, see `find_crops`.
+        options: see `CellMapDataset`'s ``storage_options``.
 
     Raises:
         CellMapFileNotFoundError: there is no such file, or no such folder.
         CellMapValueError: it is no manifest, or has rows that cannot be read.
     """
     file = local(path)
-    volumes = _volumes(root)
-    nested = local(root).absolute()
+    volumes, nested = _volumes(root, options), _root(root, options)
     if file.is_file() and file.read_bytes().removeprefix(b"\xef\xbb\xbf").startswith(b"crop_number"):
         return _listed_by_number(file, volumes, nested)
     classes: dict[tuple[str, str], list[str]] = {}
@@ -201,7 +208,7 @@ def read_manifest(path: str | Path, root: str | Path) -> list[ListedCrop]:
     return found
 
 
-def _listed_by_number(file: Path, volumes: dict[str, Path], nested: Path) -> list[ListedCrop]:
+def _listed_by_number(file: Path, volumes: dict[str, StorePath], nested: StorePath) -> list[ListedCrop]:
     """The crops of a ``manifest.csv``, which names no classes."""
     found = []
     rows = _table(file, ("crop_number", "collection", "alignment", "crop_url", "em_url"))

@@ -26,8 +26,14 @@ class Closes(Protocol):
         """End it."""
 
 
-def default_workers(max_workers: int | None = None) -> int:
+#: Reading threads of a dataset that lies elsewhere, unless somebody says how many.
+REMOTE_WORKERS = 32
+
+
+def default_workers(max_workers: int | None = None, remote: bool = False) -> int:
     """``max_workers``, else the environment's ``CELLMAP_MAX_WORKERS``, else ``min(4, cpu_count)``.
+
+    Threads that wait for a store elsewhere cost nothing, and each waits for one object: there are 32 of them.
 
     Raises:
         CellMapValueError: the number is not a positive whole number.
@@ -37,7 +43,7 @@ def default_workers(max_workers: int | None = None) -> int:
     if given is None and os.environ.get("CELLMAP_MAX_WORKERS"):
         given, source = os.environ["CELLMAP_MAX_WORKERS"], "the environment's CELLMAP_MAX_WORKERS"
     if given is None:
-        return min(4, os.cpu_count() or 1)
+        return REMOTE_WORKERS if remote else min(4, os.cpu_count() or 1)
     try:
         workers = int(given)
         if workers != float(given) or workers < 1:

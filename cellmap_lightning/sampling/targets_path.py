@@ -1,10 +1,11 @@
 """The bracket form of a target path: ``.../crop1/[mito,er]``."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
-from cellmap_lightning.volumes.store import children, local, missing
+from cellmap_lightning.volumes.store import StorePath, children, exists, located, missing, parts_of
 
 
 @dataclass(frozen=True)
@@ -15,22 +16,25 @@ class TargetPath:
         before: path up to the class's name.
         names: the annotated classes.
         after: path below the class's name, mostly empty.
+        options: ``storage_options`` of an address.
     """
 
     before: str
     names: tuple[str, ...]
     after: str
+    options: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
 
     @classmethod
-    def parse(cls, path: str) -> "TargetPath":
+    def parse(cls, path: str, options: Mapping[str, Any] | None = None) -> "TargetPath":
         """Read ``.../crop1/[mito,er]``, ``.../crop1/[mito,er]/suffix``, or ``.../crop1/mito`` for one class.
 
         Raises:
             CellMapValueError: the bracket is malformed, empty, or names a class twice.
         """
+        given = tuple(sorted((options or {}).items()))
         if "[" not in path and "]" not in path:
-            whole = Path(path)
-            return cls(str(whole.parent), (whole.name,), "")
+            before, _, name = path.rstrip("/").rpartition("/")
+            return cls(before or ".", (name,), "", given)
         before, opened, rest = path.partition("[")
         inside, closed, after = rest.partition("]")
         if not opened or not closed or "[" in rest or "]" in after or (before and not before.endswith("/")):
@@ -41,7 +45,7 @@ class TargetPath:
         twice = sorted({n for n in names if names.count(n) > 1})
         if not all(names) or twice:
             raise CellMapValueError(f"target path {path!r}: each class should be named once, got [{inside}]")
-        return cls(before.rstrip("/"), names, after.strip("/"))
+        return cls(before.rstrip("/"), names, after.strip("/"), given)
 
     def __str__(self) -> str:
         return f"{self.before}/[{','.join(self.names)}]" + (f"/{self.after}" if self.after else "")
@@ -49,23 +53,31 @@ class TargetPath:
     @property
     def label(self) -> str:
         """What messages call the crop, such as ``jrc_hela-2/crop1``."""
-        crop = Path(self.before)
+        crop = parts_of(self.before)
         volume = next((p.stem for p in crop.parents if p.suffix in (".zarr", ".n5")), None)
         return f"{volume}/{crop.name}" if volume else crop.name
 
-    def of(self, name: str) -> Path:
+    @property
+    def crop(self) -> StorePath:
+        """Where the crop lies."""
+        return located(self.before, dict(self.options))
+
+    def of(self, name: str) -> StorePath:
+        """Where the label image of a class lies, whether or not it is there."""
+        return self.crop / name / self.after if self.after else self.crop / name
+
+    def found(self, name: str) -> StorePath:
         """The label image of a class.
 
         Raises:
             CellMapFileNotFoundError: it does not exist; the message lists what does.
         """
-        crop = local(self.before)
-        path = crop / name / self.after if self.after else crop / name
-        if not crop.exists():
-            raise missing(crop, f"{self.label}: crop")
-        if not path.exists():
-            raise CellMapFileNotFoundError(
-                f"{self.label}: class {name!r} is in the bracket of the target path, but {path} does not exist; "
-                f"{crop} has {', '.join(children(crop)) or 'no classes'}"
-            )
-        return path
+        path = self.of(name)
+        if exists(path):
+            return path
+        if not exists(self.crop):
+            raise missing(self.crop, f"{self.label}: crop")
+        raise CellMapFileNotFoundError(
+            f"{self.label}: class {name!r} is in the bracket of the target path, but {path} does not exist; "
+            f"{self.crop} has {', '.join(children(self.crop)) or 'no classes'}"
+        )

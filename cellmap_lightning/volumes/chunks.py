@@ -2,22 +2,22 @@
 
 import hashlib
 import itertools
+import json
 import os
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import zarr
 from zarr.core.sync import sync
 
-from cellmap_lightning.errors import CellMapError, CellMapKeyError, ChunkError, MissingExtraError
+from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapValueError, ChunkError, MissingExtraError
 from cellmap_lightning.volumes.geometry import AXES, Box, Shape, to_vector
 from cellmap_lightning.volumes.guard import PATIENT, GuardedStore, ObjectError, Patience, described
 from cellmap_lightning.volumes.ngff import Level
 from cellmap_lightning.volumes.resample import AnyArray
-from cellmap_lightning.volumes.store import open_store
+from cellmap_lightning.volumes.store import Remote, open_store
 
 #: Which library decodes: zarr-python, or TensorStore, which is several times as fast where nothing can be kept.
 Reader = Literal["zarr", "tensorstore"]
@@ -106,8 +106,38 @@ class ChunkReader:
         _tensorstore_pid = os.getpid()
         info = self.level.array
         driver = "zarr3" if info.zarr_format == 3 else "zarr"
-        spec = {"driver": driver, "kvstore": {"driver": "file", "path": str(info.path)}}
+        spec = {"driver": driver, "kvstore": self._kvstore()}
         return tensorstore.open(spec, open=True, read=True).result()
+
+    def _kvstore(self) -> dict[str, Any]:
+        """Where TensorStore reads, in its own words.
+
+        Raises:
+            CellMapValueError: a store, or an option of it, that it is not told of here.
+        """
+        path = self.level.array.path
+        if not isinstance(path, Remote):
+            return {"driver": "file", "path": str(path)}
+        options = json.loads(path.options)
+        head = path.url.partition("://")[2]
+        bucket, _, inside = head.partition("/")
+        if path.protocol in ("http", "https") and not options:
+            return {"driver": "http", "base_url": path.url}
+        if path.protocol in ("gs", "gcs") and not options:
+            return {"driver": "gcs", "bucket": bucket, "path": inside}
+        if path.protocol in ("s3", "s3a") and set(options) <= {"anon", "profile", "endpoint_url"}:
+            found: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": inside}
+            if options.get("endpoint_url"):
+                found |= {"endpoint": options["endpoint_url"], "aws_region": "us-east-1"}
+            if options.get("profile"):
+                found["aws_credentials"] = {"type": "profile", "profile": options["profile"]}
+            elif options.get("anon") or path.is_open:
+                found["aws_credentials"] = {"type": "anonymous"}
+            return found
+        raise CellMapValueError(
+            f"{path}: reader='tensorstore' reads s3:// (with anon, profile and endpoint_url), gs:// and http:// "
+            f"without options; storage_options has {sorted(options)}: use reader='zarr'"
+        )
 
     def begin(self, start: tuple[int, int, int], shape: Shape) -> Any:
         """Begin to read a box, where the library reads ahead: what `read` can be given later, or None."""
@@ -147,6 +177,8 @@ class ChunkReader:
             if isinstance(e, ObjectError):  # which also says which object, so that nothing is read again to find it
                 start, shape = self._part(e.key, start, shape)
             said = str(e) if isinstance(e, ObjectError) else described(e)
+            if isinstance(self.level.path, Remote):
+                said = self.level.path.hide(said)
             raise ChunkError(f"{self.where(start, shape)} could not be read: {said}; {self.box(start, shape)}") from e
 
     def where(self, start: tuple[int, int, int], shape: Shape) -> str:
@@ -247,19 +279,23 @@ class ChunkReader:
     @property
     def local(self) -> bool:
         """Whether chunks are files of this machine, or of a file system that it sees."""
-        return isinstance(self.level.path, Path)
+        return not isinstance(self.level.path, Remote)
 
     def identity(self) -> tuple[object, ...]:
         """What tells this array from every other one: where it is, and what its metadata says."""
         info = self.level.array
-        return os.path.realpath(info.path), info.checksum, self.level.axes
+        where = str(info.path) if isinstance(info.path, Remote) else os.path.realpath(info.path)
+        return where, info.checksum, self.level.axes
 
     def stored(self) -> dict[tuple[int, int, int], tuple[int, int]]:
         """The files of chunks or shards that exist, ``{place among them (z, y, x): (time, bytes)}``.
 
-        Whatever no file holds has the array's fill value.
+        Whatever no file holds has the array's fill value. Of a store elsewhere, which is not asked, all may exist.
         """
         info, root = self.level.array, str(self.level.array.path)
+        if not self.local:
+            grid = [range(-(-n // f)) for n, f in zip(info.shape, info.files, strict=True)]
+            return {self.level.zyx(index): (0, 0) for index in itertools.product(*grid)}
         found = {}
         for folder, _, names in os.walk(root):
             inside = folder[len(root) + 1 :]
@@ -273,8 +309,14 @@ class ChunkReader:
         return found
 
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
-        """A number (64 bits, not 0) that changes when a file that holds part of the box is written or removed."""
+        """A number (64 bits, not 0) that changes when a file that holds part of the box is written or removed.
+
+        Of a store elsewhere it is always the same: what was read there once is taken to stay, as long as the metadata
+        of the array does.
+        """
         info = self.level.array
+        if not self.local:  # to ask would cost a request for each chunk
+            return 1
         found = hashlib.blake2b(digest_size=8)
         for index in self.files(start, shape):
             try:

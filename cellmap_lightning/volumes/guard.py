@@ -11,7 +11,8 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,6 +40,8 @@ _PASSING_ERRNO = {
     if hasattr(errno, name)
 }  # fmt: skip
 _T = TypeVar("_T")
+#: What says that there is no such object; the last one of archives.
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, KeyError)
 _METADATA = ("zarr.json", ".zarray", ".zattrs", ".zgroup", ".zmetadata")
 
 # Not the generator of the user's program, whose numbers would then depend on the network.
@@ -128,6 +131,44 @@ if hasattr(os, "register_at_fork"):
 def power_of_two(number: int) -> bool:
     """Whether the occurrence of that number is worth a line in the log: thousands of them are ten lines."""
     return number & (number - 1) == 0
+
+
+def tried(
+    read: Callable[[Sequence[str]], Mapping[str, Any]], keys: Sequence[str], patience: Patience
+) -> dict[str, bytes | None]:
+    """Several small objects, each asked for again where its error may pass; None where there is none.
+
+    Args:
+        read: from keys to what was read of each, or the error.
+        keys: the objects.
+        patience: how long they are tried for.
+
+    Raises:
+        ObjectError: one of them could not be read.
+    """
+    found: dict[str, bytes | None] = {}
+    began, left = time.monotonic(), list(keys)
+    for attempt in range(1, patience.attempts + 1):
+        again = {}
+        for key, value in read(left).items():
+            if isinstance(value, _ABSENT):
+                found[key] = None
+            elif isinstance(value, Exception):
+                again[key] = value
+            else:
+                found[key] = value
+        if not again:
+            return found
+        key, error = next(iter(again.items()))
+        pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * _jitter.uniform(0.5, 1.5)
+        seconds = time.monotonic() - began
+        if attempt == patience.attempts or not all(map(passes, again.values())) or seconds + pause > patience.timeout:
+            COUNTS.add("failures")
+            raise ObjectError(key, attempt, seconds, error) from error
+        COUNTS.add("retries")
+        left = list(again)
+        time.sleep(pause)
+    return found
 
 
 class GuardedStore(WrapperStore[Store]):

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, Lattice, Shape, Vector, to_vector
 from cellmap_lightning.volumes.integrity import COMPRESSORS, FILTERS, Encoded
-from cellmap_lightning.volumes.store import children, exists, local, missing, read_json
+from cellmap_lightning.volumes.store import Remote, StorePath, children, exists, keeping, located, missing, read_json
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class ArrayInfo:
         encoded: how chunks are stored in a file.
     """
 
-    path: Path
+    path: StorePath
     zarr_format: int
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
@@ -80,13 +80,14 @@ class ArrayInfo:
     encoded: Encoded = _UNKNOWN
 
     @property
-    def metadata(self) -> Path:
+    def metadata(self) -> StorePath:
         """The file that describes the array."""
         return self.path / ("zarr.json" if self.zarr_format == 3 else ".zarray")
 
     def file(self, index: Sequence[int]) -> str:
         """Where the chunk or shard with these indices is stored, whether or not it was written."""
-        return f"{self.path}/{self.prefix}{self.separator.join(map(str, index))}"
+        key = f"{self.prefix}{self.separator.join(map(str, index))}"
+        return str(self.path / key) if isinstance(self.path, Remote) else f"{self.path}/{key}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Level:
         ndim: number of stored axes.
     """
 
-    path: Path
+    path: StorePath
     name: str
     scale: Vector
     translation: Vector
@@ -163,7 +164,7 @@ class Multiscale:
         attributes: the group's attributes.
     """
 
-    path: Path
+    path: StorePath
     levels: tuple[Level, ...]
     attributes: Mapping[str, Any] = field(repr=False)
 
@@ -185,7 +186,7 @@ class Multiscale:
         return self.present[0]
 
 
-def read_attributes(path: Path) -> tuple[dict[str, Any], int] | None:
+def read_attributes(path: StorePath) -> tuple[dict[str, Any], int] | None:
     """Attributes and Zarr format of a group or an array, or None when ``path`` is neither."""
     node = read_json(path / "zarr.json")
     if node is not None:
@@ -199,7 +200,7 @@ def read_attributes(path: Path) -> tuple[dict[str, Any], int] | None:
     return attributes or {}, 2
 
 
-def read_array(path: Path) -> ArrayInfo | None:
+def read_array(path: StorePath) -> ArrayInfo | None:
     """Describe the array in ``path`` from its metadata, or return None when there is none.
 
     Raises:
@@ -224,7 +225,7 @@ def read_array(path: Path) -> ArrayInfo | None:
     return _stored(file, info, meta, separator, "", encoded)
 
 
-def _array_v3(file: Path, path: Path, meta: dict[str, Any]) -> ArrayInfo:
+def _array_v3(file: StorePath, path: StorePath, meta: dict[str, Any]) -> ArrayInfo:
     try:
         chunks = files = meta["chunk_grid"]["configuration"]["chunk_shape"]
         codecs, shard = _codecs(file, meta["codecs"]), {}
@@ -255,13 +256,13 @@ def _array_v3(file: Path, path: Path, meta: dict[str, Any]) -> ArrayInfo:
     return _stored(file, info, meta, separator, f"c{separator}" if default else "", encoded)
 
 
-def _codecs(file: Path, codecs: Any) -> list[str]:
+def _codecs(file: StorePath, codecs: Any) -> list[str]:
     if not isinstance(codecs, list):
         raise MetadataError(f"{file}: codecs should be a list, got {codecs!r}")
     return [_codec(file, codec, "name") for codec in codecs]
 
 
-def _codec(file: Path, codec: Any, key: str) -> str:
+def _codec(file: StorePath, codec: Any, key: str) -> str:
     """The name of a codec, if it is one that yields numbers, of which it can be told how many."""
     name = codec.get(key) if isinstance(codec, dict) else None
     bare = name.removeprefix("numcodecs.") if isinstance(name, str) else ""
@@ -272,7 +273,7 @@ def _codec(file: Path, codec: Any, key: str) -> str:
 
 
 def _stored(
-    file: Path, info: ArrayInfo, meta: dict[str, Any], separator: Any, prefix: str, encoded: Encoded
+    file: StorePath, info: ArrayInfo, meta: dict[str, Any], separator: Any, prefix: str, encoded: Encoded
 ) -> ArrayInfo:
     if separator not in (".", "/"):
         raise MetadataError(f"{file}: chunks are named with '.' or '/' between their indices, got {separator!r}")
@@ -288,7 +289,7 @@ def _checksum(meta: dict[str, Any]) -> str:
 
 
 def _array(
-    file: Path, path: Path, zarr_format: int, shape: Any, chunks: Any, files: Any, dtype: Any, attributes: Any
+    file: StorePath, path: StorePath, zarr_format: int, shape: Any, chunks: Any, files: Any, dtype: Any, attributes: Any
 ) -> ArrayInfo:
     for what, value in (("shape", shape), ("chunks", chunks), ("chunks", files)):
         good = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
@@ -312,7 +313,7 @@ def _array(
 
 
 #: Images that were read since somebody began to share them; None while nobody does.
-_shared: dict[str, Multiscale] | None = None
+_shared: dict[StorePath, Multiscale] | None = None
 _sharing = threading.Lock()
 
 
@@ -323,13 +324,14 @@ def shared_metadata() -> Iterator[None]:
     with _sharing:
         outer, _shared = _shared, {} if _shared is None else _shared
     try:
-        yield
+        with keeping():
+            yield
     finally:
         with _sharing:
             _shared = outer
 
 
-def read_multiscale(path: str | Path) -> Multiscale:
+def read_multiscale(path: str | StorePath) -> Multiscale:
     """Read the multiscale image in the group ``path``.
 
     Raises:
@@ -339,17 +341,18 @@ def read_multiscale(path: str | Path) -> Multiscale:
     shared = _shared
     if shared is None:
         return _read_multiscale(path)
-    found = shared.get(str(path))
+    key = located(path)
+    found = shared.get(key)
     if found is None:
-        found = shared[str(path)] = _read_multiscale(path)
+        found = shared[key] = _read_multiscale(key)
     return found
 
 
-def _read_multiscale(path: str | Path) -> Multiscale:
-    group = local(path)
-    if not exists(group):
-        raise missing(group, "image")
+def _read_multiscale(path: str | StorePath) -> Multiscale:
+    group = located(path)
     node = read_attributes(group)
+    if node is None and not exists(group):
+        raise missing(group, "image")
     file = group / ("zarr.json" if node and node[1] == 3 else ".zattrs")
     attributes = node[0] if node else {}
     ome = attributes.get("ome")
@@ -395,7 +398,7 @@ def _read_multiscale(path: str | Path) -> Multiscale:
     return Multiscale(group, tuple(levels), attributes)
 
 
-def _axes(file: Path, image: dict[str, Any]) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float64]]]:
+def _axes(file: StorePath, image: dict[str, Any]) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float64]]]:
     """Names of the stored axes, and the nm in one unit of z, y, x."""
     axes = image.get("axes")
     if not isinstance(axes, list) or not all(isinstance(a, dict) and isinstance(a.get("name"), str) for a in axes):

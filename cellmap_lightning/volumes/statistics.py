@@ -7,6 +7,7 @@ import os
 import threading
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
@@ -49,7 +50,10 @@ class Statistics:
 def fingerprint(level: Level, *more: object) -> str:
     """A name for what was measured: the array, its shape and type, the time of its metadata, and what else matters."""
     info = level.array
-    parts = (_VERSION, str(info.path.resolve()), info.shape, str(info.dtype), info.metadata.stat().st_mtime_ns, *more)
+    where: tuple[object, ...] = (str(info.path), info.checksum)
+    if isinstance(info.path, Path):
+        where = (str(info.path.resolve()), (info.path / info.metadata.name).stat().st_mtime_ns)
+    parts = (_VERSION, *where, info.shape, str(info.dtype), *more)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

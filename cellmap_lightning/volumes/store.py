@@ -1,61 +1,436 @@
-"""From a path to the JSON under it. Nothing is listed unless an error has to say what is there."""
+"""Places where data lies, on this machine or elsewhere, and the JSON under them.
 
+A place is a `Path` or a `Remote`, which is an address with what it takes to read there. Nothing is listed unless
+somebody asks what is there, or an error has to say so; over HTTP nothing can be.
+"""
+
+import contextlib
 import difflib
 import json
-from pathlib import Path
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError, MetadataError
+from cellmap_lightning.errors import (
+    CellMapError,
+    CellMapFileNotFoundError,
+    CellMapValueError,
+    MetadataError,
+    MissingExtraError,
+)
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
 #: Bytes of a metadata file at most: those of real volumes have kilobytes, with consolidated metadata megabytes.
 MOST_JSON_BYTES = 1 << 28
+#: What makes a folder a node of Zarr.
+NODE_FILES = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
+#: The extra that brings what reads an address.
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+_PROTOCOLS = (*_EXTRAS, "zip", "memory")
+#: Buckets that anybody may read; others are read with the credentials of the environment.
+_OPEN_BUCKETS = ("janelia-cosem-datasets",)
+#: Connections to a store at a time.
+CONNECTIONS = 64
+_SECRET = re.compile(r"key|secret|token|password|passphrase|credential|authorization|cookie", re.IGNORECASE)
+#: What stands where a secret stood.
+HIDDEN = "***"
+
+#: File systems of this process, by what they were made with.
+_filesystems: dict[tuple[Any, ...], Any] = {}
+_lock = threading.Lock()
+#: Texts of metadata files that were read, while somebody keeps them; None where there is none.
+_kept: dict[str, bytes | None] | None = None
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _filesystems.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A place behind an address, such as ``s3://bucket/vol.zarr/recon-1`` or ``zip://recon-1::/data/vol.zip``.
+
+    It behaves as a `Path` as far as reading goes, and can be sent to another process. What is in `options` is never
+    shown.
+
+    Attributes:
+        url: the address; fsspec's ``::`` chains two of them.
+        options: what fsspec's file system is made with, as JSON.
+    """
+
+    url: str
+    options: str = field(default="{}", repr=False)
+
+    @property
+    def protocol(self) -> str:
+        """What stands before ``://``."""
+        return self.url.partition("://")[0].lower()
+
+    @property
+    def lists(self) -> bool:
+        """Whether it can be asked what is there."""
+        return self.protocol not in ("http", "https")
+
+    def _parts(self) -> tuple[str, str, str]:
+        """Protocol, path, and what the address is chained to."""
+        head, chain, tail = self.url.partition("::")
+        protocol, _, path = head.partition("://")
+        return protocol, path, chain + tail
+
+    def __truediv__(self, name: str) -> "Remote":
+        protocol, path, tail = self._parts()
+        joined = "/".join(part for part in (path.rstrip("/"), str(name).strip("/")) if part)
+        return Remote(f"{protocol}://{joined}{tail}", self.options)
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self._parts()[1].rstrip("/").rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        """The last part without its ending."""
+        return PurePosixPath(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        """The ending of the last part."""
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parent(self) -> "Remote":
+        """The place above; the topmost one is its own."""
+        protocol, path, tail = self._parts()
+        above = path.rstrip("/").rpartition("/")[0]
+        return Remote(f"{protocol}://{above}{tail}", self.options) if above else self
+
+    @property
+    def parents(self) -> list["Remote"]:
+        """All places above, the nearest first."""
+        found, here = [], self
+        while here.parent != here:
+            here = here.parent
+            found.append(here)
+        return found
+
+    def __str__(self) -> str:
+        return self.hide(self.url)
+
+    def hide(self, text: str) -> str:
+        """A text without what nobody should see: values of secret options, users in addresses, signed queries."""
+        text = without_secrets(text, json.loads(self.options))
+        text = re.sub(r"(://)[^/@\s]+@", rf"\1{HIDDEN}@", text)
+        return re.sub(r"\?[^\s'\"]*(?:[Ss]ignature|[Tt]oken|[Ss]ig|[Kk]ey)=[^\s'\"]*", f"?{HIDDEN}", text)
+
+    def filesystem(self, asynchronous: bool = False) -> Any:
+        """The file system of fsspec, one for all places like this in this process.
+
+        Raises:
+            MissingExtraError: what reads such addresses is not installed.
+            CellMapValueError: nothing reads them.
+        """
+        protocol, path, tail = self._parts()
+        key = (protocol, tail, self.options, asynchronous, path.partition("/")[0] if protocol == "s3" else "")
+        with _lock:
+            if key not in _filesystems:
+                _filesystems[key] = self._filesystem(asynchronous)
+            return _filesystems[key]
+
+    def _filesystem(self, asynchronous: bool) -> Any:
+        import fsspec
+
+        options = json.loads(self.options)
+        last = self.url.rpartition("::")[2]
+        protocol = last.partition("://")[0].lower() if "://" in last else "file"
+        if protocol in ("s3", "s3a"):
+            if self.is_open:
+                options["anon"] = True
+            options["config_kwargs"] = {"max_pool_connections": CONNECTIONS} | options.get("config_kwargs", {})
+        if protocol in _EXTRAS and "::" not in self.url:
+            options["asynchronous"] = asynchronous
+        given = {protocol: options} if "::" in self.url else options
+        try:
+            return fsspec.core.url_to_fs(self.url, skip_instance_cache=True, **given)[0]
+        except ImportError as e:
+            extra = _EXTRAS.get(protocol, protocol)
+            raise MissingExtraError(
+                f'{protocol}:// needs a library that is not installed: pip install "cellmap-lightning[{extra}]"'
+            ) from e
+        except (TypeError, ValueError) as e:
+            raise CellMapValueError(self.hide(f"{self}: storage_options do not fit: {e}")) from e
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is in a bucket that anybody may read, and nobody said how to read it."""
+        last = self.url.rpartition("::")[2]
+        known = {"anon", "key", "secret", "token", "profile"} & set(json.loads(self.options))
+        return not known and last.partition("://")[2].partition("/")[0] in _OPEN_BUCKETS
+
+    @property
+    def key(self) -> str:
+        """What the file system calls it."""
+        _, path, tail = self._parts()
+        if tail:
+            return path.strip("/")
+        return str(self.filesystem()._strip_protocol(self.url))
+
+    def read(self) -> bytes | None:
+        """The object, or None where there is none.
+
+        Raises:
+            MetadataError: it cannot be read.
+        """
+        return read_all([self])[0]
+
+    def exists(self) -> bool:
+        """Whether there is an object, or a node of Zarr, or, where it can be told, a folder."""
+        if self.name in NODE_FILES:
+            return self.read() is not None
+        if any(text is not None for text in read_all([self / name for name in NODE_FILES])):
+            return True
+        with self._clear():
+            return bool(self.lists and self.filesystem().exists(self.key))
+
+    def is_dir(self) -> bool:
+        """See `exists`."""
+        return self.exists()
+
+    def children(self) -> list[str]:
+        """Names of the folders in it; over HTTP those that its metadata names."""
+        if not self.lists:
+            text = self._kept_text(".zattrs")
+            block = text.get("cellmap", {}) if isinstance(text, dict) else {}
+            names = block.get("annotation", {}).get("class_names", []) if isinstance(block, dict) else []
+            return sorted(str(name) for name in names)
+        with self._clear():
+            fs = self.filesystem()
+            try:
+                found = fs.ls(self.key, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return sorted(
+            name
+            for entry in found
+            if entry["type"] == "directory"
+            and (name := entry["name"].rstrip("/").rpartition("/")[2])[:1] not in ("", ".")
+        )
+
+    def _kept_text(self, name: str) -> Any:
+        try:
+            return read_json(self / name)
+        except CellMapError:
+            return None
+
+    @contextlib.contextmanager
+    def _clear(self) -> Iterator[None]:
+        """Whatever a store raises, as an error of ours that hides what it must."""
+        try:
+            yield
+        except CellMapError:
+            raise
+        except Exception as e:  # stores raise whatever they like
+            text = f"{self}: cannot be read ({type(e).__name__}: {e})"
+            if isinstance(getattr(e, "cause", e), TypeError) and self.options != "{}":
+                text += f"; do storage_options fit? They have {', '.join(json.loads(self.options))}"
+            raise MetadataError(self.hide(text)) from None
+
+
+#: Where data lies.
+StorePath = Path | Remote
+
+
+def located(path: "str | Path | Remote", options: Mapping[str, Any] | None = None) -> StorePath:
+    """Where a path or an address leads, with ``~`` expanded.
+
+    Args:
+        path: the path or the address; ``.zip`` files are read by ``zip://inside::/data/vol.zip``.
+        options: ``storage_options`` of an address, such as ``{anon: true}``; they have no effect on a path.
+
+    Raises:
+        CellMapValueError: an address of a kind that is not read.
+    """
+    if isinstance(path, Remote):
+        return path
+    text = str(path)
+    protocol = text.partition("://")[0].lower()
+    if "://" not in text or (protocol == "file" and "::" not in text):
+        return Path(text.removeprefix("file://")).expanduser()
+    if protocol not in _PROTOCOLS:
+        raise CellMapValueError(
+            f"{text}: addresses that can be read begin with {', '.join(_PROTOCOLS)}, not {protocol}"
+        )
+    return Remote(text.rstrip("/"), json.dumps(dict(options or {}), sort_keys=True))
 
 
 def local(path: str | Path) -> Path:
-    """A path as the operating system knows it, with ``~`` expanded.
+    """A path of this machine, with ``~`` expanded, for what is not read from elsewhere.
 
     Raises:
-        CellMapValueError: a URL was given.
+        CellMapValueError: an address was given.
     """
-    text = str(path)
-    if "://" in text and not text.startswith("file://"):
-        raise CellMapValueError(f"{text}: only local paths can be read so far, not {text.split('://')[0]}:// addresses")
-    return Path(text.removeprefix("file://")).expanduser()
+    found = located(path)
+    if isinstance(found, Remote):
+        raise CellMapValueError(f"{found}: only a path of this machine will do here")
+    return found
 
 
-def open_store(path: Path) -> "Store":
+def parts_of(path: str) -> PurePosixPath:
+    """A path or an address as names, to look at them."""
+    head = str(path).partition("::")[0]
+    return PurePosixPath(head.partition("://")[2] or head)
+
+
+def redacted(value: Any, secret: bool = False) -> Any:
+    """A configuration without its secrets: what is called key, secret, token and the like under ``storage_options``."""
+    if isinstance(value, Mapping):
+        return {
+            name: HIDDEN if secret and _SECRET.search(str(name)) and item is not None
+            else redacted(item, secret or name == "storage_options")
+            for name, item in value.items()
+        }  # fmt: skip
+    if isinstance(value, list | tuple):
+        return [redacted(item, secret) for item in value]
+    return value
+
+
+def without_secrets(text: str, options: Any) -> str:
+    """A text in which the secrets of ``storage_options`` are hidden."""
+    for secret in sorted(_secrets(options), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def _secrets(options: Any, under: bool = False) -> Iterator[str]:
+    """The values that nobody should see."""
+    if isinstance(options, Mapping):
+        for name, item in options.items():
+            yield from _secrets(item, under or bool(_SECRET.search(str(name))))
+    elif isinstance(options, str) and under and len(options) > 3:
+        yield options
+
+
+def open_store(where: StorePath) -> "Store":
     """What zarr-python reads an array from."""
+    if isinstance(where, Remote):
+        from fsspec.asyn import AsyncFileSystem
+        from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+        from zarr.storage import FsspecStore
+
+        fs = where.filesystem(asynchronous=True)
+        if not isinstance(fs, AsyncFileSystem) or not fs.async_impl:
+            fs = AsyncFileSystemWrapper(fs, asynchronous=True)
+        absent = (FileNotFoundError, IsADirectoryError, NotADirectoryError, KeyError)  # the last one of archives
+        return FsspecStore(fs, read_only=True, path=where.key, allowed_exceptions=absent)
     from zarr.storage import LocalStore  # metadata is read without it
 
-    return LocalStore(path, read_only=True)
+    return LocalStore(where, read_only=True)
 
 
-def exists(path: Path) -> bool:
-    """Whether there is anything at a path.
+# ---------------------------------------------------------------------------------------------------- metadata
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[None]:
+    """While it lasts, a metadata file that was read elsewhere is not read again."""
+    global _kept
+    with _lock:
+        outer, _kept = _kept, {} if _kept is None else _kept
+    try:
+        yield
+    finally:
+        with _lock:
+            _kept = outer
+
+
+def read_all(places: Sequence[Remote]) -> list[bytes | None]:
+    """Several small objects at a time; None where there is none.
+
+    Raises:
+        MetadataError: one of them cannot be read.
+    """
+    from cellmap_lightning.volumes.guard import PATIENT, tried
+
+    found: dict[str, bytes | None] = {}
+    if _kept is not None:
+        found = {p.url: _kept[p.url] for p in places if p.url in _kept}
+    wanted = [p for p in places if p.url not in found]
+    if wanted:
+        first = wanted[0]
+        with first._clear():
+            fs = first.filesystem()
+            keys = {p.key: p.url for p in wanted}
+
+            def read(keys: Sequence[str]) -> dict[str, Any]:
+                return dict(fs.cat(list(keys), on_error="return") if len(keys) > 1 else _one(fs, keys[0]))
+
+            for key, text in tried(read, list(keys), PATIENT).items():
+                found[keys[key]] = text
+        if _kept is not None:
+            _kept.update(found)
+    return [found[p.url] for p in places]
+
+
+def _one(fs: Any, key: str) -> dict[str, Any]:
+    try:
+        return {key: fs.cat_file(key)}
+    except Exception as e:  # as `cat` returns them
+        return {key: e}
+
+
+def warm(nodes: Sequence[StorePath]) -> None:
+    """Read the metadata of many images at a time, for whoever opens them next, while somebody keeps them."""
+    remote = [node for node in nodes if isinstance(node, Remote)]
+    if _kept is None or not remote:
+        return
+    names = ("zarr.json", ".zattrs", ".zgroup")
+    read_all([node / name for node in remote for name in names])
+    levels = []
+    for node in remote:
+        attributes = node._kept_text(".zattrs") or (node._kept_text("zarr.json") or {}).get("attributes", {})
+        block = attributes.get("ome", attributes) if isinstance(attributes, dict) else {}
+        with contextlib.suppress(AttributeError, KeyError, TypeError, IndexError):
+            levels += [node / str(dataset["path"]) for dataset in block["multiscales"][0]["datasets"]]
+    if levels:
+        read_all([level / name for level in levels for name in ("zarr.json", ".zarray", ".zattrs")])
+
+
+def exists(path: StorePath) -> bool:
+    """Whether there is anything at a place.
 
     Raises:
         MetadataError: a folder on the way may not be looked into, or the path cannot be one.
     """
     try:
         return path.exists()
+    except CellMapError:
+        raise
     except (OSError, ValueError) as e:
         raise MetadataError(f"{path}: cannot be looked at ({getattr(e, 'strerror', None) or e})") from e
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: StorePath) -> dict[str, Any] | None:
     """The object in a JSON file, or None when there is no such file.
 
     Raises:
         MetadataError: the file cannot be read, is not JSON, or holds something other than an object.
     """
     try:
-        size = path.stat().st_size
-        if size > MOST_JSON_BYTES:
-            raise MetadataError(f"{path}: has {size} bytes, too many for metadata; at most {MOST_JSON_BYTES} are read")
-        content = json.loads(path.read_bytes())
+        text = _text(path)
+        if text is None:
+            return None
+        content = json.loads(text)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except CellMapError:
@@ -69,27 +444,54 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def children(path: Path) -> list[str]:
+def _text(path: StorePath) -> bytes | None:
+    if isinstance(path, Remote):
+        return path.read()
+    size = path.stat().st_size
+    if size > MOST_JSON_BYTES:
+        raise MetadataError(f"{path}: has {size} bytes, too many for metadata; at most {MOST_JSON_BYTES} are read")
+    return path.read_bytes()
+
+
+def children(path: StorePath) -> list[str]:
     """Names of the folders in ``path``, for messages."""
     try:
+        if isinstance(path, Remote):
+            return path.children()
         return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    except OSError:
+    except (OSError, CellMapError):
         return []
 
 
-def missing(path: Path, what: str) -> CellMapFileNotFoundError:
+def missing(path: StorePath, what: str) -> CellMapFileNotFoundError:
     """The error for a path that is not there: how far it exists, and what stands there instead."""
+    if isinstance(path, Remote):
+        return _missing_remote(path, what)
     found = path
     while not exists(found) and found != found.parent:
         found = found.parent
     text = f"{what} {path} does not exist"
     if found != path:
         lost = path.relative_to(found).parts[0]
-        names = children(found)
-        close = difflib.get_close_matches(lost, names, 3, 0.5)
-        text += f": {found} has no {lost!r}"
-        if close:
-            text += f"; did you mean {' or '.join(map(repr, close))}?"
-        elif names:
-            text += f"; it has {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+        text += f": {found} has no {lost!r}{_instead(lost, children(found))}"
     return CellMapFileNotFoundError(text)
+
+
+def _missing_remote(path: Remote, what: str) -> CellMapFileNotFoundError:
+    text = f"{what} {path} does not exist"
+    if not path.lists:
+        return CellMapFileNotFoundError(f"{text}: the server has none of {', '.join(NODE_FILES)} there")
+    for above in path.parents:
+        names = children(above)
+        if names:
+            inside = path._parts()[1].removeprefix(above._parts()[1]).strip("/")
+            lost = inside.partition("/")[0]
+            return CellMapFileNotFoundError(f"{text}: {above} has no {lost!r}{_instead(lost, names)}")
+    return CellMapFileNotFoundError(text)
+
+
+def _instead(lost: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(lost, names, 3, 0.5)
+    if close:
+        return f"; did you mean {' or '.join(map(repr, close))}?"
+    return f"; it has {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}" if names else ""

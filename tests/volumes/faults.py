@@ -31,8 +31,10 @@ class FaultyStore(WrapperStore):
 
 
 @contextmanager
-def serving(folder: Path, fault="", times=10**9, only=""):
+def serving(folder: Path, fault="", times=10**9, only="", latency=0.0):
     """Serve a folder on loopback, with a fault for the first requests of the objects whose path ends so.
+
+    Each request takes ``latency`` seconds at least.
 
     Yields the address, and the number of requests for each object.
     """
@@ -40,6 +42,8 @@ def serving(folder: Path, fault="", times=10**9, only=""):
 
     async def answer(request: web.Request) -> web.StreamResponse:
         path = request.path
+        if latency:
+            await asyncio.sleep(latency)
         asked[path] = asked.get(path, 0) + 1
         file = folder / path.lstrip("/")
         body = file.read_bytes() if file.is_file() else b""
