@@ -92,8 +92,8 @@ def main():
                     second, again = time.perf_counter() - began, requests() - before
                 most = concurrency / args.latency
                 print(
-                    f"fill, concurrency {concurrency:>2}: {asked} requests in {seconds:5.2f} s, {asked / seconds:4.0f} per"
-                    f" second, {asked / seconds / most:4.0%} of {most:.0f}; second epoch {again} requests,"
+                    f"fill, concurrency {concurrency:>2}: {asked} requests in {seconds:5.2f} s, {asked / seconds:4.0f} "
+                    f"per second, {asked / seconds / most:4.0%} of {most:.0f}; second epoch {again} requests,"
                     f" {second:.2f} s",
                     flush=True,
                 )
