@@ -16,6 +16,7 @@ from cellmap_lightning.sampling.entries import read_csv
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAP = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
 PACKAGE = Path(cellmap_lightning.__file__).parent
 COMMAND = Path(sys.executable).with_name("cellmap-train")
 
@@ -80,7 +81,7 @@ def test_the_csv_can_be_read(tmp_path):
 
 def test_every_command_composes(my_configs, tmp_path):
     lines = [line.split("#")[0].split() for line in block("bash", 0).splitlines() + block("bash", 1).splitlines()]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for name, *arguments in lines:
         assert name == "cellmap-train"
         # Hydra prints no configuration of a sweep: another flag stands where -m stood, and one value for its values.
@@ -94,7 +95,7 @@ def test_every_command_composes(my_configs, tmp_path):
 
 
 def test_every_prediction_composes(tmp_path):
-    lines = [line.split() for line in block("bash", 3).replace("\\\n", " ").splitlines()]
+    lines = [line.split() for line in block("bash", 2).replace("\\\n", " ").splitlines()]
     assert len(lines) == 2
     code = "from cellmap_lightning.cli import predict; predict()"
     for name, *arguments in lines:
@@ -106,7 +107,7 @@ def test_every_prediction_composes(tmp_path):
 
 def entries_of_the_map():
     """Paths in the map, files and folders, from its indentation."""
-    text = README.split("\n## Map\n")[1].split("```")[1].strip()
+    text = MAP.split("```")[1].strip()
     folders, found = [], []
     for line in text.splitlines():
         name = line.split()[0]
@@ -140,6 +141,23 @@ def test_files_import_from_files_above_them():
     for number, entry in enumerate(order):
         for module in imported(PACKAGE.parent / entry):
             assert module in order[:number], (entry, module)
+
+
+def test_the_short_map_names_what_exists():
+    text = README.split("\n## Map\n")[1].split("```")[1]
+    named = re.findall(r"[\w/]+\.py|[\w]+/", text)
+    assert len(named) > 15
+    for name in named:
+        assert (ROOT / name).exists() or (PACKAGE / name).exists(), name
+
+
+def test_the_experiments_are_named():
+    text = re.search(r"Experiments that come with it: (.*?)\. Each", README, re.DOTALL)[1]
+    assert set(re.findall(r"`(\w+)`", text)) == {p.stem for p in (ROOT / "configs" / "experiment").glob("*.yaml")}
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) < 200
 
 
 def test_the_groups_of_the_configuration_are_named():
