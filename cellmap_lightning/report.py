@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from cellmap_lightning.figures import SheetSample, contact_sheet, training_curves
+from cellmap_lightning.figures.curves import training_curves
+from cellmap_lightning.figures.sheet import SheetSample, contact_sheet
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.volumes.geometry import AXES
 
