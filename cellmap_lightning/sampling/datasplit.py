@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 #: Crops that are opened at a time: on a network file system most of that is waiting.
 OPENERS = 8
+_E = TypeVar("_E")
 _T = TypeVar("_T")
 
 
@@ -291,7 +292,7 @@ class CellMapDataSplit:
             except CellMapError as e:
                 return e
 
-        return _for_all(opened, entries, f"opening {split}")
+        return for_all(opened, entries, f"opening {split}")
 
     # -- division
 
@@ -405,7 +406,7 @@ class CellMapDataSplit:
             return look(target, self._read(target.names)) if target is not None else None
 
         new = list({key(entry): entry for entry in entries if key(entry) not in self._holdings}.values())
-        for entry, holding in zip(new, _for_all(looked, new, "looking at crops"), strict=True):
+        for entry, holding in zip(new, for_all(looked, new, "looking at crops"), strict=True):
             self._holdings[key(entry)] = holding
         return [self._holdings[key(entry)] for entry in entries]
 
@@ -555,14 +556,14 @@ class CellMapDataSplit:
         self.__dict__.update(state, _lock=threading.RLock())
 
 
-def _for_all(work: Callable[[Entry], _T], entries: Sequence[Entry], what: str) -> list[_T]:
+def for_all(work: Callable[[_E], _T], entries: Sequence[_E], what: str, unit: str = "crop") -> list[_T]:
     """The result for each entry, several at a time: each comes from many small files."""
     if not entries:
         return []
     with (
         ThreadPoolExecutor(min(OPENERS, len(entries)), "cellmap-open") as pool,
         shared_metadata(),
-        tqdm(total=len(entries), desc=what, unit="crop", disable=None, leave=False, delay=1) as bar,
+        tqdm(total=len(entries), desc=what, unit=unit, disable=None, leave=False, delay=1) as bar,
     ):
         futures = [pool.submit(work, entry) for entry in entries]
         try:

@@ -192,6 +192,19 @@ class ChunkReader:
                     found[z, y, x] = stat.st_mtime_ns, stat.st_size
         return found
 
+    def absent(self, start: tuple[int, int, int], shape: Shape) -> tuple[int, int]:
+        """How many files that would hold part of a box were never written, and how many there would be.
+
+        What they would hold is read as the array's fill value. Nothing is decoded.
+        """
+        info = self.level.array
+        spans = [range(1)] * self.level.ndim
+        for axis, first, count in zip(self.level.axes, start, shape, strict=True):
+            size = info.files[axis]
+            spans[axis] = range(first // size, -(-(first + count) // size))
+        files = [info.file(index) for index in itertools.product(*spans)]
+        return sum(not os.path.exists(file) for file in files), len(files)  # noqa: PTH110  as below
+
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
         """A number (64 bits, not 0) that changes when a file that holds part of the box is written or removed."""
         info, axes = self.level.array, self.level.axes

@@ -58,6 +58,7 @@ class ArrayInfo:
         prefix: what stands before a chunk's indices in the name of its file.
         separator: what stands between them.
         checksum: of all that the metadata says.
+        codec: what compresses a chunk, such as ``blosc-zstd``; ``none`` where nothing does.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class ArrayInfo:
     prefix: str = ""
     separator: str = "."
     checksum: str = ""
+    codec: str = "none"
 
     @property
     def metadata(self) -> Path:
@@ -204,9 +206,12 @@ def read_array(path: Path) -> ArrayInfo | None:
             return None
         try:
             chunks = files = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
+            codecs = meta["codecs"]
             for codec in meta["codecs"]:
                 if codec["name"] == "sharding_indexed":
                     chunks = tuple(codec["configuration"]["chunk_shape"])
+                    codecs = codec["configuration"].get("codecs", [])
+            compressors = [_codec(codec["name"], codec.get("configuration") or {}) for codec in codecs]
             dtype = meta["data_type"]
             keys = meta.get("chunk_key_encoding") or {"name": "default"}
             default = keys["name"] == "default"
@@ -215,7 +220,10 @@ def read_array(path: Path) -> ArrayInfo | None:
             raise MetadataError(f"{file}: not the metadata of a Zarr v3 array with a regular chunk grid ({e!r})") from e
         info = _array(file, path, 3, meta.get("shape"), chunks, dtype, meta.get("attributes") or {})
         prefix = f"c{separator}" if default else ""
-        return replace(info, files=files, prefix=prefix, separator=str(separator), checksum=_checksum(meta))
+        return replace(
+            info, files=files, prefix=prefix, separator=str(separator), checksum=_checksum(meta),
+            codec="+".join(filter(None, compressors)) or "none",
+        )  # fmt: skip
     file = path / ".zarray"
     meta = read_json(file)
     if meta is None:
@@ -223,7 +231,17 @@ def read_array(path: Path) -> ArrayInfo | None:
     info = _array(
         file, path, 2, meta.get("shape"), meta.get("chunks"), meta.get("dtype"), read_json(path / ".zattrs") or {}
     )
-    return replace(info, separator=str(meta.get("dimension_separator", ".")), checksum=_checksum(meta))
+    compressor = meta.get("compressor")
+    codec = _codec(str(compressor.get("id")), compressor) if isinstance(compressor, dict) else "none"
+    separator = str(meta.get("dimension_separator", "."))
+    return replace(info, separator=separator, checksum=_checksum(meta), codec=codec)
+
+
+def _codec(name: str, settings: dict[str, Any]) -> str:
+    """What people call a codec; empty where it compresses nothing."""
+    if name in ("bytes", "transpose", "crc32c", "endian"):
+        return ""
+    return f"{name}-{settings['cname']}" if "cname" in settings else name
 
 
 def _checksum(meta: dict[str, Any]) -> str:
