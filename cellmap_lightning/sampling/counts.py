@@ -40,7 +40,7 @@ def unknown_in_metadata(image: Multiscale) -> int:
 def unknown_share(image: Multiscale) -> float | None:
     """The part of the finest level that nobody annotated, by its ``complement_counts``; None where it does not say."""
     counts = _complement_counts(image.finest)
-    number = counts.get("unknown") if counts else None
+    number = counts.get("unknown", 0) if counts else None
     return number / int(np.prod(image.finest.array.shape)) if isinstance(number, int) else None
 
 

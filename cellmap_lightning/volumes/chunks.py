@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import os
 import struct
 from typing import Any, Literal
@@ -192,17 +193,23 @@ class ChunkReader:
                     found[z, y, x] = stat.st_mtime_ns, stat.st_size
         return found
 
-    def absent(self, start: tuple[int, int, int], shape: Shape) -> tuple[int, int]:
-        """How many files that would hold part of a box were never written, and how many there would be.
+    def absent(self, start: tuple[int, int, int], shape: Shape, most: int = 2000) -> tuple[int, int]:
+        """How many files that would hold part of a box were never written, and of how many.
 
-        What they would hold is read as the array's fill value. Nothing is decoded.
+        What they would hold is read as the array's fill value. Nothing is decoded. Of more than ``most`` files, as many
+        are looked at, evenly spread.
         """
         info = self.level.array
         spans = [range(1)] * self.level.ndim
         for axis, first, count in zip(self.level.axes, start, shape, strict=True):
             size = info.files[axis]
             spans[axis] = range(first // size, -(-(first + count) // size))
-        files = [info.file(index) for index in itertools.product(*spans)]
+        lengths = [len(span) for span in spans]
+        total = math.prod(lengths)
+        numbers = range(total) if total <= most else np.linspace(0, total - 1, most).round().astype(int).tolist()
+        files = []
+        for place in zip(*(axis.tolist() for axis in np.unravel_index(numbers, lengths)), strict=True):
+            files.append(info.file([span[i] for span, i in zip(spans, place, strict=True)]))
         return sum(not os.path.exists(file) for file in files), len(files)  # noqa: PTH110  as below
 
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
