@@ -79,6 +79,11 @@ def inspect_() -> Any:
     return _command("inspect", _inspect, _inspection)
 
 
+def preview() -> Any:
+    """``cellmap-preview``: draw batches as a training will see them."""
+    return _command("preview", _preview)
+
+
 def predict() -> Any:
     """``cellmap-predict``: write what the model of a checkpoint says of a volume."""
     return _command("predict", _predict, _prediction)
@@ -450,6 +455,29 @@ def _predict(cfg: DictConfig) -> None:
         print(f"\n{said}")
 
 
+# -- cellmap-preview
+
+
+def _preview(cfg: DictConfig) -> None:
+    from hydra.utils import instantiate
+
+    from cellmap_lightning.preview import collect, write
+
+    _quieten()
+    if cfg.split not in ("train", "val", "test"):
+        raise CellMapKeyError(f"split is train, val or test, got {cfg.split!r}")
+    out = Path(cfg.out)
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise CellMapValueError(f"out is a .png, .pdf or .svg file, got {cfg.out!r}; html=true writes a page beside it")
+    with instantiate(cfg.data, _convert_="all") as data:
+        shown = collect(getattr(data, f"{cfg.split}_dataloader")(), cfg.samples, cfg.epoch, cfg.serve)
+        title = f"{cfg.split}, epoch {cfg.epoch}, seed {cfg.seed}"
+        written = write(shown, data.classes or (), out, title, cfg.overlay, cfg.html)
+    for number, one in enumerate(shown):
+        print(f"{one.sample.header}\n  {one.napari}\n  {one.neuroglancer}" + "\n" * (number < len(shown) - 1))
+    print("\n" + "\n".join(map(str, written)))
+
+
 # -- cellmap-inspect
 
 
@@ -478,6 +506,7 @@ def _inspection(cfg: DictConfig) -> DictConfig:
 
 
 def _inspect(cfg: DictConfig) -> None:
+    logging.getLogger("cellmap_lightning").setLevel(logging.ERROR)  # the report says it
     if cfg.cache is not None:
         from cellmap_lightning.inspection.kept import clear, listing
 

@@ -44,11 +44,9 @@ def write_label(path, scale, origin, shape, voxels, unknown=0, levels=2):
     size = int(np.prod(shape))
     kind = {"type": "semantic_segmentation", "encoding": {"absent": 0, "present": 1, "unknown": 255}}
     counts = {"absent": size - voxels - unknown, "unknown": unknown}
-    block = {"annotation_type": kind}
-    write_image(
-        path, scale, origin, shape, levels=levels, array={"cellmap": {"annotation": {**block, "complement_counts": counts}}},
-        group={"cellmap": {"annotation": block}},
-    )  # fmt: skip
+    array = {"cellmap": {"annotation": {"annotation_type": kind, "complement_counts": counts}}}
+    group = {"cellmap": {"annotation": {"annotation_type": kind}}}
+    write_image(path, scale, origin, shape, levels=levels, array=array, group=group)
 
 
 def write_challenge(root, crops, share=0.4):

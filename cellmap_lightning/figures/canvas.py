@@ -55,6 +55,16 @@ def save(figure: "Figure", path: str | PathLike[str] | None) -> None:
         figure.savefig(target, dpi=DPI, facecolor="white")
 
 
+def as_pixels(figure: "Figure") -> npt.NDArray[np.uint8]:
+    """A figure as ``[row, column, red green blue]``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
+
+
 def wrap(text: str, width: float, points: float, *, bold: bool = False, lines: int = 3) -> list[str]:
     """Lines of text of so many points that fit between the margins of a figure ``width`` inches wide."""
     characters = max(20, int((width - 2 * MARGIN) / (points * (0.0098 if bold else 0.0086))))

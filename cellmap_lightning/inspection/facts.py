@@ -13,7 +13,7 @@ from cellmap_lightning.sampling.holds import place_of
 from cellmap_lightning.sampling.pool import ReadPool
 from cellmap_lightning.sampling.targets_path import TargetPath
 from cellmap_lightning.volumes.chunks import ChunkReader
-from cellmap_lightning.volumes.geometry import LATTICE_TOLERANCE, Box, Lattice, Shape, Vector
+from cellmap_lightning.volumes.geometry import LATTICE_TOLERANCE, SCALE_TOLERANCE, Box, Lattice, Shape, Vector
 from cellmap_lightning.volumes.image import choose_level
 from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding, read_multiscale
 from cellmap_lightning.volumes.patches import stored_box
@@ -132,7 +132,7 @@ class CropFacts:
         off: voxels by which its edges miss those of raw's finest level (z, y, x), 0 where they agree; None without raw.
         ratio: raw's finest voxels in one of the labels, along each axis; None likewise.
         outside: part of the crop that lies outside raw; None likewise.
-        chunks: files of raw under the crop that were never written, and all, of the level read at the scale in use.
+        chunks: files of raw under the crop that were never written, and of how many, of the level that is read.
         wrong: why it cannot be read.
     """
 
@@ -275,6 +275,8 @@ def at_scale(crops: Sequence[CropFacts], scale: Vector, deep: bool) -> list[Crop
         for name, own in facts.classes.items():
             classes[name] = own if own.wrong else _lost(own, read_multiscale(target.of(name)), scale, deep, pool, facts)
         chunks = None
+        if not fits(facts, scale):
+            return replace(facts, classes=classes)  # it will not be read
         try:
             level = choose_level(read_multiscale(facts.raw), scale)
             lower, upper = (tuple(sides) for sides in zip(*facts.box.values(), strict=True))
@@ -288,6 +290,11 @@ def at_scale(crops: Sequence[CropFacts], scale: Vector, deep: bool) -> list[Crop
         return for_all(look, crops, "counting voxels" if deep else "looking at chunks")
     finally:
         pool.close()
+
+
+def fits(crop: CropFacts, scale: Vector) -> bool:
+    """Whether the labels of a crop are as fine as a scale."""
+    return crop.scale is not None and bool((np.divide(crop.scale, scale) <= 1 + SCALE_TOLERANCE).all())
 
 
 def _lost(own: ClassFacts, image: Multiscale, scale: Vector, deep: bool, pool: ReadPool, crop: CropFacts) -> ClassFacts:

@@ -37,7 +37,7 @@ class Problem:
 #: Every kind, in the order in which people read them, with its heading.
 KINDS = {
     "unreadable": "cannot be read",
-    "config": "the configuration is refused",
+    "config": "the configuration is refused, for what the error at the end says",
     "outside": "crops outside their raw volume",
     "missing level": "levels that are listed and not on disk",
     "raw absent": "raw under a crop that was never written, and reads as the fill value",
@@ -187,8 +187,8 @@ def _of_values(volumes: Sequence[VolumeFacts]) -> list[Problem]:
         fewer, tail = (bright, "bright") if len(bright) <= len(dark) else (dark, "dark")
         others = len(dark) + len(bright) - len(fewer)
         text = (
-            f"the longer tail of its values is the {tail} one, unlike that of {others} other{'s' * (others > 1)}: perhaps "
-            "dark and bright are exchanged; look at it, and if so give its entry invert: true"
+            f"the longer tail of its values is the {tail} one, unlike that of {others} more: perhaps dark and bright "
+            "are exchanged; look at it, and if so give its entry invert: true"
         )
         found += [Problem("polarity", name, text) for name in fewer]
     return found

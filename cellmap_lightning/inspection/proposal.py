@@ -36,6 +36,7 @@ class Proposal:
         batch_size: samples of a batch.
         normalize: how stored values become an input.
         classes: the classes.
+        only_datasets: the datasets that can deliver the scale, where others would be refused.
         reasons: why, of each of these.
         yaml: the same, ready to paste.
     """
@@ -45,6 +46,7 @@ class Proposal:
     batch_size: int
     normalize: Any
     classes: tuple[str, ...]
+    only_datasets: tuple[str, ...] | None
     reasons: Mapping[str, str]
     yaml: str
 
@@ -55,6 +57,7 @@ def propose(
     source: Mapping[str, Any],
     device_bytes: int,
     given: Mapping[str, Any],
+    max_upsampling: float,
 ) -> Proposal | None:
     """Settings that fit; None without a crop and without a volume that can be read.
 
@@ -64,6 +67,7 @@ def propose(
         source: keys of ``data`` that name the crops, for the YAML.
         device_bytes: memory of the device that trains.
         given: ``scale``, ``shape`` and ``classes`` that the user has chosen, or None for each.
+        max_upsampling: how many times finer than raw's finest level an input may be.
     """
     usable = [crop for crop in crops if crop.wrong is None and crop.scale is not None and crop.off is not None]
     readable = {volume.path: volume for volume in volumes if volume.present}
@@ -87,9 +91,15 @@ def propose(
     reasons = {"scale": why_scale, "shape": why_shape, "batch_size": why_batch, "normalize": why_normalize}
     if classes:
         reasons["classes"] = why_classes
+    only, why_only = _able(list(readable.values()), usable, scale, max_upsampling)
+    if source.get("only_datasets") is not None or source.get("only_crops") is not None:
+        only = None  # the user's own choice
+    if only is not None:
+        reasons["only_datasets"] = why_only
+        source = {**source, "only_datasets": list(only)}
     data = {**source, **({"classes": list(classes)} if classes else {})}
     text = _yaml(scale, shape, batch_size, normalize, data, reasons)
-    return Proposal(scale, shape, batch_size, normalize, classes, reasons, text)
+    return Proposal(scale, shape, batch_size, normalize, classes, only, reasons, text)
 
 
 def _scale(volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts]) -> tuple[Vector, str]:
@@ -113,6 +123,18 @@ def _scale(volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts]) -> tuple[
         text += f"; {_nm(finer[-1])} fits {counts[finer[-1]]}"
     coarser = [s for s in candidates if counts[s] > counts[chosen]]
     return chosen, text + (f"; {_nm(coarser[0])} would fit {counts[coarser[0]]}" if coarser else "")
+
+
+def _able(
+    volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts], scale: Vector, max_upsampling: float
+) -> tuple[tuple[str, ...] | None, str]:
+    """The datasets whose raw is fine enough, where that of others is not: these would be refused, not left out."""
+    able = {v.path for v in volumes if max(np.divide(v.present[0].scale, scale)) <= max_upsampling}
+    if not crops or all(crop.raw in able for crop in crops) or not any(crop.raw in able for crop in crops):
+        return None, ""
+    names = sorted({volume.name for volume in volumes if volume.path in able})
+    others = sorted({volume.name for volume in volumes if volume.path not in able})
+    return tuple(names), f"raw of {_some(others)} is more than {max_upsampling:g}x coarser, which is refused"
 
 
 def _shape(

@@ -27,6 +27,7 @@ from cellmap_lightning.inspection.proposal import Proposal, propose
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
 from cellmap_lightning.sampling.entries import SPLITS, Entry, read_csv, read_mapping
 from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW, find_crops, read_manifest
+from cellmap_lightning.volumes.image import MAX_UPSAMPLING
 from cellmap_lightning.volumes.ngff import shared_metadata
 from cellmap_lightning.volumes.store import children, local
 
@@ -117,7 +118,8 @@ def inspect(
             for name in ("csv_path", "search_path", "manifest", "datasets", "split", "only_datasets", "only_crops")
             if settings.get(name) is not None and not (name == "split" and settings[name] == "csv")
         }
-        proposal = propose(volumes, crops, {"csv_path": None, **named}, device_bytes, wanted)
+        upsampling = float(settings.get("max_upsampling") or MAX_UPSAMPLING)
+        proposal = propose(volumes, crops, {"csv_path": None, **named}, device_bytes, wanted, upsampling)
         refused, cost, problems = None, None, []
         if proposal is not None:
             crops = at_scale(crops, proposal.scale, deep)
@@ -185,6 +187,8 @@ def _complete(settings: Mapping[str, Any], proposal: Proposal) -> dict[str, Any]
     """Arguments of `CellMapDataModule`, what the user did not say taken from the proposal."""
     found = dict(settings)
     found["classes"] = list(settings.get("classes") or proposal.classes) or None
+    if proposal.only_datasets is not None:
+        found["only_datasets"] = list(proposal.only_datasets)
     for kind in ("input_arrays", "target_arrays"):
         arrays = settings.get(kind) or {"raw" if kind == "input_arrays" else "labels": {}}
         found[kind] = {
@@ -356,6 +360,9 @@ def _problems(problems: Sequence[Problem]) -> str:
     for kind, heading in KINDS.items():
         own = [problem for problem in problems if problem.kind == kind]
         if not own:
+            continue
+        if kind == "config":
+            lines.append(f"\n{heading}")
             continue
         lines.append(f"\n{heading}: {len(own)}")
         width = max(len(problem.where) for problem in own[:SHOWN])

@@ -207,9 +207,8 @@ class ChunkReader:
         lengths = [len(span) for span in spans]
         total = math.prod(lengths)
         numbers = range(total) if total <= most else np.linspace(0, total - 1, most).round().astype(int).tolist()
-        files = []
-        for place in zip(*(axis.tolist() for axis in np.unravel_index(numbers, lengths)), strict=True):
-            files.append(info.file([span[i] for span, i in zip(spans, place, strict=True)]))
+        places = np.stack(np.unravel_index(numbers, lengths), axis=1) + [span.start for span in spans]
+        files = [info.file(place) for place in places.tolist()]
         return sum(not os.path.exists(file) for file in files), len(files)  # noqa: PTH110  as below
 
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
