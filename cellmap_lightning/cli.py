@@ -84,8 +84,13 @@ def train() -> Any:
 
 
 def inspect_() -> Any:
-    """``cellmap-inspect``: say what is kept on this machine, or remove it."""
-    return _command("inspect", _inspect)
+    """``cellmap-inspect``: say what data are like, what is wrong with them, and which settings fit."""
+    return _command("inspect", lambda configs: _inspect(configs[0]), lambda cfg: [_inspection(cfg)])
+
+
+def preview() -> Any:
+    """``cellmap-preview``: draw batches as a training will see them."""
+    return _command("preview", _preview)
 
 
 def predict() -> Any:
@@ -528,31 +533,76 @@ def _submit(cfg: DictConfig) -> None:
         print(f"not in it, though {cfg.manifest} lists them: {', '.join(missing)}")
 
 
+# -- cellmap-preview
+
+
+def _preview(cfg: DictConfig) -> None:
+    from hydra.utils import instantiate
+
+    from cellmap_lightning.preview import collect, write
+
+    _quieten()
+    if cfg.split not in ("train", "val", "test"):
+        raise CellMapKeyError(f"split is train, val or test, got {cfg.split!r}")
+    out = Path(cfg.out)
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise CellMapValueError(f"out is a .png, .pdf or .svg file, got {cfg.out!r}; html=true writes a page beside it")
+    with instantiate(cfg.data, _convert_="all") as data:
+        shown = collect(getattr(data, f"{cfg.split}_dataloader")(), cfg.samples, cfg.epoch, cfg.serve)
+        title = f"{cfg.split}, epoch {cfg.epoch}, seed {cfg.seed}"
+        written = write(shown, data.classes or (), out, title, cfg.overlay, cfg.html)
+    for number, one in enumerate(shown):
+        print(f"{one.sample.header}\n  {one.napari}\n  {one.neuroglancer}" + "\n" * (number < len(shown) - 1))
+    print("\n" + "\n".join(map(str, written)))
+
+
 # -- cellmap-inspect
 
 
-def _inspect(cfg: DictConfig) -> None:
-    from datetime import datetime
-
-    from cellmap_lightning.volumes.location import region_folder
-    from cellmap_lightning.volumes.shared import RegionFolder
-
-    if cfg.cache not in ("list", "clear"):
+def _inspection(cfg: DictConfig) -> DictConfig:
+    """The configuration without what only this command knows of the data, so that the rest can be checked."""
+    if cfg.cache not in (None, "list", "clear"):
         raise CellMapKeyError(f"cache is list or clear, got {cfg.cache!r}")
-    where = region_folder()
-    if not where.is_dir():
-        print(f"nothing is kept in {where}")
+    for name in ("deep", "json"):
+        if not isinstance(cfg[name], bool):
+            raise CellMapValueError(f"{name} is true or false, got {cfg[name]!r}")
+    if cfg.device_gb is not None and not (isinstance(cfg.device_gb, int | float) and cfg.device_gb > 0):
+        raise CellMapValueError(f"device_gb must be a positive number of GiB, got {cfg.device_gb!r}")
+    found = OmegaConf.create(OmegaConf.to_container(cfg))
+    assert isinstance(found, DictConfig)
+    if OmegaConf.is_missing(found.data, "csv_path"):
+        found.data.csv_path = None
+    found.input_path = found.data.pop("input_path")
+    sources = {name: found.data[name] for name in ("csv_path", "datasets", "search_path")}
+    given = [f"data.{name}" for name, value in {**sources, "input_path": found.input_path}.items() if value is not None]
+    if cfg.cache is None and len(given) != 1:
+        raise CellMapValueError(
+            "say what to look at, in one way: data.csv_path=..., data.input_path=..., data.search_path=... or "
+            f"data.datasets=...; or cache=list for what is kept on this machine; got {' and '.join(given) or 'none'}"
+        )
+    return found
+
+
+def _inspect(cfg: DictConfig) -> None:
+    logging.getLogger("cellmap_lightning").setLevel(logging.ERROR)  # the report says it
+    if cfg.cache is not None:
+        from cellmap_lightning.inspection.kept import clear, listing
+
+        print(listing())
+        if cfg.cache == "clear":
+            print(clear())
         return
-    folder = RegionFolder(where)
-    files = folder.files()
-    for path, size, used in files:
-        print(f"{size / 1e6:10.1f} MB  {datetime.fromtimestamp(used):%Y-%m-%d %H:%M}  {folder.name(path) or path.stem}")
-    total = sum(size for _, size, _ in files)
-    print(f"{total / 1e6:10.1f} MB  in {len(files)} regions in {where}")
-    if cfg.cache == "clear":
-        removed = folder.evict(total + 1, set())
-        left = len(folder.files())
-        print(f"{removed / 1e6:10.1f} MB  removed" + (f"; {left} are in use" if left else ""))
+    _quieten()
+    from cellmap_lightning.inspection.report import inspect as look
+    from cellmap_lightning.inspection.report import refuse
+    from cellmap_lightning.sampling.memory import gpu_memory
+
+    data: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    patch: Any = OmegaConf.to_container(cfg.patch, resolve=True)
+    size = int(cfg.device_gb * 2**30) if cfg.device_gb is not None else gpu_memory() or 16 << 30
+    found = look(data, patch, cfg.input_path, cfg.deep, size)
+    print(found.json() if cfg.json else found)
+    refuse(found)
 
 
 if __name__ == "__main__":

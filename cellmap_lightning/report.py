@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from cellmap_lightning.figures import SheetSample, contact_sheet, training_curves
+from cellmap_lightning.figures.curves import training_curves
+from cellmap_lightning.figures.sheet import SheetSample, contact_sheet
+from cellmap_lightning.preview import by_class
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.volumes.geometry import AXES
 
@@ -70,7 +72,7 @@ def write_samples(
     ranked = []
     for position in tiles:
         sample = source[position]
-        target = _by_class(sample[target_name], len(source.classes)) if target_name else None
+        target = by_class(sample[target_name], len(source.classes)) if target_name else None
         if target_name is None or target is None:
             target_name = None
             ranked.append((0.0, 0.0, position, sample))
@@ -108,16 +110,6 @@ def write_samples(
             )
         )
     contact_sheet(shown, list(source.classes), path=path, title=title)
-
-
-def _by_class(target: torch.Tensor, classes: int) -> torch.Tensor | None:
-    """A target as 1, 0 and NaN per class, or None where it is of a kind that has no outlines."""
-    if target.is_floating_point():
-        return target if len(target) == classes else None
-    if len(target) == 1:  # numbers of classes
-        number = torch.arange(1, classes + 1).reshape(-1, *[1] * (target.ndim - 1))
-        return (target == number).float().masked_fill(target < 0, float("nan"))
-    return (target > 0).float().masked_fill(target < 0, float("nan"))  # ids
 
 
 def _overlap(source: SampleSource, one: int, other: int, name: str) -> bool:

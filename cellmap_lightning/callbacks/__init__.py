@@ -7,10 +7,12 @@ if TYPE_CHECKING:
     from cellmap_lightning.callbacks.data_watch import DataWatch
     from cellmap_lightning.callbacks.prediction_writer import PredictionWriter
     from cellmap_lightning.callbacks.preemption import Preemption
+    from cellmap_lightning.callbacks.preview import BatchPreview
     from cellmap_lightning.callbacks.run_config import RunConfig
     from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
 
 _HOMES = {
+    "BatchPreview": "preview",
     "DataWatch": "data_watch",
     "PredictionWriter": "prediction_writer",
     "Preemption": "preemption",
@@ -18,7 +20,7 @@ _HOMES = {
     "StreamPrefetch": "stream_prefetch",
 }
 
-__all__ = ["DataWatch", "PredictionWriter", "Preemption", "RunConfig", "StreamPrefetch"]
+__all__ = ["BatchPreview", "DataWatch", "PredictionWriter", "Preemption", "RunConfig", "StreamPrefetch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,19 +12,20 @@ from cellmap_lightning.sampling.labels import stored_labels
 from cellmap_lightning.sampling.pool import ReadPool
 from cellmap_lightning.volumes.chunks import ChunkReader
 from cellmap_lightning.volumes.guard import PATIENT, Patience
-from cellmap_lightning.volumes.ngff import Encoding, Multiscale
+from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale
 from cellmap_lightning.volumes.statistics import fingerprint, recall, remember
 
 log = logging.getLogger(__name__)
 
 
-def counted_in_metadata(image: Multiscale) -> int | None:
-    """Foreground voxels of the finest level by its ``complement_counts``, or None where it has none.
+def counted_in_metadata(image: Multiscale, level: Level | None = None) -> int | None:
+    """Foreground voxels of a level, by default the finest, by its ``complement_counts``; None where it has none.
 
     ``foreground = size - sum(complement_counts)``, as cellmap-schemas defines it.
     """
-    counts = _complement_counts(image)
-    size = int(np.prod(image.finest.array.shape))
+    level = level or image.finest
+    counts = _complement_counts(level)
+    size = int(np.prod(level.array.shape))
     if not counts or not all(isinstance(n, int) for n in counts.values()):
         return None
     return size - sum(counts.values()) if 0 <= sum(counts.values()) <= size else None
@@ -32,13 +33,20 @@ def counted_in_metadata(image: Multiscale) -> int | None:
 
 def unknown_in_metadata(image: Multiscale) -> int:
     """Voxels of the finest level that nobody annotated, by its ``complement_counts``; 0 where it does not say."""
-    counts = _complement_counts(image)
+    counts = _complement_counts(image.finest)
     number = counts.get("unknown", 0) if counts else 0
     return number if isinstance(number, int) else 0
 
 
-def _complement_counts(image: Multiscale) -> Mapping[str, Any] | None:
-    block = image.finest.array.attributes.get("cellmap")
+def unknown_share(image: Multiscale) -> float | None:
+    """The part of the finest level that nobody annotated, by its ``complement_counts``; None where it does not say."""
+    counts = _complement_counts(image.finest)
+    number = counts.get("unknown", 0) if counts else None
+    return number / int(np.prod(image.finest.array.shape)) if isinstance(number, int) else None
+
+
+def _complement_counts(level: Level) -> Mapping[str, Any] | None:
+    block = level.array.attributes.get("cellmap")
     block = block.get("annotation") if isinstance(block, Mapping) else None
     counts = block.get("complement_counts") if isinstance(block, Mapping) else None
     return counts if isinstance(counts, Mapping) else None
@@ -54,14 +62,23 @@ def foreground(image: Multiscale, encoding: Encoding, pool: ReadPool, label: str
         label: what messages call it.
         patience: how long an object is tried for.
     """
-    known = counted_in_metadata(image)
+    known = known_foreground(image, image.finest, encoding)
+    return known if known is not None else count_foreground(image.finest, encoding, pool, label, patience)
+
+
+def known_foreground(image: Multiscale, level: Level, encoding: Encoding) -> int | None:
+    """Foreground voxels of a level by its metadata or an earlier count; None where voxels would have to be read."""
+    known = counted_in_metadata(image, level)
     if known is not None:
         return known
-    name = fingerprint(image.finest, "foreground", encoding)
-    kept = recall(name)
-    if kept is not None and isinstance(kept.get("foreground"), int):
-        return int(kept["foreground"])  # type: ignore[call-overload, no-any-return]
-    reader = ChunkReader(image.finest, label, patience=patience)
+    kept = recall(fingerprint(level, "foreground", encoding))
+    return int(kept["foreground"]) if kept is not None and isinstance(kept.get("foreground"), int) else None  # type: ignore[call-overload]
+
+
+def count_foreground(level: Level, encoding: Encoding, pool: ReadPool, label: str, patience: Patience = PATIENT) -> int:
+    """Read a level of labels and count its foreground voxels; the count is kept outside the data."""
+    name = fingerprint(level, "foreground", encoding)
+    reader = ChunkReader(level, label, patience=patience)
     corners = list(product(*(range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True))))
     found: list[int] = []
 
@@ -70,12 +87,12 @@ def foreground(image: Multiscale, encoding: Encoding, pool: ReadPool, label: str
         stored = stored_labels(reader, encoding, start, (z, y, x))
         found.append(int(np.count_nonzero(encoding.present(stored))))
 
-    log.info("%s: its metadata has no complement_counts, so its %d chunks are counted once", label, len(corners))
+    log.info("%s: no complement_counts say how many voxels there are: %d chunks are counted once", label, len(corners))
     batch = 4 * pool.workers  # so that the queue stays short and the bar moves
     with tqdm(total=len(corners), desc=f"counting {label}", unit="chunk", disable=None, leave=False) as bar:
         for first in range(0, len(corners), batch):
             part = corners[first : first + batch]
             pool.run([lambda c=corner: count(c) for corner in part])  # type: ignore[misc]
             bar.update(len(part))
-    remember(name, {"foreground": sum(found)})
+    remember(name, {"foreground": sum(found)}, level)
     return sum(found)

@@ -432,6 +432,22 @@ class CellMapDataLoader(DataLoader[Any]):
             sampler = getattr(self.batch_sampler, "sampler", None)
         return sampler if isinstance(sampler, StreamSampler) else None
 
+    def numbers(self, batch: int) -> list[int]:
+        """The numbers of the samples of a batch of the pass under way, else of the next one; counted from 0.
+
+        Empty where somebody else's sampler gives the order.
+        """
+        sampler = self._own_sampler()
+        if sampler is None:
+            return []
+        epoch, skip = sampler.epoch, sampler.skip
+        if not self._under_way:
+            sampler.epoch, sampler.skip = sampler.next_epoch, 0
+        try:
+            return list(itertools.islice(sampler, batch * self._most, (batch + 1) * self._most))
+        finally:
+            sampler.epoch, sampler.skip = epoch, skip
+
     def set_epoch(self, epoch: int) -> None:
         """The next pass is this epoch."""
         sampler = self._own_sampler()

@@ -20,7 +20,7 @@ from cellmap_lightning.sampling.arrays import (
     parse_inputs,
     parse_targets,
 )
-from cellmap_lightning.sampling.counts import foreground, unknown_in_metadata
+from cellmap_lightning.sampling.counts import foreground, known_foreground, unknown_in_metadata
 from cellmap_lightning.sampling.foreground import Foreground, foreground_index
 from cellmap_lightning.sampling.labels import DOWNSAMPLE, BitStack, Downsample, IdStack, Unknown, id_dtype
 from cellmap_lightning.sampling.names import renamed
@@ -460,6 +460,12 @@ class CellMapDataset(SampleSource):
             stored = foreground(image, code, self._pool, label, self.patience)
             found[name] = stored * self._per_stored_voxel(image)
         return found
+
+    @property
+    def counted(self) -> bool:
+        """Whether `class_counts` needs no voxel to be read."""
+        images = [self._labels[name] for name in self.annotated]
+        return all(known_foreground(i, i.finest, self._encoding(i, i.finest)) is not None for i in images)
 
     @property
     def target_window(self) -> Window:

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 #: Crops that are opened at a time: on a network file system most of that is waiting.
 OPENERS = 8
+_E = TypeVar("_E")
 _T = TypeVar("_T")
 
 
@@ -315,7 +316,7 @@ class CellMapDataSplit:
             except CellMapError as e:
                 return e
 
-        return _for_all(opened, entries, f"opening {split}")
+        return for_all(opened, entries, f"opening {split}")
 
     def _with_options(self, entry: Entry) -> Entry:
         common = self._common["storage_options"]
@@ -433,7 +434,7 @@ class CellMapDataSplit:
             return look(target, self._read(target.names)) if target is not None else None
 
         new = list({key(entry): entry for entry in entries if key(entry) not in self._holdings}.values())
-        for entry, holding in zip(new, _for_all(looked, new, "looking at crops"), strict=True):
+        for entry, holding in zip(new, for_all(looked, new, "looking at crops"), strict=True):
             self._holdings[key(entry)] = holding
         return [self._holdings[key(entry)] for entry in entries]
 
@@ -586,14 +587,14 @@ class CellMapDataSplit:
         self.__dict__.update(state, _lock=threading.RLock())
 
 
-def _for_all(work: Callable[[Entry], _T], entries: Sequence[Entry], what: str) -> list[_T]:
+def for_all(work: Callable[[_E], _T], entries: Sequence[_E], what: str, unit: str = "crop") -> list[_T]:
     """The result for each entry, several at a time: each comes from many small files."""
     if not entries:
         return []
     with (
         ThreadPoolExecutor(min(_openers(entries), len(entries)), "cellmap-open") as pool,
         shared_metadata(),
-        tqdm(total=len(entries), desc=what, unit="crop", disable=None, leave=False, delay=1) as bar,
+        tqdm(total=len(entries), desc=what, unit=unit, disable=None, leave=False, delay=1) as bar,
     ):
         futures = [pool.submit(work, entry) for entry in entries]
         try:
@@ -607,9 +608,9 @@ def _for_all(work: Callable[[Entry], _T], entries: Sequence[Entry], what: str) -
             raise
 
 
-def _openers(entries: Sequence[Entry]) -> int:
+def _openers(entries: Sequence[Any]) -> int:
     """How many crops are opened at a time: those that lie elsewhere cost a thread that waits."""
-    return REMOTE_WORKERS if any("://" in entry.input_path for entry in entries) else OPENERS
+    return REMOTE_WORKERS if any("://" in getattr(entry, "input_path", "") for entry in entries) else OPENERS
 
 
 def _volumes(split: str, entries: list[Entry]) -> list[Entry]:

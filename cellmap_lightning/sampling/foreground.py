@@ -113,7 +113,7 @@ def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str, patienc
         return Foreground(level.lattice, *_unpacked(kept))
     with FORK_GATE:
         found = Foreground(level.lattice, *_build(reader, files, encoding, pool))
-    remember(name, {"stamp": stamp, **_packed(found)})
+    remember(name, {"stamp": stamp, **_packed(found)}, level)
     return found
 
 

@@ -52,6 +52,11 @@ def device_memory(device: torch.device) -> int | None:
     return None
 
 
+def gpu_memory() -> int | None:
+    """Total memory of the current CUDA device in bytes; None without one."""
+    return device_memory(torch.device("cuda")) if torch.cuda.is_available() else None
+
+
 def check_fits(memory: BatchMemory, batch_size: int, device: torch.device, total: int | None, what: str) -> None:
     """Refuse a batch that is larger than all of a device's memory, before anything is read.
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, get_worker_info
+from tqdm import tqdm
 
 from cellmap_lightning.draws import PLACE, uniforms
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
@@ -158,6 +159,11 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         if count >= self.tile_count:
             return self.spread_tiles()
         strata = []
+        with tqdm(total=len(self.datasets), unit="crop", disable=None, leave=False, delay=1) as bar:
+            bar.set_description("looking where classes are")
+            for dataset in self.datasets if self.classes else ():
+                dataset.class_tiles  # noqa: B018  read once, and kept
+                bar.update()
         for name in self.classes:
             seen, anywhere = [], []
             for offset, dataset in zip(self._tile_offsets, self.datasets, strict=False):
@@ -420,6 +426,10 @@ class Samples(Dataset[Any]):
         """One finished sample."""
         batch = self.layout.finish(self.dataset.read(self._draw([sample])))
         return {name: value[0] for name, value in batch.items()}
+
+    def draws(self, samples: Sequence[int]) -> list[Draw]:
+        """Where the samples of these numbers are read, and how they are turned."""
+        return self._draw(samples)
 
     def _draw(self, samples: Sequence[int]) -> list[Draw]:
         numbers = samples if self.shuffle else [self.tiles[n] for n in samples]

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -307,6 +308,26 @@ class ChunkReader:
                     z, y, x = self.level.zyx([int(part) for part in index])
                     found[z, y, x] = stat.st_mtime_ns, stat.st_size
         return found
+
+    def absent(self, start: tuple[int, int, int], shape: Shape, most: int = 2000) -> tuple[int, int]:
+        """How many files that would hold part of a box were never written, and of how many.
+
+        What they would hold is read as the array's fill value. Nothing is decoded. Of more than ``most`` files, as many
+        are looked at, evenly spread. A store elsewhere is not asked: of none.
+        """
+        info = self.level.array
+        if not self.local:
+            return 0, 0
+        spans = [range(1)] * self.level.ndim
+        for axis, first, count in zip(self.level.axes, start, shape, strict=True):
+            size = info.files[axis]
+            spans[axis] = range(first // size, -(-(first + count) // size))
+        lengths = [len(span) for span in spans]
+        total = math.prod(lengths)
+        numbers = range(total) if total <= most else np.linspace(0, total - 1, most).round().astype(int).tolist()
+        places = np.stack(np.unravel_index(numbers, lengths), axis=1) + [span.start for span in spans]
+        files = [info.file(place) for place in places.tolist()]
+        return sum(not os.path.exists(file) for file in files), len(files)  # noqa: PTH110  as below
 
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
         """A number (64 bits, not 0) that changes when a file that holds part of the box is written or removed.

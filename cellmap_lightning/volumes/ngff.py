@@ -65,6 +65,7 @@ class ArrayInfo:
         separator: what stands between them.
         checksum: of all that the metadata says.
         encoded: how chunks are stored in a file.
+        codec: what compresses a chunk, such as ``blosc-zstd``; ``none`` where nothing does.
     """
 
     path: StorePath
@@ -78,6 +79,7 @@ class ArrayInfo:
     separator: str = "."
     checksum: str = ""
     encoded: Encoded = _UNKNOWN
+    codec: str = "none"
 
     @property
     def metadata(self) -> StorePath:
@@ -222,6 +224,7 @@ def read_array(path: StorePath) -> ArrayInfo | None:
         raise MetadataError(f"{file}: filters should be a list, got {filters!r}")
     names = [_codec(file, codec, "id") for codec in [*filters, *([] if compressor is None else [compressor])]]
     encoded = Encoded(names[-1] if compressor is not None else "", _nbytes(info), exact=not filters)
+    info = replace(info, codec=_called([compressor] if compressor is not None else [], "id"))
     return _stored(file, info, meta, separator, "", encoded)
 
 
@@ -253,6 +256,7 @@ def _array_v3(file: StorePath, path: StorePath, meta: dict[str, Any]) -> ArrayIn
         compressor, _nbytes(info), bytewise == [compressor] * bool(compressor), tail, inner, location == "end",
         4 if "crc32c" in index else 0,
     )  # fmt: skip
+    info = replace(info, codec=_called(shard.get("codecs", meta["codecs"]), "name"))
     return _stored(file, info, meta, separator, f"c{separator}" if default else "", encoded)
 
 
@@ -270,6 +274,17 @@ def _codec(file: StorePath, codec: Any, key: str) -> str:
     if bare not in known:
         raise MetadataError(f"{file}: the codec {name!r} is none that can be read: {', '.join(sorted(known))}")
     return bare
+
+
+def _called(codecs: list[dict[str, Any]], key: str) -> str:
+    """What people call the compressors among some codecs."""
+    names = []
+    for codec in codecs:
+        name = str(codec[key]).removeprefix("numcodecs.")
+        settings = codec if key == "id" else codec.get("configuration") or {}
+        if name in COMPRESSORS:
+            names.append(f"{name}-{settings['cname']}" if "cname" in settings else name)
+    return "+".join(names) or "none"
 
 
 def _stored(

@@ -62,14 +62,15 @@ def recall(name: str) -> dict[str, object] | None:
     return read_json(cache_folder() / f"{name}.json")
 
 
-def remember(name: str, content: dict[str, object]) -> None:
-    """Keep a measurement, whole or not at all. A folder that cannot be written to costs only time."""
+def remember(name: str, content: dict[str, object], level: Level) -> None:
+    """Keep a measurement of a level, whole or not at all. A folder that cannot be written to costs only time."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         part = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
         part.touch(0o600)
-        part.write_text(json.dumps(content))
+        of = level.path.resolve() if isinstance(level.path, Path) else level.path
+        part.write_text(json.dumps({"of": str(of), **content}))
         part.replace(folder / f"{name}.json")
     except OSError as e:
         log.warning("measurements cannot be kept in %s (%s); they will be made again", folder, e.strerror)
@@ -88,19 +89,35 @@ def statistics(image: Multiscale, patience: Patience = PATIENT) -> Statistics:
     Raises:
         CellMapValueError: the volume holds nothing but zeros.
     """
-    sizes = [(int(np.prod(level.array.shape)), level) for level in image.present]
-    enough = [pair for pair in sizes if pair[0] >= min(_LEAST_VOXELS, sizes[0][0])]
-    level = min(enough, key=lambda pair: pair[0])[1]
+    level = _measured_level(image)
     name = fingerprint(level, "statistics")
     with _lock:
-        if name not in _known:
-            kept = recall(name)
-            if kept is not None:
-                _known[name] = Statistics(kept["mean"], kept["std"], tuple(kept["quantiles"]))  # type: ignore[arg-type]
-            else:
-                _known[name] = _measure(level, patience)
-                remember(name, asdict(_known[name]))
-        return _known[name]
+        found = _kept(name)
+        if found is None:
+            found = _known[name] = _measure(level, patience)
+            remember(name, asdict(found), level)
+        return found
+
+
+def known_statistics(image: Multiscale) -> Statistics | None:
+    """The same if it was measured before, by this process or another; None where voxels would have to be read."""
+    with _lock:
+        return _kept(fingerprint(_measured_level(image), "statistics"))
+
+
+def _measured_level(image: Multiscale) -> Level:
+    sizes = [(int(np.prod(level.array.shape)), level) for level in image.present]
+    enough = [pair for pair in sizes if pair[0] >= min(_LEAST_VOXELS, sizes[0][0])]
+    return min(enough, key=lambda pair: pair[0])[1]
+
+
+def _kept(name: str) -> Statistics | None:
+    if name not in _known:
+        kept = recall(name)
+        if kept is None:
+            return None
+        _known[name] = Statistics(kept["mean"], kept["std"], tuple(kept["quantiles"]))  # type: ignore[arg-type]
+    return _known[name]
 
 
 def _measure(level: Level, patience: Patience) -> Statistics:

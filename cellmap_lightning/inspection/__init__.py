@@ -1,0 +1,1 @@
+"""What cellmap-inspect does: facts about volumes and crops, what is wrong with them, and a proposal."""

@@ -1,0 +1,345 @@
+"""What is known of volumes and crops: from their metadata, and with ``deep`` from their voxels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from cellmap_lightning.errors import CellMapError
+from cellmap_lightning.sampling.counts import count_foreground, known_foreground, unknown_share
+from cellmap_lightning.sampling.datasplit import for_all
+from cellmap_lightning.sampling.entries import Entry
+from cellmap_lightning.sampling.holds import place_of
+from cellmap_lightning.sampling.pool import ReadPool
+from cellmap_lightning.sampling.targets_path import TargetPath
+from cellmap_lightning.volumes.chunks import ChunkReader
+from cellmap_lightning.volumes.geometry import LATTICE_TOLERANCE, SCALE_TOLERANCE, Box, Lattice, Shape, Vector
+from cellmap_lightning.volumes.image import choose_level
+from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding, read_multiscale
+from cellmap_lightning.volumes.patches import stored_box
+from cellmap_lightning.volumes.statistics import Statistics, known_statistics, statistics
+
+#: Bars of a histogram.
+BARS = 32
+
+
+@dataclass(frozen=True)
+class LevelFacts:
+    """One resolution of an image.
+
+    Attributes:
+        name: such as ``s0``.
+        scale: voxel size, nm.
+        shape: voxels (z, y, x); None where the level is listed and not on disk.
+        dtype: the stored type.
+        chunks: voxels that are decoded together.
+        files: voxels in a file: a chunk, or a shard.
+        codec: what compresses them.
+    """
+
+    name: str
+    scale: Vector
+    shape: Shape | None = None
+    dtype: str = ""
+    chunks: Shape | None = None
+    files: Shape | None = None
+    codec: str = ""
+
+
+@dataclass(frozen=True)
+class Values:
+    """Stored values of a volume.
+
+    Attributes:
+        mean: mean.
+        std: standard deviation.
+        low: 0.5th percentile.
+        median: median.
+        high: 99.5th percentile.
+        skew: where the median lies between them: -1 at ``high``, with a tail of dark voxels, 1 at ``low``.
+        histogram: shares of the voxels in ``BARS`` equal parts of low..high.
+    """
+
+    mean: float
+    std: float
+    low: float
+    median: float
+    high: float
+    skew: float
+    histogram: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class VolumeFacts:
+    """A raw volume.
+
+    Attributes:
+        name: its dataset.
+        path: the multiscale group.
+        levels: its resolutions, finest first.
+        box: what it fills, nm, ``{axis: [lower, upper]}``.
+        values: stored values; None where nobody has read them.
+        wrong: why it cannot be read.
+    """
+
+    name: str
+    path: str
+    levels: tuple[LevelFacts, ...] = ()
+    box: Mapping[str, list[float]] | None = None
+    values: Values | None = None
+    wrong: str | None = None
+
+    @property
+    def present(self) -> tuple[LevelFacts, ...]:
+        """The levels that are on disk."""
+        return tuple(level for level in self.levels if level.shape is not None)
+
+
+@dataclass(frozen=True)
+class ClassFacts:
+    """One class of a crop.
+
+    Attributes:
+        voxels: foreground voxels of the finest level; None where nothing says how many.
+        unknown: part of the voxels that nobody annotated; None likewise.
+        scale: voxel size of the finest level, nm.
+        lost: part of the foreground that the level read at the scale in use has lost; None likewise.
+        level: name of that level.
+        wrong: why it cannot be read.
+    """
+
+    voxels: int | None = None
+    unknown: float | None = None
+    scale: Vector | None = None
+    lost: float | None = None
+    level: str | None = None
+    wrong: str | None = None
+
+
+@dataclass(frozen=True)
+class CropFacts:
+    """An annotated crop.
+
+    Attributes:
+        name: dataset and crop.
+        where: where it was named.
+        usage: its split.
+        raw: path of its raw volume.
+        target: path of its labels, the classes in a bracket.
+        levels: resolutions of its first class.
+        classes: of each class that is annotated.
+        box: of all classes, nm.
+        off: voxels by which its edges miss those of raw's finest level (z, y, x), 0 where they agree; None without raw.
+        ratio: raw's finest voxels in one of the labels, along each axis; None likewise.
+        outside: part of the crop that lies outside raw; None likewise.
+        chunks: files of raw under the crop that were never written, and of how many, of the level that is read.
+        wrong: why it cannot be read.
+    """
+
+    name: str
+    where: str
+    usage: str
+    raw: str
+    target: str
+    levels: tuple[LevelFacts, ...] = ()
+    classes: Mapping[str, ClassFacts] = field(default_factory=dict)
+    box: Mapping[str, list[float]] | None = None
+    off: Vector | None = None
+    ratio: Vector | None = None
+    outside: float | None = None
+    chunks: tuple[int, int] | None = None
+    wrong: str | None = None
+
+    @property
+    def extent(self) -> Vector | None:
+        """Edge lengths, nm."""
+        if self.box is None:
+            return None
+        z, y, x = (b - a for a, b in self.box.values())
+        return z, y, x
+
+    @property
+    def scale(self) -> Vector | None:
+        """The coarsest of its classes' finest voxel sizes, nm."""
+        scales = [c.scale for c in self.classes.values() if c.scale is not None]
+        return _vector(np.max(scales, axis=0)) if scales else None
+
+    @property
+    def held(self) -> list[str]:
+        """The classes that have voxels, or may have."""
+        return [name for name, facts in self.classes.items() if facts.voxels != 0 and facts.wrong is None]
+
+    @property
+    def absent(self) -> list[str]:
+        """The classes that are annotated and have none."""
+        return [name for name, facts in self.classes.items() if facts.voxels == 0]
+
+    @property
+    def unknown(self) -> float | None:
+        """Mean unknown part over its classes, of those whose metadata says it."""
+        parts = [c.unknown for c in self.classes.values() if c.unknown is not None]
+        return float(np.mean(parts)) if parts else None
+
+
+def look_at_volumes(paths: Sequence[str], deep: bool) -> list[VolumeFacts]:
+    """Facts of raw volumes.
+
+    Args:
+        paths: their multiscale groups.
+        deep: read a coarse level for the values, where nobody has; otherwise they are known only if somebody has.
+    """
+
+    def look(path: str) -> VolumeFacts:
+        name = place_of(path, None)[0]
+        try:
+            image = read_multiscale(path)
+            box = image.finest.lattice.box
+            found = statistics(image) if deep else known_statistics(image)
+            return VolumeFacts(name, path, _levels(image), box.as_dict(), _values(found) if found else None)
+        except CellMapError as e:
+            return VolumeFacts(name, path, wrong=str(e))
+
+    return for_all(look, paths, "reading volumes" if deep else "looking at volumes", "volume")
+
+
+def look_at_crops(entries: Sequence[tuple[str, Entry]]) -> list[CropFacts]:
+    """Facts of crops, from their metadata.
+
+    Args:
+        entries: usage and entry of each.
+    """
+
+    def look(item: tuple[str, Entry]) -> CropFacts:
+        usage, entry = item
+        facts = CropFacts(entry.where, entry.where, usage, entry.input_path, entry.target_path or "")
+        try:
+            target = entry.target
+            assert target is not None
+            facts = replace(facts, name=target.label)
+            return _crop(facts, target)
+        except CellMapError as e:
+            return replace(facts, wrong=str(e))
+
+    return for_all(look, entries, "looking at crops")
+
+
+def _crop(facts: CropFacts, target: TargetPath) -> CropFacts:
+    classes: dict[str, ClassFacts] = {}
+    levels: tuple[LevelFacts, ...] = ()
+    first: Lattice | None = None
+    box: Box | None = None
+    for name in target.names:
+        try:
+            image = read_multiscale(target.of(name))
+            lattice = image.finest.lattice
+            encoding = read_encoding(image, image.finest)
+            voxels = known_foreground(image, image.finest, encoding)
+            classes[name] = ClassFacts(voxels, unknown_share(image), lattice.step)
+        except CellMapError as e:
+            classes[name] = ClassFacts(wrong=str(e))
+            continue
+        if first is None:
+            first, levels = lattice, _levels(image)
+        box = lattice.box if box is None else box.union(lattice.box)
+    facts = replace(facts, levels=levels, classes=classes, box=box.as_dict() if box else None)
+    if box is None or first is None:
+        return replace(facts, wrong=next(c.wrong for c in classes.values()))
+    try:
+        raw = read_multiscale(facts.raw).finest.lattice
+    except CellMapError:
+        return facts  # the volume's own line says it
+    edges = np.subtract(first.box.lower, raw.box.lower) / raw.step
+    off = np.where(np.abs(edges - np.rint(edges)) <= LATTICE_TOLERANCE, 0.0, edges - np.rint(edges))
+    inside = np.minimum(box.upper, raw.box.upper) - np.maximum(box.lower, raw.box.lower)
+    part = float(np.prod(np.clip(inside / box.extent, 0, 1)))
+    return replace(
+        facts, off=_vector(off), ratio=_vector(np.divide(first.step, raw.step)), outside=round(1 - part, 9) + 0.0
+    )
+
+
+def at_scale(crops: Sequence[CropFacts], scale: Vector, deep: bool) -> list[CropFacts]:
+    """The same with what depends on the voxel size that is read: chunks of raw that are absent, and what labels lose.
+
+    Args:
+        crops: the crops.
+        scale: voxel size, nm.
+        deep: count voxels where the metadata does not say how many a level has.
+    """
+    pool = ReadPool(4)
+
+    def look(facts: CropFacts) -> CropFacts:
+        if facts.wrong is not None or facts.box is None:
+            return facts
+        target = TargetPath.parse(facts.target)
+        classes = {}
+        for name, own in facts.classes.items():
+            classes[name] = own if own.wrong else _lost(own, read_multiscale(target.of(name)), scale, deep, pool, facts)
+        chunks = None
+        if not fits(facts, scale):
+            return replace(facts, classes=classes)  # it will not be read
+        try:
+            level = choose_level(read_multiscale(facts.raw), scale)
+            lower, upper = (tuple(sides) for sides in zip(*facts.box.values(), strict=True))
+            found = stored_box(level.lattice, Box(lower, upper), 0)
+            chunks = ChunkReader(level).absent(*found) if found is not None else None
+        except CellMapError:
+            pass  # said elsewhere
+        return replace(facts, classes=classes, chunks=chunks)
+
+    try:
+        return for_all(look, crops, "counting voxels" if deep else "looking at chunks")
+    finally:
+        pool.close()
+
+
+def fits(crop: CropFacts, scale: Vector) -> bool:
+    """Whether the labels of a crop are as fine as a scale."""
+    return crop.scale is not None and bool((np.divide(crop.scale, scale) <= 1 + SCALE_TOLERANCE).all())
+
+
+def _lost(own: ClassFacts, image: Multiscale, scale: Vector, deep: bool, pool: ReadPool, crop: CropFacts) -> ClassFacts:
+    level = choose_level(image, scale)
+
+    def count(of: Level) -> int | None:
+        encoding = Encoding(0, None) if of.array.dtype.kind == "b" else read_encoding(image, of)
+        known = known_foreground(image, of, encoding)
+        if known is None and deep:
+            return count_foreground(of, encoding, pool, f"{crop.name}, {of.path.parent.name}/{of.name}")
+        return known
+
+    try:
+        fine, coarse = count(image.finest), count(level)
+    except CellMapError as e:
+        return replace(own, wrong=str(e))
+    lost = None
+    if fine and coarse is not None:
+        kept = coarse * float(np.prod(level.scale)) / (fine * float(np.prod(image.finest.scale)))
+        lost = 1 - kept
+    return replace(own, voxels=fine, lost=lost, level=level.name)
+
+
+def _levels(image: Multiscale) -> tuple[LevelFacts, ...]:
+    found = []
+    for level in image.levels:
+        info = level.info
+        if info is None:
+            found.append(LevelFacts(level.name, level.scale))
+            continue
+        shape, chunks, files = (level.zyx(stored) for stored in (info.shape, info.chunks, info.files))
+        found.append(LevelFacts(level.name, level.scale, shape, str(info.dtype), chunks, files, info.codec))
+    return tuple(found)
+
+
+def _values(found: Statistics) -> Values:
+    low, median, high = (found.percentile(p) for p in (0.5, 50, 99.5))
+    skew = (high + low - 2 * median) / (high - low) if high > low else 0.0
+    edges = np.linspace(low, high, BARS + 1)
+    # The share of the voxels below each edge; where many voxels have one value, the quantiles repeat it.
+    below = np.searchsorted(found.quantiles, edges, side="right") / len(found.quantiles)
+    bars = np.diff(below)
+    return Values(found.mean, found.std, low, median, high, skew, tuple((bars / max(bars.sum(), 1e-9)).tolist()))
+
+
+def _vector(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Vector:
+    z, y, x = (float(v) for v in values)
+    return z, y, x
