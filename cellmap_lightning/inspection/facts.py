@@ -57,7 +57,7 @@ class Values:
         median: median.
         high: 99.5th percentile.
         skew: where the median lies between them: -1 at ``high``, with a tail of dark voxels, 1 at ``low``.
-        histogram: shares of the voxels in ``BARS`` equal parts of low..high.
+        histogram: shares of the voxels in equal parts of low..high, at most ``BARS``.
     """
 
     mean: float
@@ -333,11 +333,13 @@ def _levels(image: Multiscale) -> tuple[LevelFacts, ...]:
 def _values(found: Statistics) -> Values:
     low, median, high = (found.percentile(p) for p in (0.5, 50, 99.5))
     skew = (high + low - 2 * median) / (high - low) if high > low else 0.0
-    edges = np.linspace(low, high, BARS + 1)
+    whole = all(q == int(q) for q in found.quantiles)  # of whole numbers no more bars than there are numbers
+    bars = min(BARS, max(1, int(high - low))) if whole else BARS
+    edges = np.linspace(low, high, bars + 1)
     # The share of the voxels below each edge; where many voxels have one value, the quantiles repeat it.
     below = np.searchsorted(found.quantiles, edges, side="right") / len(found.quantiles)
-    bars = np.diff(below)
-    return Values(found.mean, found.std, low, median, high, skew, tuple((bars / max(bars.sum(), 1e-9)).tolist()))
+    shares = np.diff(below)
+    return Values(found.mean, found.std, low, median, high, skew, tuple((shares / max(shares.sum(), 1e-9)).tolist()))
 
 
 def _vector(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Vector:
