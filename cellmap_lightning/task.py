@@ -89,8 +89,8 @@ class SegmentationTask(L.LightningModule):
         self.classes = tuple(classes)
         self.optimizer = optimizer
         self.scheduler = scheduler
-        if not 0 <= dice_weight <= 1:
-            raise CellMapValueError(f"dice_weight must be in [0, 1], got {dice_weight}")
+        if not isinstance(dice_weight, int | float) or not 0 <= dice_weight <= 1:
+            raise CellMapValueError(f"dice_weight must be in [0, 1], got {dice_weight!r}")
         self.dice_weight = dice_weight
         if isinstance(class_weights, str):
             if class_weights not in ("none", "pos_weight", "inverse_sqrt"):

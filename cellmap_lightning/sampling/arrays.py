@@ -354,7 +354,7 @@ class BatchLayout:
                 if not isinstance(result, torch.Tensor) or result.shape != value.shape:
                     got = list(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
                     raise CellMapValueError(f"{what}: it must keep the shape {list(value.shape)}, it gave {got}")
-                done.append(result.to(torch.float32))
+                done.append(result.as_subclass(torch.Tensor).to(torch.float32))  # not MONAI's MetaTensor
         return torch.stack(done)
 
 
