@@ -167,8 +167,7 @@ def _take_voxel_sizes(cfg: DictConfig, name: str) -> None:
             continue
         scale = OmegaConf.to_container(node, resolve=False).get("scale")  # type: ignore[union-attr]
         if where == "patch":
-            own = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))["patch"]["scale"]  # type: ignore
-            by_default = scale == own
+            by_default = scale == OmegaConf.select(OmegaConf.load(CONFIGS / f"{name}.yaml"), "patch.scale")
         else:
             by_default = scale in (None, "${patch.scale}")
         with open_dict(node):
@@ -413,7 +412,7 @@ def _train(cfg: DictConfig) -> float | None:
     import torch
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from cellmap_lightning import report
     from cellmap_lightning.callbacks.run_config import RunConfig

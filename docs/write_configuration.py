@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from configs/ and the comments in them: python docs/write_configuration.py"""
+"""Write docs/configuration.md from configs/ and the comments in them, by `python docs/write_configuration.py`."""
 
 import re
 from collections.abc import Iterator
@@ -86,10 +86,12 @@ def rows(text: str, prefix: str = "") -> Iterator[tuple[str, str, str]]:
 
 
 def escaped(text: str) -> str:
+    """The same without meaning for Markdown."""
     return re.sub(r"([|<>*\[\]])", r"\\\1", text)
 
 
 def table(text: str, prefix: str = "") -> str:
+    """The rows of a file."""
     out = ["| key | default | |", "|---|---|---|"]
     for key, default, said in rows(text, prefix):
         out.append(f"| `{key}` | `{default.replace('|', chr(92) + '|')}` | {escaped(said)} |")

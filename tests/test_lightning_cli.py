@@ -18,6 +18,7 @@ SMALL = {
 
 @pytest.fixture
 def main(tmp_path, monkeypatch, volume):
+    monkeypatch.setattr("sys.argv", ["run.py"])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mito.yaml").write_text(re.search(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[1])
     (tmp_path / "crops.csv").write_text(Path(volume.csv_path).read_text())

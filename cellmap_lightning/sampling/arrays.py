@@ -70,8 +70,8 @@ class TargetArray:
 def parse_inputs(specs: ArraySpecs, what: str = "input_arrays", default_name: str = "input") -> dict[str, InputArray]:
     """Read the specifications of the inputs: ``{name: {"shape": .., "scale": ..}}``, or one of them by itself.
 
-    ``voxel_size`` is another name of ``scale``. A shape and a scale of two numbers (y, x) ask for slices. ``slices_as: channels`` makes the slices of a patch the
-    channels of a two-dimensional input.
+    ``voxel_size`` is another name of ``scale``. A shape and a scale of two numbers (y, x) ask for slices.
+    ``slices_as: channels`` makes the slices of a patch the channels of a two-dimensional input.
 
     Args:
         specs: the specifications.
