@@ -372,14 +372,14 @@ def test_errors(volume):
 
 
 def test_voxel_size_is_another_name_of_scale(volume):
-    spec = {"raw": {"shape": [8, 16, 24], "voxel_size": [10.48, 8, 8]}}
-    with CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, spec, {"labels": spec["raw"]}) as other, CellMapDataset(
+    spec = {"shape": [8, 16, 24], "voxel_size": [10.48, 8, 8]}
+    with CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, {"raw": spec}, {"labels": spec}) as other, CellMapDataset(
         volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS
     ) as usual:  # fmt: skip
         assert all(
             torch.equal(other[0][name].nan_to_num(9), usual[0][name].nan_to_num(9)) for name in ("raw", "labels")
         )
-    with pytest.raises(CellMapError, match="input_arrays.raw has scale and voxel_size, which are the same"):
+    with pytest.raises(CellMapError, match=r"input_arrays\.raw has scale and voxel_size, which are the same"):
         CellMapDataset(volume.raw_path, input_arrays={"raw": {**INPUTS["raw"], "voxel_size": [8, 8, 8]}})
 
 
