@@ -373,7 +373,9 @@ def test_errors(volume):
 
 def test_voxel_size_is_another_name_of_scale(volume):
     spec = {"shape": [8, 16, 24], "voxel_size": [10.48, 8, 8]}
-    with CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, {"raw": spec}, {"labels": spec}) as other, CellMapDataset(
+    with CellMapDataset(
+        volume.raw_path, crop(volume, 2), CLASSES, {"raw": spec}, {"labels": spec}
+    ) as other, CellMapDataset(
         volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS
     ) as usual:  # fmt: skip
         assert all(
