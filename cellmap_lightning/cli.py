@@ -9,7 +9,10 @@ import inspect
 import logging
 import math
 import os
+import re
 import sys
+import types
+import typing
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -19,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from cellmap_lightning.errors import (
@@ -112,6 +116,8 @@ def _command(
         global _started
         _started = True
         try:
+            _take_voxel_sizes(cfg, name)
+            _check_known(cfg, name)
             configs = [cfg] if prepare is None else prepare(cfg)
             for config in configs:
                 _check_missing(config)
@@ -127,11 +133,15 @@ def _command(
                     hint = "; trainer=cpu runs without one" if "gpu backend" in str(cause) else ""
                     _stop(f"{cause}{hint}")
                 cause = cause.__cause__
+            if cause is None and isinstance(e, InstantiationException):
+                log.debug("where it happened", exc_info=e)
+                _stop(_refused(e))
             if cause is None:
                 raise
             log.debug("where it happened", exc_info=e)
             _stop(str(cause))
 
+    sys.argv[1:] = [re.sub(r"^\+{0,2}patch\.voxel_size=", "patch.scale=", a) for a in sys.argv[1:]]
     main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)
     try:
         return main()
@@ -148,6 +158,90 @@ def _stop(message: str, code: int = 1) -> None:
 
 
 # -- what can be said about a config before anything runs
+
+
+def _take_voxel_sizes(cfg: DictConfig, name: str) -> None:
+    """``voxel_size`` in a file of the user is ``scale``, as in the arrays that a dataset is given."""
+    from hydra.core.hydra_config import HydraConfig
+
+    arrays = [f"data.{kind}" for kind in ("input_arrays", "target_arrays")]
+    specs = [f"{group}.{array}" for group in arrays for array in OmegaConf.select(cfg, group) or {}]
+    for where in ["patch", *specs]:
+        node = OmegaConf.select(cfg, where)
+        if not isinstance(node, DictConfig) or node.get("voxel_size") is None:
+            continue
+        scale = OmegaConf.to_container(node, resolve=False).get("scale")  # type: ignore[union-attr]
+        if where == "patch":
+            by_default = scale == OmegaConf.select(OmegaConf.load(CONFIGS / f"{name}.yaml"), "patch.scale")
+        else:
+            by_default = scale in (None, "${patch.scale}")
+        with open_dict(node):
+            size = node.pop("voxel_size")
+            if any(o.startswith(f"{where}.scale=") for o in HydraConfig.get().overrides.task):
+                continue  # what the command line says comes on top
+            if not by_default:
+                raise CellMapValueError(f"{where} has scale and voxel_size, which are the same; give one of them")
+            node.scale = size
+
+
+def _check_known(cfg: DictConfig, name: str) -> None:
+    """Keys that nothing reads: those that the command's own configuration lacks, and that no interpolation refers to.
+
+    What lies below a ``_target_`` is held against its signature instead.
+
+    Raises:
+        CellMapKeyError: there are such keys; or an experiment is not in its place.
+        CellMapTypeError: something below callbacks or logger that is none.
+    """
+    own: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=False)
+    groups = [key for entry in own.pop("defaults", []) if isinstance(entry, dict) for key in entry]
+    own = {key: value for key, value in own.items() if key != "hydra"} | {g: None for g in groups if " " not in g}
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    if "experiment" in plain:
+        raise CellMapKeyError(
+            f"the experiment sets experiment.{next(iter(plain['experiment'] or ['...']))} and so on, which nothing "
+            "reads: the first line of its file must be '# @package _global_'"
+        )
+    texts = [value for _, value in _flat(plain) if isinstance(value, str) and "${" in value]
+
+    def unknown(given: dict[str, Any], known: dict[str, Any], where: str) -> Iterator[str]:
+        for key, value in given.items():
+            path = f"{where}{key}"
+            if key not in known:
+                pattern = rf"(?<![\w.]){re.escape(path)}(?!\w)|\{{\.+{re.escape(str(key))}(?!\w)"
+                if not any(re.search(pattern, text) for text in texts):
+                    yield path
+            elif isinstance(value, dict) and isinstance(known[key], dict) and "_target_" not in value:
+                yield from unknown(value, known[key], f"{path}.")
+
+    keys = [key for key, _ in _flat(own | {g: v for g, v in plain.items() if g in groups}) if "_target_" not in key]
+    said = [f"there is no {path!r}{_instead(path, keys, name)}" for path in unknown(plain, own, "")]
+    if said:
+        raise CellMapKeyError("\n".join(said))
+    for group in ("callbacks", "logger"):
+        for key, value in (plain.get(group) or {}).items():
+            if value is not None and not (isinstance(value, dict) and "_target_" in value):
+                raise CellMapTypeError(f"{group}.{key} has no _target_, the class that it is; got {value!r}")
+
+
+def _instead(path: str, keys: list[str], name: str) -> str:
+    """What was probably meant by a key that nothing reads."""
+    last = path.rpartition(".")[2]
+    same = [key for key in keys if key.rpartition(".")[2] == last]
+    close = same[:1] if len(same) == 1 else difflib.get_close_matches(path, keys, 1, 0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; 'cellmap-{name} --cfg job' prints every key"
+
+
+def _refused(error: InstantiationException) -> str:
+    """In a sentence, what a class or function said of the arguments that it was given."""
+    key = re.search(r"full_key: (\S+)", str(error))
+    target = re.search(r"'([\w.]+)'", str(error))
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = str(cause).strip().splitlines() or [""]
+    where = f"{key[1]}: " if key else ""
+    return f"{where}{target[1] if target else 'it'} cannot be made: {type(cause).__name__}: {lines[0]}"
 
 
 def _check_missing(cfg: DictConfig) -> None:
@@ -209,6 +303,28 @@ def check_target(where: str, node: dict[str, Any]) -> None:
         needed = [n for n in names if parameters[n].default is inspect.Parameter.empty and n not in node]
         if needed:
             raise CellMapKeyError(f"{where}: {name} needs {', '.join(needed)}")
+    if not str(path).startswith("cellmap_lightning."):  # its own classes say themselves what is wrong
+        _check_types(where, target, node)
+
+
+_NUMBERS = (int, float, bool, types.NoneType)
+
+
+def _check_types(where: str, target: Any, node: dict[str, Any]) -> None:
+    """Texts and switches where the annotations ask for numbers alone: most classes would fail on them much later."""
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except Exception:  # annotations that mean something only to their author
+        return
+    for key, value in node.items():
+        hint = hints.get(key)
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        if not all(kind in _NUMBERS or getattr(kind, "__name__", "") == "Tensor" for kind in kinds):
+            continue
+        names = [kind.__name__ for kind in kinds if kind in _NUMBERS and kind is not types.NoneType]
+        wrong = isinstance(value, str | list | dict) or (isinstance(value, bool) and bool not in kinds)
+        if names and wrong and "_target_" not in (value if isinstance(value, dict) else ()):
+            raise CellMapTypeError(f"{where}.{key} must be {' or '.join(names)}, got {value!r}")
 
 
 def _check_targets(cfg: DictConfig) -> None:
@@ -315,6 +431,7 @@ def _train(cfg: DictConfig) -> float | None:
     import torch
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from cellmap_lightning import report
     from cellmap_lightning.callbacks.run_config import RunConfig
@@ -358,6 +475,10 @@ def _train(cfg: DictConfig) -> float | None:
         except SystemExit as e:
             _ended(e, trainer, folder)
             raise
+        except MisconfigurationException as e:
+            if "could not find the monitored key" in str(e):
+                raise _not_measured(cfg.monitor, trainer) from e
+            raise
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if validates and cfg.final_validation and not trainer.fast_dev_run:
             if any(word in str(cfg.trainer.strategy) for word in ("spawn", "fork")):
@@ -393,9 +514,19 @@ def _train(cfg: DictConfig) -> float | None:
             elif metric is not None:  # the scores of each class stayed in the processes of ddp_spawn and ddp_fork
                 print(f"\nvalidation\n{cfg.monitor} {float(metric):.3f}")
             print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder)))
+        if metric is None and any(key.startswith("val/") for key in trainer.callback_metrics):
+            raise _not_measured(cfg.monitor, trainer)
         return float(metric) if metric is not None else None
     finally:
         data.close()
+
+
+def _not_measured(monitor: str, trainer: Any) -> CellMapKeyError:
+    """The error for a ``monitor`` that nobody logs."""
+    there = sorted(trainer.callback_metrics)
+    close = difflib.get_close_matches(str(monitor), there, 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return CellMapKeyError(f"monitor={monitor} was not measured{hint} Measured were {', '.join(there)}")
 
 
 def _checkpoint(resume: str | None, folder: Path) -> Path | None:

@@ -129,6 +129,7 @@ def _compare(group: Path, crop: Path, name: str, threshold: float) -> Score:
     with CellMapDataset(
         str(group), f"{crop}/[{name}]", [name], {"found": window}, {"labels": window}, pad=True,
         raw_value_transforms=None, too_coarse="upsample", max_workers=1, cache="none",
+        missing_raw="warn",  # where nothing was predicted, no chunk is stored
     ) as dataset:  # fmt: skip
         for batch in CellMapDataLoader(dataset, is_train=False, rank=0, world=1):
             truth = batch["labels"]

@@ -155,6 +155,7 @@ def _annotated(
         with CellMapDataset(
             str(output / classes[0]), f"{crop}/[{','.join(there)}]", list(classes), {"found": window},
             {"labels": window}, pad=True, raw_value_transforms=None, too_coarse="upsample", cache="none",
+            missing_raw="warn",  # where nothing was predicted, no chunk is stored
         ) as dataset:  # fmt: skip
             ranked = []
             for number in range(0, dataset.tile_count, max(1, dataset.tile_count // _LOOKS)):

@@ -237,7 +237,7 @@ def _judged(cfg: DictConfig, writer: Any, names: Sequence[str]) -> str:
     crops = Path(str(groundtruth(str(raw))))
     package = logging.getLogger("cellmap_lightning")
     level = package.level
-    package.setLevel(logging.WARNING)  # each crop and class would be announced as in a training
+    package.setLevel(logging.ERROR)  # each crop and class would be announced as in a training
     try:
         if cfg.picture:
             picture = output.with_name(f"{output.stem}.png")

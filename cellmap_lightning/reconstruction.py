@@ -12,6 +12,7 @@ from cellmap_lightning.draws import HIDE, uniforms
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.masked import MeanOverSamples
 from cellmap_lightning.sampling.source import SampleSource
+from cellmap_lightning.task import made_optimizers
 
 #: More positions than any dataset has: with it epoch and position make one number.
 _POSITIONS = 1 << 44
@@ -126,11 +127,7 @@ class ReconstructionTask(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler if there is one."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.optimizer(parameters) if self.optimizer else torch.optim.AdamW(parameters, lr=1e-3)
-        if self.scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+        return made_optimizers(self, self.optimizer, self.scheduler)
 
     @property
     def _name(self) -> str:

@@ -25,6 +25,30 @@ log = logging.getLogger(__name__)
 WEIGHT_BOUNDS = (0.1, 50.0)
 
 
+def made_optimizers(
+    module: nn.Module, optimizer: Callable[..., torch.optim.Optimizer] | None, scheduler: Callable[..., Any] | None
+) -> Any:
+    """What `configure_optimizers` returns: the optimizer of what is trained, and the scheduler if there is one.
+
+    Args:
+        module: whose parameters are trained.
+        optimizer: from parameters to an optimizer; None for AdamW with a learning rate of 1e-3.
+        scheduler: from an optimizer to a scheduler that steps each epoch, or None.
+
+    Raises:
+        CellMapValueError: one of them refuses its arguments.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    what = "optimizer"
+    try:
+        made = optimizer(parameters) if optimizer else torch.optim.AdamW(parameters, lr=1e-3)
+        what = "scheduler"
+        return {"optimizer": made, "lr_scheduler": scheduler(made)} if scheduler else made
+    except (TypeError, ValueError) as e:
+        given = getattr(optimizer if what == "optimizer" else scheduler, "keywords", {})  # of a partial
+        raise CellMapValueError(f"the {what} cannot be made{f' with {given}' if given else ''}: {e}") from e
+
+
 class SegmentationTask(L.LightningModule):
     """Segmentation with binary targets (1, 0, NaN), or with targets of kind ``labels`` and a background channel.
 
@@ -65,8 +89,8 @@ class SegmentationTask(L.LightningModule):
         self.classes = tuple(classes)
         self.optimizer = optimizer
         self.scheduler = scheduler
-        if not 0 <= dice_weight <= 1:
-            raise CellMapValueError(f"dice_weight must be in [0, 1], got {dice_weight}")
+        if not isinstance(dice_weight, int | float) or not 0 <= dice_weight <= 1:
+            raise CellMapValueError(f"dice_weight must be in [0, 1], got {dice_weight!r}")
         self.dice_weight = dice_weight
         if isinstance(class_weights, str):
             if class_weights not in ("none", "pos_weight", "inverse_sqrt"):
@@ -235,8 +259,4 @@ class SegmentationTask(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler if there is one."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = self.optimizer(parameters) if self.optimizer else torch.optim.AdamW(parameters, lr=1e-3)
-        if self.scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+        return made_optimizers(self, self.optimizer, self.scheduler)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 COMMAND = Path(sys.executable).with_name("cellmap-train")
 
@@ -87,7 +89,8 @@ def test_help_imports_neither_torch_nor_lightning(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
-    assert "experiment: demo" in done.stdout
+    assert "experiment: " in done.stdout
+    assert "demo, " in done.stdout
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -219,6 +222,13 @@ def test_folds_from_the_folders_of_the_challenge(volume, tmp_path):
         (["data.pad=false", "patch.shape=[8,900,16]"], ["use a smaller patch, or pad=True"]),
         (["data.classes=[mito,golgi]"], ["no crop for 'train' annotates 'golgi'"]),
         (["task.class_weights=balanced"], ["class_weights must be"]),
+        (["trainer.max_epochs=abc"], ["Error: trainer.max_epochs must be int, got 'abc'"]),
+        (["trainer.precision=17"], ["Error: trainer: lightning.pytorch.trainer.trainer.Trainer cannot be made: "]),
+        (["trainer.strategy=dpp"], ["dpp"]),
+        (["task.optimizer.lr=fast"], ["Error: task.optimizer.lr must be float, got 'fast'"]),
+        (["task.optimizer.lr=-1"], ["Error: the optimizer cannot be made with {'lr': -1, 'weight_decay': 0.0001}: "]),
+        (["task.dice_weight=abc"], ["Error: dice_weight must be in [0, 1], got 'abc'"]),
+        (["model.channels=abc"], ["Error: "]),
         (["data.spatial_transforms.mirror.axes.x=2"], ["probability for x must be in [0, 1], got 2"]),
     ],
     ids=lambda a: (a[0] if a else "nothing") if isinstance(a, list) and (not a or "=" in a[0]) else "",
@@ -231,6 +241,76 @@ def test_wrong_use_ends_in_a_few_lines(volume, tmp_path, arguments, expected):
         assert part in text
     assert "Traceback" not in text
     assert len([line for line in text.splitlines() if line.strip() and not line[:1].isdigit()]) <= 20
+
+
+EXPERIMENT = "# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (EXPERIMENT + "pach: {shape: [8, 16, 16]}\n", "Error: there is no 'pach'; did you mean 'patch'?"),
+        (EXPERIMENT + "batch_size: 4\n", "there is no 'batch_size'; did you mean 'data.batch_size'?"),
+        (EXPERIMENT + "run: {nmae: mito}\n", "there is no 'run.nmae'; did you mean 'run.name'?"),
+        (EXPERIMENT + "patch: {shpe: [8, 16, 16]}\n", "there is no 'patch.shpe'; did you mean 'patch.shape'?"),
+        (EXPERIMENT + "rate: 0.1\n", "there is no 'rate'"),
+        (EXPERIMENT + "data: {input_arrays: {raw: {shpe: 1}}}\n", "input_arrays.raw has no 'shpe'"),
+        (EXPERIMENT + "callbacks: {mine: {patience: 3}}\n", "callbacks.mine has no _target_"),
+        (EXPERIMENT + "patch: {scale: [9, 9, 9], voxel_size: [8, 8, 8]}\n", "patch has scale and voxel_size"),
+        ("name: mito\n", "sets experiment.name and so on, which nothing reads: the first line of its file must be"),
+    ],
+)
+def test_wrong_files_end_in_a_line(volume, tmp_path, text, expected):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "mito.yaml").write_text(text)
+    given = [a for a in small(volume) if not a.startswith("patch.scale")]
+    code, said = run_forked("--config-dir", "mine", "experiment=mito", *given, cwd=tmp_path)
+    assert code == 1
+    assert expected in said
+    assert "Traceback" not in said
+
+
+def test_a_key_that_something_refers_to_and_another_name_of_scale(volume, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "mito.yaml").write_text(
+        EXPERIMENT + "rate: 0.002\npatch: {voxel_size: [10.48, 8, 8]}\ntask: {optimizer: {lr: '${rate}'}}\n"
+        "data: {input_arrays: {raw: {voxel_size: [20.96, 16, 16]}}}\n"
+    )
+    given = [a for a in small(volume) if not a.startswith("patch.scale")]
+    command = ["--config-dir", "mine", "experiment=mito", *given, "trainer.fast_dev_run=true", "hydra.run.dir=out"]
+    code, said = run_forked(*command, cwd=tmp_path)
+    assert code == 0, said
+    used = OmegaConf.load(tmp_path / "out" / "config.yaml")
+    assert used.patch == {"shape": [8, 16, 16], "scale": [10.48, 8, 8]}
+    assert used.data.target_arrays.labels.scale == [10.48, 8, 8]
+    assert used.data.input_arrays.raw.scale == [20.96, 16, 16]
+    assert used.task.optimizer.lr == 0.002
+    code, said = run_forked(*command, "patch.voxel_size=[20.96,16,16]", cwd=tmp_path)
+    assert code == 0, said
+    assert OmegaConf.load(tmp_path / "out" / "config.yaml").patch.scale == [20.96, 16, 16]
+
+
+def test_the_monitored_metric_is_what_a_sweep_gets(volume, tmp_path):
+    told = "+hydra.callbacks.told._target_=hydra.experimental.callbacks.LogJobReturnCallback"
+    given = small(volume, "trainer.max_epochs=1", "hydra.sweep.dir=sweep")
+    code, said = run_forked("-m", told, *given, cwd=tmp_path)
+    assert code == 0, said
+    (returned,) = re.findall(r"Succeeded with return value: (\S+)", said)
+    with (tmp_path / "sweep" / "0" / "metrics.csv").open() as file:
+        measured = [row["val/dice"] for row in csv.DictReader(file) if row["val/dice"]]
+    assert float(returned) == pytest.approx(float(measured[-1]))
+
+
+@pytest.mark.parametrize("more", [[], ["callbacks=none_of_them"]], ids=["checkpoints", "no callbacks"])
+def test_a_metric_that_nobody_measures(volume, tmp_path, more):
+    (tmp_path / "mine" / "callbacks").mkdir(parents=True)
+    (tmp_path / "mine" / "callbacks" / "none_of_them.yaml").write_text("nothing: null\n")
+    code, said = run_forked(
+        "--config-dir", "mine", *small(volume, "trainer.max_epochs=1", "monitor=val/dise", *more), cwd=tmp_path
+    )
+    assert code == 1
+    assert "Error: monitor=val/dise was not measured; did you mean 'val/dice'? Measured were " in said
+    assert "Traceback" not in said
 
 
 def test_wrong_use_in_a_process_of_its_own(tmp_path):

@@ -1,13 +1,15 @@
 """Every configuration composes, and every `_target_` in it takes the keys that it is given."""
 
 import inspect
+import runpy
+from pathlib import Path
 
 import hydra
 import lightning as L
 import pytest
 from omegaconf import OmegaConf
 
-from cellmap_lightning.cli import CONFIGS, check_target, register_resolvers, target_nodes
+from cellmap_lightning.cli import CONFIGS, _flat, check_target, register_resolvers, target_nodes
 from cellmap_lightning.errors import CellMapError
 
 register_resolvers()
@@ -87,3 +89,72 @@ def test_one_override_changes_inputs_and_targets():
 def test_targets_are_checked(node, match):
     with pytest.raises(CellMapError, match=match):
         check_target("x", node)
+
+
+def composed(name, *overrides):
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return OmegaConf.to_container(hydra.compose(name, overrides=list(overrides)), resolve=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"), [("predict", {"data", "trainer", "writer"}), ("submit", set()), ("inspect", set())]
+)
+def test_the_other_commands_fit_their_targets(name, targets):
+    nodes = dict(target_nodes(composed(name)))
+    assert set(nodes) == targets
+    for where, node in nodes.items():
+        if where == "data":  # its input is named by the command; the rest is that of the checkpoint
+            node = {key: value for key, value in node.items() if key != "input_path"}
+        check_target(where, node)
+
+
+def test_what_submit_takes_is_what_it_is_given():
+    from cellmap_lightning.submission import submit
+
+    given = set(composed("submit")) - {"hydra"}
+    assert given == set(inspect.signature(submit).parameters)
+
+
+ROOT = Path(__file__).parents[1]
+WRITER = runpy.run_path(str(ROOT / "docs" / "write_configuration.py"))
+
+
+def test_the_page_of_the_configuration_is_up_to_date():
+    assert WRITER["PAGE"].read_text(encoding="utf-8") == WRITER["page"](), "run python docs/write_configuration.py"
+
+
+@pytest.mark.parametrize("name", ["train", "predict", "submit", "inspect"])
+def test_the_page_has_every_key(name):
+    page = WRITER["page"]()
+    keys = [key for key, value in _flat(composed(name)) if not isinstance(value, dict)]
+    assert keys
+    for key in keys:
+        assert f"| `{key}` |" in page or f"| `{key.rpartition('.')[0]}` |" in page, key
+
+
+def test_the_page_has_comments_from_above_and_beside():
+    rows = {key: rest for key, *rest in WRITER["rows"](CONFIGS.joinpath("train.yaml").read_text())}
+    assert rows["monitor"] == ["val/dice", "What best.ckpt is best in, and what a sweep gets back."]
+    assert rows["patch.scale"] == ["[8, 8, 8]", "nm, z y x"]
+
+
+@pytest.mark.parametrize(
+    ("target", "key", "value", "match"),
+    [
+        ("lightning.Trainer", "max_epochs", "abc", "x.max_epochs must be int, got 'abc'"),
+        ("lightning.Trainer", "max_epochs", True, "x.max_epochs must be int, got True"),
+        ("lightning.Trainer", "detect_anomaly", "yes", "x.detect_anomaly must be bool, got 'yes'"),
+        ("torch.optim.AdamW", "lr", "fast", "x.lr must be float, got 'fast'"),
+        ("torch.optim.AdamW", "lr", [1], r"x.lr must be float, got \[1\]"),
+    ],
+)
+def test_types_are_checked(target, key, value, match):
+    with pytest.raises(CellMapError, match=match):
+        check_target("x", {"_target_": target, "_partial_": True, key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("max_epochs", None), ("max_epochs", 3), ("fast_dev_run", True), ("overfit_batches", 1)]
+)
+def test_right_types_pass(key, value):
+    check_target("x", {"_target_": "lightning.Trainer", key: value})

@@ -1,8 +1,11 @@
+import csv
 import gc
 import logging
 import pickle
 import threading
 import warnings
+from importlib.util import find_spec
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -204,6 +207,60 @@ def test_the_batch_size_finder_changes_the_loaders(data, tmp_path):
         trainer(tmp_path, callbacks=[finder, watch], limit_val_batches=0).fit(task(), data)
     assert data.batch_size == 4
     assert len(watch.batches[-1]["idx"]) == 4
+
+
+def test_the_learning_rate_finder_tries_rates(volume, data, tmp_path):
+    class Rate(SegmentationTask):
+        lr = 1e-3
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    model = Rate(nn.Conv3d(1, 3, 1), CLASSES)
+    finder = L.pytorch.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    watch = Watch()
+    run = trainer(tmp_path, callbacks=[finder, watch], limit_val_batches=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(model, data)
+    assert finder.optimal_lr.results["lr"] == pytest.approx([1e-8, 1e-4, 1e-2])
+    assert run.optimizers[0].param_groups[0]["lr"] == model.lr
+    # The training sees what it sees without the search.
+    plain = Watch()
+    with module(volume) as again:
+        trainer(tmp_path, callbacks=[plain], limit_val_batches=0).fit(task(), again)
+    assert [b["idx"].tolist() for b in watch.batches[-3:]] == [b["idx"].tolist() for b in plain.batches]
+
+
+def test_the_csv_logger_has_the_metrics(data, tmp_path):
+    logger = L.pytorch.loggers.CSVLogger(tmp_path)
+    trainer(tmp_path, logger=logger, log_every_n_steps=1).fit(task(), data)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        assert {"step", "epoch", "train/loss", "val/loss", "val/dice"} <= set(next(csv.reader(file)))
+
+
+def test_the_tensorboard_logger_has_the_metrics(data, tmp_path):
+    if not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        pytest.skip("neither tensorboard nor tensorboardX is installed")
+    logger = L.pytorch.loggers.TensorBoardLogger(tmp_path)
+    trainer(tmp_path, logger=logger, log_every_n_steps=1).fit(task(), data)
+    (events,) = Path(logger.log_dir).glob("events.out.tfevents.*")
+    assert b"val/dice" in events.read_bytes()
+
+
+def test_a_compiled_network_learns_what_it_learns_otherwise(volume, tmp_path):
+    if not torch._dynamo.is_dynamo_supported():
+        pytest.skip("dynamo does not know this Python")
+    compiled, plain = task(), task()
+    start = plain.network.weight.detach().clone()
+    graphs = []
+    compiled.network = torch.compile(compiled.network, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for model in (compiled, plain):
+        with module(volume) as data:
+            trainer(tmp_path, limit_val_batches=1).fit(model, data)
+    assert graphs
+    assert not torch.equal(plain.network.weight, start)
+    torch.testing.assert_close(compiled.network.weight, plain.network.weight)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])

@@ -152,7 +152,7 @@ def test_the_short_map_names_what_exists():
 
 
 def test_the_experiments_are_named():
-    text = re.search(r"Experiments that come with it: (.*?)\. Each", README, re.DOTALL)[1]
+    text = re.search(r"Experiments that come with it: (.*?)\.\n\[", README, re.DOTALL)[1]
     assert set(re.findall(r"`(\w+)`", text)) == {p.stem for p in (ROOT / "configs" / "experiment").glob("*.yaml")}
 
 

@@ -17,7 +17,7 @@ from cellmap_lightning.draws import VALUES, hashes
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.memory import BatchMemory, FormMemory
 from cellmap_lightning.transforms.augment import IntensityTransforms
-from cellmap_lightning.transforms.intensity import AUTO, Scaling
+from cellmap_lightning.transforms.intensity import AUTO, Scaling, seed_own_generator
 from cellmap_lightning.transforms.kinds import KINDS, TargetKind, make_kind, signed
 from cellmap_lightning.volumes.placement import Window
 
@@ -70,8 +70,8 @@ class TargetArray:
 def parse_inputs(specs: ArraySpecs, what: str = "input_arrays", default_name: str = "input") -> dict[str, InputArray]:
     """Read the specifications of the inputs: ``{name: {"shape": .., "scale": ..}}``, or one of them by itself.
 
-    A shape and a scale of two numbers (y, x) ask for slices. ``slices_as: channels`` makes the slices of a patch the
-    channels of a two-dimensional input.
+    ``voxel_size`` is another name of ``scale``. A shape and a scale of two numbers (y, x) ask for slices.
+    ``slices_as: channels`` makes the slices of a patch the channels of a two-dimensional input.
 
     Args:
         specs: the specifications.
@@ -120,7 +120,7 @@ def _windows(
         raise CellMapTypeError(f"{what} must be {{name: {{shape: [z, y, x], scale: [z, y, x]}}}}, got {specs!r}")
     if not any(isinstance(v, Mapping) for v in specs.values()):
         specs = {default_name: specs}
-    keys = ["shape", "scale", *options]
+    keys = ["shape", "scale", "voxel_size", *options]
     for name, spec in specs.items():
         where = f"{what}.{name}"
         if not isinstance(spec, Mapping):
@@ -132,6 +132,10 @@ def _windows(
                 close = difflib.get_close_matches(str(key), keys, 1)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(keys)}"
                 raise CellMapKeyError(f"{where} has no {key!r}{hint}")
+        if spec.get("voxel_size") is not None:
+            if spec.get("scale") is not None:
+                raise CellMapKeyError(f"{where} has scale and voxel_size, which are the same; give one of them")
+            spec = {**spec, "scale": spec["voxel_size"], "voxel_size": None}
         missing = [key for key in ("shape", "scale") if spec.get(key) is None]
         if missing:
             raise CellMapKeyError(f"{where} needs {' and '.join(missing)}: {{shape: voxels, scale: nm}}, both z, y, x")
@@ -322,7 +326,11 @@ class BatchLayout:
     def _each(
         self, transform: Any, values: torch.Tensor, samples: torch.Tensor, what: str, number: int
     ) -> torch.Tensor:
-        """Apply a callable sample by sample, the global generators seeded by the sample, and put back afterwards."""
+        """Apply a callable sample by sample, its generators seeded by the sample.
+
+        The global ones are put back afterwards. One that the callable keeps for itself is seeded where it can be, see
+        `seed_own_generator`.
+        """
         seeds = hashes(self.seed, VALUES, samples.tolist(), number + 1)[:, number]
         accelerator = [values.device] if values.device.type == "cuda" else []
         done = []
@@ -335,6 +343,7 @@ class BatchLayout:
                 generator.manual_seed(seed >> 1)
                 np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  somebody's function may use it
                 random.seed(seed)
+                seed_own_generator(transform, seed)
                 try:
                     result = transform(value.clone())
                 except StopIteration as error:  # which would end the epoch here, and nobody would know
@@ -345,7 +354,7 @@ class BatchLayout:
                 if not isinstance(result, torch.Tensor) or result.shape != value.shape:
                     got = list(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
                     raise CellMapValueError(f"{what}: it must keep the shape {list(value.shape)}, it gave {got}")
-                done.append(result.to(torch.float32))
+                done.append(result.as_subclass(torch.Tensor).to(torch.float32))  # not MONAI's MetaTensor
         return torch.stack(done)
 
 

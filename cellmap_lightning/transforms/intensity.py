@@ -197,3 +197,45 @@ class Chain:
         for transform in self.transforms:
             value = transform(value)
         return value
+
+
+def seed_own_generator(transform: Any, seed: int) -> None:
+    """Seed the generator that a transform keeps for itself, if it has MONAI's method for that.
+
+    Args:
+        transform: a callable; one with ``set_random_state(seed=...)`` is seeded, and so is each part of a `Chain`.
+        seed: any whole number that is not negative.
+    """
+    if isinstance(transform, Chain):
+        for number, part in enumerate(transform.transforms):
+            seed_own_generator(part, seed + number)
+    elif hasattr(transform, "set_random_state"):
+        transform.set_random_state(seed=seed & 0xFFFFFFFF)
+
+
+class OnDictionary:
+    """A transform of dictionaries, such as MONAI's ``RandGaussianNoised(keys="raw")``, as one of a tensor.
+
+    Args:
+        transform: from ``{key: tensor}`` to a mapping that holds ``key``.
+        key: the name under which it finds the tensor.
+    """
+
+    def __init__(self, transform: Callable[..., Any], key: str = "raw") -> None:
+        self.transform = transform
+        self.key = key
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OnDictionary) and (self.transform, self.key) == (other.transform, other.key)
+
+    def __hash__(self) -> int:
+        return hash((id(self.transform), self.key))
+
+    def set_random_state(self, seed: int) -> None:
+        """Seed the generator of the transform, if it has one of its own."""
+        seed_own_generator(self.transform, seed)
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        """Apply it."""
+        result: torch.Tensor = self.transform({self.key: value})[self.key]
+        return result

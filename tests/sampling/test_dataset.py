@@ -371,6 +371,20 @@ def test_errors(volume):
     bad(volume, KeyError, "has no .'flip'.", spatial_transforms={"flip": {}})
 
 
+def test_voxel_size_is_another_name_of_scale(volume):
+    spec = {"shape": [8, 16, 24], "voxel_size": [10.48, 8, 8]}
+    with CellMapDataset(
+        volume.raw_path, crop(volume, 2), CLASSES, {"raw": spec}, {"labels": spec}
+    ) as other, CellMapDataset(
+        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS
+    ) as usual:  # fmt: skip
+        assert all(
+            torch.equal(other[0][name].nan_to_num(9), usual[0][name].nan_to_num(9)) for name in ("raw", "labels")
+        )
+    with pytest.raises(CellMapError, match=r"input_arrays\.raw has scale and voxel_size, which are the same"):
+        CellMapDataset(volume.raw_path, input_arrays={"raw": {**INPUTS["raw"], "voxel_size": [8, 8, 8]}})
+
+
 def test_crops_join_with_one_executor(volume):
     one = CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS)
     two = CellMapDataset(volume.raw_path, crop(volume, 3), CLASSES, INPUTS, TARGETS)
