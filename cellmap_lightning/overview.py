@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.evaluate import holds, stored_threshold
-from cellmap_lightning.figures import SheetSample, contact_sheet
+from cellmap_lightning.figures.sheet import SheetSample, contact_sheet
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.volumes.geometry import AXES, LATTICE_TOLERANCE, FloatArray, Lattice, Shape
 from cellmap_lightning.volumes.image import CellMapImage, choose_level

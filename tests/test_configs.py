@@ -97,7 +97,7 @@ def composed(name, *overrides):
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"), [("predict", {"data", "trainer", "writer"}), ("submit", set()), ("inspect", set())]
+    ("name", "targets"), [("predict", {"data", "trainer", "writer"}), ("submit", set()), ("inspect", {"data"})]
 )
 def test_the_other_commands_fit_their_targets(name, targets):
     nodes = dict(target_nodes(composed(name)))

@@ -78,9 +78,9 @@ def test_codecs_shards_and_formats(tmp_path):
     data = np.zeros((16, 16, 16), np.uint8)
     for name, more, expected in (
         ("plain", {"compressor": None}, ("none", (8, 8, 8))),
-        ("v2", {}, ("zstd", (8, 8, 8))),
-        ("v3", {"zarr_format": 3}, ("zstd", (8, 8, 8))),
-        ("shards", {"zarr_format": 3, "shards": (16, 16, 16)}, ("zstd", (16, 16, 16))),
+        ("v2", {}, ("blosc-zstd", (8, 8, 8))),
+        ("v3", {"zarr_format": 3}, ("blosc-zstd", (8, 8, 8))),
+        ("shards", {"zarr_format": 3, "shards": (16, 16, 16)}, ("blosc-zstd", (16, 16, 16))),
     ):
         write_multiscale(tmp_path / name, data, scale=(8, 8, 8), translation=(0, 0, 0), chunks=(8, 8, 8), **more)
         (facts,) = look_at_volumes([str(tmp_path / name)], False)

@@ -289,7 +289,7 @@ def test_nothing_is_counted_where_no_strategy_asks(volume, monkeypatch):
     asked = []
     real = counts.foreground
     monkeypatch.setattr(
-        "cellmap_lightning.sampling.dataset.foreground", lambda *args: asked.append(args[-1]) or real(*args)
+        "cellmap_lightning.sampling.dataset.foreground", lambda *args: asked.append(args[3]) or real(*args)
     )
     crops, classes = {5: "mito,mito_mem"}, ["mito", "mito_mem"]
     for strategy in ("uniform", "per_crop", "weighted"):
