@@ -339,6 +339,7 @@ def test_list_and_clear_know_what_is_whose(volume, own_folder):
     assert not measurements()
     assert stranger.read_text() == "mine"
     assert note.exists()
+    assert (own_folder / ("0" * 32 + ".json")).is_symlink()
     assert clear() == "nothing is kept"
 
 

@@ -296,7 +296,7 @@ def test_wrong_use_is_an_error_in_a_line(volume, tmp_path, arguments, expected):
 
 
 class Noisy(L.Callback):
-    """Keeps the weights and the random numbers of the end of every epoch."""
+    """Keeps the weights, running means among them, and the random numbers of the end of every epoch."""
 
     def __init__(self):
         self.seen = []
@@ -305,7 +305,7 @@ class Noisy(L.Callback):
         pl_module.network[1].eval()  # a frozen layer, which must stay so
 
     def on_train_epoch_end(self, trainer, pl_module):
-        weights = [p.detach().clone() for p in pl_module.parameters()]
+        weights = [p.detach().clone() for p in pl_module.network.state_dict().values()]
         self.seen.append((weights, torch.random.get_rng_state(), [m.training for m in pl_module.modules()]))
 
 
@@ -313,7 +313,11 @@ def network():
     torch.manual_seed(0)
     made = task()
     made.network = torch.nn.Sequential(
-        torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.BatchNorm3d(4), torch.nn.Dropout(0.5), torch.nn.Conv3d(4, 3, 1)
+        torch.nn.Conv3d(1, 4, 3, padding=1),
+        torch.nn.BatchNorm3d(4),
+        torch.nn.Dropout(0.5),
+        torch.nn.BatchNorm3d(4),
+        torch.nn.Conv3d(4, 3, 1),
     )
     return made
 
