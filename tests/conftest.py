@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import signal
 import threading
 import warnings
 from pathlib import Path
@@ -10,6 +11,10 @@ import pytest
 
 from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
 from cellmap_lightning.synthetic import SyntheticVolume, write_volume
+
+# Shells have what they run in the background ignore Ctrl-C, and so would the programs that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 INPUTS = {"raw": {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}}
 TARGETS = {"labels": {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}}
