@@ -19,7 +19,7 @@ from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDatas
 from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError, MissingExtraError
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
 from cellmap_lightning.volumes.ngff import read_multiscale
-from cellmap_lightning.volumes.store import Remote, located, redacted
+from cellmap_lightning.volumes.store import Remote, keeping, located, redacted
 from tests.volumes.faults import serving
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
@@ -328,6 +328,18 @@ def test_credentials_are_nowhere(bucket, endpoint, tmp_path, caplog, monkeypatch
     hidden = located("https://me:word@host/x.zarr")
     assert "word" not in str(hidden)
     assert "abc" not in hidden.hide("GET https://host/x?X-Amz-Signature=abc failed")
+
+
+def test_one_address_behind_two_endpoints_is_two_places(bucket, endpoint):
+    root = f"{bucket}/v2.zarr/recon-1/em/fibsem-uint8/.zattrs"
+    here = located(root, anonymous(endpoint))
+    elsewhere = located(root, anonymous("http://127.0.0.1:9"))
+    assert here.identity != elsewhere.identity
+    assert SECRET not in located(root, signed(endpoint)).identity
+    with keeping():
+        assert here.read() is not None
+        with pytest.raises(CellMapError, match=r"127\.0\.0\.1:9"):
+            elsewhere.read()
 
 
 def test_what_is_redacted():

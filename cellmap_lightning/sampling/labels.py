@@ -18,6 +18,7 @@ from cellmap_lightning.volumes.patches import MapTo, Patches, Resampled, stored_
 from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import ChunkCache, Region
 from cellmap_lightning.volumes.resample import AnyArray, evaluate
+from cellmap_lightning.volumes.store import identity_of
 
 #: How labels are made coarser: the stored level, or from the finest one the majority of its voxels, or any of them.
 Downsample = Literal["stored", "majority", "any"]
@@ -121,7 +122,7 @@ class BitGroup:
             for index, name, level, code in members
         ]
         self.chunks = chunk_shape([reader for _, reader, _ in self.members])
-        key = ("bits", depth, *((index, str(level.path), encoding) for index, _, level, encoding in members))
+        key = ("bits", depth, *((index, identity_of(level.path), encoding) for index, _, level, encoding in members))
         self.region = Region(
             self.lattice.shape, self.chunks, np.dtype(np.uint8), self.decode, cache, key, depth, self.stamp,
             self.identity,
@@ -353,7 +354,7 @@ class IdStack:
         self._stored = []
         for _, name, level, encoding in self.members:
             decoder = _IdDecoder(ChunkReader(level, f"{label}/{name}", reader, patience), encoding, self.dtype)
-            key = ("ids", str(level.path), encoding, str(self.dtype))
+            key = ("ids", identity_of(level.path), encoding, str(self.dtype))
             self._stored.append(
                 Region(
                     decoder.reader.shape, chunk_shape([decoder.reader]), self.dtype, decoder, cache, key,

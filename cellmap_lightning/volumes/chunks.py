@@ -18,7 +18,7 @@ from cellmap_lightning.volumes.geometry import AXES, Box, Shape, to_vector
 from cellmap_lightning.volumes.guard import PATIENT, GuardedStore, ObjectError, Patience, described
 from cellmap_lightning.volumes.ngff import Level
 from cellmap_lightning.volumes.resample import AnyArray
-from cellmap_lightning.volumes.store import Remote, open_store
+from cellmap_lightning.volumes.store import Remote, identity_of, open_store
 
 #: Which library decodes: zarr-python, or TensorStore, which is several times as fast where nothing can be kept.
 Reader = Literal["zarr", "tensorstore"]
@@ -285,8 +285,7 @@ class ChunkReader:
     def identity(self) -> tuple[object, ...]:
         """What tells this array from every other one: where it is, and what its metadata says."""
         info = self.level.array
-        where = str(info.path) if isinstance(info.path, Remote) else os.path.realpath(info.path)
-        return where, info.checksum, self.level.axes
+        return identity_of(info.path), info.checksum, self.level.axes
 
     def stored(self) -> dict[tuple[int, int, int], tuple[int, int]]:
         """The files of chunks or shards that exist, ``{place among them (z, y, x): (time, bytes)}``.

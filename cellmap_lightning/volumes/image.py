@@ -28,6 +28,7 @@ from cellmap_lightning.volumes.patches import MapTo, stored_box
 from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import ChunkCache, Region
 from cellmap_lightning.volumes.resample import AnyArray, Method, evaluate
+from cellmap_lightning.volumes.store import identity_of
 
 if TYPE_CHECKING:
     import torch
@@ -140,8 +141,8 @@ class StoredImage:
         self._stores: dict[tuple[int, ...], bool] = {}
         self._said = 0
         self.region = Region(
-            self.reader.shape, chunk_shape([self.reader]), self.reader.dtype, self._decode, cache, str(level.path),
-            stamp=self.reader.stamp, identity=self.identity, name=f"{label} {level.path}",
+            self.reader.shape, chunk_shape([self.reader]), self.reader.dtype, self._decode, cache,
+            identity_of(level.path), stamp=self.reader.stamp, identity=self.identity, name=f"{label} {level.path}",
         )  # fmt: skip
 
     def _decode(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:

@@ -16,7 +16,7 @@ from cellmap_lightning.volumes.chunks import ChunkReader
 from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.location import cache_folder
 from cellmap_lightning.volumes.ngff import Level, Multiscale
-from cellmap_lightning.volumes.store import read_json
+from cellmap_lightning.volumes.store import identity_of, read_json
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Statistics:
 def fingerprint(level: Level, *more: object) -> str:
     """A name for what was measured: the array, its shape and type, the time of its metadata, and what else matters."""
     info = level.array
-    where: tuple[object, ...] = (str(info.path), info.checksum)
+    where: tuple[object, ...] = (identity_of(info.path), info.checksum)
     if isinstance(info.path, Path):
         where = (str(info.path.resolve()), (info.path / info.metadata.name).stat().st_mtime_ns)
     parts = (_VERSION, *where, info.shape, str(info.dtype), *more)

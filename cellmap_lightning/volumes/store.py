@@ -45,7 +45,7 @@ HIDDEN = "***"
 _filesystems: dict[tuple[Any, ...], Any] = {}
 _lock = threading.Lock()
 #: Texts of metadata files that were read, while somebody keeps them; None where there is none.
-_kept: dict[str, bytes | None] | None = None
+_kept: "dict[Remote, bytes | None] | None" = None
 
 
 def _after_fork() -> None:
@@ -127,6 +127,12 @@ class Remote:
 
     def __str__(self) -> str:
         return self.hide(self.url)
+
+    @property
+    def identity(self) -> str:
+        """What tells it from every other place: one address may lead elsewhere by another endpoint. No secrets."""
+        options = {name: value for name, value in json.loads(self.options).items() if name != "anon"}
+        return f"{self.url} {json.dumps(redacted(options, secret=True), sort_keys=True)}"
 
     def hide(self, text: str) -> str:
         """A text without what nobody should see: values of secret options, users in addresses, signed queries."""
@@ -251,6 +257,11 @@ class Remote:
 StorePath = Path | Remote
 
 
+def identity_of(path: StorePath) -> str:
+    """What tells a place from every other one."""
+    return path.identity if isinstance(path, Remote) else os.path.realpath(path)
+
+
 def located(path: "str | Path | Remote", options: Mapping[str, Any] | None = None) -> StorePath:
     """Where a path or an address leads, with ``~`` expanded.
 
@@ -362,15 +373,15 @@ def read_all(places: Sequence[Remote]) -> list[bytes | None]:
     """
     from cellmap_lightning.volumes.guard import PATIENT, tried
 
-    found: dict[str, bytes | None] = {}
+    found: dict[Remote, bytes | None] = {}
     if _kept is not None:
-        found = {p.url: _kept[p.url] for p in places if p.url in _kept}
-    wanted = [p for p in places if p.url not in found]
+        found = {p: _kept[p] for p in places if p in _kept}
+    wanted = [p for p in places if p not in found]
     if wanted:
         first = wanted[0]
         with first._clear():
             fs = first.filesystem()
-            keys = {p.key: p.url for p in wanted}
+            keys = {p.key: p for p in wanted}
 
             def read(keys: Sequence[str]) -> dict[str, Any]:
                 return dict(fs.cat(list(keys), on_error="return") if len(keys) > 1 else _one(fs, keys[0]))
@@ -379,7 +390,7 @@ def read_all(places: Sequence[Remote]) -> list[bytes | None]:
                 found[keys[key]] = text
         if _kept is not None:
             _kept.update(found)
-    return [found[p.url] for p in places]
+    return [found[p] for p in places]
 
 
 def _one(fs: Any, key: str) -> dict[str, Any]:
