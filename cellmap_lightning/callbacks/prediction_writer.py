@@ -377,6 +377,7 @@ class PredictionWriter(L.Callback):
             "shards": list(self.shards) if self.shards else None,
             "block": list(grid.block),
             "levels": levels,
+            "pyramid": "with blocks",  # an output whose pyramid is built at the end does not go on
         }
 
     # -- batches

@@ -17,6 +17,7 @@ from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapValue
 from cellmap_lightning.volumes.geometry import AXES, Box, Shape, to_vector
 from cellmap_lightning.volumes.guard import PATIENT, GuardedStore, ObjectError, Patience, described
 from cellmap_lightning.volumes.ngff import Level
+from cellmap_lightning.volumes.plain import PlainChunks
 from cellmap_lightning.volumes.resample import AnyArray
 from cellmap_lightning.volumes.store import Remote, identity_of, open_store
 
@@ -72,6 +73,7 @@ class ChunkReader:
         # Booleans are read as the 0 and 1 that they stand for.
         self.dtype: np.dtype[Any] = np.dtype(np.uint8) if info.dtype == np.bool_ else info.dtype
         self._opened: tuple[int, Any] | None = None
+        self._files: tuple[Any, PlainChunks | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"level": self.level, "label": self.label, "reader": self.reader, "patience": self.patience}
@@ -88,6 +90,15 @@ class ChunkReader:
             opened = pid, self._tensorstore() if self.reader == "tensorstore" else self._zarr()
             self._opened = opened
         return opened[1]
+
+    def _plain(self, array: "zarr.Array[Any]") -> PlainChunks | None:
+        """The array's chunks as files, where they are that."""
+        files = self._files
+        if files is None or files[0] is not array:
+            store = array.store
+            inner = store._store if isinstance(store, GuardedStore) else store
+            files = self._files = array, PlainChunks.of(array, inner)
+        return files[1]
 
     def _zarr(self) -> "zarr.Array[Any]":
         info = self.level.array
@@ -201,7 +212,10 @@ class ChunkReader:
             ahead = begun if begun is not None else self._open()[self._box(start, shape)].read()
             stored = np.asarray(ahead.result(timeout=self.patience.timeout))
         else:
-            stored = np.asarray(self._open()[self._box(start, shape)])
+            array, box = self._open(), self._box(start, shape)
+            plain = self._plain(array)
+            chunk = plain.read(box, level.array.encoded) if plain is not None else None
+            stored = chunk if chunk is not None else np.asarray(array[box])
         kept = sorted(level.axes)
         out = stored.transpose([kept.index(a) for a in level.axes])
         return np.ascontiguousarray(out, dtype=self.dtype)

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,6 +115,12 @@ def _refusal(folder: Path) -> str | None:
     if kind in _NETWORK:
         return f"{folder} is on a network file system ({kind})"
     return None
+
+
+@lru_cache(maxsize=1024)
+def on_network(path: Path) -> bool:
+    """Whether a path is on a file system of other machines, as far as the system says."""
+    return filesystem(path) in _NETWORK
 
 
 def filesystem(path: Path, mounts: str = "/proc/self/mountinfo") -> str:

@@ -23,6 +23,8 @@ from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellM
 from cellmap_lightning.volumes.blocks import BlockGrid
 from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.journal import Journal
+from cellmap_lightning.volumes.plain import PlainChunks
+from cellmap_lightning.volumes.pyramid import Units, coarser, units_left, units_within
 from cellmap_lightning.volumes.writer import (
     ZarrFormat,
     codec_of,
@@ -95,7 +97,8 @@ class PredictionOutput:
         self.zarr_format: ZarrFormat = zarr_format
         self.dtype: np.dtype[Any] = np.dtype(np.uint8 if dtype == "labels" else dtype)
         self.journal = Journal(self.path, rank)
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._arrays: dict[tuple[str, int], zarr.Array[Any]] = {}
+        self._coarser = downsample_mode if dtype == "labels" else downsample_mean
 
     @property
     def nbytes(self) -> int:
@@ -140,7 +143,7 @@ class PredictionOutput:
                 self.journal.begin(settings)
 
     def _create(self) -> None:
-        """All groups, and level 0 of each; what a kill has left of an earlier attempt is made anew."""
+        """All groups, and their levels; what a kill has left of an earlier attempt is made anew."""
         attributes: dict[str, Any] = {}
         if self.kind == "labels":
             attributes = {"cellmap": {"annotation": {"class_names": list(self.classes)}}}
@@ -149,14 +152,15 @@ class PredictionOutput:
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
             write_group(self.path / name, zarr_format=self.zarr_format)
-            self._level(name, 0)
+            for level in range(self.levels):
+                self._level(name, level)
 
-    def _level(self, name: str, level: int) -> zarr.Array[Any]:
+    def _level(self, name: str, level: int) -> None:
         codec = codec_of("zstd", self.zarr_format)
         if self.zarr_format == 3:
             codec = [codec, zarr.codecs.Crc32cCodec()]
         attributes = {"cellmap": self._about(name)} if self.kind == "labels" else None
-        return create_level(
+        create_level(
             self.path / name / f"s{level}", self._shape(level), self.dtype, self.chunks, self.zarr_format, codec,
             self.shards, attributes=attributes,
         )  # fmt: skip
@@ -195,6 +199,8 @@ class PredictionOutput:
             folders += [self.path / name, self.path / name / "s0"]
             for number in self.journal.unfinished:
                 folders += self._folders(name, number)
+            for level in range(1, self.levels):
+                folders += [Path(folder) for folder, _, _ in os.walk(self.path / name / f"s{level}")]
         for folder in folders:
             for path in folder.glob("*.partial"):
                 path.unlink(missing_ok=True)
@@ -221,13 +227,49 @@ class PredictionOutput:
 
     # -- blocks
 
-    def array(self, name: str) -> zarr.Array[Any]:
-        """Level 0 of a class."""
-        if name not in self._arrays:
-            self._arrays[name] = zarr.open_array(
-                str(self.path / name / "s0"), mode="r+", zarr_format=self.zarr_format
-            )  # fmt: skip
-        return self._arrays[name]
+    def array(self, name: str, level: int = 0) -> zarr.Array[Any]:
+        """A level of a class."""
+        if (name, level) not in self._arrays:
+            path = str(self.path / name / f"s{level}")
+            self._arrays[name, level] = zarr.open_array(path, mode="r+", zarr_format=self.zarr_format)
+        return self._arrays[name, level]
+
+    def _put(self, name: str, level: int, units: Units, origin: Sequence[int], data: npt.NDArray[Any]) -> None:
+        """Write whole chunks (or shards) of a level.
+
+        Args:
+            name: the class.
+            level: the level.
+            units: which.
+            origin: the first voxel of ``data``.
+            data: what they are made of, and perhaps more.
+        """
+        unit = self.shards or self.chunks
+        boxes = [
+            [slice(i * u, min((i + 1) * u, n)) for i in range(part.start, part.stop)]
+            for part, u, n in zip(units, unit, self._shape(level), strict=True)
+        ]
+        array = self.array(name, level)
+        if self.zarr_format == 2:
+            chunks = PlainChunks(array, str(self.path / name / f"s{level}"))
+            for box in product(*boxes):
+                here = tuple(slice(p.start - o, p.stop - o) for p, o in zip(box, origin, strict=True))
+                chunks.write([p.start // u for p, u in zip(box, unit, strict=True)], data[here])
+            return
+        whole = [slice(parts[0].start, parts[-1].stop) for parts in boxes]
+        here = tuple(slice(p.start - o, p.stop - o) for p, o in zip(whole, origin, strict=True))
+        array[tuple(whole)] = data[here]
+
+    def _put_block(self, name: str, number: int, data: npt.NDArray[Any]) -> None:
+        """Write a block of a class, and what of the pyramid it makes by itself."""
+        start, _ = self.grid[number]
+        for level in range(self.levels):
+            units = units_within(self.grid, number, level, self.shards or self.chunks)
+            if units is None:  # then there are none in coarser levels either
+                return
+            if level:
+                data = coarser(data, self._coarser)
+            self._put(name, level, units, [a >> level for a in start], data)
 
     def stored(self, values: npt.NDArray[np.float32], where: str) -> npt.NDArray[Any]:
         """Values as they are stored.
@@ -252,12 +294,13 @@ class PredictionOutput:
             )
         if self.kind == "labels":
             return (values >= self.threshold).view(np.uint8)
-        stored = np.empty(values.shape, np.uint8)
+        stored, scaled = np.empty(values.shape, np.uint8), np.empty(values.shape[2:], np.float32)
         for channel, out in zip(values, stored, strict=True):
             for plane, stored_plane in zip(channel, out, strict=True):  # which stays in the processor's cache
-                scaled = plane * np.float32(255)
-                np.rint(scaled, out=scaled)
-                stored_plane[...] = np.clip(scaled, 0, 255, out=scaled)
+                np.rint(np.multiply(plane, np.float32(255), out=scaled), out=scaled)
+                if low < 0 or high > 1:
+                    np.clip(scaled, 0, 255, out=scaled)
+                np.copyto(stored_plane, scaled, casting="unsafe")
         return stored
 
     def write(self, number: int, values: npt.NDArray[np.float32]) -> None:
@@ -272,12 +315,10 @@ class PredictionOutput:
             OutputError: the disk is full or read-only; the blocks before are untouched.
         """
         stored = self.stored(values, f"block {number}")
-        start, shape = self.grid[number]
-        place = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
         with self._clear_errors(f"cannot be written to at block {number}"):
             self.journal.write("begun", number)
             for name, channel in zip(self.classes, stored, strict=True):
-                self.array(name)[place] = channel
+                self._put_block(name, number, channel)
             reached = [sum(int(np.count_nonzero(plane >= self.threshold)) for plane in channel) for channel in values]
             self.journal.write("done", number, reached)
 
@@ -302,7 +343,7 @@ class PredictionOutput:
     def finish(
         self, rank: int, world: int, barrier: Callable[[], None], broadcast: Callable[[bool], bool] = bool
     ) -> bool:
-        """Build the pyramids out of core and describe the groups: every process a part, level by level.
+        """Build what is left of the pyramids, out of core, and describe the groups: every process a part of each level.
 
         Returns:
             Whether all blocks are done, so that it could be finished.
@@ -314,7 +355,6 @@ class PredictionOutput:
             broadcast: what process 0 gives, to all of them: on a network file system each might see another state, and
                 one that went on alone would wait for the others for ever.
         """
-        coarser = downsample_mode if self.kind == "labels" else downsample_mean
         unit = self.shards or self.chunks
         with self._clear_errors("cannot be finished"):
             barrier()  # all have written what they had to
@@ -323,22 +363,16 @@ class PredictionOutput:
             if broadcast(self.journal.complete):
                 return True
             for level in range(1, self.levels):
-                if rank == 0:
-                    for name in self.classes:
-                        shutil.rmtree(self.path / name / f"s{level}", ignore_errors=True)
-                        self._level(name, level)
-                barrier()
                 shape = self._shape(level)
-                boxes = list(product(*(range(0, n, u) for n, u in zip(shape, unit, strict=True))))
-                for task, (name, start) in enumerate(product(self.classes, boxes)):
+                for task, (name, index) in enumerate(product(self.classes, units_left(self.grid, level, unit))):
                     if task % world != rank:
                         continue
+                    start = [i * u for i, u in zip(index, unit, strict=True)]
                     stop = [min(a + u, n) for a, u, n in zip(start, unit, shape, strict=True)]
-                    here = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
                     fine = tuple(slice(2 * a, 2 * b) for a, b in zip(start, stop, strict=True))
-                    source = zarr.open_array(str(self.path / name / f"s{level - 1}"), mode="r")
-                    target = zarr.open_array(str(self.path / name / f"s{level}"), mode="r+")
-                    target[here] = coarser(np.asarray(source[fine]))
+                    source = np.asarray(self.array(name, level - 1)[fine])
+                    z, y, x = (slice(i, i + 1) for i in index)
+                    self._put(name, level, (z, y, x), start, coarser(source, self._coarser))
                 barrier()
             if rank == 0:
                 for name in self.classes:

@@ -1,0 +1,133 @@
+"""Chunks of Zarr v2 that are files: read and written without zarr-python's pipeline, which costs more than the codec.
+
+What is stored, and where, follows from the array's metadata: https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html.
+"""
+
+import math
+import os
+import stat
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.core.metadata import ArrayV2Metadata
+from zarr.storage import LocalStore
+
+from cellmap_lightning.volumes.guard import COUNTS
+from cellmap_lightning.volumes.integrity import Encoded, check_file
+from cellmap_lightning.volumes.location import on_network
+
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # at a pipe nobody waits
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+_numbers = count()
+
+
+class PlainChunks:
+    """The chunks of one array, which has a compressor or none, and no filters. Use `of`.
+
+    Args:
+        array: the array.
+        root: its folder.
+    """
+
+    def __init__(self, array: "zarr.Array[Any]", root: str) -> None:
+        metadata: Any = array.metadata
+        self.root, self.shape, self.chunks = root, array.shape, array.chunks
+        self.separator: str = metadata.dimension_separator
+        self.order: Any = metadata.order
+        self.codec: Any = metadata.compressor
+        self.dtype = np.dtype(metadata.dtype.to_native_dtype())
+        self.fill: Any = metadata.fill_value if metadata.fill_value is not None else 0
+
+    @classmethod
+    def of(cls, array: "zarr.Array[Any]", store: Any) -> "PlainChunks | None":
+        """Those of an array, or None where zarr-python is the way to them.
+
+        It is for arrays with filters, of Zarr v3, or in a store that is no folder of this machine: a read from a
+        network file system may hang, and there it ends in time.
+        """
+        metadata: Any = array.metadata
+        if type(store) is not LocalStore or array.path or not isinstance(metadata, ArrayV2Metadata) or metadata.filters:
+            return None
+        if not array.shape or array.dtype.kind not in "buif" or on_network(store.root):
+            return None
+        return cls(array, str(store.root))
+
+    def file(self, index: Sequence[int]) -> str:
+        """Where a chunk is stored."""
+        return f"{self.root}/{self.separator.join(map(str, index))}"
+
+    def whole(self, box: Sequence[slice | int]) -> tuple[int, ...] | None:
+        """The index of the chunk of which a box is all that lies in the array; None for any other box."""
+        index = []
+        for part, size, n in zip(box, self.chunks, self.shape, strict=True):
+            first, stop = (part, part + 1) if isinstance(part, int) else (part.start, part.stop)
+            if isinstance(part, int) or first % size or stop != min(first + size, n) or stop <= first:
+                return None
+            index.append(first // size)
+        return tuple(index)
+
+    def read(self, box: Sequence[slice | int], encoded: Encoded) -> np.ndarray[Any, Any] | None:
+        """The voxels of a whole chunk; None for any other box, and where it is not there or anything is wrong with it.
+
+        zarr-python then meets the same, and its guarded store says what it is, or tries again.
+        """
+        index = self.whole(box)
+        if index is None:
+            return None
+        try:
+            handle = os.open(self.file(index), _READ)
+            with os.fdopen(handle, "rb", buffering=0) as file:
+                found = os.fstat(handle)
+                if not stat.S_ISREG(found.st_mode):
+                    return None
+                stored = file.read(found.st_size)
+            check_file(memoryview(stored), encoded)
+            voxels = np.empty(math.prod(self.chunks), self.dtype)
+            nbytes = voxels.nbytes
+            decoded = self.codec.decode(stored) if self.codec is not None else stored
+            if memoryview(decoded).nbytes != nbytes:
+                return None
+            voxels.view(np.uint8)[:] = np.frombuffer(decoded, np.uint8)
+        except Exception:  # codecs raise whatever they like
+            return None
+        COUNTS.add("reads")
+        inside = tuple(slice(0, part.stop - part.start) for part in box if isinstance(part, slice))
+        return voxels.reshape(self.chunks, order=self.order)[inside]
+
+    def write(self, index: Sequence[int], voxels: np.ndarray[Any, Any]) -> None:
+        """Write a chunk, whole or not at all; a chunk of nothing but the fill value has no file.
+
+        Args:
+            index: which.
+            voxels: what of it lies in the array.
+        """
+        path = self.file(index)
+        if not (voxels != self.fill).any():
+            Path(path).unlink(missing_ok=True)
+            return
+        if voxels.shape != self.chunks:
+            part = voxels
+            voxels = np.full(self.chunks, self.fill, self.dtype)
+            voxels[tuple(slice(0, n) for n in part.shape)] = part
+        plain = np.asarray(voxels, self.dtype, order=self.order)
+        plain = plain.reshape(-1, order=self.order)
+        encoded = self.codec.encode(plain) if self.codec is not None else plain.tobytes()
+        draft = f"{path}.{os.getpid()}-{next(_numbers)}.partial"
+        try:
+            handle = os.open(draft, _WRITE, 0o666)
+        except FileNotFoundError:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(draft, _WRITE, 0o666)
+        try:
+            with os.fdopen(handle, "wb", buffering=0) as file:
+                left = memoryview(encoded).cast("B")
+                while left:
+                    left = left[file.write(left) :]
+            Path(draft).replace(path)
+        except BaseException:
+            Path(draft).unlink(missing_ok=True)
+            raise
