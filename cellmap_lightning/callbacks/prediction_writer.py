@@ -25,7 +25,7 @@ from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.volumes.behind import Behind
-from cellmap_lightning.volumes.blending import Blend, BlockSum, Floats, Tiling
+from cellmap_lightning.volumes.blending import Blend, BlockMemory, BlockSum, Floats, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid, block_shape, output_lattice, parse_region, voxels_of
 from cellmap_lightning.volumes.geometry import AXES, Shape
 from cellmap_lightning.volumes.output import OutputType, PredictionOutput, check_apart
@@ -251,7 +251,7 @@ class PredictionWriter(L.Callback):
             job, datasets = self._job(trainer, pl_module, output, name, planes)
             self._jobs.append(job)
             placed += datasets
-        self._behind = Behind()
+        self._behind, self._memory = Behind(), BlockMemory()
         if len(placed) == 1:
             self._source: SampleSource = placed[0]
             self._close = [placed[0]._store.close]  # its threads are those of the module's own dataset
@@ -267,7 +267,7 @@ class PredictionWriter(L.Callback):
         )
         self._next: tuple[_Job, BlockBatch] | None = None
         self._sum: BlockSum | None = None
-        self._whole: np.ndarray[Any, np.dtype[np.float32]] | None = None
+        self._whole: tuple[BlockSum, Floats] | None = None
         rank = trainer.global_rank
         self._bar = tqdm(
             total=sum(len(job.plan.blocks) for job in self._jobs), desc="predicting", unit="block",
@@ -420,7 +420,7 @@ class PredictionWriter(L.Callback):
         if now.first or self._sum is None:
             start, shape = grid.whole_start(now.block), grid[now.block][1]
             tiling = job.plan.tilings[now.tiling]
-            self._sum = BlockSum(start, shape, len(self._kept), tiling, job.weights[now.tiling])
+            self._sum = BlockSum(start, shape, len(self._kept), tiling, job.weights[now.tiling], self._memory)
         for part, value in zip(now.parts, found, strict=True):
             self._sum.add(part, value)
         if now.last:
@@ -449,20 +449,23 @@ class PredictionWriter(L.Callback):
         whole, self._sum = self._sum, None
         planes = len(job.plan.tilings)
         if planes == 1:
-            self._behind.give(partial(self._write, job, now.block, whole.mean))
+            self._behind.give(partial(self._write, job, now.block, whole.mean, whole))
             return
         if now.tiling == 0 or self._whole is None:
-            self._whole = whole.mean()
+            self._whole = whole, whole.mean()
         else:
-            self._whole += whole.mean()
+            values = self._whole[1]
+            values += whole.mean()
+            whole.release()
         if now.tiling == planes - 1:
-            values, self._whole = self._whole, None
+            (first, values), self._whole = self._whole, None
             values /= np.float32(planes)
-            self._behind.give(partial(self._write, job, now.block, lambda: values))
+            self._behind.give(partial(self._write, job, now.block, lambda: values, first))
 
-    def _write(self, job: "_Job", number: int, values: Callable[[], np.ndarray[Any, np.dtype[np.float32]]]) -> None:
-        """Write a block, in the thread that does so."""
+    def _write(self, job: "_Job", number: int, values: Callable[[], Floats], memory: BlockSum) -> None:
+        """Write a block, in the thread that does so, and let go of its memory."""
         job.output.write(number, values())
+        memory.release()
         self.summary.written += 1
         self.summary.voxels += math.prod(job.output.grid[number][1])
         self._bar.update()
@@ -609,6 +612,7 @@ class PredictionWriter(L.Callback):
         for close in closing:
             close()
         self._sum = self._whole = self._next = None
+        self._memory = BlockMemory()
 
 
 def fingerprint(module: L.LightningModule) -> str:

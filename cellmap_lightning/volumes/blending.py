@@ -167,6 +167,29 @@ class Tiling:
         return weights
 
 
+class BlockMemory:
+    """Memory of blocks: what one leaves is used for the next, as new memory costs more than to add a patch in it."""
+
+    def __init__(self) -> None:
+        self._free: list[npt.NDArray[np.uint8]] = []
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """An array whose values are not set. Any thread may take one."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        try:
+            flat = self._free.pop()
+        except IndexError:
+            flat = np.empty(0, np.uint8)
+        if flat.nbytes < nbytes:  # which is then given up for a larger one
+            flat = np.empty(nbytes, np.uint8)
+        return flat[:nbytes].view(dtype).reshape(shape)
+
+    def give_back(self, array: npt.NDArray[Any]) -> None:
+        """Take back what was taken; nobody may look at it afterwards."""
+        assert array.base is not None
+        self._free.append(array.base)
+
+
 class BlockSum:
     """One block while its patches come in.
 
@@ -179,11 +202,23 @@ class BlockSum:
         channels: channels of a patch.
         tiling: the patches.
         weights: ``tiling.weights()``.
+        memory: where it takes memory from, until `release`.
     """
 
-    def __init__(self, start: Shape, shape: Shape, channels: int, tiling: Tiling, weights: Floats | None) -> None:
+    def __init__(
+        self,
+        start: Shape,
+        shape: Shape,
+        channels: int,
+        tiling: Tiling,
+        weights: Floats | None,
+        memory: BlockMemory | None = None,
+    ) -> None:
         self.start, self.tiling, self.weights = start, tiling, weights
-        self._sum = np.zeros((channels, *shape), tiling.precision)
+        self._memory = memory if memory is not None else BlockMemory()
+        self._sum = self._memory.take((channels, *shape), tiling.precision)
+        if weights is not None:  # otherwise patches share out the block, and each voxel is set once
+            self._sum.fill(0)
         self._weighted = None if weights is None or tiling.blend == "average" else np.empty_like(weights)
 
     def add(self, part: Part, values: Floats) -> None:
@@ -200,7 +235,7 @@ class BlockSum:
                 total[here] += np.multiply(value[there], self.weights[there], out=self._weighted[there])
 
     def mean(self) -> Floats:
-        """The block, ``[C, z, y, x]``. It is the memory that was summed in: nothing can be added afterwards."""
+        """The block, ``[C, z, y, x]``, until `release`. Nothing can be added afterwards: it may be what was summed in."""
         if self.weights is not None:
             shape = self._sum.shape[1:]
             ends = np.add(self.start, shape).tolist()
@@ -216,3 +251,7 @@ class BlockSum:
                 found = [planes[z - start] for start, lo, hi in axes[0] if lo <= z < hi]
                 self._sum[:, z - self.start[0]] /= sum(found[1:], found[0])
         return self._sum.astype(np.float32, copy=False)
+
+    def release(self) -> None:
+        """Give the memory back: the block that `mean` gave is not looked at any more."""
+        self._memory.give_back(self._sum)
