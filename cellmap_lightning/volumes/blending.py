@@ -235,7 +235,7 @@ class BlockSum:
                 total[here] += np.multiply(value[there], self.weights[there], out=self._weighted[there])
 
     def mean(self) -> Floats:
-        """The block, ``[C, z, y, x]``, until `release`. Nothing can be added afterwards: it may be what was summed in."""
+        """The block, ``[C, z, y, x]``, until `release`. Nothing can be added afterwards: it may be the sums' memory."""
         if self.weights is not None:
             shape = self._sum.shape[1:]
             ends = np.add(self.start, shape).tolist()

@@ -143,17 +143,23 @@ def downsample_mode(data: NDArray[Any], factors: Sequence[int] = (2, 2, 2)) -> N
 # ---------------------------------------------------------------------------------------------------- the groups
 
 
-def codec_of(compressor: Compressor | None, zarr_format: int) -> Any:
-    """What `zarr.create_array` wants for a compressor's name, in the words of each format."""
+def codec_of(compressor: Compressor | None, zarr_format: int, level: int = 5) -> Any:
+    """What `zarr.create_array` wants for a compressor's name, in the words of each format.
+
+    Args:
+        compressor: its name, or None.
+        zarr_format: 2 or 3.
+        level: how hard it tries, from 1 to 9.
+    """
     if compressor is None:
         return None
     if compressor not in ("zstd", "lz4", "gzip"):
         raise CellMapValueError(f"unknown compressor {compressor!r}; one of 'zstd', 'lz4', 'gzip', None")
     if compressor == "gzip":
-        return {"id": "gzip", "level": 5} if zarr_format == 2 else zarr.codecs.GzipCodec(level=5)
+        return {"id": "gzip", "level": level} if zarr_format == 2 else zarr.codecs.GzipCodec(level=level)
     if zarr_format == 2:
-        return {"id": "blosc", "cname": compressor, "clevel": 5, "shuffle": 1, "blocksize": 0}
-    return zarr.codecs.BloscCodec(cname=compressor, clevel=5, shuffle="shuffle")
+        return {"id": "blosc", "cname": compressor, "clevel": level, "shuffle": 1, "blocksize": 0}
+    return zarr.codecs.BloscCodec(cname=compressor, clevel=level, shuffle="shuffle")
 
 
 def _check_format(zarr_format: int) -> None:
