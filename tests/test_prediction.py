@@ -807,3 +807,44 @@ def test_memory_does_not_grow_with_the_volume(tmp_path):
     peak = int(done.stdout.split("peak")[1]) * 1024
     assert read(tmp_path / "large.zarr").nbytes > 50e6
     assert peak < 25e6, "after a small volume a large one takes hardly more, and far less than its own 52 MB"
+
+
+def test_chunks_are_decoded_before_they_are_asked_for(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (64, 64, 64 * 14)).astype(np.uint8)
+    path = tmp_path / "raw.zarr" / "em"  # 14 chunks in a row, and a patch in each
+    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(64, 64, 64))
+    found = []
+
+    class Slow(Identity):
+        def predict_step(self, batch, batch_idx):
+            deadline = time.monotonic() + 10
+            while batch_idx == 0 and writer._source._store.decoded < 9 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            found.append(writer._source._store.decoded)
+            return super().predict_step(batch, batch_idx)
+
+    writer = PredictionWriter(str(tmp_path / "out.zarr"), overlap=0.0)
+    run = L.Trainer(
+        accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with module(path, (64, 64, 64), batch_size=1) as data:
+        run.predict(Slow(), datamodule=data)
+    assert found[0] >= 9  # without anything ahead: 2, the batch and the one that the Trainer fetches before it
+    np.testing.assert_array_equal(read(tmp_path / "out.zarr"), values)
+
+
+def test_a_damaged_chunk_is_named_when_it_is_needed_and_what_is_before_it_stays(tmp_path):
+    path, values = raw_volume(tmp_path, (16, 16, 320))
+    damaged = path / "s0" / "0" / "0" / "17"
+    stored = damaged.read_bytes()
+    damaged.write_bytes(stored[:20])
+    given = {"overlap": 0.0, "chunks": (16, 16, 16), "block_mb": 0.01, "dtype": "uint8"}
+    with pytest.raises(CellMapError, match=r"(?s)x\[272:288\].*cut short"):
+        predict(path, (16, 16, 16), tmp_path / "out.zarr", data={"batch_size": 1}, **given)
+    done = len(Journal(tmp_path / "out.zarr").finished)
+    assert 12 <= done <= 17
+    damaged.write_bytes(stored)
+    writer = predict(path, (16, 16, 16), tmp_path / "out.zarr", data={"batch_size": 1}, **given)
+    assert writer.summary.written == 20 - done
+    np.testing.assert_array_equal(read(tmp_path / "out.zarr"), values)

@@ -276,7 +276,10 @@ class PredictionWriter(L.Callback):
         self._close.append(self._bar.close)
         self._unchecked = self.check_context and self.blend == "trim" and rank == 0
         self._began, self._waited = time.perf_counter(), data.waiting.waited
-        return self._source, PlanBatches([job.plan for job in self._jobs])
+        # Worker processes read for themselves.
+        ahead = self._source.fill_ahead if data.num_workers == 0 else None
+        self._close.insert(0, self._source.end_ahead)
+        return self._source, PlanBatches([job.plan for job in self._jobs], ahead)
 
     def _job(
         self,

@@ -1,6 +1,7 @@
 """A volume as the patches of its blocks: what a prediction reads."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,9 @@ from cellmap_lightning.volumes.blending import Part, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid
 from cellmap_lightning.volumes.geometry import Box, Lattice, Shape
 from cellmap_lightning.volumes.placement import Placement, Window
+
+#: Batches before a batch is asked for that its chunks are begun to be decoded.
+AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -136,12 +140,23 @@ class PlanBatches:
 
     Args:
         plans: the plans.
+        ahead: called with the positions of a batch `AHEAD` batches before it is asked for.
     """
 
-    def __init__(self, plans: Sequence[BlockPlan]) -> None:
-        self.plans = plans
+    def __init__(self, plans: Sequence[BlockPlan], ahead: Callable[[list[int]], None] | None = None) -> None:
+        self.plans, self.ahead = plans, ahead
 
     def __iter__(self) -> Iterator[list[int]]:
+        coming: deque[list[int]] = deque()
+        for positions in self._all():
+            if self.ahead is not None:
+                self.ahead(positions)
+            coming.append(positions)
+            if len(coming) > (AHEAD if self.ahead is not None else 0):
+                yield coming.popleft()
+        yield from coming
+
+    def _all(self) -> Iterator[list[int]]:
         for plan in self.plans:
             for step in plan.steps():
                 if isinstance(step, BlockBatch):

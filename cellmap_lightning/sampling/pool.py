@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 THREAD_PREFIX = "cellmap-read"
 #: Seconds that somebody who closes waits for a read that cannot be cancelled any more.
 PATIENCE = 10.0
+#: Stands for the thread that waits for a task where none does.
+AHEAD = 0
 
 
 class Closes(Protocol):
@@ -156,6 +158,28 @@ class ReadPool:
                     future.exception()
             for future in futures:
                 self._queued.pop(future, None)
+
+    def ahead(self, tasks: Iterable[Callable[[], None]]) -> None:
+        """Have tasks done that nobody waits for.
+
+        An error of theirs is not raised: whoever needs what they do does it again, and meets it.
+        """
+        with self._lock:
+            executor = self._executor_locked()
+            for task in tasks:
+                future = executor.submit(task)
+                self._queued[future] = AHEAD
+                future.add_done_callback(self._ended)
+
+    def _ended(self, future: Future[Any]) -> None:
+        self._queued.pop(future, None)
+
+    def end_ahead(self) -> None:
+        """Cancel the tasks `ahead` that have not begun, and wait for the others, for `PATIENCE` seconds at most."""
+        futures = [future for future, thread in list(self._queued.items()) if thread == AHEAD]
+        for future in futures:
+            future.cancel()
+        wait(futures, PATIENCE)
 
     def follow(self, follower: Closes) -> None:
         """Close this first, when the pool is closed: it reads with the pool's threads."""

@@ -29,7 +29,7 @@ from cellmap_lightning.sampling.tiles import Spread, stratified
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.volumes.geometry import AXES, FloatArray, Shape
 from cellmap_lightning.volumes.location import CacheMode
-from cellmap_lightning.volumes.region import RegionStore
+from cellmap_lightning.volumes.region import Region, RegionStore
 
 if TYPE_CHECKING:
     from cellmap_lightning.sampling.dataset import CellMapDataset
@@ -55,6 +55,12 @@ class Draw:
     position: int
     turn: FloatArray | None
     advance: FloatArray | None = None
+
+
+def _fill(region: Region, index: Shape) -> None:
+    """Fill a chunk, while nobody forks."""
+    with FORK_GATE:
+        region.fill(index)
 
 
 class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
@@ -286,6 +292,26 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
                 self._pool.run(fills.values())
             # Handing a small copy to another thread costs more than the copy: as many threads as the work pays for.
             self._pool.run(jobs, threads=max(1, -(-work // BYTES_PER_THREAD)))
+
+    def fill_ahead(self, positions: Sequence[int]) -> None:
+        """Have what some samples are cut from decoded by the dataset's threads, before they are read; wait for nothing.
+
+        Where nothing is kept there is nothing to do. What goes wrong is said when they are read.
+        """
+        self.prepare()
+        fills: dict[tuple[int, Shape], Callable[[], None]] = {}
+        for position in positions:
+            dataset, local = self.locate(position)
+            place = dataset.placement.place(local)
+            for name in self.layout.inputs:
+                for region, index in dataset.missing(name, place, None) or ():
+                    fills[id(region), index] = partial(_fill, region, index)
+        if fills:
+            self._pool.ahead(fills.values())
+
+    def end_ahead(self) -> None:
+        """Give up what was begun by `fill_ahead`."""
+        self._pool.end_ahead()
 
     def prepare(self) -> None:
         """Decide where decoded voxels are kept, before the first read and before worker processes are started."""

@@ -1,0 +1,59 @@
+"""Tasks that a pool does ahead, with nobody waiting for them."""
+
+import threading
+import time
+
+import pytest
+
+from cellmap_lightning.sampling.pool import ReadPool
+
+pytestmark = pytest.mark.usefixtures("no_threads_left")
+
+
+@pytest.fixture
+def pool():
+    found = ReadPool(1)
+    yield found
+    found.close()
+
+
+def test_tasks_ahead_are_done_and_their_errors_are_nobodys(pool):
+    done = []
+
+    def fail():
+        done.append("failed")
+        raise OSError("of a task that nobody waits for")
+
+    pool.ahead([fail, lambda: done.append("second")])
+    pool.run([lambda: done.append("waited for"), lambda: None])
+    assert done == ["failed", "second", "waited for"]
+
+
+def test_what_has_begun_is_waited_for_and_the_rest_is_given_up(pool):
+    begun, go, done = threading.Event(), threading.Event(), []
+
+    def slow():
+        begun.set()
+        go.wait(10)
+        done.append("slow")
+
+    pool.ahead([slow, lambda: done.append("never")])
+    assert begun.wait(10)
+    threading.Timer(0.2, go.set).start()
+    pool.end_ahead()
+    assert done == ["slow"]
+    pool.run([lambda: done.append("next"), lambda: None])
+    assert done == ["slow", "next"]
+
+
+def test_closing_gives_up_what_is_ahead():
+    pool, begun, done = ReadPool(1), threading.Event(), []
+
+    def slow():
+        begun.set()
+        time.sleep(0.2)
+
+    pool.ahead([slow, lambda: done.append("never")])
+    assert begun.wait(10)
+    pool.close()
+    assert done == []
