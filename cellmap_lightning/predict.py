@@ -222,7 +222,7 @@ def run(cfg: DictConfig, task: Any = None) -> str | None:
         data.close()
     if not trainer.is_global_zero:
         return None
-    said = f"{writer.output}\n{writer.summary}"
+    said = str(writer.output)  # the summary is in the log, which the command shows
     if writer.summary.complete:
         said += _judged(cfg, writer, writer.only or writer.classes or data.classes or ())
     return said
