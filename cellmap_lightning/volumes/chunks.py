@@ -73,7 +73,7 @@ class ChunkReader:
         # Booleans are read as the 0 and 1 that they stand for.
         self.dtype: np.dtype[Any] = np.dtype(np.uint8) if info.dtype == np.bool_ else info.dtype
         self._opened: tuple[int, Any] | None = None
-        self._files: tuple[Any, PlainChunks | None] | None = None
+        self._plain_chunks: tuple[Any, PlainChunks | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"level": self.level, "label": self.label, "reader": self.reader, "patience": self.patience}
@@ -93,12 +93,12 @@ class ChunkReader:
 
     def _plain(self, array: "zarr.Array[Any]") -> PlainChunks | None:
         """The array's chunks as files, where they are that."""
-        files = self._files
-        if files is None or files[0] is not array:
+        found = self._plain_chunks
+        if found is None or found[0] is not array:
             store = array.store
             inner = store._store if isinstance(store, GuardedStore) else store
-            files = self._files = array, PlainChunks.of(array, inner)
-        return files[1]
+            found = self._plain_chunks = array, PlainChunks.of(array, inner)
+        return found[1]
 
     def _zarr(self) -> "zarr.Array[Any]":
         info = self.level.array

@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,8 @@ _NETWORK = {
     "fuse.lustre", "fuse.rclone", "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4",
     "panfs", "pvfs2", "smb", "smb3", "smbfs", "virtiofs", "wekafs",
 }  # fmt: skip
+#: Which devices hold such a file system, of those that were asked for.
+_devices: dict[int, bool] = {}
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,12 @@ def _refusal(folder: Path) -> str | None:
     return None
 
 
-@lru_cache(maxsize=1024)
 def on_network(path: Path) -> bool:
     """Whether a path is on a file system of other machines, as far as the system says."""
-    return filesystem(path) in _NETWORK
+    device = path.stat().st_dev
+    if device not in _devices:  # thousands of arrays lie on one
+        _devices[device] = filesystem(path) in _NETWORK
+    return _devices[device]
 
 
 def filesystem(path: Path, mounts: str = "/proc/self/mountinfo") -> str:

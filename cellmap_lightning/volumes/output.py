@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -202,20 +202,22 @@ class PredictionOutput:
             folders += [self.path / name, self.path / name / "s0"]
             for number in self.journal.unfinished:
                 folders += self._folders(name, number)
-            for level in range(1, self.levels):
-                folders += [Path(folder) for folder, _, _ in os.walk(self.path / name / f"s{level}")]
+            if len(self.journal.finished) == len(self.grid):  # killed while what was left of the pyramid was built
+                for level in range(1, self.levels):
+                    folders += [Path(folder) for folder, _, _ in os.walk(self.path / name / f"s{level}")]
         for folder in folders:
             for path in folder.glob("*.partial"):
                 path.unlink(missing_ok=True)
 
     def _folders(self, name: str, number: int) -> Iterator[Path]:
-        """Where the files of a block lie."""
-        start, shape = self.grid[number]
-        unit = self.shards or self.chunks
-        spans = [range(a // u, -(-(a + n) // u)) for a, n, u in zip(start, shape, unit, strict=True)]
-        root = self.path / name / "s0"
-        for z, y in product(spans[0], spans[1]):
-            yield root / ("c" if self.zarr_format == 3 else "") / str(z) / str(y)
+        """Where the files of a block lie, and those of the pyramid that it makes."""
+        for level in range(self.levels):
+            units = units_within(self.grid, number, level, self.shards or self.chunks)
+            if units is None:
+                return
+            root = self.path / name / f"s{level}" / ("c" if self.zarr_format == 3 else "")
+            for z, y in product(*(range(part.start, part.stop) for part in units[:2])):
+                yield root / str(z) / str(y)
 
     def _check_space(self) -> None:
         left = 1 - len(self.journal.finished) / len(self.grid)
@@ -246,7 +248,8 @@ class PredictionOutput:
         array = self.array(name, level)
         if self.zarr_format == 3:
             return np.asarray(array[box])
-        files, encoded = self._files(name, level), Encoded("blosc", math.prod(self.chunks) * self.dtype.itemsize)
+        files = self._files(name, level)
+        encoded = Encoded(files.codec.codec_id, math.prod(self.chunks) * self.dtype.itemsize)
         found = np.empty([part.stop - part.start for part in box], self.dtype)
         along = [range(p.start, p.stop, c) for p, c in zip(box, self.chunks, strict=True)]
         for start in product(*along):
@@ -398,7 +401,8 @@ class PredictionOutput:
             if broadcast(self.journal.complete):
                 return True
             for level in range(1, self.levels):
-                for name, index in list(product(self.classes, units_left(self.grid, level, unit)))[rank::world]:
+                tasks = product(self.classes, units_left(self.grid, level, unit))
+                for name, index in islice(tasks, rank, None, world):
                     self._make(level, name, index)
                 barrier()
             if rank == 0:

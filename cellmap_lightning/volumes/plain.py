@@ -26,7 +26,7 @@ _numbers = count()
 
 
 class PlainChunks:
-    """The chunks of one array, which has a compressor or none, and no filters. Use `of`.
+    """The chunks of one array, which has a compressor or none, and no filters; `of` says whether an array is such.
 
     Args:
         array: the array.
@@ -52,7 +52,8 @@ class PlainChunks:
         metadata: Any = array.metadata
         if type(store) is not LocalStore or array.path or not isinstance(metadata, ArrayV2Metadata) or metadata.filters:
             return None
-        if not array.shape or array.dtype.kind not in "buif" or on_network(store.root):
+        plain = bool(array.shape) and array.dtype.kind in "buif" and store.root.is_dir()
+        if not plain or on_network(store.root):
             return None
         return cls(array, str(store.root))
 

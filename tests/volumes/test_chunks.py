@@ -92,6 +92,11 @@ def test_v2(tmp_path, compressor, order, separator, dtype):
     )  # fmt: skip
     array[...] = values(dtype)
     assert (check(tmp_path / "a", "zarr", dtype) == values(dtype)).all()
+    # A whole chunk is read as a file.
+    reader = ChunkReader(level(tmp_path / "a"))
+    whole = reader.read((0, 0, 0), CHUNKS)
+    assert reader._plain_chunks[1] is not None
+    assert (whole == values(dtype)[: CHUNKS[0], : CHUNKS[1], : CHUNKS[2]]).all()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, ">u2", ">i4", ">f4", ">u8", ">f8"])

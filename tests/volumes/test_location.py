@@ -19,6 +19,7 @@ from cellmap_lightning.volumes.location import (
     check_mode,
     choose,
     filesystem,
+    on_network,
     region_folder,
 )
 
@@ -118,7 +119,8 @@ def test_the_file_system_of_a_name_that_is_no_text(tmp_path):
     assert filesystem(Path(os.fsdecode(b"/mnt/\xe9\xff/x")), str(file)) == "nfs4"
 
 
-def test_this_machine_says_what_it_has():
+def test_this_machine_says_what_it_has(tmp_path):
+    assert not on_network(Path("/proc/self"))
     assert filesystem(Path("/proc/self")) == "proc"
     assert filesystem(Path("/")) not in ("", "proc")
     total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))

@@ -71,6 +71,9 @@ def test_levels_are_those_of_the_whole_at_once(tmp_path, shape, block, unit, dty
         start, length = output.grid[number]
         here = tuple(slice(a, a + n) for a, n in zip(start, length, strict=True))
         output.write(number, values[:, *here].copy())
+    if block == (32, 32, 32):  # two chunks of the next level along each axis; class a has something in each
+        early = [p for p in (tmp_path / "p.zarr" / "a" / "s1").rglob("*") if p.is_file() and p.name.isdigit()]
+        assert len(early) == 64
     assert output.finish(0, 1, lambda: None)
     for name, channel in zip("ab", values, strict=True):
         stored = output.stored(channel[None].copy(), "it")[0]
