@@ -25,13 +25,14 @@ from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.volumes.behind import Behind
-from cellmap_lightning.volumes.blending import Blend, BlockMemory, BlockSum, Floats, Tiling
+from cellmap_lightning.volumes.blending import Blend, BlockCopy, BlockMemory, BlockSum, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid, block_shape, output_lattice, parse_region, voxels_of
 from cellmap_lightning.volumes.geometry import AXES, Shape
-from cellmap_lightning.volumes.output import OutputType, PredictionOutput, check_apart
+from cellmap_lightning.volumes.output import PredictionOutput, check_apart
 from cellmap_lightning.volumes.placement import Window
 from cellmap_lightning.volumes.skipping import Skipping
 from cellmap_lightning.volumes.store import parts_of
+from cellmap_lightning.volumes.values import Floats, OutputType, StoredValues
 from cellmap_lightning.volumes.writer import ZarrFormat
 
 log = logging.getLogger(__name__)
@@ -187,8 +188,7 @@ class PredictionWriter(L.Callback):
             raise CellMapValueError(f"zarr_format is 2 (OME-NGFF 0.4) or 3 (OME-NGFF 0.5), got {zarr_format!r}")
         if not block_mb > 0 or not math.isfinite(threshold):
             raise CellMapValueError(f"block_mb must be positive and threshold a number: {block_mb!r}, {threshold!r}")
-        if dtype not in get_args(OutputType):
-            raise CellMapValueError(f"dtype is one of {', '.join(get_args(OutputType))}, got {dtype!r}")
+        StoredValues(dtype, threshold)  # is such a type
         if blend not in get_args(Blend):
             raise CellMapValueError(f"blend is one of {', '.join(get_args(Blend))}, got {blend!r}")
         self.chunks = _lengths("chunks", chunks)
@@ -254,10 +254,12 @@ class PredictionWriter(L.Callback):
         self._behind, self._memory = Behind(), BlockMemory()
         if len(placed) == 1:
             self._source: SampleSource = placed[0]
-            self._close = [placed[0]._store.close]  # its threads are those of the module's own dataset
+            # Its threads are those of the module's own dataset. What it keeps on disk counts until the machine is
+            # restarted: to wait for the disk may take longer than to decode it again.
+            self._close = [partial(placed[0]._store.close, sync=False)]
         else:
             self._source = CellMapMultiDataset(placed, "per_crop")
-            self._close = [self._source.close]
+            self._close = [partial(self._source.close, sync=False)]
         self._close.insert(0, self._behind.close)
         self.redundancy = max(job.plan.redundancy for job in self._jobs)
         total = sum(len(job.plan.grid) for job in self._jobs)
@@ -266,7 +268,7 @@ class PredictionWriter(L.Callback):
             (job, step) for job in self._jobs for step in job.plan.steps()
         )
         self._next: tuple[_Job, BlockBatch] | None = None
-        self._sum: BlockSum | None = None
+        self._sum: BlockSum | BlockCopy | None = None
         self._whole: tuple[BlockSum, Floats] | None = None
         rank = trainer.global_rank
         self._bar = tqdm(
@@ -301,10 +303,10 @@ class PredictionWriter(L.Callback):
         whole = output_lattice(window, dataset.raw_box, [level.lattice for level in dataset.levels.values()])
         tilings = [Tiling(whole.shape, w.shape, self.blend, self.overlap, self.context) for w in windows]
         first, shape = voxels_of(whole, self.region) if self.region is not None else ((0, 0, 0), whole.shape)
-        # One block is written while the next is summed; and over several planes there is the mean of those before.
-        precision = max(t.precision.itemsize for t in tilings)
+        tiling, values = tilings[0], StoredValues(self.dtype, self.threshold)
+        # One block is written while the next is computed; and over several planes there is the mean of those before.
+        precision = values.dtype.itemsize if self._copies(tilings) else max(t.precision.itemsize for t in tilings)
         voxel = (2 * precision + 4 * (len(tilings) > 1)) * len(self._wanted)
-        tiling = tilings[0]
         block = block_shape(
             shape, self.shards or self.chunks, voxel, int(self.block_mb * 2**20),
             lambda axis, length: tiling.count(axis, first[axis], shape[axis], length),
@@ -312,8 +314,7 @@ class PredictionWriter(L.Callback):
         grid = BlockGrid(whole, first, shape, block)
         rank, world = trainer.global_rank, trainer.world_size
         output = PredictionOutput(
-            path, self._wanted, grid, self.dtype, self.threshold, self.chunks, self.shards, self.zarr_format,
-            self.levels, rank,
+            path, self._wanted, grid, values, self.chunks, self.shards, self.zarr_format, self.levels, rank
         )  # fmt: skip
         if rank == 0:
             settings = self._settings(trainer, pl_module, datasets, window, grid, tilings, output.levels)
@@ -422,8 +423,12 @@ class PredictionWriter(L.Callback):
         grid = job.output.grid
         if now.first or self._sum is None:
             start, shape = grid.whole_start(now.block), grid[now.block][1]
-            tiling = job.plan.tilings[now.tiling]
-            self._sum = BlockSum(start, shape, len(self._kept), tiling, job.weights[now.tiling], self._memory)
+            tiling, channels = job.plan.tilings[now.tiling], len(self._kept)
+            if self._copies(job.plan.tilings):
+                where = f"block {now.block}"
+                self._sum = BlockCopy(start, shape, channels, job.output.values, self._memory, where)
+            else:
+                self._sum = BlockSum(start, shape, channels, tiling, job.weights[now.tiling], self._memory)
         for part, value in zip(now.parts, found, strict=True):
             self._sum.add(part, value)
         if now.last:
@@ -450,25 +455,41 @@ class PredictionWriter(L.Callback):
         """A block is whole in one plane: write it, or wait for the others."""
         assert self._sum is not None
         whole, self._sum = self._sum, None
-        planes = len(job.plan.tilings)
-        if planes == 1:
-            self._behind.give(partial(self._write, job, now.block, whole.mean, whole))
+        if isinstance(whole, BlockCopy):
+            found = whole.stored, whole.reached
+            self._behind.give(partial(self._write, job, now.block, lambda: found, whole.release))
             return
-        if now.tiling == 0 or self._whole is None:
-            self._whole = whole, whole.mean()
-        else:
-            values = self._whole[1]
-            values += whole.mean()
-            whole.release()
-        if now.tiling == planes - 1:
-            (first, values), self._whole = self._whole, None
-            values /= np.float32(planes)
-            self._behind.give(partial(self._write, job, now.block, lambda: values, first))
+        planes = len(job.plan.tilings)
+        mean, release = whole.mean, whole.release
+        if planes > 1:
+            if now.tiling == 0 or self._whole is None:
+                self._whole = whole, whole.mean()
+            else:
+                values = self._whole[1]
+                values += whole.mean()
+                whole.release()
+            if now.tiling < planes - 1:
+                return
+            (first, total), self._whole = self._whole, None
+            total /= np.float32(planes)
+            mean, release = lambda: total, first.release
+        self._behind.give(partial(self._write, job, now.block, partial(_stored, job, now.block, mean), release))
 
-    def _write(self, job: "_Job", number: int, values: Callable[[], Floats], memory: BlockSum) -> None:
+    @staticmethod
+    def _copies(tilings: Sequence[Tiling]) -> bool:
+        """Whether patches share out a block, so that nothing is summed."""
+        return len(tilings) == 1 and tilings[0].blend == "trim"
+
+    def _write(
+        self,
+        job: "_Job",
+        number: int,
+        found: Callable[[], tuple[np.ndarray[Any, Any], list[int]]],
+        release: Callable[[], None],
+    ) -> None:
         """Write a block, in the thread that does so, and let go of its memory."""
-        job.output.write(number, values())
-        memory.release()
+        job.output.write(number, *found())
+        release()
         self.summary.written += 1
         self.summary.voxels += math.prod(job.output.grid[number][1])
         self._bar.update()
@@ -616,6 +637,13 @@ class PredictionWriter(L.Callback):
             close()
         self._sum = self._whole = self._next = None
         self._memory = BlockMemory()
+
+
+def _stored(job: _Job, number: int, mean: Callable[[], Floats]) -> tuple[np.ndarray[Any, Any], list[int]]:
+    """A block as it is stored, and how many voxels of each channel reach the threshold."""
+    values = mean()
+    stored = np.empty(values.shape, job.output.values.dtype)
+    return stored, job.output.values.store(values, stored, f"block {number}")
 
 
 def fingerprint(module: L.LightningModule) -> str:

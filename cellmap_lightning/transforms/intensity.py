@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,10 @@ class Scaling:
     offsets: torch.Tensor
     factors: torch.Tensor
 
+    @cached_property
+    def _far(self) -> bool:
+        return bool(self.offsets.abs().max() > 2**16)
+
     @classmethod
     def of(cls, starts: Sequence[int], affine: Sequence[tuple[float, float]]) -> "Scaling":
         """One entry per crop; one for all where they agree."""
@@ -123,7 +128,7 @@ class Scaling:
     def __call__(self, raw: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Normalize a batch: float32 from ``[N, ...]`` stored values and ``[N]`` positions."""
         # Near a large offset float32 cannot tell the values of wide types apart.
-        wide = (raw.dtype.itemsize > 2 and raw.dtype != torch.float32) or bool(self.offsets.abs().max() > 2**16)
+        wide = (raw.dtype.itemsize > 2 and raw.dtype != torch.float32) or self._far
         if len(self.starts) == 1 and raw.device.type == "cpu":
             kind = np.float64 if wide else np.float32
             value = BUFFERS.empty(tuple(raw.shape), kind)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice, product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from cellmap_lightning.volumes.integrity import Encoded
 from cellmap_lightning.volumes.journal import Journal
 from cellmap_lightning.volumes.plain import PlainChunks
 from cellmap_lightning.volumes.pyramid import Units, coarser, units_left, units_within
+from cellmap_lightning.volumes.values import StoredValues
 from cellmap_lightning.volumes.writer import (
     ZarrFormat,
     codec_of,
@@ -38,14 +39,10 @@ from cellmap_lightning.volumes.writer import (
 
 log = logging.getLogger(__name__)
 
-#: How values are stored: probabilities as ``round(255 p)``, as they are, or as labels 0 and 1.
-OutputType = Literal["uint8", "float16", "float32", "labels"]
 #: A pyramid ends before an axis has fewer voxels than this.
 LEAST_LENGTH = 32
 #: Of the compressor. At 5, probabilities of membranes take 5 % less room and six times as long: 32 MB/s on a core.
 EFFORT = 2
-#: By how much a probability may miss [0, 1]: the noise of half precision.
-_TOLERANCE = 2e-3
 
 
 def _empty(path: Path) -> bool:
@@ -59,8 +56,7 @@ class PredictionOutput:
         path: the output, a Zarr group with one group per class.
         classes: names of the channels.
         grid: the voxels, in blocks.
-        dtype: see `OutputType`.
-        threshold: from which value a voxel is 1 with ``labels``, and counted as foreground.
+        values: how voxels are stored.
         chunks: voxels of a chunk.
         shards: voxels of a shard, for Zarr v3; None for none.
         zarr_format: 2 or 3.
@@ -76,16 +72,13 @@ class PredictionOutput:
         path: str | os.PathLike[str],
         classes: Sequence[str],
         grid: BlockGrid,
-        dtype: OutputType = "uint8",
-        threshold: float = 0.5,
+        values: StoredValues,
         chunks: Shape = (64, 64, 64),
         shards: Shape | None = None,
         zarr_format: ZarrFormat = 2,
         levels: int | None = None,
         rank: int = 0,
     ) -> None:
-        if dtype not in get_args(OutputType):
-            raise CellMapValueError(f"dtype is one of {', '.join(get_args(OutputType))}, got {dtype!r}")
         most = 1 + math.floor(math.log2(max(1, min(grid.shape))))
         if levels is None:
             levels = 1 + max(0, math.floor(math.log2(min(grid.shape) / LEAST_LENGTH)))
@@ -95,19 +88,18 @@ class PredictionOutput:
         if bad:
             raise CellMapValueError(f"{bad} cannot be names of groups")
         self.path = Path(path)
-        self.classes, self.grid, self.kind, self.threshold = tuple(classes), grid, dtype, threshold
+        self.classes, self.grid, self.values = tuple(classes), grid, values
         self.chunks, self.shards, self.levels = chunks, shards, levels
         self.zarr_format: ZarrFormat = zarr_format
-        self.dtype: np.dtype[Any] = np.dtype(np.uint8 if dtype == "labels" else dtype)
         self.journal = Journal(self.path, rank)
         self._arrays: dict[tuple[str, int], zarr.Array[Any]] = {}
-        self._coarser = downsample_mode if dtype == "labels" else downsample_mean
+        self._coarser = downsample_mode if values.kind == "labels" else downsample_mean
 
     @property
     def nbytes(self) -> int:
         """Bytes of all voxels of all levels, before compression."""
         voxels = sum(math.prod(self._shape(level)) for level in range(self.levels))
-        return len(self.classes) * voxels * self.dtype.itemsize
+        return len(self.classes) * voxels * self.values.dtype.itemsize
 
     def _shape(self, level: int) -> Shape:
         z, y, x = (n >> level for n in self.grid.shape)
@@ -148,7 +140,7 @@ class PredictionOutput:
     def _create(self) -> None:
         """All groups, and their levels; what a kill has left of an earlier attempt is made anew."""
         attributes: dict[str, Any] = {}
-        if self.kind == "labels":
+        if self.values.kind == "labels":
             attributes = {"cellmap": {"annotation": {"class_names": list(self.classes)}}}
         write_group(self.path, attributes, self.zarr_format)
         for name in self.classes:
@@ -162,19 +154,19 @@ class PredictionOutput:
         codec = codec_of("zstd", self.zarr_format, EFFORT)
         if self.zarr_format == 3:
             codec = [codec, zarr.codecs.Crc32cCodec()]
-        attributes = {"cellmap": self._about(name)} if self.kind == "labels" else None
+        attributes = {"cellmap": self._about(name)} if self.values.kind == "labels" else None
         create_level(
-            self.path / name / f"s{level}", self._shape(level), self.dtype, self.chunks, self.zarr_format, codec,
+            self.path / name / f"s{level}", self._shape(level), self.values.dtype, self.chunks, self.zarr_format, codec,
             self.shards, attributes=attributes,
         )  # fmt: skip
 
     def _about(self, name: str) -> dict[str, Any]:
         """CellMap's attributes of labels; of probabilities, what the numbers mean."""
-        if self.kind == "labels":
+        if self.values.kind == "labels":
             encoding = {"absent": 0, "present": 1, "unknown": 255}
             kind = {"type": "semantic_segmentation", "encoding": encoding}
             return {"annotation": {"class_name": name, "annotation_type": kind}}
-        values = {"probability_1": 255} if self.kind == "uint8" else {}
+        values = {"probability_1": 255} if self.values.kind == "uint8" else {}
         return {"prediction": {"class_name": name, **values}}
 
     def _remove(self) -> None:
@@ -226,8 +218,8 @@ class PredictionOutput:
         if needed > free:
             raise OutputError(
                 f"the prediction takes {needed / 1e9:.3g} GB before compression ({len(self.classes)} classes, "
-                f"{self.kind}), and {self.path} has {free / 1e9:.3g} GB left; free some, predict a region, or go ahead "
-                "with check_space=False"
+                f"{self.values.kind}), and {self.path} has {free / 1e9:.3g} GB left; free some, predict a region, or "
+                "go ahead with check_space=False"
             )
 
     # -- blocks
@@ -249,8 +241,8 @@ class PredictionOutput:
         if self.zarr_format == 3:
             return np.asarray(array[box])
         files = self._files(name, level)
-        encoded = Encoded(files.codec.codec_id, math.prod(self.chunks) * self.dtype.itemsize)
-        found = np.empty([part.stop - part.start for part in box], self.dtype)
+        encoded = Encoded(files.codec.codec_id, math.prod(self.chunks) * self.values.dtype.itemsize)
+        found = np.empty([part.stop - part.start for part in box], self.values.dtype)
         along = [range(p.start, p.stop, c) for p, c in zip(box, self.chunks, strict=True)]
         for start in product(*along):
             chunk = tuple(slice(a, min(a + c, n)) for a, c, n in zip(start, self.chunks, array.shape, strict=True))
@@ -299,55 +291,21 @@ class PredictionOutput:
                 data = coarser(data, self._coarser)
             self._put(name, level, units, [a >> level for a in start], data)
 
-    def stored(self, values: npt.NDArray[np.float32], where: str) -> npt.NDArray[Any]:
-        """Values as they are stored.
-
-        Raises:
-            CellMapValueError: values that are no numbers, or no probabilities where these are stored.
-        """
-        if self.kind.startswith("float"):
-            if self.kind == "float16":
-                with np.errstate(over="ignore"):
-                    small = values.astype(np.float16)
-                if np.isinf(small).any() and not np.isinf(values).any():
-                    raise CellMapValueError(f"{where}: {np.abs(values).max():g} is too large for float16; use float32")
-                return small
-            return values
-        low, high = float(values.min()), float(values.max())
-        if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):  # which NaN fails as well
-            found = "NaN" if math.isnan(low + high) else f"values from {low:.4g} to {high:.4g}"
-            raise CellMapValueError(
-                f"{where}: the model gave {found}, and dtype={self.kind} stores probabilities from 0 to 1; "
-                "activation='sigmoid' (or 'softmax') makes them of logits, dtype='float32' stores any number"
-            )
-        if self.kind == "labels":
-            return (values >= self.threshold).view(np.uint8)
-        stored, scaled = np.empty(values.shape, np.uint8), np.empty(values.shape[2:], np.float32)
-        for channel, out in zip(values, stored, strict=True):
-            for plane, stored_plane in zip(channel, out, strict=True):  # which stays in the processor's cache
-                np.rint(np.multiply(plane, np.float32(255), out=scaled), out=scaled)
-                if low < 0 or high > 1:
-                    np.clip(scaled, 0, 255, out=scaled)
-                np.copyto(stored_plane, scaled, casting="unsafe")
-        return stored
-
-    def write(self, number: int, values: npt.NDArray[np.float32]) -> None:
+    def write(self, number: int, stored: npt.NDArray[Any], reached: Sequence[int]) -> None:
         """Write a block and say that it is done.
 
         Args:
             number: which.
-            values: ``[C, z, y, x]``.
+            stored: its voxels as they are stored, ``[C, z, y, x]``, see `StoredValues`.
+            reached: how many of each channel reach the threshold.
 
         Raises:
-            CellMapValueError: see `stored`.
             OutputError: the disk is full or read-only; the blocks before are untouched.
         """
-        stored = self.stored(values, f"block {number}")
         with self._clear_errors(f"cannot be written to at block {number}"):
             self.journal.write("begun", number)
             for name, channel in zip(self.classes, stored, strict=True):
                 self._put_block(name, number, channel)
-            reached = [sum(int(np.count_nonzero(plane >= self.threshold)) for plane in channel) for channel in values]
             self.journal.write("done", number, reached)
 
     def skip(self, number: int) -> None:

@@ -10,6 +10,7 @@ from cellmap_lightning.volumes.blocks import BlockGrid
 from cellmap_lightning.volumes.geometry import Lattice
 from cellmap_lightning.volumes.output import PredictionOutput
 from cellmap_lightning.volumes.pyramid import coarser, units_left, units_within
+from cellmap_lightning.volumes.values import StoredValues
 from cellmap_lightning.volumes.writer import downsample_mean, downsample_mode, write_multiscale
 
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -62,21 +63,21 @@ def test_a_few_planes_at_a_time_are_all_at_once(shape, mean):
 def test_levels_are_those_of_the_whole_at_once(tmp_path, shape, block, unit, dtype, zarr_format):
     values = np.random.default_rng(1).random((2, *shape)).astype(np.float32)
     values[1, : block[0]] = 0  # blocks of nothing, which have no files
-    output = PredictionOutput(
-        tmp_path / "p.zarr", ["a", "b"], grid(shape, block), dtype, 0.5, unit, None, zarr_format, 4
-    )
+    kept = StoredValues(dtype)
+    output = PredictionOutput(tmp_path / "p.zarr", ["a", "b"], grid(shape, block), kept, unit, None, zarr_format, 4)
+    whole = np.empty(values.shape, kept.dtype)
+    kept.store(values, whole, "it")
     output.open({"some": "settings"})
     order = np.random.default_rng(2).permutation(len(output.grid)).tolist()
     for number in order:
         start, length = output.grid[number]
         here = tuple(slice(a, a + n) for a, n in zip(start, length, strict=True))
-        output.write(number, values[:, *here].copy())
+        output.write(number, whole[:, *here], [0, 0])
     if block == (32, 32, 32):  # two chunks of the next level along each axis; class a has something in each
         early = [p for p in (tmp_path / "p.zarr" / "a" / "s1").rglob("*") if p.is_file() and p.name.isdigit()]
         assert len(early) == 64
     assert output.finish(0, 1, lambda: None)
-    for name, channel in zip("ab", values, strict=True):
-        stored = output.stored(channel[None].copy(), "it")[0]
+    for name, stored in zip("ab", whole, strict=True):
         write_multiscale(
             tmp_path / name, stored, scale=ONE, translation=ZERO, levels=4, chunks=unit, zarr_format=zarr_format,
             mode="mode" if dtype == "labels" else "mean",
