@@ -13,6 +13,9 @@ writes. PYTHON is the interpreter of its environment (see the README here); with
 A small U-Net shows how two processes share the work: with their start, and from the first batch of the slower one to
 its last block.
 
+What was written is removed when everything is measured: for minutes after many files were removed, ext4 takes ten times
+as long to create one.
+
 Memory is the highest of what belongs to the process and to no file, sampled every 5 ms, above what it was when
 everything had been imported and the model had run once. CPU time is user + system.
 """
@@ -211,18 +214,18 @@ def one(task):
         importlib.import_module(name)
     with torch.inference_mode():
         network(task["model"])(torch.zeros(1, 1, *PATCH))
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["CELLMAP_CACHE_DIR"] = f"{folder}/cache"
-            work = {"ours": ours, "monai": monai, "cellmap": cellmap}[task["who"]]
-            with Peak() as peak:
-                began, cpu = time.perf_counter(), cpu_seconds()
-                found = work(task, path, Path(folder) / "out.zarr")
-                seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
+        os.environ["CELLMAP_CACHE_DIR"] = f"{task['out']}/cache"
+        work = {"ours": ours, "monai": monai, "cellmap": cellmap}[task["who"]]
+        with Peak() as peak:
+            began, cpu = time.perf_counter(), cpu_seconds()
+            found = work(task, path, Path(task["out"]) / "out.zarr")
+            seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
     voxels = {"voxels": task["length"] ** 3}
     print("RESULT " + json.dumps({**task, **voxels, **found, "seconds": seconds, "cpu": cpu, "peak_mb": peak.mb}))
 
 
-def measure(python, **task):
+def measure(python, outputs, **task):
+    task["out"] = tempfile.mkdtemp(dir=outputs)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     if task["who"] == "cellmap":
         env.pop("PYTHONPATH", None)
@@ -374,13 +377,14 @@ def main():
         return
     peer = dict(given.split("=", 1) for given in args.python).get("cellmap")
     figures, began = Figures(), time.time()
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, tempfile.TemporaryDirectory(dir=args.folder) as outputs:
         folder = args.folder or temporary
         for length in {*args.lengths, args.shared_length}:  # so that no measurement writes its own
             volume(folder, length)
         for number in range(args.rounds):
             for task in tasks(args, peer):
-                found = measure(peer if task["who"] == "cellmap" else sys.executable, folder=folder, **task)
+                python = peer if task["who"] == "cellmap" else sys.executable
+                found = measure(python, outputs, folder=folder, **task)
                 figures.all.append(found)
                 print(
                     f"{number + 1}: {task['who']:<8} {task['model']:<9} {task['blend']:<9} {task['length']:>5}^3 "

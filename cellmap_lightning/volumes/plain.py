@@ -93,12 +93,10 @@ class PlainChunks:
                     return None
                 stored = file.read(found.st_size)
             check_file(memoryview(stored), encoded)
-            voxels = np.empty(math.prod(self.chunks), self.dtype)
-            nbytes = voxels.nbytes
-            decoded = self.codec.decode(stored) if self.codec is not None else stored
-            if memoryview(decoded).nbytes != nbytes:
+            decoded = memoryview(self.codec.decode(stored) if self.codec is not None else stored)
+            if decoded.nbytes != math.prod(self.chunks) * self.dtype.itemsize:
                 return None
-            voxels.view(np.uint8)[:] = np.frombuffer(decoded, np.uint8)
+            voxels = np.frombuffer(decoded, self.dtype)
         except Exception:  # codecs raise whatever they like
             return None
         COUNTS.add("reads")
