@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -28,6 +30,7 @@ from cellmap_lightning.volumes.behind import Behind
 from cellmap_lightning.volumes.blending import Blend, BlockCopy, BlockMemory, BlockSum, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid, block_shape, output_lattice, parse_region, voxels_of
 from cellmap_lightning.volumes.geometry import AXES, Shape
+from cellmap_lightning.volumes.location import on_network
 from cellmap_lightning.volumes.output import PredictionOutput, check_apart
 from cellmap_lightning.volumes.placement import Window
 from cellmap_lightning.volumes.skipping import Skipping
@@ -38,6 +41,8 @@ from cellmap_lightning.volumes.writer import ZarrFormat
 log = logging.getLogger(__name__)
 
 Activation = Literal["sigmoid", "softmax"]
+#: Of decoded chunks of raw, what is kept at least while blocks are predicted.
+LEAST_CHUNK_BYTES = 64 << 20
 #: Changes of a probability that can be seen: two steps of uint8.
 VISIBLE = 2 / 255
 
@@ -245,6 +250,8 @@ class PredictionWriter(L.Callback):
             raise CellMapKeyError(f"only={list(wanted)} must name some of the channels {list(self._names)}")
         self._wanted, self._kept = wanted, [self._names.index(name) for name in wanted]
         self._jobs: list[_Job] = []
+        # Worker processes share what is kept as the datamodule says, and would each decode every chunk.
+        self._passing = data.num_workers == 0 and all(_passing(d) for d in data.predict_dataset.datasets)
         placed: list[CellMapDataset] = []
         for name, planes in volumes.items():
             output = self.output / name if len(volumes) > 1 else self.output
@@ -321,7 +328,10 @@ class PredictionWriter(L.Callback):
             output.open(settings, self.overwrite, self.check_space)
         trainer.strategy.barrier("the output is there")
         finished = output.journal.finished
-        placed = [d.placed(patch_placement(t, whole, w)) for d, t, w in zip(datasets, tilings, windows, strict=True)]
+        kept = _chunk_bytes(datasets, np.multiply(grid.block, whole.step)) if self._passing else None
+        placed = [
+            d.placed(patch_placement(t, whole, w), kept) for d, t, w in zip(datasets, tilings, windows, strict=True)
+        ]
         skips = None
         if self.mask is not None or self.skip_empty:
             image = next(iter(placed[0]._images.values())) if self.skip_empty else None
@@ -644,6 +654,31 @@ def _stored(job: _Job, number: int, mean: Callable[[], Floats]) -> tuple[np.ndar
     values = mean()
     stored = np.empty(values.shape, job.output.values.dtype)
     return stored, job.output.values.store(values, stored, f"block {number}")
+
+
+def _passing(dataset: CellMapDataset) -> bool:
+    """Whether it is cheaper to decode some chunks of raw twice than to keep all of them.
+
+    Each is needed for a few patches, and then never again. But what comes from another machine is kept.
+    """
+    raw = dataset.raw_at
+    return dataset.cache == "auto" and isinstance(raw, Path) and not on_network(raw)
+
+
+def _chunk_bytes(datasets: Sequence[CellMapDataset], block: npt.NDArray[np.float64]) -> int:
+    """What to keep of the chunks that were decoded last, in bytes: those of a block.
+
+    Args:
+        datasets: a volume, in its planes.
+        block: extent of a block, nm.
+    """
+    budget = datasets[0].cache_bytes
+    around = [
+        dataset.bytes_under(block + dataset.in_volume(spec.window, spec.flat).extent)
+        for dataset in datasets
+        for spec in dataset.layout.inputs.values()
+    ]
+    return min(max(LEAST_CHUNK_BYTES, *around), budget if budget is not None else sys.maxsize)
 
 
 def fingerprint(module: L.LightningModule) -> str:

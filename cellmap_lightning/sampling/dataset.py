@@ -537,17 +537,22 @@ class CellMapDataset(SampleSource):
             window = self.plane.thicken(window, self._raw_scale)
         return self.plane.in_volume(window)
 
-    def placed(self, placement: Placement) -> "CellMapDataset":
+    def placed(self, placement: Placement, chunk_bytes: int | None = None) -> "CellMapDataset":
         """The raw volume of this dataset, with its inputs around other centres, in a store of its own.
 
         Args:
             placement: where they may lie; inputs reach over the border of the volume if it says so.
+            chunk_bytes: keep the chunks that were decoded last, so many bytes of them, instead of what this dataset
+                keeps.
         """
         other = copy(self)
         for name in ("_offsets", "_firsts", "_tile_offsets"):
             other.__dict__.pop(name, None)  # they are those of the positions, and worked out when asked for
         other.placement = placement
-        other._store = RegionStore(self._store.mode, self._store.budget)
+        if chunk_bytes is None:
+            other._store = RegionStore(self._store.mode, self._store.budget)
+        else:
+            other._store = RegionStore("chunks", chunk_bytes)
         other._images = {
             name: self._stored_image(level, other._store.chunks, f"{self.label}: raw")
             for name, level in self._raw.items()
@@ -556,6 +561,20 @@ class CellMapDataset(SampleSource):
         other.layout = dataclasses.replace(self.layout, targets={}, scaling=Scaling.of([0], [self.affine]))
         other._place({name: self.plane.in_volume(self._windows[name]) for name in self._images}, {})
         return other
+
+    def bytes_under(self, extent: FloatArray) -> int:
+        """Bytes of the chunks of raw, as they are decoded, that a box touches at most.
+
+        Args:
+            extent: the box, nm along z, y, x.
+        """
+        found = 0
+        for image in {image.region.key: image for image in self._images.values()}.values():
+            region = image.region
+            reach = np.ceil(np.divide(extent, image.lattice.step) / region.chunks) + 1
+            grid = np.ceil(np.divide(region.shape, region.chunks))
+            found += region.chunk_bytes * int(np.minimum(reach, grid).prod())
+        return found
 
     def share(self, pool: ReadPool, store: RegionStore) -> None:
         """Read with the threads and the store of a collection."""

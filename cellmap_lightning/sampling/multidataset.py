@@ -57,7 +57,8 @@ class CellMapMultiDataset(SampleSource):
                 ("raw_value_transforms", first.layout.raw_transforms, other.layout.raw_transforms),
                 ("target_value_transforms", first.layout.target_transforms, other.layout.target_transforms),
                 ("cache", first._store.mode, other._store.mode),
-                ("cache_bytes", first._store.budget, other._store.budget),
+                # Of chunks that pass by, crops may need different numbers.
+                ("cache_bytes", *((d.cache != "chunks" and d.cache_bytes) for d in (first, other))),
             ):
                 if a != b:
                     raise CellMapValueError(f"{other.label} and {first.label} differ in their {what}: {b} and {a}")
@@ -75,7 +76,7 @@ class CellMapMultiDataset(SampleSource):
         if self.is_train and not self.strategy.uses_weights and any(d.weight is not None for d in self._datasets):
             log.warning("crops have weights, and the strategy %r does not use them; weighted does", self.strategy)
         self._pool = ReadPool(max(d.max_workers for d in self._datasets))
-        self._store = RegionStore(first._store.mode, first._store.budget)
+        self._store = RegionStore(first._store.mode, max(d.cache_bytes or 0 for d in self._datasets) or None)
         for dataset in self._datasets:
             dataset.share(self._pool, self._store)
         log.info(

@@ -325,6 +325,11 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         return self._store.mode
 
     @property
+    def cache_bytes(self) -> int | None:
+        """Bytes that are kept of them at most, if something was said."""
+        return self._store.budget
+
+    @property
     def kept(self) -> bool:
         """Whether everything that is read has a place where it is kept once it was decoded."""
         return all(region.kept for dataset in self.datasets for region in dataset.regions)

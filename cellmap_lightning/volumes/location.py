@@ -13,9 +13,10 @@ from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 
 log = logging.getLogger(__name__)
 
-#: On disk or in memory as fits the machine (``auto``), on a disk of this machine, in memory, or not at all.
-CacheMode = Literal["auto", "disk", "memory", "none"]
-CACHE_MODES = ("auto", "disk", "memory", "none")
+#: On disk or in memory as fits the machine (``auto``), on a disk of this machine, in memory, the last chunks in the
+#: memory of each process, or not at all.
+CacheMode = Literal["auto", "disk", "memory", "chunks", "none"]
+CACHE_MODES = ("auto", "disk", "memory", "chunks", "none")
 #: Bytes on disk at most, when nothing else is said.
 MOST_DISK_BYTES = 200 * 10**9
 #: File systems whose files several machines see: a mapping of theirs is not coherent between machines, and slow.
@@ -79,7 +80,7 @@ def choose(mode: CacheMode, budget: int | None, held: int = 0) -> Location:
     """Where to keep decoded voxels.
 
     Args:
-        mode: see `CacheMode`; not ``none``.
+        mode: see `CacheMode`; not ``chunks`` or ``none``.
         budget: bytes; by default half of what is free, on disk at most 200 GB.
         held: bytes in the folder that may be used again, or given up.
     """

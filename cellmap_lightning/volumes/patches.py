@@ -87,11 +87,8 @@ class Patches:
     def missing(self, place: tuple[int, int, int], turn: FloatArray | None) -> list[Shape] | None:
         """The chunks that must be filled before a patch is a mere copy; None where it never is."""
         cut = self.cut(turn)
-        mapped = self.region.attached()
-        if cut is None or mapped is None or mapped.full:
+        if cut is None:
             return None
-        if mapped.complete:
-            return []
         start = self.start(cut, place)
         shape = cut.shape(self.window.shape)
         lo = [max(a, 0) for a in start]

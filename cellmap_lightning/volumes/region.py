@@ -7,11 +7,13 @@ mapping that processes share (see `shared`), chunk by chunk in the memory of thi
 import hashlib
 import itertools
 import logging
+import math
 import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ Stamp = Callable[[tuple[int, int, int], Shape], int]
 
 #: Bytes of decoded chunks that a process keeps of arrays that are too large to be kept whole.
 DEFAULT_CHUNK_BYTES = 2 << 30
+#: Chunks that must fit into the cache of chunks, for them to be decoded before they are copied from.
+_AT_ONCE = 64
 
 #: Types that are copied voxel by voxel where voxels have several bytes.
 _ITEMS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -107,6 +111,9 @@ class ChunkCache:
             return chunk
         finally:
             once.end(key)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._chunks
 
     def _kept(self, key: Hashable) -> AnyArray | None:
         chunk = self._chunks.get(key)
@@ -186,6 +193,11 @@ class Region:
         z, y, x = (b - a for a, b in zip(self._lo, self._hi, strict=True))
         gz, gy, gx = (-(-b // c) - a // c for a, b, c in zip(self._lo, self._hi, self.chunks, strict=True))
         return Layout((z, y, x), (gz, gy, gx), max(1, self.depth) * self.dtype.itemsize)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a decoded chunk."""
+        return math.prod(self.chunks) * max(1, self.depth) * self.dtype.itemsize
 
     def _chunk(self, index: Shape) -> tuple[tuple[int, int, int], Shape]:
         """Start and shape of the part of a chunk that is kept."""
@@ -272,12 +284,14 @@ class Region:
         mapped = self.attached()
         return mapped is not None and not mapped.full
 
-    def missing(self, start: tuple[int, int, int], shape: Shape) -> list[Shape]:
-        """The chunks of a box that would have to be filled first."""
+    def missing(self, start: tuple[int, int, int], shape: Shape) -> list[Shape] | None:
+        """The chunks of a box that have to be filled before it is a mere copy; None where they would not be kept."""
         mapped = self.attached()
-        if mapped is None or mapped.complete or mapped.full:
-            return []
-        return self._missing(mapped, start, shape)
+        if mapped is not None:
+            return None if mapped.full else [] if mapped.complete else self._missing(mapped, start, shape)
+        if self.direct or self.cache.budget < _AT_ONCE * self.chunk_bytes:
+            return None
+        return [index for index in self._indices(start, shape) if (self.key, index) not in self.cache]
 
     def _missing(self, mapped: Mapped, start: tuple[int, int, int], shape: Shape) -> list[Shape]:
         spans = [
@@ -295,6 +309,8 @@ class Region:
         mapped = self.attached()
         if mapped is not None:
             self._fill(mapped, index)
+        elif not self.direct:
+            self._cached(index)
 
     def _fill(self, mapped: Mapped, index: Shape) -> bool:
         """Decode a chunk and keep it, unless another thread or process does; False where there is no room."""
@@ -339,10 +355,9 @@ class Region:
 
     def _through_cache(self, start: tuple[int, int, int], out: AnyArray) -> None:
         stop = [a + n for a, n in zip(start, out.shape, strict=False)]
-        spans = [range(a // c, -(-b // c)) for a, b, c in zip(start, stop, self.chunks, strict=True)]
-        for index in itertools.product(*spans):
+        for index in self._indices(start, out.shape):
             origin = [i * c for i, c in zip(index, self.chunks, strict=True)]
-            chunk = self.cache.get((self.key, index), lambda origin=origin: self._decode(origin))  # type: ignore[misc]
+            chunk = self._cached(index)
             source, target = [], []
             for axis in range(3):
                 lo = max(start[axis], origin[axis])
@@ -351,24 +366,37 @@ class Region:
                 target.append(slice(lo - start[axis], hi - start[axis]))
             out[tuple(target)] = chunk[tuple(source)]
 
-    def _decode(self, origin: list[int]) -> AnyArray:
-        z, y, x = (min(c, n - o) for c, n, o in zip(self.chunks, self.shape, origin, strict=True))
-        return self.decode((origin[0], origin[1], origin[2]), (z, y, x))
+    def _indices(self, start: tuple[int, int, int], shape: Sequence[int]) -> Iterator[Shape]:
+        """The chunks of a box."""
+        spans = zip(start, shape, self.chunks, strict=False)
+        return itertools.product(*(range(a // c, -(-(a + n) // c)) for a, n, c in spans))  # type: ignore[return-value]
+
+    def _cached(self, index: Shape) -> AnyArray:
+        """A chunk, from the cache of chunks."""
+        return self.cache.get((self.key, index), partial(self._decode, index))
+
+    def _decode(self, index: Shape) -> AnyArray:
+        i, j, k = (i * c for i, c in zip(index, self.chunks, strict=True))
+        z, y, x = (min(c, n - o) for c, n, o in zip(self.chunks, self.shape, (i, j, k), strict=True))
+        return self.decode((i, j, k), (z, y, x))
 
 
 class RegionStore:
     """Where the voxels of a collection of datasets are kept; see `location.CacheMode`.
 
     Args:
-        mode: on disk, in memory, or nowhere.
-        budget: bytes; by default what `location.choose` says.
+        mode: on disk, in memory, chunk by chunk, or nowhere.
+        budget: bytes; by default what `location.choose` says, and 2 GiB of chunks.
     """
 
     def __init__(self, mode: CacheMode = "auto", budget: int | None = None) -> None:
         check_mode(mode, budget)
         self.mode: CacheMode = mode
         self.budget = budget
-        self.chunks = ChunkCache(0 if mode == "none" else min(budget or DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES))
+        chunks = budget or DEFAULT_CHUNK_BYTES
+        self.chunks = ChunkCache(
+            0 if mode == "none" else chunks if mode == "chunks" else min(chunks, DEFAULT_CHUNK_BYTES)
+        )
         self.once = Once()
         self._folder: RegionFolder | None = None
         self._arena: Arena | None = None
@@ -413,6 +441,9 @@ class RegionStore:
                 for region in regions:
                     region.direct = True
                 log.info("%s: nothing that is decoded is kept (cache=none)", name)
+                return
+            if self.mode == "chunks":
+                log.info("%s: the last %.2f GB that were decoded are kept", name, self.chunks.budget / 1e9)
                 return
             self._place(regions, ordered, name)
 
