@@ -809,7 +809,8 @@ def test_memory_does_not_grow_with_the_volume(tmp_path):
     assert peak < 25e6, "after a small volume a large one takes hardly more, and far less than its own 52 MB"
 
 
-def test_chunks_are_decoded_before_they_are_asked_for(tmp_path):
+@pytest.mark.parametrize("cache", ["auto", "disk"])
+def test_chunks_are_decoded_before_they_are_asked_for(tmp_path, cache):
     values = np.random.default_rng(0).integers(0, 256, (64, 64, 64 * 14)).astype(np.uint8)
     path = tmp_path / "raw.zarr" / "em"  # 14 chunks in a row, and a patch in each
     write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(64, 64, 64))
@@ -818,17 +819,21 @@ def test_chunks_are_decoded_before_they_are_asked_for(tmp_path):
     class Slow(Identity):
         def predict_step(self, batch, batch_idx):
             deadline = time.monotonic() + 10
-            while batch_idx == 0 and writer._source._store.decoded < 9 and time.monotonic() < deadline:
+            while batch_idx == 0 and decoded() < 9 and time.monotonic() < deadline:
                 time.sleep(0.01)
-            found.append(writer._source._store.decoded)
+            found.append(decoded())
             return super().predict_step(batch, batch_idx)
+
+    def decoded():
+        store = writer._source._store
+        return store.chunks.decoded if cache == "auto" else store.decoded
 
     writer = PredictionWriter(str(tmp_path / "out.zarr"), overlap=0.0)
     run = L.Trainer(
         accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    with module(path, (64, 64, 64), batch_size=1) as data:
+    with module(path, (64, 64, 64), batch_size=1, cache=cache) as data:
         run.predict(Slow(), datamodule=data)
     assert found[0] >= 9  # without anything ahead: 2, the batch and the one that the Trainer fetches before it
     np.testing.assert_array_equal(read(tmp_path / "out.zarr"), values)

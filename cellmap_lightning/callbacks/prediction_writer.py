@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -27,7 +28,7 @@ from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.volumes.behind import Behind
-from cellmap_lightning.volumes.blending import Blend, BlockCopy, BlockMemory, BlockSum, Tiling
+from cellmap_lightning.volumes.blending import Blend, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid, block_shape, output_lattice, parse_region, voxels_of
 from cellmap_lightning.volumes.geometry import AXES, Shape
 from cellmap_lightning.volumes.location import on_network
@@ -35,12 +36,15 @@ from cellmap_lightning.volumes.output import PredictionOutput, check_apart
 from cellmap_lightning.volumes.placement import Window
 from cellmap_lightning.volumes.skipping import Skipping
 from cellmap_lightning.volumes.store import parts_of
+from cellmap_lightning.volumes.summing import BlockMemory, MeanBlock, PatchCopy, PatchSum, StoredBlock
 from cellmap_lightning.volumes.values import Floats, OutputType, StoredValues
 from cellmap_lightning.volumes.writer import ZarrFormat
 
 log = logging.getLogger(__name__)
 
 Activation = Literal["sigmoid", "softmax"]
+#: Tasks that wait for a block to be written.
+MOST_TASKS = 3
 #: Of decoded chunks of raw, what is kept at least while blocks are predicted.
 LEAST_CHUNK_BYTES = 64 << 20
 #: Changes of a probability that can be seen: two steps of uint8.
@@ -141,8 +145,8 @@ class PredictionWriter(L.Callback):
         chunks: voxels of a chunk.
         shards: voxels of a shard; Zarr v3 only.
         levels: levels of the pyramid; by default as many as leave every axis 32 voxels.
-        block_mb: MiB that the sums of two blocks may take, one of which is written while the other is computed; what a
-            block has of chunks follows from it.
+        block_mb: MiB that two blocks may take, one of which is written while the other is computed; what a block has
+            of chunks follows from it.
         check_space: refuse to begin where the disk has less room than the rest takes without compression.
         model_id: what tells this model from others; by default a hash of its weights.
         flips: axes of the patch, such as ``yx``: the mean over all mirrored versions of the input, each mirrored back,
@@ -258,7 +262,7 @@ class PredictionWriter(L.Callback):
             job, datasets = self._job(trainer, pl_module, output, name, planes)
             self._jobs.append(job)
             placed += datasets
-        self._behind, self._memory = Behind(), BlockMemory()
+        self._behind, self._block_memory, self._plane_memory = Behind(), BlockMemory(), BlockMemory()
         if len(placed) == 1:
             self._source: SampleSource = placed[0]
             # Its threads are those of the module's own dataset. What it keeps on disk counts until the machine is
@@ -275,8 +279,9 @@ class PredictionWriter(L.Callback):
             (job, step) for job in self._jobs for step in job.plan.steps()
         )
         self._next: tuple[_Job, BlockBatch] | None = None
-        self._sum: BlockSum | BlockCopy | None = None
-        self._whole: tuple[BlockSum, Floats] | None = None
+        self._block: StoredBlock | MeanBlock | None = None
+        self._patches: PatchCopy | PatchSum | None = None
+        self._writing: Future[None] | None = None
         rank = trainer.global_rank
         self._bar = tqdm(
             total=sum(len(job.plan.blocks) for job in self._jobs), desc="predicting", unit="block",
@@ -311,11 +316,8 @@ class PredictionWriter(L.Callback):
         tilings = [Tiling(whole.shape, w.shape, self.blend, self.overlap, self.context) for w in windows]
         first, shape = voxels_of(whole, self.region) if self.region is not None else ((0, 0, 0), whole.shape)
         tiling, values = tilings[0], StoredValues(self.dtype, self.threshold)
-        # One block is written while the next is computed; and over several planes there is the mean of those before.
-        precision = values.dtype.itemsize if self._copies(tilings) else max(t.precision.itemsize for t in tilings)
-        voxel = (2 * precision + 4 * (len(tilings) > 1)) * len(self._wanted)
         block = block_shape(
-            shape, self.shards or self.chunks, voxel, int(self.block_mb * 2**20),
+            shape, self.shards or self.chunks, partial(self._block_bytes, tilings, values), int(self.block_mb * 2**20),
             lambda axis, length: tiling.count(axis, first[axis], shape[axis], length),
         )  # fmt: skip
         grid = BlockGrid(whole, first, shape, block)
@@ -348,6 +350,13 @@ class PredictionWriter(L.Callback):
                 len(grid), list(block), len(finished), plan.computed, plan.redundancy,
             )  # fmt: skip
         return _Job(name, output, plan, [t.weights() for t in tilings], len(finished)), placed
+
+    def _block_bytes(self, tilings: Sequence[Tiling], values: StoredValues, shape: Shape) -> int:
+        """What blocks of a shape take in memory: one is written while the next is computed."""
+        channels = len(self._wanted)
+        voxel = 2 * values.dtype.itemsize if len(tilings) == 1 else 2 * np.dtype(np.float32).itemsize
+        planes = [PatchSum.nbytes(shape, channels, t) for t in tilings if t.blend != "trim"]
+        return channels * voxel * math.prod(shape) + max(planes, default=0)
 
     def _settings(
         self,
@@ -430,17 +439,11 @@ class PredictionWriter(L.Callback):
         if self.only is not None:
             values = values[:, self._kept]
         found: np.ndarray[Any, np.dtype[np.float32]] = values.cpu().numpy()
-        grid = job.output.grid
-        if now.first or self._sum is None:
-            start, shape = grid.whole_start(now.block), grid[now.block][1]
-            tiling, channels = job.plan.tilings[now.tiling], len(self._kept)
-            if self._copies(job.plan.tilings):
-                where = f"block {now.block}"
-                self._sum = BlockCopy(start, shape, channels, job.output.values, self._memory, where)
-            else:
-                self._sum = BlockSum(start, shape, channels, tiling, job.weights[now.tiling], self._memory)
+        if now.first or self._patches is None:
+            self._begin_block(job, now)
+        assert self._patches is not None
         for part, value in zip(now.parts, found, strict=True):
-            self._sum.add(part, value)
+            self._patches.add(part, value)
         if now.last:
             self._end_tiling(job, now)
         self._count(trainer, began)
@@ -457,49 +460,45 @@ class PredictionWriter(L.Callback):
             if isinstance(step, BlockBatch):
                 self._next = job, step
                 return
-            self._behind.give(partial(job.output.skip, step))
+            self._behind.give(partial(job.output.skip, step), MOST_TASKS)
             self.summary.skipped += 1
             self._bar.update()
 
+    def _begin_block(self, job: "_Job", now: BlockBatch) -> None:
+        """A new block, or its patches in the next plane."""
+        start, shape = job.output.grid.whole_start(now.block), job.output.grid[now.block][1]
+        tilings, channels, where = job.plan.tilings, len(self._kept), f"block {now.block}"
+        if now.tiling == 0 or self._block is None:
+            values = job.output.values
+            if len(tilings) == 1:
+                self._block = StoredBlock(shape, channels, values, self._block_memory, where)
+            else:
+                self._block = MeanBlock(shape, channels, len(tilings), values, self._block_memory, where)
+        weights = job.weights[now.tiling]
+        if weights is None:
+            self._patches = PatchCopy(start, self._block)
+        else:
+            self._patches = PatchSum(
+                start, shape, channels, tilings[now.tiling], weights, self._block, self._plane_memory, self._behind
+            )
+
     def _end_tiling(self, job: "_Job", now: BlockBatch) -> None:
         """A block is whole in one plane: write it, or wait for the others."""
-        assert self._sum is not None
-        whole, self._sum = self._sum, None
-        if isinstance(whole, BlockCopy):
-            found = whole.stored, whole.reached
-            self._behind.give(partial(self._write, job, now.block, lambda: found, whole.release))
+        assert self._patches is not None
+        assert self._block is not None
+        self._patches.end()
+        self._patches = None
+        if now.tiling < len(job.plan.tilings) - 1:
             return
-        planes = len(job.plan.tilings)
-        mean, release = whole.mean, whole.release
-        if planes > 1:
-            if now.tiling == 0 or self._whole is None:
-                self._whole = whole, whole.mean()
-            else:
-                values = self._whole[1]
-                values += whole.mean()
-                whole.release()
-            if now.tiling < planes - 1:
-                return
-            (first, total), self._whole = self._whole, None
-            total /= np.float32(planes)
-            mean, release = lambda: total, first.release
-        self._behind.give(partial(self._write, job, now.block, partial(_stored, job, now.block, mean), release))
+        block, self._block = self._block, None
+        if self._writing is not None:
+            self._behind.until(self._writing)  # two blocks hold memory, and no more
+        self._writing = self._behind.give(partial(self._write, job, now.block, block), MOST_TASKS)
 
-    @staticmethod
-    def _copies(tilings: Sequence[Tiling]) -> bool:
-        """Whether patches share out a block, so that nothing is summed."""
-        return len(tilings) == 1 and tilings[0].blend == "trim"
-
-    def _write(
-        self,
-        job: "_Job",
-        number: int,
-        found: Callable[[], tuple[np.ndarray[Any, Any], list[int]]],
-        release: Callable[[], None],
-    ) -> None:
+    def _write(self, job: "_Job", number: int, block: StoredBlock | MeanBlock) -> None:
         """Write a block, in the thread that does so, and let go of its memory."""
-        job.output.write(number, *found())
-        release()
+        job.output.write(number, *block.finish())
+        block.release()
         self.summary.written += 1
         self.summary.voxels += math.prod(job.output.grid[number][1])
         self._bar.update()
@@ -645,15 +644,8 @@ class PredictionWriter(L.Callback):
         closing, self._close = self._close, []
         for close in closing:
             close()
-        self._sum = self._whole = self._next = None
-        self._memory = BlockMemory()
-
-
-def _stored(job: _Job, number: int, mean: Callable[[], Floats]) -> tuple[np.ndarray[Any, Any], list[int]]:
-    """A block as it is stored, and how many voxels of each channel reach the threshold."""
-    values = mean()
-    stored = np.empty(values.shape, job.output.values.dtype)
-    return stored, job.output.values.store(values, stored, f"block {number}")
+        self._block = self._patches = self._next = self._writing = None
+        self._block_memory, self._plane_memory = BlockMemory(), BlockMemory()
 
 
 def _passing(dataset: CellMapDataset) -> bool:

@@ -1,5 +1,6 @@
-"""What a thread does while its owner goes on: one task at a time, and none waiting."""
+"""What a thread does while its owner goes on: one task at a time, and few waiting."""
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -7,42 +8,87 @@ from concurrent.futures import Future, ThreadPoolExecutor
 class Behind:
     """A thread that does what it is given, while the owner prepares the next.
 
-    Tasks are done in the order in which they are given; one is taken when the one before has ended, so that no more
-    than two of them hold memory: one that is done, and one that the owner prepares. The thread begins with the first.
+    Tasks are done in the order in which they are given; after one that has failed none is done, until its error was
+    met. The thread begins with the first.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "cellmap-write")
-        self._task: Future[None] | None = None
+        self._tasks: deque[Future[None]] = deque()
+        self._failed = False
 
-    def give(self, task: Callable[[], None]) -> None:
-        """Have a task done, after the one before has ended.
+    def give(self, task: Callable[[], None], most: int = 1) -> Future[None]:
+        """Have a task done.
+
+        Args:
+            task: what to do.
+            most: so many tasks may be under way afterwards, this one too; until then it waits. They hold memory.
+
+        Returns:
+            The task, for `until`.
 
         Raises:
-            Exception: that of the task before; this one is not taken then.
+            Exception: that of a task before; this one is not taken then.
         """
-        self.wait()
-        self._task = self._pool.submit(task)
+        while len(self._tasks) >= most:
+            self._end_first()
+        given = self._pool.submit(self._do, task)
+        self._tasks.append(given)
+        return given
+
+    def _do(self, task: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            task()
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _end_first(self) -> None:
+        first = self._tasks[0]
+        try:
+            first.result()
+        except Exception:
+            if first.done():
+                self._drop()
+            raise
+        if first.done():  # Ctrl-C may have ended the waiting
+            self._tasks.popleft()
+
+    def _drop(self) -> None:
+        """Forget everything: what came after an error was not done."""
+        for task in self._tasks:
+            task.cancel()
+        for task in list(self._tasks)[1:]:
+            if not task.cancelled():
+                task.exception()
+        self._tasks.clear()
+        self._failed = False
 
     def check(self) -> None:
         """Raise the error of a task that has ended with one; wait for nothing."""
-        if self._task is not None and self._task.done():
-            self.wait()
+        while self._tasks and self._tasks[0].done():
+            self._end_first()
+
+    def until(self, task: Future[None]) -> None:
+        """Wait until a task has ended.
+
+        Raises:
+            Exception: that of this task, or of one before it.
+        """
+        while task in self._tasks:
+            self._end_first()
 
     def wait(self) -> None:
         """Wait until nothing is under way.
 
         Raises:
-            Exception: that of the task, once.
+            Exception: that of a task, once.
         """
-        task = self._task
-        if task is not None:
-            try:
-                task.result()
-            finally:
-                if task.done():  # Ctrl-C may have ended the waiting
-                    self._task = None
+        while self._tasks:
+            self._end_first()
 
     def close(self) -> None:
-        """End the thread, after the task that it has begun."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the thread, after it has done what it was given."""
+        self._pool.shutdown(wait=True)

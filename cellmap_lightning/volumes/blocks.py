@@ -4,7 +4,7 @@ A block is one or several whole chunks (or shards) of the output, so that no two
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,7 +129,9 @@ class BlockGrid:
         return z, y, x
 
 
-def block_shape(shape: Shape, unit: Shape, voxel_bytes: int, budget: int, patches: Callable[[int, int], int]) -> Shape:
+def block_shape(
+    shape: Shape, unit: Shape, nbytes: Callable[[Shape], int], budget: int, patches: Callable[[int, int], int]
+) -> Shape:
     """Voxels of a block: of whole units, so that as few patches as possible are computed.
 
     Large blocks compute fewer patches twice; many blocks share out better over processes, and a restart repeats less.
@@ -140,26 +142,42 @@ def block_shape(shape: Shape, unit: Shape, voxel_bytes: int, budget: int, patche
     Args:
         shape: voxels that are written.
         unit: voxels of a chunk, or of a shard.
-        voxel_bytes: bytes that a voxel of a block takes while it is computed, all channels together.
+        nbytes: from the voxels of a block to the bytes that it takes; more for more voxels along any axis.
         budget: bytes of a block at most; one unit is always allowed.
         patches: from an axis and the length of blocks along it to the patches of all blocks along that axis.
     """
     counts = [-(-n // u) for n, u in zip(shape, unit, strict=True)]
-    most = max(1, budget // (voxel_bytes * math.prod(unit)))
     # Blocks along an axis, and their patches, by the units of a block.
     along = [
-        [(-(-counts[axis] // n), patches(axis, n * unit[axis])) for n in range(1, min(counts[axis], most) + 1)]
-        for axis in range(3)
+        [(-(-count // n), patches(axis, n * unit[axis])) for n in range(1, count + 1)]
+        for axis, count in enumerate(counts)
     ]
+
+    def voxels(units: Shape) -> Shape:
+        z, y, x = (n * u for n, u in zip(units, unit, strict=True))
+        return z, y, x
+
     best, block = math.inf, (1, 1, 1)
-    for z, (blocks_z, patches_z) in enumerate(along[0], 1):
-        for y, (blocks_y, patches_y) in enumerate(along[1][: most // z], 1):
-            for x, (blocks_x, patches_x) in enumerate(along[2][: most // (z * y)], 1):
-                cost = patches_z * patches_y * patches_x * (1 + 1 / (blocks_z * blocks_y * blocks_x))
-                if cost < best:
-                    best, block = cost, (z, y, x)
-    z, y, x = (n * u for n, u in zip(block, unit, strict=True))
-    return z, y, x
+    for units in _fitting(counts, lambda units: units == (1, 1, 1) or nbytes(voxels(units)) <= budget):
+        blocks, computed = zip(*(found[n - 1] for found, n in zip(along, units, strict=True)), strict=True)
+        cost = math.prod(computed) * (1 + 1 / math.prod(blocks))
+        if cost < best:
+            best, block = cost, units
+    return voxels(block)
+
+
+def _fitting(counts: Sequence[int], fits: Callable[[Shape], bool]) -> Iterator[Shape]:
+    """All shapes up to ``counts`` that fit, where one that is larger than another that does not fit does not either."""
+    for z in range(1, counts[0] + 1):
+        if not fits((z, 1, 1)):
+            return
+        for y in range(1, counts[1] + 1):
+            if not fits((z, y, 1)):
+                break
+            for x in range(1, counts[2] + 1):
+                if not fits((z, y, x)):
+                    break
+                yield z, y, x
 
 
 def parse_region(region: object) -> Box:

@@ -210,10 +210,10 @@ def test_the_budget(tmp_path, monkeypatch):
 
 
 def test_arguments():
-    for mode in ("auto", "disk", "memory", "none"):
+    for mode in ("auto", "disk", "memory", "chunks", "none"):
         check_mode(mode, None)
         check_mode(mode, 1)
-    with pytest.raises(CellMapError, match="cache is one of auto, disk, memory, none, got 'ssd'"):
+    with pytest.raises(CellMapError, match="cache is one of auto, disk, memory, chunks, none, got 'ssd'"):
         check_mode("ssd", None)
     for budget in (0, -1, 1.5, True, "1GB"):
         with pytest.raises(CellMapError, match="cache_bytes must be a positive whole number of bytes, or null, got"):

@@ -182,7 +182,24 @@ def test_chunks_that_are_missing_are_those_of_the_patch(tmp_path):
     assert patches.missing((60, 0, 60), np.diag([1.0, -1, -1])) == []
     assert patches.missing((60, 0, 60), rotation("z", 10)) is None, "it must be computed"
     store.close()
+    patches, store = patches_of(level, Window((10, 10, 10), (8, 8, 8)), mode="none")
     assert patches.missing((0, 0, 0), None) is None, "it is not kept"
+
+
+def test_chunks_that_are_kept_one_by_one_can_be_decoded_first(tmp_path):
+    level, data = stored(tmp_path, "uint8", (130, 130, 130))
+    patches, store = patches_of(level, Window((10, 10, 10), (8, 8, 8)), mode="chunks")
+    assert sorted(patches.missing((60, 0, 60), None)) == [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]
+    patches.region.fill((0, 0, 1))
+    assert sorted(patches.missing((60, 0, 60), None)) == [(0, 0, 0), (1, 0, 0), (1, 0, 1)]
+    out = np.empty((10, 10, 10), np.uint8)
+    patches.read_into((60, 0, 60), out, None, 0)
+    np.testing.assert_array_equal(out, data[60:70, :10, 60:70])
+    assert patches.missing((60, 0, 60), None) == []
+    assert (store.chunks.decoded, store.decoded) == (4, 0)
+    store.chunks.budget = 4 * 64**3
+    assert patches.missing((0, 60, 0), None) is None, "what would be decoded first is gone before it is copied"
+    store.close()
 
 
 def test_positions_that_are_no_whole_number_of_voxels_apart_are_evaluated(tmp_path):
