@@ -809,6 +809,20 @@ def test_memory_does_not_grow_with_the_volume(tmp_path):
     assert peak < 25e6, "after a small volume a large one takes hardly more, and far less than its own 52 MB"
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [({}, "chunks"), ({"cache": "disk"}, "disk"), ({"num_workers": 1}, "auto"), ({"cache": "memory"}, "memory")],
+)
+def test_a_volume_of_this_machine_is_not_copied_to_the_cache(tmp_path, monkeypatch, given, kept):
+    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
+    path, values = raw_volume(tmp_path, (33, 41, 50))
+    writer = predict(path, (12, 16, 20), tmp_path / "out.zarr", data=given)
+    np.testing.assert_allclose(read(tmp_path / "out.zarr"), values / 255, rtol=1e-6)
+    assert writer._source.cache == kept
+    copied = [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size > values.nbytes // 2]
+    assert bool(copied) == (kept in ("disk", "auto"))
+
+
 @pytest.mark.parametrize("cache", ["auto", "disk"])
 def test_chunks_are_decoded_before_they_are_asked_for(tmp_path, cache):
     values = np.random.default_rng(0).integers(0, 256, (64, 64, 64 * 14)).astype(np.uint8)

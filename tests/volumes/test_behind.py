@@ -74,3 +74,49 @@ def test_closing_ends_what_is_under_way(behind):
     behind.close()
     assert done == [1]
     behind.check()
+
+
+def test_as_many_wait_as_may(behind):
+    done, go = [], threading.Event()
+    behind.give(lambda: go.wait(10), 3)
+    tasks = [behind.give(lambda n=n: done.append(n), 3) for n in (1, 2)]
+    giving = threading.Thread(target=behind.give, args=(lambda: done.append(3), 3))
+    giving.start()
+    giving.join(0.05)
+    assert giving.is_alive(), "three are under way"
+    go.set()
+    giving.join(10)
+    behind.until(tasks[1])
+    assert done[:2] == [1, 2]
+    behind.until(tasks[0])  # it has ended long ago
+    behind.wait()
+    assert done == [1, 2, 3]
+
+
+def test_after_an_error_nothing_is_done_until_it_is_met(behind):
+    done, go = [], threading.Event()
+
+    def breaks():
+        assert go.wait(10)
+        raise OSError("no room")
+
+    behind.give(breaks, 3)
+    behind.give(lambda: done.append(1), 3)
+    last = behind.give(lambda: done.append(2), 3)
+    go.set()
+    with pytest.raises(OSError, match="no room"):
+        behind.until(last)
+    behind.wait()
+    assert not done
+    behind.give(lambda: done.append(3))
+    behind.wait()
+    assert done == [3]
+
+
+def test_closing_does_what_was_given():
+    behind, done, go = Behind(), [], threading.Event()
+    behind.give(lambda: go.wait(10), 2)
+    behind.give(lambda: done.append(1), 2)
+    go.set()
+    behind.close()
+    assert done == [1]
