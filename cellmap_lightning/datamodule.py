@@ -147,7 +147,8 @@ class CellMapDataModule(L.LightningDataModule):
         too_coarse: crops whose labels are coarser than asked for: ``drop`` (logged), ``upsample``, or ``error``.
         max_upsampling: how many times finer than raw's finest level an input may be.
         max_workers: reading threads per split; see `CellMapDataset`.
-        cache: where decoded voxels are kept: ``auto``, ``disk``, ``memory`` or ``none``; see `CellMapDataset`.
+        cache: where decoded voxels are kept: ``auto``, ``disk``, ``memory``, ``chunks`` or ``none``; see
+            `CellMapDataset`.
         cache_bytes: bytes that are kept at most, by all splits together; see `CellMapDataset`.
         reader: what decodes: ``zarr`` or ``tensorstore``.
         storage_options: of addresses such as ``s3://bucket/vol.zarr``, see `CellMapDataset`; an entry of ``datasets``

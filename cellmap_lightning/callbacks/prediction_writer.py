@@ -265,12 +265,10 @@ class PredictionWriter(L.Callback):
         self._behind, self._block_memory, self._plane_memory = Behind(), BlockMemory(), BlockMemory()
         if len(placed) == 1:
             self._source: SampleSource = placed[0]
-            # Its threads are those of the module's own dataset. What it keeps on disk counts until the machine is
-            # restarted: to wait for the disk may take longer than to decode it again.
-            self._close = [partial(placed[0]._store.close, sync=False)]
+            self._close = [placed[0]._store.close]  # its threads are those of the module's own dataset
         else:
             self._source = CellMapMultiDataset(placed, "per_crop")
-            self._close = [partial(self._source.close, sync=False)]
+            self._close = [self._source.close]
         self._close.insert(0, self._behind.close)
         self.redundancy = max(job.plan.redundancy for job in self._jobs)
         total = sum(len(job.plan.grid) for job in self._jobs)

@@ -118,9 +118,10 @@ class CellMapDataset(SampleSource):
         too_coarse: ``error`` when labels are coarser than a target asks for, or ``upsample``.
         max_upsampling: how many times finer than raw's finest level an input may be.
         cache: where decoded voxels are kept: ``disk`` (shared by all processes of the machine, and found again by the
-            next run), ``memory``, ``none``, or ``auto``: on disk unless that is a network file system.
+            next run), ``memory``, ``chunks`` (in the memory of each process, those that were decoded last), ``none``,
+            or ``auto``: on disk unless that is a network file system.
         cache_bytes: bytes that are kept at most, by all datasets of the process; by default half of what is free
-            there, on disk at most 200 GB.
+            there, on disk at most 200 GB, and 2 GiB of ``chunks``.
         reader: what decodes: ``zarr``, or ``tensorstore`` (from the extra ``fast``).
         missing_raw: what becomes of samples that show raw of which a chunk is not stored: ``error``, ``warn`` (they
             show the fill value), or ``mask`` (so they do, and targets there are unknown). A chunk of labels that is

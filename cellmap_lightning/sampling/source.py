@@ -360,14 +360,10 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         """Cancel the reads that have not begun, end the threads and the passes of loaders; keep what is decoded."""
         self._pool.close()
 
-    def close(self, sync: bool = True) -> None:
-        """Stop, and drop what is cached in memory. A later use starts anew.
-
-        Args:
-            sync: wait until what is cached on disk outlives a failure of the machine.
-        """
+    def close(self) -> None:
+        """Stop, and drop what is cached. A later use starts anew."""
         self.stop()
-        self._store.close(sync)
+        self._store.close()
 
     def __enter__(self) -> "SampleSource":
         return self

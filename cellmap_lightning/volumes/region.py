@@ -522,16 +522,11 @@ class RegionStore:
                 self._attached[key] = mapped
             return mapped
 
-    def close(self, sync: bool = True) -> None:
-        """Give everything back. A later use starts anew.
-
-        Args:
-            sync: write to disk what is kept there first, so that it counts after a restart of the machine as well.
-        """
+    def close(self) -> None:
+        """Write to disk what is kept there, and give everything back. A later use starts anew."""
         with self._lock:
             for mapped in self._attached.values():
-                if sync:
-                    mapped.sync()
+                mapped.sync()
                 if self._folder is not None:
                     self._folder.release(mapped.key)
             for region in self._regions:
