@@ -656,7 +656,7 @@ def _passing(dataset: CellMapDataset) -> bool:
 
 
 def _chunk_bytes(datasets: Sequence[CellMapDataset], block: npt.NDArray[np.float64]) -> int:
-    """What to keep of the chunks that were decoded last, in bytes: those of a block.
+    """What to keep of the chunks that were decoded last, in bytes: those of the patches side by side in a block.
 
     Args:
         datasets: a volume, in its planes.
@@ -664,7 +664,8 @@ def _chunk_bytes(datasets: Sequence[CellMapDataset], block: npt.NDArray[np.float
     """
     budget = datasets[0].cache_bytes
     around = [
-        dataset.bytes_under(block + dataset.in_volume(spec.window, spec.flat).extent)
+        # Patches come in the order z, y, x: what is above them is not needed again.
+        dataset.bytes_under(block * (0, 1, 1) + dataset.in_volume(spec.window, spec.flat).extent)
         for dataset in datasets
         for spec in dataset.layout.inputs.values()
     ]

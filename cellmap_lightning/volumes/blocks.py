@@ -73,6 +73,10 @@ def centred_voxels(lattice: Lattice, box: Box) -> Lattice:
     return Lattice(to_vector(np.add(lattice.origin, first * np.asarray(lattice.step))), lattice.step, (z, y, x))
 
 
+#: To make all of a pyramid of what was written, in parts of the time of a prediction whose model does nothing.
+_AGAIN = 0.2
+
+
 @dataclass(frozen=True)
 class BlockGrid:
     """The voxels that are written, in blocks.
@@ -135,7 +139,8 @@ def block_shape(
     """Voxels of a block: of whole units, so that as few patches as possible are computed.
 
     Large blocks compute fewer patches twice; many blocks share out better over processes, and a restart repeats less.
-    So the number of patches counts, and a block more, as if one process had to end alone with it.
+    So the number of patches counts, and the largest block once more, as if one process had to end alone with it. Chunks
+    of the next level that are made of several blocks have to be made of what was written, which is read again.
 
     A function of its arguments alone, never of ranks or of the machine, so that a prediction can go on anywhere.
 
@@ -147,9 +152,9 @@ def block_shape(
         patches: from an axis and the length of blocks along it to the patches of all blocks along that axis.
     """
     counts = [-(-n // u) for n, u in zip(shape, unit, strict=True)]
-    # Blocks along an axis, and their patches, by the units of a block.
+    # By the units of a block along an axis: its part of them, all patches, the part of the next level that blocks make.
     along = [
-        [(-(-count // n), patches(axis, n * unit[axis])) for n in range(1, count + 1)]
+        [(n / count, patches(axis, n * unit[axis]), _made(count, n)) for n in range(1, count + 1)]
         for axis, count in enumerate(counts)
     ]
 
@@ -159,11 +164,17 @@ def block_shape(
 
     best, block = math.inf, (1, 1, 1)
     for units in _fitting(counts, lambda units: units == (1, 1, 1) or nbytes(voxels(units)) <= budget):
-        blocks, computed = zip(*(found[n - 1] for found, n in zip(along, units, strict=True)), strict=True)
-        cost = math.prod(computed) * (1 + 1 / math.prod(blocks))
+        part, computed, made = zip(*(found[n - 1] for found, n in zip(along, units, strict=True)), strict=True)
+        cost = math.prod(computed) * (1 + math.prod(part)) * (1 + _AGAIN * (1 - math.prod(made)))
         if cost < best:
             best, block = cost, units
     return voxels(block)
+
+
+def _made(count: int, length: int) -> float:
+    """Of the pairs of ``count`` units in a row, which part lies in one of the blocks of ``length`` units."""
+    pairs = range(0, count, 2)
+    return sum(first // length == min(first + 1, count - 1) // length for first in pairs) / len(pairs)
 
 
 def _fitting(counts: Sequence[int], fits: Callable[[Shape], bool]) -> Iterator[Shape]:

@@ -235,23 +235,25 @@ class PredictionOutput:
         """The chunks of a level in Zarr v2."""
         return PlainChunks(self.array(name, level), str(self.path / name / f"s{level}"))
 
-    def _get(self, name: str, level: int, box: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """Voxels of a level, from the first voxel of a chunk on."""
+    def _coarse(self, name: str, level: int, box: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """A box of a level, from the first voxel of a chunk on and of an even number of voxels, made coarser."""
         array = self.array(name, level)
-        if self.zarr_format == 3:
-            return np.asarray(array[box])
+        if self.zarr_format == 3 or any(c % 2 for c in self.chunks):
+            return np.asarray(coarser(np.asarray(array[box]), self._coarser))
+        # Chunk by chunk: each stays in the processor's cache from its decoding on.
         files = self._files(name, level)
         encoded = Encoded(files.codec.codec_id, math.prod(self.chunks) * self.values.dtype.itemsize)
-        found = np.empty([part.stop - part.start for part in box], self.values.dtype)
+        found = np.empty([(part.stop - part.start) // 2 for part in box], self.values.dtype)
         along = [range(p.start, p.stop, c) for p, c in zip(box, self.chunks, strict=True)]
         for start in product(*along):
             chunk = tuple(slice(a, min(a + c, n)) for a, c, n in zip(start, self.chunks, array.shape, strict=True))
             voxels = files.read(chunk, encoded)
             if voxels is None:  # nothing but the fill value, or something that zarr-python says
                 voxels = np.asarray(array[chunk])
-            here = tuple(slice(a - p.start, p.stop - p.start) for a, p in zip(start, box, strict=True))
-            target = found[here][tuple(slice(0, n) for n in voxels.shape)]
-            target[...] = voxels[tuple(slice(0, n) for n in target.shape)]
+            inside = voxels[tuple(slice(0, p.stop - a) for a, p in zip(start, box, strict=True))]
+            here = tuple(slice((a - p.start) // 2, None) for a, p in zip(start, box, strict=True))
+            target = found[here][tuple(slice(0, n // 2) for n in inside.shape)]
+            target[...] = coarser(inside, self._coarser)
         return found
 
     def _put(self, name: str, level: int, units: Units, origin: Sequence[int], data: npt.NDArray[Any]) -> None:
@@ -332,9 +334,8 @@ class PredictionOutput:
         start = [i * u for i, u in zip(index, unit, strict=True)]
         stop = [min(a + u, n) for a, u, n in zip(start, unit, self._shape(level), strict=True)]
         fine = tuple(slice(2 * a, 2 * b) for a, b in zip(start, stop, strict=True))
-        source = self._get(name, level - 1, fine)
         z, y, x = (slice(i, i + 1) for i in index)
-        self._put(name, level, (z, y, x), start, coarser(source, self._coarser))
+        self._put(name, level, (z, y, x), start, self._coarse(name, level - 1, fine))
 
     def finish(
         self, rank: int, world: int, barrier: Callable[[], None], broadcast: Callable[[bool], bool] = bool

@@ -9,8 +9,8 @@ from cellmap_lightning.volumes.blocks import BlockGrid
 from cellmap_lightning.volumes.geometry import Shape
 
 Units = tuple[slice, slice, slice]
-#: Planes that are made coarser at a time: what they are made of stays in the processor's cache.
-_PLANES = 16
+#: Voxels that are made coarser at a time: what they are made of stays in the processor's cache.
+_VOXELS = 1 << 18
 
 
 def units_within(grid: BlockGrid, number: int, level: int, unit: Shape) -> Units | None:
@@ -54,7 +54,8 @@ def coarser(data: npt.NDArray[np.generic], mean: Callable[..., npt.NDArray[np.ge
     """
     z, y, x = (n // 2 for n in data.shape)
     out = np.empty((z, y, x), data.dtype)
-    for first in range(0, 2 * z, _PLANES):
-        end = min(first + _PLANES, 2 * z)
+    planes = 2 * max(1, _VOXELS // (2 * data[0].size))
+    for first in range(0, 2 * z, planes):
+        end = min(first + planes, 2 * z)
         out[first // 2 : end // 2] = mean(data[first:end])
     return out
