@@ -66,11 +66,16 @@ class StoredBlock:
         Raises:
             CellMapValueError: see `StoredValues.store`.
         """
-        found = self._values.store(values, self._stored[:, *box], self._where)
-        self._reached = [a + b for a, b in zip(self._reached, found, strict=True)]
+        stored = self._stored[:, *box]
+        self._values.store(values, stored, self._where)
+        if self._values.least is None:
+            found = self._values.reached(values, stored)
+            self._reached = [a + b for a, b in zip(self._reached, found, strict=True)]
 
     def finish(self) -> tuple[npt.NDArray[Any], list[int]]:
         """The block as it is stored, and how many voxels of each channel reach the threshold."""
+        if self._values.least is not None:
+            self._reached = self._values.reached(np.empty(0, np.float32), self._stored)
         return self._stored, self._reached
 
     def release(self) -> None:
@@ -109,7 +114,8 @@ class MeanBlock:
         """
         self._total /= np.float32(self._tilings)
         stored = np.empty(self._total.shape, self._values.dtype)
-        return stored, self._values.store(self._total, stored, self._where)
+        self._values.store(self._total, stored, self._where)
+        return stored, self._values.reached(self._total, stored)
 
     def release(self) -> None:
         """Give the memory back."""

@@ -14,6 +14,7 @@ Floats = npt.NDArray[np.float32]
 OutputType = Literal["uint8", "float16", "float32", "labels"]
 #: By how much a probability may miss [0, 1]: the noise of half precision.
 _TOLERANCE = 2e-3
+_BITS_OF_255 = int(np.float32(255).view(np.uint32))
 #: Voxels that are worked on at a time: with what is made of them they stay in the processor's cache.
 _VOXELS = 1 << 17
 
@@ -27,6 +28,7 @@ class StoredValues:
 
     Attributes:
         dtype: type of a stored voxel.
+        least: the least stored value of a voxel that reaches the threshold, where what is stored tells that.
 
     Raises:
         CellMapValueError: another kind.
@@ -37,10 +39,12 @@ class StoredValues:
             raise CellMapValueError(f"dtype is one of {', '.join(get_args(OutputType))}, got {kind!r}")
         self.kind, self.threshold = kind, threshold
         self.dtype: np.dtype[Any] = np.dtype(np.uint8 if kind == "labels" else kind)
-        self._least = _least_stored(threshold) if kind == "uint8" else None
+        self.least: float | None = {"labels": 1, "float32": threshold, "float16": None}.get(kind)
+        if kind == "uint8":
+            self.least = _least_stored(threshold)
         self._scaled: Floats = np.empty(0, np.float32)
 
-    def store(self, values: Floats, out: npt.NDArray[Any], where: str) -> list[int]:
+    def store(self, values: Floats, out: npt.NDArray[Any], where: str) -> None:
         """Put values where they are stored. One thread at a time.
 
         Args:
@@ -48,47 +52,46 @@ class StoredValues:
             out: of `dtype`, the same shape, any strides.
             where: of what, for an error.
 
-        Returns:
-            For each channel, how many voxels reach the threshold.
-
         Raises:
             CellMapValueError: values that are no numbers, or no probabilities where these are stored.
         """
-        reached = [0] * len(values)
         planes = max(1, _VOXELS // math.prod(values.shape[2:]))
-        for n, (channel, stored) in enumerate(zip(values, out, strict=True)):
+        put = {"uint8": self._put_scaled, "labels": self._put_labels}.get(self.kind, self._put_floats)
+        for channel, stored in zip(values, out, strict=True):
             for z in range(0, len(channel), planes):
-                reached[n] += self._put(channel[z : z + planes], stored[z : z + planes], where)
-        return reached
+                put(channel[z : z + planes], stored[z : z + planes], where)
 
-    def _put(self, values: Floats, out: npt.NDArray[Any], where: str) -> int:
-        """The same of some planes of a channel, ``[z, y, x]``."""
-        if self.kind == "uint8":
-            return self._put_scaled(values, out, where)
-        if self.kind == "labels":
-            _check(float(values.min()), float(values.max()), self.kind, where)
-            np.greater_equal(values, self.threshold, out=out.view(np.bool_))
-            return int(np.count_nonzero(out))
+    def reached(self, values: Floats, stored: npt.NDArray[Any]) -> list[int]:
+        """How many voxels of each channel reach the threshold.
+
+        Args:
+            values: ``[C, z, y, x]``; only looked at where what is stored does not tell, see `least`.
+            stored: the same as they are stored.
+        """
+        channels, least = (values, self.threshold) if self.least is None else (stored, self.least)
+        return [sum(int(np.count_nonzero(plane >= least)) for plane in channel) for channel in channels]
+
+    def _put_labels(self, values: Floats, out: npt.NDArray[Any], where: str) -> None:
+        _check(float(values.min()), float(values.max()), self.kind, where)
+        np.greater_equal(values, self.threshold, out=out.view(np.bool_))
+
+    def _put_floats(self, values: Floats, out: npt.NDArray[Any], where: str) -> None:
         with np.errstate(over="ignore"):
             out[...] = values
         if self.kind == "float16" and np.isinf(out).any() and not np.isinf(values).any():
             raise CellMapValueError(f"{where}: {np.abs(values).max():g} is too large for float16; use float32")
-        return int(np.count_nonzero(values >= self.threshold))
 
-    def _put_scaled(self, values: Floats, out: npt.NDArray[Any], where: str) -> int:
+    def _put_scaled(self, values: Floats, out: npt.NDArray[Any], where: str) -> None:
         if self._scaled.size < values.size:
             self._scaled = np.empty(values.size, np.float32)
         scaled = self._scaled[: values.size].reshape(values.shape)
         with np.errstate(over="ignore"):
             np.multiply(values, np.float32(255), out=scaled)
-        low, high = float(scaled.min()), float(scaled.max())
-        if not (low >= 0 and high <= 255):  # which NaN fails as well
-            _check(low / 255, high / 255, self.kind, where)
+        # The bits of a float of at least 0 keep its order as a number; those of any other, and of NaN, are beyond them.
+        if scaled.view(np.uint32).max() > _BITS_OF_255:
+            _check(float(values.min()), float(values.max()), self.kind, where)
             np.clip(scaled, 0, 255, out=scaled)
-        np.copyto(out, np.rint(scaled, out=scaled), casting="unsafe")
-        if self._least is not None:
-            return int(np.count_nonzero(out >= self._least))
-        return int(np.count_nonzero(values >= self.threshold))
+        np.rint(scaled, out=out, casting="unsafe")
 
 
 def _check(low: float, high: float, kind: str, where: str) -> None:
