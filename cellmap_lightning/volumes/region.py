@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ class ChunkCache:
 
     def get(self, key: Hashable, decode: Callable[[], AnyArray]) -> AnyArray:
         """The chunk of that key, decoded now if it is not kept. It is shared: copy from it, never write to it."""
+        ready = self._kept(key)
+        if ready is not None:  # as nearly always: nobody has to be waited for
+            return ready
         once = self._once
         kept = once.begin(key, lambda: self._kept(key))
         if kept is not None:
@@ -118,7 +122,8 @@ class ChunkCache:
     def _kept(self, key: Hashable) -> AnyArray | None:
         chunk = self._chunks.get(key)
         if chunk is not None:
-            self._chunks.move_to_end(key)
+            with suppress(KeyError):  # another thread may just have dropped it
+                self._chunks.move_to_end(key)
         return chunk
 
     def clear(self) -> None:
@@ -354,17 +359,15 @@ class Region:
         return mapped
 
     def _through_cache(self, start: tuple[int, int, int], out: AnyArray) -> None:
-        stop = [a + n for a, n in zip(start, out.shape, strict=False)]
-        for index in self._indices(start, out.shape):
-            origin = [i * c for i, c in zip(index, self.chunks, strict=True)]
-            chunk = self._cached(index)
-            source, target = [], []
-            for axis in range(3):
-                lo = max(start[axis], origin[axis])
-                hi = min(stop[axis], origin[axis] + self.chunks[axis])
-                source.append(slice(lo - origin[axis], hi - origin[axis]))
-                target.append(slice(lo - start[axis], hi - start[axis]))
-            out[tuple(target)] = chunk[tuple(source)]
+        along = []
+        for first, count, size in zip(start, out.shape, self.chunks, strict=False):
+            parts = []
+            for i in range(first // size, -(-(first + count) // size)):
+                lo, hi = max(first, i * size), min(first + count, (i + 1) * size)
+                parts.append((i, slice(lo - i * size, hi - i * size), slice(lo - first, hi - first)))
+            along.append(parts)
+        for z, y, x in itertools.product(*along):
+            out[z[2], y[2], x[2]] = self._cached((z[0], y[0], x[0]))[z[1], y[1], x[1]]
 
     def _indices(self, start: tuple[int, int, int], shape: Sequence[int]) -> Iterator[Shape]:
         """The chunks of a box."""
