@@ -44,6 +44,7 @@ SCALE = (8.0, 8.0, 8.0)
 BATCH = 4
 OVERLAP = {"trim": 0.25, "average": 0.25, "gaussian": 0.5}
 SLAB = 64
+WRITER = "cellmap_lightning.callbacks.prediction_writer"
 
 
 def volume(folder, length):
@@ -206,7 +207,7 @@ def one(task):
     torch.set_num_threads(1)
     path = Path(task["folder"]) / f"raw{task['length']}.zarr"
     needs = {
-        "ours": ["lightning.pytorch.strategies", "cellmap_lightning.datamodule", "cellmap_lightning.callbacks"],
+        "ours": ["lightning.pytorch.strategies", "cellmap_lightning.datamodule", WRITER],
         "monai": ["monai.inferers", "zarr", "cellmap_lightning.volumes.writer"],
         "cellmap": ["cellmap_data"],
     }
