@@ -73,8 +73,9 @@ def centred_voxels(lattice: Lattice, box: Box) -> Lattice:
     return Lattice(to_vector(np.add(lattice.origin, first * np.asarray(lattice.step))), lattice.step, (z, y, x))
 
 
-#: To make all of a pyramid of what was written, in parts of the time of a prediction whose model does nothing.
-_AGAIN = 0.2
+#: To make all of a pyramid of what was written, in parts of the time of a prediction: a fifth of one whose model does
+#: nothing, hardly anything of others.
+_AGAIN = 0.02
 
 
 @dataclass(frozen=True)
