@@ -200,6 +200,12 @@ class Region:
         return Layout((z, y, x), (gz, gy, gx), max(1, self.depth) * self.dtype.itemsize)
 
     @property
+    def _first_chunk(self) -> Shape:
+        """The chunk that holds the first voxel of what is kept."""
+        z, y, x = (lo // c for lo, c in zip(self._lo, self.chunks, strict=True))
+        return z, y, x
+
+    @property
     def chunk_bytes(self) -> int:
         """Bytes of a decoded chunk."""
         return math.prod(self.chunks) * max(1, self.depth) * self.dtype.itemsize
@@ -290,10 +296,16 @@ class Region:
         return mapped is not None and not mapped.full
 
     def missing(self, start: tuple[int, int, int], shape: Shape) -> list[Shape] | None:
-        """The chunks of a box that have to be filled before it is a mere copy; None where they would not be kept."""
+        """The chunks of a box that have to be filled before it is a mere copy; None where they would not be kept.
+
+        They are counted from the array's first voxel, however chunks are kept: that may change before they are filled.
+        """
         mapped = self.attached()
         if mapped is not None:
-            return None if mapped.full else [] if mapped.complete else self._missing(mapped, start, shape)
+            if mapped.full:
+                return None
+            a, b, c = self._first_chunk
+            return [] if mapped.complete else [(z + a, y + b, x + c) for z, y, x in self._missing(mapped, start, shape)]
         if self.direct or self.cache.budget < _AT_ONCE * self.chunk_bytes:
             return None
         return [index for index in self._indices(start, shape) if (self.key, index) not in self.cache]
@@ -313,7 +325,8 @@ class Region:
         """Fill a chunk that was `missing`."""
         mapped = self.attached()
         if mapped is not None:
-            self._fill(mapped, index)
+            z, y, x = (i - first for i, first in zip(index, self._first_chunk, strict=True))
+            self._fill(mapped, (z, y, x))
         elif not self.direct:
             self._cached(index)
 

@@ -202,6 +202,25 @@ def test_chunks_that_are_kept_one_by_one_can_be_decoded_first(tmp_path):
     store.close()
 
 
+@pytest.mark.parametrize(("before", "after"), [("memory", "chunks"), ("chunks", "memory"), ("memory", "none")])
+def test_a_chunk_is_the_same_one_however_it_is_kept(tmp_path, before, after):
+    """A crop in the middle of an array; its dataset is closed and used again between asking and filling."""
+    level, data = stored(tmp_path, "uint8", (130, 130, 200))
+    inner = Lattice(tuple(np.add(level.lattice.origin, 70 * 8.0)), level.lattice.step, (50, 50, 100)).box
+    patches, store = patches_of(level, Window((10, 10, 10), (8, 8, 8)), box=inner, mode=before)
+    found = patches.missing((0, 0, 60), None)
+    assert found == [(1, 1, 2)]
+    store.close()
+    store.mode = after
+    store.plan([patches.region], False, "test")
+    patches.region.fill(found[0])
+    assert patches.missing((0, 0, 60), None) == (None if after == "none" else [])
+    out = np.empty((10, 10, 10), np.uint8)
+    patches.read_into((0, 0, 60), out, None, 0)
+    np.testing.assert_array_equal(out, data[70:80, 70:80, 130:140])
+    store.close()
+
+
 def test_positions_that_are_no_whole_number_of_voxels_apart_are_evaluated(tmp_path):
     """Steps of the placement come from another array, which is finer than this one's patches."""
     level, data = stored(tmp_path, "uint8")
