@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
-from cellmap_lightning.sampling.blockwise import BlockBatch, BlockPlan, PlanBatches, patch_placement
+from cellmap_lightning.sampling.blockwise import AHEAD, BlockBatch, BlockPlan, PlanBatches, patch_placement
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.source import SampleSource
@@ -328,7 +328,8 @@ class PredictionWriter(L.Callback):
             output.open(settings, self.overwrite, self.check_space)
         trainer.strategy.barrier("the output is there")
         finished = output.journal.finished
-        kept = _chunk_bytes(datasets, np.multiply(grid.block, whole.step)) if self._passing else None
+        ahead = AHEAD * data.batch_size
+        kept = _chunk_bytes(datasets, np.multiply(grid.block, whole.step), ahead) if self._passing else None
         placed = [
             d.placed(patch_placement(t, whole, w), kept) for d, t, w in zip(datasets, tilings, windows, strict=True)
         ]
@@ -655,20 +656,24 @@ def _passing(dataset: CellMapDataset) -> bool:
     return dataset.cache == "auto" and isinstance(raw, Path) and not on_network(raw)
 
 
-def _chunk_bytes(datasets: Sequence[CellMapDataset], block: npt.NDArray[np.float64]) -> int:
-    """What to keep of the chunks that were decoded last, in bytes: those of the patches side by side in a block.
+def _chunk_bytes(datasets: Sequence[CellMapDataset], block: npt.NDArray[np.float64], patches: int) -> int:
+    """What to keep of the chunks that were decoded last, in bytes.
+
+    Those of the patches side by side in a block, and of the patches whose chunks are decoded ahead.
 
     Args:
         datasets: a volume, in its planes.
         block: extent of a block, nm.
+        patches: how many are decoded ahead.
     """
     budget = datasets[0].cache_bytes
-    around = [
-        # Patches come in the order z, y, x: what is above them is not needed again.
-        dataset.bytes_under(block * (0, 1, 1) + dataset.in_volume(spec.window, spec.flat).extent)
+    extents = [
+        (dataset, dataset.in_volume(spec.window, spec.flat).extent)
         for dataset in datasets
         for spec in dataset.layout.inputs.values()
     ]
+    # Patches come in the order z, y, x: what is above them is not needed again.
+    around = [d.bytes_under(block * (0, 1, 1) + patch) + patches * d.bytes_under(patch) for d, patch in extents]
     return min(max(LEAST_CHUNK_BYTES, *around), budget if budget is not None else sys.maxsize)
 
 

@@ -12,7 +12,8 @@ from cellmap_lightning.sampling.entries import SPLITS
 from cellmap_lightning.sampling.frequencies import class_frequencies
 from cellmap_lightning.sampling.memory import device_memory
 from cellmap_lightning.sampling.prefetch import decide
-from cellmap_lightning.volumes.location import choose
+from cellmap_lightning.volumes.location import Location, choose
+from cellmap_lightning.volumes.region import DEFAULT_CHUNK_BYTES
 
 #: Samples that ``deep`` draws and reads to see what they show.
 SAMPLES = 64
@@ -70,7 +71,11 @@ def costs(settings: Mapping[str, Any], device_bytes: int, deep: bool) -> Costs:
         memory = data.batch_memory(given[0])
         regions = {r.digest(): r.layout.nbytes for s in sets.values() for d in s.datasets for r in d.regions}
         mode = settings.get("cache", "auto")
-        location = choose(mode, settings.get("cache_bytes")) if mode != "none" else None
+        room = settings.get("cache_bytes")
+        if mode == "chunks":
+            location: Location | None = Location(None, room or DEFAULT_CHUNK_BYTES, "those that were decoded last")
+        else:
+            location = choose(mode, room) if mode != "none" else None
         wanted = StreamPrefetch().settings
         here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ahead = {"this machine": (here.type, device_memory(here))}

@@ -53,8 +53,7 @@ class Behind:
             if first.done():
                 self._drop()
             raise
-        if first.done():  # Ctrl-C may have ended the waiting
-            self._tasks.popleft()
+        self._tasks.popleft()
 
     def _drop(self) -> None:
         """Forget everything: what came after an error was not done."""

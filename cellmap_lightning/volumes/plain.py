@@ -101,7 +101,9 @@ class PlainChunks:
             return None
         COUNTS.add("reads")
         inside = tuple(slice(0, part.stop - part.start) for part in box if isinstance(part, slice))
-        return voxels.reshape(self.chunks, order=self.order)[inside]
+        part = voxels.reshape(self.chunks, order=self.order)[inside]
+        # Who keeps a part keeps no whole chunk with it.
+        return part if part.size == voxels.size else part.copy()
 
     def write(self, index: Sequence[int], voxels: np.ndarray[Any, Any]) -> None:
         """Write a chunk, whole or not at all; a chunk of nothing but the fill value has no file.
