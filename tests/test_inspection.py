@@ -231,6 +231,13 @@ def test_costs_are_those_of_the_real_batches(volume):
     assert "patch shows it" in inspect(settings, patch, None, deep=True).costs.shown
 
 
+@pytest.mark.parametrize(("given", "room"), [({}, 2 << 30), ({"cache_bytes": 5_000_000}, 5_000_000)])
+def test_the_costs_of_chunks_in_memory_are_what_they_may_take(volume, given, room):
+    settings = {"csv_path": volume.csv_path, "classes": CLASSES, "input_arrays": INPUTS, "target_arrays": TARGETS}
+    costs = inspect(settings | {"cache": "chunks"} | given, {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}, None).costs
+    assert (costs.cache_room, costs.cache_where) == (room, "memory")
+
+
 def test_the_proposal_is_a_configuration_that_runs(found, tmp_path):
     register_resolvers()
     (tmp_path / "experiment").mkdir()

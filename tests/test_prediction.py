@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks import PredictionWriter
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
+from cellmap_lightning.sampling import predicted
 from cellmap_lightning.volumes.geometry import AXES
 from cellmap_lightning.volumes.journal import Journal
 from cellmap_lightning.volumes.ngff import read_multiscale
@@ -591,6 +592,48 @@ def predict_spec(path, data, output, model, world=1, **kwargs):
     with CellMapDataModule(**data) as module:
         run.predict(model, datamodule=module)
     return writer
+
+
+def test_planes_share_the_chunks_that_their_voxels_are_made_of(tmp_path):
+    """No level has voxels of 11 nm: each plane keeps voxels of its own, made of the same chunks."""
+    path, _ = raw_volume(tmp_path, (40, 50, 60))
+    caches = []
+
+    class Looks(Identity):
+        def predict_step(self, batch, batch_idx):
+            source = writer._source
+            caches.append({id(image.region.cache) for d in source.datasets for image in d._images.values()})
+            assert caches[-1] == {id(source._store.chunks)}
+            return super().predict_step(batch, batch_idx)
+
+    writer = PredictionWriter(str(tmp_path / "out.zarr"), classes=["a"], check_context=False)
+    run = L.Trainer(
+        accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    arrays = {"input_arrays": {"raw": {"shape": [16, 16], "scale": [11, 11]}}, "planes": ["xy", "xz", "yz"]}
+    with CellMapDataModule(classes=["a"], datasets={"predict": [{"raw": str(path)}]}, **arrays) as data:
+        run.predict(Looks(), datamodule=data)
+    assert caches
+    assert writer._source._store.chunks.nbytes == 0, "it is given back at the end"
+
+
+def test_what_is_decoded_ahead_is_there_when_it_is_asked_for(tmp_path, monkeypatch):
+    """As many chunks are decoded ahead as lie side by side in a block: both have room."""
+    path = tmp_path / "raw.zarr" / "em"
+    values = np.zeros((256, 256, 512), np.uint8)
+    values[:, ::7] = 3  # so that all chunks have files
+    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(32, 32, 32))
+    monkeypatch.setattr(predicted, "LEAST_CHUNK_BYTES", 1)
+    monkeypatch.setattr("cellmap_lightning.volumes.chunks.LEAST_CHUNK", 32)
+    writer = PredictionWriter(str(tmp_path / "out.zarr"), chunks=(64, 64, 64), block_mb=1000, check_context=False)
+    run = L.Trainer(
+        accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with module(path, (64, 64, 64), batch_size=8) as data:
+        run.predict(Identity(), datamodule=data)
+    assert writer._source._store.chunks.decoded <= 1.3 * 8 * 8 * 16
 
 
 def test_planes_whose_voxels_differ_have_no_mean(tmp_path):

@@ -4,7 +4,6 @@ import hashlib
 import inspect
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -16,7 +15,6 @@ from typing import Any, Literal, get_args
 
 import lightning as L
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -26,16 +24,15 @@ from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapV
 from cellmap_lightning.sampling.blockwise import AHEAD, BlockBatch, BlockPlan, PlanBatches, patch_placement
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
+from cellmap_lightning.sampling.predicted import output_windows, passes_by, passing_bytes, volumes_of
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.volumes.behind import Behind
 from cellmap_lightning.volumes.blending import Blend, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid, block_shape, output_lattice, parse_region, voxels_of
 from cellmap_lightning.volumes.geometry import AXES, Shape
-from cellmap_lightning.volumes.location import on_network
 from cellmap_lightning.volumes.output import PredictionOutput, check_apart
 from cellmap_lightning.volumes.placement import Window
 from cellmap_lightning.volumes.skipping import Skipping
-from cellmap_lightning.volumes.store import parts_of
 from cellmap_lightning.volumes.summing import BlockMemory, MeanBlock, PatchCopy, PatchSum, StoredBlock
 from cellmap_lightning.volumes.values import Floats, OutputType, StoredValues
 from cellmap_lightning.volumes.writer import ZarrFormat
@@ -43,10 +40,8 @@ from cellmap_lightning.volumes.writer import ZarrFormat
 log = logging.getLogger(__name__)
 
 Activation = Literal["sigmoid", "softmax"]
-#: Tasks that wait for a block to be written.
+#: Tasks of the writing thread that may be under way: a block that is written, and what is stored or skipped after it.
 MOST_TASKS = 3
-#: Of decoded chunks of raw, what is kept at least while blocks are predicted.
-LEAST_CHUNK_BYTES = 64 << 20
 #: Changes of a probability that can be seen: two steps of uint8.
 VISIBLE = 2 / 255
 
@@ -242,7 +237,7 @@ class PredictionWriter(L.Callback):
     def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[SampleSource, PlanBatches]:
         """Say what is computed, and make or find the outputs. Called when weights and normalization are restored."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        volumes = _volumes(data.predict_dataset.datasets)
+        volumes = volumes_of(data.predict_dataset.datasets)
         if len(volumes) > 1 and self.region is not None:
             raise CellMapValueError(f"a region is a part of one volume, and 'predict' has {len(volumes)}")
         names = self.classes if self.classes is not None else data.classes
@@ -255,7 +250,7 @@ class PredictionWriter(L.Callback):
         self._wanted, self._kept = wanted, [self._names.index(name) for name in wanted]
         self._jobs: list[_Job] = []
         # Worker processes share what is kept as the datamodule says, and would each decode every chunk.
-        self._passing = data.num_workers == 0 and all(_passing(d) for d in data.predict_dataset.datasets)
+        self._passing = data.num_workers == 0 and all(passes_by(d) for d in data.predict_dataset.datasets)
         placed: list[CellMapDataset] = []
         for name, planes in volumes.items():
             output = self.output / name if len(volumes) > 1 else self.output
@@ -306,9 +301,10 @@ class PredictionWriter(L.Callback):
         dataset = datasets[0]
         if isinstance(dataset.raw_at, Path):
             check_apart(path, dataset.raw_at)
-        self._name, windows = _output_windows(data, datasets)
+        self._name, spec = next(iter({**data.target_arrays, **data.input_arrays}.items()))
+        windows = output_windows(spec.window, spec.flat, datasets)
         #: Voxels of the output's patch along its own axes.
-        self._shape = {**data.target_arrays, **data.input_arrays}[self._name].window.shape
+        self._shape = spec.window.shape
         window = windows[0]
         whole = output_lattice(window, dataset.raw_box, [level.lattice for level in dataset.levels.values()])
         tilings = [Tiling(whole.shape, w.shape, self.blend, self.overlap, self.context) for w in windows]
@@ -329,7 +325,7 @@ class PredictionWriter(L.Callback):
         trainer.strategy.barrier("the output is there")
         finished = output.journal.finished
         ahead = AHEAD * data.batch_size
-        kept = _chunk_bytes(datasets, np.multiply(grid.block, whole.step), ahead) if self._passing else None
+        kept = passing_bytes(datasets, np.multiply(grid.block, whole.step), ahead) if self._passing else None
         placed = [
             d.placed(patch_placement(t, whole, w), kept) for d, t, w in zip(datasets, tilings, windows, strict=True)
         ]
@@ -353,7 +349,9 @@ class PredictionWriter(L.Callback):
     def _block_bytes(self, tilings: Sequence[Tiling], values: StoredValues, shape: Shape) -> int:
         """What blocks of a shape take in memory: one is written while the next is computed."""
         channels = len(self._wanted)
-        voxel = 2 * values.dtype.itemsize if len(tilings) == 1 else 2 * np.dtype(np.float32).itemsize
+        # The mean over several planes is stored beside the sum, when the block is written.
+        sums = 2 * np.dtype(np.float32).itemsize + values.dtype.itemsize
+        voxel = 2 * values.dtype.itemsize if len(tilings) == 1 else sums
         planes = [PatchSum.nbytes(shape, channels, t) for t in tilings if t.blend != "trim"]
         return channels * voxel * math.prod(shape) + max(planes, default=0)
 
@@ -647,36 +645,6 @@ class PredictionWriter(L.Callback):
         self._block_memory, self._plane_memory = BlockMemory(), BlockMemory()
 
 
-def _passing(dataset: CellMapDataset) -> bool:
-    """Whether it is cheaper to decode some chunks of raw twice than to keep all of them.
-
-    Each is needed for a few patches, and then never again. But what comes from another machine is kept.
-    """
-    raw = dataset.raw_at
-    return dataset.cache == "auto" and isinstance(raw, Path) and not on_network(raw)
-
-
-def _chunk_bytes(datasets: Sequence[CellMapDataset], block: npt.NDArray[np.float64], patches: int) -> int:
-    """What to keep of the chunks that were decoded last, in bytes.
-
-    Those of the patches side by side in a block, and of the patches whose chunks are decoded ahead.
-
-    Args:
-        datasets: a volume, in its planes.
-        block: extent of a block, nm.
-        patches: how many are decoded ahead.
-    """
-    budget = datasets[0].cache_bytes
-    extents = [
-        (dataset, dataset.in_volume(spec.window, spec.flat).extent)
-        for dataset in datasets
-        for spec in dataset.layout.inputs.values()
-    ]
-    # Patches come in the order z, y, x: what is above them is not needed again.
-    around = [d.bytes_under(block * (0, 1, 1) + patch) + patches * d.bytes_under(patch) for d, patch in extents]
-    return min(max(LEAST_CHUNK_BYTES, *around), budget if budget is not None else sys.maxsize)
-
-
 def fingerprint(module: L.LightningModule) -> str:
     """The class of a model and a hash of its weights: the same in every process and run."""
     digest = hashlib.sha256()
@@ -702,55 +670,6 @@ def _lengths(what: str, value: Sequence[int]) -> Shape:
     if len(found) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in found):
         raise CellMapValueError(f"{what} are three positive numbers of voxels (z, y, x), got {value!r}")
     return found[0], found[1], found[2]
-
-
-def _volumes(datasets: Sequence[CellMapDataset]) -> dict[str, list[CellMapDataset]]:
-    """The datasets of each volume, one for each plane, by a name.
-
-    Raises:
-        CellMapValueError: a volume is there twice, or two have one name.
-    """
-    found: dict[str, list[CellMapDataset]] = {}
-    for dataset in datasets:
-        found.setdefault(dataset.input_path, []).append(dataset)
-    for path, planes in found.items():
-        names = [dataset.plane.name for dataset in planes]
-        if len(set(names)) < len(names):
-            raise CellMapValueError(f"'predict' has {path} more than once; give each volume one time")
-    named = {path: volume_name(path) for path in found}
-    twice = sorted(path for path, name in named.items() if list(named.values()).count(name) > 1)
-    if twice:
-        raise CellMapValueError(
-            f"{', '.join(twice)} would all be written to {named[twice[0]]!r}; predict one at a time"
-        )
-    return {named[path]: planes for path, planes in found.items()}
-
-
-def volume_name(path: str) -> str:
-    """What a volume is called: the Zarr container that holds it, without its ending."""
-    parts = parts_of(path).parts
-    return next((Path(part).stem for part in parts if part.endswith((".zarr", ".n5"))), parts[-1])
-
-
-def _output_windows(data: Any, datasets: Sequence[CellMapDataset]) -> tuple[str, list[Window]]:
-    """Name of the model's output, and its patch in each plane, along the axes of the volume.
-
-    Raises:
-        CellMapValueError: the voxels of the planes are not the same, so that there is no mean of them.
-    """
-    arrays = {**data.target_arrays, **data.input_arrays}
-    name = next(iter(arrays))
-    windows = [dataset.in_volume(arrays[name].window, arrays[name].flat) for dataset in datasets]
-    if any(np.abs(w.scale / windows[0].scale - 1).max() > 1e-9 for w in windows):
-        said = "; ".join(
-            f"{d.plane.name} has {[round(float(s), 4) for s in w.scale]} nm"
-            for d, w in zip(datasets, windows, strict=True)
-        )
-        raise CellMapValueError(
-            f"several planes are averaged voxel by voxel, and theirs differ (z, y, x): {said}. Give a scale that is "
-            "the same along both axes and no finer than the volume's coarsest axis, or one plane"
-        )
-    return name, windows
 
 
 def _dims(shape: Shape, axes: Sequence[int]) -> list[int]:

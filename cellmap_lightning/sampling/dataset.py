@@ -581,6 +581,8 @@ class CellMapDataset(SampleSource):
         """Read with the threads and the store of a collection."""
         self._store.close()
         self._pool, self._store = pool, store
+        for image in self._images.values():  # of which something else may be made that is kept
+            image.region.cache = store.chunks
 
     def missing(self, name: str, place: Place, turn: FloatArray | None) -> list[tuple[Region, Shape]] | None:
         """The chunks that must be filled before an array of a sample is copied; None where it must be computed."""

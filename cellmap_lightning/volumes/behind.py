@@ -1,8 +1,11 @@
 """What a thread does while its owner goes on: one task at a time, and few waiting."""
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+
+log = logging.getLogger(__name__)
 
 
 class Behind:
@@ -30,11 +33,19 @@ class Behind:
         Raises:
             Exception: that of a task before; this one is not taken then.
         """
-        while len(self._tasks) >= most:
-            self._end_first()
+        self.room(most)
         given = self._pool.submit(self._do, task)
         self._tasks.append(given)
         return given
+
+    def room(self, most: int) -> None:
+        """Wait until fewer than so many tasks are under way.
+
+        Raises:
+            Exception: that of one of them.
+        """
+        while len(self._tasks) >= most:
+            self._end_first()
 
     def _do(self, task: Callable[[], None]) -> None:
         if self._failed:
@@ -89,5 +100,9 @@ class Behind:
             self._end_first()
 
     def close(self) -> None:
-        """End the thread, after it has done what it was given."""
+        """End the thread, after it has done what it was given. An error that nobody has met is logged."""
         self._pool.shutdown(wait=True)
+        for task in self._tasks:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("while the run ended: %s: %s", type(error).__name__, error)
+        self._tasks.clear()

@@ -17,7 +17,7 @@ from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.values import Floats, StoredValues
 
 Box = tuple[slice, slice, slice]
-#: Finished planes that wait to be stored: one that is, and the next.
+#: Tasks of the writing thread that may be under way when finished planes are given to it, those too.
 _WAITING = 2
 
 
@@ -69,13 +69,13 @@ class StoredBlock:
         stored = self._stored[:, *box]
         self._values.store(values, stored, self._where)
         if self._values.least is None:
-            found = self._values.reached(values, stored)
+            found = self._values.reached(stored, values)
             self._reached = [a + b for a, b in zip(self._reached, found, strict=True)]
 
     def finish(self) -> tuple[npt.NDArray[Any], list[int]]:
         """The block as it is stored, and how many voxels of each channel reach the threshold."""
         if self._values.least is not None:
-            self._reached = self._values.reached(np.empty(0, np.float32), self._stored)
+            self._reached = self._values.reached(self._stored)
         return self._stored, self._reached
 
     def release(self) -> None:
@@ -115,7 +115,7 @@ class MeanBlock:
         self._total /= np.float32(self._tilings)
         stored = np.empty(self._total.shape, self._values.dtype)
         self._values.store(self._total, stored, self._where)
-        return stored, self._values.reached(self._total, stored)
+        return stored, self._values.reached(stored, self._total)
 
     def release(self) -> None:
         """Give the memory back."""
@@ -205,6 +205,7 @@ class PatchSum:
 
     def _advance(self, first: int) -> None:
         """The planes before ``first`` are finished."""
+        self._behind.room(_WAITING)  # before there are more planes
         done, count = self._sum, first - self._first
         left = max(0, self._planes[1] - count)
         self._sum = self._new()

@@ -61,14 +61,18 @@ class StoredValues:
             for z in range(0, len(channel), planes):
                 put(channel[z : z + planes], stored[z : z + planes], where)
 
-    def reached(self, values: Floats, stored: npt.NDArray[Any]) -> list[int]:
+    def reached(self, stored: npt.NDArray[Any], values: Floats | None = None) -> list[int]:
         """How many voxels of each channel reach the threshold.
 
         Args:
-            values: ``[C, z, y, x]``; only looked at where what is stored does not tell, see `least`.
-            stored: the same as they are stored.
+            stored: as they are stored, ``[C, z, y, x]``.
+            values: what the model gave; needed where what is stored does not tell, see `least`.
         """
-        channels, least = (values, self.threshold) if self.least is None else (stored, self.least)
+        if self.least is not None:
+            channels, least = stored, self.least
+        else:
+            assert values is not None
+            channels, least = values, self.threshold
         return [sum(int(np.count_nonzero(plane >= least)) for plane in channel) for channel in channels]
 
     def _put_labels(self, values: Floats, out: npt.NDArray[Any], where: str) -> None:

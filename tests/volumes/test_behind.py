@@ -120,3 +120,17 @@ def test_closing_does_what_was_given():
     go.set()
     behind.close()
     assert done == [1]
+
+
+def test_an_error_that_nobody_met_is_logged(caplog):
+    behind, go = Behind(), threading.Event()
+
+    def breaks():
+        assert go.wait(10)
+        raise OSError("no room")
+
+    behind.give(breaks, 2)
+    go.set()
+    behind.close()
+    assert [record.getMessage() for record in caplog.records] == ["while the run ended: OSError: no room"]
+    behind.wait()

@@ -58,6 +58,11 @@ def test_both_ways_are_those_of_zarr(tmp_path, codec, dtype, order):
         found = chunks.read(box_of(index), encoded(theirs, codec))
         assert found.dtype == theirs.dtype
         np.testing.assert_array_equal(found, data[box_of(index)])
+        held = found if found.base is None else found.base
+        while getattr(held, "base", None) is not None:
+            held = held.base
+        whole = found.shape == CHUNKS
+        assert whole or memoryview(held).nbytes == found.nbytes, "a part holds the memory of no whole chunk"
     assert chunks.read(box_of(GRID[0]), encoded(theirs, codec)) is None  # it has no file
     ours = PlainChunks(make(tmp_path / "ours", dtype, codec, order), str(tmp_path / "ours"))
     for index in GRID:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import zarr
 
+from cellmap_lightning.volumes import pyramid
 from cellmap_lightning.volumes.blocks import BlockGrid
 from cellmap_lightning.volumes.geometry import Lattice
 from cellmap_lightning.volumes.output import PredictionOutput
@@ -52,7 +53,9 @@ def test_a_chunk_is_made_of_one_block_alone_or_left(shape, block, unit, level):
 
 @pytest.mark.parametrize("shape", [(33, 20, 21), (32, 16, 8), (2, 3, 2), (50, 2, 2)])
 @pytest.mark.parametrize("mean", [downsample_mean, downsample_mode])
-def test_a_few_planes_at_a_time_are_all_at_once(shape, mean):
+@pytest.mark.parametrize("voxels", [1, 1000, 1 << 18])
+def test_a_few_planes_at_a_time_are_all_at_once(shape, mean, voxels, monkeypatch):
+    monkeypatch.setattr(pyramid, "_VOXELS", voxels)
     data = np.random.default_rng(0).integers(0, 5, shape).astype(np.uint8)
     np.testing.assert_array_equal(coarser(data, mean), mean(data))
 

@@ -27,7 +27,7 @@ def test_any_part_of_an_array_is_filled(kind, threshold, shape):
     out = np.full((shape[0], shape[1] + 1, shape[2], shape[3] + 5), 77, stored.dtype)
     here = np.s_[:, 1:, :, 2:-3]
     stored.store(given, out[here], "it")
-    reached = stored.reached(given, out[here])
+    reached = stored.reached(out[here], given)
     np.testing.assert_array_equal(out[here], expected(given, kind, threshold))
     assert (np.delete(out, np.arange(2, shape[3] + 2), axis=3) == 77).all()
     assert (out[:, 0] == 77).all()
@@ -48,7 +48,7 @@ def test_foreground_is_counted_where_rounding_hides_it(threshold):
     out = np.empty(values.shape, np.uint8)
     stored = StoredValues("uint8", threshold)
     stored.store(values, out, "it")
-    assert stored.reached(values, out) == [np.count_nonzero(values >= threshold)]
+    assert stored.reached(out, values) == [np.count_nonzero(values >= threshold)]
     if threshold == 0.5:
         assert stored.least == 128
 
@@ -81,7 +81,7 @@ def test_numbers_that_half_precision_cannot_say():
     stored = StoredValues("float16")
     stored.store(values, out, "it")
     assert np.isinf(out[0, 0, 0, 1])
-    assert stored.reached(values, out) == [1]
+    assert stored.reached(out, values) == [1]
 
 
 def test_another_kind():
