@@ -33,11 +33,12 @@ def main(tmp_path, monkeypatch, volume):
 def test_the_program_trains(main):
     options = [f"--{key}={value}" for key, value in SMALL.items()]
     cli = main(["fit", "--config", "mito.yaml", *options, "--data.batch_size", "1"])
-    assert cli.trainer.global_step == 2
-    assert cli.datamodule.batch_size == 1
-    assert cli.model.classes == ("mito", "er")
-    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.001
-    assert "val/dice" in cli.trainer.callback_metrics
+    with cli.datamodule:
+        assert cli.trainer.global_step == 2
+        assert cli.datamodule.batch_size == 1
+        assert cli.model.classes == ("mito", "er")
+        assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.001
+        assert "val/dice" in cli.trainer.callback_metrics
 
 
 def test_a_typo_is_an_error(main, capsys):

@@ -189,10 +189,10 @@ def test_value_transforms(volume):
         assert stored.max() > 1
         torch.testing.assert_close(chained[0]["raw"], (stored + 1) * 2)
         torch.testing.assert_close(plain[0]["labels"][1], 1 - chained[0]["labels"][1], equal_nan=True)
-    with pytest.raises(CellMapError, match=r"keep the shape \[1, 8, 16, 24\]"):
-        CellMapDataset(
-            volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, raw_value_transforms=lambda t: t[..., 1:]
-        )[0]
+    with CellMapDataset(
+        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, raw_value_transforms=lambda t: t[..., 1:]
+    ) as cut, pytest.raises(CellMapError, match=r"keep the shape \[1, 8, 16, 24\]"):  # fmt: skip
+        cut[0]
 
 
 def test_random_value_transforms_follow_the_sample_and_leave_the_global_generator_alone(volume):

@@ -496,7 +496,8 @@ def test_errors_of_sources(folder, volume, tmp_path):
 def test_raw_alone_is_divided_by_volume(folder):
     crops = split(search_path=folder, split="by_dataset", classes=None, target_arrays=None)
     assert {usage: len(entries) for usage, entries in crops.entries.items()} == {"train": 1, "val": 1}
-    assert list(crops["val"][0]) == ["raw", "idx"]
+    with crops["val"] as val:
+        assert list(val[0]) == ["raw", "idx"]
 
 
 def test_the_datamodule_takes_the_same(folder):

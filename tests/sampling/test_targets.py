@@ -33,7 +33,7 @@ class Crop:
         self.raw = rng.integers(1, 255, SHAPE).astype(np.uint8)
         write_group(root)
         write_multiscale(root / "raw", self.raw, scale=SCALE, translation=(0, 0, 0), levels=1, chunks=(8, 8, 8))
-        self.labels = {}
+        self.labels, self.made = {}, []
 
     def add(self, name, stored, attributes=None, levels=1):
         self.labels[name] = np.asarray(stored)
@@ -52,7 +52,7 @@ class Crop:
     def dataset(self, classes, shape=SHAPE, scale=SCALE, names=None, **kwargs):
         spec = {"shape": shape, "scale": scale}
         targets = kwargs.pop("target", {})
-        return CellMapDataset(
+        made = CellMapDataset(
             self.root / "raw",
             f"{self.root}/crop1/[{','.join(names or self.labels)}]",
             classes,
@@ -60,11 +60,16 @@ class Crop:
             {"target": {**spec, **targets}},
             **kwargs,
         )
+        self.made.append(made)
+        return made
 
 
 @pytest.fixture
 def crop(tmp_path):
-    return Crop(tmp_path / "volume.zarr")
+    found = Crop(tmp_path / "volume.zarr")
+    yield found
+    for dataset in found.made:
+        dataset.close()
 
 
 def random_ids(seed, values, dtype=np.uint8):
@@ -188,9 +193,8 @@ def test_ids_above_the_encoding_need_a_word(crop):
 
 def test_negative_labels_are_refused(crop):
     crop.add("a", np.where(random_ids(1, [0, 1]) == 1, -1, 0).astype(np.int32))
-    with pytest.raises(
-        CellMapError, match=r"crop1/a: .* holds the negative label -1, which its encoding does not explain"
-    ):
+    said = r"crop1/a: .* holds the negative label -1, which its encoding does not explain"
+    with pytest.raises(CellMapError, match=said):
         crop.dataset(["a"])[0]
 
 
@@ -205,8 +209,8 @@ def test_float_labels(crop, tmp_path):
     found = whole(crop.dataset(["a"]))[0].numpy()
     np.testing.assert_array_equal(np.isnan(found), crop.labels["a"] == 255)
     other = Crop(tmp_path / "nan.zarr").add("a", np.full(SHAPE, np.nan, np.float32))
-    with pytest.raises(CellMapError, match="labels that are not whole numbers"):
-        other.dataset(["a"])[0]
+    with other.dataset(["a"]) as dataset, pytest.raises(CellMapError, match="labels that are not whole numbers"):
+        dataset[0]
 
 
 @pytest.mark.parametrize("rule", ["stored", "majority", "any"])
