@@ -22,6 +22,7 @@ from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks import PredictionWriter
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.sampling import predicted
+from cellmap_lightning.volumes.blending import Tiling
 from cellmap_lightning.volumes.geometry import AXES
 from cellmap_lightning.volumes.journal import Journal
 from cellmap_lightning.volumes.ngff import read_multiscale
@@ -77,15 +78,15 @@ def module(path, patch, classes=("a",), **kwargs):
     return CellMapDataModule(list(classes), {"raw": spec}, **(given | kwargs))
 
 
-def predict(path, patch, output, model=None, classes=("a",), world=1, data=None, **kwargs):
-    """Run it; the writer."""
+def predict(path, patch, output, model=None, classes=("a",), world=1, data=None, limit=None, **kwargs):
+    """Run it, or some batches of it; the writer."""
     given = {"chunks": [8, 8, 16], "block_mb": 0.02, "dtype": "float32"}
     writer = PredictionWriter(str(output), classes=list(classes), **(given | kwargs))
     strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=60))
     run = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[writer],
-        default_root_dir=Path(output).parent,
+        default_root_dir=Path(output).parent, limit_predict_batches=limit,
     )  # fmt: skip
     with module(path, patch, classes, **(data or {})) as given_data:
         assert not run.predict(model or Identity(len(classes)), datamodule=given_data)
@@ -462,19 +463,70 @@ def test_wrong_trainers_are_refused(tmp_path):
 def test_a_limit_leaves_the_rest_for_another_time(tmp_path):
     path, values = raw_volume(tmp_path, (33, 41, 50))
     out = tmp_path / "out.zarr"
-    writer = PredictionWriter(str(out), classes=["a"], dtype="float32", chunks=[8, 8, 16], block_mb=0.02)
-    run = L.Trainer(
-        accelerator="cpu", devices=1, logger=False, limit_predict_batches=8, callbacks=[writer],
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
-    with module(path, (12, 16, 20)) as data:
-        run.predict(Identity(), datamodule=data)
-        assert data.prediction is None
-    assert not writer.summary.complete
+    assert not predict(path, (12, 16, 20), out, limit=8).summary.complete
     with pytest.raises(CellMapError):
         read_multiscale(out / "a")
     assert predict(path, (12, 16, 20), out).summary.complete
     assert np.abs(read(out) - values / 255).max() < 1e-6
+
+
+class Company(L.LightningModule):
+    """A model whose output depends on what else is in its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def predict_step(self, batch, batch_idx):
+        self.seen += batch["idx"].tolist()
+        return batch["raw"] * (1 + batch["raw"].mean())
+
+
+@pytest.mark.parametrize(("blend", "overlap"), [("trim", 0.25), ("average", 0.25), ("gaussian", 0.5), ("average", 0.7)])
+def test_a_run_that_goes_on_makes_the_same_batches(tmp_path, blend, overlap):
+    path, _ = raw_volume(tmp_path, (70, 41, 50))
+    given = {"blend": blend, "overlap": overlap, "block_mb": 0.06, "check_context": False}
+    model = Company()
+    predict(path, (12, 16, 20), tmp_path / "once.zarr", model, **given)
+    once, out = contents(tmp_path / "once.zarr"), tmp_path / "out.zarr"
+    batches = -(-len(model.seen) // 3)
+    for limit, world in ((1, 1), (batches // 7, 1), (batches // 9, 2), (batches // 5, 1)):
+        predict(path, (12, 16, 20), out, Company(), limit=limit, world=world, **given)
+        assert not Journal(out).complete
+    predict(path, (12, 16, 20), out, Company(), **given)
+    assert contents(out) == once
+
+
+@pytest.mark.parametrize("blend", ["average", "gaussian"])
+def test_blocks_below_each_other_share_their_patches(tmp_path, blend):
+    path, _ = raw_volume(tmp_path, (70, 41, 50))
+    model = Company()
+    writer = predict(path, (12, 16, 20), tmp_path / "out.zarr", model, blend=blend, block_mb=0.06)
+    along, patches = writer._jobs[0].plan.grid.along, writer._jobs[0].plan.patches()
+    assert along[0] > 3
+    assert along[1] * along[2] > 1
+    assert len(model.seen) == patches
+    tiling = Tiling((70, 41, 50), (12, 16, 20), blend)
+    assert len(set(model.seen)) == len(tiling.parts((0, 0, 0), (70, 41, 50)))
+    assert patches % tiling.count(0, 0, 70, 70) == 0, "whole columns of them"
+
+
+def test_a_block_that_is_skipped_changes_nothing_below_it(tmp_path):
+    path, _ = raw_volume(tmp_path, (64, 32, 32))
+    wanted = np.ones((64, 32, 32), np.uint8)
+    wanted[16:32], wanted[40:48, :16] = 0, 0
+    mask = tmp_path / "mask.zarr"
+    write_multiscale(mask, wanted, scale=SCALE, translation=TRANSLATION, chunks=(16, 16, 16))
+    given = {"blend": "gaussian", "chunks": [8, 16, 16], "block_mb": 0.05, "model": Convolution(), "levels": 1}
+    given["classes"] = ("a", "b")
+    predict(path, (12, 16, 20), tmp_path / "whole.zarr", **given)
+    writer = predict(path, (12, 16, 20), tmp_path / "part.zarr", mask=str(mask), **given)
+    whole, part = read(tmp_path / "whole.zarr", "b"), read(tmp_path / "part.zarr", "b")
+    assert 0 < writer.summary.skipped < writer.summary.blocks
+    computed = part != 0
+    assert np.array_equal(part[computed], whole[computed])
+    assert computed[wanted > 0].all()
+    assert not computed[16:32].any()
 
 
 def test_a_real_volume_comes_back_as_it_is(real_volume, tmp_path):

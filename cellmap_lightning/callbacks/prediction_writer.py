@@ -21,7 +21,18 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
-from cellmap_lightning.sampling.blockwise import AHEAD, BlockBatch, BlockPlan, PlanBatches, patch_placement
+from cellmap_lightning.sampling.blockwise import (
+    AHEAD,
+    BlockBatch,
+    BlockEnd,
+    BlockPlan,
+    BlockSkip,
+    BlockStart,
+    PlanBatches,
+    Step,
+    patch_placement,
+    reaches_below,
+)
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.predicted import output_windows, passes_by, passing_bytes, volumes_of
@@ -268,12 +279,11 @@ class PredictionWriter(L.Callback):
         self.redundancy = max(job.plan.redundancy for job in self._jobs)
         total = sum(len(job.plan.grid) for job in self._jobs)
         self.summary = Summary(total, sum(job.done for job in self._jobs))
-        self._steps: Iterator[tuple[_Job, BlockBatch | int]] = (
-            (job, step) for job in self._jobs for step in job.plan.steps()
-        )
+        self._steps: Iterator[tuple[_Job, Step]] = ((job, step) for job in self._jobs for step in job.plan.steps())
         self._next: tuple[_Job, BlockBatch] | None = None
         self._block: StoredBlock | MeanBlock | None = None
         self._patches: PatchCopy | PatchSum | None = None
+        self._tiling: int | None = None
         self._writing: Future[None] | None = None
         rank = trainer.global_rank
         self._bar = tqdm(
@@ -310,9 +320,11 @@ class PredictionWriter(L.Callback):
         tilings = [Tiling(whole.shape, w.shape, self.blend, self.overlap, self.context) for w in windows]
         first, shape = voxels_of(whole, self.region) if self.region is not None else ((0, 0, 0), whole.shape)
         tiling, values = tilings[0], StoredValues(self.dtype, self.threshold)
+        together = reaches_below(tilings)  # then blocks below each other compute no patch twice
         block = block_shape(
-            shape, self.shards or self.chunks, partial(self._block_bytes, tilings, values), int(self.block_mb * 2**20),
-            lambda axis, length: tiling.count(axis, first[axis], shape[axis], length),
+            shape, self.shards or self.chunks, partial(self._block_bytes, shape, tilings, values),
+            int(self.block_mb * 2**20),
+            lambda axis, n: tiling.count(axis, first[axis], shape[axis], shape[0] if together and axis == 0 else n),
         )  # fmt: skip
         grid = BlockGrid(whole, first, shape, block)
         rank, world = trainer.global_rank, trainer.world_size
@@ -334,7 +346,7 @@ class PredictionWriter(L.Callback):
             image = next(iter(placed[0]._images.values())) if self.skip_empty else None
             skips = Skipping(self.mask, whole.step, image)
         start = sum(job.plan.positions for job in self._jobs)
-        own = [n for n in range(rank, len(grid), world) if n not in finished]
+        own = [n for n in grid.share(rank, world, together) if n not in finished]
         plan = BlockPlan(grid, tilings, data.batch_size, own, start, skips)
         if rank == 0:
             size = f"{output.nbytes / 1e9:.3g} GB before compression"
@@ -346,13 +358,14 @@ class PredictionWriter(L.Callback):
             )  # fmt: skip
         return _Job(name, output, plan, [t.weights() for t in tilings], len(finished)), placed
 
-    def _block_bytes(self, tilings: Sequence[Tiling], values: StoredValues, shape: Shape) -> int:
+    def _block_bytes(self, whole: Shape, tilings: Sequence[Tiling], values: StoredValues, shape: Shape) -> int:
         """What blocks of a shape take in memory: one is written while the next is computed."""
         channels = len(self._wanted)
         # The mean over several planes is stored beside the sum, when the block is written.
         sums = 2 * np.dtype(np.float32).itemsize + values.dtype.itemsize
         voxel = 2 * values.dtype.itemsize if len(tilings) == 1 else sums
-        planes = [PatchSum.nbytes(shape, channels, t) for t in tilings if t.blend != "trim"]
+        column = (whole[0], *shape[1:]) if reaches_below(tilings) else shape
+        planes = [PatchSum.nbytes(column, channels, t) for t in tilings if t.blend != "trim"]
         return channels * voxel * math.prod(shape) + max(planes, default=0)
 
     def _settings(
@@ -397,7 +410,7 @@ class PredictionWriter(L.Callback):
             "shards": list(self.shards) if self.shards else None,
             "block": list(grid.block),
             "levels": levels,
-            "pyramid": "with blocks",  # an output whose pyramid is built at the end does not go on
+            "order": "columns",  # an output whose blocks are numbered or computed in another way does not go on
         }
 
     # -- batches
@@ -414,7 +427,7 @@ class PredictionWriter(L.Callback):
         """Add the patches of a batch to their block, which a thread writes when it is whole."""
         began = time.perf_counter()
         self._behind.check()
-        self._skip()
+        self._up_to_batch()
         if self._next is None:
             raise CellMapValueError(f"batch {batch_idx} is one more than the blocks have")
         job, now = self._next
@@ -436,61 +449,84 @@ class PredictionWriter(L.Callback):
         if self.only is not None:
             values = values[:, self._kept]
         found: np.ndarray[Any, np.dtype[np.float32]] = values.cpu().numpy()
-        if now.first or self._patches is None:
-            self._begin_block(job, now)
-        assert self._patches is not None
+        patches = self._patches_of(job, now)
         for part, value in zip(now.parts, found, strict=True):
-            self._patches.add(part, value)
-        if now.last:
-            self._end_tiling(job, now)
+            patches.add(part, value)
+        self._up_to_batch()
         self._count(trainer, began)
         if trainer.received_sigterm:  # Lightning itself would go on to the end
             raise SIGTERMException
 
-    def _skip(self) -> None:
-        """Note the blocks that are not computed, up to the next batch."""
+    def _up_to_batch(self) -> None:
+        """Do what comes before the next batch: blocks begin, end, or are skipped."""
         while self._next is None:
             following = next(self._steps, None)
             if following is None:
                 return
             job, step = following
-            if isinstance(step, BlockBatch):
-                self._next = job, step
-                return
-            self._behind.give(partial(job.output.skip, step), MOST_TASKS)
-            self.summary.skipped += 1
-            self._bar.update()
+            match step:
+                case BlockBatch():
+                    self._next = job, step
+                case BlockStart():
+                    self._begin_block(job, step)
+                case BlockEnd(number):
+                    self._end_block(job, number)
+                case BlockSkip(number):
+                    self._behind.give(partial(job.output.skip, number), MOST_TASKS)
+                    self.summary.skipped += 1
+                    self._bar.update()
 
-    def _begin_block(self, job: "_Job", now: BlockBatch) -> None:
-        """A new block, or its patches in the next plane."""
+    def _begin_block(self, job: "_Job", start: BlockStart) -> None:
+        number, values, tilings = start.block, job.output.values, len(job.plan.tilings)
+        shape, channels, where = job.output.grid[number][1], len(self._kept), f"block {number}"
+        if tilings == 1:
+            self._block = StoredBlock(shape, channels, values, self._block_memory, where)
+        else:
+            self._block = MeanBlock(shape, channels, tilings, values, self._block_memory, where)
+        if start.carried:
+            assert isinstance(self._patches, PatchSum)
+            self._patches.into(self._block, shape[0])
+        else:
+            self._drop_patches()
+
+    def _patches_of(self, job: "_Job", now: BlockBatch) -> PatchCopy | PatchSum:
+        """Where the patches of a batch are put together."""
+        if self._patches is not None and self._tiling == now.tiling:
+            return self._patches
+        self._end_patches()
+        self._drop_patches()
+        assert self._block is not None
         start, shape = job.output.grid.whole_start(now.block), job.output.grid[now.block][1]
-        tilings, channels, where = job.plan.tilings, len(self._kept), f"block {now.block}"
-        if now.tiling == 0 or self._block is None:
-            values = job.output.values
-            if len(tilings) == 1:
-                self._block = StoredBlock(shape, channels, values, self._block_memory, where)
-            else:
-                self._block = MeanBlock(shape, channels, len(tilings), values, self._block_memory, where)
-        weights = job.weights[now.tiling]
+        tiling, weights = job.plan.tilings[now.tiling], job.weights[now.tiling]
         if weights is None:
             self._patches = PatchCopy(start, self._block)
         else:
-            self._patches = PatchSum(
-                start, shape, channels, tilings[now.tiling], weights, self._block, self._plane_memory, self._behind
-            )
+            grid = job.output.grid
+            rest = grid.first[0] + grid.shape[0] - start[0] if job.plan.carries else shape[0]
+            column = (rest, *shape[1:])
+            self._patches = PatchSum(start, column, len(self._kept), tiling, weights, self._plane_memory)
+            self._patches.into(self._block, shape[0])
+        self._tiling = now.tiling
+        return self._patches
 
-    def _end_tiling(self, job: "_Job", now: BlockBatch) -> None:
-        """A block is whole in one plane: write it, or wait for the others."""
-        assert self._patches is not None
+    def _end_patches(self) -> None:
+        """The block is whole in one plane."""
+        if isinstance(self._patches, PatchSum):
+            self._patches.end()
+
+    def _drop_patches(self) -> None:
+        if isinstance(self._patches, PatchSum):
+            self._patches.release()
+        self._patches = self._tiling = None
+
+    def _end_block(self, job: "_Job", number: int) -> None:
+        """A block is whole: write it."""
+        self._end_patches()
         assert self._block is not None
-        self._patches.end()
-        self._patches = None
-        if now.tiling < len(job.plan.tilings) - 1:
-            return
         block, self._block = self._block, None
         if self._writing is not None:
             self._behind.until(self._writing)  # two blocks hold memory, and no more
-        self._writing = self._behind.give(partial(self._write, job, now.block, block), MOST_TASKS)
+        self._writing = self._behind.give(partial(self._write, job, number, block), MOST_TASKS)
 
     def _write(self, job: "_Job", number: int, block: StoredBlock | MeanBlock) -> None:
         """Write a block, in the thread that does so, and let go of its memory."""
@@ -604,7 +640,7 @@ class PredictionWriter(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wait for the last block; build the pyramids, when every process is done."""
         began = time.perf_counter()
-        self._skip()
+        self._up_to_batch()
         self._behind.wait()
         self._count(trainer, began)
         self._bar.close()
@@ -641,7 +677,7 @@ class PredictionWriter(L.Callback):
         closing, self._close = self._close, []
         for close in closing:
             close()
-        self._block = self._patches = self._next = self._writing = None
+        self._block = self._patches = self._tiling = self._next = self._writing = None
         self._block_memory, self._plane_memory = BlockMemory(), BlockMemory()
 
 

@@ -4,6 +4,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,22 +21,56 @@ AHEAD = 8
 
 
 @dataclass(frozen=True)
+class BlockStart:
+    """A block begins.
+
+    Attributes:
+        block: its number.
+        carried: whether it goes on from the block above it, whose patches that reach into it are not computed again.
+    """
+
+    block: int
+    carried: bool = False
+
+
+@dataclass(frozen=True)
 class BlockBatch:
-    """One batch of one block.
+    """One batch of a block.
 
     Attributes:
         block: number of the block.
         parts: its patches, in the order of the batch.
-        first: whether it is the first batch of this tiling in its block.
-        last: whether it is the last.
-        tiling: which of the plan's tilings; the block is whole after the last batch of the last of them.
+        tiling: which of the plan's tilings.
     """
 
     block: int
     parts: tuple[Part, ...]
-    first: bool
-    last: bool
     tiling: int = 0
+
+
+@dataclass(frozen=True)
+class BlockEnd:
+    """A block is whole."""
+
+    block: int
+
+
+@dataclass(frozen=True)
+class BlockSkip:
+    """A block is not computed."""
+
+    block: int
+
+
+Step = BlockStart | BlockBatch | BlockEnd | BlockSkip
+
+
+def reaches_below(tilings: Sequence[Tiling]) -> bool:
+    """Whether patches reach over the lower end of a block, so that the block below it can go on from there.
+
+    With several tilings one after the other the sums of each would have to be kept.
+    """
+    return len(tilings) == 1 and tilings[0].blend != "trim" and tilings[0].stride[0] < tilings[0].patch[0]
 
 
 def patch_placement(tiling: Tiling, whole: Lattice, window: Window) -> Placement:
@@ -48,10 +84,12 @@ def patch_placement(tiling: Tiling, whole: Lattice, window: Window) -> Placement
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
-    """What one process predicts of a volume: its blocks, in batches that never reach over the end of a block.
+    """What one process predicts of a volume: its blocks, in batches.
 
-    Which blocks these are follows from their numbers alone, and which patches make a batch from the block and the
-    batch size: a run that goes on computes the same batches.
+    Where patches overlap along z, a patch belongs to the block that it begins in. A block right below the one before
+    goes on from there; otherwise patches of blocks above that reach into it are computed again, in their batches.
+    Which patches make a batch follows from the block that they belong to and the batch size alone: a run that goes on
+    computes the same batches.
 
     Attributes:
         grid: the blocks.
@@ -87,25 +125,66 @@ class BlockPlan:
         """Positions of its patches, see `patch_placement`; over all tilings."""
         return sum(math.prod(counts) for counts in self._counts)
 
-    def parts(self, block: int, tiling: int = 0) -> list[Part]:
-        """The patches of a block."""
-        return self.tilings[tiling].parts(self.grid.whole_start(block), self.grid[block][1])
-
     def skipped(self, block: int) -> bool:
         """Whether a block is not computed."""
         return self.skips is not None and self.skips(self.grid.box(block))
 
-    def steps(self) -> Iterator[BlockBatch | int]:
-        """Every batch, one after the other; of a block that is skipped its number."""
+    def steps(self) -> Iterator[Step]:
+        """Everything that happens, one after the other."""
+        above: int | None = None  # what was computed last
         for block in self.blocks:
             if self.skipped(block):
-                yield block
+                yield BlockSkip(block)
                 continue
+            start = BlockStart(block, self.carries and above is not None and self.grid.below(above) == block)
+            yield start
             for tiling in range(len(self.tilings)):
-                parts = self.parts(block, tiling)
-                for at in range(0, len(parts), self.batch_size):
-                    last = at + self.batch_size >= len(parts)
-                    yield BlockBatch(block, tuple(parts[at : at + self.batch_size]), at == 0, last, tiling)
+                for parts in self._batches(start, tiling):
+                    yield BlockBatch(block, parts, tiling)
+            yield BlockEnd(block)
+            above = block
+
+    @cached_property
+    def carries(self) -> bool:
+        """See `reaches_below`."""
+        return reaches_below(self.tilings)
+
+    def _batches(self, start: BlockStart, tiling: int) -> Iterator[tuple[Part, ...]]:
+        """The patches of a block."""
+        if not self.carries:
+            yield from self._cut(
+                self.tilings[tiling].parts(self.grid.whole_start(start.block), self.grid[start.block][1])
+            )
+            return
+        along, first = self.grid.along[0], self.grid.whole_start(start.block)[0]
+        number = start.block % along
+        if not start.carried:
+            for above in range(number):
+                if any(hi > first for _, _, hi in self._layers[above]):
+                    for parts in self._cut(self._beginning(start.block - number + above)):
+                        if any(part.hi[0] > first for part in parts):
+                            yield parts
+        yield from self._cut(self._beginning(start.block))
+
+    def _cut(self, parts: list[Part]) -> Iterator[tuple[Part, ...]]:
+        for at in range(0, len(parts), self.batch_size):
+            yield tuple(parts[at : at + self.batch_size])
+
+    @cached_property
+    def _layers(self) -> list[list[tuple[int, int, int]]]:
+        """Where patches are along z, by the block that they begin in; what is above all blocks begins in the first."""
+        first, length = self.grid.first[0], self.grid.shape[0]
+        found: list[list[tuple[int, int, int]]] = [[] for _ in range(self.grid.along[0])]
+        for start, lo, hi in self.tilings[0].along(0, first, first + length):
+            found[(lo - first) // self.grid.block[0]].append((start, lo, hi))
+        return found
+
+    def _beginning(self, block: int) -> list[Part]:
+        """The patches that begin in a block, in the order z, y, x."""
+        start, (_, *shape) = self.grid.whole_start(block), self.grid[block][1]
+        rows, columns = (self.tilings[0].along(a, start[a], start[a] + n) for a, n in zip((1, 2), shape, strict=True))
+        layers = self._layers[block % self.grid.along[0]]
+        return [Part(*zip(*found, strict=True)) for found in product(layers, rows, columns)]
 
     def position(self, part: Part, tiling: int = 0) -> int:
         """The position of a patch in the dataset: in `patch_placement`, behind those of the tilings before."""
@@ -118,8 +197,11 @@ class BlockPlan:
         return [self.position(part, batch.tiling) for part in batch.parts]
 
     def patches(self, block: Shape | None = None) -> int:
-        """Patches of all blocks of all processes; with blocks of another shape, if one is given."""
-        axes = list(zip(self.grid.first, self.grid.shape, block or self.grid.block, strict=True))
+        """Patches of all blocks, computed by one process; with blocks of another shape, if one is given."""
+        z, y, x = block or self.grid.block
+        if self.carries:
+            z = self.grid.shape[0]
+        axes = list(zip(self.grid.first, self.grid.shape, (z, y, x), strict=True))
         return sum(
             math.prod(tiling.count(axis, *lengths) for axis, lengths in enumerate(axes)) for tiling in self.tilings
         )

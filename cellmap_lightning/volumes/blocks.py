@@ -75,12 +75,12 @@ def centred_voxels(lattice: Lattice, box: Box) -> Lattice:
 
 #: To make all of a pyramid of what was written, in parts of the time of a prediction: a fifth of one whose model does
 #: nothing, hardly anything of others.
-_AGAIN = 0.02
+_AGAIN = 0.06
 
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """The voxels that are written, in blocks.
+    """The voxels that are written, in blocks. Their numbers go down one column after the other.
 
     Attributes:
         whole: all output voxels of the volume.
@@ -117,10 +117,33 @@ class BlockGrid:
         """
         if not 0 <= number < len(self):
             raise CellMapIndexError(f"block {number} is none of {len(self)}")
-        z, y, x = (int(i) for i in np.unravel_index(number, self.along))
+        column, z = divmod(number, self.along[0])
+        y, x = divmod(column, self.along[2])
         start = (z * self.block[0], y * self.block[1], x * self.block[2])
         shape = [min(b, n - s) for b, n, s in zip(self.block, self.shape, start, strict=True)]
         return start, (shape[0], shape[1], shape[2])
+
+    def below(self, number: int) -> int | None:
+        """The block right below one, towards larger z; None where there is none."""
+        return number + 1 if (number + 1) % self.along[0] else None
+
+    def share(self, rank: int, world: int, together: bool) -> list[int]:
+        """The blocks that one of several processes computes, in order.
+
+        Args:
+            rank: number of the process.
+            world: how many there are.
+            together: keep blocks that lie below each other together, as far as all processes have something to do.
+        """
+        along = self.along[0]
+        columns = len(self) // along
+        parts = min(along, -(-2 * world // columns) if world > 1 else 1) if together else along
+        pieces = [
+            range(column * along + part * along // parts, column * along + (part + 1) * along // parts)
+            for column in range(columns)
+            for part in range(parts)
+        ]
+        return [number for piece in pieces[rank::world] for number in piece]
 
     def box(self, number: int) -> Box:
         """The physical box of a block, nm."""

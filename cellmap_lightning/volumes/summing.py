@@ -1,4 +1,4 @@
-"""One block of a prediction while its patches come in.
+"""Blocks of a prediction while their patches come in.
 
 What a voxel becomes follows from the patches that cover it, in the order z, y, x, and from nothing else: it has the
 same bits in every block that it may lie in.
@@ -11,14 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.volumes.behind import Behind
 from cellmap_lightning.volumes.blending import Part, Tiling
 from cellmap_lightning.volumes.geometry import Shape
-from cellmap_lightning.volumes.values import Floats, StoredValues
+from cellmap_lightning.volumes.values import PUT_VOXELS, Floats, StoredValues
 
 Box = tuple[slice, slice, slice]
-#: Tasks of the writing thread that may be under way when finished planes are given to it, those too.
-_WAITING = 2
 
 
 class BlockMemory:
@@ -138,103 +135,92 @@ class PatchCopy:
         here, there = _boxes(part, self.start)
         self.block.put(here, values[:, *there])
 
-    def end(self) -> None:
-        """There are no more patches."""
-
 
 class PatchSum:
-    """The patches of a block that overlap: their weighted mean.
+    """Patches that overlap: their weighted mean, for one block or for several below each other.
 
     Patches come in the order z, y, x, so that planes are finished one after the other. Only as many as a patch has are
-    summed at a time; those that are finished are divided, and put into the block, behind the owner's back.
+    held; those that are finished are divided, and put into the block that they belong to.
 
     Args:
-        start: the block's first voxel.
-        shape: its voxels.
+        start: the first voxel.
+        shape: the voxels, of all blocks that may come.
         channels: channels of a patch.
         tiling: the patches.
         weights: ``tiling.weights()``.
-        block: where its voxels go.
-        memory: where planes take memory from.
-        behind: the thread that divides them.
+        memory: where planes take memory from, until `release`.
     """
 
     def __init__(
-        self,
-        start: Shape,
-        shape: Shape,
-        channels: int,
-        tiling: Tiling,
-        weights: Floats,
-        block: StoredBlock | MeanBlock,
-        memory: BlockMemory,
-        behind: Behind,
+        self, start: Shape, shape: Shape, channels: int, tiling: Tiling, weights: Floats, memory: BlockMemory
     ) -> None:
-        self.start, self.shape, self.tiling, self.weights, self.block = start, shape, tiling, weights, block
-        self._memory, self._behind = memory, behind
-        self._planes = (channels, min(tiling.patch[0], shape[0]), *shape[1:])
-        self._first = 0
-        self._sum = self._new()
+        self.start, self.shape, self.tiling, self.weights = start, shape, tiling, weights
+        self._memory = memory
+        self._depth = min(tiling.patch[0], shape[0])
+        # Plane z is held at z modulo their number.
+        self._sum: npt.NDArray[Any] = memory.take((channels, self._depth, *shape[1:]), tiling.precision)
         self._sum.fill(0)
         self._weighted = None if tiling.blend == "average" else np.empty_like(weights)
+        self._together = max(1, PUT_VOXELS // math.prod(shape[1:]))
+        self._done = self._end = 0
 
     @staticmethod
     def nbytes(shape: Shape, channels: int, tiling: Tiling) -> int:
-        """Bytes of the planes of a block that are held at most, and of the sums of weights."""
+        """Bytes of the planes that are held, and of the sums of weights."""
         planes = min(tiling.patch[0], shape[0]) * shape[1] * shape[2]
-        return planes * (channels * tiling.precision.itemsize * (1 + _WAITING) + np.dtype(np.float32).itemsize)
+        return planes * (channels * tiling.precision.itemsize + np.dtype(np.float32).itemsize)
 
-    def _new(self) -> npt.NDArray[Any]:
-        return self._memory.take(self._planes, self.tiling.precision)
+    def into(self, block: StoredBlock | MeanBlock, planes: int) -> None:
+        """The next planes are those of a block."""
+        self._block, self._origin, self._end = block, self._done, self._done + planes
 
     def add(self, part: Part, values: Floats) -> None:
         """Add what counts of a patch, ``[C, z, y, x]``.
 
         Raises:
-            CellMapValueError: of planes before, see `StoredValues.store`.
+            CellMapValueError: of planes that are finished, see `StoredValues.store`.
         """
         here, there = _boxes(part, self.start)
-        if here[0].start > self._first:
-            self._advance(here[0].start)
-        at = (slice(here[0].start - self._first, here[0].stop - self._first), *here[1:])
-        for total, value in zip(self._sum, values, strict=True):
-            if self._weighted is None:  # the weights are 1
-                total[at] += value[there]
-            else:
-                total[at] += np.multiply(value[there], self.weights[there], out=self._weighted[there])
-
-    def _advance(self, first: int) -> None:
-        """The planes before ``first`` are finished."""
-        self._behind.room(_WAITING)  # before there are more planes
-        done, count = self._sum, first - self._first
-        left = max(0, self._planes[1] - count)
-        self._sum = self._new()
-        self._sum[:, :left] = done[:, self._planes[1] - left :]
-        self._sum[:, left:] = 0
-        self._give(done, count)
-        self._first = first
+        self._finish(here[0].start)
+        first = self._done  # of a patch that begins above, the rest
+        while first < here[0].stop:
+            slot = first % self._depth
+            end = min(here[0].stop, first + self._depth - slot)
+            at = (slice(slot, slot + end - first), *here[1:])
+            z = there[0].start - here[0].start
+            patch = (slice(first + z, end + z), *there[1:])
+            for total, value in zip(self._sum, values, strict=True):
+                if self._weighted is None:  # the weights are 1
+                    total[at] += value[patch]
+                else:
+                    total[at] += np.multiply(value[patch], self.weights[patch], out=self._weighted[patch])
+            first = end
 
     def end(self) -> None:
-        """There are no more patches: give the last planes.
+        """The block has no more patches.
 
         Raises:
-            CellMapValueError: of planes before, see `StoredValues.store`.
+            CellMapValueError: see `StoredValues.store`.
         """
-        self._give(self._sum, self.shape[0] - self._first)
+        self._finish(self._end)
 
-    def _give(self, planes: npt.NDArray[Any], count: int) -> None:
-        first = self._first
+    def release(self) -> None:
+        """Give the memory back."""
+        self._memory.give_back(self._sum)
 
-        def finish() -> None:
-            found = planes[:, :count]
+    def _finish(self, end: int) -> None:
+        """The planes before ``end`` are finished: while they are in the processor's cache, do all that is left."""
+        while self._done < end:
+            slot = self._done % self._depth
+            count = min(self._together, end - self._done, self._depth - slot)
+            planes = self._sum[:, slot : slot + count]
             for z in range(count):
-                found[:, z] /= self._weight(first + z)
-            self.block.put(
-                (slice(first, first + count), slice(None), slice(None)), found.astype(np.float32, copy=False)
-            )
-            self._memory.give_back(planes)
-
-        self._behind.give(finish, _WAITING)
+                planes[:, z] /= self._weight(self._done + z)
+            first = self._done - self._origin
+            box = (slice(first, first + count), slice(None), slice(None))
+            self._block.put(box, planes.astype(np.float32, copy=False))
+            planes.fill(0)
+            self._done += count
 
     @cached_property
     def _along(self) -> list[list[tuple[int, int, int]]]:

@@ -16,7 +16,7 @@ OutputType = Literal["uint8", "float16", "float32", "labels"]
 _TOLERANCE = 2e-3
 _BITS_OF_255 = int(np.float32(255).view(np.uint32))
 #: Voxels that are worked on at a time: with what is made of them they stay in the processor's cache.
-_VOXELS = 1 << 17
+PUT_VOXELS = 1 << 17
 
 
 class StoredValues:
@@ -55,7 +55,7 @@ class StoredValues:
         Raises:
             CellMapValueError: values that are no numbers, or no probabilities where these are stored.
         """
-        planes = max(1, _VOXELS // math.prod(values.shape[2:]))
+        planes = max(1, PUT_VOXELS // math.prod(values.shape[2:]))
         put = {"uint8": self._put_scaled, "labels": self._put_labels}.get(self.kind, self._put_floats)
         for channel, stored in zip(values, out, strict=True):
             for z in range(0, len(channel), planes):

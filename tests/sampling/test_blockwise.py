@@ -1,0 +1,103 @@
+"""Which patches the blocks of a prediction compute, and in which batches."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from cellmap_lightning.sampling.blockwise import BlockBatch, BlockEnd, BlockPlan, BlockSkip, BlockStart
+from cellmap_lightning.volumes.blending import Tiling
+from cellmap_lightning.volumes.blocks import BlockGrid
+from cellmap_lightning.volumes.geometry import Lattice
+
+
+def geometries():
+    """Volumes, regions, blocks and patches of all kinds."""
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        volume = tuple(int(n) for n in rng.integers(5, 40, 3))
+        first = tuple(int(rng.integers(0, n // 2)) for n in volume)
+        shape = tuple(int(rng.integers(1, n - f + 1)) for n, f in zip(volume, first, strict=True))
+        block = tuple(int(n) for n in rng.integers(3, 20, 3))
+        patch = tuple(int(n) for n in rng.integers(1, 24, 3))
+        blend = ("trim", "average", "gaussian")[number % 3]
+        tiling = Tiling(volume, patch, blend, float(rng.choice([0, 0.25, 0.5, 0.7])) if blend != "trim" else None)
+        grid = BlockGrid(Lattice((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), volume), first, shape, block)
+        yield grid, tiling, int(rng.integers(1, 6))
+
+
+def plan(grid, tiling, size, blocks=None, skips=None):
+    return BlockPlan(grid, [tiling], size, range(len(grid)) if blocks is None else blocks, 0, skips)
+
+
+def batches(steps):
+    return [step for step in steps if isinstance(step, BlockBatch)]
+
+
+@pytest.mark.parametrize(("grid", "tiling", "size"), list(geometries()))
+def test_every_block_has_all_its_patches_and_one_process_repeats_none_along_z(grid, tiling, size):
+    whole = plan(grid, tiling, size)
+    found = batches(whole.steps())
+    assert sum(len(b.parts) for b in found) == whole.patches()
+    assert all(len(b.parts) <= size for b in found)
+    column, started = set(), []
+    for step in whole.steps():
+        match step:
+            case BlockStart(number, carried):
+                assert carried == (
+                    tiling.blend != "trim" and tiling.stride[0] < tiling.patch[0] and number % grid.along[0] > 0
+                )
+                if not carried:
+                    column = set()
+            case BlockBatch(parts=parts):
+                assert not column & {part.start for part in parts}
+                column |= {part.start for part in parts}
+            case BlockEnd(number):
+                start, shape = grid.whole_start(number), grid[number][1]
+                assert {part.start for part in tiling.parts(start, shape)} <= column
+                started.append(number)
+    assert started == list(range(len(grid)))
+
+
+@pytest.mark.parametrize(("grid", "tiling", "size"), list(geometries()))
+def test_a_run_that_goes_on_anywhere_computes_the_same_batches(grid, tiling, size):
+    once = {batch.parts for batch in batches(plan(grid, tiling, size).steps())}
+    for number in range(len(grid)):
+        again = batches(plan(grid, tiling, size, [number]).steps())
+        assert {batch.parts for batch in again} <= once
+        starts = {part.start for batch in again for part in batch.parts}
+        assert starts >= {part.start for part in tiling.parts(grid.whole_start(number), grid[number][1])}
+        order = [part.start for batch in again for part in batch.parts]
+        assert order == sorted(order) or tiling.blend == "trim"
+
+
+@pytest.mark.parametrize(("grid", "tiling", "size"), list(geometries()))
+def test_below_a_block_that_is_skipped_patches_are_computed_again(grid, tiling, size):
+    boxes = {grid.box(number): number for number in range(len(grid))}
+    steps = list(plan(grid, tiling, size, skips=lambda box: boxes[box] % 3 == 1).steps())
+    alone = list(plan(grid, tiling, size, [n for n in range(len(grid)) if n % 3 != 1]).steps())
+    assert [step for step in steps if not isinstance(step, BlockSkip)] == alone
+    assert [step.block for step in steps if isinstance(step, BlockSkip)] == [n for n in range(len(grid)) if n % 3 == 1]
+    assert not any(isinstance(s, BlockStart) and s.carried and s.block % 3 == 2 for s in steps)
+
+
+@pytest.mark.parametrize(("together", "world"), list(itertools.product([False, True], [1, 2, 3, 8])))
+def test_each_block_is_computed_by_one_process_and_all_have_something_to_do(together, world):
+    for block in [(10, 10, 10), (7, 40, 40), (40, 5, 9), (3, 20, 20)]:
+        grid = BlockGrid(Lattice((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (40, 40, 40)), (0, 0, 0), (40, 40, 40), block)
+        shares = [grid.share(rank, world, together) for rank in range(world)]
+        assert sorted(itertools.chain(*shares)) == list(range(len(grid)))
+        sizes = [len(share) for share in shares]
+        if len(grid) >= 2 * world:
+            assert min(sizes) > 0
+            assert max(sizes) <= 2 * min(sizes)
+        if together and world == 1:
+            assert shares[0] == list(range(len(grid)))
+
+
+def test_a_column_stays_with_one_process_where_there_are_enough():
+    grid = BlockGrid(Lattice((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (40, 40, 40)), (0, 0, 0), (40, 40, 40), (10, 20, 20))
+    assert grid.share(1, 2, True) == [4, 5, 6, 7, 12, 13, 14, 15]
+    assert [grid[number][0] for number in (4, 5)] == [(0, 0, 20), (10, 0, 20)]
+    assert grid.below(6) == 7
+    assert grid.below(7) is None
