@@ -10,6 +10,9 @@ stored chunks and writes the middles of patches, those that ours keeps with `tri
 pyramid, single-threaded. It leaves out the last patch along each axis, so its speed is that of the voxels that it
 writes. PYTHON is the interpreter of its environment (see the README here); without it that row is left out.
 
+Blocks are as large as `--block-mb` allows, and those of small volumes smaller. With the `--block-mb` of 32 that is
+measured too they are not, so that memory is the same whatever the volume.
+
 A small U-Net shows how two processes share the work: with their start, and from the first batch of the slower one to
 its last block.
 
@@ -44,6 +47,8 @@ SCALE = (8.0, 8.0, 8.0)
 BATCH = 4
 OVERLAP = {"trim": 0.25, "average": 0.25, "gaussian": 0.5}
 SLAB = 64
+#: MiB of blocks with which the memory of volumes of all sizes is compared.
+SMALL_BLOCKS = 32
 WRITER = "cellmap_lightning.callbacks.prediction_writer"
 
 
@@ -269,6 +274,8 @@ def tasks(args, peer):
             if length > args.compared and blend == "gaussian":
                 continue
             yield {"who": "ours", "blend": blend, "length": length, **common}
+            if blend != "gaussian":
+                yield {"who": "ours", "blend": blend, "length": length, **common, "block_mb": SMALL_BLOCKS}
             if blend != "trim" and length <= args.compared:
                 yield {"who": "monai", "blend": blend, "length": length, **common}
         if peer and length <= args.peer_length:
@@ -289,7 +296,8 @@ def report(figures, args):
     for length in args.lengths:
         for blend in ("trim", "average", "gaussian"):
             mine, theirs = (
-                {"who": w, "blend": blend, "length": length, "model": "identity"} for w in ("ours", "monai")
+                {"who": w, "blend": blend, "length": length, "model": "identity", "block_mb": args.block_mb}
+                for w in ("ours", "monai")
             )
             if not figures.of(**mine):
                 continue
@@ -308,13 +316,27 @@ def report(figures, args):
     for length in args.lengths:
         peer = {"who": "cellmap", "length": length}
         if figures.of(**peer):
-            mine = {"who": "ours", "blend": "trim", "length": length, "model": "identity"}
+            mine = {
+                "who": "ours", "blend": "trim", "length": length, "model": "identity", "block_mb": args.block_mb
+            }  # fmt: skip
             speed, peak = figures.speed(**peer), figures.median("peak_mb", **peer)
             fast, cheap = figures.ratio(mine, peer), figures.ratio(mine, peer, "cpu")
             yield (
                 f"cellmap-data's writer, {length}³: {speed:.1f} Mvoxel/s, {peak:.0f} MB; ours with trim is {fast:.2f} "
                 f"times as fast, {cheap:.2f} times by CPU time"
             )
+    yield ""
+    yield f"With block_mb={SMALL_BLOCKS}:"
+    yield ""
+    yield "| volume | trim: peak MB | Mvoxel/s | patches, blocks / whole | average: peak MB | Mvoxel/s | patches |"
+    yield "|" + "---|" * 7
+    for length in args.lengths:
+        row = [f"{length}³"]
+        for blend in ("trim", "average"):
+            small = {"who": "ours", "blend": blend, "length": length, "model": "identity", "block_mb": SMALL_BLOCKS}
+            row += [f"{figures.median('peak_mb', **small):.0f}", f"{figures.speed(**small):.1f}"]
+            row += [f"{figures.median('redundancy', **small):.2f}"]
+        yield "| " + " | ".join(row) + " |"
     yield ""
     alone, two = ({"who": "ours", "model": "unet", "world": world} for world in (1, 2))
     yield (
@@ -331,13 +353,18 @@ def draw(figures, args, file):
     from matplotlib import pyplot as plt
 
     _, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    mb, small = args.block_mb, SMALL_BLOCKS
     lines = [
-        ("ours", "average", "ours, average", "C0", "o-"), ("ours", "gaussian", "ours, gaussian", "C0", "s--"),
-        ("ours", "trim", "ours, trim", "C2", "^-"), ("monai", "average", "MONAI, average", "C1", "o-"),
-        ("monai", "gaussian", "MONAI, gaussian", "C1", "s--"), ("cellmap", "trim", "cellmap-data", "C3", "d-"),
+        ("ours", "average", mb, "ours, average", "C0", "o-"), ("ours", "gaussian", mb, "ours, gaussian", "C0", "s--"),
+        ("ours", "average", small, f"ours, average, block_mb={small}", "C0", "o:"),
+        ("ours", "trim", mb, "ours, trim", "C2", "^-"),
+        ("ours", "trim", small, f"ours, trim, block_mb={small}", "C2", "^:"),
+        ("monai", "average", mb, "MONAI, average", "C1", "o-"),
+        ("monai", "gaussian", mb, "MONAI, gaussian", "C1", "s--"),
+        ("cellmap", "trim", mb, "cellmap-data", "C3", "d-"),
     ]  # fmt: skip
-    for who, blend, label, color, style in lines:
-        which = {"who": who, "blend": blend, "model": "identity"}
+    for who, blend, block_mb, label, color, style in lines:
+        which = {"who": who, "blend": blend, "model": "identity", "block_mb": block_mb}
         lengths = [n for n in args.lengths if figures.of(**which, length=n)]
         if not lengths:
             continue
@@ -365,7 +392,7 @@ def main():
     parser.add_argument("--compared", type=int, default=512, help="the longest that MONAI predicts, in memory")
     parser.add_argument("--peer-length", type=int, default=256, help="the longest that cellmap-data predicts")
     parser.add_argument("--shared-length", type=int, default=256, help="what two processes share")
-    parser.add_argument("--block-mb", type=float, default=256)
+    parser.add_argument("--block-mb", type=float, default=256, help="MiB of blocks, but in the table of small ones")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", help="where volumes are written and kept; a temporary folder by default")
     parser.add_argument("--python", action="append", default=[], metavar="cellmap=PYTHON", help="cellmap-data's")
@@ -376,6 +403,8 @@ def main():
     if args.one:
         one(json.loads(args.one))
         return
+    if args.block_mb == SMALL_BLOCKS:
+        parser.error(f"--block-mb {SMALL_BLOCKS} is measured anyway")
     peer = dict(given.split("=", 1) for given in args.python).get("cellmap")
     figures, began = Figures(), time.time()
     with tempfile.TemporaryDirectory() as temporary, tempfile.TemporaryDirectory(dir=args.folder) as outputs:
@@ -389,7 +418,7 @@ def main():
                 figures.all.append(found)
                 print(
                     f"{number + 1}: {task['who']:<8} {task['model']:<9} {task['blend']:<9} {task['length']:>5}^3 "
-                    f"x{task['world']} {found['seconds']:7.2f} s, cpu {found['cpu']:7.2f} s, "
+                    f"x{task['world']} {task['block_mb']:g} MiB {found['seconds']:7.2f} s, cpu {found['cpu']:7.2f} s, "
                     f"{found['peak_mb']:6.0f} MB",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip

@@ -3,6 +3,7 @@
 import datetime as dt
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -509,6 +510,23 @@ def test_blocks_below_each_other_share_their_patches(tmp_path, blend):
     tiling = Tiling((70, 41, 50), (12, 16, 20), blend)
     assert len(set(model.seen)) == len(tiling.parts((0, 0, 0), (70, 41, 50)))
     assert patches % tiling.count(0, 0, 70, 70) == 0, "whole columns of them"
+
+
+def test_where_small_blocks_cost_much_the_memory_that_helps_is_named(tmp_path, caplog):
+    path, _ = raw_volume(tmp_path, (40, 64, 64))
+    given = {"blend": "gaussian", "chunks": [8, 8, 8], "levels": 1}
+    few = predict(path, (16, 16, 16), tmp_path / "few.zarr", block_mb=0.1, **given)
+    said = [r.getMessage() for r in caplog.records if "block_mb" in r.getMessage()]
+    found = re.search(
+        r"model computes ([\d.]+) times .* block_mb=([\d.]+) would allow .* make it ([\d.]+) times", said[0]
+    )
+    assert float(found[1]) == pytest.approx(few.redundancy, abs=0.01)
+    caplog.clear()
+    more = predict(path, (16, 16, 16), tmp_path / "more.zarr", block_mb=float(found[2]), **given)
+    assert float(found[3]) == pytest.approx(more.redundancy, abs=0.01)
+    assert more.redundancy <= 1.25 < 1.5 < few.redundancy
+    assert not [r for r in caplog.records if "block_mb" in r.getMessage()]
+    assert contents(tmp_path / "few.zarr") == contents(tmp_path / "more.zarr")
 
 
 def test_a_block_that_is_skipped_changes_nothing_below_it(tmp_path):

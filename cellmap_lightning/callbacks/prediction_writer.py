@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 Activation = Literal["sigmoid", "softmax"]
 #: Tasks of the writing thread that may be under way: a block that is written, and what is stored or skipped after it.
 MOST_TASKS = 3
+#: How many times the patches of a volume are computed, for want of memory, that is worth a warning; and that is none.
+MUCH, ENOUGH = 1.5, 1.25
 #: Changes of a probability that can be seen: two steps of uint8.
 VISIBLE = 2 / 255
 
@@ -151,8 +153,9 @@ class PredictionWriter(L.Callback):
         chunks: voxels of a chunk.
         shards: voxels of a shard; Zarr v3 only.
         levels: levels of the pyramid; by default as many as leave every axis 32 voxels.
-        block_mb: MiB that two blocks may take, one of which is written while the other is computed; what a block has
-            of chunks follows from it.
+        block_mb: MiB that two blocks may take, one of which is written while the other is computed, with the sums of
+            overlapping patches; what a block has of chunks follows from it. Small blocks compute patches twice: a
+            warning says what would help where that is much.
         check_space: refuse to begin where the disk has less room than the rest takes without compression.
         model_id: what tells this model from others; by default a hash of its weights.
         flips: axes of the patch, such as ``yx``: the mean over all mirrored versions of the input, each mirrored back,
@@ -321,11 +324,13 @@ class PredictionWriter(L.Callback):
         first, shape = voxels_of(whole, self.region) if self.region is not None else ((0, 0, 0), whole.shape)
         tiling, values = tilings[0], StoredValues(self.dtype, self.threshold)
         together = reaches_below(tilings)  # then blocks below each other compute no patch twice
-        block = block_shape(
-            shape, self.shards or self.chunks, partial(self._block_bytes, shape, tilings, values),
-            int(self.block_mb * 2**20),
-            lambda axis, n: tiling.count(axis, first[axis], shape[axis], shape[0] if together and axis == 0 else n),
+        cut = partial(
+            block_shape, shape, self.shards or self.chunks, partial(self._block_bytes, shape, tilings, values),
+            patches=lambda axis, n: tiling.count(
+                axis, first[axis], shape[axis], shape[0] if together and axis == 0 else n
+            ),
         )  # fmt: skip
+        block = cut(_bytes(self.block_mb))
         grid = BlockGrid(whole, first, shape, block)
         rank, world = trainer.global_rank, trainer.world_size
         output = PredictionOutput(
@@ -356,7 +361,24 @@ class PredictionWriter(L.Callback):
                 path, list(shape), [round(s, 4) for s in whole.step], len(self._wanted), self.dtype, size,
                 len(grid), list(block), len(finished), plan.computed, plan.redundancy,
             )  # fmt: skip
+            self._advise(plan, cut)
         return _Job(name, output, plan, [t.weights() for t in tilings], len(finished)), placed
+
+    def _advise(self, plan: BlockPlan, cut: Callable[[int], Shape]) -> None:
+        """Where small blocks make the model compute much twice, say how much memory would help."""
+        if plan.redundancy <= MUCH:
+            return
+        for more in (self.block_mb * 2**n for n in range(1, 7)):
+            block = cut(_bytes(more))
+            then = plan.patches(block) / plan.patches(plan.grid.shape)
+            if then <= ENOUGH:
+                break
+        if then < plan.redundancy / 1.1:
+            log.warning(
+                "block_mb=%g allows blocks of %s voxels, so that the model computes %.2f times as many as without "
+                "blocks; block_mb=%g would allow %s, and make it %.2f times",
+                self.block_mb, list(plan.grid.block), plan.redundancy, more, list(block), then,
+            )  # fmt: skip
 
     def _block_bytes(self, whole: Shape, tilings: Sequence[Tiling], values: StoredValues, shape: Shape) -> int:
         """What blocks of a shape take in memory: one is written while the next is computed."""
@@ -706,6 +728,10 @@ def _lengths(what: str, value: Sequence[int]) -> Shape:
     if len(found) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in found):
         raise CellMapValueError(f"{what} are three positive numbers of voxels (z, y, x), got {value!r}")
     return found[0], found[1], found[2]
+
+
+def _bytes(mib: float) -> int:
+    return int(mib * 2**20)
 
 
 def _dims(shape: Shape, axes: Sequence[int]) -> list[int]:
