@@ -502,14 +502,14 @@ def test_a_run_that_goes_on_makes_the_same_batches(tmp_path, blend, overlap):
 def test_blocks_below_each_other_share_their_patches(tmp_path, blend):
     path, _ = raw_volume(tmp_path, (70, 41, 50))
     model = Company()
-    writer = predict(path, (12, 16, 20), tmp_path / "out.zarr", model, blend=blend, block_mb=0.06)
-    along, patches = writer._jobs[0].plan.grid.along, writer._jobs[0].plan.patches()
-    assert along[0] > 3
-    assert along[1] * along[2] > 1
-    assert len(model.seen) == patches
-    tiling = Tiling((70, 41, 50), (12, 16, 20), blend)
-    assert len(set(model.seen)) == len(tiling.parts((0, 0, 0), (70, 41, 50)))
-    assert patches % tiling.count(0, 0, 70, 70) == 0, "whole columns of them"
+    out, shape, patch = tmp_path / "out.zarr", (70, 41, 50), (12, 16, 20)
+    predict(path, patch, out, model, blend=blend, block_mb=0.06)
+    block, tiling = Journal(out).settings["block"], Tiling(shape, patch, blend)
+    assert block[0] < 70 / 3
+    assert block[1] < 41 or block[2] < 50
+    columns = tiling.count(1, 0, 41, block[1]) * tiling.count(2, 0, 50, block[2])
+    assert len(model.seen) == tiling.count(0, 0, 70, 70) * columns
+    assert len(set(model.seen)) == len(tiling.parts((0, 0, 0), shape))
 
 
 def test_where_small_blocks_cost_much_the_memory_that_helps_is_named(tmp_path, caplog):

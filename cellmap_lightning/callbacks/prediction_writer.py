@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import lightning as L
 import numpy as np
@@ -20,7 +19,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
+from cellmap_lightning.callbacks.model_output import Activation, ModelOutput
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.sampling.assembly import BlockAssembly
 from cellmap_lightning.sampling.blockwise import (
     AHEAD,
     BlockBatch,
@@ -44,19 +45,16 @@ from cellmap_lightning.volumes.geometry import AXES, Shape
 from cellmap_lightning.volumes.output import PredictionOutput, check_apart
 from cellmap_lightning.volumes.placement import Window
 from cellmap_lightning.volumes.skipping import Skipping
-from cellmap_lightning.volumes.summing import BlockMemory, MeanBlock, PatchCopy, PatchSum, StoredBlock
-from cellmap_lightning.volumes.values import Floats, OutputType, StoredValues
+from cellmap_lightning.volumes.summing import BlockMemory, MeanBlock, PatchSum, StoredBlock
+from cellmap_lightning.volumes.values import OutputType, StoredValues
 from cellmap_lightning.volumes.writer import ZarrFormat
 
 log = logging.getLogger(__name__)
 
-Activation = Literal["sigmoid", "softmax"]
 #: Tasks of the writing thread that may be under way: a block that is written, and what is stored or skipped after it.
 MOST_TASKS = 3
 #: How many times the patches of a volume are computed, for want of memory, that is worth a warning; and that is none.
 MUCH, ENOUGH = 1.5, 1.25
-#: Changes of a probability that can be seen: two steps of uint8.
-VISIBLE = 2 / 255
 
 
 @dataclass
@@ -109,14 +107,14 @@ class _Job:
         name: its name.
         output: where it is written.
         plan: what this process computes of it.
-        weights: of the patches of each tiling.
+        blocks: puts its blocks together.
         done: blocks that were finished before.
     """
 
     name: str
     output: PredictionOutput
     plan: BlockPlan
-    weights: Sequence[Floats | None]
+    blocks: BlockAssembly
     done: int
 
 
@@ -228,6 +226,7 @@ class PredictionWriter(L.Callback):
         self.mask, self.skip_empty, self.check_context = mask, bool(skip_empty), bool(check_context)
         self.summary = Summary()
         self.redundancy = 1.0
+        self._jobs: list[_Job] = []
         self._close: list[Callable[[], None]] = []
 
     # -- before the first batch
@@ -262,16 +261,18 @@ class PredictionWriter(L.Callback):
         if not wanted or not set(wanted) <= set(self._names):
             raise CellMapKeyError(f"only={list(wanted)} must name some of the channels {list(self._names)}")
         self._wanted, self._kept = wanted, [self._names.index(name) for name in wanted]
-        self._jobs: list[_Job] = []
+        self._jobs = []
         # Worker processes share what is kept as the datamodule says, and would each decode every chunk.
         self._passing = data.num_workers == 0 and all(passes_by(d) for d in data.predict_dataset.datasets)
+        self._array = next(iter({**data.target_arrays, **data.input_arrays}.items()))
+        memory = BlockMemory(), BlockMemory()
         placed: list[CellMapDataset] = []
         for name, planes in volumes.items():
             output = self.output / name if len(volumes) > 1 else self.output
-            job, datasets = self._job(trainer, pl_module, output, name, planes)
+            job, datasets = self._job(trainer, pl_module, output, name, planes, memory)
             self._jobs.append(job)
             placed += datasets
-        self._behind, self._block_memory, self._plane_memory = Behind(), BlockMemory(), BlockMemory()
+        self._behind = Behind()
         if len(placed) == 1:
             self._source: SampleSource = placed[0]
             self._close = [placed[0]._store.close]  # its threads are those of the module's own dataset
@@ -279,14 +280,15 @@ class PredictionWriter(L.Callback):
             self._source = CellMapMultiDataset(placed, "per_crop")
             self._close = [self._source.close]
         self._close.insert(0, self._behind.close)
+        array, spec = self._array
+        self._said = ModelOutput(
+            self._names, array, spec.window.shape, self._source.layout, self.key, self.activation, self.flips
+        )
         self.redundancy = max(job.plan.redundancy for job in self._jobs)
         total = sum(len(job.plan.grid) for job in self._jobs)
         self.summary = Summary(total, sum(job.done for job in self._jobs))
         self._steps: Iterator[tuple[_Job, Step]] = ((job, step) for job in self._jobs for step in job.plan.steps())
         self._next: tuple[_Job, BlockBatch] | None = None
-        self._block: StoredBlock | MeanBlock | None = None
-        self._patches: PatchCopy | PatchSum | None = None
-        self._tiling: int | None = None
         self._writing: Future[None] | None = None
         rank = trainer.global_rank
         self._bar = tqdm(
@@ -308,16 +310,15 @@ class PredictionWriter(L.Callback):
         path: Path,
         name: str,
         datasets: Sequence[CellMapDataset],
+        memory: tuple[BlockMemory, BlockMemory],
     ) -> tuple["_Job", list[CellMapDataset]]:
         """One volume: its output, and its patches in each plane."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         dataset = datasets[0]
         if isinstance(dataset.raw_at, Path):
             check_apart(path, dataset.raw_at)
-        self._name, spec = next(iter({**data.target_arrays, **data.input_arrays}.items()))
+        spec = self._array[1]
         windows = output_windows(spec.window, spec.flat, datasets)
-        #: Voxels of the output's patch along its own axes.
-        self._shape = spec.window.shape
         window = windows[0]
         whole = output_lattice(window, dataset.raw_box, [level.lattice for level in dataset.levels.values()])
         tilings = [Tiling(whole.shape, w.shape, self.blend, self.overlap, self.context) for w in windows]
@@ -362,7 +363,8 @@ class PredictionWriter(L.Callback):
                 len(grid), list(block), len(finished), plan.computed, plan.redundancy,
             )  # fmt: skip
             self._advise(plan, cut)
-        return _Job(name, output, plan, [t.weights() for t in tilings], len(finished)), placed
+        blocks = BlockAssembly(plan, values, len(self._kept), memory)
+        return _Job(name, output, plan, blocks, len(finished)), placed
 
     def _advise(self, plan: BlockPlan, cut: Callable[[int], Shape]) -> None:
         """Where small blocks make the model compute much twice, say how much memory would help."""
@@ -461,23 +463,34 @@ class PredictionWriter(L.Callback):
                 f"come next are {positions}: the order of batches was changed"
             )
         patch = job.plan.tilings[now.tiling].patch
-        values = self._values(outputs, len(positions), patch)
+        values = self._said.values(outputs, len(positions), patch)
         if self.flips or self._unchecked:
             again = partial(self._predicted, trainer, pl_module, batch_idx, len(positions), patch)
             if self._unchecked:
                 self._unchecked = False
-                self._check_context(job.plan.tilings[now.tiling], values, again, batch)
-            values = self._over_flips(values, again, batch)
+                self._said.check_context(job.plan.tilings[now.tiling], values, again, batch)
+            values = self._said.over_flips(values, again, batch)
         if self.only is not None:
             values = values[:, self._kept]
         found: np.ndarray[Any, np.dtype[np.float32]] = values.cpu().numpy()
-        patches = self._patches_of(job, now)
-        for part, value in zip(now.parts, found, strict=True):
-            patches.add(part, value)
+        job.blocks.add(now, found)
         self._up_to_batch()
         self._count(trainer, began)
         if trainer.received_sigterm:  # Lightning itself would go on to the end
             raise SIGTERMException
+
+    def _predicted(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch_idx: int,
+        count: int,
+        patch: Shape,
+        batch: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """What the model gives for another batch."""
+        arguments = [batch, batch_idx][: len(inspect.signature(pl_module.predict_step).parameters)]
+        return self._said.values(trainer.strategy.predict_step(*arguments), count, patch)
 
     def _up_to_batch(self) -> None:
         """Do what comes before the next batch: blocks begin, end, or are skipped."""
@@ -490,7 +503,7 @@ class PredictionWriter(L.Callback):
                 case BlockBatch():
                     self._next = job, step
                 case BlockStart():
-                    self._begin_block(job, step)
+                    job.blocks.begin(step)
                 case BlockEnd(number):
                     self._end_block(job, number)
                 case BlockSkip(number):
@@ -498,54 +511,9 @@ class PredictionWriter(L.Callback):
                     self.summary.skipped += 1
                     self._bar.update()
 
-    def _begin_block(self, job: "_Job", start: BlockStart) -> None:
-        number, values, tilings = start.block, job.output.values, len(job.plan.tilings)
-        shape, channels, where = job.output.grid[number][1], len(self._kept), f"block {number}"
-        if tilings == 1:
-            self._block = StoredBlock(shape, channels, values, self._block_memory, where)
-        else:
-            self._block = MeanBlock(shape, channels, tilings, values, self._block_memory, where)
-        if start.carried:
-            assert isinstance(self._patches, PatchSum)
-            self._patches.into(self._block, shape[0])
-        else:
-            self._drop_patches()
-
-    def _patches_of(self, job: "_Job", now: BlockBatch) -> PatchCopy | PatchSum:
-        """Where the patches of a batch are put together."""
-        if self._patches is not None and self._tiling == now.tiling:
-            return self._patches
-        self._end_patches()
-        self._drop_patches()
-        assert self._block is not None
-        start, shape = job.output.grid.whole_start(now.block), job.output.grid[now.block][1]
-        tiling, weights = job.plan.tilings[now.tiling], job.weights[now.tiling]
-        if weights is None:
-            self._patches = PatchCopy(start, self._block)
-        else:
-            grid = job.output.grid
-            rest = grid.first[0] + grid.shape[0] - start[0] if job.plan.carries else shape[0]
-            column = (rest, *shape[1:])
-            self._patches = PatchSum(start, column, len(self._kept), tiling, weights, self._plane_memory)
-            self._patches.into(self._block, shape[0])
-        self._tiling = now.tiling
-        return self._patches
-
-    def _end_patches(self) -> None:
-        """The block is whole in one plane."""
-        if isinstance(self._patches, PatchSum):
-            self._patches.end()
-
-    def _drop_patches(self) -> None:
-        if isinstance(self._patches, PatchSum):
-            self._patches.release()
-        self._patches = self._tiling = None
-
     def _end_block(self, job: "_Job", number: int) -> None:
         """A block is whole: write it."""
-        self._end_patches()
-        assert self._block is not None
-        block, self._block = self._block, None
+        block = job.blocks.end()
         if self._writing is not None:
             self._behind.until(self._writing)  # two blocks hold memory, and no more
         self._writing = self._behind.give(partial(self._write, job, number, block), MOST_TASKS)
@@ -566,96 +534,6 @@ class PredictionWriter(L.Callback):
         self.summary.stored += ended - began
         self.summary.seconds = ended - self._began
         self.summary.waited = trainer.datamodule.waiting.waited - self._waited  # type: ignore[attr-defined]
-
-    def _values(self, outputs: Any, count: int, patch: Shape) -> torch.Tensor:
-        """What `predict_step` gave, float32 ``[N, C, z, y, x]`` along the axes of the volume."""
-        if isinstance(outputs, Mapping):
-            key = self.key if self.key is not None else next(iter(outputs)) if len(outputs) == 1 else None
-            if key not in outputs:
-                raise CellMapKeyError(f"predict_step returned {list(outputs)}; say which of them with key=...")
-            outputs = outputs[key]
-        if not isinstance(outputs, torch.Tensor):
-            raise CellMapTypeError(
-                f"predict_step must return a tensor [N, C, z, y, x] or a mapping of such, got {type(outputs).__name__}"
-            )
-        channels, got = len(self._names), tuple(outputs.shape)
-        if len(got) > 1 and got[0] == count and got[1] != channels:
-            raise CellMapValueError(
-                f"predict_step returned {got[1]} channels, and there are {channels} classes: {list(self._names)}"
-            )
-        if got[:2] != (count, channels) or got[2:] not in (patch, tuple(n for n in patch if n != 1)):
-            raise CellMapValueError(
-                f"predict_step returned {list(got)}, and {[count, channels, *patch]} was expected: the patch of "
-                f"{self._name!r}. A model whose output has another shape or scale than its input needs target_arrays "
-                "that say which"
-            )
-        values = outputs.detach().to(torch.float32)
-        if self.activation is not None:
-            values = values.sigmoid() if self.activation == "sigmoid" else values.softmax(1)
-        # Of a flat patch, rows and columns run along the volume's axes in their order, whatever its plane.
-        return values.reshape(count, channels, *patch)
-
-    # -- the model, asked again
-
-    def _predicted(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch_idx: int,
-        count: int,
-        patch: Shape,
-        batch: Mapping[str, Any],
-    ) -> torch.Tensor:
-        """What the model gives for another batch."""
-        arguments = [batch, batch_idx][: len(inspect.signature(pl_module.predict_step).parameters)]
-        return self._values(trainer.strategy.predict_step(*arguments), count, patch)
-
-    def _over_flips(
-        self, values: torch.Tensor, again: Callable[[Mapping[str, Any]], torch.Tensor], batch: Mapping[str, Any]
-    ) -> torch.Tensor:
-        """The mean over all mirrored versions of a batch, one after the other."""
-        inputs = self._source.layout.inputs
-        thick = [
-            n for n, a in enumerate(AXES) if a in self.flips and any(i.window.shape[n] > 1 for i in inputs.values())
-        ]
-        number = 1
-        for count in range(1, len(thick) + 1):
-            for axes in combinations(thick, count):
-                mirrored = {
-                    name: value.flip(_dims(inputs[name].window.shape, axes)) if name in inputs else value
-                    for name, value in batch.items()
-                }
-                # The axes of a flat patch that are longer than 1 lie in the volume in the same order.
-                kept = [dim for dim in range(2, 5) if values.shape[dim] != 1]
-                back = [kept[dim] for dim in _dims(self._shape, axes)]
-                values = values + again(mirrored).flip(back)
-                number += 1
-        return values / number
-
-    def _check_context(
-        self,
-        tiling: Tiling,
-        values: torch.Tensor,
-        again: Callable[[Mapping[str, Any]], torch.Tensor],
-        batch: Mapping[str, Any],
-    ) -> None:
-        """Warn where the outermost voxels of the input change what is kept of the output."""
-        if not any(tiling.trim):
-            return
-        inputs = self._source.layout.inputs
-        other = {
-            name: _new_border(value, _dims(inputs[name].window.shape, (0, 1, 2))) if name in inputs else value
-            for name, value in batch.items()
-        }
-        kept = tuple(slice(t, n - t) for t, n in zip(tiling.trim, tiling.patch, strict=True))
-        change = float((again(other) - values)[:, :, *kept].abs().max())
-        if change > VISIBLE:
-            log.warning(
-                "the outermost voxels of a patch change what is kept of it by up to %.3g: the model sees further than "
-                "the context of %s voxels (z, y, x) on either side, so seams between patches may show. More of it, by "
-                "context or a larger patch, makes the change smaller; check_context=False looks for none",
-                change, list(tiling.trim),
-            )  # fmt: skip
 
     # -- the end
 
@@ -699,8 +577,9 @@ class PredictionWriter(L.Callback):
         closing, self._close = self._close, []
         for close in closing:
             close()
-        self._block = self._patches = self._tiling = self._next = self._writing = None
-        self._block_memory, self._plane_memory = BlockMemory(), BlockMemory()
+        self._next = self._writing = None
+        for job in self._jobs:
+            job.blocks.close()
 
 
 def fingerprint(module: L.LightningModule) -> str:
@@ -732,19 +611,3 @@ def _lengths(what: str, value: Sequence[int]) -> Shape:
 
 def _bytes(mib: float) -> int:
     return int(mib * 2**20)
-
-
-def _dims(shape: Shape, axes: Sequence[int]) -> list[int]:
-    """Where the axes of a patch are in a batch of it, which has none of length 1; counted from the end."""
-    kept = [axis for axis in range(3) if shape[axis] != 1]
-    return [kept.index(axis) - len(kept) for axis in axes if axis in kept]
-
-
-def _new_border(value: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    """A batch whose outermost voxels come from elsewhere in it."""
-    found, turned = value.clone(), value.flip(list(dims))
-    for dim in dims:
-        for end in (0, value.shape[dim] - 1):
-            middle = turned.select(dim, value.shape[dim] // 2)
-            found.select(dim, end).copy_(middle)
-    return found
