@@ -163,12 +163,16 @@ class PatchSum:
         self._weighted = None if tiling.blend == "average" else np.empty_like(weights)
         self._together = max(1, PUT_VOXELS // math.prod(shape[1:]))
         self._done = self._end = 0
+        self._layers: tuple[int, ...] | None = None
+        self._weight_planes = np.empty((2, *shape[1:]), np.float32)
 
     @staticmethod
     def nbytes(shape: Shape, channels: int, tiling: Tiling) -> int:
         """Bytes of the planes that are held, and of the sums of weights."""
-        planes = min(tiling.patch[0], shape[0]) * shape[1] * shape[2]
-        return planes * (channels * tiling.precision.itemsize + np.dtype(np.float32).itemsize)
+        plane = shape[1] * shape[2]
+        rows = shape[2] * tiling.patch[1] * (1 if tiling.blend == "average" else tiling.patch[0])
+        sums = channels * min(tiling.patch[0], shape[0]) * plane * tiling.precision.itemsize
+        return sums + (2 * plane + rows) * np.dtype(np.float32).itemsize
 
     def into(self, block: StoredBlock | MeanBlock, planes: int) -> None:
         """The next planes are those of a block."""
@@ -228,27 +232,30 @@ class PatchSum:
         return [self.tiling.along(axis, a, b) for axis, (a, b) in enumerate(zip(self.start, ends, strict=True))]
 
     @cached_property
-    def _plane_weights(self) -> Floats:
-        """The weights of all patches that begin at one plane, summed along y and x: ``[plane of a patch, y, x]``.
-
-        The sum over the patches along z, y and x is three sums, one after the other, whatever the weights.
-        """
-        rows = np.zeros((*self.weights.shape[:2], self.shape[2]), np.float32)
+    def _rows(self) -> Floats:
+        """The weights of a row of patches side by side along x: ``[plane of a patch, y of a patch, x]``."""
+        # With equal weights the planes of a patch are the same.
+        weights = self.weights[:1] if self._weighted is None else self.weights
+        rows = np.zeros((*weights.shape[:2], self.shape[2]), np.float32)
         for start, lo, hi in self._along[2]:
-            rows[:, :, lo - self.start[2] : hi - self.start[2]] += self.weights[:, :, lo - start : hi - start]
-        planes = np.zeros((len(rows), *self.shape[1:]), np.float32)
-        for start, lo, hi in self._along[1]:
-            planes[:, lo - self.start[1] : hi - self.start[1]] += rows[:, lo - start : hi - start]
-        return planes
+            rows[:, :, lo - self.start[2] : hi - self.start[2]] += weights[:, :, lo - start : hi - start]
+        return rows
 
     def _weight(self, z: int) -> Floats:
-        """The sum of the weights of all patches in a plane of the block, ``[y, x]``."""
+        """The sum of the weights of all patches in a plane, ``[y, x]``; good until it is asked for another plane."""
         z += self.start[0]
-        found: list[Floats] = [self._plane_weights[z - start] for start, lo, hi in self._along[0] if lo <= z < hi]
-        total = found[0]
-        for weight in found[1:]:
-            total = total + weight
-        return total
+        layers = tuple(z - start if len(self._rows) > 1 else 0 for start, lo, hi in self._along[0] if lo <= z < hi)
+        if layers != self._layers:
+            self._layers = layers
+            total, layer = self._weight_planes
+            total.fill(0)
+            for plane in layers:
+                layer.fill(0)
+                for start, lo, hi in self._along[1]:
+                    layer[lo - self.start[1] : hi - self.start[1]] += self._rows[plane, lo - start : hi - start]
+                total += layer
+        found: Floats = self._weight_planes[0]
+        return found
 
 
 def _boxes(part: Part, block: Shape) -> tuple[Box, Box]:
