@@ -382,7 +382,7 @@ def draw(figures, args, file):
         ax.set_xticks(args.lengths, [f"{n}³" for n in args.lengths])
         ax.set_xlabel("volume")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+    left.legend(fontsize=8)  # of both
     plt.savefig(file, dpi=120)
 
 
