@@ -27,6 +27,7 @@ from cellmap_lightning.volumes.blending import Tiling
 from cellmap_lightning.volumes.geometry import AXES
 from cellmap_lightning.volumes.journal import Journal
 from cellmap_lightning.volumes.ngff import read_multiscale
+from cellmap_lightning.volumes.summing import BlockMemory
 from cellmap_lightning.volumes.writer import downsample_mean, downsample_mode, write_multiscale
 
 pytestmark = pytest.mark.usefixtures("quiet_lightning", "no_threads_left")
@@ -740,6 +741,32 @@ def test_several_volumes_in_one_run(tmp_path):
     entries = {"datasets": {"predict": [{"raw": str(path)} for path in (paths[0], other)]}}
     with pytest.raises(CellMapValueError, match="would all be written to 'jrc_one'"):
         predict(paths[0], (8, 16, 16), tmp_path / "no", data=entries)
+
+
+def test_several_volumes_share_the_memory_of_one(tmp_path, monkeypatch):
+    memories = []
+
+    class Counting(BlockMemory):
+        def __init__(self):
+            super().__init__()
+            self.held = self.most = 0
+            memories.append(self)
+
+        def take(self, shape, dtype):
+            self.held += 1
+            self.most = max(self.most, self.held)
+            return super().take(shape, dtype)
+
+        def give_back(self, array):
+            self.held -= 1
+            super().give_back(array)
+
+    monkeypatch.setattr("cellmap_lightning.callbacks.prediction_writer.BlockMemory", Counting)
+    raw = [raw_volume(tmp_path / name, (20, 24, 28))[0] for name in "abc"]
+    paths = [path.parent.rename(tmp_path / f"{n}.zarr") / path.name for n, path in enumerate(raw)]
+    entries = {"datasets": {"predict": [{"raw": str(path)} for path in paths]}}
+    assert predict(paths[0], (8, 16, 16), tmp_path / "out", data=entries, levels=1, blend="gaussian").summary.complete
+    assert [(m.held, m.most <= most) for m, most in zip(memories, (2, 1), strict=True)] == [(0, True), (0, True)]
 
 
 def hollow(folder):

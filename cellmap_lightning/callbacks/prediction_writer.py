@@ -51,7 +51,7 @@ from cellmap_lightning.volumes.writer import ZarrFormat
 
 log = logging.getLogger(__name__)
 
-#: Tasks of the writing thread that may be under way: a block that is written, and what is stored or skipped after it.
+#: Tasks of the writing thread that may be under way: a block that is written, and those that are skipped after it.
 MOST_TASKS = 3
 #: How many times the patches of a volume are computed, for want of memory, that is worth a warning; and that is none.
 MUCH, ENOUGH = 1.5, 1.25
@@ -287,7 +287,7 @@ class PredictionWriter(L.Callback):
         self.redundancy = max(job.plan.redundancy for job in self._jobs)
         total = sum(len(job.plan.grid) for job in self._jobs)
         self.summary = Summary(total, sum(job.done for job in self._jobs))
-        self._steps: Iterator[tuple[_Job, Step]] = ((job, step) for job in self._jobs for step in job.plan.steps())
+        self._steps = self._all_steps()
         self._next: tuple[_Job, BlockBatch] | None = None
         self._writing: Future[None] | None = None
         rank = trainer.global_rank
@@ -341,7 +341,9 @@ class PredictionWriter(L.Callback):
             settings = self._settings(trainer, pl_module, datasets, window, grid, tilings, output.levels)
             output.open(settings, self.overwrite, self.check_space)
         trainer.strategy.barrier("the output is there")
-        finished = output.journal.finished
+        done = output.journal.finished
+        # As one process sees it: on a network file system each might see another state.
+        left = trainer.strategy.broadcast([n for n in range(len(grid)) if n not in done])
         ahead = AHEAD * data.batch_size
         kept = passing_bytes(datasets, np.multiply(grid.block, whole.step), ahead) if self._passing else None
         placed = [
@@ -352,33 +354,38 @@ class PredictionWriter(L.Callback):
             image = next(iter(placed[0]._images.values())) if self.skip_empty else None
             skips = Skipping(self.mask, whole.step, image)
         start = sum(job.plan.positions for job in self._jobs)
-        own = [n for n in grid.share(rank, world, together) if n not in finished]
-        plan = BlockPlan(grid, tilings, data.batch_size, own, start, skips)
+        plan = BlockPlan(grid, tilings, data.batch_size, grid.share(left, rank, world, together), start, skips)
+        finished = len(grid) - len(left)
         if rank == 0:
             size = f"{output.nbytes / 1e9:.3g} GB before compression"
             log.info(
                 "%s: %s voxels of %s nm, %d classes as %s, %s; %d blocks of %s, %d of them done; the model computes "
-                "%.2f voxels for each that is written, %.2f times as many as without blocks",
+                "%.2f voxels for each that is written (with one process), %.2f times as many as without blocks",
                 path, list(shape), [round(s, 4) for s in whole.step], len(self._wanted), self.dtype, size,
-                len(grid), list(block), len(finished), plan.computed, plan.redundancy,
+                len(grid), list(block), finished, plan.computed, plan.redundancy,
             )  # fmt: skip
-            self._advise(plan, cut)
+            if not finished:  # later it would be too late
+                self._advise(plan, cut)
         blocks = BlockAssembly(plan, values, len(self._kept), memory)
-        return _Job(name, output, plan, blocks, len(finished)), placed
+        return _Job(name, output, plan, blocks, finished), placed
 
     def _advise(self, plan: BlockPlan, cut: Callable[[int], Shape]) -> None:
         """Where small blocks make the model compute much twice, say how much memory would help."""
         if plan.redundancy <= MUCH:
             return
+        found = []
         for more in (self.block_mb * 2**n for n in range(1, 7)):
             block = cut(_bytes(more))
-            then = plan.patches(block) / plan.patches(plan.grid.shape)
-            if then <= ENOUGH:
+            found.append((plan.patches(block) / plan.patches(plan.grid.shape), more, block))
+            if found[-1][0] <= ENOUGH:
                 break
+        least = min(found)[0]
+        then, more, block = next(f for f in found if f[0] <= 1.05 * least)
         if then < plan.redundancy / 1.1:
             log.warning(
                 "block_mb=%g allows blocks of %s voxels, so that the model computes %.2f times as many as without "
-                "blocks; block_mb=%g would allow %s, and make it %.2f times",
+                "blocks; block_mb=%g would allow %s, and make it %.2f times. With other blocks the output has to begin "
+                "anew",
                 self.block_mb, list(plan.grid.block), plan.redundancy, more, list(block), then,
             )  # fmt: skip
 
@@ -491,6 +498,12 @@ class PredictionWriter(L.Callback):
         """What the model gives for another batch."""
         arguments = [batch, batch_idx][: len(inspect.signature(pl_module.predict_step).parameters)]
         return self._said.values(trainer.strategy.predict_step(*arguments), count, patch)
+
+    def _all_steps(self) -> Iterator[tuple["_Job", Step]]:
+        for job in self._jobs:
+            for step in job.plan.steps():
+                yield job, step
+            job.blocks.finish()
 
     def _up_to_batch(self) -> None:
         """Do what comes before the next batch: blocks begin, end, or are skipped."""

@@ -66,6 +66,10 @@ class BlockAssembly:
         assert block is not None
         return block
 
+    def finish(self) -> None:
+        """There are no more blocks: give back the sums of patches that reach below the last one."""
+        self._drop_patches()
+
     def close(self) -> None:
         """Let go of all memory, of a block that was begun too."""
         self._block = self._patches = None

@@ -33,19 +33,11 @@ class Behind:
         Raises:
             Exception: that of a task before; this one is not taken then.
         """
-        self.room(most)
+        while len(self._tasks) >= most:
+            self._end_first()
         given = self._pool.submit(self._do, task)
         self._tasks.append(given)
         return given
-
-    def room(self, most: int) -> None:
-        """Wait until fewer than so many tasks are under way.
-
-        Raises:
-            Exception: that of one of them.
-        """
-        while len(self._tasks) >= most:
-            self._end_first()
 
     def _do(self, task: Callable[[], None]) -> None:
         if self._failed:

@@ -4,7 +4,8 @@
   the edge. Each block is laid out by itself, so that no patch is computed twice.
 - ``average`` and ``gaussian``: patches overlap, and a voxel is the weighted mean of all that cover it. They lie on one
   grid for the whole volume, the same as that of MONAI's `sliding_window_inference`, so that blocks agree at their
-  seams, whichever are computed. A patch that touches two blocks side by side is computed for both.
+  seams, whichever are computed. A patch that touches two blocks is computed for
+  both, but where one lies below the other and goes on from there: see `BlockPlan`.
 
 Both are functions of the geometry alone. Coordinates are output voxels of the whole volume.
 """

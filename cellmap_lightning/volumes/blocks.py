@@ -6,6 +6,7 @@ A block is one or several whole chunks (or shards) of the output, so that no two
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -127,23 +128,22 @@ class BlockGrid:
         """The block right below one, towards larger z; None where there is none."""
         return number + 1 if (number + 1) % self.along[0] else None
 
-    def share(self, rank: int, world: int, together: bool) -> list[int]:
-        """The blocks that one of several processes computes, in order.
+    def share(self, blocks: Sequence[int], rank: int, world: int, together: bool) -> list[int]:
+        """Which of some blocks one of several processes computes, in order.
 
         Args:
+            blocks: numbers of the blocks that are left, in order; the same in every process.
             rank: number of the process.
             world: how many there are.
-            together: keep blocks that lie below each other together, as far as all processes have something to do.
+            together: deal out whole columns, and cut only what is left of them into runs of one length.
         """
-        along = self.along[0]
-        columns = len(self) // along
-        parts = min(along, -(-2 * world // columns) if world > 1 else 1) if together else along
-        pieces = [
-            range(column * along + part * along // parts, column * along + (part + 1) * along // parts)
-            for column in range(columns)
-            for part in range(parts)
-        ]
-        return [number for piece in pieces[rank::world] for number in piece]
+        if not together:
+            return list(blocks[rank::world])
+        columns = [list(column) for _, column in groupby(blocks, key=lambda number: number // self.along[0])]
+        whole = len(columns) // world * world
+        rest = [number for column in columns[whole:] for number in column]
+        own = [number for column in columns[rank:whole:world] for number in column]
+        return own + rest[rank * len(rest) // world : (rank + 1) * len(rest) // world]
 
     def box(self, number: int) -> Box:
         """The physical box of a block, nm."""

@@ -168,11 +168,15 @@ class PatchSum:
 
     @staticmethod
     def nbytes(shape: Shape, channels: int, tiling: Tiling) -> int:
-        """Bytes of the planes that are held, and of the sums of weights."""
-        plane = shape[1] * shape[2]
-        rows = shape[2] * tiling.patch[1] * (1 if tiling.blend == "average" else tiling.patch[0])
+        """Bytes of the planes that are held, of the weights and their sums, and of planes that are rounded."""
+        plane, patch = shape[1] * shape[2], math.prod(tiling.patch)
         sums = channels * min(tiling.patch[0], shape[0]) * plane * tiling.precision.itemsize
-        return sums + (2 * plane + rows) * np.dtype(np.float32).itemsize
+        single = tiling.precision == np.float32
+        rounded = 0 if single else channels * max(plane, min(PUT_VOXELS, math.prod(shape)))
+        weights = 2 * plane + shape[2] * tiling.patch[1] + patch
+        if tiling.blend != "average":
+            weights += shape[2] * tiling.patch[1] * (tiling.patch[0] - 1) + patch
+        return sums + (weights + rounded) * np.dtype(np.float32).itemsize
 
     def into(self, block: StoredBlock | MeanBlock, planes: int) -> None:
         """The next planes are those of a block."""

@@ -81,23 +81,32 @@ def test_below_a_block_that_is_skipped_patches_are_computed_again(grid, tiling, 
     assert not any(isinstance(s, BlockStart) and s.carried and s.block % 3 == 2 for s in steps)
 
 
-@pytest.mark.parametrize(("together", "world"), list(itertools.product([False, True], [1, 2, 3, 8])))
-def test_each_block_is_computed_by_one_process_and_all_have_something_to_do(together, world):
-    for block in [(10, 10, 10), (7, 40, 40), (40, 5, 9), (3, 20, 20)]:
-        grid = BlockGrid(Lattice((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (40, 40, 40)), (0, 0, 0), (40, 40, 40), block)
-        shares = [grid.share(rank, world, together) for rank in range(world)]
-        assert sorted(itertools.chain(*shares)) == list(range(len(grid)))
-        sizes = [len(share) for share in shares]
-        if len(grid) >= 2 * world:
-            assert min(sizes) > 0
-            assert max(sizes) <= 2 * min(sizes)
-        if together and world == 1:
-            assert shares[0] == list(range(len(grid)))
+def cube(block):
+    return BlockGrid(Lattice((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (40, 40, 40)), (0, 0, 0), (40, 40, 40), block)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("block", [(10, 10, 10), (7, 40, 40), (40, 5, 9), (3, 20, 20), (14, 40, 20), (40, 40, 40)])
+def test_each_block_is_computed_by_one_process_and_all_have_as_much_to_do(block, world, together):
+    grid = cube(block)
+    whole = list(range(len(grid)))
+    shares = [grid.share(whole, rank, world, together) for rank in range(world)]
+    assert sorted(itertools.chain(*shares)) == whole
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    if together:
+        for share in shares:
+            jumps = [b for a, b in itertools.pairwise(share) if b != a + 1 and b % grid.along[0]]
+            assert len(jumps) <= 1, "it begins in the middle of one column at most"
+    some = whole[len(whole) // 3 :: 2]  # where the rest is finished
+    shares = [grid.share(some, rank, world, together) for rank in range(world)]
+    assert sorted(itertools.chain(*shares)) == some
 
 
 def test_a_column_stays_with_one_process_where_there_are_enough():
-    grid = BlockGrid(Lattice((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (40, 40, 40)), (0, 0, 0), (40, 40, 40), (10, 20, 20))
-    assert grid.share(1, 2, True) == [4, 5, 6, 7, 12, 13, 14, 15]
+    grid = cube((10, 20, 20))
+    assert grid.share(range(16), 1, 2, True) == [4, 5, 6, 7, 12, 13, 14, 15]
+    assert grid.share(range(16), 1, 3, True) == [4, 5, 6, 7, 13]
     assert [grid[number][0] for number in (4, 5)] == [(0, 0, 20), (10, 0, 20)]
     assert grid.below(6) == 7
     assert grid.below(7) is None
