@@ -377,6 +377,7 @@ def test_the_command_prints_one_document(volume, tmp_path):
     code, text = run_forked(f"data.csv_path={volume.csv_path}", "json=true", cwd=tmp_path, command="inspect_")
     assert code == 0, text
     assert json.loads(text)["versions"]["zarr"] == zarr.__version__  # and no progress bar, outside of a terminal
+    assert [path.name for path in tmp_path.iterdir()] == ["stderr.txt"], "it leaves nothing behind"
     code, text = run_forked(f"data.csv_path={volume.csv_path}", "patch.scale=[1,1,1]", cwd=tmp_path, command="inspect_")
     assert code == 1
     assert text.index("Proposal") < text.index("finer along z")
