@@ -24,11 +24,12 @@ from cellmap_lightning.callbacks import PredictionWriter
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.sampling import predicted
 from cellmap_lightning.volumes.blending import Tiling
+from cellmap_lightning.volumes.blocks import BlockGrid
 from cellmap_lightning.volumes.geometry import AXES
 from cellmap_lightning.volumes.journal import Journal
 from cellmap_lightning.volumes.ngff import read_multiscale
-from cellmap_lightning.volumes.summing import BlockMemory
 from cellmap_lightning.volumes.writer import downsample_mean, downsample_mode, write_multiscale
+from tests.sampling.test_assembly import Counting
 
 pytestmark = pytest.mark.usefixtures("quiet_lightning", "no_threads_left")
 
@@ -513,6 +514,25 @@ def test_blocks_below_each_other_share_their_patches(tmp_path, blend):
     assert len(set(model.seen)) == len(tiling.parts((0, 0, 0), shape))
 
 
+@pytest.mark.parametrize(("blend", "limit"), [("trim", 50), ("gaussian", 70)])
+def test_processes_share_out_what_is_left(tmp_path, blend, limit):
+    path, _ = raw_volume(tmp_path, (70, 41, 50))
+    out, given = tmp_path / "out.zarr", {"blend": blend, "block_mb": 0.06}
+    predict(path, (12, 16, 20), out, limit=limit, **given)
+    before = set(Journal(out).finished)
+    lattice = read_multiscale(path).finest.lattice
+    grid = BlockGrid(lattice, (0, 0, 0), (70, 41, 50), tuple(Journal(out).settings["block"]))
+    left = [number for number in range(len(grid)) if number not in before]
+    assert 2 < len(before) < len(grid) - 4
+    predict(path, (12, 16, 20), out, world=2, **given)
+    files = [out / ".cellmap-prediction" / f"blocks-{rank}.txt" for rank in range(2)]
+    done = [{int(n) for n in re.findall(r"done (\d+)", file.read_text())} - before for file in files]
+    assert done == [set(grid.share(left, rank, 2, blend != "trim")) for rank in range(2)]
+    whole = [set(grid.share(range(len(grid)), rank, 2, blend != "trim")) - before for rank in range(2)]
+    assert done != whole, "the blocks of a run that goes on, not those of one that begins"
+    assert abs(len(done[0]) - len(done[1])) <= 1
+
+
 def test_where_small_blocks_cost_much_the_memory_that_helps_is_named(tmp_path, caplog):
     path, _ = raw_volume(tmp_path, (40, 64, 64))
     given = {"blend": "gaussian", "chunks": [8, 8, 8], "levels": 1}
@@ -528,6 +548,10 @@ def test_where_small_blocks_cost_much_the_memory_that_helps_is_named(tmp_path, c
     assert more.redundancy <= 1.25 < 1.5 < few.redundancy
     assert not [r for r in caplog.records if "block_mb" in r.getMessage()]
     assert contents(tmp_path / "few.zarr") == contents(tmp_path / "more.zarr")
+    predict(path, (16, 16, 16), tmp_path / "late.zarr", block_mb=0.1, limit=9, **given)
+    caplog.clear()
+    assert predict(path, (16, 16, 16), tmp_path / "late.zarr", block_mb=0.1, **given).summary.complete
+    assert not [r for r in caplog.records if "block_mb" in r.getMessage()], "other blocks could not go on there"
 
 
 def test_a_block_that_is_skipped_changes_nothing_below_it(tmp_path):
@@ -746,22 +770,12 @@ def test_several_volumes_in_one_run(tmp_path):
 def test_several_volumes_share_the_memory_of_one(tmp_path, monkeypatch):
     memories = []
 
-    class Counting(BlockMemory):
+    class Noted(Counting):
         def __init__(self):
             super().__init__()
-            self.held = self.most = 0
             memories.append(self)
 
-        def take(self, shape, dtype):
-            self.held += 1
-            self.most = max(self.most, self.held)
-            return super().take(shape, dtype)
-
-        def give_back(self, array):
-            self.held -= 1
-            super().give_back(array)
-
-    monkeypatch.setattr("cellmap_lightning.callbacks.prediction_writer.BlockMemory", Counting)
+    monkeypatch.setattr("cellmap_lightning.callbacks.prediction_writer.BlockMemory", Noted)
     raw = [raw_volume(tmp_path / name, (20, 24, 28))[0] for name in "abc"]
     paths = [path.parent.rename(tmp_path / f"{n}.zarr") / path.name for n, path in enumerate(raw)]
     entries = {"datasets": {"predict": [{"raw": str(path)} for path in paths]}}

@@ -46,7 +46,18 @@ class ModelOutput:
         self.key, self.activation, self.flips = key, activation, flips
 
     def values(self, outputs: Any, count: int, patch: Shape) -> torch.Tensor:
-        """What `predict_step` gave, float32 ``[N, C, z, y, x]`` along the axes of the volume."""
+        """What `predict_step` gave, float32 ``[N, C, z, y, x]`` along the axes of the volume.
+
+        Args:
+            outputs: what it returned.
+            count: patches of the batch.
+            patch: voxels of a patch along the axes of the volume.
+
+        Raises:
+            CellMapKeyError: a mapping in which it is not said what to take.
+            CellMapTypeError: no tensor.
+            CellMapValueError: a tensor of another shape.
+        """
         if isinstance(outputs, Mapping):
             key = self.key if self.key is not None else next(iter(outputs)) if len(outputs) == 1 else None
             if key not in outputs:
@@ -76,7 +87,13 @@ class ModelOutput:
     def over_flips(
         self, values: torch.Tensor, again: Callable[[Mapping[str, Any]], torch.Tensor], batch: Mapping[str, Any]
     ) -> torch.Tensor:
-        """The mean over all mirrored versions of a batch, one after the other."""
+        """The mean over all mirrored versions of a batch, one after the other.
+
+        Args:
+            values: of the batch as it is, see `values`.
+            again: asks the model about another batch.
+            batch: the batch.
+        """
         inputs = self.layout.inputs
         thick = [
             n for n, a in enumerate(AXES) if a in self.flips and any(i.window.shape[n] > 1 for i in inputs.values())
@@ -102,7 +119,14 @@ class ModelOutput:
         again: Callable[[Mapping[str, Any]], torch.Tensor],
         batch: Mapping[str, Any],
     ) -> None:
-        """Warn where the outermost voxels of the input change what is kept of the output."""
+        """Warn where the outermost voxels of the input change what is kept of the output.
+
+        Args:
+            tiling: what is kept of a patch.
+            values: of the batch as it is, see `values`.
+            again: asks the model about another batch.
+            batch: the batch.
+        """
         if not any(tiling.trim):
             return
         inputs = self.layout.inputs

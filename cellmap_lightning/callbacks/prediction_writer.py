@@ -500,6 +500,7 @@ class PredictionWriter(L.Callback):
         return self._said.values(trainer.strategy.predict_step(*arguments), count, patch)
 
     def _all_steps(self) -> Iterator[tuple["_Job", Step]]:
+        """Everything that happens in this process, one volume after the other."""
         for job in self._jobs:
             for step in job.plan.steps():
                 yield job, step

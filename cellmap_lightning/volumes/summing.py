@@ -173,9 +173,9 @@ class PatchSum:
         sums = channels * min(tiling.patch[0], shape[0]) * plane * tiling.precision.itemsize
         single = tiling.precision == np.float32
         rounded = 0 if single else channels * max(plane, min(PUT_VOXELS, math.prod(shape)))
-        weights = 2 * plane + shape[2] * tiling.patch[1] + patch
-        if tiling.blend != "average":
-            weights += shape[2] * tiling.patch[1] * (tiling.patch[0] - 1) + patch
+        # With equal weights rows of one plane are enough, and nothing is multiplied with them.
+        planes, patches = (1, 1) if tiling.blend == "average" else (tiling.patch[0], 2)
+        weights = 2 * plane + planes * tiling.patch[1] * shape[2] + patches * patch
         return sums + (weights + rounded) * np.dtype(np.float32).itemsize
 
     def into(self, block: StoredBlock | MeanBlock, planes: int) -> None:
