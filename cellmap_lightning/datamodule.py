@@ -22,8 +22,9 @@ from cellmap_lightning.sampling.arrays import (
 from cellmap_lightning.sampling.blockwise import PatchSamples, PlanBatches, Stream
 from cellmap_lightning.sampling.dataloader import WORKER_TIMEOUT, CellMapDataLoader
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
+from cellmap_lightning.sampling.encodings import MissingLabels, Unknown
 from cellmap_lightning.sampling.entries import SPLITS
-from cellmap_lightning.sampling.labels import Downsample, Unknown
+from cellmap_lightning.sampling.labels import Downsample
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.prefetch import STREAM_DEVICES, PrefetchDecision
@@ -35,6 +36,7 @@ from cellmap_lightning.volumes.chunks import Reader
 from cellmap_lightning.volumes.guard import PATIENT
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING, MissingRaw
 from cellmap_lightning.volumes.location import CacheMode
+from cellmap_lightning.volumes.ngff import LevelTranslations
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +156,10 @@ class CellMapDataModule(L.LightningDataModule):
         storage_options: of addresses such as ``s3://bucket/vol.zarr``, see `CellMapDataset`; an entry of ``datasets``
             can have its own.
         missing_raw: chunks of raw that are not stored: ``error``, ``warn`` or ``mask``; see `CellMapDataSplit`.
+        missing_labels: chunks of labels that are missing although the metadata promise voxels in them: ``error`` or
+            ``unknown``; see `CellMapDataset`.
+        level_translations: where levels of a pyramid lie whose translations are missing: ``auto`` or ``stored``; see
+            `CellMapDataset`.
         read_attempts: how many times an object is asked for at most; see `CellMapDataset`.
         read_timeout: seconds after which it is given up, with all attempts.
         pin_memory: read into page-locked memory; by default on CUDA devices.
@@ -214,6 +220,8 @@ class CellMapDataModule(L.LightningDataModule):
         reader: Reader = "zarr",
         storage_options: Mapping[str, Any] | None = None,
         missing_raw: MissingRaw = "error",
+        missing_labels: MissingLabels = "error",
+        level_translations: LevelTranslations = "auto",
         read_attempts: int = PATIENT.attempts,
         read_timeout: float = PATIENT.timeout,
         pin_memory: bool | None = None,
@@ -299,6 +307,8 @@ class CellMapDataModule(L.LightningDataModule):
             reader=reader,
             storage_options=storage_options,
             missing_raw=missing_raw,
+            missing_labels=missing_labels,
+            level_translations=level_translations,
             read_attempts=read_attempts,
             read_timeout=read_timeout,
             split=split,

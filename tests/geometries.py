@@ -1,8 +1,9 @@
-"""Volumes and crops of given geometries, metadata alone: no chunk is written, so that hundreds take seconds."""
+"""Volumes and crops of given geometries: of raw the metadata alone, of labels the chunks that their counts promise."""
 
 import json
 from pathlib import Path
 
+import numcodecs
 import numpy as np
 
 from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW
@@ -39,6 +40,34 @@ def write_image(path, scale, origin, shape, dtype="|u1", levels=1, chunks=64, ar
     (Path(path) / ".zattrs").write_text(json.dumps(attributes))
 
 
+def write_voxels(level, foreground, unknown=0):
+    """Chunks of a level of labels that hold so many voxels of 1 and of 255, the first ones; others are left out."""
+    meta = json.loads((level / ".zarray").read_text())
+    shape, chunks = meta["shape"], meta["chunks"]
+    codec = numcodecs.get_codec(meta["compressor"]) if meta["compressor"] else None
+    whole: dict[int, bytes] = {}
+    for index in np.ndindex(*(-(-n // c) for n, c in zip(shape, chunks, strict=True))):
+        if foreground + unknown <= 0:
+            return
+        inside = [min(c, n - i * c) for i, c, n in zip(index, chunks, shape, strict=True)]
+        size = int(np.prod(inside))
+        ones = min(size, foreground)
+        others = min(size - ones, unknown)
+        foreground, unknown = foreground - ones, unknown - others
+        if ones == size == np.prod(chunks) and ones in whole:
+            content = whole[ones]
+        else:
+            voxels = np.zeros(chunks, np.uint8)
+            flat = np.zeros(size, np.uint8)
+            flat[:ones], flat[ones : ones + others] = 1, 255
+            voxels[tuple(map(slice, inside))] = flat.reshape(inside)
+            content = bytes(codec.encode(voxels)) if codec else voxels.tobytes()
+            whole[ones] = content
+        file = level / "/".join(map(str, index))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
 def write_label(path, scale, origin, shape, voxels, unknown=0, levels=2):
     """A semantic label with its counts, as cellmap-schemas writes them."""
     size = int(np.prod(shape))
@@ -47,6 +76,7 @@ def write_label(path, scale, origin, shape, voxels, unknown=0, levels=2):
     array = {"cellmap": {"annotation": {"annotation_type": kind, "complement_counts": counts}}}
     group = {"cellmap": {"annotation": {"annotation_type": kind}}}
     write_image(path, scale, origin, shape, levels=levels, array=array, group=group)
+    write_voxels(Path(path) / "s0", voxels, unknown)
 
 
 def write_challenge(root, crops, share=0.4):

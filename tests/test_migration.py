@@ -86,7 +86,12 @@ def test_unknown_is_neither_foreground_nor_background(tmp_path):
     write_multiscale(tmp_path / "v.zarr" / "raw", raw, scale=(8, 8, 8), translation=(0, 0, 0))
     labels = np.full((8, 8, 8), 255, np.uint8)
     labels[0], labels[1] = 0, 1
-    write_multiscale(tmp_path / "v.zarr" / "crop" / "a", labels, scale=(8, 8, 8), translation=(0, 0, 0))
+    encoding = {"absent": 0, "present": 1, "unknown": 255}
+    annotation = {"annotation_type": {"type": "semantic_segmentation", "encoding": encoding}}
+    write_multiscale(
+        tmp_path / "v.zarr" / "crop" / "a", labels, scale=(8, 8, 8), translation=(0, 0, 0),
+        attributes={"cellmap": {"annotation": annotation}},
+    )  # fmt: skip
     spec = {"shape": [8, 8, 8], "scale": [8, 8, 8]}
     with CellMapDataset(
         tmp_path / "v.zarr" / "raw", f"{tmp_path}/v.zarr/crop/[a]", ["a"], {"raw": spec}, {"labels": spec}

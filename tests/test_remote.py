@@ -1,6 +1,7 @@
 """Data behind addresses: read as from a folder, over S3, HTTP and from a zip file, with few requests."""
 
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -63,8 +64,9 @@ def sharded(volume, tmp_path_factory):
         how = {"chunks": (16, 16, 16), "shards": (32, 64, 64), "zarr_format": 3}
         levels = 2 if group.startswith("recon-1/em") else 3
         mode = "mean" if group.startswith("recon-1/em") else "mode"
+        attributes = {"cellmap": read_multiscale(Path(volume.path) / group).attributes.get("cellmap", {})}
         write_multiscale(root / group, values, scale=level.scale, translation=level.translation, levels=levels,
-                         mode=mode, **how)  # fmt: skip
+                         mode=mode, attributes=attributes, **how)  # fmt: skip
     return root
 
 
@@ -130,7 +132,8 @@ def test_http_is_read_as_a_folder_and_never_listed(volume, sharded):
         with serving(Path(root)) as (url, asked):
             assert same(samples_of(url), samples_of(root))
         assert all(
-            Path(path).name.startswith((".z", "zarr.json")) or path.rpartition("/")[2].isdigit() for path in asked
+            Path(path).name.startswith((".z", "zarr.json")) or re.fullmatch(r"(c\.)?[\d.]+", path.rpartition("/")[2])
+            for path in asked
         )
 
 
@@ -216,7 +219,10 @@ def test_a_second_epoch_asks_for_nothing(volume, tmp_path, monkeypatch):
                 assert same(list(loader), first)
                 assert sum(asked.values()) == before
         assert chunks
-        assert all(asked[path] == 1 for path in chunks)
+        # Each is read once; of each array two at most are looked for when it is opened, in both runs.
+        often = [path for path in chunks if asked[path] != 1]
+        assert all(asked[path] <= 3 for path in often)
+        assert len(often) <= 2 * len({path.rpartition("/s")[0] for path in chunks})
 
 
 def test_opening_many_crops_waits_for_few_requests(volume):

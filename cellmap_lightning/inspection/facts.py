@@ -2,20 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.sampling.counts import count_foreground, known_foreground, unknown_share
 from cellmap_lightning.sampling.datasplit import for_all
+from cellmap_lightning.sampling.encodings import LabelEncodings, Unknown
 from cellmap_lightning.sampling.entries import Entry
 from cellmap_lightning.sampling.holds import place_of
 from cellmap_lightning.sampling.pool import ReadPool
 from cellmap_lightning.sampling.targets_path import TargetPath
+from cellmap_lightning.volumes.chunk_names import check_chunk_names
 from cellmap_lightning.volumes.chunks import ChunkReader
 from cellmap_lightning.volumes.geometry import LATTICE_TOLERANCE, SCALE_TOLERANCE, Box, Lattice, Shape, Vector
 from cellmap_lightning.volumes.image import choose_level
-from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding, read_multiscale
+from cellmap_lightning.volumes.ngff import AS_STORED, Level, Multiscale, Overrides, read_multiscale
 from cellmap_lightning.volumes.patches import stored_box
 from cellmap_lightning.volumes.statistics import Statistics, known_statistics, statistics
 
@@ -79,6 +82,7 @@ class VolumeFacts:
         levels: its resolutions, finest first.
         box: what it fills, nm, ``{axis: [lower, upper]}``.
         values: stored values; None where nobody has read them.
+        notes: assumptions about its metadata, ``{kind: text}``.
         wrong: why it cannot be read.
     """
 
@@ -87,6 +91,7 @@ class VolumeFacts:
     levels: tuple[LevelFacts, ...] = ()
     box: Mapping[str, list[float]] | None = None
     values: Values | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
     wrong: str | None = None
 
     @property
@@ -105,6 +110,7 @@ class ClassFacts:
         scale: voxel size of the finest level, nm.
         lost: part of the foreground that the level read at the scale in use has lost; None likewise.
         level: name of that level.
+        read_as: how the values are read where no metadata say it.
         wrong: why it cannot be read.
     """
 
@@ -113,6 +119,7 @@ class ClassFacts:
     scale: Vector | None = None
     lost: float | None = None
     level: str | None = None
+    read_as: str | None = None
     wrong: str | None = None
 
 
@@ -133,6 +140,8 @@ class CropFacts:
         ratio: raw's finest voxels in one of the labels, along each axis; None likewise.
         outside: part of the crop that lies outside raw; None likewise.
         chunks: files of raw under the crop that were never written, and of how many, of the level that is read.
+        metadata: what its entry sets in place of its metadata.
+        notes: assumptions about the metadata of its labels, ``{kind: text}``.
         wrong: why it cannot be read.
     """
 
@@ -148,6 +157,8 @@ class CropFacts:
     ratio: Vector | None = None
     outside: float | None = None
     chunks: tuple[int, int] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
     wrong: str | None = None
 
     @property
@@ -181,32 +192,39 @@ class CropFacts:
         return float(np.mean(parts)) if parts else None
 
 
-def look_at_volumes(paths: Sequence[str], deep: bool) -> list[VolumeFacts]:
+def look_at_volumes(
+    paths: Sequence[str], deep: bool, overrides: Mapping[str, Overrides] | None = None
+) -> list[VolumeFacts]:
     """Facts of raw volumes.
 
     Args:
         paths: their multiscale groups.
         deep: read a coarse level for the values, where nobody has; otherwise they are known only if somebody has.
+        overrides: of the metadata of some of them.
     """
 
     def look(path: str) -> VolumeFacts:
         name = place_of(path, None)[0]
         try:
-            image = read_multiscale(path)
+            image = read_multiscale(path, (overrides or {}).get(path, AS_STORED))
             box = image.finest.lattice.box
+            for level in image.present:
+                check_chunk_names(level.array)
             found = statistics(image) if deep else known_statistics(image)
-            return VolumeFacts(name, path, _levels(image), box.as_dict(), _values(found) if found else None)
+            values = _values(found) if found else None
+            return VolumeFacts(name, path, _levels(image), box.as_dict(), values, _notes(image))
         except CellMapError as e:
             return VolumeFacts(name, path, wrong=str(e))
 
     return for_all(look, paths, "reading volumes" if deep else "looking at volumes", "volume")
 
 
-def look_at_crops(entries: Sequence[tuple[str, Entry]]) -> list[CropFacts]:
-    """Facts of crops, from their metadata.
+def look_at_crops(entries: Sequence[tuple[str, Entry]], unknown: Unknown = "metadata") -> list[CropFacts]:
+    """Facts of crops, from their metadata; of labels without an encoding also from their values.
 
     Args:
         entries: usage and entry of each.
+        unknown: the code of unknown voxels where an entry has none of its own; see `CellMapDataset`.
     """
 
     def look(item: tuple[str, Entry]) -> CropFacts:
@@ -215,7 +233,7 @@ def look_at_crops(entries: Sequence[tuple[str, Entry]]) -> list[CropFacts]:
         try:
             target = entry.target
             assert target is not None
-            facts = replace(facts, name=target.label)
+            facts = replace(facts, name=target.label, metadata={"unknown": unknown, **entry.metadata})
             return _crop(facts, target)
         except CellMapError as e:
             return replace(facts, wrong=str(e))
@@ -228,24 +246,30 @@ def _crop(facts: CropFacts, target: TargetPath) -> CropFacts:
     levels: tuple[LevelFacts, ...] = ()
     first: Lattice | None = None
     box: Box | None = None
+    encodings = LabelEncodings(facts.name, facts.metadata.get("unknown", "metadata"))
+    notes: dict[str, str] = {}
+    raw_overrides, overrides = _overrides(facts)
     for name in target.names:
         try:
-            image = read_multiscale(target.of(name))
+            image = read_multiscale(target.of(name), overrides)
             lattice = image.finest.lattice
-            encoding = read_encoding(image, image.finest)
+            encoding = encodings.of(name, image, image.finest)
             voxels = known_foreground(image, image.finest, encoding)
-            classes[name] = ClassFacts(voxels, unknown_share(image), lattice.step)
+            read_as = encodings.decided.get(name)
+            classes[name] = ClassFacts(voxels, unknown_share(image), lattice.step, read_as=read_as)
+            for kind, text in _notes(image).items():
+                notes.setdefault(kind, f"class {name}: {text}")
         except CellMapError as e:
             classes[name] = ClassFacts(wrong=str(e))
             continue
         if first is None:
             first, levels = lattice, _levels(image)
         box = lattice.box if box is None else box.union(lattice.box)
-    facts = replace(facts, levels=levels, classes=classes, box=box.as_dict() if box else None)
+    facts = replace(facts, levels=levels, classes=classes, notes=notes, box=box.as_dict() if box else None)
     if box is None or first is None:
         return replace(facts, wrong=next(c.wrong for c in classes.values()))
     try:
-        raw = read_multiscale(facts.raw).finest.lattice
+        raw = read_multiscale(facts.raw, raw_overrides).finest.lattice
     except CellMapError:
         return facts  # the volume's own line says it
     edges = np.subtract(first.box.lower, raw.box.lower) / raw.step
@@ -271,14 +295,19 @@ def at_scale(crops: Sequence[CropFacts], scale: Vector, deep: bool) -> list[Crop
         if facts.wrong is not None or facts.box is None:
             return facts
         target = TargetPath.parse(facts.target)
+        raw_overrides, overrides = _overrides(facts)
+        encodings = LabelEncodings(facts.name, facts.metadata.get("unknown", "metadata"), thorough=deep)
         classes = {}
         for name, own in facts.classes.items():
-            classes[name] = own if own.wrong else _lost(own, read_multiscale(target.of(name)), scale, deep, pool, facts)
+            if own.wrong is None:
+                image = read_multiscale(target.of(name), overrides)
+                own = _lost(own, name, image, scale, deep, pool, facts, encodings)
+            classes[name] = own
         chunks = None
         if not fits(facts, scale):
             return replace(facts, classes=classes)  # it will not be read
         try:
-            level = choose_level(read_multiscale(facts.raw), scale)
+            level = choose_level(read_multiscale(facts.raw, raw_overrides), scale)
             lower, upper = (tuple(sides) for sides in zip(*facts.box.values(), strict=True))
             found = stored_box(level.lattice, Box(lower, upper), 0)
             chunks = ChunkReader(level).absent(*found) if found is not None else None
@@ -297,11 +326,29 @@ def fits(crop: CropFacts, scale: Vector) -> bool:
     return crop.scale is not None and bool((np.divide(crop.scale, scale) <= 1 + SCALE_TOLERANCE).all())
 
 
-def _lost(own: ClassFacts, image: Multiscale, scale: Vector, deep: bool, pool: ReadPool, crop: CropFacts) -> ClassFacts:
+def _overrides(facts: CropFacts) -> tuple[Overrides, Overrides]:
+    """Overrides of a crop's raw image and of its labels."""
+    return Overrides.pair(**{key: value for key, value in facts.metadata.items() if key != "unknown"})
+
+
+def _notes(image: Multiscale) -> dict[str, str]:
+    return {note.kind: note.text for note in reversed(image.notes)}
+
+
+def _lost(
+    own: ClassFacts,
+    name: str,
+    image: Multiscale,
+    scale: Vector,
+    deep: bool,
+    pool: ReadPool,
+    crop: CropFacts,
+    encodings: LabelEncodings,
+) -> ClassFacts:
     level = choose_level(image, scale)
 
     def count(of: Level) -> int | None:
-        encoding = Encoding(0, None) if of.array.dtype.kind == "b" else read_encoding(image, of)
+        encoding = encodings.of(name, image, of)
         known = known_foreground(image, of, encoding)
         if known is None and deep:
             return count_foreground(of, encoding, pool, f"{crop.name}, {of.path.parent.name}/{of.name}")

@@ -38,6 +38,10 @@ class Problem:
 KINDS = {
     "unreadable": "cannot be read",
     "config": "the configuration is refused, for what the error at the end says",
+    "unit": "images without a unit of length",
+    "scale": "implausible voxel sizes",
+    "levels": "pyramids whose levels are not placed by their metadata",
+    "multiscales": "groups that list several images",
     "outside": "crops outside their raw volume",
     "missing level": "levels that are listed and not on disk",
     "raw absent": "raw under a crop that was never written, and reads as the fill value",
@@ -77,6 +81,7 @@ def find_problems(
     """
     found = [Problem("unreadable", v.name, v.wrong) for v in volumes if v.wrong]
     for volume in volumes:
+        found += [Problem(kind, volume.name, f"raw: {text}") for kind, text in volume.notes.items()]
         gone = [level.name for level in volume.levels if level.shape is None]
         if gone:
             found.append(
@@ -110,11 +115,13 @@ def _of_crop(
     for facts in crop.classes.values():
         if facts.wrong:
             say("unreadable", facts.wrong)
+    for kind, text in crop.notes.items():
+        say(kind, text)
     gone = [level.name for level in crop.levels if level.shape is None]
     if gone:
         say("missing level", f"labels list {_listed(gone)}")
     if crop.outside:
-        say("outside", f"{crop.outside:.1%} of it has no raw")
+        say("outside", f"{crop.outside:.1%} of it has no raw; targets are unknown there")
     if crop.off is not None and crop.ratio is not None and any(crop.off) and max(crop.ratio) >= 1 - SCALE_TOLERANCE:
         say("off lattice", f"by {_numbers(crop.off)} voxels of raw (z y x)")
     unknown = crop.unknown

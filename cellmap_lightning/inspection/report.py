@@ -25,6 +25,7 @@ from cellmap_lightning.inspection.facts import (
 from cellmap_lightning.inspection.problems import KINDS, Problem, find_problems
 from cellmap_lightning.inspection.proposal import Proposal, propose
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
+from cellmap_lightning.sampling.encodings import check_unknown
 from cellmap_lightning.sampling.entries import SPLITS, Entry, read_csv, read_mapping
 from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW, find_crops, read_manifest
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING
@@ -33,6 +34,8 @@ from cellmap_lightning.volumes.store import children, local
 
 #: Problems of one kind that are printed.
 SHOWN = 8
+#: Labels without an encoding that are printed.
+MOST_READ_AS = 40
 #: Classes of a crop whose names are printed.
 NAMED = 5
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -74,6 +77,9 @@ class Inspection:
         parts = [_volumes(self.volumes)]
         if self.crops:
             parts += [_crops(self.crops), _classes(self.crops)]
+            read_as = _read_as(self.crops)
+            if read_as:
+                parts.append(read_as)
         parts.append(_problems(self.problems))
         if self.costs is not None:
             parts.append(_costs(self.costs, self.complete))
@@ -110,8 +116,10 @@ def inspect(
     with shared_metadata():
         entries = _entries(settings)
         paths = list(dict.fromkeys(entry.input_path for _, entry in entries))
-        volumes = look_at_volumes(paths, deep)
-        crops = look_at_crops([pair for pair in entries if pair[1].target_path is not None])
+        overrides = {entry.input_path: entry.overrides[0] for _, entry in entries}
+        volumes = look_at_volumes(paths, deep, overrides)
+        annotated = [pair for pair in entries if pair[1].target_path is not None]
+        crops = look_at_crops(annotated, check_unknown(settings.get("unknown", "metadata")))
         wanted = {"scale": patch.get("scale"), "shape": patch.get("shape"), "classes": settings.get("classes")}
         named = {
             name: settings[name]
@@ -176,7 +184,7 @@ def _entries(settings: Mapping[str, Any]) -> list[tuple[str, Entry]]:
         classes = list(dict.fromkeys(name for target in targets if target is not None for name in target.names))
     names = (
         "csv_path", "datasets", "search_path", "manifest", "split", "val_fraction", "fold", "n_folds", "only_datasets",
-        "only_crops", "seed",
+        "only_crops", "seed", "level_translations",
     )  # fmt: skip
     chosen = {name: settings[name] for name in names if settings.get(name) is not None}
     crops = CellMapDataSplit(classes=classes or None, **chosen)
@@ -351,6 +359,22 @@ def _classes(crops: Sequence[CropFacts]) -> str:
     if any("?" in row for row in rows[1:]):
         text += "\n\n?: the metadata does not say; deep=true counts voxels"
     return text
+
+
+def _read_as(crops: Sequence[CropFacts]) -> str:
+    """How labels are read whose metadata have no encoding; empty where there are none."""
+    rows = [
+        [crop.name, name, facts.read_as]
+        for crop in crops
+        for name, facts in crop.classes.items()
+        if facts.read_as is not None
+    ]
+    if not rows:
+        return ""
+    more = len(rows) - MOST_READ_AS
+    end = f"\nand {more} more, which json=true lists" if more > 0 else ""
+    shown = table([["crop", "class", "read as"], *rows[:MOST_READ_AS]])
+    return f"Labels without an encoding in their metadata ({len(rows)})\n\n{shown}{end}"
 
 
 def _problems(problems: Sequence[Problem]) -> str:

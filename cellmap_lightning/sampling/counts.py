@@ -1,9 +1,7 @@
 """How many voxels of each class there are: from the metadata where it says so, else counted once."""
 
 import logging
-from collections.abc import Mapping
 from itertools import product
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -11,45 +9,31 @@ from tqdm import tqdm
 from cellmap_lightning.sampling.labels import stored_labels
 from cellmap_lightning.sampling.pool import ReadPool
 from cellmap_lightning.volumes.chunks import ChunkReader
+from cellmap_lightning.volumes.declared_counts import compare_counts, declared_foreground
 from cellmap_lightning.volumes.guard import PATIENT, Patience
-from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale
+from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, complement_counts
 from cellmap_lightning.volumes.statistics import fingerprint, recall, remember
 
 log = logging.getLogger(__name__)
 
 
 def counted_in_metadata(image: Multiscale, level: Level | None = None) -> int | None:
-    """Foreground voxels of a level, by default the finest, by its ``complement_counts``; None where it has none.
-
-    ``foreground = size - sum(complement_counts)``, as cellmap-schemas defines it.
-    """
-    level = level or image.finest
-    counts = _complement_counts(level)
-    size = int(np.prod(level.array.shape))
-    if not counts or not all(isinstance(n, int) for n in counts.values()):
-        return None
-    return size - sum(counts.values()) if 0 <= sum(counts.values()) <= size else None
+    """Return the foreground voxels of a level, by default the finest, by its ``complement_counts``; see there."""
+    return declared_foreground(level or image.finest)
 
 
 def unknown_in_metadata(image: Multiscale) -> int:
     """Voxels of the finest level that nobody annotated, by its ``complement_counts``; 0 where it does not say."""
-    counts = _complement_counts(image.finest)
+    counts = complement_counts(image.finest)
     number = counts.get("unknown", 0) if counts else 0
     return number if isinstance(number, int) else 0
 
 
 def unknown_share(image: Multiscale) -> float | None:
     """The part of the finest level that nobody annotated, by its ``complement_counts``; None where it does not say."""
-    counts = _complement_counts(image.finest)
+    counts = complement_counts(image.finest)
     number = counts.get("unknown", 0) if counts else None
     return number / int(np.prod(image.finest.array.shape)) if isinstance(number, int) else None
-
-
-def _complement_counts(level: Level) -> Mapping[str, Any] | None:
-    block = level.array.attributes.get("cellmap")
-    block = block.get("annotation") if isinstance(block, Mapping) else None
-    counts = block.get("complement_counts") if isinstance(block, Mapping) else None
-    return counts if isinstance(counts, Mapping) else None
 
 
 def foreground(image: Multiscale, encoding: Encoding, pool: ReadPool, label: str, patience: Patience = PATIENT) -> int:
@@ -95,4 +79,5 @@ def count_foreground(level: Level, encoding: Encoding, pool: ReadPool, label: st
             pool.run([lambda c=corner: count(c) for corner in part])  # type: ignore[misc]
             bar.update(len(part))
     remember(name, {"foreground": sum(found)}, level)
+    compare_counts(level, encoding, sum(found), label)
     return sum(found)

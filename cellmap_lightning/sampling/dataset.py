@@ -21,8 +21,15 @@ from cellmap_lightning.sampling.arrays import (
     parse_targets,
 )
 from cellmap_lightning.sampling.counts import foreground, known_foreground, unknown_in_metadata
+from cellmap_lightning.sampling.encodings import (
+    LabelEncodings,
+    MissingLabels,
+    Unknown,
+    check_missing_labels,
+    check_unknown,
+)
 from cellmap_lightning.sampling.foreground import Foreground, foreground_index
-from cellmap_lightning.sampling.labels import DOWNSAMPLE, BitStack, Downsample, IdStack, Unknown, id_dtype
+from cellmap_lightning.sampling.labels import DOWNSAMPLE, BitStack, Downsample, IdStack, id_dtype
 from cellmap_lightning.sampling.names import renamed
 from cellmap_lightning.sampling.planes import Plane
 from cellmap_lightning.sampling.pool import ReadPool, default_workers
@@ -36,6 +43,7 @@ from cellmap_lightning.transforms.intensity import AUTO, Normalize, Scaling, inp
 from cellmap_lightning.transforms.kinds import UNKNOWN_ID, TargetKind
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.transforms.targets import class_transforms
+from cellmap_lightning.volumes.chunk_names import check_chunk_names
 from cellmap_lightning.volumes.chunks import Reader, check_reader
 from cellmap_lightning.volumes.geometry import (
     AXES,
@@ -43,18 +51,21 @@ from cellmap_lightning.volumes.geometry import (
     SCALE_TOLERANCE,
     Box,
     FloatArray,
+    Lattice,
     Shape,
+    outside,
     patch_map,
 )
 from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING, MissingRaw, StoredImage, check_missing_raw, choose_level
 from cellmap_lightning.volumes.location import CacheMode
 from cellmap_lightning.volumes.ngff import (
-    Encoding,
     Level,
+    LevelTranslations,
     Multiscale,
-    read_encoding,
+    Overrides,
     read_multiscale,
+    report,
     shared_metadata,
 )
 from cellmap_lightning.volumes.patches import Patches, Resampled, reached
@@ -70,6 +81,8 @@ _CONSEQUENCE = {
     "warn": "they show the fill value",
     "mask": "they show the fill value, and targets there are unknown",
 }
+#: Part of a crop outside of raw from which it is reported.
+LEAST_OUTSIDE = 1e-6
 #: A place in a placement's grid (z, y, x).
 Place = tuple[int, int, int]
 
@@ -112,7 +125,8 @@ class CellMapDataset(SampleSource):
         class_table: the classes and their parts; by default those of the CellMap Segmentation Challenge.
         label_downsample: how labels are made coarser: ``stored`` (the level on disk), or from the finest level the
             ``majority`` of the voxels, or ``any`` of them, for thin structures that a pyramid loses.
-        unknown: code of unknown voxels: ``metadata``, a number, or None where every value is meant.
+        unknown: code of unknown voxels in label arrays whose metadata leave it open: ``metadata`` (decided by the
+            values, where they decide it), a stored value, or None where every value is meant; or ``{class: code}``.
         nan_targets: say NaN where nothing is known; otherwise 0, with a boolean ``<name>_mask`` beside the target.
         plane: where flat patches lie: ``xy``, ``xz`` or ``yz``.
         too_coarse: ``error`` when labels are coarser than a target asks for, or ``upsample``.
@@ -126,6 +140,15 @@ class CellMapDataset(SampleSource):
         missing_raw: what becomes of samples that show raw of which a chunk is not stored: ``error``, ``warn`` (they
             show the fill value), or ``mask`` (so they do, and targets there are unknown). A chunk of labels that is
             not stored holds the fill value.
+        missing_labels: what becomes of chunks of labels that are missing although ``complement_counts`` promise voxels
+            in them: ``error``, or ``unknown`` (they are NaN). Any other chunk of labels that is missing is absent.
+        unit: unit of the axes in place of the stored one, such as ``micrometer``: of raw and labels alike, or
+            ``{raw: ..., gt: ...}``, as for the next three.
+        voxel_size: voxel size of the finest level in place of the stored one, nm (z, y, x).
+        translation: centre of voxel 0 of the finest level in place of the stored one, nm (z, y, x).
+        multiscale: name of the image to read where a group lists several.
+        level_translations: where levels lie whose translations are missing or all the same: ``auto`` (all levels cover
+            the same box) or ``stored``.
         read_attempts: how many times an object is asked for at most, before that is an error.
         read_timeout: seconds after which it is given up, with all attempts.
         storage_options: of addresses such as ``s3://bucket/vol.zarr``: what fsspec's file system is made with, as
@@ -171,6 +194,12 @@ class CellMapDataset(SampleSource):
         cache_bytes: int | None = None,
         reader: Reader = "zarr",
         missing_raw: MissingRaw = "error",
+        missing_labels: MissingLabels = "error",
+        unit: Any = None,
+        voxel_size: Any = None,
+        translation: Any = None,
+        multiscale: Any = None,
+        level_translations: LevelTranslations = "auto",
         read_attempts: int = PATIENT.attempts,
         read_timeout: float = PATIENT.timeout,
         storage_options: Mapping[str, Any] | None = None,
@@ -204,8 +233,9 @@ class CellMapDataset(SampleSource):
             )
         if too_coarse not in ("error", "upsample"):
             raise CellMapValueError(f"too_coarse must be 'error' or 'upsample', got {too_coarse!r}")
-        if unknown not in ("metadata", None) and (isinstance(unknown, bool) or not isinstance(unknown, int)):
-            raise CellMapValueError(f"unknown must be 'metadata', a stored value or null, got {unknown!r}")
+        self._overrides = Overrides.pair(
+            level_translations, unit=unit, voxel_size=voxel_size, translation=translation, multiscale=multiscale
+        )
         augment = IntensityTransforms(intensity_transforms)
         self.spatial = SpatialTransforms(spatial_transforms)
         self.spatial.check({name: spec.window for name, spec in arrays.items()})
@@ -219,6 +249,10 @@ class CellMapDataset(SampleSource):
         self.reader = check_reader(reader)
         self.missing_raw = check_missing_raw(missing_raw)
         self.patience = Patience(read_attempts, read_timeout)
+        #: How the label arrays of each class are read.
+        self.encodings = LabelEncodings(
+            self.label, check_unknown(unknown), check_missing_labels(missing_labels), patience=self.patience
+        )
 
         implications = Implications(
             names, self.target_path.names if self.target_path else (), infer, class_table, class_relation_dict
@@ -239,6 +273,8 @@ class CellMapDataset(SampleSource):
         world = {name: self.plane.in_volume(window) for name, window in self._windows.items()}
         what = f"{self.label}: raw" if targets else "raw"
         self._raw = {name: choose_level(raw, world[name].scale.tolist(), what, max_upsampling) for name in inputs}
+        for level in {level.path: level for level in self._raw.values()}.values():
+            check_chunk_names(level.array, what)
         self._images = {name: self._stored_image(level, chunks, what) for name, level in self._raw.items()}
 
         if self.target_path:
@@ -255,20 +291,20 @@ class CellMapDataset(SampleSource):
         else:
             crop = volume
         self.box = crop
-        self._labels, self._unknown, self._stored_levels = labels, unknown, label_downsample == "stored"
+        self._labels, self._stored_levels = labels, label_downsample == "stored"
         self.annotated = tuple(c for c in names if c in labels)
         self._stacks: dict[str, BitStack | IdStack] = {}
         self._fills: dict[float, float] = {}
         for name, target in targets.items():
             if target.kind.reads == "bits":
                 self._stacks[name] = BitStack(
-                    labels, implications, len(names), world[name], chunks, self.label, label_downsample, unknown,
-                    self.reader, self.patience,
+                    labels, implications, len(names), world[name], chunks, self.label, label_downsample,
+                    self.encodings, self.reader, self.patience,
                 )  # fmt: skip
             else:
                 own = {c: image for c, image in labels.items() if c in names}
                 self._stacks[name] = IdStack(
-                    own, names, world[name], chunks, self.label, unknown, self.reader, self.patience
+                    own, names, world[name], chunks, self.label, self.encodings, self.reader, self.patience
                 )
 
         rule = Normalize.parse(normalize, invert)
@@ -307,6 +343,7 @@ class CellMapDataset(SampleSource):
             cover=self.pad and not self.is_train,
         )
         self._place(world, targets)
+        self._raw_ends = self._find_where_raw_ends()
         self._tiled = world[next(iter(targets or inputs))]
         scale = np.max([world[n].scale for n in targets or inputs], axis=0)
         #: Voxels of the crop at the resolution asked for, by which crops are weighed against each other.
@@ -316,6 +353,7 @@ class CellMapDataset(SampleSource):
         #: Half the edge lengths of what every target holds, along the patch's own axes, nm.
         self.half: FloatArray = np.min([self._windows[n].extent for n in targets or inputs], axis=0) / 2
         self._announce()
+        self.encodings.report()
         self._say_what_is_missing()
 
     def _place(self, world: Mapping[str, Window], targets: Mapping[str, TargetArray]) -> None:
@@ -354,6 +392,30 @@ class CellMapDataset(SampleSource):
                 assert stack.patches is not None
                 self._patches[name] = stack.patches
 
+    def _find_where_raw_ends(self) -> list[Lattice]:
+        """The lattices of raw that the crop is partly outside of; the part is reported.
+
+        Targets are unknown where raw does not exist.
+        """
+        ends: list[Lattice] = []
+        if not self._stacks:
+            return ends
+        for level in {level.path: level for level in self._raw.values()}.values():
+            lattice, box = level.lattice, self.box
+            slack = LATTICE_TOLERANCE * np.asarray(lattice.step)
+            lower, upper = lattice.box.lower - slack, lattice.box.upper + slack
+            if (lower <= box.lower).all() and (upper >= box.upper).all():
+                continue
+            ends.append(lattice)
+            inside = np.minimum(box.upper, lattice.box.upper) - np.maximum(box.lower, lattice.box.lower)
+            part = 1 - float(np.prod(np.clip(inside / box.extent, 0, 1)))
+            if part >= LEAST_OUTSIDE:
+                log.warning(
+                    "%s: %.3g %% of the crop (%s) lies outside of raw (%s, level %s: %s): targets are unknown there",
+                    self.label, 100 * part, box, self.input_path, level.name, lattice.box,
+                )  # fmt: skip
+        return ends
+
     def _stored_image(self, level: Level, chunks: ChunkCache, what: str) -> StoredImage:
         return StoredImage(level, chunks, what, self.reader, self.patience, self.missing_raw)
 
@@ -382,8 +444,9 @@ class CellMapDataset(SampleSource):
         problems: list[CellMapError] = []
         for what, path in paths.items():
             try:
-                image = read_multiscale(path)
+                image = read_multiscale(path, self._overrides[what != "raw"])
                 _ = image.finest.lattice
+                report(image.path, image.notes)
                 found[what] = image
             except CellMapError as e:
                 problems.append(e)
@@ -457,7 +520,7 @@ class CellMapDataset(SampleSource):
         found = {}
         for name in self.annotated:
             image = self._labels[name]
-            code, label = self._encoding(image, image.finest), f"{self.label}/{name}"
+            code, label = self.encodings.of(name, image, image.finest), f"{self.label}/{name}"
             stored = foreground(image, code, self._pool, label, self.patience)
             found[name] = stored * self._per_stored_voxel(image)
         return found
@@ -465,8 +528,9 @@ class CellMapDataset(SampleSource):
     @property
     def counted(self) -> bool:
         """Whether `class_counts` needs no voxel to be read."""
-        images = [self._labels[name] for name in self.annotated]
-        return all(known_foreground(i, i.finest, self._encoding(i, i.finest)) is not None for i in images)
+        images = {name: self._labels[name] for name in self.annotated}
+        codes = self.encodings
+        return all(known_foreground(i, i.finest, codes.of(n, i, i.finest)) is not None for n, i in images.items())
 
     @property
     def target_window(self) -> Window:
@@ -495,14 +559,8 @@ class CellMapDataset(SampleSource):
         scale = self.plane.in_volume(self.target_window).scale.tolist()
         chosen = choose_level(image, scale, f"{self.label}/{name}") if self._stored_levels else image.finest
         levels = image.present[image.present.index(chosen) :: -1]
-        code, label = self._encoding(image, chosen), f"{self.label}/{name}"
+        code, label = self.encodings.of(name, image, chosen), f"{self.label}/{name}"
         return foreground_index(levels, code, self._pool, label, self.patience)
-
-    def _encoding(self, image: Multiscale, level: Level) -> Encoding:
-        if level.array.dtype.kind == "b":
-            return Encoding(0, None)
-        encoding = read_encoding(image, level)
-        return encoding if self._unknown == "metadata" else Encoding(encoding.absent, self._unknown)
 
     def _per_stored_voxel(self, image: Multiscale) -> float:
         """Voxels of the first target in one of the finest level."""
@@ -516,7 +574,7 @@ class CellMapDataset(SampleSource):
 
         def look(name: str) -> None:
             image, label = self._labels[name], f"{self.label}/{name}"
-            code = partial(self._encoding, image)
+            code = partial(self.encodings.of, name, image)
             found[name] = tiles_with(image, code, self.placement, self._tiled, label, self.patience)
 
         self._pool.run([partial(look, name) for name in self.annotated])
@@ -657,11 +715,17 @@ class CellMapDataset(SampleSource):
             stack.read_into(place, stored, turn)
         else:
             self._patches[name].read_into(place, stored, turn, 0)
-        if self.missing_raw == "mask":
+        if self.missing_raw == "mask" or self._raw_ends:
             window = _grown(self._windows[name], kind.margin)
             center = self.placement.first + self.placement.step * place
-            for image in self._images.values():
-                unseen = image.unseen(patch_map(center, window.shape, window.scale, image.lattice, turn))
+            lattices = [] if self.missing_raw != "mask" else [image.lattice for image in self._images.values()]
+            maps = [patch_map(center, window.shape, window.scale, lattice, turn) for lattice in lattices]
+            hidden = [image.unseen(amap) for image, amap in zip(self._images.values(), maps, strict=False)]
+            hidden += [
+                outside(patch_map(center, window.shape, window.scale, lattice, turn), lattice.shape)
+                for lattice in self._raw_ends
+            ]
+            for unseen in hidden:
                 if unseen is not None and isinstance(stack, IdStack):
                     stored[:, unseen] = UNKNOWN_ID
                 elif unseen is not None:

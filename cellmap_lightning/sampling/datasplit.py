@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import json
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,15 @@ from cellmap_lightning.errors import (
 )
 from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes, parse_inputs, parse_targets
 from cellmap_lightning.sampling.dataset import CellMapDataset, NotAnnotatedError, TooCoarseError
-from cellmap_lightning.sampling.entries import SPLITS, Entry, read_csv, read_mapping, table_of
+from cellmap_lightning.sampling.encodings import (
+    MissingLabels,
+    Unknown,
+    check_missing_labels,
+    check_unknown,
+)
+from cellmap_lightning.sampling.entries import METADATA_KEYS, SPLITS, Entry, read_csv, read_mapping, table_of
 from cellmap_lightning.sampling.holds import Holding, look, place_of
-from cellmap_lightning.sampling.labels import Downsample, Unknown
+from cellmap_lightning.sampling.labels import Downsample
 from cellmap_lightning.sampling.layout import Filter, ListedCrop, find_crops, read_manifest
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.pool import REMOTE_WORKERS
@@ -38,7 +45,7 @@ from cellmap_lightning.volumes.geometry import SCALE_TOLERANCE, FloatArray
 from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING, MissingRaw, check_missing_raw
 from cellmap_lightning.volumes.location import CacheMode, check_mode
-from cellmap_lightning.volumes.ngff import shared_metadata
+from cellmap_lightning.volumes.ngff import LevelTranslations, Overrides, shared_metadata
 from cellmap_lightning.volumes.store import local
 
 log = logging.getLogger(__name__)
@@ -55,10 +62,12 @@ class CellMapDataSplit:
     Args:
         csv_path: a CSV without or with a header, of 5 columns ``usage, zarr, raw dataset, zarr, target dataset`` or of
             3 ``usage, raw, target``; for prediction the target may be empty or left out. Relative paths are relative
-            to the CSV's folder. Usages: train, val (or validate), test, predict. With a header whose last word is
-            ``weight``, the last column is the crop's weight for the strategy ``weighted``.
+            to the CSV's folder. Usages: train, val (or validate), test, predict. With a header, more columns may
+            follow: ``weight`` (of the crop, for the strategy ``weighted``), ``unknown``, ``unit``, ``voxel_size``,
+            ``translation`` and ``multiscale`` (see `CellMapDataset`), written as in YAML, empty for the default.
         datasets: instead of it, ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also say ``normalize``,
-            ``invert`` and ``weight``, or be a `CellMapDataset`.
+            ``invert`` and ``weight``, and ``unknown``, ``unit``, ``voxel_size``, ``translation`` and ``multiscale`` of
+            `CellMapDataset`, or be a `CellMapDataset`.
         classes: the targets' channels; None for raw only.
         input_arrays: see `CellMapDataset`, as all that follow.
         target_arrays: see there.
@@ -86,6 +95,8 @@ class CellMapDataSplit:
         reader: see there.
         missing_raw: see there. Volumes to predict are not refused for missing chunks, which most programs leave out
             where a volume is empty: ``error`` is ``warn`` there.
+        missing_labels: see there.
+        level_translations: see there.
         read_attempts: see there.
         read_timeout: see there.
         split: ``csv``: each crop is for what the CSV, or ``datasets``, says. Otherwise its crops for train and val are
@@ -136,6 +147,8 @@ class CellMapDataSplit:
         cache_bytes: int | None = None,
         reader: Reader = "zarr",
         missing_raw: MissingRaw = "error",
+        missing_labels: MissingLabels = "error",
+        level_translations: LevelTranslations = "auto",
         read_attempts: int = PATIENT.attempts,
         read_timeout: float = PATIENT.timeout,
         storage_options: Mapping[str, Any] | None = None,
@@ -171,6 +184,9 @@ class CellMapDataSplit:
         check_mode(cache, cache_bytes)
         check_reader(reader)
         check_missing_raw(missing_raw)
+        check_missing_labels(missing_labels)
+        check_unknown(unknown)
+        Overrides.parse(level_translations=level_translations)
         Patience(read_attempts, read_timeout)
         SpatialTransforms(spatial_transforms)
         IntensityTransforms(intensity_transforms)
@@ -205,6 +221,8 @@ class CellMapDataSplit:
             "reader": reader,
             "storage_options": storage_options,
             "missing_raw": missing_raw,
+            "missing_labels": missing_labels,
+            "level_translations": level_translations,
             "read_attempts": read_attempts,
             "read_timeout": read_timeout,
         }
@@ -319,8 +337,13 @@ class CellMapDataSplit:
         return for_all(opened, entries, f"opening {split}")
 
     def _with_options(self, entry: Entry) -> Entry:
-        common = self._common["storage_options"]
-        return entry if entry.storage_options is not None or common is None else replace(entry, storage_options=common)
+        options = self._common["storage_options"] if entry.storage_options is None else entry.storage_options
+        metadata = {"level_translations": self._common["level_translations"], **entry.metadata}
+        own, common = metadata.get("unknown"), self._common["unknown"]
+        if isinstance(own, Mapping):  # classes that it does not name are as everywhere
+            everywhere = common if isinstance(common, Mapping) else {"*": common}
+            metadata["unknown"] = {**everywhere, **own}
+        return replace(entry, storage_options=options, metadata=metadata)
 
     # -- division
 
@@ -431,7 +454,7 @@ class CellMapDataSplit:
                 target = entry.target if self.classes is not None else None
             except CellMapError:
                 return None  # opening it will say what is wrong
-            return look(target, self._read(target.names)) if target is not None else None
+            return look(target, self._read(target.names), entry.overrides[1]) if target is not None else None
 
         new = list({key(entry): entry for entry in entries if key(entry) not in self._holdings}.values())
         for entry, holding in zip(new, for_all(looked, new, "looking at crops"), strict=True):
@@ -455,13 +478,15 @@ class CellMapDataSplit:
         return scales
 
     def write_csv(self, path: str | Path) -> None:
-        """Write the crops of every split as a CSV of ``usage, raw, target`` with absolute paths, and ``weight`` if any.
+        """Write the crops of every split as a CSV of ``usage, raw, target`` with absolute paths, and what entries say.
 
         Read again with ``split="csv"`` it gives the same splits. How single entries are normalized or inverted has no
         place in a CSV; that is logged.
         """
         rows, own = [], []
-        weighted = any(entry.weight is not None for entries in self.entries.values() for entry in entries)
+        every = [entry for entries in self.entries.values() for entry in entries]
+        columns = [key for key in METADATA_KEYS if any(key in entry.metadata for entry in every)]
+        weighted = any(entry.weight is not None for entry in every)
         for split in SPLITS:
             for entry in self.entries.get(split, []):
                 target = entry.target_path
@@ -469,7 +494,8 @@ class CellMapDataSplit:
                     target = str(entry.dataset.target_path)
                 raw, gt = _absolute(entry.input_path), _absolute(target) if target else ""
                 weight = [] if not weighted else ["" if entry.weight is None else repr(entry.weight)]
-                rows.append(["validate" if split == "val" else split, raw, gt, *weight])
+                more = [json.dumps(entry.metadata[key]) if key in entry.metadata else "" for key in columns]
+                rows.append(["validate" if split == "val" else split, raw, gt, *weight, *more])
                 if entry.normalize is not None or entry.invert is not None:
                     own.append(entry.where)
         if own:
@@ -478,7 +504,7 @@ class CellMapDataSplit:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", encoding="utf-8", newline="") as out:
             writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
-            writer.writerow(["usage", "raw", "target", *(["weight"] if weighted else [])])
+            writer.writerow(["usage", "raw", "target", *(["weight"] if weighted else []), *columns])
             writer.writerows(rows)
 
     def table(self) -> str:
@@ -540,7 +566,7 @@ class CellMapDataSplit:
             spatial_transforms=self._spatial if training else None,
             intensity_transforms=self._intensity if training else None,
             plane=plane,
-            **self._common | {key: value for key, value in own.items() if value is not None},
+            **self._common | {key: value for key, value in own.items() if value is not None} | dict(entry.metadata),
         )
         dataset.weight = entry.weight
         return dataset
@@ -615,7 +641,10 @@ def _openers(entries: Sequence[Any]) -> int:
 
 def _volumes(split: str, entries: list[Entry]) -> list[Entry]:
     """Each raw volume once: without classes, what a row names is the whole volume and no crop of it."""
-    found = {(e.input_path, str(e.normalize), e.invert) if e.dataset is None else e.where: e for e in entries}
+    found = {
+        (e.input_path, str(e.normalize), e.invert, str(e.metadata)) if e.dataset is None else e.where: e
+        for e in entries
+    }
     if len(found) < len(entries):
         log.info("%s: %d crops without classes are %d raw volumes", split, len(entries), len(found))
     return list(found.values())

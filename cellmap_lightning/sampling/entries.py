@@ -3,9 +3,11 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from cellmap_lightning.errors import (
     CellMapError,
@@ -15,14 +17,19 @@ from cellmap_lightning.errors import (
     CellMapValueError,
 )
 from cellmap_lightning.sampling.dataset import CellMapDataset
+from cellmap_lightning.sampling.encodings import check_unknown
 from cellmap_lightning.sampling.strategies import check_weight
 from cellmap_lightning.sampling.targets_path import TargetPath
 from cellmap_lightning.volumes.geometry import Box
+from cellmap_lightning.volumes.ngff import OVERRIDE_KEYS, Overrides
 from cellmap_lightning.volumes.store import local, missing
 
 SPLITS = ("train", "val", "test", "predict")
 _USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}
-_ENTRY_KEYS = ("raw", "gt", "normalize", "invert", "weight", "storage_options")
+#: What an entry may say of its metadata, and as a column of a CSV.
+METADATA_KEYS = ("unknown", *OVERRIDE_KEYS)
+_COLUMNS = ("weight", *METADATA_KEYS)
+_ENTRY_KEYS = ("raw", "gt", "normalize", "invert", "weight", *METADATA_KEYS, "storage_options")
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Entry:
         box: where it lies, in nm, if that was said where it was named.
         weight: how often it is drawn by the strategy ``weighted``.
         storage_options: see `CellMapDataset`.
+        metadata: what replaces its metadata, ``{key: value}``, the keys among `METADATA_KEYS`; see `CellMapDataset`.
     """
 
     where: str
@@ -50,6 +58,16 @@ class Entry:
     weight: float | None = None
     box: Box | None = None
     storage_options: Mapping[str, Any] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def overrides(self) -> tuple[Overrides, Overrides]:
+        """Overrides of the metadata of its raw image and of its labels.
+
+        Raises:
+            CellMapError: a value that is not one.
+        """
+        return Overrides.pair(**{key: value for key, value in self.metadata.items() if key != "unknown"})
 
     @property
     def target(self) -> TargetPath | None:
@@ -91,7 +109,8 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[Entry]]:
         raise CellMapValueError(f"{file} is not a text file ({e})") from None
     entries: dict[str, list[Entry]] = {}
     problems: list[tuple[Entry, CellMapError]] = []
-    first, weighted = True, False
+    first: bool = True
+    options: list[str] = []
     reader = csv.reader(io.StringIO(text), skipinitialspace=True)
     for row in reader:
         cells = [cell.strip() for cell in row]
@@ -99,13 +118,18 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[Entry]]:
             continue
         header, first = first and cells[0].lower() == "usage", False
         if header:
-            weighted = cells[-1].lower() == "weight"
+            names = [cell.lower() for cell in cells]
+            options = [name for name in names if name in _COLUMNS]
+            if names[len(names) - len(options) :] != options:
+                raise CellMapValueError(f"{file}: the columns {', '.join(options)} must be the last ones")
             continue
         where = f"{file.name}, line {reader.line_num}"
         try:
-            weight = _weight(cells.pop()) if weighted else None
-            split, entry = _row(cells, where, file.parent, targets)
-            entry = replace(entry, weight=weight)
+            split, entry = _row(cells[: len(cells) - len(options)], where, file.parent, targets)
+            given = dict(zip(options, cells[len(cells) - len(options) :], strict=True))
+            weight = _weight(given.pop("weight", ""))
+            metadata = {key: _value(key, cell) for key, cell in given.items() if cell}
+            entry = replace(entry, weight=weight, metadata=_checked(metadata))
             entries.setdefault(split, []).append(entry)
         except CellMapError as e:
             problems.append((Entry(where), e))
@@ -122,7 +146,7 @@ def _row(cells: list[str], where: str, folder: Path, targets: bool) -> tuple[str
     split = _USAGES.get(cells[0].lower())
     if split is None:
         raise CellMapValueError(f"the usage {cells[0]!r} should be one of {', '.join(_USAGES)}")
-    if any(cell.count("[") != cell.count("]") for cell in cells):
+    if any(cell.rpartition("/")[2].startswith("[") and "]" not in cell.rpartition("/")[2] for cell in cells):
         raise CellMapValueError('a bracket of classes needs quotes around its path: "…/crop1/[mito,er]"')
     if len(cells) == 5:
         raw, target = _join(cells[1], cells[2]), _join(cells[3], cells[4])
@@ -138,6 +162,23 @@ def _row(cells: list[str], where: str, folder: Path, targets: bool) -> tuple[str
     if not target and targets and split != "predict":
         raise CellMapValueError(f"the target path is empty; only crops for 'predict' may go without, not {split!r}")
     return split, Entry(where, _anchor(raw, folder), _anchor(target, folder) if target else None)
+
+
+def _value(key: str, cell: str) -> Any:
+    """The value of a cell, written as in YAML: ``null``, ``255``, ``[8, 8, 8]``, ``{raw: micrometer}``."""
+    try:
+        return yaml.safe_load(cell)
+    except yaml.YAMLError as e:
+        raise CellMapValueError(f"{key} cannot be read from {cell!r}: {str(e).splitlines()[0]}") from None
+
+
+def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, if its values are ones that `CellMapDataset` takes."""
+    found = dict(metadata)
+    if "unknown" in found:
+        found["unknown"] = check_unknown(found["unknown"])
+    _ = Entry("", metadata=found).overrides
+    return found
 
 
 def _weight(cell: str) -> float | None:
@@ -208,4 +249,14 @@ def _entry(item: Any, where: str) -> Entry:
         check_weight(found["weight"], f"{where}: weight") if found.get("weight") is not None else None,
         None,
         found.get("storage_options"),
+        _located(where, {key: found[key] for key in METADATA_KEYS if key in found}),
     )
+
+
+def _located(where: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """See `_checked`; errors name the entry."""
+    try:
+        return _checked(metadata)
+    except CellMapError as e:
+        e.args = (f"{where}: {e}",)
+        raise

@@ -17,6 +17,7 @@ from cellmap_lightning.draws import INDEX, uniforms
 from cellmap_lightning.sampling.labels import stored_labels
 from cellmap_lightning.sampling.pool import FORK_GATE, ReadPool
 from cellmap_lightning.volumes.chunks import ChunkReader, chunk_shape
+from cellmap_lightning.volumes.declared_counts import compare_counts
 from cellmap_lightning.volumes.geometry import FloatArray, Lattice, Shape
 from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.ngff import Encoding, Level
@@ -113,6 +114,9 @@ def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str, patienc
         return Foreground(level.lattice, *_unpacked(kept))
     with FORK_GATE:
         found = Foreground(level.lattice, *_build(reader, files, encoding, pool))
+    blocks = np.ceil(np.divide(reader.shape, chunk_shape([reader])))
+    if blocks.prod() <= MOST_BLOCKS:  # otherwise not every block was read
+        compare_counts(level, encoding, len(found), label)
     remember(name, {"stamp": stamp, **_packed(found)}, level)
     return found
 

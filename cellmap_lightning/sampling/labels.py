@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cellmap_lightning.errors import CellMapError, CellMapValueError, MetadataError
+from cellmap_lightning.sampling.encodings import LabelEncodings
 from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.kinds import UNKNOWN_ID, signed
 from cellmap_lightning.transforms.targets import pack, packed_bytes
@@ -13,6 +14,7 @@ from cellmap_lightning.volumes.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.volumes.geometry import AffineMap, Box, FloatArray, Lattice, Shape
 from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.image import choose_level
+from cellmap_lightning.volumes.label_values import CODE, whole_numbers
 from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding
 from cellmap_lightning.volumes.patches import MapTo, Patches, Resampled, stored_box
 from cellmap_lightning.volumes.placement import Placement, Window
@@ -23,8 +25,6 @@ from cellmap_lightning.volumes.store import identity_of
 #: How labels are made coarser: the stored level, or from the finest one the majority of its voxels, or any of them.
 Downsample = Literal["stored", "majority", "any"]
 DOWNSAMPLE = ("stored", "majority", "any")
-#: What the code of unknown voxels is: as the metadata says, a number, or None where every value is meant.
-Unknown = int | None | Literal["metadata"]
 
 Member = tuple[int, str, Level, Encoding]
 
@@ -35,7 +35,7 @@ def label_members(
     window: Window,
     label: str,
     downsample: Downsample,
-    unknown: Unknown,
+    encodings: LabelEncodings,
 ) -> list[Member]:
     """Position, name, level and encoding of each class that is read.
 
@@ -50,15 +50,13 @@ def label_members(
                 if downsample == "stored"
                 else image.finest
             )
-            if level.array.dtype.kind == "b":
-                encoding = Encoding(0, None)
-            else:
-                encoding = read_encoding(image, level)
-                if unknown != "metadata":
-                    encoding = Encoding(encoding.absent, unknown)
+            encoding = encodings.of(name, image, level)
+            if level != image.finest and read_encoding(image, level) is None:
+                encodings.of(name, image, image.finest)  # voxels are counted there, which must not fail later
             members.append((order.index(name), name, level, encoding))
         except CellMapError as e:
-            e.args = (f"{label}, class {name!r}: {e}",)
+            if f"{label}/{name}" not in str(e):
+                e.args = (f"{label}, class {name!r}: {e}",)
             raise
     return members
 
@@ -71,26 +69,49 @@ def stored_labels(
     Raises:
         MetadataError: they are not whole numbers, or it cannot be told whether a value is an id or means unknown.
     """
-    stored = reader.read(start, shape, begun)
-    if stored.dtype.kind == "f":
-        if not (np.isfinite(stored).all() and (np.rint(stored) == stored).all()):
-            raise MetadataError(f"{reader.label}: {reader.level.path} holds labels that are not whole numbers (or NaN)")
-        stored = stored.astype(np.int64)
+    stored = whole_numbers(reader, reader.read(start, shape, begun))
+    where = f"{reader.label}: {reader.level.path}"
     if stored.dtype.kind == "i":
         odd = (stored < 0) & (stored != encoding.absent)
         if encoding.unknown is not None:
             odd &= stored != encoding.unknown
         if odd.any():
             raise MetadataError(
-                f"{reader.label}: {reader.level.path} holds the negative label {int(stored[odd][0])}, which its "
+                f"{where} holds the negative label {int(stored[odd][0])}, which its "
                 f"encoding does not explain (absent {encoding.absent}, unknown {encoding.unknown})"
             )
     if encoding.ambiguous and encoding.unknown is not None and (stored > encoding.unknown).any():
         raise MetadataError(
-            f"{reader.label}: {reader.level.path} holds ids above {encoding.unknown}, and nothing says whether "
+            f"{where} holds ids above {encoding.unknown}, and nothing says whether "
             f"{encoding.unknown} means unknown or is an instance: its attributes have no complement_counts.unknown. "
-            f"Say it with unknown={encoding.unknown} or unknown=null"
+            f"Set unknown={encoding.unknown} or unknown=null for this crop or class"
         )
+    if encoding.assumed and ((stored == CODE) if encoding.assumed == "ids" else (stored != 0) & (stored != CODE)).any():
+        raise MetadataError(
+            f"{where} holds {CODE} beside other ids, and no metadata say whether it means unknown or is an id: set "
+            f"unknown={CODE} or unknown=null for this crop or class"
+        )
+    if encoding.missing == "unknown":
+        stored = _without_missing(reader, encoding, start, stored)
+    return stored
+
+
+def _without_missing(
+    reader: ChunkReader, encoding: Encoding, start: tuple[int, int, int], stored: AnyArray
+) -> AnyArray:
+    """Stored labels of a box, with the code of unknown voxels where chunks are missing."""
+    z, y, x = stored.shape
+    missed = reader.missed(start, (z, y, x))
+    code = encoding.unknown
+    if not missed or code is None:
+        return stored
+    fits = stored.dtype.kind in "iu" and np.iinfo(stored.dtype).min <= code <= np.iinfo(stored.dtype).max
+    stored = stored.copy() if fits else stored.astype(np.int64)
+    size = reader.level.zyx(reader.level.array.files)
+    for index in missed:
+        corner = np.multiply(reader.level.zyx(index), size) - start
+        box = tuple(slice(max(0, int(c)), max(0, int(c) + f)) for c, f in zip(corner, size, strict=True))
+        stored[box] = code
     return stored
 
 
@@ -157,7 +178,7 @@ class BitStack:
         cache: where decoded chunks are kept that have no other place.
         label: what messages call the crop.
         downsample: see `Downsample`.
-        unknown: see `Unknown`.
+        encodings: how its arrays are read; by default as their metadata and values say.
         reader: see `chunks.Reader`.
         patience: how long an object is tried for.
     """
@@ -171,7 +192,7 @@ class BitStack:
         cache: ChunkCache,
         label: str,
         downsample: Downsample = "stored",
-        unknown: Unknown = "metadata",
+        encodings: LabelEncodings | None = None,
         reader: Reader = "zarr",
         patience: Patience = PATIENT,
     ) -> None:
@@ -181,7 +202,9 @@ class BitStack:
         self.label = label
         self.depth, self.depth_out = packed_bytes(len(implications.read)), packed_bytes(count)
         groups: list[list[Member]] = []
-        for member in label_members(images, implications.read, window, label, downsample, unknown):
+        for member in label_members(
+            images, implications.read, window, label, downsample, encodings or LabelEncodings(label)
+        ):
             for group in groups:
                 if group[0][2].lattice.matches(member[2].lattice):
                     group.append(member)
@@ -331,7 +354,7 @@ class IdStack:
         window: see `BitStack`.
         cache: see `BitStack`.
         label: see `BitStack`.
-        unknown: see `Unknown`.
+        encodings: how its arrays are read; by default as their metadata and values say.
         reader: see `chunks.Reader`.
         patience: how long an object is tried for.
     """
@@ -343,14 +366,14 @@ class IdStack:
         window: Window,
         cache: ChunkCache,
         label: str,
-        unknown: Unknown = "metadata",
+        encodings: LabelEncodings | None = None,
         reader: Reader = "zarr",
         patience: Patience = PATIENT,
     ) -> None:
         self.cache = cache
         self.label = label
         self.dtype = id_dtype(images)
-        self.members = label_members(images, classes, window, label, "stored", unknown)
+        self.members = label_members(images, classes, window, label, "stored", encodings or LabelEncodings(label))
         self._stored = []
         for _, name, level, encoding in self.members:
             decoder = _IdDecoder(ChunkReader(level, f"{label}/{name}", reader, patience), encoding, self.dtype)

@@ -1,11 +1,15 @@
 """The bracket form of a target path: ``.../crop1/[mito,er]``."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.volumes.store import StorePath, children, exists, located, missing, parts_of
+
+#: A part of a path that is a bracket of classes.
+_BRACKET = re.compile(r"\[[^\[\]]*\]")
 
 
 @dataclass(frozen=True)
@@ -28,27 +32,27 @@ class TargetPath:
     def parse(cls, path: str, options: Mapping[str, Any] | None = None) -> "TargetPath":
         """Read ``.../crop1/[mito,er]``, ``.../crop1/[mito,er]/suffix``, or ``.../crop1/mito`` for one class.
 
+        The classes are the last part of the path that is a bracket as a whole; other brackets belong to names of
+        folders, as in ``[2024] mito/jrc_a.zarr/crop1/[mito,er]``, and so do those before a Zarr container.
+
         Raises:
             CellMapValueError: the bracket is malformed, empty, or names a class twice.
         """
         given = tuple(sorted((options or {}).items()))
-        if "[" not in path and "]" not in path:
-            before, _, name = path.rstrip("/").rpartition("/")
-            return cls(before or ".", (name,), "", given)
-        before, opened, rest = path.partition("[")
-        inside, closed, after = rest.partition("]")
-        if not opened or not closed or "[" in rest or "]" in after or (before and not before.endswith("/")):
-            raise CellMapValueError(
-                f"target path {path!r}: the classes should stand in one bracket, as in .../crop1/[mito,er]"
-            )
+        head, chain, archive = path.partition("::") if "://" in path else (path, "", "")  # zip://inside::/data/vol.zip
+        before, inside, after = _split(head)
+        if inside is None:
+            before, _, name = head.rstrip("/").rpartition("/")
+            return cls((before or ".") + chain + archive, (name,), "", given)
         names = tuple(name.strip() for name in inside.split(","))
         twice = sorted({n for n in names if names.count(n) > 1})
         if not all(names) or twice:
             raise CellMapValueError(f"target path {path!r}: each class should be named once, got [{inside}]")
-        return cls(before.rstrip("/"), names, after.strip("/"), given)
+        return cls(before.rstrip("/") + chain + archive, names, after.strip("/"), given)
 
     def __str__(self) -> str:
-        return f"{self.before}/[{','.join(self.names)}]" + (f"/{self.after}" if self.after else "")
+        head, chain, archive = self.before.partition("::")
+        return f"{head}/[{','.join(self.names)}]{f'/{self.after}' if self.after else ''}{chain}{archive}"
 
     @property
     def label(self) -> str:
@@ -81,3 +85,25 @@ class TargetPath:
             f"{self.label}: class {name!r} is in the bracket of the target path, but {path} does not exist; "
             f"{self.crop} has {', '.join(children(self.crop)) or 'no classes'}"
         )
+
+
+def _split(path: str) -> tuple[str, str | None, str]:
+    """The parts of a target path before, in and after its bracket of classes; None in it where there is no bracket.
+
+    Raises:
+        CellMapValueError: a bracket of classes that is not closed, or not a part of the path by itself.
+    """
+    parts = path.rstrip("/").split("/")
+    # Behind a bracket of classes there is no container, which would lie in one of the classes.
+    first = max((i for i, part in enumerate(parts) if part.endswith((".zarr", ".n5"))), default=-1) + 1
+    brackets = [i for i in range(first, len(parts)) if _BRACKET.fullmatch(parts[i])]
+    last = parts[-1]
+    if ("[" in last or "]" in last) and brackets[-1:] != [len(parts) - 1]:
+        raise CellMapValueError(
+            f"target path {path!r}: the classes should stand in one bracket that is the last part of the path, as in "
+            ".../crop1/[mito,er]"
+        )
+    if not brackets:
+        return path, None, ""
+    number = brackets[-1]
+    return "/".join(parts[:number]), parts[number][1:-1], "/".join(parts[number + 1 :])

@@ -183,3 +183,20 @@ def box_map(inner: Lattice, first: Shape, shape: Shape, lattice: Lattice) -> Aff
     """
     matrix = np.diag(np.divide(inner.step, lattice.step))
     return AffineMap(matrix, np.subtract(inner.origin, lattice.origin) / lattice.step, shape, first)
+
+
+def outside(amap: AffineMap, shape: Shape) -> npt.NDArray[np.bool_] | None:
+    """Return which voxels of a patch have their centres outside of an array; None where none has.
+
+    Args:
+        amap: from the patch's voxels to those of the array.
+        shape: voxels of the array.
+    """
+    limit = np.asarray(shape) - 0.5 + EDGE_TOLERANCE
+    corners = np.array(np.meshgrid(*((0, n - 1) for n in amap.shape), indexing="ij")).reshape(3, -1)
+    ends = amap.matrix @ corners + amap.offset[:, None]
+    if (ends >= -0.5 - EDGE_TOLERANCE).all() and (ends <= limit[:, None]).all():
+        return None
+    points = np.moveaxis(np.indices(amap.shape), 0, -1) @ amap.matrix.T + amap.offset
+    beyond: npt.NDArray[np.bool_] = np.any((points < -0.5 - EDGE_TOLERANCE) | (points > limit), axis=-1)
+    return beyond

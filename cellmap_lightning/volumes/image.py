@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError, ChunkError
+from cellmap_lightning.volumes.chunk_names import check_chunk_names
 from cellmap_lightning.volumes.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.volumes.geometry import (
     AXES,
@@ -23,7 +24,7 @@ from cellmap_lightning.volumes.geometry import (
     vector,
 )
 from cellmap_lightning.volumes.guard import PATIENT, Patience, power_of_two
-from cellmap_lightning.volumes.ngff import Level, Multiscale, read_multiscale
+from cellmap_lightning.volumes.ngff import Level, LevelTranslations, Multiscale, Overrides, read_multiscale, report
 from cellmap_lightning.volumes.patches import MapTo, stored_box
 from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import ChunkCache, Region
@@ -252,6 +253,12 @@ class CellMapImage:
             ``zyx``.
         max_upsampling: how many times finer than the finest level ``target_scale`` may be.
         cache: decoded chunks to share with other images; by default the image keeps its own.
+        unit: unit of the axes in place of the stored one, such as ``micrometer``.
+        voxel_size: voxel size of the finest level in place of the stored one, nm (z, y, x).
+        translation: centre of voxel 0 of the finest level in place of the stored one, nm (z, y, x).
+        multiscale: name of the image to read where the group lists several.
+        level_translations: where levels lie whose translations are missing or all the same: ``auto`` (all levels cover
+            the same box) or ``stored``.
 
     Raises:
         CellMapFileNotFoundError: there is no such image, or none of its levels is on disk.
@@ -272,6 +279,11 @@ class CellMapImage:
         *,
         max_upsampling: float = MAX_UPSAMPLING,
         cache: ChunkCache | None = None,
+        unit: str | None = None,
+        voxel_size: Sequence[float] | None = None,
+        translation: Sequence[float] | None = None,
+        multiscale: str | None = None,
+        level_translations: LevelTranslations = "auto",
     ) -> None:
         if sorted(axis_order) != sorted(AXES):
             raise CellMapValueError(f"axis_order must be a permutation of 'zyx', got {axis_order!r}")
@@ -288,8 +300,12 @@ class CellMapImage:
         self.pad = pad
         self.pad_value = pad_value
         self.interpolation: Method = interpolation
-        self.image = read_multiscale(path)
+        self.image = read_multiscale(
+            path, Overrides.parse(unit, voxel_size, translation, multiscale, level_translations)
+        )
+        report(self.image.path, self.image.notes)
         self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
+        check_chunk_names(self.level.array, target_class)
         self.region = StoredImage(self.level, cache if cache is not None else ChunkCache(), target_class).region
         #: Where patches may lie.
         self.placement = Placement.plan(

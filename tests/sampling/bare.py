@@ -1,7 +1,9 @@
-"""Volumes of metadata: as large as one likes, with no chunk written, which is all that drawing samples needs."""
+"""Volumes as large as one likes, without chunks but for the voxels that their counts promise."""
 
 import json
 from pathlib import Path
+
+from tests.geometries import write_voxels
 
 
 def write_bare(path, shape, scale, translation=(0, 0, 0), foreground=None, chunk=64):
@@ -33,4 +35,6 @@ def write_bare(path, shape, scale, translation=(0, 0, 0), foreground=None, chunk
         (level / ".zattrs", attributes),
     ):
         file.write_text(json.dumps(content))
+    if foreground:
+        write_voxels(level, int(foreground))
     return path

@@ -712,14 +712,14 @@ def test_other_classes_are_other_voxels(large):
         {"classes": ("b", "a")},
         {"classes": ("a",)},
         {"classes": ("a", "nobody", "b")},
-        {"classes": ("a", "b"), "unknown": None},
-        {"classes": ("a", "b"), "unknown": 1},
         {"classes": ("a", "c"), "class_relation_dict": {"c": ["b"]}},
         {"classes": ("a", "c"), "class_relation_dict": {"c": ["a"]}},
         {"classes": ("a", "b"), "annotated": ("a",)},
     ):
         assert read_all(large, **kwargs) == (half, count), kwargs
         assert read_all(large, **kwargs) == (0, count), kwargs
+    for unknown in (None, 1, {"a": None}):  # which does not apply: the metadata say what is unknown
+        assert read_all(large, unknown=unknown) == (0, count)
     assert read_all(large) == (0, count)
 
 

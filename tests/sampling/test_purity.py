@@ -274,7 +274,6 @@ def test_a_volume_of_a_million_million_voxels_costs_nothing(tmp_path):
     write_bare(tmp_path / "raw", [edge] * 3, [8] * 3)
     for name in ("a", "b"):
         file = write_bare(tmp_path / "crop" / name, [edge] * 3, [8] * 3, foreground=int(blob.sum())) / "s0" / "0/0/0"
-        file.parent.mkdir(parents=True)
         file.write_bytes(blob.tobytes())
     spec = {"shape": [64] * 3, "scale": [8] * 3}
     dataset = CellMapMultiDataset(

@@ -4,6 +4,7 @@ import csv
 import logging
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -304,7 +305,7 @@ def test_nothing_is_counted_where_no_strategy_asks(volume, monkeypatch):
 # ---------------------------------------------------------------------------------------------- volumes of metadata
 
 
-def bare(tmp_path, sizes, strategy="mix", classes=("a", "b"), foreground=None, raws=1, balance=False):
+def bare(tmp_path, sizes, strategy="mix", classes=("a", "b"), foreground=None, raws=1, balance=False, stored=True):
     """Crops of 8 nm voxels, ``[crops]`` edge lengths, in ``raws`` volumes; ``foreground[crop][class]`` voxels."""
     datasets = []
     spec = {"shape": [8, 8, 8], "scale": [8, 8, 8]}
@@ -316,10 +317,15 @@ def bare(tmp_path, sizes, strategy="mix", classes=("a", "b"), foreground=None, r
         for name in classes:
             there = 1 if foreground is None else foreground[number][classes.index(name)]
             write_bare(crop / name, [size] * 3, [8, 8, 8], foreground=there)
+            if not stored:
+                shutil.rmtree(crop / name / "s0" / "0")
         target = f"{crop}/[{','.join(classes)}]" if classes else None
         datasets.append(
-            CellMapDataset(raw, target, list(classes) or None, {"raw": spec}, {"labels": spec}, is_train=True, pad=True)
-        )
+            CellMapDataset(
+                raw, target, list(classes) or None, {"raw": spec}, {"labels": spec}, is_train=True, pad=True,
+                missing_labels="error" if stored else "unknown",
+            )
+        )  # fmt: skip
     return CellMapMultiDataset(datasets, strategy, balance)
 
 
@@ -390,7 +396,7 @@ def test_where_no_class_has_a_voxel_the_mix_goes_by_volume_and_says_so(tmp_path,
 
 
 def test_counts_of_the_metadata_that_are_not_stored_are_announced(tmp_path, caplog):
-    with bare(tmp_path, [64], "foreground", classes=("a",)) as dataset, caplog.at_level(logging.WARNING):
+    with bare(tmp_path, [64], "foreground", classes=("a",), stored=False) as dataset, caplog.at_level(logging.WARNING):
         assert len(dataset.draw(range(20), True, 0)) == 20
     assert [r.message for r in caplog.records if "counts voxels" in r.message] == [
         "v0/crop0: the metadata counts voxels of 'a', and none is stored: it is sampled anywhere in the crop"

@@ -1,5 +1,7 @@
 """What targets say, against what is stored, computed here in another way."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,15 @@ def annotation(kind="semantic_segmentation", unknown_count=0, **encoding):
     }
 
 
+def counted(attributes, array):
+    """The same with the count of absent voxels that the array has."""
+    found = json.loads(json.dumps(attributes))
+    block = found["cellmap"]["annotation"]
+    if "complement_counts" in block:
+        block["complement_counts"]["absent"] = int((array == block["annotation_type"]["encoding"]["absent"]).sum())
+    return found
+
+
 class Crop:
     """A raw volume and label arrays that fill it exactly."""
 
@@ -45,7 +56,7 @@ class Crop:
             levels=levels,
             mode="mode",
             chunks=(8, 8, 8),
-            array_attributes=lambda level, array: attributes or annotation(),
+            array_attributes=lambda level, array: counted(attributes or annotation(), array),
         )
         return self
 

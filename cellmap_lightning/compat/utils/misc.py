@@ -23,7 +23,7 @@ def longest_common_substring(a: str, b: str) -> str:
 def split_target_path(path: str) -> tuple[str, list[str]]:
     """``.../[mito,er]`` as ``.../{label}`` and ``["mito", "er"]``; without a bracket, the path and its last name."""
     found = TargetPath.parse(path)
-    if "[" not in path:
+    if "]" not in path.rstrip("/").rpartition("/")[2] and not found.after:
         return path, list(found.names)
     return "/".join(part for part in (found.before, "{label}", found.after) if part), list(found.names)
 

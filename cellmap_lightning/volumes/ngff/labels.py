@@ -5,13 +5,16 @@ Attributes: https://github.com/janelia-cellmap/cellmap-schemas.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.ngff.multiscale import Level, Multiscale
+
+#: Stands for unknown voxels in arrays whose encoding has no code for them; no stored label is as small.
+UNKNOWN_CODE = -(1 << 62)
 
 
 @dataclass(frozen=True)
@@ -20,27 +23,41 @@ class Encoding:
 
     Attributes:
         absent: value of voxels where the class is not.
-        unknown: value of voxels that nobody annotated, or None where every value is meant.
+        unknown: value of unannotated voxels, or None where every value is meant.
         ambiguous: ``unknown`` could also be an instance's id, since nothing on disk rules it out.
+        assumed: what the values were taken for where no metadata says it: ``mask`` (0 and 255) or ``ids`` (without
+            255); a value that contradicts it is an error when it is read. Empty where nothing is assumed.
+        missing: what chunks that are not stored hold: ``absent`` voxels (the fill value), or ``unknown`` ones.
     """
 
     absent: int
     unknown: int | None
     ambiguous: bool = False
+    assumed: Literal["", "mask", "ids"] = ""
+    missing: Literal["absent", "unknown"] = "absent"
 
     def present(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Whether each stored value says that the class is there."""
+        """Return where the class is present, for stored values."""
         there: npt.NDArray[np.bool_] = stored != self.absent
         if self.unknown is not None:
             there &= stored != self.unknown
         return there
 
 
-def _annotation(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """CellMap's annotation block in the attributes of a group or an array, empty where there is none."""
+def annotation_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return CellMap's annotation block in the attributes of a group or an array, empty where there is none."""
     block = attributes.get("cellmap")
     block = block.get("annotation") if isinstance(block, dict) else None
     return block if isinstance(block, dict) else {}
+
+
+def complement_counts(level: Level) -> Mapping[str, Any] | None:
+    """Return the voxels of a level that are not foreground (``absent``, ``unknown``), as its attributes count them.
+
+    Source: https://github.com/janelia-cellmap/cellmap-schemas (``complement_counts``).
+    """
+    counts = annotation_of(level.array.attributes).get("complement_counts")
+    return counts if isinstance(counts, Mapping) else None
 
 
 def _whole(value: Any) -> int:
@@ -50,22 +67,28 @@ def _whole(value: Any) -> int:
     return number
 
 
-def read_encoding(image: Multiscale, level: Level) -> Encoding:
-    """The encoding of a label level, from the array's own attributes, its finest level's, or the class group's.
+def read_encoding(image: Multiscale, level: Level) -> Encoding | None:
+    """Read the encoding of a label level, from the attributes of the array, its finest level, or the class group.
 
-    In an instance segmentation whose ``complement_counts.unknown`` is 0, the code of ``unknown`` is an instance.
+    In an instance segmentation, ``complement_counts.unknown`` decides what the code of ``unknown`` is: with 0 it is an
+    instance, with more it is unknown, and without counts it is ambiguous.
+
+    Returns:
+        None where no attributes hold an encoding.
 
     Raises:
         MetadataError: the encoding is malformed.
     """
     blocks = [
-        _annotation(attributes)
+        annotation_of(attributes)
         for attributes in (level.array.attributes, image.finest.array.attributes, image.attributes)
     ]
     kind: dict[str, Any] = next(
         (b["annotation_type"] for b in blocks if isinstance(b.get("annotation_type"), dict)), {}
     )
-    codes = kind.get("encoding", {"absent": 0, "unknown": 255})
+    if "encoding" not in kind:
+        return None
+    codes = kind["encoding"]
     try:
         absent, unknown = _whole(codes["absent"]), codes.get("unknown")
         unknown = None if unknown is None else _whole(unknown)
@@ -74,8 +97,8 @@ def read_encoding(image: Multiscale, level: Level) -> Encoding:
             f"{image.path}: the annotation's encoding needs whole numbers for 'absent' and 'unknown', got {codes!r}"
         ) from e
     # Only the finest level's count says that nothing is unknown: a coarser one may have lost it in the pyramid.
-    counts = _annotation(image.finest.array.attributes).get("complement_counts")
-    counts = counts if isinstance(counts, dict) else {}
-    if kind.get("type") == "instance_segmentation" and counts.get("unknown") == 0:
-        return Encoding(absent, None)
-    return Encoding(absent, unknown, ambiguous=kind.get("type") != "semantic_segmentation")
+    counts = complement_counts(image.finest) or {}
+    number = counts.get("unknown")
+    if kind.get("type") == "instance_segmentation" and isinstance(number, int) and not isinstance(number, bool):
+        return Encoding(absent, None if number == 0 else unknown)
+    return Encoding(absent, unknown, ambiguous=unknown is not None and kind.get("type") != "semantic_segmentation")

@@ -5,6 +5,7 @@ Specifications: https://ngff.openmicroscopy.org/0.4/#multiscale-md, https://ngff
 
 import contextlib
 import math
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,17 @@ from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, Lattice, Shape, Vector, to_vector
 from cellmap_lightning.volumes.ngff.arrays import ArrayInfo, read_array, read_attributes
 from cellmap_lightning.volumes.ngff.axes import read_axes
+from cellmap_lightning.volumes.ngff.notes import Note, reported_once
+from cellmap_lightning.volumes.ngff.overrides import AS_STORED, Overrides
 from cellmap_lightning.volumes.store import StorePath, children, exists, keeping, located, missing
+
+#: Voxel sizes outside of which a warning is given, nm; and the ratio between axes above which one is.
+SMALLEST_VOXEL, LARGEST_VOXEL, MOST_ANISOTROPIC = 0.05, 1e6, 100.0
+#: Voxels of the first level by which translations may differ and still count as the same.
+SAME_PLACE = 1e-3
+#: Voxels of the first level by which lower edges of levels may differ; of the level itself, by which upper ones may
+#: beyond a ragged last voxel.
+BOX_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -93,11 +104,13 @@ class Multiscale:
         path: the group's folder.
         levels: finest first, as listed.
         attributes: the group's attributes.
+        assumed: what reading the metadata had to assume; `notes` adds what the arrays show.
     """
 
     path: StorePath
     levels: tuple[Level, ...]
     attributes: Mapping[str, Any] = field(repr=False)
+    assumed: tuple[Note, ...] = field(default=(), repr=False)
 
     @cached_property
     def present(self) -> tuple[Level, ...]:
@@ -106,38 +119,52 @@ class Multiscale:
         Raises:
             CellMapFileNotFoundError: none is.
         """
-        found = tuple(level for level in self.levels if level.info is not None)
-        if not found:
+        present = tuple(level for level in self.levels if level.info is not None)
+        if not present:
             raise missing(self.levels[0].path, f"{self.path}: none of its levels is on disk;")
-        return found
+        return present
 
     @property
     def finest(self) -> Level:
         """The finest level on disk."""
         return self.present[0]
 
+    @cached_property
+    def notes(self) -> tuple[Note, ...]:
+        """Assumptions about the image, a comparison of the boxes of its levels included.
 
-#: Images that were read since somebody began to share them; None while nobody does.
-_shared: dict[StorePath, Multiscale] | None = None
+        Raises:
+            CellMapFileNotFoundError: none of its levels is on disk.
+        """
+        different = _different_boxes(self.present)
+        return (*self.assumed, *([different] if different is not None else []))
+
+
+#: Images read while `shared_metadata` is open; None outside.
+_shared: dict[tuple[StorePath, Overrides], Multiscale] | None = None
 _sharing = threading.Lock()
 
 
 @contextlib.contextmanager
 def shared_metadata() -> Iterator[None]:
-    """While it lasts, an image that was read is not read again: hundreds of crops lie in the same raw volume."""
+    """Read each image once while the context is open: hundreds of crops lie in the same raw volume."""
     global _shared
     with _sharing:
         outer, _shared = _shared, {} if _shared is None else _shared
     try:
-        with keeping():
+        with keeping(), reported_once():
             yield
     finally:
         with _sharing:
             _shared = outer
 
 
-def read_multiscale(path: str | StorePath) -> Multiscale:
+def read_multiscale(path: str | StorePath, overrides: Overrides = AS_STORED) -> Multiscale:
     """Read the multiscale image in the group ``path``.
+
+    Args:
+        path: the group; with ``overrides.voxel_size`` also a plain Zarr array.
+        overrides: settings that replace what the metadata says.
 
     Raises:
         CellMapFileNotFoundError: ``path`` does not exist.
@@ -145,68 +172,220 @@ def read_multiscale(path: str | StorePath) -> Multiscale:
     """
     shared = _shared
     if shared is None:
-        return _read_multiscale(path)
-    key = located(path)
-    found = shared.get(key)
-    if found is None:
-        found = shared[key] = _read_multiscale(key)
-    return found
+        return _read_multiscale(path, overrides)
+    key = located(path), overrides
+    image = shared.get(key)
+    if image is None:
+        image = shared[key] = _read_multiscale(*key)
+    return image
 
 
-def _read_multiscale(path: str | StorePath) -> Multiscale:
+def _read_multiscale(path: str | StorePath, overrides: Overrides) -> Multiscale:
     group = located(path)
     node = read_attributes(group)
     if node is None and not exists(group):
         raise missing(group, "image")
     file = group / ("zarr.json" if node and node[1] == 3 else ".zattrs")
     attributes = node[0] if node else {}
-    ome = attributes.get("ome")
-    scales = ome.get("multiscales") if isinstance(ome, dict) else None
+    scales = _multiscales(attributes)
     if scales is None:
-        scales = attributes.get("multiscales")
-    if not isinstance(scales, list) or not scales or not isinstance(scales[0], dict):
-        names = children(group)
+        array = read_array(group)
+        if array is not None:
+            return _plain_array(array, overrides)
         raise MetadataError(
-            f"{group} holds no OME-NGFF multiscale image (no 'multiscales' in {file.name})"
-            + (f"; it holds {', '.join(names[:12])}" if names else "")
+            f"{group} holds no OME-NGFF multiscale image (no 'multiscales' in {file.name}){_near(group)}"
         )
-    image = scales[0]
-    stored, units = read_axes(file, image)
-    z, y, x = (stored.index(a) for a in AXES)
+    image, several = _chosen(file, scales, overrides)
+    version = _version(attributes, image)
+    _check_version(file, version)
+    try:
+        return _image(group, file, image, attributes, overrides, several)
+    except MetadataError as e:
+        old = _unread_version(version, image)
+        if old is None:
+            raise
+        raise MetadataError(f"{file}: its metadata are {old}; OME-NGFF 0.4 and 0.5 are read. {e}") from e
+
+
+def _image(
+    group: StorePath,
+    file: StorePath,
+    image: dict[str, Any],
+    attributes: Mapping[str, Any],
+    overrides: Overrides,
+    notes: list[Note],
+) -> Multiscale:
+    """Read one entry of ``multiscales``."""
+    stored, units, assumed = read_axes(file, image, overrides.unit)
+    order = [stored.index(a) for a in AXES]
     datasets = image.get("datasets")
     if not isinstance(datasets, list) or not datasets:
         raise MetadataError(f"{file}: 'datasets' should list the levels, got {datasets!r}")
-    levels: list[Level] = []
+    names, scales, translations = [], [], []
     for entry in datasets:
         name = entry.get("path") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name or ".." in PurePosixPath(name).parts or name.startswith("/"):
             raise MetadataError(f"{file}: a level's path should be a name inside the image, got {name!r}")
-        scale, translation = np.ones(len(stored)), np.zeros(len(stored))
-        where = f"{file}, level {name!r}"
-        own, common = _transformations(where, entry), _transformations(where, image)
-        if not any(isinstance(step, dict) and step.get("type") == "scale" for step in own):
-            raise MetadataError(f"{where}: its coordinateTransformations have no scale, so its voxels have no size")
-        for step in own + common:
-            scale, translation = _compose(where, step, scale, translation)
-        if not (np.isfinite(scale).all() and (scale > 0).all() and np.isfinite(translation).all()):
-            raise MetadataError(
-                f"{where}: scale must be positive and finite, got scale {scale.tolist()}, "
-                f"translation {translation.tolist()}"
+        scale, translation = _transformed(f"{file}, level {name!r}", entry, image, len(stored), order)
+        names.append(name)
+        scales.append(to_vector(scale * units))
+        translations.append(to_vector(translation * units))
+    _check_order(file, names, scales)
+    if overrides.voxel_size is not None:
+        assumed = []
+    else:
+        assumed += _implausible(scales[0], np.divide(scales[0], units))
+    if overrides.level_translations == "auto" and _translations_missing(scales, translations):
+        offsets = [np.subtract(scale, scales[0]) / 2 for scale in scales]
+        translations = [to_vector(np.add(translations[0], offset)) for offset in offsets]
+        shift = max(float((offset / scales[0]).max()) for offset in offsets)
+        assumed.append(
+            Note(
+                "levels",
+                "its coarser levels have no translations of their own, though their voxels are larger: they are placed "
+                "so that all levels cover the same box, as means of voxels do, which moves level "
+                f"{names[-1]} by {shift:g} voxels of level {names[0]}; level_translations=stored reads them as stored",
             )
-        s, t = to_vector(scale[[z, y, x]] * units), to_vector(translation[[z, y, x]] * units)
-        if levels and math.prod(s) < math.prod(levels[-1].scale) * (1 - SCALE_TOLERANCE):
-            raise MetadataError(
-                f"{where}: its voxels {list(s)} nm are finer than those of level {levels[-1].name!r} before it "
-                f"({list(levels[-1].scale)} nm); levels are listed finest first"
+        )
+    scales, translations = overrides.place(scales, translations)
+    levels = tuple(
+        Level(group / name, name, s, t, (order[0], order[1], order[2]), len(stored))
+        for name, s, t in zip(names, scales, translations, strict=True)
+    )
+    return Multiscale(group, levels, attributes, (*notes, *assumed))
+
+
+def _plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
+    """Read a Zarr array without a multiscale image around it, or say what to set or give instead.
+
+    Raises:
+        MetadataError: it is a level of an image, or nothing says how large its voxels are.
+    """
+    path, ndim = array.path, len(array.shape)
+    above = read_attributes(path.parent) if path.parent != path else None
+    scales = _multiscales(above[0]) if above is not None else None
+    listed = [d.get("path") for s in scales or () if isinstance(s, dict) for d in s.get("datasets") or () if d]
+    if overrides.voxel_size is not None and ndim >= 3:
+        axes = ndim - 3, ndim - 2, ndim - 1
+        level = Level(path, path.name, overrides.voxel_size, overrides.translation or (0.0, 0.0, 0.0), axes, ndim)
+        return Multiscale(path, (level,), array.attributes)
+    if scales is not None:
+        what = "one level" if path.name in listed else "an array"
+        raise MetadataError(f"{path} is {what} of the image {path.parent}; give its parent, {path.parent}")
+    text = f"{path} is a plain Zarr array without OME-NGFF metadata"
+    size = next((array.attributes[key] for key in ("resolution", "voxel_size") if key in array.attributes), None)
+    if isinstance(size, list) and len(size) == 3 and all(isinstance(v, int | float) for v in size):
+        offset = array.attributes.get("offset", [0] * 3)
+        text += f"; its attributes have resolution {size}"
+        if isinstance(offset, list) and len(offset) == 3 and all(isinstance(v, int | float) for v in offset):
+            center = [o + s / 2 for o, s in zip(offset, size, strict=True)]
+            text += (
+                f" and offset {offset} (as funlib and gunpowder write them: the corner of voxel 0): set "
+                f"voxel_size={size} and translation={center} for its entry, if these are nm"
             )
-        levels.append(Level(group / name, name, s, t, (z, y, x), len(stored)))
-    return Multiscale(group, tuple(levels), attributes)
+        raise MetadataError(text)
+    raise MetadataError(f"{text}: set voxel_size=[z, y, x] in nm, and translation, for its entry")
+
+
+def _multiscales(attributes: Mapping[str, Any]) -> list[Any] | None:
+    """The list of images in a group's attributes; None where there is none."""
+    ome = attributes.get("ome")
+    scales = ome.get("multiscales") if isinstance(ome, dict) else None
+    if scales is None:
+        scales = attributes.get("multiscales")
+    return scales if isinstance(scales, list) and scales and isinstance(scales[0], dict) else None
+
+
+def _chosen(file: StorePath, scales: list[Any], overrides: Overrides) -> tuple[dict[str, Any], list[Note]]:
+    """The image that is read of those that a group lists.
+
+    Raises:
+        MetadataError: none has the name that was asked for.
+    """
+    images = [scale for scale in scales if isinstance(scale, dict)]
+    names = [str(image.get("name", number)) for number, image in enumerate(images)]
+    if overrides.multiscale is not None:
+        if overrides.multiscale not in names:
+            raise MetadataError(f"{file}: lists no image {overrides.multiscale!r}; it lists {', '.join(names)}")
+        return images[names.index(overrides.multiscale)], []
+    if len(images) == 1:
+        return images[0], []
+    text = (
+        f"the group lists {len(images)} images ({', '.join(names)}), of which the first is read; "
+        "set multiscale=<name> for its entry to read another"
+    )
+    return images[0], [Note("multiscales", text)]
+
+
+def _near(group: StorePath) -> str:
+    """What a group without an image holds, for messages: first of all the images below it."""
+    names = children(group)
+    images = [name for name in names[:24] if _multiscales((read_attributes(group / name) or ({}, 0))[0]) is not None]
+    if images:
+        return f"; did you mean one of the images below it: {', '.join(images[:12])}?"
+    return f"; it holds {', '.join(names[:12])}" if names else ""
+
+
+def _version(attributes: Mapping[str, Any], image: Mapping[str, Any]) -> str | None:
+    ome = attributes.get("ome")
+    version = image.get("version") or (ome.get("version") if isinstance(ome, dict) else None)
+    return str(version) if version is not None else None
+
+
+def _check_version(file: StorePath, version: str | None) -> None:
+    """Refuse versions after those that are read: the same keys mean something else in them."""
+    number = re.match(r"(\d+)\.(\d+)", version or "")
+    if number is not None and (int(number[1]), int(number[2])) > (0, 5):
+        raise MetadataError(f"{file}: its metadata are OME-NGFF {version}; 0.4 and 0.5 are read")
+
+
+def _unread_version(version: str | None, image: Mapping[str, Any]) -> str | None:
+    """The name of an older metadata format that an image is in; None for those that are read."""
+    datasets = image.get("datasets")
+    first = datasets[0] if isinstance(datasets, list) and datasets and isinstance(datasets[0], dict) else {}
+    if "transform" in first and "coordinateTransformations" not in first:
+        return "early COSEM metadata (a 'transform' in each level)"
+    if version is not None and re.match(r"0\.[123]($|\D)", version):
+        return f"OME-NGFF {version}"
+    if version is None and "axes" not in image:
+        return "OME-NGFF 0.1 or 0.2 (no 'axes')"
+    return None
+
+
+def _transformed(
+    where: str, entry: dict[str, Any], image: dict[str, Any], ndim: int, order: list[int]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Scale and translation (z, y, x) of a level: its own transformations, then those of the image.
+
+    Raises:
+        MetadataError: they are not one scale and then at most one translation, or not of one number per axis.
+    """
+    scale, translation = np.ones(ndim), np.zeros(ndim)
+    own, common = _transformations(where, entry), _transformations(where, image)
+    if not any(isinstance(step, dict) and step.get("type") == "scale" for step in own):
+        raise MetadataError(f"{where}: its coordinateTransformations have no scale, so its voxels have no size")
+    for step in own + common:
+        scale, translation = _compose(where, step, scale, translation)
+    scale, translation = scale[order], translation[order]
+    if not (np.isfinite(scale).all() and (scale > 0).all() and np.isfinite(translation).all()):
+        raise MetadataError(
+            f"{where}: scale must be positive and finite, got scale {scale.tolist()}, "
+            f"translation {translation.tolist()} (z, y, x)"
+        )
+    return scale, translation
 
 
 def _transformations(where: str, node: dict[str, Any]) -> list[Any]:
+    """The transformations of a level or an image, in the order that OME-NGFF 0.4 and 0.5 allow."""
     steps = node.get("coordinateTransformations") or []
     if not isinstance(steps, list):
         raise MetadataError(f"{where}: 'coordinateTransformations' should be a list, got {steps!r}")
+    kinds = [step.get("type") for step in steps if isinstance(step, dict) and step.get("type") != "identity"]
+    if kinds.count("scale") > 1 or kinds.count("translation") > 1 or kinds == ["translation", "scale"]:
+        raise MetadataError(
+            f"{where}: its coordinateTransformations are {', then '.join(map(str, kinds))}; OME-NGFF 0.4 and 0.5 allow "
+            "one scale, then at most one translation, which is in units of the axis and not scaled"
+        )
     return steps
 
 
@@ -224,3 +403,58 @@ def _compose(where: str, step: Any, scale: Any, translation: Any) -> tuple[Any, 
     if kind == "scale":
         return scale * values, translation * values
     return scale, translation + values
+
+
+def _check_order(file: StorePath, names: Sequence[str], scales: Sequence[Vector]) -> None:
+    """Refuse levels that are not listed finest first."""
+    for number in range(1, len(scales)):
+        if math.prod(scales[number]) < math.prod(scales[number - 1]) * (1 - SCALE_TOLERANCE):
+            raise MetadataError(
+                f"{file}, level {names[number]!r}: its voxels {list(scales[number])} nm are finer than those of level "
+                f"{names[number - 1]!r} before it ({list(scales[number - 1])} nm); levels are listed finest first"
+            )
+
+
+def _implausible(scale: Vector, stored: np.ndarray[Any, Any]) -> list[Note]:
+    """Notes on a voxel size that is probably not one.
+
+    Args:
+        scale: of the first level, nm.
+        stored: the same in its own units.
+    """
+    size = " x ".join(f"{s:g}" for s in scale)
+    if (stored == 1).all():
+        why = f"its voxel size is 1 x 1 x 1 ({size} nm), as programs write that know none"
+    elif min(scale) < SMALLEST_VOXEL or max(scale) > LARGEST_VOXEL:
+        why = f"its voxel size of {size} nm is implausible: is the unit right?"
+    elif max(scale) > MOST_ANISOTROPIC * min(scale):
+        why = (
+            f"its voxel size of {size} nm differs {max(scale) / min(scale):.3g}-fold between axes: are the units right?"
+        )
+    else:
+        return []
+    return [Note("scale", f"{why} set unit=... or voxel_size=[z, y, x] in nm for its entries")]
+
+
+def _translations_missing(scales: Sequence[Vector], translations: Sequence[Vector]) -> bool:
+    """Whether all levels have the same translation, or none, although their voxels grow."""
+    grow = any(max(np.divide(scale, scales[0])) > 1 + SCALE_TOLERANCE for scale in scales)
+    return grow and all(
+        (np.abs(np.subtract(t, translations[0])) <= SAME_PLACE * np.asarray(scales[0])).all() for t in translations
+    )
+
+
+def _different_boxes(levels: Sequence[Level]) -> Note | None:
+    """A note on levels that do not cover the box of the finest one; a ragged last voxel may be kept or dropped."""
+    first = levels[0].lattice
+    for level in levels[1:]:
+        lattice = level.lattice
+        low = np.abs(np.subtract(lattice.box.lower, first.box.lower)) / first.step
+        high = np.abs(np.subtract(lattice.box.upper, first.box.upper)) / lattice.step
+        if (low > BOX_TOLERANCE).any() or (high >= 1 + BOX_TOLERANCE).any():
+            return Note(
+                "levels",
+                f"level {level.name} covers {lattice.box}, and level {levels[0].name} covers {first.box}: one of them "
+                "is misplaced or of another voxel size; they are read as stored",
+            )
+    return None

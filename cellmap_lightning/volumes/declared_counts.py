@@ -1,0 +1,181 @@
+"""A check that the chunks of a label array can hold the voxels that its ``complement_counts`` declare.
+
+A chunk of labels that is not stored holds absent voxels, as writers leave such chunks out. A copy that lost chunks
+looks the same, except that the counts in the attributes promise voxels that no file holds.
+"""
+
+import hashlib
+import itertools
+import logging
+import math
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from cellmap_lightning.errors import MetadataError
+from cellmap_lightning.volumes.chunks import ChunkReader
+from cellmap_lightning.volumes.guard import PATIENT, Patience
+from cellmap_lightning.volumes.label_values import whole_numbers
+from cellmap_lightning.volumes.ngff import Encoding, Level, complement_counts
+from cellmap_lightning.volumes.statistics import fingerprint, recall, remember
+from cellmap_lightning.volumes.store import Remote, read_json
+
+log = logging.getLogger(__name__)
+
+#: Arrays of at most so many chunk files are listed at setup, and their voxels counted if there are at most so many in
+#: the files that exist. Larger ones are compared when a class index or a count is built.
+COUNTED_FILES, COUNTED_VOXELS = 64, 1 << 22
+_ADVICE = "copy them again, or set missing_labels=unknown to make their voxels unknown (NaN)"
+
+
+def declared_foreground(level: Level) -> int | None:
+    """Return the foreground voxels of a level by its ``complement_counts``; None where it declares none.
+
+    ``foreground = size - sum(complement_counts)``, as cellmap-schemas defines it.
+    """
+    counts = complement_counts(level)
+    size = math.prod(level.array.shape)
+    if not counts or not all(isinstance(n, int) and not isinstance(n, bool) for n in counts.values()):
+        return None
+    return size - sum(counts.values()) if 0 <= sum(counts.values()) <= size else None
+
+
+def check_declared_counts(
+    level: Level, encoding: Encoding, label: str, thorough: bool = False, patience: Patience = PATIENT
+) -> str | None:
+    """Return what contradicts the missing chunks of a label array; None where nothing does, or the array is remote.
+
+    Args:
+        level: the array.
+        encoding: what its values mean.
+        label: name of the crop and class, for messages.
+        thorough: count voxels also in large arrays.
+        patience: retries and deadlines of the reads.
+
+    Raises:
+        ChunkError: a chunk cannot be read.
+    """
+    foreground = declared_foreground(level)
+    counts = complement_counts(level) or {}
+    if foreground is None or isinstance(level.path, Remote):
+        return None
+    wanted = foreground + int(counts.get("unknown", 0))
+    if wanted == 0:
+        return None
+    files: list[tuple[int, ...]] = []
+    room = 0
+    grid = math.prod(-(-n // f) for n, f in zip(level.array.shape, level.array.files, strict=True))
+    listed = thorough or grid <= COUNTED_FILES
+    for place in _files(level):
+        files.append(place)
+        room += _voxels(level, place)
+        if room >= wanted and not listed:
+            return None
+    if len(files) == grid or _fill_value(level) != encoding.absent:
+        return None
+    if room < wanted:
+        held = room
+    elif thorough or room <= COUNTED_VOXELS:
+        held = _count(level, files, encoding.absent, label, patience)
+    else:
+        return None
+    if held >= wanted:
+        return None
+    what = "at most " if held == room else ""
+    return (
+        f"{label}: {level.path}: its complement_counts promise {wanted} voxels that are not absent ({foreground} of "
+        f"the class), and the {len(files)} of its {grid} chunk files that exist hold {what}{held}: chunks are missing; "
+        f"{_ADVICE}"
+    )
+
+
+def compare_counts(level: Level, encoding: Encoding, counted: int, label: str) -> None:
+    """Compare the foreground counted by reading a level with the declared one.
+
+    Args:
+        level: the array.
+        encoding: what its values mean.
+        counted: foreground voxels of all of its chunks.
+        label: name of the crop and class, for messages.
+
+    Raises:
+        MetadataError: fewer are stored than declared, and chunks are missing.
+    """
+    declared = declared_foreground(level)
+    if declared is None or declared == counted or encoding.missing == "unknown":
+        return
+    grid = math.prod(-(-n // f) for n, f in zip(level.array.shape, level.array.files, strict=True))
+    there = grid if isinstance(level.path, Remote) else sum(1 for _ in _files(level))
+    if counted < declared and there < grid:
+        raise MetadataError(
+            f"{label}: {level.path}: its complement_counts promise {declared} voxels of the class, and the {there} of "
+            f"its {grid} chunk files that exist hold {counted}: chunks are missing; {_ADVICE}"
+        )
+    log.warning(
+        "%s: %s: its complement_counts say %d voxels of the class, and %d are stored; the counts are out of date",
+        label, level.path, declared, counted,
+    )  # fmt: skip
+
+
+def _files(level: Level) -> Iterator[tuple[int, ...]]:
+    """Indices along the stored axes of the chunk or shard files that exist, by names alone."""
+    info = level.array
+    root, ndim = str(info.path), len(info.shape)
+    if info.separator == ".":
+        for name in _names(root):
+            parts = name.removeprefix(info.prefix).split(".")
+            if name.startswith(info.prefix) and len(parts) == ndim and all(map(str.isdigit, parts)):
+                yield tuple(map(int, parts))
+        return
+
+    def below(folder: str, place: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        for name in _names(folder):
+            if name.isdigit():
+                if len(place) == ndim - 1:
+                    yield (*place, int(name))
+                else:
+                    yield from below(f"{folder}/{name}", (*place, int(name)))
+
+    yield from below(f"{root}/{info.prefix}".rstrip("/"), ())
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208  thousands of them, and a Path costs more than the call
+    except OSError:
+        return []
+
+
+def _voxels(level: Level, place: tuple[int, ...]) -> int:
+    """Voxels of the array in a chunk or shard; 0 beyond the array."""
+    spans = zip(place, level.array.files, level.array.shape, strict=True)
+    return math.prod(max(0, min((i + 1) * f, n) - i * f) for i, f, n in spans)
+
+
+def _fill_value(level: Level) -> object:
+    """The value of voxels that no file holds; null, which zarr reads as 0, is 0."""
+    content = read_json(level.array.metadata) or {}
+    value = content.get("fill_value")
+    return 0 if value is None else value
+
+
+def _count(level: Level, files: list[tuple[int, ...]], absent: int, label: str, patience: Patience) -> int:
+    """Voxels that are not absent in the files that exist; the count is cached outside the data."""
+    reader = ChunkReader(level, label, patience=patience)
+    stamp = hashlib.sha256(repr(sorted(reader.stored().items())).encode()).hexdigest()
+    name = fingerprint(level, "not absent", absent)
+    cached = recall(name)
+    if cached is not None and cached.get("stamp") == stamp and isinstance(cached.get("voxels"), int):
+        return int(str(cached["voxels"]))
+    total = 0
+    size = level.zyx(level.array.files)
+    for place in files:
+        corner = [i * f for i, f in zip(level.zyx(place), size, strict=True)]
+        ends = [min(c + f, n) for c, f, n in zip(corner, size, reader.shape, strict=True)]
+        steps = [range(c, e, n) for c, e, n in zip(corner, ends, reader.chunks, strict=True)]
+        for z, y, x in itertools.product(*steps):
+            dz, dy, dx = (min(n, e - c) for n, e, c in zip(reader.chunks, ends, (z, y, x), strict=True))
+            total += int(np.count_nonzero(whole_numbers(reader, reader.read((z, y, x), (dz, dy, dx))) != absent))
+    remember(name, {"stamp": stamp, "voxels": total}, level)
+    return total
