@@ -24,16 +24,20 @@ def keys(name, separator):
 
 
 #: What is declared, from what is stored: format, nested, change of the metadata, a chunk as stored, what would fit.
+# fmt: off
 CASES = {
-    "v2, nested, no separator": (2, True, lambda c: c.pop("dimension_separator"), "0/0/0", '"dimension_separator": "/"'),
+    "v2, nested, no separator": (
+        2, True, lambda c: c.pop("dimension_separator"), "0/0/0", '"dimension_separator": "/"'
+    ),
     "v2, nested, dot": (2, True, lambda c: c.update(dimension_separator="."), "0/0/0", '"dimension_separator": "/"'),
     "v2, flat, slash": (2, False, lambda c: c.update(dimension_separator="/"), "0.0.0", '"dimension_separator": "."'),
-    "v3, nested, default dot": (3, True, keys("default", "."), "c/0/0/0", '{"name": "default", "configuration": {"separ'),
+    "v3, nested, default dot": (3, True, keys("default", "."), "c/0/0/0", '{"name": "default", "configuration": {"se'),
     "v3, nested, v2 slash": (3, True, keys("v2", "/"), "c/0/0/0", '"separator": "/"}}'),
     "v3, nested, v2 dot": (3, True, keys("v2", "."), "c/0/0/0", '"name": "default"'),
     "v3, flat, default slash": (3, False, keys("default", "/"), "c.0.0.0", '{"name": "default", "configuration": {"se'),
     "v3, flat, v2 dot": (3, False, keys("v2", "."), "c.0.0.0", '"separator": "."'),
-}  # fmt: skip
+}
+# fmt: on
 
 
 @pytest.mark.parametrize("reader", READERS)
