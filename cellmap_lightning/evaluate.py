@@ -13,6 +13,7 @@ import torch
 from cellmap_lightning.errors import CellMapKeyError, MissingExtraError
 from cellmap_lightning.sampling.dataloader import CellMapDataLoader
 from cellmap_lightning.sampling.dataset import CellMapDataset
+from cellmap_lightning.sampling.encodings import Unknown
 from cellmap_lightning.volumes.geometry import Lattice
 from cellmap_lightning.volumes.ngff import Multiscale, read_multiscale
 
@@ -68,7 +69,9 @@ def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def evaluate(output: Path, crops: Path, classes: Sequence[str], threshold: float = 0.5) -> list[Score]:
+def evaluate(
+    output: Path, crops: Path, classes: Sequence[str], threshold: float = 0.5, unknown: Unknown = "metadata"
+) -> list[Score]:
     """Compare a prediction with every crop that it holds whole.
 
     Annotations are read at the voxels of the prediction, as targets of a training at that scale would be; voxels that
@@ -79,6 +82,7 @@ def evaluate(output: Path, crops: Path, classes: Sequence[str], threshold: float
         crops: folder of the crops, ``recon-1/labels/groundtruth``.
         classes: names of the classes.
         threshold: probability from which a voxel is of the class.
+        unknown: the code of unknown voxels where the metadata of annotations leave it open; see `CellMapDataset`.
 
     Raises:
         CellMapKeyError: the prediction holds no crop that annotates any of the classes.
@@ -91,7 +95,7 @@ def evaluate(output: Path, crops: Path, classes: Sequence[str], threshold: float
             if not holds(read_multiscale(output / name).finest.lattice, read_multiscale(crop / name).finest.lattice):
                 outside.add(crop.name)
                 continue
-            scores.append(_compare(output / name, crop, name, threshold))
+            scores.append(_compare(output / name, crop, name, threshold, unknown))
     if outside:
         log.info("not evaluated, since the prediction does not hold them whole: %s", ", ".join(sorted(outside)))
     if not scores:
@@ -121,7 +125,7 @@ def stored_threshold(image: Multiscale, threshold: float) -> float:
     return threshold * (np.iinfo(dtype).max if dtype.kind == "u" else 1)
 
 
-def _compare(group: Path, crop: Path, name: str, threshold: float) -> Score:
+def _compare(group: Path, crop: Path, name: str, threshold: float, unknown: Unknown) -> Score:
     image = read_multiscale(group)
     level, least = image.finest, stored_threshold(image, threshold)
     window = {"shape": list(_PATCH), "scale": list(level.scale)}
@@ -130,6 +134,7 @@ def _compare(group: Path, crop: Path, name: str, threshold: float) -> Score:
         str(group), f"{crop}/[{name}]", [name], {"found": window}, {"labels": window}, pad=True,
         raw_value_transforms=None, too_coarse="upsample", max_workers=1, cache="none",
         missing_raw="warn",  # where nothing was predicted, no chunk is stored
+        unknown=unknown,
     ) as dataset:  # fmt: skip
         for batch in CellMapDataLoader(dataset, is_train=False, rank=0, world=1):
             truth = batch["labels"]

@@ -6,10 +6,11 @@ prediction would be seen. What is read is bounded, however large the volume.
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from cellmap_lightning.figures.sheet import SheetSample, contact_sheet
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.volumes.geometry import AXES, LATTICE_TOLERANCE, FloatArray, Lattice, Shape
 from cellmap_lightning.volumes.image import CellMapImage, choose_level
-from cellmap_lightning.volumes.ngff import read_multiscale
+from cellmap_lightning.volumes.ngff import Overrides, read_multiscale
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,13 @@ class _Place:
 
 
 def draw_prediction(
-    output: Path, raw: str, classes: Sequence[str], path: Path, crops: Path | None = None, threshold: float = 0.5
+    output: Path,
+    raw: str,
+    classes: Sequence[str],
+    path: Path,
+    crops: Path | None = None,
+    threshold: float = 0.5,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Draw raw with the outlines of what was predicted, and of what was annotated where a crop lies in it.
 
@@ -66,16 +73,22 @@ def draw_prediction(
         path: the picture, as for `contact_sheet`.
         crops: folder of the crops, ``recon-1/labels/groundtruth``.
         threshold: probability from which a voxel is of the class.
+        metadata: what replaces the metadata of raw; keyword arguments of `Overrides.parse`.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    samples = samples_of(output, raw, classes, crops, threshold)
+    samples = samples_of(output, raw, classes, crops, threshold, metadata)
     contact_sheet(samples, list(classes), path=path, title=output.name, predicted=f"prediction ≥ {threshold:g}")
 
 
 def samples_of(
-    output: Path, raw: str, classes: Sequence[str], crops: Path | None = None, threshold: float = 0.5
+    output: Path,
+    raw: str,
+    classes: Sequence[str],
+    crops: Path | None = None,
+    threshold: float = 0.5,
+    metadata: Mapping[str, Any] | None = None,
 ) -> list[SheetSample]:
     """What `draw_prediction` draws; the arguments are the same.
 
@@ -93,8 +106,8 @@ def samples_of(
     masks: Masks | None = None
     if whole is not None:
         masks = _masks(output, classes, whole, whole.box.center, threshold)
-        if shape != lattice.shape and _affordable(raw, whole):
-            samples.append(_sample(raw, whole, whole.box.center, masks, None, "all that was predicted"))
+        if shape != lattice.shape and _affordable(raw, whole, metadata or {}):
+            samples.append(_sample(raw, whole, whole.box.center, masks, None, "all that was predicted", metadata or {}))
     places = list(islice(_annotated(output, classes, lattice, shape, crops), _PLACES))
     if not places:
         patch = Lattice(lattice.origin, lattice.step, shape)
@@ -104,14 +117,22 @@ def samples_of(
         found = _masks(output, classes, place.patch, place.center, threshold)
         where = ", ".join(f"{a} {v:.0f}" for a, v in zip(AXES, place.center, strict=True))
         header = f"{place.name}, centre {where} nm"
-        samples.append(_sample(raw, place.patch, place.center, found, place.target, header))
+        samples.append(_sample(raw, place.patch, place.center, found, place.target, header, metadata or {}))
     return samples
 
 
 def _sample(
-    raw: str, patch: Lattice, center: FloatArray, masks: Masks, target: npt.NDArray[np.float32] | None, header: str
+    raw: str,
+    patch: Lattice,
+    center: FloatArray,
+    masks: Masks,
+    target: npt.NDArray[np.float32] | None,
+    header: str,
+    metadata: Mapping[str, Any],
 ) -> SheetSample:
-    values = CellMapImage(raw, "raw", patch.step, patch.shape, pad=True, pad_value=0, interpolation="linear")
+    values = CellMapImage(
+        raw, "raw", patch.step, patch.shape, pad=True, pad_value=0, interpolation="linear", **metadata
+    )
     return SheetSample(_read(values, center), target, masks.astype(np.float32), patch.step, header)
 
 
@@ -130,9 +151,9 @@ def _masks(output: Path, classes: Sequence[str], patch: Lattice, center: FloatAr
     return found
 
 
-def _affordable(raw: str, whole: Lattice) -> bool:
+def _affordable(raw: str, whole: Lattice, metadata: Mapping[str, Any]) -> bool:
     """Whether raw has a level from which the whole can be drawn without reading a large part of the disk."""
-    level = choose_level(read_multiscale(raw), whole.step, "raw")
+    level = choose_level(read_multiscale(raw, Overrides.parse(**metadata)), whole.step, "raw")
     voxels = math.prod(whole.box.extent / level.lattice.step)
     if voxels > _RAW:
         log.info("%s has no level as coarse as that of the overview, which is left out", raw)

@@ -66,7 +66,9 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         raise CellMapValueError("\n".join(f"{key} is required: set it with {key}=..." for key in missing))
     saved = saved_config(Path(cfg.ckpt))
     data = {name: None if name in _OF_TRAINING else value for name, value in saved["data"].items()}
-    data |= {"datasets": {"predict": [{"raw": cfg.data.input_path}]}, "split": "csv"}
+    given: Any = OmegaConf.to_container(cfg.metadata, resolve=True)
+    metadata = {key: value for key, value in given.items() if value is not None}
+    data |= {"datasets": {"predict": [{"raw": cfg.data.input_path, **metadata}]}, "split": "csv"}
     patch = dict(saved.get("patch") or {})
     for name in ("shape", "scale"):
         wanted = OmegaConf.to_container(cfg.patch)[name]  # type: ignore[call-overload, index]
@@ -87,13 +89,13 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             "have them in the environment or a profile"
         )
     writer: Any = OmegaConf.to_container(cfg.writer, resolve=True)
-    given: Any = OmegaConf.to_container(cfg.region) if OmegaConf.is_config(cfg.region) else cfg.region
-    writer["region"] = writer["region"] or region(given, str(cfg.data.input_path), data.get("storage_options"))
+    box: Any = OmegaConf.to_container(cfg.region) if OmegaConf.is_config(cfg.region) else cfg.region
+    writer["region"] = writer["region"] or region(box, str(cfg.data.input_path), data.get("storage_options"))
     found = OmegaConf.create(
         {
             "ckpt": cfg.ckpt, "patch": patch, "data": data, "model": saved.get("model"), "task": saved["task"],
             "trainer": trainer, "writer": writer, "evaluate": bool(cfg.evaluate),
-            "picture": bool(cfg.picture), "input_path": cfg.data.input_path,
+            "picture": bool(cfg.picture), "input_path": cfg.data.input_path, "metadata": metadata,
         }
     )  # fmt: skip
     for override in overrides:
@@ -242,12 +244,15 @@ def _judged(cfg: DictConfig, writer: Any, names: Sequence[str]) -> str:
         if cfg.picture:
             picture = output.with_name(f"{output.stem}.png")
             try:
-                draw_prediction(output, str(cfg.input_path), names, picture, crops, writer.threshold)
+                metadata: Any = OmegaConf.to_container(cfg.metadata, resolve=True)
+                metadata["level_translations"] = cfg.data.get("level_translations", "auto")
+                draw_prediction(output, str(cfg.input_path), names, picture, crops, writer.threshold, metadata)
                 said += f"\n\n{picture}"
             except MissingExtraError as e:
                 said += f"\n\nno picture: {e}"
         if cfg.evaluate:
-            scores = evaluate(output, crops, names, writer.threshold)
+            unknown = OmegaConf.to_container(cfg.data).get("unknown", "metadata")  # type: ignore[union-attr]
+            scores = evaluate(output, crops, names, writer.threshold, unknown)
             table_file, matrix = (output.with_name(f"{output.stem}-scores{end}") for end in (".csv", ".png"))
             write_csv(scores, table_file)
             draw(scores, matrix)

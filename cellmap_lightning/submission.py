@@ -27,7 +27,7 @@ from cellmap_lightning.errors import (
 from cellmap_lightning.sampling.layout import ManifestRow
 from cellmap_lightning.volumes.geometry import Shape, box_map
 from cellmap_lightning.volumes.image import StoredImage
-from cellmap_lightning.volumes.ngff import read_encoding, read_multiscale
+from cellmap_lightning.volumes.ngff import Encoding, read_encoding, read_multiscale
 from cellmap_lightning.volumes.region import ChunkCache
 from cellmap_lightning.volumes.resample import evaluate
 from cellmap_lightning.volumes.writer import codec_of, create_level, make_room, write_group
@@ -121,7 +121,7 @@ def resampled(
     source = StoredImage(level, ChunkCache(), f"{row.crop}/{row.name}").region
     is_labels = "annotation" in dict(image.attributes.get("cellmap", {}))
     most = np.iinfo(level.array.dtype).max if level.array.dtype.kind == "u" else 1
-    encoding = read_encoding(image, level) if is_labels else None
+    encoding = (read_encoding(image, level) or Encoding(0, None)) if is_labels else None
     kind = level.array.dtype if is_labels else np.dtype(np.float32)
     annotation = dict(image.attributes.get("cellmap", {})).get("annotation", {})
     ids = numbered and annotation.get("annotation_type", {}).get("type") == "instance_segmentation"

@@ -1,0 +1,176 @@
+"""For any metadata and chunk files that writers of four conventions produce, a sample is right, or setup is an error.
+
+The conventions: chunks of Zarr v2 flat or in folders, of Zarr v3 in folders, and of Zarr v3 with the names of v2. The
+metadata may be of one and the files of another, as after a copy or a conversion; chunks may be lost; levels may have
+translations of voxel centres, none, or all the same. Right is what zarr-python reads from the array, at the place that
+`level_translations` gives it.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import strategies as st
+
+from cellmap_lightning import CellMapDataset
+from cellmap_lightning.errors import CellMapError
+from tests.foreign import SEMANTIC, annotated, metadata_file, write_image
+
+#: Format, and the names of chunks.
+CONVENTIONS = {
+    "v2 flat": (2, {"name": "v2", "separator": "."}),
+    "v2 nested": (2, {"name": "v2", "separator": "/"}),
+    "v3": (3, {"name": "default", "separator": "/"}),
+    "v3 as v2": (3, {"name": "v2", "separator": "/"}),
+}
+SCALE = np.array([8.0, 4.0, 4.0])
+
+
+def coarse(data):
+    z, y, x = (n // 2 for n in data.shape)
+    return data[: 2 * z : 2, : 2 * y : 2, : 2 * x : 2].copy()
+
+
+@st.composite
+def volumes(draw):
+    """A label image, and what may have happened to it."""
+    convention = draw(st.sampled_from(sorted(CONVENTIONS)))
+    shape = tuple(draw(st.lists(st.integers(9, 24), min_size=3, max_size=3)))
+    kind = draw(st.sampled_from(["presence", "mask", "ids", "ids with 255", "annotated", "counted"]))
+    values = {"presence": [0, 1], "mask": [0, 255], "ids": [0, 1, 7, 254], "ids with 255": [0, 3, 255]}
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    coarse_blocks = rng.choice(values.get(kind, [0, 1, 255]), size=[-(-n // 4) for n in shape])
+    data = np.kron(coarse_blocks, np.ones((4, 4, 4), int))[: shape[0], : shape[1], : shape[2]]
+    return {
+        "convention": convention,
+        "files": draw(st.sampled_from([convention, convention, *sorted(CONVENTIONS)])),
+        "data": data.astype(draw(st.sampled_from(["u1", "u2", "i4"]))),
+        "chunks": draw(st.sampled_from([4, 7, 16])),
+        "kind": kind,
+        "lost": draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
+        "translations": draw(st.sampled_from(["centres", "none", "equal"])),
+        "level": draw(st.integers(0, 1)),
+        "reader": draw(st.sampled_from(["zarr", "zarr", "tensorstore"])),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def write(root, made):
+    """The image, with the files of its own convention or of another; returns its path and what zarr-python reads."""
+    zarr_format, names = CONVENTIONS[made["convention"]]
+    arrays = {"s0": made["data"], "s1": coarse(made["data"])}
+    origin = np.array([80.0, 0.0, 40.0]) * (made["translations"] != "none")
+    offsets = {"centres": [origin, origin + SCALE / 2], "equal": [origin, origin], "none": [None, None]}
+    levels = {
+        f"s{k}": ((SCALE * 2**k).tolist(), None if t is None else t.tolist())
+        for k, t in enumerate(offsets[made["translations"]])
+    }
+    options = {"chunks": made["chunks"], "levels": levels}
+    path = root / "v.zarr" / "crop" / "mito"
+    data = made["data"]
+    counts = {"absent": int((data == 0).sum()), "unknown": int((data == 255).sum())}
+    if made["kind"] in ("annotated", "counted"):
+        options["attributes"] = annotated(SEMANTIC)
+    if made["kind"] == "counted":
+        options["array_attributes"] = annotated(SEMANTIC, counts)
+    write_image(path, arrays, zarr_format=zarr_format, chunk_key_encoding=names, **options)
+    if made["files"] != made["convention"]:
+        other_format, other_names = CONVENTIONS[made["files"]]
+        other = write_image(root / "other", arrays, zarr_format=other_format, chunk_key_encoding=other_names, **options)
+        for level in ("s0", "s1"):
+            for entry in (path / level).iterdir():
+                if entry.name not in (".zarray", ".zattrs", "zarr.json"):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            for entry in (other / level).iterdir():
+                if entry.name not in (".zarray", ".zattrs", "zarr.json"):
+                    entry.rename(path / level / entry.name)
+    rng = np.random.default_rng(made["seed"])
+    for level in ("s0", "s1"):
+        for file in sorted(p for p in (path / level).rglob("*") if p.is_file()):
+            if file.name not in (".zarray", ".zattrs", "zarr.json") and rng.random() < made["lost"]:
+                file.unlink()
+    write_image(
+        root / "v.zarr" / "em", np.full([n + 40 for n in made["data"].shape], 9, "u1"), SCALE,
+        (origin - 20 * SCALE).tolist(),
+    )  # fmt: skip
+    read = [np.asarray(zarr.open_array(f"{path}/s{k}", mode="r", zarr_format=zarr_format)[...]) for k in (0, 1)]
+    return path, read, origin
+
+
+def same_names(made):
+    """Whether files of the one convention are named as the other's metadata say."""
+    (_, a), (_, b) = CONVENTIONS[made["convention"]], CONVENTIONS[made["files"]]
+    return a == b
+
+
+def check(made):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        root = Path(folder)
+        patch.setenv("CELLMAP_CACHE_DIR", f"{folder}/cache")
+        path, (fine, small), origin = write(root, made)
+        level = made["level"]
+        stored = (fine, small)[level]
+        scale = SCALE * 2**level
+        assume(min(stored.shape) >= 4)
+        spec = {"shape": [4] * 3, "scale": scale.tolist()}
+        try:
+            data = CellMapDataset(
+                f"{root}/v.zarr/em", f"{path.parent}/[mito]", ["mito"], {"raw": {**spec, "scale": SCALE.tolist()}},
+                {"labels": spec}, cache="none", max_workers=1, reader=made["reader"],
+            )  # fmt: skip
+        except CellMapError as error:
+            return "error", str(error), stored
+        with data:
+            where = np.floor(np.array(stored.shape) / 2) - 2  # the first voxel of a patch in the middle
+            start = origin + SCALE * (2**level - 1) / 2 + where * scale  # its centre, by the rule
+            center = start + 1.5 * scale
+            place = np.rint((center - data.placement.first) / data.placement.step)
+            place = np.clip(place, 0, np.array(data.placement.counts) - 1)
+            got = data.placement.first + place * data.placement.step
+            index = int(np.ravel_multi_index(place.astype(int), data.placement.counts))
+            labels = data[index]["labels"][0].numpy()
+            first = (got - 1.5 * scale - origin - SCALE * (2**level - 1) / 2) / scale
+        # A patch lies on the voxels of raw, which may be half a voxel of a coarse label off: nearest, lower at ties.
+        take = [np.ceil(f + np.arange(4) - 0.5 - 1e-6).astype(int) for f in first]
+        part = stored[np.ix_(*(t.clip(0, n - 1) for t, n in zip(take, stored.shape, strict=True)))]
+        named = made["kind"] in ("annotated", "counted")
+        expected = np.where((part == 255) & named, np.nan, part != 0)
+        np.testing.assert_array_equal(labels, expected)
+        return "sample", "", stored
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(volumes())
+def test_a_sample_is_right_or_setup_is_an_error(made):
+    outcome, text, stored = check(made)
+    event(outcome)
+    if outcome == "error":
+        assert any(
+            words in text
+            for words in ("chunks are named as", "complement_counts promise", "set unknown=255 or unknown=null")
+        ), text
+        # No valid volume is refused: its own files, all there, and values that say what they are.
+        assert not (same_names(made) and made["lost"] == 0 and made["kind"] != "ids with 255"), text
+    elif not same_names(made) and made["lost"] == 0:
+        assert not made["data"].any() or not stored.any(), "files under other names were read as the fill value"
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(volumes())
+def test_many_more_of_them(made):
+    test_a_sample_is_right_or_setup_is_an_error.hypothesis.inner_test(made)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_the_conventions_are_what_their_names_say(tmp_path, convention):
+    zarr_format, names = CONVENTIONS[convention]
+    path = write_image(tmp_path / "v", np.ones((8, 8, 8), "u1"), zarr_format=zarr_format, chunk_key_encoding=names)
+    first = {"v2 flat": "0.0.0", "v2 nested": "0/0/0", "v3": "c/0/0/0", "v3 as v2": "0/0/0"}[convention]
+    assert (path / "s0" / first).is_file()
+    assert json.loads(metadata_file(path, zarr_format).read_text())["zarr_format"] == zarr_format
