@@ -439,7 +439,7 @@ class CellMapDataset(SampleSource):
                     f"it has {list(self.target_path.names)}"
                 )
             warm([self.target_path.of(name) for name in wanted])
-            paths |= {f"class {name}": self.target_path.found(name) for name in wanted}
+            paths |= {f"class {name}": self.target_path.of(name) for name in wanted}
         found: dict[str, Multiscale] = {}
         problems: list[CellMapError] = []
         for what, path in paths.items():
@@ -449,7 +449,7 @@ class CellMapDataset(SampleSource):
                 report(image.path, image.notes)
                 found[what] = image
             except CellMapError as e:
-                problems.append(e)
+                problems.append(self._instead(what) or e)
         if len(problems) == 1:
             raise problems[0]
         if problems:
@@ -462,6 +462,15 @@ class CellMapDataset(SampleSource):
                 log.warning("%s, %s: by its metadata all %d voxels are unknown", self.label, what, voxels)
         raw = found.pop("raw")
         return raw, {what.removeprefix("class "): image for what, image in found.items()}
+
+    def _instead(self, what: str) -> CellMapError | None:
+        """The error for a class that does not exist, which says what does; None where it exists."""
+        if self.target_path is not None and what != "raw":
+            try:
+                self.target_path.found(what.removeprefix("class "))
+            except CellMapError as e:
+                return e
+        return None
 
     def _check_resolution(self, labels: Mapping[str, Multiscale], scales: Sequence[FloatArray]) -> None:
         finest = np.min(scales, axis=0)

@@ -93,7 +93,8 @@ class LabelEncodings:
         key = name, level.name
         encoding = self._known.get(key)
         if encoding is None:
-            encoding = self._known[key] = self._checked(name, level, self._decide(name, image, level))
+            has_first = check_chunk_names(level.array, f"{self.label}/{name}")
+            encoding = self._known[key] = self._checked(name, level, self._decide(name, image, level), has_first)
         return encoding
 
     def report(self) -> None:
@@ -116,7 +117,6 @@ class LabelEncodings:
         return self.unknown.get(name, self.unknown.get("*", "metadata"))
 
     def _decide(self, name: str, image: Multiscale, level: Level) -> Encoding:
-        check_chunk_names(level.array, f"{self.label}/{name}")
         dtype = level.array.dtype
         if dtype.kind == "b":
             return Encoding(0, None)
@@ -171,10 +171,10 @@ class LabelEncodings:
         self.decided[name] = f"ids above {declared.unknown}, unknown={'null' if code is None else code}, as set"
         return Encoding(declared.absent, code)
 
-    def _checked(self, name: str, level: Level, encoding: Encoding) -> Encoding:
+    def _checked(self, name: str, level: Level, encoding: Encoding, has_first: bool) -> Encoding:
         """The encoding with what missing chunks hold."""
         thorough = self.thorough or self.missing_labels == "unknown"
-        wrong = check_declared_counts(level, encoding, f"{self.label}/{name}", thorough, self.patience)
+        wrong = check_declared_counts(level, encoding, f"{self.label}/{name}", thorough, self.patience, has_first)
         if wrong is None:
             return encoding
         if self.missing_labels == "error":

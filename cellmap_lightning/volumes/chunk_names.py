@@ -26,7 +26,7 @@ _FLAT = re.compile(r"(c\.)?\d+(\.\d+)*")
 Style = tuple[str, str]
 
 
-def check_chunk_names(info: ArrayInfo, label: str = "") -> None:
+def check_chunk_names(info: ArrayInfo, label: str = "") -> bool:
     """Compare the names of an array's files with those that its metadata says.
 
     Of a local array some entries of its folders are listed; of one elsewhere, the first and the middle chunk are
@@ -36,13 +36,19 @@ def check_chunk_names(info: ArrayInfo, label: str = "") -> None:
         info: the array.
         label: name of the crop and class, for messages.
 
+    Returns:
+        Whether the first chunk of a local array exists, if that is known without looking for it.
+
     Raises:
         MetadataError: there are chunk files under other names; the message has the encoding that fits.
     """
-    found = _remote_example(info) if isinstance(info.path, Remote) else _local_example(str(info.path), info)
-    if found is None:
-        return
-    key, style, count = found
+    if isinstance(info.path, Remote):
+        example, first = _remote_example(info), False
+    else:
+        example, first = _local_example(str(info.path), info)
+    if example is None:
+        return first
+    key, style, count = example
     name = f"{label}: " if label else ""
     ndim = len(info.shape)
     if count != ndim:
@@ -74,16 +80,21 @@ def _fix(info: ArrayInfo, style: Style) -> str:
 # -- files of this machine
 
 
-def _local_example(root: str, info: ArrayInfo) -> tuple[str, Style, int] | None:
-    """Key, style and number of indices of a chunk under another name than declared; None where there is none."""
+def _local_example(root: str, info: ArrayInfo) -> tuple[tuple[str, Style, int] | None, bool]:
+    """Key, style and number of indices of a chunk under another name than declared, and see `check_chunk_names`."""
     declared = info.prefix, info.separator
     allowed = {declared}
     seen: set[Style] = set()
+    first = False
     for name, is_folder in _entries(root):
         if name == ".zarray" and info.zarr_format == 3:  # both versions in one folder, each with its own files
             allowed.add(("", str((read_json(info.path / name) or {}).get("dimension_separator", "."))))
         style = _style(name, is_folder)
         if style is None or style in seen:
+            continue
+        if style == declared and is_folder and os.path.exists(info.file([0] * len(info.shape))):  # noqa: PTH110  as below
+            seen.add(style)  # as nearly always, and cheaper than a look into the folders
+            first = True
             continue
         key = name if not is_folder else _first_file(root, name)
         if key is None:
@@ -92,12 +103,15 @@ def _local_example(root: str, info: ArrayInfo) -> tuple[str, Style, int] | None:
         count = len(re.findall(r"\d+", key))
         if style in allowed:
             if style == declared and count != len(info.shape):
-                return key, style, count
+                return (key, style, count), False
             continue
         if info.zarr_format == 3 and os.path.lexists(f"{root}/.zarray"):
             continue  # looked at above, in whichever order they are listed
-        return key, style, count
-    return None
+        return (key, style, count), False
+    return None, first
+
+
+# Tens of thousands of arrays are looked at, and a Path costs more than the call.
 
 
 def _entries(folder: str) -> Iterator[tuple[str, bool]]:

@@ -42,7 +42,12 @@ def declared_foreground(level: Level) -> int | None:
 
 
 def check_declared_counts(
-    level: Level, encoding: Encoding, label: str, thorough: bool = False, patience: Patience = PATIENT
+    level: Level,
+    encoding: Encoding,
+    label: str,
+    thorough: bool = False,
+    patience: Patience = PATIENT,
+    has_first: bool = False,
 ) -> str | None:
     """Return what contradicts the missing chunks of a label array; None where nothing does, or the array is remote.
 
@@ -52,6 +57,7 @@ def check_declared_counts(
         label: name of the crop and class, for messages.
         thorough: count voxels also in large arrays.
         patience: retries and deadlines of the reads.
+        has_first: whether it is known that the first chunk exists.
 
     Raises:
         ChunkError: a chunk cannot be read.
@@ -66,6 +72,8 @@ def check_declared_counts(
     files: list[tuple[int, ...]] = []
     room = 0
     grid = math.prod(-(-n // f) for n, f in zip(level.array.shape, level.array.files, strict=True))
+    if grid == 1 and has_first:
+        return None
     listed = thorough or grid <= COUNTED_FILES
     for place in _files(level):
         files.append(place)

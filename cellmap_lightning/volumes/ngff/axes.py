@@ -2,11 +2,8 @@
 
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.volumes.geometry import AXES
+from cellmap_lightning.volumes.geometry import AXES, Vector
 from cellmap_lightning.volumes.ngff.notes import Note
 from cellmap_lightning.volumes.store import StorePath
 
@@ -43,9 +40,7 @@ def unit_nm(unit: Any) -> float | None:
     return UNITS_NM.get(name) if len(name) < 4 else UNITS_NM.get(name.lower())
 
 
-def read_axes(
-    file: StorePath, image: dict[str, Any], unit: str | None = None
-) -> tuple[list[str], npt.NDArray[np.float64], list[Note]]:
+def read_axes(file: StorePath, image: dict[str, Any], unit: str | None = None) -> tuple[list[str], Vector, list[Note]]:
     """Read the axes of an image.
 
     Args:
@@ -90,4 +85,5 @@ def read_axes(
                 "set unit=... or voxel_size=[z, y, x] in nm for its entries",
             )
         )
-    return names, np.array([known.get(name, assumed) for name in AXES]), notes
+    z, y, x = (known.get(name, assumed) for name in AXES)
+    return names, (z, y, x), notes

@@ -228,13 +228,13 @@ def _image(
             raise MetadataError(f"{file}: a level's path should be a name inside the image, got {name!r}")
         scale, translation = _transformed(f"{file}, level {name!r}", entry, image, len(stored), order)
         names.append(name)
-        scales.append(to_vector(scale * units))
-        translations.append(to_vector(translation * units))
+        scales.append(_times(scale, units))
+        translations.append(_times(translation, units))
     _check_order(file, names, scales)
     if overrides.voxel_size is not None:
         assumed = []
     else:
-        assumed += _implausible(scales[0], np.divide(scales[0], units))
+        assumed += _implausible(scales[0], units)
     if overrides.level_translations == "auto" and _translations_missing(scales, translations):
         offsets = [np.subtract(scale, scales[0]) / 2 for scale in scales]
         translations = [to_vector(np.add(translations[0], offset)) for offset in offsets]
@@ -247,7 +247,8 @@ def _image(
                 f"{names[-1]} by {shift:g} voxels of level {names[0]}; level_translations=stored reads them as stored",
             )
         )
-    scales, translations = overrides.place(scales, translations)
+    if overrides.voxel_size is not None or overrides.translation is not None:
+        scales, translations = overrides.place(scales, translations)
     levels = tuple(
         Level(group / name, name, s, t, (order[0], order[1], order[2]), len(stored))
         for name, s, t in zip(names, scales, translations, strict=True)
@@ -354,25 +355,29 @@ def _unread_version(version: str | None, image: Mapping[str, Any]) -> str | None
 
 def _transformed(
     where: str, entry: dict[str, Any], image: dict[str, Any], ndim: int, order: list[int]
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+) -> tuple[Vector, Vector]:
     """Scale and translation (z, y, x) of a level: its own transformations, then those of the image.
 
     Raises:
         MetadataError: they are not one scale and then at most one translation, or not of one number per axis.
     """
-    scale, translation = np.ones(ndim), np.zeros(ndim)
+    scale, translation = [1.0] * ndim, [0.0] * ndim
     own, common = _transformations(where, entry), _transformations(where, image)
     if not any(isinstance(step, dict) and step.get("type") == "scale" for step in own):
         raise MetadataError(f"{where}: its coordinateTransformations have no scale, so its voxels have no size")
     for step in own + common:
         scale, translation = _compose(where, step, scale, translation)
-    scale, translation = scale[order], translation[order]
-    if not (np.isfinite(scale).all() and (scale > 0).all() and np.isfinite(translation).all()):
+    z, y, x = order
+    size, place = (scale[z], scale[y], scale[x]), (translation[z], translation[y], translation[x])
+    if not (all(map(math.isfinite, size + place)) and min(size) > 0):
         raise MetadataError(
-            f"{where}: scale must be positive and finite, got scale {scale.tolist()}, "
-            f"translation {translation.tolist()} (z, y, x)"
+            f"{where}: scale must be positive and finite, got scale {list(size)}, translation {list(place)} (z, y, x)"
         )
-    return scale, translation
+    return size, place
+
+
+def _times(a: Vector, b: Vector) -> Vector:
+    return a[0] * b[0], a[1] * b[1], a[2] * b[2]
 
 
 def _transformations(where: str, node: dict[str, Any]) -> list[Any]:
@@ -389,7 +394,7 @@ def _transformations(where: str, node: dict[str, Any]) -> list[Any]:
     return steps
 
 
-def _compose(where: str, step: Any, scale: Any, translation: Any) -> tuple[Any, Any]:
+def _compose(where: str, step: Any, scale: list[float], translation: list[float]) -> tuple[list[float], list[float]]:
     kind = step.get("type") if isinstance(step, dict) else None
     if kind == "identity":
         return scale, translation
@@ -399,10 +404,11 @@ def _compose(where: str, step: Any, scale: Any, translation: Any) -> tuple[Any, 
     )
     if value is None or not good or len(value) != len(scale):
         raise MetadataError(f"{where}: needs a scale or translation of {len(scale)} numbers, got {step!r}")
-    values = np.asarray(value, dtype=np.float64)
     if kind == "scale":
-        return scale * values, translation * values
-    return scale, translation + values
+        return [a * v for a, v in zip(scale, value, strict=True)], [
+            a * v for a, v in zip(translation, value, strict=True)
+        ]
+    return scale, [a + v for a, v in zip(translation, value, strict=True)]
 
 
 def _check_order(file: StorePath, names: Sequence[str], scales: Sequence[Vector]) -> None:
@@ -415,15 +421,15 @@ def _check_order(file: StorePath, names: Sequence[str], scales: Sequence[Vector]
             )
 
 
-def _implausible(scale: Vector, stored: np.ndarray[Any, Any]) -> list[Note]:
+def _implausible(scale: Vector, units: Vector) -> list[Note]:
     """Notes on a voxel size that is probably not one.
 
     Args:
         scale: of the first level, nm.
-        stored: the same in its own units.
+        units: nm in one unit of the axes.
     """
     size = " x ".join(f"{s:g}" for s in scale)
-    if (stored == 1).all():
+    if scale == units:
         why = f"its voxel size is 1 x 1 x 1 ({size} nm), as programs write that know none"
     elif min(scale) < SMALLEST_VOXEL or max(scale) > LARGEST_VOXEL:
         why = f"its voxel size of {size} nm is implausible: is the unit right?"
@@ -438,7 +444,7 @@ def _implausible(scale: Vector, stored: np.ndarray[Any, Any]) -> list[Note]:
 
 def _translations_missing(scales: Sequence[Vector], translations: Sequence[Vector]) -> bool:
     """Whether all levels have the same translation, or none, although their voxels grow."""
-    grow = any(max(np.divide(scale, scales[0])) > 1 + SCALE_TOLERANCE for scale in scales)
+    grow = len(scales) > 1 and any(max(np.divide(scale, scales[0])) > 1 + SCALE_TOLERANCE for scale in scales[1:])
     return grow and all(
         (np.abs(np.subtract(t, translations[0])) <= SAME_PLACE * np.asarray(scales[0])).all() for t in translations
     )
