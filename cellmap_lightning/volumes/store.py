@@ -567,7 +567,9 @@ def _missing_remote(path: Remote, what: str) -> CellMapFileNotFoundError:
         if names:
             lost = inside.removeprefix(place._parts()[1]).strip("/").partition("/")[0]
             return CellMapFileNotFoundError(f"{text}: {place.title} has no {lost!r}{_instead(lost, names)}")
-    return CellMapFileNotFoundError(text)
+    return CellMapFileNotFoundError(
+        f"{text}: the store has none of {', '.join(NODE_FILES)} there, and nothing may be listed there or above"
+    )
 
 
 def _instead(lost: str, names: Sequence[str]) -> str:
