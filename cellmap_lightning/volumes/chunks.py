@@ -24,7 +24,7 @@ from cellmap_lightning.errors import (
 )
 from cellmap_lightning.volumes.geometry import AXES, Box, Shape, to_vector
 from cellmap_lightning.volumes.guard import PATIENT, GuardedStore, ObjectError, Patience, described, is_forbidden
-from cellmap_lightning.volumes.integrity import EmptyError, SizeError, decoded_bytes
+from cellmap_lightning.volumes.integrity import DamagedError, EmptyError, SizeError, check_file, decoded_bytes
 from cellmap_lightning.volumes.ngff import Level
 from cellmap_lightning.volumes.openable import READERS as READERS
 from cellmap_lightning.volumes.openable import Reader as Reader
@@ -325,7 +325,16 @@ class ChunkReader:
             content = sync(self._guard().content(self._key(index)))
         except ObjectError:
             return None
-        return decoded_bytes(memoryview(content.to_bytes()), self.level.array.encoded) if content is not None else None
+        if content is None:
+            return None
+        stored, encoded = memoryview(content.to_bytes()), self.level.array.encoded
+        try:
+            check_file(stored, encoded)
+        except SizeError as e:
+            return e.nbytes
+        except DamagedError:
+            return None
+        return decoded_bytes(stored, encoded)
 
     def _whole(self) -> int:
         """Bytes of the voxels of a whole chunk."""

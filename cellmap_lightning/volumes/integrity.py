@@ -278,6 +278,7 @@ def _decoded(stored: memoryview, encoded: Encoded, decoder: Callable[[], Any]) -
             rest = found.unused_data
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as e:
         raise DamagedError(f"it cannot be decoded ({e})") from e
+    _expect(total, encoded)
 
 
 _CHECKS: dict[str, Callable[[memoryview, Encoded], None]] = {
