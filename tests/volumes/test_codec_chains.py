@@ -256,6 +256,26 @@ def test_a_truncated_chunk_is_an_error_whatever_the_chain(tmp_path, chain, cut):
         reader.read((0, 0, 0), tuple(min(a, b) for a, b in zip(chunk, SHAPE, strict=True)))
 
 
+@pytest.mark.parametrize("codecs", [[BYTES], [BYTES, CRC], [BYTES, ZSTD], [BYTES, CRC, BLOSC]])
+@pytest.mark.parametrize("index", [(BYTES,), (BIG,), (transpose(3, 1, 0, 2), BIG)])
+def test_a_chunk_that_is_cut_short_inside_of_a_shard_is_an_error(tmp_path, codecs, index):
+    """The index, which has no checksum here, gives it fewer bytes than it has."""
+    path = write(tmp_path / "a", [shard([4, 8, 8], codecs, index)])
+    file = path / "c/0/0/0"
+    numbers = read_array(path).encoded.shard.index_type
+    whole = bytearray(file.read_bytes())
+    entries = np.frombuffer(whole[-128:], numbers).copy()
+    shape = (2, 2, 2, 2)
+    order = index[0]["configuration"]["order"] if len(index) > 1 else [0, 1, 2, 3]
+    view = entries.reshape([shape[a] for a in order]).transpose(np.argsort(order))  # a view of the numbers
+    view[0, 0, 0, 1] -= 1
+    file.write_bytes(bytes(whole[:-128]) + entries.tobytes())
+    for box in ((8, 16, 16), (4, 8, 8)):
+        with pytest.raises(ChunkError, match=r"could not be read: (DamagedError|SizeError|ValueError|RuntimeError)"):
+            ChunkReader(level(path), patience=ONCE).read((0, 0, 0), box)
+    assert (ChunkReader(level(path), patience=ONCE).read((4, 8, 8), (4, 8, 8)) == values()[4:8, 8:16, 8:16]).all()
+
+
 @pytest.mark.parametrize(
     ("codecs", "said"),
     [
