@@ -40,6 +40,10 @@ class ChunkError(CellMapError, OSError):
     """Stored voxels that could not be read or decoded."""
 
 
+class EmptyChunkError(ChunkError):
+    """A chunk whose file has 0 bytes."""
+
+
 class CacheError(CellMapError, OSError):
     """Decoded voxels that cannot be kept where they were to be kept."""
 

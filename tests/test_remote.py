@@ -156,6 +156,26 @@ def test_a_zip_file(volume, tmp_path):
         assert same([dataset[3]], samples_of(root, (3,)))
 
 
+def test_what_is_not_in_a_zip_file_is_said_with_its_name(volume, tmp_path):
+    file = tmp_path / "volume.zip"
+    root = Path(volume.path)
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in (root / "recon-1" / "em").rglob("*"):
+            if path.is_file():
+                archive.write(path, Path("v.zarr") / path.relative_to(root))
+    spec = {"raw": SPEC}
+    for inside, said in (
+        ("v.zar/recon-1/em/fibsem-uint8", f"{file} has no 'v.zar'; did you mean 'v.zarr'?"),
+        ("v.zarr/recon-1/em/fibsem-uint", f"zip://v.zarr/recon-1/em::{file} has no 'fibsem-uint'; did you mean 'fibs"),
+        ("nothing", f"{file} has no 'nothing'; it has v.zarr"),
+    ):
+        with pytest.raises(CellMapFileNotFoundError) as caught:
+            CellMapDataset(f"zip://{inside}::{file}", input_arrays=spec, cache="none")
+        assert f"zip://{inside}::{file} does not exist: {said}" in str(caught.value)
+    with pytest.raises(CellMapError, match=r"volum\.zip"):
+        CellMapDataset(f"zip://v.zarr/recon-1/em/fibsem-uint8::{tmp_path}/volum.zip", input_arrays=spec, cache="none")
+
+
 @pytest.mark.parametrize("root", ["v2.zarr", pytest.param("v3.zarr", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "method", ["forkserver", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fork", "spawn"))]

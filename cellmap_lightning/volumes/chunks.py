@@ -1,10 +1,11 @@
-"""The one way to a chunk: whatever is read from a store is read, decoded and checked here."""
+"""Reads, checks and decodes the chunks of an array; no other module does."""
 
 import hashlib
 import itertools
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -13,17 +14,27 @@ import numpy as np
 import zarr
 from zarr.core.sync import sync
 
-from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapValueError, ChunkError, MissingExtraError
+from cellmap_lightning.errors import (
+    CellMapError,
+    CellMapKeyError,
+    CellMapValueError,
+    ChunkError,
+    EmptyChunkError,
+    MissingExtraError,
+)
 from cellmap_lightning.volumes.geometry import AXES, Box, Shape, to_vector
-from cellmap_lightning.volumes.guard import PATIENT, GuardedStore, ObjectError, Patience, described
+from cellmap_lightning.volumes.guard import PATIENT, GuardedStore, ObjectError, Patience, described, is_forbidden
+from cellmap_lightning.volumes.integrity import DamagedError, EmptyError, SizeError, check_file, decoded_bytes
 from cellmap_lightning.volumes.ngff import Level
+from cellmap_lightning.volumes.openable import READERS as READERS
+from cellmap_lightning.volumes.openable import Reader as Reader
+from cellmap_lightning.volumes.openable import check_openable
 from cellmap_lightning.volumes.plain import PlainChunks
 from cellmap_lightning.volumes.resample import AnyArray
 from cellmap_lightning.volumes.store import Remote, identity_of, open_store
 
-#: Which library decodes: zarr-python, or TensorStore, which is several times as fast where nothing can be kept.
-Reader = Literal["zarr", "tensorstore"]
-READERS = ("zarr", "tensorstore")
+#: Whether a chunk whose file has 0 bytes is an error, or counts as missing and holds the fill value.
+Empty = Literal["error", "missing"]
 
 #: The process in which TensorStore was first used: its threads do not survive a fork.
 _tensorstore_pid: int | None = None
@@ -60,23 +71,42 @@ class ChunkReader:
         label: what error messages call it, such as ``crop12/mito``.
         reader: see `Reader`.
         patience: how long an object is tried for.
+        empty: see `Empty`.
+
+    Raises:
+        MetadataError: the reader cannot open the array, or not decode its chunks.
     """
 
-    def __init__(self, level: Level, label: str = "", reader: Reader = "zarr", patience: Patience = PATIENT) -> None:
+    def __init__(
+        self,
+        level: Level,
+        label: str = "",
+        reader: Reader = "zarr",
+        patience: Patience = PATIENT,
+        empty: Empty = "error",
+    ) -> None:
         info = level.array
+        check_openable(info, reader)
         self.level = level
         self.label = label
         self.reader: Reader = reader
         self.patience = patience
+        self.empty: Empty = empty
         self.shape: Shape = level.zyx(info.shape)
         self.chunks: Shape = level.zyx(info.chunks)
         # Booleans are read as the 0 and 1 that they stand for.
         self.dtype: np.dtype[Any] = np.dtype(np.uint8) if info.dtype == np.bool_ else info.dtype
         self._opened: tuple[int, Any] | None = None
         self._plain_chunks: tuple[Any, PlainChunks | None] | None = None
+        # The store and the array as zarr-python reads them beside TensorStore, each with the process.
+        self._beside: tuple[int, GuardedStore] | None = None
+        self._beside_array: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"level": self.level, "label": self.label, "reader": self.reader, "patience": self.patience}
+        return {
+            "level": self.level, "label": self.label, "reader": self.reader, "patience": self.patience,
+            "empty": self.empty,
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -100,10 +130,15 @@ class ChunkReader:
             found = self._plain_chunks = array, PlainChunks.of(array, inner)
         return found[1]
 
-    def _zarr(self) -> "zarr.Array[Any]":
+    def _store(self) -> GuardedStore:
         info = self.level.array
-        store = GuardedStore(open_store(info.path), info.encoded, self.patience, str(info.path))
-        return zarr.open_array(store, mode="r", zarr_format=3 if info.zarr_format == 3 else 2)
+        return GuardedStore(
+            open_store(info.path), info.encoded, self.patience, str(info.path), info.metadata.name, self.empty
+        )
+
+    def _zarr(self, store: GuardedStore | None = None) -> "zarr.Array[Any]":
+        zarr_format: Any = 3 if self.level.array.zarr_format == 3 else 2
+        return zarr.open_array(store or self._store(), mode="r", zarr_format=zarr_format)
 
     def _tensorstore(self) -> Any:
         global _tensorstore_pid
@@ -177,6 +212,7 @@ class ChunkReader:
             begun: what `begin` gave for the same box.
 
         Raises:
+            EmptyChunkError: the file of a chunk has 0 bytes, where that is an error.
             ChunkError: the store or the codec failed; the message names the array and the box.
         """
         try:
@@ -189,9 +225,11 @@ class ChunkReader:
             if isinstance(e, ObjectError):  # which also says which object, so that nothing is read again to find it
                 start, shape = self._part(e.key, start, shape)
             said = str(e) if isinstance(e, ObjectError) else described(e)
+            note = self._cut_at_the_edge(start, shape, e)
             if isinstance(self.level.path, Remote):
                 said = self.level.path.hide(said)
-            raise ChunkError(f"{self.where(start, shape)} could not be read: {said}; {self.box(start, shape)}") from e
+            kind = EmptyChunkError if isinstance(e, ObjectError) and isinstance(e.cause, EmptyError) else ChunkError
+            raise kind(f"{self.where(start, shape)} could not be read: {said}{note}; {self.box(start, shape)}") from e
 
     def where(self, start: tuple[int, int, int], shape: Shape) -> str:
         """A box, for messages: who asks for it, the array, and its voxels."""
@@ -209,8 +247,7 @@ class ChunkReader:
     def _read(self, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
         level = self.level
         if self.reader == "tensorstore":
-            ahead = begun if begun is not None else self._open()[self._box(start, shape)].read()
-            stored = np.asarray(ahead.result(timeout=self.patience.timeout))
+            stored = self._by_tensorstore(start, shape, begun)
         else:
             array, box = self._open(), self._box(start, shape)
             plain = self._plain(array)
@@ -219,6 +256,89 @@ class ChunkReader:
         kept = sorted(level.axes)
         out = stored.transpose([kept.index(a) for a in level.axes])
         return np.ascontiguousarray(out, dtype=self.dtype)
+
+    def _by_tensorstore(self, start: tuple[int, int, int], shape: Shape, begun: Any) -> AnyArray:
+        """The stored voxels of a box, as TensorStore reads them.
+
+        Chunks that are empty, or refused by a store that does so for missing ones, are errors for TensorStore. Where
+        they count as missing, zarr-python reads the box.
+        """
+        box = self._box(start, shape)
+        try:
+            ahead = begun if begun is not None else self._open()[box].read()
+            return np.asarray(ahead.result(timeout=self.patience.timeout))
+        except CellMapError:
+            raise
+        except Exception as e:  # codecs and stores raise whatever they like
+            refused = not self.local and (is_forbidden(e) or "PERMISSION_DENIED" in str(e))
+            empty = None if refused or isinstance(e, TimeoutError) else self._first_empty(start, shape)
+            if empty is not None and self.empty == "error":
+                raise ObjectError(self._key(empty), 1, 0.0, EmptyError()) from e
+            if not refused and empty is None:
+                raise
+        array, pid = self._beside_array, os.getpid()
+        if array is None or array[0] != pid:
+            array = self._beside_array = pid, self._zarr(self._guard())
+        return np.asarray(array[1][box])
+
+    def _first_empty(self, start: tuple[int, int, int], shape: Shape) -> tuple[int, ...] | None:
+        """The first chunk or shard of a box whose file has 0 bytes."""
+        try:
+            return next((index for index in self.files(start, shape) if self.is_empty(index)), None)
+        except ObjectError:
+            return None
+
+    def is_empty(self, index: tuple[int, ...]) -> bool:
+        """Return whether the file of a chunk or shard has 0 bytes.
+
+        Raises:
+            ObjectError: a store elsewhere does not answer.
+        """
+        if self.local:
+            return _is_empty(self.level.array.file(index))
+        content = sync(self._guard().content(self._key(index)))
+        return content is not None and not len(content)
+
+    def _cut_at_the_edge(self, start: tuple[int, int, int], shape: Shape, error: Exception) -> str:
+        """A note for the error of a chunk at the array's edge that has the size of its part inside the array."""
+        info = self.level.array
+        index = next(iter(self.files(start, shape)))
+        inside = [min(f, n - i * f) for f, n, i in zip(info.files, info.shape, index, strict=True)]
+        if info.encoded.shard is not None or tuple(inside) == info.files:
+            return ""
+        nbytes = self._held_bytes(index, error)
+        if nbytes is None or nbytes + self._whole() - info.encoded.nbytes != math.prod(inside) * info.dtype.itemsize:
+            return ""
+        return (
+            f": this is the size of the part inside the array ({' x '.join(map(str, inside))} of "
+            f"{' x '.join(map(str, info.files))} voxels), so it was written cut at the edge; chunks of Zarr are whole "
+            "there too, and the array has to be written again"
+        )
+
+    def _held_bytes(self, index: tuple[int, ...], error: Exception) -> int | None:
+        """Bytes that a chunk decodes to which could not be read; None where that is not known."""
+        if isinstance(error, ObjectError):
+            return error.cause.nbytes if isinstance(error.cause, SizeError) else None
+        if isinstance(error, TimeoutError):
+            return None
+        try:
+            content = sync(self._guard().content(self._key(index)))
+        except ObjectError:
+            return None
+        if content is None:
+            return None
+        stored, encoded = memoryview(content.to_bytes()), self.level.array.encoded
+        try:
+            check_file(stored, encoded)
+        except SizeError as e:
+            return e.nbytes
+        except DamagedError:
+            return None
+        return decoded_bytes(stored, encoded)
+
+    def _whole(self) -> int:
+        """Bytes of the voxels of a whole chunk."""
+        return math.prod(self.level.array.files) * self.level.array.dtype.itemsize
 
     def _culprit(
         self, start: tuple[int, int, int], shape: Shape, error: Exception
@@ -262,34 +382,64 @@ class ChunkReader:
             spans[axis] = range(first // size, -(-(first + count) // size))
         return itertools.product(*spans)
 
-    def missed(self, start: tuple[int, int, int], shape: Shape) -> list[tuple[int, ...]]:
-        """Which of the chunks or shards that hold part of a box were not stored when it was read just now."""
+    def missed(
+        self, start: tuple[int, int, int], shape: Shape, voxels: AnyArray | None = None
+    ) -> list[tuple[int, ...]]:
+        """Return which of the chunks or shards that hold part of a box were not stored when it was read just now.
+
+        Args:
+            start: first voxel.
+            shape: voxels.
+            voxels: what was read; a chunk with two different values in it is stored, and not asked for.
+        """
         if self.local:
             return [index for index in self.files(start, shape) if not self.stores(index)]
-        found = self._guard().missed
-        return [index for index in self.files(start, shape) if self._key(index) in found]
+        if self.reader == "tensorstore":  # which does not say what it missed
+            return [index for index in self._uniform(start, shape, voxels) if not self.stores(index)]
+        names = self._guard().missed
+        return [index for index in self.files(start, shape) if self._key(index) in names]
+
+    def _uniform(self, start: tuple[int, int, int], shape: Shape, voxels: AnyArray | None) -> Iterator[tuple[int, ...]]:
+        """Indices of the chunks or shards whose part of a box has one value, so that it may be the fill value."""
+        for index in self.files(start, shape):
+            if voxels is not None:
+                low, size = self.common(index, start, shape)
+                part = voxels[tuple(slice(a - o, a - o + n) for a, o, n in zip(low, start, size, strict=True))]
+                first = part.flat[0]
+                if (part != first).any() and first == first:  # NaN, as a fill value may be, differs from itself
+                    continue
+            yield index
 
     def stores(self, index: tuple[int, ...]) -> bool:
-        """Whether a chunk or shard is stored; where the store is not local, it is asked.
+        """Return whether a chunk or shard is stored; where the store is not local, it is asked.
+
+        A file of 0 bytes stores nothing.
 
         Raises:
             ChunkError: it could not be asked.
         """
         if self.local:
             # Thousands of them, and a Path costs more than the call.
-            return os.path.lexists(self.level.array.file(index))
+            file = self.level.array.file(index)
+            return os.path.lexists(file) and not _is_empty(file)
         try:
-            found: bool = sync(self._guard().stores(self._key(index)))
+            answer: bool = sync(self._guard().stores(self._key(index)))
         except ObjectError as e:
             name = f"{self.label}: " if self.label else ""
-            raise ChunkError(f"{name}{self.level.path}: it could not be told what is stored: {e}") from e
-        return found
+            text = f"{name}{self.level.path}: the store does not answer whether a chunk is stored: {e}"
+            raise ChunkError(self.level.path.hide(text) if isinstance(self.level.path, Remote) else text) from e
+        return answer
 
     def _guard(self) -> GuardedStore:
-        """The store, read by zarr-python whatever decodes."""
-        opened = self._open()
-        store = opened.store if isinstance(opened, zarr.Array) else None
-        return store if isinstance(store, GuardedStore) else self._zarr().store  # type: ignore[return-value]
+        """The store as zarr-python reads it, whatever decodes."""
+        if self.reader == "zarr":
+            store = self._open().store
+            if isinstance(store, GuardedStore):
+                return store
+        beside, pid = self._beside, os.getpid()
+        if beside is None or beside[0] != pid:
+            beside = self._beside = pid, self._store()
+        return beside[1]
 
     @property
     def local(self) -> bool:
@@ -302,7 +452,7 @@ class ChunkReader:
         return identity_of(info.path), info.checksum, self.level.axes
 
     def stored(self) -> dict[tuple[int, int, int], tuple[int, int]]:
-        """The files of chunks or shards that exist, ``{place among them (z, y, x): (time, bytes)}``.
+        """The files of chunks or shards that exist and are not empty, ``{place among them (z, y, x): (time, bytes)}``.
 
         Whatever no file holds has the array's fill value. Of a store elsewhere, which is not asked, all may exist.
         """
@@ -317,13 +467,15 @@ class ChunkReader:
                 key = f"{inside}/{name}" if inside else name
                 index = key.removeprefix(info.prefix).split(info.separator)
                 if key.startswith(info.prefix) and len(index) == len(info.shape) and all(map(str.isdigit, index)):
-                    stat = os.stat(f"{folder}/{name}")  # noqa: PTH116  as below
+                    status = os.stat(f"{folder}/{name}")  # noqa: PTH116  as below
+                    if not status.st_size:
+                        continue
                     z, y, x = self.level.zyx([int(part) for part in index])
-                    found[z, y, x] = stat.st_mtime_ns, stat.st_size
+                    found[z, y, x] = status.st_mtime_ns, status.st_size
         return found
 
     def absent(self, start: tuple[int, int, int], shape: Shape, most: int = 2000) -> tuple[int, int]:
-        """How many files that would hold part of a box were never written, and of how many.
+        """How many files that would hold part of a box were never written or are empty, and of how many.
 
         What they would hold is read as the array's fill value. Nothing is decoded. Of more than ``most`` files, as many
         are looked at, evenly spread. A store elsewhere is not asked: of none.
@@ -340,7 +492,7 @@ class ChunkReader:
         numbers = range(total) if total <= most else np.linspace(0, total - 1, most).round().astype(int).tolist()
         places = np.stack(np.unravel_index(numbers, lengths), axis=1) + [span.start for span in spans]
         files = [info.file(place) for place in places.tolist()]
-        return sum(not os.path.exists(file) for file in files), len(files)  # noqa: PTH110  as below
+        return sum(not os.path.exists(file) or _is_empty(file) for file in files), len(files)  # noqa: PTH110  as below
 
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
         """A number (64 bits, not 0) that changes when a file that holds part of the box is written or removed.
@@ -354,11 +506,21 @@ class ChunkReader:
         found = hashlib.blake2b(digest_size=8)
         for index in self.files(start, shape):
             try:
-                stat = os.stat(info.file(index))  # noqa: PTH116  thousands of them, and a Path costs more than the call
-                found.update(struct.pack("<qq", stat.st_mtime_ns, stat.st_size))
+                # Thousands of them, and a Path costs more than the call.
+                status = os.stat(info.file(index))  # noqa: PTH116
+                found.update(struct.pack("<qq", status.st_mtime_ns, status.st_size))
             except OSError:  # never written, or not to be read: reading will say
                 found.update(b"-")
         return int.from_bytes(found.digest(), "little") or 1
+
+
+def _is_empty(file: str) -> bool:
+    """Whether a path leads to a file of 0 bytes."""
+    try:
+        status = os.stat(file)  # noqa: PTH116  as above
+    except OSError:
+        return False
+    return status.st_size == 0 and stat.S_ISREG(status.st_mode)
 
 
 def chunk_shape(readers: list[ChunkReader]) -> Shape:

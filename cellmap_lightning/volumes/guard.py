@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
@@ -22,7 +22,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import LocalStore, WrapperStore
 
 from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.volumes.integrity import DamagedError, Encoded, check_chunk, check_file
+from cellmap_lightning.volumes.integrity import DamagedError, EmptyError, Encoded, check_file, check_part
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,10 @@ def power_of_two(number: int) -> bool:
 
 
 def tried(
-    read: Callable[[Sequence[str]], Mapping[str, Any]], keys: Sequence[str], patience: Patience
+    read: Callable[[Sequence[str]], Mapping[str, Any]],
+    keys: Sequence[str],
+    patience: Patience,
+    refused: dict[str, ObjectError] | None = None,
 ) -> dict[str, bytes | None]:
     """Several small objects, each asked for again where its error may pass; None where there is none.
 
@@ -142,6 +145,7 @@ def tried(
         read: from keys to what was read of each, or the error.
         keys: the objects.
         patience: how long they are tried for.
+        refused: gets the errors of objects that are forbidden, which may not exist; without it, they are raised.
 
     Raises:
         ObjectError: one of them could not be read.
@@ -153,6 +157,8 @@ def tried(
         for key, value in read(left).items():
             if isinstance(value, _ABSENT):
                 found[key] = None
+            elif refused is not None and isinstance(value, Exception) and is_forbidden(value):
+                refused[key] = ObjectError(key, attempt, time.monotonic() - began, value)
             elif isinstance(value, Exception):
                 again[key] = value
             else:
@@ -174,48 +180,117 @@ def tried(
 class GuardedStore(WrapperStore[Store]):
     """A store whose reads are bounded in time and checked.
 
+    Some stores answer "forbidden" for what does not exist: S3 does, where objects may not be listed. So a chunk that is
+    refused counts as missing, but only if the array's metadata can be read after the refusal: credentials that expired
+    are an error, and never background.
+
     Args:
         store: what is read.
         encoded: how chunks are stored in it.
         patience: how long an object is tried for.
         name: what log lines call it.
+        metadata: the object that describes the array, such as ``.zarray``; without one, a refusal is an error.
+        empty: whether a chunk of 0 bytes is an error, or counts as missing.
     """
 
-    def __init__(self, store: Store, encoded: Encoded, patience: Patience, name: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        encoded: Encoded,
+        patience: Patience,
+        name: str,
+        metadata: str = "",
+        empty: Literal["error", "missing"] = "error",
+    ) -> None:
         super().__init__(store)
         self._encoded, self._patience, self._name = encoded, patience, name
+        self._metadata, self._empty = metadata, empty
         #: Chunks that were asked for and are not there.
         self.missed: set[str] = set()
+        self._folder = _folder(store)
+        # When the metadata was last read after a refusal.
+        self._verified_at = float("-inf")
+        self._verifying = asyncio.Lock()
 
     def _with_store(self, store: Store) -> "GuardedStore":
-        return GuardedStore(store, self._encoded, self._patience, self._name)
+        return GuardedStore(store, self._encoded, self._patience, self._name, self._metadata, self._empty)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """The object, or None where there is none.
+        """Return the object, or None where there is none.
 
         Raises:
             ObjectError: it could not be read, or is damaged.
         """
 
         async def read() -> Buffer | None:
-            found = await self._store.get(key, prototype, byte_range)
-            self._check(key, found, byte_range)
-            return found
+            return self._checked(key, await self._read(key, prototype, byte_range), byte_range)
 
         return await self._tried(key, read)
 
     async def stores(self, key: str) -> bool:
-        """Whether there is such an object: its first byte is asked for, since not every server says it otherwise.
+        """Return whether there is such an object and it has any bytes.
+
+        Its first byte is asked for, since not every server answers other requests.
 
         Raises:
             ObjectError: the store did not answer.
         """
 
         async def read() -> bool:
-            found = await self._store.get(key, default_buffer_prototype(), RangeByteRequest(0, 1))
-            return found is not None
+            first = await self._read(key, default_buffer_prototype(), RangeByteRequest(0, 1))
+            return first is not None and len(first) > 0
 
         return await self._tried(key, read)
+
+    async def content(self, key: str) -> Buffer | None:
+        """Return all that is stored in an object, unchecked; None where there is none.
+
+        Raises:
+            ObjectError: the store did not answer.
+        """
+        return await self._tried(key, lambda: self._read(key, default_buffer_prototype(), None))
+
+    async def _read(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
+        try:
+            part = await self._store.get(key, prototype, byte_range)
+        except Exception as e:  # stores raise whatever they like
+            if byte_range is not None and _status(e) == 416:  # "range not satisfiable": the object ends before it
+                part = prototype.buffer.from_bytes(b"")
+            elif await self._is_missing(key, e):
+                return None
+            else:
+                raise
+        if byte_range is None or part is None or len(part):
+            return part
+        whole = await self._store.get(key, prototype)
+        if whole is not None and len(whole):
+            raise DamagedError(f"it is cut short: {len(whole)} bytes are stored, and a part behind them was asked for")
+        return part
+
+    async def _is_missing(self, key: str, error: Exception) -> bool:
+        """Whether an object that was refused does not exist.
+
+        The metadata is read again, unless another read of it began after this refusal. No earlier one counts, however
+        recent: the credentials may have expired in between. An object that was missing before still is.
+        """
+        if self._folder is not None or key == self._metadata or not self._metadata or not is_forbidden(error):
+            return False
+        if key in self.missed:
+            return True
+        refused_at = time.monotonic()
+        async with self._verifying:
+            if self._verified_at < refused_at:
+                began = time.monotonic()
+                try:
+                    text = await self._store.get(self._metadata, default_buffer_prototype())
+                except Exception as e:
+                    if is_forbidden(e):
+                        return False
+                    raise
+                if text is None:
+                    return False
+                self._verified_at = began
+        return True
 
     async def _tried(self, key: str, read: Callable[[], Awaitable[_T]]) -> _T:
         """What `read` gives at last."""
@@ -242,19 +317,30 @@ class GuardedStore(WrapperStore[Store]):
                     )  # fmt: skip
             await asyncio.sleep(pause)
 
-    def _check(self, key: str, found: Buffer | None, byte_range: ByteRequest | None) -> None:
+    def _checked(self, key: str, part: Buffer | None, byte_range: ByteRequest | None) -> Buffer | None:
+        """What was read of an object, if it can be decoded."""
         if key.rpartition("/")[2] in _METADATA:
-            return
-        if found is None:
+            return part
+        if part is None:
             self._check_missing(key)
             self.missed.add(key)
-            return
+            return None
+        try:
+            self._check(part, byte_range)
+        except EmptyError:
+            if self._empty == "error":
+                raise
+            self.missed.add(key)
+            return None
         self.missed.discard(key)
-        stored = memoryview(np.ascontiguousarray(found.as_numpy_array()).view(np.uint8).data)
-        encoded = self._encoded
+        return part
+
+    def _check(self, part: Buffer, byte_range: ByteRequest | None) -> None:
+        stored = memoryview(np.ascontiguousarray(part.as_numpy_array()).view(np.uint8).data)
         if byte_range is None:
-            check_file(stored, encoded)
+            check_file(stored, self._encoded)
             return
+        shard = self._encoded.shard
         wanted = None
         if isinstance(byte_range, RangeByteRequest):
             wanted = byte_range.end - byte_range.start
@@ -266,11 +352,14 @@ class GuardedStore(WrapperStore[Store]):
                 f"{wanted} bytes of it were asked for and {len(stored)} came: the server does not support byte ranges, "
                 "which sharded arrays need",
             )
-        if not len(stored) or (wanted is not None and len(stored) < wanted):
+        if not len(stored):  # where the object has any bytes, `_read` raises
+            raise EmptyError
+        if wanted is not None and len(stored) < wanted:
             raise DamagedError(f"it is cut short: {len(stored)} of {wanted} bytes that belong to it are stored")
-        index = isinstance(byte_range, SuffixByteRequest) or (byte_range.start == 0 and not encoded.index_at_end)  # type: ignore[union-attr]
-        if encoded.inner and not index:
-            check_chunk(stored, encoded)
+        at_start = isinstance(byte_range, RangeByteRequest) and byte_range.start == 0
+        is_index = isinstance(byte_range, SuffixByteRequest) or (at_start and shard is not None and not shard.at_end)
+        if shard is not None and not is_index:
+            check_part(stored, shard)
 
     def _check_missing(self, key: str) -> None:
         """Stores of zarr-python's take for missing what is there and is no file."""
@@ -281,6 +370,13 @@ class GuardedStore(WrapperStore[Store]):
             raise DamagedError("a folder stands where the chunk should be a file")
         if path.is_symlink():
             raise DamagedError(f"it is a link to {path.readlink()}, which is not there")
+
+
+def _folder(store: Store) -> LocalStore | None:
+    """The folder of this machine that a store reads, or None."""
+    while isinstance(store, WrapperStore):
+        store = store._store
+    return store if isinstance(store, LocalStore) else None
 
 
 def passes(error: Exception) -> bool:
@@ -299,7 +395,7 @@ def passes(error: Exception) -> bool:
     return bool(kinds) and not _refused(error)
 
 
-def _status(error: Exception) -> int | None:
+def _status(error: BaseException) -> int | None:
     """The status of a response, where the error is one."""
     found: Any = getattr(error, "status", None)
     response: Any = getattr(error, "response", None)
@@ -315,7 +411,30 @@ def _refused(error: Exception) -> bool:
         isinstance(error, PermissionError)
         or _status(error) in (401, 403)
         or any(word in text for word in ("credential", "expiredtoken", "token has expired", "accessdenied"))
+        or is_forbidden(error)
     )
+
+
+#: Error codes of S3 that also stand for an object that does not exist.
+_FORBIDDEN_CODES = ("AccessDenied", "Forbidden", "403")
+#: Words of an error that speaks of credentials, and not of the object.
+_OF_CREDENTIALS = ("expired", "credential", "signature", "token", "access key", "accesskey", "request time")
+
+
+def is_forbidden(error: BaseException) -> bool:
+    """Return whether an error is a refusal as some stores give it for what does not exist.
+
+    A refusal that speaks of credentials is none.
+    """
+    response: Any = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None  # botocore's
+    if code is not None:
+        return code in _FORBIDDEN_CODES
+    text = str(getattr(error, "message", None) or error).lower()  # aiohttp's text also has the address
+    if any(word in text for word in _OF_CREDENTIALS):
+        return False
+    forbidden = isinstance(error, PermissionError) or _status(error) == 403
+    return forbidden or (isinstance(error, OSError) and text.startswith("forbidden"))  # the last one of gcsfs
 
 
 def described(error: Exception) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.errors import CellMapIndexError, CellMapValueError, ChunkError
+from cellmap_lightning.errors import CellMapIndexError, CellMapValueError, ChunkError, EmptyChunkError
 from cellmap_lightning.volumes.chunk_names import check_chunk_names
 from cellmap_lightning.volumes.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.volumes.geometry import (
@@ -43,6 +43,10 @@ MISSING_RAW = ("error", "warn", "mask")
 ADVICE = (
     "Fetch it again; or, if it was left out because it holds nothing but the fill value, say missing_raw=warn; "
     "missing_raw=mask makes targets there unknown"
+)
+ADVICE_EMPTY = (
+    "Fetch it again; or, if it stands for the fill value, say missing_raw=warn; missing_raw=mask makes targets there "
+    "unknown"
 )
 #: Chunks of a crop that are looked for when it is opened.
 MOST_COUNTED = 1 << 14
@@ -136,7 +140,7 @@ class StoredImage:
     ) -> None:
         self.level = level
         self.lattice = level.lattice
-        self.reader = ChunkReader(level, label, reader, patience)
+        self.reader = ChunkReader(level, label, reader, patience, "missing" if missing in ("warn", "mask") else "error")
         self.missing = missing
         #: Chunks of which it is known whether they are stored.
         self._stores: dict[tuple[int, ...], bool] = {}
@@ -152,8 +156,13 @@ class StoredImage:
         Raises:
             ChunkError: a chunk could not be read, or is missing where that is an error.
         """
-        voxels = self.reader.read(start, shape)
-        missed = self.reader.missed(start, shape) if self.missing is not None else []
+        try:
+            voxels = self.reader.read(start, shape)
+        except EmptyChunkError as e:
+            if self.missing is not None:
+                e.args = (f"{e}. {ADVICE_EMPTY}",)
+            raise
+        missed = self.reader.missed(start, shape, voxels) if self.missing is not None else []
         if missed and self.missing == "error":
             raise ChunkError(self._missing_text(missed, start, shape) + f". {ADVICE}")
         for _ in missed:
@@ -169,7 +178,9 @@ class StoredImage:
         part = self.reader.common(missed[0], start, shape)
         more = f" and {len(missed) - 1} more of the box" if len(missed) > 1 else ""
         file = self.level.array.file(missed[0])
-        return f"{self.reader.where(*part)} are not stored: chunk {file}{more} is missing; {self.reader.box(*part)}"
+        empty = self.reader.local and self.reader.is_empty(missed[0])
+        what = "is empty (0 bytes)" if empty else "is missing"
+        return f"{self.reader.where(*part)} are not stored: chunk {file}{more} {what}; {self.reader.box(*part)}"
 
     def holes(self) -> tuple[int, int] | None:
         """How many chunks of what can be read here are missing, and of how many; None where counting takes too long."""

@@ -11,12 +11,14 @@ https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.htm
 
 import bz2
 import lzma
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 #: Codecs whose decoded size can be bounded before they run.
 COMPRESSORS = frozenset({"blosc", "zstd", "gzip", "zlib", "lz4", "bz2", "lzma"})
@@ -40,32 +42,46 @@ class DamagedError(ValueError):
     """Stored bytes that are no chunk of their array."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """How the chunks of an array were encoded.
+class EmptyError(DamagedError):
+    """A stored object of 0 bytes."""
+
+    def __init__(self) -> None:
+        super().__init__("it is empty: 0 bytes are stored")
+
+
+class SizeError(DamagedError):
+    """A chunk that holds another number of bytes than a chunk of its array.
 
     Attributes:
-        codec: the compressor, or ``""``.
-        nbytes: bytes of a decoded chunk.
-        exact: no codec before it changed the number of bytes.
-        tail: bytes of a checksum behind a chunk.
-        inner: chunks in a shard; 0 where chunks are stored by themselves.
-        index_at_end: where a shard has its index.
-        index_tail: bytes of a checksum behind the index.
+        nbytes: bytes that it holds.
+    """
+
+    def __init__(self, text: str, nbytes: int) -> None:
+        super().__init__(text)
+        self.nbytes = nbytes
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The stored form of a chunk, as far as its codecs determine it.
+
+    Attributes:
+        codec: the outermost compressor, or ``""``.
+        nbytes: bytes that it decodes to: those of a chunk's voxels, and of checksums that were added before it.
+        exact: whether that number is certain; otherwise it is an estimate.
+        tail: bytes of checksums behind the compressed bytes.
+        head: bytes of checksums before them.
+        opaque: the compressed bytes were shuffled afterwards, so that their header cannot be read.
+        shard: the chunks inside, where this is a shard.
     """
 
     codec: str
     nbytes: int
     exact: bool = True
     tail: int = 0
-    inner: int = 0
-    index_at_end: bool = True
-    index_tail: int = 0
-
-    @property
-    def index_bytes(self) -> int:
-        """Bytes of a shard's index."""
-        return 16 * self.inner + self.index_tail
+    head: int = 0
+    opaque: bool = False
+    shard: "Shard | None" = None
 
     @property
     def most(self) -> int:
@@ -73,44 +89,106 @@ class Encoded:
         return self.nbytes if self.exact else 16 * self.nbytes + (1 << 20)
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The layout of a shard: chunks, and an index with the first byte and the number of bytes of each.
+
+    Attributes:
+        grid: chunks along each stored axis.
+        chunk: the stored form of one of them.
+        at_end: whether the index stands behind the chunks.
+        index_tail: bytes of checksums behind the index.
+        index_type: the type of its numbers, with their byte order.
+        index_axes: the axis of the index that each of its stored axes is; empty where they are in order.
+    """
+
+    grid: tuple[int, ...]
+    chunk: Encoded
+    at_end: bool = True
+    index_tail: int = 0
+    index_type: str = "<u8"
+    index_axes: tuple[int, ...] = ()
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index."""
+        return 16 * math.prod(self.grid) + self.index_tail
+
+    def entries(self, index: memoryview) -> npt.NDArray[np.uint64]:
+        """Return the index's pairs of first byte and number of bytes, one for each chunk."""
+        shape = (*self.grid, 2)
+        axes = self.index_axes or tuple(range(len(shape)))
+        numbers = np.frombuffer(index[: 16 * math.prod(self.grid)], self.index_type)
+        return numbers.reshape([shape[a] for a in axes]).transpose(np.argsort(axes)).reshape(-1, 2)
+
+
 def check_file(stored: memoryview, encoded: Encoded) -> None:
     """Check all that is stored in one file: a chunk, or a shard with its chunks.
 
     Raises:
+        EmptyError: it has no bytes.
         DamagedError: it is cut short, or would decode to too much.
     """
-    if not encoded.inner:
-        check_chunk(stored, encoded)
+    if not len(stored):
+        raise EmptyError
+    checksums = encoded.head + encoded.tail
+    if len(stored) < checksums:
+        raise DamagedError(f"it is cut short: {len(stored)} bytes are stored, less than its checksums have")
+    if checksums:
+        stored = stored[encoded.head : len(stored) - encoded.tail]
+    if encoded.opaque:
         return
-    size = encoded.index_bytes
+    check = _CHECKS.get(encoded.codec)
+    if check is not None:
+        check(stored, encoded)
+    elif encoded.shard is not None:
+        _check_shard(stored, encoded.shard)
+    elif encoded.exact and len(stored) != encoded.nbytes:
+        text = f"{len(stored)} bytes are stored, and an uncompressed chunk has {encoded.nbytes}"
+        raise SizeError(text, len(stored))
+
+
+def _check_shard(stored: memoryview, shard: Shard) -> None:
+    size = shard.index_bytes
     if len(stored) < size:
         raise DamagedError(f"it is cut short: {len(stored)} bytes are stored, and the shard's index alone has {size}")
-    index = stored[len(stored) - size :] if encoded.index_at_end else stored[:size]
-    entries = np.frombuffer(index[: 16 * encoded.inner], "<u8").reshape(-1, 2)
+    entries = shard.entries(stored[len(stored) - size :] if shard.at_end else stored[:size])
     for first, count in entries[entries[:, 0] != np.iinfo(np.uint64).max].tolist():
         if first + count > len(stored):
             raise DamagedError(
                 f"it is cut short: {len(stored)} bytes are stored, and its index names a chunk up to {first + count}"
             )
-        check_chunk(stored[first : first + count], encoded)
+        check_part(stored[first : first + count], shard)
 
 
-def check_chunk(stored: memoryview, encoded: Encoded) -> None:
-    """Check the stored bytes of one chunk; see `check_file`."""
-    if not len(stored):
-        raise DamagedError("it is empty: 0 bytes are stored")
-    if encoded.tail:
-        stored = stored[: -encoded.tail]
-    check = _CHECKS.get(encoded.codec)
-    if check is not None:
-        check(stored, encoded)
-    elif encoded.exact and encoded.codec == "" and len(stored) != encoded.nbytes:
-        raise DamagedError(f"{len(stored)} bytes are stored, and an uncompressed chunk has {encoded.nbytes}")
+def check_part(stored: memoryview, shard: Shard) -> None:
+    """Check the stored bytes of one chunk of a shard; see `check_file`."""
+    try:
+        check_file(stored, shard.chunk)
+    except EmptyError as e:  # of the shard's chunks alone: the object is not empty
+        raise DamagedError("a chunk of the shard is empty: its index gives it 0 bytes") from e
+
+
+def decoded_bytes(stored: memoryview, encoded: Encoded) -> int | None:
+    """Return how many bytes a chunk decodes to, by decoding it where only deflate was used; None where it is not known.
+
+    It is for messages: what else does not fit, `check_file` counts.
+    """
+    stored = stored[encoded.head : len(stored) - encoded.tail]
+    if encoded.codec in ("gzip", "zlib") and encoded.exact and not encoded.opaque:
+        try:
+            decoder = zlib.decompressobj(32 + zlib.MAX_WBITS)
+            part = decoder.decompress(stored, encoded.nbytes)
+        except zlib.error:
+            return None
+        return len(part) if decoder.eof else None
+    return len(stored) if encoded.codec == "" and encoded.exact else None
 
 
 def _expect(decoded: int, encoded: Encoded) -> None:
     if decoded > encoded.most or (encoded.exact and decoded != encoded.nbytes):
-        raise DamagedError(f"it would decode to {decoded} bytes, and a chunk of the array has {encoded.nbytes}")
+        text = f"it would decode to {decoded} bytes, and a chunk of the array has {encoded.nbytes}"
+        raise SizeError(text, decoded)
 
 
 def _blosc(stored: memoryview, encoded: Encoded) -> None:
@@ -200,6 +278,7 @@ def _decoded(stored: memoryview, encoded: Encoded, decoder: Callable[[], Any]) -
             rest = found.unused_data
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as e:
         raise DamagedError(f"it cannot be decoded ({e})") from e
+    _expect(total, encoded)
 
 
 _CHECKS: dict[str, Callable[[memoryview, Encoded], None]] = {

@@ -121,7 +121,7 @@ def _kept(name: str) -> Statistics | None:
 
 
 def _measure(level: Level, patience: Patience) -> Statistics:
-    reader = ChunkReader(level, patience=patience)
+    reader = ChunkReader(level, patience=patience, empty="missing")  # as other chunks that are missing
     grid = [range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True)]
     corners = list(product(*grid))
     wanted = max(1, ENOUGH_VOXELS // int(np.prod(reader.chunks)))

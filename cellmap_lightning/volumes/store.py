@@ -10,6 +10,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -46,6 +47,10 @@ _filesystems: dict[tuple[Any, ...], Any] = {}
 _lock = threading.Lock()
 #: Texts of metadata files that were read, while somebody keeps them; None where there is none.
 _kept: "dict[Remote, bytes | None] | None" = None
+#: When a metadata file of a node was last asked for, and whether one could be read.
+_readable: "dict[Remote, tuple[float, bool]]" = {}
+#: Seconds for which that counts.
+READABLE_SECONDS = 5.0
 
 
 def _after_fork() -> None:
@@ -129,6 +134,12 @@ class Remote:
         return self.hide(self.url)
 
     @property
+    def title(self) -> str:
+        """The place, for messages; of the top of an archive, the archive."""
+        _, path, tail = self._parts()
+        return str(self) if path or not tail else self.hide(tail.removeprefix("::"))
+
+    @property
     def identity(self) -> str:
         """What tells it from every other place: one address may lead elsewhere by another endpoint. No secrets."""
         options = {name: value for name, value in json.loads(self.options).items() if name != "anon"}
@@ -207,31 +218,40 @@ class Remote:
         if any(text is not None for text in read_all([self / name for name in NODE_FILES])):
             return True
         with self._clear():
-            return bool(self.lists and self.filesystem().exists(self.key))
+            try:
+                return bool(self.lists and self.filesystem().exists(self.key))
+            except Exception as e:
+                if _is_forbidden(e):  # nothing may be listed, and `read_all` found no node
+                    return False
+                raise
 
     def is_dir(self) -> bool:
         """See `exists`."""
         return self.exists()
 
     def children(self) -> list[str]:
-        """Names of the folders in it; over HTTP those that its metadata names."""
-        if not self.lists:
-            text = self._kept_text(".zattrs")
-            block = text.get("cellmap", {}) if isinstance(text, dict) else {}
-            names = block.get("annotation", {}).get("class_names", []) if isinstance(block, dict) else []
-            return sorted(str(name) for name in names)
+        """Names of the folders in it; where nothing can be listed, those of the classes that its metadata names."""
         with self._clear():
-            fs = self.filesystem()
             try:
-                found = fs.ls(self.key, detail=True)
+                entries = self.filesystem().ls(self.key, detail=True) if self.lists else None
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        return sorted(
-            name
-            for entry in found
-            if entry["type"] == "directory"
-            and (name := entry["name"].rstrip("/").rpartition("/")[2])[:1] not in ("", ".")
-        )
+            except Exception as e:
+                if not _is_forbidden(e):
+                    raise
+                entries = None
+        if entries is None:
+            return self._class_names()
+        names = (str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
+        return sorted(name for name in names if name[:1] not in ("", "."))
+
+    def _class_names(self) -> list[str]:
+        """Names of the classes in the attributes of a crop."""
+        attributes = self._kept_text(".zattrs") or (self._kept_text("zarr.json") or {}).get("attributes")
+        block = attributes.get("cellmap") if isinstance(attributes, dict) else None
+        annotation = block.get("annotation") if isinstance(block, dict) else None
+        names = annotation.get("class_names") if isinstance(annotation, dict) else None
+        return sorted(str(name) for name in names) if isinstance(names, list) else []
 
     def _kept_text(self, name: str) -> Any:
         try:
@@ -366,31 +386,53 @@ def keeping() -> Iterator[None]:
 
 
 def read_all(places: Sequence[Remote]) -> list[bytes | None]:
-    """Several small objects at a time; None where there is none.
+    """Read several small objects at a time; None where there is none.
+
+    Some stores answer "forbidden" for what does not exist, as S3 does where objects may not be listed. A refused object
+    counts as missing where a metadata file of the same node, or of a group above it, can be read.
 
     Raises:
         MetadataError: one of them cannot be read.
     """
-    from cellmap_lightning.volumes.guard import PATIENT, tried
-
     found: dict[Remote, bytes | None] = {}
     if _kept is not None:
         found = {p: _kept[p] for p in places if p in _kept}
     wanted = [p for p in places if p not in found]
     if wanted:
-        first = wanted[0]
-        with first._clear():
-            fs = first.filesystem()
-            keys = {p.key: p for p in wanted}
-
-            def read(keys: Sequence[str]) -> dict[str, Any]:
-                return dict(fs.cat(list(keys), on_error="return") if len(keys) > 1 else _one(fs, keys[0]))
-
-            for key, text in tried(read, list(keys), PATIENT).items():
-                found[keys[key]] = text
+        with wanted[0]._clear():
+            texts, refused = _fetch(wanted)
+        for place, error in refused.items():
+            if not _readable_around(place):
+                raise MetadataError(
+                    place.hide(
+                        f"{place}: cannot be read ({error}), and nor can any metadata file beside it or above it: "
+                        "either nothing there may be read, or the address is wrong"
+                    )
+                ) from None
+            texts[place] = None
+        found |= texts
         if _kept is not None:
-            _kept.update(found)
+            _kept.update(texts)
     return [found[p] for p in places]
+
+
+def _fetch(places: Sequence[Remote]) -> tuple[dict[Remote, bytes | None], dict[Remote, Exception]]:
+    """Read objects of one file system, and note which nodes can be read; the errors of those that are forbidden."""
+    from cellmap_lightning.volumes.guard import PATIENT, ObjectError, tried
+
+    fs = places[0].filesystem()
+    keys = {p.key: p for p in places}
+    began = time.monotonic()
+    refused: dict[str, ObjectError] = {}
+
+    def read(keys: Sequence[str]) -> dict[str, Any]:
+        return dict(fs.cat(list(keys), on_error="return") if len(keys) > 1 else _one(fs, keys[0]))
+
+    texts = {keys[key]: text for key, text in tried(read, list(keys), PATIENT, refused).items()}
+    for place, text in texts.items():
+        if text is not None and place.name in NODE_FILES:
+            _readable[place.parent] = began, True
+    return texts, {keys[key]: error for key, error in refused.items()}
 
 
 def _one(fs: Any, key: str) -> dict[str, Any]:
@@ -398,6 +440,30 @@ def _one(fs: Any, key: str) -> dict[str, Any]:
         return {key: fs.cat_file(key)}
     except Exception as e:  # as `cat` returns them
         return {key: e}
+
+
+def _readable_around(place: Remote) -> bool:
+    """Whether a metadata file of the node of an object, or of a group above it, can be read now or could just now."""
+    node = place.parent
+    for here in (node, *node.parents):
+        if not here._parts()[1]:
+            continue
+        asked, answer = _readable.get(here, (float("-inf"), False))
+        if time.monotonic() - asked > READABLE_SECONDS:
+            began = time.monotonic()
+            with here._clear():
+                texts, _ = _fetch([here / name for name in NODE_FILES])
+            answer = any(text is not None for text in texts.values())
+            _readable[here] = began, answer
+        if answer:
+            return True
+    return False
+
+
+def _is_forbidden(error: Exception) -> bool:
+    from cellmap_lightning.volumes.guard import is_forbidden
+
+    return is_forbidden(error)
 
 
 def warm(nodes: Sequence[StorePath]) -> None:
@@ -492,13 +558,18 @@ def _missing_remote(path: Remote, what: str) -> CellMapFileNotFoundError:
     text = f"{what} {path} does not exist"
     if not path.lists:
         return CellMapFileNotFoundError(f"{text}: the server has none of {', '.join(NODE_FILES)} there")
-    for above in path.parents:
-        names = children(above)
+    protocol, inside, tail = path._parts()
+    above = path.parents
+    if tail and inside:  # the archive itself
+        above.append(Remote(f"{protocol}://{tail}", path.options))
+    for place in above:
+        names = children(place)
         if names:
-            inside = path._parts()[1].removeprefix(above._parts()[1]).strip("/")
-            lost = inside.partition("/")[0]
-            return CellMapFileNotFoundError(f"{text}: {above} has no {lost!r}{_instead(lost, names)}")
-    return CellMapFileNotFoundError(text)
+            lost = inside.removeprefix(place._parts()[1]).strip("/").partition("/")[0]
+            return CellMapFileNotFoundError(f"{text}: {place.title} has no {lost!r}{_instead(lost, names)}")
+    return CellMapFileNotFoundError(
+        f"{text}: the store has none of {', '.join(NODE_FILES)} there, and nothing may be listed there or above"
+    )
 
 
 def _instead(lost: str, names: Sequence[str]) -> str:

@@ -77,6 +77,56 @@ def serving(folder: Path, fault="", times=10**9, only="", latency=0.0):
             return web.Response(body=body)
         return web.FileResponse(file)
 
+    with _running(answer) as address:
+        yield address, asked
+
+
+def transient():
+    """An error of a network file system that passes."""
+    return OSError(errno.ESTALE, "Stale file handle")
+
+
+class Control:
+    """What a server of `forbidding` refuses and has been asked for.
+
+    Attributes:
+        asked: number of requests for each path.
+        refused: paths for which this returns True are forbidden, although they exist.
+    """
+
+    def __init__(self):
+        self.asked: dict[str, int] = {}
+        self.refused = lambda path: False
+
+
+@contextmanager
+def forbidding(folder: Path):
+    """Serve a folder on loopback as S3 does where nothing may be listed: "forbidden" for what does not exist.
+
+    Yields the address and a `Control`. Below the address it can be read by HTTP, or by S3 as the bucket of that name.
+    """
+    control = Control()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        path = request.path
+        control.asked[path] = control.asked.get(path, 0) + 1
+        file = folder / path.lstrip("/")
+        if control.refused(path) or not file.is_file():
+            body = "<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+            return web.Response(status=403, text=body, content_type="application/xml")
+        if not file.stat().st_size:
+            if "Range" in request.headers:
+                return web.Response(status=416, text="<Error><Code>InvalidRange</Code></Error>")
+            return web.Response(body=b"")
+        return web.FileResponse(file)
+
+    with _running(answer) as address:
+        yield address, control
+
+
+@contextmanager
+def _running(answer):
+    """Run a server on loopback; yields its address."""
     loop = asyncio.new_event_loop()
     ready, port, end = threading.Event(), [0], asyncio.Event()
 
@@ -96,13 +146,8 @@ def serving(folder: Path, fault="", times=10**9, only="", latency=0.0):
     thread.start()
     try:
         assert ready.wait(10)
-        yield f"http://127.0.0.1:{port[0]}", asked
+        yield f"http://127.0.0.1:{port[0]}"
     finally:
         loop.call_soon_threadsafe(end.set)
         thread.join(10)
         loop.close()
-
-
-def transient():
-    """An error of a network file system that passes."""
-    return OSError(errno.ESTALE, "Stale file handle")

@@ -89,9 +89,7 @@ LASTS = {
     "503": (4, "503"),
     "reset": (4, r"ServerDisconnectedError|ClientOSError"),
     "truncated": (4, "ClientPayloadError|ContentLength"),
-    "403": (1, "403.*reading is not allowed: credentials are missing, wrong or expired"),
     "401": (1, "401.*credentials"),
-    "token": (1, "403.*credentials are missing, wrong or expired"),
     "silence": (2, "TimeoutError: no answer, or not all of it, in time; read_timeout"),
     "drip": (2, "TimeoutError: no answer, or not all of it, in time; read_timeout"),
 }
@@ -309,9 +307,9 @@ def test_metadata_that_asks_for_too_much_or_for_objects_is_refused(tmp_path, edi
             ({"chunks": [10**4, 10**4, 10**3]}, "have 100000000000 bytes; at most"),
             ({"shape": [10**9, 10**9, 10**9]}, "bytes; at most"),
             ({"dtype": "|O"}, "is not a number"),
-            ({"filters": [{"id": "pickle"}]}, "the codec 'pickle' is none that can be read"),
-            ({"compressor": {"id": "json2"}}, "the codec 'json2' is none"),
-            ({"filters": [{"id": "vlen-utf8"}]}, "the codec 'vlen-utf8' is none"),
+            ({"filters": [{"id": "pickle"}]}, "the codec 'pickle' cannot be read; known are"),
+            ({"compressor": {"id": "json2"}}, "the codec 'json2' cannot be read"),
+            ({"filters": [{"id": "vlen-utf8"}]}, "the codec 'vlen-utf8' cannot be read"),
             ({"dimension_separator": "/../"}, r"with '\.' or '/' between their indices, got '/\.\./'"),
         ]
     ):
@@ -321,5 +319,5 @@ def test_metadata_that_asks_for_too_much_or_for_objects_is_refused(tmp_path, edi
             read_array(path)
     path = write(tmp_path / "v3", 3)
     edit(path / "zarr.json", lambda c: c["codecs"].append({"name": "numcodecs.pickle"}))
-    with pytest.raises(MetadataError, match=r"zarr\.json: the codec 'numcodecs\.pickle' is none that can be read"):
+    with pytest.raises(MetadataError, match=r"zarr\.json: the codec 'numcodecs\.pickle' cannot be read; known are"):
         read_array(path)

@@ -9,6 +9,7 @@ An array is described without being opened: zarr-python comes in when the first 
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.volumes.integrity import COMPRESSORS, FILTERS, Encoded
+from cellmap_lightning.volumes.integrity import Encoded
+from cellmap_lightning.volumes.ngff.codecs import describe_compressors, encoding_v2, encoding_v3, parse_codecs
 from cellmap_lightning.volumes.store import Remote, StorePath, exists, read_json
 
-#: Bytes of a chunk at most, since it is decoded whole; of an array; and chunks of a shard, whose index is read whole.
-MOST_CHUNK_BYTES, MOST_ARRAY_BYTES, MOST_INNER_CHUNKS = 1 << 32, 1 << 60, 1 << 24
+#: Bytes of a chunk at most, since it is decoded whole; and of an array.
+MOST_CHUNK_BYTES, MOST_ARRAY_BYTES = 1 << 32, 1 << 60
 
 _UNKNOWN = Encoded("", 0, exact=False)
 
@@ -42,6 +44,7 @@ class ArrayInfo:
         checksum: of all that the metadata says.
         encoded: how chunks are stored in a file.
         codec: what compresses a chunk, such as ``blosc-zstd``; ``none`` where nothing does.
+        document: JSON of the metadata on which opening depends; it does not travel to other processes.
     """
 
     path: StorePath
@@ -56,6 +59,10 @@ class ArrayInfo:
     checksum: str = ""
     encoded: Encoded = _UNKNOWN
     codec: str = "none"
+    document: str = field(default="", repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"document": ""}
 
     @property
     def metadata(self) -> StorePath:
@@ -75,11 +82,28 @@ def read_attributes(path: StorePath) -> tuple[dict[str, Any], int] | None:
         attributes = node.get("attributes", {})
         if not isinstance(attributes, dict):
             raise MetadataError(f"{path / 'zarr.json'}: attributes should be an object, got {attributes!r}")
-        return attributes, 3
+        older = None if _describes_image(node, attributes) else _attributes_beside(path, attributes)
+        return (attributes, 3) if older is None else (older, 2)
     attributes = read_json(path / ".zattrs")
     if attributes is None and not (exists(path / ".zgroup") or exists(path / ".zarray")):
         return None
     return attributes or {}, 2
+
+
+def _describes_image(node: Mapping[str, Any], attributes: Mapping[str, Any]) -> bool:
+    """Whether a ``zarr.json`` describes an array or an image, and not just any group."""
+    return node.get("node_type") == "array" or "ome" in attributes or "multiscales" in attributes
+
+
+def _attributes_beside(path: StorePath, attributes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Attributes of the node of Zarr v2 beside a ``zarr.json`` that describes no image; None where v3 is meant.
+
+    Some programs leave such a group behind in a folder of Zarr v2, and it must not hide what the folder holds.
+    """
+    older = read_json(path / ".zattrs")
+    if older is not None and ("multiscales" in older or (older and not attributes)):
+        return older
+    return (older or {}) if exists(path / ".zarray") else None
 
 
 def read_array(path: StorePath) -> ArrayInfo | None:
@@ -90,8 +114,8 @@ def read_array(path: StorePath) -> ArrayInfo | None:
     """
     file = path / "zarr.json"
     meta = read_json(file)
-    if meta is not None:
-        return _array_v3(file, path, meta) if meta.get("node_type") == "array" else None
+    if meta is not None and meta.get("node_type") == "array":
+        return _array_v3(file, path, meta)
     file = path / ".zarray"
     meta = read_json(file)
     if meta is None:
@@ -102,69 +126,38 @@ def read_array(path: StorePath) -> ArrayInfo | None:
     filters, compressor = meta.get("filters") or [], meta.get("compressor")
     if not isinstance(filters, list):
         raise MetadataError(f"{file}: filters should be a list, got {filters!r}")
-    names = [_codec(file, codec, "id") for codec in [*filters, *([] if compressor is None else [compressor])]]
-    encoded = Encoded(names[-1] if compressor is not None else "", _nbytes(info), exact=not filters)
-    info = replace(info, codec=_called([compressor] if compressor is not None else [], "id"))
+    compressors = parse_codecs(file, [] if compressor is None else [compressor], "id")
+    encoded = encoding_v2(parse_codecs(file, filters, "id"), compressors[0] if compressors else None, _nbytes(info))
+    info = replace(info, codec=describe_compressors(compressors))
     return _stored(file, info, meta, separator, "", encoded)
 
 
 def _array_v3(file: StorePath, path: StorePath, meta: dict[str, Any]) -> ArrayInfo:
     try:
-        chunks = files = meta["chunk_grid"]["configuration"]["chunk_shape"]
-        codecs, shard = _codecs(file, meta["codecs"]), {}
-        index: list[str] = []
-        if "sharding_indexed" in codecs:
-            shard = next(c["configuration"] for c in meta["codecs"] if c["name"] == "sharding_indexed")
-            chunks = shard["chunk_shape"]
-            codecs, index = _codecs(file, shard["codecs"]), _codecs(file, shard["index_codecs"])
-        dtype = meta["data_type"]
-        keys = meta.get("chunk_key_encoding") or {"name": "default"}
+        files = meta["chunk_grid"]["configuration"]["chunk_shape"]
+        codecs = parse_codecs(file, meta["codecs"], "name")
+        dtype = _short(meta["data_type"])
+        keys = _named(meta.get("chunk_key_encoding") or "default")
         default = keys["name"] == "default"
         separator = (keys.get("configuration") or {}).get("separator", "/" if default else ".")
-        location = shard.get("index_location", "end")
     except (KeyError, TypeError, AttributeError) as e:
         raise MetadataError(f"{file}: not the metadata of a Zarr v3 array with a regular chunk grid ({e!r})") from e
-    info = _array(file, path, 3, meta.get("shape"), chunks, files, dtype, meta.get("attributes") or {})
-    inner = math.prod(-(-n // c) for n, c in zip(info.files, info.chunks, strict=True)) if shard else 0
-    if inner > MOST_INNER_CHUNKS:
-        raise MetadataError(f"{file}: a shard has {inner} chunks, more than the {MOST_INNER_CHUNKS} that can be read")
-    tail = 4 if codecs[-1:] == ["crc32c"] else 0
-    bytewise = [name for name in codecs if name not in ("transpose", "bytes", "crc32c")]
-    last = codecs[-2] if tail and len(codecs) > 1 else codecs[-1] if codecs else ""
-    compressor = last if last in COMPRESSORS else ""
-    encoded = Encoded(
-        compressor, _nbytes(info), bytewise == [compressor] * bool(compressor), tail, inner, location == "end",
-        4 if "crc32c" in index else 0,
-    )  # fmt: skip
-    info = replace(info, codec=_called(shard.get("codecs", meta["codecs"]), "name"))
+    attributes = meta.get("attributes") or {}
+    info = _array(file, path, 3, meta.get("shape"), None, files, dtype, attributes)
+    encoded, chunks = encoding_v3(file, codecs, info.files, _nbytes(info))
+    _check_bytes(file, "chunks", chunks, info.dtype, MOST_CHUNK_BYTES)
+    info = replace(info, chunks=chunks, codec=describe_compressors(codecs))
     return _stored(file, info, meta, separator, f"c{separator}" if default else "", encoded)
 
 
-def _codecs(file: StorePath, codecs: Any) -> list[str]:
-    if not isinstance(codecs, list):
-        raise MetadataError(f"{file}: codecs should be a list, got {codecs!r}")
-    return [_codec(file, codec, "name") for codec in codecs]
+def _named(extension: Any) -> Any:
+    """An extension point of Zarr v3, whose name may stand alone."""
+    return {"name": extension} if isinstance(extension, str) else extension
 
 
-def _codec(file: StorePath, codec: Any, key: str) -> str:
-    """The name of a codec, if it is one that yields numbers, of which it can be told how many."""
-    name = codec.get(key) if isinstance(codec, dict) else None
-    bare = name.removeprefix("numcodecs.") if isinstance(name, str) else ""
-    known = COMPRESSORS | FILTERS | ({"bytes", "sharding_indexed", "transpose"} if key == "name" else set())
-    if bare not in known:
-        raise MetadataError(f"{file}: the codec {name!r} is none that can be read: {', '.join(sorted(known))}")
-    return bare
-
-
-def _called(codecs: list[dict[str, Any]], key: str) -> str:
-    """What people call the compressors among some codecs."""
-    names = []
-    for codec in codecs:
-        name = str(codec[key]).removeprefix("numcodecs.")
-        settings = codec if key == "id" else codec.get("configuration") or {}
-        if name in COMPRESSORS:
-            names.append(f"{name}-{settings['cname']}" if "cname" in settings else name)
-    return "+".join(names) or "none"
+def _short(extension: Any) -> Any:
+    """The name of a data type, which may be written as an object."""
+    return extension.get("name") if isinstance(extension, dict) else extension
 
 
 def _stored(
@@ -172,7 +165,10 @@ def _stored(
 ) -> ArrayInfo:
     if separator not in (".", "/"):
         raise MetadataError(f"{file}: chunks are named with '.' or '/' between their indices, got {separator!r}")
-    return replace(info, prefix=prefix, separator=separator, checksum=_checksum(meta), encoded=encoded)
+    return replace(
+        info, prefix=prefix, separator=separator, checksum=_checksum(meta), encoded=encoded,
+        document=_document(meta, info.files),
+    )  # fmt: skip
 
 
 def _nbytes(info: ArrayInfo) -> int:
@@ -183,9 +179,20 @@ def _checksum(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
+def _document(meta: dict[str, Any], chunks: tuple[int, ...]) -> str:
+    """The metadata that decides whether an array can be opened, the same object for all arrays of a kind.
+
+    Attributes do not matter, and of the shape, which is checked here, only the number of axes does.
+    """
+    kind = {name: value for name, value in meta.items() if name != "attributes"}
+    return sys.intern(json.dumps(kind | {"shape": chunks}, sort_keys=True))
+
+
 def _array(
     file: StorePath, path: StorePath, zarr_format: int, shape: Any, chunks: Any, files: Any, dtype: Any, attributes: Any
 ) -> ArrayInfo:
+    """Check what both formats have in common; where ``chunks`` is None, `files` stands for both."""
+    chunks = files if chunks is None else chunks
     for what, value in (("shape", shape), ("chunks", chunks), ("chunks", files)):
         good = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
         if not good:
@@ -200,8 +207,13 @@ def _array(
         raise MetadataError(f"{file}: unknown data type {dtype!r}") from e
     if stored.kind not in "uif" and stored != np.bool_:
         raise MetadataError(f"{file}: data type {dtype!r} is not a number")
-    for what, value, most in (("shape", shape, MOST_ARRAY_BYTES), ("chunks", chunks, MOST_CHUNK_BYTES)):
-        nbytes = math.prod(value) * stored.itemsize
-        if nbytes > most:
-            raise MetadataError(f"{file}: {what} {value} of {stored} have {nbytes} bytes; at most {most} can be read")
+    _check_bytes(file, "shape", shape, stored, MOST_ARRAY_BYTES)
+    if zarr_format == 2:
+        _check_bytes(file, "chunks", chunks, stored, MOST_CHUNK_BYTES)
     return ArrayInfo(path, zarr_format, tuple(shape), tuple(chunks), stored.newbyteorder("="), attributes, tuple(files))
+
+
+def _check_bytes(file: StorePath, what: str, shape: Sequence[int], dtype: np.dtype[Any], most: int) -> None:
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes > most:
+        raise MetadataError(f"{file}: {what} {list(shape)} of {dtype} have {nbytes} bytes; at most {most} can be read")
