@@ -54,22 +54,25 @@ def volumes(draw):
         "kind": kind,
         "lost": draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
         "translations": draw(st.sampled_from(["centres", "none", "equal"])),
+        "of raw": draw(st.sampled_from(["centres", "none", "equal"])),
         "level": draw(st.integers(0, 1)),
         "reader": draw(st.sampled_from(["zarr", "zarr", "tensorstore"])),
         "seed": draw(st.integers(0, 1000)),
     }
 
 
+def placed(convention, origin):
+    """The levels of an image whose finest one begins at a place."""
+    offsets = {"centres": [origin, origin + SCALE / 2], "equal": [origin, origin], "none": [None, None]}[convention]
+    return {f"s{k}": ((SCALE * 2**k).tolist(), None if t is None else t.tolist()) for k, t in enumerate(offsets)}
+
+
 def write(root, made):
     """The image, with the files of its own convention or of another; returns its path and what zarr-python reads."""
     zarr_format, names = CONVENTIONS[made["convention"]]
     arrays = {"s0": made["data"], "s1": coarse(made["data"])}
-    origin = np.array([80.0, 0.0, 40.0]) * (made["translations"] != "none")
-    offsets = {"centres": [origin, origin + SCALE / 2], "equal": [origin, origin], "none": [None, None]}
-    levels = {
-        f"s{k}": ((SCALE * 2**k).tolist(), None if t is None else t.tolist())
-        for k, t in enumerate(offsets[made["translations"]])
-    }
+    origin = np.zeros(3) if "none" in (made["translations"], made["of raw"]) else np.array([80.0, 0.0, 40.0])
+    levels = placed(made["translations"], origin)
     options = {"chunks": made["chunks"], "levels": levels}
     path = root / "v.zarr" / "crop" / "mito"
     data = made["data"]
@@ -94,12 +97,14 @@ def write(root, made):
         for file in sorted(p for p in (path / level).rglob("*") if p.is_file()):
             if file.name not in (".zarray", ".zattrs", "zarr.json") and rng.random() < made["lost"]:
                 file.unlink()
+    # Raw covers the same voxels, and its values tell each from its neighbours.
+    grey = np.random.default_rng(made["seed"]).random(made["data"].shape).astype("f4")
     write_image(
-        root / "v.zarr" / "em", np.full([n + 40 for n in made["data"].shape], 9, "u1"), SCALE,
-        (origin - 20 * SCALE).tolist(),
+        root / "v.zarr" / "em", {"s0": grey, "s1": coarse(grey)}, chunks=made["chunks"],
+        levels=placed(made["of raw"], origin),
     )  # fmt: skip
     read = [np.asarray(zarr.open_array(f"{path}/s{k}", mode="r", zarr_format=zarr_format)[...]) for k in (0, 1)]
-    return path, read, origin
+    return path, read, (grey, coarse(grey))[made["level"]], origin
 
 
 def same_names(made):
@@ -112,7 +117,7 @@ def check(made):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         root = Path(folder)
         patch.setenv("CELLMAP_CACHE_DIR", f"{folder}/cache")
-        path, (fine, small), origin = write(root, made)
+        path, (fine, small), grey, origin = write(root, made)
         level = made["level"]
         stored = (fine, small)[level]
         scale = SCALE * 2**level
@@ -120,34 +125,31 @@ def check(made):
         spec = {"shape": [4] * 3, "scale": scale.tolist()}
         try:
             data = CellMapDataset(
-                f"{root}/v.zarr/em", f"{path.parent}/[mito]", ["mito"], {"raw": {**spec, "scale": SCALE.tolist()}},
-                {"labels": spec}, cache="none", max_workers=1, reader=made["reader"],
+                f"{root}/v.zarr/em", f"{path.parent}/[mito]", ["mito"], {"raw": spec}, {"labels": spec},
+                cache="none", max_workers=1, reader=made["reader"], raw_value_transforms=None,
             )  # fmt: skip
         except CellMapError as error:
-            return "error", str(error), stored
+            return "error", str(error)
         with data:
-            where = np.floor(np.array(stored.shape) / 2) - 2  # the first voxel of a patch in the middle
-            start = origin + SCALE * (2**level - 1) / 2 + where * scale  # its centre, by the rule
-            center = start + 1.5 * scale
-            place = np.rint((center - data.placement.first) / data.placement.step)
-            place = np.clip(place, 0, np.array(data.placement.counts) - 1)
-            got = data.placement.first + place * data.placement.step
-            index = int(np.ravel_multi_index(place.astype(int), data.placement.counts))
-            labels = data[index]["labels"][0].numpy()
-            first = (got - 1.5 * scale - origin - SCALE * (2**level - 1) / 2) / scale
-        # A patch lies on the voxels of raw, which may be half a voxel of a coarse label off: nearest, lower at ties.
-        take = [np.ceil(f + np.arange(4) - 0.5 - 1e-6).astype(int) for f in first]
-        part = stored[np.ix_(*(t.clip(0, n - 1) for t, n in zip(take, stored.shape, strict=True)))]
+            sample = {name: value[0].numpy() for name, value in data[len(data) // 2].items() if name != "idx"}
+            center = np.array(list(data.get_center(len(data) // 2).values()))
+        # The first voxel of the patch among those of the level, which all begin where the finest one does.
+        first = (center - 1.5 * scale - origin - SCALE * (2**level - 1) / 2) / scale
+        assert np.abs(first - np.rint(first)).max() < 1e-6, "the levels of raw and labels do not lie on each other"
+        z, y, x = np.rint(first).astype(int)
+        box = np.s_[z : z + 4, y : y + 4, x : x + 4]
+        part = stored[box]
+        np.testing.assert_array_equal(sample["raw"], grey[box])
         named = made["kind"] in ("annotated", "counted")
         expected = np.where((part == 255) & named, np.nan, part != 0)
-        np.testing.assert_array_equal(labels, expected)
-        return "sample", "", stored
+        np.testing.assert_array_equal(sample["labels"], expected)
+        return "sample", ""
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(volumes())
 def test_a_sample_is_right_or_setup_is_an_error(made):
-    outcome, text, stored = check(made)
+    outcome, text = check(made)
     event(outcome)
     if outcome == "error":
         assert any(
@@ -157,7 +159,8 @@ def test_a_sample_is_right_or_setup_is_an_error(made):
         # No valid volume is refused: its own files, all there, and values that say what they are.
         assert not (same_names(made) and made["lost"] == 0 and made["kind"] != "ids with 255"), text
     elif not same_names(made) and made["lost"] == 0:
-        assert not made["data"].any() or not stored.any(), "files under other names were read as the fill value"
+        there = made["data"] if made["level"] == 0 else coarse(made["data"])
+        assert not there.any(), "files under other names were read as the fill value"
 
 
 @pytest.mark.slow

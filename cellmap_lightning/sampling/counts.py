@@ -62,7 +62,7 @@ def known_foreground(image: Multiscale, level: Level, encoding: Encoding) -> int
 def count_foreground(level: Level, encoding: Encoding, pool: ReadPool, label: str, patience: Patience = PATIENT) -> int:
     """Read a level of labels and count its foreground voxels; the count is kept outside the data."""
     name = fingerprint(level, "foreground", encoding)
-    reader = ChunkReader(level, label, patience=patience)
+    reader = ChunkReader(level, label, patience=patience, empty=encoding.empty)
     corners = list(product(*(range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True))))
     found: list[int] = []
 

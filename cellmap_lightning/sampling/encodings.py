@@ -9,6 +9,7 @@ import numpy as np
 
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError, MetadataError
 from cellmap_lightning.volumes.chunk_names import check_chunk_names
+from cellmap_lightning.volumes.chunks import Empty
 from cellmap_lightning.volumes.declared_counts import check_declared_counts
 from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.label_values import CODE, LabelValues, label_values
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 Code = int | None | Literal["metadata"]
 #: The same for all classes, or ``{class: code}``; for classes that it does not name that of ``"*"``, else ``metadata``.
 Unknown = Code | Mapping[str, Code]
-#: What chunks of labels that are missing, although the metadata promise voxels in them, are: an error, or unknown.
+#: What chunks of labels are that have 0 bytes, or are missing although the metadata promise voxels in them.
 MissingLabels = Literal["error", "unknown"]
 MISSING_LABELS = ("error", "unknown")
 
@@ -111,6 +112,10 @@ class LabelEncodings:
                 self.label, self.unknown, listed,
             )  # fmt: skip
 
+    @property
+    def _empty(self) -> Empty:
+        return "error" if self.missing_labels == "error" else "missing"
+
     def _code(self, name: str) -> Code:
         if not isinstance(self.unknown, Mapping):
             return self.unknown
@@ -135,7 +140,7 @@ class LabelEncodings:
     def _by_values(self, name: str, level: Level) -> Encoding:
         """Decide the encoding of an array that has no metadata for it."""
         label = f"{self.label}/{name}"
-        values = label_values(level, label, CODE, self.patience)
+        values = label_values(level, label, CODE, self.patience, self._empty)
         if values.negative is not None:
             raise MetadataError(
                 f"{label}: {level.path} holds the negative label {values.negative} and no encoding that explains it; "
@@ -157,7 +162,7 @@ class LabelEncodings:
         """Decide an instance segmentation in which the code of unknown voxels may also be an id."""
         assert declared.unknown is not None
         label = f"{self.label}/{name}"
-        values = label_values(level, label, declared.unknown, self.patience)
+        values = label_values(level, label, declared.unknown, self.patience, self._empty)
         if not (values.above and values.code):  # the code is no id, or does not occur
             if code not in ("metadata", declared.unknown):
                 self.explicit[name] = declared.unknown
@@ -174,14 +179,16 @@ class LabelEncodings:
     def _checked(self, name: str, level: Level, encoding: Encoding, has_first: bool) -> Encoding:
         """The encoding with what missing chunks hold."""
         thorough = self.thorough or self.missing_labels == "unknown"
+        if self.missing_labels == "unknown":
+            code = UNKNOWN_CODE if encoding.unknown is None else encoding.unknown
+            encoding = replace(encoding, missing="empty", unknown=code)
         wrong = check_declared_counts(level, encoding, f"{self.label}/{name}", thorough, self.patience, has_first)
         if wrong is None:
             return encoding
         if self.missing_labels == "error":
             raise MetadataError(wrong)
         log.warning("%s; missing_labels=unknown", wrong.rpartition(";")[0])
-        code = UNKNOWN_CODE if encoding.unknown is None else encoding.unknown
-        return replace(encoding, missing="unknown", unknown=code)
+        return replace(encoding, missing="unknown")
 
 
 def _averaged(values: LabelValues, level: Level) -> str:

@@ -104,7 +104,7 @@ def _nothing() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Voxels]:
 
 
 def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str, patience: Patience) -> Foreground:
-    reader = ChunkReader(level, label, patience=patience)
+    reader = ChunkReader(level, label, patience=patience, empty=encoding.empty)
     files = reader.stored()
     name = fingerprint(level, "index", encoding, MOST_OF_A_BLOCK, MOST_OF_ALL, MOST_BLOCKS)
     # Chunks can be rewritten without a change of the metadata, from which the name follows.

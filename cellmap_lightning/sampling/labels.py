@@ -14,7 +14,7 @@ from cellmap_lightning.volumes.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.volumes.geometry import AffineMap, Box, FloatArray, Lattice, Shape
 from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.image import choose_level
-from cellmap_lightning.volumes.label_values import CODE, whole_numbers
+from cellmap_lightning.volumes.label_values import CODE, read_labels
 from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding
 from cellmap_lightning.volumes.patches import MapTo, Patches, Resampled, stored_box
 from cellmap_lightning.volumes.placement import Placement, Window
@@ -69,7 +69,7 @@ def stored_labels(
     Raises:
         MetadataError: they are not whole numbers, or it cannot be told whether a value is an id or means unknown.
     """
-    stored = whole_numbers(reader, reader.read(start, shape, begun))
+    stored = read_labels(reader, start, shape, begun)
     where = f"{reader.label}: {reader.level.path}"
     if stored.dtype.kind == "i":
         odd = (stored < 0) & (stored != encoding.absent)
@@ -91,7 +91,7 @@ def stored_labels(
             f"{where} holds {CODE} beside other ids, and no metadata say whether it means unknown or is an id: set "
             f"unknown={CODE} or unknown=null for this crop or class"
         )
-    if encoding.missing == "unknown":
+    if encoding.missing != "absent":
         stored = _without_missing(reader, encoding, start, stored)
     return stored
 
@@ -101,7 +101,9 @@ def _without_missing(
 ) -> AnyArray:
     """Stored labels of a box, with the code of unknown voxels where chunks are missing."""
     z, y, x = stored.shape
-    missed = reader.missed(start, (z, y, x))
+    missed = reader.missed(start, (z, y, x), stored)
+    if encoding.missing == "empty":
+        missed = [index for index in missed if reader.is_empty(index)]
     code = encoding.unknown
     if not missed or code is None:
         return stored
@@ -139,7 +141,7 @@ class BitGroup:
         self.lattice: Lattice = members[0][2].lattice
         self.depth = depth
         self.members = [
-            (index, ChunkReader(level, f"{label}/{name}", reader, patience), code)
+            (index, ChunkReader(level, f"{label}/{name}", reader, patience, code.empty), code)
             for index, name, level, code in members
         ]
         self.chunks = chunk_shape([reader for _, reader, _ in self.members])
@@ -376,7 +378,9 @@ class IdStack:
         self.members = label_members(images, classes, window, label, "stored", encodings or LabelEncodings(label))
         self._stored = []
         for _, name, level, encoding in self.members:
-            decoder = _IdDecoder(ChunkReader(level, f"{label}/{name}", reader, patience), encoding, self.dtype)
+            decoder = _IdDecoder(
+                ChunkReader(level, f"{label}/{name}", reader, patience, encoding.empty), encoding, self.dtype
+            )
             key = ("ids", identity_of(level.path), encoding, str(self.dtype))
             self._stored.append(
                 Region(

@@ -58,7 +58,7 @@ def tiles_with(
             if math.prod(level.array.shape) > MAX_VOXELS:
                 return None
             code = encoding(level)
-            reader = ChunkReader(level, label, patience=patience)
+            reader = ChunkReader(level, label, patience=patience, empty=code.empty)
             present = code.present(stored_labels(reader, code, (0, 0, 0), reader.shape))
             if present.any():
                 return _tiles(present, level, placement, window)

@@ -92,7 +92,7 @@ def _local_example(root: str, info: ArrayInfo) -> tuple[tuple[str, Style, int] |
         style = _style(name, is_folder)
         if style is None or style in seen:
             continue
-        if style == declared and is_folder and os.path.exists(info.file([0] * len(info.shape))):  # noqa: PTH110  as below
+        if style == declared and is_folder and os.path.isfile(info.file([0] * len(info.shape))):  # noqa: PTH113  as below
             seen.add(style)  # as nearly always, and cheaper than a look into the folders
             first = True
             continue

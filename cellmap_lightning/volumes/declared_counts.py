@@ -16,7 +16,7 @@ import numpy as np
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.chunks import ChunkReader
 from cellmap_lightning.volumes.guard import PATIENT, Patience
-from cellmap_lightning.volumes.label_values import whole_numbers
+from cellmap_lightning.volumes.label_values import read_labels
 from cellmap_lightning.volumes.ngff import Encoding, Level, complement_counts
 from cellmap_lightning.volumes.statistics import fingerprint, recall, remember
 from cellmap_lightning.volumes.store import Remote, read_json
@@ -85,7 +85,7 @@ def check_declared_counts(
     if room < wanted:
         held = room
     elif thorough or room <= COUNTED_VOXELS:
-        held = _count(level, files, encoding.absent, label, patience)
+        held = _count(level, encoding, label, patience)
     else:
         return None
     if held >= wanted:
@@ -111,7 +111,7 @@ def compare_counts(level: Level, encoding: Encoding, counted: int, label: str) -
         MetadataError: fewer are stored than declared, and chunks are missing.
     """
     declared = declared_foreground(level)
-    if declared is None or declared == counted or encoding.missing == "unknown":
+    if declared is None or declared == counted or encoding.missing != "absent":
         return
     grid = math.prod(-(-n // f) for n, f in zip(level.array.shape, level.array.files, strict=True))
     there = grid if isinstance(level.path, Remote) else sum(1 for _ in _files(level))
@@ -168,22 +168,23 @@ def _fill_value(level: Level) -> object:
     return 0 if value is None else value
 
 
-def _count(level: Level, files: list[tuple[int, ...]], absent: int, label: str, patience: Patience) -> int:
+def _count(level: Level, encoding: Encoding, label: str, patience: Patience) -> int:
     """Voxels that are not absent in the files that exist; the count is cached outside the data."""
-    reader = ChunkReader(level, label, patience=patience)
-    stamp = hashlib.sha256(repr(sorted(reader.stored().items())).encode()).hexdigest()
-    name = fingerprint(level, "not absent", absent)
+    reader = ChunkReader(level, label, patience=patience, empty=encoding.empty)
+    files = reader.stored()
+    stamp = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    name = fingerprint(level, "not absent", encoding.absent)
     cached = recall(name)
     if cached is not None and cached.get("stamp") == stamp and isinstance(cached.get("voxels"), int):
         return int(str(cached["voxels"]))
     total = 0
     size = level.zyx(level.array.files)
     for place in files:
-        corner = [i * f for i, f in zip(level.zyx(place), size, strict=True)]
+        corner = [i * f for i, f in zip(place, size, strict=True)]
         ends = [min(c + f, n) for c, f, n in zip(corner, size, reader.shape, strict=True)]
         steps = [range(c, e, n) for c, e, n in zip(corner, ends, reader.chunks, strict=True)]
         for z, y, x in itertools.product(*steps):
             dz, dy, dx = (min(n, e - c) for n, e, c in zip(reader.chunks, ends, (z, y, x), strict=True))
-            total += int(np.count_nonzero(whole_numbers(reader, reader.read((z, y, x), (dz, dy, dx))) != absent))
+            total += int(np.count_nonzero(read_labels(reader, (z, y, x), (dz, dy, dx)) != encoding.absent))
     remember(name, {"stamp": stamp, "voxels": total}, level)
     return total

@@ -4,11 +4,13 @@ import hashlib
 import itertools
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.volumes.chunks import ChunkReader
+from cellmap_lightning.errors import EmptyChunkError, MetadataError
+from cellmap_lightning.volumes.chunks import ChunkReader, Empty
+from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.ngff import Level
 from cellmap_lightning.volumes.resample import AnyArray
@@ -58,7 +60,9 @@ class LabelValues:
         return " and ".join([*parts, *([str(CODE)] if self.code else [])]) or "nothing"
 
 
-def label_values(level: Level, label: str, code: int = CODE, patience: Patience = PATIENT) -> LabelValues:
+def label_values(
+    level: Level, label: str, code: int = CODE, patience: Patience = PATIENT, empty: Empty = "error"
+) -> LabelValues:
     """Return which values a label array holds.
 
     Args:
@@ -66,12 +70,13 @@ def label_values(level: Level, label: str, code: int = CODE, patience: Patience 
         label: name of the crop and class, for messages.
         code: the value that is told from others.
         patience: retries and deadlines of the reads.
+        empty: how chunk files of 0 bytes are read; see `ChunkReader`.
 
     Raises:
         ChunkError: a chunk cannot be read.
         MetadataError: the labels are not whole numbers.
     """
-    reader = ChunkReader(level, label, patience=patience)
+    reader = ChunkReader(level, label, patience=patience, empty=empty)
     files = reader.stored()
     name = fingerprint(level, "values", code, MOST_VOXELS)
     stamp = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
@@ -93,7 +98,7 @@ def _read(reader: ChunkReader, files: list[tuple[int, int, int]], code: int) -> 
         there = set(files)
         hole = next(place for place in itertools.product(*map(range, grid)) if place not in there)
         start = [i * f for i, f in zip(hole, size, strict=True)]
-        found |= _values(whole_numbers(reader, reader.read((start[0], start[1], start[2]), (1, 1, 1))), code)
+        found |= _values(read_labels(reader, (start[0], start[1], start[2]), (1, 1, 1)), code)
     most = max(1, MOST_VOXELS // math.prod(min(f, n) for f, n in zip(size, reader.shape, strict=True)))
     chosen = sorted(files)
     if len(chosen) > most:
@@ -106,16 +111,22 @@ def _read(reader: ChunkReader, files: list[tuple[int, int, int]], code: int) -> 
         steps = [range(c, e, n) for c, e, n in zip(corner, ends, reader.chunks, strict=True)]
         for z, y, x in itertools.product(*steps):
             dz, dy, dx = (min(n, e - c) for n, e, c in zip(reader.chunks, ends, (z, y, x), strict=True))
-            found |= _values(whole_numbers(reader, reader.read((z, y, x), (dz, dy, dx))), code)
+            found |= _values(read_labels(reader, (z, y, x), (dz, dy, dx)), code)
     return found
 
 
-def whole_numbers(reader: ChunkReader, stored: AnyArray) -> AnyArray:
-    """Return stored labels as integers.
+def read_labels(reader: ChunkReader, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
+    """Read the stored labels of a box as integers; for ``begun`` see `ChunkReader.read`.
 
     Raises:
+        ChunkError: a chunk cannot be read.
         MetadataError: they are not whole numbers.
     """
+    try:
+        stored = reader.read(start, shape, begun)
+    except EmptyChunkError as e:
+        e.args = (f"{e}. Copy it again, or set missing_labels=unknown to make its voxels unknown (NaN)",)
+        raise
     if stored.dtype.kind != "f":
         return stored
     if not (np.isfinite(stored).all() and (np.rint(stored) == stored).all()):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cellmap_lightning import CellMapDataModule
-from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError, MetadataError
+from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError, ChunkError, MetadataError
 from cellmap_lightning.inspection.report import inspect
 from cellmap_lightning.volumes import label_values as values_of
 from cellmap_lightning.volumes.label_values import LabelValues, label_values
@@ -471,3 +471,23 @@ def test_a_fill_value_that_is_foreground_promises_nothing(tmp_path):
     edit(tmp_path / "v.zarr" / "crop1" / "mito" / "s0" / ".zarray", lambda c: c.update(fill_value=None))
     with pytest.raises(MetadataError, match="promise 32768"):
         dataset(raw, target)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("zarr_format", FORMATS)
+@pytest.mark.parametrize("attributes", [annotated(SEMANTIC), None])
+def test_chunk_files_of_0_bytes(tmp_path, zarr_format, reader, attributes):
+    """An error that says what to set; then unknown, while chunks that are missing stay background."""
+    stored = cube()
+    stored[16:] = 0
+    raw, target = write_pair(tmp_path, stored, zarr_format=zarr_format, attributes=attributes)
+    level = tmp_path / "v.zarr" / "crop1" / "mito" / "s0"
+    (level / ("0/0/0" if zarr_format == 2 else "c/0/0/0")).write_bytes(b"")
+    with pytest.raises(ChunkError, match=r"0 bytes are stored.* set missing_labels=unknown"):
+        sample(raw, target, reader=reader, read_attempts=1)
+    expected = stored.astype(float)
+    expected[:16, :16, :16] = np.nan
+    found = sample(raw, target, reader=reader, missing_labels="unknown")["labels"]
+    assert np.array_equal(found, expected, equal_nan=True)
+    with dataset(raw, target, missing_labels="unknown") as data:
+        assert len(data.foreground_index("mito")) == int((expected == 1).sum())

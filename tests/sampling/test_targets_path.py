@@ -23,6 +23,7 @@ from tests.foreign import annotated, cube, sample, write_pair
         ("/d/[a,b]/v.zarr/crop1/[er,pm]", "/d/[a,b]/v.zarr/crop1", ("er", "pm"), ""),
         ("/d/x]y[/v.zarr/crop1/[er]/s", "/d/x]y[/v.zarr/crop1", ("er",), "s"),
         ("/d/[x] v.zarr/crop [1]/[er]", "/d/[x] v.zarr/crop [1]", ("er",), ""),
+        ("/d/v.zarr/[crop1]/[er]", "/d/v.zarr/[crop1]", ("er",), ""),
         ("/d/crop [1]/[er]", "/d/crop [1]", ("er",), ""),
         ("[er]", "", ("er",), ""),
         ("zip://crop1/[er,pm]::/data/[1] v.zip", "zip://crop1::/data/[1] v.zip", ("er", "pm"), ""),

@@ -27,14 +27,20 @@ class Encoding:
         ambiguous: ``unknown`` could also be an instance's id, since nothing on disk rules it out.
         assumed: what the values were taken for where no metadata says it: ``mask`` (0 and 255) or ``ids`` (without
             255); a value that contradicts it is an error when it is read. Empty where nothing is assumed.
-        missing: what chunks that are not stored hold: ``absent`` voxels (the fill value), or ``unknown`` ones.
+        missing: what chunks hold that are not stored: ``absent`` voxels (the fill value); the same, and ``unknown``
+            ones where a file of 0 bytes stands (``empty``); or ``unknown`` ones.
     """
 
     absent: int
     unknown: int | None
     ambiguous: bool = False
     assumed: Literal["", "mask", "ids"] = ""
-    missing: Literal["absent", "unknown"] = "absent"
+    missing: Literal["absent", "empty", "unknown"] = "absent"
+
+    @property
+    def empty(self) -> Literal["error", "missing"]:
+        """How chunk files of 0 bytes are read; see `ChunkReader`."""
+        return "error" if self.missing == "absent" else "missing"
 
     def present(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Return where the class is present, for stored values."""
