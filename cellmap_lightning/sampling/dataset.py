@@ -72,7 +72,7 @@ from cellmap_lightning.volumes.patches import Patches, Resampled, reached
 from cellmap_lightning.volumes.placement import Placement, Window
 from cellmap_lightning.volumes.region import ChunkCache, Region, RegionStore
 from cellmap_lightning.volumes.statistics import statistics
-from cellmap_lightning.volumes.store import Remote, StorePath, located, parts_of, warm
+from cellmap_lightning.volumes.store import Remote, StorePath, exists, located, parts_of, warm
 
 log = logging.getLogger(__name__)
 
@@ -449,7 +449,7 @@ class CellMapDataset(SampleSource):
                 report(image.path, image.notes)
                 found[what] = image
             except CellMapError as e:
-                problems.append(self._instead(what) or e)
+                problems.append(self._class_error(what) or e)
         if len(problems) == 1:
             raise problems[0]
         if problems:
@@ -463,13 +463,20 @@ class CellMapDataset(SampleSource):
         raw = found.pop("raw")
         return raw, {what.removeprefix("class "): image for what, image in found.items()}
 
-    def _instead(self, what: str) -> CellMapError | None:
-        """The error for a class that does not exist, which says what does; None where it exists."""
-        if self.target_path is not None and what != "raw":
-            try:
-                self.target_path.found(what.removeprefix("class "))
-            except CellMapError as e:
-                return e
+    def _class_error(self, what: str) -> CellMapError | None:
+        """Return the error for a class that does not exist, which lists what does; None where it exists.
+
+        Raises:
+            CellMapFileNotFoundError: the crop as a whole does not exist.
+        """
+        if self.target_path is None or what == "raw":
+            return None
+        try:
+            self.target_path.found(what.removeprefix("class "))
+        except CellMapError as e:
+            if not exists(self.target_path.crop):
+                raise
+            return e
         return None
 
     def _check_resolution(self, labels: Mapping[str, Multiscale], scales: Sequence[FloatArray]) -> None:

@@ -47,6 +47,8 @@ _filesystems: dict[tuple[Any, ...], Any] = {}
 _lock = threading.Lock()
 #: Texts of metadata files that were read, while somebody keeps them; None where there is none.
 _kept: "dict[Remote, bytes | None] | None" = None
+#: Resolved folders of this machine, inside `keeping`.
+_folders: dict[str, str] | None = None
 #: When a metadata file of a node was last asked for, and whether one could be read.
 _readable: "dict[Remote, tuple[float, bool]]" = {}
 #: Seconds for which that counts.
@@ -279,7 +281,20 @@ StorePath = Path | Remote
 
 def identity_of(path: StorePath) -> str:
     """What tells a place from every other one."""
-    return path.identity if isinstance(path, Remote) else os.path.realpath(path)
+    return path.identity if isinstance(path, Remote) else _real_path(str(path))
+
+
+def _real_path(path: str) -> str:
+    """The same as `os.path.realpath`; inside `keeping` each folder on the way is resolved once."""
+    above, _, name = path.rpartition("/")
+    known = _folders
+    if known is None or not above or not name or name in (".", ".."):
+        return os.path.realpath(path)
+    folder = known.get(above)
+    if folder is None:
+        folder = known[above] = _real_path(above)
+    full = f"{folder.rstrip('/')}/{name}"
+    return os.path.realpath(full) if os.path.islink(full) else full  # noqa: PTH114  a Path costs more than the call
 
 
 def located(path: "str | Path | Remote", options: Mapping[str, Any] | None = None) -> StorePath:
@@ -374,15 +389,16 @@ def open_store(where: StorePath) -> "Store":
 
 @contextlib.contextmanager
 def keeping() -> Iterator[None]:
-    """While it lasts, a metadata file that was read elsewhere is not read again."""
-    global _kept
+    """Read each metadata file of a remote store, and resolve each folder, once while the context is open."""
+    global _kept, _folders
     with _lock:
         outer, _kept = _kept, {} if _kept is None else _kept
+        outer_folders, _folders = _folders, {} if _folders is None else _folders
     try:
         yield
     finally:
         with _lock:
-            _kept = outer
+            _kept, _folders = outer, outer_folders
 
 
 def read_all(places: Sequence[Remote]) -> list[bytes | None]:
@@ -524,10 +540,11 @@ def read_json(path: StorePath) -> dict[str, Any] | None:
 def _text(path: StorePath) -> bytes | None:
     if isinstance(path, Remote):
         return path.read()
-    size = path.stat().st_size
-    if size > MOST_JSON_BYTES:
-        raise MetadataError(f"{path}: has {size} bytes, too many for metadata; at most {MOST_JSON_BYTES} are read")
-    return path.read_bytes()
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123  thousands of them, and a Path costs more than the call
+        size = os.fstat(file.fileno()).st_size
+        if size > MOST_JSON_BYTES:
+            raise MetadataError(f"{path}: has {size} bytes, too many for metadata; at most {MOST_JSON_BYTES} are read")
+        return file.read()
 
 
 def children(path: StorePath) -> list[str]:

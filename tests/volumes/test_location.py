@@ -22,6 +22,7 @@ from cellmap_lightning.volumes.location import (
     on_network,
     region_folder,
 )
+from cellmap_lightning.volumes.store import identity_of, keeping
 
 Usage = namedtuple("Usage", "total used free")
 MINE = f"regions-{os.getuid()}"
@@ -218,3 +219,23 @@ def test_arguments():
     for budget in (0, -1, 1.5, True, "1GB"):
         with pytest.raises(CellMapError, match="cache_bytes must be a positive whole number of bytes, or null, got"):
             check_mode("auto", budget)
+
+
+def test_resolved_folders_are_those_of_realpath(tmp_path):
+    """Inside the context and outside, with links at every depth, which are looked at again each time."""
+    (tmp_path / "data" / "a" / "s0").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "b").symlink_to("a")
+    (tmp_path / "data" / "a" / "s1").symlink_to("s0")
+    paths = [
+        tmp_path / p for p in ("data/a/s0", "link/a/s0", "link/b/s0", "link/b/s1", "data/a/none", "link/../data/a")
+    ]
+    expected = [os.path.realpath(path) for path in paths]
+    with keeping():
+        assert [identity_of(path) for path in paths] == expected
+        assert [identity_of(path) for path in paths] == expected
+        (tmp_path / "data" / "a" / "s0").rmdir()
+        (tmp_path / "data" / "a" / "s0").symlink_to(tmp_path)
+        assert identity_of(paths[0]) == str(tmp_path.resolve())
+    assert [identity_of(path) for path in paths] == [os.path.realpath(path) for path in paths]
+    assert identity_of(Path("/")) == "/"
