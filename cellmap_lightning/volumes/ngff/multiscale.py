@@ -4,7 +4,6 @@ Specifications: https://ngff.openmicroscopy.org/0.4/#multiscale-md, https://ngff
 """
 
 import contextlib
-import math
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,17 +15,20 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, Lattice, Shape, Vector, to_vector
+from cellmap_lightning.volumes.geometry import AXES, Lattice, Shape, Vector, to_vector
 from cellmap_lightning.volumes.ngff.arrays import ArrayInfo, read_array, read_attributes
 from cellmap_lightning.volumes.ngff.axes import read_axes
 from cellmap_lightning.volumes.ngff.notes import Note, reported_once
 from cellmap_lightning.volumes.ngff.overrides import AS_STORED, Overrides
+from cellmap_lightning.volumes.ngff.transformations import (
+    check_finest_first,
+    implausible_voxel_size,
+    level_transformation,
+    times,
+    translations_missing,
+)
 from cellmap_lightning.volumes.store import StorePath, children, exists, keeping, located, missing
 
-#: Voxel sizes outside of which a warning is given, nm; and the ratio between axes above which one is.
-SMALLEST_VOXEL, LARGEST_VOXEL, MOST_ANISOTROPIC = 0.05, 1e6, 100.0
-#: Voxels of the first level by which translations may differ and still count as the same.
-SAME_PLACE = 1e-3
 #: Voxels of the first level by which lower edges of levels may differ; of the level itself, by which upper ones may
 #: beyond a ragged last voxel.
 BOX_TOLERANCE = 0.1
@@ -226,16 +228,16 @@ def _image(
         name = entry.get("path") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name or ".." in PurePosixPath(name).parts or name.startswith("/"):
             raise MetadataError(f"{file}: a level's path should be a name inside the image, got {name!r}")
-        scale, translation = _transformed(f"{file}, level {name!r}", entry, image, len(stored), order)
+        scale, translation = level_transformation(f"{file}, level {name!r}", entry, image, len(stored), order)
         names.append(name)
-        scales.append(_times(scale, units))
-        translations.append(_times(translation, units))
-    _check_order(file, names, scales)
+        scales.append(times(scale, units))
+        translations.append(times(translation, units))
+    check_finest_first(file, names, scales)
     if overrides.voxel_size is not None:
         assumed = []
     else:
-        assumed += _implausible(scales[0], units)
-    if overrides.level_translations == "auto" and _translations_missing(scales, translations):
+        assumed += implausible_voxel_size(scales[0], units)
+    if overrides.level_translations == "auto" and translations_missing(scales, translations):
         offsets = [np.subtract(scale, scales[0]) / 2 for scale in scales]
         translations = [to_vector(np.add(translations[0], offset)) for offset in offsets]
         shift = max(float((offset / scales[0]).max()) for offset in offsets)
@@ -351,103 +353,6 @@ def _unread_version(version: str | None, image: Mapping[str, Any]) -> str | None
     if version is None and "axes" not in image:
         return "OME-NGFF 0.1 or 0.2 (no 'axes')"
     return None
-
-
-def _transformed(
-    where: str, entry: dict[str, Any], image: dict[str, Any], ndim: int, order: list[int]
-) -> tuple[Vector, Vector]:
-    """Scale and translation (z, y, x) of a level: its own transformations, then those of the image.
-
-    Raises:
-        MetadataError: they are not one scale and then at most one translation, or not of one number per axis.
-    """
-    scale, translation = [1.0] * ndim, [0.0] * ndim
-    own, common = _transformations(where, entry), _transformations(where, image)
-    if not any(isinstance(step, dict) and step.get("type") == "scale" for step in own):
-        raise MetadataError(f"{where}: its coordinateTransformations have no scale, so its voxels have no size")
-    for step in own + common:
-        scale, translation = _compose(where, step, scale, translation)
-    z, y, x = order
-    size, place = (scale[z], scale[y], scale[x]), (translation[z], translation[y], translation[x])
-    if not (all(map(math.isfinite, size + place)) and min(size) > 0):
-        raise MetadataError(
-            f"{where}: scale must be positive and finite, got scale {list(size)}, translation {list(place)} (z, y, x)"
-        )
-    return size, place
-
-
-def _times(a: Vector, b: Vector) -> Vector:
-    return a[0] * b[0], a[1] * b[1], a[2] * b[2]
-
-
-def _transformations(where: str, node: dict[str, Any]) -> list[Any]:
-    """The transformations of a level or an image, in the order that OME-NGFF 0.4 and 0.5 allow."""
-    steps = node.get("coordinateTransformations") or []
-    if not isinstance(steps, list):
-        raise MetadataError(f"{where}: 'coordinateTransformations' should be a list, got {steps!r}")
-    kinds = [step.get("type") for step in steps if isinstance(step, dict) and step.get("type") != "identity"]
-    if kinds.count("scale") > 1 or kinds.count("translation") > 1 or kinds == ["translation", "scale"]:
-        raise MetadataError(
-            f"{where}: its coordinateTransformations are {', then '.join(map(str, kinds))}; OME-NGFF 0.4 and 0.5 allow "
-            "one scale, then at most one translation, which is in units of the axis and not scaled"
-        )
-    return steps
-
-
-def _compose(where: str, step: Any, scale: list[float], translation: list[float]) -> tuple[list[float], list[float]]:
-    kind = step.get("type") if isinstance(step, dict) else None
-    if kind == "identity":
-        return scale, translation
-    value = step.get(kind) if kind in ("scale", "translation") else None
-    good = isinstance(value, list) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value
-    )
-    if value is None or not good or len(value) != len(scale):
-        raise MetadataError(f"{where}: needs a scale or translation of {len(scale)} numbers, got {step!r}")
-    if kind == "scale":
-        return [a * v for a, v in zip(scale, value, strict=True)], [
-            a * v for a, v in zip(translation, value, strict=True)
-        ]
-    return scale, [a + v for a, v in zip(translation, value, strict=True)]
-
-
-def _check_order(file: StorePath, names: Sequence[str], scales: Sequence[Vector]) -> None:
-    """Refuse levels that are not listed finest first."""
-    for number in range(1, len(scales)):
-        if math.prod(scales[number]) < math.prod(scales[number - 1]) * (1 - SCALE_TOLERANCE):
-            raise MetadataError(
-                f"{file}, level {names[number]!r}: its voxels {list(scales[number])} nm are finer than those of level "
-                f"{names[number - 1]!r} before it ({list(scales[number - 1])} nm); levels are listed finest first"
-            )
-
-
-def _implausible(scale: Vector, units: Vector) -> list[Note]:
-    """Notes on a voxel size that is probably not one.
-
-    Args:
-        scale: of the first level, nm.
-        units: nm in one unit of the axes.
-    """
-    size = " x ".join(f"{s:g}" for s in scale)
-    if scale == units:
-        why = f"its voxel size is 1 x 1 x 1 ({size} nm), as programs write that know none"
-    elif min(scale) < SMALLEST_VOXEL or max(scale) > LARGEST_VOXEL:
-        why = f"its voxel size of {size} nm is implausible: is the unit right?"
-    elif max(scale) > MOST_ANISOTROPIC * min(scale):
-        why = (
-            f"its voxel size of {size} nm differs {max(scale) / min(scale):.3g}-fold between axes: are the units right?"
-        )
-    else:
-        return []
-    return [Note("scale", f"{why} set unit=... or voxel_size=[z, y, x] in nm for its entries")]
-
-
-def _translations_missing(scales: Sequence[Vector], translations: Sequence[Vector]) -> bool:
-    """Whether all levels have the same translation, or none, although their voxels grow."""
-    grow = len(scales) > 1 and any(max(np.divide(scale, scales[0])) > 1 + SCALE_TOLERANCE for scale in scales[1:])
-    return grow and all(
-        (np.abs(np.subtract(t, translations[0])) <= SAME_PLACE * np.asarray(scales[0])).all() for t in translations
-    )
 
 
 def _different_boxes(levels: Sequence[Level]) -> Note | None:
