@@ -41,6 +41,7 @@ KINDS = {
     "unit": "images without a unit of length",
     "scale": "implausible voxel sizes",
     "levels": "pyramids whose levels are not placed by their metadata",
+    "boxes": "pyramids whose levels cover different boxes",
     "multiscales": "groups that list several images",
     "outside": "crops outside their raw volume",
     "missing level": "levels that are listed and not on disk",

@@ -13,7 +13,7 @@ from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapValueError, MetadataError
 from cellmap_lightning.inspection.report import inspect
 from cellmap_lightning.volumes.image import CellMapImage
-from cellmap_lightning.volumes.ngff import Overrides, read_multiscale
+from cellmap_lightning.volumes.ngff import Overrides, read_multiscale, shared_metadata
 from cellmap_lightning.volumes.ngff.axes import unit_nm
 from cellmap_lightning.volumes.ngff.notes import volume_of
 from cellmap_lightning.volumes.store import located
@@ -342,6 +342,20 @@ def test_levels_that_cover_other_boxes_are_reported(tmp_path, caplog, levels):
     (line,) = warnings_of(caplog)
     assert "level s1 covers" in line
     assert "level s0 covers" in line
+    assert "pyramids whose levels cover different boxes" in str(
+        inspect({"datasets": {"predict": [{"raw": str(path)}]}}, {}, None)
+    )
+
+
+def test_levels_that_are_placed_and_still_cover_other_boxes(tmp_path, caplog):
+    """No translations, and a voxel size that the number of voxels contradicts: both are reported."""
+    levels = {"s0": ([4] * 3, None), "s1": ([8, 8, 8], None)}
+    path = write_image(tmp_path / "v.zarr" / "em", {"s0": ramp(), "s1": ramp((32, 16, 16))}, levels=levels)
+    with caplog.at_level(logging.WARNING), shared_metadata():
+        opened(path, (4, 4, 4))
+    placed, different = warnings_of(caplog)
+    assert "have no translations of their own" in placed
+    assert "level s1 covers" in different
 
 
 @pytest.mark.parametrize("zarr_format", FORMATS)

@@ -364,7 +364,7 @@ def _different_boxes(levels: Sequence[Level]) -> Note | None:
         high = np.abs(np.subtract(lattice.box.upper, first.box.upper)) / lattice.step
         if (low > BOX_TOLERANCE).any() or (high >= 1 + BOX_TOLERANCE).any():
             return Note(
-                "levels",
+                "boxes",
                 f"level {level.name} covers {lattice.box}, and level {levels[0].name} covers {first.box}: one of them "
                 "is misplaced or of another voxel size; they are read as stored",
             )
