@@ -24,7 +24,7 @@ class Note:
     """One assumption about an image.
 
     Attributes:
-        kind: ``unit``, ``scale``, ``levels``, ``boxes`` or ``multiscales``; notes of one kind are reported once per volume.
+        kind: ``unit``, ``scale``, ``levels``, ``boxes`` or ``multiscales``; each kind is reported once per volume.
         text: the value in the file, how it is read, and the setting that changes it.
     """
 
