@@ -64,6 +64,7 @@ from cellmap_lightning.volumes.ngff import (
     LevelTranslations,
     Multiscale,
     Overrides,
+    first_time,
     read_multiscale,
     report,
     shared_metadata,
@@ -353,7 +354,8 @@ class CellMapDataset(SampleSource):
         #: Half the edge lengths of what every target holds, along the patch's own axes, nm.
         self.half: FloatArray = np.min([self._windows[n].extent for n in targets or inputs], axis=0) / 2
         self._announce()
-        self.encodings.report()
+        if first_time(f"{self.target_path}", "encodings"):  # and not once more for each plane
+            self.encodings.report()
         self._say_what_is_missing()
 
     def _place(self, world: Mapping[str, Window], targets: Mapping[str, TargetArray]) -> None:
@@ -409,7 +411,7 @@ class CellMapDataset(SampleSource):
             ends.append(lattice)
             inside = np.minimum(box.upper, lattice.box.upper) - np.maximum(box.lower, lattice.box.lower)
             part = 1 - float(np.prod(np.clip(inside / box.extent, 0, 1)))
-            if part >= LEAST_OUTSIDE:
+            if part >= LEAST_OUTSIDE and first_time(f"{self.target_path}", f"outside {level.path}"):
                 log.warning(
                     "%s: %.3g %% of the crop (%s) lies outside of raw (%s, level %s: %s): targets are unknown there",
                     self.label, 100 * part, box, self.input_path, level.name, lattice.box,

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from cellmap_lightning import CellMapDataset
+from cellmap_lightning import CellMapDataModule, CellMapDataset
 from cellmap_lightning.errors import CellMapValueError
 from tests.foreign import SEMANTIC, annotated, counts_of, cube, dataset, ramp, sample, write_image, write_pair
 
@@ -111,6 +111,22 @@ def test_at_the_level_that_is_read(tmp_path):
     ends = np.isnan(sample["labels"][0].numpy())
     assert ends[:, :, 65:].all()
     assert not ends[:64, :64, :64].any()
+
+
+def test_it_is_reported_once_for_all_planes(tmp_path, caplog):
+    stored = np.full((32,) * 3, 255, "u1")
+    stored[0] = 0
+    raw, target = write_pair(tmp_path, stored, translation=(-64, 0, 0))
+    array = {"shape": [16, 16], "scale": [8, 8]}
+    entries = {"train": [{"raw": raw, "gt": target}]}
+    with (
+        CellMapDataModule(["mito"], array, array, datasets=entries, planes=["xy", "xz", "yz"]) as data,
+        caplog.at_level(logging.INFO, "cellmap_lightning"),
+    ):
+        data.setup("fit")
+        assert len(data.crops["train"].datasets) == 3
+    assert sum("lies outside of raw" in r.message for r in caplog.records) == 1
+    assert sum("have no encoding" in r.message for r in caplog.records) == 1
 
 
 def test_a_crop_with_no_raw_at_all_is_refused(tmp_path):

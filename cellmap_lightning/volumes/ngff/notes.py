@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 #: Suffixes of folders and archives that hold one volume.
 CONTAINERS = (".zarr", ".n5", ".zip", ".ozx")
 
-#: (volume, kind) of the notes reported so far, inside `reported_once`; None outside.
+#: (place, kind) of what was reported so far, inside `reported_once`; None outside.
 _reported: set[tuple[str, str]] | None = None
 _lock = threading.Lock()
 
@@ -54,12 +54,18 @@ def report(path: StorePath, notes: Iterable[Note]) -> None:
     """
     for note in notes:
         volume = volume_of(path)
-        with _lock:
-            if _reported is not None:
-                if (volume, note.kind) in _reported:
-                    continue
-                _reported.add((volume, note.kind))
-        log.warning("%s: %s (first image with it: %s)", volume, note.text, path)
+        if first_time(volume, note.kind):
+            log.warning("%s: %s (first image with it: %s)", volume, note.text, path)
+
+
+def first_time(place: str, kind: str) -> bool:
+    """Return whether something was not reported of a place before, inside `reported_once`; always true outside."""
+    with _lock:
+        if _reported is None:
+            return True
+        new = (place, kind) not in _reported
+        _reported.add((place, kind))
+        return new
 
 
 def volume_of(path: StorePath) -> str:
