@@ -315,7 +315,6 @@ def multiscale_attributes(
         "name": name,
         "axes": [{"name": axis, "type": "space", "unit": unit} for axis in axes],
         "datasets": datasets,
-        "coordinateTransformations": [{"type": "scale", "scale": [1.0] * len(axes)}],
     }
     if zarr_format == 2:
         return {"multiscales": [{"version": "0.4", **multiscale}]}
