@@ -25,7 +25,7 @@ from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.integrity import Encoded
 from cellmap_lightning.volumes.journal import Journal
 from cellmap_lightning.volumes.plain import PlainChunks
-from cellmap_lightning.volumes.pyramid import Units, coarser, units_left, units_within
+from cellmap_lightning.volumes.pyramid import Units, coarser, plan_pyramid, units_left, units_within
 from cellmap_lightning.volumes.values import StoredValues
 from cellmap_lightning.volumes.writer import (
     ZarrFormat,
@@ -39,8 +39,6 @@ from cellmap_lightning.volumes.writer import (
 
 log = logging.getLogger(__name__)
 
-#: A pyramid ends before an axis has fewer voxels than this.
-LEAST_LENGTH = 32
 #: Of the compressor. At 5, probabilities of membranes take 5 % less room and six times as long: 32 MB/s on a core.
 EFFORT = 2
 
@@ -60,8 +58,9 @@ class PredictionOutput:
         chunks: voxels of a chunk.
         shards: voxels of a shard, for Zarr v3; None for none.
         zarr_format: 2 or 3.
-        levels: levels of the pyramid; None for as many as leave every axis 32 voxels.
+        levels: levels of the pyramid; None for as many as leave the longest axis 32 voxels.
         rank: number of this process.
+        raw: voxel sizes of raw's levels, which the pyramid follows; see `plan_pyramid`.
 
     Raises:
         CellMapValueError: the arguments contradict each other.
@@ -78,18 +77,16 @@ class PredictionOutput:
         zarr_format: ZarrFormat = 2,
         levels: int | None = None,
         rank: int = 0,
+        raw: Sequence[Sequence[float]] = (),
     ) -> None:
-        most = 1 + math.floor(math.log2(max(1, min(grid.shape))))
-        if levels is None:
-            levels = 1 + max(0, math.floor(math.log2(min(grid.shape) / LEAST_LENGTH)))
-        if not 1 <= levels <= most:
-            raise CellMapValueError(f"levels must be from 1 to {most} for {list(grid.shape)} voxels, got {levels}")
         bad = [c for c in classes if not c or "/" in c or c.startswith(".")]
         if bad:
             raise CellMapValueError(f"{bad} cannot be names of groups")
         self.path = Path(path)
         self.classes, self.grid, self.values = tuple(classes), grid, values
-        self.chunks, self.shards, self.levels = chunks, shards, levels
+        self.chunks, self.shards = chunks, shards
+        self.pyramid = plan_pyramid(grid.shape, grid.whole.step, levels, raw)
+        self.levels = self.pyramid.levels
         self.zarr_format: ZarrFormat = zarr_format
         self.journal = Journal(self.path, rank)
         self._arrays: dict[tuple[str, int], zarr.Array[Any]] = {}
@@ -98,12 +95,8 @@ class PredictionOutput:
     @property
     def nbytes(self) -> int:
         """Bytes of all voxels of all levels, before compression."""
-        voxels = sum(math.prod(self._shape(level)) for level in range(self.levels))
+        voxels = sum(math.prod(self.pyramid.level_shape(level)) for level in range(self.levels))
         return len(self.classes) * voxels * self.values.dtype.itemsize
-
-    def _shape(self, level: int) -> Shape:
-        z, y, x = (n >> level for n in self.grid.shape)
-        return z, y, x
 
     # -- the beginning
 
@@ -156,8 +149,8 @@ class PredictionOutput:
             codec = [codec, zarr.codecs.Crc32cCodec()]
         attributes = {"cellmap": self._about(name)} if self.values.kind == "labels" else None
         create_level(
-            self.path / name / f"s{level}", self._shape(level), self.values.dtype, self.chunks, self.zarr_format, codec,
-            self.shards, attributes=attributes,
+            self.path / name / f"s{level}", self.pyramid.level_shape(level), self.values.dtype, self.chunks,
+            self.zarr_format, codec, self.shards, attributes=attributes,
         )  # fmt: skip
 
     def _about(self, name: str) -> dict[str, Any]:
@@ -204,7 +197,7 @@ class PredictionOutput:
     def _folders(self, name: str, number: int) -> Iterator[Path]:
         """Where the files of a block lie, and those of the pyramid that it makes."""
         for level in range(self.levels):
-            units = units_within(self.grid, number, level, self.shards or self.chunks)
+            units = units_within(self.grid, number, self.pyramid.factors(level), self.shards or self.chunks)
             if units is None:
                 return
             root = self.path / name / f"s{level}" / ("c" if self.zarr_format == 3 else "")
@@ -236,14 +229,14 @@ class PredictionOutput:
         return PlainChunks(self.array(name, level), str(self.path / name / f"s{level}"))
 
     def _coarse(self, name: str, level: int, box: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """A box of a level, from the first voxel of a chunk on and of an even number of voxels, made coarser."""
-        array = self.array(name, level)
-        if self.zarr_format == 3 or any(c % 2 for c in self.chunks):
-            return np.asarray(coarser(np.asarray(array[box]), self._coarser))
+        """A box of a level, from the first voxel of a chunk on and of whole voxels of the next level, made coarser."""
+        array, step = self.array(name, level), self.pyramid.steps[level]
+        if self.zarr_format == 3 or any(c % f for c, f in zip(self.chunks, step, strict=True)):
+            return np.asarray(coarser(np.asarray(array[box]), self._coarser, step))
         # Chunk by chunk: each stays in the processor's cache from its decoding on.
         files = self._files(name, level)
         encoded = Encoded(files.codec.codec_id, math.prod(self.chunks) * self.values.dtype.itemsize)
-        found = np.empty([(part.stop - part.start) // 2 for part in box], self.values.dtype)
+        found = np.empty([(p.stop - p.start) // f for p, f in zip(box, step, strict=True)], self.values.dtype)
         along = [range(p.start, p.stop, c) for p, c in zip(box, self.chunks, strict=True)]
         for start in product(*along):
             chunk = tuple(slice(a, min(a + c, n)) for a, c, n in zip(start, self.chunks, array.shape, strict=True))
@@ -251,9 +244,9 @@ class PredictionOutput:
             if voxels is None:  # nothing but the fill value, or something that zarr-python says
                 voxels = np.asarray(array[chunk])
             inside = voxels[tuple(slice(0, p.stop - a) for a, p in zip(start, box, strict=True))]
-            here = tuple(slice((a - p.start) // 2, None) for a, p in zip(start, box, strict=True))
-            target = found[here][tuple(slice(0, n // 2) for n in inside.shape)]
-            target[...] = coarser(inside, self._coarser)
+            here = tuple(slice((a - p.start) // f, None) for a, p, f in zip(start, box, step, strict=True))
+            target = found[here][tuple(slice(0, n // f) for n, f in zip(inside.shape, step, strict=True))]
+            target[...] = coarser(inside, self._coarser, step)
         return found
 
     def _put(self, name: str, level: int, units: Units, origin: Sequence[int], data: npt.NDArray[Any]) -> None:
@@ -269,7 +262,7 @@ class PredictionOutput:
         unit = self.shards or self.chunks
         boxes = [
             [slice(i * u, min((i + 1) * u, n)) for i in range(part.start, part.stop)]
-            for part, u, n in zip(units, unit, self._shape(level), strict=True)
+            for part, u, n in zip(units, unit, self.pyramid.level_shape(level), strict=True)
         ]
         array = self.array(name, level)
         if self.zarr_format == 2:
@@ -286,12 +279,13 @@ class PredictionOutput:
         """Write a block of a class, and what of the pyramid it makes by itself."""
         start, _ = self.grid[number]
         for level in range(self.levels):
-            units = units_within(self.grid, number, level, self.shards or self.chunks)
+            units = units_within(self.grid, number, self.pyramid.factors(level), self.shards or self.chunks)
             if units is None:  # then there are none in coarser levels either
                 return
             if level:
-                data = coarser(data, self._coarser)
-            self._put(name, level, units, [a >> level for a in start], data)
+                data = coarser(data, self._coarser, self.pyramid.steps[level - 1])
+            origin = [a // f for a, f in zip(start, self.pyramid.factors(level), strict=True)]
+            self._put(name, level, units, origin, data)
 
     def write(self, number: int, stored: npt.NDArray[Any], reached: Sequence[int]) -> None:
         """Write a block and say that it is done.
@@ -332,8 +326,9 @@ class PredictionOutput:
         """Make a chunk of a level of the one before."""
         unit = self.shards or self.chunks
         start = [i * u for i, u in zip(index, unit, strict=True)]
-        stop = [min(a + u, n) for a, u, n in zip(start, unit, self._shape(level), strict=True)]
-        fine = tuple(slice(2 * a, 2 * b) for a, b in zip(start, stop, strict=True))
+        stop = [min(a + u, n) for a, u, n in zip(start, unit, self.pyramid.level_shape(level), strict=True)]
+        step = self.pyramid.steps[level - 1]
+        fine = tuple(slice(f * a, f * b) for a, b, f in zip(start, stop, step, strict=True))
         z, y, x = (slice(i, i + 1) for i in index)
         self._put(name, level, (z, y, x), start, self._coarse(name, level - 1, fine))
 
@@ -360,7 +355,7 @@ class PredictionOutput:
             if broadcast(self.journal.complete):
                 return True
             for level in range(1, self.levels):
-                tasks = product(self.classes, units_left(self.grid, level, unit))
+                tasks = product(self.classes, units_left(self.grid, self.pyramid.factors(level), unit))
                 for name, index in islice(tasks, rank, None, world):
                     self._make(level, name, index)
                 barrier()
@@ -368,8 +363,9 @@ class PredictionOutput:
                 for name in self.classes:
                     lattice = self.grid.lattice
                     block = multiscale_attributes(
-                        name, lattice.step, lattice.origin, self.levels, zarr_format=self.zarr_format
-                    )
+                        name, lattice.step, lattice.origin, self.levels, zarr_format=self.zarr_format,
+                        steps=self.pyramid.steps,
+                    )  # fmt: skip
                     write_group(self.path / name, {"cellmap": self._about(name), **block}, self.zarr_format)
                 self.journal.complete = True
             barrier()
