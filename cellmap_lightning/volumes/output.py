@@ -1,6 +1,7 @@
 """The volumes that a prediction writes: ``<output>/<class>/s0..``, block by block, and their pyramids at the end.
 
-A group has its multiscale metadata once it is whole, as everything that `writer` writes.
+A group has its multiscale metadata once it is whole, as everything that `writer` writes, and the root group lists its
+images once all of them are.
 """
 
 import errno
@@ -21,11 +22,13 @@ import zarr.codecs
 
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.volumes.blocks import BlockGrid
+from cellmap_lightning.volumes.container import write_container
 from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.integrity import Encoded
-from cellmap_lightning.volumes.journal import Journal
+from cellmap_lightning.volumes.journal import Journal, plain
 from cellmap_lightning.volumes.plain import PlainChunks
 from cellmap_lightning.volumes.pyramid import Units, coarser, plan_pyramid, units_left, units_within
+from cellmap_lightning.volumes.store import LISTING
 from cellmap_lightning.volumes.values import StoredValues
 from cellmap_lightning.volumes.writer import (
     ZarrFormat,
@@ -45,6 +48,11 @@ EFFORT = 2
 
 def _empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
+
+
+def _can_name(name: str) -> bool:
+    """Whether a group of the output can have a name: not that of its list of images, whatever the file system."""
+    return bool(name) and "/" not in name and not name.startswith(".") and name.upper() != LISTING
 
 
 class PredictionOutput:
@@ -79,7 +87,7 @@ class PredictionOutput:
         rank: int = 0,
         raw: Sequence[Sequence[float]] = (),
     ) -> None:
-        bad = [c for c in classes if not c or "/" in c or c.startswith(".")]
+        bad = [c for c in classes if not _can_name(c)]
         if bad:
             raise CellMapValueError(f"{bad} cannot be names of groups")
         self.path = Path(path)
@@ -89,6 +97,7 @@ class PredictionOutput:
         self.levels = self.pyramid.levels
         self.zarr_format: ZarrFormat = zarr_format
         self.journal = Journal(self.path, rank)
+        self._settings: dict[str, Any] | None = None
         self._arrays: dict[tuple[str, int], zarr.Array[Any]] = {}
         self._coarser = downsample_mode if values.kind == "labels" else downsample_mean
 
@@ -115,8 +124,12 @@ class PredictionOutput:
         with self._clear_errors("cannot be begun"):
             if overwrite:
                 self._remove()
+            self._settings = plain(settings)
             if self.journal.settings is not None:
-                self.journal.check(settings)
+                self.journal.check(settings, self._assumed())
+                if self.journal.record is not None:
+                    self.journal.remove()  # what a kill has left of it
+                    return
                 self._sweep()
             elif self.path.exists() and not self.journal.folder.is_dir() and not _empty(self.path):
                 raise CellMapFileExistsError(
@@ -132,10 +145,9 @@ class PredictionOutput:
 
     def _create(self) -> None:
         """All groups, and their levels; what a kill has left of an earlier attempt is made anew."""
-        attributes: dict[str, Any] = {}
-        if self.values.kind == "labels":
-            attributes = {"cellmap": {"annotation": {"class_names": list(self.classes)}}}
-        write_group(self.path, attributes, self.zarr_format)
+        about = self._about_all()
+        (self.path / ".zmetadata").unlink(missing_ok=True)
+        write_group(self.path, {"cellmap": about} if about else {}, self.zarr_format)
         for name in self.classes:
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
@@ -153,6 +165,15 @@ class PredictionOutput:
             self.zarr_format, codec, self.shards, attributes=attributes,
         )  # fmt: skip
 
+    def _assumed(self) -> dict[str, Any]:
+        """Settings that an earlier state of this package did not write, as it always halved all axes."""
+        steps = (self.journal.settings or {}).get("levels", 1) - 1
+        return {"pyramid factors": [[2, 2, 2]] * steps}
+
+    def _about_all(self) -> dict[str, Any]:
+        """CellMap's attributes of the root group."""
+        return {"annotation": {"class_names": list(self.classes)}} if self.values.kind == "labels" else {}
+
     def _about(self, name: str) -> dict[str, Any]:
         """CellMap's attributes of labels; of probabilities, what the numbers mean."""
         if self.values.kind == "labels":
@@ -164,25 +185,28 @@ class PredictionOutput:
 
     def _remove(self) -> None:
         """Take away what an earlier prediction has written, and nothing else."""
-        there = self.journal.folder
-        if not self.path.exists() or not there.is_dir():
+        folder = self.journal.folder
+        if not folder.is_dir() and self.journal.record is None:
             return
-        settings = self.journal.folder / "settings.json"
         try:
             classes = (self.journal.settings or {}).get("classes", self.classes)
         except CellMapValueError:
             classes = self.classes
-        settings.unlink(missing_ok=True)  # first, so that what is half removed is no prediction that could go on
-        for name in dict.fromkeys([*classes, *self.classes]):
+        # First what makes it a prediction that is finished or could go on. The folder stays to the end: it says that
+        # what is there may be replaced.
+        folder.mkdir(exist_ok=True)
+        for name in (".zattrs", "zarr.json", ".zgroup", ".zmetadata"):
+            (self.path / name).unlink(missing_ok=True)
+        (folder / "settings.json").unlink(missing_ok=True)
+        for name in dict.fromkeys([*filter(_can_name, classes), *self.classes, LISTING]):
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
-        shutil.rmtree(there)
-        for name in (".zgroup", ".zattrs", "zarr.json"):
-            (self.path / name).unlink(missing_ok=True)
+        self.journal.remove()
+        folder.mkdir()
 
     def _sweep(self) -> None:
         """Remove what zarr had not finished writing when it was killed."""
-        folders = [self.path]
+        folders = [self.path, self.path / LISTING]
         for name in self.classes:
             folders += [self.path / name, self.path / name / "s0"]
             for number in self.journal.unfinished:
@@ -315,10 +339,17 @@ class PredictionOutput:
 
     def fractions(self) -> dict[str, float]:
         """The part of the finished voxels of each class that reach the threshold."""
+        record = self.journal.record
+        if record is not None:
+            return {name: record["reached"][name] / math.prod(self.grid.shape) for name in self.classes}
         notes = self.journal.finished
         voxels = sum(math.prod(self.grid[number][1]) for number in notes)
-        counts = np.sum(list(notes.values()), axis=0) if notes else np.zeros(len(self.classes))
-        return {name: float(count) / max(1, voxels) for name, count in zip(self.classes, counts, strict=True)}
+        return {name: count / max(1, voxels) for name, count in self._reached(notes).items()}
+
+    def _reached(self, notes: Mapping[int, Sequence[int]]) -> dict[str, int]:
+        """How many voxels of each class reach the threshold, by what was noted of blocks."""
+        counts = [sum(along) for along in zip([0] * len(self.classes), *notes.values(), strict=True)]
+        return dict(zip(self.classes, counts, strict=True))
 
     # -- the end
 
@@ -352,24 +383,40 @@ class PredictionOutput:
             barrier()  # all have written what they had to
             if not broadcast(len(self.journal.finished) == len(self.grid)):
                 return False
-            if broadcast(self.journal.complete):
+            if broadcast(self.journal.record is not None):
                 return True
-            for level in range(1, self.levels):
-                tasks = product(self.classes, units_left(self.grid, self.pyramid.factors(level), unit))
-                for name, index in islice(tasks, rank, None, world):
-                    self._make(level, name, index)
-                barrier()
+            if not broadcast(self.journal.complete):
+                for level in range(1, self.levels):
+                    tasks = product(self.classes, units_left(self.grid, self.pyramid.factors(level), unit))
+                    for name, index in islice(tasks, rank, None, world):
+                        self._make(level, name, index)
+                    barrier()
+            barrier()  # the journal, which ends now, is not read any more
             if rank == 0:
-                for name in self.classes:
-                    lattice = self.grid.lattice
-                    block = multiscale_attributes(
-                        name, lattice.step, lattice.origin, self.levels, zarr_format=self.zarr_format,
-                        steps=self.pyramid.steps,
-                    )  # fmt: skip
-                    write_group(self.path / name, {"cellmap": self._about(name), **block}, self.zarr_format)
-                self.journal.complete = True
+                self._describe()
             barrier()
             return True
+
+    def _describe(self) -> None:
+        """Write the metadata of the groups, and in those of the root what the journal holds; then end the journal.
+
+        A kill on the way leaves a prediction that can go on, which describes them again.
+        """
+        lattice = self.grid.lattice
+        for name in self.classes:
+            block = multiscale_attributes(
+                name, lattice.step, lattice.origin, self.levels, zarr_format=self.zarr_format, steps=self.pyramid.steps
+            )
+            write_group(self.path / name, {"cellmap": self._about(name), **block}, self.zarr_format)
+        notes = self.journal.finished
+        record = {
+            "settings": self._settings or self.journal.settings,
+            "blocks": len(notes),
+            "reached": self._reached(notes),
+        }
+        attributes = {"cellmap": {**self._about_all(), "prediction": record}}
+        write_container(self.path, self.classes, lattice, self.values.dtype, attributes, self.zarr_format)
+        self.journal.remove()
 
     @contextmanager
     def _clear_errors(self, what: str) -> Iterator[None]:
