@@ -333,7 +333,6 @@ class PredictionWriter(L.Callback):
             patches=lambda axis, n: tiling.count(
                 axis, first[axis], shape[axis], shape[0] if together and axis == 0 else n
             ),
-            step=pyramid.steps[0] if pyramid.steps else (1, 1, 1),
         )  # fmt: skip
         block = cut(_bytes(self.block_mb))
         grid = BlockGrid(whole, first, shape, block)

@@ -158,12 +158,7 @@ class BlockGrid:
 
 
 def block_shape(
-    shape: Shape,
-    unit: Shape,
-    nbytes: Callable[[Shape], int],
-    budget: int,
-    patches: Callable[[int, int], int],
-    step: Shape = (2, 2, 2),
+    shape: Shape, unit: Shape, nbytes: Callable[[Shape], int], budget: int, patches: Callable[[int, int], int]
 ) -> Shape:
     """Voxels of a block: of whole units, so that as few patches as possible are computed.
 
@@ -179,12 +174,11 @@ def block_shape(
         nbytes: from the voxels of a block to the bytes that it takes; more for more voxels along any axis.
         budget: bytes of a block at most; one unit is always allowed.
         patches: from an axis and the length of blocks along it to the patches of all blocks along that axis.
-        step: how many voxels make one of the next level, along each axis.
     """
     counts = [-(-n // u) for n, u in zip(shape, unit, strict=True)]
     # By the units of a block along an axis: its part of them, all patches, the part of the next level that blocks make.
     along = [
-        [(n / count, patches(axis, n * unit[axis]), _made(count, n, step[axis])) for n in range(1, count + 1)]
+        [(n / count, patches(axis, n * unit[axis]), _made(count, n)) for n in range(1, count + 1)]
         for axis, count in enumerate(counts)
     ]
 
@@ -201,10 +195,10 @@ def block_shape(
     return voxels(block)
 
 
-def _made(count: int, length: int, step: int) -> float:
-    """Of ``count`` units in a row, ``step`` by ``step``, which part lies in one of the blocks of ``length`` units."""
-    groups = range(0, count, step)
-    return sum(first // length == (min(first + step, count) - 1) // length for first in groups) / len(groups)
+def _made(count: int, length: int) -> float:
+    """Of the pairs of ``count`` units in a row, which part lies in one of the blocks of ``length`` units."""
+    pairs = range(0, count, 2)
+    return sum(first // length == min(first + 1, count - 1) // length for first in pairs) / len(pairs)
 
 
 def _fitting(counts: Sequence[int], fits: Callable[[Shape], bool]) -> Iterator[Shape]:
