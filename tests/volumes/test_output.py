@@ -363,7 +363,7 @@ def test_several_processes_finish_it_together(tmp_path, kind, monkeypatch):
     write(new(out, kind, classes=("mito", "er")))
     outputs = [new(out, kind, classes=("mito", "er"), rank=rank) for rank in range(world)]
     outputs[0].open(settings(classes=["mito", "er"]))
-    meeting, said, results = threading.Barrier(world), {}, {}
+    meeting, said, results = threading.Barrier(world, timeout=20), {}, {}
     describing = []
     monkeypatch.setattr(
         PredictionOutput, "_describe", lambda self, real=PredictionOutput._describe: describing.append(1) or real(self)
