@@ -187,7 +187,7 @@ def test_the_test_crops_from_the_command_line(checkpoint, layout, tmp_path):  # 
         assert errors.count(", 0 of them by this run") == said  # once for each crop
     there = tmp_path / "predictions" / "jrc_a.zarr"
     assert sorted(p.parent.name + "/" + p.name for p in there.glob("*/[!.]*") if p.is_dir()) == [
-        "crop7/er", "crop7/mito", "crop8/er",
+        "crop7/OME", "crop7/er", "crop7/mito", "crop8/OME", "crop8/er",
     ]  # fmt: skip
     code, errors = run_forked(f"manifest={listed}", cwd=tmp_path, command="submit")
     assert code == 1

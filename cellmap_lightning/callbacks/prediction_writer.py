@@ -44,6 +44,7 @@ from cellmap_lightning.volumes.blocks import BlockGrid, block_shape, output_latt
 from cellmap_lightning.volumes.geometry import AXES, Shape
 from cellmap_lightning.volumes.output import PredictionOutput, check_apart
 from cellmap_lightning.volumes.placement import Window
+from cellmap_lightning.volumes.pyramid import Pyramid, plan_pyramid
 from cellmap_lightning.volumes.skipping import Skipping
 from cellmap_lightning.volumes.summing import BlockMemory, MeanBlock, PatchSum, StoredBlock
 from cellmap_lightning.volumes.values import OutputType, StoredValues
@@ -150,7 +151,8 @@ class PredictionWriter(L.Callback):
         activation: ``sigmoid`` or ``softmax`` (over channels), for models that give logits.
         chunks: voxels of a chunk.
         shards: voxels of a shard; Zarr v3 only.
-        levels: levels of the pyramid; by default as many as leave every axis 32 voxels.
+        levels: levels of the pyramid; by default as many as leave the longest axis 32 voxels. They have the voxel sizes
+            of raw's levels, and beyond those the finest axes are halved first; see `plan_pyramid`.
         block_mb: MiB that two blocks may take, one of which is written while the other is computed, with the sums of
             overlapping patches; what a block has of chunks follows from it. Small blocks compute patches twice: a
             warning says what would help where that is much.
@@ -324,6 +326,7 @@ class PredictionWriter(L.Callback):
         tilings = [Tiling(whole.shape, w.shape, self.blend, self.overlap, self.context) for w in windows]
         first, shape = voxels_of(whole, self.region) if self.region is not None else ((0, 0, 0), whole.shape)
         tiling, values = tilings[0], StoredValues(self.dtype, self.threshold)
+        pyramid = plan_pyramid(shape, whole.step, self.levels, dataset.raw_scales)
         together = reaches_below(tilings)  # then blocks below each other compute no patch twice
         cut = partial(
             block_shape, shape, self.shards or self.chunks, partial(self._block_bytes, shape, tilings, values),
@@ -335,10 +338,11 @@ class PredictionWriter(L.Callback):
         grid = BlockGrid(whole, first, shape, block)
         rank, world = trainer.global_rank, trainer.world_size
         output = PredictionOutput(
-            path, self._wanted, grid, values, self.chunks, self.shards, self.zarr_format, self.levels, rank
+            path, self._wanted, grid, values, self.chunks, self.shards, self.zarr_format, pyramid.levels, rank,
+            dataset.raw_scales,
         )  # fmt: skip
         if rank == 0:
-            settings = self._settings(trainer, pl_module, datasets, window, grid, tilings, output.levels)
+            settings = self._settings(trainer, pl_module, datasets, window, grid, tilings, pyramid)
             output.open(settings, self.overwrite, self.check_space)
         trainer.strategy.barrier("the output is there")
         done = output.journal.finished
@@ -407,7 +411,7 @@ class PredictionWriter(L.Callback):
         window: Window,
         grid: BlockGrid,
         tilings: Sequence[Tiling],
-        levels: int,
+        pyramid: Pyramid,
     ) -> dict[str, Any]:
         """All that the bytes follow from, so that only the same prediction goes on."""
         lattice, dataset, tiling = grid.lattice, datasets[0], tilings[0]
@@ -440,7 +444,8 @@ class PredictionWriter(L.Callback):
             "chunks": list(self.chunks),
             "shards": list(self.shards) if self.shards else None,
             "block": list(grid.block),
-            "levels": levels,
+            "levels": pyramid.levels,
+            "pyramid factors": [list(step) for step in pyramid.steps],
             "order": "columns",  # an output whose blocks are numbered or computed in another way does not go on
         }
 

@@ -263,7 +263,8 @@ class CellMapDataset(SampleSource):
         volume = raw.finest.lattice.box
         #: The whole volume, nm.
         self.raw_box: Box = volume
-        self._raw_scale = raw.finest.scale
+        #: Voxel sizes of raw's levels, nm, finest first.
+        self.raw_scales = tuple(level.scale for level in raw.levels)
         self.plane = Plane.parse(plane, arrays)
         #: Patches of the arrays, along their own axes.
         self._windows = {
@@ -611,7 +612,7 @@ class CellMapDataset(SampleSource):
     def in_volume(self, window: Window, flat: bool = False) -> Window:
         """A window along the axes of the volume; a flat one as thick as the volume's voxels."""
         if flat:
-            window = self.plane.thicken(window, self._raw_scale)
+            window = self.plane.thicken(window, self.raw_scales[0])
         return self.plane.in_volume(window)
 
     def placed(self, placement: Placement, chunk_bytes: int | None = None) -> "CellMapDataset":

@@ -1,14 +1,20 @@
-"""What is finished of a prediction, in a folder beside its data, so that a run that was killed goes on.
+"""The journal of a prediction, by which a run that was killed is resumed and a finished one is recognised.
 
-``settings.json`` says what is predicted: another prediction into the same output is refused, and the difference named.
-Each process appends to a file of its own: a block is ``begun``, and it is ``done`` once its chunks are there. A line
-that a kill has cut off is no line, and the block is computed again. What a process was told to write survives its end;
-what the operating system had not yet written when the machine itself failed may be lost.
+While a prediction is unfinished, the journal is a folder beside its data. ``settings.json`` holds what is predicted:
+another prediction into the same output is refused, and the difference named. Each process appends to a file of its own:
+a block is ``begun``, and it is ``done`` once its chunks are there. A line that a kill has cut off does not count, and
+the block is computed again. What a process has written survives its end; what the operating system had not yet written
+when the machine itself failed may be lost.
+
+When everything is done, the settings and the counts are an attribute of the output's root group, and the folder is
+removed. The end of ``settings.json`` is the moment at which the prediction is finished: until then the folder counts,
+and from then on the attribute.
 """
 
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +23,8 @@ from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
 
 FOLDER = ".cellmap-prediction"
 _LINE = re.compile(r"(begun|done) (\d{10})((?: \d+)*)\.")
+#: Where the attributes of a group are, in Zarr v2 and v3.
+_ATTRIBUTES = {".zattrs": False, "zarr.json": True}
 
 
 class Journal:
@@ -29,7 +37,27 @@ class Journal:
 
     def __init__(self, output: Path, rank: int = 0) -> None:
         self.folder = output / FOLDER
+        self._settings = self.folder / "settings.json"
         self._own = self.folder / f"blocks-{rank}.txt"
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """What a finished prediction has left in the attributes of its root group; None where nothing is finished.
+
+        ``settings`` are those of `begin`, ``blocks`` is the number of blocks, and ``reached`` the number of voxels of
+        each class that reach the threshold.
+        """
+        if self._settings.exists():
+            return None
+        for name, nested in _ATTRIBUTES.items():
+            try:
+                found = json.loads((self.folder.parent / name).read_text(encoding="utf-8"))
+                record = (found["attributes"] if nested else found)["cellmap"]["prediction"]
+                if isinstance(record["settings"], dict):
+                    return {"settings": record["settings"], "blocks": record["blocks"], "reached": record["reached"]}
+            except (OSError, ValueError, LookupError, TypeError):
+                continue
+        return None
 
     @property
     def settings(self) -> dict[str, Any] | None:
@@ -38,13 +66,13 @@ class Journal:
         Raises:
             CellMapValueError: the file cannot be read.
         """
-        path = self.folder / "settings.json"
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads(self._settings.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return None
+            record = self.record
+            return None if record is None else record["settings"]
         except (ValueError, OSError) as e:
-            raise CellMapValueError(f"{path} cannot be read ({e}); overwrite=True begins anew") from e
+            raise CellMapValueError(f"{self._settings} cannot be read ({e}); overwrite=True begins anew") from e
         return found
 
     def begin(self, settings: Mapping[str, Any]) -> None:
@@ -52,16 +80,28 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / "settings.json.draft"
         draft.write_text(json.dumps(dict(settings), indent=1) + "\n", encoding="utf-8")
-        draft.replace(self.folder / "settings.json")
+        draft.replace(self._settings)
 
-    def check(self, settings: Mapping[str, Any]) -> None:
+    def remove(self) -> None:
+        """Remove the folder, the settings first: without them nothing in it counts any more."""
+        self._settings.unlink(missing_ok=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def check(self, settings: Mapping[str, Any], assumed: Mapping[str, Any] | None = None) -> None:
         """Hold what is there against what is wanted.
+
+        Args:
+            settings: what is wanted.
+            assumed: settings of a finished prediction whose state of this package did not write them.
 
         Raises:
             CellMapFileExistsError: they differ; each difference is named.
         """
         there = self.settings or {}
-        wanted = json.loads(json.dumps(dict(settings)))  # tuples become lists, as they did on disk
+        if self.complete:
+            there = there | {key: value for key, value in (assumed or {}).items() if key not in there}
+        wanted = plain(settings)
         keys = list(dict.fromkeys([*there, *wanted]))
         differ = [key for key in keys if there.get(key) != wanted.get(key)]
         if differ:
@@ -82,8 +122,12 @@ class Journal:
 
     @property
     def finished(self) -> dict[int, list[int]]:
-        """Numbers of the blocks that are done, by any process of any run, and what was noted of each."""
-        return self._said("done")
+        """Numbers of the blocks that are done, by any process of any run, and what was noted of each.
+
+        Of a finished prediction the notes are empty: ``record`` has their sums.
+        """
+        record = self.record
+        return self._said("done") if record is None else {number: [] for number in range(record["blocks"])}
 
     @property
     def unfinished(self) -> set[int]:
@@ -93,12 +137,8 @@ class Journal:
     @property
     def complete(self) -> bool:
         """Whether everything is done, the pyramids too."""
-        return (self.folder / "complete").exists()
-
-    @complete.setter
-    def complete(self, value: bool) -> None:
-        if value:
-            (self.folder / "complete").touch()
+        # Earlier states of this package kept the folder, and a file in it.
+        return self.record is not None or (self.folder / "complete").exists()
 
     def write(self, word: str, number: int, notes: Sequence[int] = ()) -> None:
         """Say that a block is ``begun`` or ``done``, and note numbers of it."""
@@ -109,3 +149,9 @@ class Journal:
             os.write(handle, f"\n{line}.\n".encode("ascii"))
         finally:
             os.close(handle)
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back: tuples become lists."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    return found

@@ -1,6 +1,7 @@
 """The volumes that a prediction writes: ``<output>/<class>/s0..``, block by block, and their pyramids at the end.
 
-A group has its multiscale metadata once it is whole, as everything that `writer` writes.
+A group has its multiscale metadata once it is whole, as everything that `writer` writes, and the root group lists its
+images once all of them are.
 """
 
 import errno
@@ -21,11 +22,13 @@ import zarr.codecs
 
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.volumes.blocks import BlockGrid
+from cellmap_lightning.volumes.container import write_container
 from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.integrity import Encoded
-from cellmap_lightning.volumes.journal import Journal
+from cellmap_lightning.volumes.journal import Journal, plain
 from cellmap_lightning.volumes.plain import PlainChunks
-from cellmap_lightning.volumes.pyramid import Units, coarser, units_left, units_within
+from cellmap_lightning.volumes.pyramid import Units, coarser, plan_pyramid, units_left, units_within
+from cellmap_lightning.volumes.store import LISTING
 from cellmap_lightning.volumes.values import StoredValues
 from cellmap_lightning.volumes.writer import (
     ZarrFormat,
@@ -39,14 +42,17 @@ from cellmap_lightning.volumes.writer import (
 
 log = logging.getLogger(__name__)
 
-#: A pyramid ends before an axis has fewer voxels than this.
-LEAST_LENGTH = 32
 #: Of the compressor. At 5, probabilities of membranes take 5 % less room and six times as long: 32 MB/s on a core.
 EFFORT = 2
 
 
 def _empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
+
+
+def _can_name(name: str) -> bool:
+    """Whether a group of the output can have a name: not that of its list of images, whatever the file system."""
+    return bool(name) and "/" not in name and not name.startswith(".") and name.upper() != LISTING
 
 
 class PredictionOutput:
@@ -60,8 +66,9 @@ class PredictionOutput:
         chunks: voxels of a chunk.
         shards: voxels of a shard, for Zarr v3; None for none.
         zarr_format: 2 or 3.
-        levels: levels of the pyramid; None for as many as leave every axis 32 voxels.
+        levels: levels of the pyramid; None for as many as leave the longest axis 32 voxels.
         rank: number of this process.
+        raw: voxel sizes of raw's levels, which the pyramid follows; see `plan_pyramid`.
 
     Raises:
         CellMapValueError: the arguments contradict each other.
@@ -78,32 +85,27 @@ class PredictionOutput:
         zarr_format: ZarrFormat = 2,
         levels: int | None = None,
         rank: int = 0,
+        raw: Sequence[Sequence[float]] = (),
     ) -> None:
-        most = 1 + math.floor(math.log2(max(1, min(grid.shape))))
-        if levels is None:
-            levels = 1 + max(0, math.floor(math.log2(min(grid.shape) / LEAST_LENGTH)))
-        if not 1 <= levels <= most:
-            raise CellMapValueError(f"levels must be from 1 to {most} for {list(grid.shape)} voxels, got {levels}")
-        bad = [c for c in classes if not c or "/" in c or c.startswith(".")]
+        bad = [c for c in classes if not _can_name(c)]
         if bad:
             raise CellMapValueError(f"{bad} cannot be names of groups")
         self.path = Path(path)
         self.classes, self.grid, self.values = tuple(classes), grid, values
-        self.chunks, self.shards, self.levels = chunks, shards, levels
+        self.chunks, self.shards = chunks, shards
+        self.pyramid = plan_pyramid(grid.shape, grid.whole.step, levels, raw)
+        self.levels = self.pyramid.levels
         self.zarr_format: ZarrFormat = zarr_format
         self.journal = Journal(self.path, rank)
+        self._settings: dict[str, Any] | None = None
         self._arrays: dict[tuple[str, int], zarr.Array[Any]] = {}
         self._coarser = downsample_mode if values.kind == "labels" else downsample_mean
 
     @property
     def nbytes(self) -> int:
         """Bytes of all voxels of all levels, before compression."""
-        voxels = sum(math.prod(self._shape(level)) for level in range(self.levels))
+        voxels = sum(math.prod(self.pyramid.level_shape(level)) for level in range(self.levels))
         return len(self.classes) * voxels * self.values.dtype.itemsize
-
-    def _shape(self, level: int) -> Shape:
-        z, y, x = (n >> level for n in self.grid.shape)
-        return z, y, x
 
     # -- the beginning
 
@@ -122,8 +124,12 @@ class PredictionOutput:
         with self._clear_errors("cannot be begun"):
             if overwrite:
                 self._remove()
+            self._settings = plain(settings)
             if self.journal.settings is not None:
-                self.journal.check(settings)
+                self.journal.check(settings, self._assumed())
+                if self.journal.record is not None:
+                    self.journal.remove()  # what a kill has left of it
+                    return
                 self._sweep()
             elif self.path.exists() and not self.journal.folder.is_dir() and not _empty(self.path):
                 raise CellMapFileExistsError(
@@ -139,10 +145,9 @@ class PredictionOutput:
 
     def _create(self) -> None:
         """All groups, and their levels; what a kill has left of an earlier attempt is made anew."""
-        attributes: dict[str, Any] = {}
-        if self.values.kind == "labels":
-            attributes = {"cellmap": {"annotation": {"class_names": list(self.classes)}}}
-        write_group(self.path, attributes, self.zarr_format)
+        about = self._about_all()
+        (self.path / ".zmetadata").unlink(missing_ok=True)
+        write_group(self.path, {"cellmap": about} if about else {}, self.zarr_format)
         for name in self.classes:
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
@@ -156,9 +161,18 @@ class PredictionOutput:
             codec = [codec, zarr.codecs.Crc32cCodec()]
         attributes = {"cellmap": self._about(name)} if self.values.kind == "labels" else None
         create_level(
-            self.path / name / f"s{level}", self._shape(level), self.values.dtype, self.chunks, self.zarr_format, codec,
-            self.shards, attributes=attributes,
+            self.path / name / f"s{level}", self.pyramid.level_shape(level), self.values.dtype, self.chunks,
+            self.zarr_format, codec, self.shards, attributes=attributes,
         )  # fmt: skip
+
+    def _assumed(self) -> dict[str, Any]:
+        """Settings that an earlier state of this package did not write, as it always halved all axes."""
+        steps = (self.journal.settings or {}).get("levels", 1) - 1
+        return {"pyramid factors": [[2, 2, 2]] * steps}
+
+    def _about_all(self) -> dict[str, Any]:
+        """CellMap's attributes of the root group."""
+        return {"annotation": {"class_names": list(self.classes)}} if self.values.kind == "labels" else {}
 
     def _about(self, name: str) -> dict[str, Any]:
         """CellMap's attributes of labels; of probabilities, what the numbers mean."""
@@ -171,25 +185,28 @@ class PredictionOutput:
 
     def _remove(self) -> None:
         """Take away what an earlier prediction has written, and nothing else."""
-        there = self.journal.folder
-        if not self.path.exists() or not there.is_dir():
+        folder = self.journal.folder
+        if not folder.is_dir() and self.journal.record is None:
             return
-        settings = self.journal.folder / "settings.json"
         try:
             classes = (self.journal.settings or {}).get("classes", self.classes)
         except CellMapValueError:
             classes = self.classes
-        settings.unlink(missing_ok=True)  # first, so that what is half removed is no prediction that could go on
-        for name in dict.fromkeys([*classes, *self.classes]):
+        # First what makes it a prediction that is finished or could go on. The folder stays to the end: it says that
+        # what is there may be replaced.
+        folder.mkdir(exist_ok=True)
+        for name in (".zattrs", "zarr.json", ".zgroup", ".zmetadata"):
+            (self.path / name).unlink(missing_ok=True)
+        (folder / "settings.json").unlink(missing_ok=True)
+        for name in dict.fromkeys([*filter(_can_name, classes), *self.classes, LISTING]):
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
-        shutil.rmtree(there)
-        for name in (".zgroup", ".zattrs", "zarr.json"):
-            (self.path / name).unlink(missing_ok=True)
+        self.journal.remove()
+        folder.mkdir()
 
     def _sweep(self) -> None:
         """Remove what zarr had not finished writing when it was killed."""
-        folders = [self.path]
+        folders = [self.path, self.path / LISTING]
         for name in self.classes:
             folders += [self.path / name, self.path / name / "s0"]
             for number in self.journal.unfinished:
@@ -204,7 +221,7 @@ class PredictionOutput:
     def _folders(self, name: str, number: int) -> Iterator[Path]:
         """Where the files of a block lie, and those of the pyramid that it makes."""
         for level in range(self.levels):
-            units = units_within(self.grid, number, level, self.shards or self.chunks)
+            units = units_within(self.grid, number, self.pyramid.factors(level), self.shards or self.chunks)
             if units is None:
                 return
             root = self.path / name / f"s{level}" / ("c" if self.zarr_format == 3 else "")
@@ -236,14 +253,14 @@ class PredictionOutput:
         return PlainChunks(self.array(name, level), str(self.path / name / f"s{level}"))
 
     def _coarse(self, name: str, level: int, box: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """A box of a level, from the first voxel of a chunk on and of an even number of voxels, made coarser."""
-        array = self.array(name, level)
-        if self.zarr_format == 3 or any(c % 2 for c in self.chunks):
-            return np.asarray(coarser(np.asarray(array[box]), self._coarser))
+        """A box of a level, from the first voxel of a chunk on and of whole voxels of the next level, made coarser."""
+        array, step = self.array(name, level), self.pyramid.steps[level]
+        if self.zarr_format == 3 or any(c % f for c, f in zip(self.chunks, step, strict=True)):
+            return np.asarray(coarser(np.asarray(array[box]), self._coarser, step))
         # Chunk by chunk: each stays in the processor's cache from its decoding on.
         files = self._files(name, level)
         encoded = Encoded(files.codec.codec_id, math.prod(self.chunks) * self.values.dtype.itemsize)
-        found = np.empty([(part.stop - part.start) // 2 for part in box], self.values.dtype)
+        found = np.empty([(p.stop - p.start) // f for p, f in zip(box, step, strict=True)], self.values.dtype)
         along = [range(p.start, p.stop, c) for p, c in zip(box, self.chunks, strict=True)]
         for start in product(*along):
             chunk = tuple(slice(a, min(a + c, n)) for a, c, n in zip(start, self.chunks, array.shape, strict=True))
@@ -251,9 +268,9 @@ class PredictionOutput:
             if voxels is None:  # nothing but the fill value, or something that zarr-python says
                 voxels = np.asarray(array[chunk])
             inside = voxels[tuple(slice(0, p.stop - a) for a, p in zip(start, box, strict=True))]
-            here = tuple(slice((a - p.start) // 2, None) for a, p in zip(start, box, strict=True))
-            target = found[here][tuple(slice(0, n // 2) for n in inside.shape)]
-            target[...] = coarser(inside, self._coarser)
+            here = tuple(slice((a - p.start) // f, None) for a, p, f in zip(start, box, step, strict=True))
+            target = found[here][tuple(slice(0, n // f) for n, f in zip(inside.shape, step, strict=True))]
+            target[...] = coarser(inside, self._coarser, step)
         return found
 
     def _put(self, name: str, level: int, units: Units, origin: Sequence[int], data: npt.NDArray[Any]) -> None:
@@ -269,7 +286,7 @@ class PredictionOutput:
         unit = self.shards or self.chunks
         boxes = [
             [slice(i * u, min((i + 1) * u, n)) for i in range(part.start, part.stop)]
-            for part, u, n in zip(units, unit, self._shape(level), strict=True)
+            for part, u, n in zip(units, unit, self.pyramid.level_shape(level), strict=True)
         ]
         array = self.array(name, level)
         if self.zarr_format == 2:
@@ -286,12 +303,13 @@ class PredictionOutput:
         """Write a block of a class, and what of the pyramid it makes by itself."""
         start, _ = self.grid[number]
         for level in range(self.levels):
-            units = units_within(self.grid, number, level, self.shards or self.chunks)
+            units = units_within(self.grid, number, self.pyramid.factors(level), self.shards or self.chunks)
             if units is None:  # then there are none in coarser levels either
                 return
             if level:
-                data = coarser(data, self._coarser)
-            self._put(name, level, units, [a >> level for a in start], data)
+                data = coarser(data, self._coarser, self.pyramid.steps[level - 1])
+            origin = [a // f for a, f in zip(start, self.pyramid.factors(level), strict=True)]
+            self._put(name, level, units, origin, data)
 
     def write(self, number: int, stored: npt.NDArray[Any], reached: Sequence[int]) -> None:
         """Write a block and say that it is done.
@@ -321,10 +339,17 @@ class PredictionOutput:
 
     def fractions(self) -> dict[str, float]:
         """The part of the finished voxels of each class that reach the threshold."""
+        record = self.journal.record
+        if record is not None:
+            return {name: record["reached"][name] / math.prod(self.grid.shape) for name in self.classes}
         notes = self.journal.finished
         voxels = sum(math.prod(self.grid[number][1]) for number in notes)
-        counts = np.sum(list(notes.values()), axis=0) if notes else np.zeros(len(self.classes))
-        return {name: float(count) / max(1, voxels) for name, count in zip(self.classes, counts, strict=True)}
+        return {name: count / max(1, voxels) for name, count in self._reached(notes).items()}
+
+    def _reached(self, notes: Mapping[int, Sequence[int]]) -> dict[str, int]:
+        """How many voxels of each class reach the threshold, by what was noted of blocks."""
+        counts = [sum(along) for along in zip([0] * len(self.classes), *notes.values(), strict=True)]
+        return dict(zip(self.classes, counts, strict=True))
 
     # -- the end
 
@@ -332,8 +357,9 @@ class PredictionOutput:
         """Make a chunk of a level of the one before."""
         unit = self.shards or self.chunks
         start = [i * u for i, u in zip(index, unit, strict=True)]
-        stop = [min(a + u, n) for a, u, n in zip(start, unit, self._shape(level), strict=True)]
-        fine = tuple(slice(2 * a, 2 * b) for a, b in zip(start, stop, strict=True))
+        stop = [min(a + u, n) for a, u, n in zip(start, unit, self.pyramid.level_shape(level), strict=True)]
+        step = self.pyramid.steps[level - 1]
+        fine = tuple(slice(f * a, f * b) for a, b, f in zip(start, stop, step, strict=True))
         z, y, x = (slice(i, i + 1) for i in index)
         self._put(name, level, (z, y, x), start, self._coarse(name, level - 1, fine))
 
@@ -357,23 +383,40 @@ class PredictionOutput:
             barrier()  # all have written what they had to
             if not broadcast(len(self.journal.finished) == len(self.grid)):
                 return False
-            if broadcast(self.journal.complete):
+            if broadcast(self.journal.record is not None):
                 return True
-            for level in range(1, self.levels):
-                tasks = product(self.classes, units_left(self.grid, level, unit))
-                for name, index in islice(tasks, rank, None, world):
-                    self._make(level, name, index)
-                barrier()
+            if not broadcast(self.journal.complete):
+                for level in range(1, self.levels):
+                    tasks = product(self.classes, units_left(self.grid, self.pyramid.factors(level), unit))
+                    for name, index in islice(tasks, rank, None, world):
+                        self._make(level, name, index)
+                    barrier()
+            barrier()  # the journal, which ends now, is not read any more
             if rank == 0:
-                for name in self.classes:
-                    lattice = self.grid.lattice
-                    block = multiscale_attributes(
-                        name, lattice.step, lattice.origin, self.levels, zarr_format=self.zarr_format
-                    )
-                    write_group(self.path / name, {"cellmap": self._about(name), **block}, self.zarr_format)
-                self.journal.complete = True
+                self._describe()
             barrier()
             return True
+
+    def _describe(self) -> None:
+        """Write the metadata of the groups, and in those of the root what the journal holds; then end the journal.
+
+        A kill on the way leaves a prediction that can go on, which describes them again.
+        """
+        lattice = self.grid.lattice
+        for name in self.classes:
+            block = multiscale_attributes(
+                name, lattice.step, lattice.origin, self.levels, zarr_format=self.zarr_format, steps=self.pyramid.steps
+            )
+            write_group(self.path / name, {"cellmap": self._about(name), **block}, self.zarr_format)
+        notes = self.journal.finished
+        record = {
+            "settings": self._settings or self.journal.settings,
+            "blocks": len(notes),
+            "reached": self._reached(notes),
+        }
+        attributes = {"cellmap": {**self._about_all(), "prediction": record}}
+        write_container(self.path, self.classes, lattice, self.values.dtype, attributes, self.zarr_format)
+        self.journal.remove()
 
     @contextmanager
     def _clear_errors(self, what: str) -> Iterator[None]:

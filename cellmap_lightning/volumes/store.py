@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 MOST_JSON_BYTES = 1 << 28
 #: What makes a folder a node of Zarr.
 NODE_FILES = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
+#: The group in which OME-NGFF lists the images of a container: no image, and no class.
+LISTING = "OME"
 #: The extra that brings what reads an address.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 _PROTOCOLS = (*_EXTRAS, "zip", "memory")
@@ -548,13 +550,15 @@ def _text(path: StorePath) -> bytes | None:
 
 
 def children(path: StorePath) -> list[str]:
-    """Names of the folders in ``path``, for messages."""
+    """Names of the folders in ``path``, such as the classes of a crop; that which lists the images is left out."""
     try:
         if isinstance(path, Remote):
-            return path.children()
-        return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+            names = path.children()
+        else:
+            names = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     except (OSError, CellMapError):
         return []
+    return [name for name in names if name != LISTING]
 
 
 def missing(path: StorePath, what: str) -> CellMapFileNotFoundError:

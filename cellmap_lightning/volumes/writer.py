@@ -1,9 +1,9 @@
 """Multiscale groups as the field stores them: OME-NGFF 0.4 in Zarr v2, OME-NGFF 0.5 in Zarr v3.
 
-Two conventions hold everywhere. A ``translation`` is the **centre** of voxel 0, so that level ``k``, whose voxels are
-``f**k`` times as large, starts at ``t + s * (f**k - 1) / 2`` and covers the same physical box as level 0. And a ragged
-last plane, too thin for a window, is **dropped**: the box of a coarse level then ends up to ``f**k - 1`` fine voxels
-early, but none of its voxels is made of values that are not in the data.
+Two conventions hold everywhere. A ``translation`` is the **centre** of voxel 0, so that a level whose voxels are ``f``
+times as large starts at ``t + s * (f - 1) / 2`` and covers the same physical box as level 0. And a ragged last plane,
+too thin for a window, is **dropped**: the box of a coarse level then ends up to ``f - 1`` fine voxels early, but none
+of its voxels is made of values that are not in the data.
 """
 
 import math
@@ -281,6 +281,7 @@ def multiscale_attributes(
     zarr_format: ZarrFormat = 2,
     axes: Sequence[str] = ("z", "y", "x"),
     unit: str = "nanometer",
+    steps: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """The attributes by which a group is a multiscale image with arrays ``s0 .. s{levels - 1}``.
 
@@ -293,10 +294,13 @@ def multiscale_attributes(
         zarr_format: 2 for OME-NGFF 0.4, 3 for 0.5.
         axes: names of the axes.
         unit: unit of the lengths.
+        steps: ``factors`` of each level but the last, where they are not the same.
     """
     datasets = []
+    powers = [1] * len(axes)
     for level in range(levels):
-        powers = [f**level for f in factors]
+        if level:
+            powers = [p * f for p, f in zip(powers, steps[level - 1] if steps else factors, strict=True)]
         datasets.append(
             {
                 "path": f"s{level}",
@@ -315,7 +319,6 @@ def multiscale_attributes(
         "name": name,
         "axes": [{"name": axis, "type": "space", "unit": unit} for axis in axes],
         "datasets": datasets,
-        "coordinateTransformations": [{"type": "scale", "scale": [1.0] * len(axes)}],
     }
     if zarr_format == 2:
         return {"multiscales": [{"version": "0.4", **multiscale}]}

@@ -192,10 +192,27 @@ def test_every_level_covers_the_same_box(tmp_path, factors):
         np.testing.assert_allclose(t - s / 2, translation - scale / 2, atol=1e-9)
         np.testing.assert_allclose(t + (np.array(n) - 0.5) * s, translation + (shape - 0.5) * scale, atol=1e-9)
     about = multiscale(tmp_path / "a")
-    assert about["coordinateTransformations"] == [{"type": "scale", "scale": [1.0, 1.0, 1.0]}]
+    assert "coordinateTransformations" not in about, "levels say where they are; an identity on top is redundant"
     assert about["axes"][0] == {"name": "z", "type": "space", "unit": "nanometer"}
     assert about["version"] == "0.4"
     assert about["name"] == "a"
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    ("shape", "axes", "levels"), [((8, 8, 8), ("z", "y", "x"), 2), ((9, 7), ("y", "x"), 3), ((4, 4, 4, 4), "tzyx", 1)]
+)
+def test_only_levels_have_transformations(tmp_path, zarr_format, shape, axes, levels):
+    scale, zero = [2.0] * len(axes), [0.0] * len(axes)
+    write_multiscale(
+        tmp_path / "a", np.zeros(shape, np.uint8), scale=scale, translation=zero, levels=levels, axes=tuple(axes),
+        factors=[2] * len(axes), chunks=shape, zarr_format=zarr_format,
+    )  # fmt: skip
+    image = multiscale(tmp_path / "a")
+    assert set(image) == {"name", "axes", "datasets"} | ({"version"} if zarr_format == 2 else set())
+    assert [[t["type"] for t in d["coordinateTransformations"]] for d in image["datasets"]] == (
+        [["scale", "translation"]] * levels
+    )
 
 
 def test_a_ramp_of_positions_stays_a_ramp_of_positions(tmp_path):
