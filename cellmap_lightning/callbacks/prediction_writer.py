@@ -44,7 +44,7 @@ from cellmap_lightning.volumes.blocks import BlockGrid, block_shape, output_latt
 from cellmap_lightning.volumes.geometry import AXES, Shape
 from cellmap_lightning.volumes.output import PredictionOutput, check_apart
 from cellmap_lightning.volumes.placement import Window
-from cellmap_lightning.volumes.pyramid import Pyramid, plan_pyramid
+from cellmap_lightning.volumes.pyramid import Pyramid
 from cellmap_lightning.volumes.skipping import Skipping
 from cellmap_lightning.volumes.summing import BlockMemory, MeanBlock, PatchSum, StoredBlock
 from cellmap_lightning.volumes.values import OutputType, StoredValues
@@ -326,7 +326,6 @@ class PredictionWriter(L.Callback):
         tilings = [Tiling(whole.shape, w.shape, self.blend, self.overlap, self.context) for w in windows]
         first, shape = voxels_of(whole, self.region) if self.region is not None else ((0, 0, 0), whole.shape)
         tiling, values = tilings[0], StoredValues(self.dtype, self.threshold)
-        pyramid = plan_pyramid(shape, whole.step, self.levels, dataset.raw_scales)
         together = reaches_below(tilings)  # then blocks below each other compute no patch twice
         cut = partial(
             block_shape, shape, self.shards or self.chunks, partial(self._block_bytes, shape, tilings, values),
@@ -338,11 +337,11 @@ class PredictionWriter(L.Callback):
         grid = BlockGrid(whole, first, shape, block)
         rank, world = trainer.global_rank, trainer.world_size
         output = PredictionOutput(
-            path, self._wanted, grid, values, self.chunks, self.shards, self.zarr_format, pyramid.levels, rank,
+            path, self._wanted, grid, values, self.chunks, self.shards, self.zarr_format, self.levels, rank,
             dataset.raw_scales,
         )  # fmt: skip
         if rank == 0:
-            settings = self._settings(trainer, pl_module, datasets, window, grid, tilings, pyramid)
+            settings = self._settings(trainer, pl_module, datasets, window, grid, tilings, output.pyramid)
             output.open(settings, self.overwrite, self.check_space)
         trainer.strategy.barrier("the output is there")
         done = output.journal.finished

@@ -21,6 +21,7 @@ CASES = [
     ((64, 64, 64), (32, 32, 32), (8, 8, 8)),
     ((61, 50, 47), (24, 16, 48), (8, 8, 8)),  # blocks of which a coarse chunk needs several
     ((61, 50, 47), (10, 25, 15), (10, 25, 15)),  # starts that cannot be halved
+    ((61, 50, 47), (15, 25, 21), (5, 5, 7)),  # and chunks of the next level that would fit in such a block
     ((9, 40, 33), (9, 40, 33), (8, 8, 8)),
 ]
 
