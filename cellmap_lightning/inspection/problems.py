@@ -129,7 +129,10 @@ def _of_crop(
     if unknown is not None and unknown > MOST_UNKNOWN:
         say("unknown", f"{unknown:.0%} of its voxels, as a mean over its classes")
     if crop.chunks is not None and crop.chunks[0]:
-        say("raw absent", f"{crop.chunks[0]} of the {crop.chunks[1]} files of raw under it do not exist")
+        say(
+            "raw absent",
+            f"{crop.chunks[0]} of the {crop.chunks[1]} files of raw under it do not exist, or have 0 bytes",
+        )
     lost = {n: c.lost for n, c in crop.classes.items() if n in classes and c.lost is not None and c.lost > MOST_LOST}
     if lost:
         listed = _listed([f"{n} {part:.0%} at {crop.classes[n].level}" for n, part in lost.items()])
@@ -159,7 +162,9 @@ def _of_crop(
 def _of_classes(crops: Sequence[CropFacts], classes: Sequence[str]) -> list[Problem]:
     found = []
     for name in classes:
-        annotated = [crop for crop in crops if name in crop.classes]
+        annotated = [crop for crop in crops if name in crop.classes and crop.classes[name].wrong is None]
+        if not annotated and any(name in crop.classes for crop in crops):
+            continue  # that it cannot be read is a problem of its own
         held = [crop for crop in annotated if name in crop.held]
         if not annotated:
             found.append(Problem("empty", name, "no crop annotates it"))

@@ -19,19 +19,19 @@ log = logging.getLogger(__name__)
 
 def counted_in_metadata(image: Multiscale, level: Level | None = None) -> int | None:
     """Return the foreground voxels of a level, by default the finest, by its ``complement_counts``; see there."""
-    return declared_foreground(level or image.finest)
+    return declared_foreground(level or image.finest, image)
 
 
 def unknown_in_metadata(image: Multiscale) -> int:
     """Voxels of the finest level that nobody annotated, by its ``complement_counts``; 0 where it does not say."""
-    counts = complement_counts(image.finest)
+    counts = complement_counts(image.finest, image)
     number = counts.get("unknown", 0) if counts else 0
     return number if isinstance(number, int) else 0
 
 
 def unknown_share(image: Multiscale) -> float | None:
     """The part of the finest level that nobody annotated, by its ``complement_counts``; None where it does not say."""
-    counts = complement_counts(image.finest)
+    counts = complement_counts(image.finest, image)
     number = counts.get("unknown", 0) if counts else None
     return number / int(np.prod(image.finest.array.shape)) if isinstance(number, int) else None
 

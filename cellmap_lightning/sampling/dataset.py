@@ -401,6 +401,7 @@ class CellMapDataset(SampleSource):
         Targets are unknown where raw does not exist.
         """
         ends: list[Lattice] = []
+        worst: tuple[float, Level] | None = None
         if not self._stacks:
             return ends
         for level in {level.path: level for level in self._raw.values()}.values():
@@ -412,11 +413,14 @@ class CellMapDataset(SampleSource):
             ends.append(lattice)
             inside = np.minimum(box.upper, lattice.box.upper) - np.maximum(box.lower, lattice.box.lower)
             part = 1 - float(np.prod(np.clip(inside / box.extent, 0, 1)))
-            if part >= LEAST_OUTSIDE and first_time(f"{self.target_path}", f"outside {level.path}"):
-                log.warning(
-                    "%s: %.3g %% of the crop (%s) lies outside of raw (%s, level %s: %s): targets are unknown there",
-                    self.label, 100 * part, box, self.input_path, level.name, lattice.box,
-                )  # fmt: skip
+            if worst is None or part > worst[0]:
+                worst = part, level
+        if worst is not None and worst[0] >= LEAST_OUTSIDE and first_time(f"{self.target_path}", "outside"):
+            part, level = worst
+            log.warning(
+                "%s: %.3g %% of the crop (%s) lies outside of raw (%s, level %s: %s): targets are unknown there",
+                self.label, 100 * part, self.box, self.input_path, level.name, level.lattice.box,
+            )  # fmt: skip
         return ends
 
     def _stored_image(self, level: Level, chunks: ChunkCache, what: str) -> StoredImage:

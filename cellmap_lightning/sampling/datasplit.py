@@ -1,5 +1,6 @@
 """Which crops are for training, validation, test and prediction."""
 
+import contextlib
 import csv
 import difflib
 import json
@@ -283,6 +284,26 @@ class CellMapDataSplit:
         """The datasets that exist so far."""
         return dict(self._built)
 
+    def _check_unknown(self) -> None:
+        """Refuse classes in the setting ``unknown`` that no crop has, as after a typo.
+
+        Raises:
+            CellMapKeyError: there is one.
+        """
+        entries = [entry for entries in self._given.values() for entry in entries]
+        settings = [self._common["unknown"], *(entry.metadata.get("unknown") for entry in entries)]
+        named = {name for setting in settings if isinstance(setting, Mapping) for name in setting} - {"*"}
+        if not named:
+            return
+        known = set(self.classes or ())
+        for entry in entries:
+            with contextlib.suppress(CellMapError):  # opening it says what is wrong
+                known |= set(entry.target.names) if entry.target is not None else set()
+        for name in sorted(named - known):
+            close = difflib.get_close_matches(name, sorted(known), 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; they have {', '.join(sorted(known))}"
+            raise CellMapKeyError(f"unknown names the class {name!r}, which no crop annotates{hint}")
+
     def _build(self, split: str) -> CellMapMultiDataset:
         entries = self.entries.get(split, [])
         if not entries:
@@ -291,6 +312,7 @@ class CellMapDataSplit:
                 f"no crops were given for {split!r}: {self.source} has none"
                 f" (a CSV marks them with the usage {usage!r}, datasets with the key {split!r})"
             )
+        self._check_unknown()
         datasets: list[CellMapDataset] = []
         problems: list[tuple[Entry, CellMapError]] = []
         dropped: list[tuple[Entry, CellMapError]] = []

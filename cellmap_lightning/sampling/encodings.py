@@ -10,7 +10,7 @@ import numpy as np
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError, MetadataError
 from cellmap_lightning.volumes.chunk_names import check_chunk_names
 from cellmap_lightning.volumes.chunks import Empty
-from cellmap_lightning.volumes.declared_counts import check_declared_counts
+from cellmap_lightning.volumes.declared_counts import check_declared_counts, warn_of_empty_level
 from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.label_values import CODE, LabelValues, label_values
 from cellmap_lightning.volumes.ngff import UNKNOWN_CODE, Encoding, Level, Multiscale, read_encoding
@@ -95,7 +95,8 @@ class LabelEncodings:
         encoding = self._known.get(key)
         if encoding is None:
             has_first = check_chunk_names(level.array, f"{self.label}/{name}")
-            encoding = self._known[key] = self._checked(name, level, self._decide(name, image, level), has_first)
+            encoding = self._decide(name, image, level)
+            encoding = self._known[key] = self._checked(name, image, level, encoding, has_first)
         return encoding
 
     def report(self) -> None:
@@ -176,13 +177,16 @@ class LabelEncodings:
         self.decided[name] = f"ids above {declared.unknown}, unknown={'null' if code is None else code}, as set"
         return Encoding(declared.absent, code)
 
-    def _checked(self, name: str, level: Level, encoding: Encoding, has_first: bool) -> Encoding:
+    def _checked(self, name: str, image: Multiscale, level: Level, encoding: Encoding, has_first: bool) -> Encoding:
         """The encoding with what missing chunks hold."""
         thorough = self.thorough or self.missing_labels == "unknown"
         if self.missing_labels == "unknown":
             code = UNKNOWN_CODE if encoding.unknown is None else encoding.unknown
             encoding = replace(encoding, missing="empty", unknown=code)
-        wrong = check_declared_counts(level, encoding, f"{self.label}/{name}", thorough, self.patience, has_first)
+        label = f"{self.label}/{name}"
+        wrong = check_declared_counts(level, encoding, label, thorough, self.patience, has_first, image)
+        if not has_first and level != image.finest:
+            warn_of_empty_level(level, image, label)
         if wrong is None:
             return encoding
         if self.missing_labels == "error":

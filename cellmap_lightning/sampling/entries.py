@@ -175,6 +175,8 @@ def _value(key: str, cell: str) -> Any:
 def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The same, if its values are ones that `CellMapDataset` takes."""
     found = dict(metadata)
+    if isinstance(found.get("unknown"), float) and found["unknown"].is_integer():
+        found["unknown"] = int(found["unknown"])  # as pandas writes a column with gaps
     if "unknown" in found:
         found["unknown"] = check_unknown(found["unknown"])
     _ = Entry("", metadata=found).overrides

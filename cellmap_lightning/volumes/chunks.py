@@ -264,6 +264,8 @@ class ChunkReader:
         they count as missing, zarr-python reads the box.
         """
         box = self._box(start, shape)
+        if self.local:
+            self._check_links(start, shape)
         try:
             ahead = begun if begun is not None else self._open()[box].read()
             return np.asarray(ahead.result(timeout=self.patience.timeout))
@@ -280,6 +282,20 @@ class ChunkReader:
         if array is None or array[0] != pid:
             array = self._beside_array = pid, self._zarr(self._guard())
         return np.asarray(array[1][box])
+
+    def _check_links(self, start: tuple[int, int, int], shape: Shape) -> None:
+        """Refuse folders and dead links in place of chunk files, which TensorStore reads as the fill value.
+
+        Raises:
+            ObjectError: there is one.
+        """
+        for index in self.files(start, shape):
+            file = self.level.array.file(index)
+            if not os.path.isfile(file) and os.path.lexists(file):  # noqa: PTH113  thousands of them
+                what = "a folder stands where the chunk should be a file"
+                if os.path.islink(file):  # noqa: PTH114  as above
+                    what = f"it is a link to {os.readlink(file)}, which is not there"  # noqa: PTH115  as above
+                raise ObjectError(self._key(index), 1, 0.0, DamagedError(what))
 
     def _first_empty(self, start: tuple[int, int, int], shape: Shape) -> tuple[int, ...] | None:
         """The first chunk or shard of a box whose file has 0 bytes."""

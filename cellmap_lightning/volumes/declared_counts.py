@@ -9,32 +9,35 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
+from cellmap_lightning.volumes.chunk_names import has_objects
 from cellmap_lightning.volumes.chunks import ChunkReader
 from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.label_values import read_labels
-from cellmap_lightning.volumes.ngff import Encoding, Level, complement_counts
+from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, complement_counts
 from cellmap_lightning.volumes.statistics import fingerprint, recall, remember
 from cellmap_lightning.volumes.store import Remote, read_json
 
 log = logging.getLogger(__name__)
 
+#: Chunks of an array that are asked for one by one at most.
+MOST_ASKED = 4096
 #: Arrays of at most so many chunk files are listed at setup, and their voxels counted if there are at most so many in
 #: the files that exist. Larger ones are compared when a class index or a count is built.
 COUNTED_FILES, COUNTED_VOXELS = 64, 1 << 22
 _ADVICE = "copy them again, or set missing_labels=unknown to make their voxels unknown (NaN)"
 
 
-def declared_foreground(level: Level) -> int | None:
+def declared_foreground(level: Level, image: Multiscale | None = None) -> int | None:
     """Return the foreground voxels of a level by its ``complement_counts``; None where it declares none.
 
     ``foreground = size - sum(complement_counts)``, as cellmap-schemas defines it.
     """
-    counts = complement_counts(level)
+    counts = complement_counts(level, image)
     size = math.prod(level.array.shape)
     if not counts or not all(isinstance(n, int) and not isinstance(n, bool) for n in counts.values()):
         return None
@@ -48,6 +51,7 @@ def check_declared_counts(
     thorough: bool = False,
     patience: Patience = PATIENT,
     has_first: bool = False,
+    image: Multiscale | None = None,
 ) -> str | None:
     """Return what contradicts the missing chunks of a label array; None where nothing does, or the array is remote.
 
@@ -58,13 +62,14 @@ def check_declared_counts(
         thorough: count voxels also in large arrays.
         patience: retries and deadlines of the reads.
         has_first: whether it is known that the first chunk exists.
+        image: its image; see `complement_counts`.
 
     Raises:
         ChunkError: a chunk cannot be read.
     """
-    foreground = declared_foreground(level)
-    counts = complement_counts(level) or {}
-    if foreground is None or isinstance(level.path, Remote):
+    foreground = declared_foreground(level, image)
+    counts = complement_counts(level, image) or {}
+    if foreground is None:
         return None
     wanted = foreground + int(counts.get("unknown", 0))
     if wanted == 0:
@@ -72,20 +77,22 @@ def check_declared_counts(
     files: list[tuple[int, ...]] = []
     room = 0
     grid = math.prod(-(-n // f) for n, f in zip(level.array.shape, level.array.files, strict=True))
-    if grid == 1 and has_first:
+    sharded = level.array.files != level.array.chunks  # a shard may lack some of its chunks
+    if grid == 1 and has_first and not sharded and not _is_empty(level):
         return None
     listed = thorough or grid <= COUNTED_FILES
-    for place in _files(level):
+    there = _files(level) if not isinstance(level.path, Remote) else _remote_files(level, listed, thorough)
+    for place in there if there is not None else ():
         files.append(place)
         room += _voxels(level, place)
         if room >= wanted and not listed:
             return None
-    if len(files) == grid or _fill_value(level) != encoding.absent:
+    if there is None or (len(files) == grid and not sharded) or _fill_value(level) != encoding.absent:
         return None
     if room < wanted:
         held = room
     elif thorough or room <= COUNTED_VOXELS:
-        held = _count(level, encoding, label, patience)
+        held = _count(level, files, encoding, label, patience)
     else:
         return None
     if held >= wanted:
@@ -98,7 +105,26 @@ def check_declared_counts(
     )
 
 
-def compare_counts(level: Level, encoding: Encoding, counted: int, label: str) -> None:
+def warn_of_empty_level(level: Level, image: Multiscale, label: str) -> None:
+    """Warn of a coarser level without chunks where the finest one promises foreground.
+
+    Thin structures may be lost in a pyramid, so this is no error.
+
+    Args:
+        level: the level that is read.
+        image: its image.
+        label: name of the crop and class, for messages.
+    """
+    promised = declared_foreground(image.finest, image)
+    if promised and not isinstance(level.path, Remote) and next(_files(level), None) is None:
+        log.warning(
+            "%s: level %s, which is read, has no chunk, and %s promises %d voxels of the class: either the level was "
+            "not copied, or it has lost thin structures; label_downsample=any reads the finest level",
+            label, level.name, image.finest.name, promised,
+        )  # fmt: skip
+
+
+def compare_counts(level: Level, encoding: Encoding, counted: int, label: str, image: Multiscale | None = None) -> None:
     """Compare the foreground counted by reading a level with the declared one.
 
     Args:
@@ -106,11 +132,12 @@ def compare_counts(level: Level, encoding: Encoding, counted: int, label: str) -
         encoding: what its values mean.
         counted: foreground voxels of all of its chunks.
         label: name of the crop and class, for messages.
+        image: its image; see `complement_counts`.
 
     Raises:
         MetadataError: fewer are stored than declared, and chunks are missing.
     """
-    declared = declared_foreground(level)
+    declared = declared_foreground(level, image)
     if declared is None or declared == counted or encoding.missing != "absent":
         return
     grid = math.prod(-(-n // f) for n, f in zip(level.array.shape, level.array.files, strict=True))
@@ -133,7 +160,8 @@ def _files(level: Level) -> Iterator[tuple[int, ...]]:
     if info.separator == ".":
         for name in _names(root):
             parts = name.removeprefix(info.prefix).split(".")
-            if name.startswith(info.prefix) and len(parts) == ndim and all(map(str.isdigit, parts)):
+            is_chunk = name.startswith(info.prefix) and len(parts) == ndim and all(map(str.isdigit, parts))
+            if is_chunk and _has_bytes(f"{root}/{name}"):
                 yield tuple(map(int, parts))
         return
 
@@ -141,11 +169,52 @@ def _files(level: Level) -> Iterator[tuple[int, ...]]:
         for name in _names(folder):
             if name.isdigit():
                 if len(place) == ndim - 1:
-                    yield (*place, int(name))
+                    if _has_bytes(f"{folder}/{name}"):
+                        yield (*place, int(name))
                 else:
                     yield from below(f"{folder}/{name}", (*place, int(name)))
 
     yield from below(f"{root}/{info.prefix}".rstrip("/"), ())
+
+
+def _has_bytes(file: str) -> bool:
+    """Whether a file has any bytes, or cannot be looked at."""
+    try:
+        return os.stat(file).st_size > 0  # noqa: PTH116  as below
+    except OSError:
+        return True
+
+
+def _is_empty(level: Level) -> bool:
+    """Whether the only chunk file of a local array has 0 bytes."""
+    return not isinstance(level.path, Remote) and not _has_bytes(level.array.file([0] * len(level.array.shape)))
+
+
+def _remote_files(level: Level, listed: bool, thorough: bool) -> list[tuple[int, ...]] | None:
+    """The same of a store elsewhere; None where its files cannot be listed, or are too many to ask for each.
+
+    Args:
+        level: the array.
+        listed: whether it has few chunks.
+        thorough: ask for each chunk where nothing can be listed.
+    """
+    info, path = level.array, level.path
+    assert isinstance(path, Remote)
+    grid = [-(-n // f) for n, f in zip(info.shape, info.files, strict=True)]
+    if not listed or math.prod(grid) > MOST_ASKED or not (path.lists or thorough):
+        return None
+    places = {
+        info.prefix + info.separator.join(map(str, place)): place for place in itertools.product(*map(range, grid))
+    }
+    if not path.lists:
+        there = has_objects(path, list(places))
+        return [place for place, found in zip(places.values(), there, strict=True) if found]
+    try:
+        found = path.filesystem().find(path.key, detail=True)
+    except Exception:  # stores raise whatever they like; reading says what is wrong
+        return None
+    stored = {name[len(path.key) :].strip("/") for name, entry in found.items() if entry.get("size") != 0}
+    return [place for key, place in places.items() if key in stored]
 
 
 def _names(folder: str) -> list[str]:
@@ -168,11 +237,10 @@ def _fill_value(level: Level) -> object:
     return 0 if value is None else value
 
 
-def _count(level: Level, encoding: Encoding, label: str, patience: Patience) -> int:
+def _count(level: Level, files: Sequence[tuple[int, ...]], encoding: Encoding, label: str, patience: Patience) -> int:
     """Voxels that are not absent in the files that exist; the count is cached outside the data."""
     reader = ChunkReader(level, label, patience=patience, empty=encoding.empty)
-    files = reader.stored()
-    stamp = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    stamp = hashlib.sha256(repr([sorted(files), sorted(reader.stored().items())]).encode()).hexdigest()
     name = fingerprint(level, "not absent", encoding.absent)
     cached = recall(name)
     if cached is not None and cached.get("stamp") == stamp and isinstance(cached.get("voxels"), int):
@@ -180,7 +248,7 @@ def _count(level: Level, encoding: Encoding, label: str, patience: Patience) -> 
     total = 0
     size = level.zyx(level.array.files)
     for place in files:
-        corner = [i * f for i, f in zip(place, size, strict=True)]
+        corner = [i * f for i, f in zip(level.zyx(place), size, strict=True)]
         ends = [min(c + f, n) for c, f, n in zip(corner, size, reader.shape, strict=True)]
         steps = [range(c, e, n) for c, e, n in zip(corner, ends, reader.chunks, strict=True)]
         for z, y, x in itertools.product(*steps):

@@ -444,7 +444,10 @@ def _fetch(places: Sequence[Remote]) -> tuple[dict[Remote, bytes | None], dict[R
     refused: dict[str, ObjectError] = {}
 
     def read(keys: Sequence[str]) -> dict[str, Any]:
-        return dict(fs.cat(list(keys), on_error="return") if len(keys) > 1 else _one(fs, keys[0]))
+        # Not `cat`, which takes brackets and stars in names for patterns.
+        if len(keys) == 1:
+            return _one(fs, keys[0])
+        return dict(zip(keys, fs.cat_ranges(list(keys), None, None, on_error="return"), strict=True))
 
     texts = {keys[key]: text for key, text in tried(read, list(keys), PATIENT, refused).items()}
     for place, text in texts.items():

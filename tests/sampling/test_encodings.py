@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -491,3 +492,71 @@ def test_chunk_files_of_0_bytes(tmp_path, zarr_format, reader, attributes):
     assert np.array_equal(found, expected, equal_nan=True)
     with dataset(raw, target, missing_labels="unknown") as data:
         assert len(data.foreground_index("mito")) == int((expected == 1).sum())
+
+
+@pytest.mark.parametrize("where", ["array", "group"])
+@pytest.mark.parametrize("number", [int, float])
+def test_counts_in_other_places_and_types(tmp_path, where, number):
+    stored = cube()
+    counts = {name: number(n) for name, n in counts_of(stored).items()}
+    options = {"array_attributes" if where == "array" else "attributes": annotated(SEMANTIC, counts)}
+    raw, target = write_pair(tmp_path, stored, **options)
+    sample(raw, target)
+    lose(tmp_path / "v.zarr" / "crop1" / "mito" / "s0", "half")
+    with pytest.raises(MetadataError, match="complement_counts promise 4096"):
+        dataset(raw, target)
+
+
+@pytest.mark.parametrize("lost", ["missing", "empty"])
+def test_counts_in_archives_and_of_empty_files(tmp_path, lost):
+    stored = cube()
+    raw, target = write_pair(tmp_path, stored, array_attributes=annotated(SEMANTIC, counts_of(stored)))
+    for file in (tmp_path / "v.zarr" / "crop1" / "mito" / "s0" / "0").rglob("*"):
+        if file.is_file():
+            file.unlink() if lost == "missing" else file.write_bytes(b"")
+    with pytest.raises(MetadataError, match="4 of its 8 chunk files"):
+        dataset(raw, target)
+    with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
+        for file in (tmp_path / "v.zarr").rglob("*"):
+            archive.write(file, str(file.relative_to(tmp_path)))
+    inside = [f"zip://{path.removeprefix(f'{tmp_path}/')}::{tmp_path}/v.zip" for path in (raw, target)]
+    with pytest.raises(MetadataError, match="4 of its 8 chunk files"):
+        dataset(*inside)
+    found = sample(*inside, missing_labels="unknown")["labels"]
+    assert np.isnan(found[:16]).all()
+    assert np.array_equal(found[16:], stored[16:])
+
+
+def test_a_shard_without_some_of_its_chunks(tmp_path):
+    stored = cube()
+    half = stored.copy()
+    half[:16] = 0
+    raw, target = write_pair(
+        tmp_path, half, zarr_format=3, chunks=8, shards=(32, 32, 32),
+        array_attributes=annotated(SEMANTIC, counts_of(stored)),
+    )  # fmt: skip
+    with pytest.raises(MetadataError, match=r"promise 4096 .* 1 of its 1 chunk files that exist hold 2048"):
+        dataset(raw, target)
+
+
+def test_an_empty_level_is_a_warning(tmp_path, caplog):
+    levels = {"s0": ([8] * 3, [0] * 3), "s1": ([16] * 3, [4] * 3)}
+    stored = cube()
+    raw, target = write_pair(
+        tmp_path, {"s0": stored, "s1": stored[::2, ::2, ::2].copy()}, levels=levels,
+        attributes=annotated(SEMANTIC), array_attributes=annotated(SEMANTIC, counts_of(stored)),
+    )  # fmt: skip
+    for expected in (0, 1):
+        with caplog.at_level(logging.WARNING), dataset(raw, target, size=16, scale=(16, 16, 16)):
+            pass
+        assert sum("s1, which is read, has no chunk" in r.message for r in caplog.records) == expected
+        remove_chunks(tmp_path / "v.zarr" / "crop1" / "mito" / "s1")
+
+
+def test_a_class_that_unknown_misspells(tmp_path):
+    raw, target = write_pair(tmp_path, cube())
+    array = {"shape": [16] * 3, "scale": [8] * 3}
+    entries = {"train": [{"raw": raw, "gt": target}]}
+    data = CellMapDataModule(["mito"], array, array, datasets=entries, unknown={"mitoo": None})
+    with pytest.raises(CellMapError, match=r"unknown names the class 'mitoo'.*did you mean 'mito'"):
+        data.setup("fit")

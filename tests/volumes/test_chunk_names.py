@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,3 +138,71 @@ def test_the_check_reads_a_bounded_number_of_names(tmp_path):
     edit(path / ".zarray", lambda c: c.update(dimension_separator="/"))
     with pytest.raises(MetadataError, match=r"named as \d+\.\d+\.\d+, and"):
         check_chunk_names(read_array(path))
+
+
+def renamed(level, change):
+    """Move every chunk file of an array, by its key."""
+    files = [p for p in level.rglob("*") if p.is_file() and p.name not in (".zarray", ".zattrs", "zarr.json")]
+    for file in files:
+        key = str(file.relative_to(level))
+        content = file.read_bytes()
+        file.unlink()
+        target = level / change(key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda key: key.replace("/", "\\"), "no version of Zarr names them so"),
+        (lambda key: f"s0/{key}", "copied into itself"),
+        (lambda key: str(Path(key).parent / f".{Path(key).name}.Ab12Cd"), "a copy that was interrupted"),
+        (lambda key: f"{key}.filepart", "a copy that was interrupted"),
+        (lambda key: re.sub(r"\d", lambda m: f"0{m[0]}", key), "no version of Zarr names them so"),
+        (lambda key: re.sub(r"\d", lambda m: str(int(m[0]) + 1), key), "lies beyond the array"),
+        (
+            lambda key: key.replace("c/", "C/") if key.startswith("c/") else f"C/{key}",
+            "no version of Zarr names them so",
+        ),
+    ],
+)
+def test_names_that_copies_leave(tmp_path, change, text, zarr_format):
+    raw, target = write_pair(tmp_path, cube(), zarr_format=zarr_format, attributes=annotated(KIND))
+    renamed(tmp_path / "v.zarr" / "crop1" / "mito" / "s0", change)
+    with pytest.raises(MetadataError, match=text):
+        sample(raw, target)
+    renamed(tmp_path / "v.zarr" / "em" / "s0", change)
+    with pytest.raises(MetadataError, match=text):
+        CellMapImage(raw, "raw", (8, 8, 8), (8, 8, 8))
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("nested", [True, False])
+def test_chunks_beyond_the_array(tmp_path, zarr_format, nested):
+    """As of axes in another order, or of a shape that became smaller."""
+    data = ramp((64, 16, 16))
+    path = write_image(tmp_path / "em", data, zarr_format=zarr_format, nested=nested)
+    check_chunk_names(read_array(path / "s0"))
+    edit(metadata_file(path, zarr_format), lambda c: c.update(shape=[16, 16, 64]))
+    with pytest.raises(MetadataError, match=r"chunk \S+ lies beyond the array, whose shape \[16, 16, 64\]"):
+        check_chunk_names(read_array(path / "s0"))
+    edit(metadata_file(path, zarr_format), lambda c: c.update(shape=[32, 16, 16]))
+    with pytest.raises(MetadataError, match="lies beyond the array"):
+        check_chunk_names(read_array(path / "s0"))
+
+
+@pytest.mark.parametrize("case", ["v2, nested, no separator", "v3, nested, default dot", "v2, flat, slash"])
+def test_in_an_archive(tmp_path, case):
+    """Also where the first and the middle chunk are background."""
+    zarr_format, nested, change, _, _ = CASES[case]
+    stored = np.zeros((48,) * 3, "u1")
+    stored[32:, :8, :8] = 1
+    path = write_image(tmp_path / "mito", stored, zarr_format=zarr_format, nested=nested, attributes=annotated(KIND))
+    edit(metadata_file(path, zarr_format), change)
+    with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
+        for file in path.rglob("*"):
+            archive.write(file, f"[2024] mito/{file.relative_to(path)}")
+    with pytest.raises(MetadataError, match="chunks are named as"):
+        CellMapImage(f"zip://[2024] mito::{tmp_path}/v.zip", "mito", (8, 8, 8), (8, 8, 8))

@@ -551,3 +551,33 @@ def test_keys_of_entries(tmp_path):
         })  # fmt: skip
     with pytest.raises(CellMapValueError):
         CellMapDataModule(["mito"], {"shape": [8] * 3, "scale": [8] * 3}, datasets={}, level_translations="no")
+
+
+@pytest.mark.parametrize("key", ["_ARRAY_DIMENSIONS", "axis_names", "dimension_names"])
+@pytest.mark.parametrize("names", ["xyz", "zyx", "yxz"])
+def test_plain_arrays_with_named_axes(tmp_path, key, names):
+    data = ramp((10, 12, 14))
+    stored = data.transpose(["zyx".index(name) for name in names])
+    options = {"dimension_names": list(names)} if key == "dimension_names" else {"attributes": {key: list(names)}}
+    zarr_format = 3 if key == "dimension_names" else 2
+    array = zarr.create_array(
+        f"{tmp_path}/raw", shape=stored.shape, dtype="u1", chunks=(8, 8, 8), zarr_format=zarr_format, **options
+    )
+    array[...] = stored
+    image = opened(tmp_path / "raw", (8, 8, 8), data.shape, voxel_size=[8, 8, 8])
+    center = {a: sum(sides) / 2 for a, sides in image.bounding_box.items()}
+    assert np.array_equal(image[center].numpy(), data)
+
+
+def test_plain_arrays_of_other_axes_are_refused(tmp_path):
+    zarr.create_array(
+        f"{tmp_path}/raw", shape=(8, 8, 8), dtype="u1", zarr_format=2, attributes={"_ARRAY_DIMENSIONS": ["t", "y", "x"]}
+    )
+    with pytest.raises(MetadataError, match="the axes z, y and x are needed once each"):
+        opened(tmp_path / "raw", voxel_size=[8, 8, 8])
+
+
+@pytest.mark.parametrize("unit", ["lightyear", 3])
+def test_a_voxel_size_makes_any_unit_good(tmp_path, unit):
+    path = write_image(tmp_path / "v", ramp(), unit=unit)
+    assert read_multiscale(path, Overrides.parse(voxel_size=[8, 8, 8])).finest.scale == (8, 8, 8)

@@ -17,9 +17,10 @@ _PREFIXES = {
 UNITS_NM: dict[str, float] = {
     **{f"{prefix}met{end}{plural}": 10.0 ** (power + 9) for prefix, power in _PREFIXES.items()
        for end in ("er", "re") for plural in ("", "s")},
-    **dict.fromkeys(("angstrom", "angstroms", "ångström", "ångstrom", "å"), 0.1),
-    **dict.fromkeys(("micron", "microns", "um", "µm", "μm"), 1000.0),  # the micro sign, and the Greek letter
-    "fm": 1e-6, "pm": 1e-3, "nm": 1.0, "mm": 1e6, "cm": 1e7, "dm": 1e8, "m": 1e9, "km": 1e12,
+    **dict.fromkeys(("angstrom", "angstroms", "ångström", "ångstrom", "angström", "å"), 0.1),
+    # The micro sign, the Greek letter, and what ImageJ writes for it.
+    **dict.fromkeys(("micron", "microns", "um", "UM", "µm", "μm", "\\u00b5m"), 1000.0),
+    "fm": 1e-6, "pm": 1e-3, "nm": 1.0, "NM": 1.0, "mm": 1e6, "cm": 1e7, "dm": 1e8, "m": 1e9, "km": 1e12,
     "inch": 2.54e7, "inches": 2.54e7, "foot": 3.048e8, "feet": 3.048e8, "yard": 9.144e8, "yards": 9.144e8,
     "mile": 1.609344e12, "miles": 1.609344e12, "parsec": 3.0856775814913673e25, "parsecs": 3.0856775814913673e25,
 }  # fmt: skip
@@ -40,13 +41,16 @@ def unit_nm(unit: Any) -> float | None:
     return UNITS_NM.get(name) if len(name) < 4 else UNITS_NM.get(name.lower())
 
 
-def read_axes(file: StorePath, image: dict[str, Any], unit: str | None = None) -> tuple[list[str], Vector, list[Note]]:
+def read_axes(
+    file: StorePath, image: dict[str, Any], unit: str | None = None, needed: bool = True
+) -> tuple[list[str], Vector, list[Note]]:
     """Read the axes of an image.
 
     Args:
         file: the metadata file, for messages.
         image: an entry of ``multiscales``.
         unit: unit of the spatial axes, in place of the stored ones.
+        needed: whether the unit matters; otherwise any is taken for nm.
 
     Returns:
         Names of the stored axes in lower case; the nm in one unit of z, y, x; assumptions.
@@ -66,7 +70,7 @@ def read_axes(file: StorePath, image: dict[str, Any], unit: str | None = None) -
         factor = unit_nm(value)
         if factor is not None:
             known[name] = factor
-        elif value is not None and not (isinstance(value, str) and value.strip().lower() in _UNITLESS):
+        elif needed and value is not None and not (isinstance(value, str) and value.strip().lower() in _UNITLESS):
             raise MetadataError(
                 f"{file}: axis {name!r} has the unit {value!r}, which is not a length such as nanometer or micrometer; "
                 "set unit=..., or voxel_size=[z, y, x] in nm, for this entry"

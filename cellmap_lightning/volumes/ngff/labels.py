@@ -57,13 +57,21 @@ def annotation_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return block if isinstance(block, dict) else {}
 
 
-def complement_counts(level: Level) -> Mapping[str, Any] | None:
+def complement_counts(level: Level, image: Multiscale | None = None) -> Mapping[str, Any] | None:
     """Return the voxels of a level that are not foreground (``absent``, ``unknown``), as its attributes count them.
+
+    Args:
+        level: the level.
+        image: its image, whose group may have the counts of the finest level instead.
 
     Source: https://github.com/janelia-cellmap/cellmap-schemas (``complement_counts``).
     """
     counts = annotation_of(level.array.attributes).get("complement_counts")
-    return counts if isinstance(counts, Mapping) else None
+    if counts is None and image is not None and level == image.finest:
+        counts = annotation_of(image.attributes).get("complement_counts")
+    if not isinstance(counts, Mapping):
+        return None
+    return {name: int(n) if isinstance(n, float) and n.is_integer() else n for name, n in counts.items()}
 
 
 def _whole(value: Any) -> int:
@@ -103,7 +111,7 @@ def read_encoding(image: Multiscale, level: Level) -> Encoding | None:
             f"{image.path}: the annotation's encoding needs whole numbers for 'absent' and 'unknown', got {codes!r}"
         ) from e
     # Only the finest level's count says that nothing is unknown: a coarser one may have lost it in the pyramid.
-    counts = complement_counts(image.finest) or {}
+    counts = complement_counts(image.finest, image) or {}
     number = counts.get("unknown")
     if kind.get("type") == "instance_segmentation" and isinstance(number, int) and not isinstance(number, bool):
         return Encoding(absent, None if number == 0 else unknown)

@@ -27,7 +27,7 @@ from cellmap_lightning.volumes.ngff.transformations import (
     times,
     translations_missing,
 )
-from cellmap_lightning.volumes.store import StorePath, children, exists, keeping, located, missing
+from cellmap_lightning.volumes.store import StorePath, children, exists, keeping, located, missing, read_json
 
 #: Voxels of the first level by which lower edges of levels may differ; of the level itself, by which upper ones may
 #: beyond a ragged last voxel.
@@ -107,12 +107,14 @@ class Multiscale:
         levels: finest first, as listed.
         attributes: the group's attributes.
         assumed: what reading the metadata had to assume; `notes` adds what the arrays show.
+        as_stored: whether ``level_translations=stored`` was set, so that boxes of levels may differ.
     """
 
     path: StorePath
     levels: tuple[Level, ...]
     attributes: Mapping[str, Any] = field(repr=False)
     assumed: tuple[Note, ...] = field(default=(), repr=False)
+    as_stored: bool = field(default=False, repr=False)
 
     @cached_property
     def present(self) -> tuple[Level, ...]:
@@ -138,7 +140,7 @@ class Multiscale:
         Raises:
             CellMapFileNotFoundError: none of its levels is on disk.
         """
-        different = _different_boxes(self.present)
+        different = _different_boxes(self.present) if not self.as_stored else None
         return (*self.assumed, *([different] if different is not None else []))
 
 
@@ -218,7 +220,7 @@ def _image(
     notes: list[Note],
 ) -> Multiscale:
     """Read one entry of ``multiscales``."""
-    stored, units, assumed = read_axes(file, image, overrides.unit)
+    stored, units, assumed = read_axes(file, image, overrides.unit, overrides.voxel_size is None)
     order = [stored.index(a) for a in AXES]
     datasets = image.get("datasets")
     if not isinstance(datasets, list) or not datasets:
@@ -255,7 +257,7 @@ def _image(
         Level(group / name, name, s, t, (order[0], order[1], order[2]), len(stored))
         for name, s, t in zip(names, scales, translations, strict=True)
     )
-    return Multiscale(group, levels, attributes, (*notes, *assumed))
+    return Multiscale(group, levels, attributes, (*notes, *assumed), overrides.level_translations == "stored")
 
 
 def _plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
@@ -269,7 +271,7 @@ def _plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
     scales = _multiscales(above[0]) if above is not None else None
     listed = [d.get("path") for s in scales or () if isinstance(s, dict) for d in s.get("datasets") or () if d]
     if overrides.voxel_size is not None and ndim >= 3:
-        axes = ndim - 3, ndim - 2, ndim - 1
+        axes = _named_axes(array)
         level = Level(path, path.name, overrides.voxel_size, overrides.translation or (0.0, 0.0, 0.0), axes, ndim)
         return Multiscale(path, (level,), array.attributes)
     if scales is not None:
@@ -288,6 +290,23 @@ def _plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
             )
         raise MetadataError(text)
     raise MetadataError(f"{text}: set voxel_size=[z, y, x] in nm, and translation, for its entry")
+
+
+def _named_axes(array: ArrayInfo) -> tuple[int, int, int]:
+    """Which axes of a plain array are z, y and x: by their names where it has any, else the last three.
+
+    Names are those of xarray (``_ARRAY_DIMENSIONS``), Zarr v3 (``dimension_names``) and funlib (``axis_names``).
+    """
+    attributes, ndim = array.attributes, len(array.shape)
+    content = read_json(array.metadata) or {}
+    for names in (attributes.get("_ARRAY_DIMENSIONS"), content.get("dimension_names"), attributes.get("axis_names")):
+        if isinstance(names, list) and len(names) == ndim and all(isinstance(name, str) for name in names):
+            lower = [name.rstrip("^").lower() for name in names]
+            if set(AXES) <= set(lower):
+                return lower.index("z"), lower.index("y"), lower.index("x")
+            if any(lower):
+                raise MetadataError(f"{array.path}: the axes z, y and x are needed once each, got {names}")
+    return ndim - 3, ndim - 2, ndim - 1
 
 
 def _multiscales(attributes: Mapping[str, Any]) -> list[Any] | None:

@@ -111,13 +111,12 @@ def implausible_voxel_size(scale: Vector, units: Vector) -> list[Note]:
     """
     size = " x ".join(f"{s:g}" for s in scale)
     if scale == units:
-        why = f"its voxel size is 1 x 1 x 1 ({size} nm), as programs write that know none"
+        why = f"its voxel size is 1 x 1 x 1 ({size} nm), as programs write that know none;"
     elif min(scale) < SMALLEST_VOXEL or max(scale) > LARGEST_VOXEL:
-        why = f"its voxel size of {size} nm is implausible: is the unit right?"
+        why = f"its voxel size of {size} nm is implausible: is the unit right? If not,"
     elif max(scale) > MOST_ANISOTROPIC * min(scale):
-        why = (
-            f"its voxel size of {size} nm differs {max(scale) / min(scale):.3g}-fold between axes: are the units right?"
-        )
+        ratio = f"{max(scale) / min(scale):.3g}"
+        why = f"its voxel size of {size} nm differs {ratio}-fold between axes: are the units right? If not,"
     else:
         return []
     return [Note("scale", f"{why} set unit=... or voxel_size=[z, y, x] in nm for its entries")]
