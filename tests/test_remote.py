@@ -21,6 +21,7 @@ from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, Cel
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
 from cellmap_lightning.volumes.ngff import read_multiscale
 from cellmap_lightning.volumes.store import Remote, keeping, located, redacted
+from tests.foreign import SEMANTIC, annotated, cube, sample, write_pair
 from tests.volumes.faults import serving
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
@@ -398,3 +399,25 @@ def test_credentials_of_a_prediction_come_from_outside():
     assert "storage_options" in yaml.safe_load(
         (Path(__file__).parents[1] / "configs" / "data" / "cellmap.yaml").read_text()
     )
+
+
+@pytest.mark.parametrize("folder", ["[2024] mito", "a*b", "what?"])
+@pytest.mark.parametrize("store", ["zip", "memory"])
+def test_folders_whose_names_are_patterns(tmp_path, folder, store):
+    """Brackets, stars and question marks in names are no patterns."""
+    import fsspec
+
+    raw, target = write_pair(tmp_path, cube(), attributes=annotated(SEMANTIC))
+    files = {f"{folder}/{p.relative_to(tmp_path)}": p for p in (tmp_path / "v.zarr").rglob("*") if p.is_file()}
+    if store == "zip":
+        with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
+            for name, file in files.items():
+                archive.write(file, name)
+    else:
+        fs = fsspec.filesystem("memory")
+        for name, file in files.items():
+            fs.pipe_file(f"/{folder}-memory/{name}", file.read_bytes())
+    head = {"zip": f"zip://{folder}", "memory": f"memory://{folder}-memory/{folder}"}[store]
+    tail = f"::{tmp_path}/v.zip" if store == "zip" else ""
+    found = sample(*(f"{head}/{path.removeprefix(f'{tmp_path}/')}{tail}" for path in (raw, target)))
+    assert found["labels"].sum() == 16**3

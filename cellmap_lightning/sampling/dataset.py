@@ -445,8 +445,9 @@ class CellMapDataset(SampleSource):
                     f"{self.label}: none of the classes {list(names)} is annotated in it; "
                     f"it has {list(self.target_path.names)}"
                 )
-            warm([self.target_path.of(name) for name in wanted])
-            paths |= {f"class {name}": self.target_path.of(name) for name in wanted}
+            groups = {f"class {name}": self.target_path.of(name) for name in wanted}
+            warm(list(groups.values()))
+            paths |= groups
         found: dict[str, Multiscale] = {}
         problems: list[CellMapError] = []
         for what, path in paths.items():

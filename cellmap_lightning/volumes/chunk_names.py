@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -248,15 +248,14 @@ def _style(name: str, is_folder: bool) -> Style | tuple[()] | None:
     return None if _INDICES.fullmatch(name) else ()
 
 
-def _entries(root: str, folder: str) -> Iterator[tuple[str, bool]]:
+def _entries(root: str, folder: str) -> list[tuple[str, bool]]:
     """Names in a folder of this machine; no more than are needed to see how its files are named."""
     # Tens of thousands of arrays are looked at, and a Path costs more than the call.
     try:
         with os.scandir(f"{root}/{folder}" if folder else root) as entries:
-            for entry in itertools.islice(entries, MOST_ENTRIES):
-                yield entry.name, entry.is_dir()
+            return [(entry.name, entry.is_dir()) for entry in itertools.islice(entries, MOST_ENTRIES)]
     except OSError:  # reading says why
-        return
+        return []
 
 
 def _remote_entries(root: Remote, folder: str) -> list[tuple[str, bool]]:

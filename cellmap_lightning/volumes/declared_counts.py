@@ -9,7 +9,8 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,10 @@ def declared_foreground(level: Level, image: Multiscale | None = None) -> int | 
 
     ``foreground = size - sum(complement_counts)``, as cellmap-schemas defines it.
     """
-    counts = complement_counts(level, image)
+    return _foreground(level, complement_counts(level, image))
+
+
+def _foreground(level: Level, counts: Mapping[str, Any] | None) -> int | None:
     size = math.prod(level.array.shape)
     if not counts or not all(isinstance(n, int) and not isinstance(n, bool) for n in counts.values()):
         return None
@@ -67,9 +71,9 @@ def check_declared_counts(
     Raises:
         ChunkError: a chunk cannot be read.
     """
-    foreground = declared_foreground(level, image)
-    counts = complement_counts(level, image) or {}
-    if foreground is None:
+    counts = complement_counts(level, image)
+    foreground = _foreground(level, counts)
+    if foreground is None or counts is None:
         return None
     wanted = foreground + int(counts.get("unknown", 0))
     if wanted == 0:

@@ -1,6 +1,7 @@
 """Chunks whose file has 0 bytes, and chunks that were written cut at the edge of their array."""
 
 import logging
+from pathlib import Path
 
 import numcodecs
 import numpy as np
@@ -17,6 +18,7 @@ from cellmap_lightning.volumes.ngff import Level
 from cellmap_lightning.volumes.region import ChunkCache
 from cellmap_lightning.volumes.statistics import statistics
 from cellmap_lightning.volumes.store import located
+from tests.foreign import SEMANTIC, annotated, cube, sample, write_pair
 from tests.volumes.faults import forbidding, serving
 
 SHAPE, CHUNKS = (16, 16, 16), (8, 8, 8)
@@ -265,3 +267,15 @@ def test_a_chunk_of_any_other_size_is_not_said_to_be_cut_at_the_edge(tmp_path, r
                 tuple(8 * i for i in index), (8, 4, 8)
             )
         assert "cut at the edge" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
+@pytest.mark.parametrize("missing_raw", ["error", "warn", "mask"])
+def test_dead_links_are_errors_for_both_readers(tmp_path, reader, missing_raw):
+    """As of files whose content was not fetched."""
+    raw, target = write_pair(tmp_path, cube(), attributes=annotated(SEMANTIC))
+    chunk = Path(raw) / "s0" / "0" / "0" / "0"
+    chunk.unlink()
+    chunk.symlink_to("../annex/objects/x")
+    with pytest.raises(ChunkError, match=r"it is a link to ../annex/objects/x, which is not there"):
+        sample(raw, target, reader=reader, missing_raw=missing_raw, read_attempts=1)

@@ -449,7 +449,7 @@ def test_the_list_of_images_is_no_class(tmp_path):
     for name in ("OME", "ome", "", ".er", "a/b"):
         with pytest.raises(CellMapValueError, match="cannot be names of groups"):
             new(tmp_path / "no.zarr", classes=("mito", name))
-    with pytest.raises(MetadataError, match=r"it holds er, mito$"):
+    with pytest.raises(MetadataError, match=r"images below it: er, mito"):
         read_multiscale(tmp_path / "out.zarr")
 
 

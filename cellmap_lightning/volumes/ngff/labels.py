@@ -111,8 +111,8 @@ def read_encoding(image: Multiscale, level: Level) -> Encoding | None:
             f"{image.path}: the annotation's encoding needs whole numbers for 'absent' and 'unknown', got {codes!r}"
         ) from e
     # Only the finest level's count says that nothing is unknown: a coarser one may have lost it in the pyramid.
-    counts = complement_counts(image.finest, image) or {}
-    number = counts.get("unknown")
-    if kind.get("type") == "instance_segmentation" and isinstance(number, int) and not isinstance(number, bool):
-        return Encoding(absent, None if number == 0 else unknown)
+    if kind.get("type") == "instance_segmentation":
+        number = (complement_counts(image.finest, image) or {}).get("unknown")
+        if isinstance(number, int) and not isinstance(number, bool):
+            return Encoding(absent, None if number == 0 else unknown)
     return Encoding(absent, unknown, ambiguous=unknown is not None and kind.get("type") != "semantic_segmentation")
