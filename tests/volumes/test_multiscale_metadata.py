@@ -432,6 +432,8 @@ def version_1(image):
         (lambda image: image.update(version="1.0"), "OME-NGFF 1.0"),
         (early_cosem, "early COSEM metadata"),
         (lambda image: [image.pop("axes"), image.pop("version")], "OME-NGFF 0.1 or 0.2"),
+        (lambda image: [image.update(axes=["z", "y", "x"]), image.pop("version")], "OME-NGFF 0.3"),
+        (lambda image: [image.update(coordinateSystems=[]), image.pop("axes"), image.pop("version")], "OME-NGFF 0.6"),
     ],
 )
 def test_versions_that_are_not_read_are_named(tmp_path, change, text):
@@ -458,6 +460,19 @@ def test_a_level_instead_of_its_image(tmp_path, zarr_format):
         dataset(raw + "/s0", target)
     with pytest.raises(CellMapError, match="give its parent"):
         dataset(raw, f"{target}/s0")
+
+
+def test_a_level_further_down(tmp_path):
+    path = write_image(tmp_path / "v.zarr" / "em", {"a/s0": ramp()}, levels={"a/s0": ([8] * 3, None)})
+    with pytest.raises(MetadataError, match=r"em/a/s0 is one level of the image .*/em; give its parent, .*/em$"):
+        read_multiscale(path / "a" / "s0")
+
+
+@pytest.mark.parametrize(("file", "other"), [("attributes.json", "N5"), ("info", "Neuroglancer precomputed")])
+def test_other_formats_are_named(tmp_path, file, other):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(MetadataError, match=f"{file} in it is that of {other}, which is not read"):
+        read_multiscale(tmp_path)
 
 
 @pytest.mark.parametrize("zarr_format", FORMATS)

@@ -27,8 +27,10 @@ from cellmap_lightning.volumes.ngff.transformations import (
     times,
     translations_missing,
 )
-from cellmap_lightning.volumes.store import StorePath, children, exists, keeping, located, missing, read_json
+from cellmap_lightning.volumes.store import Remote, StorePath, children, exists, keeping, located, missing, read_json
 
+#: Folders between a level and its image at most.
+DEEPEST_LEVEL = 3
 #: Voxels of the first level by which lower edges of levels may differ; of the level itself, by which upper ones may
 #: beyond a ragged last voxel.
 BOX_TOLERANCE = 0.1
@@ -267,16 +269,20 @@ def _plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
         MetadataError: it is a level of an image, or nothing says how large its voxels are.
     """
     path, ndim = array.path, len(array.shape)
-    above = read_attributes(path.parent) if path.parent != path else None
-    scales = _multiscales(above[0]) if above is not None else None
-    listed = [d.get("path") for s in scales or () if isinstance(s, dict) for d in s.get("datasets") or () if d]
     if overrides.voxel_size is not None and ndim >= 3:
         axes = _named_axes(array)
         level = Level(path, path.name, overrides.voxel_size, overrides.translation or (0.0, 0.0, 0.0), axes, ndim)
         return Multiscale(path, (level,), array.attributes)
-    if scales is not None:
-        what = "one level" if path.name in listed else "an array"
-        raise MetadataError(f"{path} is {what} of the image {path.parent}; give its parent, {path.parent}")
+    inside, above = path.name, path
+    for _ in range(DEEPEST_LEVEL):
+        above = above.parent
+        node = read_attributes(above)
+        scales = _multiscales(node[0]) if node is not None else None
+        if scales is not None:
+            listed = [d.get("path") for s in scales if isinstance(s, dict) for d in s.get("datasets") or () if d]
+            what = "one level" if inside in listed else "an array"
+            raise MetadataError(f"{path} is {what} of the image {above}; give its parent, {above}")
+        inside = f"{above.name}/{inside}"
     text = f"{path} is a plain Zarr array without OME-NGFF metadata"
     size = next((array.attributes[key] for key in ("resolution", "voxel_size") if key in array.attributes), None)
     if isinstance(size, list) and len(size) == 3 and all(isinstance(v, int | float) for v in size):
@@ -345,6 +351,9 @@ def _near(group: StorePath) -> str:
     images = [name for name in names[:24] if _multiscales((read_attributes(group / name) or ({}, 0))[0]) is not None]
     if images:
         return f"; did you mean one of the images below it: {', '.join(images[:12])}?"
+    for file, other in (("attributes.json", "N5"), ("info", "Neuroglancer precomputed")):
+        if not isinstance(group, Remote) and (group / file).is_file():
+            return f"; {file} in it is that of {other}, which is not read: convert it to OME-Zarr"
     return f"; it holds {', '.join(names[:12])}" if names else ""
 
 
@@ -369,6 +378,11 @@ def _unread_version(version: str | None, image: Mapping[str, Any]) -> str | None
         return "early COSEM metadata (a 'transform' in each level)"
     if version is not None and re.match(r"0\.[123]($|\D)", version):
         return f"OME-NGFF {version}"
+    axes = image.get("axes")
+    if "coordinateSystems" in image:
+        return "OME-NGFF 0.6 ('coordinateSystems')"
+    if isinstance(axes, list) and axes and all(isinstance(axis, str) for axis in axes):
+        return "OME-NGFF 0.3 (names of axes without types)"
     if version is None and "axes" not in image:
         return "OME-NGFF 0.1 or 0.2 (no 'axes')"
     return None
