@@ -156,8 +156,8 @@ class CellMapDataModule(L.LightningDataModule):
         storage_options: of addresses such as ``s3://bucket/vol.zarr``, see `CellMapDataset`; an entry of ``datasets``
             can have its own.
         missing_raw: chunks of raw that are not stored: ``error``, ``warn`` or ``mask``; see `CellMapDataSplit`.
-        missing_labels: chunks of labels that are missing although the metadata promise voxels in them: ``error`` or
-            ``unknown``; see `CellMapDataset`.
+        missing_labels: chunk files of labels that are missing, or have 0 bytes, although the metadata promise voxels in
+            them: ``error`` or ``unknown``; see `CellMapDataset`.
         level_translations: where levels of a pyramid lie whose translations are missing: ``auto`` or ``stored``; see
             `CellMapDataset`.
         read_attempts: how many times an object is asked for at most; see `CellMapDataset`.

@@ -18,7 +18,7 @@ from cellmap_lightning.volumes.chunk_names import check_chunk_names
 from cellmap_lightning.volumes.chunks import ChunkReader
 from cellmap_lightning.volumes.geometry import LATTICE_TOLERANCE, SCALE_TOLERANCE, Box, Lattice, Shape, Vector
 from cellmap_lightning.volumes.image import choose_level
-from cellmap_lightning.volumes.ngff import AS_STORED, Level, Multiscale, Overrides, read_multiscale
+from cellmap_lightning.volumes.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, read_multiscale
 from cellmap_lightning.volumes.patches import stored_box
 from cellmap_lightning.volumes.statistics import Statistics, known_statistics, statistics
 
@@ -206,7 +206,7 @@ def look_at_volumes(
     def look(path: str) -> VolumeFacts:
         name = place_of(path, None)[0]
         try:
-            image = read_multiscale(path, (overrides or {}).get(path, AS_STORED))
+            image = read_multiscale(path, (overrides or {}).get(path, NO_OVERRIDES))
             box = image.finest.lattice.box
             for level in image.present:
                 check_chunk_names(level.array)

@@ -178,7 +178,7 @@ class LabelEncodings:
         return Encoding(declared.absent, code)
 
     def _checked(self, name: str, image: Multiscale, level: Level, encoding: Encoding, has_first: bool) -> Encoding:
-        """The encoding with what missing chunks hold."""
+        """Return the encoding with the meaning of missing chunks."""
         thorough = self.thorough or self.missing_labels == "unknown"
         if self.missing_labels == "unknown":
             code = UNKNOWN_CODE if encoding.unknown is None else encoding.unknown

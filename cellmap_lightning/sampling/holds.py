@@ -10,7 +10,7 @@ from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.sampling.counts import counted_in_metadata
 from cellmap_lightning.sampling.targets_path import TargetPath
 from cellmap_lightning.volumes.geometry import Box, Vector, to_vector
-from cellmap_lightning.volumes.ngff import AS_STORED, Overrides, read_multiscale
+from cellmap_lightning.volumes.ngff import NO_OVERRIDES, Overrides, read_multiscale
 from cellmap_lightning.volumes.store import parts_of, warm
 
 
@@ -34,7 +34,7 @@ class Holding:
         return frozenset(name for name, count in self.voxels.items() if count != 0)
 
 
-def look(target: TargetPath, classes: Sequence[str], overrides: Overrides = AS_STORED) -> Holding:
+def look(target: TargetPath, classes: Sequence[str], overrides: Overrides = NO_OVERRIDES) -> Holding:
     """What a crop holds of these classes. What cannot be read counts as listed: opening it will say what is wrong."""
     voxels: dict[str, int | None] = {}
     box: Box | None = None

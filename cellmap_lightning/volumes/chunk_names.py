@@ -104,7 +104,7 @@ class _Names:
         self.grid = [-(-n // f) for n, f in zip(info.shape, info.files, strict=True)]
 
     def compare(self) -> tuple[str, bool]:
-        """What is wrong, or an empty text; and whether the first chunk exists."""
+        """Return what is wrong, or an empty text; and whether the first chunk exists."""
         root = list(self.listing(""))
         wrong, has_first = self._flat(root) if self.info.separator == "." else self._nested(root)
         wrong = wrong or self._foreign(root)
@@ -167,7 +167,7 @@ class _Names:
         return None
 
     def _misfit(self, key: str, index: Sequence[int]) -> str:
-        """What is wrong with the indices of a chunk file, or an empty text."""
+        """Return what is wrong with the indices of a chunk file, or an empty text."""
         name = self.info.metadata.name
         if len(index) > len(self.grid) or (len(index) < len(self.grid) and self.info.separator == "."):
             return (
@@ -185,7 +185,7 @@ class _Names:
         return ""
 
     def _unfinished(self, folder: str, names: Collection[str]) -> str:
-        """What says that a copy was interrupted, or an empty text."""
+        """Return the sign of an interrupted copy, or an empty text."""
         for name in names:
             match = _UNFINISHED.fullmatch(name)
             if match is None or match[1] in names or name in NODE_FILES:
@@ -196,7 +196,7 @@ class _Names:
         return ""
 
     def _foreign(self, root: Sequence[tuple[str, bool]]) -> str:
-        """What says that files are named by another convention, or an empty text."""
+        """Return the sign of files named by another convention, or an empty text."""
         allowed: set[Style | tuple[()] | None] = {self.declared}
         if self.info.zarr_format == 3 and any(name == ".zarray" for name, _ in root):
             # Both versions in one folder, each with its own files.
@@ -226,7 +226,7 @@ class _Names:
         return None
 
     def _copies(self, root: Sequence[tuple[str, bool]]) -> str:
-        """What says that the array was copied into itself, or an empty text."""
+        """Return the sign of an array copied into itself, or an empty text."""
         for name, is_folder in root:
             if is_folder and _style(name, True) == () and not name.startswith("."):
                 entries = dict(self.listing(name))

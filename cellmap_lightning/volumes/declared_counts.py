@@ -57,7 +57,9 @@ def check_declared_counts(
     has_first: bool = False,
     image: Multiscale | None = None,
 ) -> str | None:
-    """Return what contradicts the missing chunks of a label array; None where nothing does, or the array is remote.
+    """Return what contradicts the missing chunks of a label array; None where nothing does.
+
+    None too for a remote array whose files cannot be listed.
 
     Args:
         level: the array.
@@ -165,7 +167,7 @@ def compare_counts(level: Level, encoding: Encoding, counted: int, label: str, i
 
 
 def _files(level: Level) -> Iterator[tuple[int, ...]]:
-    """Indices along the stored axes of the chunk or shard files that exist, by names alone."""
+    """Indices along the stored axes of the chunk or shard files that exist and are not empty."""
     info = level.array
     root, ndim = str(info.path), len(info.shape)
     if info.separator == ".":
@@ -189,7 +191,7 @@ def _files(level: Level) -> Iterator[tuple[int, ...]]:
 
 
 def _has_bytes(file: str) -> bool:
-    """Whether a file has any bytes, or cannot be looked at."""
+    """Return False for a file of 0 bytes; True for any other, also for one that cannot be looked at."""
     try:
         return os.stat(file).st_size > 0  # noqa: PTH116  as below
     except OSError:
@@ -197,12 +199,12 @@ def _has_bytes(file: str) -> bool:
 
 
 def _is_empty(level: Level) -> bool:
-    """Whether the only chunk file of a local array has 0 bytes."""
+    """Return True if the only chunk file of a local array has 0 bytes."""
     return not isinstance(level.path, Remote) and not _has_bytes(level.array.file([0] * len(level.array.shape)))
 
 
 def _remote_files(level: Level, listed: bool, thorough: bool) -> list[tuple[int, ...]] | None:
-    """The same of a store elsewhere; None where its files cannot be listed, or are too many to ask for each.
+    """Return the same for a remote array; None where its files cannot be listed, or are too many to ask for each.
 
     Args:
         level: the array.

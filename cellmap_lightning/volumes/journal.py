@@ -72,7 +72,7 @@ class Journal:
             record = self.record
             return None if record is None else record["settings"]
         except (ValueError, OSError) as e:
-            raise CellMapValueError(f"{self._settings} cannot be read ({e}); overwrite=True begins anew") from e
+            raise CellMapValueError(f"{self._settings} cannot be read ({e}); overwrite=True starts over") from e
         return found
 
     def begin(self, settings: Mapping[str, Any]) -> None:

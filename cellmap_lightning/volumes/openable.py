@@ -340,7 +340,7 @@ def _short(value: Any) -> str:
 
 
 def _reason_of_codecs(meta: _Metadata) -> str:
-    """What is wrong with the codecs by themselves, whoever reads them."""
+    """Return what is wrong with the codecs for every reader; "" where nothing is."""
     codecs, chunk = meta["codecs"], meta["chunk_grid"]
     for codec in _all_codecs(codecs):
         bare = _name(codec)

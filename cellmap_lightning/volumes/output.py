@@ -192,8 +192,8 @@ class PredictionOutput:
             classes = (self.journal.settings or {}).get("classes", self.classes)
         except CellMapValueError:
             classes = self.classes
-        # First what makes it a prediction that is finished or could go on. The folder stays to the end: it says that
-        # what is there may be replaced.
+        # First the files that mark a prediction as finished or resumable. The folder stays to the end: it marks the
+        # rest as replaceable.
         folder.mkdir(exist_ok=True)
         for name in (".zattrs", "zarr.json", ".zgroup", ".zmetadata"):
             (self.path / name).unlink(missing_ok=True)
@@ -400,7 +400,7 @@ class PredictionOutput:
     def _describe(self) -> None:
         """Write the metadata of the groups, and in those of the root what the journal holds; then end the journal.
 
-        A kill on the way leaves a prediction that can go on, which describes them again.
+        If the process is killed in between, the next run resumes the prediction and writes them again.
         """
         lattice = self.grid.lattice
         for name in self.classes:

@@ -464,7 +464,7 @@ def _one(fs: Any, key: str) -> dict[str, Any]:
 
 
 def _readable_around(place: Remote) -> bool:
-    """Whether a metadata file of the node of an object, or of a group above it, can be read now or could just now."""
+    """Return True if a metadata file of an object's node, or of a group above it, can be read or recently was."""
     node = place.parent
     for here in (node, *node.parents):
         if not here._parts()[1]:

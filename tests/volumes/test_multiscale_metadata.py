@@ -516,7 +516,7 @@ def test_several_images_in_a_group(tmp_path, caplog, zarr_format):
     with caplog.at_level(logging.WARNING):
         assert opened(path).level.name == "s0"
     (line,) = warnings_of(caplog)
-    assert "lists 2 images (raw, inverse), of which the first is read; set multiscale=<name>" in line
+    assert "lists 2 images (raw, inverse); the first one is read; set multiscale=<name>" in line
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert opened(path, multiscale="inverse").level.name == "t0"

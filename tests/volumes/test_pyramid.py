@@ -31,7 +31,7 @@ def grid(shape, block, step=ONE, origin=ZERO):
 
 
 def raw_sizes(step, *ratios):
-    """Voxel sizes of raw's levels, the first of which is ``step``."""
+    """Voxel sizes of raw's levels; the first is ``step``."""
     return [tuple(s * f for s, f in zip(step, ratio, strict=True)) for ratio in ((1, 1, 1), *ratios)]
 
 

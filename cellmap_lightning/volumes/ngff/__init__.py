@@ -5,10 +5,10 @@ from cellmap_lightning.volumes.ngff.axes import UNITS_NM
 from cellmap_lightning.volumes.ngff.labels import UNKNOWN_CODE, Encoding, complement_counts, read_encoding
 from cellmap_lightning.volumes.ngff.multiscale import Level, Multiscale, read_multiscale, shared_metadata
 from cellmap_lightning.volumes.ngff.notes import Note, first_time, report
-from cellmap_lightning.volumes.ngff.overrides import AS_STORED, OVERRIDE_KEYS, LevelTranslations, Overrides
+from cellmap_lightning.volumes.ngff.overrides import NO_OVERRIDES, OVERRIDE_KEYS, LevelTranslations, Overrides
 
 __all__ = [
-    "AS_STORED", "OVERRIDE_KEYS", "UNITS_NM", "UNKNOWN_CODE", "ArrayInfo", "Encoding", "Level", "LevelTranslations",
+    "NO_OVERRIDES", "OVERRIDE_KEYS", "UNITS_NM", "UNKNOWN_CODE", "ArrayInfo", "Encoding", "Level", "LevelTranslations",
     "Multiscale", "Note", "Overrides", "complement_counts", "first_time", "read_array", "read_attributes",
     "read_encoding", "read_multiscale", "report", "shared_metadata",
 ]  # fmt: skip

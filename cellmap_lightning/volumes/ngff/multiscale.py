@@ -19,7 +19,7 @@ from cellmap_lightning.volumes.geometry import AXES, Lattice, Shape, Vector, to_
 from cellmap_lightning.volumes.ngff.arrays import ArrayInfo, read_array, read_attributes
 from cellmap_lightning.volumes.ngff.axes import read_axes
 from cellmap_lightning.volumes.ngff.notes import Note, reported_once
-from cellmap_lightning.volumes.ngff.overrides import AS_STORED, Overrides
+from cellmap_lightning.volumes.ngff.overrides import NO_OVERRIDES, Overrides
 from cellmap_lightning.volumes.ngff.transformations import (
     check_finest_first,
     implausible_voxel_size,
@@ -165,7 +165,7 @@ def shared_metadata() -> Iterator[None]:
             _shared = outer
 
 
-def read_multiscale(path: str | StorePath, overrides: Overrides = AS_STORED) -> Multiscale:
+def read_multiscale(path: str | StorePath, overrides: Overrides = NO_OVERRIDES) -> Multiscale:
     """Read the multiscale image in the group ``path``.
 
     Args:
@@ -339,7 +339,7 @@ def _chosen(file: StorePath, scales: list[Any], overrides: Overrides) -> tuple[d
     if len(images) == 1:
         return images[0], []
     text = (
-        f"the group lists {len(images)} images ({', '.join(names)}), of which the first is read; "
+        f"the group lists {len(images)} images ({', '.join(names)}); the first one is read; "
         "set multiscale=<name> for its entry to read another"
     )
     return images[0], [Note("multiscales", text)]

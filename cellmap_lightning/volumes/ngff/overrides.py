@@ -1,7 +1,7 @@
 """Settings that replace or interpret what the metadata of an image says, since data is often read-only."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -101,13 +101,9 @@ class Overrides:
         moved = [to_vector(start + (np.asarray(t) - origin) * ratio) for t in translations]
         return [to_vector(np.asarray(s) * ratio) for s in scales], moved
 
-    def without(self, **values: Any) -> "Overrides":
-        """Return the same with some values replaced."""
-        return replace(self, **values)
 
-
-#: Read the metadata as it is.
-AS_STORED = Overrides()
+#: The defaults: no metadata is replaced.
+NO_OVERRIDES = Overrides()
 
 
 def _three(key: str, value: Any) -> Vector | None:

@@ -15,7 +15,7 @@ from cellmap_lightning.volumes.geometry import SCALE_TOLERANCE, Vector
 from cellmap_lightning.volumes.ngff.notes import Note
 from cellmap_lightning.volumes.store import StorePath
 
-#: Voxel sizes outside of which a warning is given, nm; and the ratio between axes above which one is.
+#: Smallest and largest plausible voxel size, nm, and largest plausible ratio between axes; others are warned of.
 SMALLEST_VOXEL, LARGEST_VOXEL, MOST_ANISOTROPIC = 0.05, 1e6, 100.0
 #: Voxels of the first level by which translations may differ and still count as the same.
 SAME_PLACE = 1e-3
