@@ -12,14 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
-from cellmap_lightning.sampling.arrays import (
-    ArraySpecs,
-    CompactBatch,
-    parse_classes,
-    parse_inputs,
-    parse_targets,
-)
+from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes, parse_inputs, parse_targets
 from cellmap_lightning.sampling.blockwise import PatchSamples, PlanBatches, Stream
+from cellmap_lightning.sampling.compact import CompactBatch
 from cellmap_lightning.sampling.dataloader import WORKER_TIMEOUT, CellMapDataLoader
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
 from cellmap_lightning.sampling.encodings import MissingLabels, Unknown
@@ -31,6 +26,7 @@ from cellmap_lightning.sampling.prefetch import STREAM_DEVICES, PrefetchDecision
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.sampling.splits import SplitRule
 from cellmap_lightning.sampling.waiting import Waiting
+from cellmap_lightning.training_steps import TrainingSteps, touches_before_transfer, training_loaders, used_loaders
 from cellmap_lightning.transforms.intensity import AUTO
 from cellmap_lightning.volumes.chunks import Reader
 from cellmap_lightning.volumes.guard import PATIENT
@@ -73,42 +69,6 @@ def _instantiated(datasets: Mapping[str, Any] | None) -> Mapping[str, Any] | Non
         else entries
         for split, entries in datasets.items()
     }
-
-
-class TrainingSteps:
-    """A Trainer's count of the batches of a training epoch.
-
-    By its count of those whose step has ended the stream of samples goes on exactly, also when a signal has a
-    checkpoint saved in the middle of a step. A run that goes on with another batch size has done another number of
-    batches than the checkpoint says, so that its epoch would end too early or too late.
-
-    Args:
-        trainer: the Trainer.
-    """
-
-    def __init__(self, trainer: L.Trainer) -> None:
-        self._trainer = trainer
-
-    @property
-    def done(self) -> int:
-        """Batches of this epoch whose step has ended."""
-        return int(self._current.processed)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last batch was the last of its epoch."""
-        return bool(self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
-
-    @property
-    def _current(self) -> Any:
-        return self._trainer.fit_loop.epoch_loop.batch_progress.current
-
-    def go_on_from(self, done: int) -> None:
-        """Count as many batches as done."""
-        current = self._current
-        shift = done - current.processed
-        for name in ("ready", "started", "processed", "completed"):
-            setattr(current, name, getattr(current, name) + shift)
 
 
 class CellMapDataModule(L.LightningDataModule):
@@ -275,6 +235,8 @@ class CellMapDataModule(L.LightningDataModule):
         self._said: tuple[int, int] | None = None
         #: Set by `PredictionWriter`: what `Trainer.predict` reads instead of tiles.
         self.prediction: PredictionPolicy | None = None
+        #: The positions of the training loaders that a checkpoint holds, until these have them.
+        self.resume_positions: list[dict[str, int]] = []
         #: Seconds that steps waited for batches of this module, over all of its loaders.
         self.waiting = Waiting()
         #: The crops of each split.
@@ -323,6 +285,24 @@ class CellMapDataModule(L.LightningDataModule):
             balance_datasets=balance_datasets,
         )
 
+    @property
+    def trainer(self) -> L.Trainer | None:
+        """The Trainer that runs, or ran last.
+
+        Raises:
+            CellMapTypeError: when it is set to a Trainer of the package ``pytorch_lightning``.
+        """
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: L.Trainer | None) -> None:
+        if type(trainer).__module__.startswith("pytorch_lightning."):
+            raise CellMapTypeError(
+                "this Trainer is that of the package pytorch_lightning, whose classes are not those of lightning; use "
+                "'import lightning as L' (or 'import lightning.pytorch as pl') for Trainer, module and callbacks"
+            )
+        self._trainer = trainer
+
     # -- datasets
 
     def setup(self, stage: str | None = None) -> None:
@@ -331,6 +311,7 @@ class CellMapDataModule(L.LightningDataModule):
         Raises:
             CellMapError: what is wrong with the data, all crops in one table.
         """
+        self.resume_positions = []  # of a run that ended before it began
         for split in _STAGES.get(str(getattr(stage, "value", stage)) if stage is not None else None, SPLITS):
             if self.crops.given(split):
                 self.crops[split]
@@ -423,7 +404,7 @@ class CellMapDataModule(L.LightningDataModule):
         blocks: tuple[SampleSource, PlanBatches] | None = None,
     ) -> CellMapDataLoader:
         dataset = self.crops[split]
-        device = self._device
+        device, decision = self._device, None
         pin = device.type == "cuda" if self.pin_memory is None else self.pin_memory
         if self.num_workers == 0:
             # The dataset reads with threads of its own: what Lightning says about processes would make it slower.
@@ -431,9 +412,17 @@ class CellMapDataModule(L.LightningDataModule):
         # Only a Trainer that runs passes batches through `transfer_batch_to_device`.
         running = self._running
         streams = running and device.type in STREAM_DEVICES
-        decision = None
-        if self.prefetch is not None and running:
+        if streams and touches_before_transfer(self.trainer, self):
+            log.info(
+                "%s: on_before_batch_transfer is overridden, so that batches are finished on the CPU for it and copied "
+                "in the step; on_after_batch_transfer gets them on the device, which is faster", split,
+            )  # fmt: skip
+            streams = False
+        elif self.prefetch is not None and running:
             decision = self.prefetch(split, dataset.batch_memory(self.batch_size), device)
+        steps = None
+        if running and split == "train" and self.trainer is not None:
+            steps = TrainingSteps(self.trainer, self)
         return CellMapDataLoader(
             dataset if blocks is None else PatchSamples(blocks[0], self.seed, pin),
             batch_size=self.batch_size,
@@ -441,16 +430,15 @@ class CellMapDataModule(L.LightningDataModule):
             samples_per_epoch=samples,
             is_train=split == "train",
             seed=self.seed,
-            finish=not streams,
+            finish=self._finishes if streams else True,
             drop_last=self.drop_last if split == "train" else False,
             rank=self.trainer.global_rank if self.trainer is not None else None,
             world=self._world if self.trainer is not None else None,
             pin_memory=pin,
             device=device,
             decision=decision,
-            carry=streams,
             waiting=self.waiting,
-            steps=TrainingSteps(self.trainer) if running and split == "train" and self.trainer is not None else None,
+            steps=steps,
             persistent_workers=self.persistent_workers,
             prefetch_factor=self.prefetch_factor,
             timeout=self.timeout,
@@ -458,6 +446,10 @@ class CellMapDataModule(L.LightningDataModule):
             tiles=tiles,
             batch_sampler=blocks[1] if blocks is not None else None,
         )
+
+    def _finishes(self, loader: CellMapDataLoader) -> bool:
+        """Whether a loader finishes its batches: unless the Trainer's loop hands them to `transfer_batch_to_device`."""
+        return not (self._running and any(one is loader for one in used_loaders(self.trainer)))
 
     @property
     def _running(self) -> bool:
@@ -489,16 +481,26 @@ class CellMapDataModule(L.LightningDataModule):
 
     def _finished(self, batch: CompactBatch) -> Any:
         # Lightning converts what a loader yields to the precision before it is moved: here it is only float32 by now.
-        return self.trainer.precision_plugin.convert_input(batch.finished())  # type: ignore[union-attr]
+        return self.trainer.precision_plugin.convert_input(batch.finish())  # type: ignore[union-attr]
 
     # -- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """How each volume was normalized, so that a prediction from the checkpoint sees the same numbers."""
-        return {"normalization": {path: list(affine) for path, affine in self.crops.normalization.items()}}
+        """How each volume was normalized, so that a prediction from the checkpoint sees the same numbers.
+
+        While training also the positions of the training loaders in their streams of samples. Lightning keeps them
+        itself, and does not restore them where ``configure_optimizers`` has had the loaders made.
+        """
+        state: dict[str, Any] = {"normalization": {p: list(affine) for p, affine in self.crops.normalization.items()}}
+        loaders = training_loaders(self.trainer)
+        if any(isinstance(one.steps, TrainingSteps) and one.steps.data is self for one in loaders):
+            state["positions"] = [one.state_dict() for one in loaders]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Normalize the volumes of the checkpoint as they were."""
+        """Normalize the volumes of the checkpoint as they were, and resume training at its next sample."""
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        self.resume_positions = list(state_dict.get("positions", ())) if fitting else []
         affine = state_dict.get("normalization", {})
         self.crops.restore_normalization({path: (float(o), float(f)) for path, (o, f) in affine.items()})
 
@@ -523,7 +525,7 @@ class CellMapDataModule(L.LightningDataModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # A Trainer takes hold of the copy itself, and cannot always be pickled.
-        return self.__dict__ | {"trainer": None}
+        return self.__dict__ | {"_trainer": None}
 
     def __str__(self) -> str:
         given = [split for split in SPLITS if self.crops.given(split)]

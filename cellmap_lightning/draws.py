@@ -13,7 +13,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _ONE, _TWO = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 #: What the numbers are drawn for; each purpose has numbers of its own.
-PLACE, TURN, VALUES, ORDER, AUGMENT, INDEX, HIDE = range(7)
+PLACE, TURN, VALUES, ORDER, AUGMENT, INDEX, HIDE, SHUFFLE = range(8)
 
 
 def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -18,7 +18,8 @@ from cellmap_lightning.links import napari, neuroglancer
 from cellmap_lightning.sampling.arrays import BatchLayout
 from cellmap_lightning.sampling.dataloader import CellMapDataLoader
 from cellmap_lightning.sampling.dataset import CellMapDataset
-from cellmap_lightning.sampling.source import Draw, Samples, SampleSource
+from cellmap_lightning.sampling.samples import Samples
+from cellmap_lightning.sampling.source import Draw, SampleSource
 from cellmap_lightning.volumes.geometry import AXES, Box, FloatArray, to_vector
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
+from cellmap_lightning.sampling.arrays import BatchLayout
+from cellmap_lightning.sampling.compact import CompactBatch
 from cellmap_lightning.synthetic import SyntheticVolume, write_volume
 
 # Shells have what they run in the background ignore Ctrl-C, and so would the programs that tests start and interrupt.
@@ -37,8 +38,8 @@ def predicted_memory_is_real():
     def checked(layout, batch):
         finished = finish(layout, batch)
         if isinstance(batch, CompactBatch):
-            said = layout.memory(len(batch["idx"]))
-            assert {n: t.nbytes for n, t in batch.items() if n not in ("idx", "sample")} == said.compact.arrays
+            said = layout.memory(len(batch.tensors["idx"]))
+            assert {n: t.nbytes for n, t in batch.tensors.items() if n not in ("idx", "sample")} == said.compact.arrays
             assert {n: t.nbytes for n, t in finished.items() if n != "idx"} == said.arrays
         return finished
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from cellmap_lightning import CellMapDataModule, CellMapError
 from cellmap_lightning.callbacks import RunConfig, StreamPrefetch
-from cellmap_lightning.sampling.arrays import CompactBatch
+from cellmap_lightning.sampling.compact import CompactBatch
 from cellmap_lightning.sampling.prefetch import ReadAhead
 from cellmap_lightning.task import SegmentationTask
 from tests.conftest import CLASSES, INPUTS, TARGETS, reading_threads
@@ -269,11 +269,15 @@ def test_compact_batches_are_finished_in_the_transfer(volume, tmp_path, precisio
     monkeypatch.setattr("cellmap_lightning.datamodule.STREAM_DEVICES", ("cpu",))
     delivered, seen = [], []
 
-    class Own(SegmentationTask):
-        def on_before_batch_transfer(self, batch, dataloader_idx):
-            delivered.append(type(batch))
-            return batch
+    transfer = CellMapDataModule.transfer_batch_to_device
 
+    def watched(data, batch, device, dataloader_idx):
+        delivered.append(type(batch))
+        return transfer(data, batch, device, dataloader_idx)
+
+    monkeypatch.setattr(CellMapDataModule, "transfer_batch_to_device", watched)
+
+    class Own(SegmentationTask):
         def on_after_batch_transfer(self, batch, dataloader_idx):
             seen.append({n: (t.dtype, tuple(t.shape)) for n, t in batch.items()})
             return batch

@@ -414,7 +414,7 @@ def test_ctrl_c_at_every_phase_leaves_nothing(root, tmp_path, phase):
         for number in range(0, 64, 8):
             at = position(data, (number // 2, number // 4, number % 33))
             z, y, x = number // 2, number // 4, number % 33
-            found = data.read([type(data.draw([0], True, 0)[0])(0, at, None)])
+            found = data.read([type(data.draw([0], True, 0)[0])(0, at, None)]).tensors
             assert (np.asarray(found["raw"])[0, 0] == RAW[z : z + 32, y : y + 32, x : x + 32]).all()
 
 
@@ -449,7 +449,7 @@ def test_soak_with_faults(root, monkeypatch):
     with data:
         for first in range(0, 100_000, 8):
             draws = data.draw(range(first, first + 8), True, 0)
-            batch = data.read(draws)
+            batch = data.read(draws).tensors
             for row, draw in enumerate(draws):
                 z, y, x = data.placement.place(draw.position)
                 assert (np.asarray(batch["raw"])[row, 0] == RAW[z : z + 8, y : y + 8, x : x + 8]).all()

@@ -21,6 +21,7 @@ from torch import nn
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks import StreamPrefetch
+from cellmap_lightning.sampling.compact import CompactBatch
 from cellmap_lightning.sampling.prefetch import ReadAhead
 from cellmap_lightning.task import SegmentationTask
 from tests.conftest import CLASSES, reading_threads
@@ -52,8 +53,11 @@ class Engine(ReadAhead):
 
     def copy(self, batch):
         assert threading.current_thread().name.startswith("cellmap-copy")
-        copied = type(batch)({name: tensor.clone() for name, tensor in batch.items()})
-        Engine.alive.update(copied.values())
+        if isinstance(batch, CompactBatch):
+            copied = batch.map(torch.Tensor.clone)
+            Engine.alive.update(copied.tensors.values())
+        else:
+            copied = {name: tensor.clone() for name, tensor in batch.items()}
         self.waits = getattr(self, "waits", 0) + 1
         Engine.most = max(Engine.most, self.waits)
         return (copied,)

@@ -196,7 +196,7 @@ def test_a_plain_loop_goes_on(volume):
 
         first = loader()
         whole = idx(first) + idx(first) + idx(first)
-        assert first.state_dict() == {"epoch": 3, "first": 24, "samples": 0}
+        assert first.state_dict() == {"epoch": 3, "first": 24, "samples": 0, "count": 8, "given": -1}
         for done in range(12):
             stopped = loader()
             seen = 0

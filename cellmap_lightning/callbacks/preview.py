@@ -16,7 +16,8 @@ from cellmap_lightning.figures.sheet import contact_sheet
 from cellmap_lightning.masked import probabilities
 from cellmap_lightning.preview import show
 from cellmap_lightning.sampling.dataloader import CellMapDataLoader
-from cellmap_lightning.sampling.source import Draw, Samples
+from cellmap_lightning.sampling.samples import Samples
+from cellmap_lightning.sampling.source import Draw
 
 log = logging.getLogger(__name__)
 

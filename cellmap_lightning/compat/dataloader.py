@@ -9,12 +9,13 @@ import torch
 from torch.utils.data import RandomSampler, Sampler, Subset
 
 from cellmap_lightning.errors import CellMapIndexError, CellMapTypeError
-from cellmap_lightning.sampling.arrays import CompactBatch
+from cellmap_lightning.sampling.compact import CompactBatch
 from cellmap_lightning.sampling.dataloader import CellMapDataLoader as DataLoader
 from cellmap_lightning.sampling.memory import device_memory
 from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
 from cellmap_lightning.sampling.prefetch import PrefetchDecision, PrefetchSettings, decide
-from cellmap_lightning.sampling.source import Draw, Samples, SampleSource
+from cellmap_lightning.sampling.samples import Samples
+from cellmap_lightning.sampling.source import Draw, SampleSource
 
 log = logging.getLogger(__name__)
 
@@ -174,8 +175,9 @@ class CellMapDataLoader(DataLoader):
         return map(self._on_device, super().__iter__()) if self.device.type != "cpu" else super().__iter__()
 
     def _on_device(self, batch: Any) -> dict[str, torch.Tensor]:
-        moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        return self.layout.finish(CompactBatch(moved) if isinstance(batch, CompactBatch) else moved)
+        if isinstance(batch, CompactBatch):
+            return batch.to(self.device).finish()
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def __repr__(self) -> str:
         return f"CellMapDataLoader({self.source!r}, batch_size={self.batch_size}, is_train={self.is_train})"

@@ -3,7 +3,7 @@
 import difflib
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,6 +15,7 @@ import torch
 from cellmap_lightning.buffers import BUFFERS
 from cellmap_lightning.draws import VALUES, hashes
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.sampling.compact import CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory, FormMemory
 from cellmap_lightning.transforms.augment import IntensityTransforms
 from cellmap_lightning.transforms.intensity import AUTO, Scaling, seed_own_generator
@@ -24,7 +25,7 @@ from cellmap_lightning.volumes.placement import Window
 #: ``{name: {"shape": [z, y, x] voxels, "scale": [z, y, x] nm}}``, or one such description by itself.
 ArraySpecs: TypeAlias = Mapping[str, Any]
 
-_RESERVED = ("idx", "sample", "finish")
+_RESERVED = ("idx", "sample")
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,38 +179,6 @@ def parse_classes(classes: Sequence[str]) -> tuple[str, ...]:
     return tuple(classes)
 
 
-_SAME_BITS = {torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-#: Under this key a compact batch carries what finishes it; see `CompactBatch.carried`.
-_FINISH = "finish"
-
-
-class CompactBatch(dict[str, Any]):
-    """A batch as it travels: inputs in their stored type, targets as bits, ids or distances.
-
-    Keys: each input ``[N, 1, z, y, x]``, each target (binary: uint8 ``[N, z, y, x, 2 * ceil(classes / 8)]``), ``idx``
-    int64 ``[N]`` (positions) and ``sample`` int64 ``[N]`` (numbers of the samples, from which random value transforms
-    follow).
-    """
-
-    def carried(self, layout: "BatchLayout") -> "CompactBatch":
-        """The same memory, to be finished by `finished` after Lightning has moved it.
-
-        Floats are seen as integers of the same bits, which `BatchLayout.finish` sees back: Lightning converts floats
-        to the precision of the model first. What finishes the batch is one of its values, as Lightning copies mappings
-        by their items.
-        """
-        batch = CompactBatch({name: t.view(_SAME_BITS.get(t.dtype, t.dtype)) for name, t in self.items()})
-        batch[_FINISH] = layout.finish
-        return batch
-
-    def finished(self) -> dict[str, torch.Tensor]:
-        """The finished form of a batch that was `carried`."""
-        finish: Callable[[CompactBatch], dict[str, torch.Tensor]] = self[_FINISH]
-        return finish(CompactBatch({name: value for name, value in self.items() if name != _FINISH}))
-
-
 @dataclass(frozen=True, eq=False)
 class BatchLayout:
     """How a batch is laid out, and how it is finished.
@@ -249,14 +218,14 @@ class BatchLayout:
 
     def empty(self, count: int, pin: bool = False) -> CompactBatch:
         """A compact batch of ``count`` samples whose voxels are not set; in page-locked memory with ``pin``."""
-        batch = CompactBatch()
+        tensors: dict[str, torch.Tensor] = {}
         for name, (shape, dtype) in self.compact().items():
             if pin:
                 kind = getattr(torch, dtype.name)
-                batch[name] = torch.empty((count, *shape), dtype=kind, pin_memory=True)
+                tensors[name] = torch.empty((count, *shape), dtype=kind, pin_memory=True)
             else:
-                batch[name] = torch.from_numpy(BUFFERS.empty((count, *shape), dtype))
-        return batch
+                tensors[name] = torch.from_numpy(BUFFERS.empty((count, *shape), dtype))
+        return CompactBatch(tensors, self)
 
     @property
     def custom(self) -> bool:
@@ -278,7 +247,7 @@ class BatchLayout:
                 finished[f"{name}_mask"] = voxels
         return BatchMemory(finished, FormMemory(compact))
 
-    def finish(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def finish(self, batch: CompactBatch | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The finished form of a batch, on the device where it is; a finished batch is handed back as it is.
 
         Returns:
@@ -290,13 +259,14 @@ class BatchLayout:
         """
         if not isinstance(batch, CompactBatch):
             return dict(batch)
-        samples = batch["sample"]
+        stored = batch.tensors
+        samples = stored["sample"]
         out: dict[str, torch.Tensor] = {}
         for name, spec in self.inputs.items():
             transform = self.raw_transforms.get(name, AUTO)
-            raw = batch[name].view(getattr(torch, self.raw_dtype.name))
+            raw = stored[name]
             if transform == AUTO:
-                value = self.scaling(raw, batch["idx"])
+                value = self.scaling(raw, stored["idx"])
             elif transform is None:
                 value = raw.to(torch.float32)
             else:
@@ -309,8 +279,7 @@ class BatchLayout:
                 value = self.augment(value, self.seed, samples.tolist(), len(out), spec.window.scale.tolist())
             out[name] = value.squeeze(1) if spec.slices_as_channels else _drop_thin(value, spec.window)
         for name, target in self.targets.items():
-            dtype = target.kind.compact(self.id_dtype)[1]
-            value = target.kind.finish(batch[name].view(getattr(torch, dtype.name)))
+            value = target.kind.finish(stored[name])
             if target.kind.name == "binary":
                 for index, transform in self.target_transforms.items():
                     what = f"target value transform of {self.classes[index]!r}"
@@ -320,7 +289,7 @@ class BatchLayout:
                 out[f"{name}_mask"] = ~value.isnan()
                 value = torch.nan_to_num(value, nan=0.0)
             out[name] = value
-        out["idx"] = batch["idx"]
+        out["idx"] = stored["idx"]
         return out
 
     def _each(

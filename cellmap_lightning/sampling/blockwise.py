@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.sampling.source import Draw, Samples, SampleSource
+from cellmap_lightning.sampling.samples import Samples
+from cellmap_lightning.sampling.source import Draw, SampleSource
 from cellmap_lightning.volumes.blending import Part, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid
 from cellmap_lightning.volumes.geometry import Box, Lattice, Shape

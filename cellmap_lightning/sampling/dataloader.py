@@ -1,20 +1,20 @@
 """Samples as batches: a `DataLoader` that a Trainer, or a plain loop, can use."""
 
-import itertools
 import multiprocessing
 import os
 import time
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError, WorkerError
-from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
+from cellmap_lightning.errors import CellMapError, CellMapValueError, WorkerError
+from cellmap_lightning.sampling.arrays import BatchLayout
+from cellmap_lightning.sampling.compact import CompactBatch, CompactRequest
 from cellmap_lightning.sampling.memory import BatchMemory, check_fits, device_memory
 from cellmap_lightning.sampling.positions import PositionSampler
 from cellmap_lightning.sampling.prefetch import (
@@ -25,30 +25,45 @@ from cellmap_lightning.sampling.prefetch import (
     SideStream,
     prefetch,
 )
+from cellmap_lightning.sampling.resume import Steps, StreamPosition
 from cellmap_lightning.sampling.sampler import StreamSampler
+from cellmap_lightning.sampling.samples import NumberedSamples, Samples, WrappedSamples, collate
 from cellmap_lightning.sampling.slots import SlotBatch, Slots
-from cellmap_lightning.sampling.source import Samples, SampleSource
+from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.sampling.waiting import Timed, Waiting
 from cellmap_lightning.volumes.store import Remote
 
 
-def _as_read(batch: Any) -> Any:
-    """The dataset reads whole batches, so there is nothing left to collate."""
-    return batch
+class _CompactRequests:
+    """The batches of a batch sampler, as requests for compact batches.
+
+    Args:
+        batches: the batch sampler.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[CompactRequest]:
+        return map(CompactRequest, self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
 
 def _begin(worker: int) -> None:
     """In a new worker process: one thread for torch, as `DataLoader` itself sets."""
 
 
-def _start_method(source: SampleSource, given: Any) -> Any:
+def _start_method(sources: Sequence[SampleSource], given: Any) -> Any:
     """How worker processes are started.
 
     Raises:
         CellMapValueError: by a fork, with a reader whose threads would be missing in the child.
     """
-    unsafe = any(dataset.reader == "tensorstore" for dataset in source.datasets)
-    if given is None and not unsafe and not any(isinstance(d.raw_at, Remote) for d in source.datasets):
+    crops = [crop for source in sources for crop in source.datasets]
+    unsafe = any(crop.reader == "tensorstore" for crop in crops)
+    if given is None and not unsafe and not any(isinstance(crop.raw_at, Remote) for crop in crops):
         return None  # connections to elsewhere stay behind in a fork, and are made anew in the child
     context = multiprocessing.get_context("forkserver") if given is None else given
     if isinstance(context, str):
@@ -72,24 +87,6 @@ def _end_workers(iterator: Iterator[Any]) -> None:
         shutdown()
 
 
-class Steps(Protocol):
-    """A Trainer's own count of the training batches of an epoch.
-
-    Attributes:
-        done: batches whose step has ended.
-        ended: whether the last of them was the last of its epoch.
-    """
-
-    @property
-    def done(self) -> int: ...  # noqa: D102
-
-    @property
-    def ended(self) -> bool: ...  # noqa: D102
-
-    def go_on_from(self, done: int) -> None:
-        """A run goes on with as many batches done, of the size that they have now."""
-
-
 #: Seconds after which a worker process that delivers nothing is an error: first batches may decode for minutes.
 WORKER_TIMEOUT = 1200.0
 _SHARED = (
@@ -98,10 +95,14 @@ _SHARED = (
 
 
 class CellMapDataLoader(DataLoader[Any]):
-    """Batches of a `CellMapDataset` or `CellMapMultiDataset`.
+    """Batches of a `CellMapDataset` or `CellMapMultiDataset`, or of any dataset around one.
 
     Batches are read by the dataset's own threads, so ``num_workers=0`` is the fast way. Value transforms run where the
     batch is finished, in the main process.
+
+    A subclass that overrides ``__getitem__`` is read through it, and so is any other map-style dataset, such as a
+    `torch.utils.data.Subset`: one sample after the other, finished. ``loader.dataset`` can be given to other loaders,
+    whose samples are finished too.
 
     Args:
         dataset: where the samples come from. ``loader.dataset`` is a view of it with as many items as an epoch has
@@ -113,16 +114,14 @@ class CellMapDataLoader(DataLoader[Any]):
             an order of which every beginning is spread over all crops. Where a tile overlaps the one before it its
             targets are unknown, so that all tiles together show each voxel of a target once.
         seed: what everything random follows from; by default the dataset's.
-        finish: yield finished batches (float32); False leaves them compact, for `BatchLayout.finish`.
+        finish: yield finished batches (float32); False leaves them compact, for `BatchLayout.finish`. Or a function of
+            the loader that returns this when a pass begins.
         drop_last: leave an incomplete last batch out; by default while training.
         rank: this process among ``world``; by default that of `torch.distributed`.
         world: number of processes.
         pin_memory: read into page-locked memory.
         device: where the batches are used; they are copied to it if ``decision`` says so.
         decision: have batches ahead, see `prefetch.decide`; by default none are.
-        carry: compact batches carry the means to finish them, and their floats as integers of the same bits, since
-            Lightning would convert them to the precision of the model before: for `CellMapDataModule`, see
-            `CompactBatch.carried`.
         waiting: counts up while batches are waited for.
         steps: the Trainer's count of batches, by which `state_dict` says how far a pass has come; by default as many as
             were delivered.
@@ -145,13 +144,13 @@ class CellMapDataLoader(DataLoader[Any]):
 
     def __init__(
         self,
-        dataset: SampleSource | Samples,
+        dataset: SampleSource | NumberedSamples | Dataset[Any],
         batch_size: int = 1,
         num_workers: int = 0,
         samples_per_epoch: int | None = None,
         is_train: bool = True,
         seed: int | None = None,
-        finish: bool = True,
+        finish: "bool | Callable[[CellMapDataLoader], bool]" = True,
         *,
         drop_last: bool | None = None,
         rank: int | None = None,
@@ -159,7 +158,6 @@ class CellMapDataLoader(DataLoader[Any]):
         pin_memory: bool = False,
         device: torch.device | None = None,
         decision: PrefetchDecision | None = None,
-        carry: bool = False,
         waiting: Waiting | None = None,
         steps: Steps | None = None,
         persistent_workers: bool | None = None,
@@ -172,33 +170,34 @@ class CellMapDataLoader(DataLoader[Any]):
         shuffle: bool | None = None,
         tiles: Sequence[int] | None = None,
     ) -> None:
-        source = dataset.dataset if isinstance(dataset, Samples) else dataset
-        if not isinstance(source, SampleSource):
-            raise CellMapTypeError(f"CellMapDataLoader needs a CellMapDataset, got {type(dataset).__name__}")
+        source: Any = dataset.dataset if isinstance(dataset, NumberedSamples) else dataset
         strategy = None
         if isinstance(sampler, PositionSampler):  # it says how to draw; the numbers of the samples are the loader's own
             if sampler.dataset is not source:
                 raise CellMapValueError(f"the sampler draws positions of {sampler.dataset}, not of {source}")
             strategy, seed, samples_per_epoch = sampler.strategy, sampler.seed, sampler.samples_per_epoch
             sampler, shuffle, is_train = None, None, True
-        if isinstance(dataset, Samples) and strategy is None:
+        samples: NumberedSamples
+        if isinstance(dataset, NumberedSamples) and strategy is None:
             samples = copy(dataset)  # with other workers than the loader that it was taken from
             samples.slots = None
-        else:
+        elif isinstance(source, SampleSource):
             seed = source.seed if seed is None else seed
             samples = Samples(source, samples_per_epoch, is_train, seed, pin_memory, tiles, strategy)
-        slots = num_workers > 0 and Slots.possible()
+        else:
+            samples = WrappedSamples(source, samples_per_epoch, is_train, seed or 0, pin_memory)
+        slots = num_workers > 0 and Slots.possible() and not samples.overridden
         if num_workers > 0:
             # Not None: Lightning would add one that makes every worker import it.
             worker_init_fn = worker_init_fn or _begin
-            multiprocessing_context = _start_method(source, multiprocessing_context)
+            multiprocessing_context = _start_method(samples.sources, multiprocessing_context)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise CellMapValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         if shuffle is not None and shuffle != is_train and sampler is None and batch_sampler is None:
             raise CellMapValueError(f"shuffle={shuffle} contradicts is_train={is_train}, from which the order follows")
         common: dict[str, Any] = {
             "num_workers": num_workers,
-            "collate_fn": _as_read,
+            "collate_fn": collate,
             # Batches are read, or copied out of a slot, into page-locked memory.
             "pin_memory": samples.pin and num_workers > 0 and not slots,
             "timeout": timeout if num_workers else 0,  # without workers there is nobody to wait for
@@ -218,15 +217,26 @@ class CellMapDataLoader(DataLoader[Any]):
         self._by_slots = slots
         self.finish = finish
         self.device = device or torch.device("cpu")
-        self.carry = carry
         self.decision = decision
         self.waiting = waiting or Waiting()
         self.steps = steps
-        #: What the next pass goes on from, if it is that epoch.
-        self._resume: dict[str, int] | None = None
-        self._delivered = self._steps_before = 0
-        self._under_way = False
+        self._finishes = True
+        own = self._own_sampler()
+        #: None where the order is that of another sampler.
+        self._position = StreamPosition(own, self._most, bool(self.drop_last), steps) if own is not None else None
+        self._follow_sampler()
         self._nothing_under_way()
+
+    def _follow_sampler(self) -> None:
+        position = self._position
+        if position is not None:
+            follow = weakref.WeakMethod(position.epoch_of)
+
+            def epoch_of(epoch: int) -> int:
+                method = follow()
+                return epoch if method is None else method(epoch)
+
+            position.sampler.epoch_of = epoch_of
 
     def _nothing_under_way(self) -> None:
         #: The passes that were begun, what each takes its batches from, and what reads these.
@@ -240,23 +250,38 @@ class CellMapDataLoader(DataLoader[Any]):
         samples.slots = None  # type: ignore[attr-defined]
         here = {"_passes", "_streams", "_readings", "__pl_attrs_record"}  # the last is Lightning's, see `close`
         state = {name: value for name, value in self.__dict__.items() if name not in here}
-        return state | {"dataset": samples, "steps": None, "_iterator": None}
+        finish = self.finish if isinstance(self.finish, bool) else True
+        return state | {"dataset": samples, "finish": finish, "steps": None, "_iterator": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._follow_sampler()
         self._nothing_under_way()
 
     @property
-    def source(self) -> SampleSource:
+    def _samples(self) -> NumberedSamples:
+        samples: NumberedSamples = self.dataset  # type: ignore[assignment]
+        return samples
+
+    @property
+    def _index_sampler(self) -> Any:
+        # Iterators of this loader request compact batches. Those of loaders that are built from its parts do not, since
+        # they would not know how to finish one.
+        return _CompactRequests(super()._index_sampler)
+
+    @property
+    def source(self) -> Any:
         """The dataset that was given."""
-        samples: Samples = self.dataset  # type: ignore[assignment]
-        return samples.dataset
+        return self._samples.dataset
 
     @property
     def layout(self) -> BatchLayout:
-        """How its batches are laid out and finished."""
-        samples: Samples = self.dataset  # type: ignore[assignment]
-        return samples.layout
+        """How its batches are laid out and finished.
+
+        Raises:
+            CellMapTypeError: the dataset is not one of this package, but a wrapper.
+        """
+        return self._samples.layout
 
     @property
     def _most(self) -> int:
@@ -265,15 +290,20 @@ class CellMapDataLoader(DataLoader[Any]):
         return int(size)
 
     def batch_memory(self) -> BatchMemory:
-        """The bytes of a batch, known before anything is read."""
-        return self.source.batch_memory(self._most)
+        """The bytes of a batch, known before anything is read.
+
+        Raises:
+            CellMapTypeError: the dataset is not one of this package, but a wrapper.
+        """
+        return self.layout.memory(self._most)
 
     def __iter__(self) -> Generator[dict[str, torch.Tensor], None, None]:  # type: ignore[override]
         # A generator: Lightning asks twice for the iterator of one epoch and abandons one of them. Nothing starts, and
         # no epoch is counted, before the first batch is asked for.
         started = self._pass(partial(self._batches, partial(super().__iter__)))
         self._passes.add(started)
-        self.source.follow(self)
+        for source in self._samples.sources:
+            source.follow(self)
         return started
 
     def close(self) -> None:
@@ -286,15 +316,14 @@ class CellMapDataLoader(DataLoader[Any]):
                 started.close()
             except ValueError:  # somebody waits for a batch in it right now, and will be told that reading ended
                 continue
-        samples: Samples = self.dataset  # type: ignore[assignment]
-        samples.slots = None
+        self._samples.slots = None
         # Whoever still waits for a batch of theirs would wait for ever, and ends them afterwards.
         if iterator is not None and not any(reading.gi_running for reading in list(self._readings)):
             _end_workers(iterator)
 
     def _batches(self, start: Any) -> Generator[Any, None, None]:
         """The batches of a pass, as they were read; worker processes are started here."""
-        samples: Samples = self.dataset  # type: ignore[assignment]
+        samples = self._samples
         if self.num_workers > 0:
             samples.prepare()  # before they begin, so that all of them share what is kept
         slots = None
@@ -305,7 +334,7 @@ class CellMapDataLoader(DataLoader[Any]):
                 samples.room = self._most
                 slots = Slots(
                     samples.layout, samples.room, self.num_workers, self.prefetch_factor or 2,
-                    self.finish and samples.layout.custom,
+                    self._finishes and samples.layout.custom,
                 )  # fmt: skip
             samples.slots = slots
         reading = self._read(start(), partial(self._taken, slots, samples.pin))
@@ -341,10 +370,9 @@ class CellMapDataLoader(DataLoader[Any]):
         ):
             return None
         crops = str(self.source)
-        if self._own_sampler() is not None:  # nobody else's order is gone through twice
-            samples: Samples = self.dataset  # type: ignore[assignment]
-            numbers = next(itertools.islice(iter(self.batch_sampler or ()), done, None), [])
-            crops = ", ".join(dict.fromkeys(samples.crop(number) for number in numbers))
+        if self._position is not None:  # another sampler may not be iterated twice
+            numbers = self.numbers(done)
+            crops = ", ".join(dict.fromkeys(self._samples.crop(number) for number in numbers))
         if "timed out after" in text:
             what, advice = f"delivered nothing for {self.timeout:g} s", "timeout says how long to wait"
         else:
@@ -374,8 +402,11 @@ class CellMapDataLoader(DataLoader[Any]):
 
     def _pass(self, batches: Any) -> Generator[dict[str, torch.Tensor], None, None]:
         # Here and not where the loader is made, since Lightning's tuner makes loaders that it does not use.
-        check_fits(self.batch_memory(), self._most, self.device, device_memory(self.device), str(self.source))
-        self._start()
+        if not isinstance(self._samples, WrappedSamples):
+            check_fits(self.batch_memory(), self._most, self.device, device_memory(self.device), str(self.source))
+        if self._position is not None:
+            self._position.start()
+        self.__dict__["_finishes"] = self.finish if isinstance(self.finish, bool) else self.finish(self)
         present: Any = self._present
         engine: SideStream | ReadAhead | NothingAhead
         if self.persistent_workers:
@@ -385,11 +416,11 @@ class CellMapDataLoader(DataLoader[Any]):
         else:
             if self.device.type in STREAM_DEVICES:
                 engine = SideStream(self.device)
-            elif self.layout.custom:
+            elif self._samples.overridden or self.layout.custom:
                 engine = ReadAhead()  # somebody's own functions may use torch's generator, as the step does
             else:
                 engine, present = ReadAhead(present), None
-            stream = prefetch(batches, engine, self.decision.depth, self.source.cancel)
+            stream = prefetch(batches, engine, self.decision.depth, self._cancel)
         self._streams.add(stream)
         timed = Timed(stream, self.waiting, engine)
         try:
@@ -397,19 +428,23 @@ class CellMapDataLoader(DataLoader[Any]):
             yield from map(self._delivering, timed if present is None else map(self._timed_present, timed))
             if stream not in self._streams:
                 raise CellMapError(f"{self.source}: {_SHARED}, and another one was begun before this one had ended")
-            self._under_way = False
+            if self._position is not None:
+                self._position.under_way = False
         except RuntimeError as e:  # torch's handler of signals raises it wherever the main thread is
-            explained = self._explained(e, self._delivered)
+            explained = self._explained(e, self._position.delivered if self._position is not None else 0)
             if explained is None:
                 raise
             raise explained from e
         finally:
             stream.close()
 
+    def _cancel(self, thread: int) -> None:
+        for source in self._samples.sources:
+            source.cancel(thread)
+
     def _delivering(self, batch: Any) -> Any:
-        self.__dict__["_delivered"] += (
-            1  # not by setattr: where Lightning records what is set, each batch would add to it
-        )
+        if self._position is not None:
+            self._position.delivered += 1
         return batch
 
     def _timed_present(self, batch: Any) -> Any:
@@ -421,9 +456,11 @@ class CellMapDataLoader(DataLoader[Any]):
 
     def _present(self, batch: Any) -> Any:
         """A batch in the form that was asked for."""
-        if self.finish:
-            return self.layout.finish(batch)
-        return batch.carried(self.layout) if self.carry and isinstance(batch, CompactBatch) else batch
+        if not isinstance(batch, CompactBatch):
+            return batch  # by user code
+        if batch.layout is None:  # from another process
+            batch.layout = self.layout
+        return batch.finish() if self._finishes else batch
 
     def _own_sampler(self) -> StreamSampler | None:
         """The loader's own sampler, also where Lightning has wrapped it to predict."""
@@ -437,88 +474,30 @@ class CellMapDataLoader(DataLoader[Any]):
 
         Empty where somebody else's sampler gives the order.
         """
-        sampler = self._own_sampler()
-        if sampler is None:
-            return []
-        epoch, skip = sampler.epoch, sampler.skip
-        if not self._under_way:
-            sampler.epoch, sampler.skip = sampler.next_epoch, 0
-        try:
-            return list(itertools.islice(sampler, batch * self._most, (batch + 1) * self._most))
-        finally:
-            sampler.epoch, sampler.skip = epoch, skip
+        return self._position.numbers(batch) if self._position is not None else []
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is this epoch."""
-        sampler = self._own_sampler()
-        if sampler is not None:
-            sampler.set_epoch(epoch)
+        if self._position is not None:
+            self._position.sampler.set_epoch(epoch)
 
-    # -- going on where a run has stopped
-
-    def _start(self) -> None:
-        """A pass begins, in the middle of its epoch if a run goes on there."""
-        sampler = self._own_sampler()
-        if sampler is None:
-            return
-        resume, self._resume = self._resume, None
-        skip = 0
-        if resume is not None and resume["epoch"] == sampler.next_epoch:
-            skip = resume["samples"]
-        elif resume is not None and self._batches_left(resume["samples"]) == 0:
-            # With max_steps, Lightning numbers an epoch too many where a checkpoint was saved at the end of one.
-            sampler.begin_at(sampler.next_epoch, resume["first"] + sampler.count)
-        sampler.start(skip)
-        self._delivered, self._under_way = 0, True
-        self._steps_before = self.steps.done if self.steps is not None else 0
-
-    def _batches_left(self, samples: int) -> int:
-        """Batches of this rank in an epoch of which so many samples are done, over all ranks."""
-        sampler = self._own_sampler()
-        left = sampler.left(samples) if sampler is not None else 0
-        return left // self._most if self.drop_last else -(-left // self._most)
+    # -- resuming
 
     def state_dict(self) -> dict[str, int]:
         """How far the samples have come: for `load_state_dict` of another loader, also one with other batches or ranks.
 
         Returns:
             ``epoch``, the number of its ``first`` sample, and how many ``samples`` of it are done, over all ranks: read
-            and delivered, and under a Trainer those whose step has ended.
+            and delivered, and under a Trainer those whose step has ended; the samples of an epoch (``count``), and the
+            epoch that was set last (``given``). Empty where the order is that of another sampler.
         """
-        sampler = self._own_sampler()
-        if sampler is None:  # somebody else's order, of which nothing is known
-            return {}
-        if self._resume is not None:
-            return dict(self._resume)
-        epoch, samples = sampler.next_epoch, 0
-        if self._under_way:
-            done = self._delivered if self.steps is None else self.steps.done - self._steps_before
-            epoch, samples = sampler.epoch, sampler.skip + done * self._most * sampler.num_replicas
-        return {"epoch": epoch, "first": sampler.first(epoch), "samples": min(samples, sampler.count)}
+        return self._position.state() if self._position is not None else {}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on from where `state_dict` was taken: the next pass begins at the next sample of that epoch.
+        """Continue from where `state_dict` was taken: the next pass begins at the next sample of that epoch.
 
         Raises:
             CellMapKeyError: it is no such state.
         """
-        sampler = self._own_sampler()
-        if sampler is None or not state_dict:
-            return
-        missing = sorted({"epoch", "first", "samples"} - set(state_dict))
-        if missing:
-            raise CellMapKeyError(
-                f"the state of a loader has epoch, first and samples; {', '.join(missing)} is missing"
-            )
-        epoch, first, samples = (int(state_dict[name]) for name in ("epoch", "first", "samples"))
-        # Epochs may have another length now. More may be done than they have, or their end may have been reached: then
-        # this epoch has ended, and the next one begins behind what is done.
-        ended = self.steps is not None and self.steps.ended and self._batches_left(samples) > 0
-        if samples > sampler.count or ended:
-            first, samples = first + samples - sampler.count, sampler.count
-        sampler.begin_at(epoch, first)
-        sampler.set_epoch(epoch)
-        self._resume = {"epoch": epoch, "first": first, "samples": samples}
-        self._under_way = False
-        if self.steps is not None:
-            self.steps.go_on_from(len(self) - self._batches_left(samples))
+        if self._position is not None and state_dict:
+            self._position.load(state_dict)

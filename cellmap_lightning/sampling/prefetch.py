@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from cellmap_lightning.errors import CellMapError
+from cellmap_lightning.sampling.compact import CompactBatch
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.pool import end_threads
 
@@ -165,15 +167,20 @@ class SideStream:
         if self.device.index is not None:
             torch.accelerator.set_device_index(self.device.index)
 
-    def copy(self, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Event]:
-        """Queue the copies; the event says when they are done."""
-        moved = type(batch)()
+    def copy(self, batch: Any) -> tuple[Any, torch.Event]:
+        """Queue the copies of a `CompactBatch`, or of the tensors in any collection.
+
+        Returns:
+            The batch on the device, and the event that the copies are done.
+        """
         with self.stream:
-            for name, tensor in batch.items():
-                moved[name] = tensor.to(self.device, non_blocking=True)
+            if isinstance(batch, CompactBatch):
+                moved: Any = batch.to(self.device)
+            else:
+                moved = apply_to_collection(batch, torch.Tensor, torch.Tensor.to, self.device, non_blocking=True)
         return moved, self.stream.record_event()
 
-    def acquire(self, batch: dict[str, torch.Tensor], copied: torch.Event) -> dict[str, torch.Tensor]:
+    def acquire(self, batch: Any, copied: torch.Event) -> Any:
         """Let the current stream wait for the copies, and keep their memory until it has used them."""
         current = torch.accelerator.current_stream(self.device)
         self._idle = current.query()
@@ -185,9 +192,12 @@ class SideStream:
             queued.synchronize()
             self.held += time.perf_counter() - began
         current.wait_event(copied)
-        for tensor in batch.values():
-            # Freed by Python while the step's kernels still run, the block would return to the side stream at once.
-            tensor.record_stream(current)
+        # Freed by Python while the step's kernels still run, a block would return to the side stream at once.
+        if isinstance(batch, CompactBatch):
+            for tensor in batch.tensors.values():
+                tensor.record_stream(current)
+        else:
+            apply_to_collection(batch, torch.Tensor, torch.Tensor.record_stream, current)
         return batch
 
     def idle(self) -> bool:

@@ -1,11 +1,12 @@
 """The order of samples: numbers of one stream, dealt out over ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch.distributed
 from torch.utils.data import DistributedSampler
 
-from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.errors import CellMapError, CellMapValueError
 
 
 class StreamSampler(DistributedSampler[int]):
@@ -16,8 +17,12 @@ class StreamSampler(DistributedSampler[int]):
 
     It is a `DistributedSampler` so that Lightning leaves it alone, and calls `set_epoch`.
 
+    Its loader begins each pass with `start`. Where something else iterates it, each iteration is a pass: on one rank
+    only, since whatever drives it there would distribute the samples a second time.
+
     Attributes:
         skip: samples at the beginning of the epoch, over all ranks, that the pass under way leaves out.
+        epoch_of: from the epoch that `set_epoch` is given to that of the next pass; set by the loader.
 
     Args:
         count: samples of an epoch over all ranks.
@@ -40,7 +45,9 @@ class StreamSampler(DistributedSampler[int]):
         self.drop_last = is_train
         self.epoch = 0
         self.skip = 0
+        self.epoch_of: Callable[[int], int] | None = None
         self._next_epoch = 0
+        self._started = False
         #: An epoch, and the number of its first sample.
         self._origin = (0, 0)
         if not len(self):
@@ -83,6 +90,10 @@ class StreamSampler(DistributedSampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is this epoch."""
+        self._next_epoch = int(epoch) if self.epoch_of is None else self.epoch_of(int(epoch))
+
+    def resume_at(self, epoch: int) -> None:
+        """The next pass is this epoch, where a run is resumed."""
         self._next_epoch = int(epoch)
 
     def first(self, epoch: int) -> int:
@@ -95,15 +106,34 @@ class StreamSampler(DistributedSampler[int]):
         self._origin = (int(epoch), int(first))
 
     def start(self, skip: int = 0) -> None:
-        """A pass begins: it is the epoch that was set, or the one after the last."""
+        """Begin a pass: the epoch that was set, or the one after the last."""
         self.epoch = self._next_epoch
         self.skip = skip
         self._next_epoch += 1
+        self._started = True
 
-    def __iter__(self) -> Iterator[int]:
+    def numbers(self) -> Iterator[int]:
+        """Return the numbers of the pass that was started last."""
         rank, world = self._place
         first = self.first(self.epoch)
         return (first + k for k in range(self.skip + rank, self._stop(self.skip), world))
+
+    def __iter__(self) -> Iterator[int]:
+        if not self._started:
+            rank, world = self._place
+            if world > 1:
+                raise CellMapError(
+                    f"the sampler of a CellMapDataLoader distributes its samples over {world} ranks itself (this is "
+                    f"rank {rank}), and is iterated by another loader, which may distribute them again; use the "
+                    "CellMapDataLoader as it is, without accelerator.prepare(loader) or the like, or make it with "
+                    "rank=0, world=1"
+                )
+            self.start()
+        self._started = False
+        return self.numbers()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"epoch_of": None}
 
     def __len__(self) -> int:
         return self.left(0)

@@ -16,7 +16,8 @@ import torch
 
 from cellmap_lightning.buffers import BUFFERS
 from cellmap_lightning.errors import CellMapError
-from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
+from cellmap_lightning.sampling.arrays import BatchLayout
+from cellmap_lightning.sampling.compact import CompactBatch
 from cellmap_lightning.volumes.shared import SharedBlock
 
 _ALIGN = 4096
@@ -64,6 +65,7 @@ class Slots:
         sizes = [*bytes_of.values(), 8 * batch_size, 8 * batch_size, 8]
         self.nbytes = sum(math.ceil(size / _ALIGN) * _ALIGN for size in sizes)
         self.block = SharedBlock(workers * self.count * self.nbytes)
+        self.layout = layout
         self._compact = layout.compact()
         self._places: dict[int, tuple[Place, ...]] = {}
         self._turn = 0
@@ -102,14 +104,14 @@ class Slots:
             targets[name][...] = array
         return SlotBatch(worker, turn, 0, places)
 
-    def take(self, batch: SlotBatch, pin: bool) -> dict[str, torch.Tensor]:
+    def take(self, batch: SlotBatch, pin: bool) -> CompactBatch | dict[str, torch.Tensor]:
         """Copy a batch out of its slot, in the main process, before the next one is asked for.
 
         Raises:
             CellMapError: the worker has written another batch there since.
         """
         memory = self._bytes(batch.worker, batch.turn)
-        out: dict[str, torch.Tensor] = CompactBatch() if batch.samples else {}
+        out: dict[str, torch.Tensor] = {}
         for name, dtype, shape, at in batch.places or self.compact_places(batch.samples):
             if pin:
                 out[name] = torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True)
@@ -122,7 +124,7 @@ class Slots:
                 f"worker {batch.worker} wrote batch {number} over batch {batch.turn} before it was used; this happens "
                 "only if batches are taken from the loader's workers in another order than they were asked for"
             )
-        return out
+        return CompactBatch(out, self.layout) if batch.samples else out
 
     def close(self) -> None:
         """Give the memory back."""

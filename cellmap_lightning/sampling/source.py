@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cellmap_lightning.draws import PLACE, uniforms
-from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
-from cellmap_lightning.sampling.arrays import BatchLayout, CompactBatch
+from cellmap_lightning.errors import CellMapIndexError
+from cellmap_lightning.sampling.arrays import BatchLayout
+from cellmap_lightning.sampling.compact import CompactBatch
 from cellmap_lightning.sampling.crops import Crops
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.pool import FORK_GATE, Closes, ReadPool
 from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
-from cellmap_lightning.sampling.slots import SlotBatch, Slots
+from cellmap_lightning.sampling.requests import Request, current_request, requesting
 from cellmap_lightning.sampling.strategies import NUMBERS, ClassBalanced, PerCrop, Strategy, Uniform
 from cellmap_lightning.sampling.tiles import Spread, stratified
 from cellmap_lightning.transforms.spatial import SpatialTransforms
@@ -185,16 +186,36 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         """The finished sample at a position: a batch of one without its first axis.
 
-        While training it is augmented as sample ``position`` of the first epoch would be.
+        While training it is augmented as sample ``position`` of the first epoch would be; where a loader requests it
+        for a sample of its stream, as that sample.
 
         Raises:
             CellMapIndexError: there is no such position.
         """
         self.locate(position)
         position = int(position) % len(self)
-        turn = self.spatial.turns(self.seed, [position])[0] if self.is_train else None
-        batch = self.layout.finish(self.read([Draw(position, position, turn)]))
-        return {name: value[0] for name, value in batch.items()}
+        request = current_request() or Request(position, self.seed)
+        draw = request.draw
+        if draw is None or request.source is not self or draw.position != position:
+            turn = self.spatial.turns(request.seed, [request.sample])[0] if self.is_train else None
+            draw = Draw(request.sample, position, turn)
+        crop, local = self.locate(position)
+        if crop is not self and overrides_items(crop):
+            own = dataclasses.replace(draw, position=local)
+            with requesting(Request(request.sample, request.seed, crop, own)):
+                sample = crop[local]
+            return sample | {"idx": torch.tensor(position, dtype=torch.int64, device="cpu")}
+        batch = self.read([draw])
+        batch.layout = dataclasses.replace(self.layout, seed=request.seed)
+        return {name: value[0] for name, value in batch.finish().items()}
+
+    def set_random_state(self, seed: int | None = None, state: Any = None) -> "SampleSource":
+        """Do nothing: samples follow from ``seed`` and their numbers alone.
+
+        MONAI's loaders call this (the interface of ``monai.transforms.Randomizable``), and would otherwise search every
+        attribute for something random.
+        """
+        return self
 
     def draw(self, samples: Sequence[int], shuffle: bool, seed: int, strategy: Strategy | None = None) -> list[Draw]:
         """Describe samples by their numbers: a function of (seed, number) alone.
@@ -267,9 +288,9 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
     def read(self, draws: Sequence[Draw], pin: bool = False) -> CompactBatch:
         """Read samples into one new compact batch, in page-locked memory with ``pin``."""
         batch = self.layout.empty(len(draws), pin)
-        self.read_into(draws, {name: tensor.numpy() for name, tensor in batch.items()})
-        batch["idx"] = torch.tensor([d.position for d in draws], dtype=torch.int64)
-        batch["sample"] = torch.tensor([d.sample for d in draws], dtype=torch.int64)
+        self.read_into(draws, {name: tensor.numpy() for name, tensor in batch.tensors.items()})
+        batch.tensors["idx"] = torch.tensor([d.position for d in draws], dtype=torch.int64, device="cpu")
+        batch.tensors["sample"] = torch.tensor([d.sample for d in draws], dtype=torch.int64, device="cpu")
         return batch
 
     def read_into(self, draws: Sequence[Draw], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
@@ -376,92 +397,6 @@ def _seed(rng: torch.Generator | None, otherwise: int) -> int:
     return otherwise if rng is None else rng.initial_seed()
 
 
-class Samples(Dataset[Any]):
-    """What a `DataLoader` sees: as many items as an epoch has samples, numbered on through the epochs.
-
-    Args:
-        dataset: where the samples come from.
-        count: samples of an epoch; by default as many as there are tiles.
-        shuffle: draw samples at random; otherwise go through the tiles.
-        seed: what everything random follows from.
-        pin: read into page-locked memory.
-        tiles: numbers of the tiles, in the order in which they come; by default all, see `SampleSource.spread_tiles`.
-        strategy: where random samples come from; by default as the dataset's own says.
-
-    Raises:
-        CellMapValueError: ``count`` is not positive, or larger than there are tiles; tiles are given to be drawn.
-    """
-
-    def __init__(
-        self,
-        dataset: SampleSource,
-        count: int | None,
-        shuffle: bool,
-        seed: int,
-        pin: bool = False,
-        tiles: Sequence[int] | None = None,
-        strategy: Strategy | None = None,
-    ) -> None:
-        if tiles is not None and shuffle:
-            raise CellMapValueError("tiles are gone through without is_train=True; with it samples are drawn")
-        tiles = dataset.spread_tiles() if tiles is None else tiles
-        count = len(tiles) if count is None else count
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise CellMapValueError(f"samples_per_epoch must be a whole number of at least 1, got {count!r}")
-        if not shuffle and count > len(tiles):
-            raise CellMapValueError(
-                f"samples_per_epoch={count}, and {len(tiles)} tiles cover everything once; without "
-                "is_train=True none is shown twice"
-            )
-        self.dataset = dataset
-        self.count = count
-        self.shuffle = shuffle
-        self.seed = seed
-        self.pin = pin
-        self.tiles = tiles
-        self.strategy = strategy
-        #: How its batches are laid out and finished.
-        self.layout = dataclasses.replace(dataset.layout, seed=seed)
-        #: Where worker processes write, set by their loader; and for how many samples there is room.
-        self.slots: Slots | None = None
-        self.room = 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def prepare(self) -> None:
-        """Do once, before worker processes are started, what each of them would otherwise do by itself."""
-        self.dataset.prepare()
-        if self.shuffle:
-            (self.strategy or self.dataset.strategy).prepare()
-
-    def __getitems__(self, samples: Sequence[int]) -> CompactBatch | SlotBatch:
-        """The samples of these numbers as one compact batch; in a worker process, where it lies."""
-        draws = self._draw(samples)
-        worker = get_worker_info()
-        if self.slots is None or worker is None or len(draws) > self.room:
-            return self.dataset.read(draws, self.pin)
-        if self.slots.finished:
-            return self.slots.put(worker.id, self.layout.finish(self.dataset.read(draws)))
-        turn, arrays = self.slots.open(worker.id, self.slots.compact_places(len(draws)))
-        arrays.pop("idx")[:] = [d.position for d in draws]
-        arrays.pop("sample")[:] = [d.sample for d in draws]
-        self.dataset.read_into(draws, arrays)
-        return SlotBatch(worker.id, turn, len(draws))
-
-    def crop(self, sample: int) -> str:
-        """The crop that a sample shows, for messages."""
-        return self.dataset.locate(self._draw([sample])[0].position)[0].label
-
-    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
-        """One finished sample."""
-        batch = self.layout.finish(self.dataset.read(self._draw([sample])))
-        return {name: value[0] for name, value in batch.items()}
-
-    def draws(self, samples: Sequence[int]) -> list[Draw]:
-        """Where the samples of these numbers are read, and how they are turned."""
-        return self._draw(samples)
-
-    def _draw(self, samples: Sequence[int]) -> list[Draw]:
-        numbers = samples if self.shuffle else [self.tiles[n] for n in samples]
-        return self.dataset.draw(numbers, self.shuffle, self.seed, self.strategy)
+def overrides_items(dataset: SampleSource) -> bool:
+    """Return whether a subclass of user code has its own ``__getitem__``."""
+    return type(dataset).__getitem__ is not SampleSource.__getitem__

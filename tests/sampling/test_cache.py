@@ -202,11 +202,11 @@ def check_all_turns(volume, classes, seed, **kwargs):
         ]
         raw, target = expected_batch(volume, dataset, draws, shape)
         for first in range(0, len(draws), 13):  # batches, and one by one
-            batch = dataset.read(draws[first : first + 13])
+            batch = dataset.read(draws[first : first + 13]).tensors
             assert batch["raw"].numpy().tobytes() == raw[first : first + 13].tobytes()
             assert batch["target"].numpy().tobytes() == target[first : first + 13].tobytes()
         for row in (0, 7, 30, 51):
-            batch = dataset.read(draws[row : row + 1])
+            batch = dataset.read(draws[row : row + 1]).tensors
             assert batch["raw"].numpy().tobytes() == raw[row].tobytes()
             assert batch["target"].numpy().tobytes() == target[row].tobytes()
         finished = dataset.layout.finish(dataset.read(draws[:5]))["target"].numpy()
@@ -494,6 +494,7 @@ def test_ids_of_a_crop_that_is_thinner_than_a_voxel_of_the_patches(tmp_path):
 
 
 def digest(batch):
+    batch = batch.tensors
     return hashlib.sha256(b"".join(batch[name].numpy().tobytes() for name in sorted(batch))).hexdigest()
 
 
@@ -548,8 +549,8 @@ SCRIPT = """
     with CellMapDataset(
         given["raw"], given["target"], given["classes"], {"raw": spec}, {"target": spec}, cache="disk", pad=True
     ) as dataset:
-        batch = dataset.read(dataset.draw(range(dataset.tile_count), False, 0))
-        again = dataset.read(dataset.draw(range(dataset.tile_count), False, 0))
+        batch = dataset.read(dataset.draw(range(dataset.tile_count), False, 0)).tensors
+        again = dataset.read(dataset.draw(range(dataset.tile_count), False, 0)).tensors
         found = [
             hashlib.sha256(b"".join(b[n].numpy().tobytes() for n in sorted(b))).hexdigest() for b in (batch, again)
         ]
@@ -673,9 +674,9 @@ def read_all(volume, step=8.0, classes=("a", "b"), **kwargs):
     """All tiles, checked against a dataset that keeps nothing; how many chunks were decoded."""
     spec = ((32, 48, 40), (step, 8.0, 8.0))
     with volume.dataset(list(classes), *spec, cache="none", **kwargs) as plain:
-        reference = plain.read(plain.draw(range(plain.tile_count), False, 0))
+        reference = plain.read(plain.draw(range(plain.tile_count), False, 0)).tensors
     with volume.dataset(list(classes), *spec, cache="disk", **kwargs) as dataset:
-        found = dataset.read(dataset.draw(range(dataset.tile_count), False, 0))
+        found = dataset.read(dataset.draw(range(dataset.tile_count), False, 0)).tensors
         assert torch.equal(found["target"], reference["target"])
         assert torch.equal(found["raw"], reference["raw"])
         return dataset._store.decoded, chunks_of(dataset)

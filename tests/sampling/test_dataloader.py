@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataset, CellMapError, CellMapMultiDataset
-from cellmap_lightning.sampling.arrays import CompactBatch
+from cellmap_lightning.sampling.compact import CompactBatch
 from cellmap_lightning.sampling.prefetch import PrefetchDecision
 from cellmap_lightning.sampling.sampler import StreamSampler
 from tests.conftest import CLASSES, INPUTS, TARGETS, reading_threads
@@ -206,18 +206,23 @@ def test_arguments(dataset):
 def test_ranks_are_asked_for_when_they_are_needed(dataset, monkeypatch):
     """A loader that was built before the processes found each other."""
     loader = CellMapDataLoader(dataset, 2, samples_per_epoch=8)
-    assert list(loader.sampler) == list(range(8))
+    assert list(loader.sampler.numbers()) == list(range(8))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert list(loader.sampler) == [1, 3, 5, 7]
+    assert list(loader.sampler.numbers()) == [1, 3, 5, 7]
     assert len(loader) == 2
 
 
 def test_stream_sampler_deals_out_evenly():
-    shares = [list(StreamSampler(10, True, rank, 4)) for rank in range(4)]
+    def share(is_train, rank):
+        sampler = StreamSampler(10, is_train, rank, 4)
+        sampler.start()
+        return list(sampler)
+
+    shares = [share(True, rank) for rank in range(4)]
     assert sorted(itertools.chain(*shares)) == list(range(8))
-    shares = [list(StreamSampler(10, False, rank, 4)) for rank in range(4)]
+    shares = [share(False, rank) for rank in range(4)]
     assert sorted(itertools.chain(*shares)) == list(range(10))
 
 
@@ -228,7 +233,7 @@ def test_a_batch_is_held_by_its_user_alone(dataset, workers):
     batches = iter(loader)
     for _ in range(2):
         batch = next(batches)
-        held = [weakref.ref(batch), *(weakref.ref(tensor) for tensor in batch.values())]
+        held = [weakref.ref(batch), *(weakref.ref(tensor) for tensor in batch.tensors.values())]
         del batch
         assert [ref() for ref in held if ref() is not None] == []
     loader.close()

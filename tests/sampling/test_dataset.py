@@ -8,7 +8,7 @@ import torch
 import zarr
 
 from cellmap_lightning import CellMapDataset, CellMapError, CellMapMultiDataset, batch_memory
-from cellmap_lightning.sampling.arrays import CompactBatch
+from cellmap_lightning.sampling.compact import CompactBatch
 from cellmap_lightning.sampling.dataset import NotAnnotatedError, TooCoarseError
 from tests.conftest import CLASSES, INPUTS, TARGETS, reading_threads
 
@@ -82,14 +82,14 @@ def test_the_finished_batch(dataset):
 def test_the_compact_batch_and_the_bytes_of_both(dataset):
     compact = dataset.read(dataset.draw(range(2), shuffle=True, seed=0))
     assert isinstance(compact, CompactBatch)
-    assert compact["raw"].shape == (2, 1, 8, 16, 24)
-    assert compact["raw"].dtype == torch.uint8
-    assert compact["labels"].shape == (2, 8, 16, 24, 2)
+    assert compact.tensors["raw"].shape == (2, 1, 8, 16, 24)
+    assert compact.tensors["raw"].dtype == torch.uint8
+    assert compact.tensors["labels"].shape == (2, 8, 16, 24, 2)
     memory = dataset.batch_memory(2)
     assert memory == batch_memory(INPUTS, TARGETS, CLASSES, 2)
     finished = dataset.layout.finish(compact)
     assert memory.arrays == {n: finished[n].nbytes for n in ("raw", "labels")}
-    assert memory.compact.arrays == {n: compact[n].nbytes for n in ("raw", "labels")}
+    assert memory.compact.arrays == {n: compact.tensors[n].nbytes for n in ("raw", "labels")}
     assert memory.total_bytes == 4 * 2 * (8 * 16 * 24 + 8 * 16 * 24 * 3)
     assert memory.total_mb == memory.total_bytes / 2**20
 
@@ -219,7 +219,7 @@ def test_index_errors_and_negative_indices(dataset):
 
 
 def test_get_center_of_idx(dataset):
-    batch = dataset.read(dataset.draw([5, 6], shuffle=True, seed=3))
+    batch = dataset.read(dataset.draw([5, 6], shuffle=True, seed=3)).tensors
     for index in batch["idx"]:
         assert dataset.get_center(index) == dataset.get_center(int(index))
 

@@ -46,6 +46,7 @@ def make(volume, **kwargs):
 
 
 def bits(batch):
+    batch = getattr(batch, "tensors", batch)
     return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in batch.items()}
 
 

@@ -98,7 +98,7 @@ def whole(dataset):
         memory = dataset.batch_memory(2)
         assert memory.arrays == {n: t.nbytes for n, t in batch.items() if n != "idx"}
         compact = dataset.read(dataset.draw([0, 0], shuffle=False, seed=0))
-        assert memory.compact.arrays == {n: t.nbytes for n, t in compact.items() if n not in ("idx", "sample")}
+        assert memory.compact.arrays == {n: t.nbytes for n, t in compact.tensors.items() if n not in ("idx", "sample")}
     return finished["target"]
 
 
@@ -406,8 +406,8 @@ def test_crops_of_different_types_and_contrast_in_one_batch(tmp_path):
     with CellMapMultiDataset(made) as both:
         draws = both.draw(range(16), True, 0)
         compact = both.read(draws)
-        assert compact["raw"].dtype == torch.float32
-        assert set(compact["raw"].unique().tolist()) == {50.0, 2500.0}
+        assert compact.tensors["raw"].dtype == torch.float32
+        assert set(compact.tensors["raw"].unique().tolist()) == {50.0, 2500.0}
         torch.testing.assert_close(both.layout.finish(compact)["raw"], torch.full((16, 1, 4, 4, 4), 0.5))
 
 
