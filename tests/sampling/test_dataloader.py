@@ -199,7 +199,9 @@ def test_arguments(dataset):
         CellMapDataLoader(dataset, samples_per_epoch=0)
     with pytest.raises(CellMapError, match="cannot be dealt out over 4 ranks"):
         CellMapDataLoader(dataset, samples_per_epoch=2, rank=0, world=4)
-    with pytest.raises(TypeError, match="needs a CellMapDataset, got list"):
+    with pytest.raises(
+        TypeError, match="needs a CellMapDataset, or a dataset with __len__ and __getitem__ around one; got list"
+    ):
         CellMapDataLoader([1, 2])
 
 
