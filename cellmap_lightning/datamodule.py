@@ -449,7 +449,8 @@ class CellMapDataModule(L.LightningDataModule):
 
     def _finishes(self, loader: CellMapDataLoader) -> bool:
         """Whether a loader finishes its batches: unless the Trainer's loop hands them to `transfer_batch_to_device`."""
-        return not (self._running and any(one is loader for one in used_loaders(self.trainer)))
+        hands_over = self._running and isinstance(getattr(self.trainer, "datamodule", None), CellMapDataModule)
+        return not (hands_over and any(one is loader for one in used_loaders(self.trainer)))
 
     @property
     def _running(self) -> bool:

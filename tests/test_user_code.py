@@ -142,6 +142,25 @@ def test_a_loader_in_a_hook_yields_finished_batches(volume, tmp_path, engine):  
     assert set(crossed) == {CompactBatch}
 
 
+def test_loaders_that_the_model_takes_from_a_module(volume, tmp_path, engine):  # noqa: F811
+    """There is no data module whose transfer could finish a compact batch."""
+    kept = Kept()
+
+    class Model(SegmentationTask):
+        validation_step = None
+
+        def train_dataloader(self):
+            self.data.trainer = self.trainer
+            return self.data.train_dataloader()
+
+    plain = fit(volume, tmp_path, task())
+    with module(volume) as data:
+        model = Model(nn.Conv3d(1, 3, 3, padding=1), CLASSES, input_name="raw", target_name="labels")
+        model.data = data
+        trainer(tmp_path, callbacks=[kept], limit_val_batches=0).fit(model)
+    assert all(same(a, b) for a, b in zip(plain, kept.batches, strict=True))
+
+
 # -- datasets of user code
 
 
