@@ -13,9 +13,7 @@ import re
 import sys
 import types
 import typing
-import warnings
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +24,9 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from cellmap_lightning.commands.common import quieten, stop
 from cellmap_lightning.errors import (
     CellMapError,
-    CellMapFileNotFoundError,
     CellMapKeyError,
     CellMapTypeError,
     CellMapValueError,
@@ -125,21 +123,21 @@ def _command(
                 _check_strides(config)
             return job(cfg if prepare is None else configs)
         except KeyboardInterrupt:
-            _stop("interrupted", 130)
+            stop("interrupted", 130)
         except Exception as e:
             cause: BaseException | None = e
             while cause is not None and not isinstance(cause, CellMapError | OmegaConfBaseException):
                 if type(cause).__name__ == "MisconfigurationException":  # Lightning's own word for a wrong argument
                     hint = "; trainer=cpu runs without one" if "gpu backend" in str(cause) else ""
-                    _stop(f"{cause}{hint}")
+                    stop(f"{cause}{hint}")
                 cause = cause.__cause__
             if cause is None and isinstance(e, InstantiationException):
                 log.debug("where it happened", exc_info=e)
-                _stop(_refused(e))
+                stop(_refused(e))
             if cause is None:
                 raise
             log.debug("where it happened", exc_info=e)
-            _stop(str(cause))
+            stop(str(cause))
 
     sys.argv[1:] = [re.sub(r"^\+{0,2}patch\.voxel_size=", "patch.scale=", a) for a in sys.argv[1:]]
     main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)
@@ -150,11 +148,6 @@ def _command(
             for hint in _hints(name, sys.argv[1:]):
                 print(hint, file=sys.stderr)
         raise
-
-
-def _stop(message: str, code: int = 1) -> None:
-    print(f"Error: {message}" if code == 1 else message, file=sys.stderr)
-    sys.exit(code)
 
 
 # -- what can be said about a config before anything runs
@@ -398,20 +391,6 @@ def _hints(name: str, arguments: list[str]) -> list[str]:
     return hints
 
 
-def _hide_secrets(cfg: DictConfig, folder: Path) -> None:
-    """Take secrets out of the files in which Hydra has noted what was said on the command line."""
-    from cellmap_lightning.volumes.store import without_secrets
-
-    options = OmegaConf.select(cfg, "data.storage_options")
-    if options is None:
-        return
-    plain = OmegaConf.to_container(options, resolve=True)
-    for file in [*(folder / ".hydra").glob("*.yaml"), folder.parent / "multirun.yaml"]:
-        if file.is_file():
-            text = file.read_text(encoding="utf-8")
-            file.write_text(without_secrets(text, plain), encoding="utf-8")
-
-
 def _flat(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     """Every key of a plain config, with dots, and its value."""
     if isinstance(node, dict):
@@ -421,216 +400,13 @@ def _flat(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, below)
 
 
-# -- training
+# -- cellmap-train
 
 
 def _train(cfg: DictConfig) -> float | None:
-    """Fit, and say what came of it. Returns the monitored metric, for sweepers."""
-    _check_launch(cfg)
-    import lightning as L
-    import torch
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.utils import instantiate
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from cellmap_lightning.commands.train import run
 
-    from cellmap_lightning import report
-    from cellmap_lightning.callbacks.run_config import RunConfig
-    from cellmap_lightning.masked import probabilities
-    from cellmap_lightning.volumes.store import redacted
-
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    _hide_secrets(cfg, folder)
-    checkpoint = _checkpoint(cfg.resume, folder)
-    plain: Any = redacted(OmegaConf.to_container(cfg, resolve=True))  # what stays on disk
-    L.seed_everything(cfg.seed, verbose=False)
-    _quieten()
-    unresolved = deepcopy(cfg)  # instantiate resolves in place what a part refers to
-    data = instantiate(cfg.data, _convert_="all")
-    task = instantiate(cfg.task, _convert_="all")
-    if cfg.init_from is not None and checkpoint is None:  # what goes on has weights of its own
-        _begin_from(unresolved, task)
-    callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c is not None]
-    loggers = [instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c is not None]
-    if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
-        cfg.trainer.enable_progress_bar = False  # in a file it would be noise
-    trainer = instantiate(
-        cfg.trainer, _convert_="all", callbacks=[*callbacks, RunConfig(plain)], logger=loggers or False
-    )
-    validates = data.crops.given("val") and trainer.limit_val_batches != 0
-    if trainer.is_global_zero:
-        metrics = folder / "metrics.csv"
-        if checkpoint is not None and metrics.exists():  # Lightning's logger would delete it
-            metrics.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
-        OmegaConf.save(OmegaConf.create(plain), folder / "config.yaml")
-        data.crops.write_csv(folder / "split.csv")
-        if data.crops.rule != "csv":
-            print(f"\ncrops that hold each class, and its voxels in them\n{data.crops.table()}\n", flush=True)
-    untrained = None
-    try:
-        if cfg.compare_untrained and validates and not trainer.fast_dev_run:
-            trainer.validate(task, datamodule=data, verbose=False)
-            untrained = dict(getattr(task, "scores", {}).get("val", {}))
-        try:
-            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        except SystemExit as e:
-            _ended(e, trainer, folder)
-            raise
-        except MisconfigurationException as e:
-            if "could not find the monitored key" in str(e):
-                raise _not_measured(cfg.monitor, trainer) from e
-            raise
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if validates and cfg.final_validation and not trainer.fast_dev_run:
-            if any(word in str(cfg.trainer.strategy) for word in ("spawn", "fork")):
-                trainer.loggers = []  # in the new processes they would begin their files anew
-            # A run that ended before its first validation has no best weights: the last ones are judged.
-            trainer.validate(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
-        metric = trainer.callback_metrics.get(cfg.monitor)
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.finalize("success")
-            if validates:
-                task.eval()
-
-                def predict(*inputs: torch.Tensor) -> torch.Tensor:
-                    with torch.inference_mode():
-                        return probabilities(task(*(x.to(task.device) for x in inputs)), len(data.classes or ()))
-
-                if hasattr(task, "write_samples"):  # a task that does not mark classes has pictures of its own
-                    task.write_samples(data.val_dataset, folder / "samples.png", title=cfg.name)
-                else:
-                    report.write_samples(
-                        data.val_dataset,
-                        predict,
-                        folder / "samples.png",
-                        title=cfg.name,
-                        input_name=getattr(task, "input_name", None),
-                        target_name=getattr(task, "target_name", None),
-                    )
-            report.write_curves(folder)
-            scores = getattr(task, "scores", {}).get("val")
-            if scores is not None:
-                print("\nvalidation\n" + report.score_table(scores, untrained, list(cfg.data.classes)))
-            elif metric is not None:  # the scores of each class stayed in the processes of ddp_spawn and ddp_fork
-                print(f"\nvalidation\n{cfg.monitor} {float(metric):.3f}")
-            print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder)))
-        if metric is None and any(key.startswith("val/") for key in trainer.callback_metrics):
-            raise _not_measured(cfg.monitor, trainer)
-        return float(metric) if metric is not None else None
-    finally:
-        data.close()
-
-
-def _not_measured(monitor: str, trainer: Any) -> CellMapKeyError:
-    """The error for a ``monitor`` that nobody logs."""
-    there = sorted(trainer.callback_metrics)
-    close = difflib.get_close_matches(str(monitor), there, 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return CellMapKeyError(f"monitor={monitor} was not measured{hint} Measured were {', '.join(there)}")
-
-
-def _checkpoint(resume: str | None, folder: Path) -> Path | None:
-    """The checkpoint that a run goes on from.
-
-    Raises:
-        CellMapFileNotFoundError: one was named that is not there.
-    """
-    if resume is None:
-        return None
-    if resume != "auto":
-        path = Path(resume)
-        if not path.is_file():
-            there = ", ".join(map(str, sorted(path.parent.glob("*.ckpt")))) or "none"
-            raise CellMapFileNotFoundError(
-                f"resume={resume}: there is no such checkpoint; checkpoints beside it: {there}; resume=auto takes the "
-                "newest of the run's folder"
-            )
-        return path
-    from cellmap_lightning.checkpoints import newest_checkpoint
-
-    path_or_none = newest_checkpoint(folder)
-    log.info("resume=auto: %s", path_or_none or f"nothing to go on from in {folder}, so this is the beginning")
-    return path_or_none
-
-
-def _begin_from(cfg: DictConfig, task: Any) -> None:
-    """Load the weights of another training. With other classes, layers whose size is that of the classes begin anew.
-
-    Args:
-        cfg: the configuration, not resolved yet; it is changed.
-        task: what gets the weights.
-    """
-    import torch
-    from hydra.utils import instantiate
-
-    from cellmap_lightning.checkpoints import load_weights, saved_classes
-
-    own = isinstance(getattr(task, "network", None), torch.nn.Module)
-    network = task.network if own else task
-    before, now = saved_classes(Path(cfg.init_from)), list(cfg.data.classes or [])
-    head: set[str] = set()
-    if own and before != now:
-        cfg.data.classes = [*now, "one more"]
-        with torch.device("meta"):
-            larger = instantiate(cfg.model, _convert_="all").state_dict()
-        head = {name for name, value in network.state_dict().items() if larger[name].shape != value.shape}
-        if not head:
-            log.warning(
-                "init_from: the classes of the checkpoint, %s, are not those of this run, %s, and no layer of the "
-                "model has their size: every layer is kept, the last one too", before, now,
-            )  # fmt: skip
-    said = load_weights(network, Path(cfg.init_from), "network." if own else "", head)
-    log.info("init_from=%s: %s", cfg.init_from, said)
-
-
-def _ended(end: SystemExit, trainer: Any, folder: Path) -> None:
-    """Say how to go on with a run that Ctrl-C or a signal has ended; Lightning exits on both."""
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    if isinstance(end, SIGTERMException):
-        saved = next((path for c in trainer.callbacks if (path := getattr(c, "saved", None))), None)
-        how = f"saved {saved}; the same command with resume=auto and run.name={folder.name} goes on"
-        _stop(f"told to end: {how if saved else 'nothing was saved, since there is no callback Preemption'}", 143)
-    if isinstance(end.__context__, KeyboardInterrupt):
-        last = folder / "checkpoints" / "last.ckpt"
-        _stop(f"interrupted{f'; go on with resume={last}' if last.exists() else ', before anything was saved'}", 130)
-
-
-def _quieten() -> None:
-    """Leave out what would tell a user nothing, or something wrong."""
-    # Lightning's own handler would print each line a second time beside Hydra's.
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).handlers.clear()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("torch").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",  # the data reads with threads of its own: processes would be slower
-        ".*callbacks used to create the checkpoint need to be provided.*",  # those of training, when predicting
-        ".*Experiment logs directory.*",  # the run's folder already holds the log and the configuration
-        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
-    ):
-        warnings.filterwarnings("ignore", message)
-
-
-def _check_launch(cfg: DictConfig) -> None:
-    """A sweep whose jobs start processes of their own would start the sweep again in each of them."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    if os.environ.get("TORCHELASTIC_RUN_ID") == "none" and cfg.run.name is None:
-        raise CellMapValueError(
-            "torchrun starts several processes, which would make a folder each; give it with run.name=..., or start "
-            "them with torchrun --standalone or --rdzv-id"
-        )
-    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-    strategy, devices = str(cfg.trainer.strategy), cfg.trainer.devices
-    submitted = "submitit" in str(HydraConfig.get().launcher.get("_target_"))  # Slurm starts the processes of a job
-    alone = devices == 1 or submitted or "spawn" in strategy or "fork" in strategy
-    if sweeping and strategy.startswith("ddp") and not alone:
-        raise CellMapValueError(
-            f"-m with trainer.strategy={strategy} on {devices} devices: each process would start the whole sweep "
-            "again. Use trainer.strategy=ddp_spawn, or hydra/launcher=submitit_slurm, or one job per command"
-        )
+    return run(cfg)
 
 
 # -- cellmap-predict
@@ -647,7 +423,7 @@ def _predictions(cfg: DictConfig) -> list[DictConfig]:
 def _predict(configs: list[DictConfig]) -> None:
     from cellmap_lightning.predict import run_all
 
-    _quieten()
+    quieten()
     run_all(configs, print)
 
 
@@ -672,7 +448,7 @@ def _preview(cfg: DictConfig) -> None:
 
     from cellmap_lightning.preview import collect, write
 
-    _quieten()
+    quieten()
     if cfg.split not in ("train", "val", "test"):
         raise CellMapKeyError(f"split is train, val or test, got {cfg.split!r}")
     out = Path(cfg.out)
@@ -723,7 +499,7 @@ def _inspect(cfg: DictConfig) -> None:
         if cfg.cache == "clear":
             print(clear())
         return
-    _quieten()
+    quieten()
     from cellmap_lightning.inspection.report import inspect as look
     from cellmap_lightning.inspection.report import refuse
     from cellmap_lightning.sampling.memory import gpu_memory

@@ -1,0 +1,27 @@
+"""Functions that several commands share."""
+
+import logging
+import sys
+import warnings
+
+
+def stop(message: str, code: int = 1) -> None:
+    """Print a message on stderr and exit: an error with the status 1, otherwise the message alone."""
+    print(f"Error: {message}" if code == 1 else message, file=sys.stderr)
+    sys.exit(code)
+
+
+def quieten() -> None:
+    """Leave out what would tell a user nothing, or something wrong."""
+    # Lightning's own handler would print each line a second time beside Hydra's.
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("torch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # the data reads with threads of its own: processes would be slower
+        ".*callbacks used to create the checkpoint need to be provided.*",  # those of training, when predicting
+        ".*Experiment logs directory.*",  # the run's folder already holds the log and the configuration
+        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)
