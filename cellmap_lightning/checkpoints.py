@@ -2,32 +2,53 @@
 
 import logging
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cellmap_lightning.callbacks.run_config import START_KEY
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 
 log = logging.getLogger(__name__)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint below a run's folder from which training can go on; None where there is none.
+@dataclass(frozen=True, order=True)
+class Saved:
+    """A checkpoint from which training can continue; the newest one is the largest.
 
-    One that cannot be read, as when its job was killed while it was written, is passed over, and that is logged.
+    Attributes:
+        start: number of the start of the run that saved it; see `RunConfig`.
+        step: optimizer steps that were done.
+        time: modification time of the file, ns; for those of one step.
+        path: the file.
     """
-    found = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in found:
+
+    start: int
+    step: int
+    time: int
+    path: Path
+
+
+def saved_checkpoints(folder: Path) -> list[Saved]:
+    """Return the checkpoints below a run's folder from which training can continue, the newest one last.
+
+    A file that cannot be read, such as one whose job was killed while it was written, is left out, which is logged.
+    """
+    found = []
+    for path in folder.rglob("*.ckpt"):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises what its readers raise
             log.warning("%s cannot be read and is passed over (%s)", path, str(error).splitlines()[0])
             continue
         if isinstance(content, dict) and {"state_dict", "loops", "optimizer_states"} <= set(content):
-            return path
-        log.info("%s holds weights alone, with which training cannot go on", path)
-    return None
+            start, step = content.get(START_KEY, 0), content.get("global_step", 0)
+            found.append(Saved(int(start), int(step), path.stat().st_mtime_ns, path))
+        else:
+            log.info("%s holds weights alone, with which training cannot go on", path)
+    return sorted(found)
 
 
 def load_weights(module: torch.nn.Module, path: Path, prefix: str = "", anew: Collection[str] = ()) -> str:

@@ -24,7 +24,8 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from cellmap_lightning.commands.common import quieten, stop
+from cellmap_lightning.commands.common import Stopped, quieten, stop
+from cellmap_lightning.commands.ending import Ending
 from cellmap_lightning.errors import (
     CellMapError,
     CellMapKeyError,
@@ -113,6 +114,10 @@ def _command(
     def run(cfg: DictConfig) -> Any:
         global _started
         _started = True
+        with Ending():
+            return checked(cfg)
+
+    def checked(cfg: DictConfig) -> Any:
         try:
             _take_voxel_sizes(cfg, name)
             _check_known(cfg, name)
@@ -122,8 +127,6 @@ def _command(
                 _check_targets(config)
                 _check_strides(config)
             return job(cfg if prepare is None else configs)
-        except KeyboardInterrupt:
-            stop("interrupted", 130)
         except Exception as e:
             cause: BaseException | None = e
             while cause is not None and not isinstance(cause, CellMapError | OmegaConfBaseException):
@@ -144,7 +147,7 @@ def _command(
     try:
         return main()
     except SystemExit as e:
-        if e.code not in (0, None) and not _started:
+        if e.code not in (0, None) and not _started and not isinstance(e, Stopped):
             for hint in _hints(name, sys.argv[1:]):
                 print(hint, file=sys.stderr)
         raise

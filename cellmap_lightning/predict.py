@@ -1,7 +1,6 @@
 """What ``cellmap-predict`` does: the configuration of a checkpoint, with overrides, run on a volume."""
 
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.callbacks.run_config import CONFIG_KEY
 from cellmap_lightning.challenge import listed_crops
+from cellmap_lightning.commands.ending import Ending
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError, MissingExtraError
 from cellmap_lightning.evaluate import draw, evaluate, table, write_csv
 from cellmap_lightning.overview import draw_prediction
@@ -196,7 +196,7 @@ def run(cfg: DictConfig, task: Any = None) -> str | None:
         task: the model, where it was made before; its weights are those of the checkpoint afterwards.
 
     Raises:
-        SystemExit: it was interrupted; see `ended`.
+        SystemExit: it was interrupted; see `Ending`.
     """
     import lightning as L
     from hydra.utils import instantiate
@@ -211,17 +211,19 @@ def run(cfg: DictConfig, task: Any = None) -> str | None:
     trainer: L.Trainer = instantiate(
         cfg.trainer, _convert_="all", callbacks=[writer, StreamPrefetch()], logger=False
     )  # fmt: skip
-    try:
-        trainer.predict(task, datamodule=data, ckpt_path=cfg.ckpt, return_predictions=False, weights_only=True)
-    except SystemExit as e:
-        why = ended(e)
-        if why is not None:
-            done = f"{writer.summary.written} blocks were written by this run" if writer.summary.blocks else ""
-            print(f"{why}{f'; {done}' if done else ''}; the same command goes on from there", file=sys.stderr)
-            sys.exit(130 if why == "interrupted" else 143)
-        raise
-    finally:
-        data.close()
+
+    def advice() -> str | None:
+        if not trainer.is_global_zero:
+            return None
+        done = f"{writer.summary.written} blocks were written by this run; " if writer.summary.blocks else ""
+        return f"{done}the same command continues from there"
+
+    with Ending(advice) as ending:
+        try:
+            trainer.predict(task, datamodule=data, ckpt_path=cfg.ckpt, return_predictions=False, weights_only=True)
+            ending.check()
+        finally:
+            data.close()
     if not trainer.is_global_zero:
         return None
     said = str(writer.output)  # the summary is in the log, which the command shows
@@ -270,17 +272,9 @@ def run_all(configs: list[DictConfig], say: Callable[[str], None]) -> None:
     """
     from hydra.utils import instantiate
 
-    task = instantiate(configs[0].task, _convert_="all")
-    for config in configs:
-        said = run(config, task)
-        if said is not None:
-            say(f"\n{said}")
-
-
-def ended(end: SystemExit) -> str | None:
-    """In a word, what made Lightning exit: Ctrl-C or a signal; None for anything else."""
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    if isinstance(end, SIGTERMException):
-        return "told to end"
-    return "interrupted" if isinstance(end.__context__, KeyboardInterrupt) else None
+    with Ending(lambda: "the same command continues"):
+        task = instantiate(configs[0].task, _convert_="all")
+        for config in configs:
+            said = run(config, task)
+            if said is not None:
+                say(f"\n{said}")

@@ -145,7 +145,10 @@ def test_ctrl_c_ends_a_run_and_says_how_to_go_on(volume, tmp_path):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "interrupted; go on with resume=" in errors
+    assert (
+        "interrupted; the same command with hydra.run.dir=out resume=auto continues from the newest checkpoint"
+        in errors
+    )
     assert "Traceback" not in errors
 
 

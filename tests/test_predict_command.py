@@ -83,7 +83,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(checkpoint, volume, tm
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "the same command goes on from there" in errors
+    assert "the same command continues from there" in errors
     assert "Traceback" not in errors
     code, text, errors = predict(checkpoint, volume, out, *given)
     assert code == 0, errors

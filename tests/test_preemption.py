@@ -15,7 +15,8 @@ import torch
 from omegaconf import OmegaConf
 
 from cellmap_lightning import CellMapDataModule
-from cellmap_lightning.checkpoints import newest_checkpoint
+from cellmap_lightning.callbacks.run_config import START_KEY
+from cellmap_lightning.checkpoints import saved_checkpoints
 from cellmap_lightning.cli import CONFIGS, register_resolvers
 from tests.test_cli import COMMAND, small
 
@@ -124,7 +125,7 @@ def test_told_to_end_in_the_middle_of_an_epoch(volume, tmp_path, expected):
     assert code == 143, said
     assert seconds < 15
     kept = tmp_path / "runs/mine/checkpoints/preempted.ckpt"
-    assert f"told to end: saved {kept}; the same command with resume=auto and run.name=mine goes on" in said
+    assert f"terminated; saved {kept}; the same command with run.name=mine resume=auto continues from it" in said
     stopped = read(tmp_path / "journal")[-1][0]
     code, said, _ = Job(*arguments(volume, tmp_path, seconds=0), cwd=tmp_path).end(seconds=120)
     assert code == 0, said
@@ -197,19 +198,28 @@ def test_requeued_by_slurm(volume, tmp_path, expected):
 
 
 def test_the_newest_checkpoint_that_can_be_read(tmp_path, caplog):
-    assert newest_checkpoint(tmp_path) is None
+    """By the progress of the training: copies of a folder have other times of modification."""
+
+    def newest():
+        return saved_checkpoints(tmp_path)[-1].path
+
+    assert saved_checkpoints(tmp_path) == []
     whole = {"state_dict": {}, "loops": {}, "optimizer_states": []}
-    paths = [tmp_path / "checkpoints" / f"{name}.ckpt" for name in ("a", "b", "torn", "weights")]
-    paths[0].parent.mkdir()
-    for number, path in enumerate(paths):
-        torch.save({"state_dict": {}} if path.stem == "weights" else whole, path)
-        if path.stem == "torn":
-            path.write_bytes(path.read_bytes()[:100])
-        os.utime(path, (number + 1, number + 1))
-    assert newest_checkpoint(tmp_path) == paths[1]
+    (tmp_path / "checkpoints").mkdir()
+    paths = {n: tmp_path / "checkpoints" / f"{n}.ckpt" for n in ("best", "last", "same", "torn", "weights", "resumed")}
+    for number, (name, step) in enumerate({"last": 9, "same": 9, "best": 6, "torn": 20, "weights": 20}.items()):
+        torch.save({"state_dict": {}} if name == "weights" else whole | {"global_step": step}, paths[name])
+        if name == "torn":
+            paths[name].write_bytes(paths[name].read_bytes()[:100])
+        os.utime(paths[name], (number + 1, number + 1))
+    assert newest() == paths["same"]
     assert "torn.ckpt cannot be read and is passed over" in caplog.text
-    os.utime(paths[0], (9, 9))
-    assert newest_checkpoint(tmp_path) == paths[0]
+    os.utime(paths["last"], (9, 9))
+    assert newest() == paths["last"]
+    # A run that was resumed from an earlier step is newer than what had been reached before.
+    torch.save(whole | {"global_step": 7, START_KEY: 2}, paths["resumed"])
+    os.utime(paths["resumed"], (1, 1))
+    assert newest() == paths["resumed"]
 
 
 def test_resume_from_what_is_not_there(volume, tmp_path):

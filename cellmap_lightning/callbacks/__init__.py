@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cellmap_lightning.callbacks.data_watch import DataWatch
+    from cellmap_lightning.callbacks.last_checkpoint import LastCheckpoint
     from cellmap_lightning.callbacks.prediction_writer import PredictionWriter
     from cellmap_lightning.callbacks.preemption import Preemption
     from cellmap_lightning.callbacks.preview import BatchPreview
@@ -14,13 +15,22 @@ if TYPE_CHECKING:
 _HOMES = {
     "BatchPreview": "preview",
     "DataWatch": "data_watch",
+    "LastCheckpoint": "last_checkpoint",
     "PredictionWriter": "prediction_writer",
     "Preemption": "preemption",
     "RunConfig": "run_config",
     "StreamPrefetch": "stream_prefetch",
 }
 
-__all__ = ["BatchPreview", "DataWatch", "PredictionWriter", "Preemption", "RunConfig", "StreamPrefetch"]
+__all__ = [
+    "BatchPreview",
+    "DataWatch",
+    "LastCheckpoint",
+    "PredictionWriter",
+    "Preemption",
+    "RunConfig",
+    "StreamPrefetch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -43,8 +43,9 @@ class Preemption(L.Callback):
             raise SIGTERMException
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save, if it was the signal that ended the run."""
-        if isinstance(exception, SIGTERMException):
+        """Save, if the signal ended a training; a sanity check or a validation alone has changed nothing."""
+        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if isinstance(exception, SIGTERMException) and training:
             path = Path(self.dirpath or trainer.default_root_dir) / f"{PREEMPTED}.ckpt"
             trainer.save_checkpoint(path)
             self.saved = path

@@ -7,6 +7,8 @@ import lightning as L
 
 #: Key of the configuration in a checkpoint.
 CONFIG_KEY = "cellmap_config"
+#: Key of the number of the start.
+START_KEY = "cellmap_start"
 
 
 class RunConfig(L.Callback):
@@ -14,11 +16,15 @@ class RunConfig(L.Callback):
 
     Args:
         config: the configuration.
+        start: how many times the run has been started or resumed. Checkpoints of a later start are newer, also where it
+            began from an earlier step than others had reached.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], start: int = 1) -> None:
         self.config = dict(config)
+        self.start = start
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the configuration under ``cellmap_config``."""
+        """Add the configuration under ``cellmap_config`` and the number of the start under ``cellmap_start``."""
         checkpoint[CONFIG_KEY] = self.config
+        checkpoint[START_KEY] = self.start

@@ -3,12 +3,22 @@
 import logging
 import sys
 import warnings
+from typing import NoReturn
 
 
-def stop(message: str, code: int = 1) -> None:
-    """Print a message on stderr and exit: an error with the status 1, otherwise the message alone."""
-    print(f"Error: {message}" if code == 1 else message, file=sys.stderr)
-    sys.exit(code)
+class Stopped(SystemExit):
+    """The end of a command whose reason has been printed."""
+
+
+def stop(message: str | None, code: int = 1) -> NoReturn:
+    """Print a message on stderr, an error where the status is 1, and exit; without a message, exit silently.
+
+    Raises:
+        Stopped: always.
+    """
+    if message is not None:
+        print(f"Error: {message}" if code == 1 else message, file=sys.stderr)
+    raise Stopped(code)
 
 
 def quieten() -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from cellmap_lightning import report
+from cellmap_lightning import CellMapDataModule, report
+from cellmap_lightning.callbacks.preemption import Preemption
 from cellmap_lightning.callbacks.run_config import RunConfig
-from cellmap_lightning.checkpoints import load_weights, newest_checkpoint, saved_classes
-from cellmap_lightning.commands.common import quieten, stop
+from cellmap_lightning.checkpoints import load_weights, saved_checkpoints, saved_classes
+from cellmap_lightning.commands.common import quieten
+from cellmap_lightning.commands.ending import Ending
+from cellmap_lightning.commands.run_folder import how_to_continue, remove_run, results_in
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
 from cellmap_lightning.masked import probabilities
 from cellmap_lightning.volumes.store import redacted, without_secrets
@@ -28,78 +31,75 @@ from cellmap_lightning.volumes.store import redacted, without_secrets
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class _Progress:
+    """How far a run has come, for what is printed where it is ended."""
+
+    folder: Path
+    trainer: L.Trainer | None = None
+    trained: bool = False
+
+    def advice(self) -> str | None:
+        """Return how the run is continued; None where another process prints it."""
+        if self.trainer is None:
+            return how_to_continue(self.folder, False)
+        if not self.trainer.is_global_zero:
+            return None
+        saved = [c.saved for c in self.trainer.callbacks if isinstance(c, Preemption)]  # type: ignore[attr-defined]
+        return how_to_continue(self.folder, self.trained, next(filter(None, saved), None))
+
+
 def run(cfg: DictConfig) -> float | None:
-    """Fit, and say what came of it. Returns the monitored metric, for sweepers."""
+    """Train, validate and draw. Returns the monitored metric, for sweepers."""
     _check_launch(cfg)
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    progress = _Progress(Path(HydraConfig.get().runtime.output_dir))
+    with Ending(progress.advice) as ending:
+        return _run(cfg, progress, ending)
+
+
+def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
+    folder = progress.folder
     _hide_secrets(cfg, folder)
-    checkpoint = _checkpoint(cfg.resume, folder)
+    checkpoint, start = _checkpoint(cfg.resume, folder)
     plain: Any = redacted(OmegaConf.to_container(cfg, resolve=True))  # what stays on disk
     L.seed_everything(cfg.seed, verbose=False)
     quieten()
     unresolved = deepcopy(cfg)  # instantiate resolves in place what a part refers to
     data = instantiate(cfg.data, _convert_="all")
-    task = instantiate(cfg.task, _convert_="all")
-    if cfg.init_from is not None and checkpoint is None:  # what goes on has weights of its own
-        _begin_from(unresolved, task)
-    callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c is not None]
-    loggers = [instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c is not None]
-    if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
-        cfg.trainer.enable_progress_bar = False  # in a file it would be noise
-    trainer = instantiate(
-        cfg.trainer, _convert_="all", callbacks=[*callbacks, RunConfig(plain)], logger=loggers or False
-    )
-    validates = data.crops.given("val") and trainer.limit_val_batches != 0
-    if trainer.is_global_zero:
-        metrics = folder / "metrics.csv"
-        if checkpoint is not None and metrics.exists():  # Lightning's logger would delete it
-            metrics.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
-        OmegaConf.save(OmegaConf.create(plain), folder / "config.yaml")
-        data.crops.write_csv(folder / "split.csv")
-        if data.crops.rule != "csv":
-            print(f"\ncrops that hold each class, and its voxels in them\n{data.crops.table()}\n", flush=True)
-    untrained = None
     try:
+        task = instantiate(cfg.task, _convert_="all")
+        if cfg.init_from is not None and checkpoint is None:  # what goes on has weights of its own
+            _begin_from(unresolved, task)
+        trainer = progress.trainer = _trainer(cfg, RunConfig(plain, start))
+        validates = data.crops.given("val") and trainer.limit_val_batches != 0
+        if trainer.is_global_zero:
+            _prepare_folder(cfg, folder, plain, data)
+        untrained = None
         if cfg.compare_untrained and validates and not trainer.fast_dev_run:
             trainer.validate(task, datamodule=data, verbose=False)
+            ending.check()
             untrained = dict(getattr(task, "scores", {}).get("val", {}))
         try:
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        except SystemExit as e:
-            _ended(e, trainer, folder)
-            raise
         except MisconfigurationException as e:
             if "could not find the monitored key" in str(e):
                 raise _not_measured(cfg.monitor, trainer) from e
             raise
+        progress.trained = True
+        ending.check()
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if validates and cfg.final_validation and not trainer.fast_dev_run:
             if any(word in str(cfg.trainer.strategy) for word in ("spawn", "fork")):
                 trainer.loggers = []  # in the new processes they would begin their files anew
             # A run that ended before its first validation has no best weights: the last ones are judged.
             trainer.validate(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
+            ending.check()
         metric = trainer.callback_metrics.get(cfg.monitor)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.finalize("success")
             if validates:
-                task.eval()
-
-                def predict(*inputs: torch.Tensor) -> torch.Tensor:
-                    with torch.inference_mode():
-                        return probabilities(task(*(x.to(task.device) for x in inputs)), len(data.classes or ()))
-
-                if hasattr(task, "write_samples"):  # a task that does not mark classes has pictures of its own
-                    task.write_samples(data.val_dataset, folder / "samples.png", title=cfg.name)
-                else:
-                    report.write_samples(
-                        data.val_dataset,
-                        predict,
-                        folder / "samples.png",
-                        title=cfg.name,
-                        input_name=getattr(task, "input_name", None),
-                        target_name=getattr(task, "target_name", None),
-                    )
+                _draw(task, data, folder / "samples.png", cfg.name)
             report.write_curves(folder)
             scores = getattr(task, "scores", {}).get("val")
             if scores is not None:
@@ -114,6 +114,51 @@ def run(cfg: DictConfig) -> float | None:
         data.close()
 
 
+def _trainer(cfg: DictConfig, run_config: RunConfig) -> Any:
+    """Return the Trainer of a run, with its callbacks and loggers."""
+    callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c is not None]
+    loggers = [instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c is not None]
+    if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
+        cfg.trainer.enable_progress_bar = False  # in a file it would be noise
+    return instantiate(cfg.trainer, _convert_="all", callbacks=[*callbacks, run_config], logger=loggers or False)
+
+
+def _prepare_folder(cfg: DictConfig, folder: Path, plain: Any, data: CellMapDataModule) -> None:
+    """Put away what an earlier start has left, and write the configuration and the crops."""
+    if cfg.overwrite and results_in(folder):
+        data.prepare_data()
+        data.setup("fit")  # a run that cannot begin replaces nothing
+        remove_run(folder)
+    metrics = folder / "metrics.csv"
+    if metrics.exists():  # Lightning's logger would delete it
+        metrics.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
+    OmegaConf.save(OmegaConf.create(plain), folder / "config.yaml")
+    data.crops.write_csv(folder / "split.csv")
+    if data.crops.rule != "csv":
+        print(f"\ncrops that hold each class, and its voxels in them\n{data.crops.table()}\n", flush=True)
+
+
+def _draw(task: Any, data: CellMapDataModule, path: Path, title: str) -> None:
+    """Draw what the model predicts of validation samples."""
+    task.eval()
+
+    def predict(*inputs: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return probabilities(task(*(x.to(task.device) for x in inputs)), len(data.classes or ()))
+
+    if hasattr(task, "write_samples"):  # a task that does not mark classes has pictures of its own
+        task.write_samples(data.val_dataset, path, title=title)
+    else:
+        report.write_samples(
+            data.val_dataset,
+            predict,
+            path,
+            title=title,
+            input_name=getattr(task, "input_name", None),
+            target_name=getattr(task, "target_name", None),
+        )
+
+
 def _not_measured(monitor: str, trainer: Any) -> CellMapKeyError:
     """The error for a ``monitor`` that nobody logs."""
     there = sorted(trainer.callback_metrics)
@@ -122,26 +167,27 @@ def _not_measured(monitor: str, trainer: Any) -> CellMapKeyError:
     return CellMapKeyError(f"monitor={monitor} was not measured{hint} Measured were {', '.join(there)}")
 
 
-def _checkpoint(resume: str | None, folder: Path) -> Path | None:
-    """The checkpoint that a run goes on from.
+def _checkpoint(resume: str | None, folder: Path) -> tuple[Path | None, int]:
+    """Return the checkpoint from which a run continues, if any, and the number of this start.
 
     Raises:
         CellMapFileNotFoundError: one was named that is not there.
     """
     if resume is None:
-        return None
+        return None, 1
+    if resume != "auto" and not Path(resume).is_file():
+        there = ", ".join(map(str, sorted(Path(resume).parent.glob("*.ckpt")))) or "none"
+        raise CellMapFileNotFoundError(
+            f"resume={resume}: there is no such checkpoint; checkpoints beside it: {there}; resume=auto takes the "
+            "newest of the run's folder"
+        )
+    saved = saved_checkpoints(folder)
+    start = saved[-1].start + 1 if saved else 1
     if resume != "auto":
-        path = Path(resume)
-        if not path.is_file():
-            there = ", ".join(map(str, sorted(path.parent.glob("*.ckpt")))) or "none"
-            raise CellMapFileNotFoundError(
-                f"resume={resume}: there is no such checkpoint; checkpoints beside it: {there}; resume=auto takes the "
-                "newest of the run's folder"
-            )
-        return path
-    path_or_none = newest_checkpoint(folder)
-    log.info("resume=auto: %s", path_or_none or f"nothing to go on from in {folder}, so this is the beginning")
-    return path_or_none
+        return Path(resume), start
+    path = saved[-1].path if saved else None
+    log.info("resume=auto: %s", path or f"nothing to go on from in {folder}, so this is the beginning")
+    return path, start
 
 
 def _begin_from(cfg: DictConfig, task: Any) -> None:
@@ -167,17 +213,6 @@ def _begin_from(cfg: DictConfig, task: Any) -> None:
             )  # fmt: skip
     said = load_weights(network, Path(cfg.init_from), "network." if own else "", head)
     log.info("init_from=%s: %s", cfg.init_from, said)
-
-
-def _ended(end: SystemExit, trainer: Any, folder: Path) -> None:
-    """Say how to go on with a run that Ctrl-C or a signal has ended; Lightning exits on both."""
-    if isinstance(end, SIGTERMException):
-        saved = next((path for c in trainer.callbacks if (path := getattr(c, "saved", None))), None)
-        how = f"saved {saved}; the same command with resume=auto and run.name={folder.name} goes on"
-        stop(f"told to end: {how if saved else 'nothing was saved, since there is no callback Preemption'}", 143)
-    if isinstance(end.__context__, KeyboardInterrupt):
-        last = folder / "checkpoints" / "last.ckpt"
-        stop(f"interrupted{f'; go on with resume={last}' if last.exists() else ', before anything was saved'}", 130)
 
 
 def _hide_secrets(cfg: DictConfig, folder: Path) -> None:

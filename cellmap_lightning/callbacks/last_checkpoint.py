@@ -1,0 +1,50 @@
+"""A checkpoint of the newest state, whatever the best one is."""
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves the newest state as ``last.ckpt``: after each epoch, each validation, and the last step of a training.
+
+    Lightning's ``save_last=True`` does so with each new best checkpoint only.
+
+    Args:
+        dirpath: folder of ``last.ckpt``; by default the Trainer's ``default_root_dir``.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+        self._step = -1
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        """Save where ``max_steps``, ``max_time`` or a stop end the training in the middle of an epoch."""
+        if trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step:
+            self._save_in_epoch(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save in the middle of an epoch."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._save_in_epoch(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save after an epoch. The state of one that ended early is saved before, while its position is known."""
+        if self._at_end(trainer) or self._step != trainer.global_step:
+            self._save(trainer)
+
+    def _save_in_epoch(self, trainer: L.Trainer) -> None:
+        if not self._at_end(trainer):
+            self._save(trainer)
+
+    @staticmethod
+    def _at_end(trainer: L.Trainer) -> bool:
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        return progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(self.dirpath or trainer.default_root_dir) / "last.ckpt")
+            self._step = trainer.global_step

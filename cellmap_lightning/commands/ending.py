@@ -1,0 +1,80 @@
+"""The exit of a command that Ctrl-C or SIGTERM ends: one path for every phase."""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from cellmap_lightning.commands.common import Stopped, stop
+
+log = logging.getLogger(__name__)
+
+
+class Terminated(SystemExit):
+    """SIGTERM outside of the loops of a Trainer."""
+
+
+class Ending:
+    """A context that exits with the status 130 after Ctrl-C and 143 after SIGTERM, and prints how to continue.
+
+    In its loops a Trainer handles SIGTERM itself and ends between two batches; elsewhere the body ends at once.
+    A handler of another library is left in place.
+
+    Args:
+        advice: returns the end of the sentence that is printed; None where another process prints it.
+
+    Attributes:
+        received: whether SIGTERM has arrived.
+    """
+
+    def __init__(self, advice: Callable[[], str | None] = lambda: "") -> None:
+        self._advice = advice
+        self._before: Any = None
+        self.received = False
+
+    def __enter__(self) -> Self:
+        before = signal.getsignal(signal.SIGTERM)
+        replaceable = before == signal.SIG_DFL or isinstance(getattr(before, "__self__", None), Ending)
+        if replaceable and threading.current_thread() is threading.main_thread():
+            self._before = before
+            signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        if signal.getsignal(signal.SIGTERM) == self._terminate:  # a Trainer in its loops has put its own in front
+            raise Terminated(143)
+
+    def check(self) -> None:
+        """End here if SIGTERM came too late in a Trainer's loop to end it."""
+        if self.received:
+            raise Terminated(143)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+        if isinstance(error, Stopped):
+            return
+        reason = _reason(error) or ("terminated" if self.received else None)
+        if reason is None:
+            return
+        if isinstance(error, Exception):  # such as that of a worker process that got the signal too
+            log.warning("%s: %s", type(error).__name__, error)
+        advice = self._advice()
+        message = None if advice is None else f"{reason}{'; ' if advice else ''}{advice}"
+        stop(message, 130 if reason == "interrupted" else 143)
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """Return the reason for which a body ended: Lightning exits while it handles the exception of either signal."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return "interrupted"
+        if isinstance(error, Terminated) or type(error).__name__ == "SIGTERMException":
+            return "terminated"
+        error = error.__cause__ or error.__context__
+    return None
