@@ -15,6 +15,7 @@ from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, 
 from cellmap_lightning.evaluate import draw, evaluate, table, write_csv
 from cellmap_lightning.overview import draw_prediction
 from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW, raw_of
+from cellmap_lightning.trust import check_trusted
 from cellmap_lightning.volumes.geometry import Box
 from cellmap_lightning.volumes.ngff import read_attributes, read_multiscale
 from cellmap_lightning.volumes.store import HIDDEN, StorePath, children, exists, located
@@ -51,6 +52,19 @@ def saved_config(path: Path) -> dict[str, Any]:
     return found
 
 
+def _check_saved(saved: Mapping[str, Any], data: Mapping[str, Any], cfg: DictConfig) -> None:
+    """Check what is taken from the configuration of a checkpoint; `check_trusted` says what may be in it."""
+    used = {name: saved.get(name) for name in ("patch", "model", "task")}
+    precision = (saved.get("trainer") or {}).get("precision")
+    trust = OmegaConf.select(cfg, "trust")
+    check_trusted(
+        used | {"data": data, "trainer": {"precision": precision}},
+        f"ckpt={cfg.ckpt}",
+        OmegaConf.to_container(trust) if OmegaConf.is_config(trust) else trust,
+        OmegaConf.select(cfg, "trust_checkpoint", default=False),
+    )
+
+
 def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """The configuration of a prediction: that of the checkpoint, with what was said on the command line on top.
 
@@ -66,6 +80,11 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
         raise CellMapValueError("\n".join(f"{key} is required: set it with {key}=..." for key in missing))
     saved = saved_config(Path(cfg.ckpt))
     data = {name: None if name in _OF_TRAINING else value for name, value in saved["data"].items()}
+    data.pop("datasets", None)
+    given_options = OmegaConf.select(cfg, "data.storage_options")
+    if given_options is not None or isinstance(located(cfg.data.input_path), Path):
+        data["storage_options"] = OmegaConf.to_container(given_options, resolve=True) if given_options else None
+    _check_saved(saved, data if given_options is None else data | {"storage_options": None}, cfg)
     given: Any = OmegaConf.to_container(cfg.metadata, resolve=True)
     metadata = {key: value for key, value in given.items() if value is not None}
     data |= {"datasets": {"predict": [{"raw": cfg.data.input_path, **metadata}]}, "split": "csv"}
@@ -80,9 +99,6 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     trainer: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
     if trainer.get("precision") is None:
         trainer["precision"] = (saved.get("trainer") or {}).get("precision")
-    given_options = OmegaConf.select(cfg, "data.storage_options")
-    if given_options is not None:
-        data["storage_options"] = OmegaConf.to_container(given_options, resolve=True)
     if HIDDEN in str(data.get("storage_options")):
         raise CellMapValueError(
             f"ckpt={cfg.ckpt} does not hold the secrets of its storage_options: give data.storage_options={{...}}, or "
