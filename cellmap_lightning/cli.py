@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ from cellmap_lightning.errors import (
     CellMapTypeError,
     CellMapValueError,
 )
+from cellmap_lightning.private_run import hold_secrets, protect_logs, protect_run
+from cellmap_lightning.redaction import hide_address
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +122,7 @@ def _command(
 
     def checked(cfg: DictConfig) -> Any:
         try:
+            protect_run(cfg)
             _take_voxel_sizes(cfg, name)
             _check_known(cfg, name)
             configs = [cfg] if prepare is None else prepare(cfg)
@@ -138,11 +142,14 @@ def _command(
                 log.debug("where it happened", exc_info=e)
                 stop(_refused(e))
             if cause is None:
+                if hold_secrets(sys.argv[1:]):  # Hydra would print the arguments
+                    stop("".join(traceback.format_exception(e)))
                 raise
             log.debug("where it happened", exc_info=e)
             stop(str(cause))
 
     sys.argv[1:] = [re.sub(r"^\+{0,2}patch\.voxel_size=", "patch.scale=", a) for a in sys.argv[1:]]
+    protect_logs(sys.argv[1:])
     main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)
     try:
         return main()
@@ -511,7 +518,7 @@ def _inspect(cfg: DictConfig) -> None:
     patch: Any = OmegaConf.to_container(cfg.patch, resolve=True)
     size = int(cfg.device_gb * 2**30) if cfg.device_gb is not None else gpu_memory() or 16 << 30
     found = look(data, patch, cfg.input_path, cfg.deep, size)
-    print(found.json() if cfg.json else found)
+    print(hide_address(found.json() if cfg.json else str(found)))
     refuse(found)
 
 

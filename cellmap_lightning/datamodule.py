@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.private_hparams import PrivateHyperparameters
 from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes, parse_inputs, parse_targets
 from cellmap_lightning.sampling.blockwise import PatchSamples, PlanBatches, Stream
 from cellmap_lightning.sampling.compact import CompactBatch
@@ -71,7 +72,7 @@ def _instantiated(datasets: Mapping[str, Any] | None) -> Mapping[str, Any] | Non
     }
 
 
-class CellMapDataModule(L.LightningDataModule):
+class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
     """Crops of CellMap volumes for `Trainer.fit`, `validate`, `test` and `predict`.
 
     Datasets are built once per split, when a stage first needs them, and keep their threads through every ``setup`` and

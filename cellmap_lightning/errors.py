@@ -1,8 +1,16 @@
 """The one family of errors: each is a `CellMapError` and also the builtin that a caller would catch."""
 
+from cellmap_lightning.redaction import hide_address
+
 
 class CellMapError(Exception):
-    """Base of every error that this package raises about data, metadata, configuration or their combination."""
+    """Base of every error that this package raises about data, metadata, configuration or their combination.
+
+    Credentials in addresses are hidden.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(hide_address(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class CellMapValueError(CellMapError, ValueError):

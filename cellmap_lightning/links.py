@@ -1,4 +1,7 @@
-"""Where a sample is, in viewers: a Neuroglancer link and a napari command. Neither viewer is needed to make them."""
+"""Where a sample is, in viewers: a Neuroglancer link and a napari command. Neither viewer is needed to make them.
+
+Credentials in addresses are hidden in both.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
+from cellmap_lightning.redaction import hide_address
 from cellmap_lightning.volumes.store import local
 
 NEUROGLANCER = "https://neuroglancer-demo.appspot.com"
@@ -33,7 +37,7 @@ def neuroglancer(
 
     def source(path: str) -> str:
         if "://" in path and not path.startswith("file://"):
-            return f"zarr://{path}"
+            return f"zarr://{hide_address(path)}"
         return f"zarr://{serve.rstrip('/')}{quote(os.fspath(local(path).absolute()))}"
 
     state = {
@@ -67,4 +71,4 @@ def napari(raw: str, labels: Mapping[str, str], center: Sequence[float]) -> str:
 
 def _quoted(path: str) -> str:
     """In double quotes, which a shell leaves alone inside single ones."""
-    return json.dumps(path if "://" in path else str(local(path).absolute()), ensure_ascii=False)
+    return json.dumps(hide_address(path) if "://" in path else str(local(path).absolute()), ensure_ascii=False)

@@ -14,11 +14,12 @@ from cellmap_lightning.commands.ending import Ending
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError, MissingExtraError
 from cellmap_lightning.evaluate import draw, evaluate, table, write_csv
 from cellmap_lightning.overview import draw_prediction
+from cellmap_lightning.redaction import HIDDEN
 from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW, raw_of
 from cellmap_lightning.trust import check_trusted
 from cellmap_lightning.volumes.geometry import Box
 from cellmap_lightning.volumes.ngff import read_attributes, read_multiscale
-from cellmap_lightning.volumes.store import HIDDEN, StorePath, children, exists, located
+from cellmap_lightning.volumes.store import StorePath, children, exists, located
 
 log = logging.getLogger(__name__)
 

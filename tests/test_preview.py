@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -177,6 +178,32 @@ def test_the_page_holds_every_slice_exactly(samples, tmp_path):
     (slider,) = [a for a in page.of("input") if a["type"] == "range"]
     assert (slider["min"], slider["max"], slider["value"]) == ("0", "4", "3")
     assert not page.of("b")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)", "</title><b>x</b>",
+        "</style></section><iframe>", "a&amp;<!-- <script>", "</code><svg onload=alert(1)>", "\\u003cscript>",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["title", "class", "header", "command", "address"])
+def test_names_on_a_page_are_text(samples, tmp_path, name, where):
+    """Names of datasets, crops and classes come from folders: as tags or attributes they could run scripts."""
+
+    def page(text):
+        sample = replace(samples[0], header=text if where == "header" else "header")
+        write_page(
+            [sample], ["mito", text if where == "class" else "er"], tmp_path / "page.html",
+            title=text if where == "title" else "title",
+            links=[(text if where == "address" else "https://n", text if where == "command" else "napari")],
+        )  # fmt: skip
+        return Page(tmp_path / "page.html")
+
+    plain, found = page("plain"), page(name)
+    where_href = {"href": name} if where == "address" else {}
+    assert [(t, a | where_href if t == "a" else a) for t, a in plain.tags] == found.tags
+    assert found.data == plain.data
 
 
 def test_pages_refuse_what_does_not_fit(samples, tmp_path):

@@ -20,7 +20,7 @@ from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDatas
 from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError, MissingExtraError
 from cellmap_lightning.sampling.datasplit import CellMapDataSplit
 from cellmap_lightning.volumes.ngff import read_multiscale
-from cellmap_lightning.volumes.store import Remote, keeping, located, redacted
+from cellmap_lightning.volumes.store import Remote, keeping, located
 from tests.foreign import SEMANTIC, annotated, cube, sample, write_pair
 from tests.volumes.faults import serving
 
@@ -357,6 +357,41 @@ def test_credentials_are_nowhere(bucket, endpoint, tmp_path, caplog, monkeypatch
     assert "abc" not in hidden.hide("GET https://host/x?X-Amz-Signature=abc failed")
 
 
+def test_credentials_in_an_address_are_nowhere(volume, tmp_path, caplog, monkeypatch, capsys):
+    """A user and a password over HTTP: in no checkpoint, file of the cache, log line, error or report."""
+    from cellmap_lightning.links import napari, neuroglancer
+
+    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
+    caplog.set_level(logging.DEBUG, "cellmap_lightning")
+    with serving(Path(volume.path)) as (url, asked):
+        root = url.replace("http://", "http://me:word-17@")
+        entry = {"raw": f"{root}/recon-1/em/fibsem-uint8", "gt": f"{root}/recon-1/labels/groundtruth/crop2/[mito,er]"}
+        common = {"classes": ["mito", "er"], "input_arrays": {"raw": SPEC}, "target_arrays": {"labels": SPEC}}
+        data = {
+            "datasets": {"train": [entry]},
+            "samples_per_epoch": 2,
+            "normalize": {"percentile": [1, 99]},
+            "strategy": "foreground",
+        }
+        with CellMapDataModule(**common, **data) as module:
+            assert len(list(module.train_dataloader())) == 2
+            state, shown = str(module.state_dict()), f"{module.train_dataset!r} {module.train_dataset.datasets[0]!r}"
+        texts = [state, shown, napari(entry["raw"], {}, [0, 0, 0]), neuroglancer(entry["raw"], {}, [0, 0, 0], 8)]
+        wrong = [entry | {"gt": entry["gt"].replace("crop2", "crop99")}, entry | {"raw": f"{root}/no"}]
+        for bad in (*wrong, {"raw": entry["raw"], "gt": entry["gt"].replace("mito", "no")}, entry | {"nonsense": 1}):
+            with (
+                pytest.raises(CellMapError) as caught,
+                CellMapDataModule(**common, datasets={"train": [bad]}) as module,
+            ):
+                module.setup("fit")
+            texts.append(f"{caught.value} {caught.value!r} {caught.value.__cause__}")
+    assert any("fibsem" in str(path) for path in asked), "the volume was read"
+    assert "me:" not in capsys.readouterr().out
+    for text in (*texts, caplog.text):
+        assert "word-17" not in text
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and b"word-17" in p.read_bytes()]
+
+
 def test_one_address_behind_two_endpoints_is_two_places(bucket, endpoint):
     root = f"{bucket}/v2.zarr/recon-1/em/fibsem-uint8/.zattrs"
     here = located(root, anonymous(endpoint))
@@ -368,13 +403,6 @@ def test_one_address_behind_two_endpoints_is_two_places(bucket, endpoint):
         assert here.read() is not None
         with pytest.raises(CellMapError, match=r"127\.0\.0\.1:9"):
             elsewhere.read()
-
-
-def test_what_is_redacted():
-    given = {"data": {"storage_options": {"anon": False, "key": "k", "client_kwargs": {"aws_secret": "s"}}, "key": 1}}
-    assert redacted(given) == {
-        "data": {"storage_options": {"anon": False, "key": "***", "client_kwargs": {"aws_secret": "***"}}, "key": 1}
-    }
 
 
 @pytest.mark.usefixtures("quiet_lightning")

@@ -5,6 +5,8 @@ import sys
 import warnings
 from typing import NoReturn
 
+from cellmap_lightning.private_run import hide
+
 
 class Stopped(SystemExit):
     """The end of a command whose reason has been printed."""
@@ -17,7 +19,7 @@ def stop(message: str | None, code: int = 1) -> NoReturn:
         Stopped: always.
     """
     if message is not None:
-        print(f"Error: {message}" if code == 1 else message, file=sys.stderr)
+        print(hide(f"Error: {message}" if code == 1 else message), file=sys.stderr)
     raise Stopped(code)
 
 

@@ -26,7 +26,7 @@ from cellmap_lightning.commands.ending import Ending
 from cellmap_lightning.commands.run_folder import how_to_continue, remove_run, results_in
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
 from cellmap_lightning.masked import probabilities
-from cellmap_lightning.volumes.store import redacted, without_secrets
+from cellmap_lightning.private_run import without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,8 @@ def run(cfg: DictConfig) -> float | None:
 
 def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
     folder = progress.folder
-    _hide_secrets(cfg, folder)
     checkpoint, start = _checkpoint(cfg.resume, folder)
-    plain: Any = redacted(OmegaConf.to_container(cfg, resolve=True))  # what stays on disk
+    plain: Any = without_secrets(OmegaConf.to_container(cfg, resolve=True))  # what stays on disk
     L.seed_everything(cfg.seed, verbose=False)
     quieten()
     unresolved = deepcopy(cfg)  # instantiate resolves in place what a part refers to
@@ -213,18 +212,6 @@ def _begin_from(cfg: DictConfig, task: Any) -> None:
             )  # fmt: skip
     said = load_weights(network, Path(cfg.init_from), "network." if own else "", head)
     log.info("init_from=%s: %s", cfg.init_from, said)
-
-
-def _hide_secrets(cfg: DictConfig, folder: Path) -> None:
-    """Take secrets out of the files in which Hydra has noted what was said on the command line."""
-    options = OmegaConf.select(cfg, "data.storage_options")
-    if options is None:
-        return
-    plain = OmegaConf.to_container(options, resolve=True)
-    for file in [*(folder / ".hydra").glob("*.yaml"), folder.parent / "multirun.yaml"]:
-        if file.is_file():
-            text = file.read_text(encoding="utf-8")
-            file.write_text(without_secrets(text, plain), encoding="utf-8")
 
 
 def _check_launch(cfg: DictConfig) -> None:

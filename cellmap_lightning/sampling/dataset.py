@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.redaction import hide_address
 from cellmap_lightning.sampling.arrays import (
     ArraySpecs,
     BatchLayout,
@@ -316,7 +317,7 @@ class CellMapDataset(SampleSource):
         if raw.finest.array.dtype.kind == "b" and rule.rule == "dtype":
             self.affine = (1.0, -1.0) if rule.invert else (0.0, 1.0)
         #: Tells this volume and rule from others in a checkpoint.
-        self.normalization_key = f"{self.input_path} {rule}"
+        self.normalization_key = hide_address(f"{self.input_path} {rule}")  # checkpoints hold it
         self.layout = BatchLayout(
             inputs,
             targets,
@@ -419,7 +420,7 @@ class CellMapDataset(SampleSource):
             part, level = worst
             log.warning(
                 "%s: %.3g %% of the crop (%s) lies outside of raw (%s, level %s: %s): targets are unknown there",
-                self.label, 100 * part, self.box, self.input_path, level.name, level.lattice.box,
+                self.label, 100 * part, self.box, self.raw_at, level.name, level.lattice.box,
             )  # fmt: skip
         return ends
 

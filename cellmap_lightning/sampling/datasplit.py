@@ -21,6 +21,7 @@ from cellmap_lightning.errors import (
     CellMapTypeError,
     CellMapValueError,
 )
+from cellmap_lightning.redaction import hide_address
 from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes, parse_inputs, parse_targets
 from cellmap_lightning.sampling.dataset import CellMapDataset, NotAnnotatedError, TooCoarseError
 from cellmap_lightning.sampling.encodings import (
@@ -503,7 +504,7 @@ class CellMapDataSplit:
         """Write the crops of every split as a CSV of ``usage, raw, target`` with absolute paths, and what entries say.
 
         Read again with ``split="csv"`` it gives the same splits. How single entries are normalized or inverted has no
-        place in a CSV; that is logged.
+        place in a CSV; that is logged. Credentials in addresses are hidden.
         """
         rows, own = [], []
         every = [entry for entries in self.entries.values() for entry in entries]
@@ -514,7 +515,7 @@ class CellMapDataSplit:
                 target = entry.target_path
                 if entry.dataset is not None and entry.dataset.target_path is not None:
                     target = str(entry.dataset.target_path)
-                raw, gt = _absolute(entry.input_path), _absolute(target) if target else ""
+                raw, gt = hide_address(_absolute(entry.input_path)), hide_address(_absolute(target)) if target else ""
                 weight = [] if not weighted else ["" if entry.weight is None else repr(entry.weight)]
                 more = [json.dumps(entry.metadata[key]) if key in entry.metadata else "" for key in columns]
                 rows.append(["validate" if split == "val" else split, raw, gt, *weight, *more])

@@ -8,7 +8,6 @@ import contextlib
 import difflib
 import json
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from cellmap_lightning.errors import (
     MetadataError,
     MissingExtraError,
 )
+from cellmap_lightning.redaction import HIDDEN, hidden, hide_address, option_secrets, redacted
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -40,9 +40,6 @@ _PROTOCOLS = (*_EXTRAS, "zip", "memory")
 _OPEN_BUCKETS = ("janelia-cosem-datasets",)
 #: Connections to a store at a time.
 CONNECTIONS = 64
-_SECRET = re.compile(r"key|secret|token|password|passphrase|credential|authorization|cookie", re.IGNORECASE)
-#: What stands where a secret stood.
-HIDDEN = "***"
 
 #: File systems of this process, by what they were made with.
 _filesystems: dict[tuple[Any, ...], Any] = {}
@@ -147,13 +144,11 @@ class Remote:
     def identity(self) -> str:
         """What tells it from every other place: one address may lead elsewhere by another endpoint. No secrets."""
         options = {name: value for name, value in json.loads(self.options).items() if name != "anon"}
-        return f"{self.url} {json.dumps(redacted(options, secret=True), sort_keys=True)}"
+        return f"{hide_address(self.url)} {json.dumps(redacted({'storage_options': options}), sort_keys=True)}"
 
     def hide(self, text: str) -> str:
         """A text without what nobody should see: values of secret options, users in addresses, signed queries."""
-        text = without_secrets(text, json.loads(self.options))
-        text = re.sub(r"(://)[^/@\s]+@", rf"\1{HIDDEN}@", text)
-        return re.sub(r"\?[^\s'\"]*(?:[Ss]ignature|[Tt]oken|[Ss]ig|[Kk]ey)=[^\s'\"]*", f"?{HIDDEN}", text)
+        return hidden(text, option_secrets(json.loads(self.options)))
 
     def filesystem(self, asynchronous: bool = False) -> Any:
         """The file system of fsspec, one for all places like this in this process.
@@ -319,6 +314,8 @@ def located(path: "str | Path | Remote", options: Mapping[str, Any] | None = Non
         raise CellMapValueError(
             f"{text}: addresses that can be read begin with {', '.join(_PROTOCOLS)}, not {protocol}"
         )
+    if HIDDEN in text:
+        raise CellMapValueError(f"{text}: its credentials were hidden where it was noted; give the whole address again")
     return Remote(text.rstrip("/"), json.dumps(dict(options or {}), sort_keys=True))
 
 
@@ -338,35 +335,6 @@ def parts_of(path: str) -> PurePosixPath:
     """A path or an address as names, to look at them."""
     head = str(path).partition("::")[0]
     return PurePosixPath(head.partition("://")[2] or head)
-
-
-def redacted(value: Any, secret: bool = False) -> Any:
-    """A configuration without its secrets: what is called key, secret, token and the like under ``storage_options``."""
-    if isinstance(value, Mapping):
-        return {
-            name: HIDDEN if secret and _SECRET.search(str(name)) and item is not None
-            else redacted(item, secret or name == "storage_options")
-            for name, item in value.items()
-        }  # fmt: skip
-    if isinstance(value, list | tuple):
-        return [redacted(item, secret) for item in value]
-    return value
-
-
-def without_secrets(text: str, options: Any) -> str:
-    """A text in which the secrets of ``storage_options`` are hidden."""
-    for secret in sorted(_secrets(options), key=len, reverse=True):
-        text = text.replace(secret, HIDDEN)
-    return text
-
-
-def _secrets(options: Any, under: bool = False) -> Iterator[str]:
-    """The values that nobody should see."""
-    if isinstance(options, Mapping):
-        for name, item in options.items():
-            yield from _secrets(item, under or bool(_SECRET.search(str(name))))
-    elif isinstance(options, str) and under and len(options) > 3:
-        yield options
 
 
 def open_store(where: StorePath) -> "Store":

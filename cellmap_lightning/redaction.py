@@ -1,0 +1,127 @@
+"""Credentials, hidden in texts and configurations.
+
+Secrets are values of ``storage_options`` whose names say so, users and passwords in addresses, and signed queries.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+#: Text that replaces a secret.
+HIDDEN = "***"
+
+_NAME = re.compile(
+    r"key|secret|token|passw|passphrase|pwd|credential|auth|cookie|signature(?!_version)|connection_string|\bsas|\bsig\b",
+    re.IGNORECASE,
+)
+_USER = re.compile(r"((?:https?|s3a?|gc?s|ftp|abfss?|az|hdfs)://)[^/\s'\"]*@", re.IGNORECASE)
+_QUERY = re.compile(r"\?([^\s'\"?]*=[^\s'\"]*)")
+#: An override of options, other than of open stores: all that follows is hidden.
+_OPEN = r"(?!(?:null|\{\s*(?:anon:\s*\w+)?\s*\})(?:$|[\s,'\"]))"
+_OVERRIDE = re.compile(
+    rf"(storage_options(?!\.anon=)[\w.\[\]]*={_OPEN}|storage_options['\"]?\s*:\s*(?=\{{){_OPEN}).*", re.DOTALL
+)
+#: Characters of the shortest secret that is searched for in texts, and in values of other settings.
+_IN_TEXTS, _IN_SETTINGS = 4, 8
+
+
+def hidden(text: str, secrets: Collection[str] = ()) -> str:
+    """Return a text without credentials in addresses and without ``secrets``.
+
+    Args:
+        text: a message or a path.
+        secrets: texts that are hidden as well; see `secrets_of`.
+    """
+    text = hide_address(text)
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= _IN_TEXTS:
+            text = text.replace(secret, HIDDEN)
+    return text
+
+
+def hide_overrides(text: str) -> str:
+    """Return a text without what follows ``storage_options=``, as in the overrides of a command line."""
+    return _OVERRIDE.sub(rf"\g<1>{HIDDEN}", hide_address(text))
+
+
+def hide_address(text: str) -> str:
+    """Return a text in which addresses have neither a user and a password, nor a query that holds a secret."""
+    if "://" not in text and "?" not in text:
+        return text
+    return _QUERY.sub(_hide_query, _USER.sub(rf"\g<1>{HIDDEN}@", text))
+
+
+def _hide_query(match: re.Match[str]) -> str:
+    names = [part.partition("=")[0] for part in re.split(r"[&;]", match[1])]
+    return f"?{HIDDEN}" if any(_NAME.search(name) for name in names) else match[0]
+
+
+def redacted(value: Any, secrets: Collection[str] = ()) -> Any:
+    """Return a configuration, as plain containers, without its secrets.
+
+    Args:
+        value: the configuration.
+        secrets: values that are hidden wherever they stand; see `secrets_of`.
+    """
+    return _redacted(value, {secret for secret in secrets if len(secret) >= _IN_SETTINGS}, False)
+
+
+def _redacted(value: Any, secrets: Collection[str], inside: bool) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name: HIDDEN if _is_secret(name, item, inside) else _redacted(item, secrets, inside or _has_options(name))
+            for name, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_redacted(item, secrets, inside) for item in value]
+    if isinstance(value, str):
+        return hide_overrides(hidden(value, secrets))
+    return HIDDEN if secrets and not isinstance(value, bool) and str(value) in secrets else value
+
+
+def _has_options(name: Any) -> bool:
+    return "storage_options" in str(name)
+
+
+def _is_secret(name: Any, value: Any, inside: bool) -> bool:
+    """Tell whether a setting is a secret, by its name: ``inside`` the options of a store, or a dotted name of one."""
+    if value is None or isinstance(value, bool):
+        return False
+    if _has_options(name) and isinstance(value, str) and not value.startswith("${"):
+        return True  # options that are written as one text
+    below = str(name).rpartition("storage_options")[2] if _has_options(name) else str(name) if inside else ""
+    return bool(_NAME.search(below))
+
+
+def secrets_of(config: Any) -> set[str]:
+    """Return the secrets below every ``storage_options`` of a configuration, as texts."""
+    return set(_secrets(config, False, False))
+
+
+def option_secrets(options: Any) -> set[str]:
+    """Return the secrets of one store's options, as texts."""
+    return set(_secrets(options, True, False))
+
+
+def _secrets(value: Any, inside: bool, secret: bool) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            below = inside or _has_options(name)
+            yield from _secrets(item, below, secret or _is_secret(name, item, inside))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _secrets(item, inside, secret)
+    elif secret and value is not None and not isinstance(value, bool):
+        yield str(value)
+
+
+def holds_credentials(config: Any) -> bool:
+    """Tell whether a configuration holds options of a store, other than that it is open, or credentials."""
+    if isinstance(config, Mapping):
+        return any(
+            (_has_options(name) and bool(item) and item != {"anon": True}) or holds_credentials(item)
+            for name, item in config.items()
+        )
+    if isinstance(config, list | tuple):
+        return any(holds_credentials(item) for item in config)
+    return isinstance(config, str) and hide_address(config) != config
