@@ -33,6 +33,7 @@ from cellmap_lightning.errors import (
     CellMapTypeError,
     CellMapValueError,
 )
+from cellmap_lightning.interrupts import deliver_interrupts
 from cellmap_lightning.private_run import hold_secrets, protect_logs, protect_run
 from cellmap_lightning.redaction import hide_address
 
@@ -152,7 +153,10 @@ def _command(
     protect_logs(sys.argv[1:])
     main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)
     try:
-        return main()
+        with deliver_interrupts():
+            return main()
+    except KeyboardInterrupt:
+        stop("interrupted", 130)
     except SystemExit as e:
         if e.code not in (0, None) and not _started and not isinstance(e, Stopped):
             for hint in _hints(name, sys.argv[1:]):

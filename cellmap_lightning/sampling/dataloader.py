@@ -32,6 +32,7 @@ from cellmap_lightning.sampling.slots import SlotBatch, Slots
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.sampling.waiting import Timed, Waiting
 from cellmap_lightning.volumes.store import Remote
+from cellmap_lightning.weak import WeakGroup
 
 
 class _CompactRequests:
@@ -230,19 +231,19 @@ class CellMapDataLoader(DataLoader[Any]):
     def _follow_sampler(self) -> None:
         position = self._position
         if position is not None:
-            follow = weakref.WeakMethod(position.epoch_of)
+            follow = weakref.ref(position)  # without a callback, in which Ctrl-C would be lost
 
             def epoch_of(epoch: int) -> int:
-                method = follow()
-                return epoch if method is None else method(epoch)
+                found = follow()
+                return epoch if found is None else found.epoch_of(epoch)
 
             position.sampler.epoch_of = epoch_of
 
     def _nothing_under_way(self) -> None:
         #: The passes that were begun, what each takes its batches from, and what reads these.
-        self._passes: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._streams: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._readings: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._passes: WeakGroup[Any] = WeakGroup()
+        self._streams: WeakGroup[Any] = WeakGroup()
+        self._readings: WeakGroup[Any] = WeakGroup()
 
     def __getstate__(self) -> dict[str, Any]:
         # What is under way stays behind, and so does the Trainer, which cannot always be pickled.
