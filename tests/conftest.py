@@ -2,7 +2,9 @@
 
 import gc
 import logging
+import os
 import signal
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from cellmap_lightning.sampling.arrays import BatchLayout
 from cellmap_lightning.sampling.compact import CompactBatch
 from cellmap_lightning.synthetic import SyntheticVolume, write_volume
+from tests import processes
 
 # Shells have what they run in the background ignore Ctrl-C, and so would the programs that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
@@ -28,6 +31,40 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CELLMAP_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+#: Seconds that a test that is marked slow may take.
+SLOW = 7200
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report
+
+
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.fixture(autouse=True)
+def a_failed_test_leaves_no_process(request):
+    """What hangs in one test takes no time, memory or descriptor from the next."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    before = processes.descendants(os.getpid())
+    with processes.marking() as mark:
+        yield
+        if request.node.stash.get(_FAILED, False):
+            processes.kill(processes.left_behind(mark, before))
 
 
 @pytest.fixture(scope="session", autouse=True)

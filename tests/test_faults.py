@@ -26,6 +26,7 @@ from cellmap_lightning.sampling.datasplit import CellMapDataSplit
 from cellmap_lightning.volumes import chunks, guard
 from cellmap_lightning.volumes.guard import COUNTS
 from cellmap_lightning.volumes.writer import write_group, write_multiscale
+from tests import processes
 from tests.volumes.faults import FaultyStore, transient
 
 SCALE = (8.0, 8.0, 8.0)
@@ -366,49 +367,33 @@ def split_of(root):
     )  # fmt: skip
 
 
+@contextlib.contextmanager
 def started(tmp_path, root, phase):
+    """The program, at the beginning of a phase."""
     (tmp_path / "tmp").mkdir()
     (tmp_path / "program.py").write_text(PROGRAM)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(tmp_path / "tmp")}
-    process = subprocess.Popen(
-        [sys.executable, tmp_path / "program.py", phase, root], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=env,
-    )  # fmt: skip
-    assert process.stdout.readline().strip() == "ready"
-    if phase == "workers":
-        assert process.stdout.readline().strip() == "reading"
-    else:
-        time.sleep(0.7)
-    return process
+    command = [sys.executable, tmp_path / "program.py", phase, root]
+    with processes.started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout.readline().strip() == "ready"
+        yield process
 
 
-def children(pid):
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return {int(child) for task in tasks for child in (task / "children").read_text().split()}
-
-
-def gone(pids, seconds):
+def gone(pids, seconds=120):
     end = time.monotonic() + seconds
     while alive := [p for p in pids if Path(f"/proc/{p}").exists()]:
         assert time.monotonic() < end, alive
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    "phase", ["fill", pytest.param("setup", marks=pytest.mark.slow), pytest.param("workers", marks=pytest.mark.slow)]
-)
-def test_ctrl_c_at_every_phase_leaves_nothing(root, tmp_path, phase):
-    """No process, thread or temporary file, and no voxels that are said to be kept and are not."""
-    process = started(tmp_path, root, phase)
-    try:
-        below = children(process.pid)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-        assert process.returncode not in (0, -signal.SIGKILL)
-        assert "KeyboardInterrupt" in errors
-        gone(below, 10)
-    finally:
-        process.kill()
+def interrupt(process, tmp_path, root):
+    """Press Ctrl-C: no process, thread or temporary file is left, and voxels that are marked as cached are right."""
+    below = processes.descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode not in (0, -signal.SIGKILL), errors
+    assert "KeyboardInterrupt" in errors
+    gone(below)
     assert list((tmp_path / "tmp").iterdir()) == []
     with dataset(root, cache="disk", is_train=True) as data:
         for number in range(0, 64, 8):
@@ -418,14 +403,43 @@ def test_ctrl_c_at_every_phase_leaves_nothing(root, tmp_path, phase):
             assert (np.asarray(found["raw"])[0, 0] == RAW[z : z + 32, y : y + 32, x : x + 32]).all()
 
 
+@pytest.mark.parametrize(
+    "phase", ["fill", pytest.param("setup", marks=pytest.mark.slow), pytest.param("workers", marks=pytest.mark.slow)]
+)
+def test_ctrl_c_at_every_phase_leaves_nothing(root, tmp_path, phase):
+    with started(tmp_path, root, phase) as process:
+        if phase == "workers":
+            assert process.stdout.readline().strip() == "reading"
+        interrupt(process, tmp_path, root)
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(200, marks=pytest.mark.slow)])
+def test_ctrl_c_at_random_moments_leaves_nothing(root, tmp_path, count):
+    """Also inside finalizers and while worker processes are started; each moment is drawn from a fixed seed."""
+    generator = np.random.default_rng(count)
+    for number in range(count):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        phase, moment = str(generator.choice(["fill", "setup", "workers"])), float(generator.uniform(0, 1.5))
+        with started(folder, root, phase) as process:
+            time.sleep(moment)
+            try:
+                interrupt(process, folder, root)
+            except BaseException as e:
+                e.add_note(f"repetition {number}: {phase}, {moment} s")
+                raise
+        shutil.rmtree(folder)
+
+
 @pytest.mark.slow
 def test_workers_end_with_a_parent_that_was_killed(root, tmp_path):
-    process = started(tmp_path, root, "workers")
-    below = children(process.pid)
-    assert len(below) >= 2
-    process.kill()
-    process.communicate(timeout=10)
-    gone(below, 30)
+    with started(tmp_path, root, "workers") as process:
+        assert process.stdout.readline().strip() == "reading"
+        below = processes.children(process.pid)
+        assert len(below) >= 2
+        process.kill()
+        process.communicate(timeout=60)
+        gone(below)
 
 
 @pytest.mark.slow
