@@ -7,14 +7,12 @@ writing the batch. A block comes back when nothing refers to it any more: no ten
 import ctypes
 import math
 import os
-from collections import defaultdict, deque
-from functools import partial
+import weakref
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from cellmap_lightning.weak import at_end
 
 #: Blocks of one size that wait to be used again: the batch before this one, and one ahead of it.
 WAITING = 2
@@ -26,8 +24,7 @@ class Buffers:
     """Blocks of memory that are used again."""
 
     def __init__(self) -> None:
-        # A deque that is full drops its oldest block. Blocks come back at any time and anywhere, so no lock is held.
-        self._waiting: dict[int, deque[npt.NDArray[np.uint8]]] = defaultdict(partial(deque, maxlen=WAITING))
+        self._waiting: dict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An array whose values are not set, C-contiguous."""
@@ -41,8 +38,14 @@ class Buffers:
             block = np.empty(nbytes, np.uint8)
         # Everything that looks into the memory holds on to this object, and nothing else does.
         holder = (ctypes.c_uint8 * nbytes).from_address(block.ctypes.data)
-        at_end(holder, self._waiting[nbytes].append, block)
+        weakref.finalize(holder, self._back, block, os.getpid()).atexit = False
         return np.frombuffer(memoryview(holder), kind).reshape(shape)
+
+    def _back(self, block: npt.NDArray[np.uint8], pid: int) -> None:
+        # May run anywhere and at any time, so that no lock is held here: lists need none.
+        waiting = self._waiting[len(block)]
+        if len(waiting) < WAITING and pid == os.getpid():
+            waiting.append(block)
 
     def clear(self) -> None:
         """Give back to the system what waits."""
@@ -53,5 +56,4 @@ class Buffers:
 BUFFERS = Buffers()
 
 if hasattr(os, "register_at_fork"):
-    # To write to the parent's blocks would copy them first; those of its batches come back to what is dropped here.
-    os.register_at_fork(after_in_child=BUFFERS.clear)
+    os.register_at_fork(after_in_child=BUFFERS.clear)  # to write to the parent's would copy them first

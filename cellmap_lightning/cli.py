@@ -25,6 +25,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from cellmap_lightning import interrupts
 from cellmap_lightning.commands.common import Stopped, quieten, stop
 from cellmap_lightning.commands.ending import Ending
 from cellmap_lightning.errors import (
@@ -33,7 +34,6 @@ from cellmap_lightning.errors import (
     CellMapTypeError,
     CellMapValueError,
 )
-from cellmap_lightning.interrupts import deliver_interrupts
 from cellmap_lightning.private_run import hold_secrets, protect_logs, protect_run
 from cellmap_lightning.redaction import hide_address
 
@@ -149,12 +149,14 @@ def _command(
             log.debug("where it happened", exc_info=e)
             stop(str(cause))
 
+    interrupts.install()
     sys.argv[1:] = [re.sub(r"^\+{0,2}patch\.voxel_size=", "patch.scale=", a) for a in sys.argv[1:]]
     protect_logs(sys.argv[1:])
     main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)
     try:
-        with deliver_interrupts():
-            return main()
+        result = main()
+        interrupts.settle()
+        return result
     except KeyboardInterrupt:
         stop("interrupted", 130)
     except SystemExit as e:

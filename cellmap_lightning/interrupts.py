@@ -1,107 +1,69 @@
-"""Delivery of Ctrl-C where Python would lose it.
+"""Delivery of Ctrl-C where Python would drop it.
 
 Python prints and drops an exception that is raised in ``__del__``, in the callback of a weak reference or of the
-garbage collector, or in a fork hook; a KeyboardInterrupt that arrives there does not end the program.
+garbage collector, or in a fork hook. A KeyboardInterrupt that arrives there does not end the program: with threads that
+start and end, and memory that is reused, that happens. It is sent again once the callback has returned.
 """
 
 import _thread
-import contextlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
-#: Seconds after which a lost interrupt is sent again: by then its callback has returned.
-PAUSE = 0.02
+#: Seconds after which a dropped interrupt is sent again.
+PAUSE = 0.05
+
+_installed = _in_hook = False
+#: One entry for each that is to be sent; appending and popping are atomic.
+_waiting: list[None] = []
+_previous: Any = None
 
 
-def send_again() -> None:
-    """Send SIGINT to the main thread in a moment, for a callback that has to return first."""
-    _thread.start_new_thread(_send_again, ())
+def install() -> None:
+    """Have KeyboardInterrupts that Python drops in the main thread sent again.
+
+    ``sys.unraisablehook`` is replaced, once in a process; what it receives besides is handed to the hook before it.
+    """
+    global _installed, _previous
+    if not _installed and hasattr(signal, "pthread_kill"):
+        _installed, _previous, sys.unraisablehook = True, sys.unraisablehook, _report
 
 
-def _send_again() -> None:
-    time.sleep(PAUSE)
-    _send()
+def settle() -> None:
+    """Wait until an interrupt that was dropped has been sent again.
+
+    Raises:
+        KeyboardInterrupt: there was one.
+    """
+    while _waiting:
+        time.sleep(PAUSE)
+
+
+def _report(unraisable: Any) -> None:
+    global _in_hook
+    kind = unraisable.exc_type
+    main = threading.current_thread() is threading.main_thread()
+    if not main or kind is None or not issubclass(kind, KeyboardInterrupt):
+        _previous(unraisable)
+        return
+    _in_hook = True
+    try:
+        _waiting.append(None)
+        # Not threading.Thread: this thread may hold the locks that starting one takes.
+        _thread.start_new_thread(_send, ())
+    finally:
+        _in_hook = False  # no instruction follows before which Python handles signals
 
 
 def _send() -> None:
-    ident = threading.main_thread().ident
-    if ident is not None:
-        signal.pthread_kill(ident, signal.SIGINT)  # unlike raise_signal, it also ends what the thread waits for
-
-
-class _Delivery:
-    """The signal handler and the hook of `deliver_interrupts`."""
-
-    def __init__(self) -> None:
-        self.lost: object | None = None
-        self._in_hook = False
-        self._hook = sys.unraisablehook
-
-    def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Raise KeyboardInterrupt, but not inside the hook, where it would be lost."""
-        if self._in_hook:
-            self._lose()
-            return
-        self.lost = None
-        raise KeyboardInterrupt
-
-    def report(self, unraisable: Any) -> None:
-        """Send an interrupt again that was dropped; everything else is reported as before."""
-        if threading.current_thread() is not threading.main_thread():
-            self._hook(unraisable)
-            return
-        self._in_hook = True
-        try:
-            if unraisable.exc_type is not None and issubclass(unraisable.exc_type, KeyboardInterrupt):
-                self._lose()
-            else:
-                self._hook(unraisable)
-        finally:
-            self._in_hook = False  # no instruction follows before which a signal is handled
-
-    def _lose(self) -> None:
-        self.lost = token = object()
-        # Not threading.Thread: this thread may hold the locks that starting one takes.
-        _thread.start_new_thread(self._send_until_raised, (token,))
-
-    def _send_until_raised(self, token: object) -> None:
+    time.sleep(PAUSE)
+    while _in_hook:
         time.sleep(PAUSE)
-        while self.lost is token:
-            _send()
-            time.sleep(PAUSE)
-
-
-@contextlib.contextmanager
-def deliver_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt in the main thread also where it arrives inside a callback that would drop it.
-
-    While it is active, ``sys.unraisablehook`` and Python's own handler of SIGINT are replaced. Another handler, or an
-    ignored SIGINT, stays as it is; so does everything in another thread than the main one.
-
-    Raises:
-        KeyboardInterrupt: one arrived and has not been raised yet.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    delivery = _Delivery()
-    handle, report, hook = delivery.handle, delivery.report, sys.unraisablehook
-    signal.signal(signal.SIGINT, handle)
-    sys.unraisablehook = report
+    ident = threading.main_thread().ident
     try:
-        yield
-        lost = delivery.lost is not None
+        if ident is not None:
+            signal.pthread_kill(ident, signal.SIGINT)  # unlike raise_signal, it also ends what the thread waits for
     finally:
-        delivery.lost = None
-        if sys.unraisablehook is report:
-            sys.unraisablehook = hook
-        if signal.getsignal(signal.SIGINT) is handle:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    if lost:
-        raise KeyboardInterrupt
+        _waiting.pop()

@@ -1,21 +1,14 @@
 """A Ctrl-C that arrives inside a callback whose exceptions Python prints and drops ends the program all the same."""
 
-import gc
 import os
 import signal
-import subprocess
 import sys
-import threading
+import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from cellmap_lightning.buffers import SMALL, Buffers
-from cellmap_lightning.interrupts import deliver_interrupts
-from cellmap_lightning.sampling.pool import ReadPool
-from cellmap_lightning.volumes.shared import Locks, SharedBlock
-from cellmap_lightning.weak import WeakGroup, at_end
+from tests import processes
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals cannot be sent to a thread here")
 
@@ -68,10 +61,7 @@ def program(tmp_path, body, *arguments):
     file = tmp_path / "program.py"
     file.write_text(HEAD + body)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", file, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True,
-        timeout=200,
-    )  # fmt: skip
+    return processes.run([sys.executable, "-W", "ignore", file, *arguments], 200, cwd=tmp_path, env=env)
 
 
 @pytest.mark.parametrize("where", DROPPED)
@@ -91,144 +81,41 @@ def test_other_errors_in_finalizers_are_printed_as_before(tmp_path):
     assert "OSError: enough" in done.stderr
 
 
-def test_hook_and_handler_are_given_back():
-    before = sys.unraisablehook, signal.getsignal(signal.SIGINT)
-    with deliver_interrupts():
-        assert sys.unraisablehook is not before[0]
-        assert signal.getsignal(signal.SIGINT) is not before[1]
-    assert (sys.unraisablehook, signal.getsignal(signal.SIGINT)) == before
-    with pytest.raises(KeyboardInterrupt), deliver_interrupts():
-        signal.raise_signal(signal.SIGINT)
-    assert (sys.unraisablehook, signal.getsignal(signal.SIGINT)) == before
+def test_the_hook_is_installed_once_and_not_by_an_import(tmp_path):
+    code = """
+    hooks = [sys.unraisablehook]
+    import cellmap_lightning, cellmap_lightning.sampling.dataset, cellmap_lightning.cli
+    from cellmap_lightning.sampling.pool import ReadPool
+    hooks.append(sys.unraisablehook)
+    ReadPool(1)
+    hooks.append(sys.unraisablehook)
+    sys.unraisablehook = print
+    ReadPool(1)
+    assert hooks[0] is hooks[1] is not hooks[2]
+    assert sys.unraisablehook is print
+    """
+    done = program(tmp_path, textwrap.dedent(code))
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
-def test_another_handler_stays(handler):
-    before = signal.signal(signal.SIGINT, handler)
-    hook = sys.unraisablehook
-    try:
-        with deliver_interrupts():
-            assert signal.getsignal(signal.SIGINT) is handler
-            assert sys.unraisablehook is hook
-    finally:
-        signal.signal(signal.SIGINT, before)
+def test_an_interrupt_that_is_ignored_stays_ignored(tmp_path):
+    body = "thing = Deleted(); signal.signal(signal.SIGINT, signal.SIG_IGN); del thing; print('went on')"
+    done = program(tmp_path, f"def job(cfg):\n    {body}\n_command('submit', job)\n", "manifest=none")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
 
 
-def test_another_thread_changes_nothing():
-    found, before = [], (sys.unraisablehook, signal.getsignal(signal.SIGINT))
-
-    def work():
-        with deliver_interrupts():
-            found.append((sys.unraisablehook, signal.getsignal(signal.SIGINT)))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == [before]
-
-
-# -- the package's own callbacks, also where no command runs
-
-
-def python_calls(work):
-    """Names of the Python functions that run while something is done."""
-    names = []
-    sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_qualname) if event == "call" else None)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return [name for name in names if not name.startswith(("python_calls", "test_no_python"))]
-
-
-def _batch():
-    return Buffers().empty((SMALL,), np.uint8)
-
-
-def _block():
-    return SharedBlock(4096)
-
-
-def _locks(path):
-    locks = Locks(str(path))
-    with locks.hold(1):
-        return locks
-
-
-@pytest.mark.parametrize("kind", ["batch", "block", "locks", "pool"])
-def test_no_python_code_runs_when_an_object_is_gone(tmp_path, kind):
-    things = [{
-        "batch": _batch, "block": _block, "locks": lambda: _locks(tmp_path / "locks"), "pool": lambda: ReadPool(1),
-    }[kind]()]  # fmt: skip
-    assert python_calls(things.clear) == []
-
-
-def test_descriptors_are_closed_when_their_owners_are_gone(tmp_path):
-    def descriptors():
-        return {path.name for path in Path("/proc/self/fd").iterdir()}
-
-    before = descriptors()
-    things = [_block(), _locks(tmp_path / "locks")]
-    assert len(descriptors() - before) >= 2
-    things.clear()
-    assert descriptors() == before
-    block = _block()
-    block.close()
-    block.close()
-    del block
-    assert descriptors() == before
-
-
-class Item:
-    pass
-
-
-def test_a_group_forgets_what_is_gone():
-    group, items = WeakGroup(), [Item() for _ in range(5)]
-    for item in [*items, *items]:
-        group.add(item)
-    assert sorted(map(id, group)) == sorted(map(id, items))
-    group.discard(items[0])
-    group.discard(items[0])
-    assert items[0] not in group
-    assert items[1] in group
-    del item, items[2:]
-    assert list(group) == [items[1]]
-    items.clear()
-    assert list(group) == []
-
-
-def test_a_group_can_be_iterated_while_the_garbage_collector_runs():
-    group, before = WeakGroup(), gc.get_threshold()
-    gc.set_threshold(1)
-    try:
-        for _ in range(200):
-            items = [Item() for _ in range(20)]
-            for item in items:
-                item.itself = item
-                group.add(item)
-            del items, item
-            list(group)
-    finally:
-        gc.set_threshold(*before)
-    gc.collect()
-    assert list(group) == []
-
-
-def test_the_end_of_an_object_is_once():
-    called, item = [], Item()
-    end = at_end(item, called.append, "first")
-    at_end(item, called.append, "second")
-    assert called == []
-    end()
-    end()
-    assert called == ["first"]
-    del item
-    assert called == ["first", "second"]
+@pytest.mark.parametrize("where", [where for where in DROPPED if where != "__del__ while the command ends"])
+def test_a_program_that_reads_data_ends_with_the_first_interrupt(tmp_path, where):
+    body = "from cellmap_lightning.sampling.pool import ReadPool\npool = ReadPool(1)\n"
+    done = program(tmp_path, f"{body}if True:\n    {DROPPED[where]}\n")
+    assert done.returncode == -signal.SIGINT, (done.stdout, done.stderr)
+    assert "went on" not in done.stdout
+    assert "Exception ignored" not in done.stderr
 
 
 FORK = """
-from cellmap_lightning.sampling.pool import FORK_GATE
+from cellmap_lightning.sampling.pool import FORK_GATE, ReadPool
+pool = ReadPool(1)
 reading, read_on = threading.Event(), threading.Event()
 
 def read():

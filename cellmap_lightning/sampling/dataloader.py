@@ -32,7 +32,6 @@ from cellmap_lightning.sampling.slots import SlotBatch, Slots
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.sampling.waiting import Timed, Waiting
 from cellmap_lightning.volumes.store import Remote
-from cellmap_lightning.weak import WeakGroup
 
 
 class _CompactRequests:
@@ -231,7 +230,7 @@ class CellMapDataLoader(DataLoader[Any]):
     def _follow_sampler(self) -> None:
         position = self._position
         if position is not None:
-            follow = weakref.ref(position)  # without a callback, in which Ctrl-C would be lost
+            follow = weakref.ref(position)
 
             def epoch_of(epoch: int) -> int:
                 found = follow()
@@ -241,9 +240,9 @@ class CellMapDataLoader(DataLoader[Any]):
 
     def _nothing_under_way(self) -> None:
         #: The passes that were begun, what each takes its batches from, and what reads these.
-        self._passes: WeakGroup[Any] = WeakGroup()
-        self._streams: WeakGroup[Any] = WeakGroup()
-        self._readings: WeakGroup[Any] = WeakGroup()
+        self._passes: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._readings: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         # What is under way stays behind, and so does the Trainer, which cannot always be pickled.

@@ -4,14 +4,14 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, Protocol
 
+from cellmap_lightning import interrupts
 from cellmap_lightning.errors import CellMapError, CellMapValueError
-from cellmap_lightning.interrupts import send_again
-from cellmap_lightning.weak import WeakGroup
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def default_workers(max_workers: int | None = None, remote: bool = False) -> int
     return workers
 
 
-def _enter(threads: "WeakGroup[threading.Thread]") -> None:
+def _enter(threads: "weakref.WeakSet[threading.Thread]") -> None:
     """In each new thread of a pool; holds no reference to the pool, which could otherwise not be collected."""
     threads.add(threading.current_thread())
 
@@ -95,14 +95,15 @@ class ReadPool:
         self.workers = workers
         self._reset()
         _POOLS.add(self)
+        interrupts.install()  # here and not on import: the ends of threads run callbacks in the main thread
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
         #: The tasks that are waited for, and the thread that waits.
         self._queued: dict[Future[Any], int] = {}
-        self._followers: WeakGroup[Any] = WeakGroup()
-        self._threads: WeakGroup[threading.Thread] = WeakGroup()
+        self._followers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"workers": self.workers}
@@ -230,7 +231,7 @@ class ForkGate:
     def _reset(self) -> None:
         self._changed = threading.Condition()
         self._reading = 0
-        self._forking = self._interrupted = False
+        self._forking = False
         self._mine = threading.local()
 
     def __enter__(self) -> None:
@@ -247,32 +248,23 @@ class ForkGate:
             self._changed.notify_all()
 
     def before_fork(self) -> None:
-        """Wait until nobody reads, but for the thread that forks.
-
-        Python drops what a fork hook raises: a KeyboardInterrupt ends the wait, and is sent again after the fork.
-        """
-        try:
-            with self._changed:
-                self._forking = True
-                mine: int = getattr(self._mine, "depth", 0)
-                self._changed.wait_for(lambda: self._reading <= mine, self.PATIENCE)
-        except KeyboardInterrupt:
-            self._interrupted = True
+        """Wait until nobody reads, but for the thread that forks."""
+        with self._changed:
+            self._forking = True
+            mine: int = getattr(self._mine, "depth", 0)
+            self._changed.wait_for(lambda: self._reading <= mine, self.PATIENCE)
 
     def after_fork(self) -> None:
         """In the parent: reads go on."""
         with self._changed:
             self._forking = False
             self._changed.notify_all()
-        if self._interrupted:
-            self._interrupted = False
-            send_again()
 
 
 #: Whoever reads, does it inside.
 FORK_GATE = ForkGate()
 
-_POOLS: "WeakGroup[ReadPool]" = WeakGroup()
+_POOLS: "weakref.WeakSet[ReadPool]" = weakref.WeakSet()
 
 
 def _forget_after_fork() -> None:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
@@ -34,7 +35,6 @@ from cellmap_lightning.volumes.shared import (
     Once,
     RegionFolder,
 )
-from cellmap_lightning.weak import WeakGroup
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ _ITEMS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 #: Columns times rows that are copied at a time: measured.
 _COLUMNS = 512
 
-_caches: "WeakGroup[ChunkCache | RegionStore]" = WeakGroup()
+_caches: "weakref.WeakSet[ChunkCache | RegionStore]" = weakref.WeakSet()
 
 
 def _start_empty() -> None:

@@ -18,6 +18,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ import numpy.typing as npt
 
 from cellmap_lightning.errors import CacheError
 from cellmap_lightning.volumes.geometry import Shape
-from cellmap_lightning.weak import WeakGroup, at_end
 
 if sys.platform != "win32":
     import fcntl
@@ -107,23 +107,27 @@ class Locks:
     def __init__(self, path: str) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._opened: int | None = None
-        self._end: Callable[[], None] | None = None
+        self._opened: tuple[int, int] | None = None
         self._used: Counter[int] = Counter()
         self._closed = False
         #: Keeps the threads of this process apart while they reserve room.
         self.reserving = threading.Lock()
         _all_locks.add(self)
 
+    def __del__(self) -> None:
+        opened = self._opened
+        if opened is not None and opened[0] == os.getpid():
+            os.close(opened[1])
+
     def _fd(self) -> int:
+        pid = os.getpid()
         with self._lock:
             if self._closed:
                 raise CacheError("the dataset was closed while it was read")
-            if self._opened is None:
-                # One at a time: a process loses its locks when it closes any descriptor of the file.
-                self._opened = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                self._end = at_end(self, os.close, self._opened)
-            return self._opened
+            if self._opened is None or self._opened[0] != pid:
+                # Not shared with the parent: its locks are gone when any descriptor of the file is closed in a process.
+                self._opened = pid, os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return self._opened[1]
 
     @contextlib.contextmanager
     def hold(self, number: int) -> Iterator[None]:
@@ -175,22 +179,19 @@ class Locks:
     def close(self) -> None:
         """Close the file."""
         with self._lock:
-            self._opened, self._closed = None, True
-        if self._end is not None:
-            self._end()
+            opened, self._opened, self._closed = self._opened, None, True
+        if opened is not None and opened[0] == os.getpid():
+            os.close(opened[1])
 
     def after_fork(self) -> None:
         """In a forked child: the lock may be held by a thread that is gone, and the child uses nothing yet."""
         self._lock, self.reserving = threading.Lock(), threading.Lock()
         self._used = Counter()
-        self._opened = None
-        if self._end is not None:
-            self._end()  # the parent keeps its locks
 
 
 #: One for each folder and process: closing one of two descriptors would give back the locks of both.
 _locks: dict[str, Locks] = {}
-_all_locks: "WeakGroup[Locks]" = WeakGroup()
+_all_locks: "weakref.WeakSet[Locks]" = weakref.WeakSet()
 
 
 def _after_fork() -> None:
@@ -349,7 +350,7 @@ class SharedBlock:
             self._fd = os.memfd_create("cellmap")
             os.ftruncate(self._fd, nbytes)
             self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
-            self._end = at_end(self, os.close, self._fd)
+            self._end = weakref.finalize(self, os.close, self._fd)
         self.buffer: mmap.mmap | None = mmap.mmap(self._fd, nbytes)
 
     def __getstate__(self) -> dict[str, Any]:
