@@ -178,11 +178,11 @@ def test_a_fork_while_another_thread_takes_a_block():
         lock = getattr(BUFFERS, "_lock", None)
         with lock if lock is not None else threading.Lock():
             held.set()
-            release.wait(30)
+            release.wait(120)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    held.wait(20)
+    held.wait(120)
     try:
         status = run_forked(lambda: BUFFERS.empty(SHAPE, np.uint8), 5)
     finally:

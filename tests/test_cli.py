@@ -14,14 +14,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from tests import processes
+
 COMMAND = Path(sys.executable).with_name("cellmap-train")
 
 
-def run(*arguments, cwd, timeout=240, **env):
-    return subprocess.run(
-        [COMMAND, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )  # fmt: skip
+def run(*arguments, cwd, timeout=400, **env):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return processes.run([COMMAND, *arguments], timeout, cwd=cwd, env=env)
 
 
 def run_forked(*arguments, cwd, command="train"):
@@ -86,7 +86,7 @@ def test_help_imports_neither_torch_nor_lightning(tmp_path):
         "try:\n    train()\nexcept SystemExit as e:\n    assert not e.code\n"
         "print(json.dumps([m for m in ('torch', 'lightning', 'zarr', 'monai') if m in sys.modules]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
     assert "experiment: " in done.stdout
@@ -133,7 +133,7 @@ def test_a_softmax_from_the_command_line(volume, tmp_path):
 
 
 def test_ctrl_c_ends_a_run_and_says_how_to_go_on(volume, tmp_path):
-    with subprocess.Popen(
+    with processes.started(
         [COMMAND, *small(volume, "trainer.max_epochs=10000", "hydra.run.dir=out")], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -143,7 +143,7 @@ def test_ctrl_c_ends_a_run_and_says_how_to_go_on(volume, tmp_path):
         while not last.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert (
         "interrupted; the same command with hydra.run.dir=out resume=auto continues from the newest checkpoint"

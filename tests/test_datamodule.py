@@ -115,7 +115,7 @@ def test_garbage_collection_ends_the_threads(volume, tmp_path):
         gc.collect()
     for thread in threading.enumerate():
         if thread.name.startswith("cellmap"):
-            thread.join(5)
+            thread.join(120)
     assert reading_threads() == []
 
 

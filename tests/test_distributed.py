@@ -51,7 +51,7 @@ def validate(volume, folder, world):
     folder.mkdir()
     crops = [{"raw": volume.raw_path, "gt": f"{volume.path}/recon-1/labels/groundtruth/crop4/[mito,er,pm]"}]
     strategy = DDPStrategy(
-        process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=60)
+        process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300)
     )  # a collective that not all ranks take part in is an error after a minute
     run = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", max_epochs=1, logger=False,

@@ -89,7 +89,7 @@ def look(path):
         _ = level.lattice, read_encoding(found, level)
     with CellMapDataset(
         path, f"{path.parent}/[{path.name}]", [path.name], {"raw": SPEC}, {"labels": SPEC}, pad=True, cache="memory",
-        read_attempts=1, read_timeout=5.0, max_upsampling=1e12,
+        read_attempts=1, read_timeout=30.0, max_upsampling=1e12,
     ) as data:  # fmt: skip
         _ = data.class_counts
         data[0]

@@ -17,6 +17,7 @@ from cellmap_lightning.evaluate import Score, evaluate
 from cellmap_lightning.predict import groundtruth, region, saved_config
 from cellmap_lightning.volumes.ngff import read_encoding, read_multiscale
 from cellmap_lightning.volumes.writer import write_multiscale
+from tests import processes
 from tests.test_cli import run as train
 from tests.test_cli import run_forked, small
 
@@ -33,7 +34,7 @@ def checkpoint(volume, tmp_path_factory):
 
 def start(checkpoint, volume, out, *arguments):
     given = [f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", f"out={out}", "trainer=cpu", *arguments]
-    return subprocess.Popen(
+    return processes.started(
         [*COMMAND, *given], cwd=out.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -42,7 +43,7 @@ def start(checkpoint, volume, out, *arguments):
 
 def predict(*given):
     with start(*given) as process:
-        out, errors = process.communicate(timeout=200)
+        out, errors = process.communicate(timeout=400)
     return process.returncode, out, errors
 
 
@@ -81,7 +82,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(checkpoint, volume, tm
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "the same command continues from there" in errors
     assert "Traceback" not in errors

@@ -42,7 +42,7 @@ def run(path, output, scale, classes=("a",), world=1, limit=None, **kwargs):
     """Predict with a model that gives its input back, in blocks of a few chunks."""
     given = {"dtype": "uint8", "overlap": 0.0, "check_context": False, "chunks": [8, 16, 16], "block_mb": 0.05}
     writer = PredictionWriter(str(output), **(given | kwargs))
-    strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=60))
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))
     trainer = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False, callbacks=[writer],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_predict_batches=limit,

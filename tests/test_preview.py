@@ -232,7 +232,7 @@ def test_a_slider_in_a_browser(samples, tmp_path):
     def opened(name):
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
         command += ["--dump-dom", (tmp_path / name).as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         (tmp_path / "dom.html").write_text(done.stdout, encoding="utf-8")
         return Page(tmp_path / "dom.html"), done.stdout
 

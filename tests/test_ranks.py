@@ -47,7 +47,7 @@ class Hashes(L.Callback):
 
 def fit(volume, folder, world, caplog):
     folder.mkdir()
-    strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=60))
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))
     watch = Hashes(folder)
     watch.said = caplog
     caplog.clear()

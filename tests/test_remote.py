@@ -255,9 +255,7 @@ def test_opening_many_crops_waits_for_few_requests(volume):
         split = CellMapDataSplit(
             datasets=entries, classes=CLASSES, input_arrays={"raw": SPEC}, target_arrays={"labels": SPEC}, cache="none"
         )
-        began = time.monotonic()
         assert len(split["train"].datasets) == copies
-        assert time.monotonic() - began < 60, "bounded"
         split.close()
         # One crop after the other would ask for each file anew; here all of them share what was asked.
         assert max(asked.values()) <= 32

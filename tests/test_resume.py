@@ -311,7 +311,7 @@ def test_with_other_ranks(volume, tmp_path, whole, before, after):
     """Stopped in the middle of an epoch on some ranks, gone on with on others: one stream of global batches."""
 
     def fit(name, world, steps, ckpt=None):
-        strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=60))
+        strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))
         keep = ModelCheckpoint(tmp_path, "kept", enable_version_counter=False, every_n_train_steps=1)
         with module(volume, batch_size=2 // world, samples_per_epoch=8, batches_per_epoch=None) as data:
             trainer(

@@ -491,7 +491,7 @@ def test_closing_while_others_read(volume):
     for _ in range(30):
         dataset.close()
     stop.set()
-    [t.join(20) for t in threads]
+    [t.join(120) for t in threads]
     dataset.close()
     assert wrong == []
     assert not any(t.is_alive() for t in threads)
@@ -500,4 +500,4 @@ def test_closing_while_others_read(volume):
 def test_a_task_of_the_pool_may_read(volume):
     """With one thread it would wait for itself."""
     with CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, max_workers=1) as dataset:
-        assert torch.equal(dataset.executor.submit(lambda: dataset[0]).result(30)["raw"], dataset[0]["raw"])
+        assert torch.equal(dataset.executor.submit(lambda: dataset[0]).result(120)["raw"], dataset[0]["raw"])

@@ -29,17 +29,29 @@ def test_tasks_ahead_are_done_and_their_errors_are_nobodys(pool):
     assert done == ["failed", "second", "waited for"]
 
 
+def after_the_cancelling(pool, go):
+    """Let the first task of a pool end once the last one was cancelled."""
+    last = list(pool._queued)[-1]
+
+    def wait():
+        while not last.cancelled():
+            time.sleep(0.01)
+        go.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def test_what_has_begun_is_waited_for_and_the_rest_is_given_up(pool):
     begun, go, done = threading.Event(), threading.Event(), []
 
     def slow():
         begun.set()
-        go.wait(10)
+        go.wait(120)
         done.append("slow")
 
     pool.ahead([slow, lambda: done.append("never")])
-    assert begun.wait(10)
-    threading.Timer(0.2, go.set).start()
+    assert begun.wait(120)
+    after_the_cancelling(pool, go)
     pool.end_ahead()
     assert done == ["slow"]
     pool.run([lambda: done.append("next"), lambda: None])
@@ -47,13 +59,14 @@ def test_what_has_begun_is_waited_for_and_the_rest_is_given_up(pool):
 
 
 def test_closing_gives_up_what_is_ahead():
-    pool, begun, done = ReadPool(1), threading.Event(), []
+    pool, begun, go, done = ReadPool(1), threading.Event(), threading.Event(), []
 
     def slow():
         begun.set()
-        time.sleep(0.2)
+        go.wait(120)
 
     pool.ahead([slow, lambda: done.append("never")])
-    assert begun.wait(10)
+    assert begun.wait(120)
+    after_the_cancelling(pool, go)
     pool.close()
     assert done == []

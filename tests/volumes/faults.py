@@ -55,7 +55,7 @@ def serving(folder: Path, fault="", times=10**9, only="", latency=0.0):
             if fault == "reset":
                 request.transport.abort()
                 return web.Response()
-            if fault == "truncated":
+            if fault == "truncated" and body:
                 response = web.StreamResponse(headers={"Content-Length": str(len(body))})
                 await response.prepare(request)
                 await response.write(body[: len(body) // 2])
@@ -145,9 +145,9 @@ def _running(answer):
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), name="test-server")
     thread.start()
     try:
-        assert ready.wait(10)
+        assert ready.wait(120)
         yield f"http://127.0.0.1:{port[0]}"
     finally:
         loop.call_soon_threadsafe(end.set)
-        thread.join(10)
+        thread.join(120)
         loop.close()

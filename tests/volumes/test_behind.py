@@ -21,17 +21,17 @@ def test_tasks_are_done_one_by_one_and_none_waits(behind):
 
     def first():
         begun.set()
-        assert go.wait(10)
+        assert go.wait(120)
         done.append(1)
 
     behind.give(first)
-    assert begun.wait(10)
+    assert begun.wait(120)
     giving = threading.Thread(target=behind.give, args=(lambda: done.append(2),))
     giving.start()
     giving.join(0.05)
     assert giving.is_alive(), "a second task is not taken while the first is under way"
     go.set()
-    giving.join(10)
+    giving.join(120)
     behind.wait()
     assert done == [1, 2]
 
@@ -52,7 +52,7 @@ def test_an_error_is_met_once_by_whoever_comes_next(behind, met):
             ended.set()
 
     behind.give(breaks)
-    assert ended.wait(10)
+    assert ended.wait(120)
     other = []
     with pytest.raises(OSError, match="no room"):
         _until(behind, met, other)
@@ -70,7 +70,7 @@ def test_closing_ends_what_is_under_way(behind):
         done.append(1)
 
     behind.give(slow)
-    assert begun.wait(10)
+    assert begun.wait(120)
     behind.close()
     assert done == [1]
     behind.check()
@@ -78,14 +78,14 @@ def test_closing_ends_what_is_under_way(behind):
 
 def test_as_many_wait_as_may(behind):
     done, go = [], threading.Event()
-    behind.give(lambda: go.wait(10), 3)
+    behind.give(lambda: go.wait(120), 3)
     tasks = [behind.give(lambda n=n: done.append(n), 3) for n in (1, 2)]
     giving = threading.Thread(target=behind.give, args=(lambda: done.append(3), 3))
     giving.start()
     giving.join(0.05)
     assert giving.is_alive(), "three are under way"
     go.set()
-    giving.join(10)
+    giving.join(120)
     behind.until(tasks[1])
     assert done[:2] == [1, 2]
     behind.until(tasks[0])  # it has ended long ago
@@ -97,7 +97,7 @@ def test_after_an_error_nothing_is_done_until_it_is_met(behind):
     done, go = [], threading.Event()
 
     def breaks():
-        assert go.wait(10)
+        assert go.wait(120)
         raise OSError("no room")
 
     behind.give(breaks, 3)
@@ -115,7 +115,7 @@ def test_after_an_error_nothing_is_done_until_it_is_met(behind):
 
 def test_closing_does_what_was_given():
     behind, done, go = Behind(), [], threading.Event()
-    behind.give(lambda: go.wait(10), 2)
+    behind.give(lambda: go.wait(120), 2)
     behind.give(lambda: done.append(1), 2)
     go.set()
     behind.close()
@@ -126,7 +126,7 @@ def test_an_error_that_nobody_met_is_logged(caplog):
     behind, go = Behind(), threading.Event()
 
     def breaks():
-        assert go.wait(10)
+        assert go.wait(120)
         raise OSError("no room")
 
     behind.give(breaks, 2)

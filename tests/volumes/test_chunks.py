@@ -205,12 +205,12 @@ def test_a_fork_reads_while_the_parents_threads_are_decoding(stored):
 
     def decode():
         started.set()
-        release.wait(20)
+        release.wait(120)
         return np.zeros(1)
 
     waiting = threading.Thread(target=cache.get, args=("slow", decode))
     waiting.start()
-    started.wait(20)
+    started.wait(120)
 
     def child(queue):
         with ThreadPoolExecutor(4) as pool:
@@ -224,7 +224,7 @@ def test_a_fork_reads_while_the_parents_threads_are_decoding(stored):
     with cache._once._lock:  # held by a thread that the child does not have
         process = context.Process(target=child, args=(queue,))
         process.start()
-    process.join(20)
+    process.join(120)
     alive = process.is_alive()
     if alive:
         process.kill()

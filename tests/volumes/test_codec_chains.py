@@ -70,7 +70,9 @@ def write(path, codecs, chunk=(8, 16, 16), dtype="uint16", by="zarr"):
             "import sys, numpy, tensorstore as t; p, v = sys.argv[1:]; t.open({'driver': 'zarr3', 'kvstore': {'driver':"
             " 'file', 'path': p}}, open=True).result().write(numpy.load(v)).result()"
         )
-        subprocess.run([sys.executable, "-c", code, str(path), str(path.parent / "values.npy")], check=True, timeout=60)
+        subprocess.run(
+            [sys.executable, "-c", code, str(path), str(path.parent / "values.npy")], check=True, timeout=120
+        )
     return path
 
 

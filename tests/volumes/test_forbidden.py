@@ -353,6 +353,6 @@ def test_threads_that_read_while_credentials_expire(root):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(120)
     assert not wrong
     assert errors

@@ -270,7 +270,7 @@ def test_an_output_that_an_earlier_state_has_not_finished_is_refused(tmp_path):
             new(out).open(settings(**{"pyramid factors": factors}))
 
 
-def killed_at(moment, output, run):
+def killed_at(moment, output, run, appends=False):
     """Run something in a process that is killed before one of its changes of files of the output; its exit code."""
     child = os.fork()
     if child == 0:
@@ -279,7 +279,8 @@ def killed_at(moment, output, run):
         def hook(event, args):
             nonlocal left
             changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") or (
-                event == "open" and isinstance(args[1], str) and set(args[1]) & set("wxa+")
+                event == "open"
+                and (set(args[1]) & set("wxa+") if isinstance(args[1], str) else appends and args[2] & os.O_WRONLY)
             )
             if changes and str(output) in str(args[0]):
                 left -= 1
@@ -325,6 +326,50 @@ def test_a_kill_at_any_moment_of_the_end_leaves_what_can_go_on_or_is_finished(tm
     assert ends == {True, False}
 
 
+@pytest.mark.parametrize(("kind", "dtype", "classes"), [KINDS[0], KINDS[3], KINDS[6]])
+def test_a_block_that_is_marked_as_done_is_stored(tmp_path, kind, dtype, classes):
+    """Killed before any change of a file while blocks are written, and just after the last one is marked."""
+    whole, out = tmp_path / "whole" / "out.zarr", tmp_path / "out.zarr"
+    output, stored = predict(whole, kind, dtype, classes)
+    before, given = tmp_path / "before" / "out.zarr", settings(classes=list(classes))
+    new(before, kind, dtype, classes).open(given)
+
+    def block(number):
+        start, length = output.grid[number]
+        return stored[:, *(slice(a, a + n) for a, n in zip(start, length, strict=True))]
+
+    def write_blocks(numbers):
+        going = new(out, kind, dtype, classes)
+        going.open(given)
+        for number in numbers:
+            if number not in going.journal.finished:
+                values = block(number)
+                going.write(number, values, going.values.reached(values, values.astype(np.float32)))
+        return going
+
+    moment, marked = 1, set()
+    while True:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(before, out)
+        code = killed_at(moment, out, lambda: write_blocks((0, 1)), appends=True)
+        assert code in (0, 9)
+        done = Journal(out).finished
+        marked.add(len(done))
+        for number in done:
+            start, length = output.grid[number]
+            for name, expected in zip(classes, block(number), strict=True):
+                box = tuple(slice(a, a + n) for a, n in zip(start, length, strict=True))
+                found = new(out, kind, dtype, classes).array(name)[box]
+                np.testing.assert_array_equal(found, expected, f"block {number}, killed before change {moment}")
+        if code == 0 or moment % 5 == 0:
+            assert finish(write_blocks(range(len(output.grid))))
+            assert contents(out) == contents(whole)
+        if code == 0:
+            break
+        moment += 1
+    assert marked == {0, 1, 2}
+
+
 @pytest.mark.parametrize("kind", ["v2", "v3"])
 def test_a_kill_at_any_moment_of_an_overwrite_leaves_what_can_be_overwritten(tmp_path, kind):
     before, out = tmp_path / "before" / "out.zarr", tmp_path / "out.zarr"
@@ -363,7 +408,7 @@ def test_several_processes_finish_it_together(tmp_path, kind, monkeypatch):
     write(new(out, kind, classes=("mito", "er")))
     outputs = [new(out, kind, classes=("mito", "er"), rank=rank) for rank in range(world)]
     outputs[0].open(settings(classes=["mito", "er"]))
-    meeting, said, results = threading.Barrier(world, timeout=20), {}, {}
+    meeting, said, results = threading.Barrier(world, timeout=120), {}, {}
     describing = []
     monkeypatch.setattr(
         PredictionOutput, "_describe", lambda self, real=PredictionOutput._describe: describing.append(1) or real(self)

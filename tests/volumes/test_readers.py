@@ -164,7 +164,7 @@ def test_tensorstore_does_not_outlive_a_fork(reader):
     queue = context.SimpleQueue()
     process = context.Process(target=child, args=(queue,))
     process.start()
-    process.join(20)
+    process.join(120)
     alive = process.is_alive()
     process.kill()
     assert not alive

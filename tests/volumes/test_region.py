@@ -195,7 +195,7 @@ def test_threads_decode_every_chunk_once(stored, mode):
 
     def read(seed):
         rng = np.random.default_rng(seed)
-        barrier.wait(20)
+        barrier.wait(120)
         for _ in range(20):
             start, shape = random_box(rng, data.shape)
             out = np.empty(shape, np.uint8)
@@ -254,7 +254,7 @@ def test_a_failure_is_not_kept(stored):
         with ThreadPoolExecutor(4) as pool:
             for future in [pool.submit(whole, region) for _ in range(4)]:
                 with pytest.raises(ChunkError, match=r"crop1: .*voxels z\[32:64\], y\[64:128\], x\[64:128\]"):
-                    future.result(20)
+                    future.result(120)
         region.read_into((64, 64, 0), np.empty((36, 66, 64), np.uint8))  # the others are whole
         chunk.write_bytes(content)
         os.utime(chunk, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -396,7 +396,7 @@ def killed_before_the_flag(path, mode, region, store):
 
     process = FORK.Process(target=child)
     process.start()
-    process.join(20)
+    process.join(120)
     assert process.exitcode == -signal.SIGKILL
 
 
@@ -417,7 +417,7 @@ def test_who_comes_after_a_process_that_was_killed_reads_what_is_right(stored, k
     kill(path, mode, region, store)
     assert region.attached().flags[0, 0, 0] == EMPTY
     with ThreadPoolExecutor(1) as pool:
-        assert (pool.submit(whole, region).result(30) == data).all()
+        assert (pool.submit(whole, region).result(120) == data).all()
     assert store.decoded - before == (1 if again else COUNT)
     store.close()
 
@@ -439,7 +439,7 @@ def test_who_waits_for_a_process_that_is_killed_does_its_work(stored):
         time.sleep(0.1)
         assert not waiting.done()
         os.kill(process.pid, signal.SIGKILL)
-        assert (waiting.result(30) == data).all()
+        assert (waiting.result(120) == data).all()
     process.join()
     store.close()
 
@@ -454,13 +454,13 @@ def test_a_fork_in_the_middle_of_a_fill(stored, mode):
 
     def held(start, shape):
         started.set()
-        release.wait(30)
+        release.wait(120)
         return decode(start, shape)
 
     region.decode = held
     with ThreadPoolExecutor(1) as pool:
         filling = pool.submit(whole, region)
-        assert started.wait(20)
+        assert started.wait(120)
 
         def child():
             # It waits for the parent, which holds the chunk's lock, and not for a thread that it does not have.
@@ -472,8 +472,8 @@ def test_a_fork_in_the_middle_of_a_fill(stored, mode):
         time.sleep(0.1)
         assert process.is_alive()
         release.set()
-        assert (filling.result(30) == data).all()
-    process.join(30)
+        assert (filling.result(120) == data).all()
+    process.join(120)
     alive = process.is_alive()
     process.kill()
     assert not alive

@@ -114,7 +114,7 @@ def another_holds(path, number):
     mine, theirs = FORK.Pipe()
     process = FORK.Process(target=hold_until_told, args=(path, number, theirs))
     process.start()
-    assert mine.poll(20)
+    assert mine.poll(120)
     assert mine.recv() == "held"
     try:
         yield process, mine
@@ -146,7 +146,7 @@ def test_a_process_waits_for_the_lock_of_another(tmp_path):
         had, thread = gets(locks, 5, 0.1)
         assert not had
         pipe.send("go on")
-        thread.join(20)
+        thread.join(120)
         assert not thread.is_alive()
     assert (tmp_path / "locks").stat().st_mode & 0o777 == 0o600
 
@@ -170,10 +170,10 @@ def cross(path, mine, theirs, barrier, queue):
 
     with ThreadPoolExecutor(1) as pool:
         with locks.hold(mine):
-            barrier.wait(20)
+            barrier.wait(120)
             asked = pool.submit(ask)
             time.sleep(0.05)
-        queue.put(asked.result(20))
+        queue.put(asked.result(120))
 
 
 def test_threads_that_wait_for_each_others_chunks_are_no_deadlock(tmp_path):
@@ -182,8 +182,8 @@ def test_threads_that_wait_for_each_others_chunks_are_no_deadlock(tmp_path):
     path = str(tmp_path / "locks")
     processes = [FORK.Process(target=cross, args=(path, a, b, barrier, queue)) for a, b in ((1, 2), (2, 1))]
     [p.start() for p in processes]
-    assert [queue.get(timeout=20) for _ in processes] == [True, True]
-    [p.join(20) for p in processes]
+    assert [queue.get(timeout=120) for _ in processes] == [True, True]
+    [p.join(120) for p in processes]
     assert [p.exitcode for p in processes] == [0, 0]
 
 
@@ -200,8 +200,8 @@ def test_a_forked_child_holds_none_of_its_parents_locks(tmp_path):
     with locks.hold(5):
         process = FORK.Process(target=child)
         process.start()
-        assert queue.get(timeout=20) is False
-        process.join(20)
+        assert queue.get(timeout=120) is False
+        process.join(120)
         with pytest.raises(AssertionError), another_holds_quickly(locks.path):
             pytest.fail("the parent's lock is gone")
 
@@ -226,14 +226,14 @@ def test_a_child_that_is_forked_while_a_thread_asks_for_a_lock(tmp_path):
     def hold():
         with locks._lock:
             held.set()
-            release.wait(20)
+            release.wait(120)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    held.wait(20)
+    held.wait(120)
     process = FORK.Process(target=lambda: locks.use(7))
     process.start()
-    process.join(10)
+    process.join(120)
     alive = process.is_alive()
     process.kill()
     release.set()
@@ -247,7 +247,7 @@ def test_work_is_done_once_and_again_after_a_failure():
     barrier = threading.Barrier(6)
 
     def run(number):
-        barrier.wait(20)
+        barrier.wait(120)
         if once.begin("a", lambda: done[0] if done else None) is not None:
             return "found"
         try:
@@ -519,7 +519,7 @@ def test_a_region_that_cannot_be_made_leaves_nothing_behind(folder):
 
     process = FORK.Process(target=child)
     process.start()
-    process.join(20)
+    process.join(120)
     assert process.exitcode == 0
     assert queue.get() == (True, True)
     assert not folder.path(KEY).exists()
@@ -543,7 +543,7 @@ def test_reserving_never_writes_over_voxels_of_another_thread(folder, monkeypatc
     barrier = threading.Barrier(2)
 
     def fill(half):
-        barrier.wait(20)
+        barrier.wait(120)
         if half:
             time.sleep(0.015)
         assert mapped.reserve((0, 4), 0)
@@ -598,7 +598,7 @@ MOUNTED = """
 
 def can_mount():
     try:
-        return subprocess.run(["unshare", "-rm", "true"], capture_output=True, timeout=20).returncode == 0
+        return subprocess.run(["unshare", "-rm", "true"], capture_output=True, timeout=120).returncode == 0
     except OSError:
         return False
 
@@ -616,7 +616,7 @@ def test_a_disk_that_fills_up_does_not_end_the_process(tmp_path, free, size):
     script.write_text(textwrap.dedent(MOUNTED))
     mount = f"mount -t tmpfs -o size={size} none /mnt && exec {sys.executable} {script} {free}"
     env = {**os.environ, "CELLMAP_CACHE_DIR": "/mnt/cache", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount], env=env, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout[:5]) == (0, "right"), done.stderr
     full = 0 <= free < 140 or "inodes" in size
     assert len(done.stderr.splitlines()) == full, done.stderr
@@ -642,7 +642,7 @@ def test_a_block_is_seen_by_processes_however_they_are_started(method):
     queue = context.Queue()
     process = context.Process(target=look_into, args=(block, queue))
     process.start()
-    assert queue.get(timeout=60) == [1, 2, 3, 4]
+    assert queue.get(timeout=120) == [1, 2, 3, 4]
     process.join(60)
     assert memory[0] == 9
 
@@ -706,6 +706,6 @@ def test_an_arena_after_a_forgotten_one_locks_its_own_file():
         process.start()
         assert mine.recv() == "begins"
         assert not mine.poll(0.1)
-    assert mine.poll(20)
-    process.join(20)
+    assert mine.poll(120)
+    process.join(120)
     arena.close()
