@@ -26,6 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from cellmap_lightning import interrupts
+from cellmap_lightning.arguments import check_groups, prepared
 from cellmap_lightning.commands.common import Stopped, quieten, stop
 from cellmap_lightning.commands.ending import Ending
 from cellmap_lightning.errors import (
@@ -124,6 +125,7 @@ def _command(
     def checked(cfg: DictConfig) -> Any:
         try:
             protect_run(cfg)
+            check_groups(OmegaConf.to_container(cfg, resolve=False), CONFIGS)  # type: ignore[arg-type]
             _take_voxel_sizes(cfg, name)
             _check_known(cfg, name)
             configs = [cfg] if prepare is None else prepare(cfg)
@@ -152,6 +154,10 @@ def _command(
     interrupts.install()
     sys.argv[1:] = [re.sub(r"^\+{0,2}patch\.voxel_size=", "patch.scale=", a) for a in sys.argv[1:]]
     protect_logs(sys.argv[1:])
+    try:
+        sys.argv[1:] = prepared(name, sys.argv[1:], CONFIGS)
+    except CellMapError as e:
+        stop(str(e))
     main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)
     try:
         result = main()

@@ -115,8 +115,8 @@ def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
 
 def _trainer(cfg: DictConfig, run_config: RunConfig) -> Any:
     """Return the Trainer of a run, with its callbacks and loggers."""
-    callbacks = [instantiate(c, _convert_="all") for c in (cfg.callbacks or {}).values() if c is not None]
-    loggers = [instantiate(c, _convert_="all") for c in (cfg.logger or {}).values() if c is not None]
+    callbacks = [instantiate(c, _convert_="all") for c in (cfg.get("callbacks") or {}).values() if c is not None]
+    loggers = [instantiate(c, _convert_="all") for c in (cfg.get("logger") or {}).values() if c is not None]
     if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
         cfg.trainer.enable_progress_bar = False  # in a file it would be noise
     return instantiate(cfg.trainer, _convert_="all", callbacks=[*callbacks, run_config], logger=loggers or False)
@@ -163,7 +163,7 @@ def _not_measured(monitor: str, trainer: Any) -> CellMapKeyError:
     there = sorted(trainer.callback_metrics)
     close = difflib.get_close_matches(str(monitor), there, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return CellMapKeyError(f"monitor={monitor} was not measured{hint} Measured were {', '.join(there)}")
+    return CellMapKeyError(f"monitor={monitor} was not measured{hint}; measured were {', '.join(there)}")
 
 
 def _checkpoint(resume: str | None, folder: Path) -> tuple[Path | None, int]:
