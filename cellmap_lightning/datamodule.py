@@ -21,6 +21,7 @@ from cellmap_lightning.sampling.datasplit import CellMapDataSplit
 from cellmap_lightning.sampling.encodings import MissingLabels, Unknown
 from cellmap_lightning.sampling.entries import SPLITS
 from cellmap_lightning.sampling.labels import Downsample
+from cellmap_lightning.sampling.leakage import Leakage
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.prefetch import STREAM_DEVICES, PrefetchDecision
@@ -141,6 +142,9 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         strategy: where training samples come from: ``mix`` (two thirds ``class_balanced``, one third ``foreground``),
             ``uniform``, ``per_crop``, ``weighted``, or ``{name: one of them, and its options}``; see `strategies`.
         balance_datasets: make raw volumes equally likely in training, whatever the number and size of their crops.
+        leakage: annotated crops that are trained on and also validate or test: ``error``, ``warn`` or ``ignore``; see
+            `CellMapDataSplit`.
+        held_out: a manifest of crops that nothing is to be trained on, likewise.
 
     Raises:
         CellMapError: the arguments contradict each other. What is wrong with the data is met in ``setup``.
@@ -201,6 +205,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         only_crops: Sequence[str | int] | None = None,
         strategy: Any = "mix",
         balance_datasets: bool = False,
+        leakage: Leakage = "error",
+        held_out: str | None = None,
     ) -> None:
         super().__init__()
         if samples_per_epoch is not None and batches_per_epoch is not None:
@@ -284,6 +290,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
             only_crops=only_crops,
             strategy=strategy,
             balance_datasets=balance_datasets,
+            leakage=leakage,
+            held_out=held_out,
         )
 
     @property

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.inspection.facts import CropFacts, VolumeFacts
-from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, Vector
+from cellmap_lightning.sampling.leakage import PlacedCrop, held_out_crops, identity, overlaps, volume_identity
+from cellmap_lightning.sampling.targets_path import TargetPath
+from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, Box, Vector, to_vector
+from cellmap_lightning.volumes.store import located
 
 #: Part of the foreground that a coarser level may lose before it is worth a word.
 MOST_LOST = 0.3
@@ -44,6 +47,7 @@ KINDS = {
     "boxes": "pyramids whose levels cover different boxes",
     "multiscales": "groups that list several images",
     "outside": "crops outside their raw volume",
+    "leakage": "crops that are trained on, and validate or test as well",
     "missing level": "levels that are listed and not on disk",
     "raw absent": "raw under a crop that was never written, and reads as the fill value",
     "raw coarse": "raw coarser than the scale",
@@ -68,6 +72,7 @@ def find_problems(
     shape: Sequence[int] | None,
     pad: bool,
     too_coarse: str = "drop",
+    held_out: str | None = None,
 ) -> list[Problem]:
     """Everything that the facts show to be wrong.
 
@@ -79,6 +84,7 @@ def find_problems(
         shape: voxels of a patch.
         pad: whether crops may be smaller than it.
         too_coarse: what becomes of crops whose labels are too coarse.
+        held_out: a manifest of crops that nothing is to be trained on.
     """
     found = [Problem("unreadable", v.name, v.wrong) for v in volumes if v.wrong]
     for volume in volumes:
@@ -92,6 +98,7 @@ def find_problems(
         found += _of_crop(crop, volumes, classes, scale, shape, pad, too_coarse)
     found += _of_classes(crops, classes)
     found += _of_values(volumes)
+    found += _of_leakage(crops, held_out)
     order = list(KINDS)
     return sorted(found, key=lambda problem: order.index(problem.kind))
 
@@ -157,6 +164,23 @@ def _of_crop(
             what = "targets are unknown outside it" if pad else "it is refused with pad=false"
             say("small", f"{_numbers(voxels)} voxels, less than the patch along {', '.join(short)}: {what}")
     return found
+
+
+def _of_leakage(crops: Sequence[CropFacts], held_out: str | None) -> list[Problem]:
+    placed: dict[str, list[PlacedCrop]] = {}
+    for crop in crops:
+        if crop.box is not None:
+            lower, upper = zip(*crop.box.values(), strict=True)
+            box = Box(to_vector(lower), to_vector(upper))
+            labels = identity(TargetPath.parse(crop.target).crop)
+            placed.setdefault(crop.usage, []).append(
+                PlacedCrop(crop.name, volume_identity(located(crop.raw)), box, labels)
+            )
+    trained = placed.get("train", [])
+    others = [*placed.get("val", []), *placed.get("test", [])]
+    if held_out is not None:
+        others += held_out_crops(held_out, [(crop.name.partition("/")[0], crop.volume) for crop in trained])
+    return [Problem("leakage", pair.trained.name, str(pair)) for pair in overlaps(trained, others)]
 
 
 def _of_classes(crops: Sequence[CropFacts], classes: Sequence[str]) -> list[Problem]:

@@ -140,7 +140,7 @@ def inspect(
         names = list(wanted["classes"] or dict.fromkeys(name for crop in crops for name in crop.classes))
         problems += find_problems(
             volumes, crops, names, proposal.scale if proposal else None, proposal.shape if proposal else None,
-            bool(settings.get("pad", True)), settings.get("too_coarse", "drop"),
+            bool(settings.get("pad", True)), settings.get("too_coarse", "drop"), settings.get("held_out"),
         )  # fmt: skip
     return Inspection(volumes, crops, problems, proposal, cost, refused, all(v is not None for v in wanted.values()))
 

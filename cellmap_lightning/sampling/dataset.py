@@ -440,6 +440,7 @@ class CellMapDataset(SampleSource):
         """
         paths: dict[str, StorePath] = {"raw": self.raw_at}
         if self.target_path is not None:
+            self.target_path.check_names(list(dict.fromkeys((*names, *read))))
             wanted = [name for name in read if name in self.target_path.names]
             if not wanted:
                 raise NotAnnotatedError(

@@ -34,6 +34,7 @@ from cellmap_lightning.sampling.entries import METADATA_KEYS, SPLITS, Entry, rea
 from cellmap_lightning.sampling.holds import Holding, look, place_of
 from cellmap_lightning.sampling.labels import Downsample
 from cellmap_lightning.sampling.layout import Filter, ListedCrop, find_crops, read_manifest
+from cellmap_lightning.sampling.leakage import Leakage, check_leakage, check_leakage_rule
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.pool import REMOTE_WORKERS
 from cellmap_lightning.sampling.splits import Crop, SplitRule, assign, check_split, missing_classes
@@ -113,6 +114,10 @@ class CellMapDataSplit:
         only_crops: likewise names, numbers or patterns of the crops, see `layout.Filter`.
         strategy: where the samples of the train split come from, see `CellMapMultiDataset`.
         balance_datasets: see there.
+        leakage: annotated crops of the train split that also validate or test: ``error``, ``warn`` or ``ignore``.
+            Crops that overlap in part are warned of unless it is ``ignore``.
+        held_out: a manifest of crops that nothing is to be trained on, such as the challenge's
+            ``test_crop_manifest.csv``; ``leakage`` holds for them too.
 
     Raises:
         CellMapFileNotFoundError: there is no such CSV, manifest or folder.
@@ -164,7 +169,11 @@ class CellMapDataSplit:
         only_crops: Sequence[str | int] | None = None,
         strategy: Any = "mix",
         balance_datasets: bool = False,
+        leakage: Leakage = "error",
+        held_out: str | Path | None = None,
     ) -> None:
+        check_leakage_rule(leakage)
+        self.leakage, self.held_out = leakage, held_out
         sources = {"csv_path": csv_path, "datasets": datasets, "search_path": search_path}
         given = [name for name, value in sources.items() if value is not None]
         if manifest is not None and search_path is None:
@@ -344,6 +353,7 @@ class CellMapDataSplit:
         multi = CellMapMultiDataset(datasets, *how)
         multi.set_affine(self._affine)
         self._check_classes(split, multi)
+        check_leakage(split, {**self._built, split: multi}, self.leakage, self.held_out)
         return multi
 
     def _opened(self, entries: Sequence[Entry], split: str) -> list[list[CellMapDataset] | CellMapError]:

@@ -1,7 +1,8 @@
 """The bracket form of a target path: ``.../crop1/[mito,er]``."""
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +70,26 @@ class TargetPath:
     def of(self, name: str) -> StorePath:
         """Where the label image of a class lies, whether or not it is there."""
         return self.crop / name / self.after if self.after else self.crop / name
+
+    def check_names(self, known: Collection[str]) -> None:
+        """Check that the names in the bracket are those of classes.
+
+        Args:
+            known: the classes that are read.
+
+        Raises:
+            CellMapFileNotFoundError: a name is neither among them nor that of a label image in the crop.
+        """
+        strange = [name for name in self.names if name not in known]
+        there = children(self.crop) if strange else []
+        for name in strange:
+            if name not in there and not exists(self.of(name)) and exists(self.crop):
+                close = difflib.get_close_matches(name.lower(), [*known, *there], 1, 0.5)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(there) or 'no classes'}"
+                raise CellMapFileNotFoundError(
+                    f"{self.label}: the bracket [{','.join(self.names)}] names {name!r}, which is neither one of the "
+                    f"classes {', '.join(known)} nor in {self.crop}{hint}"
+                )
 
     def found(self, name: str) -> StorePath:
         """The label image of a class.
