@@ -97,7 +97,8 @@ def one_against_all(logits: Tensor, target: Tensor, known: Tensor) -> tuple[Tens
     """
     chance = torch.log_softmax(logits.float(), 1)[:, 1:]
     against = chance - torch.log1p(-chance.exp().clamp(max=1 - 1e-6))
-    number = torch.arange(1, logits.shape[1], device=target.device).reshape(-1, *[1] * (target.ndim - 2))
+    number = torch.arange(1, logits.shape[1], dtype=torch.int64, device=target.device)
+    number = number.reshape(-1, *[1] * (target.ndim - 2))
     wanted = (target == number).to(chance.dtype)
     return against, wanted.masked_fill(~known, float("nan"))
 
@@ -160,8 +161,9 @@ class DiceScore(Metric):
             does.
         """
         occurs = self.positive > 0
-        constant = torch.where(occurs, 2.0 * self.positive / (self.known + self.positive), torch.nan)
-        return {"dice": 2.0 * self.tp / (self.predicted + self.positive), "constant": constant, "occurs": occurs}
+        twice_tp, twice_positive = (2.0 * value.to(torch.float32) for value in (self.tp, self.positive))
+        constant = torch.where(occurs, twice_positive / (self.known + self.positive), torch.nan)
+        return {"dice": twice_tp / (self.predicted + self.positive), "constant": constant, "occurs": occurs}
 
 
 class MeanOverSamples(Metric):
@@ -177,7 +179,7 @@ class MeanOverSamples(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, value: Tensor, samples: int) -> None:

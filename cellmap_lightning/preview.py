@@ -119,7 +119,8 @@ def by_class(target: torch.Tensor, classes: int) -> torch.Tensor | None:
     if target.is_floating_point():
         return target if len(target) == classes else None
     if len(target) == 1:  # numbers of classes
-        number = torch.arange(1, classes + 1, device=target.device).reshape(-1, *[1] * (target.ndim - 1))
+        number = torch.arange(1, classes + 1, dtype=torch.int64, device=target.device)
+        number = number.reshape(-1, *[1] * (target.ndim - 1))
         return (target == number).float().masked_fill(target < 0, float("nan"))
     return (target > 0).float().masked_fill(target < 0, float("nan"))  # ids
 

@@ -1,5 +1,6 @@
 """A self-supervised task: parts of raw are hidden, and a network says what is there. No annotation is needed."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,12 @@ class ReconstructionTask(L.LightningModule):
             raise CellMapValueError(f"block={list(self.block)} has fewer axes than the patch, {list(shape)}")
         block = self.block[-len(shape) :]
         blocks = [-(-n // b) for n, b in zip(shape, block, strict=True)]
-        count = int(torch.tensor(blocks).prod())
+        count = math.prod(blocks)
         if count < 2:
             raise CellMapValueError(f"block={list(block)} leaves nothing of a patch of {list(shape)} voxels to see")
         numbers = [position + epoch * _POSITIONS for position in positions]
         order = torch.from_numpy(uniforms(self.seed, HIDE, numbers, count)).argsort(1)
-        chosen = torch.zeros(order.shape, dtype=torch.bool)
+        chosen = torch.zeros(order.shape, dtype=torch.bool, device="cpu")
         chosen.scatter_(1, order[:, : min(max(round(self.hidden * count), 1), count - 1)], True)
         mask = chosen.reshape(-1, 1, *blocks).to(x.device)
         for axis, b in enumerate(block, 2):

@@ -106,7 +106,7 @@ class SegmentationTask(L.LightningModule):
         self.weight_batches = weight_batches
         self.input_name = input_name if input_name is None or isinstance(input_name, str) else tuple(input_name)
         self.target_name = target_name
-        self.register_buffer("pos_weight", torch.ones(len(self.classes)))
+        self.register_buffer("pos_weight", torch.ones(len(self.classes), dtype=torch.float32))
         #: Of the last validation and test: Dice of the classes that occurred, and of the best constant predictor.
         self.scores: dict[str, dict[str, dict[str, float]]] = {}
         self.val_dice = DiceScore(self.classes)
@@ -170,7 +170,8 @@ class SegmentationTask(L.LightningModule):
         if isinstance(self.class_weights, str):
             weights = self._measured_weights(self.class_weights)
         else:
-            weights = torch.tensor([float(self.class_weights.get(c, 1.0)) for c in self.classes])
+            given = [float(self.class_weights.get(c, 1.0)) for c in self.classes]
+            weights = torch.tensor(given, dtype=torch.float32, device="cpu")
         bounded = weights.clamp(*WEIGHT_BOUNDS).to(self.device)
         self.pos_weight = bounded
         shown = ", ".join(f"{c} {w:.3g}" for c, w in zip(self.classes, bounded.tolist(), strict=True))
@@ -183,7 +184,7 @@ class SegmentationTask(L.LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is None:
             raise CellMapValueError(f"class_weights={rule!r} needs the Trainer to run with a CellMapDataModule")
-        positive = known = torch.zeros(len(self.classes), dtype=torch.float64)
+        positive = known = torch.zeros(len(self.classes), dtype=torch.float64, device="cpu")
         # What is measured must not depend on the ranks, nor move the training stream.
         source, batch_size = data.train_dataset, data.batch_size
         from cellmap_lightning.sampling.dataloader import CellMapDataLoader

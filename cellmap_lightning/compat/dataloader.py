@@ -133,7 +133,7 @@ class CellMapDataLoader(DataLoader):
             positions = list(dataset.indices) if isinstance(dataset, Subset) else None
             chosen = _Chosen(source, positions, pin)
             if sampler is None:
-                order = torch.Generator().manual_seed(seed & 0x7FFFFFFFFFFFFFFF) if rng is None else rng
+                order = torch.Generator("cpu").manual_seed(seed & 0x7FFFFFFFFFFFFFFF) if rng is None else rng
                 sampler = RandomSampler(chosen, num_samples=count, generator=order) if is_train else range(len(chosen))
             what: Any = {"dataset": chosen, "sampler": _Numbered(sampler, len(chosen))}
         else:

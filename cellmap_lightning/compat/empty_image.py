@@ -52,7 +52,9 @@ class EmptyImage:
 
     def __getitem__(self, center: Mapping[str, float]) -> torch.Tensor:
         """NaN of the patch's shape."""
-        return torch.full(tuple(self.output_shape.values()), torch.nan, device=self.device)
+        return torch.full(
+            tuple(self.output_shape.values()), torch.nan, dtype=torch.float32, device=self.device or "cpu"
+        )
 
     @property
     def class_counts(self) -> dict[str, int]:

@@ -26,7 +26,9 @@ class MutableSubsetRandomSampler(Sampler[int]):
         self.indices: list[int] = list(given() if callable(given) else given)
 
     def __iter__(self) -> Iterator[int]:
-        yield from (self.indices[n] for n in torch.randperm(len(self.indices), generator=self.rng).tolist())
+        device = "cpu" if self.rng is None else self.rng.device
+        order = torch.randperm(len(self.indices), generator=self.rng, dtype=torch.int64, device=device)
+        yield from (self.indices[n] for n in order.tolist())
 
     def __len__(self) -> int:
         return len(self.indices)

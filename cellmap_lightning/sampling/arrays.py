@@ -222,7 +222,7 @@ class BatchLayout:
         for name, (shape, dtype) in self.compact().items():
             if pin:
                 kind = getattr(torch, dtype.name)
-                tensors[name] = torch.empty((count, *shape), dtype=kind, pin_memory=True)
+                tensors[name] = torch.empty((count, *shape), dtype=kind, device="cpu", pin_memory=True)
             else:
                 tensors[name] = torch.from_numpy(BUFFERS.empty((count, *shape), dtype))
         return CompactBatch(tensors, self)

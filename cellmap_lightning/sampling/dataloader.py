@@ -203,7 +203,7 @@ class CellMapDataLoader(DataLoader[Any]):
             "timeout": timeout if num_workers else 0,  # without workers there is nobody to wait for
             "worker_init_fn": worker_init_fn,
             # Where each pass would otherwise take a number from the global one, which is the user's.
-            "generator": torch.Generator().manual_seed(samples.seed & 0x7FFFFFFFFFFFFFFF),
+            "generator": torch.Generator("cpu").manual_seed(samples.seed & 0x7FFFFFFFFFFFFFFF),
             "multiprocessing_context": multiprocessing_context,
             "prefetch_factor": prefetch_factor,
             "persistent_workers": num_workers > 0 if persistent_workers is None else persistent_workers,
@@ -337,7 +337,9 @@ class CellMapDataLoader(DataLoader[Any]):
                     self._finishes and samples.layout.custom,
                 )  # fmt: skip
             samples.slots = slots
-        reading = self._read(start(), partial(self._taken, slots, samples.pin))
+        with torch.device("cpu"):  # torch draws a seed on its default device, by the CPU's generator
+            iterator = start()
+        reading = self._read(iterator, partial(self._taken, slots, samples.pin))
         self._readings.add(reading)
         return reading
 

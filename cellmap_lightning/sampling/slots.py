@@ -114,7 +114,7 @@ class Slots:
         out: dict[str, torch.Tensor] = {}
         for name, dtype, shape, at in batch.places or self.compact_places(batch.samples):
             if pin:
-                out[name] = torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True)
+                out[name] = torch.empty(shape, dtype=getattr(torch, dtype.name), device="cpu", pin_memory=True)
             else:
                 out[name] = torch.from_numpy(BUFFERS.empty(shape, dtype))
             out[name].numpy()[...] = _array(memory, dtype, shape, at)

@@ -86,8 +86,8 @@ class IntensityTransforms:
         if "blur" in value:
             raw = _blurred(raw, value["blur"].flatten().tolist(), scale, self.ranges["blur"][1])
         if "contrast" in value or "brightness" in value:
-            factor = value.get("contrast", torch.ones(1))
-            shift = 0.5 * (1 - factor) + value.get("brightness", torch.zeros(1))
+            factor = value.get("contrast", torch.ones(1, dtype=torch.float32, device="cpu"))
+            shift = 0.5 * (1 - factor) + value.get("brightness", torch.zeros(1, dtype=torch.float32, device="cpu"))
             raw = raw * factor.to(raw.device) + shift.to(raw.device)
         if "gamma" in value:
             raw = _power(raw, value["gamma"])
@@ -129,8 +129,9 @@ def _blurred(raw: torch.Tensor, sigmas: Sequence[float], scale: Sequence[float],
             radius, size = math.ceil(3 * most / step), raw.shape[axis]
             if size == 1 or radius == 0:
                 continue
-            weights = torch.tensor([_gaussian(sigma / step, radius) for sigma in sigmas[first : first + few]])
-            middle, *others = (weights.numpy() if cpu else weights.to(raw.device)).T.reshape(radius + 1, -1, 1, 1, 1, 1)
+            weights = np.array([_gaussian(sigma / step, radius) for sigma in sigmas[first : first + few]], np.float32)
+            there: Any = weights if cpu else torch.from_numpy(weights).to(raw.device)
+            middle, *others = there.T.reshape(radius + 1, -1, 1, 1, 1, 1)
             before = (slice(None),) * axis
             lower, upper = (some[(*before, slice(at, at + 1))] for at in (0, size - 1))
             padded = xp.concatenate([lower] * radius + [some] + [upper] * radius, axis)

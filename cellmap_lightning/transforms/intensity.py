@@ -115,9 +115,9 @@ class Scaling:
             starts, affine = [0], affine[:1]
         offsets, factors = zip(*affine, strict=True)
         return cls(
-            torch.tensor(list(starts)),
-            torch.tensor(offsets, dtype=torch.float64),
-            torch.tensor(factors, dtype=torch.float64),
+            torch.tensor(list(starts), dtype=torch.int64, device="cpu"),
+            torch.tensor(offsets, dtype=torch.float64, device="cpu"),
+            torch.tensor(factors, dtype=torch.float64, device="cpu"),
         )
 
     @classmethod

@@ -88,7 +88,7 @@ def unpack(packed: "torch.Tensor", classes: int) -> "torch.Tensor":
     out = torch.empty((packed.shape[0], classes, *packed.shape[1:4]), dtype=torch.float32, device=packed.device)
     for first in range(0, classes, 8):
         count = min(8, classes - first)
-        bits = (1 << torch.arange(count, device=packed.device)).to(torch.uint8).reshape(1, -1, 1, 1, 1)
+        bits = (1 << torch.arange(count, dtype=torch.uint8, device=packed.device)).reshape(1, -1, 1, 1, 1)
         present, known = packed[:, None, ..., first // 4], packed[:, None, ..., first // 4 + 1]
         part = out[:, first : first + count]
         part.copy_((present & bits) != 0)

@@ -82,7 +82,8 @@ def min_redundant_inds(n: int, k: int, replacement: bool, rng: torch.Generator |
         replacement: each by itself; otherwise each is there once before any is there twice.
         rng: generator; by default torch's global one.
     """
+    device = "cpu" if rng is None else rng.device
     if replacement:
-        return torch.randint(n, (k,), generator=rng)
-    rounds = [torch.randperm(n, generator=rng) for _ in range(max(1, -(-k // n)))]
+        return torch.randint(n, (k,), generator=rng, dtype=torch.int64, device=device)
+    rounds = [torch.randperm(n, generator=rng, dtype=torch.int64, device=device) for _ in range(max(1, -(-k // n)))]
     return torch.cat(rounds)[:k]

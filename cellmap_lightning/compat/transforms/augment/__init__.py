@@ -109,7 +109,7 @@ class GaussianNoise(_Transform):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Of any shape."""
-        return x + torch.normal(self.mean, self.std, size=x.shape).to(x.device)
+        return x + torch.normal(self.mean, self.std, size=x.shape, dtype=torch.float32, device="cpu").to(x.device)
 
 
 class RandomContrast(_Transform):
@@ -167,7 +167,7 @@ class GaussianBlur(_Transform):
         if kernel_size % 2 == 0 or dim not in (2, 3):
             raise CellMapValueError(f"kernel_size must be odd and dim 2 or 3, got {kernel_size} and {dim}")
         self.kernel_size, self.sigma, self.dim, self.channels = kernel_size, sigma, dim, channels
-        x = torch.arange(kernel_size) - kernel_size // 2
+        x = torch.arange(kernel_size, dtype=torch.float32, device="cpu") - kernel_size // 2
         along = torch.exp(-(x**2) / (2 * sigma**2))
         self.register_buffer("along", along / along.sum())
 
@@ -186,4 +186,4 @@ class GaussianBlur(_Transform):
 
 def _between(ends: Sequence[float]) -> float:
     lowest, highest = ends
-    return lowest + float(torch.rand(1)) * (highest - lowest)
+    return lowest + float(torch.rand(1, dtype=torch.float32, device="cpu")) * (highest - lowest)
