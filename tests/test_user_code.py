@@ -412,3 +412,21 @@ def test_the_other_lightning_says_which_import_to_use(volume, tmp_path):
         pl.Trainer(
             max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path
         ).fit(Model(), datamodule=data)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator memory is pinned")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_memory_without_an_accelerator(volume, tmp_path, workers):
+    """As with torch's own loader: a warning, and batches all the same."""
+    with CellMapMultiDataset(crops(volume)) as source:
+        expected = list(CellMapDataLoader(source, 2, samples_per_epoch=4))
+        with pytest.warns(UserWarning, match="pin_memory=True, and no accelerator is found"):
+            loader = CellMapDataLoader(source, 2, workers, samples_per_epoch=4, pin_memory=True)
+        assert all(same(a, b) for a, b in zip(loader, expected, strict=True))
+        with pytest.warns(UserWarning, match="no accelerator is found"):
+            wrapped = CellMapDataLoader(Subset(source, range(4)), 2, workers, pin_memory=True)
+        assert len(list(wrapped)) == 2
+        loader.close()
+        wrapped.close()
+    with pytest.warns(UserWarning, match="no accelerator is found"):
+        assert len(fit(volume, tmp_path, task(), pin_memory=True, num_workers=workers)) == 3

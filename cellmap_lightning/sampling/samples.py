@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,18 @@ def _announce(name: str) -> None:
     log.info("%s has a __getitem__ of user code: samples are read one by one, and travel finished", name)
 
 
+def _can_pin(pin: bool) -> bool:
+    """Return whether to pin, with the warning of `torch.utils.data.DataLoader` where that is not possible."""
+    if not pin:
+        return False
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or accelerator.type == "mps":
+        found = "no accelerator is found" if accelerator is None else "MPS has no pinned memory"
+        warnings.warn(f"pin_memory=True, and {found}: batches are read into ordinary memory", stacklevel=3)
+        return False
+    return True
+
+
 class NumberedSamples(Dataset[Any]):
     """A dataset as many items long as an epoch has samples, numbered on through the epochs.
 
@@ -66,7 +79,7 @@ class NumberedSamples(Dataset[Any]):
         self.count = count
         self.shuffle = shuffle
         self.seed = seed
-        self.pin = pin
+        self.pin = _can_pin(pin)
         #: Shared memory that worker processes write to, set by their loader; and the samples that it has room for.
         self.slots: Slots | None = None
         self.room = 0
