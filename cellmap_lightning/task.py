@@ -1,6 +1,7 @@
 """An example task: a network that marks each class in each voxel. Any LightningModule can take its place."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,15 @@ def made_optimizers(
     except (TypeError, ValueError) as e:
         given = getattr(optimizer if what == "optimizer" else scheduler, "keywords", {})  # of a partial
         raise CellMapValueError(f"the {what} cannot be made{f' with {given}' if given else ''}: {e}") from e
+
+
+def loggable(name: str) -> str:
+    """Return a class's name as part of a metric's name, in the characters that every logger takes.
+
+    MLflow takes letters, digits, ``_ . - / :`` and spaces, and keeps metrics as files, so that one must not be the
+    folder of another.
+    """
+    return re.sub(r"[^\w. -]", "_", name)
 
 
 class SegmentationTask(L.LightningModule):
@@ -226,11 +236,11 @@ class SegmentationTask(L.LightningModule):
         loss.update(self.loss(logits, y), len(y))
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss``, ``val/dice`` and ``val/dice/<class>``."""
+        """Log ``val/loss``, ``val/dice`` and ``val/dice_<class>``."""
         self._report("val", self.val_dice, self.val_loss)
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/loss``, ``test/dice`` and ``test/dice/<class>``."""
+        """Log ``test/loss``, ``test/dice`` and ``test/dice_<class>``."""
         self._report("test", self.test_dice, self.test_loss)
 
     def _report(self, stage: str, dice: DiceScore, loss: MeanOverSamples) -> None:
@@ -250,7 +260,7 @@ class SegmentationTask(L.LightningModule):
         mean = sum(found) / len(found) if found else float("nan")
         self.log(f"{stage}/dice", mean, prog_bar=True, sync_dist=True)
         for name, score in self.scores[stage].items():
-            self.log(f"{stage}/dice/{name}", score["dice"], sync_dist=True)
+            self.log(f"{stage}/dice_{loggable(name)}", score["dice"], sync_dist=True)
         dice.reset()
         loss.reset()
 

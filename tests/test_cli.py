@@ -116,7 +116,7 @@ def test_a_run_leaves_what_it_promises(volume, tmp_path):
         assert (out / name).stat().st_size > 0
     with (out / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {"train/loss", "val/loss", "val/dice", "val/dice/mito", "val/dice/er"} <= set(rows[0])
+    assert {"train/loss", "val/loss", "val/dice", "val/dice_mito", "val/dice_er"} <= set(rows[0])
     checkpoint = torch.load(out / "checkpoints/best.ckpt", weights_only=True)
     assert checkpoint["cellmap_config"]["data"]["classes"] == ["mito", "er"]
     assert "${" not in (out / "config.yaml").read_text()

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import re
 import time
 
 import lightning as L
@@ -9,11 +10,14 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
-from cellmap_lightning import CellMapDataLoader, CellMapError, datamodule
+from cellmap_lightning import CellMapDataLoader, datamodule
 from cellmap_lightning.callbacks import DataWatch, StreamPrefetch, data_watch
 from cellmap_lightning.sampling import dataloader, waiting
 from cellmap_lightning.sampling.arrays import BatchLayout
+from cellmap_lightning.task import SegmentationTask
+from tests.conftest import CLASSES
 from tests.runs import module, task, trainer
 
 pytestmark = [pytest.mark.usefixtures("quiet_lightning", "no_threads_left")]
@@ -181,24 +185,75 @@ def test_other_data_and_other_trainers(tmp_path):
     assert "data/wait_s" not in run.logged_metrics
 
 
-def test_decisions_are_hyperparameters(volume, tmp_path):
+class Refuses(CSVLogger):
+    """As MLflow does, hyperparameters that change."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.logged = {}
+
+    def log_hyperparams(self, params):
+        for name, value in dict(params).items():
+            assert self.logged.setdefault(name, value) == value, name
+        super().log_hyperparams(params)
+
+
+def test_settings_are_hyperparameters(volume, tmp_path, caplog):
+    """And what is decided by them, which may change between two runs, is in the log."""
     callback = StreamPrefetch(enabled=True)
-    logger = CSVLogger(tmp_path, "", "")
-    with module(volume) as data:
+    logger = Refuses(tmp_path, "", "")
+    with module(volume) as data, caplog.at_level(logging.INFO, "cellmap_lightning"):
         run = trainer(tmp_path, logger=logger, callbacks=[callback])
         run.fit(task(), data)
         run.test(task(), data, verbose=False)
+        data.batch_size = 1
+        run.fit(task(), data)
     logger.save()
     kept = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    assert {name.partition("/")[2] for name in kept} == {
+        "min_batch_mb", "max_streams", "depth", "memory_fraction", "enabled", "max_depth",
+    }  # fmt: skip
+    assert kept["stream_prefetch/enabled"] is True
     for split in ("train", "val", "test"):
-        decision = callback.decisions[split]
-        assert kept[f"stream_prefetch/{split}/enabled"] is True
-        assert kept[f"stream_prefetch/{split}/depth"] == decision.depth == 2
-        assert kept[f"stream_prefetch/{split}/streams"] == 0
-        assert kept[f"stream_prefetch/{split}/reason"] == decision.reason
+        assert f"stream prefetch for {split}: on, 2 ahead in a thread" in caplog.text
 
 
-@pytest.mark.parametrize("given", [{"hint_after": 0}, {"hint_after": 1.5}, {"hint_above": 0}, {"hint_above": 2}])
-def test_arguments(given):
-    with pytest.raises(CellMapError, match=f"{next(iter(given))} must be"):
-        DataWatch(**given)
+NAMES = ["mito", "er (smooth)", "pm.x"]
+
+
+def colliding(names):
+    """Names that are a folder of others."""
+    return [one for one in names if any(other.startswith(f"{one}/") for other in names)]
+
+
+def test_metrics_have_names_that_loggers_take(volume, tmp_path):
+    model = SegmentationTask(nn.Conv3d(1, 3, 3, padding=1), CLASSES)
+    model.classes = tuple(NAMES)  # as of other data
+    logger = CSVLogger(tmp_path, "", "")
+    with module(volume) as data:
+        run = trainer(tmp_path, logger=logger, callbacks=[DataWatch(), StreamPrefetch()], log_every_n_steps=1)
+        run.fit(model, data)
+        run.test(model, data, verbose=False)
+    names = {name for row in rows(tmp_path) for name in row}
+    assert {"val/dice", "val/dice_mito", "val/dice_er _smooth_", "val/dice_pm.x", "test/dice"} <= names
+    assert colliding(names) == []
+    assert colliding(["val/dice", "val/dice/mito"]) == ["val/dice"]
+    assert all(re.fullmatch(r"[/\w.\- :]+", name) for name in names)  # MLflow's rule
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow(volume, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    logger = MLFlowLogger("cellmap", tracking_uri=f"file:{tmp_path}/mlruns")
+    with module(volume) as data:
+        run = trainer(
+            tmp_path, logger=logger, callbacks=[DataWatch(), StreamPrefetch(enabled=True)], log_every_n_steps=1
+        )
+        run.fit(task(), data)
+        data.batch_size = 1
+        run.fit(task(), data)
+    written = {str(p.relative_to(p.parents[1])) for p in (tmp_path / "mlruns").rglob("metrics/*/*")}
+    assert {"val/dice", "val/dice_mito", "val/dice_er", "val/loss"} <= written

@@ -587,7 +587,7 @@ def curves(figure, label):
 def test_curves_of_a_whole_training(tmp_path):
     rows = [{"epoch": s // 10, "step": s, "train/loss": 1 / (1 + s)} for s in range(40)]
     for s in (9, 19, 29, 39):
-        dice = {"val/dice/mito": s / 50, "val/dice/er": "nan", "val/dice/ves": "" if s == 19 else 0.5}
+        dice = {"val/dice_mito": s / 50, "val/dice_er": "nan", "val/dice_ves": "" if s == 19 else 0.5}
         rows.append({"epoch": s // 10, "step": s, "val/loss": 0.5, "val/dice": 0.4, **dice})
     metrics = write_metrics(tmp_path / "metrics.csv", rows)
     figure = training_curves(metrics, tmp_path / "figs" / "curves.png")
@@ -619,8 +619,8 @@ def test_smoothing_is_a_mean_that_stays_within_the_values(tmp_path):
 
 def test_mean_is_made_from_the_classes_where_it_is_missing(tmp_path):
     rows = [
-        {"step": 1, "val/dice/a": 0.2, "val/dice/b": 0.4},
-        {"step": 2, "val/dice/a": 0.6, "val/dice/b": "nan"},
+        {"step": 1, "val/dice_a": 0.2, "val/dice_b": 0.4},
+        {"step": 2, "val/dice_a": 0.6, "val/dice_b": "nan"},
     ]
     dice = curves(training_curves(write_metrics(tmp_path / "m.csv", rows)), "dice")
     np.testing.assert_allclose(dice["dice"].get_ydata(), [0.3, 0.6])
@@ -632,8 +632,8 @@ def test_mean_is_made_from_the_classes_where_it_is_missing(tmp_path):
         ([{"step": 1, "val/loss": 0.5}], {"loss": {"val"}, "dice": set()}),
         ([{"step": 1, "train/loss_step": 0.5}, {"step": 2, "train/loss_step": 0.4}], {"loss": {"train", "smooth"}}),
         ([{"epoch": 0, "val/dice": 0.5}], {"loss": set(), "dice": {"dice"}}),
-        ([{"val/dice/a": 0.5}], {"dice": {"dice", "dice:a"}}),
-        ([{"step": 1, "train/loss": "nan", "val/loss": "inf", "val/dice/a": ""}], {"loss": set(), "dice": set()}),
+        ([{"val/dice_a": 0.5}], {"dice": {"dice", "dice:a"}}),
+        ([{"step": 1, "train/loss": "nan", "val/loss": "inf", "val/dice_a": ""}], {"loss": set(), "dice": set()}),
         ([{"step": "x", "train/loss": "what"}], {"loss": set(), "dice": set()}),
         ([{"step": "", "other": ""}], {"loss": set(), "dice": set()}),
     ],
@@ -659,7 +659,7 @@ def test_losses_that_are_not_finite_are_counted(tmp_path):
 
 
 def test_names_of_many_classes_do_not_overlap(tmp_path):
-    row = {"step": 1, **{f"val/dice/c{i}": 0.5 for i in range(48)}}
+    row = {"step": 1, **{f"val/dice_c{i}": 0.5 for i in range(48)}}
     figure = training_curves(write_metrics(tmp_path / "m.csv", [row]), tmp_path / "c.png")
     axes = panel(figure, "dice")
     places = sorted(text.get_position()[1] for text in axes.texts)
@@ -671,7 +671,7 @@ def test_names_of_many_classes_do_not_overlap(tmp_path):
 
 
 def test_colors_of_curves_follow_the_given_classes(tmp_path):
-    metrics = write_metrics(tmp_path / "m.csv", [{"step": 1, "val/dice/er": 0.5, "val/dice/mito": 0.6}])
+    metrics = write_metrics(tmp_path / "m.csv", [{"step": 1, "val/dice_er": 0.5, "val/dice_mito": 0.6}])
     mine, other = (curves(training_curves(metrics, classes=c), "dice") for c in (["mito", "er"], ["er", "mito"]))
     assert mine["dice:er"].get_color() == other["dice:mito"].get_color() != mine["dice:mito"].get_color()
 

@@ -41,7 +41,8 @@ class StreamPrefetch(L.Callback):
         enabled: ``"auto"``, True (whatever the size of a batch, on any device), or False.
 
     Attributes:
-        decisions: the decision for each split whose loader was built, also logged as hyperparameters.
+        decisions: the decision for each split whose loader was built, also a line of the log. The settings are logged
+            as hyperparameters.
 
     Raises:
         CellMapValueError: a setting that cannot be one.
@@ -70,7 +71,6 @@ class StreamPrefetch(L.Callback):
             )
         self.settings = PrefetchSettings(min_batch_mb, max_streams, depth, memory_fraction, enabled)
         self.decisions: dict[str, PrefetchDecision] = {}
-        self._unlogged: dict[str, PrefetchDecision] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Hand the policy to the datamodule, which asks it whenever it builds a loader.
@@ -87,6 +87,10 @@ class StreamPrefetch(L.Callback):
             log.info("stream prefetch: off, since the Trainer's data is not a CellMapDataModule")
             return
         datamodule.prefetch = self._decide
+        # Not the decisions: they may differ between two runs of one Trainer, and loggers refuse values that change.
+        settings = {f"stream_prefetch/{name}": value for name, value in dataclasses.asdict(self.settings).items()}
+        for logger in trainer.loggers:
+            logger.log_hyperparams(settings)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the policy back: another Trainer may run the datamodule without this callback."""
@@ -95,33 +99,6 @@ class StreamPrefetch(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """The same where a run ends early, and ``teardown`` is not called."""
         self._forget(trainer)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the decisions that were made as hyperparameters."""
-        self._log(trainer)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Likewise."""
-        self._log(trainer)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Likewise."""
-        self._log(trainer)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Likewise."""
-        self._log(trainer)
-
-    def _log(self, trainer: L.Trainer) -> None:
-        made, self._unlogged = self._unlogged, {}
-        values = {
-            f"stream_prefetch/{split}/{name}": value
-            for split, decision in made.items()
-            for name, value in dataclasses.asdict(decision).items()
-        }
-        if values:
-            for logger in trainer.loggers:
-                logger.log_hyperparams(values)
 
     def _forget(self, trainer: L.Trainer) -> None:
         datamodule: Any = getattr(trainer, "datamodule", None)
@@ -135,6 +112,5 @@ class StreamPrefetch(L.Callback):
             log.info(
                 "stream prefetch for %s: %s, %s", split, f"on, {how}" if decision.enabled else "off", decision.reason
             )
-            self._unlogged[split] = decision
         self.decisions[split] = decision
         return decision

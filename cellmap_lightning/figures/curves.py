@@ -29,7 +29,7 @@ def training_curves(
     """Draw the loss and the Dice of each class from the ``metrics.csv`` of Lightning's ``CSVLogger``.
 
     Used are the columns ``step`` (else ``epoch``, else the number of the line), ``train/loss`` (else
-    ``train/loss_step``, ``train/loss_epoch``), ``val/loss``, ``val/dice`` and ``val/dice/<class>``. Any of them may be
+    ``train/loss_step``, ``train/loss_epoch``), ``val/loss``, ``val/dice`` and ``val/dice_<class>``. Any of them may be
     missing, cells may be empty or NaN. Without ``val/dice`` the mean of the classes is drawn. Losses that are not
     finite are counted in the legend; classes without any value are named below the plot.
 
@@ -99,7 +99,7 @@ def _draw_curves(table: dict[str, Array], classes: Sequence[str] | None) -> "Fig
 
     x_name = next((n for n in ("step", "epoch") if n in table and np.isfinite(table[n]).any()), "")
     x = table[x_name] if x_name else table["\0"]
-    prefix = "val/dice/"
+    prefix = "val/dice_"
     found = [name[len(prefix) :] for name in table if name.startswith(prefix)]
     names = [*(classes or ()), *(n for n in found if n not in (classes or ()))]
     colors = dict(zip(names, outline_colors(len(names)), strict=True))
