@@ -308,13 +308,20 @@ def _quiet_json(path: StorePath) -> dict[str, Any] | None:
         return None
 
 
+#: Seconds after which a store that does not answer counts as one that cannot be asked.
+LOOK_TIMEOUT = 30.0
+
+
 def has_objects(path: StorePath, keys: list[str]) -> list[bool]:
     """Return which objects below a remote place have bytes; one that cannot be read counts as missing."""
     assert isinstance(path, Remote)
+    from fsspec.asyn import sync
+
     try:
         fs = path.filesystem()
         if hasattr(fs, "_cat_ranges"):
-            found = fs.cat_ranges([(path / key).key for key in keys], [0] * len(keys), [1] * len(keys))
+            files = [(path / key).key for key in keys]
+            found = sync(fs.loop, fs._cat_ranges, files, [0] * len(keys), [1] * len(keys), timeout=LOOK_TIMEOUT)
             return [isinstance(part, bytes) and len(part) > 0 for part in found]
         return [bool(fs.exists((path / key).key)) for key in keys]
     except Exception:  # stores raise whatever they like; reading says what is wrong

@@ -11,12 +11,14 @@ import pytest
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.errors import CellMapValueError, MetadataError
-from cellmap_lightning.volumes.chunk_names import check_chunk_names
+from cellmap_lightning.volumes.chunk_names import check_chunk_names, has_objects
 from cellmap_lightning.volumes.image import CellMapImage
 from cellmap_lightning.volumes.ngff import read_array
+from cellmap_lightning.volumes.store import located
 from tests.foreign import SEMANTIC as KIND
 from tests.foreign import annotated, cube, edit, metadata_file, ramp, sample, write_image, write_pair
 from tests.test_remote import serving
+from tests.volumes.faults import serving as slow
 
 READERS = ["zarr", "tensorstore"]
 
@@ -206,3 +208,12 @@ def test_in_an_archive(tmp_path, case):
             archive.write(file, f"[2024] mito/{file.relative_to(path)}")
     with pytest.raises(MetadataError, match="chunks are named as"):
         CellMapImage(f"zip://[2024] mito::{tmp_path}/v.zip", "mito", (8, 8, 8), (8, 8, 8))
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "0").write_bytes(b"1")
+    monkeypatch.setattr("cellmap_lightning.volumes.chunk_names.LOOK_TIMEOUT", 0.5)
+    with slow(tmp_path) as (address, _):
+        assert has_objects(located(address), ["0", "1"]) == [True, False]
+    with slow(tmp_path, latency=20.0) as (address, _):
+        assert has_objects(located(address), ["0", "1"]) == [False, False]
