@@ -96,6 +96,7 @@ def test_every_use_has_a_purpose_of_its_own():
         ("ORDER", "sampling/tiles.py"),
         ("PLACE", "sampling/frequencies.py"),
         ("PLACE", "sampling/source.py"),
+        ("SHUFFLE", "sampling/samples.py"),
         ("TURN", "transforms/spatial.py"),
         ("VALUES", "sampling/arrays.py"),
     ]

@@ -320,6 +320,25 @@ def test_a_worker_that_is_killed_or_stopped_is_an_error_with_its_crop(root, how)
         assert len(next(iter(loader(data)))["idx"]) == 2, "and the data can be read again"
 
 
+def test_a_killed_worker_is_noticed_without_a_signal(root, monkeypatch):
+    """What torch's handler of SIGCHLD raises is lost where Python runs a finalizer."""
+    monkeypatch.setattr("cellmap_lightning.sampling.workers.CHECK_INTERVAL", 0.5)
+    with dataset(root, is_train=True) as data:
+        passing = iter(loader(data, samples_per_epoch=10**6))
+        next(passing)
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            children = [int(p) for t in Path("/proc/self/task").iterdir() for p in (t / "children").read_text().split()]
+            for worker in children:
+                if "resource_tracker" not in Path(f"/proc/{worker}/cmdline").read_text():
+                    os.kill(worker, signal.SIGKILL)
+            with pytest.raises(WorkerError, match="killed, perhaps for memory"):
+                for _ in passing:
+                    pass
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+
+
 def test_the_timeout_is_on_by_default(root):
     with dataset(root, is_train=True) as data:
         assert loader(data).timeout == WORKER_TIMEOUT > 0

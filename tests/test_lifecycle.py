@@ -380,8 +380,7 @@ def test_a_program_ends_with_a_pass_under_way(volume, tmp_path, workers, ahead, 
             warnings.filterwarnings("ignore", ".*fork.*")
             from cellmap_lightning import CellMapDataLoader, CellMapDataset
             from cellmap_lightning.sampling.prefetch import PrefetchDecision
-            from tests import processes
-from tests.conftest import CLASSES, INPUTS, TARGETS
+            from tests.conftest import CLASSES, INPUTS, TARGETS
 
             volume = pickle.load(open({str(tmp_path / "volume.pkl")!r}, "rb"))
             path = volume.label_path(volume.crops[1], "[mito,er]")

@@ -12,6 +12,10 @@ class Stopped(SystemExit):
     """The end of a command whose reason has been printed."""
 
 
+#: Messages that were printed.
+_printed: set[str] = set()
+
+
 def stop(message: str | None, code: int = 1) -> NoReturn:
     """Print a message on stderr, an error where the status is 1, and exit; without a message, exit silently.
 
@@ -19,7 +23,10 @@ def stop(message: str | None, code: int = 1) -> NoReturn:
         Stopped: always.
     """
     if message is not None:
-        print(hide(f"Error: {message}" if code == 1 else message), file=sys.stderr)
+        text = hide(f"Error: {message}" if code == 1 else message)
+        if text not in _printed:  # a second Ctrl-C may arrive here
+            _printed.add(text)
+            sys.stderr.write(f"{text}\n")
     raise Stopped(code)
 
 

@@ -162,8 +162,8 @@ def _not_measured(monitor: str, trainer: Any) -> CellMapKeyError:
     """The error for a ``monitor`` that nobody logs."""
     there = sorted(trainer.callback_metrics)
     close = difflib.get_close_matches(str(monitor), there, 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return CellMapKeyError(f"monitor={monitor} was not measured{hint}; measured were {', '.join(there)}")
+    hint = f"; did you mean {close[0]!r}? Measured were" if close else "; measured were"
+    return CellMapKeyError(f"monitor={monitor} was not measured{hint} {', '.join(there)}")
 
 
 def _checkpoint(resume: str | None, folder: Path) -> tuple[Path | None, int]:

@@ -1,6 +1,5 @@
 """Samples as batches: a `DataLoader` that a Trainer, or a plain loop, can use."""
 
-import multiprocessing
 import os
 import time
 import weakref
@@ -31,7 +30,7 @@ from cellmap_lightning.sampling.samples import NumberedSamples, Samples, Wrapped
 from cellmap_lightning.sampling.slots import SlotBatch, Slots
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.sampling.waiting import Timed, Waiting
-from cellmap_lightning.volumes.store import Remote
+from cellmap_lightning.sampling.workers import begin_worker, end_workers, start_method, watched
 
 
 class _CompactRequests:
@@ -49,42 +48,6 @@ class _CompactRequests:
 
     def __len__(self) -> int:
         return len(self._batches)
-
-
-def _begin(worker: int) -> None:
-    """In a new worker process: one thread for torch, as `DataLoader` itself sets."""
-
-
-def _start_method(sources: Sequence[SampleSource], given: Any) -> Any:
-    """How worker processes are started.
-
-    Raises:
-        CellMapValueError: by a fork, with a reader whose threads would be missing in the child.
-    """
-    crops = [crop for source in sources for crop in source.datasets]
-    unsafe = any(crop.reader == "tensorstore" for crop in crops)
-    if given is None and not unsafe and not any(isinstance(crop.raw_at, Remote) for crop in crops):
-        return None  # connections to elsewhere stay behind in a fork, and are made anew in the child
-    context = multiprocessing.get_context("forkserver") if given is None else given
-    if isinstance(context, str):
-        context = multiprocessing.get_context(context)
-    method = context.get_start_method()
-    if unsafe and method == "fork":
-        raise CellMapValueError(
-            "reader='tensorstore' does not work in forked processes; leave multiprocessing_context out, or say "
-            "'forkserver' or 'spawn'"
-        )
-    if method == "forkserver":
-        # Imported once, in the process that workers are forked from.
-        context.set_forkserver_preload(["cellmap_lightning.sampling.dataset"])
-    return context
-
-
-def _end_workers(iterator: Iterator[Any]) -> None:
-    """End the worker processes of an iterator of torch's, if it has any."""
-    shutdown = getattr(iterator, "_shutdown_workers", None)
-    if shutdown is not None:
-        shutdown()
 
 
 #: Seconds after which a worker process that delivers nothing is an error: first batches may decode for minutes.
@@ -189,8 +152,8 @@ class CellMapDataLoader(DataLoader[Any]):
         slots = num_workers > 0 and Slots.possible() and not samples.overridden
         if num_workers > 0:
             # Not None: Lightning would add one that makes every worker import it.
-            worker_init_fn = worker_init_fn or _begin
-            multiprocessing_context = _start_method(samples.sources, multiprocessing_context)
+            worker_init_fn = worker_init_fn or begin_worker
+            multiprocessing_context = start_method(samples.sources, multiprocessing_context)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise CellMapValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         if shuffle is not None and shuffle != is_train and sampler is None and batch_sampler is None:
@@ -319,7 +282,7 @@ class CellMapDataLoader(DataLoader[Any]):
         self._samples.slots = None
         # Whoever still waits for a batch of theirs would wait for ever, and ends them afterwards.
         if iterator is not None and not any(reading.gi_running for reading in list(self._readings)):
-            _end_workers(iterator)
+            end_workers(iterator)
 
     def _batches(self, start: Any) -> Generator[Any, None, None]:
         """The batches of a pass, as they were read; worker processes are started here."""
@@ -352,7 +315,8 @@ class CellMapDataLoader(DataLoader[Any]):
             return taken(batch)
 
         try:
-            yield from map(counted, iterator)  # and holds no batch while it waits to be asked for the next
+            # It holds no batch while it waits to be asked for the next.
+            yield from map(counted, watched(iterator, self.timeout))
         except RuntimeError as e:
             explained = self._explained(e, done)
             if explained is None:
@@ -362,7 +326,7 @@ class CellMapDataLoader(DataLoader[Any]):
             # Also where the traceback of an error holds on to the iterator. Persistent ones are the loader's to end,
             # and in a forked process they are the parent's.
             if iterator is not self._iterator and pid == os.getpid():
-                _end_workers(iterator)
+                end_workers(iterator)
 
     def _explained(self, error: RuntimeError, done: int) -> CellMapError | None:
         """What torch says of a worker that is gone or silent, with the crops that were waited for."""
@@ -379,10 +343,9 @@ class CellMapDataLoader(DataLoader[Any]):
             what, advice = f"delivered nothing for {self.timeout:g} s", "timeout says how long to wait"
         else:
             what = "ended unexpectedly: it was killed, perhaps for memory"
-            advice = "fewer workers or a smaller batch_size need less"
+            advice = f"fewer workers or a smaller batch_size need less ({text.splitlines()[0]})"
         return WorkerError(
-            f"a worker process {what}, while batch {done} of the pass was waited for, which shows {crops}; {advice} "
-            f"({text.splitlines()[0]})"
+            f"a worker process {what}, while batch {done} of the pass was waited for, which shows {crops}; {advice}"
         )
 
     @staticmethod
