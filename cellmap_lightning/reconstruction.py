@@ -154,14 +154,15 @@ class ReconstructionTask(L.LightningModule):
             count: tiles at most.
         """
         from cellmap_lightning.figures import picture_grid
+        from cellmap_lightning.model_forward import inference_at_precision, precision_of
 
         name = self._chosen(list(source.layout.inputs))
         rows, headers = [], []
         for position in source.chosen_tiles(min(count, source.tile_count), self.seed):
             x = source[position][name][None].to(self.device)
-            with torch.inference_mode():
+            with inference_at_precision(self):
                 seen, mask = self.hide(x, [position])
-                made = self(seen).to(x.dtype)
+                made = self(precision_of(self).convert_input(seen)).to(x.dtype)
             images = [x, seen, made, torch.where(mask, made, x)]
             rows.append([image[0, 0].float().cpu().numpy() for image in images])
             headers.append(source.locate(position)[0].label)

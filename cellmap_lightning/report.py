@@ -1,6 +1,6 @@
 """What a run leaves behind for its user: scores, curves and a contact sheet."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +44,26 @@ def score_table(
 
 def write_samples(
     source: SampleSource,
-    predict: Callable[..., torch.Tensor] | None,
+    predict: Callable[[Mapping[str, torch.Tensor]], torch.Tensor | None] | None,
     path: Path,
     *,
     title: str | None = None,
     count: int = 4,
-    input_name: str | Sequence[str] | None = None,
+    input_name: str | None = None,
     target_name: str | None = None,
 ) -> None:
     """Draw a contact sheet of the tiles with the most classes: raw, target and prediction.
 
     Args:
         source: where the samples come from.
-        predict: from finished inputs ``[1, 1, z, y, x]`` to probabilities ``[1, C, z, y, x]``, on any device.
+        predict: from a finished batch of one sample to probabilities ``[1, C, z, y, x]`` on any device, or to None.
         path: the PNG to write.
         title: a line at the top.
         count: samples at most.
-        input_name: the input that is shown and predicted from, or those that are predicted from, of which the first is
-            shown; by default the first.
+        input_name: the input that is shown; by default the first.
         target_name: the target that is shown; by default the first.
     """
-    names = [input_name] if isinstance(input_name, str) else list(input_name or [next(iter(source.layout.inputs))])
-    input_name = names[0]
+    input_name = input_name or next(iter(source.layout.inputs))
     target_name = target_name or next(iter(source.layout.targets), None)
     step = max(1, source.tile_count // _CANDIDATES)
     tiles = sorted({source.tile(n) for n in range(0, source.tile_count, step)})
@@ -92,7 +90,7 @@ def write_samples(
     shown = []
     for _, _, position, sample in chosen:
         window = source.layout.inputs[input_name].window
-        probabilities = predict(*(sample[name][None] for name in names))[0].float().cpu().numpy() if predict else None
+        predicted = predict({name: value[None] for name, value in sample.items()}) if predict else None
         center = source.get_center(position)
         dataset, _ = source.locate(position)
         place = ", ".join(f"{a} {center[a]:.0f}" for a in AXES)
@@ -104,7 +102,7 @@ def write_samples(
             SheetSample(
                 raw=sample[input_name][0].numpy(),
                 target=sample[target_name].numpy() if target_name and same else None,
-                prediction=probabilities,
+                prediction=None if predicted is None else predicted[0].float().cpu().numpy(),
                 scale=tuple(window.scale.tolist()),
                 header=f"{dataset.label}, centre {place} nm",
             )

@@ -1,7 +1,7 @@
 """Log pictures of batches: raw, targets and what the model says of them."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from cellmap_lightning.datamodule import CellMapDataModule
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.figures.canvas import as_pixels
 from cellmap_lightning.figures.sheet import contact_sheet
-from cellmap_lightning.masked import probabilities
+from cellmap_lightning.model_forward import class_probabilities, first_line, names_in
 from cellmap_lightning.preview import show
 from cellmap_lightning.sampling.dataloader import CellMapDataLoader
 from cellmap_lightning.sampling.samples import Samples
@@ -28,7 +28,7 @@ class BatchPreview(L.Callback):
     The picture goes to every logger that takes pictures (TensorBoard, wandb); for others, such as the CSV logger, a PNG
     is written to ``previews`` in their folder. The model is asked in evaluation mode after the step, on the first
     process alone, and training goes on as if it had not been: neither its modes nor random numbers change. Not for
-    strategies that split the model over devices.
+    strategies that split the model over devices. What cannot be drawn is logged once, and training continues.
 
     Args:
         every_n_epochs: how often; 0 for never.
@@ -67,16 +67,25 @@ class BatchPreview(L.Callback):
         self.every_n_epochs, self.samples, self.split, self.predictions = every_n_epochs, samples, split, predictions
         self.input_name, self.target_name, self.overlay = input_name, target_name, overlay
         self._done = -1
+        self._warned: set[str] = set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse data of which nothing is known.
+        """Refuse settings that do not fit the data.
 
         Raises:
+            CellMapKeyError: the data have no array of that name.
             CellMapTypeError: the Trainer runs without a `CellMapDataModule`.
         """
-        if self.every_n_epochs and not isinstance(getattr(trainer, "datamodule", None), CellMapDataModule):
+        data: Any = getattr(trainer, "datamodule", None)
+        if self.every_n_epochs and not isinstance(data, CellMapDataModule):
             raise CellMapTypeError("BatchPreview needs a CellMapDataModule as the Trainer's datamodule")
+        for key, there in (("input_name", "input_arrays"), ("target_name", "target_arrays")):
+            name = getattr(self, key)
+            if self.every_n_epochs and name is not None and name not in getattr(data, there):
+                listed = ", ".join(getattr(data, there)) or "none"
+                raise CellMapKeyError(f"BatchPreview: {key}={name!r} is not in {there}; there are {listed}")
         self._done = -1
+        self._warned.clear()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,18 +115,21 @@ class BatchPreview(L.Callback):
         return True
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, loader: Any) -> None:
+        try:
+            self._draw_batch(trainer, pl_module, batch, loader)
+        except Exception as error:
+            self._warn("a batch is not drawn", error)
+
+    def _draw_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, loader: Any) -> None:
         if not isinstance(loader, CellMapDataLoader) or not isinstance(batch, Mapping):
-            raise CellMapTypeError(
-                f"BatchPreview draws batches of one CellMapDataLoader, not of {type(loader).__name__}"
-            )
+            raise CellMapTypeError(f"batches of one CellMapDataLoader are drawn, not those of {type(loader).__name__}")
         some = {name: value[: self.samples] for name, value in batch.items()}
         module: Any = pl_module
-        input_name = self.input_name or getattr(module, "input_name", None) or next(iter(loader.layout.inputs))
-        target_name = self.target_name or getattr(module, "target_name", None)
-        if input_name not in some:
-            raise CellMapKeyError(f"BatchPreview: the batch has no {input_name!r}; it has {', '.join(some)}")
-        predicted = self._predicted(trainer, pl_module, some[input_name], len(loader.layout.classes))
-        shown = show(loader.source, loader.layout, some, _draws(loader), predicted, input_name, target_name)
+        inputs, targets = loader.layout.inputs, loader.layout.targets
+        names = names_in(inputs, self.input_name or getattr(module, "input_name", None))
+        target_name = next(iter(names_in(targets, self.target_name or getattr(module, "target_name", None))), None)
+        predicted = self._predicted(pl_module, some, names, len(loader.layout.classes))
+        shown = show(loader.source, loader.layout, some, _draws(loader), predicted, names[0], target_name)
         name = f"preview/{self.split}"
         title = f"{self.split}, epoch {trainer.current_epoch}, step {trainer.global_step}"
         figure = contact_sheet(
@@ -143,24 +155,22 @@ class BatchPreview(L.Callback):
         figure.savefig(path)
 
     def _predicted(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, raw: torch.Tensor, classes: int
+        self, pl_module: L.LightningModule, batch: Mapping[str, Any], names: Sequence[str], classes: int
     ) -> torch.Tensor | None:
-        if not self.predictions:
+        if not self.predictions or not classes:
             return None
-        with _as_if_nothing_happened(pl_module, raw.device), trainer.precision_plugin.forward_context():
-            logits = pl_module(raw)
-        if not isinstance(logits, torch.Tensor) or logits.ndim != raw.ndim or logits.shape[2:] != raw.shape[2:]:
-            got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise CellMapTypeError(
-                f"BatchPreview: the module's forward should give logits [N, C, ...] for {list(raw.shape)}, and gave "
-                f"{got}; predictions=false draws batches without them"
-            )
-        if logits.shape[1] not in (classes, classes + 1):
-            raise CellMapTypeError(
-                f"BatchPreview: the module gives {logits.shape[1]} channels for {classes} classes, which are no "
-                "probabilities of them; predictions=false draws batches without them"
-            )
-        return probabilities(logits.float(), classes)
+        try:
+            with _as_if_nothing_happened(pl_module, pl_module.device):
+                return class_probabilities(pl_module, batch, names, classes)
+        except Exception as error:
+            self._warn("the pictures show no predictions", error)
+            return None
+
+    def _warn(self, what: str, error: Exception) -> None:
+        """Log an error, the first of each kind: a picture is no reason to end a training."""
+        if what not in self._warned:
+            self._warned.add(what)
+            log.warning("BatchPreview: %s: %s", what, first_line(error))
 
 
 def _draws(loader: CellMapDataLoader) -> list[Draw]:
@@ -178,8 +188,7 @@ def _as_if_nothing_happened(module: torch.nn.Module, device: torch.device) -> It
     with torch.random.fork_rng(other, device_type="cuda" if device.type == "cpu" else device.type):
         try:
             module.eval()
-            with torch.inference_mode():
-                yield
+            yield
         finally:
             for part, mode in modes:
                 part.training = mode

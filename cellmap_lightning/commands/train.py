@@ -6,6 +6,7 @@ import os
 import sys
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from cellmap_lightning.callbacks.run_config import RunConfig
 from cellmap_lightning.checkpoints import load_weights, saved_checkpoints, saved_classes
 from cellmap_lightning.commands.common import quieten
 from cellmap_lightning.commands.ending import Ending
+from cellmap_lightning.commands.pictures import attempt, draw_samples, scores_of
 from cellmap_lightning.commands.run_folder import how_to_continue, remove_run, results_in
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
-from cellmap_lightning.masked import probabilities
 from cellmap_lightning.private_run import without_secrets
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
         if cfg.compare_untrained and validates and not trainer.fast_dev_run:
             trainer.validate(task, datamodule=data, verbose=False)
             ending.check()
-            untrained = dict(getattr(task, "scores", {}).get("val", {}))
+            untrained = dict(scores_of(task) or {})
         try:
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except MisconfigurationException as e:
@@ -98,11 +99,11 @@ def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
             for logger in trainer.loggers:
                 logger.finalize("success")
             if validates:
-                _draw(task, data, folder / "samples.png", cfg.name)
-            report.write_curves(folder)
-            scores = getattr(task, "scores", {}).get("val")
+                draw_samples(task, data, folder / "samples.png", cfg.name)
+            attempt("curves.png is not drawn", partial(report.write_curves, folder))
+            scores = scores_of(task)
             if scores is not None:
-                print("\nvalidation\n" + report.score_table(scores, untrained, list(cfg.data.classes)))
+                print("\nvalidation\n" + report.score_table(scores, untrained, list(cfg.data.classes or ())))
             elif metric is not None:  # the scores of each class stayed in the processes of ddp_spawn and ddp_fork
                 print(f"\nvalidation\n{cfg.monitor} {float(metric):.3f}")
             print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder)))
@@ -135,27 +136,6 @@ def _prepare_folder(cfg: DictConfig, folder: Path, plain: Any, data: CellMapData
     data.crops.write_csv(folder / "split.csv")
     if data.crops.rule != "csv":
         print(f"\ncrops that hold each class, and its voxels in them\n{data.crops.table()}\n", flush=True)
-
-
-def _draw(task: Any, data: CellMapDataModule, path: Path, title: str) -> None:
-    """Draw what the model predicts of validation samples."""
-    task.eval()
-
-    def predict(*inputs: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return probabilities(task(*(x.to(task.device) for x in inputs)), len(data.classes or ()))
-
-    if hasattr(task, "write_samples"):  # a task that does not mark classes has pictures of its own
-        task.write_samples(data.val_dataset, path, title=title)
-    else:
-        report.write_samples(
-            data.val_dataset,
-            predict,
-            path,
-            title=title,
-            input_name=getattr(task, "input_name", None),
-            target_name=getattr(task, "target_name", None),
-        )
 
 
 def _not_measured(monitor: str, trainer: Any) -> CellMapKeyError:
