@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 
 from cellmap_lightning.callbacks.run_config import START_KEY
+from cellmap_lightning.checkpoint_match import Purpose, check_data, check_weights, data_record, recorded
+from cellmap_lightning.datamodule import CellMapDataModule
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
+from cellmap_lightning.restorable import RestorableTask
 
 log = logging.getLogger(__name__)
+
+_HOOKS = (L.LightningModule.on_load_checkpoint, RestorableTask.on_load_checkpoint)
 
 
 @dataclass(frozen=True, order=True)
@@ -91,28 +97,47 @@ def load_weights(module: torch.nn.Module, path: Path, prefix: str = "", anew: Co
     return "\n".join(lines)
 
 
-def saved_classes(path: Path) -> list[str]:
-    """The classes of the training that wrote a checkpoint; none where it does not say.
+def check_checkpoint(path: Path, data: Any, task: Any, purpose: Purpose, setting: str) -> list[str]:
+    """Compare a checkpoint with the data and the task of a command, before a Trainer starts.
+
+    Args:
+        path: the checkpoint; nothing but tensors and plain values is read from it.
+        data: the data module.
+        task: the module that gets the weights.
+        purpose: why it is loaded.
+        setting: the setting that names it, for messages.
+
+    Returns:
+        The classes that it was trained with; none where it does not record them.
 
     Raises:
         CellMapFileNotFoundError: there is no such checkpoint.
-        CellMapValueError: it cannot be read.
+        CellMapValueError: it cannot be read, or was trained with other data or another network; see `check_data`.
     """
-    data = (_content(path).get("cellmap_config") or {}).get("data") or {}
-    return list(data.get("classes") or [])
+    content, where = _content(path, setting), f"{setting}={path}"
+    saved = recorded(content)
+    if saved is None:
+        log.info("%s: the data that it was trained with are not recorded, and not compared", where)
+    elif isinstance(data, CellMapDataModule):
+        for warning in check_data(saved, data_record(data), purpose, where, command=True):
+            if purpose == "begin":  # otherwise the data module warns when its state is loaded
+                log.warning("%s: %s", where, warning)
+    if purpose != "begin" and type(task).on_load_checkpoint in _HOOKS:
+        check_weights(content["state_dict"], task, where)  # a task with another hook may change the weights
+    return list((saved or {}).get("classes") or [])
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _content(path: Path, setting: str = "init_from") -> dict[str, Any]:
     if not path.is_file():
         there = ", ".join(map(str, sorted(path.parent.glob("*.ckpt")))) or "none"
         raise CellMapFileNotFoundError(
-            f"init_from={path}: there is no such checkpoint; name another with init_from=...; "
+            f"{setting}={path}: there is no such checkpoint; name another with {setting}=...; "
             f"checkpoints beside it: {there}"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises what its readers raise
-        raise CellMapValueError(f"init_from={path} cannot be read: {str(e).splitlines()[0]}") from e
+        raise CellMapValueError(f"{setting}={path} cannot be read: {str(e).splitlines()[0]}") from e
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise CellMapValueError(f"init_from={path} is no checkpoint of Lightning: it has no 'state_dict'")
+        raise CellMapValueError(f"{setting}={path} is no checkpoint of Lightning: it has no 'state_dict'")
     return content

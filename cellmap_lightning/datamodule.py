@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.apply_func import apply_to_collection
 
+from cellmap_lightning.checkpoint_match import RECORD, check_state, data_record
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.private_hparams import PrivateHyperparameters
 from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes, parse_inputs, parse_targets
@@ -496,19 +497,25 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
     # -- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """How each volume was normalized, so that a prediction from the checkpoint sees the same numbers.
+        """How each volume was normalized, and what the channels and values of batches mean; see `data_record`.
 
         While training also the positions of the training loaders in their streams of samples. Lightning keeps them
         itself, and does not restore them where ``configure_optimizers`` has had the loaders made.
         """
-        state: dict[str, Any] = {"normalization": {p: list(affine) for p, affine in self.crops.normalization.items()}}
+        affine = {path: list(affine) for path, affine in self.crops.normalization.items()}
+        state: dict[str, Any] = {"normalization": affine, RECORD: data_record(self)}
         loaders = training_loaders(self.trainer)
         if any(isinstance(one.steps, TrainingSteps) and one.steps.data is self for one in loaders):
             state["positions"] = [one.state_dict() for one in loaders]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Normalize the volumes of the checkpoint as they were, and resume training at its next sample."""
+        """Normalize the volumes of the checkpoint as they were, and resume training at its next sample.
+
+        Raises:
+            CellMapValueError: the checkpoint was trained with other classes, inputs or values; see `check_data`.
+        """
+        check_state(state_dict, self)
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         self.resume_positions = list(state_dict.get("positions", ())) if fitting else []
         affine = state_dict.get("normalization", {})

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.callbacks.run_config import CONFIG_KEY
 from cellmap_lightning.challenge import listed_crops
+from cellmap_lightning.checkpoints import check_checkpoint
 from cellmap_lightning.commands.ending import Ending
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError, MissingExtraError
 from cellmap_lightning.evaluate import draw, evaluate, table, write_csv
@@ -222,6 +223,7 @@ def run(cfg: DictConfig, task: Any = None) -> str | None:
 
     data = instantiate(cfg.data, _convert_="all")
     task = task if task is not None else instantiate(cfg.task, _convert_="all")
+    check_checkpoint(Path(cfg.ckpt), data, task, "evaluate", "ckpt")
     writer = instantiate(cfg.writer, _convert_="all")
     cfg.trainer.enable_progress_bar = False  # the writer's own counts blocks
     cfg.trainer.enable_model_summary = cfg.trainer.enable_checkpointing = False
@@ -263,7 +265,8 @@ def _judged(cfg: DictConfig, writer: Any, names: Sequence[str]) -> str:
         if cfg.picture:
             picture = output.with_name(f"{output.stem}.png")
             try:
-                metadata: Any = OmegaConf.to_container(cfg.metadata, resolve=True)
+                given: Any = OmegaConf.to_container(cfg.metadata, resolve=True)
+                metadata = {key: value for key, value in given.items() if key not in ("normalize", "invert")}
                 metadata["level_translations"] = cfg.data.get("level_translations", "auto")
                 draw_prediction(output, str(cfg.input_path), names, picture, crops, writer.threshold, metadata)
                 said += f"\n\n{picture}"

@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
 from cellmap_lightning.draws import HIDE, uniforms
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.masked import MeanOverSamples
+from cellmap_lightning.restorable import RestorableTask
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.task import made_optimizers
 
@@ -19,7 +19,7 @@ from cellmap_lightning.task import made_optimizers
 _POSITIONS = 1 << 44
 
 
-class ReconstructionTask(L.LightningModule):
+class ReconstructionTask(RestorableTask):
     """Masked reconstruction, after He et al., "Masked autoencoders are scalable vision learners" (arXiv:2111.06377).
 
     Blocks of a sample are replaced by the mean of the voxels that stay, and the loss is the mean squared error of what

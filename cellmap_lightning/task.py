@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from cellmap_lightning.masked import (
     one_against_all,
     probabilities,
 )
+from cellmap_lightning.restorable import RestorableTask
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def loggable(name: str) -> str:
     return re.sub(r"[^\w. -]", "_", name)
 
 
-class SegmentationTask(L.LightningModule):
+class SegmentationTask(RestorableTask):
     """Segmentation with binary targets (1, 0, NaN), or with targets of kind ``labels`` and a background channel.
 
     Args:

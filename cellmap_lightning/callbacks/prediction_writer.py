@@ -1,6 +1,5 @@
 """Write what a model predicts of a whole volume, out of core, so that it can be stopped and go on."""
 
-import hashlib
 import inspect
 import logging
 import math
@@ -19,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
+from cellmap_lightning.callbacks.model_identity import model_fingerprint, transform_name
 from cellmap_lightning.callbacks.model_output import Activation, ModelOutput
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.assembly import BlockAssembly
@@ -258,6 +258,11 @@ class PredictionWriter(L.Callback):
         names = self.classes if self.classes is not None else data.classes
         if not names:
             raise CellMapValueError("what the channels show is not known: give PredictionWriter classes=[...]")
+        if data.classes is not None and list(names) != list(data.classes) and set(names) == set(data.classes):
+            raise CellMapValueError(
+                f"classes={list(names)} are those of the data in another order, so that channels would be exchanged; "
+                f"leave classes out, or give {list(data.classes)}"
+            )
         self._names = tuple(names)
         wanted = tuple(self.only) if self.only is not None else self._names
         if not wanted or not set(wanted) <= set(self._names):
@@ -418,13 +423,13 @@ class PredictionWriter(L.Callback):
             name: [list(spec.window.shape), spec.window.scale.tolist()] for name, spec in dataset.layout.inputs.items()
         }
         return {
-            "model": self.model_id or fingerprint(pl_module),
+            "model": self.model_id or model_fingerprint(pl_module),
             "precision": str(trainer.precision),
             "activation": self.activation,
             "key": self.key,
             "raw": str(dataset.raw_at.absolute() if isinstance(dataset.raw_at, Path) else dataset.raw_at),
             "normalization": list(dataset.affine),
-            "raw_value_transforms": {name: _called(t) for name, t in dataset.layout.raw_transforms.items()},
+            "raw_value_transforms": {name: transform_name(t) for name, t in dataset.layout.raw_transforms.items()},
             "inputs": inputs,
             "patch": list(window.shape),
             "planes": [d.plane.name for d in datasets],
@@ -598,26 +603,6 @@ class PredictionWriter(L.Callback):
         self._next = self._writing = None
         for job in self._jobs:
             job.blocks.close()
-
-
-def fingerprint(module: L.LightningModule) -> str:
-    """The class of a model and a hash of its weights: the same in every process and run."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(value, torch.Tensor):
-            plain = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(f"{plain.dtype} {list(value.shape)}".encode())
-            digest.update(plain.view(torch.uint8).numpy().tobytes())
-    return f"{type(module).__qualname__} {digest.hexdigest()[:16]}"
-
-
-def _called(transform: Any) -> str:
-    """A value transform by its name; what it is written as may hold an address, another one in each process."""
-    if not callable(transform):
-        return str(transform)
-    named = transform if hasattr(transform, "__qualname__") else type(transform)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _lengths(what: str, value: Sequence[int]) -> Shape:

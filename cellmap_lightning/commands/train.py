@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from cellmap_lightning import CellMapDataModule, report
 from cellmap_lightning.callbacks.preemption import Preemption
 from cellmap_lightning.callbacks.run_config import RunConfig
-from cellmap_lightning.checkpoints import load_weights, saved_checkpoints, saved_classes
+from cellmap_lightning.checkpoints import check_checkpoint, load_weights, saved_checkpoints
 from cellmap_lightning.commands.common import quieten
 from cellmap_lightning.commands.ending import Ending
 from cellmap_lightning.commands.pictures import attempt, draw_samples, scores_of
@@ -68,8 +68,10 @@ def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
     data = instantiate(cfg.data, _convert_="all")
     try:
         task = instantiate(cfg.task, _convert_="all")
-        if cfg.init_from is not None and checkpoint is None:  # what goes on has weights of its own
-            _begin_from(unresolved, task)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, data, task, "resume", "resume")
+        elif cfg.init_from is not None:  # what goes on has weights of its own
+            _begin_from(unresolved, data, task)
         trainer = progress.trainer = _trainer(cfg, RunConfig(plain, start))
         validates = data.crops.given("val") and trainer.limit_val_batches != 0
         if trainer.is_global_zero:
@@ -169,16 +171,18 @@ def _checkpoint(resume: str | None, folder: Path) -> tuple[Path | None, int]:
     return path, start
 
 
-def _begin_from(cfg: DictConfig, task: Any) -> None:
+def _begin_from(cfg: DictConfig, data: Any, task: Any) -> None:
     """Load the weights of another training. With other classes, layers whose size is that of the classes begin anew.
 
     Args:
         cfg: the configuration, not resolved yet; it is changed.
+        data: the data of this run.
         task: what gets the weights.
     """
     own = isinstance(getattr(task, "network", None), torch.nn.Module)
     network = task.network if own else task
-    before, now = saved_classes(Path(cfg.init_from)), list(cfg.data.classes or [])
+    before = check_checkpoint(Path(cfg.init_from), data, task, "begin", "init_from")
+    now = list(cfg.data.classes or [])
     head: set[str] = set()
     if own and before != now:
         cfg.data.classes = [*now, "one more"]
