@@ -229,6 +229,7 @@ class PredictionWriter(L.Callback):
         self.summary = Summary()
         self.redundancy = 1.0
         self._jobs: list[_Job] = []
+        self._outputs: list[PredictionOutput] = []
         self._close: list[Callable[[], None]] = []
 
     # -- before the first batch
@@ -268,7 +269,7 @@ class PredictionWriter(L.Callback):
         if not wanted or not set(wanted) <= set(self._names):
             raise CellMapKeyError(f"only={list(wanted)} must name some of the channels {list(self._names)}")
         self._wanted, self._kept = wanted, [self._names.index(name) for name in wanted]
-        self._jobs = []
+        self._jobs, self._outputs = [], []
         # Worker processes share what is kept as the datamodule says, and would each decode every chunk.
         self._passing = data.num_workers == 0 and all(passes_by(d) for d in data.predict_dataset.datasets)
         self._array = next(iter({**data.target_arrays, **data.input_arrays}.items()))
@@ -345,6 +346,7 @@ class PredictionWriter(L.Callback):
             path, self._wanted, grid, values, self.chunks, self.shards, self.zarr_format, self.levels, rank,
             dataset.raw_scales,
         )  # fmt: skip
+        self._outputs.append(output)
         if rank == 0:
             settings = self._settings(trainer, pl_module, datasets, window, grid, tilings, output.pyramid)
             output.open(settings, self.overwrite, self.check_space)
@@ -588,10 +590,17 @@ class PredictionWriter(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the blocks back: another Trainer may run the datamodule without this callback."""
         self._forget(trainer)
+        self._outputs = []
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """The same where a run ends early, and ``teardown`` is not called. What is finished stays."""
+        """The same where a run ends early, and ``teardown`` is not called. What is finished stays.
+
+        An output that this run has begun, and of which no block is finished, is removed.
+        """
         self._forget(trainer)
+        for output in self._outputs if trainer.global_rank == 0 else ():
+            output.discard(trainer.world_size == 1)
+        self._outputs = []
 
     def _forget(self, trainer: L.Trainer) -> None:
         datamodule: Any = getattr(trainer, "datamodule", None)

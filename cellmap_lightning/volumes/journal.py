@@ -106,8 +106,9 @@ class Journal:
         differ = [key for key in keys if there.get(key) != wanted.get(key)]
         if differ:
             lines = "\n".join(f"  {key}: {there.get(key)!r} is there, now {wanted.get(key)!r}" for key in differ)
+            nothing = "" if self.finished else " without a finished block"
             raise CellMapFileExistsError(
-                f"{self.folder.parent} holds another prediction, so this one cannot go on there:\n{lines}\n"
+                f"{self.folder.parent} holds another prediction{nothing}, so this one cannot go on there:\n{lines}\n"
                 "choose another output, or replace it with overwrite=True"
             )
 

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,8 @@ class PredictionOutput:
         self.zarr_format: ZarrFormat = zarr_format
         self.journal = Journal(self.path, rank)
         self._settings: dict[str, Any] | None = None
+        #: Folders that did not exist before this process began the output; None where it did not.
+        self._begun: list[Path] | None = None
         self._arrays: dict[tuple[str, int], zarr.Array[Any]] = {}
         self._coarser = downsample_mode if values.kind == "labels" else downsample_mean
 
@@ -136,6 +138,9 @@ class PredictionOutput:
                     f"{self.path} exists and holds no prediction of this package: it is neither added to nor removed; "
                     "choose another output"
                 )
+            if self.journal.settings is None:
+                self._begun = [folder for folder in (self.path, *self.path.absolute().parents) if not folder.exists()]
+                self.journal.remove()  # blocks that a kill has left of an output that is gone
             self.journal.folder.mkdir(parents=True, exist_ok=True)
             if check_space:
                 self._check_space()
@@ -154,6 +159,30 @@ class PredictionOutput:
             write_group(self.path / name, zarr_format=self.zarr_format)
             for level in range(self.levels):
                 self._level(name, level)
+
+    def discard(self, alone: bool) -> None:
+        """Remove the output if this process began it and no block of it is finished.
+
+        Otherwise it would refuse another prediction although nothing is there. What was there before stays.
+
+        Args:
+            alone: no other process writes to it. Otherwise the folder of the journal stays, by which the next
+                prediction replaces what the others may still write.
+        """
+        if self._begun is None or self.journal.finished:
+            return
+        begun, self._begun = self._begun, None
+        try:
+            self._remove()
+            if alone:
+                self.journal.remove()
+        except OSError as e:
+            log.warning("%s: no block was finished, and what was begun cannot be removed (%s)", self.path, e)
+            return
+        for folder in begun if alone else ():
+            with suppress(OSError):  # something else is in it by now
+                folder.rmdir()
+        log.info("%s: no block was finished, so what was begun is removed", self.path)
 
     def _level(self, name: str, level: int) -> None:
         codec = codec_of("zstd", self.zarr_format, EFFORT)
