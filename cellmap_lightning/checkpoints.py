@@ -45,7 +45,7 @@ def saved_checkpoints(folder: Path) -> list[Saved]:
     found = []
     for path in folder.rglob("*.ckpt"):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # weights stay on disk
         except Exception as error:  # torch raises what its readers raise
             log.warning("%s cannot be read and is passed over (%s)", path, str(error).splitlines()[0])
             continue
