@@ -6,6 +6,7 @@ start and end, and memory that is reused, that happens. It is sent again once th
 """
 
 import _thread
+import os
 import signal
 import sys
 import threading
@@ -16,8 +17,8 @@ from typing import Any
 PAUSE = 0.05
 
 _installed = _in_hook = False
-#: One entry for each that is to be sent; appending and popping are atomic.
-_waiting: list[None] = []
+#: True while an interrupt waits to be sent; those that are dropped meanwhile are the same one.
+_waiting = False
 _previous: Any = None
 
 
@@ -29,6 +30,13 @@ def install() -> None:
     global _installed, _previous
     if not _installed and hasattr(signal, "pthread_kill"):
         _installed, _previous, sys.unraisablehook = True, sys.unraisablehook, _report
+        os.register_at_fork(after_in_child=_forget)
+
+
+def _forget() -> None:
+    # The child does not have the thread that sends it.
+    global _waiting
+    _waiting = False
 
 
 def settle() -> None:
@@ -37,12 +45,16 @@ def settle() -> None:
     Raises:
         KeyboardInterrupt: there was one.
     """
+    waited = False
     while _waiting:
+        waited = True
         time.sleep(PAUSE)
+    if waited:
+        time.sleep(PAUSE)  # it may be sent only now
 
 
 def _report(unraisable: Any) -> None:
-    global _in_hook
+    global _in_hook, _waiting
     kind = unraisable.exc_type
     main = threading.current_thread() is threading.main_thread()
     if not main or kind is None or not issubclass(kind, KeyboardInterrupt):
@@ -50,20 +62,20 @@ def _report(unraisable: Any) -> None:
         return
     _in_hook = True
     try:
-        _waiting.append(None)
-        # Not threading.Thread: this thread may hold the locks that starting one takes.
-        _thread.start_new_thread(_send, ())
+        if not _waiting:
+            _waiting = True
+            # Not threading.Thread: this thread may hold the locks that starting one takes.
+            _thread.start_new_thread(_send, ())
     finally:
         _in_hook = False  # no instruction follows before which Python handles signals
 
 
 def _send() -> None:
+    global _waiting
     time.sleep(PAUSE)
     while _in_hook:
         time.sleep(PAUSE)
+    _waiting = False  # before it is sent, so that it is sent again if it is dropped again
     ident = threading.main_thread().ident
-    try:
-        if ident is not None:
-            signal.pthread_kill(ident, signal.SIGINT)  # unlike raise_signal, it also ends what the thread waits for
-    finally:
-        _waiting.pop()
+    if ident is not None:
+        signal.pthread_kill(ident, signal.SIGINT)  # unlike raise_signal, it also ends what the thread waits for

@@ -5,7 +5,8 @@ import itertools
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 #: In the environment of every program that a test starts: names the test.
@@ -95,10 +96,24 @@ def _lasting(pid: int) -> bool:
     return False
 
 
+def alive(pids: Iterable[int]) -> list[int]:
+    """Return those of some processes that have not ended."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
 def kill(pids: set[int]) -> None:
-    """Kill processes, and remove what they have in shared memory."""
+    """Kill processes, wait until they have ended, and remove what they have in shared memory."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + 60
+    while alive(pids) and time.monotonic() < end:
+        time.sleep(0.01)
+    for pid in pids:
         for file in Path("/dev/shm").glob(f"torch_{pid}_*"):
             file.unlink(missing_ok=True)

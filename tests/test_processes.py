@@ -47,18 +47,6 @@ def inner(tmp_path, text, *arguments):
     return (tmp_path / "output.txt").read_text()
 
 
-def alive(pids):
-    found = []
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if state != "Z":
-            found.append(pid)
-    return found
-
-
 def test_a_failed_test_leaves_no_process(tmp_path):
     """Neither a program, nor its child, nor the child of a program that has ended, nor a fork."""
     done = inner(tmp_path, LEAVING)
@@ -66,9 +54,9 @@ def test_a_failed_test_leaves_no_process(tmp_path):
     try:
         assert "1 failed" in done, done
         assert len(pids) == 5
-        assert alive(pids) == []
+        assert processes.alive(pids) == []
     finally:
-        for pid in alive(pids):
+        for pid in processes.alive(pids):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -94,7 +82,7 @@ def test_a_program_ends_with_the_block_that_started_it():
     code = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
     with processes.started([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         pids = [process.pid, int(process.stdout.readline())]
-        assert alive(pids) == pids
-    assert alive(pids) == []
+        assert processes.alive(pids) == pids
+    assert processes.alive(pids) == []
     with pytest.raises(subprocess.TimeoutExpired):
         processes.run([sys.executable, "-c", code], 1)
