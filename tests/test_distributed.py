@@ -60,7 +60,7 @@ def validate(volume, folder, world):
     )  # fmt: skip
     with CellMapDataModule(
         CLASSES, {"raw": SPEC}, {"labels": SPEC}, datasets={"train": crops, "val": crops}, batches_per_epoch=2,
-        val_samples=5,
+        val_samples=5, leakage="ignore",
     ) as data:  # fmt: skip
         run.fit(Noted(folder), data)
         run.validate(Noted(folder), data, verbose=False)

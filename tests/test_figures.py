@@ -633,6 +633,7 @@ def test_mean_is_made_from_the_classes_where_it_is_missing(tmp_path):
         ([{"step": 1, "train/loss_step": 0.5}, {"step": 2, "train/loss_step": 0.4}], {"loss": {"train", "smooth"}}),
         ([{"epoch": 0, "val/dice": 0.5}], {"loss": set(), "dice": {"dice"}}),
         ([{"val/dice_a": 0.5}], {"dice": {"dice", "dice:a"}}),
+        ([{"val/dice": 0.5, "val/dice_step": 0.1, "val/dice_epoch": 0.5}], {"dice": {"dice"}}),
         ([{"step": 1, "train/loss": "nan", "val/loss": "inf", "val/dice_a": ""}], {"loss": set(), "dice": set()}),
         ([{"step": "x", "train/loss": "what"}], {"loss": set(), "dice": set()}),
         ([{"step": "", "other": ""}], {"loss": set(), "dice": set()}),

@@ -176,6 +176,7 @@ def test_several_loaders_at_once(volume, tmp_path, engine, ahead):
         "batch_size": 2,
         "batches_per_epoch": 2,
         "val_samples": 2,
+        "leakage": "ignore",
     }
     arrays = ({"raw": {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}}, {"labels": small})
     with (

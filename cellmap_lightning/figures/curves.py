@@ -101,6 +101,7 @@ def _draw_curves(table: dict[str, Array], classes: Sequence[str] | None) -> "Fig
     x = table[x_name] if x_name else table["\0"]
     prefix = "val/dice_"
     found = [name[len(prefix) :] for name in table if name.startswith(prefix)]
+    found = [name for name in found if name not in ("step", "epoch") or name in (classes or ())]  # of Lightning
     names = [*(classes or ()), *(n for n in found if n not in (classes or ()))]
     colors = dict(zip(names, outline_colors(len(names)), strict=True))
     dice = {name: _series(table, [prefix + name], x)[:2] for name in names if name in found}

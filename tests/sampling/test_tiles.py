@@ -345,7 +345,7 @@ def sparse_module(root, **kwargs):
     spec = {"shape": (8, 8, 8), "scale": (8, 8, 8)}
     return CellMapDataModule(
         ["a", "b", "c"], {"raw": spec}, {"labels": spec}, datasets={"train": crops, "val": crops},
-        batch_size=2, batches_per_epoch=1, missing_raw="warn", **kwargs,
+        batch_size=2, batches_per_epoch=1, missing_raw="warn", leakage="ignore", **kwargs,
     )  # fmt: skip
 
 
