@@ -458,7 +458,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         )
 
     def _finishes(self, loader: CellMapDataLoader) -> bool:
-        """Whether a loader finishes its batches: unless the Trainer's loop hands them to `transfer_batch_to_device`."""
+        """Return False for loaders of the Trainer's loop, which hands batches to `transfer_batch_to_device`."""
         hands_over = self._running and isinstance(getattr(self.trainer, "datamodule", None), CellMapDataModule)
         return not (hands_over and any(one is loader for one in used_loaders(self.trainer)))
 

@@ -66,12 +66,12 @@ class TrainingSteps:
 
     @property
     def ended(self) -> bool:
-        """Whether the last batch was the last of its epoch."""
+        """True if the last batch was the last of its epoch."""
         return bool(self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
 
     @property
     def alone(self) -> bool:
-        """Whether the Trainer has one training loader."""
+        """True if the Trainer has one training loader."""
         return len(list(_leaves(self._trainer.train_dataloader))) < 2
 
     @property

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Progress:
-    """How far a run has come, for what is printed where it is ended."""
+    """The progress of a run, for the message when it is interrupted."""
 
     folder: Path
     trainer: L.Trainer | None = None
@@ -70,7 +70,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
         task = instantiate(cfg.task, _convert_="all")
         if checkpoint is not None:
             check_checkpoint(checkpoint, data, task, "resume", "resume")
-        elif cfg.init_from is not None:  # what goes on has weights of its own
+        elif cfg.init_from is not None:  # a resumed run has weights
             _begin_from(unresolved, data, task)
         trainer = progress.trainer = _trainer(cfg, RunConfig(plain, start))
         validates = data.crops.given("val") and trainer.limit_val_batches != 0
@@ -141,7 +141,7 @@ def _prepare_folder(cfg: DictConfig, folder: Path, plain: Any, data: CellMapData
 
 
 def _not_measured(monitor: str, trainer: Any) -> CellMapKeyError:
-    """The error for a ``monitor`` that nobody logs."""
+    """Return the error for a ``monitor`` that is not logged."""
     there = sorted(trainer.callback_metrics)
     close = difflib.get_close_matches(str(monitor), there, 1)
     hint = f"; did you mean {close[0]!r}? Measured were" if close else "; measured were"
@@ -167,12 +167,12 @@ def _checkpoint(resume: str | None, folder: Path) -> tuple[Path | None, int]:
     if resume != "auto":
         return Path(resume), start
     path = saved[-1].path if saved else None
-    log.info("resume=auto: %s", path or f"nothing to go on from in {folder}, so this is the beginning")
+    log.info("resume=auto: %s", path or f"no checkpoint in {folder}, so training begins")
     return path, start
 
 
 def _begin_from(cfg: DictConfig, data: Any, task: Any) -> None:
-    """Load the weights of another training. With other classes, layers whose size is that of the classes begin anew.
+    """Load the weights of another training. With other classes, layers of their size are initialized again.
 
     Args:
         cfg: the configuration, not resolved yet; it is changed.

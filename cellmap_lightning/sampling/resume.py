@@ -88,7 +88,7 @@ class StreamPosition:
             sampler.epoch, sampler.skip = epoch, skip
 
     def batches_left(self, samples: int) -> int:
-        """Return the batches of this rank in an epoch of which so many samples, over all ranks, are done."""
+        """Return the batches of this rank that are left in an epoch after ``samples``, over all ranks."""
         left = self.sampler.left(samples)
         return left // self.batch_size if self.drop_last else -(-left // self.batch_size)
 
