@@ -263,3 +263,17 @@ def test_torchrun_needs_a_name(volume, tmp_path, monkeypatch):
     code, said = run_forked(*small(volume), cwd=tmp_path)
     assert code == 1
     assert "torchrun starts several processes, which would make a folder each; give it with run.name=..." in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 1])
+def test_killed_in_the_validation_of_epochs_that_follow_each_other(volume, tmp_path, expected, first):
+    """With a checkpoint of the last step of each epoch; none is trained twice."""
+    often = ["callbacks.recent.train_time_interval=null", "+callbacks.recent.every_n_train_steps=2"]
+    for epoch in range(first, 2):
+        job = Job(*arguments(volume, tmp_path, *often, validation=5), cwd=tmp_path)
+        job.until(lambda entry, epoch=epoch: entry[:2] == ["validation", epoch])
+        job.end(signal.SIGKILL)
+    code, said = Job(*arguments(volume, tmp_path, *often, seconds=0), cwd=tmp_path).end()
+    assert code == 0, said
+    check(tmp_path / "journal", expected)
