@@ -87,10 +87,7 @@ def ended(process, errors, reader, number):
 
 
 SIGNALS = {"interrupted": (signal.SIGINT, 130), "terminated": (signal.SIGTERM, 143)}
-ALWAYS = {
-    ("compare_untrained", "terminated"), ("final validation", "terminated"), ("final validation", "interrupted"),
-    ("drawing", "terminated"),
-}  # fmt: skip
+ALWAYS = {("compare_untrained", "terminated"), ("final validation", "interrupted")}
 PHASES = {
     "setup": ("no checkpoint was saved yet; the same command starts again", []),
     "compare_untrained": ("no checkpoint was saved yet; the same command starts again", []),

@@ -111,7 +111,13 @@ def train(volume, tmp_path, *more):
     return said
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+ALWAYS = (WithoutForward, OfTheBatch, Mapped, Halves)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind in ALWAYS else pytest.mark.slow, id=kind.__name__) for kind in KINDS],
+)
 def test_any_module_ends_well(volume, tmp_path, kind):
     """The picture has raw and targets at least, and the metric goes to the sweeper."""
     said = train(

@@ -167,6 +167,7 @@ def test_killed(volume, tmp_path, expected):
     assert len(steps) <= EPOCHS * BATCHES + 2 * 3
 
 
+@pytest.mark.slow
 def test_requeued_by_slurm(volume, tmp_path, expected):
     """SIGUSR1 comes some time before the end of a job: Lightning saves, and has Slurm requeue it.
 

@@ -98,6 +98,7 @@ def test_a_run_that_failed_before_it_trained_is_begun_again(volume, tmp_path, fa
     assert code == 0, said
 
 
+@pytest.mark.slow
 def test_a_sweep_is_not_replaced(volume, tmp_path):
     given = ["-m", *small(volume, "trainer.max_epochs=1", "seed=1,2", "run.name=two", "final_validation=false")]
     code, said = run_forked(*given, cwd=tmp_path)
