@@ -53,7 +53,7 @@ def saved_checkpoints(folder: Path) -> list[Saved]:
             start, step = content.get(START_KEY, 0), content.get("global_step", 0)
             found.append(Saved(int(start), int(step), path.stat().st_mtime_ns, path))
         else:
-            log.info("%s holds weights alone, with which training cannot go on", path)
+            log.info("%s holds weights alone, which are not enough to resume training", path)
     return sorted(found)
 
 

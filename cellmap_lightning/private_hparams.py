@@ -11,7 +11,7 @@ from cellmap_lightning.redaction import redacted
 
 
 class PrivateHyperparameters(HyperparametersMixin):
-    """Lightning's hyperparameters, of which checkpoints and loggers get no secrets."""
+    """Lightning's hyperparameters, saved and logged without secrets."""
 
     def save_hyperparameters(
         self,

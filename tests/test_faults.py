@@ -339,6 +339,26 @@ def test_a_killed_worker_is_noticed_without_a_signal(root, monkeypatch):
             signal.signal(signal.SIGCHLD, before)
 
 
+class TimesOut:
+    """A dataset whose items fail with a text like that of torch's own timeout."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise RuntimeError("the server timed out after 30 s; DataLoader timed out after it")
+        return {"index": index}
+
+
+def test_an_error_about_a_timeout_is_not_a_timeout():
+    """It is raised at its place, and no batch is left out."""
+    seen = []
+    with pytest.raises(RuntimeError, match="the server timed out after 30 s"):
+        seen.extend(b["index"].tolist() for b in CellMapDataLoader(TimesOut(), 2, 1, is_train=False))
+    assert seen == [[0, 1]]
+
+
 def test_the_timeout_is_on_by_default(root):
     with dataset(root, is_train=True) as data:
         assert loader(data).timeout == WORKER_TIMEOUT > 0

@@ -58,10 +58,10 @@ class Seen(L.Callback):
         self.steps.append(tuple(tuple(part["idx"].tolist()) for part in parts.values()))
 
 
-def run(volume, folder, kind, *, stop=None, ckpt=None, options=None, data=None, **given):
+def run(volume, folder, kind, *, stop=None, ckpt=None, options=None, data=None, more=(), **given):
     seen = Seen()
     keep = ModelCheckpoint(folder, "kept", enable_version_counter=False, save_top_k=1, every_n_train_steps=1)
-    callbacks = [seen, keep] + ([StopAfter(stop)] if stop is not None else [])
+    callbacks = [*more, seen, keep] + ([StopAfter(stop)] if stop is not None else [])
     torch.manual_seed(0)
     model = kind(nn.Conv3d(1, 3, 3, padding=1), CLASSES, input_name="raw", target_name="labels")
     with data or module(volume, batches_per_epoch=4, val_samples=2, **given) as made:
@@ -147,24 +147,7 @@ def test_two_modules_of_different_lengths(volume, tmp_path, kind, attached, leng
                     if attached:
                         other.trainer = run
 
-            return run_with(folder, data, Attach(), **kwargs)
-
-    def run_with(folder, data, attach, stop=None, ckpt=None):
-        seen = Seen()
-        keep = ModelCheckpoint(folder, "kept", enable_version_counter=False, save_top_k=1, every_n_train_steps=1)
-        callbacks = [attach, seen, keep] + ([StopAfter(stop)] if stop is not None else [])
-        torch.manual_seed(0)
-        model = kind(nn.Conv3d(1, 3, 3, padding=1), CLASSES, input_name="raw", target_name="labels")
-        with data:
-            train = trainer(
-                folder, callbacks=callbacks, enable_checkpointing=True, num_sanity_val_steps=0, limit_val_batches=0,
-                max_epochs=3,
-            )  # fmt: skip
-            try:
-                train.fit(model, data, ckpt_path=ckpt, weights_only=True)
-            except StopError:
-                assert stop is not None
-        return seen.steps
+            return run(volume, folder, kind, data=data, more=[Attach()], **kwargs)
 
     whole = both(tmp_path)
     assert len(whole) == 15

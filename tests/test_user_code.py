@@ -249,7 +249,21 @@ class Mixed(Dataset):
         return {"raw": (a["raw"] + b["raw"]) / 2, "index": index}
 
 
+class Duck:
+    """No `Dataset` of torch's, with the source in a list."""
+
+    def __init__(self, source):
+        self.parts = [source]
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return self.parts[0][index]
+
+
 WRAPPERS = {
+    "duck": Duck,
     "subset": lambda source: Subset(source, range(5, 15)),
     "concat": lambda source: ConcatDataset([Subset(source, range(4)), Subset(source, range(50, 56))]),
     "mixed": Mixed,
@@ -262,6 +276,7 @@ def test_wrapper_datasets_work(volume, wrapper, workers):
     with CellMapMultiDataset(crops(volume)) as source:
         wrapped = WRAPPERS[wrapper](source)
         loader = CellMapDataLoader(wrapped, 2, workers, seed=3)
+        assert set(loader.dataset.sources) == {source}
         key = "index" if wrapper == "mixed" else "idx"
         epochs = [list(loader) for _ in range(2)]
         orders = [[i for batch in epoch for i in batch[key].tolist()] for epoch in epochs]

@@ -595,7 +595,7 @@ class PredictionWriter(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """The same where a run ends early, and ``teardown`` is not called. What is finished stays.
 
-        An output that this run has begun, and of which no block is finished, is removed.
+        An output that this run has begun is removed if none of its blocks is finished.
         """
         self._forget(trainer)
         for output in self._outputs if trainer.global_rank == 0 else ():

@@ -92,7 +92,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if validates and cfg.final_validation and not trainer.fast_dev_run:
             if any(word in str(cfg.trainer.strategy) for word in ("spawn", "fork")):
-                trainer.loggers = []  # in the new processes they would begin their files anew
+                trainer.loggers = []  # new processes would overwrite their files
             # A run that ended before its first validation has no best weights: the last ones are judged.
             trainer.validate(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
             ending.check()

@@ -30,7 +30,7 @@ from cellmap_lightning.sampling.samples import NumberedSamples, Samples, Wrapped
 from cellmap_lightning.sampling.slots import SlotBatch, Slots
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.sampling.waiting import Timed, Waiting
-from cellmap_lightning.sampling.workers import begin_worker, end_workers, start_method, watched
+from cellmap_lightning.sampling.workers import TIMED_OUT, begin_worker, end_workers, start_method, watched
 
 
 class _CompactRequests:
@@ -331,15 +331,16 @@ class CellMapDataLoader(DataLoader[Any]):
     def _explained(self, error: RuntimeError, done: int) -> CellMapError | None:
         """What torch says of a worker that is gone or silent, with the crops that were waited for."""
         text = str(error)
-        if isinstance(error, CellMapError) or not any(
-            words in text for words in ("timed out after", "exited unexpectedly", "is killed by signal")
+        of_user_code = isinstance(error, CellMapError) or text.startswith("Caught ")  # in a worker
+        if of_user_code or not any(
+            words in text for words in (TIMED_OUT, "exited unexpectedly", "is killed by signal")
         ):
             return None
         crops = str(self.source)
         if self._position is not None:  # another sampler may not be iterated twice
             numbers = self.numbers(done)
             crops = ", ".join(dict.fromkeys(self._samples.crop(number) for number in numbers))
-        if "timed out after" in text:
+        if TIMED_OUT in text:
             what, advice = f"delivered nothing for {self.timeout:g} s", "timeout says how long to wait"
         else:
             what = "ended unexpectedly: it was killed, perhaps for memory"

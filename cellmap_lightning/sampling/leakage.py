@@ -73,11 +73,8 @@ class Overlap:
 
     def __str__(self) -> str:
         if self.same:
-            return (
-                f"{self.trained.name} is {self.other.name}"
-                if self.trained.name != self.other.name
-                else (self.trained.name)
-            )
+            name, other = self.trained.name, self.other.name
+            return name if name == other else f"{name} is {other}"
         size = " x ".join(f"{n:g}" for n in self.box.extent)
         return f"{self.trained.name} overlaps {self.other.name} by {size} nm (z y x), {self.part:.0%} of the latter"
 

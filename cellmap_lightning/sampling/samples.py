@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ def _can_pin(pin: bool) -> bool:
     return True
 
 
-class NumberedSamples(Dataset[Any]):
+class NumberedSamples(Dataset[Any], ABC):
     """A dataset as many items long as an epoch has samples, numbered on through the epochs.
 
     Args:
@@ -85,18 +87,18 @@ class NumberedSamples(Dataset[Any]):
         self.room = 0
 
     @property
+    @abstractmethod
     def sources(self) -> Sequence[SampleSource]:
         """The datasets of this package that are read."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def layout(self) -> BatchLayout:
-        """How compact batches are laid out and finished.
+        """The layout of compact batches.
 
         Raises:
             CellMapTypeError: the batches are made by user code.
         """
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.count
@@ -106,9 +108,13 @@ class NumberedSamples(Dataset[Any]):
         for source in self.sources:
             source.prepare()
 
+    @abstractmethod
     def crop(self, sample: int) -> str:
         """The crop that a sample shows, for messages."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def __getitem__(self, sample: int) -> Any:
+        """One finished sample."""
 
     def __getitems__(self, samples: Sequence[int]) -> Any:
         """The samples of these numbers as a list; for a `CompactRequest` as one batch."""
@@ -264,7 +270,7 @@ class WrappedSamples(NumberedSamples):
             )
         _announce(type(dataset).__name__)
 
-    @property
+    @cached_property
     def sources(self) -> Sequence[SampleSource]:
         """The datasets of this package that the items come from, as far as attributes lead to them."""
         found: list[SampleSource] = []
@@ -276,11 +282,11 @@ class WrappedSamples(NumberedSamples):
             seen.add(id(node))
             if isinstance(node, SampleSource):
                 found.append(node)
-            elif isinstance(node, list | tuple):
-                for one in node[:1000]:
+            elif isinstance(node, list | tuple) and not isinstance(next(iter(node), None), int):  # not indices
+                for one in node:
                     visit(one)
-            elif isinstance(node, Dataset):
-                for one in list(vars(node).values()):
+            elif isinstance(node, Dataset) or node is self.dataset:
+                for one in list(getattr(node, "__dict__", {}).values()):
                     visit(one)
 
         visit(self.dataset)

@@ -11,6 +11,8 @@ from cellmap_lightning.volumes.store import Remote
 
 #: Seconds after which workers that deliver nothing are checked.
 CHECK_INTERVAL = 5.0
+#: The beginning of torch's error where no worker has delivered anything.
+TIMED_OUT = "DataLoader timed out after"
 
 
 def begin_worker(worker: int) -> None:
@@ -26,7 +28,7 @@ def start_method(sources: Sequence[SampleSource], given: Any) -> Any:
     crops = [crop for source in sources for crop in source.datasets]
     unsafe = any(crop.reader == "tensorstore" for crop in crops)
     if given is None and not unsafe and not any(isinstance(crop.raw_at, Remote) for crop in crops):
-        return None  # connections to elsewhere stay behind in a fork, and are made anew in the child
+        return None  # connections to elsewhere stay behind in a fork, and the child opens new ones
     context = multiprocessing.get_context("forkserver") if given is None else given
     if isinstance(context, str):
         context = multiprocessing.get_context(context)
@@ -50,7 +52,7 @@ def end_workers(iterator: Iterator[Any]) -> None:
 
 
 def watched(iterator: Iterator[Any], timeout: float) -> Iterator[Any]:
-    """Return the iterator, with its worker processes checked every few seconds while a batch is waited for.
+    """Return the iterator, with its worker processes checked every few seconds during the wait for a batch.
 
     With a timeout torch checks them once, when it has passed, and depends on a signal handler otherwise: an exception
     that this raises while Python runs a finalizer is lost.
@@ -83,5 +85,6 @@ class _Watched:
             try:
                 return next(self._iterator)
             except RuntimeError as error:
-                if "timed out after" not in str(error) or time.monotonic() >= end:
+                # Errors of the worker's own begin with "Caught", whatever they say of timeouts.
+                if not str(error).startswith(TIMED_OUT) or time.monotonic() >= end:
                     raise
