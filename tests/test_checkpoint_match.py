@@ -296,6 +296,7 @@ def test_a_foreign_task_is_compared_before_the_trainer_starts(volume, tmp_path):
         assert "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_init_from_warns_of_other_values_and_begins_with_other_classes(volume, trained, tmp_path):
     code, text = command(
         volume, tmp_path, "init_from", trained, "data.classes=[mito,er,pm]", "patch.scale=[20.96,16,16]",

@@ -122,6 +122,7 @@ def test_a_run_leaves_what_it_promises(volume, tmp_path):
     assert "${" not in (out / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_softmax_from_the_command_line(volume, tmp_path):
     done = run(
         *small(volume, "+data.target_arrays.labels.kind=labels", "trainer.max_epochs=1", "hydra.run.dir=out"),
@@ -160,6 +161,7 @@ def test_a_sweep(volume, tmp_path):
     assert sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/samples.png")) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_folds_from_the_folders_of_the_challenge(volume, tmp_path):
     (tmp_path / "data" / "jrc_a").mkdir(parents=True)
     (tmp_path / "data" / "jrc_a" / "jrc_a.zarr").symlink_to(volume.path)

@@ -461,7 +461,7 @@ class Report(L.Callback):
             print(*batch["idx"].tolist(), file=file)
 
 
-@pytest.mark.parametrize("strategies", [["ddp_fork", "ddp_spawn"], ["ddp"]])
+@pytest.mark.parametrize("strategies", [pytest.param(["ddp_fork", "ddp_spawn"], marks=pytest.mark.slow), ["ddp"]])
 def test_processes_of_a_trainer(volume, tmp_path, strategies):
     """The module has read before the processes begin; each makes its own threads, and together they see one stream.
 

@@ -10,6 +10,8 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+#: Those that run with the fast tests.
+QUICK = ("quickstart", "predict_and_evaluate")
 
 # The pictures that each draws, and some of what it prints.
 SHOWN = {
@@ -54,7 +56,11 @@ def test_notebooks_are_stored_without_outputs(path):
         assert cell.execution_count is None
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if p.stem in QUICK else pytest.mark.slow) for p in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_notebooks_run(path, volume, tmp_path, monkeypatch):
     # Connection files, history and profile stay out of the user's home.
     for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR"):

@@ -36,6 +36,7 @@ def test_what_the_wheel_holds(wheel):
     assert not any(name.startswith(("tests/", "notebooks/", "benchmarks/")) for name in names)
 
 
+@pytest.mark.slow
 def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()

@@ -124,6 +124,7 @@ def check(journal, expected):
     return [step for step, _, _ in steps]
 
 
+@pytest.mark.slow
 def test_told_to_end_in_the_middle_of_an_epoch(volume, tmp_path, expected):
     job = Job(*arguments(volume, tmp_path, "data.num_workers=1", "+callbacks.journal.hold=8"), cwd=tmp_path)
     job.until(lambda entry: entry[0] == 8)

@@ -47,6 +47,7 @@ def inner(tmp_path, text, *arguments):
     return (tmp_path / "output.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_failed_test_leaves_no_process(tmp_path):
     """Neither a program, nor its child, nor the child of a program that has ended, nor a fork."""
     done = inner(tmp_path, LEAVING)

@@ -404,21 +404,25 @@ def test_one_address_behind_two_endpoints_is_two_places(bucket, endpoint):
 
 
 @pytest.mark.usefixtures("quiet_lightning")
-def test_a_module_with_options_of_its_own_and_of_an_entry(bucket, endpoint):
+@pytest.mark.parametrize(
+    "options", ["of the entry", *(pytest.param(o, marks=pytest.mark.slow) for o in ("own", "found"))]
+)
+def test_a_module_with_options_of_its_own_and_of_an_entry(bucket, endpoint, options):
     root = f"{bucket}/v2.zarr/recon-1"
     entry = {"raw": f"{root}/em/fibsem-uint8", "gt": f"{root}/labels/groundtruth/crop2/[mito,er]"}
-    common = {
-        "classes": ["mito", "er"], "input_arrays": {"raw": SPEC}, "target_arrays": {"labels": SPEC}, "batch_size": 2,
-        "samples_per_epoch": 4, "cache": "memory",
+    own = {"storage_options": anonymous(endpoint)}
+    data = {
+        "own": {"datasets": {"train": [entry]}, **own},
+        "of the entry": {"datasets": {"train": [entry | own]}},
+        "found": {
+            "search_path": bucket, "split": "random", "val_fraction": 0.5, "only_crops": ["crop1", "crop2"], **own
+        },
     }  # fmt: skip
-    for data in (
-        {"datasets": {"train": [entry]}, "storage_options": anonymous(endpoint)},
-        {"datasets": {"train": [entry | {"storage_options": anonymous(endpoint)}]}},
-        {"search_path": f"{bucket}", "split": "random", "val_fraction": 0.5, "only_crops": ["crop1", "crop2"],
-         "storage_options": anonymous(endpoint)},
-    ):  # fmt: skip
-        with CellMapDataModule(**common, **data) as module:
-            assert len(list(module.train_dataloader())) == 2
+    with CellMapDataModule(
+        classes=["mito", "er"], input_arrays={"raw": SPEC}, target_arrays={"labels": SPEC}, batch_size=2,
+        samples_per_epoch=4, cache="memory", **data[options],
+    ) as module:  # fmt: skip
+        assert len(list(module.train_dataloader())) == 2
 
 
 def test_credentials_of_a_prediction_come_from_outside():

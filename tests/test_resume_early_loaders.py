@@ -131,7 +131,9 @@ class BothOneCycle(OneCycle, Both):
 
 @pytest.mark.parametrize("kind", [Both, BothOneCycle])
 @pytest.mark.parametrize("attached", [True, False])
-@pytest.mark.parametrize("lengths", [(5, 3), (3, 5), (5, 2)])
+@pytest.mark.parametrize(
+    "lengths", [(5, 3), pytest.param((3, 5), marks=pytest.mark.slow), pytest.param((5, 2), marks=pytest.mark.slow)]
+)
 def test_two_modules_of_different_lengths(volume, tmp_path, kind, attached, lengths):
     """The shorter loader has several passes in an epoch."""
 

@@ -385,7 +385,7 @@ def test_slices_in_another_plane_off_the_lattice(tmp_path, plane):
     ("how", "rule"),
     [
         ("one step", "majority"),
-        ("several", "any"),
+        pytest.param("several", "any", marks=pytest.mark.slow),
         pytest.param("one step", "any", marks=pytest.mark.slow),
         pytest.param("several", "majority", marks=pytest.mark.slow),
     ],

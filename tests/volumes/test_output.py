@@ -296,7 +296,9 @@ def killed_at(moment, output, run, appends=False):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize(("kind", "dtype", "classes"), [KINDS[0], KINDS[3], KINDS[5]])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "classes"), [KINDS[0], KINDS[3], pytest.param(*KINDS[5], marks=pytest.mark.slow)]
+)
 def test_a_kill_at_any_moment_of_the_end_leaves_what_can_go_on_or_is_finished(tmp_path, kind, dtype, classes):
     whole, out = tmp_path / "whole" / "out.zarr", tmp_path / "out.zarr"
     predict(whole, kind, dtype, classes)

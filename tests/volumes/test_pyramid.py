@@ -146,8 +146,13 @@ def test_a_few_planes_at_a_time_are_all_at_once(shape, mean, voxels, step, monke
 
 
 @pytest.mark.parametrize(("shape", "block", "unit"), CASES)
-@pytest.mark.parametrize("dtype", ["uint8", "float32", "labels"])
-@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    ("dtype", "zarr_format"),
+    [
+        *(("uint8", 2), ("float32", 2), ("labels", 2), ("uint8", 3)),
+        *(pytest.param(dtype, 3, marks=pytest.mark.slow) for dtype in ("float32", "labels")),
+    ],
+)
 def test_levels_are_those_of_the_whole_at_once(tmp_path, shape, block, unit, dtype, zarr_format):
     values = np.random.default_rng(1).random((2, *shape)).astype(np.float32)
     values[1, : block[0]] = 0  # blocks of nothing, which have no files
