@@ -1,14 +1,12 @@
 """Pyramids of predictions and what becomes of their journal, under a Trainer."""
 
 import datetime as dt
-import json
 import re
 import shutil
 
 import lightning as L
 import numpy as np
 import pytest
-import zarr
 from lightning.pytorch.strategies import DDPStrategy
 
 from cellmap_lightning import CellMapDataModule
@@ -166,33 +164,6 @@ def test_another_pyramid_of_raw_is_another_prediction(tmp_path, finished, before
     assert contents(out) == there
     run(path, out, FIB, levels=2, overwrite=True)
     assert read(out, "a", 1).shape == tuple(n // f for n, f in zip((40, 60, 60), now, strict=True))
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_an_output_of_an_earlier_state_is_finished_or_refused(tmp_path, finished):
-    path, values = raw_volume(tmp_path, (40, 66, 66), FIB)
-    out = tmp_path / "out.zarr"
-    run(path, out, FIB, limit=None if finished else 10)
-    settings = Journal(out).settings
-    del settings["pyramid factors"]
-    if finished:
-        zattrs = json.loads((out / ".zattrs").read_text())
-        blocks = zattrs["cellmap"]["prediction"]["blocks"]
-        (out / ".zattrs").write_text("{}")
-        (out / FOLDER).mkdir()
-        lines = "".join(f"\ndone {number:010d} 1.\n" for number in range(blocks))
-        (out / FOLDER / "blocks-0.txt").write_text(lines)
-        (out / FOLDER / "complete").touch()
-    (out / FOLDER / "settings.json").write_text(json.dumps(settings))
-    if not finished:
-        with pytest.raises(CellMapFileExistsError, match=r"pyramid factors: None is there, now \[\[2, 2, 2\]\]"):
-            run(path, out, FIB)
-        return
-    again = run(path, out, FIB)
-    assert (again.summary.written, again.summary.complete) == (0, True)
-    assert again.summary.fractions == {"a": blocks / values.size}
-    assert not (out / FOLDER).exists()
-    zarr.open_group(str(out), mode="r").tree()
 
 
 def test_a_prediction_is_read_as_a_crop_and_as_raw(tmp_path):

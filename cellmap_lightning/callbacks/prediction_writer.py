@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cellmap_lightning.callbacks.model_identity import model_fingerprint, transform_name
 from cellmap_lightning.callbacks.model_output import Activation, ModelOutput
-from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapFileExistsError, CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.assembly import BlockAssembly
 from cellmap_lightning.sampling.blockwise import (
     AHEAD,
@@ -35,6 +35,7 @@ from cellmap_lightning.sampling.blockwise import (
     reaches_below,
 )
 from cellmap_lightning.sampling.dataset import CellMapDataset
+from cellmap_lightning.sampling.input_stamps import InputStamps
 from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
 from cellmap_lightning.sampling.predicted import output_windows, passes_by, passing_bytes, volumes_of
 from cellmap_lightning.sampling.source import SampleSource
@@ -42,6 +43,7 @@ from cellmap_lightning.volumes.behind import Behind
 from cellmap_lightning.volumes.blending import Blend, Tiling
 from cellmap_lightning.volumes.blocks import BlockGrid, block_shape, output_lattice, parse_region, voxels_of
 from cellmap_lightning.volumes.geometry import AXES, Shape
+from cellmap_lightning.volumes.journal import input_hash
 from cellmap_lightning.volumes.output import PredictionOutput, check_apart
 from cellmap_lightning.volumes.placement import Window
 from cellmap_lightning.volumes.pyramid import Pyramid
@@ -109,6 +111,7 @@ class _Job:
         output: where it is written.
         plan: what this process computes of it.
         blocks: puts its blocks together.
+        inputs: stamps of what they are computed from.
         done: blocks that were finished before.
     """
 
@@ -116,6 +119,7 @@ class _Job:
     output: PredictionOutput
     plan: BlockPlan
     blocks: BlockAssembly
+    inputs: InputStamps
     done: int
 
 
@@ -164,6 +168,8 @@ class PredictionWriter(L.Callback):
         skip_empty: leave out blocks in which all voxels of raw have one value, as around the imaged volume.
         check_context: with ``trim``, find out in the first batch how much the border of the input changes what is kept,
             and warn where that is visible: the model then sees further than the context.
+        accept_changed_raw: resume, or accept as finished, although files of raw or of the mask were written, replaced
+            or touched since, as when they were copied back. Otherwise that is an error.
 
     Attributes:
         summary: what the last prediction did.
@@ -199,6 +205,7 @@ class PredictionWriter(L.Callback):
         mask: str | None = None,
         skip_empty: bool = False,
         check_context: bool = True,
+        accept_changed_raw: bool = False,
     ) -> None:
         if activation is not None and activation not in get_args(Activation):
             raise CellMapValueError(f"activation is one of {', '.join(get_args(Activation))} or null: {activation!r}")
@@ -226,6 +233,7 @@ class PredictionWriter(L.Callback):
         if sorted(self.flips) != sorted(flips):
             raise CellMapValueError(f"flips are axes of the patch, each of z, y and x at most once, got {flips!r}")
         self.mask, self.skip_empty, self.check_context = mask, bool(skip_empty), bool(check_context)
+        self.accept_changed_raw = bool(accept_changed_raw)
         self.summary = Summary()
         self.redundancy = 1.0
         self._jobs: list[_Job] = []
@@ -347,10 +355,18 @@ class PredictionWriter(L.Callback):
             dataset.raw_scales,
         )  # fmt: skip
         self._outputs.append(output)
+        skips = None
+        if self.mask is not None or self.skip_empty:
+            image = next(iter(dataset.images.values())) if self.skip_empty else None
+            skips = Skipping(self.mask, whole.step, image)
+        inputs = InputStamps(grid, tilings, datasets, skips)
         if rank == 0:
             settings = self._settings(trainer, pl_module, datasets, window, grid, tilings, output.pyramid)
-            output.open(settings, self.overwrite, self.check_space)
+            output.open(settings | {"raw metadata": inputs.metadata}, self.overwrite, self.check_space)
+            if not self.accept_changed_raw:
+                self._check_inputs(output, inputs)
         trainer.strategy.barrier("the output is there")
+        output.check_owned()
         done = output.journal.finished
         # As one process sees it: on a network file system each might see another state.
         left = trainer.strategy.broadcast([n for n in range(len(grid)) if n not in done])
@@ -359,12 +375,12 @@ class PredictionWriter(L.Callback):
         placed = [
             d.placed(patch_placement(t, whole, w), kept) for d, t, w in zip(datasets, tilings, windows, strict=True)
         ]
-        skips = None
-        if self.mask is not None or self.skip_empty:
-            image = next(iter(placed[0]._images.values())) if self.skip_empty else None
-            skips = Skipping(self.mask, whole.step, image)
+        if skips is not None and self.skip_empty:
+            skips.raw = next(iter(placed[0].images.values()))
         start = sum(job.plan.positions for job in self._jobs)
-        plan = BlockPlan(grid, tilings, data.batch_size, grid.share(left, rank, world, together), start, skips)
+        plan = BlockPlan(
+            grid, tilings, data.batch_size, grid.share(left, rank, world, together), start, skips, inputs.begin
+        )
         finished = len(grid) - len(left)
         if rank == 0:
             size = f"{output.nbytes / 1e9:.3g} GB before compression"
@@ -377,7 +393,27 @@ class PredictionWriter(L.Callback):
             if not finished:  # later it would be too late
                 self._advise(plan, cut)
         blocks = BlockAssembly(plan, values, len(self._kept), memory)
-        return _Job(name, output, plan, blocks, finished), placed
+        return _Job(name, output, plan, blocks, inputs, finished), placed
+
+    @staticmethod
+    def _check_inputs(output: PredictionOutput, inputs: InputStamps) -> None:
+        """Check that what finished blocks were computed from is still there.
+
+        Raises:
+            CellMapFileExistsError: it has changed since.
+        """
+        record = output.journal.record
+        if record is None:
+            block = inputs.changed({number: s for number, s in output.journal.inputs.items() if s != "-"})
+        elif "input" in record and input_hash({n: inputs.of(n) for n in range(record["blocks"])}) != record["input"]:
+            block = 0
+        else:
+            block = None
+        if block is not None:
+            raise CellMapFileExistsError(
+                f"{output.path}: {inputs.describe(block)}; replace it with overwrite=True, or keep it with "
+                "accept_changed_raw=True if the voxels are the same"
+            )
 
     def _advise(self, plan: BlockPlan, cut: Callable[[int], Shape]) -> None:
         """Where small blocks make the model compute much twice, say how much memory would help."""
@@ -532,7 +568,7 @@ class PredictionWriter(L.Callback):
                 case BlockEnd(number):
                     self._end_block(job, number)
                 case BlockSkip(number):
-                    self._behind.give(partial(job.output.skip, number), MOST_TASKS)
+                    self._behind.give(partial(job.output.skip, number, job.inputs.begin(number)), MOST_TASKS)
                     self.summary.skipped += 1
                     self._bar.update()
 
@@ -545,7 +581,8 @@ class PredictionWriter(L.Callback):
 
     def _write(self, job: "_Job", number: int, block: StoredBlock | MeanBlock) -> None:
         """Write a block, in the thread that does so, and let go of its memory."""
-        job.output.write(number, *block.finish())
+        job.inputs.check(number)
+        job.output.write(number, *block.finish(), job.inputs.begin(number))
         block.release()
         self.summary.written += 1
         self.summary.voxels += math.prod(job.output.grid[number][1])
@@ -574,6 +611,7 @@ class PredictionWriter(L.Callback):
         complete, finished = True, 0
         for job in self._jobs:
             output = job.output
+            job.inputs.check_all()
             complete &= output.finish(trainer.global_rank, trainer.world_size, strategy.barrier, strategy.broadcast)
             finished += len(output.journal.finished)
             before = f"{job.name}/" if len(self._jobs) > 1 else ""
@@ -590,7 +628,7 @@ class PredictionWriter(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the blocks back: another Trainer may run the datamodule without this callback."""
         self._forget(trainer)
-        self._outputs = []
+        self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """The same where a run ends early, and ``teardown`` is not called. What is finished stays.
@@ -600,6 +638,12 @@ class PredictionWriter(L.Callback):
         self._forget(trainer)
         for output in self._outputs if trainer.global_rank == 0 else ():
             output.discard(trainer.world_size == 1)
+        self._release()
+
+    def _release(self) -> None:
+        """Give the outputs to other jobs."""
+        for output in self._outputs:
+            output.close()
         self._outputs = []
 
     def _forget(self, trainer: L.Trainer) -> None:

@@ -99,6 +99,7 @@ class BlockPlan:
         blocks: numbers of the blocks, in their order.
         start: number of positions before this volume, where one dataset holds several.
         skips: says which blocks are not computed.
+        opens: called with the number of each block before anything of it is read.
     """
 
     grid: BlockGrid
@@ -107,6 +108,7 @@ class BlockPlan:
     blocks: Sequence[int]
     start: int = 0
     skips: Callable[[Box], bool] | None = None
+    opens: Callable[[int], object] | None = None
     _lowest: list[Shape] = field(init=False, default_factory=list)
     _counts: list[Shape] = field(init=False, default_factory=list)
     _starts: list[int] = field(init=False, default_factory=list)
@@ -134,6 +136,8 @@ class BlockPlan:
         """Everything that happens, one after the other."""
         above: int | None = None  # what was computed last
         for block in self.blocks:
+            if self.opens is not None:
+                self.opens(block)
             if self.skipped(block):
                 yield BlockSkip(block)
                 continue

@@ -612,6 +612,11 @@ class CellMapDataset(SampleSource):
         self.layout = dataclasses.replace(self.layout, scaling=Scaling.of([0], [affine]))
 
     @property
+    def images(self) -> Mapping[str, StoredImage]:
+        """The stored raw of each input."""
+        return self._images
+
+    @property
     def levels(self) -> dict[str, Level]:
         """The level of raw that each input is read from."""
         return dict(self._raw)

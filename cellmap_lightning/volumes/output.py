@@ -15,7 +15,6 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import zarr
 import zarr.codecs
@@ -23,31 +22,28 @@ import zarr.codecs
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.volumes.blocks import BlockGrid
 from cellmap_lightning.volumes.container import write_container
+from cellmap_lightning.volumes.durable import flush, write_text
 from cellmap_lightning.volumes.geometry import Shape
-from cellmap_lightning.volumes.integrity import Encoded
-from cellmap_lightning.volumes.journal import Journal, plain
-from cellmap_lightning.volumes.plain import PlainChunks
-from cellmap_lightning.volumes.pyramid import Units, coarser, plan_pyramid, units_left, units_within
+from cellmap_lightning.volumes.journal import Journal, input_hash, new_token, plain, record_checksum
+from cellmap_lightning.volumes.output_levels import OutputLevels
+from cellmap_lightning.volumes.output_lock import FILE, OutputLock, read_owner
+from cellmap_lightning.volumes.pyramid import plan_pyramid, units_left, units_within
 from cellmap_lightning.volumes.store import LISTING
 from cellmap_lightning.volumes.values import StoredValues
 from cellmap_lightning.volumes.writer import (
     ZarrFormat,
-    codec_of,
-    create_level,
-    downsample_mean,
-    downsample_mode,
     multiscale_attributes,
     write_group,
 )
 
 log = logging.getLogger(__name__)
 
-#: Of the compressor. At 5, probabilities of membranes take 5 % less room and six times as long: 32 MB/s on a core.
-EFFORT = 2
+#: A file in each group of an unfinished output, with the token of its journal.
+TOKEN = ".cellmap-token"
 
 
 def _empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+    return path.is_dir() and all(inside.name == FILE for inside in path.iterdir())
 
 
 def _can_name(name: str) -> bool:
@@ -97,11 +93,14 @@ class PredictionOutput:
         self.levels = self.pyramid.levels
         self.zarr_format: ZarrFormat = zarr_format
         self.journal = Journal(self.path, rank)
+        self._lock = OutputLock(self.path)
+        self._rank = rank
+        #: Token of the job that writes, as processes other than 0 have first seen it.
+        self._owner: str | None = None
         self._settings: dict[str, Any] | None = None
         #: Folders that did not exist before this process began the output; None where it did not.
         self._begun: list[Path] | None = None
-        self._arrays: dict[tuple[str, int], zarr.Array[Any]] = {}
-        self._coarser = downsample_mode if values.kind == "labels" else downsample_mean
+        self._levels = OutputLevels(self.path, grid, values, chunks, shards, zarr_format, self.pyramid)
 
     @property
     def nbytes(self) -> int:
@@ -114,41 +113,96 @@ class PredictionOutput:
     def open(self, settings: Mapping[str, Any], overwrite: bool = False, check_space: bool = True) -> None:
         """Make the groups, or find those of the same prediction. One process does it, before the others read.
 
+        From then on the output belongs to this job, until `close`.
+
         Args:
             settings: what is predicted, plain values; see `Journal.check`.
             overwrite: replace another prediction that is there.
             check_space: refuse to begin where the disk has less room than the rest takes without compression.
 
         Raises:
-            CellMapFileExistsError: something else is there.
+            CellMapFileExistsError: something else is there, or another job writes there.
             OutputError: the disk is read-only, or has too little room.
         """
-        with self._clear_errors("cannot be begun"):
-            if overwrite:
-                self._remove()
-            self._settings = plain(settings)
-            if self.journal.settings is not None:
-                self.journal.check(settings, self._assumed())
-                if self.journal.record is not None:
-                    self.journal.remove()  # what a kill has left of it
-                    return
-                self._sweep()
-            elif self.path.exists() and not self.journal.folder.is_dir() and not _empty(self.path):
-                raise CellMapFileExistsError(
-                    f"{self.path} exists and holds no prediction of this package: it is neither added to nor removed; "
-                    "choose another output"
-                )
-            if self.journal.settings is None:
-                self._begun = [folder for folder in (self.path, *self.path.absolute().parents) if not folder.exists()]
-                self.journal.remove()  # blocks that a kill has left of an output that is gone
-            self.journal.folder.mkdir(parents=True, exist_ok=True)
-            if check_space:
-                self._check_space()
-            if self.journal.settings is None:
-                self._create()
-                self.journal.begin(settings)
+        try:
+            with self._clear_errors("cannot be begun"):
+                self._open(settings, overwrite, check_space)
+        except BaseException:
+            if self._begun is None:  # otherwise `discard` gives it up
+                self._lock.release()
+            raise
 
-    def _create(self) -> None:
+    def _open(self, settings: Mapping[str, Any], overwrite: bool, check_space: bool) -> None:
+        if self.path.exists() and not _empty(self.path) and not self._replaceable(overwrite):
+            raise CellMapFileExistsError(
+                f"{self.path} exists and holds no prediction of this package: it is neither added to nor removed; "
+                "choose another output"
+            )
+        begun = [folder for folder in (self.path, *self.path.absolute().parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        if overwrite or self.journal.disowned is not None:
+            self._remove()
+        self._settings = plain(settings)
+        if self.journal.settings is not None:
+            self.journal.check(settings, {key: settings[key] for key in ("raw metadata",) if key in settings})
+            if self.journal.record is not None:
+                self.journal.remove()  # what a kill has left of it
+                self._remove_tokens()
+                self._lock.release()
+                return
+            self._check_whole()
+            self._sweep()
+        else:
+            self._begun = begun
+            self.journal.remove()  # blocks that a kill has left of an output that is gone
+        self.journal.folder.mkdir(parents=True, exist_ok=True)
+        if check_space:
+            self._check_space()
+        if self.journal.settings is None:
+            token = new_token()
+            self._create(token)
+            self.journal.begin(settings, token)
+
+    def _replaceable(self, overwrite: bool) -> bool:
+        """Return whether a prediction of this package is there."""
+        try:
+            return self.journal.folder.is_dir() or self.journal.record is not None
+        except CellMapValueError:  # damaged
+            if overwrite:
+                return True
+            raise
+
+    def _acquire(self) -> None:
+        """Acquire the lock; a finished output is read where nothing can be written, and needs none."""
+        try:
+            self._lock.acquire()
+        except CellMapError:
+            raise
+        except OSError as e:
+            if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or self.journal.record is None:
+                raise
+
+    def close(self) -> None:
+        """Give the output to other jobs."""
+        self._lock.release()
+
+    def check_owned(self) -> None:
+        """Check that the output still belongs to this job.
+
+        Raises:
+            OutputError: it was removed, or another job writes there.
+        """
+        if self._rank == 0:
+            self._lock.check()
+            return
+        owner = (read_owner(self.path) or {}).get("token")
+        if self._owner is None:
+            self._owner = owner
+        elif owner != self._owner:
+            raise OutputError(f"{self.path} was removed, or taken over by another job; this one stops")
+
+    def _create(self, token: str) -> None:
         """All groups, and their levels; what a kill has left of an earlier attempt is made anew."""
         about = self._about_all()
         (self.path / ".zmetadata").unlink(missing_ok=True)
@@ -157,8 +211,34 @@ class PredictionOutput:
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
             write_group(self.path / name, zarr_format=self.zarr_format)
+            attributes = {"cellmap": self._about(name)} if self.values.kind == "labels" else None
             for level in range(self.levels):
-                self._level(name, level)
+                self._levels.create(name, level, attributes)
+            write_text(self.path / name / TOKEN, token)
+
+    def _check_whole(self) -> None:
+        """Check that the groups are those that the journal speaks of.
+
+        Raises:
+            CellMapFileExistsError: one was removed, or replaced.
+        """
+        file = "zarr.json" if self.zarr_format == 3 else ".zarray"
+        for name in self.classes:
+            try:
+                found = (self.path / name / TOKEN).read_text(encoding="utf-8")
+            except (OSError, ValueError):
+                found = ""
+            gone = [f"s{level}" for level in range(self.levels) if not (self.path / name / f"s{level}" / file).exists()]
+            if gone or found != self.journal.token:
+                what = f"lacks {gone[0]}" if gone else "was removed or replaced"
+                raise CellMapFileExistsError(
+                    f"{self.path / name} {what} since blocks of it were finished, so the prediction cannot be resumed; "
+                    "replace it with overwrite=True"
+                )
+
+    def _remove_tokens(self) -> None:
+        for name in self.classes:
+            (self.path / name / TOKEN).unlink(missing_ok=True)
 
     def discard(self, alone: bool) -> None:
         """Remove the output if this process began it and no block of it is finished.
@@ -179,25 +259,12 @@ class PredictionOutput:
         except OSError as e:
             log.warning("%s: no block was finished, and what was begun cannot be removed (%s)", self.path, e)
             return
+        if alone:
+            self._lock.release()
         for folder in begun if alone else ():
             with suppress(OSError):  # something else is in it by now
                 folder.rmdir()
         log.info("%s: no block was finished, so what was begun is removed", self.path)
-
-    def _level(self, name: str, level: int) -> None:
-        codec = codec_of("zstd", self.zarr_format, EFFORT)
-        if self.zarr_format == 3:
-            codec = [codec, zarr.codecs.Crc32cCodec()]
-        attributes = {"cellmap": self._about(name)} if self.values.kind == "labels" else None
-        create_level(
-            self.path / name / f"s{level}", self.pyramid.level_shape(level), self.values.dtype, self.chunks,
-            self.zarr_format, codec, self.shards, attributes=attributes,
-        )  # fmt: skip
-
-    def _assumed(self) -> dict[str, Any]:
-        """Settings that an earlier state of this package did not write, as it always halved all axes."""
-        steps = (self.journal.settings or {}).get("levels", 1) - 1
-        return {"pyramid factors": [[2, 2, 2]] * steps}
 
     def _about_all(self) -> dict[str, Any]:
         """CellMap's attributes of the root group."""
@@ -214,20 +281,20 @@ class PredictionOutput:
 
     def _remove(self) -> None:
         """Take away what an earlier prediction has written, and nothing else."""
-        folder = self.journal.folder
-        if not folder.is_dir() and self.journal.record is None:
-            return
-        try:
-            classes = (self.journal.settings or {}).get("classes", self.classes)
-        except CellMapValueError:
-            classes = self.classes
-        # First the files that mark a prediction as finished or resumable. The folder stays to the end: it marks the
-        # rest as replaceable.
-        folder.mkdir(exist_ok=True)
+        folder, classes = self.journal.folder, self.journal.disowned
+        if classes is None:
+            try:
+                if not folder.is_dir() and self.journal.record is None:
+                    return
+                classes = list((self.journal.settings or {}).get("classes", ()))
+            except CellMapValueError:  # damaged
+                classes = []
+        names = [name for name in dict.fromkeys([*classes, *self.classes]) if _can_name(name)]
+        # First what says that blocks are done. The folder stays to the end: it marks the rest as replaceable.
+        self.journal.disown(names)
         for name in (".zattrs", "zarr.json", ".zgroup", ".zmetadata"):
             (self.path / name).unlink(missing_ok=True)
-        (folder / "settings.json").unlink(missing_ok=True)
-        for name in dict.fromkeys([*filter(_can_name, classes), *self.classes, LISTING]):
+        for name in (*names, LISTING):
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
         self.journal.remove()
@@ -271,100 +338,41 @@ class PredictionOutput:
     # -- blocks
 
     def array(self, name: str, level: int = 0) -> zarr.Array[Any]:
-        """A level of a class."""
-        if (name, level) not in self._arrays:
-            path = str(self.path / name / f"s{level}")
-            self._arrays[name, level] = zarr.open_array(path, mode="r+", zarr_format=self.zarr_format)
-        return self._arrays[name, level]
+        """Return a level of a class."""
+        return self._levels.array(name, level)
 
-    def _files(self, name: str, level: int) -> PlainChunks:
-        """The chunks of a level in Zarr v2."""
-        return PlainChunks(self.array(name, level), str(self.path / name / f"s{level}"))
-
-    def _coarse(self, name: str, level: int, box: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """A box of a level, from the first voxel of a chunk on and of whole voxels of the next level, made coarser."""
-        array, step = self.array(name, level), self.pyramid.steps[level]
-        if self.zarr_format == 3 or any(c % f for c, f in zip(self.chunks, step, strict=True)):
-            return np.asarray(coarser(np.asarray(array[box]), self._coarser, step))
-        # Chunk by chunk: each stays in the processor's cache from its decoding on.
-        files = self._files(name, level)
-        encoded = Encoded(files.codec.codec_id, math.prod(self.chunks) * self.values.dtype.itemsize)
-        found = np.empty([(p.stop - p.start) // f for p, f in zip(box, step, strict=True)], self.values.dtype)
-        along = [range(p.start, p.stop, c) for p, c in zip(box, self.chunks, strict=True)]
-        for start in product(*along):
-            chunk = tuple(slice(a, min(a + c, n)) for a, c, n in zip(start, self.chunks, array.shape, strict=True))
-            voxels = files.read(chunk, encoded)
-            if voxels is None:  # nothing but the fill value, or something that zarr-python says
-                voxels = np.asarray(array[chunk])
-            inside = voxels[tuple(slice(0, p.stop - a) for a, p in zip(start, box, strict=True))]
-            here = tuple(slice((a - p.start) // f, None) for a, p, f in zip(start, box, step, strict=True))
-            target = found[here][tuple(slice(0, n // f) for n, f in zip(inside.shape, step, strict=True))]
-            target[...] = coarser(inside, self._coarser, step)
-        return found
-
-    def _put(self, name: str, level: int, units: Units, origin: Sequence[int], data: npt.NDArray[Any]) -> None:
-        """Write whole chunks (or shards) of a level.
-
-        Args:
-            name: the class.
-            level: the level.
-            units: which.
-            origin: the first voxel of ``data``.
-            data: what they are made of, and perhaps more.
-        """
-        unit = self.shards or self.chunks
-        boxes = [
-            [slice(i * u, min((i + 1) * u, n)) for i in range(part.start, part.stop)]
-            for part, u, n in zip(units, unit, self.pyramid.level_shape(level), strict=True)
-        ]
-        array = self.array(name, level)
-        if self.zarr_format == 2:
-            chunks = self._files(name, level)
-            for box in product(*boxes):
-                here = tuple(slice(p.start - o, p.stop - o) for p, o in zip(box, origin, strict=True))
-                chunks.write([p.start // u for p, u in zip(box, unit, strict=True)], data[here])
-            return
-        whole = [slice(parts[0].start, parts[-1].stop) for parts in boxes]
-        here = tuple(slice(p.start - o, p.stop - o) for p, o in zip(whole, origin, strict=True))
-        array[tuple(whole)] = data[here]
-
-    def _put_block(self, name: str, number: int, data: npt.NDArray[Any]) -> None:
-        """Write a block of a class, and what of the pyramid it makes by itself."""
-        start, _ = self.grid[number]
-        for level in range(self.levels):
-            units = units_within(self.grid, number, self.pyramid.factors(level), self.shards or self.chunks)
-            if units is None:  # then there are none in coarser levels either
-                return
-            if level:
-                data = coarser(data, self._coarser, self.pyramid.steps[level - 1])
-            origin = [a // f for a, f in zip(start, self.pyramid.factors(level), strict=True)]
-            self._put(name, level, units, origin, data)
-
-    def write(self, number: int, stored: npt.NDArray[Any], reached: Sequence[int]) -> None:
-        """Write a block and say that it is done.
+    def write(self, number: int, stored: npt.NDArray[Any], reached: Sequence[int], stamp: str = "-") -> None:
+        """Write a block, flush it to the disk, and then note in the journal that it is done.
 
         Args:
             number: which.
             stored: its voxels as they are stored, ``[C, z, y, x]``, see `StoredValues`.
             reached: how many of each channel reach the threshold.
+            stamp: stamp of what was read for it.
 
         Raises:
-            OutputError: the disk is full or read-only; the blocks before are untouched.
+            OutputError: the disk is full or read-only; the blocks before are untouched. Or the output does not belong
+                to this job any more.
         """
         with self._clear_errors(f"cannot be written to at block {number}"):
+            self.check_owned()
             self.journal.write("begun", number)
+            files = []
             for name, channel in zip(self.classes, stored, strict=True):
-                self._put_block(name, number, channel)
-            self.journal.write("done", number, reached)
+                files += self._levels.put_block(name, number, channel)
+            flush(files)
+            self.check_owned()
+            self.journal.write("done", number, reached, stamp)
 
-    def skip(self, number: int) -> None:
-        """Say that a block is done of which nothing is written: its voxels are 0.
+    def skip(self, number: int, stamp: str = "-") -> None:
+        """Note in the journal that a block is done of which nothing is written: its voxels are 0.
 
         Raises:
-            OutputError: the disk is full or read-only.
+            OutputError: see `write`.
         """
         with self._clear_errors(f"cannot be written to at block {number}"):
-            self.journal.write("done", number, [0] * len(self.classes))
+            self.check_owned()
+            self.journal.write("done", number, [0] * len(self.classes), stamp)
 
     def fractions(self) -> dict[str, float]:
         """The part of the finished voxels of each class that reach the threshold."""
@@ -381,16 +389,6 @@ class PredictionOutput:
         return dict(zip(self.classes, counts, strict=True))
 
     # -- the end
-
-    def _make(self, level: int, name: str, index: Shape) -> None:
-        """Make a chunk of a level of the one before."""
-        unit = self.shards or self.chunks
-        start = [i * u for i, u in zip(index, unit, strict=True)]
-        stop = [min(a + u, n) for a, u, n in zip(start, unit, self.pyramid.level_shape(level), strict=True)]
-        step = self.pyramid.steps[level - 1]
-        fine = tuple(slice(f * a, f * b) for a, b, f in zip(start, stop, step, strict=True))
-        z, y, x = (slice(i, i + 1) for i in index)
-        self._put(name, level, (z, y, x), start, self._coarse(name, level - 1, fine))
 
     def finish(
         self, rank: int, world: int, barrier: Callable[[], None], broadcast: Callable[[bool], bool] = bool
@@ -414,15 +412,16 @@ class PredictionOutput:
                 return False
             if broadcast(self.journal.record is not None):
                 return True
-            if not broadcast(self.journal.complete):
-                for level in range(1, self.levels):
-                    tasks = product(self.classes, units_left(self.grid, self.pyramid.factors(level), unit))
-                    for name, index in islice(tasks, rank, None, world):
-                        self._make(level, name, index)
-                    barrier()
+            for level in range(1, self.levels):
+                self.check_owned()
+                tasks = product(self.classes, units_left(self.grid, self.pyramid.factors(level), unit))
+                for name, index in islice(tasks, rank, None, world):
+                    self._levels.make(level, name, index)
+                barrier()
             barrier()  # the journal, which ends now, is not read any more
             if rank == 0:
                 self._describe()
+                self._lock.release()
             barrier()
             return True
 
@@ -431,6 +430,7 @@ class PredictionOutput:
 
         If the process is killed in between, the next run resumes the prediction and writes them again.
         """
+        self.check_owned()
         lattice = self.grid.lattice
         for name in self.classes:
             block = multiscale_attributes(
@@ -438,14 +438,21 @@ class PredictionOutput:
             )
             write_group(self.path / name, {"cellmap": self._about(name), **block}, self.zarr_format)
         notes = self.journal.finished
-        record = {
+        record: dict[str, Any] = {
             "settings": self._settings or self.journal.settings,
             "blocks": len(notes),
             "reached": self._reached(notes),
         }
+        read = input_hash(self.journal.inputs)
+        if read is not None:
+            record["input"] = read
+        record["checksum"] = record_checksum(record)
         attributes = {"cellmap": {**self._about_all(), "prediction": record}}
         write_container(self.path, self.classes, lattice, self.values.dtype, attributes, self.zarr_format)
+        groups = [self.path, *(self.path / name for name in (*self.classes, LISTING))]
+        flush(str(file) for group in groups for file in group.iterdir() if file.is_file() and file.name != FILE)
         self.journal.remove()
+        self._remove_tokens()
 
     @contextmanager
     def _clear_errors(self, what: str) -> Iterator[None]:

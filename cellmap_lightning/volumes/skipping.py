@@ -26,10 +26,11 @@ class Skipping:
     """
 
     def __init__(self, mask: str | None, scale: Sequence[float], raw: StoredImage | None) -> None:
-        self._raw = raw
-        self._mask: ChunkReader | None = None
+        self.raw = raw
+        #: Reads the mask, where there is one.
+        self.mask: ChunkReader | None = None
         if mask is not None:
-            self._mask = ChunkReader(choose_level(read_multiscale(mask), scale, "mask"), "mask")
+            self.mask = ChunkReader(choose_level(read_multiscale(mask), scale, "mask"), "mask")
         self._known: dict[Box, bool] = {}
 
     def __call__(self, box: Box) -> bool:
@@ -39,23 +40,23 @@ class Skipping:
         return self._known[box]
 
     def _masked(self, box: Box) -> bool:
-        if self._mask is None:
+        if self.mask is None:
             return False
-        found = stored_box(self._mask.level.lattice, box, 0)
+        found = stored_box(self.mask.level.lattice, box, 0)
         if found is None:
             return True
-        parts = _parts(*found, chunk_shape([self._mask]))
-        return not any((self._mask.read(*where) > 0).any() for where in parts)
+        parts = _parts(*found, chunk_shape([self.mask]))
+        return not any((self.mask.read(*where) > 0).any() for where in parts)
 
     def _empty(self, box: Box) -> bool:
-        if self._raw is None:
+        if self.raw is None:
             return False
-        found = stored_box(self._raw.lattice, box, 0)
+        found = stored_box(self.raw.lattice, box, 0)
         if found is None:
             return True
         value = None
-        for where in _parts(*found, self._raw.region.chunks):
-            voxels = self._raw.region.read(*where)
+        for where in _parts(*found, self.raw.region.chunks):
+            voxels = self.raw.region.read(*where)
             if value is None:
                 value = voxels.flat[0]
             if (voxels != value).any():

@@ -19,7 +19,7 @@ from ome_zarr_models.v05 import Image as Image05
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError, MetadataError
 from cellmap_lightning.volumes.blocks import BlockGrid
 from cellmap_lightning.volumes.geometry import Lattice
-from cellmap_lightning.volumes.journal import FOLDER, Journal
+from cellmap_lightning.volumes.journal import FOLDER, Journal, record_checksum
 from cellmap_lightning.volumes.ngff import read_multiscale
 from cellmap_lightning.volumes.output import PredictionOutput
 from cellmap_lightning.volumes.store import children
@@ -118,11 +118,12 @@ def test_the_root_group_says_what_was_predicted(tmp_path, kind, dtype, classes):
     about = attributes(tmp_path / "out.zarr")["cellmap"]
     least = {"uint8": 128, "labels": 1}.get(dtype, 0.5)
     counts = {name: int((voxels >= least).sum()) for name, voxels in zip(classes, stored, strict=True)}
-    assert about["prediction"] == {
+    record = {
         "settings": json.loads(json.dumps(settings(classes=list(classes)))),
         "blocks": len(output.grid),
         "reached": counts,
     }
+    assert about["prediction"] == record | {"checksum": record_checksum(record)}
     assert ("annotation" in about) == (dtype == "labels")
     assert output.fractions() == {name: n / np.prod(SHAPE) for name, n in counts.items()}
     journal = Journal(tmp_path / "out.zarr")
@@ -198,6 +199,7 @@ def test_names_from_a_journal_are_no_paths(tmp_path):
     out = tmp_path / "out.zarr"
     output = new(out)
     output.open(settings(classes=["../mine", "mito", "", "."]))
+    output.close()
     new(out).open(settings(), overwrite=True)
     assert (tmp_path / "mine").exists()
     assert (out / "mito").exists()
@@ -213,61 +215,16 @@ def test_a_group_of_another_kind_is_no_prediction(tmp_path):
         assert not (out / FOLDER).exists()
 
 
-def earlier(path, complete, **kwargs):
-    """An output as an earlier state of this package left it: all axes halved, and the journal in its folder."""
-    output = new(path, step=(8.0, 8.0, 8.0), **kwargs)
-    before = settings(levels=output.levels)
-    del before["pyramid factors"]
-    output.open(before)
-    for number in range(len(output.grid)):
-        output.write(number, np.full((1, *output.grid[number][1]), 200, np.uint8), [5])
-    if complete:
-        output.journal.remove = lambda: None  # the journal stays, and nothing of the root's metadata was written
-        assert finish(output)
-        shutil.rmtree(path / "OME")
-        (path / ".zmetadata").unlink(missing_ok=True)
-        if output.zarr_format == 2:
-            (path / ".zattrs").write_text("{}")
-        else:
-            (path / "zarr.json").write_text('{"attributes": {}, "zarr_format": 3, "node_type": "group"}')
-        (path / FOLDER / "complete").touch()
-    return output
-
-
-@pytest.mark.parametrize("kind", ["v2", "v3"])
-@pytest.mark.parametrize("levels", [1, 2, 3])
-def test_an_output_that_an_earlier_state_has_finished_is_recognised(tmp_path, kind, levels):
+def test_a_journal_of_an_earlier_version_is_refused_or_replaced(tmp_path):
     out = tmp_path / "out.zarr"
-    blocks = len(earlier(out, True, kind=kind, levels=levels).grid)
-    data = {name: digest for name, digest in contents(out).items() if name.startswith("mito/")}
-    journal = Journal(out)
-    assert (journal.complete, journal.record, len(journal.finished)) == (True, None, blocks)
-    wanted = settings(**{"levels": levels, "pyramid factors": [(2, 2, 2)] * (levels - 1)})
-    with pytest.raises(CellMapFileExistsError, match="there:\n  model: 'm' is there, now 'n'\nchoose"):
-        new(out, kind, levels=levels, step=(8.0, 8.0, 8.0)).open(wanted | {"model": "n"})
-    if levels > 1:
-        factors = [[1, 2, 2]] * (levels - 1)
-        with pytest.raises(
-            CellMapFileExistsError, match=r"pyramid factors: \[\[2, 2, 2\].* is there, now \[\[1, 2, 2\]"
-        ):
-            new(out, kind, levels=levels).open(wanted | {"pyramid factors": factors})
-    output = new(out, kind, levels=levels, step=(8.0, 8.0, 8.0))
-    output.open(wanted)
-    assert len(output.journal.finished) == blocks
-    output._make = None  # nothing is made of what was written
-    assert finish(output)
-    assert {name: digest for name, digest in contents(out).items() if name.startswith("mito/")} == data
-    assert not (out / FOLDER).exists()
-    assert Journal(out).record["reached"] == {"mito": 5 * blocks}
-    zarr.open_group(str(out), mode="r").tree()
-
-
-def test_an_output_that_an_earlier_state_has_not_finished_is_refused(tmp_path):
-    out = tmp_path / "out.zarr"
-    earlier(out, False)
-    for factors in ([(2, 2, 2)], [(1, 2, 2)]):
-        with pytest.raises(CellMapFileExistsError, match="pyramid factors: None is there, now"):
-            new(out).open(settings(**{"pyramid factors": factors}))
+    output = new(out)
+    output.open(settings())
+    output.close()
+    (out / FOLDER / "settings.json").write_text(json.dumps(settings()))
+    with pytest.raises(CellMapValueError, match=r"settings.json is damaged, or of an earlier version.*overwrite=True"):
+        new(out).open(settings())
+    new(out).open(settings(), overwrite=True)
+    assert Journal(out).finished == {}
 
 
 def killed_at(moment, output, run, appends=False):
