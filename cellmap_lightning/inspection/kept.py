@@ -1,16 +1,13 @@
 """What is kept on this machine: decoded voxels, and small measurements. Nothing else is listed or removed."""
 
-import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from cellmap_lightning.volumes.location import cache_folder, region_folder
+from cellmap_lightning.volumes.records import drafts, records, source_of
 from cellmap_lightning.volumes.shared import RegionFolder
-from cellmap_lightning.volumes.store import read_json
-
-#: What `statistics.remember` writes.
-_MEASUREMENT = re.compile(r"[0-9a-f]{32}\.json")
 
 
 @dataclass(frozen=True)
@@ -31,13 +28,12 @@ class Kept:
 
 
 def measurements() -> list[Kept]:
-    """Counts, statistics and indices of this user, the longest unused first."""
+    """Counts, statistics and indices of this user, the longest unused first; damaged ones without their source."""
     found = []
-    folder = cache_folder()
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if _MEASUREMENT.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+    for path in records(cache_folder()):
+        with suppress(FileNotFoundError):  # another process may just have cleared it
             stat = path.stat()
-            found.append(Kept(path, stat.st_blocks * 512, stat.st_mtime, str((read_json(path) or {}).get("of", ""))))
+            found.append(Kept(path, stat.st_blocks * 512, stat.st_mtime, source_of(path)))
     return sorted(found, key=lambda kept: kept.used)
 
 
@@ -71,6 +67,8 @@ def listing() -> str:
 def clear() -> str:
     """Remove what is kept, but for regions that a process uses. Returns what was done.
 
+    Drafts of measurements go too whose process was killed.
+
     A measurement is read at once and whole, so none is in use.
     """
     lines = []
@@ -81,8 +79,8 @@ def clear() -> str:
         left = len(folder.files())
         lines.append(f"{removed / 1e6:10.1f} MB  of decoded voxels removed" + (f"; {left} are in use" if left else ""))
     measured = measurements()
-    for one in measured:
-        one.path.unlink(missing_ok=True)
+    for path in [*(one.path for one in measured), *drafts(cache_folder())]:
+        path.unlink(missing_ok=True)
     if measured:
         lines.append(f"{sum(one.size for one in measured) / 1e6:10.1f} MB  of measurements removed")
     return "\n".join(lines) or "nothing is kept"

@@ -11,8 +11,9 @@ from cellmap_lightning.sampling.pool import ReadPool
 from cellmap_lightning.volumes.chunks import ChunkReader
 from cellmap_lightning.volumes.declared_counts import compare_counts, declared_foreground
 from cellmap_lightning.volumes.guard import PATIENT, Patience
+from cellmap_lightning.volumes.measurements import count_in, key_of, stamp_of
 from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, complement_counts
-from cellmap_lightning.volumes.statistics import fingerprint, recall, remember
+from cellmap_lightning.volumes.records import recall, remember
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +56,13 @@ def known_foreground(image: Multiscale, level: Level, encoding: Encoding) -> int
     known = counted_in_metadata(image, level)
     if known is not None:
         return known
-    kept = recall(fingerprint(level, "foreground", encoding))
-    return int(kept["foreground"]) if kept is not None and isinstance(kept.get("foreground"), int) else None  # type: ignore[call-overload]
+    return recall(key_of(level, "foreground", encoding), lambda: stamp_of(ChunkReader(level).stored()), count_in)
 
 
 def count_foreground(level: Level, encoding: Encoding, pool: ReadPool, label: str, patience: Patience = PATIENT) -> int:
     """Read a level of labels and count its foreground voxels; the count is kept outside the data."""
-    name = fingerprint(level, "foreground", encoding)
     reader = ChunkReader(level, label, patience=patience, empty=encoding.empty)
+    stamp = stamp_of(reader.stored())  # taken first: what is written meanwhile is noticed the next time
     corners = list(product(*(range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True))))
     found: list[int] = []
 
@@ -78,6 +78,6 @@ def count_foreground(level: Level, encoding: Encoding, pool: ReadPool, label: st
             part = corners[first : first + batch]
             pool.run([lambda c=corner: count(c) for corner in part])  # type: ignore[misc]
             bar.update(len(part))
-    remember(name, {"foreground": sum(found)}, level)
+    remember(key_of(level, "foreground", encoding), stamp, {"voxels": sum(found)})
     compare_counts(level, encoding, sum(found), label)
     return sum(found)

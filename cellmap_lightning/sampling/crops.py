@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.sampling.foreground import Foreground
+from cellmap_lightning.sampling.remote_arrays import fetch_counted, fetch_read
 from cellmap_lightning.volumes.geometry import FloatArray
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Crops:
     @cached_property
     def counts(self) -> FloatArray:
         """``[crops, classes]``, foreground voxels; 0 where a class is not annotated."""
+        fetch_counted(self.datasets)
         counted = [d.class_counts if d.annotated else {} for d in self.datasets]
         return np.array([[count.get(c, 0.0) for c in self.classes] for count in counted]).reshape(len(self), -1)
 
@@ -79,6 +81,8 @@ class Crops:
         """Where a class is in a crop: read from the cache folder, or built, when it is first asked for."""
         found = self._indices.get((crop, number))
         if found is None:
+            if not self._indices:
+                fetch_read(self.datasets)
             dataset = self.datasets[crop]
             found = self._indices[crop, number] = dataset.foreground_index(self.classes[number])
             if not len(found):

@@ -527,6 +527,21 @@ class CellMapDataset(SampleSource):
                 )  # fmt: skip
 
     @property
+    def is_remote(self) -> bool:
+        """Whether raw or labels lie in a store elsewhere."""
+        return isinstance(self.raw_at, Remote) or bool(self.target_path and isinstance(self.target_path.crop, Remote))
+
+    @property
+    def label_images(self) -> Mapping[str, Multiscale]:
+        """The label image of each class that is read."""
+        return self._labels
+
+    @property
+    def read_levels(self) -> list[Level]:
+        """The level of each array that samples are read from."""
+        return [*self._raw.values(), *(level for stack in self._stacks.values() for level in stack.levels)]
+
+    @property
     def datasets(self) -> Sequence["CellMapDataset"]:
         """This crop alone."""
         return (self,)

@@ -49,7 +49,7 @@ from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.image import MAX_UPSAMPLING, MissingRaw, check_missing_raw
 from cellmap_lightning.volumes.location import CacheMode, check_mode
 from cellmap_lightning.volumes.ngff import LevelTranslations, Overrides, shared_metadata
-from cellmap_lightning.volumes.store import local
+from cellmap_lightning.volumes.store import absolute, local
 
 log = logging.getLogger(__name__)
 
@@ -525,7 +525,7 @@ class CellMapDataSplit:
                 target = entry.target_path
                 if entry.dataset is not None and entry.dataset.target_path is not None:
                     target = str(entry.dataset.target_path)
-                raw, gt = hide_address(_absolute(entry.input_path)), hide_address(_absolute(target)) if target else ""
+                raw, gt = hide_address(absolute(entry.input_path)), hide_address(absolute(target)) if target else ""
                 weight = [] if not weighted else ["" if entry.weight is None else repr(entry.weight)]
                 more = [json.dumps(entry.metadata[key]) if key in entry.metadata else "" for key in columns]
                 rows.append(["validate" if split == "val" else split, raw, gt, *weight, *more])
@@ -707,7 +707,3 @@ def _place(entry: Entry) -> tuple[str, str]:
     except CellMapError:
         target = None  # opening it will say what is wrong
     return place_of(entry.input_path, target)
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(local(path).absolute())

@@ -1,9 +1,8 @@
 """Where the foreground of a class is: an index of a label image, built once from the chunks that exist, and kept."""
 
 import base64
-import hashlib
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -20,8 +19,9 @@ from cellmap_lightning.volumes.chunks import ChunkReader, chunk_shape
 from cellmap_lightning.volumes.declared_counts import compare_counts
 from cellmap_lightning.volumes.geometry import FloatArray, Lattice, Shape
 from cellmap_lightning.volumes.guard import PATIENT, Patience
+from cellmap_lightning.volumes.measurements import key_of, stamp_of
 from cellmap_lightning.volumes.ngff import Encoding, Level
-from cellmap_lightning.volumes.statistics import fingerprint, recall, remember
+from cellmap_lightning.volumes.records import recall, remember
 
 #: Voxels that are kept of a block of chunks at most, and of a whole index, as long as it has fewer blocks: a few KB.
 MOST_OF_A_BLOCK, MOST_OF_ALL = 256, 4096
@@ -106,18 +106,16 @@ def _nothing() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Voxels]:
 def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str, patience: Patience) -> Foreground:
     reader = ChunkReader(level, label, patience=patience, empty=encoding.empty)
     files = reader.stored()
-    name = fingerprint(level, "index", encoding, MOST_OF_A_BLOCK, MOST_OF_ALL, MOST_BLOCKS)
-    # Chunks can be rewritten without a change of the metadata, from which the name follows.
-    stamp = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    kept = recall(name)
-    if kept is not None and kept.get("stamp") == stamp:
-        return Foreground(level.lattice, *_unpacked(kept))
+    key, stamp = key_of(level, "index", encoding, MOST_OF_A_BLOCK, MOST_OF_ALL, MOST_BLOCKS), stamp_of(files)
+    cached = recall(key, lambda: stamp, lambda content: _unpacked(content, reader.shape))
+    if cached is not None:
+        return Foreground(level.lattice, *cached)
     with FORK_GATE:
         found = Foreground(level.lattice, *_build(reader, files, encoding, pool))
     blocks = np.ceil(np.divide(reader.shape, chunk_shape([reader])))
     if blocks.prod() <= MOST_BLOCKS:  # otherwise not every block was read
         compare_counts(level, encoding, len(found), label)
-    remember(name, {"stamp": stamp, **_packed(found)}, level)
+    remember(key, stamp, _packed(found))
     return found
 
 
@@ -194,10 +192,16 @@ def _packed(found: Foreground) -> dict[str, object]:
     return {key: base64.b64encode(part.tobytes()).decode() for key, part in parts.items()}
 
 
-def _unpacked(kept: dict[str, object]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Voxels]:
-    counts, some, voxels = (base64.b64decode(str(kept[key])) for key in ("counts", "kept", "voxels"))
-    return (
-        np.frombuffer(counts, np.int64),
-        np.frombuffer(some, np.int64),
-        np.frombuffer(voxels, np.int32).reshape(-1, 3),
-    )
+def _unpacked(content: Mapping[str, Any], shape: Shape) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Voxels]:
+    """Return what `_packed` was given.
+
+    Raises:
+        ValueError: it cannot be the index of an array of that shape.
+    """
+    parts = [base64.b64decode(content[key], validate=True) for key in ("counts", "kept", "voxels")]
+    counts, kept = np.frombuffer(parts[0], np.int64), np.frombuffer(parts[1], np.int64)
+    voxels: Voxels = np.frombuffer(parts[2], np.int32).reshape(-1, 3)
+    fits = len(counts) == len(kept) and (kept >= 1).all() and (counts >= kept).all() and kept.sum() == len(voxels)
+    if not fits or (voxels < 0).any() or (voxels >= shape).any():
+        raise ValueError(f"{len(counts)} blocks and {len(voxels)} voxels do not fit each other or the array")
+    return counts, kept, voxels

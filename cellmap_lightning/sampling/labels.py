@@ -218,6 +218,11 @@ class BitStack:
         self.regions: list[Region] = []
 
     @property
+    def levels(self) -> list[Level]:
+        """The levels that are read."""
+        return [reader.level for group in self.groups for _, reader, _ in group.members]
+
+    @property
     def lattices(self) -> list[Lattice]:
         """Their lattices; one, unless classes of the crop differ."""
         return [group.lattice for group in self.groups]
@@ -392,9 +397,14 @@ class IdStack:
         self.regions: list[Region] = []
 
     @property
+    def levels(self) -> list[Level]:
+        """The levels that are read."""
+        return [level for _, _, level, _ in self.members]
+
+    @property
     def lattices(self) -> list[Lattice]:
         """The lattices of the levels that are read."""
-        return [level.lattice for _, _, level, _ in self.members]
+        return [level.lattice for level in self.levels]
 
     def place(
         self, window: Window, straight: Window, placement: Placement, plane: FloatArray | None, roaming: bool

@@ -11,6 +11,7 @@ from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.sampling.crops import Crops
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.pool import ReadPool
+from cellmap_lightning.sampling.remote_arrays import fetch_counted
 from cellmap_lightning.sampling.source import SampleSource
 from cellmap_lightning.sampling.strategies import parse_strategy
 from cellmap_lightning.transforms.intensity import Scaling
@@ -92,11 +93,13 @@ class CellMapMultiDataset(SampleSource):
     @property
     def class_counts(self) -> dict[str, float]:
         """Foreground voxels of each class over all crops; see `CellMapDataset.class_counts`."""
+        fetch_counted(self._datasets)
         return self._added(dataset.class_counts for dataset in self._datasets)
 
     @property
     def background_counts(self) -> dict[str, float]:
         """Voxels of each class's annotation where it is not; see `CellMapDataset.background_counts`."""
+        fetch_counted(self._datasets)
         return self._added(dataset.background_counts for dataset in self._datasets)
 
     def _added(self, counts: Iterable[Mapping[str, float]]) -> dict[str, float]:

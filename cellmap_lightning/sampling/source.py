@@ -24,6 +24,7 @@ from cellmap_lightning.sampling.crops import Crops
 from cellmap_lightning.sampling.memory import BatchMemory
 from cellmap_lightning.sampling.pool import FORK_GATE, Closes, ReadPool
 from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
+from cellmap_lightning.sampling.remote_arrays import fetch_read
 from cellmap_lightning.sampling.requests import Request, current_request, requesting
 from cellmap_lightning.sampling.strategies import NUMBERS, ClassBalanced, PerCrop, Strategy, Uniform
 from cellmap_lightning.sampling.tiles import Spread, stratified
@@ -337,6 +338,8 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
     def prepare(self) -> None:
         """Decide where decoded voxels are kept, before the first read and before worker processes are started."""
         if not self._store.planned:
+            if self._store.mode not in ("none", "chunks"):  # which find nothing again
+                fetch_read(self.datasets)
             regions = [region for dataset in self.datasets for region in dataset.regions]
             self._store.plan(regions, not self.is_train, str(self))
 

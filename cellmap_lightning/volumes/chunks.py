@@ -6,7 +6,6 @@ import json
 import math
 import os
 import stat
-import struct
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from cellmap_lightning.volumes.openable import Reader as Reader
 from cellmap_lightning.volumes.openable import check_openable
 from cellmap_lightning.volumes.plain import PlainChunks
 from cellmap_lightning.volumes.resample import AnyArray
+from cellmap_lightning.volumes.stamps import file_stamp, stamped_size
 from cellmap_lightning.volumes.store import Remote, identity_of, open_store
 
 #: Whether a chunk whose file has 0 bytes is an error, or counts as missing and holds the fill value.
@@ -96,7 +96,8 @@ class ChunkReader:
         self.chunks: Shape = level.zyx(info.chunks)
         # Booleans are read as the 0 and 1 that they stand for.
         self.dtype: np.dtype[Any] = np.dtype(np.uint8) if info.dtype == np.bool_ else info.dtype
-        self._opened: tuple[int, Any] | None = None
+        # With the process, and the stamp of the archive that it is in.
+        self._opened: tuple[tuple[int, bytes], Any] | None = None
         self._plain_chunks: tuple[Any, PlainChunks | None] | None = None
         # The store and the array as zarr-python reads them beside TensorStore, each with the process.
         self._beside: tuple[int, GuardedStore] | None = None
@@ -115,11 +116,15 @@ class ChunkReader:
         # Two threads may both open it at the same time: the one that is kept is as good as the other, and a lock held
         # while a fork happens would stay locked in the child. Process and array are one value, so that no thread sees
         # the array of one process with the number of another.
-        opened, pid = self._opened, os.getpid()
-        if opened is None or opened[0] != pid:
-            opened = pid, self._tensorstore() if self.reader == "tensorstore" else self._zarr()
+        opened, now = self._opened, (os.getpid(), self._archive_stamp())
+        if opened is None or opened[0] != now:
+            opened = now, self._tensorstore() if self.reader == "tensorstore" else self._zarr()
             self._opened = opened
         return opened[1]
+
+    def _archive_stamp(self) -> bytes:
+        path = self.level.path
+        return path.archive_stamp() if isinstance(path, Remote) else b""
 
     def _plain(self, array: "zarr.Array[Any]") -> PlainChunks | None:
         """The array's chunks as files, where they are that."""
@@ -463,31 +468,34 @@ class ChunkReader:
         return not isinstance(self.level.path, Remote)
 
     def identity(self) -> tuple[object, ...]:
-        """What tells this array from every other one: where it is, and what its metadata says."""
-        info = self.level.array
-        return identity_of(info.path), info.checksum, self.level.axes
+        """See `array_identity`."""
+        return array_identity(self.level)
 
-    def stored(self) -> dict[tuple[int, int, int], tuple[int, int]]:
-        """The files of chunks or shards that exist and are not empty, ``{place among them (z, y, x): (time, bytes)}``.
+    def stored(self) -> dict[tuple[int, int, int], bytes]:
+        """The files of chunks or shards that exist and are not empty, ``{place among them (z, y, x): stamp}``.
 
-        Whatever no file holds has the array's fill value. Of a store elsewhere, which is not asked, all may exist.
+        Whatever no file holds has the array's fill value. Of a store elsewhere, which is not asked, all may exist; in
+        an archive, each has the stamp of the archive.
         """
         info, root = self.level.array, str(self.level.array.path)
         if not self.local:
             grid = [range(-(-n // f)) for n, f in zip(info.shape, info.files, strict=True)]
-            return {self.level.zyx(index): (0, 0) for index in itertools.product(*grid)}
+            return dict.fromkeys(map(self.level.zyx, itertools.product(*grid)), self._archive_stamp())
         found = {}
-        for folder, _, names in os.walk(root):
+        deepest = (info.prefix + "/" * (len(info.shape) - 1)).count("/") if info.separator == "/" else 0
+        for folder, folders, names in os.walk(root, followlinks=True):
             inside = folder[len(root) + 1 :]
+            depth = inside.count("/") + 1 if inside else 0  # bounded, since links may lead round in a circle
+            folders[:] = [name for name in folders if name.isdigit() or name == "c"] if depth < deepest else []
             for name in names:
                 key = f"{inside}/{name}" if inside else name
                 index = key.removeprefix(info.prefix).split(info.separator)
                 if key.startswith(info.prefix) and len(index) == len(info.shape) and all(map(str.isdigit, index)):
-                    status = os.stat(f"{folder}/{name}")  # noqa: PTH116  as below
-                    if not status.st_size:
+                    stamp = file_stamp(f"{folder}/{name}")
+                    if stamped_size(stamp) == 0:
                         continue
                     z, y, x = self.level.zyx([int(part) for part in index])
-                    found[z, y, x] = status.st_mtime_ns, status.st_size
+                    found[z, y, x] = stamp
         return found
 
     def absent(self, start: tuple[int, int, int], shape: Shape, most: int = 2000) -> tuple[int, int]:
@@ -511,23 +519,31 @@ class ChunkReader:
         return sum(not os.path.exists(file) or _is_empty(file) for file in files), len(files)  # noqa: PTH110  as below
 
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
-        """A number (64 bits, not 0) that changes when a file that holds part of the box is written or removed.
+        """Return a number (64 bits, not 0) that changes when a file that holds part of the box is written or removed.
 
-        Of a store elsewhere it is always the same: what was read there once is taken to stay, as long as the metadata
-        of the array does.
+        In an archive on this machine it changes with the archive. Of a store elsewhere it is always the same: what was
+        read there once is taken to stay, as long as the metadata of the array and its version do; see `identity`.
         """
         info = self.level.array
-        if not self.local:  # to ask would cost a request for each chunk
-            return 1
-        found = hashlib.blake2b(digest_size=8)
-        for index in self.files(start, shape):
-            try:
-                # Thousands of them, and a Path costs more than the call.
-                status = os.stat(info.file(index))  # noqa: PTH116
-                found.update(struct.pack("<qq", status.st_mtime_ns, status.st_size))
-            except OSError:  # never written, or not to be read: reading will say
-                found.update(b"-")
+        if self.local:
+            parts = [file_stamp(info.file(index)) for index in self.files(start, shape)]
+        else:  # to ask for each chunk would cost a request
+            archive = self._archive_stamp()
+            if not archive:
+                return 1
+            parts = [archive]
+        found = hashlib.blake2b(b"".join(parts), digest_size=8)
         return int.from_bytes(found.digest(), "little") or 1
+
+
+def array_identity(level: Level) -> tuple[object, ...]:
+    """Return what tells an array from every other one.
+
+    This is where it is, with all links resolved, what its metadata says, and for an array elsewhere the version that
+    the server gives of its metadata.
+    """
+    info = level.array
+    return identity_of(info.path), info.checksum, info.version, level.axes
 
 
 def _is_empty(file: str) -> bool:

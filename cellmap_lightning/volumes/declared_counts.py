@@ -4,7 +4,6 @@ A chunk of labels that is not stored holds absent voxels, as writers leave such 
 looks the same, except that the counts in the attributes promise voxels that no file holds.
 """
 
-import hashlib
 import itertools
 import logging
 import math
@@ -19,8 +18,10 @@ from cellmap_lightning.volumes.chunk_names import has_objects
 from cellmap_lightning.volumes.chunks import ChunkReader
 from cellmap_lightning.volumes.guard import PATIENT, Patience
 from cellmap_lightning.volumes.label_values import read_labels
+from cellmap_lightning.volumes.measurements import count_in, key_of
 from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, complement_counts
-from cellmap_lightning.volumes.statistics import fingerprint, recall, remember
+from cellmap_lightning.volumes.records import recall, remember
+from cellmap_lightning.volumes.stamps import digest_of
 from cellmap_lightning.volumes.store import Remote, read_json
 
 log = logging.getLogger(__name__)
@@ -253,11 +254,11 @@ def _fill_value(level: Level) -> object:
 def _count(level: Level, files: Sequence[tuple[int, ...]], encoding: Encoding, label: str, patience: Patience) -> int:
     """Voxels that are not absent in the files that exist; the count is cached outside the data."""
     reader = ChunkReader(level, label, patience=patience, empty=encoding.empty)
-    stamp = hashlib.sha256(repr([sorted(files), sorted(reader.stored().items())]).encode()).hexdigest()
-    name = fingerprint(level, "not absent", encoding.absent)
-    cached = recall(name)
-    if cached is not None and cached.get("stamp") == stamp and isinstance(cached.get("voxels"), int):
-        return int(str(cached["voxels"]))
+    stamp = digest_of([sorted(files), *sorted(reader.stored().items())])
+    key = key_of(level, "not absent", encoding.absent, encoding.empty)
+    cached = recall(key, lambda: stamp, count_in)
+    if cached is not None:
+        return cached
     total = 0
     size = level.zyx(level.array.files)
     for place in files:
@@ -267,5 +268,5 @@ def _count(level: Level, files: Sequence[tuple[int, ...]], encoding: Encoding, l
         for z, y, x in itertools.product(*steps):
             dz, dy, dx = (min(n, e - c) for n, e, c in zip(reader.chunks, ends, (z, y, x), strict=True))
             total += int(np.count_nonzero(read_labels(reader, (z, y, x), (dz, dy, dx)) != encoding.absent))
-    remember(name, {"stamp": stamp, "voxels": total}, level)
+    remember(key, stamp, {"voxels": total})
     return total

@@ -1,8 +1,8 @@
 """Which values a label array holds: read once from its chunks, and cached outside the data."""
 
-import hashlib
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from cellmap_lightning.errors import EmptyChunkError, MetadataError
 from cellmap_lightning.volumes.chunks import ChunkReader, Empty
 from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.guard import PATIENT, Patience
+from cellmap_lightning.volumes.measurements import key_of, stamp_of
 from cellmap_lightning.volumes.ngff import Level
+from cellmap_lightning.volumes.records import recall, remember
 from cellmap_lightning.volumes.resample import AnyArray
-from cellmap_lightning.volumes.statistics import fingerprint, recall, remember
 
 #: Voxels that are read of an array at most; of a larger one, evenly spaced chunks.
 MOST_VOXELS = 1 << 27
@@ -78,14 +79,20 @@ def label_values(
     """
     reader = ChunkReader(level, label, patience=patience, empty=empty)
     files = reader.stored()
-    name = fingerprint(level, "values", code, MOST_VOXELS)
-    stamp = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    cached = recall(name)
-    if cached is not None and cached.get("stamp") == stamp:
-        values = {key: value for key, value in cached.items() if key in LabelValues.__dataclass_fields__}
-        return LabelValues(**values)  # type: ignore[arg-type]
+    key, stamp = key_of(level, "values", code, MOST_VOXELS, empty), stamp_of(files)
+    cached = recall(key, lambda: stamp, _parsed)
+    if cached is not None:
+        return cached
     found = _read(reader, list(files), code)
-    remember(name, {"stamp": stamp, **asdict(found)}, level)
+    remember(key, stamp, asdict(found))
+    return found
+
+
+def _parsed(content: Mapping[str, Any]) -> LabelValues:
+    found = LabelValues(**content)
+    for name, value in asdict(found).items():
+        if type(value) not in ((int, type(None)) if name == "negative" else (bool,)):
+            raise TypeError(f"{name} is {value!r}")
     return found
 
 

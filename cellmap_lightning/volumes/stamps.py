@@ -11,10 +11,10 @@ import stat
 import struct
 from collections.abc import Iterable
 
-#: The stamp of a file that does not exist or cannot be examined.
-ABSENT = b"-"
 _PACKED = struct.Struct("<Qqqq")
 _WORD = (1 << 64) - 1
+#: The stamp of a file that does not exist or cannot be examined.
+ABSENT = bytes(_PACKED.size)
 
 
 def file_stamp(path: str) -> bytes:
@@ -34,19 +34,21 @@ def file_stamp(path: str) -> bytes:
             return _link_stamp(path)
     except OSError:
         return ABSENT
-    return _packed(status)
+    return _PACKED.pack(status.st_ino & _WORD, status.st_ctime_ns, status.st_mtime_ns, status.st_size)
 
 
 def _link_stamp(path: str) -> bytes:
     target = os.fsencode(os.readlink(path))  # noqa: PTH115  thousands of them, and a Path costs more than the call
     try:
-        return _packed(os.stat(path)) + target  # noqa: PTH116  as above
+        status = os.stat(path)  # noqa: PTH116  as above
     except OSError:  # a dead link
         return ABSENT + target
+    return _PACKED.pack(status.st_ino & _WORD, status.st_ctime_ns, status.st_mtime_ns, status.st_size) + target
 
 
-def _packed(status: os.stat_result) -> bytes:
-    return _PACKED.pack(status.st_ino & _WORD, status.st_ctime_ns, status.st_mtime_ns, status.st_size)
+def stamped_size(stamp: bytes) -> int | None:
+    """Return the bytes of the file that a stamp was taken of; None where there was no file."""
+    return None if stamp.startswith(ABSENT) else int(_PACKED.unpack_from(stamp)[3])
 
 
 def digest_of(parts: Iterable[object]) -> str:

@@ -1,31 +1,33 @@
-"""What the stored values of a volume are like: measured once, from a coarse level, and kept outside the data."""
+"""Intensity statistics of a volume, measured once from a coarse level and cached outside the data."""
 
-import hashlib
-import json
-import logging
-import os
 import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.volumes.chunks import ChunkReader
+from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.guard import PATIENT, Patience
-from cellmap_lightning.volumes.location import cache_folder
+from cellmap_lightning.volumes.measurements import key_of
 from cellmap_lightning.volumes.ngff import Level, Multiscale
-from cellmap_lightning.volumes.store import identity_of, read_json
-
-log = logging.getLogger(__name__)
+from cellmap_lightning.volumes.records import RecordKey, recall, remember
+from cellmap_lightning.volumes.stamps import digest_of
 
 #: Voxels that are looked at: enough for the 0.1th percentile of a volume, quick to read.
 ENOUGH_VOXELS = 1 << 22
 _LEAST_VOXELS = 1 << 16
-_VERSION = 1
+_QUANTILES = 1001
 _lock = threading.Lock()
-_known: dict[str, "Statistics"] = {}
+#: Statistics that this process has read or measured, each with the stamp of its chunks.
+_known: dict[RecordKey, tuple[str, "Statistics"]] = {}
+
+
+#: Start and shape of a chunk.
+_Box = tuple[tuple[int, int, int], Shape]
 
 
 @dataclass(frozen=True)
@@ -47,35 +49,6 @@ class Statistics:
         return float(np.interp(percent, np.linspace(0, 100, len(self.quantiles)), self.quantiles))
 
 
-def fingerprint(level: Level, *more: object) -> str:
-    """A name for what was measured: the array, its shape and type, the time of its metadata, and what else matters."""
-    info = level.array
-    where: tuple[object, ...] = (identity_of(info.path), info.checksum)
-    if isinstance(info.path, Path):
-        where = (str(info.path.resolve()), (info.path / info.metadata.name).stat().st_mtime_ns)
-    parts = (_VERSION, *where, info.shape, str(info.dtype), *more)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def recall(name: str) -> dict[str, object] | None:
-    """What was kept under a fingerprint, or None."""
-    return read_json(cache_folder() / f"{name}.json")
-
-
-def remember(name: str, content: dict[str, object], level: Level) -> None:
-    """Keep a measurement of a level, whole or not at all. A folder that cannot be written to costs only time."""
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        part = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
-        part.touch(0o600)
-        of = level.path.resolve() if isinstance(level.path, Path) else level.path
-        part.write_text(json.dumps({"of": str(of), **content}))
-        part.replace(folder / f"{name}.json")
-    except OSError as e:
-        log.warning("measurements cannot be kept in %s (%s); they will be made again", folder, e.strerror)
-
-
 def statistics(image: Multiscale, patience: Patience = PATIENT) -> Statistics:
     """Statistics of a volume's stored values, from the coarsest level that has enough of them.
 
@@ -90,19 +63,24 @@ def statistics(image: Multiscale, patience: Patience = PATIENT) -> Statistics:
         CellMapValueError: the volume holds nothing but zeros.
     """
     level = _measured_level(image)
-    name = fingerprint(level, "statistics")
+    key, boxes = _measurement(level)
+    reader = ChunkReader(level, patience=patience, empty="missing")  # as other chunks that are missing
     with _lock:
-        found = _kept(name)
+        stamp = _stamp(reader, boxes)
+        found = _cached(key, lambda: stamp)
         if found is None:
-            found = _known[name] = _measure(level, patience)
-            remember(name, asdict(found), level)
+            found = _measure(reader, boxes)
+            _known[key] = stamp, found
+            remember(key, stamp, asdict(found))
         return found
 
 
 def known_statistics(image: Multiscale) -> Statistics | None:
     """The same if it was measured before, by this process or another; None where voxels would have to be read."""
+    level = _measured_level(image)
+    key, boxes = _measurement(level)
     with _lock:
-        return _kept(fingerprint(_measured_level(image), "statistics"))
+        return _cached(key, lambda: _stamp(ChunkReader(level), boxes))
 
 
 def _measured_level(image: Multiscale) -> Level:
@@ -111,30 +89,52 @@ def _measured_level(image: Multiscale) -> Level:
     return min(enough, key=lambda pair: pair[0])[1]
 
 
-def _kept(name: str) -> Statistics | None:
-    if name not in _known:
-        kept = recall(name)
-        if kept is None:
-            return None
-        _known[name] = Statistics(kept["mean"], kept["std"], tuple(kept["quantiles"]))  # type: ignore[arg-type]
-    return _known[name]
-
-
-def _measure(level: Level, patience: Patience) -> Statistics:
-    reader = ChunkReader(level, patience=patience, empty="missing")  # as other chunks that are missing
-    grid = [range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True)]
+def _measurement(level: Level) -> tuple[RecordKey, list[_Box]]:
+    """Return the key of a measurement, and the chunks that are read for it: start and shape of each."""
+    shape, chunks = level.zyx(level.array.shape), level.zyx(level.array.chunks)
+    grid = [range(0, n, c) for n, c in zip(shape, chunks, strict=True)]
     corners = list(product(*grid))
-    wanted = max(1, ENOUGH_VOXELS // int(np.prod(reader.chunks)))
+    wanted = max(1, ENOUGH_VOXELS // int(np.prod(chunks)))
     if len(corners) > wanted:
         corners = [corners[i] for i in np.linspace(0, len(corners) - 1, wanted).round().astype(int)]
-    parts = []
+    boxes: list[_Box] = []
     for z, y, x in corners:
-        dz, dy, dx = (min(c, n - o) for c, n, o in zip(reader.chunks, reader.shape, (z, y, x), strict=True))
-        values = reader.read((z, y, x), (dz, dy, dx)).ravel()
+        dz, dy, dx = (min(c, n - o) for c, n, o in zip(chunks, shape, (z, y, x), strict=True))
+        boxes.append(((z, y, x), (dz, dy, dx)))
+    return key_of(level, "statistics", ENOUGH_VOXELS, _LEAST_VOXELS), boxes
+
+
+def _stamp(reader: ChunkReader, boxes: Sequence[_Box]) -> str:
+    """Return the stamp of the chunks that are read."""
+    return digest_of(reader.stamp(*box) for box in boxes)
+
+
+def _cached(key: RecordKey, stamp: Callable[[], str]) -> Statistics | None:
+    known = _known.get(key)
+    if known is not None and known[0] == stamp():
+        return known[1]
+    found = recall(key, stamp, _parsed)
+    if found is not None:
+        _known[key] = stamp(), found
+    return found
+
+
+def _parsed(content: Mapping[str, Any]) -> Statistics:
+    found = Statistics(float(content["mean"]), float(content["std"]), tuple(map(float, content["quantiles"])))
+    if len(found.quantiles) != _QUANTILES or not np.isfinite([found.mean, found.std, *found.quantiles]).all():
+        raise ValueError(f"{_QUANTILES} finite quantiles were expected, and {len(found.quantiles)} values were found")
+    return found
+
+
+def _measure(reader: ChunkReader, boxes: Sequence[_Box]) -> Statistics:
+    parts = []
+    for box in boxes:
+        values = reader.read(*box).ravel()
         parts.append(values[(values != 0) & np.isfinite(values)])
     found = np.concatenate(parts).astype(np.float64)
     if not len(found):
-        raise CellMapValueError(f"{level.path} holds nothing but zeros, so it cannot be normalized by its values")
-    return Statistics(
-        float(found.mean()), float(found.std()), tuple(np.percentile(found, np.linspace(0, 100, 1001)).tolist())
-    )
+        raise CellMapValueError(
+            f"{reader.level.path} holds nothing but zeros, so it cannot be normalized by its values"
+        )
+    quantiles = np.percentile(found, np.linspace(0, 100, _QUANTILES)).tolist()
+    return Statistics(float(found.mean()), float(found.std()), tuple(quantiles))

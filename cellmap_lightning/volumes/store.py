@@ -23,6 +23,7 @@ from cellmap_lightning.errors import (
     MissingExtraError,
 )
 from cellmap_lightning.redaction import HIDDEN, hidden, hide_address, option_secrets, redacted
+from cellmap_lightning.volumes.stamps import file_stamp
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -41,8 +42,8 @@ _OPEN_BUCKETS = ("janelia-cosem-datasets",)
 #: Connections to a store at a time.
 CONNECTIONS = 64
 
-#: File systems of this process, by what they were made with.
-_filesystems: dict[tuple[Any, ...], Any] = {}
+#: File systems of this process by what they were made with, each with the stamp of its archive.
+_filesystems: dict[tuple[Any, ...], tuple[bytes, Any]] = {}
 _lock = threading.Lock()
 #: Texts of metadata files that were read, while somebody keeps them; None where there is none.
 _kept: "dict[Remote, bytes | None] | None" = None
@@ -159,10 +160,26 @@ class Remote:
         """
         protocol, path, tail = self._parts()
         key = (protocol, tail, self.options, asynchronous, path.partition("/")[0] if protocol == "s3" else "")
+        stamp = self.archive_stamp()
         with _lock:
-            if key not in _filesystems:
-                _filesystems[key] = self._filesystem(asynchronous)
-            return _filesystems[key]
+            made = _filesystems.get(key)
+            if made is None or made[0] != stamp:
+                # The listing of an archive that was replaced is dropped, and closed with its last reader.
+                made = _filesystems[key] = stamp, self._filesystem(asynchronous)
+            return made[1]
+
+    @property
+    def archive(self) -> "StorePath | None":
+        """The file behind a chained address, such as the zip file; None for an address that is not chained."""
+        last = self._parts()[2].rpartition("::")[2]
+        if not last:
+            return None
+        return Remote(last, self.options) if "://" in last else Path(last)
+
+    def archive_stamp(self) -> bytes:
+        """Return the stamp of an archive on this machine, for each object in it; empty for any other place."""
+        _, chain, last = self.url.rpartition("::")
+        return file_stamp(last) if chain and "://" not in last else b""
 
     def _filesystem(self, asynchronous: bool) -> Any:
         import fsspec
@@ -174,6 +191,8 @@ class Remote:
             if self.is_open:
                 options["anon"] = True
             options["config_kwargs"] = {"max_pool_connections": CONNECTIONS} | options.get("config_kwargs", {})
+        if protocol in ("s3", "s3a", "gs", "gcs"):  # otherwise listings and versions would stay as they were first seen
+            options.setdefault("use_listings_cache", False)
         if protocol in _EXTRAS and "::" not in self.url:
             options["asynchronous"] = asynchronous
         given = {protocol: options} if "::" in self.url else options
@@ -295,7 +314,9 @@ def _real_path(path: str) -> str:
 
 
 def located(path: "str | Path | Remote", options: Mapping[str, Any] | None = None) -> StorePath:
-    """Where a path or an address leads, with ``~`` expanded.
+    """Return where a path or an address leads: absolute, with ``~`` expanded, also inside a chained address.
+
+    So the place stays the same after a change of the working directory.
 
     Args:
         path: the path or the address; ``.zip`` files are read by ``zip://inside::/data/vol.zip``.
@@ -309,14 +330,23 @@ def located(path: "str | Path | Remote", options: Mapping[str, Any] | None = Non
     text = str(path)
     protocol = text.partition("://")[0].lower()
     if "://" not in text or (protocol == "file" and "::" not in text):
-        return Path(text.removeprefix("file://")).expanduser()
+        return Path(absolute(text))
     if protocol not in _PROTOCOLS:
         raise CellMapValueError(
             f"{text}: addresses that can be read begin with {', '.join(_PROTOCOLS)}, not {protocol}"
         )
     if HIDDEN in text:
         raise CellMapValueError(f"{text}: its credentials were hidden where it was noted; give the whole address again")
-    return Remote(text.rstrip("/"), json.dumps(dict(options or {}), sort_keys=True))
+    return Remote(absolute(text.rstrip("/")), json.dumps(dict(options or {}), sort_keys=True))
+
+
+def absolute(path: str) -> str:
+    """Return a path or an address with its part on this machine absolute and ``~`` expanded; no link is resolved."""
+    head, chain, last = path.rpartition("::")
+    if "://" in last and not last.startswith("file://"):
+        return path
+    found = Path(last.removeprefix("file://")).expanduser()
+    return f"{head}{chain}{found if found.is_absolute() else found.absolute()}"
 
 
 def local(path: str | Path) -> Path:
@@ -328,7 +358,7 @@ def local(path: str | Path) -> Path:
     found = located(path)
     if isinstance(found, Remote):
         raise CellMapValueError(f"{found}: only a path of this machine will do here")
-    return found
+    return Path(str(path).removeprefix("file://")).expanduser()  # as it was given, for messages
 
 
 def parts_of(path: str) -> PurePosixPath:

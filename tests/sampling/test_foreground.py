@@ -164,4 +164,4 @@ def test_a_cache_folder_that_cannot_be_written_to_costs_only_time(tmp_path, pool
     with caplog.at_level(logging.WARNING):
         found = foreground_index(write(tmp_path, blob()).present, CODE, pool, "a")
     assert len(found)
-    assert "cannot be kept" in caplog.text
+    assert "cannot be cached" in caplog.text

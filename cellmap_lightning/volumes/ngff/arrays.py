@@ -10,8 +10,9 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.integrity import Encoded
 from cellmap_lightning.volumes.ngff.codecs import describe_compressors, encoding_v2, encoding_v3, parse_codecs
 from cellmap_lightning.volumes.store import Remote, StorePath, exists, read_json
+from cellmap_lightning.volumes.versions import versions
 
 #: Bytes of a chunk at most, since it is decoded whole; and of an array.
 MOST_CHUNK_BYTES, MOST_ARRAY_BYTES = 1 << 32, 1 << 60
@@ -69,10 +71,37 @@ class ArrayInfo:
         """The file that describes the array."""
         return self.path / ("zarr.json" if self.zarr_format == 3 else ".zarray")
 
+    @cached_property
+    def version(self) -> str:
+        """The version of the metadata that a server gives; empty on this machine, and where it gives none.
+
+        It is asked for once, by the process that needs it first, and travels to others; see `fetch_versions`.
+
+        Raises:
+            MetadataError: the server does not answer.
+        """
+        return versions([self.metadata])[0] if isinstance(self.metadata, Remote) else ""
+
     def file(self, index: Sequence[int]) -> str:
         """Where the chunk or shard with these indices is stored, whether or not it was written."""
         key = f"{self.prefix}{self.separator.join(map(str, index))}"
         return str(self.path / key) if isinstance(self.path, Remote) else f"{self.path}/{key}"
+
+
+def fetch_versions(arrays: Iterable[ArrayInfo]) -> None:
+    """Ask servers for the versions of many arrays concurrently, so that none is waited for later.
+
+    Raises:
+        MetadataError: a server does not answer.
+    """
+    wanted = [
+        (info, info.metadata) for info in arrays if isinstance(info.path, Remote) and "version" not in info.__dict__
+    ]
+    places = {place: "" for _, place in wanted if isinstance(place, Remote)}
+    places.update(zip(places, versions(list(places)), strict=True))
+    for info, place in wanted:
+        if isinstance(place, Remote):
+            info.__dict__["version"] = places[place]
 
 
 def read_attributes(path: StorePath) -> tuple[dict[str, Any], int] | None:
