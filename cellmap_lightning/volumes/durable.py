@@ -4,8 +4,12 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+#: From how many files on several are flushed at a time, and how many: the file system then writes its own journal once
+#: for several of them.
+_FEW, THREADS = 4, 16
 #: Errors of file systems, and of kinds of files, that cannot be flushed.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EISDIR)
 
@@ -16,19 +20,22 @@ def flush(paths: Iterable[str]) -> None:
     Raises:
         OSError: the disk reports an error; what was written there may be lost.
     """
-    folders = set()
-    for path in paths:
-        folders.add(os.path.dirname(path))  # noqa: PTH120  thousands of them, and a Path costs more than the call
-        with contextlib.suppress(FileNotFoundError):
+    files = list(dict.fromkeys(paths))
+    folders = list({os.path.dirname(path) for path in files})  # noqa: PTH120  a Path costs more than the call
+    if len(files) < _FEW:
+        for path in (*files, *folders):
             _flush(path)
-    for folder in folders:
-        with contextlib.suppress(FileNotFoundError):
-            _flush(folder)
+        return
+    with ThreadPoolExecutor(THREADS, "cellmap-flush") as pool:
+        for group in (files, folders):
+            list(pool.map(_flush, group))
 
 
 def _flush(path: str) -> None:
     try:
         handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
     except OSError as e:
         if e.errno in _UNSUPPORTED:  # folders on Windows
             return
