@@ -25,10 +25,10 @@ from cellmap_lightning.errors import (
     MissingExtraError,
 )
 from cellmap_lightning.sampling.layout import ManifestRow
+from cellmap_lightning.volumes.chunk_cache import ChunkCache
 from cellmap_lightning.volumes.geometry import Shape, box_map
 from cellmap_lightning.volumes.image import StoredImage
 from cellmap_lightning.volumes.ngff import Encoding, read_encoding, read_multiscale
-from cellmap_lightning.volumes.region import ChunkCache
 from cellmap_lightning.volumes.resample import evaluate
 from cellmap_lightning.volumes.writer import codec_of, create_level, make_room, write_group
 

@@ -12,8 +12,8 @@ from cellmap_lightning.sampling.entries import SPLITS
 from cellmap_lightning.sampling.frequencies import class_frequencies
 from cellmap_lightning.sampling.memory import device_memory
 from cellmap_lightning.sampling.prefetch import decide
+from cellmap_lightning.volumes.chunk_cache import DEFAULT_CHUNK_BYTES
 from cellmap_lightning.volumes.location import Location, choose
-from cellmap_lightning.volumes.region import DEFAULT_CHUNK_BYTES
 
 #: Samples that ``deep`` draws and reads to see what they show.
 SAMPLES = 64

@@ -44,6 +44,7 @@ from cellmap_lightning.transforms.intensity import AUTO, Normalize, Scaling, inp
 from cellmap_lightning.transforms.kinds import UNKNOWN_ID, TargetKind
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.transforms.targets import class_transforms
+from cellmap_lightning.volumes.chunk_cache import ChunkCache
 from cellmap_lightning.volumes.chunk_names import check_chunk_names
 from cellmap_lightning.volumes.chunks import Reader, check_reader
 from cellmap_lightning.volumes.geometry import (
@@ -72,7 +73,7 @@ from cellmap_lightning.volumes.ngff import (
 )
 from cellmap_lightning.volumes.patches import Patches, Resampled, reached
 from cellmap_lightning.volumes.placement import Placement, Window
-from cellmap_lightning.volumes.region import ChunkCache, Region, RegionStore
+from cellmap_lightning.volumes.region import Region, RegionStore
 from cellmap_lightning.volumes.statistics import statistics
 from cellmap_lightning.volumes.store import Remote, StorePath, exists, located, parts_of, warm
 

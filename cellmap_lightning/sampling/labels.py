@@ -10,6 +10,7 @@ from cellmap_lightning.sampling.encodings import LabelEncodings
 from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.kinds import UNKNOWN_ID, signed
 from cellmap_lightning.transforms.targets import pack, packed_bytes
+from cellmap_lightning.volumes.chunk_cache import ChunkCache
 from cellmap_lightning.volumes.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.volumes.geometry import AffineMap, Box, FloatArray, Lattice, Shape
 from cellmap_lightning.volumes.guard import PATIENT, Patience
@@ -18,7 +19,7 @@ from cellmap_lightning.volumes.label_values import CODE, read_labels
 from cellmap_lightning.volumes.ngff import Encoding, Level, Multiscale, read_encoding
 from cellmap_lightning.volumes.patches import MapTo, Patches, Resampled, stored_box
 from cellmap_lightning.volumes.placement import Placement, Window
-from cellmap_lightning.volumes.region import ChunkCache, Region
+from cellmap_lightning.volumes.region import Region
 from cellmap_lightning.volumes.resample import AnyArray, evaluate
 from cellmap_lightning.volumes.store import identity_of
 

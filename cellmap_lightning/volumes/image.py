@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError, ChunkError, EmptyChunkError
+from cellmap_lightning.volumes.chunk_cache import ChunkCache
 from cellmap_lightning.volumes.chunk_names import check_chunk_names
 from cellmap_lightning.volumes.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.volumes.geometry import (
@@ -27,7 +28,7 @@ from cellmap_lightning.volumes.guard import PATIENT, Patience, power_of_two
 from cellmap_lightning.volumes.ngff import Level, LevelTranslations, Multiscale, Overrides, read_multiscale, report
 from cellmap_lightning.volumes.patches import MapTo, stored_box
 from cellmap_lightning.volumes.placement import Placement, Window
-from cellmap_lightning.volumes.region import ChunkCache, Region
+from cellmap_lightning.volumes.region import Region
 from cellmap_lightning.volumes.resample import AnyArray, Method, evaluate
 from cellmap_lightning.volumes.store import identity_of
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cellmap_lightning.volumes.chunk_cache import ChunkCache
 from cellmap_lightning.volumes.geometry import (
     LATTICE_TOLERANCE,
     AffineMap,
@@ -22,7 +23,7 @@ from cellmap_lightning.volumes.geometry import (
     to_vector,
 )
 from cellmap_lightning.volumes.placement import Placement, Window
-from cellmap_lightning.volumes.region import ChunkCache, Region
+from cellmap_lightning.volumes.region import Region
 from cellmap_lightning.volumes.resample import AnyArray, Slices, copy_slices, slices
 
 #: Where a patch lies: its map to the lattice of an array.

@@ -11,9 +11,7 @@ import math
 import os
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,28 +19,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cellmap_lightning.volumes.chunk_cache import DEFAULT_CHUNK_BYTES, ChunkCache
 from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.location import CacheMode, check_mode, choose
+from cellmap_lightning.volumes.locks import Once
+from cellmap_lightning.volumes.mapped import EMPTY, FILLED, Layout, Mapped, NoRoomError
 from cellmap_lightning.volumes.resample import AnyArray
-from cellmap_lightning.volumes.shared import (
-    EMPTY,
-    FILLED,
-    FORMAT,
-    Arena,
-    Layout,
-    Mapped,
-    NoRoomError,
-    Once,
-    RegionFolder,
-)
+from cellmap_lightning.volumes.shared import FORMAT, Arena, RegionFolder
 
 log = logging.getLogger(__name__)
 
 Decode = Callable[[tuple[int, int, int], Shape], AnyArray]
 Stamp = Callable[[tuple[int, int, int], Shape], int]
 
-#: Bytes of decoded chunks that a process keeps of arrays that are too large to be kept whole.
-DEFAULT_CHUNK_BYTES = 2 << 30
 #: Chunks that must fit into the cache of chunks, for them to be decoded before they are copied from.
 _AT_ONCE = 64
 
@@ -52,85 +41,18 @@ _ITEMS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 #: Columns times rows that are copied at a time: measured.
 _COLUMNS = 512
 
-_caches: "weakref.WeakSet[ChunkCache | RegionStore]" = weakref.WeakSet()
+_stores: "weakref.WeakSet[RegionStore]" = weakref.WeakSet()
 
 
 def _start_empty() -> None:
     """In a forked child: a lock may have been held, and the threads that were decoding are gone."""
-    for cache in list(_caches):
-        cache._after_fork()
+    for store in list(_stores):
+        store._after_fork()
 
 
 # Here and not at the first use in the child, where several threads may come first at once.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_empty)
-
-
-class ChunkCache:
-    """Decoded chunks in the memory of this process, the least recently used dropped first.
-
-    A copy in another process starts empty.
-
-    Args:
-        budget: bytes to keep. A chunk larger than that is handed out and not kept.
-    """
-
-    def __init__(self, budget: int = DEFAULT_CHUNK_BYTES) -> None:
-        self.budget = budget
-        self._after_fork()
-        _caches.add(self)
-
-    def _after_fork(self) -> None:
-        self._once = Once()
-        self._chunks: OrderedDict[Hashable, AnyArray] = OrderedDict()
-        self.nbytes = 0
-        self.decoded = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"budget": self.budget}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
-    def get(self, key: Hashable, decode: Callable[[], AnyArray]) -> AnyArray:
-        """The chunk of that key, decoded now if it is not kept. It is shared: copy from it, never write to it."""
-        ready = self._kept(key)
-        if ready is not None:  # as nearly always: nobody has to be waited for
-            return ready
-        once = self._once
-        kept = once.begin(key, lambda: self._kept(key))
-        if kept is not None:
-            found: AnyArray = kept
-            return found
-        try:
-            chunk = decode()
-            chunk.setflags(write=False)
-            with once._lock:
-                self.decoded += 1
-                if chunk.nbytes <= self.budget:
-                    self._chunks[key] = chunk
-                    self.nbytes += chunk.nbytes
-                    while self.nbytes > self.budget:
-                        self.nbytes -= self._chunks.popitem(last=False)[1].nbytes
-            return chunk
-        finally:
-            once.end(key)
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._chunks
-
-    def _kept(self, key: Hashable) -> AnyArray | None:
-        chunk = self._chunks.get(key)
-        if chunk is not None:
-            with suppress(KeyError):  # another thread may just have dropped it
-                self._chunks.move_to_end(key)
-        return chunk
-
-    def clear(self) -> None:
-        """Drop everything."""
-        with self._once._lock:
-            self._chunks.clear()
-            self.nbytes = 0
 
 
 class Region:
@@ -423,7 +345,7 @@ class RegionStore:
         self._attached: dict[str, Mapped] = {}
         self._lock = threading.Lock()
         self.planned = False
-        _caches.add(self)
+        _stores.add(self)
 
     def _after_fork(self) -> None:
         self.once, self._lock = Once(), threading.Lock()
@@ -436,7 +358,7 @@ class RegionStore:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, once=Once(), _lock=threading.Lock(), _attached={})
-        _caches.add(self)
+        _stores.add(self)
 
     def plan(self, regions: Sequence[Region], ordered: bool, name: str) -> None:
         """Decide once what is kept where: every process that shares it must begin with the same plan.
@@ -472,8 +394,8 @@ class RegionStore:
             location = choose(self.mode, self.budget, sum(held.values()))
         # The budget is that of the process: what other collections keep there counts.
         others: dict[str, int] = {}
-        for store in list(_caches):
-            if isinstance(store, RegionStore) and store is not self and store._where == location.folder:
+        for store in list(_stores):
+            if store is not self and store._where == location.folder:
                 others |= store._sizes
         room = location.budget - sum(nbytes for key, nbytes in others.items() if key not in keys or not location.folder)
         kept: dict[str, int] = {}

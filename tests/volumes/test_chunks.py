@@ -18,10 +18,11 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, GzipCodec, TransposeCodec, ZstdCodec
 
 from cellmap_lightning.errors import ChunkError
+from cellmap_lightning.volumes.chunk_cache import ChunkCache
 from cellmap_lightning.volumes.chunks import ChunkReader
 from cellmap_lightning.volumes.image import StoredImage
 from cellmap_lightning.volumes.ngff import Level
-from cellmap_lightning.volumes.region import ChunkCache, Region
+from cellmap_lightning.volumes.region import Region
 
 SHAPE, CHUNKS = (11, 13, 17), (4, 8, 6)  # ragged at every end
 DTYPES = ["uint8", "uint16", "uint32", "uint64", "int16", "int64", "float32", "float64", "bool"]

@@ -11,11 +11,11 @@ from zarr.codecs import GzipCodec, ZstdCodec
 
 from cellmap_lightning.errors import ChunkError, EmptyChunkError
 from cellmap_lightning.sampling.dataset import CellMapDataset
+from cellmap_lightning.volumes.chunk_cache import ChunkCache
 from cellmap_lightning.volumes.chunks import ChunkReader
 from cellmap_lightning.volumes.guard import Patience
 from cellmap_lightning.volumes.image import StoredImage
 from cellmap_lightning.volumes.ngff import Level
-from cellmap_lightning.volumes.region import ChunkCache
 from cellmap_lightning.volumes.statistics import statistics
 from cellmap_lightning.volumes.store import located
 from tests.foreign import SEMANTIC, annotated, cube, sample, write_pair

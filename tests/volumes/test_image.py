@@ -15,9 +15,9 @@ from cellmap_lightning.errors import (
     CellMapValueError,
     MetadataError,
 )
+from cellmap_lightning.volumes.chunk_cache import ChunkCache
 from cellmap_lightning.volumes.image import choose_level
 from cellmap_lightning.volumes.ngff import read_multiscale
-from cellmap_lightning.volumes.region import ChunkCache
 
 SHAPE = (20, 24, 28)
 RAW = np.random.default_rng(0).integers(0, 256, SHAPE).astype(np.uint8)

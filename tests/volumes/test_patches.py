@@ -8,12 +8,13 @@ import pytest
 import zarr
 
 from cellmap_lightning.transforms.spatial import rotation
+from cellmap_lightning.volumes.chunk_cache import ChunkCache
 from cellmap_lightning.volumes.geometry import Lattice, patch_map
 from cellmap_lightning.volumes.image import StoredImage
 from cellmap_lightning.volumes.ngff import Level
 from cellmap_lightning.volumes.patches import Patches, Resampled, reached, stored_box
 from cellmap_lightning.volumes.placement import Placement, Window
-from cellmap_lightning.volumes.region import ChunkCache, RegionStore
+from cellmap_lightning.volumes.region import RegionStore
 from cellmap_lightning.volumes.resample import _gather, _gather_about, copy_slices, evaluate, slices
 
 SIGNED_PERMUTATIONS = [

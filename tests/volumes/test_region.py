@@ -20,11 +20,12 @@ import pytest
 import zarr
 
 from cellmap_lightning.errors import CacheError, ChunkError
+from cellmap_lightning.volumes.chunk_cache import ChunkCache
 from cellmap_lightning.volumes.chunks import ChunkReader
 from cellmap_lightning.volumes.image import StoredImage
+from cellmap_lightning.volumes.mapped import EMPTY, FILLED, SYNCED
 from cellmap_lightning.volumes.ngff import Level
-from cellmap_lightning.volumes.region import ChunkCache, Region, RegionStore
-from cellmap_lightning.volumes.shared import EMPTY, FILLED, SYNCED
+from cellmap_lightning.volumes.region import Region, RegionStore
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes share voxels so on Linux only"),

@@ -20,19 +20,9 @@ import numpy as np
 import pytest
 
 from cellmap_lightning.errors import CacheError
-from cellmap_lightning.volumes.shared import (
-    EMPTY,
-    FILLED,
-    SYNCED,
-    Arena,
-    Layout,
-    Locks,
-    NoRoomError,
-    Once,
-    RegionFolder,
-    SharedBlock,
-    boot,
-)
+from cellmap_lightning.volumes.locks import Locks, Once
+from cellmap_lightning.volumes.mapped import EMPTY, FILLED, SYNCED, Layout, NoRoomError
+from cellmap_lightning.volumes.shared import Arena, RegionFolder, SharedBlock, boot
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes share memory so on Linux only"),
