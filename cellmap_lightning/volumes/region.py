@@ -22,8 +22,8 @@ import numpy.typing as npt
 from cellmap_lightning.volumes.chunk_cache import DEFAULT_CHUNK_BYTES, ChunkCache
 from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.location import CacheMode, check_mode, choose
-from cellmap_lightning.volumes.locks import Once
-from cellmap_lightning.volumes.mapped import EMPTY, FILLED, Layout, Mapped, NoRoomError
+from cellmap_lightning.volumes.locks import NoRoomError, Once
+from cellmap_lightning.volumes.mapped import Layout, Mapped
 from cellmap_lightning.volumes.resample import AnyArray
 from cellmap_lightning.volumes.shared import FORMAT, Arena, RegionFolder
 
@@ -143,11 +143,12 @@ class Region:
 
     def digest(self) -> str:
         """Names what is kept, the same in every process and run that would keep the same."""
-        if self._digest is None:
+        digest = self._digest
+        if digest is None:
             own: object = self.identity() if self.identity is not None else (os.getpid(), id(self))
             parts = (FORMAT, own, self.shape, self.chunks, str(self.dtype), self.depth, self._lo, self._hi)
-            self._digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
-        return self._digest
+            digest = self._digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
+        return digest  # another thread may be closing the store, which clears it
 
     def read_into(self, start: tuple[int, int, int], out: AnyArray) -> None:
         """Copy the box at ``start`` with the shape of ``out``, inside the array, into ``out`` (any strides)."""
@@ -263,26 +264,8 @@ class Region:
             box = self._chunk(index)
             at = [a - lo for a, lo in zip(box[0], self._lo, strict=True)]
             # Taken before the voxels: what is written meanwhile is noticed the next time.
-            stamp = np.uint64(self.stamp(*box) if self.stamp is not None else 1)
-            if mapped.flags[index] == EMPTY or mapped.stamps[index] != stamp:
-                with mapped.lock(index):
-                    if mapped.flags[index] == EMPTY or mapped.stamps[index] != stamp:
-                        if not mapped.reserve((at[0], at[0] + box[1][0]), index[0]):
-                            return False
-                        mapped.flags[index] = EMPTY
-                        place = tuple(slice(a, a + n) for a, n in zip(at, box[1], strict=True))
-                        voxels = self.decode(*box)
-                        target = mapped.voxels[place]
-                        if self.depth:
-                            target[...] = voxels
-                        else:
-                            target.view(self.dtype)[..., 0] = voxels
-                        mapped.stamps[index] = stamp
-                        mapped.flags[index] = FILLED
-                        mapped.decoded += 1
-            mapped.ready[index] = True
-            mapped.complete = bool(mapped.ready.all())
-            return True
+            stamp = self.stamp(*box) if self.stamp is not None else 1
+            return mapped.fill(index, at, box[1], stamp, lambda: np.asarray(self.decode(*box), self.dtype))
         finally:
             once.end(key)
 
@@ -290,7 +273,7 @@ class Region:
         """Its mapping, or None where it has none."""
         mapped, store = self._mapped, self.store
         if mapped is None and store is not None:  # which another thread may be closing
-            mapped = self._mapped = store.attach(self)
+            mapped = store.attach(self)
         return mapped
 
     def _through_cache(self, start: tuple[int, int, int], out: AnyArray) -> None:
@@ -455,9 +438,10 @@ class RegionStore:
                         return None
                 else:
                     assert self._arena is not None
-                    mapped = self._arena.attach(key, region.layout, at)
+                    mapped = self._arena.attach(key, region.layout, at, region.name)
                 mapped.once = self.once
                 self._attached[key] = mapped
+            region._mapped = mapped  # with the lock held: `close` clears it
             return mapped
 
     def close(self) -> None:

@@ -5,6 +5,8 @@ import itertools
 import json
 import mmap
 import os
+import re
+import stat
 import sys
 import weakref
 from pathlib import Path
@@ -13,14 +15,15 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.errors import CacheError
-from cellmap_lightning.volumes.locks import IN_USE, Locks
-from cellmap_lightning.volumes.mapped import EMPTY, HEADER, SYNCED, Layout, Mapped, NoRoomError, complain, number_of
+from cellmap_lightning.volumes.locks import IN_USE, Locks, NoRoomError, inode_of, reopen
+from cellmap_lightning.volumes.mapped import EMPTY, HEADER, SYNCED, Layout, Mapped, complain, number_of
 
 if sys.platform != "win32":
     import resource
 
-FORMAT = 1
+FORMAT = 2
 _SUFFIX = ".region"
+_KEY = re.compile("[0-9a-f]{40}")
 
 #: One for each folder and process: closing one of two descriptors would give back the locks of both.
 _locks: dict[str, Locks] = {}
@@ -43,23 +46,23 @@ class SharedBlock:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.path = ""
+        self.path, self.inode = "", (0, 0)
         self._fd = -1
         if sys.platform.startswith("linux"):
             self._fd = os.memfd_create("cellmap")
             os.ftruncate(self._fd, nbytes)
-            self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+            self.path, self.inode = f"/proc/{os.getpid()}/fd/{self._fd}", inode_of(os.fstat(self._fd))
             self._end = weakref.finalize(self, os.close, self._fd)
         self.buffer: mmap.mmap | None = mmap.mmap(self._fd, nbytes)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"nbytes": self.nbytes, "path": self.path}
+        return {"nbytes": self.nbytes, "path": self.path, "inode": self.inode}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if not state["path"]:
             raise CacheError("shared memory travels to processes that were not forked on Linux only")
-        self.nbytes, self.path, self._fd = state["nbytes"], state["path"], -1
-        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        self.nbytes, self.path, self.inode, self._fd = state["nbytes"], state["path"], state["inode"], -1
+        fd = reopen(self.path, self.inode)
         try:
             self.buffer = mmap.mmap(fd, self.nbytes)
         finally:
@@ -85,7 +88,7 @@ class Arena:
         self._begin()
 
     def _begin(self) -> None:
-        self._locks = Locks(self._locked.path) if self._locked is not None else None
+        self._locks = Locks(self._locked.path, self._locked.inode) if self._locked is not None else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_block": self._block, "_locked": self._locked}
@@ -94,12 +97,12 @@ class Arena:
         self.__dict__.update(state)
         self._begin()
 
-    def attach(self, key: str, layout: Layout, at: int) -> Mapped:
-        """The region that begins at a byte of the arena."""
-        return Mapped(self._block.buffer, at, layout, None, key, self._locks)
+    def attach(self, key: str, layout: Layout, at: int, name: str = "") -> Mapped:
+        """Return the region that begins at a byte of the arena."""
+        return Mapped(self._block.buffer, at, layout, None, key, self._locks, name)
 
     def close(self) -> None:
-        """Give the memory back, as soon as nobody looks at it any more."""
+        """Release the memory once the last reference is gone; threads that still read get a `CacheError`."""
         if self._locks is not None and self._locked is not None:
             self._locks.close()
             self._locked.close()
@@ -146,68 +149,67 @@ class RegionFolder:
             self.locks.use(number_of(key))
             used = True
             with self.locks.hold(number_of(key) % IN_USE + IN_USE // 2):
-                buffer = self._open(path, key, layout, name)
+                buffer, inode = self._open(path, key, layout, name)
         except OSError as e:
             if used:
                 self.locks.drop(number_of(key))
-            if isinstance(e, CacheError):
+            if isinstance(e, CacheError):  # also where there is no room
                 raise
             with contextlib.suppress(OSError):
                 if path.stat().st_size != layout.nbytes:
                     path.unlink()  # nothing is in it yet
             raise NoRoomError(e.errno, e.strerror, str(path)) from e
-        return Mapped(buffer, 0, layout, str(path), key, self.locks)
+        return Mapped(buffer, 0, layout, str(path), key, self.locks, name, inode)
 
     def complain(self, error: OSError) -> None:
         """Say once that there is no room."""
         complain(self.folder, error)
 
-    def _open(self, path: Path, key: str, layout: Layout, name: str) -> mmap.mmap:
+    def _open(self, path: Path, key: str, layout: Layout, name: str) -> tuple[mmap.mmap, tuple[int, int]]:
+        """Map a file, made or replaced where it does not hold this region; also its device and number."""
         _allow_files()
         header = {"format": FORMAT, "key": key, "shape": layout.shape, "grid": layout.grid, "bytes": layout.itemsize}
+        expected = json.loads(json.dumps(header))
         for attempt in range(2):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
-                stat = os.fstat(fd)
-                if stat.st_uid != os.getuid() or stat.st_mode & 0o077:
+                status = os.fstat(fd)
+                if status.st_uid != os.getuid() or status.st_mode & 0o077:
                     raise CacheError(
                         f"{path} belongs to another user, or others may read or write it; remove it, or set "
                         "CELLMAP_CACHE_DIR to a folder of your own"
                     )
-                fresh = stat.st_size == 0
-                if fresh:
-                    # All but the voxels is written at once, whatever is read first.
-                    os.posix_fallocate(fd, 0, layout.parts[3])
-                    os.ftruncate(fd, layout.nbytes)
-                elif stat.st_size != layout.nbytes and attempt == 0:
-                    path.unlink()  # never cut short: somebody may have it mapped
+                known = _read_header(os.pread(fd, HEADER, 0))
+                ours = known is not None and {k: known.get(k) for k in expected} == expected
+                other_size = status.st_size not in (0, layout.nbytes)
+                if attempt == 0 and (other_size or (known is not None and not ours)):
+                    path.unlink()  # never cut short: another process may have it mapped
                     continue
                 os.utime(fd)
+                now = {"boot": boot(), "inode": status.st_ino}
+                current = ours and known is not None and {k: known.get(k) for k in now} == now
+                if not current:
+                    # All but the voxels is written at once, and a copy of a file may have holes.
+                    os.posix_fallocate(fd, 0, layout.parts.voxels)
+                    os.ftruncate(fd, layout.nbytes)
                 buffer = mmap.mmap(fd, layout.nbytes)
             finally:
                 os.close(fd)
-            known = _read_header(buffer)
-            if known is None or {k: known.get(k) for k in header} != json.loads(json.dumps(header)):
-                if not fresh and known is not None and attempt == 0:
-                    path.unlink()
-                    continue
-                self._reset(buffer, layout, keep=EMPTY)
-            elif known["boot"] != boot():
+            if not current:
                 # What was in the memory of a machine that stopped may or may not have reached the disk.
-                self._reset(buffer, layout, keep=SYNCED)
-            else:
-                return buffer
-            text = json.dumps(header | {"boot": boot(), "name": name[:200]}).encode()
-            buffer[:HEADER] = text.ljust(HEADER, b"\0")
-            return buffer
+                self._reset(buffer, layout, keep=SYNCED if ours else EMPTY)
+                text = json.dumps(header | now | {"name": name[:200]}).encode()
+                buffer[:HEADER] = text.ljust(HEADER, b"\0")
+            return buffer, inode_of(status)
         raise CacheError(f"{path} is not what this version writes, and cannot be replaced")
 
     @staticmethod
     def _reset(buffer: mmap.mmap, layout: Layout, keep: int) -> None:
-        at, stamps, reserved, voxels, _ = layout.parts
-        flags = np.frombuffer(buffer, np.uint8, stamps - at, at)
+        """Clear the flags that do not count any more, and what is known about reserved space."""
+        parts = layout.parts
+        flags = np.frombuffer(buffer, np.uint8, parts.stamps - parts.flags, parts.flags)
         flags[flags != keep] = EMPTY
-        np.frombuffer(buffer, np.uint8, voxels - reserved, reserved)[:] = 0
+        np.frombuffer(buffer, np.uint8, parts.voxels - parts.reserved, parts.reserved)[:] = 0
 
     def release(self, key: str) -> None:
         """This process does not use a region any more."""
@@ -218,8 +220,9 @@ class RegionFolder:
         found = []
         for path in self.folder.glob(f"*{_SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
-                found.append((path, stat.st_blocks * 512, stat.st_mtime))
+                status = path.lstat()
+                if _KEY.fullmatch(path.stem) and stat.S_ISREG(status.st_mode):
+                    found.append((path, status.st_blocks * 512, status.st_mtime))
         return sorted(found, key=lambda entry: entry[2])
 
     def name(self, path: Path) -> str:
@@ -249,15 +252,16 @@ class RegionFolder:
                 continue
             with self.locks.unused(number_of(path.stem)) as free:
                 if free:
-                    path.unlink(missing_ok=True)
-                    removed += size
+                    with contextlib.suppress(OSError):
+                        path.unlink(missing_ok=True)
+                        removed += size
         return removed
 
 
 def _read_header(buffer: mmap.mmap | bytes) -> dict[str, Any] | None:
     try:
         known = json.loads(buffer[:HEADER].rstrip(b"\0"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return known if isinstance(known, dict) and "boot" in known else None
 

@@ -637,10 +637,10 @@ def test_what_the_machine_wrote_before_it_stopped(stored, flag, decoded):
     assert b'"boot": "' in head
     at = head.index(b'"boot": "') + 9
     content[at : at + 4] = b"dead"
-    first = region.layout.parts[0]
+    first = region.layout.parts.flags
     content[first : first + COUNT] = bytes([flag] * COUNT)
     if flag == FILLED:
-        content[region.layout.parts[3] :] = bytes(len(content) - region.layout.parts[3])
+        content[region.layout.parts.voxels :] = bytes(len(content) - region.layout.parts.voxels)
     file.write_bytes(content)
     region, store = opened(path)
     assert (whole(region) == data).all()

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from cellmap_lightning.errors import CacheError
-from cellmap_lightning.volumes.locks import Locks, Once
-from cellmap_lightning.volumes.mapped import EMPTY, FILLED, SYNCED, Layout, NoRoomError
+from cellmap_lightning.volumes.locks import Locks, NoRoomError, Once
+from cellmap_lightning.volumes.mapped import EMPTY, FILLED, SYNCED, Layout
 from cellmap_lightning.volumes.shared import Arena, RegionFolder, SharedBlock, boot
 
 pytestmark = [
@@ -61,12 +61,13 @@ def test_the_parts_of_a_region_lie_on_pages_of_their_own(itemsize):
         shape = tuple(rng.integers(1, 300, 3).tolist())
         grid = tuple(-(-n // int(rng.integers(1, 70))) for n in shape)
         layout = Layout(shape, grid, itemsize)
-        flags, stamps, reserved, voxels, end = layout.parts
+        flags, stamps, checksums, reserved, voxels, end = layout.parts
         count = math.prod(grid)
         assert all(part % 4096 == 0 for part in layout.parts)
         assert flags >= 4096
         assert stamps >= flags + count
-        assert reserved >= stamps + 8 * count
+        assert checksums >= stamps + 8 * count
+        assert reserved >= checksums + 4 * count
         assert voxels >= reserved + grid[0]
         assert end >= voxels + math.prod(layout.room) * itemsize
         assert layout.nbytes == end
@@ -214,7 +215,7 @@ def test_a_child_that_is_forked_while_a_thread_asks_for_a_lock(tmp_path):
     held, release = threading.Event(), threading.Event()
 
     def hold():
-        with locks._lock:
+        with locks._changed:
             held.set()
             release.wait(120)
 
@@ -301,7 +302,7 @@ def test_a_link_is_not_followed(folder, tmp_path):
 
 
 def header(**changes):
-    known = {"format": 1, "key": KEY, "shape": [10, 12, 14], "grid": [2, 3, 2], "bytes": 2, "boot": boot(), "name": "n"}
+    known = {"format": 2, "key": KEY, "shape": [10, 12, 14], "grid": [2, 3, 2], "bytes": 2, "boot": boot(), "name": "n"}
     return json.dumps(known | changes).encode()
 
 
@@ -309,7 +310,7 @@ def write_by_hand(folder, head, flag, size=LAYOUT.nbytes):
     """A region file whose chunks all have one flag and hold 7."""
     content = bytearray(size)
     content[: len(head)] = head
-    flags, stamps, _, voxels, _ = LAYOUT.parts
+    flags, stamps, voxels = LAYOUT.parts.flags, LAYOUT.parts.stamps, LAYOUT.parts.voxels
     content[flags : flags + 12] = bytes([flag] * 12)
     content[stamps : stamps + 96] = np.full(12, 99, np.uint64).tobytes()
     content[voxels:size] = bytes([7]) * (size - voxels)
@@ -324,15 +325,19 @@ def write_by_hand(folder, head, flag, size=LAYOUT.nbytes):
         ({}, SYNCED, True),
         ({"boot": "another"}, FILLED, False),  # in the memory of a machine that stopped
         ({"boot": "another"}, SYNCED, True),  # on its disk
+        ({"inode": 1}, FILLED, False),  # a copy
+        ({"inode": 1}, SYNCED, True),
         ({"key": OTHER}, SYNCED, False),
         ({"shape": [10, 12, 13]}, SYNCED, False),
         ({"grid": [3, 2, 2]}, SYNCED, False),
         ({"bytes": 1}, SYNCED, False),
         ({"format": 0}, SYNCED, False),
+        ({"format": 1}, SYNCED, False),
     ],
 )
 def test_which_flags_count(folder, changes, flag, counts):
-    write_by_hand(folder, header(**changes), flag)
+    folder.path(KEY).touch()
+    write_by_hand(folder, header(**({"inode": folder.path(KEY).stat().st_ino} | changes)), flag)
     mapped = folder.attach(KEY, LAYOUT)
     assert (mapped.flags == (flag if counts else EMPTY)).all()
     if counts:
@@ -536,7 +541,7 @@ def test_reserving_never_writes_over_voxels_of_another_thread(folder, monkeypatc
         barrier.wait(120)
         if half:
             time.sleep(0.015)
-        assert mapped.reserve((0, 4), 0)
+        mapped.reserve((0, 4), 0)
         mapped.voxels[:, 16 * half : 16 * (half + 1)] = 7
 
     with ThreadPoolExecutor(2) as pool:
