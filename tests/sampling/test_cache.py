@@ -6,10 +6,14 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -653,10 +657,10 @@ def overwrite(path, box, value):
     """Voxels of an array, as another program would; each file that is written has a new time."""
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*") if p.is_file()}
     zarr.open_array(path, mode="r+")[box] = value
-    for p, time in before.items():
+    for p, earlier in before.items():
         stat = p.stat()
-        if stat.st_mtime_ns != time:
-            os.utime(p, ns=(stat.st_atime_ns, max(stat.st_mtime_ns, time + 10**7)))
+        if stat.st_mtime_ns != earlier:
+            os.utime(p, ns=(stat.st_atime_ns, max(stat.st_mtime_ns, earlier + 10**7)))
 
 
 @pytest.fixture
@@ -696,6 +700,53 @@ def test_only_what_changed_is_decoded_again(large, step):
     overwrite(large.root / "raw" / "s0", np.s_[:], 6)
     assert read_all(large, step) == (count // 2, count)
     assert read_all(large, step) == (0, count)
+
+
+@pytest.mark.parametrize("at", [0.1, 0.35, 0.6])
+def test_regions_that_are_damaged_on_disk_are_repaired(large, at, cache_dir, caplog):
+    """Samples are right, one line per region says so."""
+    _, count = read_all(large)
+    files = list(cache_dir.rglob("*.region"))
+    for file in files:
+        with file.open("r+b") as out:
+            out.seek(int(at * file.stat().st_size))
+            content = out.read(3000)
+            out.seek(-len(content), os.SEEK_CUR)
+            out.write(bytes(b ^ 0xFF for b in content))
+    with caplog.at_level(logging.WARNING, "cellmap_lightning"):
+        decoded, _ = read_all(large)
+    assert len(files) <= decoded < count
+    lines = [record.getMessage() for record in caplog.records if "is damaged in" in record.getMessage()]
+    assert {file for file in files for line in lines if str(file) in line} == set(files)
+    assert read_all(large) == (0, count)
+
+
+@pytest.mark.parametrize("cache", ["disk", "memory", "chunks"])
+def test_a_dataset_that_is_closed_while_threads_read(volumes, cache):
+    """Every batch is right, or an error that says so."""
+    dataset = volumes["v2 /"].dataset(NAMES[:3], (8, 12, 16), cache=cache)
+    draws = dataset.draw(range(dataset.tile_count), False, 0)
+    reference, stop = digest(dataset.read(draws)), threading.Event()
+
+    def read():
+        found = set()
+        while not stop.is_set():
+            try:
+                found.add(digest(dataset.read(draws)) == reference)
+            except CellMapError as e:
+                found.add(re.sub("^reading was cancelled: ", "", str(e)))
+        return found
+
+    with ThreadPoolExecutor(3) as pool:
+        reading = [pool.submit(read) for _ in range(3)]
+        for _ in range(20):
+            time.sleep(0.01)
+            dataset.close()
+        stop.set()
+        found = {result for future in reading for result in future.result(60)}
+    assert True in found
+    assert found <= {True, "the dataset was closed while it was read"}
+    dataset.close()
 
 
 def edit(file, change):

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import multiprocessing
+import os
 import pickle
 import shutil
 import sys
@@ -357,10 +358,40 @@ def test_a_cache_that_was_removed_before_a_child_reads(what, cache_dir):
         shutil.rmtree(cache_dir)
     else:
         (file if what == "file" else file.with_name("locks")).unlink()
-    assert in_a_child(lambda: outcome(region)) == "right"
-    assert outcome(region) == "right"
-    store.close()
-    assert outcome(region) == "right"
+
+    def child():
+        return outcome(region), store.close(), outcome(region)
+
+    assert in_a_child(child) == ("right", None, "right")
+    assert child() == ("right", None, "right")
+
+
+@pytest.mark.parametrize("inside", ["hold", "unused", "_descriptor"])
+def test_a_child_that_leaves_what_its_parent_had_begun(inside, tmp_path):
+    """Forked while locks are in use: the child counts only what it uses itself."""
+    locks, before = Locks(str(tmp_path / "locks")), len(descriptors())
+    status = 1
+    try:
+        with getattr(locks, inside)(*[5][: inside != "_descriptor"]):
+            pid = os.fork()
+    finally:
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                with locks.hold(5 if inside == "unused" else 6):
+                    assert locks._users == 1
+                    locks.close()
+                    own = locks._opened
+                    os.fstat(own[1])
+                assert (locks._users, locks._opened) == (0, None)
+                with contextlib.suppress(OSError):
+                    os.fstat(own[1])
+                    os._exit(2)
+                status = 0
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert locks._users == 0
+    locks.close()
+    assert len(descriptors()) == before
 
 
 # -- a mapping does not outlive its store
@@ -390,15 +421,17 @@ def test_a_region_keeps_no_mapping_of_a_store_that_was_closed(mode):
 def test_the_digest_of_a_region_whose_store_is_closed_meanwhile():
     region, store = opened("memory")
     whole = region.digest()
-    identity = region.identity
+
+    class Interrupted(Region):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "_digest" and value is not None:
+                store.close()
+
     region._digest = None
-
-    def interrupted():
-        store.close()
-        return identity()
-
-    region.identity = interrupted
+    region.__class__ = Interrupted
     assert region.digest() == whole
+    assert region._digest is None
 
 
 def test_many_locks_are_closed_when_they_are_forgotten(tmp_path):

@@ -468,6 +468,25 @@ def test_no_space_is_reserved_in_another_file(caplog):
     store.close()
 
 
+@pytest.mark.parametrize("byte", [0, 1, 2, 0x5A, 0xFF])
+def test_damaged_notes_of_reserved_space(byte, monkeypatch):
+    """Space is reserved again before anything is written there."""
+    source = Source()
+    region, store = source.open()
+    region.read_into((0, 0, 0), np.empty((10, 24, 40), np.uint16))
+    store.close()
+    at, size = part_of(source.layout, "reserved")
+    edit(source.file, lambda content: content.__setitem__(slice(at, at + size), bytes([byte] * size)))
+    region, store = source.open()
+    mapped, asked, reserve = region.attached(), [], os.posix_fallocate
+    monkeypatch.setattr(os, "posix_fallocate", lambda fd, *area: asked.append(area) or reserve(fd, *area))
+    assert source.right(region)
+    half = source.layout.room[1] * source.layout.room[2] * 2 * 10
+    assert asked == [(source.layout.parts.voxels + half, half)], "the other plane of chunks is there"
+    assert (mapped._reserved == [byte, 0xA5]).all()
+    store.close()
+
+
 @pytest.mark.parametrize("name", ["earlier", "same"])
 def test_files_of_an_earlier_format(name):
     """Their names are others; if one had the name of a new one, it would be replaced. They are evicted like others."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cellmap_lightning.volumes import locks, mapped, shared
+from cellmap_lightning.volumes.mapped import EMPTY, FILLED
 from cellmap_lightning.volumes.shared import RegionFolder
 from tests.volumes.test_damage import PAGE, Source, edit, flipped, part_of, reboot
 
@@ -31,11 +32,20 @@ def cache_dir(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def killed(work, step):
-    """Run a function in another process that is killed before its line of a number; False if it came to its end."""
+def killed(work, step, only=None):
+    """Run a function in another process that is killed before its line of a number; False if it came to its end.
+
+    Args:
+        work: the function.
+        step: the number, among the lines of the package's functions.
+        only: names of the functions whose lines count.
+    """
     pid = os.fork()
     if pid == 0:
         left = step
+
+        def counts(code):
+            return code.co_filename in TRACED and (only is None or code.co_name in only)
 
         def line(frame, event, arg):
             nonlocal left
@@ -46,7 +56,7 @@ def killed(work, step):
             return line
 
         try:
-            sys.settrace(lambda frame, event, arg: line if frame.f_code.co_filename in TRACED else None)
+            sys.settrace(lambda frame, event, arg: line if counts(frame.f_code) else None)
             work()
         finally:
             sys.settrace(None)
@@ -86,8 +96,8 @@ def another_version(source):
 
 def damage(source):
     source.run()
-    at, size = part_of(source.layout, "voxels")
-    edit(source.file, lambda content: flipped(content, at + size // 2, 10))
+    at, _ = part_of(source.layout, "voxels")
+    edit(source.file, lambda content: flipped(content, at, 10))
 
 
 def restart(source):
@@ -155,6 +165,26 @@ def test_killed_at_any_step(before, work, stride, cache_dir, tmp_path, caplog):
         assert source.run() == 0
         step += stride
     assert step > 100, "the lines of the package were traced"
+
+
+@pytest.mark.parametrize("before", [nothing, another_version, damage])
+def test_killed_at_each_step_of_writing_a_chunk(before, cache_dir, tmp_path, caplog):
+    """A flag is never set beside voxels, a stamp or a checksum that are not complete."""
+    source = prepared(before, cache_dir, tmp_path)
+    flags = set()
+    for step in range(40):
+        found_again(cache_dir, tmp_path)
+        if not killed(lambda: fill(source), step, {"fill", "_write"}):
+            assert step > 15
+            break
+        region, store = source.open()
+        flags |= set(region.attached().flags.ravel().tolist())
+        store.close()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "cellmap_lightning"):
+            source.run()
+        assert not caplog.records or before is damage, f"a kill at step {step} left something that looks like damage"
+    assert {EMPTY, FILLED} <= flags, "before and after the flag was set"
 
 
 @pytest.mark.parametrize("stride", STRIDES)
