@@ -41,7 +41,7 @@ def reopen(path: str, inode: tuple[int, int]) -> int:
     Raises:
         CacheError: the descriptor was closed.
     """
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         if inode_of(os.stat(path)) == inode:  # noqa: PTH116  asked before opening: a device may be behind it
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             if inode_of(os.fstat(fd)) == inode:

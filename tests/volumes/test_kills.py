@@ -13,7 +13,7 @@ import pytest
 from cellmap_lightning.volumes import locks, mapped, shared
 from cellmap_lightning.volumes.mapped import EMPTY, FILLED
 from cellmap_lightning.volumes.shared import RegionFolder
-from tests.volumes.test_damage import PAGE, Source, edit, flipped, part_of, reboot
+from tests.volumes.sources import PAGE, Source, edit, flipped, part_of, reboot
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes share voxels so on Linux only"),
