@@ -23,6 +23,7 @@ import torch
 import zarr
 
 from cellmap_lightning import CellMapDataset, CellMapError, CellMapMultiDataset
+from cellmap_lightning.sampling import pool as pool_module
 from cellmap_lightning.sampling.source import Draw
 from cellmap_lightning.transforms.spatial import rotation
 from cellmap_lightning.volumes import location
@@ -721,10 +722,18 @@ def test_regions_that_are_damaged_on_disk_are_repaired(large, at, cache_dir, cap
     assert read_all(large) == (0, count)
 
 
+def slowly(decode, start, shape):
+    time.sleep(0.01)
+    return decode(start, shape)
+
+
 @pytest.mark.parametrize("cache", ["disk", "memory", "chunks"])
-def test_a_dataset_that_is_closed_while_threads_read(volumes, cache):
-    """Every batch is right, or an error that says so."""
+def test_a_dataset_that_is_closed_while_threads_read(volumes, cache, monkeypatch):
+    """Every batch is right, or an error that says so; also where closing does not wait for slow reads."""
+    monkeypatch.setattr(pool_module, "PATIENCE", 0.0)
     dataset = volumes["v2 /"].dataset(NAMES[:3], (8, 12, 16), cache=cache)
+    for region in dataset.regions:
+        region.decode = partial(slowly, region.decode)
     draws = dataset.draw(range(dataset.tile_count), False, 0)
     reference, stop = digest(dataset.read(draws)), threading.Event()
 
@@ -740,7 +749,7 @@ def test_a_dataset_that_is_closed_while_threads_read(volumes, cache):
     with ThreadPoolExecutor(3) as pool:
         reading = [pool.submit(read) for _ in range(3)]
         for _ in range(20):
-            time.sleep(0.01)
+            time.sleep(0.02)
             dataset.close()
         stop.set()
         found = {result for future in reading for result in future.result(60)}
