@@ -95,6 +95,11 @@ def versions(packages):
     return found
 
 
+def tensors(batch):
+    """Return the tensors of a batch by name; also of a compact one, whose stored values are counted, not trained on."""
+    return getattr(batch, "tensors", batch)
+
+
 def check(batch, work, compact):
     """Refuse batches that cannot be what was asked for.
 
@@ -103,7 +108,7 @@ def check(batch, work, compact):
     """
     import torch
 
-    raw, labels = batch["raw"], batch["labels"]
+    raw, labels = (tensors(batch)[name] for name in ("raw", "labels"))
     side = (work.patch,) * 3
     channels = len(work.names)
     per_sample = (*side, 2 * math.ceil(channels / 8)) if compact else (channels, *side)
@@ -203,7 +208,7 @@ def measure(args):
         "construct_s": constructed - began,
         "first_batch_s": first - began,
         "first_batch_cpu_s": cpu_seconds() - cpu,
-        "types": {name: str(batch[name].dtype) for name in ("raw", "labels")},
+        "types": {name: str(tensors(batch)[name].dtype) for name in ("raw", "labels")},
         **check(batch, work, chosen.compact),
         "versions": versions(chosen.packages),
     }

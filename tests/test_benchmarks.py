@@ -68,6 +68,29 @@ def test_gpu_streams_on_the_cpu(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("implementation", ["ours", "ours-finished"])
+def test_our_loaders_are_measured(tmp_path, implementation):
+    """Of the loaders, the rows of this package; the batches are checked by the program itself."""
+    done = run(
+        "data.py", str(tmp_path), "--raw-size", "96", "--crop-size", "64", "--classes", "3", "--levels", "1"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run(
+        "measure.py", implementation, "--data", str(tmp_path), "--patch", "24", "--classes", "3", "--seconds", "0.1",
+        "--warm-seconds", "0.1", "--warm-samples", "4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (
+        result["types"]
+        == {
+            "ours": {"raw": "torch.uint8", "labels": "torch.uint8"},
+            "ours-finished": {"raw": "torch.float32", "labels": "torch.float32"},
+        }[implementation]
+    )
+    assert result["cpu_ms"] > 0
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     done = run("gpu_streams.py", "--device", "cpu", "--quick", "--minutes", "0.3", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
