@@ -89,11 +89,10 @@ def label_values(
 
 
 def _parsed(content: Mapping[str, Any]) -> LabelValues:
-    found = LabelValues(**content)
-    for name, value in asdict(found).items():
-        if type(value) not in ((int, type(None)) if name == "negative" else (bool,)):
-            raise TypeError(f"{name} is {value!r}")
-    return found
+    for name in LabelValues.__dataclass_fields__:
+        if type(content[name]) not in ((int, type(None)) if name == "negative" else (bool,)):
+            raise TypeError(f"{name} is {content[name]!r}")
+    return LabelValues(**content)
 
 
 def _read(reader: ChunkReader, files: list[tuple[int, int, int]], code: int) -> LabelValues:

@@ -193,10 +193,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     except OSError as e:
         what = "a link" if e.errno == errno.ELOOP else f"unreadable ({e.strerror})"
         raise DamagedRecordError(f"it is {what}; expected a file") from e
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise DamagedRecordError("it is not a regular file")
     with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise DamagedRecordError("it is not a regular file")
         if status.st_size > MOST_BYTES:
             raise DamagedRecordError(f"it has {status.st_size} bytes; at most {MOST_BYTES} are read")
         try:
