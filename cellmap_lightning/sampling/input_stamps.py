@@ -107,9 +107,7 @@ class InputStamps:
                 newest = max(newest, (max(status.st_mtime_ns, status.st_ctime_ns), file))
         time, file = newest
         where = f"{file} (changed {datetime.fromtimestamp(time / 1e9):%Y-%m-%d %H:%M:%S})" if file else "a chunk file"
-        lower, upper = self._grid.box(block).lower, self._grid.box(block).upper
-        nm = " x ".join(f"[{a:g}, {b:g}]" for a, b in zip(lower, upper, strict=True))
-        return f"raw has changed since block {block} (z x y x x {nm} nm) was predicted: {where}"
+        return f"raw has changed since block {block} ({self._grid.box(block)}) was predicted: {where}"
 
     def _reads(self, block: int) -> list[Read]:
         """The boxes of stored arrays that the patches of a block show, and what decides whether it is skipped."""
