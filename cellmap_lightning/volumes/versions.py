@@ -25,8 +25,8 @@ def versions(places: Sequence[Remote]) -> list[str]:
     """
     found: dict[Remote, str] = {}
     groups: dict[int, tuple[Any, dict[str, Remote]]] = {}
-    objects = {place: _object_of(place) for place in places}
-    for thing in {thing for thing in objects.values() if thing is not None}:
+    objects = [_object_of(place) for place in places]
+    for thing in {thing for thing in objects if thing is not None}:
         fs = thing.filesystem()
         groups.setdefault(id(fs), (fs, {}))[1][thing.key] = thing
     for fs, keys in groups.values():
@@ -34,7 +34,7 @@ def versions(places: Sequence[Remote]) -> list[str]:
         with first._clear():
             answers = _asked_again(fs, list(keys))
         found |= {keys[key]: _version(answer) for key, answer in answers.items()}
-    return [found[thing] if thing is not None else "" for thing in objects.values()]
+    return [found[thing] if thing is not None else "" for thing in objects]
 
 
 def _object_of(place: Remote) -> Remote | None:

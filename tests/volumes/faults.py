@@ -4,6 +4,7 @@ import asyncio
 import errno
 import threading
 from contextlib import contextmanager, suppress
+from email.utils import formatdate
 from pathlib import Path
 
 from aiohttp import web
@@ -119,6 +120,56 @@ def forbidding(folder: Path):
                 return web.Response(status=416, text="<Error><Code>InvalidRange</Code></Error>")
             return web.Response(body=b"")
         return web.FileResponse(file)
+
+    with _running(answer) as address:
+        yield address, control
+
+
+class Described:
+    """What a server of `describing` sends and has been asked for.
+
+    Attributes:
+        sends: headers that tell versions of a file apart, of ``ETag`` and ``Last-Modified``.
+        status: of responses to HEAD, and ``times`` for how many of them; afterwards 200.
+        asked: method and path of each request.
+        most: HEAD requests that were answered at the same time at most.
+    """
+
+    def __init__(self):
+        self.sends, self.status, self.times = ("ETag", "Last-Modified"), 200, 10**9
+        self.latency, self.asked, self.most, self.busy = 0.0, [], 0, 0
+
+    def heads(self):
+        """Paths that were asked for with HEAD, and start again."""
+        found = sorted(path for method, path in self.asked if method == "HEAD")
+        self.asked.clear()
+        return found
+
+
+@contextmanager
+def describing(folder: Path):
+    """Serve a folder on loopback; yields the address and a `Described`."""
+    control = Described()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        control.asked.append((request.method, request.path))
+        file = folder / request.path.lstrip("/")
+        if request.method == "HEAD":
+            control.busy += 1
+            control.most = max(control.most, control.busy)
+            await asyncio.sleep(control.latency)
+            control.busy -= 1
+            control.times -= 1
+            if control.status != 200 and control.times >= 0:
+                return web.Response(status=control.status)
+        if not file.is_file():
+            return web.Response(status=404)
+        if request.method == "GET":
+            return web.FileResponse(file)
+        status = file.stat()
+        values = {"ETag": f'"{status.st_ino}-{status.st_ctime_ns}"', "Last-Modified": formatdate(status.st_mtime)}
+        headers = {name: values[name] for name in control.sends}
+        return web.Response(body=file.read_bytes(), headers=headers)
 
     with _running(answer) as address:
         yield address, control
