@@ -15,7 +15,7 @@ from cellmap_lightning.volumes.ngff import read_multiscale
 from cellmap_lightning.volumes.stamps import file_stamp
 from cellmap_lightning.volumes.store import absolute, located
 from cellmap_lightning.volumes.writer import write_multiscale
-from tests.volumes.sources import as_links, edit_in_place, packed, rename_over, retarget_chunks
+from tests.volumes.changes import as_links, edit_in_place, packed, rename_over, retarget_chunks
 
 SPEC = {"raw": {"shape": [8, 8, 8], "scale": [8, 8, 8]}}
 BOX = (0, 0, 0), (8, 8, 8)

@@ -16,8 +16,8 @@ from cellmap_lightning.volumes.store import located
 from cellmap_lightning.volumes.versions import versions
 from cellmap_lightning.volumes.writer import write_multiscale
 from tests.sampling.test_measurements import EXPECTED, MEASUREMENTS, contents
+from tests.volumes.changes import edit_in_place, packed
 from tests.volumes.faults import describing
-from tests.volumes.sources import edit_in_place, packed
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
 SPEC = {"raw": {"shape": [8, 8, 8], "scale": [8, 8, 8]}}
