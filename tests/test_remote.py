@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -389,6 +390,57 @@ def test_credentials_in_an_address_are_nowhere(volume, tmp_path, caplog, monkeyp
     for text in (*texts, caplog.text):
         assert "word-17" not in text
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and b"word-17" in p.read_bytes()]
+
+
+@pytest.fixture
+def writer(endpoint):
+    """A file system that writes to a bucket of its own, and removes what was written."""
+    import s3fs
+
+    fs = s3fs.S3FileSystem(**signed(endpoint), skip_instance_cache=True)
+    fs.mkdir("rewritten", acl="public-read")
+    yield fs
+    fs.rm("rewritten", recursive=True)
+
+
+@pytest.mark.parametrize("how", [anonymous, pytest.param(signed, marks=pytest.mark.slow)])
+def test_a_rewritten_volume_on_s3_is_noticed(writer, endpoint, tmp_path, monkeypatch, how):
+    from cellmap_lightning.volumes.writer import write_multiscale
+
+    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
+    spec = {"raw": {"shape": [8, 8, 8], "scale": [8, 8, 8]}}
+
+    def write(value):
+        # The bytes of all metadata stay; only the server's version of them is new.
+        folder = tmp_path / str(value)
+        data = np.full((8, 8, 8), value, np.uint8)
+        write_multiscale(folder, data, scale=(8, 8, 8), translation=(0, 0, 0), chunks=(8, 8, 8))
+        files = [p for p in folder.rglob("*") if p.is_file()]
+        targets = [f"rewritten/v.zarr/{p.relative_to(folder)}" for p in files]
+        writer.put([str(p) for p in files], targets, ACL="public-read")
+
+    def shown():
+        with CellMapDataset(
+            "s3://rewritten/v.zarr", input_arrays=spec, cache="disk", storage_options=how(endpoint), is_train=False,
+            normalize={"range": [0, 1]},
+        ) as dataset:  # fmt: skip
+            return dataset[0]["raw"].unique().tolist()
+
+    write(3)
+    assert shown() == shown() == [3]
+    time.sleep(1.1)  # the time that the server sends has seconds; entity tags of equal bytes are equal
+    write(5)
+    assert shown() == [5]
+
+
+def test_what_is_listed_on_s3_is_never_that_of_an_earlier_look(writer, endpoint):
+    place = located("s3://rewritten/groups", signed(endpoint))
+    names = []
+    for name in ("a", "b"):
+        writer.pipe(f"rewritten/groups/{name}/.zgroup", b"{}")
+        names.append(name)
+        assert place.children() == names
+    assert (place / "b").exists()
 
 
 def test_one_address_behind_two_endpoints_is_two_places(bucket, endpoint):

@@ -530,7 +530,7 @@ class CellMapDataset(SampleSource):
     @property
     def is_remote(self) -> bool:
         """Whether raw or labels lie in a store elsewhere."""
-        return isinstance(self.raw_at, Remote) or bool(self.target_path and isinstance(self.target_path.crop, Remote))
+        return isinstance(self.raw_at, Remote) or bool(self.target_path and "://" in self.target_path.before)
 
     @property
     def label_images(self) -> Mapping[str, Multiscale]:

@@ -18,8 +18,9 @@ def key_of(level: Level, kind: str, *settings: object) -> RecordKey:
         kind: name of the measurement.
         settings: what else its result depends on.
     """
-    of = level.path.resolve() if isinstance(level.path, Path) else level.path
-    return RecordKey(kind, (*array_identity(level), *settings), str(of))
+    identity = array_identity(level)
+    of = identity[0] if isinstance(level.path, Path) else level.path
+    return RecordKey(kind, (*identity, *settings), str(of))
 
 
 def stamp_of(files: Mapping[tuple[int, int, int], bytes]) -> str:

@@ -21,6 +21,8 @@ from cellmap_lightning.volumes.stamps import digest_of
 ENOUGH_VOXELS = 1 << 22
 _LEAST_VOXELS = 1 << 16
 _QUANTILES = 1001
+#: The attribute of an image that was opened which holds its statistics.
+_OF_IMAGE = "_statistics"
 _lock = threading.Lock()
 #: Statistics that this process has read or measured, each with the stamp of its chunks.
 _known: dict[RecordKey, tuple[str, "Statistics"]] = {}
@@ -62,17 +64,24 @@ def statistics(image: Multiscale, patience: Patience = PATIENT) -> Statistics:
     Raises:
         CellMapValueError: the volume holds nothing but zeros.
     """
-    level = _measured_level(image)
+    with _lock:
+        found: Statistics | None = image.__dict__.get(_OF_IMAGE)
+        if found is None:
+            # Crops that are opened together share the image, and its chunks are examined once for all of them.
+            found = image.__dict__[_OF_IMAGE] = _found_or_measured(_measured_level(image), patience)
+        return found
+
+
+def _found_or_measured(level: Level, patience: Patience) -> Statistics:
     key, boxes = _measurement(level)
     reader = ChunkReader(level, patience=patience, empty="missing")  # as other chunks that are missing
-    with _lock:
-        stamp = _stamp(reader, boxes)
-        found = _cached(key, lambda: stamp)
-        if found is None:
-            found = _measure(reader, boxes)
-            _known[key] = stamp, found
-            remember(key, stamp, asdict(found))
-        return found
+    stamp = _stamp(reader, boxes)
+    found = _cached(key, lambda: stamp)
+    if found is None:
+        found = _measure(reader, boxes)
+        _known[key] = stamp, found
+        remember(key, stamp, asdict(found))
+    return found
 
 
 def known_statistics(image: Multiscale) -> Statistics | None:

@@ -342,7 +342,9 @@ def located(path: "str | Path | Remote", options: Mapping[str, Any] | None = Non
 
 def absolute(path: str) -> str:
     """Return a path or an address with its part on this machine absolute and ``~`` expanded; no link is resolved."""
-    head, chain, last = path.rpartition("::")
+    if path.startswith("/"):
+        return path
+    head, chain, last = path.rpartition("::") if "://" in path else ("", "", path)
     if "://" in last and not last.startswith("file://"):
         return path
     found = Path(last.removeprefix("file://")).expanduser()

@@ -3,6 +3,7 @@
 The same for each measurement: counts, statistics, foreground indices, and the values of labels.
 """
 
+import base64
 import json
 import logging
 import os
@@ -285,6 +286,58 @@ def test_a_damaged_record_is_replaced_with_one_warning(pair, name, damage, own_f
     assert len(caplog.messages) == 1
     assert str(record) in caplog.text
     assert records.unsealed(record.read_text())["measured"]
+
+
+def known(image):
+    """What is known without reading, of what a record is kept."""
+    return counts.known_foreground(image, image.finest, CODE), statistics.known_statistics(image)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "zeroed"])
+def test_damage_is_reported_once_until_the_record_is_replaced(pair, damage, own_folder, monkeypatch, caplog):
+    assert count(of(pair[0])) == EXPECTED["count"][0]
+    record = only_record(own_folder)
+    for times in (1, 2):
+        record.write_bytes(DAMAGE[damage](record.read_bytes(), b""))
+        with caplog.at_level(logging.WARNING):
+            assert known(of(pair[0])) == known(of(pair[0])) == (None, None)
+            assert count(of(pair[0])) == known(of(pair[0]))[0] == EXPECTED["count"][0]
+        assert len(caplog.messages) == times
+
+
+def packed_as(dtype, values):
+    return base64.b64encode(np.array(values, dtype).tobytes()).decode()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"counts": packed_as(np.int64, [1, 1])}, {"kept": packed_as(np.int64, [2])},
+        {"kept": packed_as(np.int64, [0])}, {"counts": packed_as(np.int64, [0])},
+        {"voxels": packed_as(np.int32, [0, 0, 16])}, {"voxels": packed_as(np.int32, [-1, 0, 0])},
+        {"voxels": packed_as(np.int32, [0, 0])}, {"voxels": "no base64"},
+    ],
+)  # fmt: skip
+def test_an_index_that_cannot_be_one_of_its_array(pair, part, own_folder, caplog):
+    assert index(of(pair[0])) == EXPECTED["index"][0]
+    record = only_record(own_folder)
+    record.write_bytes(resealed(record.read_text(), lambda content: content["measured"].update(part)))
+    with caplog.at_level(logging.WARNING):
+        assert index(of(pair[0])) == EXPECTED["index"][0]
+    assert "not those of index" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "part", [{"mean": float("nan")}, {"quantiles": [1.0]}, {"quantiles": [float("inf")] * 1001}, {"std": "much"}]
+)
+def test_statistics_that_cannot_be_some(pair, part, own_folder, monkeypatch, caplog):
+    assert mean(of(pair[0])) == EXPECTED["statistics"][0]
+    record = only_record(own_folder)
+    record.write_bytes(resealed(record.read_text(), lambda content: content["measured"].update(part)))
+    monkeypatch.setattr(statistics, "_known", {})
+    with caplog.at_level(logging.WARNING):
+        assert mean(of(pair[0])) == EXPECTED["statistics"][0]
+    assert "not those of statistics" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["folder", "full folder", "fifo", "link", "dead link"])

@@ -193,7 +193,8 @@ def value_of(place):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("a/b", "{cwd}/a/b"), ("/a/../b", "/a/../b"), ("file:///a", "/a"), ("s3://bucket/a", "s3://bucket/a"),
+        ("a/b", "{cwd}/a/b"), ("/a/../b", "/a/../b"), ("/a::b", "/a::b"), ("a::b", "{cwd}/a::b"),
+        ("file:///a", "/a"), ("s3://bucket/a", "s3://bucket/a"),
         ("zip://x::a.zip", "zip://x::{cwd}/a.zip"), ("zip://x::zip://y.zip::b.zip", "zip://x::zip://y.zip::{cwd}/b.zip"),
         ("zip://x::s3://bucket/a.zip", "zip://x::s3://bucket/a.zip"), ("zip://::/a.zip", "zip://::/a.zip"),
         ("zip://crop/[mito,er]::~/a.zip", "zip://crop/[mito,er]::{home}/a.zip"),
