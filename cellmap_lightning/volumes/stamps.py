@@ -2,7 +2,8 @@
 
 Time and size alone do not show that a file was replaced: ``rsync -a``, ``cp -p``, ``tar`` and layers of containers keep
 the modification time, and chunks without compression all have one size. Inode and change time are set by the kernel and
-cannot be copied. The number of the device is left out, since it changes from mount to mount.
+cannot be copied. The number of the device is left out, since it changes from mount to mount; and so is the inode on
+file systems in user space (sshfs, rclone, gcsfuse), many of which number files anew at each mount.
 """
 
 import hashlib
@@ -10,11 +11,16 @@ import os
 import stat
 import struct
 from collections.abc import Iterable
+from pathlib import Path
+
+from cellmap_lightning.volumes.location import filesystem
 
 _PACKED = struct.Struct("<Qqqq")
 _WORD = (1 << 64) - 1
 #: The stamp of a file that does not exist or cannot be examined.
 ABSENT = bytes(_PACKED.size)
+#: For each device that was met, a mask: of inodes that mean nothing, no bit remains.
+_masks: dict[int, int] = {}
 
 
 def file_stamp(path: str) -> bytes:
@@ -34,7 +40,20 @@ def file_stamp(path: str) -> bytes:
             return _link_stamp(path)
     except OSError:
         return ABSENT
-    return _PACKED.pack(status.st_ino & _WORD, status.st_ctime_ns, status.st_mtime_ns, status.st_size)
+    return _pack(status, path)
+
+
+def _pack(status: os.stat_result, path: str) -> bytes:
+    mask = _masks.get(status.st_dev)
+    if mask is None:
+        mask = _mask(status.st_dev, path)
+    return _PACKED.pack(status.st_ino & mask, status.st_ctime_ns, status.st_mtime_ns, status.st_size)
+
+
+def _mask(device: int, path: str) -> int:
+    kind = filesystem(Path(path))
+    found = _masks[device] = 0 if kind == "fuse" or kind.startswith("fuse.") else _WORD
+    return found
 
 
 def _link_stamp(path: str) -> bytes:
@@ -43,7 +62,7 @@ def _link_stamp(path: str) -> bytes:
         status = os.stat(path)  # noqa: PTH116  as above
     except OSError:  # a dead link
         return ABSENT + target
-    return _PACKED.pack(status.st_ino & _WORD, status.st_ctime_ns, status.st_mtime_ns, status.st_size) + target
+    return _pack(status, path) + target
 
 
 def stamped_size(stamp: bytes) -> int | None:

@@ -394,6 +394,9 @@ def keeping() -> Iterator[None]:
     """Read each metadata file of a remote store, and resolve each folder, once while the context is open."""
     global _kept, _folders
     with _lock:
+        if _kept is None:  # listings of archives elsewhere are read again, as these have no stamps
+            for key in [key for key in _filesystems if "://" in key[1]]:
+                del _filesystems[key]
         outer, _kept = _kept, {} if _kept is None else _kept
         outer_folders, _folders = _folders, {} if _folders is None else _folders
     try:

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from cellmap_lightning.volumes import stamps
 from cellmap_lightning.volumes.stamps import ABSENT, digest_of, file_stamp
 
 
@@ -84,6 +85,24 @@ def test_a_folder_on_the_way_that_leads_elsewhere(tmp_path):
     (tmp_path / "s0").unlink()
     (tmp_path / "s0").symlink_to("two")
     assert file_stamp(str(tmp_path / "s0/0")) != before
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    [("ext4", True), ("nfs4", True), ("fuseblk", True), ("", True), ("fuse", False), ("fuse.sshfs", False),
+     ("fuse.rclone", False)],
+)  # fmt: skip
+def test_inodes_count_where_they_last(file, kind, counts, monkeypatch):
+    """The kind of a file system stands in for its mount, which tests have no permission for."""
+    monkeypatch.setattr(stamps, "filesystem", lambda path: kind)
+    monkeypatch.setattr(stamps, "_masks", {})
+    link = file.with_name("link")
+    link.symlink_to(file)
+    status = file.stat()
+    for path in (file, link):
+        inode, *others = stamps._PACKED.unpack_from(file_stamp(str(path)))
+        assert inode == (status.st_ino if counts else 0)
+        assert others == [status.st_ctime_ns, status.st_mtime_ns, status.st_size]
 
 
 def test_what_is_not_there(file, tmp_path):

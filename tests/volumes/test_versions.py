@@ -234,6 +234,20 @@ def test_an_archive_elsewhere_has_a_version(pair, server, tmp_path):
     assert read_multiscale(address).finest.array.version != before
 
 
+@pytest.mark.parametrize("cache", ["disk", "memory", "none"])
+def test_an_archive_elsewhere_that_was_rewritten_is_noticed(pair, server, tmp_path, cache):
+    """Also its listing, which has other places of chunks."""
+    url, _ = server
+    for folder in pair:
+        packed(folder, tmp_path / f"{folder.parent.name}.zip")
+    (pair[1] / "README").write_text("moves what comes after it")
+    packed(pair[1], tmp_path / "c.zip")
+    address = f"zip://raw::{url}/given.zip"
+    for name, expected in (("a", 1), ("b", 2), ("c", 2), ("a", 1)):
+        (tmp_path / "given.zip").write_bytes((tmp_path / f"{name}.zip").read_bytes())
+        assert shown(address, cache) == shown(address, cache) == expected
+
+
 def test_paths_of_this_machine_have_no_version(pair, tmp_path):
     packed(pair[0], tmp_path / "v.zip")
     assert read_array(located(pair[0] / "s0")).version == ""
