@@ -80,8 +80,6 @@ def test_a_rewritten_volume_is_noticed(pair, server, sends):
 
 @pytest.mark.parametrize("name", list(MEASUREMENTS))
 def test_a_rewritten_volume_is_measured_again(server, name, tmp_path):
-    if name == "not absent":
-        pytest.skip("files of stores that list nothing are not counted")
     url, control = server
     paths = [written(tmp_path / n / "raw", data) for n, data in zip("ab", contents(), strict=True)]
     for _ in range(2):
