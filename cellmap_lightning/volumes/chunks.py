@@ -21,9 +21,10 @@ from cellmap_lightning.errors import (
     EmptyChunkError,
     MissingExtraError,
 )
+from cellmap_lightning.volumes.bounded import bounded, decode_bounded
 from cellmap_lightning.volumes.geometry import AXES, Box, Shape, to_vector
 from cellmap_lightning.volumes.guard import PATIENT, GuardedStore, ObjectError, Patience, described, is_forbidden
-from cellmap_lightning.volumes.integrity import DamagedError, EmptyError, SizeError, check_file, decoded_bytes
+from cellmap_lightning.volumes.integrity import EmptyError, SizeError, check_file, problem_of
 from cellmap_lightning.volumes.ngff import Level
 from cellmap_lightning.volumes.openable import READERS as READERS
 from cellmap_lightning.volumes.openable import Reader as Reader
@@ -31,7 +32,8 @@ from cellmap_lightning.volumes.openable import check_openable
 from cellmap_lightning.volumes.plain import PlainChunks
 from cellmap_lightning.volumes.resample import AnyArray
 from cellmap_lightning.volumes.stamps import file_stamp, stamped_size
-from cellmap_lightning.volumes.store import Remote, identity_of, open_store
+from cellmap_lightning.volumes.store import Remote, identity_of
+from cellmap_lightning.volumes.stores import open_store
 
 #: Whether a chunk whose file has 0 bytes is an error, or counts as missing and holds the fill value.
 Empty = Literal["error", "missing"]
@@ -138,12 +140,14 @@ class ChunkReader:
     def _store(self) -> GuardedStore:
         info = self.level.array
         return GuardedStore(
-            open_store(info.path), info.encoded, self.patience, str(info.path), info.metadata.name, self.empty
-        )
+            open_store(info.path, info.encoded.most_stored), info.encoded, self.patience, str(info.path),
+            info.metadata.name, self.empty,
+        )  # fmt: skip
 
     def _zarr(self, store: GuardedStore | None = None) -> "zarr.Array[Any]":
-        zarr_format: Any = 3 if self.level.array.zarr_format == 3 else 2
-        return zarr.open_array(store or self._store(), mode="r", zarr_format=zarr_format)
+        info = self.level.array
+        zarr_format: Any = 3 if info.zarr_format == 3 else 2
+        return bounded(zarr.open_array(store or self._store(), mode="r", zarr_format=zarr_format), info.encoded)
 
     def _tensorstore(self) -> Any:
         global _tensorstore_pid
@@ -196,6 +200,8 @@ class ChunkReader:
         if self.reader != "tensorstore":
             return None
         try:
+            if self.local:
+                self._check_files(start, shape)
             return self._open()[self._box(start, shape)].read()
         except CellMapError:
             raise
@@ -269,8 +275,8 @@ class ChunkReader:
         they count as missing, zarr-python reads the box.
         """
         box = self._box(start, shape)
-        if self.local:
-            self._check_links(start, shape)
+        if self.local and begun is None:  # otherwise `begin` has checked them
+            self._check_files(start, shape)
         try:
             ahead = begun if begun is not None else self._open()[box].read()
             return np.asarray(ahead.result(timeout=self.patience.timeout))
@@ -288,19 +294,18 @@ class ChunkReader:
             array = self._beside_array = pid, self._zarr(self._guard())
         return np.asarray(array[1][box])
 
-    def _check_links(self, start: tuple[int, int, int], shape: Shape) -> None:
-        """Refuse folders and dead links in place of chunk files, which TensorStore reads as the fill value.
+    def _check_files(self, start: tuple[int, int, int], shape: Shape) -> None:
+        """Refuse chunk files that TensorStore would wait for, read without end, or take for missing.
 
         Raises:
             ObjectError: there is one.
         """
+        info = self.level.array
+        most = info.encoded.most_stored
         for index in self.files(start, shape):
-            file = self.level.array.file(index)
-            if not os.path.isfile(file) and os.path.lexists(file):  # noqa: PTH113  thousands of them
-                what = "a folder stands where the chunk should be a file"
-                if os.path.islink(file):  # noqa: PTH114  as above
-                    what = f"it is a link to {os.readlink(file)}, which is not there"  # noqa: PTH115  as above
-                raise ObjectError(self._key(index), 1, 0.0, DamagedError(what))
+            wrong = problem_of(info.file(index), most)
+            if wrong is not None:
+                raise ObjectError(self._key(index), 1, 0.0, wrong)
 
     def _first_empty(self, start: tuple[int, int, int], shape: Shape) -> tuple[int, ...] | None:
         """The first chunk or shard of a box whose file has 0 bytes."""
@@ -351,11 +356,13 @@ class ChunkReader:
         stored, encoded = memoryview(content.to_bytes()), self.level.array.encoded
         try:
             check_file(stored, encoded)
+            if encoded.codec and encoded.exact and not encoded.opaque:
+                decode_bounded(stored[encoded.head : len(stored) - encoded.tail], encoded)
         except SizeError as e:
             return e.nbytes
-        except DamagedError:
+        except Exception:  # codecs raise whatever they like
             return None
-        return decoded_bytes(stored, encoded)
+        return None
 
     def _whole(self) -> int:
         """Bytes of the voxels of a whole chunk."""

@@ -22,7 +22,14 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import LocalStore, WrapperStore
 
 from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.volumes.integrity import DamagedError, EmptyError, Encoded, check_file, check_part
+from cellmap_lightning.volumes.integrity import (
+    DamagedError,
+    EmptyError,
+    Encoded,
+    check_file,
+    check_part,
+    problem_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -365,11 +372,9 @@ class GuardedStore(WrapperStore[Store]):
         """Stores of zarr-python's take for missing what is there and is no file."""
         if not isinstance(self._store, LocalStore):
             return
-        path = self._store.root / key
-        if path.is_dir():
-            raise DamagedError("a folder stands where the chunk should be a file")
-        if path.is_symlink():
-            raise DamagedError(f"it is a link to {path.readlink()}, which is not there")
+        wrong = problem_of(f"{self._store.root}/{key}", self._encoded.most_stored)
+        if wrong is not None:
+            raise wrong
 
 
 def _folder(store: Store) -> LocalStore | None:

@@ -1,26 +1,27 @@
-"""What the stored bytes of a chunk must be like, checked before they are decoded.
+"""Checks of the stored bytes of a chunk, made before they are decoded.
 
 Codecs trust what they are given: Blosc copies beyond the end of a chunk that was cut short, Zstandard allocates what a
 header says. So lengths are compared first, and a chunk that would decode to more than the array's metadata allows is
-refused. Values are not looked at: a flipped bit is noticed where a checksum was stored, and nowhere else.
+refused. Formats that do not store their decoded size (gzip, zlib, bz2, LZMA) are decoded in `streams`, which stops at
+the limit. Values are not checked: a flipped bit is noticed where a checksum was stored, and nowhere else.
 
 Formats: https://github.com/Blosc/c-blosc/blob/main/README_CHUNK_FORMAT.rst,
 https://datatracker.ietf.org/doc/html/rfc8878 (Zstandard),
 https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html.
 """
 
-import bz2
-import lzma
 import math
-import zlib
+import os
+import stat
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-#: Codecs whose decoded size can be bounded before they run.
+from cellmap_lightning.volumes.files import IrregularFileError, LargeFileError, excess, irregularity
+
+#: Codecs whose decoded size can be bounded.
 COMPRESSORS = frozenset({"blosc", "zstd", "gzip", "zlib", "lz4", "bz2", "lzma"})
 #: Codecs that leave numbers numbers. Others hold objects, as ``pickle`` does, or are not known here.
 FILTERS = frozenset(
@@ -30,10 +31,10 @@ FILTERS = frozenset(
     }
 )  # fmt: skip
 
-#: Bytes to which deflate can expand one at most.
-_DEFLATE = 1032
-#: Bytes that any chunk may decode to without a closer look.
-_HARMLESS = 1 << 32
+#: Bytes that the blocks of a Zstandard frame without a size may hold beyond those of a chunk: they are not always full.
+_UNFILLED = 1 << 24
+#: Bytes that headers and checksums of a file may take, and of a chunk inside of a shard.
+_OVERHEAD, _OVERHEAD_INSIDE = 1 << 20, 256
 #: Bytes of a Zstandard block at most.
 _BLOCK = 1 << 17
 
@@ -73,6 +74,7 @@ class Encoded:
         head: bytes of checksums before them.
         opaque: the compressed bytes were shuffled afterwards, so that their header cannot be read.
         shard: the chunks inside, where this is a shard.
+        compressors: the stored form after each compressor, in the order of encoding; of a shard, of those around it.
     """
 
     codec: str
@@ -82,11 +84,17 @@ class Encoded:
     head: int = 0
     opaque: bool = False
     shard: "Shard | None" = None
+    compressors: tuple["Encoded", ...] = field(default=(), compare=False, repr=False)
 
     @property
     def most(self) -> int:
         """Bytes that the compressor may yield."""
         return self.nbytes if self.exact else 16 * self.nbytes + (1 << 20)
+
+    @property
+    def most_stored(self) -> int:
+        """Bytes that a file may have: more than any compressor makes of what cannot be compressed."""
+        return 2 * (self.shard.most if self.shard is not None else self.most) + _OVERHEAD
 
 
 @dataclass(frozen=True)
@@ -114,12 +122,44 @@ class Shard:
         """Bytes of the index."""
         return 16 * math.prod(self.grid) + self.index_tail
 
+    @property
+    def most(self) -> int:
+        """Bytes that its chunks and its index may have."""
+        chunk = self.chunk.shard.most if self.chunk.shard is not None else self.chunk.most
+        return math.prod(self.grid) * (chunk + _OVERHEAD_INSIDE) + self.index_bytes
+
     def entries(self, index: memoryview) -> npt.NDArray[np.uint64]:
         """Return the index's pairs of first byte and number of bytes, one for each chunk."""
         shape = (*self.grid, 2)
         axes = self.index_axes or tuple(range(len(shape)))
         numbers = np.frombuffer(index[: 16 * math.prod(self.grid)], self.index_type)
         return numbers.reshape([shape[a] for a in axes]).transpose(np.argsort(axes)).reshape(-1, 2)
+
+
+def problem_of(path: str, most: int) -> Exception | None:
+    """Return what is wrong with the file of a chunk, of whose content nothing is read; None where nothing is.
+
+    A file that is not there is not wrong: such a chunk holds the fill value.
+
+    Args:
+        path: the file.
+        most: bytes that it may have.
+    """
+    try:
+        status = os.stat(path)  # noqa: PTH116  thousands of them, and a Path costs more than the call
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.islink(path):  # noqa: PTH114  as above
+            return DamagedError(f"it is a link to {os.readlink(path)}, which is not there")  # noqa: PTH115  as above
+        return None
+    except OSError:  # the reader meets it as well
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        return DamagedError("a folder stands where the chunk should be a file")
+    wrong = irregularity(status.st_mode)
+    if wrong:
+        return IrregularFileError(wrong)
+    wrong = excess(status.st_size, most)
+    return LargeFileError(wrong) if wrong else None
 
 
 def check_file(stored: memoryview, encoded: Encoded) -> None:
@@ -136,11 +176,13 @@ def check_file(stored: memoryview, encoded: Encoded) -> None:
         raise DamagedError(f"it is cut short: {len(stored)} bytes are stored, less than its checksums have")
     if checksums:
         stored = stored[encoded.head : len(stored) - encoded.tail]
+    wrong = excess(len(stored), encoded.most_stored)
+    if wrong:
+        raise LargeFileError(wrong)
     if encoded.opaque:
         return
-    check = _CHECKS.get(encoded.codec)
-    if check is not None:
-        check(stored, encoded)
+    if encoded.codec:
+        check_header(stored, encoded)
     elif encoded.shard is not None:
         _check_shard(stored, encoded.shard)
     elif encoded.exact and len(stored) != encoded.nbytes:
@@ -169,22 +211,6 @@ def check_part(stored: memoryview, shard: Shard) -> None:
         raise DamagedError("a chunk of the shard is empty: its index gives it 0 bytes") from e
 
 
-def decoded_bytes(stored: memoryview, encoded: Encoded) -> int | None:
-    """Return how many bytes a chunk decodes to, by decoding it where only deflate was used; None where it is not known.
-
-    It is for messages: what else does not fit, `check_file` counts.
-    """
-    stored = stored[encoded.head : len(stored) - encoded.tail]
-    if encoded.codec in ("gzip", "zlib") and encoded.exact and not encoded.opaque:
-        try:
-            decoder = zlib.decompressobj(32 + zlib.MAX_WBITS)
-            part = decoder.decompress(stored, encoded.nbytes)
-        except zlib.error:
-            return None
-        return len(part) if decoder.eof else None
-    return len(stored) if encoded.codec == "" and encoded.exact else None
-
-
 def _expect(decoded: int, encoded: Encoded) -> None:
     if decoded > encoded.most or (encoded.exact and decoded != encoded.nbytes):
         text = f"it would decode to {decoded} bytes, and a chunk of the array has {encoded.nbytes}"
@@ -209,18 +235,21 @@ def _lz4(stored: memoryview, encoded: Encoded) -> None:
 
 
 def _zstd(stored: memoryview, encoded: Encoded) -> None:
-    at, decoded, said = 0, 0, True
+    at, decoded, certain = 0, 0, True
     while at < len(stored):
         frame, known, at = _frame(stored, at)
-        decoded, said = decoded + frame, said and known
-    if said:
+        decoded, certain = decoded + frame, certain and known
+    if certain:
         _expect(decoded, encoded)
-    elif decoded > encoded.most + _HARMLESS:  # as much as its blocks could hold, where the frame does not say
-        raise DamagedError(f"it could decode to {decoded} bytes, and a chunk of the array has {encoded.nbytes}")
+    elif not encoded.exact and decoded > encoded.most + _UNFILLED:  # otherwise the decoder's output is limited
+        raise DamagedError(f"it could decode to {decoded} bytes; a chunk of the array has {encoded.nbytes}")
 
 
 def _frame(stored: memoryview, at: int) -> tuple[int, bool, int]:
-    """Bytes that a frame decodes to, or could; whether it says so itself; and where it ends."""
+    """Bytes that a frame decodes to, or could; whether that is certain; and where it ends.
+
+    A frame without its size is certain where none of its blocks is compressed.
+    """
     magic = int.from_bytes(stored[at : at + 4], "little")
     if magic & 0xFFFFFFF0 == 0x184D2A50:  # skipped by whoever decodes
         return 0, True, at + 8 + int.from_bytes(stored[at + 4 : at + 8], "little")
@@ -232,55 +261,31 @@ def _frame(stored: memoryview, at: int) -> tuple[int, bool, int]:
         at += 5 + (not single) + (0, 1, 2, 4)[head & 3]
         width = (single, 2, 4, 8)[size_flag]
         size = int.from_bytes(stored[at : at + width], "little") + (256 if width == 2 else 0)
-        at, could, last = at + width, 0, False
+        at, could, certain, last = at + width, 0, True, False
         while not last:
             block = int.from_bytes(stored[at : at + 3], "little")
             last, kind, length = bool(block & 1), block >> 1 & 3, block >> 3
             if at + 3 > len(stored) or kind == 3:
                 raise IndexError
             at, could = at + 3 + (1 if kind == 1 else length), could + (_BLOCK if kind == 2 else length)
+            certain = certain and kind != 2
         at += 4 * (head >> 2 & 1)
         if at > len(stored):
             raise IndexError
     except IndexError:
         raise DamagedError(f"it is cut short: a Zstandard frame does not end in the {len(stored)} bytes") from None
-    return (size, True, at) if width else (could, False, at)
+    return (size, True, at) if width else (could, certain, at)
 
 
-def _deflate(stored: memoryview, encoded: Encoded) -> None:
-    if len(stored) * _DEFLATE > encoded.most + _HARMLESS:
-        _decoded(stored, encoded, lambda: zlib.decompressobj(32 + zlib.MAX_WBITS))
+def check_header(stored: memoryview, encoded: Encoded) -> None:
+    """Check the header of what a compressor made, where it has one that says how much it decodes to.
+
+    Raises:
+        DamagedError: it is cut short, or would decode to too much.
+    """
+    check = _HEADERS.get(encoded.codec)
+    if check is not None:
+        check(stored, encoded)
 
 
-def _bz2(stored: memoryview, encoded: Encoded) -> None:
-    _decoded(stored, encoded, bz2.BZ2Decompressor)
-
-
-def _lzma(stored: memoryview, encoded: Encoded) -> None:
-    _decoded(stored, encoded, lambda: lzma.LZMADecompressor(memlimit=_HARMLESS))
-
-
-def _decoded(stored: memoryview, encoded: Encoded, decoder: Callable[[], Any]) -> None:
-    """Decode once to count, and throw away: formats that do not say their size."""
-    total, rest = 0, bytes(stored)
-    try:
-        while rest:  # several streams may follow each other
-            found = decoder()
-            feed = rest
-            while not found.eof:
-                part = found.decompress(feed, 1 << 20)
-                total += len(part)
-                if total > encoded.most:
-                    raise DamagedError(f"it would decode to more than {encoded.most} bytes, which a chunk has at most")
-                feed = getattr(found, "unconsumed_tail", b"")
-                if not part and not feed and not found.eof:
-                    raise DamagedError(f"it is cut short: its stream does not end in the {len(stored)} bytes")
-            rest = found.unused_data
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as e:
-        raise DamagedError(f"it cannot be decoded ({e})") from e
-    _expect(total, encoded)
-
-
-_CHECKS: dict[str, Callable[[memoryview, Encoded], None]] = {
-    "blosc": _blosc, "zstd": _zstd, "lz4": _lz4, "gzip": _deflate, "zlib": _deflate, "bz2": _bz2, "lzma": _lzma,
-}  # fmt: skip
+_HEADERS: dict[str, Callable[[memoryview, Encoded], None]] = {"blosc": _blosc, "zstd": _zstd, "lz4": _lz4}

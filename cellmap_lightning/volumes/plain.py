@@ -5,7 +5,6 @@ What is stored, and where, follows from the array's metadata: https://zarr-specs
 
 import math
 import os
-import stat
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -16,11 +15,12 @@ import zarr
 from zarr.core.metadata import ArrayV2Metadata
 from zarr.storage import LocalStore
 
+from cellmap_lightning.volumes.files import open_regular, read_part
 from cellmap_lightning.volumes.guard import COUNTS
 from cellmap_lightning.volumes.integrity import Encoded, check_file
 from cellmap_lightning.volumes.location import on_network
+from cellmap_lightning.volumes.stores import RegularFileStore
 
-_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # at a pipe nobody waits
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 _numbers = count()
 
@@ -50,7 +50,12 @@ class PlainChunks:
         network file system may hang, and there it ends in time.
         """
         metadata: Any = array.metadata
-        if type(store) is not LocalStore or array.path or not isinstance(metadata, ArrayV2Metadata) or metadata.filters:
+        if (
+            type(store) not in (LocalStore, RegularFileStore)
+            or array.path
+            or not isinstance(metadata, ArrayV2Metadata)
+            or metadata.filters
+        ):
             return None
         plain = bool(array.shape) and array.dtype.kind in "buif" and store.root.is_dir()
         if not plain or on_network(store.root):
@@ -86,12 +91,11 @@ class PlainChunks:
         if index is None:
             return None
         try:
-            handle = os.open(self.file(index), _READ)
-            with os.fdopen(handle, "rb", buffering=0) as file:
-                found = os.fstat(handle)
-                if not stat.S_ISREG(found.st_mode):
-                    return None
-                stored = file.read(found.st_size)
+            handle, size = open_regular(self.file(index), encoded.most_stored)
+            try:
+                stored = read_part(handle, size)
+            finally:
+                os.close(handle)
             check_file(memoryview(stored), encoded)
             decoded = memoryview(self.codec.decode(stored) if self.codec is not None else stored)
             if decoded.nbytes != math.prod(self.chunks) * self.dtype.itemsize:

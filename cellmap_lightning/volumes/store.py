@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cellmap_lightning.errors import (
     CellMapError,
@@ -23,13 +23,13 @@ from cellmap_lightning.errors import (
     MissingExtraError,
 )
 from cellmap_lightning.redaction import HIDDEN, hidden, hide_address, option_secrets, redacted
+from cellmap_lightning.volumes.files import IrregularFileError, LargeFileError, problem_of_archive, read_regular
 from cellmap_lightning.volumes.stamps import file_stamp
 
-if TYPE_CHECKING:
-    from zarr.abc.store import Store
-
 #: Bytes of a metadata file at most: those of real volumes have kilobytes, with consolidated metadata megabytes.
-MOST_JSON_BYTES = 1 << 28
+MOST_JSON_BYTES = 1 << 24
+#: Class names in the attributes of a crop at most.
+MOST_CLASS_NAMES = 10_000
 #: What makes a folder a node of Zarr.
 NODE_FILES = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 #: The group in which OME-NGFF lists the images of a container: no image, and no class.
@@ -84,6 +84,11 @@ class Remote:
     def protocol(self) -> str:
         """What stands before ``://``."""
         return self.url.partition("://")[0].lower()
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether it is in a zip file, whose members may decode to much more than they take there."""
+        return self.protocol == "zip"
 
     @property
     def lists(self) -> bool:
@@ -164,6 +169,9 @@ class Remote:
         with _lock:
             made = _filesystems.get(key)
             if made is None or made[0] != stamp:
+                wrong = problem_of_archive(self.url)
+                if wrong:
+                    raise MetadataError(wrong)
                 # The listing of an archive that was replaced is dropped, and closed with its last reader.
                 made = _filesystems[key] = stamp, self._filesystem(asynchronous)
             return made[1]
@@ -269,7 +277,11 @@ class Remote:
         block = attributes.get("cellmap") if isinstance(attributes, dict) else None
         annotation = block.get("annotation") if isinstance(block, dict) else None
         names = annotation.get("class_names") if isinstance(annotation, dict) else None
-        return sorted(str(name) for name in names) if isinstance(names, list) else []
+        if not isinstance(names, list):
+            return []
+        if len(names) > MOST_CLASS_NAMES:
+            raise MetadataError(f"{self}: it lists {len(names)} class_names; at most {MOST_CLASS_NAMES} are read")
+        return sorted(str(name) for name in names)
 
     def _kept_text(self, name: str) -> Any:
         try:
@@ -369,23 +381,6 @@ def parts_of(path: str) -> PurePosixPath:
     return PurePosixPath(head.partition("://")[2] or head)
 
 
-def open_store(where: StorePath) -> "Store":
-    """What zarr-python reads an array from."""
-    if isinstance(where, Remote):
-        from fsspec.asyn import AsyncFileSystem
-        from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
-        from zarr.storage import FsspecStore
-
-        fs = where.filesystem(asynchronous=True)
-        if not isinstance(fs, AsyncFileSystem) or not fs.async_impl:
-            fs = AsyncFileSystemWrapper(fs, asynchronous=True)
-        absent = (FileNotFoundError, IsADirectoryError, NotADirectoryError, KeyError)  # the last one of archives
-        return FsspecStore(fs, read_only=True, path=where.key, allowed_exceptions=absent)
-    from zarr.storage import LocalStore  # metadata is read without it
-
-    return LocalStore(where, read_only=True)
-
-
 # ---------------------------------------------------------------------------------------------------- metadata
 
 
@@ -445,12 +440,15 @@ def _fetch(places: Sequence[Remote]) -> tuple[dict[Remote, bytes | None], dict[R
     keys = {p.key: p for p in places}
     began = time.monotonic()
     refused: dict[str, ObjectError] = {}
+    # Of an archive no more is decoded, whatever its directory says; others may not give parts of objects.
+    end = MOST_JSON_BYTES + 1 if places[0].is_archive else None
 
     def read(keys: Sequence[str]) -> dict[str, Any]:
         # Not `cat`, which takes brackets and stars in names for patterns.
         if len(keys) == 1:
-            return _one(fs, keys[0])
-        return dict(zip(keys, fs.cat_ranges(list(keys), None, None, on_error="return"), strict=True))
+            return _one(fs, keys[0], end)
+        starts = None if end is None else [0] * len(keys)
+        return dict(zip(keys, fs.cat_ranges(list(keys), starts, end, on_error="return"), strict=True))
 
     texts = {keys[key]: text for key, text in tried(read, list(keys), PATIENT, refused).items()}
     for place, text in texts.items():
@@ -459,9 +457,9 @@ def _fetch(places: Sequence[Remote]) -> tuple[dict[Remote, bytes | None], dict[R
     return texts, {keys[key]: error for key, error in refused.items()}
 
 
-def _one(fs: Any, key: str) -> dict[str, Any]:
+def _one(fs: Any, key: str, end: int | None) -> dict[str, Any]:
     try:
-        return {key: fs.cat_file(key)}
+        return {key: fs.cat_file(key) if end is None else fs.cat_file(key, 0, end)}
     except Exception as e:  # as `cat` returns them
         return {key: e}
 
@@ -546,13 +544,15 @@ def read_json(path: StorePath) -> dict[str, Any] | None:
 
 
 def _text(path: StorePath) -> bytes | None:
-    if isinstance(path, Remote):
-        return path.read()
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123  thousands of them, and a Path costs more than the call
-        size = os.fstat(file.fileno()).st_size
-        if size > MOST_JSON_BYTES:
-            raise MetadataError(f"{path}: has {size} bytes, too many for metadata; at most {MOST_JSON_BYTES} are read")
-        return file.read()
+    if not isinstance(path, Remote):
+        try:
+            return read_regular(str(path), MOST_JSON_BYTES)
+        except (IrregularFileError, LargeFileError) as e:
+            raise MetadataError(f"{path}: {e}") from None
+    text = path.read()
+    if text is not None and len(text) > MOST_JSON_BYTES:
+        raise MetadataError(f"{path}: it has more than {MOST_JSON_BYTES} bytes; at most {MOST_JSON_BYTES} are read")
+    return text
 
 
 def children(path: StorePath) -> list[str]:

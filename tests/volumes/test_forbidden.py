@@ -287,7 +287,7 @@ def test_files_of_this_machine_that_may_not_be_read_are_not_missing(tmp_path, mo
 
     zarr.create_array(tmp_path / "a", data=RAW, chunks=(16, 16, 16), zarr_format=2)
     denied = PermissionError(13, "Permission denied")
-    monkeypatch.setattr(chunks, "open_store", lambda path: FaultyStore(
+    monkeypatch.setattr(chunks, "open_store", lambda path, most: FaultyStore(
         LocalStore(path, read_only=True), lambda key, n: denied if key == "0.0.0" else None
     ))  # fmt: skip
     level = Level(tmp_path / "a", "s0", SCALE, SCALE, (0, 1, 2), 3)

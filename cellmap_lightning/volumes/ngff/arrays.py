@@ -20,6 +20,7 @@ import numpy as np
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.integrity import Encoded
 from cellmap_lightning.volumes.ngff.codecs import describe_compressors, encoding_v2, encoding_v3, parse_codecs
+from cellmap_lightning.volumes.ngff.limits import MOST_AXES, check_length
 from cellmap_lightning.volumes.store import Remote, StorePath, exists, read_json
 from cellmap_lightning.volumes.versions import versions
 
@@ -156,7 +157,9 @@ def read_array(path: StorePath) -> ArrayInfo | None:
     if not isinstance(filters, list):
         raise MetadataError(f"{file}: filters should be a list, got {filters!r}")
     compressors = parse_codecs(file, [] if compressor is None else [compressor], "id")
-    encoded = encoding_v2(parse_codecs(file, filters, "id"), compressors[0] if compressors else None, _nbytes(info))
+    encoded = encoding_v2(
+        file, parse_codecs(file, filters, "id"), compressors[0] if compressors else None, _nbytes(info)
+    )
     info = replace(info, codec=describe_compressors(compressors))
     return _stored(file, info, meta, separator, "", encoded)
 
@@ -223,6 +226,8 @@ def _array(
     """Check what both formats have in common; where ``chunks`` is None, `files` stands for both."""
     chunks = files if chunks is None else chunks
     for what, value in (("shape", shape), ("chunks", chunks), ("chunks", files)):
+        if isinstance(value, list):
+            check_length(file, f"lengths in {what}", value, MOST_AXES)
         good = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
         if not good:
             raise MetadataError(f"{file}: {what} should be positive whole numbers, got {value!r}")

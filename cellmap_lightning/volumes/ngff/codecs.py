@@ -11,16 +11,20 @@ https://numcodecs.readthedocs.io/en/stable/.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.integrity import COMPRESSORS, FILTERS, Encoded, Shard
+from cellmap_lightning.volumes.ngff.limits import MOST_CODECS, check_length
 from cellmap_lightning.volumes.store import StorePath
 
 #: Chunks of a shard at most, since its index is read whole; and shards inside each other.
 MOST_INNER_CHUNKS, MOST_NESTED = 1 << 24, 4
+#: Times that the bytes of a chunk may grow by its filters: uint8 as complex128 have 16 times as many.
+MOST_EXPANSION = 16
 
 #: Checksums of four bytes, and the side on which they stand.
 _CHECKSUMS = {"crc32c": "end", "crc32": "start", "adler32": "start", "fletcher32": "end", "jenkins_lookup3": "end"}
@@ -43,6 +47,7 @@ def parse_codecs(file: StorePath, codecs: Any, key: str) -> list[Codec]:
     """
     if not isinstance(codecs, list):
         raise MetadataError(f"{file}: codecs should be a list, got {codecs!r}")
+    check_length(file, "codecs", codecs, MOST_CODECS)
     parsed = []
     for codec in codecs:
         if isinstance(codec, str) and key == "name":  # the short form of Zarr v3.1
@@ -56,6 +61,8 @@ def parse_codecs(file: StorePath, codecs: Any, key: str) -> list[Codec]:
         settings = codec if key == "id" else codec.get("configuration") or {}
         if not isinstance(settings, dict):
             raise MetadataError(f"{file}: the configuration of the codec {name!r} should be an object")
+        if bare == "lzma" and settings.get("filters"):  # which name the size of what is allocated
+            raise MetadataError(f"{file}: the codec {name!r} has filters, as raw LZMA has; only xz and lzma are read")
         parsed.append((bare, settings))
     return parsed
 
@@ -89,21 +96,27 @@ class _Chain:
     """The stored form of a chunk after each codec, in the order of encoding.
 
     Args:
+        file: the metadata file, for messages.
         nbytes: bytes of the chunk's voxels.
         exact: whether that is certain.
     """
 
-    def __init__(self, nbytes: int, exact: bool = True) -> None:
+    def __init__(self, file: StorePath, nbytes: int, exact: bool = True) -> None:
+        self._file, self._most = file, MOST_EXPANSION * nbytes + (1 << 20)
         self.nbytes, self.exact = nbytes, exact
-        self._compressed: tuple[str, int, bool] | None = None
+        self._compressors: list[Encoded] = []
         self._shard: Shard | None = None
         self._head = self._tail = 0
         self._shuffled = False
 
     def add(self, name: str, settings: dict[str, Any]) -> None:
-        """Apply a filter, a checksum or a compressor."""
+        """Apply a filter, a checksum or a compressor.
+
+        Raises:
+            MetadataError: a filter makes too much of a chunk, or its place allows its decoder to.
+        """
         if name in COMPRESSORS:
-            self._compressed = name, self.nbytes, self.exact
+            self._compressors.append(Encoded(name, self.nbytes, self.exact))
             self._head = self._tail = 0
             self.exact = self._shuffled = False
         elif name in _CHECKSUMS:
@@ -115,7 +128,16 @@ class _Chain:
         elif name == "shuffle":
             self._shuffled = True
         else:
-            size = _filtered(name, settings, self.nbytes)
+            size = _filtered(self._file, name, settings, self.nbytes)
+            if self._compressors and size != self.nbytes:  # its decoder multiplies bytes of which the number is unknown
+                raise MetadataError(
+                    f"{self._file}: the codec {name!r} stands after a compressor and changes the number of bytes; "
+                    "such filters are read in front of compressors only"
+                )
+            if size is not None and size > self._most:
+                raise MetadataError(
+                    f"{self._file}: the codec {name!r} makes {size} bytes of a chunk; at most {self._most} are read"
+                )
             self.nbytes, self.exact = (self.nbytes, False) if size is None else (size, self.exact)
 
     def add_shard(self, shard: Shard) -> None:
@@ -126,15 +148,18 @@ class _Chain:
     @property
     def encoded(self) -> Encoded:
         """The stored form."""
-        if self._compressed is not None:
-            name, nbytes, exact = self._compressed
-            return Encoded(name, nbytes, exact, self._tail, self._head, self._shuffled, self._shard)
+        if self._compressors:
+            last = self._compressors[-1]
+            return replace(
+                last, tail=self._tail, head=self._head, opaque=self._shuffled, shard=self._shard,
+                compressors=tuple(self._compressors),
+            )  # fmt: skip
         if self._shard is not None:
             return Encoded("", self.nbytes, False, self._tail, self._head, self._shuffled, self._shard)
         return Encoded("", self.nbytes, self.exact)
 
 
-def _filtered(name: str, settings: dict[str, Any], nbytes: int) -> int | None:
+def _filtered(file: StorePath, name: str, settings: dict[str, Any], nbytes: int) -> int | None:
     """Bytes after a filter; None where they are not known."""
     if name in ("bitround", "transpose", "bytes"):
         return nbytes
@@ -146,14 +171,24 @@ def _filtered(name: str, settings: dict[str, Any], nbytes: int) -> int | None:
         else:  # delta, fixedscaleoffset, quantize
             before = settings["dtype"]
             after = settings.get("astype") or before
-        return nbytes // int(np.dtype(before).itemsize) * int(np.dtype(after).itemsize)
+        types = np.dtype(before), np.dtype(after)
+        other = next((kind for kind in types if kind.kind not in "biufc"), None)
+        if other is not None:  # such as |V1000000, of which each element has a million bytes
+            raise MetadataError(f"{file}: the codec {name!r} has the data type {other.str!r}, which is not a number")
+        return nbytes // int(types[0].itemsize) * int(types[1].itemsize)
+    except MetadataError:
+        raise
     except (KeyError, TypeError, ValueError, SyntaxError, ZeroDivisionError):
         return None  # which is refused when the array is opened
 
 
-def encoding_v2(filters: Sequence[Codec], compressor: Codec | None, nbytes: int) -> Encoded:
-    """Return the stored form of a chunk of Zarr v2."""
-    chain = _Chain(nbytes)
+def encoding_v2(file: StorePath, filters: Sequence[Codec], compressor: Codec | None, nbytes: int) -> Encoded:
+    """Return the stored form of a chunk of Zarr v2.
+
+    Raises:
+        MetadataError: a filter makes too much of a chunk.
+    """
+    chain = _Chain(file, nbytes)
     for name, settings in [*filters, *([compressor] if compressor is not None else [])]:
         chain.add(name, settings)
     return chain.encoded
@@ -173,9 +208,9 @@ def encoding_v3(
         depth: how many shards it lies in.
 
     Raises:
-        MetadataError: the settings of a shard are malformed.
+        MetadataError: the settings of a shard are malformed, or a filter makes too much of a chunk.
     """
-    chain = _Chain(nbytes, exact)
+    chain = _Chain(file, nbytes, exact)
     axes = tuple(range(len(shape)))  # the array's axis that each axis is after the transpositions so far
     part, separate = shape, True
     for name, settings in codecs:
