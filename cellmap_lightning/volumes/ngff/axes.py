@@ -4,6 +4,7 @@ from typing import Any
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.geometry import AXES, Vector
+from cellmap_lightning.volumes.ngff.limits import MOST_AXES, check_length
 from cellmap_lightning.volumes.ngff.notes import Note
 from cellmap_lightning.volumes.store import StorePath
 
@@ -59,6 +60,8 @@ def read_axes(
         MetadataError: the axes are malformed, or a unit is not a length.
     """
     axes = image.get("axes")
+    if isinstance(axes, list):
+        check_length(file, "axes", axes, MOST_AXES)
     if not isinstance(axes, list) or not all(isinstance(a, dict) and isinstance(a.get("name"), str) for a in axes):
         raise MetadataError(f"{file}: 'axes' should be a list of objects with a name, got {axes!r}")
     names = [a["name"].lower() for a in axes]

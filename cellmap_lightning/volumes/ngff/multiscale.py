@@ -18,6 +18,7 @@ from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.geometry import AXES, Lattice, Shape, Vector, to_vector
 from cellmap_lightning.volumes.ngff.arrays import ArrayInfo, read_array, read_attributes
 from cellmap_lightning.volumes.ngff.axes import read_axes
+from cellmap_lightning.volumes.ngff.limits import MOST_IMAGES, MOST_LEVELS, check_length
 from cellmap_lightning.volumes.ngff.notes import Note, reported_once
 from cellmap_lightning.volumes.ngff.overrides import NO_OVERRIDES, Overrides
 from cellmap_lightning.volumes.ngff.transformations import (
@@ -201,6 +202,7 @@ def _read_multiscale(path: str | StorePath, overrides: Overrides) -> Multiscale:
         raise MetadataError(
             f"{group} holds no OME-NGFF multiscale image (no 'multiscales' in {file.name}){_near(group)}"
         )
+    check_length(file, "images in 'multiscales'", scales, MOST_IMAGES)
     image, several = _chosen(file, scales, overrides)
     version = _version(attributes, image)
     _check_version(file, version)
@@ -227,6 +229,7 @@ def _image(
     datasets = image.get("datasets")
     if not isinstance(datasets, list) or not datasets:
         raise MetadataError(f"{file}: 'datasets' should list the levels, got {datasets!r}")
+    check_length(file, "levels in 'datasets'", datasets, MOST_LEVELS)
     names, scales, translations = [], [], []
     for entry in datasets:
         name = entry.get("path") if isinstance(entry, dict) else None

@@ -12,6 +12,7 @@ import numpy as np
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.volumes.geometry import SCALE_TOLERANCE, Vector
+from cellmap_lightning.volumes.ngff.limits import MOST_TRANSFORMATIONS, check_length
 from cellmap_lightning.volumes.ngff.notes import Note
 from cellmap_lightning.volumes.store import StorePath
 
@@ -49,6 +50,7 @@ def _transformations(where: str, node: dict[str, Any]) -> list[Any]:
     steps = node.get("coordinateTransformations") or []
     if not isinstance(steps, list):
         raise MetadataError(f"{where}: 'coordinateTransformations' should be a list, got {steps!r}")
+    check_length(where, "coordinateTransformations", steps, MOST_TRANSFORMATIONS)
     kinds = [step.get("type") for step in steps if isinstance(step, dict) and step.get("type") != "identity"]
     if kinds.count("scale") > 1 or kinds.count("translation") > 1 or kinds == ["translation", "scale"]:
         raise MetadataError(
