@@ -223,7 +223,7 @@ def _end(pid: int, stop: threading.Event, thread: threading.Thread, fd: int, key
         return
     stop.set()
     if thread is not threading.current_thread() and thread.ident is not None:
-        thread.join(1)
+        thread.join()
     _close(fd, key)
 
 

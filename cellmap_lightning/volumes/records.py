@@ -201,7 +201,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         if status.st_size > MOST_BYTES:
             raise DamagedRecordError(f"it has {status.st_size} bytes; at most {MOST_BYTES} are read")
         try:
-            return unsealed(file.read(MOST_BYTES).decode())
+            return unsealed(file.read(status.st_size + 1).decode())
         except (UnicodeDecodeError, OSError) as e:
             raise DamagedRecordError(f"it cannot be read ({e})") from e
 
