@@ -37,6 +37,11 @@ def own_cache(tmp_path_factory):
 SLOW = 7200
 
 
+def pytest_xdist_auto_num_workers():
+    """Run one test process more than there are cores, since many tests wait for other processes."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):

@@ -323,6 +323,7 @@ def test_a_prediction_at_another_voxel_size_warns(volume, trained, tmp_path):
     assert text.count("trained at voxels of [10.48, 8, 8] nm, got [20.96, 16, 16] nm") == 2  # input and target
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_of_the_command_has_its_configuration(volume, trained, tmp_path):
     content = torch.load(trained, weights_only=True)
     del content["CellMapDataModule"]["trained_on"]

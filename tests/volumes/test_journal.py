@@ -196,7 +196,14 @@ def there(path):
     return {name: digest for name, digest in contents(path).items() if not name.endswith((".draft", FILE))}
 
 
-@pytest.mark.parametrize(("kind", "finished"), [("v2", True), ("v2", False), ("v3", True), ("sharded", False)])
+@pytest.mark.parametrize(
+    ("kind", "finished"),
+    [
+        ("v2", False),
+        ("v3", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("v2", True), ("sharded", False))),
+    ],
+)
 def test_a_kill_at_any_moment_of_a_removal(tmp_path, kind, finished):
     """The same command without overwrite is refused while all is there, and otherwise begins again."""
     before, out, whole = (tmp_path / name / "out.zarr" for name in ("before", "out", "whole"))

@@ -22,6 +22,7 @@ import zarr
 from cellmap_lightning.errors import CacheError, ChunkError
 from cellmap_lightning.volumes.chunk_cache import ChunkCache
 from cellmap_lightning.volumes.chunks import ChunkReader
+from cellmap_lightning.volumes.guard import Patience
 from cellmap_lightning.volumes.image import StoredImage
 from cellmap_lightning.volumes.mapped import EMPTY, FILLED, SYNCED
 from cellmap_lightning.volumes.ngff import Level
@@ -171,9 +172,9 @@ V2 = {"name": "v2", "separator": "/"}
 COUNT = 2 * 3 * 3  # chunks that are decoded at a time are of 64 voxels
 
 
-def opened(path, mode="disk", budget=None):
+def opened(path, mode="disk", budget=None, attempts=5):
     """A Zarr array as a new run finds it: its region, planned, and the store."""
-    region = StoredImage(level(path), ChunkCache(), "crop1").region
+    region = StoredImage(level(path), ChunkCache(), "crop1", patience=Patience(attempts)).region
     store = RegionStore(mode, budget)
     store.plan([region], False, "test")
     return region, store
@@ -251,7 +252,7 @@ def test_a_failure_is_not_kept(stored):
     content, stat = chunk.read_bytes(), chunk.stat()
     chunk.write_bytes(b"not a chunk")
     for mode in ("disk", "memory"):
-        region, store = opened(path, mode)
+        region, store = opened(path, mode, attempts=1)
         with ThreadPoolExecutor(4) as pool:
             for future in [pool.submit(whole, region) for _ in range(4)]:
                 with pytest.raises(ChunkError, match=r"crop1: .*voxels z\[32:64\], y\[64:128\], x\[64:128\]"):
