@@ -1,11 +1,13 @@
 """Programs written for cellmap-data run after changing the import, and get what this package gives."""
 
 import importlib
+import pickle
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+import zarr
 
 import cellmap_lightning as own
 from cellmap_lightning import compat
@@ -25,6 +27,7 @@ from cellmap_lightning.compat.utils import (
     torch_max_value,
 )
 from cellmap_lightning.errors import CellMapIndexError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.transforms.intensity import Chain
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
 
@@ -157,9 +160,105 @@ def test_spatial_transforms_are_set_afterwards(volume):
         assert torch.equal(dataset[7]["input"], before)
 
 
-def test_iterations_per_epoch_is_a_number_of_samples(dataset):
-    with pytest.warns(DeprecationWarning, match=r"samples_per_epoch or batches_per_epoch"):
-        loader = compat.CellMapDataLoader(dataset, batch_size=2, iterations_per_epoch=6)
+def shifted(raw):
+    """A transform that wraps around in uint8."""
+    return (raw - 128) / 64
+
+
+class Recorded:
+    """Notes what a transform is given."""
+
+    def __init__(self):
+        self.given = []
+
+    def __call__(self, values):
+        self.given.append(values.clone())
+        return values
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 32), (1, 32, 32)])
+def test_raw_value_transforms_get_floats(volume, shape):
+    """Of the stored values, unscaled, without an axis of channels: what cellmap-data hands them."""
+    arrays = {"input": {"shape": shape, "scale": PATCH["scale"]}}
+    target = f"{volume.path}/recon-1/labels/groundtruth/crop2/[mito,er]"
+    note = Recorded()
+    given = volume.raw_path, target, CLASSES, arrays, {"output": arrays["input"]}
+    with (
+        compat.CellMapDataset(*given) as plain,
+        compat.CellMapDataset(*given, raw_value_transforms=note) as noted,
+        compat.CellMapDataset(*given, raw_value_transforms=shifted) as moved,
+    ):
+        stored = plain[5]["input"]
+        assert stored.max() > 128 > stored.min()
+        assert torch.equal(noted[5]["input"], stored)
+        (given,) = note.given
+        assert (given.dtype, given.shape) == (torch.float32, shape)
+        assert torch.equal(given.reshape(stored.shape), stored)
+        torch.testing.assert_close(moved[5]["input"], (stored - 128) / 64)
+        assert moved.raw_value_transforms is shifted
+
+
+def test_raw_value_transforms_of_every_kind(volume):
+    """A chain, a callable object and one that is set afterwards; they are compared and pickled as before."""
+    for transform in (shifted, Chain([shifted, shifted]), torch.nn.ReLU()):
+        with (
+            make(volume, raw_value_transforms=transform) as first,
+            make(volume, raw_value_transforms=transform) as other,
+        ):
+            assert first.layout.raw_transforms == other.layout.raw_transforms
+            before = first[3]["input"]
+            assert torch.equal(pickle.loads(pickle.dumps(first))[3]["input"], before)
+            other.set_raw_value_transforms(shifted)
+            torch.testing.assert_close(other[3]["input"], shifted(make_stored(volume, 3)))
+
+
+def make_stored(volume, index):
+    with make(volume) as plain:
+        return plain[index]["input"]
+
+
+@pytest.mark.parametrize("one", ["a callable", "for each class", "for one class"])
+def test_target_value_transforms_get_stored_ids(volume, one):
+    """As float32: a transform of boundaries sees the objects, not one presence."""
+    arrays = {"output": {"shape": (64, 128, 128), "scale": PATCH["scale"]}}
+    target = f"{volume.path}/recon-1/labels/groundtruth/crop1/[mito,er]"
+    note = Recorded()
+    transforms = {"a callable": note, "for each class": dict.fromkeys(CLASSES, note), "for one class": {"mito": note}}
+    with compat.CellMapDataset(
+        volume.raw_path, target, CLASSES, {"input": PATCH}, arrays, pad=True, target_value_transforms=transforms[one]
+    ) as dataset:
+        index = len(dataset) // 2
+        found = dataset[index]["output"]
+        stored = zarr.open_array(f"{target.partition('[')[0]}mito/s0", mode="r")[...]
+        assert {int(n) for n in np.unique(stored)} >= {0, 1, 2}
+        given = note.given[0]
+        assert (given.dtype, given.shape) == (torch.float32, (64, 128, 128))
+        ids = {float(n) for n in given[~given.isnan()].unique()}
+        assert ids <= {float(n) for n in np.unique(stored)}
+        assert len(ids) > 2
+        assert torch.equal(found[0], given) or torch.equal(torch.nan_to_num(found[0]), torch.nan_to_num(given))
+    with compat.CellMapDataset(volume.raw_path, target, CLASSES, {"input": PATCH}, arrays, pad=True) as plain:
+        presence = plain[index]["output"]
+    same = torch.where(given.isnan(), given, (given > 0).float())
+    torch.testing.assert_close(same, presence[0], equal_nan=True)
+
+
+def test_classes_that_are_not_annotated_are_nan_for_transforms(volume):
+    note = Recorded()
+    target = f"{volume.path}/recon-1/labels/groundtruth/crop5/[mito]"
+    with compat.CellMapDataset(
+        volume.raw_path, target, CLASSES, {"input": PATCH}, {"output": PATCH}, pad=True, target_value_transforms=note
+    ) as dataset:
+        dataset[0]
+    assert note.given[1].isnan().all()
+
+
+def test_iterations_per_epoch_is_a_number_of_samples(dataset, caplog):
+    loader = compat.CellMapDataLoader(dataset, batch_size=2, iterations_per_epoch=6)
+    (record,) = [r for r in caplog.records if "iterations_per_epoch" in r.getMessage()]
+    assert record.levelname == "WARNING"
+    assert "an epoch has 3 batches of 2" in record.getMessage()
+    assert "batches_per_epoch=6" in record.getMessage()
     assert len(loader) == 3
     assert len(compat.CellMapDataLoader(dataset, batch_size=2, batches_per_epoch=6)) == 6
     with pytest.raises(CellMapTypeError, match="give one"):

@@ -1,7 +1,6 @@
 """`cellmap_data.dataloader`."""
 
 import logging
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -106,12 +105,13 @@ class CellMapDataLoader(DataLoader):
         if len(given) > 1:
             raise CellMapTypeError("samples_per_epoch and batches_per_epoch both say how long an epoch is; give one")
         if iterations_per_epoch is not None:
-            warnings.warn(
-                f"iterations_per_epoch={iterations_per_epoch} counts samples, as in cellmap-data of 2026, not batches "
-                "as in 2025: say samples_per_epoch or batches_per_epoch",
-                DeprecationWarning,
-                stacklevel=2,
-            )
+            # Logged, since programs that hide warnings would not notice an epoch of another length.
+            log.warning(
+                "iterations_per_epoch=%d counts samples, as in cellmap-data of 2026: an epoch has %d batches of %d; as "
+                "batches, which it counted in 2025, give batches_per_epoch=%d, and otherwise samples_per_epoch=%d",
+                iterations_per_epoch, -(-iterations_per_epoch // batch_size), batch_size, iterations_per_epoch,
+                iterations_per_epoch,
+            )  # fmt: skip
         count = given[0] if given else None
         if batches_per_epoch is not None:
             count = batches_per_epoch * batch_size

@@ -8,6 +8,7 @@ import torch
 
 from cellmap_lightning.compat.empty_image import EmptyImage
 from cellmap_lightning.compat.image import CellMapImage
+from cellmap_lightning.compat.value_transforms import on_floats
 from cellmap_lightning.sampling.dataset import CellMapDataset as Dataset
 from cellmap_lightning.volumes.geometry import AXES
 
@@ -37,6 +38,11 @@ class Counts(dict[str, Any]):
         return self[key] if key in self or key in self._more else default
 
 
+def _as_ids(arrays: Arrays | None) -> Arrays | None:
+    """Return target arrays of stored ids, on which value transforms of cellmap-data are defined."""
+    return {name: {"kind": "ids", **spec} for name, spec in arrays.items()} if arrays else arrays
+
+
 class CellMapDataset(Dataset):
     """A `cellmap_lightning.CellMapDataset` with the constructor of cellmap-data.
 
@@ -48,8 +54,9 @@ class CellMapDataset(Dataset):
         target_arrays: the same for the targets.
         pad: read crops smaller than a patch.
         spatial_transforms: mirrors, transpositions and rotations; with any, samples are augmented.
-        raw_value_transforms: a callable on stored raw ``[1, z, y, x]``; None for stored values as float32.
-        target_value_transforms: a callable on 0, 1 and NaN ``[z, y, x]``, or one per class.
+        raw_value_transforms: a callable on stored raw as float32 ``[z, y, x]``; None for these values themselves.
+        target_value_transforms: a callable on stored ids as float32 ``[z, y, x]``, 0 in the background and NaN where
+            unannotated, or one per class. Without any, targets are 0, 1 and NaN.
         class_relation_dict: ``{class: [classes that exclude it]}``.
         force_has_data: has no effect: a crop that cannot be read is an error.
         device: has no effect: the loader's counts.
@@ -93,9 +100,9 @@ class CellMapDataset(Dataset):
             target_path,
             classes,
             input_arrays,
-            target_arrays,
+            target_arrays if target_value_transforms is None else _as_ids(target_arrays),
             spatial_transforms,
-            raw_value_transforms,
+            on_floats(raw_value_transforms),
             target_value_transforms,
             class_relation_dict,
             more.pop("is_train", bool(spatial_transforms)),

@@ -28,7 +28,7 @@ class CellMapDataSplit(DataSplit):
         spatial_transforms: of the train split.
         train_raw_value_transforms: of its raw; by default stored integers to [0, 1].
         val_raw_value_transforms: likewise of the validation split.
-        target_value_transforms: of the targets of both, on 0, 1 and NaN.
+        target_value_transforms: of the targets of both, on stored ids; see `CellMapDataset`.
         class_relation_dict: ``{class: [classes that exclude it]}``.
         force_has_data: has no effect.
         context: has no effect.

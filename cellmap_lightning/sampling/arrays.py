@@ -280,7 +280,7 @@ class BatchLayout:
             out[name] = value.squeeze(1) if spec.slices_as_channels else _drop_thin(value, spec.window)
         for name, target in self.targets.items():
             value = target.kind.finish(stored[name])
-            if target.kind.name == "binary":
+            if target.kind.name in ("binary", "ids"):
                 for index, transform in self.target_transforms.items():
                     what = f"target value transform of {self.classes[index]!r}"
                     value[:, index] = self._each(transform, value[:, index], samples, what, len(out) + index)

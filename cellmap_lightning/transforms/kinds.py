@@ -146,6 +146,20 @@ class Instances(TargetKind):
         return compact.to(torch.int64)
 
 
+class StoredIds(Instances):
+    """The stored id of each class as float32, 0 where there is none, NaN where unannotated.
+
+    Value transforms are applied to it. Ids above 2^24 are rounded.
+    """
+
+    name = "ids"
+    dtype = torch.float32
+
+    def finish(self, compact: torch.Tensor) -> torch.Tensor:
+        """Convert the ids."""
+        return compact.to(torch.float32).masked_fill_(compact == UNKNOWN_ID, float("nan"))
+
+
 class Affinities(TargetKind):
     """1 where a voxel and its neighbour at an offset belong to one instance, else 0; NaN where either is unknown.
 
@@ -272,7 +286,9 @@ class SignedDistance(TargetKind):
         return compact
 
 
-KINDS: Mapping[str, type[TargetKind]] = {k.name: k for k in (Binary, Labels, Instances, Affinities, SignedDistance)}
+KINDS: Mapping[str, type[TargetKind]] = {
+    k.name: k for k in (Binary, Labels, Instances, StoredIds, Affinities, SignedDistance)
+}
 
 
 def make_kind(where: str, window: Window, classes: int, spec: Mapping[str, Any]) -> TargetKind:

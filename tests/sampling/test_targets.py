@@ -433,7 +433,7 @@ def test_the_data_is_never_written_to(crop, tmp_path):
 @pytest.mark.parametrize(
     ("target", "match"),
     [
-        ({"kind": "semantic"}, "kind must be one of binary, labels, instances, affinities, sdt, got 'semantic'"),
+        ({"kind": "semantic"}, "kind must be one of binary, labels, instances, ids, affinities, sdt, got 'semantic'"),
         ({"kind": "affinities"}, "affinities need offsets"),
         ({"kind": "affinities", "offsets": [[0, 0, 0]]}, "affinities need offsets"),
         ({"kind": "sdt"}, "sdt needs nm"),
