@@ -253,6 +253,23 @@ def test_classes_that_are_not_annotated_are_nan_for_transforms(volume):
     assert note.given[1].isnan().all()
 
 
+@pytest.mark.parametrize("how", ["crop", "crops", "subset", "sampler"])
+def test_the_dataset_of_a_loader_has_what_the_dataset_has(split, dataset, how):
+    """Training programs take class weights, classes and crops from ``loader.dataset``."""
+    source = dataset if how == "crop" else split.train_datasets_combined
+    given = compat.CellMapSubset(source, range(4)) if how == "subset" else source
+    sampler = torch.utils.data.SequentialSampler(range(4)) if how == "sampler" else None
+    loader = compat.CellMapDataLoader(given, batch_size=2, samples_per_epoch=4, sampler=sampler)
+    found = loader.dataset
+    assert found.class_weights == source.class_weights
+    assert list(found.classes) == CLASSES
+    assert found.class_counts == source.class_counts
+    assert how == "crop" or found.datasets is source.datasets
+    assert len(list(loader)) == 2
+    assert not hasattr(found, "nothing_of_the_kind")
+    assert pickle.loads(pickle.dumps(found)).classes == found.classes
+
+
 def test_iterations_per_epoch_is_a_number_of_samples(dataset, caplog):
     loader = compat.CellMapDataLoader(dataset, batch_size=2, iterations_per_epoch=6)
     (record,) = [r for r in caplog.records if "iterations_per_epoch" in r.getMessage()]

@@ -86,6 +86,12 @@ class NumberedSamples(Dataset[Any], ABC):
         self.slots: Slots | None = None
         self.room = 0
 
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the dataset: programs look for its classes and weights at ``loader.dataset``."""
+        if name.startswith("_") or "dataset" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.dataset, name)
+
     @property
     @abstractmethod
     def sources(self) -> Sequence[SampleSource]:
