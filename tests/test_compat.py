@@ -3,6 +3,7 @@
 import importlib
 import pickle
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,6 +269,53 @@ def test_the_dataset_of_a_loader_has_what_the_dataset_has(split, dataset, how):
     assert len(list(loader)) == 2
     assert not hasattr(found, "nothing_of_the_kind")
     assert pickle.loads(pickle.dumps(found)).classes == found.classes
+
+
+@pytest.mark.parametrize(
+    "name", ["binarize", "gaussian_blur", "gaussian_noise", "nan_to_num", "random_contrast", "random_gamma"]
+)
+def test_each_transform_has_a_module(name):
+    module = importlib.import_module(f"cellmap_lightning.compat.transforms.augment.{name}")
+    (found,) = [value for key, value in vars(module).items() if not key.startswith("_")]
+    assert found is getattr(augment, found.__name__)
+
+
+def test_counts_and_extent_of_an_image(volume):
+    path = f"{volume.path}/recon-1/labels/groundtruth/crop2/mito"
+    stored = zarr.open_array(f"{path}/s0", mode="r")[...]
+    image = compat.CellMapImage(path, "mito", (10.48, 8, 8), (8, 16, 16))
+    finest = image.image.finest.scale
+    share = np.prod(finest) / (10.48 * 8 * 8)
+    assert image.class_counts == {"mito": int((stored == 1).sum() * share)}
+    assert image.total_voxels == round(stored.size * share)
+    assert image.output_size == {"z": 8 * 10.48, "y": 128, "x": 128}
+    assert "class_counts" not in (Path(path) / "s0" / ".zattrs").read_text()  # cellmap-data writes them there
+
+
+def test_an_image_mirrors_and_transposes(volume):
+    image = compat.CellMapImage(volume.raw_path, "raw", (10.48, 8, 8), (8, 16, 12), interpolation="linear")
+    center = image.get_center(77)
+    plain = image[center]
+    image.set_spatial_transforms({"mirror": {"z": True, "y": False, "x": True}, "transpose": [0, 2, 1]})
+    assert torch.equal(image[center], plain.flip(0, 2).permute(0, 2, 1))
+    image.set_spatial_transforms({"mirror": [False, True, False]})
+    assert torch.equal(image[center], plain.flip(1))
+    image.set_spatial_transforms(None)
+    assert torch.equal(image[center], plain)
+    with pytest.raises(CellMapValueError, match=r"rotation_matrix.*spatial_transforms"):
+        image.set_spatial_transforms({"rotation_matrix": np.eye(3)})
+    empty = compat.EmptyImage("", "er", (8, 8, 8), (2, 2, 2))
+    empty.set_spatial_transforms({"mirror": {"z": True}})
+    assert empty[center].isnan().all()
+
+
+def test_totals_are_found_in_class_counts(dataset, split):
+    for counts in (dataset.class_counts, split.class_counts["train"]):
+        assert {"totals", "totals_total", "mito"} <= {
+            key for key in ("totals", "totals_total", "mito", "no") if key in counts
+        }
+        assert "no" not in counts
+        assert sorted(counts) == sorted(CLASSES)
 
 
 def test_iterations_per_epoch_is_a_number_of_samples(dataset, caplog):

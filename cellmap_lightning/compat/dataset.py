@@ -33,9 +33,15 @@ class Counts(dict[str, Any]):
     def __missing__(self, key: str) -> dict[str, float]:
         return self._more[key]
 
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self._more
+
     def get(self, key: str, default: Any = None) -> Any:
         """As `dict.get`, for ``totals`` and ``totals_total`` too."""
-        return self[key] if key in self or key in self._more else default
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
 
 def _as_ids(arrays: Arrays | None) -> Arrays | None:

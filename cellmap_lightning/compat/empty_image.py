@@ -61,6 +61,9 @@ class EmptyImage:
         """No voxels."""
         return {self.label_class: 0}
 
+    def set_spatial_transforms(self, transforms: Mapping[str, Any] | None) -> None:
+        """Do nothing: NaN is NaN, however it is turned."""
+
     def to(self, device: str | torch.device) -> "EmptyImage":
         """Give patches on a device."""
         self.device = device

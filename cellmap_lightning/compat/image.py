@@ -1,11 +1,17 @@
 """`cellmap_data.image`."""
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.volumes.chunks import ChunkReader
 from cellmap_lightning.volumes.image import CellMapImage as Image
+from cellmap_lightning.volumes.ngff import read_encoding
 from cellmap_lightning.volumes.resample import Method
 
 
@@ -49,13 +55,63 @@ class CellMapImage(Image):
         self.label_class = target_class
         self.scale = dict(zip(self.axes, map(float, scale), strict=True))
         self.output_shape = dict(zip(self.axes, map(int, shape), strict=True))
+        #: Extent of a patch, nm.
+        self.output_size = {axis: self.output_shape[axis] * self.scale[axis] for axis in self.axes}
+        self._mirrored: list[int] = []
+        self._transposed: list[int] | None = None
 
     def __getitem__(self, center: Mapping[str, float]) -> torch.Tensor:
-        """The patch around a centre (nm), transformed."""
+        """Return the patch around a centre (nm), mirrored, transposed and transformed."""
         patch = super().__getitem__(center)
+        if self._mirrored:
+            patch = patch.flip(self._mirrored)
+        if self._transposed is not None:
+            patch = patch.permute(self._transposed).contiguous()
         if self.value_transform is not None:
             patch = self.value_transform(patch)
         return patch if self.device is None else patch.to(self.device)
+
+    @property
+    def total_voxels(self) -> int:
+        """Voxels of the whole image, of the size of a patch's voxels."""
+        sides = ((upper - lower) / self.scale[axis] for axis, (lower, upper) in self.bounding_box.items())
+        return math.prod(max(1, round(side)) for side in sides)
+
+    @cached_property
+    def class_counts(self) -> dict[str, int]:
+        """Foreground voxels, ``{class: count}``, in voxels of the size of a patch's; read from the finest level.
+
+        Nothing is written to the data.
+        """
+        finest = self.image.finest
+        encoding, reader = read_encoding(self.image, finest), ChunkReader(finest, self.target_class)
+        count = 0
+        for corner in itertools.product(*(range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True))):
+            z, y, x = (min(c, n - a) for a, c, n in zip(corner, reader.chunks, reader.shape, strict=True))
+            stored = reader.read((corner[0], corner[1], corner[2]), (z, y, x))
+            count += int((encoding.present(stored) if encoding is not None else stored != 0).sum())
+        return {self.target_class: int(count * math.prod(finest.scale) / math.prod(self.scale.values()))}
+
+    def set_spatial_transforms(self, transforms: Mapping[str, Any] | None) -> None:
+        """Mirror and transpose the patches from now on.
+
+        Args:
+            transforms: ``{"mirror": {axis: bool}, "transpose": [axis that becomes each axis]}``; None for neither.
+
+        Raises:
+            CellMapValueError: something else is asked for.
+        """
+        given = dict(transforms or {})
+        mirror, transpose = given.pop("mirror", None) or {}, given.pop("transpose", None)
+        if not isinstance(mirror, Mapping):
+            mirror = dict(zip(self.axes, mirror, strict=True))
+        if given:
+            raise CellMapValueError(
+                f"an image mirrors and transposes, and has no {sorted(given)}; give rotations to the dataset, as "
+                "spatial_transforms"
+            )
+        self._mirrored = [self.axes.index(axis) for axis, on in mirror.items() if on]
+        self._transposed = None if transpose is None else [int(axis) for axis in transpose]
 
     def to(self, device: str | torch.device) -> "CellMapImage":
         """Deliver patches on a device."""

@@ -1,0 +1,3 @@
+"""`cellmap_data.transforms.augment.binarize`."""
+
+from cellmap_lightning.compat.transforms.augment.values import Binarize as Binarize

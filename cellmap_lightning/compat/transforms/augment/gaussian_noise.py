@@ -1,0 +1,3 @@
+"""`cellmap_data.transforms.augment.gaussian_noise`."""
+
+from cellmap_lightning.compat.transforms.augment.values import GaussianNoise as GaussianNoise

@@ -1,0 +1,3 @@
+"""`cellmap_data.transforms.augment.nan_to_num`."""
+
+from cellmap_lightning.compat.transforms.augment.values import NaNtoNum as NaNtoNum

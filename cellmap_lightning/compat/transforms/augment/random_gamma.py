@@ -1,0 +1,3 @@
+"""`cellmap_data.transforms.augment.random_gamma`."""
+
+from cellmap_lightning.compat.transforms.augment.values import RandomGamma as RandomGamma
