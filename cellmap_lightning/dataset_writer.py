@@ -33,6 +33,13 @@ from cellmap_lightning.sampling.names import renamed
 from cellmap_lightning.volumes.blending import Tiling
 from cellmap_lightning.volumes.blocks import centred_voxels, output_lattice, parse_region
 from cellmap_lightning.volumes.geometry import AXES, LATTICE_TOLERANCE, Lattice, Shape, to_vector, vector
+from cellmap_lightning.volumes.meanings import (
+    Kind,
+    WrittenMeaning,
+    check_kind,
+    prediction_attributes,
+    recorded_kind,
+)
 from cellmap_lightning.volumes.ngff import read_multiscale
 from cellmap_lightning.volumes.output import check_apart, why_not_written
 from cellmap_lightning.volumes.placement import Window
@@ -65,6 +72,8 @@ class ImageWriter:
         overwrite: replace a Zarr group that is at ``path``, when the first patch is written.
         dtype: type of a voxel. Floats are rounded to whole numbers for an integer type.
         fill_value: value of what is not written.
+        values: what the values mean, recorded in the metadata: ``probability``, ``scaled`` (probability 1 is the
+            largest value of the type), ``mask`` or ``ids``. None to record what the written values show.
 
     Attributes:
         lattice: the voxels of the array.
@@ -87,6 +96,7 @@ class ImageWriter:
         overwrite: bool = False,
         dtype: npt.DTypeLike = np.float32,
         fill_value: float = 0,
+        values: Kind | None = None,
     ) -> None:
         _check_axes(axis_order)
         if scale_level != 0:
@@ -95,6 +105,7 @@ class ImageWriter:
         self.target_class = target_class
         self.overwrite = bool(overwrite)
         self.dtype, self.fill_value = np.dtype(dtype), fill_value
+        self.values = None if values is None else check_kind(values)
         window = Window(_by_axis(write_voxel_shape), _by_axis(scale))
         box = parse_region(dict(bounding_box))
         counts = np.ceil(box.extent / window.scale - LATTICE_TOLERANCE).astype(int).tolist()
@@ -103,11 +114,12 @@ class ImageWriter:
         self.lattice = Lattice(to_vector(first), to_vector(window.scale), (counts[0], counts[1], counts[2]))
         self._lock = threading.Lock()
         self._array: zarr.Array[Any] | None = None
+        self._meaning: WrittenMeaning | None = None
         if not self.overwrite:
             self._same()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_lock": None, "_array": None}
+        return self.__dict__ | {"_lock": None, "_array": None, "_meaning": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -143,9 +155,12 @@ class ImageWriter:
 
     def _open(self) -> zarr.Array[Any]:
         if self._array is None:
-            if self.overwrite or not self._same():
+            begun = not self.overwrite and self._same()
+            if not begun:
                 make_room(self.path, self.overwrite or not any(self.path.glob("*")))
                 self._create()
+            recorded = recorded_kind(read_multiscale(str(self.path)), str(self.path)) if begun else None
+            self._meaning = WrittenMeaning(self.dtype, self.values, recorded, begun)
             self._array = zarr.open_array(str(self.path / "s0"), mode="r+", zarr_format=2)
         return self._array
 
@@ -161,7 +176,7 @@ class ImageWriter:
             codec_of("zstd", 2), fill_value=self.fill_value,
         )  # fmt: skip
         block = multiscale_attributes(self.target_class, self.lattice.step, self.lattice.origin, 1)
-        write_group(self.path, {"cellmap": {"prediction": {"class_name": self.target_class}}, **block})
+        write_group(self.path, {"cellmap": prediction_attributes(self.target_class, self.values, self.dtype), **block})
 
     def start(self, center: Mapping[str, float]) -> Shape:
         """First voxel of the patch around a centre, counted in the array.
@@ -202,11 +217,19 @@ class ImageWriter:
         stored = self._stored(part)
         try:
             with self._lock:  # patches may share a chunk
-                self._open()[tuple(slice(a, b) for a, b in inside)] = stored
+                array = self._open()
+                self._record(part)
+                array[tuple(slice(a, b) for a, b in inside)] = stored
         except OSError as e:
             if isinstance(e, CellMapFileExistsError):
                 raise
             raise OutputError(f"{self.path} cannot be written to: {why_not_written(e)}") from e
+
+    def _record(self, values: AnyArray) -> None:
+        """Record in the metadata what the values mean, before they are written, where that has changed."""
+        if self._meaning is not None and self._meaning.add(values):
+            block = prediction_attributes(self.target_class, self._meaning.kind, self.dtype)
+            write_group(self.path, {"cellmap": block})
 
     def _stored(self, values: AnyArray) -> AnyArray:
         if self.dtype.kind not in "iu" or values.dtype.kind == "b":
@@ -283,6 +306,7 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
         device: not used, as in cellmap-data: batches are on the CPU.
         model_classes: the channels of the model's output, where it gives more than ``classes``.
         dtype: type of a voxel.
+        values: what the values mean, see `ImageWriter`.
         max_workers: reading threads, see `CellMapDataset`.
         raw_path: older name of ``input_path``.
 
@@ -312,6 +336,7 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
         device: Any = None,
         model_classes: Sequence[str] | None = None,
         dtype: npt.DTypeLike = np.float32,
+        values: Kind | None = None,
         max_workers: int | None = None,
         raw_path: str | None = None,
     ) -> None:
@@ -339,7 +364,7 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
 
         volume = CellMapDataset(
             self.raw_path, input_arrays=input_arrays, pad=True, raw_value_transforms=raw_value_transforms,
-            max_workers=max_workers,
+            max_workers=max_workers, missing_raw="warn",  # sparse volumes store no chunks of zeros
         )  # fmt: skip
         window = volume.in_volume(target.window, target.flat)
         whole = output_lattice(window, volume.raw_box, [level.lattice for level in volume.levels.values()])
@@ -353,7 +378,7 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
             self.array: {
                 name: ImageWriter(
                     f"{target_path}/{name}", name, self.lattice.step, self.lattice.box.as_dict(), window.shape,
-                    overwrite=overwrite, dtype=dtype, fill_value=empty_value,
+                    overwrite=overwrite, dtype=dtype, fill_value=empty_value, values=values,
                 )
                 for name in self.classes
             }

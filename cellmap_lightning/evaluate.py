@@ -15,7 +15,8 @@ from cellmap_lightning.sampling.dataloader import CellMapDataLoader
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.sampling.encodings import Unknown
 from cellmap_lightning.volumes.geometry import Lattice
-from cellmap_lightning.volumes.ngff import Multiscale, read_multiscale
+from cellmap_lightning.volumes.meanings import ValuesSetting, meaning_of
+from cellmap_lightning.volumes.ngff import read_multiscale
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,12 @@ def _ratio(part: int, whole: int) -> float:
 
 
 def evaluate(
-    output: Path, crops: Path, classes: Sequence[str], threshold: float = 0.5, unknown: Unknown = "metadata"
+    output: Path,
+    crops: Path,
+    classes: Sequence[str],
+    threshold: float = 0.5,
+    unknown: Unknown = "metadata",
+    values: ValuesSetting = "auto",
 ) -> list[Score]:
     """Compare a prediction with every crop that it holds whole.
 
@@ -83,6 +89,7 @@ def evaluate(
         classes: names of the classes.
         threshold: probability from which a voxel is of the class.
         unknown: the code of unknown voxels where the metadata of annotations leave it open; see `CellMapDataset`.
+        values: what the stored values of the prediction mean, see `meaning_of`.
 
     Raises:
         CellMapKeyError: the prediction holds no crop that annotates any of the classes.
@@ -95,7 +102,7 @@ def evaluate(
             if not holds(read_multiscale(output / name).finest.lattice, read_multiscale(crop / name).finest.lattice):
                 outside.add(crop.name)
                 continue
-            scores.append(_compare(output / name, crop, name, threshold, unknown))
+            scores.append(_compare(output / name, crop, name, threshold, unknown, values))
     if outside:
         log.info("not evaluated, since the prediction does not hold them whole: %s", ", ".join(sorted(outside)))
     if not scores:
@@ -112,22 +119,9 @@ def holds(found: Lattice, labels: Lattice) -> bool:
     return bool((labels.box.lower >= lower).all() and (labels.box.upper <= upper).all())
 
 
-def stored_threshold(image: Multiscale, threshold: float) -> float:
-    """The stored value from which a voxel of a prediction is of the class: 1 where labels are stored.
-
-    Args:
-        image: what was predicted of a class.
-        threshold: probability from which it is.
-    """
-    if "annotation" in dict(image.attributes.get("cellmap", {})):
-        return 1
-    dtype = image.finest.array.dtype
-    return threshold * (np.iinfo(dtype).max if dtype.kind == "u" else 1)
-
-
-def _compare(group: Path, crop: Path, name: str, threshold: float, unknown: Unknown) -> Score:
+def _compare(group: Path, crop: Path, name: str, threshold: float, unknown: Unknown, values: ValuesSetting) -> Score:
     image = read_multiscale(group)
-    level, least = image.finest, stored_threshold(image, threshold)
+    level, least = image.finest, meaning_of(image, f"{group}", values).least(threshold)
     window = {"shape": list(_PATCH), "scale": list(level.scale)}
     known = tp = fp = fn = 0
     with CellMapDataset(

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.evaluate import holds, stored_threshold
+from cellmap_lightning.evaluate import holds
 from cellmap_lightning.figures.sheet import SheetSample, contact_sheet
 from cellmap_lightning.sampling.dataset import CellMapDataset
 from cellmap_lightning.volumes.geometry import AXES, LATTICE_TOLERANCE, FloatArray, Lattice, Shape
 from cellmap_lightning.volumes.image import CellMapImage, choose_level
+from cellmap_lightning.volumes.meanings import meaning_of
 from cellmap_lightning.volumes.ngff import Overrides, read_multiscale
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ def _masks(output: Path, classes: Sequence[str], patch: Lattice, center: FloatAr
     found = np.empty((len(classes), *patch.shape), bool)
     for name, mask in zip(classes, found, strict=True):
         image = CellMapImage(str(output / name), name, patch.step, patch.shape, pad=True, pad_value=0)
-        mask[:] = _read(image, center) >= stored_threshold(image.image, threshold)
+        mask[:] = _read(image, center) >= meaning_of(image.image, name).least(threshold)
     return found
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from omegaconf import OmegaConf
 
 from cellmap_lightning.challenge import class_names, listed_crops
+from cellmap_lightning.dataset_writer import CellMapDatasetWriter
 from cellmap_lightning.errors import CellMapError
+from cellmap_lightning.numbering import check_least_volume, components
 from cellmap_lightning.sampling.layout import read_manifest
 from cellmap_lightning.submission import submit
 from cellmap_lightning.transforms.implied import DEFAULT_TABLE
@@ -67,14 +70,18 @@ def test_a_submission_is_evaluated_at_the_centres_of_the_manifests_voxels(tmp_pa
     predicted(tmp_path, "er", field.astype(np.float32), (0, 0, 0), coarse)
     predicted(tmp_path, "pm", np.rint(np.clip(field, 0, 1) * 255).astype(np.uint8), (0, 0, 0), coarse)
     listed = manifest(tmp_path, *(row(7, name, step, origin, shape) for name in ("er", "pm")))
-    path, missing = submit(tmp_path / "predictions", listed, tmp_path / "submission.zarr", threshold=0.35)
+    path, missing = submit(
+        tmp_path / "predictions", listed, tmp_path / "submission.zarr", threshold=0.35, values={"pm": "scaled"}
+    )
     assert path == tmp_path / "submission.zip"
     assert missing == []
     exact = wave(origin, step, shape)
     for name, blur in (("er", 1e-6), ("pm", 1 / 255)):
         array = read(tmp_path / "submission.zarr" / "crop7" / name)
         assert array.dtype == np.uint8
-        assert dict(array.attrs) == {"voxel_size": list(step), "translation": list(origin), "shape": list(shape)}
+        about = {"cellmap": {"prediction": {"class_name": name, "values": "mask"}}}
+        lattice = {"voxel_size": list(step), "translation": list(origin), "shape": list(shape)}
+        assert dict(array.attrs) == lattice | about
         sure = np.abs(exact - 0.35) > blur
         np.testing.assert_array_equal(array[...][sure], (exact >= 0.35)[sure])
         assert 0 < array[...].mean() < 1
@@ -105,6 +112,65 @@ def test_objects_are_numbered_in_the_smallest_type(tmp_path):
         overwrite=True,
     )  # fmt: skip
     assert np.unique(read(out / "crop7" / "ves")[...]).tolist() == [0, 300]
+
+
+def diagonal(touching):
+    """Two cubes of 2³ voxels that share a face, an edge, a corner or nothing."""
+    values = np.zeros((8, 8, 8), bool)
+    values[2:4, 2:4, 2:4] = True
+    start = {"face": (4, 2, 2), "edge": (4, 4, 2), "corner": (4, 4, 4), "nothing": (5, 2, 2)}[touching]
+    values[tuple(slice(a, a + 2) for a in start)] = True
+    return values
+
+
+@pytest.mark.parametrize(("touching", "objects"), [("face", 1), ("edge", 1), ("corner", 1), ("nothing", 2)])
+def test_components_are_connected_as_the_scorer_connects_them(touching, objects):
+    numbers = components(diagonal(touching))
+    np.testing.assert_array_equal(numbers > 0, diagonal(touching))
+    assert numbers.max() == objects
+
+
+@pytest.mark.parametrize(
+    ("min_volume", "left"),
+    [(0, {1, 8, 27}), (8 * 512, {8, 27}), (8 * 512 + 1, {27}), ({"mito": 4096}, {8, 27}), ({"ves": 1e9}, {1, 8, 27}),
+     ({"*": 1e9, "mito": 4097}, {27}), (1e9, set())],
+)  # fmt: skip
+@pytest.mark.parametrize("ids", [False, True])
+def test_small_objects_are_left_out(tmp_path, min_volume, left, ids):
+    values = np.zeros((16, 16, 16), np.uint16)
+    for number, size in enumerate((1, 2, 3)):  # 512 nm³ a voxel
+        values[5 * number : 5 * number + size, :size, :size] = 9 * (number + 1) if ids else 1
+    predicted(tmp_path, "mito", values, (4, 4, 4), (8, 8, 8))
+    predicted(tmp_path, "er", values, (4, 4, 4), (8, 8, 8))
+    rows = [row(7, name, (8, 8, 8), (4, 4, 4), values.shape) for name in ("mito", "er")]
+    submit(tmp_path / "predictions", manifest(tmp_path, *rows), tmp_path / "submission.zarr", min_volume=min_volume)
+    found = np.unique(read(tmp_path / "submission.zarr" / "crop7" / "mito")[...], return_counts=True)
+    assert {int(n) for value, n in zip(*found, strict=True) if value} == left
+    if ids:
+        assert set(found[0].tolist()) <= {0, 9, 18, 27}
+    # Of a class without objects nothing is left out.
+    np.testing.assert_array_equal(read(tmp_path / "submission.zarr" / "crop7" / "er")[...], values > 0)
+
+
+@pytest.mark.parametrize("value", [-1, float("inf"), "large", {"mito": None}, True])
+def test_minimum_volumes_that_are_none(value):
+    with pytest.raises(CellMapError, match="min_volume must be at least 0 nm³"):
+        check_least_volume(value)
+
+
+# Bounds of a crop in the words of cellmap-data, the corner being the translation of its first voxel.
+@pytest.mark.parametrize("origin", [(0.0, 0.0, 0.0), (3.0, 5.0, 7.0), (4.0, 4.0, 4.0), (100.5, 99.0, 33.25)])
+@pytest.mark.parametrize(("step", "shape"), [((2.0, 2.0, 2.0), (30, 31, 33)), ((2.62, 2.0, 2.0), (29, 37, 32))])
+def test_bounds_that_the_voxels_do_not_divide(tmp_path, volume, origin, step, shape):
+    origin = tuple(np.add(origin, 200).tolist())
+    bounds = {a: [o, o + n * s] for a, o, n, s in zip("zyx", origin, shape, step, strict=True)}
+    spec = {"shape": (8, 8, 8), "scale": (8, 8, 8)}
+    path = tmp_path / "predictions" / "jrc_a.zarr" / "crop7"
+    with CellMapDatasetWriter(volume.raw_path, str(path), ["er"], spec, {"output": spec}, {"output": bounds}) as writer:
+        for batch in writer.loader(batch_size=64):
+            writer[batch["idx"]] = {"output": torch.ones(len(batch["idx"]), 1, 8, 8, 8)}
+    submit(tmp_path / "predictions", manifest(tmp_path, row(7, "er", step, origin, shape)), tmp_path / "s.zarr")
+    assert read(tmp_path / "s.zarr" / "crop7" / "er")[...].all()
 
 
 def test_labels_keep_their_ids_and_the_nearest_voxel_counts(volume, tmp_path):

@@ -79,7 +79,8 @@ def test_without_crops_the_fullest_places_are_shown(volume, tmp_path, monkeypatc
     raw = read_multiscale(volume.raw_path).levels[1]
     values = np.zeros(raw.array.shape, np.uint8)
     values[20:30, 40:60, 70:90] = 200
-    out = predicted(tmp_path / "out.zarr", raw, values, levels=2)
+    about = {"cellmap": {"prediction": {"class_name": "mito", "probability_1": 255}}}
+    out = predicted(tmp_path / "out.zarr", raw, values, levels=2, attributes=about)
     whole, *places = samples_of(out, volume.raw_path, ["mito"])
     assert whole.header == "all that was predicted"
     assert whole.raw.shape == values.shape

@@ -25,6 +25,7 @@ from cellmap_lightning.volumes.container import write_container
 from cellmap_lightning.volumes.durable import flush, write_text
 from cellmap_lightning.volumes.geometry import Shape
 from cellmap_lightning.volumes.journal import Journal, input_hash, new_token, plain, record_checksum
+from cellmap_lightning.volumes.meanings import prediction_attributes
 from cellmap_lightning.volumes.output_levels import OutputLevels
 from cellmap_lightning.volumes.output_lock import FILE, OutputLock, read_owner
 from cellmap_lightning.volumes.pyramid import plan_pyramid, units_left, units_within
@@ -276,8 +277,9 @@ class PredictionOutput:
             encoding = {"absent": 0, "present": 1, "unknown": 255}
             kind = {"type": "semantic_segmentation", "encoding": encoding}
             return {"annotation": {"class_name": name, "annotation_type": kind}}
-        values = {"probability_1": 255} if self.values.kind == "uint8" else {}
-        return {"prediction": {"class_name": name, **values}}
+        return prediction_attributes(
+            name, "scaled" if self.values.kind == "uint8" else "probability", self.values.dtype
+        )
 
     def _remove(self) -> None:
         """Take away what an earlier prediction has written, and nothing else."""
