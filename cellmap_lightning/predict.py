@@ -12,6 +12,7 @@ from cellmap_lightning.callbacks.run_config import CONFIG_KEY
 from cellmap_lightning.challenge import listed_crops
 from cellmap_lightning.checkpoints import check_checkpoint
 from cellmap_lightning.commands.ending import Ending
+from cellmap_lightning.csc_evaluation import Predicted, Scoring, csc_table, evaluate_csc, write_csc_csv
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError, MissingExtraError
 from cellmap_lightning.evaluate import draw, evaluate, table, write_csv
 from cellmap_lightning.overview import draw_prediction
@@ -24,6 +25,9 @@ from cellmap_lightning.volumes.store import StorePath, children, exists, located
 
 log = logging.getLogger(__name__)
 
+#: ``voxels``: Dice, IoU, precision and recall of each crop. ``csc``: the challenge's score, pooled over crops.
+METRICS = ("voxels", "csc")
+NOT_CSC = "These are scores of voxels, crop by crop, not the challenge's score; metric=csc gives that."
 #: Settings of the data that say which crops a training has, or what is random in it.
 _OF_TRAINING = (
     "csv_path", "search_path", "manifest", "only_datasets", "only_crops", "spatial_transforms", "intensity_transforms",
@@ -77,6 +81,8 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     Raises:
         CellMapError: see `saved_config`; or the region is none.
     """
+    if cfg.metric not in METRICS:
+        raise CellMapValueError(f"metric must be one of {', '.join(METRICS)}, got {cfg.metric!r}")
     missing = [key for key in ("ckpt", "data.input_path", "out") if OmegaConf.select(cfg, key, default=None) is None]
     if missing:
         raise CellMapValueError("\n".join(f"{key} is required: set it with {key}=..." for key in missing))
@@ -112,7 +118,7 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     found = OmegaConf.create(
         {
             "ckpt": cfg.ckpt, "patch": patch, "data": data, "model": saved.get("model"), "task": saved["task"],
-            "trainer": trainer, "writer": writer, "evaluate": bool(cfg.evaluate),
+            "trainer": trainer, "writer": writer, "evaluate": bool(cfg.evaluate), "metric": cfg.metric,
             "picture": bool(cfg.picture), "input_path": cfg.data.input_path, "metadata": metadata,
         }
     )  # fmt: skip
@@ -164,6 +170,7 @@ def of_crops(cfg: DictConfig, overrides: list[str]) -> list[DictConfig]:
         if not any(override.startswith("picture=") for override in overrides):
             config.picture = False  # it would lie among the groups of the predictions
         config.writer.only, config.writer.region = only, crop.box(list(scale)).as_dict()
+        config.crop, config.listed, config.folder = crop.name, list(crop.classes), str(folder)
         found.append(config)
     if not found:
         raise CellMapValueError(f"the model knows no class that {cfg.manifest} lists for these crops; it knows {known}")
@@ -272,16 +279,39 @@ def _judged(cfg: DictConfig, writer: Any, names: Sequence[str]) -> str:
                 said += f"\n\n{picture}"
             except MissingExtraError as e:
                 said += f"\n\nno picture: {e}"
-        if cfg.evaluate:
+        if cfg.evaluate and cfg.metric == "voxels":
             unknown = OmegaConf.to_container(cfg.data).get("unknown", "metadata")  # type: ignore[union-attr]
             scores = evaluate(output, crops, names, writer.threshold, unknown)
             table_file, matrix = (output.with_name(f"{output.stem}-scores{end}") for end in (".csv", ".png"))
             write_csv(scores, table_file)
             draw(scores, matrix)
-            said += f"\n\n{table(scores)}\n\n{table_file}\n{matrix}"
+            said += f"\n\n{table(scores)}\n\n{table_file}\n{matrix}\n{NOT_CSC}"
     finally:
         package.setLevel(level)
     return said
+
+
+def csc_scores(configs: Sequence[DictConfig]) -> str:
+    """Return the challenge's score over the crops of all predictions, as a table, and write it beside them.
+
+    Raises:
+        CellMapError: no crop can be compared, or something cannot be read.
+    """
+    predictions = []
+    for cfg in configs:
+        raw = located(str(cfg.input_path), OmegaConf.to_container(cfg.data, resolve=True).get("storage_options"))  # type: ignore[union-attr]
+        if not isinstance(raw, Path):
+            return f"no scores: {cfg.input_path} and its crops are not on this machine"
+        names = OmegaConf.select(cfg, "listed") or cfg.writer.only or cfg.writer.classes or cfg.data.classes
+        crops = Path(str(groundtruth(str(raw))))
+        predictions.append(Predicted(Path(cfg.writer.output), crops, tuple(names), OmegaConf.select(cfg, "crop")))
+    data: Any = OmegaConf.to_container(configs[0].data, resolve=True)
+    scoring = Scoring(configs[0].writer.threshold, unknown=data.get("unknown", "metadata"))
+    score = evaluate_csc(predictions, scoring)
+    out = Path(OmegaConf.select(configs[0], "folder") or configs[0].writer.output)
+    file = out.with_name(f"{out.stem}-challenge.csv")
+    write_csc_csv(score, file)
+    return f"{csc_table(score)}\n\n{file}"
 
 
 def run_all(configs: list[DictConfig], say: Callable[[str], None]) -> None:
@@ -298,3 +328,5 @@ def run_all(configs: list[DictConfig], say: Callable[[str], None]) -> None:
             said = run(config, task)
             if said is not None:
                 say(f"\n{said}")
+        if said is not None and configs[0].evaluate and configs[0].metric == "csc":
+            say(f"\n{csc_scores(configs)}")

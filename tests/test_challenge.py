@@ -276,10 +276,10 @@ print("SCORES " + json.dumps({k: scores[k] for k in ("overall_instance_score", "
 
 @pytest.mark.slow
 def test_the_challenges_own_tool_finds_perfect_labels_perfect(volume, tmp_path):
-    """Set CELLMAP_CSC_PYTHON to the Python of an environment that has the challenge's toolbox; it needs zarr < 3."""
-    python = os.environ.get("CELLMAP_CSC_PYTHON")
+    """Set CSC_PYTHON to the Python of an environment that has the challenge's toolbox; it needs zarr < 3."""
+    python = os.environ.get("CSC_PYTHON")
     if not python:
-        pytest.skip("CELLMAP_CSC_PYTHON does not name a Python that has the challenge's toolbox")
+        pytest.skip("CSC_PYTHON does not name a Python that has the challenge's toolbox")
     test_labels_keep_their_ids_and_the_nearest_voxel_counts(volume, tmp_path)
     with zipfile.ZipFile(tmp_path / "submission.zip") as archive:
         archive.extractall(tmp_path / "truth.zarr")
