@@ -118,7 +118,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         reader: what decodes: ``zarr`` or ``tensorstore``.
         storage_options: of addresses such as ``s3://bucket/vol.zarr``, see `CellMapDataset`; an entry of ``datasets``
             can have its own.
-        missing_raw: chunks of raw that are not stored: ``error``, ``warn`` or ``mask``; see `CellMapDataSplit`.
+        missing_raw: chunks of raw that are not stored: ``auto``, ``error``, ``warn``, ``fill`` or ``mask``; see
+            `CellMapDataSplit`.
         missing_labels: chunk files of labels that are missing, or have 0 bytes, although the metadata promise voxels in
             them: ``error`` or ``unknown``; see `CellMapDataset`.
         level_translations: where levels of a pyramid lie whose translations are missing: ``auto`` or ``stored``; see
@@ -185,7 +186,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         cache_bytes: int | None = None,
         reader: Reader = "zarr",
         storage_options: Mapping[str, Any] | None = None,
-        missing_raw: MissingRaw = "error",
+        missing_raw: MissingRaw = "auto",
         missing_labels: MissingLabels = "error",
         level_translations: LevelTranslations = "auto",
         read_attempts: int = PATIENT.attempts,

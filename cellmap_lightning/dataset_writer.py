@@ -364,7 +364,7 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
 
         volume = CellMapDataset(
             self.raw_path, input_arrays=input_arrays, pad=True, raw_value_transforms=raw_value_transforms,
-            max_workers=max_workers, missing_raw="warn",  # sparse volumes store no chunks of zeros
+            max_workers=max_workers, missing_raw="fill",  # sparse volumes store no chunks of zeros
         )  # fmt: skip
         window = volume.in_volume(target.window, target.flat)
         whole = output_lattice(window, volume.raw_box, [level.lattice for level in volume.levels.values()])

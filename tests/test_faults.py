@@ -200,7 +200,7 @@ def test_a_missing_chunk_of_labels_is_background(root, caplog):
 
 def test_what_missing_raw_can_be():
     for value in ("skip", None, True):
-        with pytest.raises(CellMapValueError, match="missing_raw must be one of error, warn, mask"):
+        with pytest.raises(CellMapValueError, match="missing_raw must be one of auto, error, warn, fill, mask"):
             CellMapDataSplit(datasets={}, input_arrays={"raw": SPEC}, missing_raw=value)
 
 

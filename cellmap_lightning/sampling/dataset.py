@@ -31,6 +31,7 @@ from cellmap_lightning.sampling.encodings import (
 )
 from cellmap_lightning.sampling.foreground import Foreground, foreground_index
 from cellmap_lightning.sampling.labels import DOWNSAMPLE, BitStack, Downsample, IdStack, id_dtype
+from cellmap_lightning.sampling.missing_raw import resolve
 from cellmap_lightning.sampling.names import renamed
 from cellmap_lightning.sampling.planes import Plane
 from cellmap_lightning.sampling.pool import ReadPool, default_workers
@@ -79,11 +80,6 @@ from cellmap_lightning.volumes.store import Remote, StorePath, exists, located, 
 
 log = logging.getLogger(__name__)
 
-_CONSEQUENCE = {
-    "error": "a sample that shows one of them is an error",
-    "warn": "they show the fill value",
-    "mask": "they show the fill value, and targets there are unknown",
-}
 #: Part of a crop outside of raw from which it is reported.
 LEAST_OUTSIDE = 1e-6
 #: A place in a placement's grid (z, y, x).
@@ -141,8 +137,10 @@ class CellMapDataset(SampleSource):
             there, on disk at most 200 GB, and 2 GiB of ``chunks``.
         reader: what decodes: ``zarr``, or ``tensorstore`` (from the extra ``fast``).
         missing_raw: what becomes of samples that show raw of which a chunk is not stored: ``error``, ``warn`` (they
-            show the fill value), or ``mask`` (so they do, and targets there are unknown). A chunk of labels that is
-            not stored holds the fill value.
+            show the fill value), ``fill`` (the same, reported once), ``mask`` (so they do, and targets there are
+            unknown), or ``auto``: ``mask`` where raw is visibly a partial copy, in which chunks exist only around
+            crops, as `csc fetch-data` leaves it, and otherwise ``error``. A chunk of labels that is not stored holds
+            the fill value.
         missing_labels: what becomes of chunks of labels that are missing although ``complement_counts`` promise voxels
             in them: ``error``, or ``unknown`` (they are NaN). Any other chunk of labels that is missing is absent.
         unit: unit of the axes in place of the stored one, such as ``micrometer``: of raw and labels alike, or
@@ -196,7 +194,7 @@ class CellMapDataset(SampleSource):
         cache: CacheMode = "auto",
         cache_bytes: int | None = None,
         reader: Reader = "zarr",
-        missing_raw: MissingRaw = "error",
+        missing_raw: MissingRaw = "auto",
         missing_labels: MissingLabels = "error",
         unit: Any = None,
         voxel_size: Any = None,
@@ -359,7 +357,10 @@ class CellMapDataset(SampleSource):
         self._announce()
         if first_time(f"{self.target_path}", "encodings"):  # and not once more for each plane
             self.encodings.report()
-        self._say_what_is_missing()
+        labels_box = self.box if self._stacks else None
+        self.missing_raw = resolve(self.label, self._images.values(), self.missing_raw, labels_box)
+        for image in self._images.values():
+            image.missing = self.missing_raw
 
     def _place(self, world: Mapping[str, Window], targets: Mapping[str, TargetArray]) -> None:
         """Say where each array is read at each position, and what of the volume that can touch."""
@@ -517,16 +518,6 @@ class CellMapDataset(SampleSource):
             self.max_workers,
         )
 
-    def _say_what_is_missing(self) -> None:
-        """Chunks of raw that patches can touch and that are not stored, counted where that is quick."""
-        for image in {image.level.path: image for image in self._images.values()}.values():
-            missing, files = image.holes() or (0, 0)
-            if missing:
-                log.warning(
-                    "%s: %d of the %d chunks of raw that it can show are not stored (%s); with missing_raw=%s %s",
-                    self.label, missing, files, image.level.path, self.missing_raw, _CONSEQUENCE[self.missing_raw],
-                )  # fmt: skip
-
     @property
     def is_remote(self) -> bool:
         """Whether raw or labels lie in a store elsewhere."""
@@ -663,6 +654,8 @@ class CellMapDataset(SampleSource):
             name: self._stored_image(level, other._store.chunks, f"{self.label}: raw")
             for name, level in self._raw.items()
         }
+        for name, image in other._images.items():
+            image.quiet = self._images[name].quiet  # it was reported already
         other._stacks = {}
         other.layout = dataclasses.replace(self.layout, targets={}, scaling=Scaling.of([0], [self.affine]))
         other._place({name: self.plane.in_volume(self._windows[name]) for name in self._images}, {})

@@ -97,7 +97,7 @@ class CellMapDataSplit:
         cache_bytes: see there.
         reader: see there.
         missing_raw: see there. Volumes to predict are not refused for missing chunks, which most programs leave out
-            where a volume is empty: ``error`` is ``warn`` there.
+            where a volume is empty: ``error`` and ``auto`` are ``warn`` there.
         missing_labels: see there.
         level_translations: see there.
         read_attempts: see there.
@@ -153,7 +153,7 @@ class CellMapDataSplit:
         cache: CacheMode = "auto",
         cache_bytes: int | None = None,
         reader: Reader = "zarr",
-        missing_raw: MissingRaw = "error",
+        missing_raw: MissingRaw = "auto",
         missing_labels: MissingLabels = "error",
         level_translations: LevelTranslations = "auto",
         read_attempts: int = PATIENT.attempts,
@@ -590,7 +590,7 @@ class CellMapDataSplit:
             raise CellMapValueError(f"a crop for {split!r} needs a target; only those for 'predict' may go without")
         own: dict[str, Any] = {"normalize": entry.normalize, "invert": entry.invert}
         own["storage_options"] = entry.storage_options
-        if split == "predict" and self._common["missing_raw"] == "error":
+        if split == "predict" and self._common["missing_raw"] in ("error", "auto"):
             own["missing_raw"] = "warn"
         dataset = CellMapDataset(
             entry.input_path,

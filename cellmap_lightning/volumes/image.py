@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: What becomes of samples that show raw of which a chunk is not stored: an ``error``, or fill values, which are logged
-#: (``warn``) and beneath which targets are unknown (``mask``).
-MissingRaw = Literal["error", "warn", "mask"]
-MISSING_RAW = ("error", "warn", "mask")
+#: each time (``warn``) or once (``fill``), and beneath which targets are unknown (``mask``); ``auto`` is ``mask`` or
+#: ``error``, by the copy.
+MissingRaw = Literal["auto", "error", "warn", "fill", "mask"]
+MISSING_RAW = ("auto", "error", "warn", "fill", "mask")
 ADVICE = (
     "Fetch it again; or, if it was left out because it holds nothing but the fill value, say missing_raw=warn; "
     "missing_raw=mask makes targets there unknown"
@@ -141,11 +142,16 @@ class StoredImage:
     ) -> None:
         self.level = level
         self.lattice = level.lattice
-        self.reader = ChunkReader(level, label, reader, patience, "missing" if missing in ("warn", "mask") else "error")
+        self.reader = ChunkReader(
+            level, label, reader, patience, "missing" if missing in ("warn", "fill", "mask") else "error"
+        )
         self.missing = missing
         #: Chunks of which it is known whether they are stored.
         self._stores: dict[tuple[int, ...], bool] = {}
         self._said = 0
+        #: Whether chunks that are not stored were reported, and are not reported again.
+        self.quiet = False
+        self._reporter: dict[str, object] = {}
         self.region = Region(
             self.reader.shape, chunk_shape([self.reader]), self.reader.dtype, self._decode, cache,
             identity_of(level.path), stamp=self.reader.stamp, identity=self.identity, name=f"{label} {level.path}",
@@ -164,16 +170,23 @@ class StoredImage:
                 e.args = (f"{e}. {ADVICE_EMPTY}",)
             raise
         missed = self.reader.missed(start, shape, voxels) if self.missing is not None else []
-        if missed and self.missing == "error":
+        if missed and self.missing in ("error", "auto"):
             raise ChunkError(self._missing_text(missed, start, shape) + f". {ADVICE}")
         for _ in missed:
             self._said += 1
-            if power_of_two(self._said):
+            if power_of_two(self._said) and self._reports():
                 log.warning(
                     "%s and reads as the fill value (times that this happened: %d)",
                     self._missing_text(missed, start, shape), self._said,
                 )  # fmt: skip
         return voxels
+
+    def _reports(self) -> bool:
+        """Return whether missing chunks are reported now; with ``fill`` once, by the first of several threads."""
+        if self.quiet or self.missing != "fill":
+            return not self.quiet
+        this = object()
+        return self._reporter.setdefault("first", this) is this  # atomic
 
     def _missing_text(self, missed: Sequence[tuple[int, ...]], start: tuple[int, int, int], shape: Shape) -> str:
         part = self.reader.common(missed[0], start, shape)
@@ -189,9 +202,10 @@ class StoredImage:
         files = list(itertools.islice(self.reader.files(start, shape), MOST_COUNTED + 1))
         if not self.reader.local or len(files) > MOST_COUNTED:
             return None
-        return sum(not self._stored(index) for index in files), len(files)
+        return sum(not self.stored(index) for index in files), len(files)
 
-    def _stored(self, index: tuple[int, ...]) -> bool:
+    def stored(self, index: tuple[int, ...]) -> bool:
+        """Return whether a chunk or shard is stored, asked for once."""
         found = self._stores.get(index)
         if found is None:
             found = self._stores[index] = self.reader.stores(index)
@@ -212,7 +226,7 @@ class StoredImage:
         if bool(np.any(lo >= hi)):
             return None
         (z, y, x), (dz, dy, dx) = lo.tolist(), (hi - lo).tolist()
-        files = [index for index in self.reader.files((z, y, x), (dz, dy, dx)) if not self._stored(index)]
+        files = [index for index in self.reader.files((z, y, x), (dz, dy, dx)) if not self.stored(index)]
         if not files:
             return None
         size = np.asarray(self.level.zyx(self.level.array.files))
