@@ -54,6 +54,7 @@ def test_a_crop_from_the_command_line(checkpoint, volume, tmp_path):
     assert "blocks are done" in text
     assert "million per second" in text
     assert "% of the voxels" in text
+    assert "not the challenge's score; metric=csc gives that" in text
     assert "block/s" not in errors, "no progress bar where nobody looks"
     box = read_multiscale(f"{volume.path}/recon-1/labels/groundtruth/crop2/mito").finest.lattice.box
     for name in ("mito", "er"):

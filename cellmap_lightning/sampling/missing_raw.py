@@ -1,10 +1,10 @@
 """Chunks of raw that are not stored: counted when a crop is opened, and the policy that follows from them."""
 
 import logging
+import math
+import time
 from collections.abc import Iterable
 from itertools import product
-
-import numpy as np
 
 from cellmap_lightning.volumes.geometry import LATTICE_TOLERANCE, Box, Shape
 from cellmap_lightning.volumes.image import MissingRaw, StoredImage
@@ -20,6 +20,10 @@ _CONSEQUENCE = {
 }
 #: Chunks along each axis of a volume that are looked for, to tell a partial copy from a whole one.
 _LOOKS = 3
+#: Which of them are stored, and when this was looked up, of the volume of which a crop was opened last.
+_LOOKED: dict[str, tuple[float, dict[tuple[int, ...], bool]]] = {}
+#: Seconds for which the answer is used.
+_SHARED = 60.0
 
 
 def resolve(label: str, images: Iterable[StoredImage], policy: MissingRaw, crop: Box | None) -> MissingRaw:
@@ -55,11 +59,17 @@ def resolve(label: str, images: Iterable[StoredImage], policy: MissingRaw, crop:
 def _within(image: StoredImage, crop: Box) -> tuple[Shape, Shape] | None:
     """Return the first voxel and the shape of the part of raw that a crop covers; None where it covers nothing."""
     lattice = image.lattice
-    first, end = (np.subtract(edge, lattice.box.lower) / lattice.step for edge in (crop.lower, crop.upper))
-    low = np.floor(first + LATTICE_TOLERANCE).clip(0).astype(int)
-    high = np.ceil(end - LATTICE_TOLERANCE).astype(int)
-    (z, y, x), (dz, dy, dx) = low.tolist(), (np.minimum(high, lattice.shape) - low).tolist()
-    return ((z, y, x), (dz, dy, dx)) if min(dz, dy, dx) > 0 else None
+    parts = []
+    for low, high, start, step, count in zip(
+        crop.lower, crop.upper, lattice.box.lower, lattice.step, lattice.shape, strict=True
+    ):
+        first = max(0, math.floor((low - start) / step + LATTICE_TOLERANCE))
+        end = min(count, math.ceil((high - start) / step - LATTICE_TOLERANCE))
+        if end <= first:
+            return None
+        parts.append((first, end - first))
+    (z, dz), (y, dy), (x, dx) = parts
+    return (z, y, x), (dz, dy, dx)
 
 
 def _is_partial(image: StoredImage, crop: Box) -> bool:
@@ -70,22 +80,36 @@ def _is_partial(image: StoredImage, crop: Box) -> bool:
     own = set(image.reader.files(*within))
     if not all(image.stored(index) for index in own):
         return False
+    elsewhere = [there for index, there in _looks(image).items() if index not in own]
+    return sum(elsewhere) < len(elsewhere) / 2
+
+
+def _looks(image: StoredImage) -> dict[tuple[int, ...], bool]:
+    """Return which of evenly spaced chunks of a volume are stored; crops that are opened together share the answer."""
+    path, now = str(image.level.path), time.monotonic()
+    known = _LOOKED.get(path)
+    if known is not None and now - known[0] < _SHARED:
+        return known[1]
     info = image.level.array
     grid = [-(-n // f) for n, f in zip(info.shape, info.files, strict=True)]
-    looks = [sorted(set(np.linspace(0, n - 1, _LOOKS).round().astype(int).tolist())) for n in grid]
-    elsewhere = [index for index in product(*looks) if index not in own]
-    return sum(image.stored(index) for index in elsewhere) < len(elsewhere) / 2
+    along = [sorted({round(i * (n - 1) / (_LOOKS - 1)) for i in range(_LOOKS)}) for n in grid]
+    found = {index: image.stored(index) for index in product(*along)}
+    _LOOKED.clear()  # the crops of a volume follow each other
+    _LOOKED[path] = now, found
+    return found
 
 
 def _report_partial(label: str, image: StoredImage, missing: int, files: int, crop: Box) -> None:
     image.quiet = True
+    # A warning for the first crop of a volume.
+    level = logging.WARNING if first_time(str(image.level.path), "partial copy") else logging.INFO
+    if not log.isEnabledFor(level):
+        return
     start, shape = image.region.extent
     low, size = _within(image, crop) or (start, shape)
-    before = np.subtract(low, start)
-    after = np.subtract(np.add(start, shape), np.add(low, size))
-    padding = int(np.max([before, after]).clip(1))
-    # In full for the first crop of a volume.
-    level = logging.WARNING if first_time(f"{image.level.path}", "partial copy") else logging.INFO
+    before = [a - b for a, b in zip(low, start, strict=True)]
+    after = [b + n - a - m for a, m, b, n in zip(low, size, start, shape, strict=True)]
+    padding = max(1, *before, *after)
     log.log(
         level,
         "%s: %s is a partial copy, with chunks around crops alone: %d of the %d chunks (%.0f %%) that patches can show "

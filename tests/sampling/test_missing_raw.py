@@ -121,6 +121,19 @@ def test_other_gaps_stay_errors(tmp_path, caplog, missing, dropped):
     assert "partial copy" not in caplog.text
 
 
+def test_a_copy_that_was_completed_is_looked_at_again(tmp_path, monkeypatch):
+    """Crops that are opened together share what was looked up; later it is looked up again."""
+    root = fetched(tmp_path / "v.zarr")
+    with opened(root) as data:
+        assert data.missing_raw == "mask"
+    shutil.rmtree(root / "raw")
+    write_multiscale(root / "raw", RAW, scale=SCALE, translation=(4, 4, 4), chunks=(CHUNK,) * 3)
+    (root / "raw" / "s0" / "2" / "2" / "2").unlink()
+    monkeypatch.setattr("cellmap_lightning.sampling.missing_raw._SHARED", -1)
+    with opened(root) as data:
+        assert data.missing_raw == "error"
+
+
 @pytest.mark.parametrize("policy", ["error", "warn", "fill", "mask"])
 def test_a_policy_that_is_set_is_kept(tmp_path, policy):
     with opened(fetched(tmp_path / "v.zarr"), missing_raw=policy) as data:
