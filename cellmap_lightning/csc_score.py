@@ -227,7 +227,7 @@ def _components(prediction: Labels) -> tuple[Labels, int]:
 def _ids(labels: Labels) -> npt.NDArray[np.int64]:
     """Return the ids above 0, in order."""
     small = labels.size and labels.min() >= 0 and labels.max() < 1 << 24
-    found = np.flatnonzero(np.bincount(labels.ravel())) if small else np.unique(labels)
+    found = np.flatnonzero(np.bincount(labels.ravel().astype(np.int64))) if small else np.unique(labels)
     ids: npt.NDArray[np.int64] = found[found != 0].astype(np.int64)
     return ids
 

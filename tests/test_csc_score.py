@@ -254,18 +254,21 @@ def test_random_objects_against_dense_tables(seed):
     assert 0 < found.tp < len(np.unique(truth))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.uint64])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.uint64])
 def test_types_of_ids(dtype):
     truth, prediction = scattered(1), perturbed(scattered(1), 1)
-    if dtype == np.uint64:  # ids as large as they may be; their order is what it was
-        ids = np.unique(truth)
-        far = np.concatenate([[0], (1 << 40) + ids[1:].astype(np.uint64)]).astype(np.uint64)
-        found = instance_counts(prediction.astype(dtype), far[np.searchsorted(ids, truth)], VOXEL)
-        assert found.tp == instance_counts(prediction, truth, VOXEL).tp
-        return
-    assert instance_counts(prediction.astype(dtype), truth.astype(dtype), VOXEL) == instance_counts(
-        prediction, truth, VOXEL
-    )
+    found = instance_counts(prediction.astype(dtype), truth.astype(dtype), VOXEL)
+    assert found == instance_counts(prediction, truth, VOXEL)
+    assert missing_counts(truth.astype(dtype), True) == missing_counts(truth, True)
+
+
+def test_ids_as_large_as_they_may_be():
+    truth, prediction = scattered(1), perturbed(scattered(1), 1)
+    ids = np.unique(truth)
+    far = np.concatenate([[0], (1 << 40) + ids[1:].astype(np.uint64)]).astype(np.uint64)
+    found = instance_counts(prediction, far[np.searchsorted(ids, truth)], VOXEL)
+    expected = instance_counts(prediction, truth, VOXEL)
+    assert (found.tp, found.fp, found.fn) == (expected.tp, expected.fp, expected.fn)
 
 
 TOOLBOX = """

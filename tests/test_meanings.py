@@ -136,6 +136,7 @@ def others(folder, values, block=None, name="er"):
         ((ball() * 255).astype(np.uint8), "scaled"),
         ((ball() * 300).astype(np.uint16), "ids"),
         ((ball() * 3).astype(np.int64), "ids"),
+        ((ball() * 300).astype(np.float32), "ids"),
         (np.where(ball(), 0.75, np.nan).astype(np.float32), "probability"),
     ],
 )

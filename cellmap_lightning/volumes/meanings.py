@@ -269,6 +269,8 @@ def _decided(seen: _Seen, dtype: np.dtype[Any], where: str, label: str) -> tuple
         # A model without a sigmoid may exceed 1 a little; logits are negative as well.
         if seen.low >= -_TOLERANCE and seen.high <= (1 + _TOLERANCE if seen.whole else 2):
             return "probability", text
+        if seen.low >= 0 and seen.whole and seen.high > _one("scaled", dtype):
+            return "ids", text
         kinds = ["ids", "scaled"] if seen.low >= 0 and seen.whole else ["probability", "scaled"]
     elif seen.low >= 0:
         top = np.iinfo(dtype).max
