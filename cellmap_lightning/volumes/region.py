@@ -26,6 +26,7 @@ from cellmap_lightning.volumes.locks import NoRoomError, Once
 from cellmap_lightning.volumes.mapped import Layout, Mapped
 from cellmap_lightning.volumes.resample import AnyArray
 from cellmap_lightning.volumes.shared import FORMAT, Arena, RegionFolder
+from cellmap_lightning.volumes.store import keeping
 
 log = logging.getLogger(__name__)
 
@@ -370,7 +371,8 @@ class RegionStore:
 
     def _place(self, regions: Sequence[Region], ordered: bool, name: str) -> None:
         location = choose(self.mode, self.budget)
-        keys = {region.digest(): region.layout.nbytes for region in regions}
+        with keeping():  # each folder on the way to thousands of arrays is resolved once
+            keys = {region.digest(): region.layout.nbytes for region in regions}
         if location.folder is not None:
             self._folder = RegionFolder(location.folder)
             held = {path.stem: size for path, size, _ in self._folder.files()}
