@@ -309,6 +309,17 @@ def test_an_image_mirrors_and_transposes(volume):
     assert empty[center].isnan().all()
 
 
+@pytest.mark.parametrize("usage", ["train", "validate"])
+def test_counts_of_a_split_without_crops(volume, usage):
+    entry = {"raw": str(volume.raw_path), "gt": f"{volume.path}/recon-1/labels/groundtruth/crop2/[mito,er]"}
+    split = compat.CellMapDataSplit({"input": PATCH}, {"output": PATCH}, CLASSES, dataset_dict={usage: [entry]})
+    other = {"train": "validate", "validate": "train"}[usage]
+    assert split.class_counts[other] == {"mito": 0, "er": 0}
+    assert split.class_counts[other]["totals_total"] == {"mito": 0, "er": 0}
+    assert split.class_counts[usage]["mito"] > 0
+    split.close()
+
+
 def test_totals_are_found_in_class_counts(dataset, split):
     for counts in (dataset.class_counts, split.class_counts["train"]):
         assert {"totals", "totals_total", "mito"} <= {

@@ -126,11 +126,14 @@ class CellMapDataSplit(DataSplit):
 
     @property
     def class_counts(self) -> dict[str, Counts]:
-        """Foreground voxels of both splits."""
+        """Foreground voxels of both splits; of one without crops, none."""
+        none = dict.fromkeys(self.classes or (), 0.0)
         return {
-            "train": self.train_datasets_combined.class_counts,
-            "validate": self.validation_datasets_combined.class_counts,
-        }
+            usage: self._together(split).class_counts if datasets else Counts(none, none, none)
+            for usage, split, datasets in (
+                ("train", "train", self.train_datasets), ("validate", "val", self.validation_datasets)
+            )
+        }  # fmt: skip
 
     def _changed(self, datasets: Sequence[CellMapDataset], change: Callable[[CellMapDataset], None]) -> None:
         for multi in self._combined.values():
