@@ -56,7 +56,7 @@ class ChunkCache:
     def get(self, key: Hashable, decode: Callable[[], AnyArray]) -> AnyArray:
         """The chunk of that key, decoded now if it is not kept. It is shared: copy from it, never write to it."""
         ready = self._kept(key)
-        if ready is not None:  # as nearly always: nobody has to be waited for
+        if ready is not None:  # the fast path: cached already
             return ready
         once = self._once
         kept = once.begin(key, lambda: self._kept(key))

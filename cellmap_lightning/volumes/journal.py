@@ -160,7 +160,7 @@ class Journal:
             shutil.rmtree(self.folder)
 
     def check(self, settings: Mapping[str, Any], assumed: Mapping[str, Any] | None = None) -> None:
-        """Hold what is there against what is wanted.
+        """Check that the settings of what is there are those of this prediction.
 
         Args:
             settings: what is wanted.
@@ -184,7 +184,7 @@ class Journal:
             )
 
     def _lines(self, word: str) -> dict[int, tuple[str, list[int]]]:
-        """Stamp and notes of each block of which a word was written for this output."""
+        """Return stamp and notes of each block that this output's journal calls ``begun`` or ``done``."""
         begun = self._begun()
         if begun is None:
             return {}

@@ -220,7 +220,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Once:
-    """Work of which threads do each piece once: who comes second waits for the one that came first, which runs."""
+    """Single-flight execution: the first thread does a piece of work, and others that need it wait for the result."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -2,7 +2,7 @@
 
 A region lies in its mapping as ``header | flags | stamps | checksums | reserved | voxels``, each part on pages of its
 own. A chunk is written in this order: its flag is cleared, then come its voxels, its stamp and its checksum, and its
-flag is set. Whoever does so holds a lock (see `locks`), which the system releases when a process dies.
+flag is set. The writer holds a lock (see `locks`), which the system releases when a process dies.
 
 - The *stamp* says which files the voxels were decoded from, so that a source that changed is noticed.
 - The *checksum* covers the region's key, the chunk's index, its stamp and its voxels. A process verifies it before it
