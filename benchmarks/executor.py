@@ -22,8 +22,8 @@ import torch
 from loaders import machine
 
 from cellmap_lightning import CellMapDataset
-from cellmap_lightning.sampling.pool import ReadPool
-from cellmap_lightning.synthetic import write_volume
+from cellmap_lightning.demo.synthetic import write_volume
+from cellmap_lightning.runtime.thread_pool import ReadPool
 
 TARGET = 33.1
 TASKS = (1, 4, 9)  # 9: raw and eight classes, a task each

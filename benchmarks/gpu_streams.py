@@ -34,9 +34,9 @@ from pathlib import Path
 import torch
 from loaders import machine
 
-from cellmap_lightning.sampling.memory import BatchMemory, FormMemory
-from cellmap_lightning.sampling.pool import ReadPool, default_workers
-from cellmap_lightning.sampling.prefetch import PrefetchSettings, ReadAhead, SideStream, decide, prefetch
+from cellmap_lightning.batches.memory import BatchMemory, FormMemory
+from cellmap_lightning.loading.prefetch import PrefetchSettings, ReadAhead, SideStream, decide, prefetch
+from cellmap_lightning.runtime.thread_pool import ReadPool, default_workers
 from cellmap_lightning.transforms.targets import packed_bytes, unpack
 
 MIB = 2**20

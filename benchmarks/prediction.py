@@ -49,12 +49,12 @@ OVERLAP = {"trim": 0.25, "average": 0.25, "gaussian": 0.5}
 SLAB = 64
 #: MiB of blocks with which the memory of volumes of all sizes is compared.
 SMALL_BLOCKS = 32
-WRITER = "cellmap_lightning.callbacks.prediction_writer"
+WRITER = "cellmap_lightning.prediction.prediction_writer"
 
 
 def volume(folder, length):
     """A raw volume of smooth noise, written slab by slab, once."""
-    from cellmap_lightning.volumes.writer import codec_of, create_level, multiscale_attributes, write_group
+    from cellmap_lightning.io.writer import codec_of, create_level, multiscale_attributes, write_group
 
     path = Path(folder) / f"raw{length}.zarr"
     if not path.exists():
@@ -172,7 +172,7 @@ def monai(task, path, out):
     import zarr
     from monai.inferers import sliding_window_inference
 
-    from cellmap_lightning.volumes.writer import write_multiscale
+    from cellmap_lightning.io.writer import write_multiscale
 
     raw = torch.from_numpy(zarr.open_array(str(path / "s0"), mode="r")[...]).to(torch.float32)[None, None] / 255
     blend, model = task["blend"], network(task["model"])
@@ -213,7 +213,7 @@ def one(task):
     path = Path(task["folder"]) / f"raw{task['length']}.zarr"
     needs = {
         "ours": ["lightning.pytorch.strategies", "cellmap_lightning.datamodule", WRITER],
-        "monai": ["monai.inferers", "zarr", "cellmap_lightning.volumes.writer"],
+        "monai": ["monai.inferers", "zarr", "cellmap_lightning.io.writer"],
         "cellmap": ["cellmap_data"],
     }
     for name in needs[task["who"]]:  # before the clock starts

@@ -25,7 +25,7 @@ CLASSES = ["a", "b", "c"]
 
 
 def write(folder, crops):
-    from cellmap_lightning.volumes.writer import write_multiscale
+    from cellmap_lightning.io.writer import write_multiscale
 
     rng = np.random.default_rng(0)
     raw = rng.integers(1, 255, (LENGTH,) * 3).astype(np.uint8)
@@ -40,7 +40,7 @@ def write(folder, crops):
 
 
 def serve(folder, latency, link, ended):
-    from tests.volumes.faults import serving
+    from tests.io.faults import serving
 
     with serving(Path(folder), latency=latency) as (url, asked):
         link.send(url)
@@ -58,7 +58,7 @@ def main():
     args = parser.parse_args()
 
     from cellmap_lightning import CellMapDataLoader, CellMapDataset
-    from cellmap_lightning.sampling.datasplit import CellMapDataSplit
+    from cellmap_lightning.splits.datasplit import CellMapDataSplit
 
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), max(args.crops))

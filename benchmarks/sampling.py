@@ -22,9 +22,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDataset, CellMapMultiDataset
-from cellmap_lightning.sampling.frequencies import class_frequencies
+from cellmap_lightning.datasets.frequencies import class_frequencies
+from cellmap_lightning.demo.synthetic import demo_csv
 from cellmap_lightning.sampling.strategies import parse_strategy
-from cellmap_lightning.synthetic import demo_csv
 from tests.sampling.bare import write_bare
 
 SPEC = {"shape": [64, 64, 64], "scale": [8, 8, 8]}

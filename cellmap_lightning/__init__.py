@@ -9,29 +9,29 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from cellmap_lightning.batches.arrays import batch_memory
+    from cellmap_lightning.crops.image import CellMapImage
     from cellmap_lightning.datamodule import CellMapDataModule
-    from cellmap_lightning.dataset_writer import CellMapDatasetWriter, ImageWriter
+    from cellmap_lightning.datasets.dataset import CellMapDataset
+    from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
     from cellmap_lightning.errors import CellMapError
-    from cellmap_lightning.sampling.arrays import batch_memory
-    from cellmap_lightning.sampling.dataloader import CellMapDataLoader
-    from cellmap_lightning.sampling.dataset import CellMapDataset
-    from cellmap_lightning.sampling.datasplit import CellMapDataSplit
-    from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
+    from cellmap_lightning.loading.dataloader import CellMapDataLoader
+    from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter, ImageWriter
     from cellmap_lightning.sampling.positions import ClassBalancedSampler
-    from cellmap_lightning.volumes.image import CellMapImage
+    from cellmap_lightning.splits.datasplit import CellMapDataSplit
 
 _HOMES = {
     "CellMapDataModule": "datamodule",
-    "CellMapDataLoader": "sampling.dataloader",
-    "CellMapDataSplit": "sampling.datasplit",
-    "CellMapDataset": "sampling.dataset",
-    "CellMapDatasetWriter": "dataset_writer",
+    "CellMapDataLoader": "loading.dataloader",
+    "CellMapDataSplit": "splits.datasplit",
+    "CellMapDataset": "datasets.dataset",
+    "CellMapDatasetWriter": "prediction.dataset_writer",
     "CellMapError": "errors",
-    "CellMapImage": "volumes.image",
-    "CellMapMultiDataset": "sampling.multidataset",
+    "CellMapImage": "crops.image",
+    "CellMapMultiDataset": "datasets.multidataset",
     "ClassBalancedSampler": "sampling.positions",
-    "ImageWriter": "dataset_writer",
-    "batch_memory": "sampling.arrays",
+    "ImageWriter": "prediction.dataset_writer",
+    "batch_memory": "batches.arrays",
 }
 
 __all__ = [

@@ -11,31 +11,36 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.apply_func import apply_to_collection
 
-from cellmap_lightning.checkpoint_match import RECORD, check_state, data_record
+from cellmap_lightning.batches.arrays import ArraySpecs, parse_classes, parse_inputs, parse_targets
+from cellmap_lightning.batches.compact_batch import CompactBatch
+from cellmap_lightning.batches.memory import BatchMemory
+from cellmap_lightning.checkpointing.data_match import RECORD, check_state, data_record
+from cellmap_lightning.checkpointing.private_hparams import PrivateHyperparameters
+from cellmap_lightning.crops.encodings import MissingLabels, Unknown
+from cellmap_lightning.crops.image import MAX_UPSAMPLING, MissingRaw
+from cellmap_lightning.crops.labels import Downsample
+from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
+from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
-from cellmap_lightning.private_hparams import PrivateHyperparameters
-from cellmap_lightning.sampling.arrays import ArraySpecs, parse_classes, parse_inputs, parse_targets
-from cellmap_lightning.sampling.blockwise import PatchSamples, PlanBatches, Stream
-from cellmap_lightning.sampling.compact import CompactBatch
-from cellmap_lightning.sampling.dataloader import WORKER_TIMEOUT, CellMapDataLoader
-from cellmap_lightning.sampling.datasplit import CellMapDataSplit
-from cellmap_lightning.sampling.encodings import MissingLabels, Unknown
-from cellmap_lightning.sampling.entries import SPLITS
-from cellmap_lightning.sampling.labels import Downsample
-from cellmap_lightning.sampling.leakage import Leakage
-from cellmap_lightning.sampling.memory import BatchMemory
-from cellmap_lightning.sampling.multidataset import CellMapMultiDataset
-from cellmap_lightning.sampling.prefetch import STREAM_DEVICES, PrefetchDecision
-from cellmap_lightning.sampling.source import SampleSource
-from cellmap_lightning.sampling.splits import SplitRule
-from cellmap_lightning.sampling.waiting import Waiting
-from cellmap_lightning.training_steps import TrainingSteps, touches_before_transfer, training_loaders, used_loaders
+from cellmap_lightning.io.chunks import Reader
+from cellmap_lightning.io.ngff import LevelTranslations
+from cellmap_lightning.io.retrying import PATIENT
+from cellmap_lightning.loading.dataloader import WORKER_TIMEOUT, CellMapDataLoader
+from cellmap_lightning.loading.prefetch import STREAM_DEVICES, PrefetchDecision
+from cellmap_lightning.loading.trainer_steps import (
+    TrainingSteps,
+    touches_before_transfer,
+    training_loaders,
+    used_loaders,
+)
+from cellmap_lightning.loading.waiting import Waiting
+from cellmap_lightning.prediction.block_patches import PatchSamples, PlanBatches, Stream
+from cellmap_lightning.runtime.location import CacheMode
+from cellmap_lightning.splits.datasplit import CellMapDataSplit
+from cellmap_lightning.splits.entries import SPLITS
+from cellmap_lightning.splits.leakage import Leakage
+from cellmap_lightning.splits.rules import SplitRule
 from cellmap_lightning.transforms.intensity import AUTO
-from cellmap_lightning.volumes.chunks import Reader
-from cellmap_lightning.volumes.guard import PATIENT
-from cellmap_lightning.volumes.image import MAX_UPSAMPLING, MissingRaw
-from cellmap_lightning.volumes.location import CacheMode
-from cellmap_lightning.volumes.ngff import LevelTranslations
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from cellmap_lightning import CellMapDataset
+from cellmap_lightning.io.writer import write_multiscale
 from cellmap_lightning.transforms.spatial import SpatialTransforms
-from cellmap_lightning.volumes.writer import write_multiscale
 
 Array = np.ndarray[Any, Any]
 STORED = np.array([8.0, 2.0, 2.0])  # nm, z y x

@@ -20,8 +20,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataset
-from cellmap_lightning.sampling.prefetch import prefetch
-from cellmap_lightning.synthetic import write_volume
+from cellmap_lightning.demo.synthetic import write_volume
+from cellmap_lightning.loading.prefetch import prefetch
 
 PATCH = {"shape": [32, 64, 64], "scale": [5.24, 4.0, 4.0]}
 BATCHES, DEPTH, ROUNDS = 6, 2, 9

@@ -6,7 +6,7 @@ from pathlib import Path
 import numcodecs
 import numpy as np
 
-from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW
+from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW
 
 
 def write_image(path, scale, origin, shape, dtype="|u1", levels=1, chunks=64, array=None, group=None):

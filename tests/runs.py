@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cellmap_lightning import CellMapDataModule
-from cellmap_lightning.task import SegmentationTask
+from cellmap_lightning.training.task import SegmentationTask
 from tests.conftest import CLASSES, INPUTS, TARGETS
 
 GT = "recon-1/labels/groundtruth"

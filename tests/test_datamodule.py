@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from cellmap_lightning import CellMapDataModule, CellMapError
+from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.callbacks import RunConfig, StreamPrefetch
-from cellmap_lightning.sampling.compact import CompactBatch
-from cellmap_lightning.sampling.prefetch import ReadAhead
-from cellmap_lightning.task import SegmentationTask
+from cellmap_lightning.loading.prefetch import ReadAhead
+from cellmap_lightning.training.task import SegmentationTask
 from tests.conftest import CLASSES, INPUTS, TARGETS, reading_threads
 from tests.runs import GT, Watch, module, task, trainer
 
@@ -94,7 +94,7 @@ def test_ctrl_c_cancels_what_is_queued(volume, tmp_path, monkeypatch):
             pool._queued.update(dict.fromkeys(self.futures, threading.get_ident()))
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("cellmap_lightning.sampling.pool.PATIENCE", 0.2)  # nobody interrupts what reads already
+    monkeypatch.setattr("cellmap_lightning.runtime.thread_pool.PATIENCE", 0.2)  # nobody interrupts what reads already
     hold = threading.Semaphore(1)
     callback = Interrupted()
     data = module(volume, max_workers=2)
@@ -336,8 +336,8 @@ def test_batches_are_copied_ahead_where_the_decision_says_so(volume, tmp_path, m
 
     for module_ in ("datamodule", "sampling.prefetch", "sampling.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{module_}.STREAM_DEVICES", ("cpu",))
-    monkeypatch.setattr("cellmap_lightning.sampling.dataloader.NothingAhead", lambda device: ReadAhead())
-    monkeypatch.setattr("cellmap_lightning.sampling.dataloader.SideStream", Engine)
+    monkeypatch.setattr("cellmap_lightning.loading.dataloader.NothingAhead", lambda device: ReadAhead())
+    monkeypatch.setattr("cellmap_lightning.loading.dataloader.SideStream", Engine)
     ahead, plain = Watch(), Watch()
     with module(volume) as data:
         callback = StreamPrefetch(min_batch_mb=0)
@@ -463,7 +463,7 @@ def test_float_raw_is_finished_before_it_is_rounded(tmp_path, precision, monkeyp
     """Lightning converts floats to the model's precision before the transfer: 70,000 would be infinite in float16."""
     import numpy as np
 
-    from cellmap_lightning.volumes.writer import write_multiscale
+    from cellmap_lightning.io.writer import write_multiscale
 
     raw = (70_000 + 1000 * np.random.default_rng(0).random((8, 8, 8))).astype(np.float32)
     write_multiscale(tmp_path / "raw", raw, scale=(8, 8, 8), translation=(0, 0, 0), levels=1)
@@ -520,7 +520,7 @@ def test_a_ready_made_dataset_must_fit_the_module(volume):
 def test_class_weights(data, tmp_path, caplog):
     for rule in ("pos_weight", "inverse_sqrt", {"er": 1000.0}):
         model = task(class_weights=rule, weight_batches=2)
-        with caplog.at_level(logging.INFO, "cellmap_lightning.task"):
+        with caplog.at_level(logging.INFO, "cellmap_lightning.training.task"):
             trainer(tmp_path, limit_val_batches=0).fit(model, data)
         weights = model.pos_weight.tolist()
         assert all(0.1 <= w <= 50 for w in weights)

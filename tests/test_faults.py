@@ -19,15 +19,16 @@ import pytest
 import torch
 from zarr.storage import LocalStore
 
+from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import CellMapValueError, ChunkError, MetadataError, WorkerError
-from cellmap_lightning.sampling.dataloader import WORKER_TIMEOUT, CellMapDataLoader
-from cellmap_lightning.sampling.dataset import CellMapDataset
-from cellmap_lightning.sampling.datasplit import CellMapDataSplit
-from cellmap_lightning.volumes import chunks, guard
-from cellmap_lightning.volumes.guard import COUNTS
-from cellmap_lightning.volumes.writer import write_group, write_multiscale
+from cellmap_lightning.io import chunks
+from cellmap_lightning.io import retrying as guard
+from cellmap_lightning.io.retrying import COUNTS
+from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.loading.dataloader import WORKER_TIMEOUT, CellMapDataLoader
+from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests import processes
-from tests.volumes.faults import FaultyStore, transient
+from tests.io.faults import FaultyStore, transient
 
 SCALE = (8.0, 8.0, 8.0)
 SHAPE = [32, 32, 32]
@@ -322,7 +323,7 @@ def test_a_worker_that_is_killed_or_stopped_is_an_error_with_its_crop(root, how)
 
 def test_a_killed_worker_is_noticed_without_a_signal(root, monkeypatch):
     """What torch's handler of SIGCHLD raises is lost where Python runs a finalizer."""
-    monkeypatch.setattr("cellmap_lightning.sampling.workers.CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr("cellmap_lightning.loading.workers.CHECK_INTERVAL", 0.5)
     with dataset(root, is_train=True) as data:
         passing = iter(loader(data, samples_per_epoch=10**6))
         next(passing)

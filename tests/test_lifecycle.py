@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from cellmap_lightning import CellMapDataModule
+from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.callbacks import StreamPrefetch
-from cellmap_lightning.sampling.compact import CompactBatch
-from cellmap_lightning.sampling.prefetch import ReadAhead
-from cellmap_lightning.task import SegmentationTask
+from cellmap_lightning.loading.prefetch import ReadAhead
+from cellmap_lightning.training.task import SegmentationTask
 from tests import processes
 from tests.conftest import CLASSES, reading_threads
 from tests.runs import GT, Watch, module, task, trainer
@@ -76,8 +76,8 @@ def engine(monkeypatch):
     Engine.alive.clear()
     for place in ("datamodule", "sampling.prefetch", "sampling.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{place}.STREAM_DEVICES", ("cpu",))
-    monkeypatch.setattr("cellmap_lightning.sampling.dataloader.NothingAhead", lambda device: ReadAhead())
-    monkeypatch.setattr("cellmap_lightning.sampling.dataloader.SideStream", Engine)
+    monkeypatch.setattr("cellmap_lightning.loading.dataloader.NothingAhead", lambda device: ReadAhead())
+    monkeypatch.setattr("cellmap_lightning.loading.dataloader.SideStream", Engine)
     return Engine
 
 
@@ -219,7 +219,7 @@ def test_the_tuner_stops_where_nothing_fits(volume, tmp_path, monkeypatch):
         data.setup("fit")
         one = data.train_dataset.batch_memory(1)
         room = 5 * (one.total_bytes + one.compact.total_bytes)
-        monkeypatch.setattr("cellmap_lightning.sampling.dataloader.device_memory", lambda device: room)
+        monkeypatch.setattr("cellmap_lightning.loading.dataloader.device_memory", lambda device: room)
         trainer(tmp_path, callbacks=[finder], limit_val_batches=0).fit(task(), data)
         assert data.batch_size == 4
         data.batch_size = 6
@@ -380,7 +380,7 @@ def test_a_program_ends_with_a_pass_under_way(volume, tmp_path, workers, ahead, 
             import pickle, time, warnings
             warnings.filterwarnings("ignore", ".*fork.*")
             from cellmap_lightning import CellMapDataLoader, CellMapDataset
-            from cellmap_lightning.sampling.prefetch import PrefetchDecision
+            from cellmap_lightning.loading.prefetch import PrefetchDecision
             from tests.conftest import CLASSES, INPUTS, TARGETS
 
             volume = pickle.load(open({str(tmp_path / "volume.pkl")!r}, "rb"))
@@ -478,7 +478,7 @@ def test_processes_of_a_trainer(volume, tmp_path, strategies):
             from cellmap_lightning.callbacks import StreamPrefetch
             from tests.runs import module, task, trainer
             from tests.test_lifecycle import Report
-            from cellmap_lightning.synthetic import SyntheticVolume
+            from cellmap_lightning.demo.synthetic import SyntheticVolume
             import pickle
             if __name__ == "__main__":
                 volume = pickle.load(open({str(tmp_path / "volume.pkl")!r}, "rb"))
@@ -524,7 +524,7 @@ def test_ctrl_c_in_a_real_process(volume, tmp_path, workers):
             import pickle, time, warnings
             warnings.filterwarnings("ignore")
             from cellmap_lightning.callbacks import StreamPrefetch
-            from cellmap_lightning.task import SegmentationTask
+            from cellmap_lightning.training.task import SegmentationTask
             from tests.runs import module, task, trainer
             import lightning as L
             class Slow(L.Callback):

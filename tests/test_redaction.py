@@ -12,11 +12,11 @@ import yaml
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError
+from cellmap_lightning.io.store import located
 from cellmap_lightning.redaction import hidden, hide_address, hide_overrides, holds_credentials, redacted, secrets_of
-from cellmap_lightning.sampling.datasplit import CellMapDataSplit
-from cellmap_lightning.volumes.store import located
+from cellmap_lightning.splits.datasplit import CellMapDataSplit
+from tests.commands.test_cli import run_forked, small
 from tests.conftest import INPUTS
-from tests.test_cli import run_forked, small
 
 SECRET, NUMBER = "Xq7-top,secret", 90817263
 
@@ -240,7 +240,7 @@ def test_addresses_in_a_csv_of_splits_and_their_return(tmp_path):
 
 def test_a_log_line_with_an_address(tmp_path):
     code = (
-        "import logging, sys\nfrom cellmap_lightning.private_run import protect_logs\nprotect_logs([])\n"
+        "import logging, sys\nfrom cellmap_lightning.commands.private_run import protect_logs\nprotect_logs([])\n"
         "logging.basicConfig(stream=sys.stdout)\n"
         "logging.getLogger('x').warning('GET %s', 'https://me:word@host/x?sig=abc')\n"
         "logging.getLogger('x').warning('#0 : data.storage_options={key: word} seed=1')\n"

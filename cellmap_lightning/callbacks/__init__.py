@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cellmap_lightning.callbacks.data_watch import DataWatch
     from cellmap_lightning.callbacks.last_checkpoint import LastCheckpoint
-    from cellmap_lightning.callbacks.prediction_writer import PredictionWriter
     from cellmap_lightning.callbacks.preemption import Preemption
     from cellmap_lightning.callbacks.preview import BatchPreview
-    from cellmap_lightning.callbacks.run_config import RunConfig
     from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
+    from cellmap_lightning.checkpointing.run_config import RunConfig
+    from cellmap_lightning.prediction.prediction_writer import PredictionWriter
 
 _HOMES = {
-    "BatchPreview": "preview",
-    "DataWatch": "data_watch",
-    "LastCheckpoint": "last_checkpoint",
-    "PredictionWriter": "prediction_writer",
-    "Preemption": "preemption",
-    "RunConfig": "run_config",
-    "StreamPrefetch": "stream_prefetch",
+    "BatchPreview": "callbacks.preview",
+    "DataWatch": "callbacks.data_watch",
+    "LastCheckpoint": "callbacks.last_checkpoint",
+    "PredictionWriter": "prediction.prediction_writer",
+    "Preemption": "callbacks.preemption",
+    "RunConfig": "checkpointing.run_config",
+    "StreamPrefetch": "callbacks.stream_prefetch",
 }
 
 __all__ = [
@@ -36,4 +36,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"cellmap_lightning.{_HOMES[name]}"), name)

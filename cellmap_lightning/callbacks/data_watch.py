@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 
 from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.sampling.prefetch import PrefetchDecision
-from cellmap_lightning.sampling.waiting import Waiting
+from cellmap_lightning.loading.prefetch import PrefetchDecision
+from cellmap_lightning.loading.waiting import Waiting
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ import lightning as L
 import torch
 
 from cellmap_lightning.datamodule import CellMapDataModule
+from cellmap_lightning.datasets.source import Draw
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
-from cellmap_lightning.figures.canvas import as_pixels
-from cellmap_lightning.figures.sheet import contact_sheet
-from cellmap_lightning.model_forward import class_probabilities, first_line, names_in
-from cellmap_lightning.preview import show
-from cellmap_lightning.sampling.dataloader import CellMapDataLoader
-from cellmap_lightning.sampling.samples import Samples
-from cellmap_lightning.sampling.source import Draw
+from cellmap_lightning.loading.dataloader import CellMapDataLoader
+from cellmap_lightning.loading.samples import Samples
+from cellmap_lightning.training.model_forward import class_probabilities, first_line, names_in
+from cellmap_lightning.visualization.figures.canvas import as_pixels
+from cellmap_lightning.visualization.figures.sheet import contact_sheet
+from cellmap_lightning.visualization.preview import show
 
 log = logging.getLogger(__name__)
 

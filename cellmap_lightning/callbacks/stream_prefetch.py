@@ -8,9 +8,9 @@ from typing import Any
 import lightning as L
 import torch
 
+from cellmap_lightning.batches.memory import BatchMemory, device_memory
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
-from cellmap_lightning.sampling.memory import BatchMemory, device_memory
-from cellmap_lightning.sampling.prefetch import PrefetchDecision, PrefetchSettings, decide
+from cellmap_lightning.loading.prefetch import PrefetchDecision, PrefetchSettings, decide
 
 log = logging.getLogger(__name__)
 

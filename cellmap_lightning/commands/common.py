@@ -5,7 +5,7 @@ import sys
 import warnings
 from typing import NoReturn
 
-from cellmap_lightning.private_run import hide
+from cellmap_lightning.commands.private_run import hide
 
 
 class Stopped(SystemExit):

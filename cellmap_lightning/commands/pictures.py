@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from cellmap_lightning import CellMapDataModule, report
-from cellmap_lightning.model_forward import class_probabilities, first_line, names_in
+from cellmap_lightning import CellMapDataModule
+from cellmap_lightning.training import report
+from cellmap_lightning.training.model_forward import class_probabilities, first_line, names_in
 
 log = logging.getLogger(__name__)
 

@@ -18,16 +18,17 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from cellmap_lightning import CellMapDataModule, report
+from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks.preemption import Preemption
-from cellmap_lightning.callbacks.run_config import RunConfig
-from cellmap_lightning.checkpoints import check_checkpoint, load_weights, saved_checkpoints
+from cellmap_lightning.checkpointing.run_config import RunConfig
 from cellmap_lightning.commands.common import quieten
 from cellmap_lightning.commands.ending import Ending
 from cellmap_lightning.commands.pictures import attempt, draw_samples, scores_of
+from cellmap_lightning.commands.private_run import without_secrets
 from cellmap_lightning.commands.run_folder import how_to_continue, remove_run, results_in
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
-from cellmap_lightning.private_run import without_secrets
+from cellmap_lightning.training import report
+from cellmap_lightning.training.checkpoints import check_checkpoint, load_weights, saved_checkpoints
 
 log = logging.getLogger(__name__)
 

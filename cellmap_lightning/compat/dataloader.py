@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch.utils.data import RandomSampler, Sampler, Subset
 
+from cellmap_lightning.batches.compact_batch import CompactBatch
+from cellmap_lightning.batches.memory import device_memory
+from cellmap_lightning.datasets.source import Draw, SampleSource
 from cellmap_lightning.errors import CellMapIndexError, CellMapTypeError
-from cellmap_lightning.sampling.compact import CompactBatch
-from cellmap_lightning.sampling.dataloader import CellMapDataLoader as DataLoader
-from cellmap_lightning.sampling.memory import device_memory
+from cellmap_lightning.loading.dataloader import CellMapDataLoader as DataLoader
+from cellmap_lightning.loading.prefetch import PrefetchDecision, PrefetchSettings, decide
+from cellmap_lightning.loading.samples import Samples
 from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
-from cellmap_lightning.sampling.prefetch import PrefetchDecision, PrefetchSettings, decide
-from cellmap_lightning.sampling.samples import Samples
-from cellmap_lightning.sampling.source import Draw, SampleSource
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 from cellmap_lightning.compat.empty_image import EmptyImage
 from cellmap_lightning.compat.image import CellMapImage
 from cellmap_lightning.compat.value_transforms import on_floats
-from cellmap_lightning.sampling.dataset import CellMapDataset as Dataset
-from cellmap_lightning.volumes.geometry import AXES
+from cellmap_lightning.datasets.dataset import CellMapDataset as Dataset
+from cellmap_lightning.geometry.lattice import AXES
 
 Arrays = Mapping[str, Mapping[str, Any]]
 

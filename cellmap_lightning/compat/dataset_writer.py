@@ -1,5 +1,5 @@
 """`cellmap_data.dataset_writer`."""
 
-from cellmap_lightning.dataset_writer import CellMapDatasetWriter
+from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter
 
 __all__ = ["CellMapDatasetWriter"]

@@ -9,8 +9,8 @@ from cellmap_lightning.compat.dataset import Arrays, CellMapDataset, Counts
 from cellmap_lightning.compat.multidataset import CellMapMultiDataset
 from cellmap_lightning.compat.subdataset import CellMapSubset
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
-from cellmap_lightning.sampling.datasplit import CellMapDataSplit as DataSplit
-from cellmap_lightning.sampling.entries import Entry
+from cellmap_lightning.splits.datasplit import CellMapDataSplit as DataSplit
+from cellmap_lightning.splits.entries import Entry
 from cellmap_lightning.transforms.intensity import AUTO
 
 

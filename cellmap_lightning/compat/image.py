@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from cellmap_lightning.crops.image import CellMapImage as Image
 from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.volumes.chunks import ChunkReader
-from cellmap_lightning.volumes.image import CellMapImage as Image
-from cellmap_lightning.volumes.ngff import read_encoding
-from cellmap_lightning.volumes.resample import Method
+from cellmap_lightning.geometry.resample import Method
+from cellmap_lightning.io.chunks import ChunkReader
+from cellmap_lightning.io.ngff import read_encoding
 
 
 class CellMapImage(Image):

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from cellmap_lightning.compat.dataset import Arrays, CellMapDataset, Counts
+from cellmap_lightning.datasets.multidataset import CellMapMultiDataset as MultiDataset
 from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.sampling.multidataset import CellMapMultiDataset as MultiDataset
 
 
 class CellMapMultiDataset(MultiDataset):

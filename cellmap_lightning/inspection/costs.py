@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
+from cellmap_lightning.batches.memory import device_memory
+from cellmap_lightning.cache.chunk_cache import DEFAULT_CHUNK_BYTES
 from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
 from cellmap_lightning.datamodule import CellMapDataModule
-from cellmap_lightning.sampling.entries import SPLITS
-from cellmap_lightning.sampling.frequencies import class_frequencies
-from cellmap_lightning.sampling.memory import device_memory
-from cellmap_lightning.sampling.prefetch import decide
-from cellmap_lightning.volumes.chunk_cache import DEFAULT_CHUNK_BYTES
-from cellmap_lightning.volumes.location import Location, choose
+from cellmap_lightning.datasets.frequencies import class_frequencies
+from cellmap_lightning.loading.prefetch import decide
+from cellmap_lightning.runtime.location import Location, choose
+from cellmap_lightning.splits.entries import SPLITS
 
 #: Samples that ``deep`` draws and reads to see what they show.
 SAMPLES = 64

@@ -6,21 +6,21 @@ from typing import Any
 
 import numpy as np
 
+from cellmap_lightning.cache.patches import stored_box
+from cellmap_lightning.crops.counts import count_foreground, known_foreground, unknown_share
+from cellmap_lightning.crops.encodings import LabelEncodings, Unknown
+from cellmap_lightning.crops.image import choose_level
+from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError
-from cellmap_lightning.sampling.counts import count_foreground, known_foreground, unknown_share
-from cellmap_lightning.sampling.datasplit import for_all
-from cellmap_lightning.sampling.encodings import LabelEncodings, Unknown
-from cellmap_lightning.sampling.entries import Entry
-from cellmap_lightning.sampling.holds import place_of
-from cellmap_lightning.sampling.pool import ReadPool
-from cellmap_lightning.sampling.targets_path import TargetPath
-from cellmap_lightning.volumes.chunk_names import check_chunk_names
-from cellmap_lightning.volumes.chunks import ChunkReader
-from cellmap_lightning.volumes.geometry import LATTICE_TOLERANCE, SCALE_TOLERANCE, Box, Lattice, Shape, Vector
-from cellmap_lightning.volumes.image import choose_level
-from cellmap_lightning.volumes.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, read_multiscale
-from cellmap_lightning.volumes.patches import stored_box
-from cellmap_lightning.volumes.statistics import Statistics, known_statistics, statistics
+from cellmap_lightning.geometry.lattice import LATTICE_TOLERANCE, SCALE_TOLERANCE, Box, Lattice, Shape, Vector
+from cellmap_lightning.io.chunk_names import check_chunk_names
+from cellmap_lightning.io.chunks import ChunkReader
+from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, read_multiscale
+from cellmap_lightning.io.statistics import Statistics, known_statistics, statistics
+from cellmap_lightning.runtime.thread_pool import ReadPool
+from cellmap_lightning.splits.crop_metadata import place_of
+from cellmap_lightning.splits.datasplit import for_all
+from cellmap_lightning.splits.entries import Entry
 
 #: Bars of a histogram.
 BARS = 32

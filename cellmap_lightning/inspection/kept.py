@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from cellmap_lightning.volumes.location import cache_folder, region_folder
-from cellmap_lightning.volumes.records import drafts, records, source_of
-from cellmap_lightning.volumes.shared import RegionFolder
+from cellmap_lightning.cache.shared_memory import RegionFolder
+from cellmap_lightning.io.records import drafts, records, source_of
+from cellmap_lightning.runtime.location import cache_folder, region_folder
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from cellmap_lightning.crops.target_path import TargetPath
+from cellmap_lightning.geometry.lattice import AXES, SCALE_TOLERANCE, Box, Vector, to_vector
 from cellmap_lightning.inspection.facts import CropFacts, VolumeFacts
-from cellmap_lightning.sampling.leakage import PlacedCrop, held_out_crops, identity, overlaps, volume_identity
-from cellmap_lightning.sampling.targets_path import TargetPath
-from cellmap_lightning.volumes.geometry import AXES, SCALE_TOLERANCE, Box, Vector, to_vector
-from cellmap_lightning.volumes.store import located
+from cellmap_lightning.io.store import located
+from cellmap_lightning.splits.leakage import PlacedCrop, held_out_crops, identity, overlaps, volume_identity
 
 #: Part of the foreground that a coarser level may lose before it is worth a word.
 MOST_LOST = 0.3

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, Vector, to_vector
 from cellmap_lightning.inspection.facts import CropFacts, VolumeFacts
-from cellmap_lightning.volumes.geometry import SCALE_TOLERANCE, Vector, to_vector
 
 #: Part of the crops that must have labels and raw at a scale.
 MOST_CROPS = 0.8

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from cellmap_lightning.crops.encodings import check_unknown
+from cellmap_lightning.crops.image import MAX_UPSAMPLING
 from cellmap_lightning.errors import CellMapError, CellMapValueError
 from cellmap_lightning.inspection.costs import Costs, costs
 from cellmap_lightning.inspection.facts import (
@@ -24,13 +26,11 @@ from cellmap_lightning.inspection.facts import (
 )
 from cellmap_lightning.inspection.problems import KINDS, Problem, find_problems
 from cellmap_lightning.inspection.proposal import Proposal, propose
-from cellmap_lightning.sampling.datasplit import CellMapDataSplit
-from cellmap_lightning.sampling.encodings import check_unknown
-from cellmap_lightning.sampling.entries import SPLITS, Entry, read_csv, read_mapping
-from cellmap_lightning.sampling.layout import GROUNDTRUTH, RAW, find_crops, read_manifest
-from cellmap_lightning.volumes.image import MAX_UPSAMPLING
-from cellmap_lightning.volumes.ngff import shared_metadata
-from cellmap_lightning.volumes.store import children, local
+from cellmap_lightning.io.ngff import shared_metadata
+from cellmap_lightning.io.store import children, local
+from cellmap_lightning.splits.datasplit import CellMapDataSplit
+from cellmap_lightning.splits.entries import SPLITS, Entry, read_csv, read_mapping
+from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, find_crops, read_manifest
 
 #: Problems of one kind that are printed.
 SHOWN = 8

@@ -1,1 +1,1 @@
-"""From crops to batches: specs, positions, reads, loaders. Adds torch, and does not know Lightning."""
+"""The crop, position and tile of each sample."""

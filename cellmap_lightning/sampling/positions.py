@@ -9,7 +9,7 @@ from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.sampling.strategies import ClassBalanced, Strategy
 
 if TYPE_CHECKING:
-    from cellmap_lightning.sampling.source import SampleSource
+    from cellmap_lightning.datasets.source import SampleSource
 
 #: Positions that are drawn at a time.
 _TOGETHER = 1024

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
-from cellmap_lightning.sampling.crops import Crops, Whole
-from cellmap_lightning.volumes.geometry import FloatArray
+from cellmap_lightning.geometry.lattice import FloatArray
+from cellmap_lightning.sampling.crop_table import Crops, Whole
 
 log = logging.getLogger(__name__)
 

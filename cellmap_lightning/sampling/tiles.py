@@ -13,8 +13,8 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.draws import ORDER, hashes
-from cellmap_lightning.volumes.geometry import Shape
+from cellmap_lightning.geometry.lattice import Shape
+from cellmap_lightning.runtime.rng import ORDER, hashes
 
 IntArray = npt.NDArray[np.int64]
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cellmap_lightning.draws import AUGMENT, hashes, uniforms
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.runtime.rng import AUGMENT, hashes, uniforms
 
 #: In the order in which they act.
 NAMES = ("blur", "contrast", "brightness", "gamma", "noise")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cellmap_lightning.buffers import BUFFERS
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
-from cellmap_lightning.volumes.statistics import Statistics
+from cellmap_lightning.io.statistics import Statistics
+from cellmap_lightning.runtime.buffers import BUFFERS
 
 AUTO = "auto"
 

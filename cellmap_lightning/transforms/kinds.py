@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError, MissingExtraError
+from cellmap_lightning.geometry.lattice import Shape
+from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.transforms.targets import packed_bytes, unpack
-from cellmap_lightning.volumes.geometry import Shape
-from cellmap_lightning.volumes.placement import Window
 
 UNKNOWN_ID = -1
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.draws import TURN, uniforms
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
-from cellmap_lightning.volumes.geometry import AXES, FloatArray
-from cellmap_lightning.volumes.placement import Window
+from cellmap_lightning.geometry.lattice import AXES, FloatArray
+from cellmap_lightning.geometry.placement import Window
+from cellmap_lightning.runtime.rng import TURN, uniforms
 
 #: For a rotation about the first, content moves from the second towards the third (right-handed in x, y, z).
 _PLANES = {"z": ("x", "y"), "x": ("y", "z"), "y": ("z", "x")}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellmap_lightning.buffers import BUFFERS
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.runtime.buffers import BUFFERS
 
 if TYPE_CHECKING:
     import torch

@@ -22,12 +22,12 @@ from cellmap_lightning import (
     CellMapMultiDataset,
     ClassBalancedSampler,
 )
-from cellmap_lightning.draws import PLACE, uniforms
-from cellmap_lightning.sampling import counts
-from cellmap_lightning.sampling.datasplit import CellMapDataSplit
-from cellmap_lightning.sampling.frequencies import class_frequencies
+from cellmap_lightning.crops import counts
+from cellmap_lightning.datasets.frequencies import class_frequencies
+from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.runtime.rng import PLACE, uniforms
 from cellmap_lightning.sampling.strategies import NUMBERS, Chooser, parse_strategy
-from cellmap_lightning.volumes.writer import write_group, write_multiscale
+from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.sampling.bare import write_bare
 
 MANIFEST = Path(__file__).parents[3] / "shared" / "data" / "challenge" / "train_crop_manifest.csv"
@@ -290,7 +290,7 @@ def test_nothing_is_counted_where_no_strategy_asks(volume, monkeypatch):
     asked = []
     real = counts.foreground
     monkeypatch.setattr(
-        "cellmap_lightning.sampling.dataset.foreground", lambda *args: asked.append(args[3]) or real(*args)
+        "cellmap_lightning.datasets.dataset.foreground", lambda *args: asked.append(args[3]) or real(*args)
     )
     crops, classes = {5: "mito,mito_mem"}, ["mito", "mito_mem"]
     for strategy in ("uniform", "per_crop", "weighted"):

@@ -12,9 +12,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDataset, CellMapError, CellMapMultiDataset
-from cellmap_lightning.masked import DiceScore
+from cellmap_lightning.io.writer import write_group, write_multiscale
 from cellmap_lightning.sampling.tiles import Spread, golden_stride, halved, stratified
-from cellmap_lightning.volumes.writer import write_group, write_multiscale
+from cellmap_lightning.training.masked import DiceScore
 
 SHAPE = (14, 17, 19)
 SCALE = (8.0, 4.0, 4.0)

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from cellmap_lightning import CellMapError
+from cellmap_lightning.io.statistics import Statistics
 from cellmap_lightning.transforms.intensity import Normalize, Scaling
-from cellmap_lightning.volumes.statistics import Statistics
 
 STATISTICS = Statistics(100.0, 20.0, tuple(np.linspace(50, 150, 1001)))
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from cellmap_lightning import CellMapError
+from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.transforms.spatial import SpatialTransforms, rotation
-from cellmap_lightning.volumes.placement import Window
 
 Z, Y, X = np.eye(3)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cellmap_lightning.sampling.targets_path import TargetPath
+from cellmap_lightning.crops.target_path import TargetPath
 
 
 def torch_max_value(dtype: torch.dtype) -> int:

@@ -1,0 +1,1 @@
+"""The content of a batch: arrays, layout, bytes and the compact form."""

@@ -1,0 +1,1 @@
+"""Decoded voxels, cached in memory, in shared memory or on disk."""

@@ -1,0 +1,1 @@
+"""The data and configuration that checkpoints record, and the checks of both."""

@@ -1,0 +1,273 @@
+"""Comparison of a data module with the data that a checkpoint was trained with.
+
+The state of a `CellMapDataModule` records what the channels and values of its batches mean. Weights that are loaded for
+other channels or values would still run, and give wrong results.
+"""
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from cellmap_lightning.batches.arrays import InputArray, TargetArray, parse_inputs, parse_targets
+from cellmap_lightning.errors import CellMapError, CellMapValueError
+from cellmap_lightning.transforms.intensity import Normalize, input_transforms
+
+log = logging.getLogger(__name__)
+
+#: Key of the record in the state of a data module.
+RECORD = "trained_on"
+
+#: Why a checkpoint is loaded: to continue its training, to validate, test or predict, or for its weights alone.
+Purpose: TypeAlias = Literal["resume", "evaluate", "begin"]
+
+
+def data_record(data: Any) -> dict[str, Any]:
+    """Return the record of a `CellMapDataModule`, as plain values.
+
+    Keys: ``classes``; ``inputs`` and ``targets``, ``{name: {"shape": voxels, "scale": nm, ...}}``; ``normalize``, the
+    rule of the volumes that have none of their own, None where all have one.
+    """
+    common = data.crops._common
+    default = any(
+        entry.dataset is None and (entry.normalize is None or entry.invert is None)
+        for entries in data.crops.entries.values()
+        for entry in entries
+    )
+    transforms = input_transforms(common["raw_value_transforms"], list(data.input_arrays), "raw_value_transforms")
+    return _record(
+        data.classes,
+        data.input_arrays,
+        data.target_arrays,
+        Normalize.parse(common["normalize"], common["invert"]) if default else None,
+        transforms,
+    )
+
+
+def _record(
+    classes: Sequence[str] | None,
+    inputs: Mapping[str, InputArray],
+    targets: Mapping[str, TargetArray],
+    normalize: Normalize | None,
+    transforms: Mapping[str, Any],
+) -> dict[str, Any]:
+    def patch(spec: InputArray | TargetArray) -> dict[str, Any]:
+        return {"shape": list(spec.window.shape), "scale": [float(s) for s in spec.window.scale]}
+
+    def values(name: str) -> dict[str, str]:
+        if name not in transforms:
+            return {}
+        given = transforms[name]
+        return {"values": "function" if callable(given) else "stored" if given is None else "normalized"}
+
+    return {
+        "classes": list(classes) if classes is not None else None,
+        "inputs": {name: patch(spec) | values(name) for name, spec in inputs.items()},
+        "targets": {
+            name: patch(spec) | {"kind": spec.kind.name, "channels": spec.kind.channels}
+            for name, spec in targets.items()
+        },
+        "normalize": asdict(normalize) if normalize is not None else None,
+    }
+
+
+def recorded(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record in a checkpoint; None where it has none.
+
+    A checkpoint of ``cellmap-train`` that an earlier version of this package wrote has it in its configuration.
+    """
+    for state in checkpoint.values():
+        if isinstance(state, Mapping) and isinstance(state.get(RECORD), Mapping):
+            return dict(state[RECORD])
+    from cellmap_lightning.checkpointing.run_config import CONFIG_KEY
+
+    config = checkpoint.get(CONFIG_KEY)
+    data = config.get("data") if isinstance(config, Mapping) else None
+    if not isinstance(data, Mapping):
+        return None
+    try:
+        classes, targets = data.get("classes"), data.get("target_arrays")
+        return _record(
+            classes,
+            parse_inputs(data["input_arrays"]) if data.get("input_arrays") else {},
+            parse_targets(targets, len(classes)) if targets and classes else {},
+            Normalize.parse(data["normalize"], data.get("invert", False)) if "normalize" in data else None,
+            {},
+        )
+    except (CellMapError, TypeError):  # the data module of another package
+        return None
+
+
+def check_data(
+    saved: Mapping[str, Any], now: Mapping[str, Any], purpose: Purpose, where: str, command: bool = False
+) -> list[str]:
+    """Compare the record of a checkpoint with that of a data module.
+
+    Args:
+        saved: the record of the checkpoint, see `recorded`.
+        now: the record of the data module, see `data_record`.
+        purpose: why the checkpoint is loaded.
+        where: the checkpoint, for messages.
+        command: name settings as on the command line.
+
+    Returns:
+        Differences that may be intended, one sentence each.
+
+    Raises:
+        CellMapValueError: the classes are in another order; to resume or to evaluate, also other classes, inputs,
+            targets or normalization; to resume, also other voxel sizes.
+    """
+    errors: list[str] = []
+    warnings: list[str] = []
+    for kind, text in _differences(saved, now, purpose, command):
+        (errors if _is_error(kind, purpose) else warnings).append(text)
+    if errors:
+        raise CellMapValueError("\n".join(f"{where}: {text}" for text in errors))
+    return warnings
+
+
+def _is_error(kind: str, purpose: Purpose) -> bool:
+    if purpose == "begin":
+        return kind == "order"
+    return kind != "scale" or purpose == "resume"
+
+
+def _differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], purpose: Purpose, command: bool
+) -> Iterator[tuple[str, str]]:
+    """Yield the kind and the text of each difference."""
+    yield from _class_differences(saved.get("classes"), now.get("classes"), purpose, command)
+    before, after = saved.get("inputs") or {}, now.get("inputs") or {}
+    if before and after and set(before) != set(after):
+        yield "inputs", f"trained with the inputs {list(before)}, got {list(after)}; give input_arrays of these names"
+    targets, given = saved.get("targets") or {}, now.get("targets") or {}
+    for what, a, b in (("input", before, after), ("target", targets, given)):
+        for name in [name for name in a if name in b]:
+            yield from _array_differences(f"{what} {name!r}", a[name], b[name])
+    rule, other = saved.get("normalize"), now.get("normalize")
+    normalized = any(spec.get("values", "normalized") == "normalized" for spec in after.values())
+    if rule is not None and other is not None and rule != other and normalized:
+        yield (
+            "values",
+            f"trained with {_setting(rule, command)}, got {_setting(other, command)}; give those of the "
+            "checkpoint, or normalize and invert for a single volume "
+            + ("with metadata.normalize=... and metadata.invert=..." if command else "in its entry of datasets"),
+        )
+
+
+def _class_differences(
+    before: Sequence[str] | None, after: Sequence[str] | None, purpose: Purpose, command: bool
+) -> Iterator[tuple[str, str]]:
+    if not before or not after or list(before) == list(after):
+        return
+    old, new = _classes(before, command), _classes(after, command)
+    if sorted(before) == sorted(after):
+        yield "order", f"trained with {old}, got {new}: channels would be exchanged; give the classes in that order"
+    elif purpose == "evaluate":
+        part = ", and writer.only" if command else "; only=[...] of PredictionWriter"
+        yield "classes", f"trained with {old}, got {new}; give those of the checkpoint{part} writes some of them"
+    elif purpose == "resume":
+        begin = "init_from=... begins a training of" if command else "a new task begins with"
+        yield "classes", f"trained with {old}, got {new}; give those of the checkpoint, or {begin} other classes"
+
+
+def _array_differences(what: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in ("kind", "channels", "values"):
+        if key in before and key in after and before[key] != after[key]:
+            yield key, f"{what}: trained with {key} {before[key]!r}, got {after[key]!r}; give that of the checkpoint"
+            return
+    a, b = before.get("scale"), after.get("scale")
+    if a and b and (len(a) != len(b) or not np.allclose(a, b, rtol=1e-6, atol=0)):
+        yield "scale", f"{what}: trained at voxels of {_plain(a)} nm, got {_plain(b)} nm"
+
+
+def _plain(numbers: Sequence[float]) -> list[float]:
+    return [int(n) if float(n).is_integer() else n for n in numbers]
+
+
+def _classes(names: Sequence[str], command: bool) -> str:
+    return f"data.classes=[{','.join(names)}]" if command else f"classes={list(names)}"
+
+
+def _setting(rule: Mapping[str, Any], command: bool) -> str:
+    """Return a rule of normalization as a user sets it."""
+    name, invert = rule["rule"], rule["invert"]
+    prefix = "data." if command else ""
+    span = f"{name}: {_plain([rule['low'], rule['high']])}"
+    value = name if name in ("dtype", "zscore") else f"{{{span}}}"
+    return f"{prefix}normalize={value} {prefix}invert={str(invert).lower() if command else invert}"
+
+
+def volume_differences(saved: Mapping[str, Any], now: Mapping[str, Any], intended: Collection[str] = ()) -> list[str]:
+    """Return the volumes that a checkpoint normalized by another rule, one sentence each.
+
+    Args:
+        saved: ``{normalization_key: ...}`` of the checkpoint, see `CellMapDataset`.
+        now: the same of the datasets that are open.
+        intended: paths of volumes that are left out.
+    """
+    rules: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
+    for keys, found in ((saved, rules[0]), (now, rules[1])):
+        for key in keys:
+            path, _, rule = key.rpartition(" Normalize(")
+            found.setdefault(path, []).append(rule.rstrip(")"))
+    return [
+        f"the values of {path} were normalized by ({before[0]}), got ({after[0]}); give normalize and invert of "
+        "its entry as they were"
+        for path, before in rules[0].items()
+        if (after := rules[1].get(path)) and path not in intended and not set(before) & set(after)
+    ]
+
+
+def check_state(state: Mapping[str, Any], data: Any) -> None:
+    """Compare the state of a data module in a checkpoint with the module, when a Trainer or a caller loads it.
+
+    Raises:
+        CellMapValueError: see `check_data`; or a volume was normalized by another rule.
+    """
+    purpose, where = loading(data.trainer)
+    if state.get(RECORD) is None:  # of an earlier version
+        return
+    for warning in check_data(state[RECORD], data_record(data), purpose, where):
+        log.warning("%s: %s", where, warning)
+    entries = [entry for entries in data.crops.entries.values() for entry in entries]
+    own = {e.input_path for e in entries if e.normalize is not None or e.invert is not None}
+    intended = own if purpose == "evaluate" else set()
+    other = volume_differences(state.get("normalization", {}), data.crops.normalization, intended)
+    if other:
+        raise CellMapValueError("\n".join(f"{where}: {text}" for text in other))
+
+
+def loading(trainer: Any) -> tuple[Purpose, str]:
+    """Return why a Trainer loads its checkpoint, and which one."""
+    stage = getattr(getattr(trainer, "state", None), "fn", None)
+    path = getattr(trainer, "ckpt_path", None)
+    return "resume" if stage in (None, "fit") else "evaluate", f"checkpoint {path}" if path else "the checkpoint"
+
+
+def check_weights(saved: Mapping[str, Any], module: torch.nn.Module, where: str) -> None:
+    """Compare the sizes of weights in a checkpoint with those of a module.
+
+    Raises:
+        CellMapValueError: they differ, as for another number of classes or another network.
+    """
+    own = module.state_dict()
+    other = [
+        f"{name} is {list(value.shape)}, and {list(own[name].shape)} in the model"
+        for name, value in saved.items()
+        if isinstance(value, torch.Tensor) and name in own and not _fits(value, own[name])
+    ]
+    if other:
+        more = f"; and {len(other) - 3} more" if len(other) > 3 else ""
+        raise CellMapValueError(
+            f"{where}: the weights do not fit the model, whose classes and network must be those of the checkpoint: "
+            + "; ".join(other[:3])
+            + more
+        )
+
+
+def _fits(value: torch.Tensor, own: Any) -> bool:
+    return torch.nn.parameter.is_lazy(own) or value.shape == own.shape

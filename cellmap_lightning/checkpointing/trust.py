@@ -1,0 +1,144 @@
+"""The classes that the configuration of a checkpoint may name.
+
+Hydra imports and calls whatever a ``_target_`` names. A checkpoint may come from a stranger, so its configuration is
+restricted to a short allow-list, which the user can extend.
+"""
+
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra.utils import get_object
+
+from cellmap_lightning.errors import CellMapValueError
+
+#: Classes of this package.
+OWN = (
+    "cellmap_lightning.datamodule.CellMapDataModule",
+    "cellmap_lightning.training.task.SegmentationTask",
+    "cellmap_lightning.training.reconstruction.ReconstructionTask",
+    "cellmap_lightning.training.networks.ContextNet",
+    "cellmap_lightning.transforms.intensity.OnDictionary",
+)
+#: Modules of other packages whose classes of these kinds are trusted: modules below, base classes.
+_KINDS = (
+    (("torch.nn.modules",), "torch.nn.Module"),
+    (("torch.optim",), "torch.optim.Optimizer"),
+    (("torch.optim",), "torch.optim.lr_scheduler.LRScheduler"),
+    (("monai.networks.nets", "monai.networks.blocks", "monai.networks.layers"), "torch.nn.Module"),
+    (
+        ("torchmetrics.aggregation", "torchmetrics.classification", "torchmetrics.regression",
+         "torchmetrics.segmentation"),
+        "torchmetrics.Metric",
+    ),
+)  # fmt: skip
+#: Modules in them whose classes load a file or an address, or look up a function, that an argument names.
+_LOADING = ("cell_sam_wrapper", "hovernet", "milmodel", "torchvision_fc", "transchex")
+LOADING = tuple(f"monai.networks.nets.{name}" for name in _LOADING)
+#: Packages from which a name may be imported before its class is checked.
+_ROOTS = ("cellmap_lightning", "torch.nn", "torch.optim", "monai.networks", "torchmetrics")
+#: Options of a store that cannot send credentials elsewhere.
+_HARMLESS_OPTIONS = ("anon", "profile")
+
+
+def check_trusted(config: Any, where: str, trust: Any = (), trust_checkpoint: Any = False) -> None:
+    """Check that the configuration in a checkpoint names trusted classes alone, without importing any other module.
+
+    Args:
+        config: plain containers, as they were read.
+        where: the checkpoint, for messages.
+        trust: modules, packages, classes or functions that are trusted besides, by their full names.
+        trust_checkpoint: trust everything.
+
+    Raises:
+        CellMapValueError: it names something else, holds an interpolation, or is no plain configuration.
+    """
+    if not isinstance(trust_checkpoint, bool):
+        raise CellMapValueError(f"trust_checkpoint must be true or false, got {trust_checkpoint!r}")
+    if trust_checkpoint:
+        return
+    names = _names(trust)
+    faults = [f"  {key}: {fault}" for key, fault in _faults(config, "", names)]
+    if faults:
+        raise CellMapValueError(
+            f"{where}: the configuration in the checkpoint asks for what could run any code:\n"
+            + "\n".join(faults)
+            + "\n"
+            "If you trust its author, allow a module or class with trust=[my_package.models], or everything with "
+            "trust_checkpoint=true"
+        )
+
+
+def _names(trust: Any) -> tuple[str, ...]:
+    names = (trust,) if isinstance(trust, str) else () if trust is None else trust
+    if not isinstance(names, Sequence) or not all(
+        isinstance(name, str) and all(part.isidentifier() for part in name.split(".")) for name in names
+    ):
+        raise CellMapValueError(f"trust must be a list of modules or classes, as in [my_package.models], got {trust!r}")
+    return tuple(names)
+
+
+def _faults(node: Any, where: str, trust: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yield the key and the fault of each part of a configuration that is not trusted."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            fault = _target_fault(node["_target_"], trust)
+            if fault is not None:
+                yield f"{where}._target_".lstrip("."), fault
+        for key, value in node.items():
+            below = f"{where}.{key}".lstrip(".")
+            if not isinstance(key, str | int) or "${" in str(key):
+                yield below, "no plain key"
+            if key == "storage_options" and isinstance(value, Mapping):
+                other = [str(name) for name in value if name not in _HARMLESS_OPTIONS]
+                if other:
+                    yield below, f"{', '.join(other)} may lead credentials elsewhere; give {below} yourself"
+            if key != "_target_":
+                yield from _faults(value, below, trust)
+    elif isinstance(node, list | tuple):
+        for number, value in enumerate(node):
+            yield from _faults(value, f"{where}[{number}]", trust)
+    elif isinstance(node, str):
+        if "${" in node:
+            yield where, f"{node!r} would be resolved on this machine"
+    elif not isinstance(node, int | float | None):
+        yield where, f"a {type(node).__name__} is no value of a configuration"
+
+
+def _below(name: str, roots: Sequence[str]) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def _target_fault(target: Any, trust: tuple[str, ...]) -> str | None:
+    """Return the reason why a ``_target_`` is not trusted; None if it is."""
+    if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
+        return f"{target!r} is no name"
+    if not _below(target, (*_ROOTS, *trust)):  # an import would run its module
+        return f"{target!r} is not trusted"
+    try:
+        found = get_object(target)
+    except Exception as e:  # modules raise what they like
+        return f"{target!r} cannot be imported ({str(e).splitlines()[0]})"
+    if target in trust:
+        return None
+    module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
+    if not isinstance(module, str) or not isinstance(name, str):
+        return f"{target!r} is no class"
+    full = f"{module}.{name}"
+    if _below(full, trust) or (inspect.isclass(found) and _is_listed(found, module, full)):
+        return None
+    return f"{target!r} is not trusted" if full == target else f"{target!r}, which is {full}, is not trusted"
+
+
+def _is_listed(found: type, module: str, full: str) -> bool:
+    if full in OWN:
+        return True
+    if _below(module, LOADING):
+        return False
+    return any(_below(module, modules) and issubclass(found, _class(base)) for modules, base in _KINDS)
+
+
+def _class(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]

@@ -1,0 +1,83 @@
+"""How many voxels of each class there are: from the metadata where it says so, else counted once."""
+
+import logging
+from itertools import product
+
+import numpy as np
+from tqdm import tqdm
+
+from cellmap_lightning.crops.labels import stored_labels
+from cellmap_lightning.io.chunks import ChunkReader
+from cellmap_lightning.io.declared_counts import compare_counts, declared_foreground
+from cellmap_lightning.io.measurements import count_in, key_of, stamp_of
+from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, complement_counts
+from cellmap_lightning.io.records import recall, remember
+from cellmap_lightning.io.retrying import PATIENT, Patience
+from cellmap_lightning.runtime.thread_pool import ReadPool
+
+log = logging.getLogger(__name__)
+
+
+def counted_in_metadata(image: Multiscale, level: Level | None = None) -> int | None:
+    """Return the foreground voxels of a level, by default the finest, by its ``complement_counts``; see there."""
+    return declared_foreground(level or image.finest, image)
+
+
+def unknown_in_metadata(image: Multiscale) -> int:
+    """Voxels of the finest level that nobody annotated, by its ``complement_counts``; 0 where it does not say."""
+    counts = complement_counts(image.finest, image)
+    number = counts.get("unknown", 0) if counts else 0
+    return number if isinstance(number, int) else 0
+
+
+def unknown_share(image: Multiscale) -> float | None:
+    """The part of the finest level that nobody annotated, by its ``complement_counts``; None where it does not say."""
+    counts = complement_counts(image.finest, image)
+    number = counts.get("unknown", 0) if counts else None
+    return number / int(np.prod(image.finest.array.shape)) if isinstance(number, int) else None
+
+
+def foreground(image: Multiscale, encoding: Encoding, pool: ReadPool, label: str, patience: Patience = PATIENT) -> int:
+    """Foreground voxels of the finest level, counted if the metadata does not say. The count is kept outside the data.
+
+    Args:
+        image: a label image.
+        encoding: what its values mean.
+        pool: threads to read with; the caller is none of them.
+        label: what messages call it.
+        patience: how long an object is tried for.
+    """
+    known = known_foreground(image, image.finest, encoding)
+    return known if known is not None else count_foreground(image.finest, encoding, pool, label, patience)
+
+
+def known_foreground(image: Multiscale, level: Level, encoding: Encoding) -> int | None:
+    """Foreground voxels of a level by its metadata or an earlier count; None where voxels would have to be read."""
+    known = counted_in_metadata(image, level)
+    if known is not None:
+        return known
+    return recall(key_of(level, "foreground", encoding), lambda: stamp_of(ChunkReader(level).stored()), count_in)
+
+
+def count_foreground(level: Level, encoding: Encoding, pool: ReadPool, label: str, patience: Patience = PATIENT) -> int:
+    """Read a level of labels and count its foreground voxels; the count is kept outside the data."""
+    reader = ChunkReader(level, label, patience=patience, empty=encoding.empty)
+    stamp = stamp_of(reader.stored())  # taken first: what is written meanwhile is noticed the next time
+    corners = list(product(*(range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True))))
+    found: list[int] = []
+
+    def count(start: tuple[int, int, int]) -> None:
+        z, y, x = (min(c, n - o) for c, n, o in zip(reader.chunks, reader.shape, start, strict=True))
+        stored = stored_labels(reader, encoding, start, (z, y, x))
+        found.append(int(np.count_nonzero(encoding.present(stored))))
+
+    log.info("%s: no complement_counts say how many voxels there are: %d chunks are counted once", label, len(corners))
+    batch = 4 * pool.workers  # so that the queue stays short and the bar moves
+    with tqdm(total=len(corners), desc=f"counting {label}", unit="chunk", disable=None, leave=False) as bar:
+        for first in range(0, len(corners), batch):
+            part = corners[first : first + batch]
+            pool.run([lambda c=corner: count(c) for corner in part])  # type: ignore[misc]
+            bar.update(len(part))
+    remember(key_of(level, "foreground", encoding), stamp, {"voxels": sum(found)})
+    compare_counts(level, encoding, sum(found), label)
+    return sum(found)

@@ -1,0 +1,130 @@
+"""The bracket form of a target path: ``.../crop1/[mito,er]``."""
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
+from cellmap_lightning.io.store import StorePath, children, exists, located, missing, parts_of
+
+#: A part of a path that is a bracket of classes.
+_BRACKET = re.compile(r"\[[^\[\]]*\]")
+
+
+@dataclass(frozen=True)
+class TargetPath:
+    """Where the label images of a crop lie.
+
+    Attributes:
+        before: path up to the class's name.
+        names: the annotated classes.
+        after: path below the class's name, mostly empty.
+        options: ``storage_options`` of an address.
+    """
+
+    before: str
+    names: tuple[str, ...]
+    after: str
+    options: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
+
+    @classmethod
+    def parse(cls, path: str, options: Mapping[str, Any] | None = None) -> "TargetPath":
+        """Read ``.../crop1/[mito,er]``, ``.../crop1/[mito,er]/suffix``, or ``.../crop1/mito`` for one class.
+
+        The classes are the last part of the path that is a bracket as a whole; other brackets belong to names of
+        folders, as in ``[2024] mito/jrc_a.zarr/crop1/[mito,er]``, and so do those before a Zarr container.
+
+        Raises:
+            CellMapValueError: the bracket is malformed, empty, or names a class twice.
+        """
+        given = tuple(sorted((options or {}).items()))
+        head, chain, archive = path.partition("::") if "://" in path else (path, "", "")  # zip://inside::/data/vol.zip
+        before, inside, after = _split(head)
+        if inside is None:
+            before, _, name = head.rstrip("/").rpartition("/")
+            return cls((before or ".") + chain + archive, (name,), "", given)
+        names = tuple(name.strip() for name in inside.split(","))
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if not all(names) or twice:
+            raise CellMapValueError(f"target path {path!r}: each class should be named once, got [{inside}]")
+        return cls(before.rstrip("/") + chain + archive, names, after.strip("/"), given)
+
+    def __str__(self) -> str:
+        head, chain, archive = self.before.partition("::")
+        return f"{head}/[{','.join(self.names)}]{f'/{self.after}' if self.after else ''}{chain}{archive}"
+
+    @property
+    def label(self) -> str:
+        """What messages call the crop, such as ``jrc_hela-2/crop1``."""
+        crop = parts_of(self.before)
+        volume = next((p.stem for p in crop.parents if p.suffix in (".zarr", ".n5")), None)
+        return f"{volume}/{crop.name}" if volume else crop.name
+
+    @property
+    def crop(self) -> StorePath:
+        """Where the crop lies."""
+        return located(self.before, dict(self.options))
+
+    def of(self, name: str) -> StorePath:
+        """Where the label image of a class lies, whether or not it is there."""
+        return self.crop / name / self.after if self.after else self.crop / name
+
+    def check_names(self, known: Collection[str]) -> None:
+        """Check that the names in the bracket are those of classes.
+
+        Args:
+            known: the classes that are read.
+
+        Raises:
+            CellMapFileNotFoundError: a name is neither among them nor that of a label image in the crop.
+        """
+        strange = [name for name in self.names if name not in known]
+        there = children(self.crop) if strange else []
+        for name in strange:
+            if name not in there and not exists(self.of(name)) and exists(self.crop):
+                close = difflib.get_close_matches(name.lower(), [*known, *there], 1, 0.5)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(there) or 'no classes'}"
+                raise CellMapFileNotFoundError(
+                    f"{self.label}: the bracket [{','.join(self.names)}] names {name!r}, which is neither one of the "
+                    f"classes {', '.join(known)} nor in {self.crop}{hint}"
+                )
+
+    def found(self, name: str) -> StorePath:
+        """The label image of a class.
+
+        Raises:
+            CellMapFileNotFoundError: it does not exist; the message lists what does.
+        """
+        path = self.of(name)
+        if exists(path):
+            return path
+        if not exists(self.crop):
+            raise missing(self.crop, f"{self.label}: crop")
+        raise CellMapFileNotFoundError(
+            f"{self.label}: class {name!r} is in the bracket of the target path, but {path} does not exist; "
+            f"{self.crop} has {', '.join(children(self.crop)) or 'no classes'}"
+        )
+
+
+def _split(path: str) -> tuple[str, str | None, str]:
+    """The parts of a target path before, in and after its bracket of classes; None in it where there is no bracket.
+
+    Raises:
+        CellMapValueError: a bracket of classes that is not closed, or not a part of the path by itself.
+    """
+    parts = path.rstrip("/").split("/")
+    # Behind a bracket of classes there is no container, which would lie in one of the classes.
+    first = max((i for i, part in enumerate(parts) if part.endswith((".zarr", ".n5"))), default=-1) + 1
+    brackets = [i for i in range(first, len(parts)) if _BRACKET.fullmatch(parts[i])]
+    last = parts[-1]
+    if ("[" in last or "]" in last) and brackets[-1:] != [len(parts) - 1]:
+        raise CellMapValueError(
+            f"target path {path!r}: the classes should stand in one bracket that is the last part of the path, as in "
+            ".../crop1/[mito,er]"
+        )
+    if not brackets:
+        return path, None, ""
+    number = brackets[-1]
+    return "/".join(parts[:number]), parts[number][1:-1], "/".join(parts[number + 1 :])

@@ -1,0 +1,1 @@
+"""Datasets over one crop and over many."""

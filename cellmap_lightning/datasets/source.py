@@ -1,0 +1,405 @@
+"""What one crop and many crops have in common: positions, samples, batches, and the pool that reads them."""
+
+import bisect
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from cellmap_lightning.batches.arrays import BatchLayout
+from cellmap_lightning.batches.compact_batch import CompactBatch
+from cellmap_lightning.batches.memory import BatchMemory
+from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.crops.remote_arrays import fetch_read
+from cellmap_lightning.datasets.requests import Request, current_request, requesting
+from cellmap_lightning.errors import CellMapIndexError
+from cellmap_lightning.geometry.lattice import AXES, FloatArray, Shape
+from cellmap_lightning.runtime.location import CacheMode
+from cellmap_lightning.runtime.rng import PLACE, uniforms
+from cellmap_lightning.runtime.thread_pool import FORK_GATE, Closes, ReadPool
+from cellmap_lightning.sampling.crop_table import Crops
+from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
+from cellmap_lightning.sampling.strategies import NUMBERS, ClassBalanced, PerCrop, Strategy, Uniform
+from cellmap_lightning.sampling.tiles import Spread, stratified
+from cellmap_lightning.transforms.spatial import SpatialTransforms
+
+if TYPE_CHECKING:
+    from cellmap_lightning.datasets.dataset import CellMapDataset
+
+
+#: Bytes to copy, or as much other work, from which another thread is worth its price.
+BYTES_PER_THREAD = 16 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """One sample, described: where it is read and how it is turned.
+
+    Attributes:
+        sample: its number in the stream.
+        position: which position of the source.
+        turn: see `geometry.patch_map`.
+        advance: of a tile, see `Placement.advance`: targets are unknown where the tiles before it cover them. None for
+            what is no tile.
+    """
+
+    sample: int
+    position: int
+    turn: FloatArray | None
+    advance: FloatArray | None = None
+
+
+def _fill(region: Region, index: Shape) -> None:
+    """Fill a chunk, while nobody forks."""
+    with FORK_GATE:
+        region.fill(index)
+
+
+class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
+    """Positions that can be read as samples, one by one or as batches.
+
+    Attributes:
+        layout: how its batches are laid out.
+        seed: seed of everything random.
+        is_train: whether samples are drawn at random and augmented.
+        spatial: the spatial augmentation.
+    """
+
+    layout: BatchLayout
+    seed: int
+    is_train: bool
+    spatial: SpatialTransforms
+    _pool: ReadPool
+    _store: RegionStore
+
+    @property
+    @abstractmethod
+    def datasets(self) -> Sequence["CellMapDataset"]:
+        """The crops, in the order of the positions."""
+
+    @cached_property
+    def _offsets(self) -> list[int]:
+        """First position of each crop, and the number of positions at the end."""
+        return [0, *accumulate(len(d.placement) for d in self.datasets)]
+
+    @cached_property
+    def _firsts(self) -> npt.NDArray[np.int64]:
+        """First position of each crop, as an array."""
+        return np.asarray(self._offsets[:-1], np.int64)
+
+    @cached_property
+    def _tile_offsets(self) -> list[int]:
+        return [0, *accumulate(d.placement.tile_count for d in self.datasets)]
+
+    @cached_property
+    def strategy(self) -> Strategy:
+        """Where random samples come from; of a crop alone, any position in it."""
+        return PerCrop().on(self.crops)
+
+    @cached_property
+    def crops(self) -> Crops:
+        """What strategies know of the crops."""
+        return Crops(self.datasets, self.classes)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the targets' channels."""
+        return self.layout.classes
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return self._offsets[-1]
+
+    def locate(self, position: int) -> tuple["CellMapDataset", int]:
+        """The crop that holds a position, and the position inside it."""
+        index = int(position)
+        if not -len(self) <= index < len(self):
+            raise CellMapIndexError(f"{self}: position {index} is outside its {len(self)} positions")
+        index %= len(self)
+        crop = bisect.bisect_right(self._offsets, index) - 1
+        return self.datasets[crop], index - self._offsets[crop]
+
+    def get_center(self, position: int) -> dict[str, float]:
+        """Centre of the patches at a position, ``{axis: nm}``.
+
+        Raises:
+            CellMapIndexError: there is no such position.
+        """
+        dataset, local = self.locate(position)
+        return dict(zip(AXES, dataset.placement.center(local).tolist(), strict=True))
+
+    @property
+    def tile_count(self) -> int:
+        """Number of patches that together cover every crop."""
+        return self._tile_offsets[-1]
+
+    def tile(self, number: int) -> int:
+        """Position of one of the patches that together cover every crop."""
+        return self._tile(number, number).position
+
+    def _tile(self, sample: int, number: int) -> Draw:
+        """A tile as a sample."""
+        if not 0 <= number < self.tile_count:
+            raise CellMapIndexError(f"{self}: tile {number} is none of its {self.tile_count}")
+        crop = bisect.bisect_right(self._tile_offsets, number) - 1
+        placement, local = self.datasets[crop].placement, number - self._tile_offsets[crop]
+        return Draw(sample, self._offsets[crop] + placement.tile(local), None, placement.advance(local))
+
+    def spread_tiles(self) -> Spread:
+        """All tiles, in an order of which every beginning is spread over all crops."""
+        return Spread([dataset.placement.tiles_along for dataset in self.datasets])
+
+    def chosen_tiles(self, count: int, seed: int) -> Sequence[int]:
+        """Tiles in which every class that occurs has its share, a function of the crops and the seed; see `stratified`.
+
+        Coarse levels of the labels are read for it, once.
+        """
+        if count >= self.tile_count:
+            return self.spread_tiles()
+        strata = []
+        with tqdm(total=len(self.datasets), unit="crop", disable=None, leave=False, delay=1) as bar:
+            bar.set_description("looking where classes are")
+            for dataset in self.datasets if self.classes else ():
+                dataset.class_tiles  # noqa: B018  read once, and kept
+                bar.update()
+        for name in self.classes:
+            seen, anywhere = [], []
+            for offset, dataset in zip(self._tile_offsets, self.datasets, strict=False):
+                tiles = dataset.class_tiles.get(name, ())
+                if tiles is None:
+                    anywhere.append(np.arange(offset, offset + dataset.placement.tile_count))
+                elif len(tiles):
+                    seen.append(offset + np.asarray(tiles))
+            if seen or anywhere:
+                strata.append(np.concatenate(seen or anywhere))
+        return stratified(strata, self.spread_tiles(), count, seed)
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        """The finished sample at a position: a batch of one without its first axis.
+
+        While training it is augmented as sample ``position`` of the first epoch would be; where a loader requests it
+        for a sample of its stream, as that sample.
+
+        Raises:
+            CellMapIndexError: there is no such position.
+        """
+        self.locate(position)
+        position = int(position) % len(self)
+        request = current_request() or Request(position, self.seed)
+        draw = request.draw
+        if draw is None or request.source is not self or draw.position != position:
+            turn = self.spatial.turns(request.seed, [request.sample])[0] if self.is_train else None
+            draw = Draw(request.sample, position, turn)
+        crop, local = self.locate(position)
+        if crop is not self and overrides_items(crop):
+            own = dataclasses.replace(draw, position=local)
+            with requesting(Request(request.sample, request.seed, crop, own)):
+                sample = crop[local]
+            return sample | {"idx": torch.tensor(position, dtype=torch.int64, device="cpu")}
+        batch = self.read([draw])
+        batch.layout = dataclasses.replace(self.layout, seed=request.seed)
+        return {name: value[0] for name, value in batch.finish().items()}
+
+    def set_random_state(self, seed: int | None = None, state: Any = None) -> "SampleSource":
+        """Do nothing: samples follow from ``seed`` and their numbers alone.
+
+        MONAI's loaders call this (the interface of ``monai.transforms.Randomizable``), and would otherwise search every
+        attribute for something random.
+        """
+        return self
+
+    def draw(self, samples: Sequence[int], shuffle: bool, seed: int, strategy: Strategy | None = None) -> list[Draw]:
+        """Describe samples by their numbers: a function of (seed, number) alone.
+
+        Args:
+            samples: their numbers.
+            shuffle: draw a crop and a position in it for each; otherwise sample ``n`` is tile ``n``, with targets that
+                are unknown where the tiles before it cover them. What is drawn is also augmented, if the dataset is for
+                training.
+            seed: what everything random follows from.
+            strategy: where they come from; by default as `strategy` says.
+        """
+        if not shuffle:
+            return [self._tile(n, n) for n in samples]
+        turns = self.spatial.turns(seed, samples) if self.is_train else [None] * len(samples)
+        found = (strategy or self.strategy).places(uniforms(seed, PLACE, samples, NUMBERS), turns)
+        positions = self._firsts[found.crops] + found.positions
+        return [Draw(n, at, turn) for n, at, turn in zip(samples, positions.tolist(), turns, strict=True)]
+
+    def get_crop_class_matrix(self) -> npt.NDArray[np.bool_]:
+        """``[crops, classes]``, whether a crop holds voxels of a class: by its counts, not by what is listed."""
+        return self.crops.counts > 0
+
+    @property
+    @abstractmethod
+    def class_counts(self) -> dict[str, float]:
+        """Foreground voxels of each class."""
+
+    @property
+    @abstractmethod
+    def background_counts(self) -> dict[str, float]:
+        """Voxels where each class was looked for and is not."""
+
+    @property
+    def class_weights(self) -> dict[str, float]:
+        """Background over foreground voxels of each class, as for ``pos_weight``; 1 for a class without foreground."""
+        counts, background = self.class_counts, self.background_counts
+        return {name: background[name] / count if count > 0 else 1.0 for name, count in counts.items()}
+
+    @property
+    def validation_indices(self) -> list[int]:
+        """Positions of the tiles, which together cover every crop once."""
+        return [self.tile(number) for number in range(self.tile_count)]
+
+    def get_weighted_sampler(
+        self, batch_size: int = 1, rng: torch.Generator | None = None, samples_per_epoch: int | None = None
+    ) -> PositionSampler:
+        """Random positions, each class as often as every other; see `ClassBalancedSampler`.
+
+        Args:
+            batch_size: positions of an epoch when ``samples_per_epoch`` says nothing, as in cellmap-data.
+            rng: gives the seed; by default the dataset's own seed is used, and no generator.
+            samples_per_epoch: positions of an epoch.
+        """
+        return ClassBalancedSampler(self, samples_per_epoch or batch_size, _seed(rng, self.seed))
+
+    def get_subset_random_sampler(
+        self, num_samples: int, weighted: bool = True, rng: torch.Generator | None = None
+    ) -> PositionSampler:
+        """As many random positions, in each pass others.
+
+        Args:
+            num_samples: how many.
+            weighted: each class as often as every other; otherwise every voxel as often as every other.
+            rng: see `get_weighted_sampler`.
+        """
+        strategy = ClassBalanced() if weighted else Uniform()
+        return PositionSampler(self, num_samples, _seed(rng, self.seed), strategy)
+
+    def read(self, draws: Sequence[Draw], pin: bool = False) -> CompactBatch:
+        """Read samples into one new compact batch, in page-locked memory with ``pin``."""
+        batch = self.layout.empty(len(draws), pin)
+        self.read_into(draws, {name: tensor.numpy() for name, tensor in batch.tensors.items()})
+        batch.tensors["idx"] = torch.tensor([d.position for d in draws], dtype=torch.int64, device="cpu")
+        batch.tensors["sample"] = torch.tensor([d.sample for d in draws], dtype=torch.int64, device="cpu")
+        return batch
+
+    def read_into(self, draws: Sequence[Draw], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Read samples into the arrays of a compact batch, ``{name: [N, ...]}``."""
+        self.prepare()
+        jobs: list[Callable[[], None]] = []
+        fills: dict[tuple[int, Shape], Callable[[], None]] = {}
+        work = 0
+        for row, draw in enumerate(draws):
+            dataset, local = self.locate(draw.position)
+            place = dataset.placement.place(local)
+            for name, array in arrays.items():
+                jobs.append(partial(dataset.read_array, name, place, draw.turn, array[row], self.layout, draw.advance))
+                missing = dataset.missing(name, place, draw.turn)
+                work += array[row].nbytes * (1 if missing is not None else dataset.effort(name, draw.turn))
+                for region, index in missing or ():
+                    fills[id(region), index] = partial(region.fill, index)
+        with FORK_GATE:
+            if fills:
+                self._pool.run(fills.values())
+            # Handing a small copy to another thread costs more than the copy: as many threads as the work pays for.
+            self._pool.run(jobs, threads=max(1, -(-work // BYTES_PER_THREAD)))
+
+    def fill_ahead(self, positions: Sequence[int]) -> None:
+        """Have what some samples are cut from decoded by the dataset's threads, before they are read; wait for nothing.
+
+        Where nothing is kept there is nothing to do. What goes wrong is said when they are read.
+        """
+        self.prepare()
+        fills: dict[tuple[int, Shape], Callable[[], None]] = {}
+        for position in positions:
+            dataset, local = self.locate(position)
+            place = dataset.placement.place(local)
+            for name in self.layout.inputs:
+                for region, index in dataset.missing(name, place, None) or ():
+                    fills[id(region), index] = partial(_fill, region, index)
+        if fills:
+            self._pool.ahead(fills.values())
+
+    def end_ahead(self) -> None:
+        """Give up what was begun by `fill_ahead`."""
+        self._pool.end_ahead()
+
+    def prepare(self) -> None:
+        """Decide where decoded voxels are kept, before the first read and before worker processes are started."""
+        if not self._store.planned:
+            if self._store.mode not in ("none", "chunks"):  # which find nothing again
+                fetch_read(self.datasets)
+            regions = [region for dataset in self.datasets for region in dataset.regions]
+            self._store.plan(regions, not self.is_train, str(self))
+
+    @property
+    def cache(self) -> CacheMode:
+        """Where decoded voxels are kept."""
+        return self._store.mode
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes that are kept of them at most, if something was said."""
+        return self._store.budget
+
+    @property
+    def kept(self) -> bool:
+        """Whether everything that is read has a place where it is kept once it was decoded."""
+        return all(region.kept for dataset in self.datasets for region in dataset.regions)
+
+    def batch_memory(self, batch_size: int = 1) -> BatchMemory:
+        """The bytes of a batch of ``batch_size`` samples, known before anything is read."""
+        return self.layout.memory(batch_size)
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """The threads that read: made at first use, the same until `close`, shared by the crops of a collection."""
+        return self._pool.executor
+
+    @property
+    def max_workers(self) -> int:
+        """Number of reading threads."""
+        return self._pool.workers
+
+    def follow(self, reader: Closes) -> None:
+        """Close this first, when the dataset is stopped or closed."""
+        self._pool.follow(reader)
+
+    def cancel(self, waiting: int | None = None) -> None:
+        """Cancel the reads that have not begun, by default all, else those that a thread waits for."""
+        self._pool.cancel(waiting)
+
+    def stop(self) -> None:
+        """Cancel the reads that have not begun, end the threads and the passes of loaders; keep what is decoded."""
+        self._pool.close()
+
+    def close(self) -> None:
+        """Stop, and drop what is cached. A later use starts anew."""
+        self.stop()
+        self._store.close()
+
+    def __enter__(self) -> "SampleSource":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _seed(rng: torch.Generator | None, otherwise: int) -> int:
+    return otherwise if rng is None else rng.initial_seed()
+
+
+def overrides_items(dataset: SampleSource) -> bool:
+    """Return whether a subclass of user code has its own ``__getitem__``."""
+    return type(dataset).__getitem__ is not SampleSource.__getitem__

@@ -1,0 +1,91 @@
+"""The lists of the CellMap Segmentation Challenge: which crops are predicted, with which classes, and their names."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+
+from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
+from cellmap_lightning.geometry.lattice import Box, to_vector
+from cellmap_lightning.splits.manifests import Filter, ManifestRow, manifest_rows
+from cellmap_lightning.transforms.implied import read_table
+
+#: Classes of which the challenge scores each object.
+INSTANCE_CLASSES = ("nuc", "vim", "ves", "endo", "lyso", "ld", "perox", "mito", "np", "mt", "cell", "instance")
+
+
+@dataclass(frozen=True)
+class ChallengeCrop:
+    """A crop of a manifest.
+
+    Attributes:
+        dataset: name of the dataset.
+        name: name of the crop.
+        rows: its classes and their voxels.
+    """
+
+    dataset: str
+    name: str
+    rows: tuple[ManifestRow, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes that are listed."""
+        return tuple(row.name for row in self.rows)
+
+    def box(self, margin: Sequence[float] = (0, 0, 0)) -> Box:
+        """Where it lies, all classes together, with so many nm around it."""
+        box = reduce(Box.union, (row.lattice.box for row in self.rows))
+        return Box(to_vector(np.subtract(box.lower, margin)), to_vector(np.add(box.upper, margin)))
+
+    def within(self, folder: str | Path) -> Path:
+        """Its prediction, ``<folder>/<dataset>.zarr/<crop>``."""
+        return Path(folder) / f"{self.dataset}.zarr" / self.name
+
+
+def listed_crops(manifest: str | Path, crops: str | int | Sequence[str | int] = "test") -> list[ChallengeCrop]:
+    """The crops of a manifest, in its order.
+
+    Args:
+        manifest: see `manifest_rows`.
+        crops: ``test`` for all of them; or names, numbers or patterns, see `Filter`.
+
+    Raises:
+        CellMapError: the manifest cannot be read, or lists no such crop.
+    """
+    rows: dict[tuple[str, str], list[ManifestRow]] = {}
+    for row in manifest_rows(manifest):
+        rows.setdefault((row.dataset, row.crop), []).append(row)
+    wanted = None if crops == "test" else [crops] if isinstance(crops, str | int) else list(crops)
+    kept = Filter(None, wanted).kept(list(rows))
+    return [ChallengeCrop(*key, tuple(rows[key])) for key, keep in zip(rows, kept, strict=True) if keep]
+
+
+def class_names(path: str | Path, group: str | None = None) -> list[str]:
+    """Names of classes from a file of the challenge.
+
+    Args:
+        path: ``tested_classes.csv``, or a class table, whose first column has the names.
+        group: a class of the table; its parts then, ``included ids``, instead of all classes.
+
+    Raises:
+        CellMapFileNotFoundError: there is no such file.
+        CellMapKeyError: the table has no such class.
+        CellMapValueError: the file has no names, or no ids.
+    """
+    if group is not None:
+        table = read_table(path)
+        if group not in table:
+            raise CellMapKeyError(f"{path} has no class {group!r}; it has {', '.join(table)}")
+        return [name for name, atoms in table.items() if len(atoms) == 1 and atoms <= table[group]]
+    try:
+        rows = csv.reader(Path(path).read_text(encoding="utf-8-sig").splitlines())
+    except FileNotFoundError:
+        raise CellMapFileNotFoundError(f"the list of classes {path} does not exist") from None
+    names = [row[0].strip() for row in rows if row and row[0].strip() and not row[0].startswith("#")]
+    if not names or len(set(names)) < len(names):
+        raise CellMapValueError(f"{path} must name classes in its first column, each once; it has {names}")
+    return names

@@ -1,0 +1,190 @@
+"""The challenge's score of predictions, against annotated crops on this machine."""
+
+import csv
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellmap_lightning.crops.encodings import LabelEncodings, Unknown
+from cellmap_lightning.errors import CellMapKeyError
+from cellmap_lightning.evaluation.challenge import INSTANCE_CLASSES
+from cellmap_lightning.evaluation.csc_score import (
+    ChallengeScore,
+    Counts,
+    CropCounts,
+    Labels,
+    instance_counts,
+    missing_counts,
+    pooled,
+    semantic_counts,
+)
+from cellmap_lightning.evaluation.evaluate import holds
+from cellmap_lightning.evaluation.matched import matched, stored_meaning
+from cellmap_lightning.evaluation.numbering import (
+    LeastVolume,
+    Numbering,
+    check_least_volume,
+    least_voxels,
+    numbering,
+    without_small,
+)
+from cellmap_lightning.io.chunks import ChunkReader
+from cellmap_lightning.io.label_values import read_labels
+from cellmap_lightning.io.meanings import ValuesSetting, check_values
+from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.splits.manifests import ManifestRow
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A prediction, and what it is compared with.
+
+    Attributes:
+        output: the prediction, with one group per class.
+        crops: folder of the annotated crops, ``recon-1/labels/groundtruth``.
+        classes: the classes that count. One that a crop annotates and the prediction lacks counts as not submitted.
+        crop: name of the one crop that counts; None for all that lie in the prediction.
+    """
+
+    output: Path
+    crops: Path
+    classes: tuple[str, ...]
+    crop: str | None = None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Settings of a score, see `submit`, whose defaults they share."""
+
+    threshold: float = 0.5
+    instance_classes: Sequence[str] = INSTANCE_CLASSES
+    instances: str | Numbering | None = None
+    min_volume: LeastVolume = 0
+    values: ValuesSetting = "auto"
+    unknown: Unknown = "metadata"
+
+
+def evaluate_csc(predictions: Sequence[Predicted], scoring: Scoring | None = None) -> ChallengeScore:
+    """Return the challenge's score of predictions, with counts of each class summed over all crops.
+
+    Predictions are evaluated at the voxels of the annotation, as `submit` does. Voxels that are unannotated count as
+    background on both sides.
+
+    Args:
+        predictions: what was predicted.
+        scoring: settings.
+
+    Raises:
+        CellMapKeyError: no crop lies in a prediction and annotates any of the classes.
+        CellMapError: a prediction or an annotation cannot be read.
+    """
+    scoring = scoring or Scoring()
+    check_values(scoring.values), check_least_volume(scoring.min_volume)
+    rows = [row for prediction in predictions for row in _counted(prediction, scoring)]
+    if not rows:
+        listed = ", ".join(str(p.output) for p in predictions)
+        raise CellMapKeyError(
+            f"nothing to evaluate {listed} with: no crop in {', '.join(sorted({str(p.crops) for p in predictions}))} "
+            f"lies in it and annotates any of {sorted({name for p in predictions for name in p.classes})}"
+        )
+    return pooled(rows, scoring.instance_classes)
+
+
+def _counted(prediction: Predicted, scoring: Scoring) -> Iterator[CropCounts]:
+    outside = set()
+    for crop in sorted(p for p in prediction.crops.glob(prediction.crop or "*") if p.is_dir()):
+        for name in prediction.classes:
+            if not _is_group(crop / name):
+                continue
+            group = prediction.output / name
+            if _is_group(group) and not holds(
+                read_multiscale(group).finest.lattice, read_multiscale(crop / name).finest.lattice
+            ):
+                outside.add(crop.name)
+                continue
+            yield _of_class(group, crop, name, scoring)
+    if outside:
+        log.info("not evaluated, since the prediction does not hold them whole: %s", ", ".join(sorted(outside)))
+
+
+def _is_group(path: Path) -> bool:
+    return any((path / file).is_file() for file in (".zattrs", "zarr.json"))
+
+
+def _of_class(group: Path, crop: Path, name: str, scoring: Scoring) -> CropCounts:
+    truth, known = _annotated(crop, name, scoring.unknown)
+    numbered = name in scoring.instance_classes
+    if not _is_group(group):
+        return CropCounts(crop.name, name, missing_counts(truth, numbered), "missing")
+    lattice = read_multiscale(crop / name).finest.lattice
+    row = ManifestRow(crop.parent.name, crop.name, name, lattice)
+    number = numbering(scoring.instances) if numbered else None
+    labels = matched(row, group, scoring.threshold, number, stored_meaning(row, group, scoring.values))
+    if known is not None:
+        labels = np.where(known, labels, 0)
+    if not numbered:
+        return CropCounts(crop.name, name, semantic_counts(labels, truth))
+    labels = without_small(labels, least_voxels(scoring.min_volume, name, float(np.prod(lattice.step))))
+    counts = instance_counts(labels, truth, lattice.step)
+    if counts is None:
+        log.warning(
+            "%s/%s: too many predicted objects or overlaps: the challenge leaves the crop out of this class",
+            crop.name, name,
+        )  # fmt: skip
+        return CropCounts(crop.name, name, Counts(), "skipped")
+    return CropCounts(crop.name, name, counts)
+
+
+def _annotated(crop: Path, name: str, unknown: Unknown) -> tuple[Labels, Labels | None]:
+    """Return the ids of a crop, 0 where it is unannotated, and which voxels are annotated; None for all."""
+    image = read_multiscale(crop / name)
+    level = image.finest
+    encoding = LabelEncodings(crop.name, unknown).of(name, image, level)
+    reader = ChunkReader(level, f"{crop.name}/{name}", empty=encoding.empty)
+    stored = read_labels(reader, (0, 0, 0), reader.shape)
+    truth = np.where(encoding.present(stored), stored, 0)
+    if encoding.unknown is None:
+        return truth, None
+    known = stored != encoding.unknown
+    return truth, None if known.all() else known
+
+
+def write_csc_csv(score: ChallengeScore, path: Path) -> None:
+    """Write the score: one row per class, one per crop and class, and the three means."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "crop", "status", "tp", "fp", "fn", "f1", "boundary", "score"])
+        for name in ("overall", "instance", "semantic"):
+            writer.writerow([name, "", "", "", "", "", "", "", f"{getattr(score, name):.6f}"])
+        for one in score.classes:
+            parts = ["" if math.isnan(v) else f"{v:.6f}" for v in (one.f1, one.boundary, one.score)]
+            writer.writerow([one.name, "all", "", one.counts.tp, one.counts.fp, one.counts.fn, *parts])
+        for row in score.crops:
+            writer.writerow([row.name, row.crop, row.status, row.counts.tp, row.counts.fp, row.counts.fn, "", "", ""])
+
+
+def csc_table(score: ChallengeScore) -> str:
+    """Return the score as a table."""
+    width = max(8, *(len(c.name) for c in score.classes)) + 2
+    head = ("crops", "tp", "fp", "fn", "f1", "boundary", "score")
+    lines = ["class".ljust(width) + "".join(f"{h:>12}" for h in head)]
+    for c in score.classes:
+        numbers: list[Any] = [c.crops, c.counts.tp, c.counts.fp, c.counts.fn]
+        parts = ["" if math.isnan(v) else f"{v:.4f}" for v in (c.f1, c.boundary, c.score)]
+        lines.append(c.name.ljust(width) + "".join(f"{v:>12}" for v in (*numbers, *parts)))
+    means: Mapping[str, float] = {"instance": score.instance, "semantic": score.semantic, "overall": score.overall}
+    lines += [name.ljust(width) + f"{value:>{12 * len(head)}.4f}" for name, value in means.items()]
+    missing = [f"{row.crop}/{row.name}" for row in score.crops if row.status == "missing"]
+    skipped = [f"{row.crop}/{row.name}" for row in score.crops if row.status == "skipped"]
+    if missing:
+        lines.append(f"not predicted, which counts as missed: {', '.join(missing)}")
+    if skipped:
+        lines.append(f"too many objects, left out of the class: {', '.join(skipped)}")
+    return "\n".join(lines)

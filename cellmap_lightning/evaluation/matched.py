@@ -1,0 +1,131 @@
+"""A prediction as labels on the voxels that the challenge scores.
+
+Every voxel is evaluated once, at its centre: probabilities are interpolated linearly (the mean over the voxel where it
+is coarser than the prediction) and then compared with the threshold; labels are those of the nearest voxel.
+"""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cellmap_lightning.cache.chunk_cache import ChunkCache
+from cellmap_lightning.crops.image import StoredImage
+from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.evaluation.numbering import Labels, Numbering
+from cellmap_lightning.geometry.lattice import Lattice, Shape, box_map, to_vector
+from cellmap_lightning.geometry.resample import evaluate
+from cellmap_lightning.io.meanings import Meaning, ValuesSetting, meaning_of
+from cellmap_lightning.io.ngff import Level, read_multiscale
+from cellmap_lightning.splits.manifests import ManifestRow
+
+#: Voxels of what is evaluated at a time.
+_BLOCK = (128, 256, 256)
+
+
+def where(row: ManifestRow) -> str:
+    """Return the name of a class of a crop, for messages."""
+    return f"{row.dataset}/{row.crop}/{row.name}"
+
+
+def check_holds(row: ManifestRow, path: Path) -> None:
+    """Check that a prediction holds the voxels of a manifest, but for less than half a voxel of the prediction.
+
+    One of bounds that are not multiples of its voxel size consists of the voxels whose centres lie in them, and so may
+    end that much before them.
+
+    Raises:
+        CellMapValueError: it does not, or cannot be read.
+    """
+    try:
+        lattice = read_multiscale(path).finest.lattice
+    except CellMapError as e:
+        raise CellMapValueError(f"{where(row)} cannot be read, or its prediction is not finished: {e}") from e
+    box = lattice.box
+    first = np.asarray(row.lattice.origin)
+    last = first + np.multiply(row.lattice.step, np.subtract(row.lattice.shape, 1))
+    fine = 1e-3 * np.asarray(row.lattice.step)
+    slack = np.maximum(0.5 * np.asarray(lattice.step) - fine, fine)
+    if (first < box.lower - slack).any() or (last > box.upper + slack).any():
+        raise CellMapValueError(
+            f"{where(row)}: the prediction {path} lies in {box}, which does not hold all of {row.lattice.box}"
+        )
+
+
+def stored_meaning(row: ManifestRow, path: Path, values: ValuesSetting = "auto") -> Meaning:
+    """Return the meaning of the stored values of a prediction, see `meaning_of`."""
+    return meaning_of(read_multiscale(path), where(row), values)
+
+
+def matched(
+    row: ManifestRow,
+    path: Path,
+    threshold: float,
+    number: Numbering | None,
+    meaning: Meaning,
+) -> Labels:
+    """Return a prediction on the voxels of a manifest.
+
+    Args:
+        row: the voxels.
+        path: the prediction; see `check_holds`.
+        threshold: probability from which a voxel is of the class.
+        number: numbers objects, for a class of instances; stored ids are kept as they are. None for a boolean volume.
+        meaning: what stored values mean; see `stored_meaning`.
+
+    Raises:
+        CellMapError: the prediction cannot be read, its values contradict its metadata, or objects are not numbered by
+            whole numbers from 0 on.
+    """
+    ids = number is not None and meaning.kind == "ids"
+    found = _evaluated(row, read_multiscale(path).finest, meaning, threshold, ids)
+    if number is None:
+        return found
+    numbers = found if ids else np.asarray(number(found))
+    if numbers.shape != found.shape or numbers.dtype.kind not in "iub" or (numbers.size and numbers.min() < 0):
+        raise CellMapTypeError(
+            f"{where(row)}: instances must give whole numbers from 0 on of the shape {list(found.shape)}, "
+            f"got {numbers.dtype} {list(numbers.shape)}"
+        )
+    return numbers
+
+
+def _evaluated(row: ManifestRow, level: Level, meaning: Meaning, threshold: float, ids: bool) -> Labels:
+    """Return stored ids, or where the class is present."""
+    source = StoredImage(level, ChunkCache(), where(row)).region
+    stored = level.array.dtype
+    kind = stored if meaning.is_labels else np.dtype(np.float32)
+    id_type = np.dtype(np.int64) if stored.kind == "f" else stored
+    first, inside = _inside(row.lattice, level.lattice)
+    result: npt.NDArray[Any] = np.zeros(inside.shape, id_type if ids else bool)
+    for start in product(*(range(0, n, b) for n, b in zip(inside.shape, _BLOCK, strict=True))):
+        ends = [min(a + b, n) for a, b, n in zip(start, _BLOCK, inside.shape, strict=True)]
+        z, y, x = (b - a for a, b in zip(start, ends, strict=True))
+        shape: Shape = (z, y, x)
+        part = np.empty(shape, kind)
+        amap = box_map(inside, (start[0], start[1], start[2]), shape, level.lattice)
+        evaluate(source, amap, part, method="nearest" if meaning.is_labels else "linear", fill=0)
+        meaning.check(part, where(row))
+        there = meaning.present(part, threshold)
+        result[tuple(slice(a, b) for a, b in zip(start, ends, strict=True))] = (
+            np.where(there, part, 0) if ids else there
+        )
+    pads = [(a, n - a - m) for a, n, m in zip(first, row.lattice.shape, inside.shape, strict=True)]
+    return np.pad(result, pads, mode="edge") if any(a or b for a, b in pads) else result
+
+
+def _inside(lattice: Lattice, stored: Lattice) -> tuple[Shape, Lattice]:
+    """Return the first voxel whose centre lies in a stored box, and the lattice of all of them.
+
+    Those outside, within half a stored voxel, have the value of the nearest one inside.
+    """
+    slack = 1e-3 * np.asarray(lattice.step)
+    lower = np.ceil((stored.box.lower - slack - lattice.origin) / lattice.step).clip(0).astype(int)
+    upper = np.floor((stored.box.upper + slack - lattice.origin) / lattice.step).astype(int) + 1
+    z, y, x = (np.minimum(upper, lattice.shape) - lower).clip(1).tolist()
+    first = np.minimum(lower, np.subtract(lattice.shape, 1))
+    origin = np.asarray(lattice.origin) + first * np.asarray(lattice.step)
+    a, b, c = first.tolist()
+    return (a, b, c), Lattice(to_vector(origin), lattice.step, (z, y, x))

@@ -1,0 +1,1 @@
+"""Boxes, lattices, affine maps and resampling, in nm; numpy only."""

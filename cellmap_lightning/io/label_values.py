@@ -1,0 +1,158 @@
+"""Which values a label array holds: read once from its chunks, and cached outside the data."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cellmap_lightning.errors import EmptyChunkError, MetadataError
+from cellmap_lightning.geometry.lattice import Shape
+from cellmap_lightning.geometry.resample import AnyArray
+from cellmap_lightning.io.chunks import ChunkReader, Empty
+from cellmap_lightning.io.measurements import key_of, stamp_of
+from cellmap_lightning.io.ngff import Level
+from cellmap_lightning.io.records import recall, remember
+from cellmap_lightning.io.retrying import PATIENT, Patience
+
+#: Voxels that are read of an array at most; of a larger one, evenly spaced chunks.
+MOST_VOXELS = 1 << 27
+#: The code that CellMap's default encoding gives to unannotated voxels, and image editors to masks.
+CODE = 255
+
+
+@dataclass(frozen=True)
+class LabelValues:
+    """Which values a label array holds.
+
+    Attributes:
+        zero: whether any voxel is 0.
+        one: whether any is 1.
+        code: whether any is the code that was asked about.
+        other: whether any is something else.
+        above: whether any is greater than the code.
+        negative: a negative value; None where there is none.
+        complete: whether all voxels were read.
+    """
+
+    zero: bool = False
+    one: bool = False
+    code: bool = False
+    other: bool = False
+    above: bool = False
+    negative: int | None = None
+    complete: bool = True
+
+    def __or__(self, more: "LabelValues") -> "LabelValues":
+        return LabelValues(
+            self.zero or more.zero,
+            self.one or more.one,
+            self.code or more.code,
+            self.other or more.other,
+            self.above or more.above,
+            self.negative if self.negative is not None else more.negative,
+            self.complete and more.complete,
+        )
+
+    def __str__(self) -> str:
+        parts = [text for seen, text in ((self.zero, "0"), (self.one, "1"), (self.other, "other ids")) if seen]
+        return " and ".join([*parts, *([str(CODE)] if self.code else [])]) or "nothing"
+
+
+def label_values(
+    level: Level, label: str, code: int = CODE, patience: Patience = PATIENT, empty: Empty = "error"
+) -> LabelValues:
+    """Return which values a label array holds.
+
+    Args:
+        level: the array.
+        label: name of the crop and class, for messages.
+        code: the value that is told from others.
+        patience: retries and deadlines of the reads.
+        empty: how chunk files of 0 bytes are read; see `ChunkReader`.
+
+    Raises:
+        ChunkError: a chunk cannot be read.
+        MetadataError: the labels are not whole numbers.
+    """
+    reader = ChunkReader(level, label, patience=patience, empty=empty)
+    files = reader.stored()
+    key, stamp = key_of(level, "values", code, MOST_VOXELS, empty), stamp_of(files)
+    cached = recall(key, lambda: stamp, _parsed)
+    if cached is not None:
+        return cached
+    found = _read(reader, list(files), code)
+    remember(key, stamp, asdict(found))
+    return found
+
+
+def _parsed(content: Mapping[str, Any]) -> LabelValues:
+    for name in LabelValues.__dataclass_fields__:
+        if type(content[name]) not in ((int, type(None)) if name == "negative" else (bool,)):
+            raise TypeError(f"{name} is {content[name]!r}")
+    return LabelValues(**content)
+
+
+def _read(reader: ChunkReader, files: list[tuple[int, int, int]], code: int) -> LabelValues:
+    level = reader.level
+    size = level.zyx(level.array.files)
+    grid = [-(-n // f) for n, f in zip(reader.shape, size, strict=True)]
+    found = LabelValues()
+    if len(files) < math.prod(grid):  # one voxel of a chunk that is not stored has the fill value of all
+        there = set(files)
+        hole = next(place for place in itertools.product(*map(range, grid)) if place not in there)
+        start = [i * f for i, f in zip(hole, size, strict=True)]
+        found |= _values(read_labels(reader, (start[0], start[1], start[2]), (1, 1, 1)), code)
+    most = max(1, MOST_VOXELS // math.prod(min(f, n) for f, n in zip(size, reader.shape, strict=True)))
+    chosen = sorted(files)
+    if len(chosen) > most:
+        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).round().astype(int)]
+        found |= LabelValues(complete=False)
+    for place in chosen:
+        corner = [i * f for i, f in zip(place, size, strict=True)]
+        # A shard may be as large as the array: its chunks are read one after another.
+        ends = [min(c + f, n) for c, f, n in zip(corner, size, reader.shape, strict=True)]
+        steps = [range(c, e, n) for c, e, n in zip(corner, ends, reader.chunks, strict=True)]
+        for z, y, x in itertools.product(*steps):
+            dz, dy, dx = (min(n, e - c) for n, e, c in zip(reader.chunks, ends, (z, y, x), strict=True))
+            found |= _values(read_labels(reader, (z, y, x), (dz, dy, dx)), code)
+    return found
+
+
+def read_labels(reader: ChunkReader, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
+    """Read the stored labels of a box as integers; for ``begun`` see `ChunkReader.read`.
+
+    Raises:
+        ChunkError: a chunk cannot be read.
+        MetadataError: they are not whole numbers.
+    """
+    try:
+        stored = reader.read(start, shape, begun)
+    except EmptyChunkError as e:
+        e.args = (f"{e}. Copy it again, or set missing_labels=unknown to make its voxels unknown (NaN)",)
+        raise
+    if stored.dtype.kind != "f":
+        return stored
+    if not (np.isfinite(stored).all() and (np.rint(stored) == stored).all()):
+        raise MetadataError(f"{reader.label}: {reader.level.path} holds labels that are not whole numbers (or NaN)")
+    return stored.astype(np.int64)
+
+
+def _values(stored: AnyArray, code: int) -> LabelValues:
+    low, high = int(stored.min()), int(stored.max())
+    if low == high:  # as most chunks of labels are
+        return _of({low}, code)
+    if low >= 0 and high < 1 << 16:
+        seen = set(np.flatnonzero(np.bincount(stored.ravel(), minlength=2)).tolist())
+        return _of(seen, code)
+    found = _of({low, high}, code)
+    zero, one, is_code = (bool((stored == value).any()) for value in (0, 1, code))
+    return found | LabelValues(zero=zero, one=one, code=is_code)
+
+
+def _of(seen: set[int], code: int) -> LabelValues:
+    negative = min(seen) if min(seen) < 0 else None
+    other = bool(seen - {0, 1, code})
+    return LabelValues(0 in seen, 1 in seen, code in seen, other, max(seen) > code, negative)

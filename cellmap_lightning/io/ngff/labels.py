@@ -1,0 +1,118 @@
+"""What the stored integers of a label array mean, from CellMap's annotation attributes.
+
+Attributes: https://github.com/janelia-cellmap/cellmap-schemas.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cellmap_lightning.errors import MetadataError
+from cellmap_lightning.io.ngff.multiscale import Level, Multiscale
+
+#: Stands for unknown voxels in arrays whose encoding has no code for them; no stored label is as small.
+UNKNOWN_CODE = -(1 << 62)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the stored integers of a label array mean.
+
+    Attributes:
+        absent: value of voxels where the class is not.
+        unknown: value of unannotated voxels, or None where every value is meant.
+        ambiguous: ``unknown`` could also be an instance's id, since nothing on disk rules it out.
+        assumed: what the values were taken for where no metadata says it: ``mask`` (0 and 255) or ``ids`` (without
+            255); a value that contradicts it is an error when it is read. Empty where nothing is assumed.
+        missing: what chunks hold that are not stored: ``absent`` voxels (the fill value); the same, and ``unknown``
+            ones where a file of 0 bytes stands (``empty``); or ``unknown`` ones.
+    """
+
+    absent: int
+    unknown: int | None
+    ambiguous: bool = False
+    assumed: Literal["", "mask", "ids"] = ""
+    missing: Literal["absent", "empty", "unknown"] = "absent"
+
+    @property
+    def empty(self) -> Literal["error", "missing"]:
+        """How chunk files of 0 bytes are read; see `ChunkReader`."""
+        return "error" if self.missing == "absent" else "missing"
+
+    def present(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Return where the class is present, for stored values."""
+        there: npt.NDArray[np.bool_] = stored != self.absent
+        if self.unknown is not None:
+            there &= stored != self.unknown
+        return there
+
+
+def annotation_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return CellMap's annotation block in the attributes of a group or an array, empty where there is none."""
+    block = attributes.get("cellmap")
+    block = block.get("annotation") if isinstance(block, dict) else None
+    return block if isinstance(block, dict) else {}
+
+
+def complement_counts(level: Level, image: Multiscale | None = None) -> Mapping[str, Any] | None:
+    """Return the voxels of a level that are not foreground (``absent``, ``unknown``), as its attributes count them.
+
+    Args:
+        level: the level.
+        image: its image, whose group may have the counts of the finest level instead.
+
+    Source: https://github.com/janelia-cellmap/cellmap-schemas (``complement_counts``).
+    """
+    counts = annotation_of(level.array.attributes).get("complement_counts")
+    if counts is None and image is not None and level == image.finest:
+        counts = annotation_of(image.attributes).get("complement_counts")
+    if not isinstance(counts, Mapping):
+        return None
+    return {name: int(n) if isinstance(n, float) and n.is_integer() else n for name, n in counts.items()}
+
+
+def _whole(value: Any) -> int:
+    number = int(value)
+    if number != value:
+        raise ValueError(f"{value!r} is not a whole number")
+    return number
+
+
+def read_encoding(image: Multiscale, level: Level) -> Encoding | None:
+    """Read the encoding of a label level, from the attributes of the array, its finest level, or the class group.
+
+    In an instance segmentation, ``complement_counts.unknown`` decides what the code of ``unknown`` is: with 0 it is an
+    instance, with more it is unknown, and without counts it is ambiguous.
+
+    Returns:
+        None where no attributes hold an encoding.
+
+    Raises:
+        MetadataError: the encoding is malformed.
+    """
+    blocks = [
+        annotation_of(attributes)
+        for attributes in (level.array.attributes, image.finest.array.attributes, image.attributes)
+    ]
+    kind: dict[str, Any] = next(
+        (b["annotation_type"] for b in blocks if isinstance(b.get("annotation_type"), dict)), {}
+    )
+    if "encoding" not in kind:
+        return None
+    codes = kind["encoding"]
+    try:
+        absent, unknown = _whole(codes["absent"]), codes.get("unknown")
+        unknown = None if unknown is None else _whole(unknown)
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
+        raise MetadataError(
+            f"{image.path}: the annotation's encoding needs whole numbers for 'absent' and 'unknown', got {codes!r}"
+        ) from e
+    # Only the finest level's count says that nothing is unknown: a coarser one may have lost it in the pyramid.
+    if kind.get("type") == "instance_segmentation":
+        number = (complement_counts(image.finest, image) or {}).get("unknown")
+        if isinstance(number, int) and not isinstance(number, bool):
+            return Encoding(absent, None if number == 0 else unknown)
+    return Encoding(absent, unknown, ambiguous=unknown is not None and kind.get("type") != "semantic_segmentation")

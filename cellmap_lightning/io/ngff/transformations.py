@@ -1,0 +1,124 @@
+"""Coordinate transformations of OME-NGFF 0.4 and 0.5: from the steps of a level to its voxel size and place.
+
+Specification: https://ngff.openmicroscopy.org/0.4/#trafo-md. A level has one scale and then at most one translation;
+the image's own steps come after them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cellmap_lightning.errors import MetadataError
+from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, Vector
+from cellmap_lightning.io.ngff.limits import MOST_TRANSFORMATIONS, check_length
+from cellmap_lightning.io.ngff.notes import Note
+from cellmap_lightning.io.store import StorePath
+
+#: Smallest and largest plausible voxel size, nm, and largest plausible ratio between axes; others are warned of.
+SMALLEST_VOXEL, LARGEST_VOXEL, MOST_ANISOTROPIC = 0.05, 1e6, 100.0
+#: Voxels of the first level by which translations may differ and still count as the same.
+SAME_PLACE = 1e-3
+
+
+def level_transformation(
+    where: str, entry: dict[str, Any], image: dict[str, Any], ndim: int, order: list[int]
+) -> tuple[Vector, Vector]:
+    """Return scale and translation (z, y, x) of a level: its own transformations, then those of the image.
+
+    Raises:
+        MetadataError: they are not one scale and then at most one translation, or not of one number per axis.
+    """
+    scale, translation = [1.0] * ndim, [0.0] * ndim
+    own, common = _transformations(where, entry), _transformations(where, image)
+    if not any(isinstance(step, dict) and step.get("type") == "scale" for step in own):
+        raise MetadataError(f"{where}: its coordinateTransformations have no scale, so its voxels have no size")
+    for step in own + common:
+        scale, translation = _compose(where, step, scale, translation)
+    z, y, x = order
+    size, place = (scale[z], scale[y], scale[x]), (translation[z], translation[y], translation[x])
+    if not (all(map(math.isfinite, size + place)) and min(size) > 0):
+        raise MetadataError(
+            f"{where}: scale must be positive and finite, got scale {list(size)}, translation {list(place)} (z, y, x)"
+        )
+    return size, place
+
+
+def _transformations(where: str, node: dict[str, Any]) -> list[Any]:
+    """The transformations of a level or an image, in the order that OME-NGFF 0.4 and 0.5 allow."""
+    steps = node.get("coordinateTransformations") or []
+    if not isinstance(steps, list):
+        raise MetadataError(f"{where}: 'coordinateTransformations' should be a list, got {steps!r}")
+    check_length(where, "coordinateTransformations", steps, MOST_TRANSFORMATIONS)
+    kinds = [step.get("type") for step in steps if isinstance(step, dict) and step.get("type") != "identity"]
+    if kinds.count("scale") > 1 or kinds.count("translation") > 1 or kinds == ["translation", "scale"]:
+        raise MetadataError(
+            f"{where}: its coordinateTransformations are {', then '.join(map(str, kinds))}; OME-NGFF 0.4 and 0.5 allow "
+            "one scale, then at most one translation, which is in units of the axis and not scaled"
+        )
+    return steps
+
+
+def _compose(where: str, step: Any, scale: list[float], translation: list[float]) -> tuple[list[float], list[float]]:
+    kind = step.get("type") if isinstance(step, dict) else None
+    if kind == "identity":
+        return scale, translation
+    value = step.get(kind) if kind in ("scale", "translation") else None
+    good = isinstance(value, list) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in value
+    )
+    if value is None or not good or len(value) != len(scale):
+        raise MetadataError(f"{where}: needs a scale or translation of {len(scale)} numbers, got {step!r}")
+    if kind == "scale":
+        return [a * v for a, v in zip(scale, value, strict=True)], [
+            a * v for a, v in zip(translation, value, strict=True)
+        ]
+    return scale, [a + v for a, v in zip(translation, value, strict=True)]
+
+
+def times(a: Vector, b: Vector) -> Vector:
+    """Return the product axis by axis."""
+    return a[0] * b[0], a[1] * b[1], a[2] * b[2]
+
+
+def check_finest_first(file: StorePath, names: Sequence[str], scales: Sequence[Vector]) -> None:
+    """Refuse levels that are not listed finest first.
+
+    Raises:
+        MetadataError: a level is finer than the one before it.
+    """
+    for number in range(1, len(scales)):
+        if math.prod(scales[number]) < math.prod(scales[number - 1]) * (1 - SCALE_TOLERANCE):
+            raise MetadataError(
+                f"{file}, level {names[number]!r}: its voxels {list(scales[number])} nm are finer than those of level "
+                f"{names[number - 1]!r} before it ({list(scales[number - 1])} nm); levels are listed finest first"
+            )
+
+
+def translations_missing(scales: Sequence[Vector], translations: Sequence[Vector]) -> bool:
+    """Return whether all levels have the same translation, or none, although their voxels grow."""
+    grow = len(scales) > 1 and any(max(np.divide(scale, scales[0])) > 1 + SCALE_TOLERANCE for scale in scales[1:])
+    return grow and all(
+        (np.abs(np.subtract(t, translations[0])) <= SAME_PLACE * np.asarray(scales[0])).all() for t in translations
+    )
+
+
+def implausible_voxel_size(scale: Vector, units: Vector) -> list[Note]:
+    """Return a note on a voxel size that is probably not one.
+
+    Args:
+        scale: of the first level, nm.
+        units: nm in one unit of the axes.
+    """
+    size = " x ".join(f"{s:g}" for s in scale)
+    if scale == units:
+        why = f"its voxel size is 1 x 1 x 1 ({size} nm), as programs write that know none;"
+    elif min(scale) < SMALLEST_VOXEL or max(scale) > LARGEST_VOXEL:
+        why = f"its voxel size of {size} nm is implausible: is the unit right? If not,"
+    elif max(scale) > MOST_ANISOTROPIC * min(scale):
+        ratio = f"{max(scale) / min(scale):.3g}"
+        why = f"its voxel size of {size} nm differs {ratio}-fold between axes: are the units right? If not,"
+    else:
+        return []
+    return [Note("scale", f"{why} set unit=... or voxel_size=[z, y, x] in nm for its entries")]

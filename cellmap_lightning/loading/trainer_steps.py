@@ -1,0 +1,98 @@
+"""The part of Lightning's Trainer that a data module depends on: its loaders, its count of batches, its hooks."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+
+from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.loading.dataloader import CellMapDataLoader
+
+if TYPE_CHECKING:
+    from cellmap_lightning.datamodule import CellMapDataModule
+
+
+def _leaves(node: Any) -> Iterator[Any]:
+    if isinstance(node, Mapping):
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for one in node:
+            yield from _leaves(one)
+    elif node is not None:
+        yield getattr(node, "loader", node)  # of a `Stream`
+
+
+def used_loaders(trainer: L.Trainer | None) -> list[Any]:
+    """Return the loaders whose batches the loops of a Trainer take."""
+    if trainer is None:
+        return []
+    stages = (trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders, trainer.predict_dataloaders)
+    return [one for stage in stages for one in _leaves(stage)]
+
+
+def training_loaders(trainer: L.Trainer | None) -> list[CellMapDataLoader]:
+    """Return those of this package among the training loaders of a Trainer."""
+    loader = trainer.train_dataloader if trainer is not None else None
+    return [one for one in _leaves(loader) if isinstance(one, CellMapDataLoader)]
+
+
+def touches_before_transfer(trainer: L.Trainer | None, data: L.LightningDataModule) -> bool:
+    """Return whether ``on_before_batch_transfer`` of the module or the data module is user code."""
+    name = "on_before_batch_transfer"
+    stock = {getattr(L.LightningModule, name), getattr(L.LightningDataModule, name)}
+    module = trainer.lightning_module if trainer is not None else None
+    return any(getattr(getattr(one, name, None), "__func__", None) not in stock for one in (module, data) if one)
+
+
+class TrainingSteps:
+    """A Trainer's count of the batches of a training epoch.
+
+    By its count of those whose step has ended the stream of samples continues exactly, also when a signal has a
+    checkpoint saved in the middle of a step. A run that is resumed with another batch size has done another number of
+    batches than the checkpoint says, so that its epoch would end too early or too late.
+
+    Args:
+        trainer: the Trainer.
+        data: the data module of the loader.
+    """
+
+    def __init__(self, trainer: L.Trainer, data: "CellMapDataModule") -> None:
+        self._trainer, self.data = trainer, data
+
+    @property
+    def done(self) -> int:
+        """Batches of this epoch whose step has ended."""
+        return int(self._current.processed)
+
+    @property
+    def ended(self) -> bool:
+        """True if the last batch was the last of its epoch."""
+        return bool(self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+
+    @property
+    def alone(self) -> bool:
+        """True if the Trainer has one training loader."""
+        return len(list(_leaves(self._trainer.train_dataloader))) < 2
+
+    @property
+    def _current(self) -> Any:
+        return self._trainer.fit_loop.epoch_loop.batch_progress.current
+
+    def go_on_from(self, done: int) -> None:
+        """Count as many batches as done."""
+        current = self._current
+        shift = done - current.processed
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(current, name, getattr(current, name) + shift)
+
+    def restore_positions(self) -> None:
+        """Apply the positions that a checkpoint of the data module holds to the training loaders, once."""
+        positions, self.data.resume_positions = self.data.resume_positions, []
+        loaders = training_loaders(self._trainer)
+        if positions and len(positions) != len(loaders):
+            raise CellMapValueError(
+                f"the checkpoint was saved with {len(positions)} training loaders, and there are {len(loaders)}; "
+                "resume with the loaders of that training"
+            )
+        for loader, position in zip(loaders, positions, strict=False):
+            loader.load_state_dict(position)

@@ -1,0 +1,1 @@
+"""Predictions of whole volumes, written block by block."""

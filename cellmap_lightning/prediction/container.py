@@ -1,0 +1,86 @@
+"""The root group of an output: it lists the images in it, so that programs which are given the root find them.
+
+OME-NGFF has one layout for several images in a container, ``bioformats2raw.layout`` 3: the group ``OME`` names their
+paths, and describes them as OME-XML in the same order. See https://ngff.openmicroscopy.org/0.4/#bf2raw.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import zarr
+
+from cellmap_lightning.geometry.lattice import Lattice
+from cellmap_lightning.io.store import LISTING
+from cellmap_lightning.io.writer import ZarrFormat, write_group
+
+_SCHEMA = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+_INSTANCE = "http://www.w3.org/2001/XMLSchema-instance"
+#: What OME-XML calls a type. It has no name for float16.
+_TYPES = {"float16": "float", "float32": "float", "float64": "double"}
+
+
+def write_container(
+    path: Path,
+    images: Sequence[str],
+    lattice: Lattice,
+    dtype: np.dtype[Any],
+    attributes: Mapping[str, Any],
+    zarr_format: ZarrFormat = 2,
+) -> None:
+    """Describe a group of images that have the same voxels, and consolidate the metadata of everything in it.
+
+    Args:
+        path: folder of the group.
+        images: names of the images in it, which are written already.
+        lattice: their voxels at full resolution.
+        dtype: type of a voxel.
+        attributes: more attributes of the group.
+        zarr_format: 2 for OME-NGFF 0.4, 3 for 0.5.
+    """
+    series: dict[str, Any] = {"series": list(images)}
+    layout: dict[str, Any] = {"bioformats2raw.layout": 3}
+    if zarr_format == 3:
+        series, layout = {"ome": {"version": "0.5", **series}}, {"ome": {"version": "0.5", **layout}}
+    write_group(path / LISTING, series, zarr_format)
+    file = path / LISTING / "METADATA.ome.xml"
+    draft = file.with_name(f"{file.name}.partial")
+    draft.write_bytes(ome_xml(images, lattice, dtype))
+    draft.replace(file)
+    write_group(path, {**attributes, **layout}, zarr_format)
+    with warnings.catch_warnings():
+        # zarr-python warns of the XML file, which is no Zarr node, whenever it lists the group without consolidated
+        # metadata, and of consolidated metadata in Zarr v3, which other programs need not understand.
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(str(path), zarr_format=zarr_format)
+
+
+def ome_xml(images: Sequence[str], lattice: Lattice, dtype: np.dtype[Any]) -> bytes:
+    """Return OME-XML that describes images of the same voxels.
+
+    The ID of an image is ``Image:<path>``: napari-ome-zarr reads the path from it.
+    """
+    root = ET.Element(
+        "OME",
+        {
+            "xmlns": _SCHEMA,
+            "xmlns:xsi": _INSTANCE,
+            "xsi:schemaLocation": f"{_SCHEMA} {_SCHEMA}/ome.xsd",
+            "Creator": "cellmap-lightning",
+        },
+    )
+    sizes = {"SizeC": "1", "SizeT": "1"}
+    for axis, count, step in zip("ZYX", lattice.shape, lattice.step, strict=True):
+        sizes |= {f"Size{axis}": str(count), f"PhysicalSize{axis}": str(float(step)), f"PhysicalSize{axis}Unit": "nm"}
+    for name in images:
+        image = ET.SubElement(root, "Image", {"ID": f"Image:{name}", "Name": name})
+        about = {"ID": f"Pixels:{name}", "DimensionOrder": "XYZCT", "Type": _TYPES.get(dtype.name, dtype.name)}
+        pixels = ET.SubElement(image, "Pixels", about | sizes)
+        channel = {"ID": f"Channel:{name}:0", "Name": name, "SamplesPerPixel": "1"}
+        ET.SubElement(pixels, "Channel", channel)
+        ET.SubElement(pixels, "MetadataOnly")
+    ET.indent(root)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ET.tostring(root, encoding="unicode")}\n'.encode()

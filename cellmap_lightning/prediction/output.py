@@ -1,0 +1,490 @@
+"""The volumes that a prediction writes: ``<output>/<class>/s0..``, block by block, and their pyramids at the end.
+
+A group has its multiscale metadata once it is whole, as everything that `writer` writes, and the root group lists its
+images once all of them are.
+"""
+
+import errno
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import zarr
+import zarr.codecs
+
+from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
+from cellmap_lightning.geometry.lattice import Shape
+from cellmap_lightning.io.meanings import prediction_attributes
+from cellmap_lightning.io.store import LISTING
+from cellmap_lightning.io.writer import (
+    ZarrFormat,
+    multiscale_attributes,
+    write_group,
+)
+from cellmap_lightning.prediction.blocks import BlockGrid
+from cellmap_lightning.prediction.container import write_container
+from cellmap_lightning.prediction.durable import flush, write_text
+from cellmap_lightning.prediction.journal import Journal, input_hash, new_token, plain, record_checksum
+from cellmap_lightning.prediction.output_levels import OutputLevels
+from cellmap_lightning.prediction.output_lock import FILE, OutputLock, read_owner
+from cellmap_lightning.prediction.pyramid import plan_pyramid, units_left, units_within
+from cellmap_lightning.prediction.quantize import StoredValues
+
+log = logging.getLogger(__name__)
+
+#: A file in each group of an unfinished output, with the token of its journal.
+TOKEN = ".cellmap-token"
+
+
+def _empty(path: Path) -> bool:
+    return path.is_dir() and all(inside.name == FILE for inside in path.iterdir())
+
+
+def _can_name(name: str) -> bool:
+    """Whether a group of the output can have a name: not that of its list of images, whatever the file system."""
+    return bool(name) and "/" not in name and not name.startswith(".") and name.upper() != LISTING
+
+
+class PredictionOutput:
+    """Where a prediction goes.
+
+    Args:
+        path: the output, a Zarr group with one group per class.
+        classes: names of the channels.
+        grid: the voxels, in blocks.
+        values: how voxels are stored.
+        chunks: voxels of a chunk.
+        shards: voxels of a shard, for Zarr v3; None for none.
+        zarr_format: 2 or 3.
+        levels: levels of the pyramid; None for as many as leave the longest axis 32 voxels.
+        rank: number of this process.
+        raw: voxel sizes of raw's levels, which the pyramid follows; see `plan_pyramid`.
+
+    Raises:
+        CellMapValueError: the arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        classes: Sequence[str],
+        grid: BlockGrid,
+        values: StoredValues,
+        chunks: Shape = (64, 64, 64),
+        shards: Shape | None = None,
+        zarr_format: ZarrFormat = 2,
+        levels: int | None = None,
+        rank: int = 0,
+        raw: Sequence[Sequence[float]] = (),
+    ) -> None:
+        bad = [c for c in classes if not _can_name(c)]
+        if bad:
+            raise CellMapValueError(f"{bad} cannot be names of groups")
+        self.path = Path(path)
+        self.classes, self.grid, self.values = tuple(classes), grid, values
+        self.chunks, self.shards = chunks, shards
+        self.pyramid = plan_pyramid(grid.shape, grid.whole.step, levels, raw)
+        self.levels = self.pyramid.levels
+        self.zarr_format: ZarrFormat = zarr_format
+        self.journal = Journal(self.path, rank)
+        self._lock = OutputLock(self.path)
+        self._rank = rank
+        #: Token of the job that writes, as processes other than 0 have first seen it.
+        self._owner: str | None = None
+        self._settings: dict[str, Any] | None = None
+        #: Folders that did not exist before this process began the output; None where it did not.
+        self._begun: list[Path] | None = None
+        self._levels = OutputLevels(self.path, grid, values, chunks, shards, zarr_format, self.pyramid)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all voxels of all levels, before compression."""
+        voxels = sum(math.prod(self.pyramid.level_shape(level)) for level in range(self.levels))
+        return len(self.classes) * voxels * self.values.dtype.itemsize
+
+    # -- the beginning
+
+    def open(self, settings: Mapping[str, Any], overwrite: bool = False, check_space: bool = True) -> None:
+        """Make the groups, or find those of the same prediction. One process does it, before the others read.
+
+        From then on the output belongs to this job, until `close`.
+
+        Args:
+            settings: what is predicted, plain values; see `Journal.check`.
+            overwrite: replace another prediction that is there.
+            check_space: refuse to begin where the disk has less room than the rest takes without compression.
+
+        Raises:
+            CellMapFileExistsError: something else is there, or another job writes there.
+            OutputError: the disk is read-only, or has too little room.
+        """
+        try:
+            with self._clear_errors("cannot be begun"):
+                self._open(settings, overwrite, check_space)
+        except BaseException:
+            if self._begun is None:  # otherwise `discard` gives it up
+                self._lock.release()
+            raise
+
+    def _open(self, settings: Mapping[str, Any], overwrite: bool, check_space: bool) -> None:
+        if self.path.exists() and not _empty(self.path) and not self._replaceable(overwrite):
+            raise CellMapFileExistsError(
+                f"{self.path} exists and holds no prediction of this package: it is neither added to nor removed; "
+                "choose another output"
+            )
+        begun = [folder for folder in (self.path, *self.path.absolute().parents) if not folder.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        if overwrite or self.journal.disowned is not None:
+            self._remove()
+        self._settings = plain(settings)
+        if self.journal.settings is not None:
+            self.journal.check(settings, {key: settings[key] for key in ("raw metadata",) if key in settings})
+            if self.journal.record is not None:
+                self.journal.remove()  # what a kill has left of it
+                self._remove_tokens()
+                self._lock.release()
+                return
+            self._check_whole()
+            self._sweep()
+        else:
+            self._begun = begun
+            self.journal.remove()  # blocks that a kill has left of an output that is gone
+        self.journal.folder.mkdir(parents=True, exist_ok=True)
+        if check_space:
+            self._check_space()
+        if self.journal.settings is None:
+            token = new_token()
+            self._create(token)
+            self.journal.begin(settings, token)
+
+    def _replaceable(self, overwrite: bool) -> bool:
+        """Return whether a prediction of this package is there."""
+        try:
+            return self.journal.folder.is_dir() or self.journal.record is not None
+        except CellMapValueError:  # damaged
+            if overwrite:
+                return True
+            raise
+
+    def _acquire(self) -> None:
+        """Acquire the lock; a finished output is read where nothing can be written, and needs none."""
+        try:
+            self._lock.acquire()
+        except CellMapError:
+            raise
+        except OSError as e:
+            if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or self.journal.record is None:
+                raise
+
+    def close(self) -> None:
+        """Give the output to other jobs."""
+        self._lock.release()
+
+    def check_owned(self) -> None:
+        """Check that the output still belongs to this job.
+
+        Raises:
+            OutputError: it was removed, or another job writes there.
+        """
+        if self._rank == 0:
+            self._lock.check()
+            return
+        owner = (read_owner(self.path) or {}).get("token")
+        if self._owner is None:
+            self._owner = owner
+        elif owner != self._owner:
+            raise OutputError(f"{self.path} was removed, or taken over by another job; this one stops")
+
+    def _create(self, token: str) -> None:
+        """All groups, and their levels; what a kill has left of an earlier attempt is made anew."""
+        about = self._about_all()
+        (self.path / ".zmetadata").unlink(missing_ok=True)
+        write_group(self.path, {"cellmap": about} if about else {}, self.zarr_format)
+        for name in self.classes:
+            if (self.path / name).exists():
+                shutil.rmtree(self.path / name)
+            write_group(self.path / name, zarr_format=self.zarr_format)
+            attributes = {"cellmap": self._about(name)} if self.values.kind == "labels" else None
+            for level in range(self.levels):
+                self._levels.create(name, level, attributes)
+            write_text(self.path / name / TOKEN, token)
+
+    def _check_whole(self) -> None:
+        """Check that the groups are those that the journal speaks of.
+
+        Raises:
+            CellMapFileExistsError: one was removed, or replaced.
+        """
+        file = "zarr.json" if self.zarr_format == 3 else ".zarray"
+        for name in self.classes:
+            try:
+                found = (self.path / name / TOKEN).read_text(encoding="utf-8")
+            except (OSError, ValueError):
+                found = ""
+            gone = [f"s{level}" for level in range(self.levels) if not (self.path / name / f"s{level}" / file).exists()]
+            if gone or found != self.journal.token:
+                what = f"lacks {gone[0]}" if gone else "was removed or replaced"
+                raise CellMapFileExistsError(
+                    f"{self.path / name} {what} since blocks of it were finished, so the prediction cannot be resumed; "
+                    "replace it with overwrite=True"
+                )
+
+    def _remove_tokens(self) -> None:
+        for name in self.classes:
+            (self.path / name / TOKEN).unlink(missing_ok=True)
+
+    def discard(self, alone: bool) -> None:
+        """Remove the output if this process began it and no block of it is finished.
+
+        Otherwise it would refuse another prediction although nothing is there. What was there before stays.
+
+        Args:
+            alone: no other process writes to it. Otherwise the folder of the journal stays, by which the next
+                prediction replaces what the others may still write.
+        """
+        if self._begun is None or self.journal.finished:
+            return
+        begun, self._begun = self._begun, None
+        try:
+            self._remove()
+            if alone:
+                self.journal.remove()
+        except OSError as e:
+            log.warning("%s: no block was finished, and what was begun cannot be removed (%s)", self.path, e)
+            return
+        if alone:
+            self._lock.release()
+        for folder in begun if alone else ():
+            with suppress(OSError):  # something else is in it by now
+                folder.rmdir()
+        log.info("%s: no block was finished, so what was begun is removed", self.path)
+
+    def _about_all(self) -> dict[str, Any]:
+        """CellMap's attributes of the root group."""
+        return {"annotation": {"class_names": list(self.classes)}} if self.values.kind == "labels" else {}
+
+    def _about(self, name: str) -> dict[str, Any]:
+        """CellMap's attributes of labels; of probabilities, what the numbers mean."""
+        if self.values.kind == "labels":
+            encoding = {"absent": 0, "present": 1, "unknown": 255}
+            kind = {"type": "semantic_segmentation", "encoding": encoding}
+            return {"annotation": {"class_name": name, "annotation_type": kind}}
+        return prediction_attributes(
+            name, "scaled" if self.values.kind == "uint8" else "probability", self.values.dtype
+        )
+
+    def _remove(self) -> None:
+        """Take away what an earlier prediction has written, and nothing else."""
+        folder, classes = self.journal.folder, self.journal.disowned
+        if classes is None:
+            try:
+                if not folder.is_dir() and self.journal.record is None:
+                    return
+                classes = list((self.journal.settings or {}).get("classes", ()))
+            except CellMapValueError:  # damaged
+                classes = []
+        names = [name for name in dict.fromkeys([*classes, *self.classes]) if _can_name(name)]
+        # First what says that blocks are done. The folder stays to the end: it marks the rest as replaceable.
+        self.journal.disown(names)
+        for name in (".zattrs", "zarr.json", ".zgroup", ".zmetadata"):
+            (self.path / name).unlink(missing_ok=True)
+        for name in (*names, LISTING):
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
+        self.journal.remove()
+        folder.mkdir()
+
+    def _sweep(self) -> None:
+        """Remove what zarr had not finished writing when it was killed."""
+        folders = [self.path, self.path / LISTING]
+        for name in self.classes:
+            folders += [self.path / name, self.path / name / "s0"]
+            for number in self.journal.unfinished:
+                folders += self._folders(name, number)
+            if len(self.journal.finished) == len(self.grid):  # killed while what was left of the pyramid was built
+                for level in range(1, self.levels):
+                    folders += [Path(folder) for folder, _, _ in os.walk(self.path / name / f"s{level}")]
+        for folder in folders:
+            for path in folder.glob("*.partial"):
+                path.unlink(missing_ok=True)
+
+    def _folders(self, name: str, number: int) -> Iterator[Path]:
+        """Where the files of a block lie, and those of the pyramid that it makes."""
+        for level in range(self.levels):
+            units = units_within(self.grid, number, self.pyramid.factors(level), self.shards or self.chunks)
+            if units is None:
+                return
+            root = self.path / name / f"s{level}" / ("c" if self.zarr_format == 3 else "")
+            for z, y in product(*(range(part.start, part.stop) for part in units[:2])):
+                yield root / str(z) / str(y)
+
+    def _check_space(self) -> None:
+        left = 1 - len(self.journal.finished) / len(self.grid)
+        needed = self.nbytes * left
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise OutputError(
+                f"the prediction takes {needed / 1e9:.3g} GB before compression ({len(self.classes)} classes, "
+                f"{self.values.kind}), and {self.path} has {free / 1e9:.3g} GB left; free some, predict a region, or "
+                "go ahead with check_space=False"
+            )
+
+    # -- blocks
+
+    def array(self, name: str, level: int = 0) -> zarr.Array[Any]:
+        """Return a level of a class."""
+        return self._levels.array(name, level)
+
+    def write(self, number: int, stored: npt.NDArray[Any], reached: Sequence[int], stamp: str = "-") -> None:
+        """Write a block, flush it to the disk, and then note in the journal that it is done.
+
+        Args:
+            number: which.
+            stored: its voxels as they are stored, ``[C, z, y, x]``, see `StoredValues`.
+            reached: how many of each channel reach the threshold.
+            stamp: stamp of what was read for it.
+
+        Raises:
+            OutputError: the disk is full or read-only; the blocks before are untouched. Or the output does not belong
+                to this job any more.
+        """
+        with self._clear_errors(f"cannot be written to at block {number}"):
+            self.check_owned()
+            self.journal.write("begun", number)
+            files = []
+            for name, channel in zip(self.classes, stored, strict=True):
+                files += self._levels.put_block(name, number, channel)
+            flush(files)
+            self.check_owned()
+            self.journal.write("done", number, reached, stamp)
+
+    def skip(self, number: int, stamp: str = "-") -> None:
+        """Note in the journal that a block is done of which nothing is written: its voxels are 0.
+
+        Raises:
+            OutputError: see `write`.
+        """
+        with self._clear_errors(f"cannot be written to at block {number}"):
+            self.check_owned()
+            self.journal.write("done", number, [0] * len(self.classes), stamp)
+
+    def fractions(self) -> dict[str, float]:
+        """The part of the finished voxels of each class that reach the threshold."""
+        record = self.journal.record
+        if record is not None:
+            return {name: record["reached"][name] / math.prod(self.grid.shape) for name in self.classes}
+        notes = self.journal.finished
+        voxels = sum(math.prod(self.grid[number][1]) for number in notes)
+        return {name: count / max(1, voxels) for name, count in self._reached(notes).items()}
+
+    def _reached(self, notes: Mapping[int, Sequence[int]]) -> dict[str, int]:
+        """How many voxels of each class reach the threshold, by what was noted of blocks."""
+        counts = [sum(along) for along in zip([0] * len(self.classes), *notes.values(), strict=True)]
+        return dict(zip(self.classes, counts, strict=True))
+
+    # -- the end
+
+    def finish(
+        self, rank: int, world: int, barrier: Callable[[], None], broadcast: Callable[[bool], bool] = bool
+    ) -> bool:
+        """Build what is left of the pyramids, out of core, and describe the groups: every process a part of each level.
+
+        Returns:
+            Whether all blocks are done, so that it could be finished.
+
+        Args:
+            rank: this process.
+            world: how many there are.
+            barrier: waits for all of them.
+            broadcast: what process 0 gives, to all of them: on a network file system each might see another state, and
+                one that went on alone would wait for the others for ever.
+        """
+        unit = self.shards or self.chunks
+        with self._clear_errors("cannot be finished"):
+            barrier()  # all have written what they had to
+            if not broadcast(len(self.journal.finished) == len(self.grid)):
+                return False
+            if broadcast(self.journal.record is not None):
+                return True
+            for level in range(1, self.levels):
+                self.check_owned()
+                tasks = product(self.classes, units_left(self.grid, self.pyramid.factors(level), unit))
+                for name, index in islice(tasks, rank, None, world):
+                    self._levels.make(level, name, index)
+                barrier()
+            barrier()  # the journal, which ends now, is not read any more
+            if rank == 0:
+                self._describe()
+                self._lock.release()
+            barrier()
+            return True
+
+    def _describe(self) -> None:
+        """Write the metadata of the groups, and in those of the root what the journal holds; then end the journal.
+
+        If the process is killed in between, the next run resumes the prediction and writes them again.
+        """
+        self.check_owned()
+        lattice = self.grid.lattice
+        for name in self.classes:
+            block = multiscale_attributes(
+                name, lattice.step, lattice.origin, self.levels, zarr_format=self.zarr_format, steps=self.pyramid.steps
+            )
+            write_group(self.path / name, {"cellmap": self._about(name), **block}, self.zarr_format)
+        notes = self.journal.finished
+        record: dict[str, Any] = {
+            "settings": self._settings or self.journal.settings,
+            "blocks": len(notes),
+            "reached": self._reached(notes),
+        }
+        read = input_hash(self.journal.inputs)
+        if read is not None:
+            record["input"] = read
+        record["checksum"] = record_checksum(record)
+        attributes = {"cellmap": {**self._about_all(), "prediction": record}}
+        write_container(self.path, self.classes, lattice, self.values.dtype, attributes, self.zarr_format)
+        groups = [self.path, *(self.path / name for name in (*self.classes, LISTING))]
+        flush(str(file) for group in groups for file in group.iterdir() if file.is_file() and file.name != FILE)
+        self.journal.remove()
+        self._remove_tokens()
+
+    @contextmanager
+    def _clear_errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except CellMapError:
+            raise
+        except OSError as e:
+            raise OutputError(
+                f"{self.path} {what}: {why_not_written(e)}. What is finished stays; the same command goes on from there"
+            ) from e
+
+
+def why_not_written(error: OSError) -> str:
+    """In words, why a disk refuses."""
+    return {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the quota is used up",
+        errno.EROFS: "the disk is read-only",
+        errno.EACCES: "it may not be written to",
+        errno.EPERM: "it may not be written to",
+    }.get(error.errno or 0, str(error))
+
+
+def check_apart(output: Path, raw: Path) -> None:
+    """What is read is never written to.
+
+    Raises:
+        CellMapValueError: one of them lies in the other.
+    """
+    a, b = output.absolute(), raw.absolute()
+    if a == b or b in a.parents or a in b.parents:
+        raise CellMapValueError(f"the output {output} and the raw volume {raw} must not lie in each other")

@@ -1,0 +1,1 @@
+"""Random numbers, threads, buffers and interrupts: what every other layer runs on."""

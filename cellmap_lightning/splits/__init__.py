@@ -1,0 +1,1 @@
+"""The crops of each split: CSV files, manifests, rules and leakage checks."""

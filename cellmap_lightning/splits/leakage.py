@@ -1,0 +1,180 @@
+"""Crops that are trained on and also validate or test, wholly or in part."""
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+
+from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.geometry.lattice import Box, to_vector
+from cellmap_lightning.io.store import StorePath, parts_of
+from cellmap_lightning.splits.manifests import manifest_rows
+
+log = logging.getLogger(__name__)
+
+Leakage: TypeAlias = Literal["error", "warn", "ignore"]
+
+#: Lengths, nm, below which two edges are the same.
+_TOLERANCE = 1e-3
+
+
+def check_leakage_rule(rule: str) -> None:
+    """Check the setting ``leakage``.
+
+    Raises:
+        CellMapKeyError: it is not one of its values.
+    """
+    if rule not in get_args(Leakage):
+        raise CellMapKeyError(f"leakage must be one of {', '.join(get_args(Leakage))}, got {rule!r}")
+
+
+@dataclass(frozen=True)
+class PlacedCrop:
+    """A crop and its place.
+
+    Attributes:
+        name: its name, for messages.
+        volume: identity of the raw volume.
+        box: the crop, nm.
+        labels: identity of the group of its labels; None without labels.
+    """
+
+    name: str
+    volume: str
+    box: Box
+    labels: str | None = None
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two crops of two splits that share voxels.
+
+    Attributes:
+        trained: the crop that is trained on.
+        other: the crop that validates or tests.
+        same: they are the same crop, or the same box of the same volume.
+        box: the part that they share, nm.
+    """
+
+    trained: PlacedCrop
+    other: PlacedCrop
+    same: bool
+    box: Box
+
+    @property
+    def part(self) -> float:
+        """The shared part of the crop that validates or tests."""
+        return float(np.prod(self.box.extent) / np.prod(self.other.box.extent))
+
+    def __str__(self) -> str:
+        if self.same:
+            name, other = self.trained.name, self.other.name
+            return name if name == other else f"{name} is {other}"
+        size = " x ".join(f"{n:g}" for n in self.box.extent)
+        return f"{self.trained.name} overlaps {self.other.name} by {size} nm (z y x), {self.part:.0%} of the latter"
+
+
+def identity(path: StorePath) -> str:
+    """Return the same text for the same place, whichever links or relative parts lead to it."""
+    return os.path.realpath(path) if isinstance(path, Path) else str(path).rstrip("/")
+
+
+def volume_identity(path: StorePath) -> str:
+    """Return the identity of a raw volume: of its folder ``em`` where it lies in one, which other versions share."""
+    own = identity(path)
+    parent = parts_of(own).parent
+    return str(parent) if parent.name == "em" else own
+
+
+def overlaps(trained: Iterable[PlacedCrop], others: Sequence[PlacedCrop]) -> list[Overlap]:
+    """Return the pairs of crops that are the same, or share voxels."""
+    by_volume: dict[str, list[PlacedCrop]] = {}
+    by_labels: dict[str, list[PlacedCrop]] = {}
+    for other in others:
+        by_volume.setdefault(other.volume, []).append(other)
+        if other.labels is not None:
+            by_labels.setdefault(other.labels, []).append(other)
+    found: dict[tuple[PlacedCrop, PlacedCrop], Overlap] = {}
+    for crop in trained:
+        for other in by_labels.get(crop.labels or "", ()):
+            found[crop, other] = Overlap(crop, other, True, crop.box)
+        for other in by_volume.get(crop.volume, ()):
+            lower, upper = np.maximum(crop.box.lower, other.box.lower), np.minimum(crop.box.upper, other.box.upper)
+            if (crop, other) not in found and bool((upper - lower > _TOLERANCE).all()):
+                corners = [crop.box.lower, crop.box.upper], [other.box.lower, other.box.upper]
+                same = bool(np.abs(np.subtract(*corners)).max() <= _TOLERANCE)
+                found[crop, other] = Overlap(crop, other, same, Box(to_vector(lower), to_vector(upper)))
+    return list(found.values())
+
+
+def held_out_crops(manifest: str | Path, volumes: Iterable[tuple[str, str]]) -> list[PlacedCrop]:
+    """Return the crops of a manifest, such as the challenge's ``test_crop_manifest.csv``.
+
+    Args:
+        manifest: see `manifest_rows`.
+        volumes: name of the dataset and identity of the raw volume of what is trained on; of other datasets the
+            manifest's crops are left out.
+    """
+    boxes: dict[tuple[str, str], Box] = {}
+    for row in manifest_rows(manifest):
+        key = (row.dataset, row.crop)
+        boxes[key] = boxes[key].union(row.lattice.box) if key in boxes else row.lattice.box
+    return [
+        PlacedCrop(f"{dataset}/{crop} (held out)", volume, box)
+        for name, volume in dict.fromkeys(volumes)
+        for (dataset, crop), box in boxes.items()
+        if dataset == name
+    ]
+
+
+def check_leakage(
+    split: str, built: Mapping[str, CellMapMultiDataset], rule: Leakage, held_out: str | Path | None = None
+) -> None:
+    """Compare a split with those that it should share no crop with.
+
+    Args:
+        split: the split that was built last.
+        built: the datasets of the splits that exist.
+        rule: see `CellMapDataSplit`.
+        held_out: likewise.
+
+    Raises:
+        CellMapValueError: annotated crops of the train split also validate or test.
+    """
+    if rule == "ignore" or "train" not in built or split == "predict":
+        return
+    trained = _placed(built["train"])
+    others = {name: _placed(built[name]) for name in built if name in ("val", "test") and split in ("train", name)}
+    if split == "train" and held_out is not None:
+        named = [(crop.name.partition("/")[0], crop.volume) for crop in trained]
+        others["held_out"] = held_out_crops(held_out, named)
+    for name, crops in others.items():
+        found = overlaps(trained, crops)
+        same = [pair for pair in found if pair.same and pair.trained.labels is not None]
+        if same and rule == "error":
+            listed = "".join(f"\n  {pair}" for pair in same)
+            raise CellMapValueError(
+                f"{len(same)} crops for 'train' are also for {name!r}, whose scores would not show how the model "
+                f"generalises; leave them out of one of the two, or set leakage=warn:{listed}"
+            )
+        if found:
+            log.warning("crops for 'train' overlap crops for %r:%s", name, "".join(f"\n  {pair}" for pair in found))
+
+
+def _placed(dataset: CellMapMultiDataset) -> list[PlacedCrop]:
+    """Return the crops of a dataset and their places, each once."""
+    found = (
+        PlacedCrop(
+            crop.label,
+            volume_identity(crop.raw_at),
+            crop.box,
+            identity(crop.target_path.crop) if crop.target_path is not None else None,
+        )
+        for crop in dataset.datasets
+    )
+    return list(dict.fromkeys(found))

@@ -1,0 +1,1 @@
+"""Example tasks, losses, networks, and what a training run leaves behind."""

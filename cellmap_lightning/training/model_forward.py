@@ -1,0 +1,97 @@
+"""Class probabilities of any LightningModule, for pictures: at its precision, from whatever its forward takes."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.precision import Precision
+
+from cellmap_lightning.errors import CellMapError, CellMapTypeError
+from cellmap_lightning.training.masked import probabilities
+
+
+def precision_of(module: L.LightningModule) -> Precision:
+    """Return the precision plugin of the module's Trainer; a plain one where the module has no Trainer."""
+    trainer: Any = getattr(module, "_trainer", None)
+    return trainer.precision_plugin if trainer is not None else Precision()
+
+
+@contextmanager
+def inference_at_precision(module: L.LightningModule) -> Iterator[None]:
+    """Compute without gradients, under the default dtype or the autocast of the module's Trainer."""
+    with torch.inference_mode(), precision_of(module).forward_context():
+        yield
+
+
+def class_probabilities(
+    module: L.LightningModule, batch: Mapping[str, torch.Tensor], names: Sequence[str], classes: int
+) -> torch.Tensor:
+    """Return the probability of each class in each voxel of a batch.
+
+    The module is called with the inputs, or with the whole batch where that fails. Of several outputs (a tuple, a
+    list, a mapping) the first one that has a channel per class, or one more, and the shape of the input is taken.
+
+    Args:
+        module: the module, in evaluation mode.
+        batch: finished arrays, ``[N, ...]``.
+        names: inputs of the module; the output has the shape of the first one.
+        classes: number of classes.
+
+    Returns:
+        ``[N, C, ...]``, float32.
+
+    Raises:
+        CellMapTypeError: the module has no forward, or its outputs are no logits of these classes and voxels.
+        Exception: whatever the module's forward raises.
+    """
+    if type(module).forward in (torch.nn.Module.forward, L.LightningModule.forward):
+        raise CellMapTypeError(f"{type(module).__name__} has no forward")
+    there = {name: value.to(module.device) for name, value in batch.items()}
+    there = precision_of(module).convert_input(there)
+    with inference_at_precision(module):
+        try:
+            outputs = module(*(there[name] for name in names))
+        except Exception as error:
+            try:
+                outputs = module(there)
+            except Exception:
+                raise error from None
+    raw = there[names[0]]
+    for logits in _tensors(outputs):
+        if (
+            logits.is_floating_point()
+            and logits.ndim == raw.ndim
+            and (len(logits), *logits.shape[2:]) == (len(raw), *raw.shape[2:])
+            and logits.shape[1] in (classes, classes + 1)
+        ):
+            return probabilities(logits.to(torch.float32), classes)
+    shapes = [list(t.shape) for t in _tensors(outputs)]
+    got = ", ".join(map(str, shapes)) or type(outputs).__name__
+    raise CellMapTypeError(
+        f"{type(module).__name__}: forward should return logits {[len(raw), classes, *raw.shape[2:]]}, with one "
+        f"channel more for a background, and returned {got}"
+    )
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    if isinstance(values, torch.Tensor):
+        return [values]
+    try:
+        return [value for value in values if isinstance(value, torch.Tensor)]
+    except TypeError:  # not a collection
+        return []
+
+
+def names_in(arrays: Collection[str], named: Any) -> list[str]:
+    """Return the arrays that a task names, else the first one: an attribute of user code may mean something else."""
+    names = [named] if isinstance(named, str) else named if isinstance(named, list | tuple) else []
+    return list(names) if names and set(names) <= set(arrays) else list(arrays)[:1]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, with its type unless it is one of this package."""
+    text = next(iter(str(error).splitlines()), "")
+    return text if isinstance(error, CellMapError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -1,0 +1,123 @@
+"""Tasks that are loaded from a checkpoint of ``cellmap-train`` without arguments."""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Self
+
+import fsspec
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
+
+from cellmap_lightning.checkpointing.data_match import check_data, check_weights, data_record, loading, recorded
+from cellmap_lightning.checkpointing.trust import check_trusted
+from cellmap_lightning.datamodule import CellMapDataModule
+from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
+
+
+class RestorableTask(L.LightningModule):
+    """A LightningModule whose arguments are in the checkpoints of ``cellmap-train``."""
+
+    @_restricted_classmethod  # a call on an instance would leave it as it is
+    def load_from_checkpoint(
+        cls,  # noqa: N805
+        checkpoint_path: str | Path | IO[Any],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        *,
+        trust: Sequence[str] = (),
+        trust_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a task with its weights; arguments that are not given are those of the training.
+
+        They come from the configuration that ``cellmap-train`` writes into a checkpoint. It is used where an argument
+        without a default is not given, and only classes that are trusted are made from it.
+
+        Args:
+            checkpoint_path: a path, an address or an open file.
+            map_location: the device of the weights, see `torch.load`.
+            hparams_file: see Lightning.
+            strict: whether all weights must be there, see Lightning.
+            weights_only: read tensors and plain values alone; False runs what is pickled in the checkpoint.
+            trust: modules or classes that the configuration may name besides, such as ``["my_package.models"]``.
+            trust_checkpoint: allow everything in the configuration; only for a checkpoint whose author you trust.
+            **kwargs: arguments of the task, in place of those of the training.
+
+        Raises:
+            CellMapTypeError: the checkpoint has no configuration of such a task, and an argument is missing.
+            CellMapValueError: the configuration names classes that are not trusted, or the weights do not fit.
+        """
+        missing = [
+            name
+            for name, parameter in inspect.signature(cls).parameters.items()
+            if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            if name not in kwargs
+        ]
+        if missing and hparams_file is None:
+            checkpoint = _read(checkpoint_path, weights_only)
+            if not set(missing) <= set(checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or {}):
+                where = str(getattr(checkpoint_path, "name", checkpoint_path))
+                arguments = _arguments(checkpoint, cls, missing, where)
+                used = {name: value for name, value in arguments.items() if name not in kwargs}
+                check_trusted({"task": used}, where, trust, trust_checkpoint)
+                kwargs = instantiate(used, _convert_="all") | kwargs
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+        )  # fmt: skip
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the checkpoint with the data and the network, before its weights are loaded.
+
+        Raises:
+            CellMapValueError: it was trained with others; see `check_data` and `check_weights`.
+        """
+        purpose, where = loading(self._trainer)
+        data = getattr(self._trainer, "datamodule", None)
+        saved = recorded(checkpoint)
+        if saved is not None and isinstance(data, CellMapDataModule):
+            check_data(saved, data_record(data), purpose, where)
+        check_weights(checkpoint.get("state_dict", {}), self, where)
+
+
+def _read(source: Any, weights_only: bool | None) -> dict[str, Any]:
+    """Read a checkpoint for its plain values.
+
+    Raises:
+        CellMapValueError: it is none, or holds other objects than ``weights_only`` allows.
+    """
+    try:
+        if hasattr(source, "read"):
+            found = torch.load(source, map_location="cpu", weights_only=weights_only is not False)
+            source.seek(0)
+        else:
+            with fsspec.open(str(source), "rb") as file:
+                found = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
+    except FileNotFoundError:
+        raise
+    except Exception as e:  # torch raises what its readers raise
+        raise CellMapValueError(f"{source} cannot be read: {str(e).splitlines()[0]}") from e
+    if not isinstance(found, dict):
+        raise CellMapValueError(f"{source} is no checkpoint of Lightning")
+    return found
+
+
+def _arguments(checkpoint: dict[str, Any], cls: type, missing: Sequence[str], where: str) -> dict[str, Any]:
+    """Return the arguments of a task in the configuration of a checkpoint."""
+    from cellmap_lightning.checkpointing.run_config import CONFIG_KEY
+
+    config = checkpoint.get(CONFIG_KEY)
+    task = config.get("task") if isinstance(config, dict) else None
+    if not isinstance(task, dict):
+        raise CellMapTypeError(
+            f"{where} has no configuration of a task ({CONFIG_KEY!r}), as checkpoints of cellmap-train have; give "
+            + ", ".join(f"{name}=..." for name in missing)
+        )
+    name = str(task.get("_target_")).rpartition(".")[2]
+    if name not in [base.__name__ for base in cls.__mro__]:
+        raise CellMapTypeError(f"{where} was saved by {task.get('_target_')}; load it with {name}.load_from_checkpoint")
+    return {key: value for key, value in task.items() if not key.startswith("_")}

@@ -1,0 +1,1 @@
+"""Figures, previews and viewer links."""

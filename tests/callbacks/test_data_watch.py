@@ -1,0 +1,259 @@
+"""Waiting is counted where it happens, shown where people look, and explained once."""
+
+import csv
+import logging
+import re
+import time
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from cellmap_lightning import CellMapDataLoader, datamodule
+from cellmap_lightning.batches.arrays import BatchLayout
+from cellmap_lightning.callbacks import DataWatch, StreamPrefetch, data_watch
+from cellmap_lightning.loading import dataloader, waiting
+from cellmap_lightning.training.task import SegmentationTask
+from tests.conftest import CLASSES
+from tests.runs import module, task, trainer
+
+pytestmark = [pytest.mark.usefixtures("quiet_lightning", "no_threads_left")]
+
+
+class Clock:
+    """Seconds that pass only where a test lets them, so that a busy machine changes nothing."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    for module_ in (waiting, data_watch, dataloader, datamodule):
+        monkeypatch.setattr(module_, "time", made)
+    return made
+
+
+class Slow:
+    """A reading that takes its time, behind the real one."""
+
+    def __init__(self, source, seconds, clock):
+        self.read, self.seconds, self.clock = source.read, seconds, clock
+        source.read = self
+
+    def __call__(self, draws, pin=False):
+        self.clock.sleep(self.seconds)
+        return self.read(draws, pin)
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_waiting_is_logged_per_step(volume, tmp_path, clock, monkeypatch):
+    with module(volume, batches_per_epoch=6) as data:
+        data.setup("fit")
+        Slow(data.train_dataset, 0.02, clock)
+        finish = BatchLayout.finish
+        monkeypatch.setattr(BatchLayout, "finish", lambda *given: clock.sleep(0.005) or finish(*given))
+        logger = CSVLogger(tmp_path, "", "")
+        run = trainer(tmp_path, logger=logger, callbacks=[DataWatch()], log_every_n_steps=1, limit_val_batches=0)
+        run.fit(task(), data)
+        assert {"data/wait_s", "data/copy_s"} <= set(run.progress_bar_metrics)
+        waits = [float(row["data/wait_s"]) for row in rows(tmp_path) if row["data/wait_s"]]
+        copies = [float(row["data/copy_s"]) for row in rows(tmp_path) if row["data/copy_s"]]
+    assert len(waits) == len(copies) == 6
+    assert waits == pytest.approx([0.02] * 6)
+    assert copies == pytest.approx([0.005] * 6)
+
+
+def test_what_validation_waits_for_belongs_to_no_step(volume, tmp_path, clock):
+    with module(volume, batches_per_epoch=4) as data:
+        data.setup("fit")
+        Slow(data.train_dataset, 0.02, clock)
+        Slow(data.val_dataset, 0.3, clock)
+        logger = CSVLogger(tmp_path, "", "")
+        options = {"val_check_interval": 1, "num_sanity_val_steps": 0, "limit_val_batches": 1, "log_every_n_steps": 1}
+        trainer(tmp_path, logger=logger, callbacks=[DataWatch()], **options).fit(task(), data)
+        assert data.waiting.waited == pytest.approx(4 * (0.02 + 0.3))
+        waits = [float(row["data/wait_s"]) for row in rows(tmp_path) if row["data/wait_s"]]
+    assert waits == pytest.approx([0.02] * 4)
+
+
+@pytest.mark.parametrize("starving", [True, False])
+def test_one_hint_where_the_device_starves(volume, tmp_path, caplog, starving, clock):
+    class Steps(L.Callback):
+        def on_train_batch_start(self, *_):
+            clock.sleep(0.01 if starving else 0.2)
+
+    watch = DataWatch(hint_after=4)
+    with module(volume, batches_per_epoch=12, cache="none") as data:
+        data.setup("fit")
+        Slow(data.train_dataset, 0.05, clock)
+        with caplog.at_level(logging.WARNING, "cellmap_lightning.callbacks.data_watch"):
+            trainer(tmp_path, callbacks=[watch, Steps(), StreamPrefetch()], limit_val_batches=0).fit(task(), data)
+    if not starving:
+        assert watch.hint is None
+        assert not caplog.records
+        return
+    assert len(caplog.records) == 1
+    assert watch.hint == caplog.records[0].getMessage()
+    assert "83% of a training step is waiting for data (0.05 of 0.06 s" in watch.hint
+    assert "mean of 4 steps" in watch.hint
+    assert "cache=auto keeps what was decoded" in watch.hint
+    assert "StreamPrefetch does not read ahead (a cpu device has no copies to overlap" in watch.hint
+    assert "reader=tensorstore decodes faster" in watch.hint
+
+
+def test_advice_follows_from_what_is_set(volume, tmp_path):
+    said = {}
+    for name, callbacks, options in (
+        ("nothing", [], {}),
+        ("ahead", [StreamPrefetch(enabled=True, depth=1)], {}),
+        ("small", [], {"cache": "memory", "cache_bytes": 20_000}),
+        ("tensorstore", [], {"reader": "tensorstore"}),
+    ):
+        watch = DataWatch(hint_after=2, hint_above=1e-6)
+        with module(volume, batches_per_epoch=6, **options) as data:
+            data.setup("fit")
+            Slow(data.train_dataset, 0.01, time)
+            trainer(tmp_path, callbacks=[watch, *callbacks], limit_val_batches=0).fit(task(), data)
+        said[name] = watch.hint
+    assert "StreamPrefetch(enabled=True) reads ahead" in said["nothing"]
+    assert "later epochs wait less" in said["nothing"]
+    assert "a depth above 1 evens out" in said["ahead"]
+    assert "the cache is too small for these crops" in said["small"]
+    assert "tensorstore" in said["nothing"]
+    assert "reader=tensorstore" not in said["tensorstore"]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_reading_ahead_takes_waiting_out_of_the_step(volume, ahead):
+    """While a step computes, the batch after it is read, or nothing is."""
+    read = []
+
+    with module(volume, batches_per_epoch=8) as data:
+        data.setup("fit")
+        real = data.train_dataset.read
+        data.train_dataset.read = lambda *given, **named: (real(*given, **named), read.append(1))[0]
+        counted = waiting.Waiting()
+        decision = StreamPrefetch(enabled=True)._decide("train", data.batch_memory(), torch.device("cpu"))
+        loader = CellMapDataLoader(
+            data.train_dataset, 2, samples_per_epoch=16, decision=decision if ahead else None, waiting=counted
+        )
+        end = time.monotonic() + 120
+        for number, _ in enumerate(loader):
+            while ahead and len(read) < min(number + 2, 8):
+                assert time.monotonic() < end
+                time.sleep(0.001)
+            assert ahead or len(read) == number + 1
+        assert len(read) == counted.batches == 8
+        assert counted.starved == counted.waited  # a CPU computes nothing while it waits
+
+
+def test_other_data_and_other_trainers(tmp_path):
+    """Data that counts nothing is left alone."""
+    from torch.utils.data import DataLoader
+
+    class Line(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    run = trainer(tmp_path, callbacks=[DataWatch(), StreamPrefetch()])
+    run.fit(Line(), DataLoader(torch.zeros(4, 1), 2))
+    assert "data/wait_s" not in run.logged_metrics
+
+
+class Refuses(CSVLogger):
+    """As MLflow does, hyperparameters that change."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.logged = {}
+
+    def log_hyperparams(self, params):
+        for name, value in dict(params).items():
+            assert self.logged.setdefault(name, value) == value, name
+        super().log_hyperparams(params)
+
+
+def test_settings_are_hyperparameters(volume, tmp_path, caplog):
+    """And what is decided by them, which may change between two runs, is in the log."""
+    callback = StreamPrefetch(enabled=True)
+    logger = Refuses(tmp_path, "", "")
+    with module(volume) as data, caplog.at_level(logging.INFO, "cellmap_lightning"):
+        run = trainer(tmp_path, logger=logger, callbacks=[callback])
+        run.fit(task(), data)
+        run.test(task(), data, verbose=False)
+        data.batch_size = 1
+        run.fit(task(), data)
+    logger.save()
+    kept = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    assert {name.partition("/")[2] for name in kept} == {
+        "min_batch_mb", "max_streams", "depth", "memory_fraction", "enabled", "max_depth",
+    }  # fmt: skip
+    assert kept["stream_prefetch/enabled"] is True
+    for split in ("train", "val", "test"):
+        assert f"stream prefetch for {split}: on, 2 ahead in a thread" in caplog.text
+
+
+NAMES = ["mito", "er (smooth)", "pm.x"]
+
+
+def colliding(names):
+    """Names that are a folder of others."""
+    return [one for one in names if any(other.startswith(f"{one}/") for other in names)]
+
+
+def test_metrics_have_names_that_loggers_take(volume, tmp_path):
+    model = SegmentationTask(nn.Conv3d(1, 3, 3, padding=1), CLASSES)
+    model.classes = tuple(NAMES)  # as of other data
+    logger = CSVLogger(tmp_path, "", "")
+    with module(volume) as data:
+        run = trainer(tmp_path, logger=logger, callbacks=[DataWatch(), StreamPrefetch()], log_every_n_steps=1)
+        run.fit(model, data)
+        run.test(model, data, verbose=False)
+    names = {name for row in rows(tmp_path) for name in row}
+    assert {"val/dice", "val/dice_mito", "val/dice_er _smooth_", "val/dice_pm.x", "test/dice"} <= names
+    assert colliding(names) == []
+    assert colliding(["val/dice", "val/dice/mito"]) == ["val/dice"]
+    assert all(re.fullmatch(r"[/\w.\- :]+", name) for name in names)  # MLflow's rule
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow(volume, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    logger = MLFlowLogger("cellmap", tracking_uri=f"file:{tmp_path}/mlruns")
+    with module(volume) as data:
+        run = trainer(
+            tmp_path, logger=logger, callbacks=[DataWatch(), StreamPrefetch(enabled=True)], log_every_n_steps=1
+        )
+        run.fit(task(), data)
+        data.batch_size = 1
+        run.fit(task(), data)
+    written = {str(p.relative_to(p.parents[1])) for p in (tmp_path / "mlruns").rglob("metrics/*/*")}
+    assert {"val/dice", "val/dice_mito", "val/dice_er", "val/loss"} <= written

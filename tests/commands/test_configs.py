@@ -1,0 +1,160 @@
+"""Every configuration composes, and every `_target_` in it takes the keys that it is given."""
+
+import inspect
+import runpy
+from pathlib import Path
+
+import hydra
+import lightning as L
+import pytest
+from omegaconf import OmegaConf
+
+from cellmap_lightning.commands.cli import CONFIGS, _flat, check_target, register_resolvers, target_nodes
+from cellmap_lightning.errors import CellMapError
+
+register_resolvers()
+
+
+def compose(*overrides):
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = hydra.compose("train", overrides=list(overrides))
+    # What Hydra itself fills in when a job runs.
+    OmegaConf.register_new_resolver("hydra", lambda *_: "folder", replace=True)
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+OPTIONS = [
+    f"{group.name}={option.stem}"
+    for group in sorted(CONFIGS.iterdir())
+    if group.is_dir()
+    for option in group.glob("*.yaml")
+]
+REQUIRED = ["data.csv_path=x.csv", "data.classes=[mito,er]"]
+#: What an option needs that is none by itself.
+BESIDE = {"model=unet_context": ["+data.input_arrays.context={shape:[64,64,64],scale:[32,32,32]}"]}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_fits_its_targets(option):
+    text = CONFIGS.joinpath(*option.split("=")).with_suffix(".yaml").read_text()
+    has_data = "override /data: demo" in text or option == "data=demo"
+    nodes = dict(target_nodes(compose(*([] if has_data else REQUIRED), option, *BESIDE.get(option, []))))
+    assert {"data", "trainer", "task", "model"} <= set(nodes)
+    for where, node in nodes.items():
+        check_target(where, node)
+
+
+def test_every_argument_of_the_trainer_is_listed():
+    node = compose(*REQUIRED)["trainer"]
+    expected = set(inspect.signature(L.Trainer.__init__).parameters) - {"self", "logger", "callbacks"}
+    assert set(node) - {"_target_"} == expected
+
+
+def test_every_argument_of_the_datamodule_is_listed():
+    from cellmap_lightning import CellMapDataModule
+
+    node = compose(*REQUIRED)["data"]
+    assert set(node) - {"_target_"} == set(inspect.signature(CellMapDataModule.__init__).parameters) - {"self"}
+
+
+def test_every_argument_of_the_writer_is_listed():
+    from cellmap_lightning.callbacks import PredictionWriter
+
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        node = OmegaConf.to_container(hydra.compose("predict"))["writer"]
+    parameters = inspect.signature(PredictionWriter.__init__).parameters
+    assert set(node) - {"_target_"} == set(parameters) - {"self"}
+    for name, parameter in parameters.items():
+        if name not in ("self", "output", "overwrite"):
+            assert node[name] == (
+                list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            )
+
+
+def test_one_override_changes_inputs_and_targets():
+    cfg = compose(*REQUIRED, "patch.shape=[1,2,3]", "patch.scale=[4,5,6]")
+    for spec in (cfg["data"]["input_arrays"]["raw"], cfg["data"]["target_arrays"]["labels"]):
+        assert spec == {"shape": [1, 2, 3], "scale": [4, 5, 6]}
+    assert cfg["model"]["out_channels"] == 2
+
+
+@pytest.mark.parametrize(
+    ("node", "match"),
+    [
+        ({"_target_": "torch.optim.Adamm"}, "x._target_: there is no 'torch.optim.Adamm'"),
+        ({"_target_": "cellmap_lightning.CellMapDataModule", "batchsize": 3}, "did you mean x.batch_size?"),
+        ({"_target_": "cellmap_lightning.training.task.SegmentationTask"}, "SegmentationTask needs network, classes"),
+    ],
+)
+def test_targets_are_checked(node, match):
+    with pytest.raises(CellMapError, match=match):
+        check_target("x", node)
+
+
+def composed(name, *overrides):
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return OmegaConf.to_container(hydra.compose(name, overrides=list(overrides)), resolve=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"), [("predict", {"data", "trainer", "writer"}), ("submit", set()), ("inspect", {"data"})]
+)
+def test_the_other_commands_fit_their_targets(name, targets):
+    nodes = dict(target_nodes(composed(name)))
+    assert set(nodes) == targets
+    for where, node in nodes.items():
+        if where == "data":  # its input is named by the command; the rest is that of the checkpoint
+            node = {key: value for key, value in node.items() if key != "input_path"}
+        check_target(where, node)
+
+
+def test_what_submit_takes_is_what_it_is_given():
+    from cellmap_lightning.commands.submit import submit
+
+    given = set(composed("submit")) - {"hydra"}
+    assert given == set(inspect.signature(submit).parameters)
+
+
+ROOT = Path(__file__).parents[2]
+WRITER = runpy.run_path(str(ROOT / "docs" / "write_configuration.py"))
+
+
+def test_the_page_of_the_configuration_is_up_to_date():
+    assert WRITER["PAGE"].read_text(encoding="utf-8") == WRITER["page"](), "run python docs/write_configuration.py"
+
+
+@pytest.mark.parametrize("name", ["train", "predict", "submit", "inspect"])
+def test_the_page_has_every_key(name):
+    page = WRITER["page"]()
+    keys = [key for key, value in _flat(composed(name)) if not isinstance(value, dict)]
+    assert keys
+    for key in keys:
+        assert f"| `{key}` |" in page or f"| `{key.rpartition('.')[0]}` |" in page, key
+
+
+def test_the_page_has_comments_from_above_and_beside():
+    rows = {key: rest for key, *rest in WRITER["rows"](CONFIGS.joinpath("train.yaml").read_text())}
+    assert rows["monitor"] == ["val/dice", "What best.ckpt is best in, and what a sweep gets back."]
+    assert rows["patch.scale"] == ["[8, 8, 8]", "nm, z y x"]
+
+
+@pytest.mark.parametrize(
+    ("target", "key", "value", "match"),
+    [
+        ("lightning.Trainer", "max_epochs", "abc", "x.max_epochs must be int, got 'abc'"),
+        ("lightning.Trainer", "max_epochs", True, "x.max_epochs must be int, got True"),
+        ("lightning.Trainer", "detect_anomaly", "yes", "x.detect_anomaly must be bool, got 'yes'"),
+        ("torch.optim.AdamW", "lr", "fast", "x.lr must be float, got 'fast'"),
+        ("torch.optim.AdamW", "lr", [1], r"x.lr must be float, got \[1\]"),
+    ],
+)
+def test_types_are_checked(target, key, value, match):
+    with pytest.raises(CellMapError, match=match):
+        check_target("x", {"_target_": target, "_partial_": True, key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("max_epochs", None), ("max_epochs", 3), ("fast_dev_run", True), ("overfit_batches", 1)]
+)
+def test_right_types_pass(key, value):
+    check_target("x", {"_target_": "lightning.Trainer", key: value})

@@ -1,0 +1,85 @@
+"""Each experiment, run for a few steps by the command."""
+
+import pytest
+import torch
+
+from tests.commands.test_cli import run_forked
+
+SMALL = [
+    "trainer.accelerator=cpu", "trainer.precision=null", "trainer.max_epochs=1", "data.batch_size=2",
+    "data.batches_per_epoch=2", "data.val_samples=4", "trainer.limit_val_batches=2", "data.cache=memory",
+    "hydra.run.dir=out",
+]  # fmt: skip
+NET = ["model.channels=[4,8]", "model.strides=[2]"]
+PATCH = ["patch.shape=[8,16,16]", "patch.scale=[10.48,8,8]"]
+
+
+def challenge(volume, folder):
+    """The volume in the folders of the challenge."""
+    (folder / "data" / "jrc_a").mkdir(parents=True)
+    (folder / "data" / "jrc_a" / "jrc_a.zarr").symlink_to(volume.path)
+
+
+def finished(folder, *arguments):
+    code, text = run_forked(*arguments, cwd=folder)
+    assert code == 0, text
+    assert (folder / "out" / "samples.png").stat().st_size > 0
+    return text, torch.load(folder / "out" / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_csc_mito_3d(volume, tmp_path):
+    challenge(volume, tmp_path)
+    text, saved = finished(tmp_path, "experiment=csc_mito_3d", *SMALL, *NET, *PATCH, "data.val_fraction=0.4")
+    assert saved["cellmap_config"]["data"]["classes"] == ["mito"]
+    assert "class weights (inverse_sqrt): mito" in text
+
+
+def test_csc_all_2d(volume, tmp_path):
+    challenge(volume, tmp_path)
+    more = ["patch.shape=[1,32,32]", "patch.scale=[10.48,8,8]", "data.classes=[mito,er,pm]", "data.val_fraction=0.4"]
+    _, saved = finished(tmp_path, "experiment=csc_all_2d", *SMALL, *NET, *more)
+    assert saved["state_dict"]["network.model.0.conv.unit0.conv.weight"].ndim == 4
+
+
+def test_multiscale_context(volume, tmp_path):
+    small = [f"model.{part}.{key}" for part in ("network", "context") for key in ("channels=[4,8]", "strides=[2]")]
+    _, saved = finished(
+        tmp_path, "experiment=multiscale_context", f"data.csv_path={volume.csv_path}", "data.classes=[mito,er]",
+        "trainer=cpu", *SMALL, *PATCH, *small, "data.input_arrays.context.shape=[8,16,16]",
+        "data.input_arrays.context.scale=[20.96,16,16]",
+    )  # fmt: skip
+    assert any(name.startswith("network.context.") for name in saved["state_dict"])
+
+
+def test_raw_only_and_what_is_finetuned_from_it(volume, tmp_path):
+    raw = f"{volume.path}/recon-1/em/fibsem-uint8"
+    (tmp_path / "volumes.csv").write_text(f"train,{raw}\nvalidate,{raw}\n")
+    _, before = finished(tmp_path, "experiment=raw_only_ssl", "data.csv_path=volumes.csv", *SMALL, *NET, *PATCH)
+    (tmp_path / "out").rename(tmp_path / "ssl")
+    crops = [f"data.csv_path={volume.csv_path}", "data.classes=[mito]"]
+    text, after = finished(
+        tmp_path, "experiment=finetune", "init_from=ssl/checkpoints/last.ckpt", *crops, *SMALL, *NET, *PATCH,
+        "task.optimizer.lr=0",
+    )  # fmt: skip
+    # As many channels as before, but they mean something else now: the head is not that of the reconstruction.
+    head = {name for name in before["state_dict"] if f"{name.removeprefix('network.')} begins anew" in text}
+    assert any(name.endswith("conv.weight") for name in head)
+    for name, value in before["state_dict"].items():
+        if name not in head:
+            assert torch.equal(value, after["state_dict"][name]), name
+    assert any(not torch.equal(before["state_dict"][name], after["state_dict"][name]) for name in head)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("init_from=nowhere.ckpt", "there is no such checkpoint"),
+        ("seed=0", "init_from=best.ckpt: there is no such checkpoint; name another with init_from="),
+    ],
+)
+def test_finetune_without_a_checkpoint(volume, tmp_path, given, expected):
+    crops = [f"data.csv_path={volume.csv_path}", "data.classes=[mito]"]
+    code, text = run_forked("experiment=finetune", *crops, *SMALL, *NET, *PATCH, given, cwd=tmp_path)
+    assert code == 1
+    assert expected in text
+    assert "Traceback" not in text

@@ -1,0 +1,170 @@
+"""A training whose model cannot be drawn, or not wholly, ends like any other."""
+
+import re
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from cellmap_lightning.callbacks import BatchPreview
+from cellmap_lightning.training.model_forward import class_probabilities
+from tests.commands.test_cli import run_forked, small
+from tests.runs import module, trainer
+
+pytestmark = [
+    pytest.mark.usefixtures("quiet_lightning"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
+
+
+class Plain(L.LightningModule):
+    """A task of user code, which knows nothing of this package."""
+
+    def __init__(self, classes=("mito", "er"), **kwargs):
+        super().__init__()
+        self.classes = list(classes)
+        self.conv = nn.Conv3d(1, len(self.classes), 3, padding=1)
+
+    def logits(self, batch):
+        return self.conv(batch["raw"])
+
+    def training_step(self, batch, batch_idx):
+        loss = self.logits(batch).mean()
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/dice", self.logits(batch).float().mean(), batch_size=len(batch["idx"]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+class WithoutForward(Plain):
+    pass
+
+
+class OfTheBatch(Plain):
+    def forward(self, batch):
+        return self.logits(batch)
+
+
+class OfTheInput(Plain):
+    def forward(self, raw):
+        return self.conv(raw)
+
+
+class Pairs(Plain):
+    def forward(self, raw):
+        return raw.mean(), self.conv(raw)
+
+
+class Mapped(Plain):
+    def forward(self, raw):
+        return {"features": raw, "logits": self.conv(raw)}
+
+
+class Halves(Plain):
+    def forward(self, raw):
+        return self.conv(raw)[..., ::2]
+
+
+class Channels(Plain):
+    def forward(self, raw):
+        return self.conv(raw).repeat(1, 3, 1, 1, 1)
+
+
+class Raises(Plain):
+    def forward(self, raw):
+        raise RuntimeError("not for pictures\nnor for anything else")
+
+
+class OtherScores(OfTheInput):
+    """Attributes of the same names, with other meanings."""
+
+    input_name = "image"
+    scores = (1, 2, 3)
+
+
+#: What is logged of each, if anything.
+KINDS = {
+    WithoutForward: "samples.png shows no predictions: WithoutForward has no forward",
+    OfTheBatch: None,
+    OfTheInput: None,
+    Pairs: None,
+    Mapped: None,
+    Halves: r"samples.png shows no predictions: Halves: forward .* \[1, 2, 8, 16, 16\].*\[1, 2, 8, 16, 8\]",
+    Channels: r"samples.png shows no predictions: Channels: forward should return .* returned \[1, 6, 8, 16, 16\]",
+    Raises: "samples.png shows no predictions: RuntimeError: not for pictures$",
+    OtherScores: None,
+}
+
+
+def train(volume, tmp_path, *more):
+    code, said = run_forked(*small(volume, "trainer.max_epochs=1", "hydra.run.dir=out", *more), cwd=tmp_path)
+    assert code == 0, said
+    assert "Traceback" not in said
+    for name in ("samples.png", "curves.png", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+        assert (tmp_path / "out" / name).exists(), (name, said)
+    assert "results in" in said
+    return said
+
+
+ALWAYS = (WithoutForward, OfTheBatch, Mapped, Halves)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind in ALWAYS else pytest.mark.slow, id=kind.__name__) for kind in KINDS],
+)
+def test_any_module_ends_well(volume, tmp_path, kind):
+    """The picture has raw and targets at least, and the metric goes to the sweeper."""
+    said = train(
+        volume, tmp_path, f"task._target_={__name__}.{kind.__name__}", "callbacks.batch_preview.every_n_epochs=1"
+    )
+    lines = [line for line in said.splitlines() if "samples.png shows" in line or "is not drawn" in line]
+    if KINDS[kind] is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1
+        assert re.search(KINDS[kind], lines[0]), lines
+    assert len(re.findall("BatchPreview: the pictures show no predictions", said)) == (KINDS[kind] is not None)
+    assert (tmp_path / "out/previews/train-epoch0000.png").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed", pytest.param("16-true")])
+@pytest.mark.parametrize("task", ["segmentation", "reconstruction"])
+def test_every_precision_is_drawn(volume, tmp_path, precision, task):
+    more = ["task=reconstruction", "monitor=val/loss", "callbacks.checkpoint.mode=min", "model.out_channels=1"]
+    said = train(
+        volume, tmp_path, f"trainer.precision={precision}", "callbacks.batch_preview.every_n_epochs=1",
+        *(more if task == "reconstruction" else []),
+    )  # fmt: skip
+    assert "is not drawn" not in said
+    assert "samples.png shows no" not in said
+
+
+def test_probabilities_come_from_the_output_that_fits(volume):
+    batch = {"raw": torch.rand(2, 1, 4, 4, 4)}
+    expected = None
+    for kind in (OfTheInput, OfTheBatch, Pairs, Mapped):
+        torch.manual_seed(0)
+        found = class_probabilities(kind(), batch, ["raw"], 2)
+        expected = found if expected is None else expected
+        assert found.shape == (2, 2, 4, 4, 4)
+        assert torch.equal(found, expected)
+
+
+def test_a_picture_that_fails_does_not_end_a_training(volume, tmp_path, caplog, monkeypatch):
+    def fails(*_, **__):
+        raise OSError("no room\nat all")
+
+    monkeypatch.setattr("cellmap_lightning.callbacks.preview.contact_sheet", fails)
+    with module(volume) as data:
+        trainer(tmp_path, max_epochs=3, callbacks=[BatchPreview()], limit_val_batches=0).fit(
+            OfTheInput(["mito", "er", "pm"]), data
+        )
+    assert [r.message for r in caplog.records if "BatchPreview" in r.message] == [
+        "BatchPreview: a batch is not drawn: OSError: no room"
+    ]

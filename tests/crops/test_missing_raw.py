@@ -1,0 +1,207 @@
+"""Raw of which only the chunks around crops were fetched, and volumes to predict that are stored sparsely."""
+
+import logging
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from cellmap_lightning.datasets.dataset import CellMapDataset
+from cellmap_lightning.errors import ChunkError
+from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter
+from cellmap_lightning.splits.datasplit import CellMapDataSplit
+
+RAW = np.random.default_rng(0).integers(1, 255, (128, 128, 128)).astype(np.uint8)
+CHUNK = 16
+SCALE = [8.0, 8.0, 8.0]
+#: First voxel of the crop of 32³, on chunks or between them.
+CROPS = {"on chunks": (48, 48, 48), "between chunks": (40, 56, 44), "at the border": (0, 0, 96)}
+
+
+def origin(start):
+    return [8.0 * a + 4 for a in start]
+
+
+def fetched(folder, start=(48, 48, 48), size=32, dropped=None):
+    """A volume as `csc fetch-data` leaves it: the chunks of raw that touch the crop, and no others."""
+    write_group(folder)
+    write_multiscale(folder / "raw", RAW, scale=SCALE, translation=(4, 4, 4), chunks=(CHUNK,) * 3)
+    for file in (folder / "raw" / "s0").glob("*/*/*"):
+        index = [int(part) for part in file.parts[-3:]]
+        touches = all(i * CHUNK < a + size and (i + 1) * CHUNK > a for i, a in zip(index, start, strict=True))
+        if dropped(index, touches) if dropped else not touches:
+            file.unlink()
+    labels = np.ones((size,) * 3, np.uint8)
+    write_multiscale(folder / "crop1" / "mito", labels, scale=SCALE, translation=origin(start))
+    return folder
+
+
+def opened(folder, shape=48, **kwargs):
+    spec = {"shape": [shape] * 3, "scale": SCALE}
+    return CellMapDataset(
+        folder / "raw", f"{folder}/crop1/[mito]", ["mito"], {"raw": spec}, {"labels": spec}, pad=True,
+        raw_value_transforms=None, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("place", CROPS)
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_a_partial_copy_is_masked(tmp_path, caplog, place, cache):
+    start = CROPS[place]
+    root = fetched(tmp_path / "v.zarr", start)
+    with opened(root, cache=cache) as data:
+        assert data.missing_raw == "mask"
+        (line,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
+        text = line.getMessage()
+        assert f"{root}/raw/s0 is a partial copy" in text
+        assert int(text.partition("csc fetch-data --raw-padding ")[2].split()[0]) >= 16
+        caplog.clear()
+        sample = data[0]
+        assert not caplog.records, "it was reported"
+        low = [int(c / 8) - 24 for c in data.get_center(0).values()]
+    box = [slice(max(0, a), a + 48) for a in low]
+    stored = zarr.open_array(str(root / "raw" / "s0"), mode="r")[tuple(box)]
+    inside = tuple(slice(s.start - a, s.start - a + n) for s, a, n in zip(box, low, stored.shape, strict=True))
+    np.testing.assert_array_equal(sample["raw"].squeeze()[inside], stored)
+    # Targets are known where the crop is, all of which was fetched, and nowhere else.
+    known = ~sample["labels"].squeeze().isnan()
+    crop = tuple(slice(max(0, a - b), max(0, a - b + 32)) for a, b in zip(start, low, strict=True))
+    assert known[crop].all()
+    assert known.sum() == known[crop].numel()
+
+
+@pytest.mark.parametrize("padding", [1, 8, 20])
+def test_the_command_fetches_enough(tmp_path, caplog, padding):
+    """With the padding of the message nothing is missing; patches larger than the crop need as much."""
+    start = (48, 48, 48)
+    with opened(fetched(tmp_path / "a.zarr", start), shape=32 + 2 * padding):
+        asked = int(caplog.text.rpartition("--raw-padding ")[2].split()[0])
+    assert padding <= asked <= 2 * padding
+    caplog.clear()
+
+    def untouched(index, touches):
+        return not all(
+            i * CHUNK < a + 32 + asked and (i + 1) * CHUNK > a - asked for i, a in zip(index, start, strict=True)
+        )
+
+    with opened(fetched(tmp_path / "b.zarr", start, dropped=untouched), shape=32 + 2 * padding) as data:
+        assert data.missing_raw == "error"
+        assert data[0]["raw"].min() > 0
+    assert "not stored" not in caplog.text
+
+
+def test_a_rotated_patch_of_a_partial_copy(tmp_path):
+    root = fetched(tmp_path / "v.zarr")
+    with opened(root, shape=24, is_train=True, spatial_transforms={"rotate": {"axes": {"z": [-180, 180]}}}) as data:
+        assert data.missing_raw == "mask"
+        for number in range(0, len(data), len(data) // 8):
+            assert (data[number]["labels"] == 1).any()
+
+
+@pytest.mark.parametrize(
+    ("missing", "dropped"),
+    [
+        ("a chunk of the crop", lambda index, touches: not touches or index == [3, 3, 3]),
+        ("chunks near the crop alone", lambda index, touches: not touches and all(2 <= i <= 5 for i in index)),
+        ("a chunk near the crop", lambda index, touches: index == [2, 2, 2]),
+        ("a third of the others", lambda index, touches: not touches and (index[0] + index[1] + index[2]) % 3 == 0),
+    ],
+)
+def test_other_gaps_stay_errors(tmp_path, caplog, missing, dropped):
+    root = fetched(tmp_path / "v.zarr", dropped=dropped)
+    with opened(root) as data:
+        assert data.missing_raw == "error"
+        with pytest.raises(ChunkError, match="are not stored"):
+            data[0]
+    assert "with missing_raw=error a sample that shows one of them is an error" in caplog.text
+    assert "partial copy" not in caplog.text
+
+
+def test_a_copy_that_was_completed_is_looked_at_again(tmp_path, monkeypatch):
+    """Crops that are opened together share what was looked up; later it is looked up again."""
+    root = fetched(tmp_path / "v.zarr")
+    with opened(root) as data:
+        assert data.missing_raw == "mask"
+    shutil.rmtree(root / "raw")
+    write_multiscale(root / "raw", RAW, scale=SCALE, translation=(4, 4, 4), chunks=(CHUNK,) * 3)
+    (root / "raw" / "s0" / "2" / "2" / "2").unlink()
+    monkeypatch.setattr("cellmap_lightning.crops.missing_raw._SHARED", -1)
+    with opened(root) as data:
+        assert data.missing_raw == "error"
+
+
+@pytest.mark.parametrize("policy", ["error", "warn", "fill", "mask"])
+def test_a_policy_that_is_set_is_kept(tmp_path, policy):
+    with opened(fetched(tmp_path / "v.zarr"), missing_raw=policy) as data:
+        assert data.missing_raw == policy
+        if policy == "error":
+            with pytest.raises(ChunkError):
+                data[0]
+        else:
+            assert data[0]["labels"].isnan().any()
+
+
+def test_raw_alone_and_pickled_copies(tmp_path):
+    root = fetched(tmp_path / "v.zarr")
+    with CellMapDataset(root / "raw", input_arrays={"raw": {"shape": [48] * 3, "scale": SCALE}}) as data:
+        assert data.missing_raw == "error", "nothing could be masked"
+    with opened(root) as data, pickle.loads(pickle.dumps(data)) as again:
+        assert again.missing_raw == "mask"
+        torch.testing.assert_close(again[0]["labels"], data[0]["labels"], equal_nan=True)
+
+
+def test_many_crops_of_a_volume_are_reported_in_full_once(tmp_path, caplog):
+    root = fetched(tmp_path / "v.zarr")
+    for number in (2, 3):
+        shutil.copytree(root / "crop1", root / f"crop{number}")
+    crops = [{"raw": str(root / "raw"), "gt": f"{root}/crop{n}/[mito]"} for n in (1, 2, 3)]
+    spec = {"shape": [48] * 3, "scale": SCALE}
+    split = CellMapDataSplit(
+        datasets={"train": crops}, classes=["mito"], input_arrays={"raw": spec}, target_arrays={"labels": spec},
+        pad=True,
+    )  # fmt: skip
+    try:
+        assert [d.missing_raw for d in split["train"].datasets] == ["mask"] * 3
+    finally:
+        split.close()
+    lines = [r for r in caplog.records if "partial copy" in r.getMessage() and r.levelno == logging.WARNING]
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("stored", [0, 1, 5])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_writer_reads_what_is_not_stored_as_fill(tmp_path, caplog, stored, dtype):
+    """A prediction in which most chunks are zeros, which are not stored, is predicted from again."""
+    values = np.zeros((48, 48, 48), dtype)
+    for number in range(stored):
+        values[16 * (number % 3), 16 * (number // 3), 20] = number + 1
+    write_group(tmp_path / "v.zarr")
+    write_multiscale(tmp_path / "v.zarr" / "raw", values, scale=SCALE, translation=(4, 4, 4), chunks=(16,) * 3)
+    assert len(list((tmp_path / "v.zarr" / "raw" / "s0").glob("*/*/*"))) == stored
+    spec = {"shape": (16, 16, 16), "scale": SCALE}
+    with CellMapDatasetWriter(
+        str(tmp_path / "v.zarr" / "raw"), str(tmp_path / "out.zarr"), ["mito"], spec, {"output": spec}
+    ) as writer:
+        for batch in writer.loader(batch_size=4):
+            writer[batch["idx"]] = {"output": batch["input"]}
+    written = zarr.open_array(str(tmp_path / "out.zarr" / "mito" / "s0"), mode="r")[...]
+    np.testing.assert_array_equal(written, values)
+    (line,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert f"{27 - stored} of the 27 chunks of raw that it can show are not stored" in line.getMessage()
+
+
+def test_a_writer_warns_once_where_chunks_are_not_counted(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("cellmap_lightning.crops.image.MOST_COUNTED", 3)
+    test_values = np.zeros((48, 48, 48), np.uint8)
+    write_multiscale(tmp_path / "raw", test_values, scale=SCALE, translation=(4, 4, 4), chunks=(16,) * 3)
+    spec = {"shape": (16, 16, 16), "scale": SCALE}
+    with CellMapDatasetWriter(
+        str(tmp_path / "raw"), str(tmp_path / "out.zarr"), ["mito"], spec, {"output": spec}
+    ) as writer:
+        assert all((batch["input"] == 0).all() for batch in writer.loader(batch_size=4))
+    (line,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "are not stored" in line.getMessage()

@@ -1,0 +1,59 @@
+"""Brackets in paths: classes in the last part, and folders with names like that."""
+
+import shutil
+
+import pytest
+
+from cellmap_lightning.crops.target_path import TargetPath
+from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.splits.entries import read_csv
+from tests.foreign import SEMANTIC as KIND
+from tests.foreign import annotated, cube, sample, write_pair
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "names", "after"),
+    [
+        ("/d/v.zarr/crop1/[mito,er]", "/d/v.zarr/crop1", ("mito", "er"), ""),
+        ("/d/v.zarr/crop1/[mito, er]/labels", "/d/v.zarr/crop1", ("mito", "er"), "labels"),
+        ("/d/v.zarr/crop1/mito", "/d/v.zarr/crop1", ("mito",), ""),
+        ("/d/[2024] mito/v.zarr/crop1/[er]", "/d/[2024] mito/v.zarr/crop1", ("er",), ""),
+        ("/d/[2024] mito/v.zarr/crop1/er", "/d/[2024] mito/v.zarr/crop1", ("er",), ""),
+        ("/d/[2024]/v.zarr/crop1/er", "/d/[2024]/v.zarr/crop1", ("er",), ""),
+        ("/d/[a,b]/v.zarr/crop1/[er,pm]", "/d/[a,b]/v.zarr/crop1", ("er", "pm"), ""),
+        ("/d/x]y[/v.zarr/crop1/[er]/s", "/d/x]y[/v.zarr/crop1", ("er",), "s"),
+        ("/d/[x] v.zarr/crop [1]/[er]", "/d/[x] v.zarr/crop [1]", ("er",), ""),
+        ("/d/v.zarr/[crop1]/[er]", "/d/v.zarr/[crop1]", ("er",), ""),
+        ("/d/crop [1]/[er]", "/d/crop [1]", ("er",), ""),
+        ("[er]", "", ("er",), ""),
+        ("zip://crop1/[er,pm]::/data/[1] v.zip", "zip://crop1::/data/[1] v.zip", ("er", "pm"), ""),
+        ("zip://crop1/er::/data/v.zip", "zip://crop1::/data/v.zip", ("er",), ""),
+        ("s3://b/[x] y/v.zarr/crop1/[er]/l", "s3://b/[x] y/v.zarr/crop1", ("er",), "l"),
+    ],
+)
+def test_where_the_classes_stand(path, before, names, after):
+    target = TargetPath.parse(path)
+    assert (target.before, target.names, target.after) == (before, names, after)
+    assert TargetPath.parse(str(target)) == target
+
+
+@pytest.mark.parametrize("path", ["/d/crop1/[mito", "/d/crop1/mito]", "/d/crop1/x[mito]", "/d/[2024]/crop1/[a][b]"])
+def test_malformed_brackets_are_refused(path):
+    with pytest.raises(CellMapValueError, match="one bracket that is the last part of the path"):
+        TargetPath.parse(path)
+
+
+@pytest.mark.parametrize("folder", ["[2024] mito", "[mito]", "a[b"])
+def test_folders_with_brackets_are_read(tmp_path, folder):
+    raw, target = write_pair(tmp_path / folder, cube(), attributes=annotated(KIND))
+    assert sample(raw, target)["labels"].sum() == 16**3
+    assert sample(raw, target.replace("/[mito]", "/mito") if "/[mito]/" not in target else target)["labels"].any()
+    csv = tmp_path / folder / "crops.csv"
+    csv.write_text(f'train,v.zarr/em,"v.zarr/crop1/[mito]"\ntrain,{raw},{target}\n')
+    entries = read_csv(csv)["train"]
+    assert [entry.target.names for entry in entries] == [("mito",)] * 2
+    shutil.copytree(tmp_path / folder / "v.zarr" / "crop1" / "mito", tmp_path / folder / "v.zarr" / "crop1" / "er")
+    bad = tmp_path / folder / "bad.csv"
+    bad.write_text("train,v.zarr/em,v.zarr/crop1/[mito,er]\n")
+    with pytest.raises(CellMapValueError, match="needs quotes"):
+        read_csv(bad)
