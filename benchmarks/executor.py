@@ -22,6 +22,7 @@ import torch
 from loaders import machine
 
 from cellmap_lightning import CellMapDataset
+from cellmap_lightning.crops.options import ReadOptions
 from cellmap_lightning.demo.synthetic import write_volume
 from cellmap_lightning.runtime.thread_pool import ReadPool
 
@@ -82,7 +83,12 @@ def samples(folder, workers):
     found = {}
     for cache, calls in (("memory", 50), ("none", 5)):
         dataset = CellMapDataset(
-            volume.raw_path, target, CLASSES, {"raw": PATCH}, {"labels": PATCH}, cache=cache, max_workers=workers
+            volume.raw_path,
+            target,
+            CLASSES,
+            {"raw": PATCH},
+            {"labels": PATCH},
+            read=ReadOptions(cache=cache, max_workers=workers),
         )
         places = len(dataset)
         turn = iter(range(10**9))

@@ -139,7 +139,7 @@ def forever(loader):
 
 
 def _ours(work, finish):
-    from cellmap_lightning import CellMapDataLoader, CellMapDataset, CellMapMultiDataset
+    from cellmap_lightning import CellMapDataLoader, CellMapDataset, CellMapMultiDataset, ReadOptions
 
     options = dict(work.options)
     if "cache_bytes" in options:
@@ -154,7 +154,7 @@ def _ours(work, finish):
             is_train=True,
             spatial_transforms=work.spatial,
             seed=work.seed,
-            **options,
+            read=ReadOptions(**options),
         )
         for path in work.bracket_paths
     ]

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cellmap_lightning.crops.options import ReadOptions
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 CHUNK, LENGTH = 32, 256
@@ -79,7 +81,7 @@ def main():
             print(f"each request waits {1000 * args.latency:.0f} ms; {chunks} chunks of {CHUNK}^3 voxels")
             for concurrency in args.concurrency:
                 with CellMapDataset(
-                    f"{url}/v.zarr/raw", input_arrays=spec, cache="memory", max_workers=concurrency
+                    f"{url}/v.zarr/raw", input_arrays=spec, read=ReadOptions(cache="memory", max_workers=concurrency)
                 ) as dataset:
                     loader = CellMapDataLoader(dataset, 8, is_train=False)
                     before, began = requests(), time.perf_counter()
@@ -104,9 +106,12 @@ def main():
                     for n in range(crops)
                 ]
                 split = CellMapDataSplit(
-                    datasets={"train": entries}, classes=CLASSES, input_arrays={"raw": targets["labels"]},
-                    target_arrays=targets, cache="none",
-                )  # fmt: skip
+                    datasets={"train": entries},
+                    classes=CLASSES,
+                    input_arrays={"raw": targets["labels"]},
+                    target_arrays=targets,
+                    read=ReadOptions(cache="none"),
+                )
                 before, began = requests(), time.perf_counter()
                 split["train"]
                 seconds, asked = time.perf_counter() - began, requests() - before

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cellmap_lightning.crops.options import ReadOptions
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDataset, CellMapMultiDataset
@@ -51,9 +53,14 @@ def crop(folder, number, edges, foreground, blob=None):
             file.parent.mkdir(parents=True)
             file.write_bytes(blob)
     return CellMapDataset(
-        raw, f"{folder}/v{number}.zarr/crop/[{','.join(names)}]", names, {"raw": SPEC}, {"labels": SPEC}, is_train=True,
-        pad=True, max_workers=1,
-    )  # fmt: skip
+        raw,
+        f"{folder}/v{number}.zarr/crop/[{','.join(names)}]",
+        names,
+        {"raw": SPEC},
+        {"labels": SPEC},
+        is_train=True,
+        read=ReadOptions(pad=True, max_workers=1),
+    )
 
 
 def start_of_an_epoch(folder):

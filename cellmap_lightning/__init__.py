@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cellmap_lightning.batches.arrays import batch_memory
     from cellmap_lightning.crops.image import CellMapImage
+    from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
     from cellmap_lightning.datamodule import CellMapDataModule
     from cellmap_lightning.datasets.dataset import CellMapDataset
     from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter, ImageWriter
     from cellmap_lightning.sampling.positions import ClassBalancedSampler
     from cellmap_lightning.splits.datasplit import CellMapDataSplit
+    from cellmap_lightning.splits.options import SplitOptions
 
 _HOMES = {
     "CellMapDataModule": "datamodule",
@@ -31,6 +33,10 @@ _HOMES = {
     "CellMapMultiDataset": "datasets.multidataset",
     "ClassBalancedSampler": "sampling.positions",
     "ImageWriter": "prediction.dataset_writer",
+    "IntensityOptions": "crops.options",
+    "LabelOptions": "crops.options",
+    "ReadOptions": "crops.options",
+    "SplitOptions": "splits.options",
     "batch_memory": "batches.arrays",
 }
 
@@ -45,6 +51,10 @@ __all__ = [
     "CellMapMultiDataset",
     "ClassBalancedSampler",
     "ImageWriter",
+    "IntensityOptions",
+    "LabelOptions",
+    "ReadOptions",
+    "SplitOptions",
     "batch_memory",
 ]
 

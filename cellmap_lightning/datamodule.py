@@ -3,7 +3,7 @@
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -19,26 +19,28 @@ from cellmap_lightning.checkpointing.private_hparams import PrivateHyperparamete
 from cellmap_lightning.crops.encodings import MissingLabels, Unknown
 from cellmap_lightning.crops.image import MAX_UPSAMPLING, MissingRaw
 from cellmap_lightning.crops.labels import Downsample
+from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
-from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.ngff import LevelTranslations
 from cellmap_lightning.io.retrying import PATIENT
 from cellmap_lightning.loading.dataloader import WORKER_TIMEOUT, CellMapDataLoader
 from cellmap_lightning.loading.prefetch import STREAM_DEVICES, PrefetchDecision
+from cellmap_lightning.loading.samples import NumberedSamples
 from cellmap_lightning.loading.trainer_steps import (
+    Stream,
     TrainingSteps,
     touches_before_transfer,
     training_loaders,
     used_loaders,
 )
 from cellmap_lightning.loading.waiting import Waiting
-from cellmap_lightning.prediction.block_patches import PatchSamples, PlanBatches, Stream
 from cellmap_lightning.runtime.location import CacheMode
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.entries import SPLITS
 from cellmap_lightning.splits.leakage import Leakage
+from cellmap_lightning.splits.options import SplitOptions
 from cellmap_lightning.splits.rules import SplitRule
 from cellmap_lightning.transforms.intensity import AUTO
 
@@ -56,7 +58,8 @@ _STAGES: dict[str | None, tuple[str, ...]] = {
 }
 
 PrefetchPolicy = Callable[[str, BatchMemory, torch.device], PrefetchDecision]
-PredictionPolicy = Callable[[], tuple[SampleSource, PlanBatches]]
+#: From whether to read into page-locked memory to the samples and batches of a prediction.
+PredictionPolicy = Callable[[bool], tuple[NumberedSamples, Iterable[Any]]]
 
 
 def _instantiated(datasets: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -97,22 +100,22 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         spatial_transforms: augmentation of the train split, see `SpatialTransforms`.
         intensity_transforms: random blur, contrast, brightness, gamma and noise of the train split, see
             `IntensityTransforms`.
-        raw_value_transforms: see `CellMapDataset`.
-        target_value_transforms: see `CellMapDataset`.
-        class_relation_dict: see `CellMapDataset`.
+        raw_value_transforms: see `IntensityOptions`.
+        target_value_transforms: see `LabelOptions`.
+        class_relation_dict: see `LabelOptions`.
         samples_per_epoch: samples of a training epoch over all ranks.
         batches_per_epoch: batches of a training epoch instead, over all ranks; 1000 when neither is given.
         val_samples: tiles to validate on during ``fit``, in which every class that occurs has its share, the same in
             every epoch and on any number of ranks; None for all. `Trainer.validate` and ``test`` go through all tiles.
         pad: read crops smaller than a patch, with the raw around them; targets are NaN outside the crop.
         seed: everything random follows from it and from the number of the sample.
-        normalize: how stored values become an input, see `CellMapDataset`; an entry of ``datasets`` can have its own.
+        normalize: how stored values become an input, see `IntensityOptions`; an entry of ``datasets`` can have its own.
         invert: exchange dark and bright, likewise.
-        infer: see `CellMapDataset`.
-        class_table: see `CellMapDataset`.
-        label_downsample: see `CellMapDataset`.
-        unknown: see `CellMapDataset`.
-        nan_targets: see `CellMapDataset`.
+        infer: see `LabelOptions`.
+        class_table: see `LabelOptions`.
+        label_downsample: see `LabelOptions`.
+        unknown: see `LabelOptions`.
+        nan_targets: see `LabelOptions`.
         planes: where patches of two lengths lie, any of ``xy``, ``xz`` and ``yz``.
         too_coarse: crops whose labels are coarser than asked for: ``drop`` (logged), ``upsample``, or ``error``.
         max_upsampling: how many times finer than raw's finest level an input may be.
@@ -257,48 +260,56 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         self.crops = CellMapDataSplit(
             csv_path,
             _instantiated(datasets),
+            search_path,
             self.classes,
             input_arrays,
             target_arrays,
             spatial_transforms,
-            raw_value_transforms,
-            target_value_transforms,
-            class_relation_dict,
-            pad,
-            max_workers,
             seed,
-            intensity_transforms=intensity_transforms,
-            normalize=normalize,
-            invert=invert,
-            infer=infer,
-            class_table=class_table,
-            label_downsample=label_downsample,
-            unknown=unknown,
-            nan_targets=nan_targets,
-            planes=planes,
-            too_coarse=too_coarse,
-            max_upsampling=max_upsampling,
-            cache=cache,
-            cache_bytes=cache_bytes,
-            reader=reader,
-            storage_options=storage_options,
-            missing_raw=missing_raw,
-            missing_labels=missing_labels,
-            level_translations=level_translations,
-            read_attempts=read_attempts,
-            read_timeout=read_timeout,
-            split=split,
-            val_fraction=val_fraction,
-            fold=fold,
-            n_folds=n_folds,
-            search_path=search_path,
-            manifest=manifest,
-            only_datasets=only_datasets,
-            only_crops=only_crops,
-            strategy=strategy,
-            balance_datasets=balance_datasets,
-            leakage=leakage,
-            held_out=held_out,
+            SplitOptions(
+                split=split,
+                val_fraction=val_fraction,
+                fold=fold,
+                n_folds=n_folds,
+                manifest=manifest,
+                only_datasets=only_datasets,
+                only_crops=only_crops,
+                planes=planes,
+                strategy=strategy,
+                balance_datasets=balance_datasets,
+                leakage=leakage,
+                held_out=held_out,
+            ),
+            ReadOptions(
+                pad=pad,
+                max_workers=max_workers,
+                cache=cache,
+                cache_bytes=cache_bytes,
+                reader=reader,
+                missing_raw=missing_raw,
+                max_upsampling=max_upsampling,
+                read_attempts=read_attempts,
+                read_timeout=read_timeout,
+                storage_options=storage_options,
+                level_translations=level_translations,
+            ),
+            LabelOptions(
+                target_value_transforms=target_value_transforms,
+                class_relation_dict=class_relation_dict,
+                infer=infer,
+                class_table=class_table,
+                label_downsample=label_downsample,
+                unknown=unknown,
+                missing_labels=missing_labels,
+                nan_targets=nan_targets,
+                too_coarse=too_coarse,
+            ),
+            IntensityOptions(
+                raw_value_transforms=raw_value_transforms,
+                normalize=normalize,
+                invert=invert,
+                intensity_transforms=intensity_transforms,
+            ),
         )
 
     @property
@@ -409,7 +420,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
     def predict_dataloader(self) -> CellMapDataLoader | Stream:
         """Tiles that cover the volumes to predict, in the order z, y, x; with `PredictionWriter`, its blocks."""
         if self.prediction is not None and self._running:
-            return Stream(self._loader("predict", None, blocks=self.prediction()))
+            return Stream(self._loader("predict", None, prediction=self.prediction))
         return self._loader("predict", None, range(self.crops["predict"].tile_count))
 
     def _loader(
@@ -417,11 +428,12 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         split: str,
         samples: int | None,
         tiles: Sequence[int] | None = None,
-        blocks: tuple[SampleSource, PlanBatches] | None = None,
+        prediction: PredictionPolicy | None = None,
     ) -> CellMapDataLoader:
         dataset = self.crops[split]
         device, decision = self._device, None
         pin = device.type == "cuda" if self.pin_memory is None else self.pin_memory
+        blocks = None if prediction is None else prediction(pin)
         if self.num_workers == 0:
             # The dataset reads with threads of its own: what Lightning says about processes would make it slower.
             warnings.filterwarnings("ignore", f".*'{split}_dataloader' does not have many workers")
@@ -440,7 +452,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         if running and split == "train" and self.trainer is not None:
             steps = TrainingSteps(self.trainer, self)
         return CellMapDataLoader(
-            dataset if blocks is None else PatchSamples(blocks[0], self.seed, pin),
+            dataset if blocks is None else blocks[0],
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             samples_per_epoch=samples,

@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataset
+from cellmap_lightning.crops.options import ReadOptions
 from cellmap_lightning.demo.synthetic import write_volume
 from cellmap_lightning.loading.prefetch import prefetch
 
@@ -82,7 +83,12 @@ def passes(folder: str) -> tuple[list[Span], list[Span]]:
     target = f"{volume.path}/recon-1/labels/groundtruth/crop2/[mito,er,nuc]"
     arrays = {"raw": PATCH}, {"labels": PATCH}
     with CellMapDataset(
-        volume.raw_path, target, ["mito", "er", "nuc"], *arrays, is_train=True, cache="none", max_workers=1
+        volume.raw_path,
+        target,
+        ["mito", "er", "nuc"],
+        *arrays,
+        is_train=True,
+        read=ReadOptions(cache="none", max_workers=1),
     ) as dataset:
         loader = CellMapDataLoader(dataset, batch_size=4, samples_per_epoch=4 * BATCHES)
         list(loader)  # files come into the page cache

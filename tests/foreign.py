@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from cellmap_lightning import CellMapDataset
+from cellmap_lightning.crops.options import ReadOptions
+from tests.make import make_dataset
 
 SIZE = 32
 FORMATS = [2, 3]
@@ -125,8 +126,14 @@ def edit(file, change):
 
 def dataset(raw, target, size=SIZE, scale=(8, 8, 8), classes=("mito",), **options):
     array = {"shape": [size] * 3, "scale": list(scale)}
-    return CellMapDataset(
-        raw, target, list(classes), {"raw": array}, {"labels": array}, cache="none", max_workers=2, **options
+    return make_dataset(
+        raw,
+        target,
+        list(classes),
+        {"raw": array},
+        {"labels": array},
+        read=ReadOptions(cache="none", max_workers=2),
+        **options,
     )
 
 

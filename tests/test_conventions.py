@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 from cellmap_lightning import CellMapDataset
+from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.errors import CellMapError
 from tests.foreign import SEMANTIC, annotated, metadata_file, write_image
 
@@ -125,9 +126,14 @@ def check(made):
         spec = {"shape": [4] * 3, "scale": scale.tolist()}
         try:
             data = CellMapDataset(
-                f"{root}/v.zarr/em", f"{path.parent}/[mito]", ["mito"], {"raw": spec}, {"labels": spec},
-                cache="none", max_workers=1, reader=made["reader"], raw_value_transforms=None,
-            )  # fmt: skip
+                f"{root}/v.zarr/em",
+                f"{path.parent}/[mito]",
+                ["mito"],
+                {"raw": spec},
+                {"labels": spec},
+                read=ReadOptions(cache="none", max_workers=1, reader=made["reader"]),
+                intensity=IntensityOptions(raw_value_transforms=None),
+            )
         except CellMapError as error:
             return "error", str(error)
         with data:

@@ -334,7 +334,7 @@ def test_batches_are_copied_ahead_where_the_decision_says_so(volume, tmp_path, m
             log.append(("acquire", threading.current_thread().name))
             return batch
 
-    for module_ in ("datamodule", "sampling.prefetch", "sampling.dataloader"):
+    for module_ in ("datamodule", "loading.prefetch", "loading.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{module_}.STREAM_DEVICES", ("cpu",))
     monkeypatch.setattr("cellmap_lightning.loading.dataloader.NothingAhead", lambda device: ReadAhead())
     monkeypatch.setattr("cellmap_lightning.loading.dataloader.SideStream", Engine)

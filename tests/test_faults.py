@@ -19,6 +19,7 @@ import pytest
 import torch
 from zarr.storage import LocalStore
 
+from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import CellMapValueError, ChunkError, MetadataError, WorkerError
 from cellmap_lightning.io import chunks
@@ -29,6 +30,7 @@ from cellmap_lightning.loading.dataloader import WORKER_TIMEOUT, CellMapDataLoad
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests import processes
 from tests.io.faults import FaultyStore, transient
+from tests.make import make_dataset
 
 SCALE = (8.0, 8.0, 8.0)
 SHAPE = [32, 32, 32]
@@ -66,7 +68,7 @@ def root(tmp_path):
 
 def dataset(root, classes=("mito", "er"), **kwargs):
     given = {"read_attempts": 1, "max_workers": 2, "cache": "memory", "raw_value_transforms": None} | kwargs
-    return CellMapDataset(
+    return make_dataset(
         root / "raw", f"{root}/crop1/[{','.join(classes)}]", list(classes), {"raw": SPEC}, {"labels": SPEC}, **given
     )
 
@@ -135,10 +137,16 @@ def test_missing_raw_mask_makes_targets_unknown_there_and_nowhere_else(root, cac
         target = SPEC | ({"kind": kind} if kind != "binary" else {})
         more = {"offsets": [[1, 0, 0]]} if kind == "affinities" else {}
         data = CellMapDataset(
-            root / "raw", f"{root}/crop1/[mito]", ["mito"], {"raw": SPEC}, {"labels": target | more},
-            spatial_transforms=spatial, is_train=spatial is not None, missing_raw="mask", cache=cache,
-            raw_value_transforms=None,
-        )  # fmt: skip
+            root / "raw",
+            f"{root}/crop1/[mito]",
+            ["mito"],
+            {"raw": SPEC},
+            {"labels": target | more},
+            spatial_transforms=spatial,
+            is_train=spatial is not None,
+            read=ReadOptions(missing_raw="mask", cache=cache),
+            intensity=IntensityOptions(raw_value_transforms=None),
+        )
         with data:
             touched = 0
             for start in ((0, 0, 0), (16, 0, 16), (32, 0, 32), (32, 32, 32), (20, 10, 30)):
@@ -162,9 +170,15 @@ def test_off_the_lattice_what_is_interpolated_from_a_hole_is_unknown_too(root):
     chunk(root, "1/0/1").unlink()
     spec = {"shape": [16, 16, 16], "scale": [10.0, 10.0, 10.0]}
     data = CellMapDataset(
-        root / "raw", f"{root}/crop1/[mito]", ["mito"], {"raw": spec}, {"labels": spec}, missing_raw="mask",
-        normalize={"range": [0, 1]}, too_coarse="upsample",
-    )  # fmt: skip
+        root / "raw",
+        f"{root}/crop1/[mito]",
+        ["mito"],
+        {"raw": spec},
+        {"labels": spec},
+        read=ReadOptions(missing_raw="mask"),
+        intensity=IntensityOptions(normalize={"range": [0, 1]}),
+        labels=LabelOptions(too_coarse="upsample"),
+    )
     whole = np.full_like(RAW, 200)
     write_multiscale(root / "even", whole, scale=SCALE, translation=(4.0, 4.0, 4.0), chunks=(32, 32, 32))
     shutil.copytree(root / "even" / "s0", root / "raw" / "s0", dirs_exist_ok=True)
@@ -202,7 +216,7 @@ def test_a_missing_chunk_of_labels_is_background(root, caplog):
 def test_what_missing_raw_can_be():
     for value in ("skip", None, True):
         with pytest.raises(CellMapValueError, match="missing_raw must be one of auto, error, warn, fill, mask"):
-            CellMapDataSplit(datasets={}, input_arrays={"raw": SPEC}, missing_raw=value)
+            CellMapDataSplit(datasets={}, input_arrays={"raw": SPEC}, read=ReadOptions(missing_raw=value))
 
 
 # -- everything that is wrong, in one report
@@ -407,9 +421,12 @@ if __name__ == "__main__":
 
 def split_of(root):
     return CellMapDataSplit(
-        datasets={"train": [{"raw": str(root / "raw"), "gt": f"{root}/crop1/[mito,er]"}]}, classes=["mito", "er"],
-        input_arrays={"raw": SPEC}, target_arrays={"labels": SPEC}, cache="disk",
-    )  # fmt: skip
+        datasets={"train": [{"raw": str(root / "raw"), "gt": f"{root}/crop1/[mito,er]"}]},
+        classes=["mito", "er"],
+        input_arrays={"raw": SPEC},
+        target_arrays={"labels": SPEC},
+        read=ReadOptions(cache="disk"),
+    )
 
 
 @contextlib.contextmanager
@@ -500,9 +517,15 @@ def test_soak_with_faults(root, monkeypatch):
     spec = {"shape": [8, 8, 8], "scale": list(SCALE)}
     COUNTS.reset()
     data = CellMapDataset(
-        root / "raw", f"{root}/crop1/[mito]", ["mito"], {"raw": spec}, {"labels": spec}, cache="none",
-        raw_value_transforms=None, is_train=True, max_workers=2,
-    )  # fmt: skip
+        root / "raw",
+        f"{root}/crop1/[mito]",
+        ["mito"],
+        {"raw": spec},
+        {"labels": spec},
+        is_train=True,
+        read=ReadOptions(cache="none", max_workers=2),
+        intensity=IntensityOptions(raw_value_transforms=None),
+    )
     found = []
     with data:
         for first in range(0, 100_000, 8):
@@ -567,7 +590,7 @@ def test_what_is_kept_is_private(root, tmp_path, monkeypatch):
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
     with dataset(root, cache="disk", normalize="zscore", is_train=True) as data:
         data[0]
-        _ = data.class_counts, data.foreground_index("mito")
+        _ = data.class_counts, data.crop.foreground_index("mito")
         for path in (tmp_path / "cache").rglob("*"):
             assert path.stat().st_mode & 0o077 == 0, path
     assert (tmp_path / "cache").stat().st_mode & 0o077 == 0

@@ -180,6 +180,58 @@ def parse_classes(classes: Sequence[str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, eq=False)
+class ArraySet:
+    """The arrays that are asked for of each sample.
+
+    Attributes:
+        inputs: the inputs.
+        targets: the targets; empty for raw only.
+        classes: names of the classes.
+    """
+
+    inputs: Mapping[str, InputArray]
+    targets: Mapping[str, TargetArray]
+    classes: tuple[str, ...]
+
+    @classmethod
+    def parse(
+        cls,
+        input_arrays: ArraySpecs | None,
+        target_arrays: ArraySpecs | None,
+        classes: Sequence[str] | None,
+        annotated: bool = True,
+    ) -> "ArraySet":
+        """Check the specifications of a dataset's arrays.
+
+        Args:
+            input_arrays: see `parse_inputs`.
+            target_arrays: see `parse_targets`.
+            classes: names of the classes; None for raw only.
+            annotated: False where there are no labels: targets are left out.
+
+        Raises:
+            CellMapError: specifications are missing, cannot be read, or share a name.
+        """
+        if input_arrays is None:
+            raise CellMapTypeError("input_arrays is needed: {name: {shape: voxels, scale: nm}}")
+        names = parse_classes(classes) if classes is not None else ()
+        inputs = parse_inputs(input_arrays)
+        annotated = annotated and classes is not None
+        targets = parse_targets(target_arrays, len(names)) if annotated and target_arrays else {}
+        if annotated and not targets:
+            raise CellMapTypeError("target_arrays is needed when there are classes: {name: {shape: voxels, scale: nm}}")
+        both = sorted(set(inputs) & set(targets))
+        if both:
+            raise CellMapValueError(f"inputs and targets share the names {both}; give the targets others")
+        return cls(inputs, targets, names)
+
+    @property
+    def specs(self) -> dict[str, InputArray | TargetArray]:
+        """All arrays."""
+        return {**self.inputs, **self.targets}
+
+
+@dataclass(frozen=True, eq=False)
 class BatchLayout:
     """How a batch is laid out, and how it is finished.
 

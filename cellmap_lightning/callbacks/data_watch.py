@@ -118,6 +118,6 @@ def advice(trainer: L.Trainer) -> list[str]:
         said.append(f"num_workers=2 or more reads and turns patches in other processes ({cores} cores are here)")
     if dataset.max_workers < cores:
         said.append(f"max_workers={cores} instead of {dataset.max_workers} decodes in more threads")
-    if any(d.reader == "zarr" for d in dataset.datasets):
+    if any(crop.reader == "zarr" for crop in dataset.crops):
         said.append('reader=tensorstore decodes faster (pip install "cellmap-lightning[fast]")')
     return said

@@ -31,18 +31,18 @@ def data_record(data: Any) -> dict[str, Any]:
     Keys: ``classes``; ``inputs`` and ``targets``, ``{name: {"shape": voxels, "scale": nm, ...}}``; ``normalize``, the
     rule of the volumes that have none of their own, None where all have one.
     """
-    common = data.crops._common
+    intensity = data.crops.intensity
     default = any(
         entry.dataset is None and (entry.normalize is None or entry.invert is None)
         for entries in data.crops.entries.values()
         for entry in entries
     )
-    transforms = input_transforms(common["raw_value_transforms"], list(data.input_arrays), "raw_value_transforms")
+    transforms = input_transforms(intensity.raw_value_transforms, list(data.input_arrays), "raw_value_transforms")
     return _record(
         data.classes,
         data.input_arrays,
         data.target_arrays,
-        Normalize.parse(common["normalize"], common["invert"]) if default else None,
+        intensity.rule if default else None,
         transforms,
     )
 

@@ -137,7 +137,7 @@ def _prepare_folder(cfg: DictConfig, folder: Path, plain: Any, data: CellMapData
         metrics.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
     OmegaConf.save(OmegaConf.create(plain), folder / "config.yaml")
     data.crops.write_csv(folder / "split.csv")
-    if data.crops.rule != "csv":
+    if data.crops.options.split != "csv":
         print(f"\ncrops that hold each class, and its voxels in them\n{data.crops.table()}\n", flush=True)
 
 

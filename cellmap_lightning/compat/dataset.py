@@ -9,6 +9,7 @@ import torch
 from cellmap_lightning.compat.empty_image import EmptyImage
 from cellmap_lightning.compat.image import CellMapImage
 from cellmap_lightning.compat.value_transforms import on_floats
+from cellmap_lightning.crops.options import CropOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset as Dataset
 from cellmap_lightning.geometry.lattice import AXES
 
@@ -108,15 +109,18 @@ class CellMapDataset(Dataset):
             input_arrays,
             target_arrays if target_value_transforms is None else _as_ids(target_arrays),
             spatial_transforms,
-            on_floats(raw_value_transforms),
-            target_value_transforms,
-            class_relation_dict,
             more.pop("is_train", bool(spatial_transforms)),
-            pad,
-            seed=seed or 0,
-            **more,
+            seed or 0,
+            more.pop("plane", "xy"),
+            *CropOptions.of(
+                pad=pad,
+                raw_value_transforms=on_floats(raw_value_transforms),
+                target_value_transforms=target_value_transforms,
+                class_relation_dict=class_relation_dict,
+                **more,
+            ),
         )
-        self.raw_path = self.input_path
+        self.raw_path, self.pad = self.input_path, pad
         self.input_arrays, self.target_arrays = dict(input_arrays), dict(target_arrays or {})
         self.spatial_transforms_config = spatial_transforms
         self.raw_value_transforms, self.target_value_transforms = raw_value_transforms, target_value_transforms
@@ -178,8 +182,8 @@ class CellMapDataset(Dataset):
         """Foreground voxels; see `Counts`."""
         found, whole = super().class_counts, dict.fromkeys(self.classes, 0.0)
         for name in found:
-            image = self._labels[name]
-            whole[name] = float(np.prod(image.finest.array.shape)) * self._per_stored_voxel(image)
+            finest, window = self.crop.label_images[name].finest, self.crop.target_window
+            whole[name] = float(np.prod(finest.array.shape) * np.prod(finest.scale) / np.prod(window.scale))
         return Counts(found, dict.fromkeys(self.classes, 0.0) | found, whole)
 
     def get_indices(self, chunk_size: Mapping[str, float]) -> list[int]:

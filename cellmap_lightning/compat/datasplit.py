@@ -60,15 +60,13 @@ class CellMapDataSplit(DataSplit):
         super().__init__(
             csv_path,
             datasets if datasets is not None else dataset_dict,
-            classes or None,
-            input_arrays,
-            target_arrays,
-            spatial_transforms,
-            None,
-            target_value_transforms,
-            class_relation_dict,
+            classes=classes or None,
+            input_arrays=input_arrays,
+            target_arrays=target_arrays,
+            spatial_transforms=spatial_transforms,
         )
-        self.input_arrays, self.target_arrays = dict(input_arrays), dict(target_arrays or {})
+        self.input_arrays: dict[str, Any] = dict(input_arrays)
+        self.target_arrays: dict[str, Any] = dict(target_arrays or {})
         self.pad, self.spatial_transforms = pad, spatial_transforms
         self.train_raw_value_transforms = train_raw_value_transforms
         self.val_raw_value_transforms = val_raw_value_transforms

@@ -42,7 +42,7 @@ class CellMapMultiDataset(MultiDataset):
         """Foreground voxels over all crops; see `Counts`."""
         found = super().class_counts
         whole: list[Any] = [dataset.class_counts["totals_total"] for dataset in self.datasets]
-        return Counts(found, found, self._added(whole))
+        return Counts(found, found, self._summed(whole))
 
     def verify(self) -> bool:
         """Whether there is a position."""

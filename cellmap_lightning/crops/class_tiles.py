@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cellmap_lightning.crops.counts import counted_in_metadata
 from cellmap_lightning.crops.labels import stored_labels
@@ -14,7 +15,8 @@ from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale
 from cellmap_lightning.io.retrying import PATIENT, Patience
-from cellmap_lightning.sampling.tiles import IntArray
+
+IntArray = npt.NDArray[np.int64]
 
 log = logging.getLogger(__name__)
 

@@ -101,11 +101,11 @@ def class_frequencies(
     first = next(iter(dataset.layout.targets), None)
     if first is None or dataset.layout.targets[first].kind.name != "binary":
         raise CellMapValueError(f"{dataset}: class frequencies need a target of the kind 'binary'")
-    used = dataset.strategy if strategy is None else parse_strategy(strategy).on(dataset.crops)
+    used = dataset.strategy if strategy is None else parse_strategy(strategy).bind(dataset.crop_table)
     seed = dataset.seed if seed is None else seed
     numbers = range(samples)
     places = used.places(uniforms(seed, PLACE, numbers, NUMBERS), [None] * samples)
-    positions = (np.asarray(dataset._offsets)[places.crops] + places.positions).tolist()
+    positions = (np.asarray(dataset.first_positions)[places.crops] + places.positions).tolist()
     shown, voxels = [], []
     for start in numbers[::_TOGETHER]:
         draws = [Draw(n, positions[n], None) for n in numbers[start : start + _TOGETHER]]
@@ -114,7 +114,7 @@ def class_frequencies(
         shown.append(present.any(axis=2))
         voxels.append(present.mean(axis=2))
     seen, part = np.concatenate(shown), np.concatenate(voxels)
-    held = dataset.crops.counts > 0
+    held = dataset.crop_table.counts > 0
     wanted = _expected_voxels(dataset, used)
     rows = []
     for i, name in enumerate(dataset.classes):
@@ -137,9 +137,9 @@ def _expected_voxels(dataset: SampleSource, strategy: Strategy) -> FloatArray | 
     if chances is None:
         return None
     found = np.zeros(len(dataset.classes))
-    for number, crop in enumerate(dataset.datasets):
-        for i in np.flatnonzero(dataset.crops.counts[number] > 0).tolist():
-            index, placement = dataset.crops.index(number, i), crop.placement
+    for number, crop in enumerate(dataset.crops):
+        for i in np.flatnonzero(dataset.crop_table.counts[number] > 0).tolist():
+            index, placement = dataset.crop_table.index(number, i), crop.placement
             points = np.asarray(index.lattice.origin) + np.multiply(index.voxels, index.lattice.step)
             extent = crop.plane.in_volume(crop.target_window).extent
             # The positions along each axis whose patch covers the voxel.

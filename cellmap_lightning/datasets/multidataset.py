@@ -1,19 +1,18 @@
-"""Many crops as one."""
+"""A dataset over many crops."""
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cellmap_lightning.cache.region import RegionStore
-from cellmap_lightning.crops.remote_arrays import fetch_counted
 from cellmap_lightning.datasets.dataset import CellMapDataset
-from cellmap_lightning.datasets.source import SampleSource
+from cellmap_lightning.datasets.source import SampleSource, overrides_items
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.runtime.thread_pool import ReadPool
-from cellmap_lightning.sampling.crop_table import Crops
+from cellmap_lightning.sampling.crop_table import CropTable
 from cellmap_lightning.sampling.strategies import parse_strategy
 from cellmap_lightning.transforms.intensity import Scaling
 
@@ -46,83 +45,83 @@ class CellMapMultiDataset(SampleSource):
         self._datasets = tuple(datasets)
         first = self._datasets[0]
         for other in self._datasets[1:]:
-            for what, a, b in (
-                ("classes", first.classes, other.classes),
-                ("inputs", _identities(first.layout.inputs), _identities(other.layout.inputs)),
-                ("targets", _identities(first.layout.targets), _identities(other.layout.targets)),
-                ("is_train", first.is_train, other.is_train),
-                ("seed", first.seed, other.seed),
-                ("nan_targets", first.layout.nan_targets, other.layout.nan_targets),
-                ("spatial_transforms", first.spatial, other.spatial),
-                ("intensity_transforms", first.layout.augment, other.layout.augment),
-                ("raw_value_transforms", first.layout.raw_transforms, other.layout.raw_transforms),
-                ("target_value_transforms", first.layout.target_transforms, other.layout.target_transforms),
-                ("cache", first._store.mode, other._store.mode),
-                # Of chunks that pass by, crops may need different numbers.
-                ("cache_bytes", *((d.cache != "chunks" and d.cache_bytes) for d in (first, other))),
-            ):
+            for what, a, b in _compared(first, other):
                 if a != b:
                     raise CellMapValueError(f"{other.label} and {first.label} differ in their {what}: {b} and {a}")
-        self.seed, self.is_train, self.spatial = first.seed, first.is_train, first.spatial
-        dtypes = {d.raw_dtype for d in self._datasets}
-        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-        self.layout = dataclasses.replace(
+        crops = [dataset.crop for dataset in self._datasets]
+        dtypes = {crop.raw_dtype for crop in crops}
+        layout = dataclasses.replace(
             first.layout,
-            raw_dtype=dtype,
+            raw_dtype=dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32),
             id_dtype=max((d.layout.id_dtype for d in self._datasets), key=lambda kind: kind.itemsize),
-            scaling=Scaling.of(self._offsets[:-1], [d.affine for d in self._datasets]),
         )
-        self.crops = Crops(self._datasets, self.classes, bool(balance_datasets))
-        self.strategy = parse_strategy(strategy).on(self.crops)
-        if self.is_train and not self.strategy.uses_weights and any(d.weight is not None for d in self._datasets):
+        pool = ReadPool(max(d.max_workers for d in self._datasets))
+        store = RegionStore(first.cache, max(d.cache_bytes or 0 for d in self._datasets) or None)
+        super().__init__(crops, layout, first.seed, first.is_train, first.spatial, pool, store)
+        self._scale()
+        self.crop_table = CropTable(crops, self.classes, bool(balance_datasets))
+        self.strategy = parse_strategy(strategy).bind(self.crop_table)
+        if self.is_train and not self.strategy.uses_weights and any(crop.weight is not None for crop in crops):
             log.warning("crops have weights, and the strategy %r does not use them; weighted does", self.strategy)
-        self._pool = ReadPool(max(d.max_workers for d in self._datasets))
-        self._store = RegionStore(first._store.mode, max(d.cache_bytes or 0 for d in self._datasets) or None)
         for dataset in self._datasets:
-            dataset.share(self._pool, self._store)
+            dataset.share(pool, store)
         log.info(
             "%d crops: %d positions; classes %s; %d workers",
-            len(self._datasets), len(self), self.annotated_in(), self.max_workers,
+            len(crops), len(self), self.annotated_in(), self.max_workers,
         )  # fmt: skip
+
+    def _scale(self) -> None:
+        scaling = Scaling.of(self.first_positions, [crop.raw.affine for crop in self.crops])
+        self.layout = dataclasses.replace(self.layout, scaling=scaling)
+
+    def overriding_types(self) -> list[str]:
+        """Names of the classes of user code, among this dataset and its parts, that override ``__getitem__``."""
+        parts = {type(dataset).__name__ for dataset in self._datasets if overrides_items(dataset)}
+        return sorted({*super().overriding_types(), *parts})
+
+    def _overriding(self, number: int) -> SampleSource | None:
+        dataset = self._datasets[number]
+        return dataset if overrides_items(dataset) else None
 
     @property
     def datasets(self) -> Sequence[CellMapDataset]:
         """The crops, in the order of the positions."""
         return self._datasets
 
-    @property
-    def class_counts(self) -> dict[str, float]:
-        """Foreground voxels of each class over all crops; see `CellMapDataset.class_counts`."""
-        fetch_counted(self._datasets)
-        return self._added(dataset.class_counts for dataset in self._datasets)
-
-    @property
-    def background_counts(self) -> dict[str, float]:
-        """Voxels of each class's annotation where it is not; see `CellMapDataset.background_counts`."""
-        fetch_counted(self._datasets)
-        return self._added(dataset.background_counts for dataset in self._datasets)
-
-    def _added(self, counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-        found = dict.fromkeys(self.classes, 0.0)
-        for crop in counts:
-            for name, count in crop.items():
-                found[name] += count
-        return found
-
     def set_affine(self, affine: Mapping[str, tuple[float, float]]) -> None:
         """Normalize what is named by other offsets and factors, ``{normalization_key: (offset, factor)}``."""
         for dataset in self._datasets:
-            if dataset.normalization_key in affine:
-                dataset.set_affine(affine[dataset.normalization_key])
-        scaling = Scaling.of(self._offsets[:-1], [d.affine for d in self._datasets])
-        self.layout = dataclasses.replace(self.layout, scaling=scaling)
+            key = dataset.crop.raw.normalization_key
+            if key in affine:
+                dataset.set_affine(affine[key])
+        self._scale()
 
     def annotated_in(self) -> dict[str, int]:
         """In how many crops each class is annotated."""
-        return {c: sum(c in d.annotated for d in self._datasets) for c in self.classes}
+        return {c: sum(c in crop.annotated for crop in self.crops) for c in self.classes}
 
     def __repr__(self) -> str:
         return f"CellMapMultiDataset({len(self._datasets)} crops, {len(self)} positions)"
+
+
+def _compared(first: CellMapDataset, other: CellMapDataset) -> list[tuple[str, Any, Any]]:
+    """Return what two datasets must share, as names and the values of both."""
+    a, b = first.layout, other.layout
+    return [
+        ("classes", a.classes, b.classes),
+        ("inputs", _identities(a.inputs), _identities(b.inputs)),
+        ("targets", _identities(a.targets), _identities(b.targets)),
+        ("is_train", first.is_train, other.is_train),
+        ("seed", first.seed, other.seed),
+        ("nan_targets", a.nan_targets, b.nan_targets),
+        ("spatial_transforms", first.spatial, other.spatial),
+        ("intensity_transforms", a.augment, b.augment),
+        ("raw_value_transforms", a.raw_transforms, b.raw_transforms),
+        ("target_value_transforms", a.target_transforms, b.target_transforms),
+        ("cache", first.cache, other.cache),
+        # Of chunks that pass by, crops may need different numbers.
+        ("cache_bytes", first.cache != "chunks" and first.cache_bytes, other.cache != "chunks" and other.cache_bytes),
+    ]
 
 
 def _identities(arrays: Any) -> dict[str, tuple[Any, ...]]:

@@ -1,14 +1,13 @@
-"""What one crop and many crops have in common: positions, samples, batches, and the pool that reads them."""
+"""Samples of crops: positions, draws, batches, and the threads that read them."""
 
 import bisect
 import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,26 +15,23 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cellmap_lightning.batches.arrays import BatchLayout
+from cellmap_lightning.batches.arrays import BatchLayout, InputArray, TargetArray
 from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.batches.memory import BatchMemory
 from cellmap_lightning.cache.region import Region, RegionStore
-from cellmap_lightning.crops.remote_arrays import fetch_read
+from cellmap_lightning.crops.crop import Crop
+from cellmap_lightning.crops.remote_arrays import fetch_counted, fetch_read
 from cellmap_lightning.datasets.requests import Request, current_request, requesting
 from cellmap_lightning.errors import CellMapIndexError
 from cellmap_lightning.geometry.lattice import AXES, FloatArray, Shape
 from cellmap_lightning.runtime.location import CacheMode
 from cellmap_lightning.runtime.rng import PLACE, uniforms
 from cellmap_lightning.runtime.thread_pool import FORK_GATE, Closes, ReadPool
-from cellmap_lightning.sampling.crop_table import Crops
+from cellmap_lightning.sampling.crop_table import CropTable
 from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
 from cellmap_lightning.sampling.strategies import NUMBERS, ClassBalanced, PerCrop, Strategy, Uniform
 from cellmap_lightning.sampling.tiles import Spread, stratified
 from cellmap_lightning.transforms.spatial import SpatialTransforms
-
-if TYPE_CHECKING:
-    from cellmap_lightning.datasets.dataset import CellMapDataset
-
 
 #: Bytes to copy, or as much other work, from which another thread is worth its price.
 BYTES_PER_THREAD = 16 << 20
@@ -65,51 +61,66 @@ def _fill(region: Region, index: Shape) -> None:
         region.fill(index)
 
 
-class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
-    """Positions that can be read as samples, one by one or as batches.
+class SampleSource(Dataset[dict[str, torch.Tensor]]):
+    """Positions in crops that can be read as samples, one by one or as batches.
 
-    Attributes:
+    Args:
+        crops: the crops.
         layout: how its batches are laid out.
         seed: seed of everything random.
-        is_train: whether samples are drawn at random and augmented.
+        is_train: draw samples at random and augment them.
         spatial: the spatial augmentation.
+        pool: the reading threads.
+        store: where decoded voxels are cached.
     """
 
-    layout: BatchLayout
-    seed: int
-    is_train: bool
-    spatial: SpatialTransforms
-    _pool: ReadPool
-    _store: RegionStore
-
-    @property
-    @abstractmethod
-    def datasets(self) -> Sequence["CellMapDataset"]:
-        """The crops, in the order of the positions."""
+    def __init__(
+        self,
+        crops: Sequence[Crop],
+        layout: BatchLayout,
+        seed: int,
+        is_train: bool,
+        spatial: SpatialTransforms,
+        pool: ReadPool,
+        store: RegionStore,
+    ) -> None:
+        #: The crops, in the order of the positions.
+        self.crops = tuple(crops)
+        self.layout = layout
+        self.seed = seed
+        self.is_train = is_train
+        self.spatial = spatial
+        self._pool = pool
+        self._store = store
 
     @cached_property
     def _offsets(self) -> list[int]:
         """First position of each crop, and the number of positions at the end."""
-        return [0, *accumulate(len(d.placement) for d in self.datasets)]
+        return [0, *accumulate(len(d.placement) for d in self.crops)]
 
     @cached_property
     def _firsts(self) -> npt.NDArray[np.int64]:
         """First position of each crop, as an array."""
         return np.asarray(self._offsets[:-1], np.int64)
 
+    @property
+    def first_positions(self) -> list[int]:
+        """First position of each crop."""
+        return self._offsets[:-1]
+
     @cached_property
     def _tile_offsets(self) -> list[int]:
-        return [0, *accumulate(d.placement.tile_count for d in self.datasets)]
+        return [0, *accumulate(d.placement.tile_count for d in self.crops)]
 
     @cached_property
     def strategy(self) -> Strategy:
         """Where random samples come from; of a crop alone, any position in it."""
-        return PerCrop().on(self.crops)
+        return PerCrop().bind(self.crop_table)
 
     @cached_property
-    def crops(self) -> Crops:
-        """What strategies know of the crops."""
-        return Crops(self.datasets, self.classes)
+    def crop_table(self) -> CropTable:
+        """The crops as the arrays from which strategies draw."""
+        return CropTable(self.crops, self.classes)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -120,14 +131,19 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         """Number of positions."""
         return self._offsets[-1]
 
-    def locate(self, position: int) -> tuple["CellMapDataset", int]:
+    def locate(self, position: int) -> tuple[Crop, int]:
         """The crop that holds a position, and the position inside it."""
+        number, local = self._split(position)
+        return self.crops[number], local
+
+    def _split(self, position: int) -> tuple[int, int]:
+        """The number of the crop that holds a position, and the position inside it."""
         index = int(position)
         if not -len(self) <= index < len(self):
             raise CellMapIndexError(f"{self}: position {index} is outside its {len(self)} positions")
         index %= len(self)
-        crop = bisect.bisect_right(self._offsets, index) - 1
-        return self.datasets[crop], index - self._offsets[crop]
+        number = bisect.bisect_right(self._offsets, index) - 1
+        return number, index - self._offsets[number]
 
     def get_center(self, position: int) -> dict[str, float]:
         """Centre of the patches at a position, ``{axis: nm}``.
@@ -152,12 +168,12 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         if not 0 <= number < self.tile_count:
             raise CellMapIndexError(f"{self}: tile {number} is none of its {self.tile_count}")
         crop = bisect.bisect_right(self._tile_offsets, number) - 1
-        placement, local = self.datasets[crop].placement, number - self._tile_offsets[crop]
+        placement, local = self.crops[crop].placement, number - self._tile_offsets[crop]
         return Draw(sample, self._offsets[crop] + placement.tile(local), None, placement.advance(local))
 
     def spread_tiles(self) -> Spread:
         """All tiles, in an order of which every beginning is spread over all crops."""
-        return Spread([dataset.placement.tiles_along for dataset in self.datasets])
+        return Spread([dataset.placement.tiles_along for dataset in self.crops])
 
     def chosen_tiles(self, count: int, seed: int) -> Sequence[int]:
         """Tiles in which every class that occurs has its share, a function of the crops and the seed; see `stratified`.
@@ -167,14 +183,14 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         if count >= self.tile_count:
             return self.spread_tiles()
         strata = []
-        with tqdm(total=len(self.datasets), unit="crop", disable=None, leave=False, delay=1) as bar:
+        with tqdm(total=len(self.crops), unit="crop", disable=None, leave=False, delay=1) as bar:
             bar.set_description("looking where classes are")
-            for dataset in self.datasets if self.classes else ():
+            for dataset in self.crops if self.classes else ():
                 dataset.class_tiles  # noqa: B018  read once, and kept
                 bar.update()
         for name in self.classes:
             seen, anywhere = [], []
-            for offset, dataset in zip(self._tile_offsets, self.datasets, strict=False):
+            for offset, dataset in zip(self._tile_offsets, self.crops, strict=False):
                 tiles = dataset.class_tiles.get(name, ())
                 if tiles is None:
                     anywhere.append(np.arange(offset, offset + dataset.placement.tile_count))
@@ -200,15 +216,24 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         if draw is None or request.source is not self or draw.position != position:
             turn = self.spatial.turns(request.seed, [request.sample])[0] if self.is_train else None
             draw = Draw(request.sample, position, turn)
-        crop, local = self.locate(position)
-        if crop is not self and overrides_items(crop):
+        number, local = self._split(position)
+        member = self._overriding(number)
+        if member is not None:
             own = dataclasses.replace(draw, position=local)
-            with requesting(Request(request.sample, request.seed, crop, own)):
-                sample = crop[local]
+            with requesting(Request(request.sample, request.seed, member, own)):
+                sample = member[local]
             return sample | {"idx": torch.tensor(position, dtype=torch.int64, device="cpu")}
         batch = self.read([draw])
         batch.layout = dataclasses.replace(self.layout, seed=request.seed)
         return {name: value[0] for name, value in batch.finish().items()}
+
+    def overriding_types(self) -> list[str]:
+        """Names of the classes of user code, among this dataset and its parts, that override ``__getitem__``."""
+        return [type(self).__name__] if overrides_items(self) else []
+
+    def _overriding(self, number: int) -> "SampleSource | None":
+        """The dataset of a crop, if a subclass of user code has its own ``__getitem__``."""
+        return None
 
     def set_random_state(self, seed: int | None = None, state: Any = None) -> "SampleSource":
         """Do nothing: samples follow from ``seed`` and their numbers alone.
@@ -238,17 +263,26 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
 
     def get_crop_class_matrix(self) -> npt.NDArray[np.bool_]:
         """``[crops, classes]``, whether a crop holds voxels of a class: by its counts, not by what is listed."""
-        return self.crops.counts > 0
+        return self.crop_table.counts > 0
 
     @property
-    @abstractmethod
     def class_counts(self) -> dict[str, float]:
-        """Foreground voxels of each class."""
+        """Foreground voxels of each class over all crops; see `CropLabels.class_counts`."""
+        fetch_counted(self.crops)
+        return self._summed(crop.class_counts for crop in self.crops)
 
     @property
-    @abstractmethod
     def background_counts(self) -> dict[str, float]:
-        """Voxels where each class was looked for and is not."""
+        """Voxels where each class is annotated and absent, over all crops; see `CropLabels.background_counts`."""
+        fetch_counted(self.crops)
+        return self._summed(crop.background_counts for crop in self.crops)
+
+    def _summed(self, counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+        total = dict.fromkeys(self.classes, 0.0)
+        for crop in counts:
+            for name, count in crop.items():
+                total[name] += count
+        return total
 
     @property
     def class_weights(self) -> dict[str, float]:
@@ -300,13 +334,16 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         jobs: list[Callable[[], None]] = []
         fills: dict[tuple[int, Shape], Callable[[], None]] = {}
         work = 0
+        specs: dict[str, InputArray | TargetArray] = {**self.layout.inputs, **self.layout.targets}
         for row, draw in enumerate(draws):
-            dataset, local = self.locate(draw.position)
-            place = dataset.placement.place(local)
+            crop, local = self.locate(draw.position)
+            place = crop.placement.place(local)
             for name, array in arrays.items():
-                jobs.append(partial(dataset.read_array, name, place, draw.turn, array[row], self.layout, draw.advance))
-                missing = dataset.missing(name, place, draw.turn)
-                work += array[row].nbytes * (1 if missing is not None else dataset.effort(name, draw.turn))
+                out, transform = array[row], self.layout.raw_transforms.get(name)
+                spec = specs[name]
+                jobs.append(partial(crop.read_array, name, place, draw.turn, out, spec, transform, draw.advance))
+                missing = crop.missing(name, place, draw.turn)
+                work += out.nbytes * (1 if missing is not None else crop.effort(name, draw.turn))
                 for region, index in missing or ():
                     fills[id(region), index] = partial(region.fill, index)
         with FORK_GATE:
@@ -339,8 +376,8 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
         """Decide where decoded voxels are kept, before the first read and before worker processes are started."""
         if not self._store.planned:
             if self._store.mode not in ("none", "chunks"):  # which find nothing again
-                fetch_read(self.datasets)
-            regions = [region for dataset in self.datasets for region in dataset.regions]
+                fetch_read(self.crops)
+            regions = [region for crop in self.crops for region in crop.regions]
             self._store.plan(regions, not self.is_train, str(self))
 
     @property
@@ -356,7 +393,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]], ABC):
     @property
     def kept(self) -> bool:
         """Whether everything that is read has a place where it is kept once it was decoded."""
-        return all(region.kept for dataset in self.datasets for region in dataset.regions)
+        return all(region.kept for crop in self.crops for region in crop.regions)
 
     def batch_memory(self, batch_size: int = 1) -> BatchMemory:
         """The bytes of a batch of ``batch_size`` samples, known before anything is read."""

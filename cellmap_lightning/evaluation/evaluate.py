@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cellmap_lightning.crops.encodings import Unknown
+from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import CellMapKeyError, MissingExtraError
 from cellmap_lightning.geometry.lattice import Lattice
@@ -125,10 +126,11 @@ def _compare(group: Path, crop: Path, name: str, threshold: float, unknown: Unkn
     window = {"shape": list(_PATCH), "scale": list(level.scale)}
     known = tp = fp = fn = 0
     with CellMapDataset(
-        str(group), f"{crop}/[{name}]", [name], {"found": window}, {"labels": window}, pad=True,
-        raw_value_transforms=None, too_coarse="upsample", max_workers=1, cache="none",
-        missing_raw="warn",  # where nothing was predicted, no chunk is stored
-        unknown=unknown,
+        str(group), f"{crop}/[{name}]", [name], {"found": window}, {"labels": window},
+        # Where nothing was predicted, no chunk is stored.
+        read=ReadOptions(pad=True, max_workers=1, cache="none", missing_raw="warn"),
+        labels=LabelOptions(too_coarse="upsample", unknown=unknown),
+        intensity=IntensityOptions(raw_value_transforms=None),
     ) as dataset:  # fmt: skip
         for batch in CellMapDataLoader(dataset, is_train=False, rank=0, world=1):
             truth = batch["labels"]

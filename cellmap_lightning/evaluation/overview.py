@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.crops.image import CellMapImage, choose_level
+from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.evaluation.evaluate import holds
 from cellmap_lightning.geometry.lattice import AXES, LATTICE_TOLERANCE, FloatArray, Lattice, Shape
@@ -176,8 +177,9 @@ def _annotated(
         window = {"shape": list(patch.shape), "scale": list(patch.step)}
         with CellMapDataset(
             str(output / classes[0]), f"{crop}/[{','.join(there)}]", list(classes), {"found": window},
-            {"labels": window}, pad=True, raw_value_transforms=None, too_coarse="upsample", cache="none",
-            missing_raw="warn",  # where nothing was predicted, no chunk is stored
+            {"labels": window},
+            read=ReadOptions(pad=True, cache="none", missing_raw="warn"),
+            labels=LabelOptions(too_coarse="upsample"), intensity=IntensityOptions(raw_value_transforms=None),
         ) as dataset:  # fmt: skip
             ranked = []
             for number in range(0, dataset.tile_count, max(1, dataset.tile_count // _LOOKS)):

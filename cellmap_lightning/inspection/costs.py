@@ -69,7 +69,7 @@ def costs(settings: Mapping[str, Any], device_bytes: int, deep: bool) -> Costs:
         given = [split for split in SPLITS if data.crops.given(split)]
         sets = {split: data.crops[split] for split in given}
         memory = data.batch_memory(given[0])
-        regions = {r.digest(): r.layout.nbytes for s in sets.values() for d in s.datasets for r in d.regions}
+        regions = {r.digest(): r.layout.nbytes for s in sets.values() for crop in s.crops for r in crop.regions}
         mode = settings.get("cache", "auto")
         room = settings.get("cache_bytes")
         if mode == "chunks":
@@ -90,10 +90,10 @@ def costs(settings: Mapping[str, Any], device_bytes: int, deep: bool) -> Costs:
         if "train" in sets and sets["train"].layout.targets:
             train = sets["train"]
             found["strategy"] = repr(train.strategy)
-            if not deep and not all(d.counted for d in train.datasets):
+            if not deep and not all(crop.labels.counted for crop in train.crops):
                 found["unknown"] = "not all metadata says how many voxels classes have; deep=true counts them"
             else:
-                held = train.crops.counts > 0
+                held = train.crop_table.counts > 0
                 drawn, crop = train.strategy.class_chances, train.strategy.crop_chances
                 found["frequencies"] = {
                     name: (float(drawn[i]), float(crop @ held[:, i])) for i, name in enumerate(train.classes)
@@ -106,7 +106,7 @@ def costs(settings: Mapping[str, Any], device_bytes: int, deep: bool) -> Costs:
             dict(memory.arrays),
             dict(memory.compact.arrays),
             said,
-            {split: len(s.datasets) for split, s in sets.items()},
+            {split: len(s.crops) for split, s in sets.items()},
             {split: len(s) for split, s in sets.items()},
             sum(regions.values()) if location else 0,
             location.budget if location else 0,

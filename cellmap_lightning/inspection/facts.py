@@ -19,8 +19,8 @@ from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides
 from cellmap_lightning.io.statistics import Statistics, known_statistics, statistics
 from cellmap_lightning.runtime.thread_pool import ReadPool
 from cellmap_lightning.splits.crop_metadata import place_of
-from cellmap_lightning.splits.datasplit import for_all
 from cellmap_lightning.splits.entries import Entry
+from cellmap_lightning.splits.opening import for_all
 
 #: Bars of a histogram.
 BARS = 32

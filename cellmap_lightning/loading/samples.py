@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from cellmap_lightning.batches.arrays import BatchLayout
 from cellmap_lightning.batches.compact_batch import CompactBatch, CompactRequest
 from cellmap_lightning.datasets.requests import Request, requesting
-from cellmap_lightning.datasets.source import Draw, SampleSource, overrides_items
+from cellmap_lightning.datasets.source import Draw, SampleSource
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.loading.slots import SlotBatch, Slots
 from cellmap_lightning.runtime.rng import SHUFFLE, hashes
@@ -170,10 +170,10 @@ class Samples(NumberedSamples):
         self.tiles = tiles
         self.strategy = strategy
         self._layout = dataclasses.replace(dataset.layout, seed=seed)
-        self.overridden = any(overrides_items(one) for one in (dataset, *dataset.datasets))
+        overriding = dataset.overriding_types()
+        self.overridden = bool(overriding)
         if self.overridden:
-            kinds = {type(one).__name__ for one in (dataset, *dataset.datasets) if overrides_items(one)}
-            _announce(" and ".join(sorted(kinds)))
+            _announce(" and ".join(overriding))
 
     @property
     def sources(self) -> Sequence[SampleSource]:

@@ -1,15 +1,18 @@
 """The part of Lightning's Trainer that a data module depends on: its loaders, its count of batches, its hooks."""
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import lightning as L
 
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.loading.dataloader import CellMapDataLoader
 
-if TYPE_CHECKING:
-    from cellmap_lightning.datamodule import CellMapDataModule
+
+class HoldsPositions(Protocol):
+    """The part of a data module that resuming needs."""
+
+    resume_positions: list[dict[str, int]]
 
 
 def _leaves(node: Any) -> Iterator[Any]:
@@ -44,6 +47,23 @@ def touches_before_transfer(trainer: L.Trainer | None, data: L.LightningDataModu
     return any(getattr(getattr(one, name, None), "__func__", None) not in stock for one in (module, data) if one)
 
 
+class Stream:
+    """The batches of a loader, for a Trainer that takes them as they come.
+
+    It is no `DataLoader`, which Lightning would take apart to predict and deal out over the ranks in its own way; and
+    it has no length, since a process whose blocks are all finished has no batch.
+
+    Args:
+        loader: the loader.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
 class TrainingSteps:
     """A Trainer's count of the batches of a training epoch.
 
@@ -56,7 +76,7 @@ class TrainingSteps:
         data: the data module of the loader.
     """
 
-    def __init__(self, trainer: L.Trainer, data: "CellMapDataModule") -> None:
+    def __init__(self, trainer: L.Trainer, data: HoldsPositions) -> None:
         self._trainer, self.data = trainer, data
 
     @property

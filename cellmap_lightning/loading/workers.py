@@ -25,7 +25,7 @@ def start_method(sources: Sequence[SampleSource], given: Any) -> Any:
     Raises:
         CellMapValueError: by a fork, with a reader whose threads would be missing in the child.
     """
-    crops = [crop for source in sources for crop in source.datasets]
+    crops = [crop for source in sources for crop in source.crops]
     unsafe = any(crop.reader == "tensorstore" for crop in crops)
     if given is None and not unsafe and not any(isinstance(crop.raw_at, Remote) for crop in crops):
         return None  # connections to elsewhere stay behind in a fork, and the child opens new ones

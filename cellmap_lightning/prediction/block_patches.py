@@ -2,11 +2,10 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from typing import Any
 
 import numpy as np
 
@@ -264,20 +263,3 @@ class PatchSamples(Samples):
 
     def _draw(self, samples: Sequence[int]) -> list[Draw]:
         return [Draw(n, n, None) for n in samples]
-
-
-class Stream:
-    """The batches of a loader, for a Trainer that takes them as they come.
-
-    It is no `DataLoader`, which Lightning would take apart to predict and deal out over the ranks in its own way; and
-    it has no length, since a process whose blocks are all finished has no batch.
-
-    Args:
-        loader: the loader.
-    """
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.loader)

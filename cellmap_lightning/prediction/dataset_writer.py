@@ -19,6 +19,7 @@ import zarr
 from torch.utils.data import Dataset, Subset
 
 from cellmap_lightning.batches.arrays import ArraySpecs, parse_classes, parse_inputs
+from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.datasets.renamed import renamed
 from cellmap_lightning.errors import (
@@ -29,7 +30,7 @@ from cellmap_lightning.errors import (
     OutputError,
 )
 from cellmap_lightning.geometry.lattice import AXES, LATTICE_TOLERANCE, Lattice, Shape, to_vector, vector
-from cellmap_lightning.geometry.placement import Window
+from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.io.meanings import (
     Kind,
     WrittenMeaning,
@@ -44,6 +45,7 @@ from cellmap_lightning.prediction.blending import Tiling
 from cellmap_lightning.prediction.block_patches import patch_placement
 from cellmap_lightning.prediction.blocks import centred_voxels, output_lattice, parse_region
 from cellmap_lightning.prediction.output import check_apart, why_not_written
+from cellmap_lightning.prediction.volumes import volumes_source
 
 log = logging.getLogger(__name__)
 
@@ -363,17 +365,21 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
             raise CellMapKeyError(f"target_bounds names {strange}, and the target array is {self.array!r}")
 
         volume = CellMapDataset(
-            self.raw_path, input_arrays=input_arrays, pad=True, raw_value_transforms=raw_value_transforms,
-            max_workers=max_workers, missing_raw="fill",  # sparse volumes store no chunks of zeros
-        )  # fmt: skip
-        window = volume.in_volume(target.window, target.flat)
+            self.raw_path,
+            input_arrays=input_arrays,
+            # Sparse volumes store no chunks of zeros.
+            read=ReadOptions(pad=True, max_workers=max_workers, missing_raw="fill"),
+            intensity=IntensityOptions(raw_value_transforms=raw_value_transforms),
+        )
+        window = volume.crop.in_volume(target.window, target.flat)
         whole = output_lattice(window, volume.raw_box, [level.lattice for level in volume.levels.values()])
         self.lattice = whole
         if target_bounds:
             self.lattice = centred_voxels(whole, parse_region(dict(target_bounds[self.array])))
         tiling = Tiling(self.lattice.shape, window.shape, overlap=0)
         self._patch, self._lowest = window.shape, tiling.bounds()[0]
-        self._dataset = volume.placed(patch_placement(tiling, self.lattice, window))
+        placed = volume.crop.placed(patch_placement(tiling, self.lattice, window))
+        self._dataset = volumes_source([placed], volume.layout, volume.seed)
         self.target_array_writers = {
             self.array: {
                 name: ImageWriter(
@@ -396,7 +402,11 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
     @property
     def sampling_box(self) -> dict[str, list[float]]:
         """Lowest and highest centre of a patch, ``{axis: [lower, upper]}``, nm."""
-        return self._dataset.placement.centers.as_dict()
+        return self._placement.centers.as_dict()
+
+    @property
+    def _placement(self) -> Placement:
+        return self._dataset.crops[0].placement
 
     @cached_property
     def writer_indices(self) -> list[int]:
@@ -416,7 +426,7 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
         """
         strides = np.floor(vector(chunk_size, "chunk_size") / self.lattice.step + LATTICE_TOLERANCE).clip(1)
         z, y, x = strides.astype(int).tolist()
-        placement = dataclasses.replace(self._dataset.placement, stride=(z, y, x))
+        placement = dataclasses.replace(self._placement, stride=(z, y, x))
         return [placement.tile(number) for number in range(placement.tile_count)]
 
     def __len__(self) -> int:
@@ -433,8 +443,8 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
 
     def _start(self, idx: int) -> Shape:
         """First voxel of the patch at a position, counted in the array."""
-        dataset, local = self._dataset.locate(idx)
-        z, y, x = (a + b for a, b in zip(dataset.placement.place(local), self._lowest, strict=True))
+        crop, local = self._dataset.locate(idx)
+        z, y, x = (a + b for a, b in zip(crop.placement.place(local), self._lowest, strict=True))
         return z, y, x
 
     # -- reading

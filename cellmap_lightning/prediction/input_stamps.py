@@ -15,7 +15,7 @@ from datetime import datetime
 import numpy as np
 
 from cellmap_lightning.cache.patches import stored_box
-from cellmap_lightning.datasets.dataset import CellMapDataset
+from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.errors import OutputError
 from cellmap_lightning.geometry.lattice import Box, Shape, to_vector
 from cellmap_lightning.io.chunks import ChunkReader
@@ -36,21 +36,21 @@ class InputStamps:
     Args:
         grid: the blocks.
         tilings: the patches, in each plane.
-        datasets: the volume, in each plane.
+        crops: the volume, in each plane.
         skips: what decides on blocks that are not computed, as it reads too; None for nothing.
     """
 
     def __init__(
-        self, grid: BlockGrid, tilings: Sequence[Tiling], datasets: Sequence[CellMapDataset], skips: Skipping | None
+        self, grid: BlockGrid, tilings: Sequence[Tiling], crops: Sequence[Crop], skips: Skipping | None
     ) -> None:
-        self._grid, self._tilings, self._datasets, self._skips = grid, tilings, datasets, skips
+        self._grid, self._tilings, self._crops, self._skips = grid, tilings, crops, skips
         self._lock = threading.Lock()
         self._begun: dict[int, str] = {}
 
     @property
     def metadata(self) -> str:
         """A hash of what identifies the arrays that are read: where they are, and their metadata."""
-        readers = [image.reader for dataset in self._datasets for image in dataset.images.values()]
+        readers = [image.reader for crop in self._crops for image in crop.images.values()]
         if self._skips is not None and self._skips.mask is not None:
             readers.append(self._skips.mask)
         names = sorted({repr(reader.identity()) for reader in readers})
@@ -114,7 +114,7 @@ class InputStamps:
         first, (_, shape) = self._grid.whole_start(block), self._grid[block]
         whole = self._grid.whole
         boxes: dict[str, tuple[ChunkReader, Box, int]] = {}
-        for dataset, tiling in zip(self._datasets, self._tilings, strict=True):
+        for crop, tiling in zip(self._crops, self._tilings, strict=True):
             along = [
                 [start for start, _, _ in tiling.along(axis, a, a + n)]
                 for axis, (a, n) in enumerate(zip(first, shape, strict=True))
@@ -124,8 +124,8 @@ class InputStamps:
                 np.asarray(whole.box.lower) + np.multiply(whole.step, [pick(starts) for starts in along]) + half
                 for pick in (min, max)
             )
-            for name, spec in dataset.layout.inputs.items():
-                window, image = dataset.in_volume(spec.window, spec.flat), dataset.images[name]
+            for name, spec in crop.arrays.inputs.items():
+                window, image = crop.in_volume(spec.window, spec.flat), crop.images[name]
                 box = Box(to_vector(low - window.extent / 2), to_vector(high + window.extent / 2))
                 # Neighbours that are interpolated from, or averaged.
                 more = 2 + math.ceil(np.max(window.scale / np.asarray(image.lattice.step)))

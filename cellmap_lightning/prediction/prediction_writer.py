@@ -18,9 +18,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
-from cellmap_lightning.datasets.dataset import CellMapDataset
-from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
-from cellmap_lightning.datasets.source import SampleSource
+from cellmap_lightning.batches.arrays import BatchLayout
+from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, Shape
 from cellmap_lightning.geometry.placement import Window
@@ -36,6 +35,7 @@ from cellmap_lightning.prediction.block_patches import (
     BlockPlan,
     BlockSkip,
     BlockStart,
+    PatchSamples,
     PlanBatches,
     Step,
     patch_placement,
@@ -50,7 +50,7 @@ from cellmap_lightning.prediction.output import PredictionOutput, check_apart
 from cellmap_lightning.prediction.pyramid import Pyramid
 from cellmap_lightning.prediction.quantize import OutputType, StoredValues
 from cellmap_lightning.prediction.skipping import Skipping
-from cellmap_lightning.prediction.volumes import output_windows, passes_by, passing_bytes, volumes_of
+from cellmap_lightning.prediction.volumes import output_windows, passes_by, passing_bytes, volumes_of, volumes_source
 
 log = logging.getLogger(__name__)
 
@@ -256,12 +256,12 @@ class PredictionWriter(L.Callback):
         if datamodule.prediction is not None:
             raise CellMapTypeError("a Trainer can have one PredictionWriter: each batch is a part of its output")
         trainer.predict_loop.return_predictions = False
-        datamodule.prediction = lambda: self._plan(trainer, pl_module)
+        datamodule.prediction = partial(self._plan, trainer, pl_module)
 
-    def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[SampleSource, PlanBatches]:
+    def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule, pin: bool) -> tuple[PatchSamples, PlanBatches]:
         """Say what is computed, and make or find the outputs. Called when weights and normalization are restored."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        volumes = volumes_of(data.predict_dataset.datasets)
+        volumes = volumes_of(data.predict_dataset.crops)
         if len(volumes) > 1 and self.region is not None:
             raise CellMapValueError(f"a region is a part of one volume, and 'predict' has {len(volumes)}")
         names = self.classes if self.classes is not None else data.classes
@@ -279,22 +279,19 @@ class PredictionWriter(L.Callback):
         self._wanted, self._kept = wanted, [self._names.index(name) for name in wanted]
         self._jobs, self._outputs = [], []
         # Worker processes share what is kept as the datamodule says, and would each decode every chunk.
-        self._passing = data.num_workers == 0 and all(passes_by(d) for d in data.predict_dataset.datasets)
+        self._passing = data.num_workers == 0 and all(passes_by(crop) for crop in data.predict_dataset.crops)
         self._array = next(iter({**data.target_arrays, **data.input_arrays}.items()))
         memory = BlockMemory(), BlockMemory()
-        placed: list[CellMapDataset] = []
+        placed: list[Crop] = []
         for name, planes in volumes.items():
             output = self.output / name if len(volumes) > 1 else self.output
-            job, datasets = self._job(trainer, pl_module, output, name, planes, memory)
+            job, crops = self._job(trainer, pl_module, output, name, planes, memory)
             self._jobs.append(job)
-            placed += datasets
+            placed += crops
         self._behind = Behind()
-        if len(placed) == 1:
-            self._source: SampleSource = placed[0]
-            self._close = [placed[0]._store.close]  # its threads are those of the module's own dataset
-        else:
-            self._source = CellMapMultiDataset(placed, "per_crop")
-            self._close = [self._source.close]
+        self._source = volumes_source(placed, data.predict_dataset.layout, data.seed)
+        # The threads of one volume are those of the module's own dataset.
+        self._close = [self._source.close if len(placed) > 1 else placed[0].store.close]
         self._close.insert(0, self._behind.close)
         array, spec = self._array
         self._said = ModelOutput(
@@ -317,7 +314,7 @@ class PredictionWriter(L.Callback):
         # Worker processes read for themselves.
         ahead = self._source.fill_ahead if data.num_workers == 0 else None
         self._close.insert(0, self._source.end_ahead)
-        return self._source, PlanBatches([job.plan for job in self._jobs], ahead)
+        return PatchSamples(self._source, data.seed, pin), PlanBatches([job.plan for job in self._jobs], ahead)
 
     def _job(
         self,
@@ -325,18 +322,18 @@ class PredictionWriter(L.Callback):
         pl_module: L.LightningModule,
         path: Path,
         name: str,
-        datasets: Sequence[CellMapDataset],
+        crops: Sequence[Crop],
         memory: tuple[BlockMemory, BlockMemory],
-    ) -> tuple["_Job", list[CellMapDataset]]:
+    ) -> tuple["_Job", list[Crop]]:
         """One volume: its output, and its patches in each plane."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        dataset = datasets[0]
-        if isinstance(dataset.raw_at, Path):
-            check_apart(path, dataset.raw_at)
+        crop = crops[0]
+        if isinstance(crop.raw_at, Path):
+            check_apart(path, crop.raw_at)
         spec = self._array[1]
-        windows = output_windows(spec.window, spec.flat, datasets)
+        windows = output_windows(spec.window, spec.flat, crops)
         window = windows[0]
-        whole = output_lattice(window, dataset.raw_box, [level.lattice for level in dataset.levels.values()])
+        whole = output_lattice(window, crop.raw.box, [level.lattice for level in crop.raw.levels.values()])
         tilings = [Tiling(whole.shape, w.shape, self.blend, self.overlap, self.context) for w in windows]
         first, shape = voxels_of(whole, self.region) if self.region is not None else ((0, 0, 0), whole.shape)
         tiling, values = tilings[0], StoredValues(self.dtype, self.threshold)
@@ -352,16 +349,18 @@ class PredictionWriter(L.Callback):
         rank, world = trainer.global_rank, trainer.world_size
         output = PredictionOutput(
             path, self._wanted, grid, values, self.chunks, self.shards, self.zarr_format, self.levels, rank,
-            dataset.raw_scales,
+            crop.raw.scales,
         )  # fmt: skip
         self._outputs.append(output)
         skips = None
         if self.mask is not None or self.skip_empty:
-            image = next(iter(dataset.images.values())) if self.skip_empty else None
+            image = next(iter(crop.images.values())) if self.skip_empty else None
             skips = Skipping(self.mask, whole.step, image)
-        inputs = InputStamps(grid, tilings, datasets, skips)
+        inputs = InputStamps(grid, tilings, crops, skips)
         if rank == 0:
-            settings = self._settings(trainer, pl_module, datasets, window, grid, tilings, output.pyramid)
+            settings = self._settings(
+                trainer, pl_module, crops, data.predict_dataset.layout, window, grid, tilings, output.pyramid
+            )
             output.open(settings | {"raw metadata": inputs.metadata}, self.overwrite, self.check_space)
             if not self.accept_changed_raw:
                 self._check_inputs(output, inputs)
@@ -371,10 +370,8 @@ class PredictionWriter(L.Callback):
         # As one process sees it: on a network file system each might see another state.
         left = trainer.strategy.broadcast([n for n in range(len(grid)) if n not in done])
         ahead = AHEAD * data.batch_size
-        kept = passing_bytes(datasets, np.multiply(grid.block, whole.step), ahead) if self._passing else None
-        placed = [
-            d.placed(patch_placement(t, whole, w), kept) for d, t, w in zip(datasets, tilings, windows, strict=True)
-        ]
+        kept = passing_bytes(crops, np.multiply(grid.block, whole.step), ahead) if self._passing else None
+        placed = [c.placed(patch_placement(t, whole, w), kept) for c, t, w in zip(crops, tilings, windows, strict=True)]
         if skips is not None and self.skip_empty:
             skips.raw = next(iter(placed[0].images.values()))
         start = sum(job.plan.positions for job in self._jobs)
@@ -449,28 +446,27 @@ class PredictionWriter(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        datasets: Sequence[CellMapDataset],
+        crops: Sequence[Crop],
+        layout: BatchLayout,
         window: Window,
         grid: BlockGrid,
         tilings: Sequence[Tiling],
         pyramid: Pyramid,
     ) -> dict[str, Any]:
         """All that the bytes follow from, so that only the same prediction goes on."""
-        lattice, dataset, tiling = grid.lattice, datasets[0], tilings[0]
-        inputs = {
-            name: [list(spec.window.shape), spec.window.scale.tolist()] for name, spec in dataset.layout.inputs.items()
-        }
+        lattice, crop, tiling = grid.lattice, crops[0], tilings[0]
+        inputs = {name: [list(spec.window.shape), spec.window.scale.tolist()] for name, spec in layout.inputs.items()}
         return {
             "model": self.model_id or model_fingerprint(pl_module),
             "precision": str(trainer.precision),
             "activation": self.activation,
             "key": self.key,
-            "raw": str(dataset.raw_at.absolute() if isinstance(dataset.raw_at, Path) else dataset.raw_at),
-            "normalization": list(dataset.affine),
-            "raw_value_transforms": {name: transform_name(t) for name, t in dataset.layout.raw_transforms.items()},
+            "raw": str(crop.raw_at.absolute() if isinstance(crop.raw_at, Path) else crop.raw_at),
+            "normalization": list(crop.raw.affine),
+            "raw_value_transforms": {name: transform_name(t) for name, t in layout.raw_transforms.items()},
             "inputs": inputs,
             "patch": list(window.shape),
-            "planes": [d.plane.name for d in datasets],
+            "planes": [crop.plane.name for crop in crops],
             "flips": self.flips,
             "mask": None if self.mask is None else str(Path(self.mask).absolute()),
             "skip_empty": self.skip_empty,

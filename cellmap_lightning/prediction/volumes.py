@@ -1,42 +1,49 @@
 """Which volumes are predicted, what a patch of the output is there, and what is kept of raw meanwhile."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cellmap_lightning.datasets.dataset import CellMapDataset
+from cellmap_lightning.batches.arrays import BatchLayout
+from cellmap_lightning.cache.region import RegionStore
+from cellmap_lightning.crops.crop import Crop
+from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import FloatArray
 from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.io.store import parts_of
 from cellmap_lightning.runtime.location import on_network
+from cellmap_lightning.runtime.thread_pool import ReadPool
+from cellmap_lightning.transforms.intensity import Scaling
+from cellmap_lightning.transforms.spatial import SpatialTransforms
 
 #: Of decoded chunks of raw, what is kept at least while blocks are predicted.
 LEAST_CHUNK_BYTES = 64 << 20
 
 
-def volumes_of(datasets: Sequence[CellMapDataset]) -> dict[str, list[CellMapDataset]]:
-    """The datasets of each volume, one for each plane, by a name.
+def volumes_of(crops: Sequence[Crop]) -> dict[str, list[Crop]]:
+    """Return each volume, once for each plane, by its name.
 
     Raises:
         CellMapValueError: a volume is there twice, or two have one name.
     """
-    found: dict[str, list[CellMapDataset]] = {}
-    for dataset in datasets:
-        found.setdefault(dataset.input_path, []).append(dataset)
-    for path, planes in found.items():
-        names = [dataset.plane.name for dataset in planes]
+    volumes: dict[str, list[Crop]] = {}
+    for crop in crops:
+        volumes.setdefault(crop.input_path, []).append(crop)
+    for path, planes in volumes.items():
+        names = [crop.plane.name for crop in planes]
         if len(set(names)) < len(names):
             raise CellMapValueError(f"'predict' has {path} more than once; give each volume one time")
-    named = {path: volume_name(path) for path in found}
+    named = {path: volume_name(path) for path in volumes}
     twice = sorted(path for path, name in named.items() if list(named.values()).count(name) > 1)
     if twice:
         raise CellMapValueError(
             f"{', '.join(twice)} would all be written to {named[twice[0]]!r}; predict one at a time"
         )
-    return {named[path]: planes for path, planes in found.items()}
+    return {named[path]: planes for path, planes in volumes.items()}
 
 
 def volume_name(path: str) -> str:
@@ -45,22 +52,22 @@ def volume_name(path: str) -> str:
     return next((Path(part).stem for part in parts if part.endswith((".zarr", ".n5"))), parts[-1])
 
 
-def output_windows(window: Window, flat: bool, datasets: Sequence[CellMapDataset]) -> list[Window]:
+def output_windows(window: Window, flat: bool, crops: Sequence[Crop]) -> list[Window]:
     """A patch of the output in each plane, along the axes of the volume.
 
     Args:
         window: the patch along its own axes.
         flat: whether it is a slice.
-        datasets: the volume, in its planes.
+        crops: the volume, in its planes.
 
     Raises:
         CellMapValueError: the voxels of the planes are not the same, so that there is no mean of them.
     """
-    windows = [dataset.in_volume(window, flat) for dataset in datasets]
+    windows = [crop.in_volume(window, flat) for crop in crops]
     if any(np.abs(w.scale / windows[0].scale - 1).max() > 1e-9 for w in windows):
         said = "; ".join(
             f"{d.plane.name} has {[round(float(s), 4) for s in w.scale]} nm"
-            for d, w in zip(datasets, windows, strict=True)
+            for d, w in zip(crops, windows, strict=True)
         )
         raise CellMapValueError(
             f"several planes are averaged voxel by voxel, and theirs differ (z, y, x): {said}. Give a scale that is "
@@ -69,31 +76,50 @@ def output_windows(window: Window, flat: bool, datasets: Sequence[CellMapDataset
     return windows
 
 
-def passes_by(dataset: CellMapDataset) -> bool:
+def passes_by(crop: Crop) -> bool:
     """Whether it is cheaper to decode some chunks of raw twice than to keep all of them.
 
     Each is needed for a few patches, and then never again. But what comes from another machine is kept.
     """
-    raw = dataset.raw_at
-    return dataset.cache == "auto" and isinstance(raw, Path) and not on_network(raw)
+    raw = crop.raw_at
+    return crop.store.mode == "auto" and isinstance(raw, Path) and not on_network(raw)
 
 
-def passing_bytes(datasets: Sequence[CellMapDataset], block: FloatArray, patches: int) -> int:
+def passing_bytes(crops: Sequence[Crop], block: FloatArray, patches: int) -> int:
     """What to keep of the chunks that were decoded last, in bytes.
 
     Those of the patches side by side in a block, and of the patches whose chunks are decoded ahead.
 
     Args:
-        datasets: a volume, in its planes.
+        crops: a volume, in its planes.
         block: extent of a block, nm.
         patches: how many are decoded ahead.
     """
-    budget = datasets[0].cache_bytes
+    budget = crops[0].store.budget
     extents = [
-        (dataset, dataset.in_volume(spec.window, spec.flat).extent)
-        for dataset in datasets
-        for spec in dataset.layout.inputs.values()
+        (crop, crop.in_volume(spec.window, spec.flat).extent) for crop in crops for spec in crop.arrays.inputs.values()
     ]
     # Patches come in the order z, y, x: what is above them is not needed again.
-    around = [d.bytes_under(block * (0, 1, 1) + patch) + patches * d.bytes_under(patch) for d, patch in extents]
+    around = [c.raw.bytes_under(block * (0, 1, 1) + patch) + patches * c.raw.bytes_under(patch) for c, patch in extents]
     return min(max(LEAST_CHUNK_BYTES, *around), budget if budget is not None else sys.maxsize)
+
+
+def volumes_source(crops: Sequence[Crop], layout: BatchLayout, seed: int) -> SampleSource:
+    """Return samples of volumes that were placed for a prediction; see `Crop.placed`.
+
+    Args:
+        crops: the volumes.
+        layout: how batches of the volumes are laid out; targets are left out.
+        seed: of what is random in value transforms.
+    """
+    if len(crops) == 1:
+        pool, store = crops[0].pool, crops[0].store
+    else:
+        pool = ReadPool(max(crop.pool.workers for crop in crops))
+        store = RegionStore(crops[0].store.mode, max(crop.store.budget or 0 for crop in crops) or None)
+        for crop in crops:
+            crop.share(pool, store)
+    source = SampleSource(crops, layout, seed, False, SpatialTransforms(None), pool, store)
+    offsets, affine = source.first_positions, [crop.raw.affine for crop in crops]
+    source.layout = dataclasses.replace(layout, targets={}, scaling=Scaling.of(offsets, affine))
+    return source

@@ -1,18 +1,35 @@
 """Samplers of positions, under the names that users of cellmap-data know."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 from torch.utils.data import Sampler
 
 from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.sampling.crop_table import CropTable
 from cellmap_lightning.sampling.strategies import ClassBalanced, Strategy
-
-if TYPE_CHECKING:
-    from cellmap_lightning.datasets.source import SampleSource
 
 #: Positions that are drawn at a time.
 _TOGETHER = 1024
+
+
+class DrawsPositions(Protocol):
+    """The part of a dataset that samplers use."""
+
+    @property
+    def tile_count(self) -> int:
+        """Number of patches that together cover every crop."""
+
+    @property
+    def strategy(self) -> Strategy:
+        """The source of random samples."""
+
+    @property
+    def crop_table(self) -> CropTable:
+        """The crops."""
+
+    def draw(self, samples: Sequence[int], shuffle: bool, seed: int, strategy: Strategy | None = None) -> list[Any]:
+        """Describe samples by their numbers; each has a ``position``."""
 
 
 class PositionSampler(Sampler[int]):
@@ -33,7 +50,7 @@ class PositionSampler(Sampler[int]):
 
     def __init__(
         self,
-        dataset: "SampleSource",
+        dataset: DrawsPositions,
         samples_per_epoch: int | None = None,
         seed: int = 42,
         strategy: Strategy | None = None,
@@ -44,7 +61,7 @@ class PositionSampler(Sampler[int]):
         self.dataset = dataset
         self.samples_per_epoch = count
         self.seed = seed
-        self.strategy = dataset.strategy if strategy is None else strategy.on(dataset.crops)
+        self.strategy = dataset.strategy if strategy is None else strategy.bind(dataset.crop_table)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,5 +91,5 @@ class ClassBalancedSampler(PositionSampler):
         CellMapValueError: nothing is annotated.
     """
 
-    def __init__(self, dataset: "SampleSource", samples_per_epoch: int | None = None, seed: int = 42) -> None:
+    def __init__(self, dataset: DrawsPositions, samples_per_epoch: int | None = None, seed: int = 42) -> None:
         super().__init__(dataset, samples_per_epoch, seed, ClassBalanced())

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import FloatArray
-from cellmap_lightning.sampling.crop_table import Crops, Whole
+from cellmap_lightning.sampling.crop_table import CropTable, Whole
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +79,13 @@ class Strategy(ABC):
 
     #: What it is called in YAML.
     name: ClassVar[str]
-    crops: Crops
+    table: CropTable
 
     #: Whether the weights that the CSV or ``datasets`` give to crops count.
     uses_weights: bool = False
 
-    def on(self, crops: Crops) -> "Strategy":
-        """The same for these crops.
+    def bind(self, table: CropTable) -> "Strategy":
+        """Return the same strategy for these crops.
 
         Raises:
             CellMapError: it names classes or crops that are not there, or needs classes where nothing is annotated.
@@ -94,7 +94,7 @@ class Strategy(ABC):
         for key in list(vars(other)):
             if isinstance(getattr(type(self), key, None), cached_property):
                 del other.__dict__[key]  # what was worked out for other crops
-        other.crops = crops
+        other.table = table
         other._check()
         return other
 
@@ -122,7 +122,7 @@ class Strategy(ABC):
     @property
     def class_chances(self) -> FloatArray:
         """``[classes]``, how likely a sample is drawn for each; they sum to 1, or to less where some are for none."""
-        return np.zeros(len(self.crops.classes))
+        return np.zeros(len(self.table.classes))
 
     @property
     def even_chances(self) -> FloatArray | None:
@@ -143,7 +143,7 @@ class _ByCrop(Strategy):
     @cached_property
     def crop_chances(self) -> FloatArray:
         """See `Strategy`."""
-        weights = self.crops.balanced(self._weights())
+        weights = self.table.balanced(self._weights())
         chances: FloatArray = weights / weights.sum()
         return chances
 
@@ -154,7 +154,7 @@ class _ByCrop(Strategy):
     def places(self, u: FloatArray, turns: Turns) -> Places:
         """See `Strategy`."""
         crops = self._choose(0, u[:, _CROP])
-        return Places(crops, self.crops.in_crop(crops, u[:, _POSITION]), np.full(len(u), -1))
+        return Places(crops, self.table.in_crop(crops, u[:, _POSITION]), np.full(len(u), -1))
 
 
 class Uniform(_ByCrop):
@@ -163,7 +163,7 @@ class Uniform(_ByCrop):
     name = "uniform"
 
     def _weights(self) -> FloatArray:
-        return self.crops.volumes
+        return self.table.volumes
 
     @cached_property
     def crop_chances(self) -> FloatArray:
@@ -179,7 +179,7 @@ class Uniform(_ByCrop):
             log.warning(
                 "strategy uniform: %d of the %d crops give %.0f %% of the samples (%s, ...), because samples are drawn "
                 "by voxel; strategy mix, or per_crop, shows the others more often",
-                few, len(chances), 100 * share, ", ".join(self.crops.labels[i] for i in largest[:3]),
+                few, len(chances), 100 * share, ", ".join(self.table.labels[i] for i in largest[:3]),
             )  # fmt: skip
         return chances
 
@@ -190,14 +190,14 @@ class PerCrop(_ByCrop):
     name = "per_crop"
 
     def _weights(self) -> FloatArray:
-        return np.ones(len(self.crops))
+        return np.ones(len(self.table))
 
 
 class _ByRoot(_ByCrop):
     """Crops by the square root of their volume, so that large ones drown no others."""
 
     def _weights(self) -> FloatArray:
-        return np.sqrt(self.crops.volumes)
+        return np.sqrt(self.table.volumes)
 
 
 class Weighted(_ByCrop):
@@ -223,10 +223,10 @@ class Weighted(_ByCrop):
     def _check(self) -> None:
         if isinstance(self.weights, Mapping):
             for crop in self.weights:
-                _known(_named(crop), [*self.crops.labels, *map(_short, self.crops.labels)], "strategy weighted: crop")
-        elif self.weights is not None and len(self.weights) != len(self.crops):
+                _known(_named(crop), [*self.table.labels, *map(_short, self.table.labels)], "strategy weighted: crop")
+        elif self.weights is not None and len(self.weights) != len(self.table):
             raise CellMapValueError(
-                f"strategy weighted: {len(self.weights)} weights were given for {len(self.crops)} crops"
+                f"strategy weighted: {len(self.weights)} weights were given for {len(self.table)} crops"
             )
         if not self._weights().sum() > 0:
             raise CellMapValueError("strategy weighted: every crop has the weight 0, so there is nothing to draw")
@@ -234,12 +234,12 @@ class Weighted(_ByCrop):
     def _weights(self) -> FloatArray:
         if isinstance(self.weights, Mapping):
             given = {_named(crop): float(value) for crop, value in self.weights.items()}
-            return np.array([given.get(label, given.get(_short(label), 1.0)) for label in self.crops.labels])
+            return np.array([given.get(label, given.get(_short(label), 1.0)) for label in self.table.labels])
         if self.weights is not None:
             return np.array([float(value) for value in self.weights])
-        own = [d.weight for d in self.crops.datasets]
+        own = [d.weight for d in self.table.crops]
         if all(value is None for value in own):
-            return np.sqrt(self.crops.volumes)
+            return np.sqrt(self.table.volumes)
         return np.array([1.0 if value is None else value for value in own])
 
 
@@ -247,7 +247,7 @@ class _ByClass(Strategy):
     """A class, and then a crop that really holds voxels of it."""
 
     def _check(self) -> None:
-        if not self.crops.annotated.any():
+        if not self.table.annotated.any():
             raise CellMapValueError(
                 f"strategy {self.name} needs classes, and nothing is annotated here; use uniform, per_crop or weighted"
             )
@@ -264,8 +264,8 @@ class _ByClass(Strategy):
         By volume and not by how much of the class it holds: a crop that is rich in it would otherwise be nearly all
         that is seen of the class.
         """
-        weights = np.sqrt(self.crops.volumes)[:, None] * (self.crops.counts > 0)
-        weights = self.crops.balanced(weights).T
+        weights = np.sqrt(self.table.volumes)[:, None] * (self.table.counts > 0)
+        weights = self.table.balanced(weights).T
         total = weights.sum(axis=1, keepdims=True)
         chances: FloatArray = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
         return chances
@@ -299,9 +299,9 @@ class ClassBalanced(_ByClass):
     @cached_property
     def class_chances(self) -> FloatArray:
         """See `Strategy`."""
-        there = (self.crops.counts > 0).any(axis=0)
+        there = (self.table.counts > 0).any(axis=0)
         if not there.any():
-            raise self._nowhere(self.crops.classes)
+            raise self._nowhere(self.table.classes)
         chances: FloatArray = there / there.sum()
         return chances
 
@@ -309,7 +309,7 @@ class ClassBalanced(_ByClass):
         """See `Strategy`."""
         classes = self._choose_class(0, u[:, _CLASS])
         crops = self._choose_crop(classes, u[:, _CROP])
-        return Places(crops, self.crops.in_crop(crops, u[:, _POSITION]), classes)
+        return Places(crops, self.table.in_crop(crops, u[:, _POSITION]), classes)
 
 
 class Foreground(_ByClass):
@@ -351,28 +351,28 @@ class Foreground(_ByClass):
     def _check(self) -> None:
         super()._check()
         for name in self.classes or ():
-            _known(str(name), self.crops.classes, "strategy foreground: class")
+            _known(str(name), self.table.classes, "strategy foreground: class")
 
     @cached_property
     def _others(self) -> Strategy:
-        return _ByRoot().on(self.crops)
+        return _ByRoot().bind(self.table)
 
     @cached_property
     def class_chances(self) -> FloatArray:
         """See `Strategy`."""
-        wanted = list(self.crops.classes if self.classes is None else map(str, self.classes))
-        counts = self.crops.counts.sum(axis=0)
+        wanted = list(self.table.classes if self.classes is None else map(str, self.classes))
+        counts = self.table.counts.sum(axis=0)
         chances = np.zeros(len(counts))
-        number = [self.crops.classes.index(name) for name in wanted]
+        number = [self.table.classes.index(name) for name in wanted]
         there = [i for i in number if counts[i] > 0]
         if not there or (self.classes is not None and len(there) < len(number)):
-            raise self._nowhere([self.crops.classes[i] for i in number if counts[i] == 0])
+            raise self._nowhere([self.table.classes[i] for i in number if counts[i] == 0])
         if isinstance(self.classes, Mapping):
             chances[number] = [float(value) for value in self.classes.values()]
             if not chances.sum() > 0:
                 raise CellMapValueError("strategy foreground: every class has the weight 0")
         else:
-            share = counts / np.maximum(self.crops.volumes @ self.crops.annotated, 1)
+            share = counts / np.maximum(self.table.volumes @ self.table.annotated, 1)
             chances[there] = 1 / np.sqrt(share[there])
             chances = np.minimum(chances, MOST_FAVOURED * chances[there].min())
         shares: FloatArray = self.fraction * chances / chances.sum()
@@ -395,14 +395,14 @@ class Foreground(_ByClass):
             return self._others.places(u, turns)
         classes = self._choose_class(0, u[:, _CLASS])
         crops = self._choose_crop(classes, u[:, _CROP])
-        positions = self.crops.in_crop(crops, u[:, _POSITION])
+        positions = self.table.in_crop(crops, u[:, _POSITION])
         rows, points = [], []
         for row, (crop, number, at) in enumerate(
             zip(crops.tolist(), classes.tolist(), u[:, _POSITION].tolist(), strict=True)
         ):
             if u[row, _CENTRED] >= self.fraction:
                 continue
-            index = self.crops.index(crop, number)
+            index = self.table.index(crop, number)
             if len(index):
                 (z, y, x), (dz, dy, dx), (oz, oy, ox) = index.pick(at), index.lattice.step, index.lattice.origin
                 rows.append(row)
@@ -410,11 +410,11 @@ class Foreground(_ByClass):
         if rows:
             matrices = np.tile(np.eye(3), (len(rows), 1, 1))
             for i, row in enumerate(rows):
-                turn = self.crops.datasets[crops[row]].plane.turn(turns[row])
+                turn = self.table.crops[crops[row]].plane.turn(turns[row])
                 if turn is not None:
                     matrices[i] = turn
             offsets = (2 * u[rows, _JITTER:] - 1) * self.jitter
-            positions[rows] = self.crops.geometry.around(crops[rows], np.array(points), offsets, matrices)
+            positions[rows] = self.table.geometry.around(crops[rows], np.array(points), offsets, matrices)
         elsewhere = u[:, _CENTRED] >= self.fraction
         if elsewhere.any():
             other = self._others.places(u, turns)
@@ -466,8 +466,8 @@ class Mix(Strategy):
             raise CellMapValueError("strategy mix: every part has the share 0")
 
     def _check(self) -> None:
-        if self._possible(self.crops.annotated):
-            self.parts = [part.on(self.crops) for part in self.parts]
+        if self._possible(self.table.annotated):
+            self.parts = [part.bind(self.table) for part in self.parts]
 
     def _possible(self, there: npt.NDArray[np.bool_]) -> bool:
         return bool(there.any()) or not any(isinstance(part, _ByClass) for part in self.parts)
@@ -475,16 +475,16 @@ class Mix(Strategy):
     @cached_property
     def _used(self) -> list[tuple[Strategy, float]]:
         """The parts and their shares; where no class has a voxel, crops by their volume."""
-        if self._possible(self.crops.annotated) and (
-            not any(isinstance(part, _ByClass) for part in self.parts) or self._possible(self.crops.counts > 0)
+        if self._possible(self.table.annotated) and (
+            not any(isinstance(part, _ByClass) for part in self.parts) or self._possible(self.table.counts > 0)
         ):
             total = sum(self.shares)
             return [(part, share / total) for part, share in zip(self.parts, self.shares, strict=True) if share > 0]
         log.info(
             "strategy mix: no class has a voxel in these %d crops; they are drawn by the square root of their volume",
-            len(self.crops),
+            len(self.table),
         )
-        return [(_ByRoot().on(self.crops), 1.0)]
+        return [(_ByRoot().bind(self.table), 1.0)]
 
     @cached_property
     def _choose_part(self) -> Chooser:

@@ -175,6 +175,6 @@ def _placed(dataset: CellMapMultiDataset) -> list[PlacedCrop]:
             crop.box,
             identity(crop.target_path.crop) if crop.target_path is not None else None,
         )
-        for crop in dataset.datasets
+        for crop in dataset.crops
     )
     return list(dict.fromkeys(found))

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from cellmap_lightning.batches.arrays import BatchLayout
-from cellmap_lightning.datasets.dataset import CellMapDataset
+from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.datasets.source import Draw, SampleSource
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, Box, FloatArray, to_vector
@@ -79,14 +79,14 @@ def show(
     other = target_name is not None and not _alike(layout.targets[target_name].window, window)
     found = []
     for row, position in enumerate(positions):
-        dataset, place = source.locate(position)
-        center = to_vector(dataset.placement.center(place))
-        turn = dataset.plane.turn(draws[row].turn) if draws else dataset.plane.turn(None)
-        shape = dataset._windows[input_name]
+        crop, place = source.locate(position)
+        center = to_vector(crop.placement.center(place))
+        turn = crop.plane.turn(draws[row].turn) if draws else crop.plane.turn(None)
+        shape = crop.windows[input_name]
         reach = shape.extent if turn is None else np.abs(turn) @ shape.extent
         box = Box(to_vector(center - reach / 2), to_vector(center + reach / 2))
         facts = [f"sample {draws[row].sample}"] if draws else []
-        facts += [dataset.label, f"box {_box(box)} nm"]
+        facts += [crop.label, f"box {_box(box)} nm"]
         facts += [transforms(turn, layout)] if draws else []
         if other:
             facts.append(f"the target {target_name} has other voxels than {input_name}, and is not drawn")
@@ -95,7 +95,7 @@ def show(
         if target_name is not None and not other:
             target = by_class(batch[target_name][row], len(layout.classes))
         scale = shape.scale.tolist()
-        labels = _labels(dataset)
+        labels = _labels(crop)
         found.append(
             Shown(
                 SheetSample(
@@ -105,10 +105,10 @@ def show(
                     scale if raw.ndim == 3 else [s for s, n in zip(scale, shape.shape, strict=True) if n != 1] or scale,
                     "   ·   ".join(facts),
                 ),
-                dataset.label,
+                crop.label,
                 center,
-                neuroglancer(dataset.input_path, labels, center, float(min(scale)), serve),
-                napari(dataset.input_path, labels, center),
+                neuroglancer(crop.input_path, labels, center, float(min(scale)), serve),
+                napari(crop.input_path, labels, center),
             )
         )
     return found
@@ -175,10 +175,10 @@ def _box(box: Box) -> str:
     return " ".join(f"{axis} {low:.0f}..{high:.0f}" for axis, (low, high) in box.as_dict().items())
 
 
-def _labels(dataset: CellMapDataset) -> dict[str, str]:
-    if dataset.target_path is None:
+def _labels(crop: Crop) -> dict[str, str]:
+    if crop.target_path is None:
         return {}
-    return {name: str(dataset.target_path.of(name)) for name in dataset.annotated}
+    return {name: str(crop.target_path.of(name)) for name in crop.annotated}
 
 
 def collect(

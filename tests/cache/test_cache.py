@@ -22,7 +22,7 @@ import pytest
 import torch
 import zarr
 
-from cellmap_lightning import CellMapDataset, CellMapError, CellMapMultiDataset
+from cellmap_lightning import CellMapError, CellMapMultiDataset
 from cellmap_lightning.datasets.source import Draw
 from cellmap_lightning.geometry.lattice import AffineMap, Lattice, patch_map
 from cellmap_lightning.geometry.resample import evaluate
@@ -31,6 +31,7 @@ from cellmap_lightning.runtime import location
 from cellmap_lightning.runtime import thread_pool as pool_module
 from cellmap_lightning.runtime.location import filesystem
 from cellmap_lightning.transforms.spatial import rotation
+from tests.make import make_dataset
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="decoded voxels are shared so on Linux only"),
@@ -111,7 +112,7 @@ class Volume:
     def dataset(self, classes, shape, scale=(8.0, 8.0, 8.0), annotated=None, target=None, **kwargs):
         spec = {"shape": list(shape), "scale": list(scale)}
         given = {"raw_value_transforms": None, "pad": True, "max_workers": 2}
-        return CellMapDataset(
+        return make_dataset(
             self.root / "raw",
             f"{self.root}/crop1/[{','.join(annotated or self.labels)}]",
             classes,
@@ -375,14 +376,14 @@ def test_slices_in_another_plane_off_the_lattice(tmp_path, plane):
     with volume.dataset(
         ["a"], (12, 16), (8.0, 8.0), is_train=True, plane=plane, spatial_transforms={"mirror": {"axes": {"x": 0.5}}}
     ) as dataset:
-        shape, scale = (1, 12, 16), tuple(dataset._windows["raw"].scale)
+        shape, scale = (1, 12, 16), tuple(dataset.crop.windows["raw"].scale)
 
         def labels(center, turn):
             return as_floats(
                 direct(volume.labels["a"], volume.lattices["a"], center, shape, scale, turn, "nearest", 255)
             )
 
-        compare(volume, dataset, shape, scale, lambda *of: labels(*of)[None], turn_of=dataset.plane.turn)
+        compare(volume, dataset, shape, scale, lambda *of: labels(*of)[None], turn_of=dataset.crop.plane.turn)
 
 
 @pytest.mark.parametrize("spatial", ["straight", "mirrored and transposed", "rotated about z"])
@@ -505,7 +506,7 @@ def digest(batch):
 
 def chunks_of(dataset):
     """All the chunks that a dataset can keep."""
-    return sum(int(np.prod(region.layout.grid)) for region in dataset.regions)
+    return sum(int(np.prod(region.layout.grid)) for region in [r for c in dataset.crops for r in c.regions])
 
 
 def test_eight_processes_read_one_dataset(tmp_path):
@@ -634,7 +635,7 @@ def test_what_does_not_fit_is_said_with_numbers(volumes, caplog):
             caplog.at_level(logging.WARNING, "cellmap_lightning"),
         ):
             dataset[0]
-            nbytes = [region.layout.nbytes for region in dataset.regions]
+            nbytes = [region.layout.nbytes for region in [r for c in dataset.crops for r in c.regions]]
             assert dataset._store.mapped.tolist() == [True, False]
         (line,) = [r.getMessage() for r in caplog.records]
         assert "1 of 2 arrays" in line
@@ -732,7 +733,7 @@ def test_a_dataset_that_is_closed_while_threads_read(volumes, cache, monkeypatch
     """Every batch is right, or an error that says so; also where closing does not wait for slow reads."""
     monkeypatch.setattr(pool_module, "PATIENCE", 0.0)
     dataset = volumes["v2 /"].dataset(NAMES[:3], (8, 12, 16), cache=cache)
-    for region in dataset.regions:
+    for region in [r for c in dataset.crops for r in c.regions]:
         region.decode = partial(slowly, region.decode)
     draws = dataset.draw(range(dataset.tile_count), False, 0)
     reference, stop = digest(dataset.read(draws)), threading.Event()

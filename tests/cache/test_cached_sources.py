@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cellmap_lightning import CellMapDataset
+from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.stamps import file_stamp
@@ -41,7 +42,11 @@ def pair(tmp_path):
 def shown(address):
     """Return the value of a sample, by a new dataset whose decoded voxels are cached on disk."""
     with CellMapDataset(
-        str(address), input_arrays=SPEC, cache="disk", normalize={"range": [0, 1]}, is_train=False
+        str(address),
+        input_arrays=SPEC,
+        is_train=False,
+        read=ReadOptions(cache="disk"),
+        intensity=IntensityOptions(normalize={"range": [0, 1]}),
     ) as dataset:
         values = dataset[0]["raw"].unique().tolist()
     assert len(values) == 1
@@ -210,7 +215,7 @@ def test_a_csv_of_splits_names_archives_by_their_absolute_path(pair, tmp_path, m
     packed(pair[0], tmp_path / "v.zip")
     monkeypatch.chdir(tmp_path)
     entries = {"train": [{"raw": "zip://raw::v.zip"}]}
-    split = CellMapDataSplit(datasets=entries, input_arrays=SPEC, cache="none")
+    split = CellMapDataSplit(datasets=entries, input_arrays=SPEC, read=ReadOptions(cache="none"))
     split.write_csv("split.csv")
     split.close()
     assert f"zip://raw::{tmp_path}/v.zip" in Path("split.csv").read_text()

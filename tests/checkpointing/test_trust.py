@@ -171,8 +171,9 @@ UNTRUSTED = [
     "monai.networks.nets.flexible_unet.locate", "monai.networks.utils.convert_to_onnx", "monai.apps.download_url",
     "torchmetrics.utilities.imports.shutil", "torchmetrics.text.bert.BERTScore", "torchmetrics.Metric.__reduce__",
     "cellmap_lightning.__getattr__", "cellmap_lightning.import_module", "cellmap_lightning.commands.cli.train",
-    "cellmap_lightning.commands.cli.importlib.import_module", "cellmap_lightning.demo.synthetic.demo_csv", "lightning.Trainer",
-    "cellmap_lightning.training.task.torch.nn.Linear.__init__.__globals__.get", "lightning.pytorch.callbacks.LambdaCallback",
+    "cellmap_lightning.commands.cli.importlib.import_module", "cellmap_lightning.demo.synthetic.demo_csv",
+    "lightning.Trainer", "lightning.pytorch.callbacks.LambdaCallback",
+    "cellmap_lightning.training.task.torch.nn.Linear.__init__.__globals__.get",
     "cellmap_lightning.datamodule.CellMapDataModule.load_from_checkpoint", "functools.partial", 3, None, ["a"],
 ]  # fmt: skip
 

@@ -110,8 +110,8 @@ PHASES = {
 def test_every_phase_of_a_training_ends_in_one_way(volume, tmp_path, phase, word):
     number, status = SIGNALS[word]
     given = small(
-        volume, "run.name=mine", "compare_untrained=true", "+callbacks.phases._target_=tests.commands.test_ending.Phases",
-        f"+callbacks.phases.phase={phase}",
+        volume, "run.name=mine", "compare_untrained=true", f"+callbacks.phases.phase={phase}",
+        "+callbacks.phases._target_=tests.commands.test_ending.Phases",
     )  # fmt: skip
     if phase == "drawing":
         given.append("task._target_=tests.commands.test_ending.Drawn")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cellmap_lightning import CellMapDataModule
+from cellmap_lightning.crops.options import LabelOptions, ReadOptions
 from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError, ChunkError, MetadataError
 from cellmap_lightning.inspection.report import inspect
 from cellmap_lightning.io import label_values as values_of
@@ -138,7 +139,7 @@ def test_masks_in_every_kind_of_target(tmp_path, kind):
         from cellmap_lightning import CellMapDataset
 
         targets = {"t": {**array, "kind": kind, **more}}
-        with CellMapDataset(raw, target, ["mito"], {"raw": array}, targets, cache="none") as data:
+        with CellMapDataset(raw, target, ["mito"], {"raw": array}, targets, read=ReadOptions(cache="none")) as data:
             found.append(data[0]["t"])
     if kind == "instances":
         found = [(part != 0).long() for part in found]
@@ -396,8 +397,14 @@ def test_missing_chunks_are_unknown_in_other_kinds(tmp_path, kind, encoding):
     array = {"shape": [32] * 3, "scale": [8] * 3}
     targets = {"t": {**array, "kind": kind}}
     with CellMapDataset(
-        raw, target, ["mito"], {"raw": array}, targets, cache="none", missing_labels="unknown"
-    ) as data:  # fmt: skip
+        raw,
+        target,
+        ["mito"],
+        {"raw": array},
+        targets,
+        read=ReadOptions(cache="none"),
+        labels=LabelOptions(missing_labels="unknown"),
+    ) as data:
         found = data[0]["t"].numpy()[0]
     expected = stored.astype(int) if kind == "instances" else (stored > 0).astype(int)
     expected[:16] = -1 if kind == "instances" else -100
@@ -425,7 +432,7 @@ def test_a_large_array_is_compared_when_its_voxels_are_counted(tmp_path, caplog,
     raw, target = write_pair(tmp_path, stored, array_attributes=annotated(SEMANTIC, counts_of(stored)))
     lose(tmp_path / "v.zarr" / "crop1" / "mito" / "s0", "half")
     with dataset(raw, target) as data, pytest.raises(MetadataError, match=r"promise 4096 .* hold 2048"):
-        data.foreground_index("mito")
+        data.crop.foreground_index("mito")
     array = {"shape": [16] * 3, "scale": [8] * 3}
     entries = {"train": [{"raw": raw, "gt": target}]}
     with CellMapDataModule(["mito"], array, array, datasets=entries, strategy="foreground") as data:
@@ -433,7 +440,7 @@ def test_a_large_array_is_compared_when_its_voxels_are_counted(tmp_path, caplog,
         with pytest.raises(MetadataError, match=r"promise 4096 .* hold 2048"):
             next(iter(data.train_dataloader()))
     with dataset(raw, target, missing_labels="unknown") as data:
-        assert len(data.foreground_index("mito")) == 2048
+        assert len(data.crop.foreground_index("mito")) == 2048
     found = inspect({"datasets": {"train": [{"raw": raw, "gt": target}]}}, {}, None, deep=True)
     assert "complement_counts promise 4096" in str(found)
 
@@ -448,7 +455,7 @@ def test_counts_that_are_out_of_date_are_a_warning(tmp_path, caplog):
         config={"write_empty_chunks": True},
     )  # fmt: skip
     with dataset(raw, target) as data, caplog.at_level(logging.WARNING):
-        assert len(data.foreground_index("mito")) == int(stored.sum())
+        assert len(data.crop.foreground_index("mito")) == int(stored.sum())
     assert "complement_counts say 2768 voxels of the class" in caplog.text
     assert "out of date" in caplog.text
 
@@ -491,7 +498,7 @@ def test_chunk_files_of_0_bytes(tmp_path, zarr_format, reader, attributes):
     found = sample(raw, target, reader=reader, missing_labels="unknown")["labels"]
     assert np.array_equal(found, expected, equal_nan=True)
     with dataset(raw, target, missing_labels="unknown") as data:
-        assert len(data.foreground_index("mito")) == int((expected == 1).sum())
+        assert len(data.crop.foreground_index("mito")) == int((expected == 1).sum())
 
 
 @pytest.mark.parametrize("where", ["array", "group"])

@@ -9,11 +9,13 @@ import pytest
 import torch
 import zarr
 
+from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import ChunkError
 from cellmap_lightning.io.writer import write_group, write_multiscale
 from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
+from tests.make import make_dataset
 
 RAW = np.random.default_rng(0).integers(1, 255, (128, 128, 128)).astype(np.uint8)
 CHUNK = 16
@@ -42,10 +44,16 @@ def fetched(folder, start=(48, 48, 48), size=32, dropped=None):
 
 def opened(folder, shape=48, **kwargs):
     spec = {"shape": [shape] * 3, "scale": SCALE}
-    return CellMapDataset(
-        folder / "raw", f"{folder}/crop1/[mito]", ["mito"], {"raw": spec}, {"labels": spec}, pad=True,
-        raw_value_transforms=None, **kwargs,
-    )  # fmt: skip
+    return make_dataset(
+        folder / "raw",
+        f"{folder}/crop1/[mito]",
+        ["mito"],
+        {"raw": spec},
+        {"labels": spec},
+        read=ReadOptions(pad=True),
+        intensity=IntensityOptions(raw_value_transforms=None),
+        **kwargs,
+    )
 
 
 @pytest.mark.parametrize("place", CROPS)
@@ -54,7 +62,7 @@ def test_a_partial_copy_is_masked(tmp_path, caplog, place, cache):
     start = CROPS[place]
     root = fetched(tmp_path / "v.zarr", start)
     with opened(root, cache=cache) as data:
-        assert data.missing_raw == "mask"
+        assert data.crop.raw.missing == "mask"
         (line,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
         text = line.getMessage()
         assert f"{root}/raw/s0 is a partial copy" in text
@@ -89,7 +97,7 @@ def test_the_command_fetches_enough(tmp_path, caplog, padding):
         )
 
     with opened(fetched(tmp_path / "b.zarr", start, dropped=untouched), shape=32 + 2 * padding) as data:
-        assert data.missing_raw == "error"
+        assert data.crop.raw.missing == "error"
         assert data[0]["raw"].min() > 0
     assert "not stored" not in caplog.text
 
@@ -97,7 +105,7 @@ def test_the_command_fetches_enough(tmp_path, caplog, padding):
 def test_a_rotated_patch_of_a_partial_copy(tmp_path):
     root = fetched(tmp_path / "v.zarr")
     with opened(root, shape=24, is_train=True, spatial_transforms={"rotate": {"axes": {"z": [-180, 180]}}}) as data:
-        assert data.missing_raw == "mask"
+        assert data.crop.raw.missing == "mask"
         for number in range(0, len(data), len(data) // 8):
             assert (data[number]["labels"] == 1).any()
 
@@ -114,7 +122,7 @@ def test_a_rotated_patch_of_a_partial_copy(tmp_path):
 def test_other_gaps_stay_errors(tmp_path, caplog, missing, dropped):
     root = fetched(tmp_path / "v.zarr", dropped=dropped)
     with opened(root) as data:
-        assert data.missing_raw == "error"
+        assert data.crop.raw.missing == "error"
         with pytest.raises(ChunkError, match="are not stored"):
             data[0]
     assert "with missing_raw=error a sample that shows one of them is an error" in caplog.text
@@ -125,19 +133,19 @@ def test_a_copy_that_was_completed_is_looked_at_again(tmp_path, monkeypatch):
     """Crops that are opened together share what was looked up; later it is looked up again."""
     root = fetched(tmp_path / "v.zarr")
     with opened(root) as data:
-        assert data.missing_raw == "mask"
+        assert data.crop.raw.missing == "mask"
     shutil.rmtree(root / "raw")
     write_multiscale(root / "raw", RAW, scale=SCALE, translation=(4, 4, 4), chunks=(CHUNK,) * 3)
     (root / "raw" / "s0" / "2" / "2" / "2").unlink()
     monkeypatch.setattr("cellmap_lightning.crops.missing_raw._SHARED", -1)
     with opened(root) as data:
-        assert data.missing_raw == "error"
+        assert data.crop.raw.missing == "error"
 
 
 @pytest.mark.parametrize("policy", ["error", "warn", "fill", "mask"])
 def test_a_policy_that_is_set_is_kept(tmp_path, policy):
     with opened(fetched(tmp_path / "v.zarr"), missing_raw=policy) as data:
-        assert data.missing_raw == policy
+        assert data.crop.raw.missing == policy
         if policy == "error":
             with pytest.raises(ChunkError):
                 data[0]
@@ -148,9 +156,9 @@ def test_a_policy_that_is_set_is_kept(tmp_path, policy):
 def test_raw_alone_and_pickled_copies(tmp_path):
     root = fetched(tmp_path / "v.zarr")
     with CellMapDataset(root / "raw", input_arrays={"raw": {"shape": [48] * 3, "scale": SCALE}}) as data:
-        assert data.missing_raw == "error", "nothing could be masked"
+        assert data.crop.raw.missing == "error", "nothing could be masked"
     with opened(root) as data, pickle.loads(pickle.dumps(data)) as again:
-        assert again.missing_raw == "mask"
+        assert again.crop.raw.missing == "mask"
         torch.testing.assert_close(again[0]["labels"], data[0]["labels"], equal_nan=True)
 
 
@@ -161,11 +169,14 @@ def test_many_crops_of_a_volume_are_reported_in_full_once(tmp_path, caplog):
     crops = [{"raw": str(root / "raw"), "gt": f"{root}/crop{n}/[mito]"} for n in (1, 2, 3)]
     spec = {"shape": [48] * 3, "scale": SCALE}
     split = CellMapDataSplit(
-        datasets={"train": crops}, classes=["mito"], input_arrays={"raw": spec}, target_arrays={"labels": spec},
-        pad=True,
-    )  # fmt: skip
+        datasets={"train": crops},
+        classes=["mito"],
+        input_arrays={"raw": spec},
+        target_arrays={"labels": spec},
+        read=ReadOptions(pad=True),
+    )
     try:
-        assert [d.missing_raw for d in split["train"].datasets] == ["mask"] * 3
+        assert [d.crop.raw.missing for d in split["train"].datasets] == ["mask"] * 3
     finally:
         split.close()
     lines = [r for r in caplog.records if "partial copy" in r.getMessage() and r.levelno == logging.WARNING]

@@ -9,8 +9,11 @@ import zarr
 
 from cellmap_lightning import CellMapDataset, CellMapError, CellMapMultiDataset, batch_memory
 from cellmap_lightning.batches.compact_batch import CompactBatch
-from cellmap_lightning.datasets.dataset import NotAnnotatedError, TooCoarseError
+from cellmap_lightning.crops.crop_labels import TooCoarseError
+from cellmap_lightning.crops.opening import NotAnnotatedError
+from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from tests.conftest import CLASSES, INPUTS, TARGETS, reading_threads
+from tests.make import make_dataset
 
 
 def crop(volume, number, names="mito,er,pm"):
@@ -113,7 +116,7 @@ def test_two_dimensional_patches_lose_the_axis(volume):
 def test_not_annotated_is_nan_and_annotated_but_absent_is_zero(volume):
     missing = next(n for n in (1, 2, 3, 4) if "pm" not in volume.annotated[f"crop{n}"])
     with CellMapDataset(
-        volume.raw_path, crop(volume, missing, "mito,er"), CLASSES, INPUTS, TARGETS, pad=True
+        volume.raw_path, crop(volume, missing, "mito,er"), CLASSES, INPUTS, TARGETS, read=ReadOptions(pad=True)
     ) as dataset:
         labels = dataset[len(dataset) // 2]["labels"]
     assert labels[2].isnan().all()
@@ -132,7 +135,9 @@ def test_unknown_voxels_are_nan(volume):
                 spec = {"shape": list(stored.shape), "scale": scale}
                 raw = {"raw": {"shape": list(stored.shape), "scale": scale}}
                 target = f"{volume.path}/recon-1/labels/groundtruth/{name}/[{c}]"
-                with CellMapDataset(volume.raw_path, target, [c], raw, {"labels": spec}, pad=True) as dataset:
+                with CellMapDataset(
+                    volume.raw_path, target, [c], raw, {"labels": spec}, read=ReadOptions(pad=True)
+                ) as dataset:
                     assert len(dataset) == 1
                     labels = dataset[0]["labels"][0].numpy()
                 np.testing.assert_array_equal(np.isnan(labels), stored == 255)
@@ -146,7 +151,7 @@ def test_padding_outside_the_volume_and_outside_the_crop(volume):
     shape = [140, 20, 20]
     arrays = {"raw": {"shape": shape, "scale": [10.48, 8, 8]}}
     with CellMapDataset(
-        volume.raw_path, crop(volume, 2), CLASSES, arrays, {"labels": arrays["raw"]}, pad=True
+        volume.raw_path, crop(volume, 2), CLASSES, arrays, {"labels": arrays["raw"]}, read=ReadOptions(pad=True)
     ) as dataset:
         sample = dataset[0]
         z = dataset.get_center(0)["z"] - 70 * 10.48 + (np.arange(140) + 0.5) * 10.48
@@ -161,9 +166,13 @@ def test_padding_outside_the_volume_and_outside_the_crop(volume):
 
 def test_exclusive_classes_are_known_to_be_absent(volume):
     with CellMapDataset(
-        volume.raw_path, crop(volume, 2, "mito,er"), ["mito", "er", "pm"], INPUTS, TARGETS,
-        class_relation_dict={"pm": {"mito", "er"}},
-    ) as dataset:  # fmt: skip
+        volume.raw_path,
+        crop(volume, 2, "mito,er"),
+        ["mito", "er", "pm"],
+        INPUTS,
+        TARGETS,
+        labels=LabelOptions(class_relation_dict={"pm": {"mito", "er"}}),
+    ) as dataset:
         labels = torch.cat([dataset[i]["labels"] for i in range(0, len(dataset), max(1, len(dataset) // 9))], dim=1)
     either = (labels[0] == 1) | (labels[1] == 1)
     assert either.any()
@@ -178,28 +187,52 @@ def test_raw_only(volume):
 
 
 def test_value_transforms(volume):
-    with CellMapDataset(
-        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, raw_value_transforms=None,
-        target_value_transforms={"er": lambda t: 1 - t},
-    ) as plain, CellMapDataset(
-        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS,
-        raw_value_transforms=[lambda t: t.float() + 1, lambda t: t * 2],
-    ) as chained:  # fmt: skip
+    with (
+        CellMapDataset(
+            volume.raw_path,
+            crop(volume, 2),
+            CLASSES,
+            INPUTS,
+            TARGETS,
+            intensity=IntensityOptions(raw_value_transforms=None),
+            labels=LabelOptions(target_value_transforms={"er": lambda t: 1 - t}),
+        ) as plain,
+        CellMapDataset(
+            volume.raw_path,
+            crop(volume, 2),
+            CLASSES,
+            INPUTS,
+            TARGETS,
+            intensity=IntensityOptions(raw_value_transforms=[lambda t: t.float() + 1, lambda t: t * 2]),
+        ) as chained,
+    ):
         stored = plain[0]["raw"]
         assert stored.max() > 1
         torch.testing.assert_close(chained[0]["raw"], (stored + 1) * 2)
         torch.testing.assert_close(plain[0]["labels"][1], 1 - chained[0]["labels"][1], equal_nan=True)
-    with CellMapDataset(
-        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, raw_value_transforms=lambda t: t[..., 1:]
-    ) as cut, pytest.raises(CellMapError, match=r"keep the shape \[1, 8, 16, 24\]"):  # fmt: skip
+    with (
+        CellMapDataset(
+            volume.raw_path,
+            crop(volume, 2),
+            CLASSES,
+            INPUTS,
+            TARGETS,
+            intensity=IntensityOptions(raw_value_transforms=lambda t: t[..., 1:]),
+        ) as cut,
+        pytest.raises(CellMapError, match=r"keep the shape \[1, 8, 16, 24\]"),
+    ):
         cut[0]
 
 
 def test_random_value_transforms_follow_the_sample_and_leave_the_global_generator_alone(volume):
     with CellMapDataset(
-        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS,
-        raw_value_transforms=lambda t: t.float() + torch.randn_like(t, dtype=torch.float32),
-    ) as dataset:  # fmt: skip
+        volume.raw_path,
+        crop(volume, 2),
+        CLASSES,
+        INPUTS,
+        TARGETS,
+        intensity=IntensityOptions(raw_value_transforms=lambda t: t.float() + torch.randn_like(t, dtype=torch.float32)),
+    ) as dataset:
         torch.manual_seed(1)
         expected = torch.rand(3)
         torch.manual_seed(1)
@@ -225,7 +258,9 @@ def test_get_center_of_idx(dataset):
 
 
 def test_one_executor_until_close(volume, no_threads_left):
-    dataset = CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, max_workers=3)
+    dataset = CellMapDataset(
+        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, read=ReadOptions(max_workers=3)
+    )
     assert reading_threads() == []
     first = dataset.executor
     dataset[0]
@@ -285,7 +320,7 @@ def test_a_pickled_dataset_reads_the_same_and_has_its_own_threads(dataset):
 
 def test_workers_from_argument_and_environment(volume, monkeypatch):
     def make(**kwargs):
-        return CellMapDataset(volume.raw_path, input_arrays=INPUTS, **kwargs)
+        return make_dataset(volume.raw_path, input_arrays=INPUTS, **kwargs)
 
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     assert make().max_workers == 4
@@ -298,28 +333,18 @@ def test_workers_from_argument_and_environment(volume, monkeypatch):
 
 
 def test_a_single_worker_is_enough(volume):
-    with CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, max_workers=1) as dataset:
+    with CellMapDataset(
+        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, read=ReadOptions(max_workers=1)
+    ) as dataset:
         dataset.read(dataset.draw(range(8), shuffle=True, seed=0))
 
 
 def test_one_line_is_logged(volume, caplog):
-    with caplog.at_level(logging.INFO, "cellmap_lightning.datasets.dataset"):
+    with caplog.at_level(logging.INFO, "cellmap_lightning.crops.crop"):
         CellMapDataset(volume.raw_path, crop(volume, 2, "mito,er"), CLASSES, INPUTS, TARGETS)
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "cellmap_lightning.datasets.dataset"]
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "cellmap_lightning.crops.crop"]
     for part in ("volume/crop2", "annotated ['mito', 'er']", "not annotated ['pm']", "positions", "workers"):
         assert part in line
-
-
-def test_older_names_warn_and_two_names_are_an_error(volume):
-    with pytest.warns(DeprecationWarning, match="raw_path is called input_path now"):
-        dataset = CellMapDataset(raw_path=volume.raw_path, input_arrays=INPUTS)
-    assert dataset.input_path == str(volume.raw_path)
-    with pytest.warns(DeprecationWarning, match="gt_path is called target_path now"):
-        CellMapDataset(
-            volume.raw_path, gt_path=crop(volume, 2), classes=CLASSES, input_arrays=INPUTS, target_arrays=TARGETS
-        )
-    with pytest.raises(TypeError, match="input_path and raw_path are the same argument"):
-        CellMapDataset(volume.raw_path, raw_path=volume.raw_path, input_arrays=INPUTS)
 
 
 def bad(volume, error, match, **changes):
@@ -331,7 +356,7 @@ def bad(volume, error, match, **changes):
         "target_arrays": TARGETS,
     }
     with pytest.raises(error, match=match) as caught:
-        CellMapDataset(**(given | changes))
+        make_dataset(**(given | changes))
     assert isinstance(caught.value, CellMapError)
 
 
@@ -413,7 +438,7 @@ def plain(tmp_path, raw, **kwargs):
     if not path.exists():
         write_multiscale(path, raw, scale=(8, 8, 8), translation=(0, 0, 0), levels=1)
     inputs = {"raw": {"shape": list(raw.shape), "scale": [8, 8, 8]}}
-    return CellMapDataset(path, input_arrays=kwargs.pop("inputs", inputs), **kwargs)
+    return make_dataset(path, input_arrays=kwargs.pop("inputs", inputs), **kwargs)
 
 
 def test_booleans_are_0_and_1(tmp_path):
@@ -466,14 +491,16 @@ def test_crops_that_would_be_treated_alike_must_be_alike(volume):
     mirror = {"mirror": {"axes": {"x": 1}}}
     other = {"raw_value_transforms": None, "nan_targets": False, "seed": 9, "spatial_transforms": mirror}
     for name, value in other.items():
-        two = CellMapDataset(volume.raw_path, crop(volume, 3), CLASSES, INPUTS, TARGETS, **{name: value})
+        two = make_dataset(volume.raw_path, crop(volume, 3), CLASSES, INPUTS, TARGETS, **{name: value})
         with pytest.raises(CellMapError, match=f"differ in their {name}"):
             CellMapMultiDataset([one, two])
 
 
 def test_closing_while_others_read(volume):
     """They are told so, or read on with new threads; nothing else, and nothing hangs."""
-    dataset = CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, max_workers=2)
+    dataset = CellMapDataset(
+        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, read=ReadOptions(max_workers=2)
+    )
     stop, wrong = threading.Event(), []
 
     def read():
@@ -499,5 +526,7 @@ def test_closing_while_others_read(volume):
 
 def test_a_task_of_the_pool_may_read(volume):
     """With one thread it would wait for itself."""
-    with CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, max_workers=1) as dataset:
+    with CellMapDataset(
+        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, read=ReadOptions(max_workers=1)
+    ) as dataset:
         assert torch.equal(dataset.executor.submit(lambda: dataset[0]).result(120)["raw"], dataset[0]["raw"])

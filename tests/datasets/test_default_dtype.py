@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 import cellmap_lightning
-from cellmap_lightning import CellMapDataLoader, CellMapDataset, CellMapImage
+from cellmap_lightning import CellMapDataLoader, CellMapImage
 from cellmap_lightning.batches.arrays import BatchLayout
 from cellmap_lightning.callbacks import StreamPrefetch
 from cellmap_lightning.compat.transforms import augment
+from cellmap_lightning.crops.options import ReadOptions
 from cellmap_lightning.training.masked import DiceScore, MeanOverSamples, one_against_all
 from cellmap_lightning.training.reconstruction import ReconstructionTask
 from cellmap_lightning.visualization.preview import by_class
 from tests.conftest import CLASSES, INPUTS, TARGETS
+from tests.make import make_dataset
 from tests.runs import GT, Watch, module, task, trainer
 
 VALUES = {"blur": [4, 9], "contrast": [0.7, 1.3], "brightness": [-0.1, 0.1], "gamma": [0.7, 1.4], "noise": [0.01, 0.05]}
@@ -64,10 +66,16 @@ def samples(volume, name, workers=0, target=KINDS["binary"], **kwargs):
     """Batches of a loader, a single item and a patch, all made under that default."""
     with default(name):
         spec = {"labels": {**TARGETS["labels"], **target}}
-        with CellMapDataset(
-            volume.raw_path, f"{volume.path}/{GT}/crop2/[mito,er,pm]", CLASSES, INPUTS, spec, is_train=True, pad=True,
+        with make_dataset(
+            volume.raw_path,
+            f"{volume.path}/{GT}/crop2/[mito,er,pm]",
+            CLASSES,
+            INPUTS,
+            spec,
+            is_train=True,
+            read=ReadOptions(pad=True),
             **{"spatial_transforms": SPATIAL, "intensity_transforms": VALUES} | kwargs,
-        ) as data:  # fmt: skip
+        ) as data:
             loader = CellMapDataLoader(data, 2, workers, 4, persistent_workers=False)
             return [*loader, data[3]]
 

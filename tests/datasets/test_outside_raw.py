@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cellmap_lightning import CellMapDataModule, CellMapDataset
+from cellmap_lightning.crops.options import ReadOptions
 from cellmap_lightning.errors import CellMapValueError
 from tests.foreign import SEMANTIC, annotated, counts_of, cube, dataset, ramp, sample, write_image, write_pair
 
@@ -58,7 +59,9 @@ def test_in_every_kind_of_target(tmp_path, kind, unknown):
     array = {"shape": [32] * 3, "scale": [8] * 3}
     more = {"sdt": {"nm": 16}, "affinities": {"offsets": [[0, 0, 1]]}}.get(kind, {})
     targets = {"t": {**array, "kind": kind, **more}}
-    with CellMapDataset(raw, target, ["mito"], {"raw": array}, targets, pad=True, cache="none") as data:
+    with CellMapDataset(
+        raw, target, ["mito"], {"raw": array}, targets, read=ReadOptions(pad=True, cache="none")
+    ) as data:
         found = data[0]["t"].numpy()[0].astype(float)
     there = np.isnan(found) if np.isnan(unknown) else found == unknown
     assert there[:8].all()
@@ -75,9 +78,16 @@ def test_turned_patches(tmp_path, spatial):
     )
     array = {"shape": [16] * 3, "scale": [8] * 3}
     with CellMapDataset(
-        raw, target, ["mito"], {"raw": array}, {"labels": array}, pad=True, is_train=True, spatial_transforms=spatial,
-        cache="none", seed=3,
-    ) as data:  # fmt: skip
+        raw,
+        target,
+        ["mito"],
+        {"raw": array},
+        {"labels": array},
+        is_train=True,
+        spatial_transforms=spatial,
+        seed=3,
+        read=ReadOptions(pad=True, cache="none"),
+    ) as data:
         batch = data.layout.finish(data.read(data.draw(range(24), True, 3)))
     dark, known = batch["raw"] == 0, ~batch["labels"].isnan()
     assert dark.any()
@@ -91,7 +101,7 @@ def test_crops_inside_raw_are_as_they_were(tmp_path, caplog, inside):
     raw = ramp((48,) * 3)
     paths = write_pair(tmp_path, cube(), raw=raw, translation=inside, attributes=annotated(SEMANTIC))
     with caplog.at_level(logging.WARNING), dataset(*paths, pad=True) as data:
-        assert data._raw_ends == []
+        assert data.crop._raw_ends == []
         assert not data[0]["labels"].isnan().any()
     assert "outside of raw" not in caplog.text
 
@@ -104,8 +114,13 @@ def test_at_the_level_that_is_read(tmp_path):
     raw, target = write_pair(tmp_path, stored, scale=(4, 4, 4), attributes=annotated(SEMANTIC))
     array = {"labels": {"shape": [68] * 3, "scale": [4] * 3}}
     with CellMapDataset(
-        raw, target, ["mito"], {"raw": {"shape": [17] * 3, "scale": [16] * 3}}, array, pad=True, cache="none"
-    ) as data:  # fmt: skip
+        raw,
+        target,
+        ["mito"],
+        {"raw": {"shape": [17] * 3, "scale": [16] * 3}},
+        array,
+        read=ReadOptions(pad=True, cache="none"),
+    ) as data:
         sample = data[0]
     assert (sample["raw"][0, -1] == 0).all()
     ends = np.isnan(sample["labels"][0].numpy())

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataset, CellMapMultiDataset
+from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.loading.prefetch import PrefetchDecision
 from tests.conftest import CLASSES
+from tests.make import make_dataset
 from tests.sampling.bare import write_bare
 
 pytestmark = [
@@ -67,15 +69,21 @@ SETS = {
 def open_set(volume, name, threads=1, reader="zarr", cache="none", seed=SEED):
     return CellMapMultiDataset(
         [
-            CellMapDataset(
-                volume.raw_path, f"{volume.path}/recon-1/labels/groundtruth/{crop}/[{','.join(has)}]", CLASSES,
-                is_train=True, pad=True, too_coarse="upsample", intensity_transforms=VALUES, seed=seed,
-                max_workers=threads, reader=reader, cache=cache, **SETS[name],
+            make_dataset(
+                volume.raw_path,
+                f"{volume.path}/recon-1/labels/groundtruth/{crop}/[{','.join(has)}]",
+                CLASSES,
+                is_train=True,
+                seed=seed,
+                read=ReadOptions(pad=True, max_workers=threads, reader=reader, cache=cache),
+                labels=LabelOptions(too_coarse="upsample"),
+                intensity=IntensityOptions(intensity_transforms=VALUES),
+                **SETS[name],
             )
             for crop, has in (("crop1", ["mito", "er"]), ("crop2", CLASSES), ("crop3", CLASSES))
         ],
         {"name": "mix", "parts": {"class_balanced": 2, "foreground": 2, "uniform": 1}},
-    )  # fmt: skip
+    )
 
 
 def digest(batch):
@@ -279,11 +287,17 @@ def test_a_volume_of_a_million_million_voxels_costs_nothing(tmp_path):
     dataset = CellMapMultiDataset(
         [
             CellMapDataset(
-                tmp_path / "raw", f"{tmp_path}/crop/[a,b]", ["a", "b"], {"raw": spec}, {"labels": spec}, is_train=True,
-                spatial_transforms=SETS["turned"]["spatial_transforms"], max_workers=1,
+                tmp_path / "raw",
+                f"{tmp_path}/crop/[a,b]",
+                ["a", "b"],
+                {"raw": spec},
+                {"labels": spec},
+                is_train=True,
+                spatial_transforms=SETS["turned"]["spatial_transforms"],
+                read=ReadOptions(max_workers=1),
             )
         ]
-    )  # fmt: skip
+    )
     tracemalloc.start()  # NumPy reports its arrays to it
     try:
         loader = CellMapDataLoader(dataset, 4, samples_per_epoch=10**12)

@@ -5,15 +5,20 @@ import torch
 import zarr
 
 from cellmap_lightning import CellMapDataset
+from cellmap_lightning.crops.options import IntensityOptions
 
 
 def test_patches_of_a_real_volume_are_its_voxels(real_volume):
     spec = {"shape": [16, 128, 128], "scale": [50, 4.6, 4.6]}
     crop = f"{real_volume}/recon-1/labels/groundtruth/crop2/[mito,membrane]"
     with CellMapDataset(
-        f"{real_volume}/recon-1/em/fibsem-uint8", crop, ["mito", "membrane"], {"raw": spec}, {"labels": spec},
-        raw_value_transforms=None,
-    ) as dataset:  # fmt: skip
+        f"{real_volume}/recon-1/em/fibsem-uint8",
+        crop,
+        ["mito", "membrane"],
+        {"raw": spec},
+        {"labels": spec},
+        intensity=IntensityOptions(raw_value_transforms=None),
+    ) as dataset:
         raw = zarr.open_array(f"{real_volume}/recon-1/em/fibsem-uint8/s0", mode="r")
         mito = zarr.open_array(f"{real_volume}/recon-1/labels/groundtruth/crop2/mito/s0", mode="r")
         for position in (0, len(dataset) // 3, len(dataset) - 1):

@@ -8,7 +8,9 @@ import torch
 from scipy.ndimage import distance_transform_edt
 
 from cellmap_lightning import CellMapDataset, CellMapError, CellMapMultiDataset, batch_memory
+from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.io.writer import write_group, write_multiscale
+from tests.make import make_dataset
 
 SHAPE = (16, 20, 24)
 SCALE = (8.0, 4.0, 4.0)
@@ -63,7 +65,7 @@ class Crop:
     def dataset(self, classes, shape=SHAPE, scale=SCALE, names=None, **kwargs):
         spec = {"shape": shape, "scale": scale}
         targets = kwargs.pop("target", {})
-        made = CellMapDataset(
+        made = make_dataset(
             self.root / "raw",
             f"{self.root}/crop1/[{','.join(names or self.labels)}]",
             classes,
@@ -233,7 +235,12 @@ def test_coarser_labels(crop, rule):
     crop.add("a", stored, levels=2)
     coarse = {"shape": [n // 2 for n in SHAPE], "scale": [2 * s for s in SCALE]}
     dataset = CellMapDataset(
-        crop.root / "raw", f"{crop.root}/crop1/[a]", ["a"], {"raw": coarse}, {"target": coarse}, label_downsample=rule
+        crop.root / "raw",
+        f"{crop.root}/crop1/[a]",
+        ["a"],
+        {"raw": coarse},
+        {"target": coarse},
+        labels=LabelOptions(label_downsample=rule),
     )
     found = whole(dataset)[0]
     assert (found[:, 3] == (1 if rule == "any" else 0)).all()
@@ -302,7 +309,9 @@ def test_several_inputs_and_targets_are_concentric(crop):
     crop.add("a", random_ids(1, [0, 1]))
     inputs = {"detail": {"shape": [4, 4, 4], "scale": SCALE}, "context": {"shape": [4, 4, 4], "scale": [16, 8, 8]}}
     targets = {"fine": {"shape": [4, 4, 4], "scale": SCALE}, "half": {"shape": [2, 2, 2], "scale": SCALE}}
-    with CellMapDataset(crop.root / "raw", f"{crop.root}/crop1/[a]", ["a"], inputs, targets, pad=True) as dataset:
+    with CellMapDataset(
+        crop.root / "raw", f"{crop.root}/crop1/[a]", ["a"], inputs, targets, read=ReadOptions(pad=True)
+    ) as dataset:
         sample = dataset[len(dataset) // 2]
         assert {n: tuple(t.shape) for n, t in sample.items() if n != "idx"} == {
             "detail": (1, 4, 4, 4), "context": (1, 4, 4, 4), "fine": (1, 4, 4, 4), "half": (1, 2, 2, 2),
@@ -317,9 +326,14 @@ def test_slices_in_each_plane(crop):
 
     def make(plane):
         return CellMapDataset(
-            crop.root / "raw", f"{crop.root}/crop1/[a]", ["a"], {"raw": spec}, {"target": spec},
-            plane=plane, raw_value_transforms=None,
-        )  # fmt: skip
+            crop.root / "raw",
+            f"{crop.root}/crop1/[a]",
+            ["a"],
+            {"raw": spec},
+            {"target": spec},
+            plane=plane,
+            intensity=IntensityOptions(raw_value_transforms=None),
+        )
 
     for plane, rows in (("xy", "y"), ("xz", "z"), ("yz", "z")):
         with make(plane) as dataset:
@@ -350,9 +364,13 @@ def test_slices_as_channels(crop):
     raw = {"shape": [5, 8, 8], "scale": SCALE, "slices_as": "channels"}
     target = {"shape": [1, 8, 8], "scale": SCALE}
     with CellMapDataset(
-        crop.root / "raw", f"{crop.root}/crop1/[a]", ["a"], {"raw": raw}, {"target": target},
-        raw_value_transforms=None,
-    ) as dataset:  # fmt: skip
+        crop.root / "raw",
+        f"{crop.root}/crop1/[a]",
+        ["a"],
+        {"raw": raw},
+        {"target": target},
+        intensity=IntensityOptions(raw_value_transforms=None),
+    ) as dataset:
         sample = dataset[0]
         batch = dataset.layout.finish(dataset.read(dataset.draw(range(2), False, 0)))
         assert batch["raw"].shape == (2, 5, 8, 8)
@@ -386,9 +404,8 @@ def test_normalization_of_a_volume(crop, monkeypatch, tmp_path):
             ["a"],
             {"raw": big},
             {"t": big},
-            pad=True,
-            normalize=rule,
-            invert=invert,
+            read=ReadOptions(pad=True),
+            intensity=IntensityOptions(normalize=rule, invert=invert),
         ) as dataset:
             outside = dataset[0]["raw"][0, :4]
             assert outside.abs().max() < 0.01
@@ -402,7 +419,9 @@ def test_crops_of_different_types_and_contrast_in_one_batch(tmp_path):
         write_group(tmp_path / name)
         write_multiscale(tmp_path / name / "raw", raw, scale=SCALE, translation=(0, 0, 0), levels=1)
         spec = {"raw": {"shape": [4, 4, 4], "scale": SCALE}}
-        made.append(CellMapDataset(tmp_path / name / "raw", input_arrays=spec, normalize=rule))
+        made.append(
+            CellMapDataset(tmp_path / name / "raw", input_arrays=spec, intensity=IntensityOptions(normalize=rule))
+        )
     with CellMapMultiDataset(made) as both:
         draws = both.draw(range(16), True, 0)
         compact = both.read(draws)

@@ -10,6 +10,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cellmap_lightning.crops.options import ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.io.ngff import read_encoding, read_multiscale
@@ -88,9 +89,13 @@ def look(path):
     for level in found.present:
         _ = level.lattice, read_encoding(found, level)
     with CellMapDataset(
-        path, f"{path.parent}/[{path.name}]", [path.name], {"raw": SPEC}, {"labels": SPEC}, pad=True, cache="memory",
-        read_attempts=1, read_timeout=30.0, max_upsampling=1e12,
-    ) as data:  # fmt: skip
+        path,
+        f"{path.parent}/[{path.name}]",
+        [path.name],
+        {"raw": SPEC},
+        {"labels": SPEC},
+        read=ReadOptions(pad=True, cache="memory", read_attempts=1, read_timeout=30.0, max_upsampling=1e12),
+    ) as data:
         _ = data.class_counts
         data[0]
 

@@ -329,7 +329,7 @@ def test_list_and_clear_know_what_is_whose(volume, own_folder):
         stranger.write_text("mine")
         note.write_text("{}")
         (own_folder / ("0" * 32 + ".json")).symlink_to(note)
-        data.train_dataset.datasets[0].foreground_index("mito")
+        data.train_dataset.crops[0].foreground_index("mito")
         assert measurements()
         assert all(Path(one.of).exists() for one in measurements())
         text = listing()

@@ -11,7 +11,6 @@ from zarr.codecs import GzipCodec, ZstdCodec
 
 from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.crops.image import StoredImage
-from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import ChunkError, EmptyChunkError
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Level
@@ -20,6 +19,7 @@ from cellmap_lightning.io.statistics import statistics
 from cellmap_lightning.io.store import located
 from tests.foreign import SEMANTIC, annotated, cube, sample, write_pair
 from tests.io.faults import forbidding, serving
+from tests.make import make_dataset
 
 SHAPE, CHUNKS = (16, 16, 16), (8, 8, 8)
 VALUES = np.random.default_rng(0).integers(1, 250, SHAPE)
@@ -153,7 +153,7 @@ def root(request, tmp_path):
 
 def dataset(root, **more):
     given = {"cache": "none", "read_attempts": 1, "raw_value_transforms": None, "unknown": None} | more
-    return CellMapDataset(str(root / "raw"), f"{root}/crop1/[mito]", ["mito"], {"raw": SPEC}, {"labels": SPEC}, **given)
+    return make_dataset(str(root / "raw"), f"{root}/crop1/[mito]", ["mito"], {"raw": SPEC}, {"labels": SPEC}, **given)
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])

@@ -8,6 +8,7 @@ import pytest
 import zarr
 from zarr.codecs import ZstdCodec
 
+from cellmap_lightning.crops.options import ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, ChunkError, MetadataError
 from cellmap_lightning.io import store
@@ -18,6 +19,7 @@ from cellmap_lightning.io.store import located
 from cellmap_lightning.io.writer import write_group, write_multiscale
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.io.faults import forbidding
+from tests.make import make_dataset
 
 SCALE = (8.0, 8.0, 8.0)
 SPEC = {"raw": {"shape": [32, 32, 32], "scale": list(SCALE)}}
@@ -57,7 +59,7 @@ def chunk(root, image, index="0/0/0", level="s0"):
 
 def dataset(url, classes="mito,er", **more):
     given = {"cache": "none", "raw_value_transforms": None, "read_attempts": 1} | more
-    return CellMapDataset(
+    return make_dataset(
         f"{url}/volume.zarr/raw", f"{url}/volume.zarr/crop1/[{classes}]", classes.split(","), SPEC, TARGETS, **given
     )
 
@@ -122,7 +124,7 @@ def test_a_level_that_is_listed_and_not_there(root, caplog):
     spec = {"raw": {"shape": [16, 16, 16], "scale": [16, 16, 16]}}
     with (
         forbidding(root.parent) as (url, _),
-        CellMapDataset(f"{url}/volume.zarr/deep", input_arrays=spec, cache="none") as data,
+        CellMapDataset(f"{url}/volume.zarr/deep", input_arrays=spec, read=ReadOptions(cache="none")) as data,
     ):
         assert "lists level s1, which is not on disk; the finer level s0 is read instead" in caplog.text
         assert data[0]["raw"].shape == (1, 16, 16, 16)
@@ -136,10 +138,15 @@ def test_a_level_that_is_listed_and_not_there(root, caplog):
 def test_what_does_not_exist_is_not_found(root, path):
     with forbidding(root.parent) as (url, _), pytest.raises(CellMapFileNotFoundError, match="does not exist"):
         CellMapDataset(
-            f"{url}/volume.zarr/raw", f"{url}/volume.zarr/{path}", ["mito", "pm", "mit"], SPEC, TARGETS, cache="none"
+            f"{url}/volume.zarr/raw",
+            f"{url}/volume.zarr/{path}",
+            ["mito", "pm", "mit"],
+            SPEC,
+            TARGETS,
+            read=ReadOptions(cache="none"),
         )
     with forbidding(root.parent) as (url, _), pytest.raises(CellMapFileNotFoundError, match="does not exist"):
-        CellMapDataset(f"{url}/volume.zarr/rwa", input_arrays=SPEC, cache="none")
+        CellMapDataset(f"{url}/volume.zarr/rwa", input_arrays=SPEC, read=ReadOptions(cache="none"))
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -191,8 +198,11 @@ def test_everything_forbidden_is_an_error_that_blames_credentials(root):
                 make()
         split = CellMapDataSplit(
             datasets={"train": [{"raw": f"{url}/volume.zarr/raw", "gt": f"{url}/volume.zarr/crop1/[mito]"}] * 2},
-            classes=["mito"], input_arrays=SPEC, target_arrays=TARGETS, cache="none",
-        )  # fmt: skip
+            classes=["mito"],
+            input_arrays=SPEC,
+            target_arrays=TARGETS,
+            read=ReadOptions(cache="none"),
+        )
         with pytest.raises(CellMapError, match="credentials are missing, wrong or expired"):
             split["train"]
 

@@ -309,7 +309,7 @@ def test_the_setting_reaches_raw_and_labels(tmp_path, level_translations):
         (level,) = crop.levels.values()
         expected = (2.0, 2.0, 2.0) if level_translations == "auto" else (0.0, 0.0, 0.0)
         assert level.translation == expected
-        assert next(iter(crop._stacks.values())).lattices[0].origin == expected
+        assert next(iter(crop.crop.labels.stacks.values())).lattices[0].origin == expected
 
 
 @pytest.mark.parametrize("ragged", ["floor", "ceil"])

@@ -14,6 +14,7 @@ import pytest
 import zarr
 
 from cellmap_lightning import CellMapDataModule
+from cellmap_lightning.crops.options import ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import CellMapError, MetadataError
 from cellmap_lightning.io import openable
@@ -228,12 +229,17 @@ def test_a_crop_is_refused_at_setup(tmp_path, zarr_format, change, image, kind, 
     entry = {"raw": str(path / "raw"), "gt": f"{path}/crop1/[mito]"}
     targets = {"labels": TARGETS["labels"] | ({"kind": kind} if kind != "binary" else {})}
     with pytest.raises(MetadataError) as caught:
-        CellMapDataset(entry["raw"], entry["gt"], ["mito"], SPEC, targets, cache="none", reader=reader)
+        CellMapDataset(
+            entry["raw"], entry["gt"], ["mito"], SPEC, targets, read=ReadOptions(cache="none", reader=reader)
+        )
     assert str(file) in str(caught.value)
     split = CellMapDataSplit(
-        datasets={"train": [entry, entry]}, classes=["mito"], input_arrays=SPEC, target_arrays=targets, cache="none",
-        reader=reader,
-    )  # fmt: skip
+        datasets={"train": [entry, entry]},
+        classes=["mito"],
+        input_arrays=SPEC,
+        target_arrays=targets,
+        read=ReadOptions(cache="none", reader=reader),
+    )
     with pytest.raises(CellMapError, match=r"2 of the 2 crops for 'train' cannot be used") as caught:
         split["train"]
     assert str(caught.value).count(str(file)) >= 2
@@ -260,10 +266,10 @@ def test_levels_that_are_not_read_do_not_matter(tmp_path):
     )
     spoil(path, {"order": "K"}, "deep")
     coarse = {"raw": {"shape": [8, 8, 8], "scale": [16, 16, 16]}}
-    with CellMapDataset(str(path / "deep"), input_arrays=coarse, cache="none") as data:
+    with CellMapDataset(str(path / "deep"), input_arrays=coarse, read=ReadOptions(cache="none")) as data:
         assert (data[0]["raw"] > 0).all()
     with pytest.raises(MetadataError, match="order is 'K'"):
-        CellMapDataset(str(path / "deep"), input_arrays=SPEC, cache="none")
+        CellMapDataset(str(path / "deep"), input_arrays=SPEC, read=ReadOptions(cache="none"))
 
 
 # -- what it costs

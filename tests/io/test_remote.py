@@ -18,12 +18,14 @@ import torch
 import yaml
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDataset
+from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError, MissingExtraError
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.store import Remote, keeping, located
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.foreign import SEMANTIC, annotated, cube, sample, write_pair
 from tests.io.faults import serving
+from tests.make import make_dataset
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
 
@@ -41,7 +43,7 @@ def arguments(root, crop="crop2", **kwargs):
 
 def samples_of(root, positions=(0, 7, -1), **kwargs):
     *given, more = arguments(root, **kwargs)
-    with CellMapDataset(*given, **more) as dataset:
+    with make_dataset(*given, **more) as dataset:
         return [dataset[n % len(dataset)] for n in positions]
 
 
@@ -153,7 +155,7 @@ def test_a_zip_file(volume, tmp_path):
                 archive.write(path, path.relative_to(root))
     *given, more = arguments(f"zip://::{file}")
     raw, target = (part.replace(f"zip://::{file}/", "zip://") + f"::{file}" for part in given[:2])
-    with CellMapDataset(raw, target, *given[2:], **more) as dataset:
+    with make_dataset(raw, target, *given[2:], **more) as dataset:
         assert dataset.label.endswith("crop2")
         assert same([dataset[3]], samples_of(root, (3,)))
 
@@ -172,10 +174,14 @@ def test_what_is_not_in_a_zip_file_is_said_with_its_name(volume, tmp_path):
         ("nothing", f"{file} has no 'nothing'; it has v.zarr"),
     ):
         with pytest.raises(CellMapFileNotFoundError) as caught:
-            CellMapDataset(f"zip://{inside}::{file}", input_arrays=spec, cache="none")
+            CellMapDataset(f"zip://{inside}::{file}", input_arrays=spec, read=ReadOptions(cache="none"))
         assert f"zip://{inside}::{file} does not exist: {said}" in str(caught.value)
     with pytest.raises(CellMapError, match=r"volum\.zip"):
-        CellMapDataset(f"zip://v.zarr/recon-1/em/fibsem-uint8::{tmp_path}/volum.zip", input_arrays=spec, cache="none")
+        CellMapDataset(
+            f"zip://v.zarr/recon-1/em/fibsem-uint8::{tmp_path}/volum.zip",
+            input_arrays=spec,
+            read=ReadOptions(cache="none"),
+        )
 
 
 @pytest.mark.parametrize("root", ["v2.zarr", pytest.param("v3.zarr", marks=pytest.mark.slow)])
@@ -185,7 +191,7 @@ def test_what_is_not_in_a_zip_file_is_said_with_its_name(volume, tmp_path):
 @pytest.mark.parametrize("how", [anonymous, pytest.param(signed, marks=pytest.mark.slow)])
 def test_from_worker_processes(bucket, endpoint, volume, sharded, root, method, how):
     *given, more = arguments(f"{bucket}/{root}", storage_options=how(endpoint))
-    with CellMapDataset(*given, **more) as dataset:
+    with make_dataset(*given, **more) as dataset:
         _ = dataset[0]  # what the parent has opened, its children open anew
         here = list(CellMapDataLoader(dataset, 2, is_train=False, samples_per_epoch=6))
         loader = CellMapDataLoader(
@@ -197,17 +203,17 @@ def test_from_worker_processes(bucket, endpoint, volume, sharded, root, method, 
 
 def test_workers_of_a_remote_volume_are_not_forked_unless_somebody_says_so(bucket, endpoint, volume):
     *given, more = arguments(f"{bucket}/v2.zarr", storage_options=anonymous(endpoint))
-    with CellMapDataset(*given, **more) as dataset:
+    with make_dataset(*given, **more) as dataset:
         assert CellMapDataLoader(dataset, num_workers=1).multiprocessing_context.get_start_method() == "forkserver"
         assert dataset.max_workers == 32
     *given, more = arguments(volume.path)
-    with CellMapDataset(*given, **more) as dataset:
+    with make_dataset(*given, **more) as dataset:
         assert CellMapDataLoader(dataset, num_workers=1).multiprocessing_context is None
 
 
 def test_many_threads_read_at_once(bucket, endpoint, volume):
     *given, more = arguments(f"{bucket}/v2.zarr", storage_options=anonymous(endpoint))
-    with CellMapDataset(*given, **more) as dataset, ThreadPoolExecutor(8) as pool:
+    with make_dataset(*given, **more) as dataset, ThreadPoolExecutor(8) as pool:
         assert same(list(pool.map(dataset.__getitem__, range(24))), samples_of(volume.path, range(24)))
 
 
@@ -231,7 +237,7 @@ def test_a_second_epoch_asks_for_nothing(volume, tmp_path, monkeypatch):
     with serving(Path(volume.path)) as (url, asked):
         for again in (False, True):
             *given, more = arguments(url, cache="disk")
-            with CellMapDataset(*given, **more) as dataset:
+            with make_dataset(*given, **more) as dataset:
                 loader = CellMapDataLoader(dataset, 2, is_train=False)
                 before = dict(asked)
                 first = list(loader)
@@ -255,7 +261,11 @@ def test_opening_many_crops_waits_for_few_requests(volume):
         raw = f"{url}/recon-1/em/fibsem-uint8"
         entries = {"train": [{"raw": raw, "gt": root.format(url)}] * copies}
         split = CellMapDataSplit(
-            datasets=entries, classes=CLASSES, input_arrays={"raw": SPEC}, target_arrays={"labels": SPEC}, cache="none"
+            datasets=entries,
+            classes=CLASSES,
+            input_arrays={"raw": SPEC},
+            target_arrays={"labels": SPEC},
+            read=ReadOptions(cache="none"),
         )
         assert len(split["train"].datasets) == copies
         split.close()
@@ -274,7 +284,9 @@ def test_what_is_not_there_is_said(bucket, endpoint, volume):
     target = f"{bucket}/v2.zarr/recon-1/labels/groundtruth/crop2/[mito,re]"
     raw = f"{bucket}/v2.zarr/recon-1/em/fibsem-uint8"
     with pytest.raises(CellMapFileNotFoundError, match=r"class 're' is in the bracket .*crop2 has .*er, "):
-        CellMapDataset(raw, target, ["mito", "re"], {"raw": SPEC}, {"labels": SPEC}, storage_options=options)
+        CellMapDataset(
+            raw, target, ["mito", "re"], {"raw": SPEC}, {"labels": SPEC}, read=ReadOptions(storage_options=options)
+        )
     with (
         serving(Path(volume.path)) as (url, _),
         pytest.raises(CellMapFileNotFoundError, match="the server has none of"),
@@ -421,9 +433,12 @@ def test_a_rewritten_volume_on_s3_is_noticed(writer, endpoint, tmp_path, monkeyp
 
     def shown():
         with CellMapDataset(
-            "s3://rewritten/v.zarr", input_arrays=spec, cache="disk", storage_options=how(endpoint), is_train=False,
-            normalize={"range": [0, 1]},
-        ) as dataset:  # fmt: skip
+            "s3://rewritten/v.zarr",
+            input_arrays=spec,
+            is_train=False,
+            read=ReadOptions(cache="disk", storage_options=how(endpoint)),
+            intensity=IntensityOptions(normalize={"range": [0, 1]}),
+        ) as dataset:
             return dataset[0]["raw"].unique().tolist()
 
     write(3)

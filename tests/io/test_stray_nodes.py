@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import zarr
 
+from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.io.chunks import ChunkReader
@@ -50,7 +51,12 @@ def test_an_image_of_v2_is_read_beside_it(image, stray, where, reader):
     assert level.array.zarr_format == 2
     assert (ChunkReader(level, "raw", reader).read((0, 0, 0), (8, 8, 8)) == DATA).all()
     spec = {"raw": {"shape": [8, 8, 8], "scale": [4, 4, 4]}}
-    with CellMapDataset(str(image), input_arrays=spec, cache="none", raw_value_transforms=None) as data:
+    with CellMapDataset(
+        str(image),
+        input_arrays=spec,
+        read=ReadOptions(cache="none"),
+        intensity=IntensityOptions(raw_value_transforms=None),
+    ) as data:
         assert (data[0]["raw"][0].numpy() == DATA).all()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cellmap_lightning import CellMapDataset, CellMapMultiDataset
+from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.io import retrying as guard
 from cellmap_lightning.io import statistics
@@ -60,7 +61,11 @@ def rewrite(path, other):
 
 def shown(address, cache="disk"):
     with CellMapDataset(
-        address, input_arrays=SPEC, cache=cache, normalize={"range": [0, 1]}, is_train=False
+        address,
+        input_arrays=SPEC,
+        is_train=False,
+        read=ReadOptions(cache=cache),
+        intensity=IntensityOptions(normalize={"range": [0, 1]}),
     ) as dataset:
         values = {value for n in (0, len(dataset) // 2, -1) for value in dataset[n]["raw"].unique().tolist()}
     assert len(values) == 1
@@ -169,7 +174,8 @@ def test_crops_are_asked_for_together(server, tmp_path):
         written(tmp_path / f"v{number}" / "raw", np.full((8, 8, 8), number + 1, np.uint8))
     control.latency = 0.05
     datasets = [
-        CellMapDataset(f"{url}/v{n}/raw", input_arrays=SPEC, cache="memory", is_train=False) for n in range(count)
+        CellMapDataset(f"{url}/v{n}/raw", input_arrays=SPEC, is_train=False, read=ReadOptions(cache="memory"))
+        for n in range(count)
     ]
     control.heads()
     with CellMapMultiDataset(datasets) as dataset:
@@ -190,11 +196,18 @@ def test_labels_that_are_counted_are_asked_for_together(server, tmp_path):
     def opened():
         return CellMapMultiDataset(
             [
-                CellMapDataset(f"{url}/raw", f"{url}/crop{n}/[mito]", ["mito"], SPEC, {"labels": SPEC["raw"]},
-                               cache="memory", unknown=None)
+                CellMapDataset(
+                    f"{url}/raw",
+                    f"{url}/crop{n}/[mito]",
+                    ["mito"],
+                    SPEC,
+                    {"labels": SPEC["raw"]},
+                    read=ReadOptions(cache="memory"),
+                    labels=LabelOptions(unknown=None),
+                )
                 for n in range(count)
             ]
-        )  # fmt: skip
+        )
 
     with opened() as dataset:
         assert dataset.class_counts == {"mito": 3 * count}

@@ -8,9 +8,11 @@ from torch.utils.data import SequentialSampler
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataset, CellMapError, CellMapMultiDataset
 from cellmap_lightning.batches.compact_batch import CompactBatch
+from cellmap_lightning.crops.options import ReadOptions
 from cellmap_lightning.loading.prefetch import PrefetchDecision
 from cellmap_lightning.loading.sampler import StreamSampler
 from tests.conftest import CLASSES, INPUTS, TARGETS, reading_threads
+from tests.make import make_dataset
 
 TURNS = {
     "mirror": {"axes": {"x": 0.5, "y": 0.5}},
@@ -22,7 +24,7 @@ TURNS = {
 def make(volume, is_train=True, **kwargs):
     return CellMapMultiDataset(
         [
-            CellMapDataset(
+            make_dataset(
                 volume.raw_path,
                 f"{volume.path}/recon-1/labels/groundtruth/crop{n}/[mito,er]",
                 CLASSES,
@@ -30,7 +32,7 @@ def make(volume, is_train=True, **kwargs):
                 TARGETS,
                 spatial_transforms=TURNS,
                 is_train=is_train,
-                pad=True,
+                read=ReadOptions(pad=True),
                 **kwargs,
             )
             for n in (1, 2, 3)
@@ -118,7 +120,7 @@ def test_tiles_cover_every_crop_the_same_each_time(volume):
         seen = [i for b in loader for i in b["idx"].tolist()]
         assert seen == [i for b in loader for i in b["idx"].tolist()]
         assert len(seen) == len(set(seen)) == dataset.tile_count
-        for crop in dataset.datasets:
+        for crop in dataset.crops:
             lower, upper = crop.box.lower, crop.box.upper
             centers = [dataset.get_center(i) for i in seen if dataset.locate(i)[0] is crop]
             for axis, name in enumerate("zyx"):

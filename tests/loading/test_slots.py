@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cellmap_lightning import CellMapDataLoader, CellMapDataset, CellMapError
+from cellmap_lightning import CellMapDataLoader, CellMapError
+from cellmap_lightning.crops.options import ReadOptions
 from cellmap_lightning.loading.prefetch import PrefetchDecision
 from cellmap_lightning.loading.slots import Slots
 from cellmap_lightning.runtime.thread_pool import ForkGate
 from tests.conftest import CLASSES, INPUTS, TARGETS
+from tests.make import make_dataset
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="slots are shared so on Linux only"),
@@ -43,7 +45,9 @@ def given(request):
 
 def make(volume, **kwargs):
     path = volume.label_path(volume.crops[1], "[mito,er]")
-    return CellMapDataset(volume.raw_path, path, CLASSES, INPUTS, TARGETS, is_train=True, max_workers=2, **kwargs)
+    return make_dataset(
+        volume.raw_path, path, CLASSES, INPUTS, TARGETS, is_train=True, read=ReadOptions(max_workers=2), **kwargs
+    )
 
 
 def bits(batch):

@@ -702,7 +702,7 @@ def test_planes_share_the_chunks_that_their_voxels_are_made_of(tmp_path):
     class Looks(Identity):
         def predict_step(self, batch, batch_idx):
             source = writer._source
-            caches.append({id(image.region.cache) for d in source.datasets for image in d._images.values()})
+            caches.append({id(image.region.cache) for c in source.crops for image in c.images.values()})
             assert caches[-1] == {id(source._store.chunks)}
             return super().predict_step(batch, batch_idx)
 

@@ -23,11 +23,14 @@ from cellmap_lightning import (
     ClassBalancedSampler,
 )
 from cellmap_lightning.crops import counts
+from cellmap_lightning.crops.options import LabelOptions, ReadOptions
 from cellmap_lightning.datasets.frequencies import class_frequencies
 from cellmap_lightning.io.writer import write_group, write_multiscale
 from cellmap_lightning.runtime.rng import PLACE, uniforms
 from cellmap_lightning.sampling.strategies import NUMBERS, Chooser, parse_strategy
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
+from cellmap_lightning.splits.options import SplitOptions
+from tests.make import make_dataset
 from tests.sampling.bare import write_bare
 
 MANIFEST = Path(__file__).parents[3] / "shared" / "data" / "challenge" / "train_crop_manifest.csv"
@@ -41,15 +44,21 @@ MANY = 4000
 def make(volume, strategy="mix", spec=SPEC, classes=CLASSES, crops=CROPS, balance=False, **kwargs):
     return CellMapMultiDataset(
         [
-            CellMapDataset(
-                volume.raw_path, f"{volume.path}/recon-1/labels/groundtruth/crop{n}/[{names}]", classes,
-                {"raw": spec}, {"labels": spec}, is_train=True, pad=True, **kwargs,
+            make_dataset(
+                volume.raw_path,
+                f"{volume.path}/recon-1/labels/groundtruth/crop{n}/[{names}]",
+                classes,
+                {"raw": spec},
+                {"labels": spec},
+                is_train=True,
+                read=ReadOptions(pad=True),
+                **kwargs,
             )
             for n, names in crops.items()
         ],
         strategy,
         balance,
-    )  # fmt: skip
+    )
 
 
 def places(dataset, count=MANY, seed=0):
@@ -79,15 +88,15 @@ def test_crops_and_classes_come_as_often_as_expected(volume, strategy):
             chi_square(share(found.classes, len(CLASSES)), used.class_chances, MANY)
         else:
             assert (found.classes == -1).all()
-        for crop, d in enumerate(dataset.datasets):
+        for crop, d in enumerate(dataset.crops):
             own = found.positions[found.crops == crop]
             assert own.min() >= 0
-            assert own.max() < len(d)
+            assert own.max() < len(d.placement)
 
 
 def test_what_each_strategy_promises(volume):
     with make(volume) as dataset:
-        volumes, held = dataset.crops.volumes, dataset.crops.counts > 0
+        volumes, held = dataset.crop_table.volumes, dataset.crop_table.counts > 0
         assert held.tolist() == [
             [True, True, False, False],
             [True, True, True, False],
@@ -96,7 +105,7 @@ def test_what_each_strategy_promises(volume):
         ]  # nuc is annotated in crop1, and pm in crop2, and neither is there
 
         def on(given):
-            return parse_strategy(given).on(dataset.crops)
+            return parse_strategy(given).bind(dataset.crop_table)
 
         np.testing.assert_allclose(on("uniform").crop_chances, volumes / volumes.sum())
         np.testing.assert_allclose(on("per_crop").crop_chances, 1 / 4)
@@ -105,7 +114,7 @@ def test_what_each_strategy_promises(volume):
             np.testing.assert_allclose(on({"name": "weighted", "weights": weights}).crop_chances, [0.2, 0.6, 0.2, 0])
         np.testing.assert_allclose(on("class_balanced").class_chances, 1 / 4)
         rare = on("foreground").class_chances
-        counted = dataset.crops.counts.sum(axis=0) / (volumes @ dataset.crops.annotated)
+        counted = dataset.crop_table.counts.sum(axis=0) / (volumes @ dataset.crop_table.annotated)
         assert np.argsort(rare).tolist() == np.argsort(-counted).tolist()
         np.testing.assert_allclose(
             on({"name": "foreground", "fraction": 0.5, "classes": {"mito": 3, "pm": 1}}).class_chances,
@@ -244,9 +253,14 @@ def test_the_only_voxel_is_nowhere_outside_its_patch(tmp_path, turns, jitter):
         )
     spec = {"shape": [5, 8, 12], "scale": [8, 8, 8]}
     crop = CellMapDataset(
-        tmp_path / "v.zarr/raw", f"{tmp_path}/v.zarr/crop1/[a]", ["a"], {"raw": spec}, {"labels": spec}, turns,
+        tmp_path / "v.zarr/raw",
+        f"{tmp_path}/v.zarr/crop1/[a]",
+        ["a"],
+        {"raw": spec},
+        {"labels": spec},
         is_train=True,
-    )  # fmt: skip
+        spatial_transforms=turns,
+    )
     with CellMapMultiDataset([crop], {"name": "foreground", "jitter": jitter}) as dataset:
         offsets = []
         for draw in dataset.draw(range(400), True, 0):
@@ -274,9 +288,9 @@ def test_turned_by_any_angle_few_corners_miss_it(volume):
 def test_voxels_that_nobody_annotated_are_never_aimed_at(volume):
     """Half of er in crop2 is marked unknown."""
     with make(volume, "foreground", crops={2: "er"}, classes=["er"]) as dataset:
-        index = dataset.crops.index(0, 0)
-        crop = dataset.datasets[0]
-        stored = crop._labels["er"]
+        index = dataset.crop_table.index(0, 0)
+        crop = dataset.crops[0]
+        stored = crop.label_images["er"]
         level = next(m for m in stored.present if m.lattice == index.lattice)
         import zarr
 
@@ -290,7 +304,7 @@ def test_nothing_is_counted_where_no_strategy_asks(volume, monkeypatch):
     asked = []
     real = counts.foreground
     monkeypatch.setattr(
-        "cellmap_lightning.datasets.dataset.foreground", lambda *args: asked.append(args[3]) or real(*args)
+        "cellmap_lightning.crops.crop_labels.foreground", lambda *args: asked.append(args[3]) or real(*args)
     )
     crops, classes = {5: "mito,mito_mem"}, ["mito", "mito_mem"]
     for strategy in ("uniform", "per_crop", "weighted"):
@@ -322,10 +336,16 @@ def bare(tmp_path, sizes, strategy="mix", classes=("a", "b"), foreground=None, r
         target = f"{crop}/[{','.join(classes)}]" if classes else None
         datasets.append(
             CellMapDataset(
-                raw, target, list(classes) or None, {"raw": spec}, {"labels": spec}, is_train=True, pad=True,
-                missing_labels="error" if stored else "unknown",
+                raw,
+                target,
+                list(classes) or None,
+                {"raw": spec},
+                {"labels": spec},
+                is_train=True,
+                read=ReadOptions(pad=True),
+                labels=LabelOptions(missing_labels="error" if stored else "unknown"),
             )
-        )  # fmt: skip
+        )
     return CellMapMultiDataset(datasets, strategy, balance)
 
 
@@ -356,16 +376,22 @@ def test_uniform_on_the_crops_of_the_challenge(tmp_path, caplog):
         target = f"{tmp_path / name}/crop{name}/[nuc]"
         datasets.append(
             CellMapDataset(
-                raw, target, ["nuc"], {"raw": spec}, {"labels": spec}, is_train=True, pad=True, too_coarse="upsample",
-                max_upsampling=1e9,
+                raw,
+                target,
+                ["nuc"],
+                {"raw": spec},
+                {"labels": spec},
+                is_train=True,
+                read=ReadOptions(pad=True, max_upsampling=1e9),
+                labels=LabelOptions(too_coarse="upsample"),
             )
-        )  # fmt: skip
+        )
     with CellMapMultiDataset(datasets, "uniform") as dataset, caplog.at_level(logging.WARNING):
         dataset.draw(range(5), True, 0)
         assert "strategy uniform: 14 of the 289 crops give 93 % of the samples" in caplog.text
         largest = np.sort(dataset.strategy.crop_chances)[-5:].sum()
         assert largest == pytest.approx(2 / 3, abs=0.02)
-        balanced = parse_strategy("class_balanced").on(dataset.crops)
+        balanced = parse_strategy("class_balanced").bind(dataset.crop_table)
         assert np.sort(balanced.crop_chances)[-5:].sum() < 0.4
 
 
@@ -446,26 +472,42 @@ def test_weights_of_the_csv_and_of_entries(volume, tmp_path, caplog):
     rows = "\n".join(f'train,{volume.raw_path},"{base}/crop{n}/[mito]",{w}' for n, w in ((1, 3), (2, ""), (3, 0)))
     (tmp_path / "crops.csv").write_text(f"usage,raw,target,weight\n{rows}\n")
     common = (["mito"], {"raw": SPEC}, {"labels": SPEC})
-    split = CellMapDataSplit(tmp_path / "crops.csv", None, *common, pad=True, strategy="weighted")
+    split = CellMapDataSplit(
+        tmp_path / "crops.csv",
+        None,
+        None,
+        *common,
+        read=ReadOptions(pad=True),
+        options=SplitOptions(strategy="weighted"),
+    )
     np.testing.assert_allclose(split["train"].strategy.crop_chances, [0.75, 0.25, 0])
     split.close()
     for strategy, warned in (("mix", True), ({"name": "mix", "parts": {"weighted": 1, "foreground": 1}}, False)):
         caplog.clear()
-        split = CellMapDataSplit(tmp_path / "crops.csv", None, *common, pad=True, strategy=strategy)
+        split = CellMapDataSplit(
+            tmp_path / "crops.csv",
+            None,
+            None,
+            *common,
+            read=ReadOptions(pad=True),
+            options=SplitOptions(strategy=strategy),
+        )
         assert split["train"].strategy.crop_chances[2] > 0
         split.close()
         assert ("crops have weights, and the strategy mix of" in caplog.text) == warned
     entries = [{"raw": volume.raw_path, "gt": f"{base}/crop{n}/[mito]", "weight": w} for n, w in ((1, 1), (2, 4))]
-    split = CellMapDataSplit(None, {"train": entries}, *common, pad=True, strategy="weighted")
+    split = CellMapDataSplit(
+        None, {"train": entries}, None, *common, read=ReadOptions(pad=True), options=SplitOptions(strategy="weighted")
+    )
     np.testing.assert_allclose(split["train"].strategy.crop_chances, [0.2, 0.8])
     split.close()
     (tmp_path / "bad.csv").write_text(
         f"usage,raw,target,weight\n{rows.replace('],3', '],many')}\n".replace('",3', '",many')
     )
     with pytest.raises(CellMapError, match=r"line 2  the weight 'many' should be a number"):
-        CellMapDataSplit(tmp_path / "bad.csv", None, *common)
+        CellMapDataSplit(tmp_path / "bad.csv", None, None, *common)
     with pytest.raises(CellMapError, match="weight must be a number of at least 0, got -1"):
-        CellMapDataSplit(None, {"train": [{**entries[0], "weight": -1}]}, *common)
+        CellMapDataSplit(None, {"train": [{**entries[0], "weight": -1}]}, None, *common)
 
 
 def test_the_datamodule_draws_its_training_by_it(volume):
@@ -474,8 +516,8 @@ def test_the_datamodule_draws_its_training_by_it(volume):
         assert repr(data.train_dataset.strategy).startswith("mix")
     with CellMapDataModule(["mito", "er"], strategy="per_crop", balance_datasets=True, **common) as data:
         assert repr(data.train_dataset.strategy) == "per_crop"
-        assert data.train_dataset.crops.balance
-        assert not data.val_dataset.crops.balance
+        assert data.train_dataset.crop_table.balance
+        assert not data.val_dataset.crop_table.balance
     with pytest.raises(CellMapError, match="did you mean 'foreground'"):
         CellMapDataModule(["mito"], strategy="forground", **common)
 
@@ -491,8 +533,10 @@ def test_class_balanced_sampler(volume):
         assert first != second  # each pass has others
         assert list(ClassBalancedSampler(dataset, 400, 1)) == first
         assert list(ClassBalancedSampler(dataset, 400, 2)) != first
-        crops = np.array([dataset.datasets.index(dataset.locate(p)[0]) for p in first])
-        chi_square(share(crops, len(CROPS)), parse_strategy("class_balanced").on(dataset.crops).crop_chances, 400)
+        crops = np.array([dataset.crops.index(dataset.locate(p)[0]) for p in first])
+        chi_square(
+            share(crops, len(CROPS)), parse_strategy("class_balanced").bind(dataset.crop_table).crop_chances, 400
+        )
         # Torch's own loader over the dataset, and ours, meet the same positions.
         plain = [int(b["idx"]) for b in DataLoader(dataset, sampler=ClassBalancedSampler(dataset, 6, 1))]
         loader = CellMapDataLoader(dataset, 2, sampler=ClassBalancedSampler(dataset, 6, 1))
@@ -522,11 +566,11 @@ def test_the_other_names(volume):
         assert tiles == [dataset.tile(n) for n in range(dataset.tile_count)]
         fg, bg = dataset.class_counts, dataset.background_counts
         assert dataset.class_weights == {c: bg[c] / fg[c] for c in CLASSES}
-        mito = dataset.datasets[0]
+        mito = dataset.crops[0]
         assert fg["mito"] > mito.class_counts["mito"] > 0
         assert mito.class_counts["mito"] + mito.background_counts["mito"] == pytest.approx(mito.volume)
         assert dataset.datasets[0].class_weights["nuc"] == 1  # annotated, and not there
-        unknown = dataset.datasets[1]
+        unknown = dataset.crops[1]
         assert unknown.class_counts["er"] + unknown.background_counts["er"] < unknown.volume
         weighted = dataset.get_weighted_sampler(4)
         assert len(list(weighted)) == 4
@@ -534,7 +578,7 @@ def test_the_other_names(volume):
         subset = list(dataset.get_subset_random_sampler(300, weighted=False, rng=torch.Generator().manual_seed(5)))
         assert len(subset) == 300
         assert subset == list(dataset.get_subset_random_sampler(300, False, torch.Generator().manual_seed(5)))
-        crops = np.array([dataset.datasets.index(dataset.locate(p)[0]) for p in subset])
+        crops = np.array([dataset.crops.index(dataset.locate(p)[0]) for p in subset])
         chi_square(share(crops, len(CROPS)), dataset.strategy.crop_chances, 300)
         assert len(list(dataset.get_subset_random_sampler(7))) == 7
 

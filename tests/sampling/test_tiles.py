@@ -15,6 +15,7 @@ from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDatas
 from cellmap_lightning.io.writer import write_group, write_multiscale
 from cellmap_lightning.sampling.tiles import Spread, golden_stride, halved, stratified
 from cellmap_lightning.training.masked import DiceScore
+from tests.make import make_dataset
 
 SHAPE = (14, 17, 19)
 SCALE = (8.0, 4.0, 4.0)
@@ -53,7 +54,7 @@ class Stored:
         spec = {"shape": shape, "scale": scale}
         targets = {"labels": spec} if targets is None else targets
         given = {"pad": True, "target_path": self.target, "classes": CLASSES}
-        return CellMapDataset(self.root / "raw", input_arrays={"raw": spec}, target_arrays=targets, **(given | kwargs))
+        return make_dataset(self.root / "raw", input_arrays={"raw": spec}, target_arrays=targets, **(given | kwargs))
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +165,12 @@ def test_a_smaller_target_beside_one_that_holds_the_crop(stored):
 def scattered(dataset, target):
     """How often each voxel is known over all tiles, and its values, on the lattice of the first position's patch."""
     loader = CellMapDataLoader(dataset, 4, is_train=False)
-    (crop,) = dataset.datasets
-    window = crop.layout.targets[target].window
+    (crop,) = dataset.crops
+    window = crop.arrays.targets[target].window
     placement = crop.placement
     low = placement.first - window.extent / 2
     size = np.rint((placement.centers.extent + window.extent) / window.scale).astype(int)
-    channels = crop.layout.targets[target].kind.channels
+    channels = crop.arrays.targets[target].kind.channels
     times = np.zeros((channels, *size), int)
     values = np.full((channels, *size), np.nan)
     for batch in loader:
@@ -399,7 +400,7 @@ def test_the_chosen_tiles_follow_from_the_crops_and_the_seed(sparse):
         assert other.val_dataset.chosen_tiles(16, 0) == chosen
         assert other.val_dataset.chosen_tiles(16, 1) != chosen
         assert isinstance(one.val_dataset.chosen_tiles(256, 0), Spread)
-        found = one.val_dataset.datasets[1].class_tiles
+        found = one.val_dataset.crops[1].class_tiles
         assert {name: len(tiles) for name, tiles in found.items()} == {"a": 32, "b": 1, "c": 0}
 
 
@@ -408,7 +409,7 @@ def test_labels_that_cannot_be_looked_at_leave_the_class_anywhere(sparse, caplog
         if chunk.is_file() and not chunk.name.startswith((".", "zarr")):
             chunk.write_bytes(b"not a chunk")
     with sparse_module(sparse) as data:
-        assert data.val_dataset.datasets[1].class_tiles["a"] is None
+        assert data.val_dataset.crops[1].class_tiles["a"] is None
         assert len(data.val_dataset.chosen_tiles(16, 0)) == 16
     assert "sparse/crop2/a: not looked at" in caplog.text
 

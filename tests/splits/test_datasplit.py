@@ -2,8 +2,9 @@ import logging
 
 import pytest
 
-from cellmap_lightning import CellMapDataset, CellMapDataSplit, CellMapError
+from cellmap_lightning import CellMapDataset, CellMapError
 from tests.conftest import CLASSES, INPUTS, TARGETS
+from tests.make import make_split
 
 GT = "recon-1/labels/groundtruth"
 RAW = "recon-1/em/fibsem-uint8"
@@ -11,7 +12,7 @@ RAW = "recon-1/em/fibsem-uint8"
 
 def split(csv_path=None, **kwargs):
     given = {"classes": CLASSES, "input_arrays": INPUTS, "target_arrays": TARGETS, "pad": True}
-    return CellMapDataSplit(csv_path, **(given | kwargs))
+    return make_split(csv_path, **(given | kwargs))
 
 
 @pytest.fixture

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellmap_lightning import CellMapDataModule, CellMapDataset, CellMapDataSplit, CellMapError
+from cellmap_lightning import CellMapDataModule, CellMapDataset, CellMapError
+from cellmap_lightning.crops.options import ReadOptions
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.splits.manifests import find_crops, read_manifest
 from cellmap_lightning.splits.rules import RULES, Crop, assign, missing_classes, together
 from tests.conftest import INPUTS, TARGETS
+from tests.make import make_split
 
 GT = "recon-1/labels/groundtruth"
 RAW = "recon-1/em/fibsem-uint8"
@@ -26,7 +28,7 @@ DIVIDING = [rule for rule in RULES if rule != "csv"]
 def split(csv_path=None, **kwargs):
     # Datasets here are links to one volume.
     given = {"classes": CLASSES, "input_arrays": INPUTS, "target_arrays": TARGETS, "pad": True, "leakage": "ignore"}
-    return CellMapDataSplit(csv_path, **(given | kwargs))
+    return make_split(csv_path, **(given | kwargs))
 
 
 def where(crops):
@@ -332,7 +334,7 @@ def test_classes_that_are_listed_and_nowhere_present_count_for_nothing(folder):
     for seed in range(8):
         crops = split(search_path=folder, split="random", only_datasets=["jrc_a"], seed=seed, classes=["nuc"])
         for usage in ("train", "val"):
-            counts = [h.voxels["nuc"] for h in crops._look(crops.entries[usage])]
+            counts = [h.voxels["nuc"] for h in crops._division.metadata(crops.entries[usage])]
             assert max(counts) > 0
 
 
@@ -488,7 +490,13 @@ def test_errors_of_sources(folder, volume, tmp_path):
     with pytest.raises(ValueError, match="the dataset jrc_b is there twice"):
         split(search_path=folder, split="random")
     ready = CellMapDataset(
-        volume.raw_path, f"{volume.path}/{GT}/crop1/[mito]", ["mito"], INPUTS, TARGETS, pad=True, is_train=True
+        volume.raw_path,
+        f"{volume.path}/{GT}/crop1/[mito]",
+        ["mito"],
+        INPUTS,
+        TARGETS,
+        is_train=True,
+        read=ReadOptions(pad=True),
     )
     with pytest.raises(TypeError, match=r"datasets.train\[0\]: a dataset that was made with is_train=True cannot be"):
         split(datasets={"train": [ready]}, split="random", classes=["mito"]).given("val")

@@ -4,6 +4,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataset
+from cellmap_lightning.crops.options import IntensityOptions
 from cellmap_lightning.transforms.augment import IntensityTransforms
 
 SCALE = [8.0, 4.0, 4.0]
@@ -100,9 +101,15 @@ def test_batches_are_changed_while_training_alone(volume):
 
     def batches(train, augment, **more):
         dataset = CellMapDataset(
-            volume.raw_path, path, ["mito", "er"], arrays, targets, is_train=train, seed=3,
-            intensity_transforms=augment,
-        )  # fmt: skip
+            volume.raw_path,
+            path,
+            ["mito", "er"],
+            arrays,
+            targets,
+            is_train=train,
+            seed=3,
+            intensity=IntensityOptions(intensity_transforms=augment),
+        )
         with dataset:
             return list(CellMapDataLoader(dataset, 2, samples_per_epoch=4, is_train=train, **more))
 

@@ -7,16 +7,19 @@ import torch
 from monai import transforms as monai
 from torch import nn
 
-from cellmap_lightning import CellMapDataset
+from cellmap_lightning.crops.options import IntensityOptions
 from cellmap_lightning.transforms.intensity import OnDictionary
 from tests.conftest import CLASSES, INPUTS, TARGETS
+from tests.make import make_dataset
 from tests.runs import GT, Watch, module, task, trainer
 
 
 def dataset(volume, transform, **kwargs):
     target = f"{volume.path}/{GT}/crop2/[mito,er,pm]"
     given = {"classes": CLASSES, "input_arrays": INPUTS, "target_arrays": TARGETS, "cache": "memory"}
-    return CellMapDataset(volume.raw_path, target, **(given | kwargs), raw_value_transforms=transform)
+    return make_dataset(
+        volume.raw_path, target, intensity=IntensityOptions(raw_value_transforms=transform), **given | kwargs
+    )
 
 
 def scaled(raw):

@@ -1,0 +1,403 @@
+"""One raw volume and one annotated crop of it: where patches may lie, and how each array of a sample is read."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from copy import copy
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cellmap_lightning.batches.arrays import ArraySet, InputArray, TargetArray
+from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.crops.class_index import Foreground
+from cellmap_lightning.crops.crop_labels import CropLabels, with_margin
+from cellmap_lightning.crops.image import StoredImage
+from cellmap_lightning.crops.missing_raw import resolve
+from cellmap_lightning.crops.opening import open_images
+from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
+from cellmap_lightning.crops.planes import Plane
+from cellmap_lightning.crops.raw import RawInputs
+from cellmap_lightning.crops.target_path import TargetPath
+from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.geometry.lattice import (
+    LATTICE_TOLERANCE,
+    Box,
+    FloatArray,
+    Lattice,
+    Shape,
+    outside,
+    patch_map,
+)
+from cellmap_lightning.geometry.placement import Placement, Window
+from cellmap_lightning.io.chunks import Reader
+from cellmap_lightning.io.ngff import Level, Multiscale, first_time, shared_metadata
+from cellmap_lightning.io.store import Remote, located, parts_of
+from cellmap_lightning.runtime.thread_pool import ReadPool, default_workers
+from cellmap_lightning.transforms.implied import Implications
+from cellmap_lightning.transforms.spatial import SpatialTransforms
+
+log = logging.getLogger(__name__)
+
+#: Part of a crop outside of raw from which it is reported.
+LEAST_OUTSIDE = 1e-6
+
+
+class Crop:
+    """One raw volume and one annotated crop of it.
+
+    Args:
+        input_path: the raw multiscale group.
+        target_path: the label groups, ``".../crop1/[mito,er]"``; None for raw only.
+        arrays: the inputs, targets and classes that are asked for.
+        spatial: the spatial augmentation.
+        is_train: positions for training, where no patch is needed to cover the edges of the crop.
+        plane: where flat patches lie: ``xy``, ``xz`` or ``yz``.
+        read: how voxels are read and cached.
+        label_options: what labels mean.
+        intensity: how the values of raw are normalized.
+        raw_transforms: of each input, what its values get instead; see `batches.BatchLayout`.
+
+    Attributes:
+        label: its name, for messages.
+        raw_at: where raw lies.
+        raw: the inputs.
+        labels: the label arrays.
+        box: the annotated box, or the whole volume; nm.
+        placement: where patches may lie.
+        pool: the reading threads.
+        store: where decoded voxels are cached.
+        volume: voxels of the crop at the resolution asked for, by which crops are weighed against each other.
+        weight: how often it is drawn beside other crops by the strategy `weighted`; None if not set.
+        half: half the edge lengths of the part that every target holds, along the patch's own axes, nm.
+
+    Raises:
+        CellMapFileNotFoundError: a path or a class of the bracket does not exist.
+        TooCoarseError: the labels are coarser than asked for.
+        NotAnnotatedError: none of the classes is in the bracket.
+        CellMapError: anything else that is wrong with the metadata, or does not fit the arguments.
+    """
+
+    def __init__(
+        self,
+        input_path: str,
+        target_path: str | None,
+        arrays: ArraySet,
+        spatial: SpatialTransforms,
+        is_train: bool,
+        plane: str,
+        read: ReadOptions,
+        label_options: LabelOptions,
+        intensity: IntensityOptions,
+        raw_transforms: Mapping[str, Any],
+    ) -> None:
+        self.input_path, self.arrays, self.read_options = input_path, arrays, read
+        self.spatial, self.is_train = spatial, is_train
+        self.raw_at = located(input_path, read.storage_options)
+        self.target_path = TargetPath.parse(str(target_path), read.storage_options) if target_path else None
+        self.label = self.target_path.label if self.target_path else parts_of(input_path).name
+        self.weight: float | None = None
+        self.pool = ReadPool(default_workers(read.max_workers, isinstance(self.raw_at, Remote)))
+        self.store = RegionStore(read.cache, read.cache_bytes)
+        implications = Implications(
+            arrays.classes,
+            self.target_path.names if self.target_path else (),
+            label_options.infer,
+            label_options.class_table,
+            label_options.class_relation_dict,
+        )
+        with shared_metadata():
+            images = open_images(
+                self.label, self.raw_at, self.target_path, arrays.classes, implications.read, read.overrides
+            )
+        self.plane = Plane.parse(plane, arrays.specs)
+        #: A patch of each array, along its own axes.
+        self.windows = {
+            name: self.plane.thicken(spec.window, images.raw.finest.scale) if spec.flat else spec.window
+            for name, spec in arrays.specs.items()
+        }
+        world = self._world
+        what = f"{self.label}: raw" if self.target_path else "raw"
+        self.raw = RawInputs(
+            images.raw, input_path, {name: world[name] for name in arrays.inputs}, what, read, intensity, self.store
+        )
+        self.labels = CropLabels(
+            self.label, images.labels, arrays.classes, arrays.targets, world, implications, read, label_options,
+            self.store,
+        )  # fmt: skip
+        self.box = self._crop_box()
+        if read.pad:
+            self.raw.check_fill(self.label, raw_transforms.values())
+        self.placement = self._plan()
+        self._place()
+        self._raw_ends = self._find_where_raw_ends()
+        shown = arrays.targets or arrays.inputs
+        scale = np.max([world[n].scale for n in shown], axis=0)
+        self.volume = float(np.prod(self.box.extent / scale))
+        self.half: FloatArray = np.min([self.windows[n].extent for n in shown], axis=0) / 2
+        self._report()
+        self.raw.set_missing(
+            resolve(self.label, self.images.values(), read.missing_raw, self.box if arrays.targets else None)
+        )
+
+    # -- geometry
+
+    @property
+    def _world(self) -> dict[str, Window]:
+        """A patch of each array, along the axes of the volume."""
+        return {name: self.plane.in_volume(window) for name, window in self.windows.items()}
+
+    def _crop_box(self) -> Box:
+        if not self.arrays.targets:
+            return self.raw.box
+        box, volume = self.labels.box, self.raw.box
+        if not box.intersects(volume):
+            raise CellMapValueError(
+                f"{self.label}: the labels ({box}) lie outside the raw volume {self.input_path} ({volume})"
+            )
+        return box
+
+    def _plan(self) -> Placement:
+        world, inputs, pad = self._world, self.arrays.inputs, self.read_options.pad
+        lattices = [(world[name], lattice) for name, lattice in self.labels.lattices]
+        lattices += [(world[name], level.lattice) for name, level in self.raw.levels.items()]
+        return Placement.plan(
+            self.box,
+            [world[name] for name in self.arrays.targets or inputs],
+            lattices,
+            pad,
+            self.label,
+            [] if pad else [(world[name], self.raw.box) for name in inputs],
+            # An evaluation shows every voxel of every target; where a larger one leaves the crop, it is unknown.
+            cover=pad and not self.is_train,
+        )
+
+    def _place(self) -> None:
+        world, axis = self._world, self.plane.turn(None)
+        self.raw.place(self.windows, world, self.placement, axis, self.spatial)
+        self.labels.place(self.windows, world, self.placement, axis, bool(self.spatial.rotate))
+
+    def _find_where_raw_ends(self) -> list[Lattice]:
+        """Return the lattices of raw that the crop is partly outside of, where targets are unknown; report the part."""
+        ends: list[Lattice] = []
+        worst: tuple[float, Level] | None = None
+        if not self.arrays.targets:
+            return ends
+        for level in self.raw.distinct_levels:
+            lattice, box = level.lattice, self.box
+            slack = LATTICE_TOLERANCE * np.asarray(lattice.step)
+            lower, upper = lattice.box.lower - slack, lattice.box.upper + slack
+            if (lower <= box.lower).all() and (upper >= box.upper).all():
+                continue
+            ends.append(lattice)
+            inside = np.minimum(box.upper, lattice.box.upper) - np.maximum(box.lower, lattice.box.lower)
+            part = 1 - float(np.prod(np.clip(inside / box.extent, 0, 1)))
+            if worst is None or part > worst[0]:
+                worst = part, level
+        if worst is not None and worst[0] >= LEAST_OUTSIDE and first_time(f"{self.target_path}", "outside"):
+            part, level = worst
+            log.warning(
+                "%s: %.3g %% of the crop (%s) lies outside of raw (%s, level %s: %s): targets are unknown there",
+                self.label, 100 * part, self.box, self.raw_at, level.name, level.lattice.box,
+            )  # fmt: skip
+        return ends
+
+    def _report(self) -> None:
+        absent = [c for c in self.arrays.classes if c not in self.annotated]
+        log.info(
+            "%s: inputs %s; targets %s; annotated %s; not annotated %s; %d positions; %d workers",
+            self.label,
+            ", ".join(f"{n} {list(self.windows[n].shape)} at {level.name}" for n, level in self.raw.levels.items()),
+            ", ".join(f"{n} {list(self.windows[n].shape)}" for n in self.arrays.targets) or "none",
+            list(self.annotated),
+            absent,
+            len(self.placement),
+            self.pool.workers,
+        )
+        if first_time(f"{self.target_path}", "encodings"):  # and not once more for each plane
+            self.labels.encodings.report()
+
+    def in_volume(self, window: Window, flat: bool = False) -> Window:
+        """Return a window along the axes of the volume; a flat one as thick as the volume's voxels."""
+        if flat:
+            window = self.plane.thicken(window, self.raw.scales[0])
+        return self.plane.in_volume(window)
+
+    def placed(self, placement: Placement, chunk_bytes: int | None = None) -> "Crop":
+        """Return the raw volume with its inputs around other centres, in a store of its own, without targets.
+
+        Args:
+            placement: where they may lie; inputs reach over the border of the volume if it says so.
+            chunk_bytes: limit, in bytes, of a cache of the chunks decoded last; by default decoded voxels are cached
+                as here.
+        """
+        other = copy(self)
+        for name in ("class_counts", "class_tiles"):
+            other.__dict__.pop(name, None)
+        other.placement = placement
+        other.store = (
+            RegionStore(self.store.mode, self.store.budget)
+            if chunk_bytes is None
+            else RegionStore("chunks", chunk_bytes)
+        )
+        other.arrays = dataclasses.replace(self.arrays, targets={})
+        other.windows = {name: self.windows[name] for name in self.arrays.inputs}
+        other.raw = self.raw.in_store(other.store)
+        other.labels = copy(self.labels)
+        other.labels.stacks = {}
+        other._place()
+        return other
+
+    def share(self, pool: ReadPool, store: RegionStore) -> None:
+        """Read with the threads and the store of a collection."""
+        self.store.close()
+        self.pool, self.store = pool, store
+        self.raw.share(store)
+
+    # -- what it is
+
+    @property
+    def is_remote(self) -> bool:
+        """True if raw or labels lie in a remote store."""
+        return isinstance(self.raw_at, Remote) or bool(self.target_path and "://" in self.target_path.before)
+
+    @property
+    def reader(self) -> Reader:
+        """What decodes chunks."""
+        return self.read_options.reader
+
+    @property
+    def annotated(self) -> tuple[str, ...]:
+        """The classes that are annotated here."""
+        return self.labels.annotated
+
+    @property
+    def label_images(self) -> Mapping[str, Multiscale]:
+        """The label image of each class that is read."""
+        return self.labels.images
+
+    @property
+    def images(self) -> Mapping[str, StoredImage]:
+        """The stored raw of each input."""
+        return self.raw.images
+
+    @property
+    def raw_dtype(self) -> np.dtype[Any]:
+        """The stored type of raw."""
+        return self.raw.dtype
+
+    @property
+    def read_levels(self) -> list[Level]:
+        """The level of each array that samples are read from."""
+        return [*self.raw.levels.values(), *self.labels.levels]
+
+    @property
+    def regions(self) -> list[Region]:
+        """The arrays that are read, each decoded once."""
+        return [*self.raw.regions, *self.labels.regions]
+
+    @property
+    def target_window(self) -> Window:
+        """A patch of the first target, along its own axes."""
+        return self.windows[next(iter(self.arrays.targets))]
+
+    # -- measurements
+
+    @cached_property
+    def class_counts(self) -> dict[str, float]:
+        """Foreground voxels of each annotated class, at the first target's resolution; `CropLabels.class_counts`."""
+        return self.labels.class_counts(self.pool, self.target_window) if self.annotated else {}
+
+    @property
+    def background_counts(self) -> dict[str, float]:
+        """Voxels where each annotated class is absent; see `CropLabels.background_counts`."""
+        return self.labels.background_counts(self.class_counts, self.target_window) if self.annotated else {}
+
+    def foreground_index(self, name: str) -> Foreground:
+        """Return an index of the foreground of a class; see `CropLabels.foreground_index`."""
+        return self.labels.foreground_index(name, self.pool, self.plane.in_volume(self.target_window).scale)
+
+    @cached_property
+    def class_tiles(self) -> dict[str, npt.NDArray[np.int64] | None]:
+        """Tiles of the first target in which each annotated class is seen; see `tiles_with`."""
+        return self.labels.class_tiles(self.pool, self.placement, self.plane.in_volume(self.target_window))
+
+    # -- reading
+
+    def missing(self, name: str, place: Shape, turn: FloatArray | None) -> list[tuple[Region, Shape]] | None:
+        """Return the chunks to decode before an array of a sample is copied; None where the array is computed."""
+        turn = self.plane.turn(turn)
+        target = self.arrays.targets.get(name)
+        if target is not None and target.kind.computed:
+            return None
+        chunks: list[tuple[Region, Shape]] = []
+        for patches in self.labels.patches(name) if target is not None else [self.raw.patches[name]]:
+            part = patches.missing(place, turn)
+            if part is None:
+                return None
+            chunks += [(patches.region, index) for index in part]
+        return chunks
+
+    def effort(self, name: str, turn: FloatArray | None) -> int:
+        """Estimate the work of computing an array of a sample, in copies of it, to divide the work among threads."""
+        cached, target = self.raw.cached, self.arrays.targets.get(name)
+        if not cached and self.read_options.reader == "zarr":
+            return 0  # zarr-python decodes the chunks of a box in threads of its own
+        about_one_axis = turn is not None and bool((np.abs(turn) == 1).any())
+        return 2 if about_one_axis and cached and not (target is not None and target.kind.computed) else 16
+
+    def read_array(
+        self,
+        name: str,
+        place: Shape,
+        turn: FloatArray | None,
+        out: np.ndarray[Any, Any],
+        spec: InputArray | TargetArray,
+        transform: Any = None,
+        advance: FloatArray | None = None,
+    ) -> None:
+        """Write one array of one sample to its place in a compact batch.
+
+        Args:
+            name: an input or a target.
+            place: the sample's place in the placement's grid (z, y, x).
+            turn: see `geometry.patch_map`; along the patch's own axes.
+            out: ``[1, z, y, x]`` of the batch's type for an input, one sample of its compact form for a target.
+            spec: the array as the batch has it.
+            transform: of an input, what its values get afterwards; see `batches.BatchLayout`.
+            advance: of a tile, see `Placement.advance`.
+
+        Raises:
+            ChunkError: a chunk cannot be read.
+        """
+        turn = self.plane.turn(turn)
+        if isinstance(spec, InputArray):
+            self.raw.read_into(name, place, turn, out[0], transform)
+            return
+        window = self.windows[name]
+        wide = with_margin(window, spec.kind.margin)
+        self.labels.read_into(name, place, turn, out, spec.kind, wide, self._hidden(place, wide, turn))
+        if advance is not None:
+            # The voxels whose centres lie before the end of the tile before.
+            before = np.ceil(window.shape - advance[list(self.plane.axes)] / window.scale - 0.5 - LATTICE_TOLERANCE)
+            spec.kind.forget(out, before.clip(0).astype(int).tolist())
+
+    def _hidden(self, place: Shape, window: Window, turn: FloatArray | None) -> list[npt.NDArray[np.bool_] | None]:
+        """Where targets are unknown since raw is not stored, or ends."""
+        masked = self.raw.missing == "mask"
+        if not masked and not self._raw_ends:
+            return []
+        center = self.placement.first + self.placement.step * place
+        hidden = self.raw.not_stored(center, window, turn) if masked else []
+        return hidden + [
+            outside(patch_map(center, window.shape, window.scale, lattice, turn), lattice.shape)
+            for lattice in self._raw_ends
+        ]
+
+    def __repr__(self) -> str:
+        return (
+            f"Crop({self.label}: {len(self.placement)} positions, {len(self.annotated)} of "
+            f"{len(self.arrays.classes)} classes)"
+        )

@@ -1,0 +1,105 @@
+"""Opening the images of a crop: the metadata of raw and of each class that is read."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cellmap_lightning.crops.counts import unknown_in_metadata
+from cellmap_lightning.crops.target_path import TargetPath
+from cellmap_lightning.errors import CellMapError, CellMapValueError
+from cellmap_lightning.io.ngff import Multiscale, Overrides, read_multiscale, report
+from cellmap_lightning.io.store import StorePath, exists, warm
+
+log = logging.getLogger(__name__)
+
+
+class NotAnnotatedError(CellMapValueError):
+    """A crop annotates none of the classes."""
+
+
+@dataclass(frozen=True, eq=False)
+class CropImages:
+    """The images of a crop.
+
+    Attributes:
+        raw: the raw image.
+        labels: the label image of each class that is read and annotated.
+    """
+
+    raw: Multiscale
+    labels: dict[str, Multiscale]
+
+
+def open_images(
+    label: str,
+    raw_path: StorePath,
+    target_path: TargetPath | None,
+    classes: Sequence[str],
+    read: Sequence[str],
+    overrides: tuple[Overrides, Overrides],
+) -> CropImages:
+    """Read the metadata of all levels of raw and of each class that is read and annotated.
+
+    Args:
+        label: name of the crop, for messages.
+        raw_path: the raw image.
+        target_path: the label images; None for raw only.
+        classes: the classes of the targets.
+        read: these, and those that imply something about them.
+        overrides: what replaces the metadata of raw and of labels.
+
+    Raises:
+        NotAnnotatedError: none of ``read`` is annotated.
+        CellMapError: what is wrong with one image, or a list of all that is wrong.
+    """
+    paths: dict[str, StorePath] = {"raw": raw_path}
+    if target_path is not None:
+        target_path.check_names(list(dict.fromkeys((*classes, *read))))
+        wanted = [name for name in read if name in target_path.names]
+        if not wanted:
+            raise NotAnnotatedError(
+                f"{label}: none of the classes {list(classes)} is annotated in it; it has {list(target_path.names)}"
+            )
+        groups = {f"class {name}": target_path.of(name) for name in wanted}
+        warm(list(groups.values()))
+        paths |= groups
+    images: dict[str, Multiscale] = {}
+    problems: list[CellMapError] = []
+    for what, path in paths.items():
+        try:
+            image = read_multiscale(path, overrides[what != "raw"])
+            _ = image.finest.lattice
+            report(image.path, image.notes)
+            images[what] = image
+        except CellMapError as e:
+            problems.append(_missing_class(target_path, what) or e)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise CellMapValueError(
+            f"{label}: {len(problems)} things are wrong:" + "".join(f"\n    - {e}" for e in problems)
+        )
+    raw = images.pop("raw")
+    for what, image in images.items():
+        unknown, voxels = unknown_in_metadata(image), math.prod(image.finest.array.shape)
+        if unknown == voxels:
+            log.warning("%s, %s: by its metadata all %d voxels are unknown", label, what, voxels)
+    return CropImages(raw, {what.removeprefix("class "): image for what, image in images.items()})
+
+
+def _missing_class(target_path: TargetPath | None, what: str) -> CellMapError | None:
+    """Return the error for a class that does not exist, which lists those that do; None where it exists.
+
+    Raises:
+        CellMapFileNotFoundError: the crop as a whole does not exist.
+    """
+    if target_path is None or what == "raw":
+        return None
+    try:
+        target_path.found(what.removeprefix("class "))
+    except CellMapError as e:
+        if not exists(target_path.crop):
+            raise
+        return e
+    return None

@@ -1,0 +1,213 @@
+"""Raw as the inputs of a crop: the level and the patches of each input, and the values that fill the outside."""
+
+from collections.abc import Iterable, Mapping
+from copy import copy
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cellmap_lightning.cache.chunk_cache import ChunkCache
+from cellmap_lightning.cache.patches import Patches, Resampled, reached
+from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.crops.image import MissingRaw, StoredImage, choose_level
+from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
+from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.geometry.lattice import FloatArray, Shape, patch_map
+from cellmap_lightning.geometry.placement import Placement, Window
+from cellmap_lightning.io.chunk_names import check_chunk_names
+from cellmap_lightning.io.ngff import Level, Multiscale
+from cellmap_lightning.io.statistics import statistics
+from cellmap_lightning.redaction import hide_address
+from cellmap_lightning.transforms.intensity import AUTO
+from cellmap_lightning.transforms.spatial import SpatialTransforms
+
+
+class RawInputs:
+    """The inputs of a crop.
+
+    Args:
+        image: the raw image.
+        path: its path, for messages and checkpoints.
+        windows: a patch of each input, along the axes of the volume.
+        label: what messages call raw.
+        read: how it is read.
+        intensity: how its values are normalized.
+        store: where decoded voxels are cached.
+
+    Attributes:
+        levels: the level that each input is read from.
+        images: the stored voxels of these.
+        affine: offset and factor that normalize stored values.
+        patches: where each input is read, after `place`.
+        regions: the arrays that are read, after `place`.
+
+    Raises:
+        CellMapError: an input is too fine, or the metadata do not fit the files.
+    """
+
+    def __init__(
+        self,
+        image: Multiscale,
+        path: str,
+        windows: Mapping[str, Window],
+        label: str,
+        read: ReadOptions,
+        intensity: IntensityOptions,
+        store: RegionStore,
+    ) -> None:
+        self.label, self.read, self.missing = label, read, read.missing_raw
+        self.box = image.finest.lattice.box
+        self.scales = tuple(level.scale for level in image.levels)
+        self.levels = {
+            name: choose_level(image, window.scale.tolist(), label, read.max_upsampling)
+            for name, window in windows.items()
+        }
+        for level in self.distinct_levels:
+            check_chunk_names(level.array, label)
+        self._store = store
+        self.images = {name: self._stored(level, store.chunks) for name, level in self.levels.items()}
+        self.patches: dict[str, Patches] = {}
+        self.regions: list[Region] = []
+        self._fills: dict[float, float] = {}
+        rule = intensity.rule
+        measured = statistics(image, read.patience) if rule.needs_statistics else None
+        self.affine = rule.affine(self.dtype, measured, path)
+        if image.finest.array.dtype.kind == "b" and rule.rule == "dtype":
+            self.affine = (1.0, -1.0) if rule.invert else (0.0, 1.0)
+        #: Identifies this volume and rule in checkpoints, which hold no credentials.
+        self.normalization_key = hide_address(f"{path} {rule}")
+
+    def _stored(self, level: Level, chunks: ChunkCache) -> StoredImage:
+        return StoredImage(level, chunks, self.label, self.read.reader, self.read.patience, self.missing)
+
+    @property
+    def distinct_levels(self) -> list[Level]:
+        """The levels that are read, each once."""
+        return list({level.path: level for level in self.levels.values()}.values())
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The stored type."""
+        return next(iter(self.images.values())).region.dtype
+
+    @property
+    def cached(self) -> bool:
+        """Whether decoded voxels have a place in the cache."""
+        return self.regions[0].kept
+
+    def in_store(self, store: RegionStore) -> "RawInputs":
+        """Return the same inputs with decoded voxels cached in another store; `place` them before reading."""
+        other = copy(self)
+        other._store = store
+        other.images = {name: other._stored(level, store.chunks) for name, level in self.levels.items()}
+        for name, image in other.images.items():
+            image.quiet = self.images[name].quiet  # it was reported already
+        return other
+
+    def share(self, store: RegionStore) -> None:
+        """Cache chunks that have no other place in the store of a collection."""
+        self._store = store
+        for image in self.images.values():  # of which a resampled array may be made that is cached elsewhere
+            image.region.cache = store.chunks
+
+    def set_missing(self, policy: MissingRaw) -> None:
+        """Set the policy for chunks that are not stored."""
+        self.missing = policy
+        for image in self.images.values():
+            image.missing = policy
+
+    def place(
+        self,
+        windows: Mapping[str, Window],
+        straight: Mapping[str, Window],
+        placement: Placement,
+        axis: FloatArray | None,
+        spatial: SpatialTransforms,
+    ) -> None:
+        """Plan where each input is read at each position, and which part of the volume that can touch.
+
+        Args:
+            windows: a patch of each input, along its own axes.
+            straight: the same along the axes of the volume.
+            placement: the positions.
+            axis: how the patch's axes lie in the volume.
+            spatial: how patches are turned.
+        """
+        rotated, turned = bool(spatial.rotate), bool(spatial.transpose)
+        self.patches, self.regions = {}, []
+        for name, image in self.images.items():
+            window, upright = windows[name], straight[name]
+            patches = Patches(image.region, image.lattice, window, placement, image, axis)
+            image.region.limit(*reached(placement, upright, image.lattice, turned, rotated or not patches.sliced))
+            regions = [image.region]
+            if not patches.sliced:
+                # Off the lattice of raw. Without rotation all patches are slices of one resampled array.
+                box, region, chunks = image.lattice.box, image.region, self._store.chunks
+                again = Resampled(image, box, upright, placement, region.dtype, 0, chunks, region.name)
+                patches = again.patches(window, placement, axis)
+                if patches.sliced:
+                    again.region.limit(*reached(placement, upright, again.lattice, turned, rotated))
+                    regions = [again.region, image.region] if rotated else [again.region]
+            self.patches[name] = patches
+            self.regions += regions
+
+    def fill(self, transform: Any) -> float:
+        """Return the value outside the volume: what is normalized to 0, as nearly as the stored type can hold it."""
+        wanted = self.affine[0] if isinstance(transform, str) else 0.0
+        if wanted not in self._fills:
+            value = wanted
+            if self.dtype.kind in "iu":
+                info = np.iinfo(self.dtype)
+                value = min(max(round(value), int(info.min)), int(info.max))
+            self._fills[wanted] = value
+        return self._fills[wanted]
+
+    def check_fill(self, label: str, transforms: Iterable[Any]) -> None:
+        """Check that the value outside the volume is normalized to 0.
+
+        Raises:
+            CellMapValueError: the stored type cannot hold such a value.
+        """
+        offset, factor = self.affine
+        left = abs((self.fill(AUTO) - offset) * factor)
+        # Rounding a z-score's mean to a whole number is harmless; a value beyond the type is not.
+        if AUTO in transforms and self.dtype.kind in "iu" and left > max(0.01, abs(factor)):
+            raise CellMapValueError(
+                f"{label}: normalize makes 0 of the stored value {offset:g}, which {self.dtype} cannot say, "
+                "so that what lies outside the volume cannot be 0; use a range inside the type, or pad=False"
+            )
+
+    def read_into(
+        self, name: str, place: Shape, turn: FloatArray | None, out: np.ndarray[Any, Any], transform: Any
+    ) -> None:
+        """Write an input of one sample to ``out`` ``[z, y, x]``; ``transform`` is what its values get afterwards."""
+        fill = self.fill(transform)
+        if out.dtype == self.dtype:
+            self.patches[name].read_into(place, out, turn, fill)
+            return
+        # Crops of different types travel as float32, rounded as they were stored.
+        stored = np.empty(out.shape, self.dtype)
+        self.patches[name].read_into(place, stored, turn, fill)
+        out[...] = stored
+
+    def not_stored(
+        self, center: FloatArray, window: Window, turn: FloatArray | None
+    ) -> list[npt.NDArray[np.bool_] | None]:
+        """Return where a patch shows raw that is not stored, for each input; see `StoredImage.unseen`."""
+        images = self.images.values()
+        return [image.unseen(patch_map(center, window.shape, window.scale, image.lattice, turn)) for image in images]
+
+    def bytes_under(self, extent: FloatArray) -> int:
+        """Return the bytes of the decoded chunks that a box touches at most.
+
+        Args:
+            extent: edge lengths of the box, nm (z, y, x).
+        """
+        total = 0
+        for image in {image.region.key: image for image in self.images.values()}.values():
+            region = image.region
+            reach = np.ceil(np.divide(extent, image.lattice.step) / region.chunks) + 1
+            grid = np.ceil(np.divide(region.shape, region.chunks))
+            total += region.chunk_bytes * int(np.minimum(reach, grid).prod())
+        return total

@@ -1,0 +1,60 @@
+"""Options of a split: which crops are for training, validation and test, and how training samples are drawn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.sampling.strategies import parse_strategy
+from cellmap_lightning.splits.leakage import Leakage, check_leakage_rule
+from cellmap_lightning.splits.rules import SplitRule, check_split
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """Which crops are for training, validation and test, and how training samples are drawn.
+
+    Attributes:
+        split: ``csv``: each crop is for what the CSV, or ``datasets``, gives. Otherwise its crops for train and val are
+            divided by a rule, see `splits.assign`: ``random``, ``stratified``, ``by_dataset``,
+            ``leave_one_dataset_out`` or ``kfold``; those for test and predict stay.
+        val_fraction: the part of these crops that validates; ``kfold`` and ``leave_one_dataset_out`` have their own.
+        fold: which fold, or which dataset in alphabetical order, validates.
+        n_folds: number of folds of ``kfold``.
+        manifest: the challenge's list of the crops under ``search_path``, see `manifests.read_manifest`; by default,
+            those that exist.
+        only_datasets: names or patterns of the datasets whose crops are wanted for train, val and test.
+        only_crops: likewise names, numbers or patterns of the crops, see `manifests.Filter`.
+        planes: of flat patches, a dataset in each.
+        strategy: where the samples of the train split come from, see `CellMapMultiDataset`.
+        balance_datasets: see there.
+        leakage: annotated crops of the train split that also validate or test: ``error``, ``warn`` or ``ignore``.
+            Crops that overlap in part are warned of unless it is ``ignore``.
+        held_out: a manifest of crops that must not be trained on, such as the challenge's
+            ``test_crop_manifest.csv``; ``leakage`` holds for them too.
+
+    Raises:
+        CellMapError: a value that is not one of these.
+    """
+
+    split: SplitRule = "csv"
+    val_fraction: float = 0.1
+    fold: int = 0
+    n_folds: int = 5
+    manifest: str | Path | None = None
+    only_datasets: Sequence[str] | None = None
+    only_crops: Sequence[str | int] | None = None
+    planes: Sequence[str] = ("xy",)
+    strategy: Any = "mix"
+    balance_datasets: bool = False
+    leakage: Leakage = "error"
+    held_out: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        check_leakage_rule(self.leakage)
+        check_split(self.split, self.val_fraction, self.fold, self.n_folds)
+        parse_strategy(self.strategy)
+        planes = self.planes
+        if isinstance(planes, str) or not planes or len(set(planes)) != len(list(planes)):
+            raise CellMapValueError(f"planes must name xy, xz and yz at most once, got {planes!r}")
