@@ -436,7 +436,7 @@ def monai(work):
     if work.augment != "none":
         steps += [RandFlipd(keys, 0.5, axis) for axis in range(3)]
     if work.augment == "mirror":
-        # With the flips, quarter turns in two planes give every permutation of the axes.
+        # With the tta_flips, quarter turns in two planes give every permutation of the axes.
         steps += [RandRotate90d(keys, 0.5, spatial_axes=plane) for plane in ((0, 1), (1, 2))]
     if work.augment == "rotate":
         # The patch itself is turned, its corners filled from its border: turning a larger one would cost more.

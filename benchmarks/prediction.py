@@ -156,7 +156,7 @@ def ours(task, path, out):
         ["a"], {"raw": {"shape": PATCH, "scale": SCALE}}, datasets={"predict": [{"raw": str(path)}]}, batch_size=BATCH
     )
     strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=600))
-    writer = PredictionWriter(str(out), task["blend"], block_mb=task["block_mb"])
+    writer = PredictionWriter(str(out), task["blend"], block_size_mb=task["block_size_mb"])
     run = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False,
         callbacks=[writer, Note()], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -268,14 +268,14 @@ class Figures:
 
 def tasks(args, peer):
     """The measurements of a round."""
-    common = {"model": "identity", "world": 1, "block_mb": args.block_mb}
+    common = {"model": "identity", "world": 1, "block_size_mb": args.block_size_mb}
     for length in args.lengths:
         for blend in ("trim", "average", "gaussian"):
             if length > args.compared and blend == "gaussian":
                 continue
             yield {"who": "ours", "blend": blend, "length": length, **common}
             if blend != "gaussian":
-                yield {"who": "ours", "blend": blend, "length": length, **common, "block_mb": SMALL_BLOCKS}
+                yield {"who": "ours", "blend": blend, "length": length, **common, "block_size_mb": SMALL_BLOCKS}
             if blend != "trim" and length <= args.compared:
                 yield {"who": "monai", "blend": blend, "length": length, **common}
         if peer and length <= args.peer_length:
@@ -296,7 +296,7 @@ def report(figures, args):
     for length in args.lengths:
         for blend in ("trim", "average", "gaussian"):
             mine, theirs = (
-                {"who": w, "blend": blend, "length": length, "model": "identity", "block_mb": args.block_mb}
+                {"who": w, "blend": blend, "length": length, "model": "identity", "block_size_mb": args.block_size_mb}
                 for w in ("ours", "monai")
             )
             if not figures.of(**mine):
@@ -317,7 +317,8 @@ def report(figures, args):
         peer = {"who": "cellmap", "length": length}
         if figures.of(**peer):
             mine = {
-                "who": "ours", "blend": "trim", "length": length, "model": "identity", "block_mb": args.block_mb
+                "who": "ours", "blend": "trim", "length": length, "model": "identity",
+                "block_size_mb": args.block_size_mb,
             }  # fmt: skip
             speed, peak = figures.speed(**peer), figures.median("peak_mb", **peer)
             fast, cheap = figures.ratio(mine, peer), figures.ratio(mine, peer, "cpu")
@@ -326,14 +327,20 @@ def report(figures, args):
                 f"times as fast, {cheap:.2f} times by CPU time"
             )
     yield ""
-    yield f"With block_mb={SMALL_BLOCKS}:"
+    yield f"With block_size_mb={SMALL_BLOCKS}:"
     yield ""
     yield "| volume | trim: peak MB | Mvoxel/s | patches, blocks / whole | average: peak MB | Mvoxel/s | patches |"
     yield "|" + "---|" * 7
     for length in args.lengths:
         row = [f"{length}³"]
         for blend in ("trim", "average"):
-            small = {"who": "ours", "blend": blend, "length": length, "model": "identity", "block_mb": SMALL_BLOCKS}
+            small = {
+                "who": "ours",
+                "blend": blend,
+                "length": length,
+                "model": "identity",
+                "block_size_mb": SMALL_BLOCKS,
+            }
             row += [f"{figures.median('peak_mb', **small):.0f}", f"{figures.speed(**small):.1f}"]
             row += [f"{figures.median('redundancy', **small):.2f}"]
         yield "| " + " | ".join(row) + " |"
@@ -353,18 +360,18 @@ def draw(figures, args, file):
     from matplotlib import pyplot as plt
 
     _, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    mb, small = args.block_mb, SMALL_BLOCKS
+    mb, small = args.block_size_mb, SMALL_BLOCKS
     lines = [
         ("ours", "average", mb, "ours, average", "C0", "o-"), ("ours", "gaussian", mb, "ours, gaussian", "C0", "s--"),
-        ("ours", "average", small, f"ours, average, block_mb={small}", "C0", "o:"),
+        ("ours", "average", small, f"ours, average, block_size_mb={small}", "C0", "o:"),
         ("ours", "trim", mb, "ours, trim", "C2", "^-"),
-        ("ours", "trim", small, f"ours, trim, block_mb={small}", "C2", "^:"),
+        ("ours", "trim", small, f"ours, trim, block_size_mb={small}", "C2", "^:"),
         ("monai", "average", mb, "MONAI, average", "C1", "o-"),
         ("monai", "gaussian", mb, "MONAI, gaussian", "C1", "s--"),
         ("cellmap", "trim", mb, "cellmap-data", "C3", "d-"),
     ]  # fmt: skip
-    for who, blend, block_mb, label, color, style in lines:
-        which = {"who": who, "blend": blend, "model": "identity", "block_mb": block_mb}
+    for who, blend, block_size_mb, label, color, style in lines:
+        which = {"who": who, "blend": blend, "model": "identity", "block_size_mb": block_size_mb}
         lengths = [n for n in args.lengths if figures.of(**which, length=n)]
         if not lengths:
             continue
@@ -403,7 +410,7 @@ def main():
     if args.one:
         one(json.loads(args.one))
         return
-    if args.block_mb == SMALL_BLOCKS:
+    if args.block_size_mb == SMALL_BLOCKS:
         parser.error(f"--block-mb {SMALL_BLOCKS} is measured anyway")
     peer = dict(given.split("=", 1) for given in args.python).get("cellmap")
     figures, began = Figures(), time.time()
@@ -418,13 +425,13 @@ def main():
                 figures.all.append(found)
                 print(
                     f"{number + 1}: {task['who']:<8} {task['model']:<9} {task['blend']:<9} {task['length']:>5}^3 "
-                    f"x{task['world']} {task['block_mb']:g} MiB {found['seconds']:7.2f} s, cpu {found['cpu']:7.2f} s, "
-                    f"{found['peak_mb']:6.0f} MB",
+                    f"x{task['world']} {task['block_size_mb']:g} MiB {found['seconds']:7.2f} s, "
+                    f"cpu {found['cpu']:7.2f} s, {found['peak_mb']:6.0f} MB",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
     rows = [
         f"{args.rounds} rounds in {time.time() - began:.0f} s on {os.cpu_count()} cores ({platform.machine()}), load "
-        f"at the end {os.getloadavg()[2]:.1f}; block_mb={args.block_mb:g}", "", *report(figures, args),
+        f"at the end {os.getloadavg()[2]:.1f}; block_size_mb={args.block_size_mb:g}", "", *report(figures, args),
     ]  # fmt: skip
     print("\n".join(rows))
     if args.report:

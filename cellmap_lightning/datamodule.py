@@ -24,7 +24,7 @@ from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.ngff import LevelTranslations
-from cellmap_lightning.io.retrying import PATIENT
+from cellmap_lightning.io.retrying import DEFAULT_RETRY
 from cellmap_lightning.loading.dataloader import WORKER_TIMEOUT, CellMapDataLoader
 from cellmap_lightning.loading.prefetch import STREAM_DEVICES, PrefetchDecision
 from cellmap_lightning.loading.samples import NumberedSamples
@@ -35,7 +35,7 @@ from cellmap_lightning.loading.trainer_steps import (
     training_loaders,
     used_loaders,
 )
-from cellmap_lightning.loading.waiting import Waiting
+from cellmap_lightning.loading.waiting import WaitTimes
 from cellmap_lightning.runtime.location import CacheMode
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.entries import SPLITS
@@ -197,8 +197,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         missing_raw: MissingRaw = "auto",
         missing_labels: MissingLabels = "error",
         level_translations: LevelTranslations = "auto",
-        read_attempts: int = PATIENT.attempts,
-        read_timeout: float = PATIENT.timeout,
+        read_attempts: int = DEFAULT_RETRY.attempts,
+        read_timeout: float = DEFAULT_RETRY.timeout,
         pin_memory: bool | None = None,
         persistent_workers: bool | None = None,
         prefetch_factor: int | None = None,
@@ -255,7 +255,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         #: The positions of the training loaders that a checkpoint holds, until these have them.
         self.resume_positions: list[dict[str, int]] = []
         #: Seconds that steps waited for batches of this module, over all of its loaders.
-        self.waiting = Waiting()
+        self.waiting = WaitTimes()
         #: The crops of each split.
         self.crops = CellMapDataSplit(
             csv_path,
@@ -411,7 +411,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         fitting = self._running and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if self.val_samples is None or not fitting:
             return self._loader("val", None)
-        return self._loader("val", None, self.crops["val"].chosen_tiles(self.val_samples, self.seed))
+        return self._loader("val", None, self.crops["val"].select_tiles(self.val_samples, self.seed))
 
     def test_dataloader(self) -> CellMapDataLoader:
         """Tiles that cover the test split."""

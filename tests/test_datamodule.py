@@ -14,7 +14,7 @@ from torch import nn
 
 from cellmap_lightning import CellMapDataModule, CellMapError
 from cellmap_lightning.batches.compact_batch import CompactBatch
-from cellmap_lightning.callbacks import RunConfig, StreamPrefetch
+from cellmap_lightning.callbacks import CheckpointConfig, StreamPrefetch
 from cellmap_lightning.loading.prefetch import ReadAhead
 from cellmap_lightning.training.task import SegmentationTask
 from tests.conftest import CLASSES, INPUTS, TARGETS, reading_threads
@@ -406,7 +406,7 @@ def test_checkpoints_are_plain(data, tmp_path):
     """Loadable with weights_only=True, configuration included."""
     keep = L.pytorch.callbacks.ModelCheckpoint(tmp_path, "best", monitor="val/dice", mode="max", save_last=True)
     config = {"data": {"classes": CLASSES}, "seed": 0}
-    run = trainer(tmp_path, callbacks=[keep, RunConfig(config)], enable_checkpointing=True)
+    run = trainer(tmp_path, callbacks=[keep, CheckpointConfig(config)], enable_checkpointing=True)
     model = task()
     run.fit(model, data)
     checkpoint = torch.load(tmp_path / "best.ckpt", weights_only=True)

@@ -12,7 +12,7 @@ import yaml
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError
-from cellmap_lightning.io.store import located
+from cellmap_lightning.io.store import parse_location
 from cellmap_lightning.redaction import hidden, hide_address, hide_overrides, holds_credentials, redacted, secrets_of
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.commands.test_cli import run_forked, small
@@ -234,8 +234,8 @@ def test_addresses_in_a_csv_of_splits_and_their_return(tmp_path):
     assert "word" not in text
     assert "https://***@host/x.zarr/em" in text
     with pytest.raises(CellMapValueError, match="credentials were hidden where it was noted"):
-        located("https://***@host/x.zarr/em")
-    assert "word" not in located(raw).identity
+        parse_location("https://***@host/x.zarr/em")
+    assert "word" not in parse_location(raw).identity
 
 
 def test_a_log_line_with_an_address(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from typing import Any
 
-from cellmap_lightning.cache.locks import Once
+from cellmap_lightning.cache.locks import SingleFlight
 from cellmap_lightning.geometry.resample import AnyArray
 
 #: Bytes of decoded chunks that a process keeps of arrays that are too large to be kept whole.
@@ -42,7 +42,7 @@ class ChunkCache:
         _caches.add(self)
 
     def _after_fork(self) -> None:
-        self._once = Once()
+        self._once = SingleFlight()
         self._chunks: OrderedDict[Hashable, AnyArray] = OrderedDict()
         self.nbytes = 0
         self.decoded = 0

@@ -219,7 +219,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-class Once:
+class SingleFlight:
     """Single-flight execution: the first thread does a piece of work, and others that need it wait for the result."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.cache.locks import IN_USE, Locks, NoRoomError, Once, inode_of
+from cellmap_lightning.cache.locks import IN_USE, Locks, NoRoomError, SingleFlight, inode_of
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.io.retrying import power_of_two
 
@@ -161,7 +161,7 @@ class Mapped:
         self.complete = False
         self.full = False
         self.decoded = 0
-        self.once = Once()
+        self.once = SingleFlight()
         self._buffer, self._first, self._inode = buffer, parts.voxels, inode
         self._damaged = 0
 

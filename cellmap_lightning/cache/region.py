@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.cache.chunk_cache import DEFAULT_CHUNK_BYTES, ChunkCache
-from cellmap_lightning.cache.locks import NoRoomError, Once
+from cellmap_lightning.cache.locks import NoRoomError, SingleFlight
 from cellmap_lightning.cache.mapped import Layout, Mapped
 from cellmap_lightning.cache.shared_memory import FORMAT, Arena, RegionFolder
 from cellmap_lightning.geometry.lattice import Shape
@@ -319,7 +319,7 @@ class RegionStore:
         self.chunks = ChunkCache(
             0 if mode == "none" else chunks if mode == "chunks" else min(chunks, DEFAULT_CHUNK_BYTES)
         )
-        self.once = Once()
+        self.once = SingleFlight()
         self._folder: RegionFolder | None = None
         self._arena: Arena | None = None
         self._places: dict[str, int] = {}
@@ -332,7 +332,7 @@ class RegionStore:
         _stores.add(self)
 
     def _after_fork(self) -> None:
-        self.once, self._lock = Once(), threading.Lock()
+        self.once, self._lock = SingleFlight(), threading.Lock()
         for mapped in self._attached.values():
             mapped.once = self.once
 
@@ -341,7 +341,7 @@ class RegionStore:
         return {name: value for name, value in self.__dict__.items() if name not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, once=Once(), _lock=threading.Lock(), _attached={})
+        self.__dict__.update(state, once=SingleFlight(), _lock=threading.Lock(), _attached={})
         _stores.add(self)
 
     def plan(self, regions: Sequence[Region], ordered: bool, name: str) -> None:

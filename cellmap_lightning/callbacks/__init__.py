@@ -4,31 +4,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cellmap_lightning.callbacks.data_watch import DataWatch
+    from cellmap_lightning.callbacks.data_wait_monitor import DataWaitMonitor
     from cellmap_lightning.callbacks.last_checkpoint import LastCheckpoint
-    from cellmap_lightning.callbacks.preemption import Preemption
+    from cellmap_lightning.callbacks.preemption import PreemptionCheckpoint
     from cellmap_lightning.callbacks.preview import BatchPreview
     from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
-    from cellmap_lightning.checkpointing.run_config import RunConfig
+    from cellmap_lightning.checkpointing.checkpoint_config import CheckpointConfig
     from cellmap_lightning.prediction.prediction_writer import PredictionWriter
 
 _HOMES = {
     "BatchPreview": "callbacks.preview",
-    "DataWatch": "callbacks.data_watch",
+    "DataWaitMonitor": "callbacks.data_wait_monitor",
     "LastCheckpoint": "callbacks.last_checkpoint",
     "PredictionWriter": "prediction.prediction_writer",
-    "Preemption": "callbacks.preemption",
-    "RunConfig": "checkpointing.run_config",
+    "PreemptionCheckpoint": "callbacks.preemption",
+    "CheckpointConfig": "checkpointing.checkpoint_config",
     "StreamPrefetch": "callbacks.stream_prefetch",
 }
 
 __all__ = [
     "BatchPreview",
-    "DataWatch",
+    "CheckpointConfig",
+    "DataWaitMonitor",
     "LastCheckpoint",
     "PredictionWriter",
-    "Preemption",
-    "RunConfig",
+    "PreemptionCheckpoint",
     "StreamPrefetch",
 ]
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 PREEMPTED = "preempted"
 
 
-class Preemption(L.Callback):
+class PreemptionCheckpoint(L.Callback):
     """Saves a checkpoint and ends the run after the step in which SIGTERM comes.
 
     With several processes Lightning itself ends a run between two steps, on all of them. Under Slurm, Lightning

@@ -82,7 +82,7 @@ def recorded(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     for state in checkpoint.values():
         if isinstance(state, Mapping) and isinstance(state.get(RECORD), Mapping):
             return dict(state[RECORD])
-    from cellmap_lightning.checkpointing.run_config import CONFIG_KEY
+    from cellmap_lightning.checkpointing.checkpoint_config import CONFIG_KEY
 
     config = checkpoint.get(CONFIG_KEY)
     data = config.get("data") if isinstance(config, Mapping) else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from cellmap_lightning.checkpointing.run_config import CONFIG_KEY
+from cellmap_lightning.checkpointing.checkpoint_config import CONFIG_KEY
 from cellmap_lightning.checkpointing.trust import check_trusted
 from cellmap_lightning.commands.ending import Ending
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError, MissingExtraError
@@ -18,7 +18,7 @@ from cellmap_lightning.evaluation.evaluate import draw, evaluate, table, write_c
 from cellmap_lightning.evaluation.overview import draw_prediction
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.ngff import read_attributes, read_multiscale
-from cellmap_lightning.io.store import StorePath, children, exists, located
+from cellmap_lightning.io.store import StorePath, children, exists, parse_location
 from cellmap_lightning.redaction import HIDDEN
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, raw_of
 from cellmap_lightning.training.checkpoints import check_checkpoint
@@ -90,7 +90,7 @@ def effective_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     data = {name: None if name in _OF_TRAINING else value for name, value in saved["data"].items()}
     data.pop("datasets", None)
     given_options = OmegaConf.select(cfg, "data.storage_options")
-    if given_options is not None or isinstance(located(cfg.data.input_path), Path):
+    if given_options is not None or isinstance(parse_location(cfg.data.input_path), Path):
         data["storage_options"] = OmegaConf.to_container(given_options, resolve=True) if given_options else None
     _check_saved(saved, data if given_options is None else data | {"storage_options": None}, cfg)
     given: Any = OmegaConf.to_container(cfg.metadata, resolve=True)
@@ -179,7 +179,7 @@ def of_crops(cfg: DictConfig, overrides: list[str]) -> list[DictConfig]:
 
 def groundtruth(input_path: str, options: Mapping[str, Any] | None = None) -> StorePath:
     """Where the crops of a raw volume are in the layout of the challenge."""
-    raw = located(input_path, options)
+    raw = parse_location(input_path, options)
     above: Sequence[StorePath] = raw.absolute().parents if isinstance(raw, Path) else raw.parents
     return above[min(len(Path(RAW).parts), len(above)) - 1] / GROUNDTRUTH
 
@@ -261,7 +261,7 @@ def run(cfg: DictConfig, task: Any = None) -> str | None:
 def _judged(cfg: DictConfig, writer: Any, names: Sequence[str]) -> str:
     """Draw what was predicted, and compare it with the crops, as far as that is wanted; what there is then to say."""
     said, output = "", writer.output
-    raw = located(str(cfg.input_path), OmegaConf.to_container(cfg.data, resolve=True).get("storage_options"))  # type: ignore[union-attr]
+    raw = parse_location(str(cfg.input_path), OmegaConf.to_container(cfg.data, resolve=True).get("storage_options"))  # type: ignore[union-attr]
     if not isinstance(raw, Path):
         return f"\n\nno picture{' and no scores' * bool(cfg.evaluate)}: raw and its crops are not on this machine"
     crops = Path(str(groundtruth(str(raw))))
@@ -299,7 +299,7 @@ def csc_scores(configs: Sequence[DictConfig]) -> str:
     """
     predictions = []
     for cfg in configs:
-        raw = located(str(cfg.input_path), OmegaConf.to_container(cfg.data, resolve=True).get("storage_options"))  # type: ignore[union-attr]
+        raw = parse_location(str(cfg.input_path), OmegaConf.to_container(cfg.data, resolve=True).get("storage_options"))  # type: ignore[union-attr]
         if not isinstance(raw, Path):
             return f"no scores: {cfg.input_path} and its crops are not on this machine"
         names = OmegaConf.select(cfg, "listed") or cfg.writer.only or cfg.writer.classes or cfg.data.classes

@@ -19,8 +19,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning import CellMapDataModule
-from cellmap_lightning.callbacks.preemption import Preemption
-from cellmap_lightning.checkpointing.run_config import RunConfig
+from cellmap_lightning.callbacks.preemption import PreemptionCheckpoint
+from cellmap_lightning.checkpointing.checkpoint_config import CheckpointConfig
 from cellmap_lightning.commands.common import quieten
 from cellmap_lightning.commands.ending import Ending
 from cellmap_lightning.commands.pictures import attempt, draw_samples, scores_of
@@ -47,7 +47,7 @@ class _Progress:
             return how_to_continue(self.folder, False)
         if not self.trainer.is_global_zero:
             return None
-        saved = [c.saved for c in self.trainer.callbacks if isinstance(c, Preemption)]  # type: ignore[attr-defined]
+        saved = [c.saved for c in self.trainer.callbacks if isinstance(c, PreemptionCheckpoint)]  # type: ignore[attr-defined]
         return how_to_continue(self.folder, self.trained, next(filter(None, saved), None))
 
 
@@ -73,7 +73,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
             check_checkpoint(checkpoint, data, task, "resume", "resume")
         elif cfg.init_from is not None:  # a resumed run has weights
             _begin_from(unresolved, data, task)
-        trainer = progress.trainer = _trainer(cfg, RunConfig(plain, start))
+        trainer = progress.trainer = _trainer(cfg, CheckpointConfig(plain, start))
         validates = data.crops.given("val") and trainer.limit_val_batches != 0
         if trainer.is_global_zero:
             _prepare_folder(cfg, folder, plain, data)
@@ -117,13 +117,13 @@ def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
         data.close()
 
 
-def _trainer(cfg: DictConfig, run_config: RunConfig) -> Any:
+def _trainer(cfg: DictConfig, checkpoint_config: CheckpointConfig) -> Any:
     """Return the Trainer of a run, with its callbacks and loggers."""
     callbacks = [instantiate(c, _convert_="all") for c in (cfg.get("callbacks") or {}).values() if c is not None]
     loggers = [instantiate(c, _convert_="all") for c in (cfg.get("logger") or {}).values() if c is not None]
     if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
         cfg.trainer.enable_progress_bar = False  # in a file it would be noise
-    return instantiate(cfg.trainer, _convert_="all", callbacks=[*callbacks, run_config], logger=loggers or False)
+    return instantiate(cfg.trainer, _convert_="all", callbacks=[*callbacks, checkpoint_config], logger=loggers or False)
 
 
 def _prepare_folder(cfg: DictConfig, folder: Path, plain: Any, data: CellMapDataModule) -> None:

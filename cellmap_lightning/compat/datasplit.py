@@ -10,7 +10,7 @@ from cellmap_lightning.compat.multidataset import CellMapMultiDataset
 from cellmap_lightning.compat.subdataset import CellMapSubset
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.splits.datasplit import CellMapDataSplit as DataSplit
-from cellmap_lightning.splits.entries import Entry
+from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.transforms.intensity import AUTO
 
 
@@ -80,7 +80,7 @@ class CellMapDataSplit(DataSplit):
     def _all(self, split: str) -> list[CellMapDataset]:
         return list(self[split].datasets) if self.given(split) else []  # type: ignore[arg-type]
 
-    def _open(self, entry: Entry, split: str, plane: str) -> CellMapDataset:
+    def _open(self, entry: CropRecord, split: str, plane: str) -> CellMapDataset:
         if entry.target_path is None and self.classes is not None:
             raise CellMapValueError(f"a crop for {split!r} needs a target")
         training = split == "train"

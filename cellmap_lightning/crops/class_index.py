@@ -19,7 +19,7 @@ from cellmap_lightning.io.declared_counts import compare_counts
 from cellmap_lightning.io.measurements import key_of, stamp_of
 from cellmap_lightning.io.ngff import Encoding, Level
 from cellmap_lightning.io.records import recall, remember
-from cellmap_lightning.io.retrying import PATIENT, Patience
+from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.runtime.rng import INDEX, uniforms
 from cellmap_lightning.runtime.thread_pool import FORK_GATE, ReadPool
 
@@ -74,7 +74,7 @@ class Foreground:
 
 
 def foreground_index(
-    levels: Sequence[Level], encoding: Encoding, pool: ReadPool, label: str, patience: Patience = PATIENT
+    levels: Sequence[Level], encoding: Encoding, pool: ReadPool, label: str, retry_policy: RetryPolicy = DEFAULT_RETRY
 ) -> Foreground:
     """The index of the first level that has foreground, from the cache folder or built and kept there.
 
@@ -85,7 +85,7 @@ def foreground_index(
         encoding: what their values mean.
         pool: threads to read with.
         label: what messages call it, such as ``crop12/mito``.
-        patience: how long an object is tried for.
+        retry_policy: how long an object is tried for.
 
     Raises:
         ChunkError: a chunk that cannot be read.
@@ -93,7 +93,7 @@ def foreground_index(
     """
     found = Foreground(levels[0].lattice, *_nothing())
     for level in levels:
-        found = _index(level, encoding, pool, label, patience)
+        found = _index(level, encoding, pool, label, retry_policy)
         if len(found):
             break
     return found
@@ -103,8 +103,8 @@ def _nothing() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Voxels]:
     return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int32)
 
 
-def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str, patience: Patience) -> Foreground:
-    reader = ChunkReader(level, label, patience=patience, empty=encoding.empty)
+def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str, retry_policy: RetryPolicy) -> Foreground:
+    reader = ChunkReader(level, label, retry_policy=retry_policy, empty=encoding.empty)
     files = reader.stored()
     key, stamp = key_of(level, "index", encoding, MOST_OF_A_BLOCK, MOST_OF_ALL, MOST_BLOCKS), stamp_of(files)
     cached = recall(key, lambda: stamp, lambda content: _unpacked(content, reader.shape))

@@ -14,7 +14,7 @@ from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale
-from cellmap_lightning.io.retrying import PATIENT, Patience
+from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 
 IntArray = npt.NDArray[np.int64]
 
@@ -30,7 +30,7 @@ def tiles_with(
     placement: Placement,
     window: Window,
     label: str,
-    patience: Patience = PATIENT,
+    retry_policy: RetryPolicy = DEFAULT_RETRY,
 ) -> IntArray | None:
     """Numbers of the tiles of a crop in which a class is seen, each by the first tile that covers it.
 
@@ -44,7 +44,7 @@ def tiles_with(
         placement: the tiles.
         window: a patch, along the axes of the volume.
         label: what messages call it.
-        patience: how long an object is tried for.
+        retry_policy: how long an object is tried for.
 
     Returns:
         None where the class may be anywhere in the crop.
@@ -60,7 +60,7 @@ def tiles_with(
             if math.prod(level.array.shape) > MAX_VOXELS:
                 return None
             code = encoding(level)
-            reader = ChunkReader(level, label, patience=patience, empty=code.empty)
+            reader = ChunkReader(level, label, retry_policy=retry_policy, empty=code.empty)
             present = code.present(stored_labels(reader, code, (0, 0, 0), reader.shape))
             if present.any():
                 return _tiles(present, level, placement, window)

@@ -12,7 +12,7 @@ from cellmap_lightning.io.declared_counts import compare_counts, declared_foregr
 from cellmap_lightning.io.measurements import count_in, key_of, stamp_of
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, complement_counts
 from cellmap_lightning.io.records import recall, remember
-from cellmap_lightning.io.retrying import PATIENT, Patience
+from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.runtime.thread_pool import ReadPool
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,9 @@ def unknown_share(image: Multiscale) -> float | None:
     return number / int(np.prod(image.finest.array.shape)) if isinstance(number, int) else None
 
 
-def foreground(image: Multiscale, encoding: Encoding, pool: ReadPool, label: str, patience: Patience = PATIENT) -> int:
+def foreground(
+    image: Multiscale, encoding: Encoding, pool: ReadPool, label: str, retry_policy: RetryPolicy = DEFAULT_RETRY
+) -> int:
     """Foreground voxels of the finest level, counted if the metadata does not say. The count is kept outside the data.
 
     Args:
@@ -45,10 +47,10 @@ def foreground(image: Multiscale, encoding: Encoding, pool: ReadPool, label: str
         encoding: what its values mean.
         pool: threads to read with; the caller is none of them.
         label: what messages call it.
-        patience: how long an object is tried for.
+        retry_policy: how long an object is tried for.
     """
     known = known_foreground(image, image.finest, encoding)
-    return known if known is not None else count_foreground(image.finest, encoding, pool, label, patience)
+    return known if known is not None else count_foreground(image.finest, encoding, pool, label, retry_policy)
 
 
 def known_foreground(image: Multiscale, level: Level, encoding: Encoding) -> int | None:
@@ -59,9 +61,11 @@ def known_foreground(image: Multiscale, level: Level, encoding: Encoding) -> int
     return recall(key_of(level, "foreground", encoding), lambda: stamp_of(ChunkReader(level).stored()), count_in)
 
 
-def count_foreground(level: Level, encoding: Encoding, pool: ReadPool, label: str, patience: Patience = PATIENT) -> int:
+def count_foreground(
+    level: Level, encoding: Encoding, pool: ReadPool, label: str, retry_policy: RetryPolicy = DEFAULT_RETRY
+) -> int:
     """Read a level of labels and count its foreground voxels; the count is kept outside the data."""
-    reader = ChunkReader(level, label, patience=patience, empty=encoding.empty)
+    reader = ChunkReader(level, label, retry_policy=retry_policy, empty=encoding.empty)
     stamp = stamp_of(reader.stored())  # taken first: what is written meanwhile is noticed the next time
     corners = list(product(*(range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True))))
     found: list[int] = []

@@ -34,7 +34,7 @@ from cellmap_lightning.geometry.lattice import (
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.ngff import Level, Multiscale, first_time, shared_metadata
-from cellmap_lightning.io.store import Remote, located, parts_of
+from cellmap_lightning.io.store import Remote, parse_location, parts_of
 from cellmap_lightning.runtime.thread_pool import ReadPool, default_workers
 from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.spatial import SpatialTransforms
@@ -95,7 +95,7 @@ class Crop:
     ) -> None:
         self.input_path, self.arrays, self.read_options = input_path, arrays, read
         self.spatial, self.is_train = spatial, is_train
-        self.raw_at = located(input_path, read.storage_options)
+        self.raw_at = parse_location(input_path, read.storage_options)
         self.target_path = TargetPath.parse(str(target_path), read.storage_options) if target_path else None
         self.label = self.target_path.label if self.target_path else parts_of(input_path).name
         self.weight: float | None = None
@@ -340,7 +340,7 @@ class Crop:
             chunks += [(patches.region, index) for index in part]
         return chunks
 
-    def effort(self, name: str, turn: FloatArray | None) -> int:
+    def relative_cost(self, name: str, turn: FloatArray | None) -> int:
         """Estimate the work of computing an array of a sample, in copies of it, to divide the work among threads."""
         cached, target = self.raw.cached, self.arrays.targets.get(name)
         if not cached and self.read_options.reader == "zarr":

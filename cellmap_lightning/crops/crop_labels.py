@@ -69,21 +69,28 @@ class CropLabels:
         self.label, self.images, self.classes, self.targets = label, images, tuple(classes), targets
         self.annotated = tuple(c for c in classes if c in images)
         self._stored_levels = options.label_downsample == "stored"
-        self._patience = read.patience
+        self._retry_policy = read.retry_policy
         if images and options.too_coarse == "error":
             self._check_resolution([windows[name].scale for name in targets])
-        self.encodings = LabelEncodings(label, options.unknown, options.missing_labels, patience=read.patience)
+        self.encodings = LabelEncodings(label, options.unknown, options.missing_labels, retry_policy=read.retry_policy)
         self.stacks: dict[str, BitStack | IdStack] = {}
         for name, target in targets.items():
             if target.kind.reads == "bits":
                 self.stacks[name] = BitStack(
                     images, implications, len(classes), windows[name], store.chunks, label, options.label_downsample,
-                    self.encodings, read.reader, read.patience,
+                    self.encodings, read.reader, read.retry_policy,
                 )  # fmt: skip
             else:
                 annotated = {c: image for c, image in images.items() if c in classes}
                 self.stacks[name] = IdStack(
-                    annotated, classes, windows[name], store.chunks, label, self.encodings, read.reader, read.patience
+                    annotated,
+                    classes,
+                    windows[name],
+                    store.chunks,
+                    label,
+                    self.encodings,
+                    read.reader,
+                    read.retry_policy,
                 )
         self.id_dtype = id_dtype(images)
 
@@ -214,7 +221,7 @@ class CropLabels:
         for name in self.annotated:
             image = self.images[name]
             code, label = self.encodings.of(name, image, image.finest), f"{self.label}/{name}"
-            stored = foreground(image, code, pool, label, self._patience)
+            stored = foreground(image, code, pool, label, self._retry_policy)
             counts[name] = stored * _per_stored_voxel(image, window)
         return counts
 
@@ -247,7 +254,7 @@ class CropLabels:
         chosen = choose_level(image, scale.tolist(), label) if self._stored_levels else image.finest
         levels = image.present[image.present.index(chosen) :: -1]
         code = self.encodings.of(name, image, chosen)
-        return foreground_index(levels, code, pool, label, self._patience)
+        return foreground_index(levels, code, pool, label, self._retry_policy)
 
     def class_tiles(
         self, pool: ReadPool, placement: Placement, window: Window
@@ -258,7 +265,7 @@ class CropLabels:
         def look_for(name: str) -> None:
             image, label = self.images[name], f"{self.label}/{name}"
             code = partial(self.encodings.of, name, image)
-            tiles[name] = tiles_with(image, code, placement, window, label, self._patience)
+            tiles[name] = tiles_with(image, code, placement, window, label, self._retry_policy)
 
         pool.run([partial(look_for, name) for name in self.annotated])
         return tiles

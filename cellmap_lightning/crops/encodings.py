@@ -13,7 +13,7 @@ from cellmap_lightning.io.chunks import Empty
 from cellmap_lightning.io.declared_counts import check_declared_counts, warn_of_empty_level
 from cellmap_lightning.io.label_values import CODE, LabelValues, label_values
 from cellmap_lightning.io.ngff import UNKNOWN_CODE, Encoding, Level, Multiscale, read_encoding
-from cellmap_lightning.io.retrying import PATIENT, Patience
+from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class LabelEncodings:
         unknown: see `Unknown`.
         missing_labels: see `MissingLabels`.
         thorough: compare counts with voxels also in large arrays.
-        patience: retries and deadlines of the reads.
+        retry_policy: retries and deadlines of the reads.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class LabelEncodings:
         unknown: Unknown = "metadata",
         missing_labels: MissingLabels = "error",
         thorough: bool = False,
-        patience: Patience = PATIENT,
+        retry_policy: RetryPolicy = DEFAULT_RETRY,
     ) -> None:
         self.label, self.unknown, self.missing_labels = label, unknown, missing_labels
-        self.thorough, self.patience = thorough, patience
+        self.thorough, self.retry_policy = thorough, retry_policy
         #: How each class is read whose metadata leave it open, in words.
         self.decided: dict[str, str] = {}
         #: Classes to which the setting ``unknown`` does not apply, with the code of their metadata.
@@ -141,7 +141,7 @@ class LabelEncodings:
     def _by_values(self, name: str, level: Level) -> Encoding:
         """Decide the encoding of an array that has no metadata for it."""
         label = f"{self.label}/{name}"
-        values = label_values(level, label, CODE, self.patience, self._empty)
+        values = label_values(level, label, CODE, self.retry_policy, self._empty)
         if values.negative is not None:
             raise MetadataError(
                 f"{label}: {level.path} holds the negative label {values.negative} and no encoding that explains it; "
@@ -163,7 +163,7 @@ class LabelEncodings:
         """Decide an instance segmentation in which the code of unknown voxels may also be an id."""
         assert declared.unknown is not None
         label = f"{self.label}/{name}"
-        values = label_values(level, label, declared.unknown, self.patience, self._empty)
+        values = label_values(level, label, declared.unknown, self.retry_policy, self._empty)
         if not (values.above and values.code):  # the code is no id, or does not occur
             if code not in ("metadata", declared.unknown):
                 self.explicit[name] = declared.unknown
@@ -184,7 +184,7 @@ class LabelEncodings:
             code = UNKNOWN_CODE if encoding.unknown is None else encoding.unknown
             encoding = replace(encoding, missing="empty", unknown=code)
         label = f"{self.label}/{name}"
-        wrong = check_declared_counts(level, encoding, label, thorough, self.patience, has_first, image)
+        wrong = check_declared_counts(level, encoding, label, thorough, self.retry_policy, has_first, image)
         if not has_first and level != image.finest:
             warn_of_empty_level(level, image, label)
         if wrong is None:

@@ -29,7 +29,7 @@ from cellmap_lightning.geometry.resample import AnyArray, Method, evaluate
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.io.ngff import Level, LevelTranslations, Multiscale, Overrides, read_multiscale, report
-from cellmap_lightning.io.retrying import PATIENT, Patience, power_of_two
+from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy, power_of_two
 from cellmap_lightning.io.store import identity_of
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class StoredImage:
         cache: where decoded chunks are kept that have no other place.
         label: what messages call it.
         reader: see `chunks.Reader`.
-        patience: how long an object is tried for.
+        retry_policy: how long an object is tried for.
         missing: see `MissingRaw`; None where it is no matter, as in labels.
     """
 
@@ -137,13 +137,13 @@ class StoredImage:
         cache: ChunkCache,
         label: str = "",
         reader: Reader = "zarr",
-        patience: Patience = PATIENT,
+        retry_policy: RetryPolicy = DEFAULT_RETRY,
         missing: MissingRaw | None = None,
     ) -> None:
         self.level = level
         self.lattice = level.lattice
         self.reader = ChunkReader(
-            level, label, reader, patience, "missing" if missing in ("warn", "fill", "mask") else "error"
+            level, label, reader, retry_policy, "missing" if missing in ("warn", "fill", "mask") else "error"
         )
         self.missing = missing
         #: Chunks of which it is known whether they are stored.
@@ -196,7 +196,7 @@ class StoredImage:
         what = "is empty (0 bytes)" if empty else "is missing"
         return f"{self.reader.where(*part)} are not stored: chunk {file}{more} {what}; {self.reader.box(*part)}"
 
-    def holes(self) -> tuple[int, int] | None:
+    def count_missing(self) -> tuple[int, int] | None:
         """How many chunks of what can be read here are missing, and of how many; None where counting takes too long."""
         start, shape = self.region.extent
         files = list(itertools.islice(self.reader.files(start, shape), MOST_COUNTED + 1))
@@ -211,7 +211,7 @@ class StoredImage:
             found = self._stores[index] = self.reader.stores(index)
         return found
 
-    def unseen(self, amap: AffineMap) -> npt.NDArray[np.bool_] | None:
+    def missing_mask(self, amap: AffineMap) -> npt.NDArray[np.bool_] | None:
         """Where a patch shows raw that is not stored, or is interpolated from it; None where it nowhere does.
 
         Args:

@@ -17,7 +17,7 @@ from cellmap_lightning.geometry.resample import AnyArray, evaluate
 from cellmap_lightning.io.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.io.label_values import CODE, read_labels
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, read_encoding
-from cellmap_lightning.io.retrying import PATIENT, Patience
+from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.io.store import identity_of
 from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.kinds import UNKNOWN_ID, signed
@@ -127,7 +127,7 @@ class BitGroup:
         cache: where decoded chunks are kept that have no other place.
         label: what messages call the crop.
         reader: see `chunks.Reader`.
-        patience: how long an object is tried for.
+        retry_policy: how long an object is tried for.
     """
 
     def __init__(
@@ -137,12 +137,12 @@ class BitGroup:
         cache: ChunkCache,
         label: str,
         reader: Reader,
-        patience: Patience,
+        retry_policy: RetryPolicy,
     ) -> None:
         self.lattice: Lattice = members[0][2].lattice
         self.depth = depth
         self.members = [
-            (index, ChunkReader(level, f"{label}/{name}", reader, patience, code.empty), code)
+            (index, ChunkReader(level, f"{label}/{name}", reader, retry_policy, code.empty), code)
             for index, name, level, code in members
         ]
         self.chunks = chunk_shape([reader for _, reader, _ in self.members])
@@ -183,7 +183,7 @@ class BitStack:
         downsample: see `Downsample`.
         encodings: how its arrays are read; by default as their metadata and values say.
         reader: see `chunks.Reader`.
-        patience: how long an object is tried for.
+        retry_policy: how long an object is tried for.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class BitStack:
         downsample: Downsample = "stored",
         encodings: LabelEncodings | None = None,
         reader: Reader = "zarr",
-        patience: Patience = PATIENT,
+        retry_policy: RetryPolicy = DEFAULT_RETRY,
     ) -> None:
         self.implications = implications
         self.downsample = downsample
@@ -214,7 +214,7 @@ class BitStack:
                     break
             else:
                 groups.append([member])
-        self.groups = [BitGroup(members, self.depth, cache, label, reader, patience) for members in groups]
+        self.groups = [BitGroup(members, self.depth, cache, label, reader, retry_policy) for members in groups]
         self.patches: Patches | None = None
         self.regions: list[Region] = []
 
@@ -364,7 +364,7 @@ class IdStack:
         label: see `BitStack`.
         encodings: how its arrays are read; by default as their metadata and values say.
         reader: see `chunks.Reader`.
-        patience: how long an object is tried for.
+        retry_policy: how long an object is tried for.
     """
 
     def __init__(
@@ -376,7 +376,7 @@ class IdStack:
         label: str,
         encodings: LabelEncodings | None = None,
         reader: Reader = "zarr",
-        patience: Patience = PATIENT,
+        retry_policy: RetryPolicy = DEFAULT_RETRY,
     ) -> None:
         self.cache = cache
         self.label = label
@@ -385,7 +385,7 @@ class IdStack:
         self._stored = []
         for _, name, level, encoding in self.members:
             decoder = _IdDecoder(
-                ChunkReader(level, f"{label}/{name}", reader, patience, encoding.empty), encoding, self.dtype
+                ChunkReader(level, f"{label}/{name}", reader, retry_policy, encoding.empty), encoding, self.dtype
             )
             key = ("ids", identity_of(level.path), encoding, str(self.dtype))
             self._stored.append(

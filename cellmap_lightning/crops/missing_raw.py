@@ -38,7 +38,7 @@ def resolve(label: str, images: Iterable[StoredImage], policy: MissingRaw, crop:
         policy: the policy that was set.
         crop: where labels lie; None where there are none, and nothing could be masked.
     """
-    holes = [(image, *(image.holes() or (0, 0))) for image in {i.level.path: i for i in images}.values()]
+    holes = [(image, *(image.count_missing() or (0, 0))) for image in {i.level.path: i for i in images}.values()]
     holes = [entry for entry in holes if entry[1]]
     if policy == "auto":
         partial = bool(holes) and crop is not None and all(_is_partial(image, crop) for image, _, _ in holes)

@@ -9,7 +9,7 @@ from cellmap_lightning.crops.counts import unknown_in_metadata
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError, CellMapValueError
 from cellmap_lightning.io.ngff import Multiscale, Overrides, read_multiscale, report
-from cellmap_lightning.io.store import StorePath, exists, warm
+from cellmap_lightning.io.store import StorePath, exists, prefetch_metadata
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def open_images(
                 f"{label}: none of the classes {list(classes)} is annotated in it; it has {list(target_path.names)}"
             )
         groups = {f"class {name}": target_path.of(name) for name in wanted}
-        warm(list(groups.values()))
+        prefetch_metadata(list(groups.values()))
         paths |= groups
     images: dict[str, Multiscale] = {}
     problems: list[CellMapError] = []

@@ -12,7 +12,7 @@ from cellmap_lightning.crops.labels import DOWNSAMPLE, Downsample
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.io.chunks import Reader, check_reader
 from cellmap_lightning.io.ngff import LevelTranslations, Overrides
-from cellmap_lightning.io.retrying import PATIENT, Patience
+from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.runtime.location import CacheMode, check_mode
 from cellmap_lightning.transforms.augment import IntensityTransforms
 from cellmap_lightning.transforms.intensity import AUTO, Normalize
@@ -60,8 +60,8 @@ class ReadOptions:
     reader: Reader = "zarr"
     missing_raw: MissingRaw = "auto"
     max_upsampling: float = MAX_UPSAMPLING  # finer patches hold no more information
-    read_attempts: int = PATIENT.attempts
-    read_timeout: float = PATIENT.timeout
+    read_attempts: int = DEFAULT_RETRY.attempts
+    read_timeout: float = DEFAULT_RETRY.timeout
     storage_options: Mapping[str, Any] | None = None
     unit: Any = None
     voxel_size: Any = None
@@ -73,12 +73,12 @@ class ReadOptions:
         check_mode(self.cache, self.cache_bytes)
         check_reader(self.reader)
         check_missing_raw(self.missing_raw)
-        _ = self.patience, self.overrides
+        _ = self.retry_policy, self.overrides
 
     @cached_property
-    def patience(self) -> Patience:
+    def retry_policy(self) -> RetryPolicy:
         """Retries and deadlines of reads."""
-        return Patience(self.read_attempts, self.read_timeout)
+        return RetryPolicy(self.read_attempts, self.read_timeout)
 
     @cached_property
     def overrides(self) -> tuple[Overrides, Overrides]:

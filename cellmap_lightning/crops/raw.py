@@ -71,7 +71,7 @@ class RawInputs:
         self.regions: list[Region] = []
         self._fills: dict[float, float] = {}
         rule = intensity.rule
-        measured = statistics(image, read.patience) if rule.needs_statistics else None
+        measured = statistics(image, read.retry_policy) if rule.needs_statistics else None
         self.affine = rule.affine(self.dtype, measured, path)
         if image.finest.array.dtype.kind == "b" and rule.rule == "dtype":
             self.affine = (1.0, -1.0) if rule.invert else (0.0, 1.0)
@@ -79,7 +79,7 @@ class RawInputs:
         self.normalization_key = hide_address(f"{path} {rule}")
 
     def _stored(self, level: Level, chunks: ChunkCache) -> StoredImage:
-        return StoredImage(level, chunks, self.label, self.read.reader, self.read.patience, self.missing)
+        return StoredImage(level, chunks, self.label, self.read.reader, self.read.retry_policy, self.missing)
 
     @property
     def distinct_levels(self) -> list[Level]:
@@ -196,7 +196,9 @@ class RawInputs:
     ) -> list[npt.NDArray[np.bool_] | None]:
         """Return where a patch shows raw that is not stored, for each input; see `StoredImage.unseen`."""
         images = self.images.values()
-        return [image.unseen(patch_map(center, window.shape, window.scale, image.lattice, turn)) for image in images]
+        return [
+            image.missing_mask(patch_map(center, window.shape, window.scale, image.lattice, turn)) for image in images
+        ]
 
     def bytes_under(self, extent: FloatArray) -> int:
         """Return the bytes of the decoded chunks that a box touches at most.

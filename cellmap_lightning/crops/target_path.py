@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
-from cellmap_lightning.io.store import StorePath, children, exists, located, missing, parts_of
+from cellmap_lightning.io.store import StorePath, children, exists, missing, parse_location, parts_of
 
 #: A part of a path that is a bracket of classes.
 _BRACKET = re.compile(r"\[[^\[\]]*\]")
@@ -65,7 +65,7 @@ class TargetPath:
     @property
     def crop(self) -> StorePath:
         """Where the crop lies."""
-        return located(self.before, dict(self.options))
+        return parse_location(self.before, dict(self.options))
 
     def of(self, name: str) -> StorePath:
         """Where the label image of a class lies, whether or not it is there."""
@@ -115,7 +115,7 @@ def _split(path: str) -> tuple[str, str | None, str]:
         CellMapValueError: a bracket of classes that is not closed, or not a part of the path by itself.
     """
     parts = path.rstrip("/").split("/")
-    # Behind a bracket of classes there is no container, which would lie in one of the classes.
+    # BackgroundWriter a bracket of classes there is no container, which would lie in one of the classes.
     first = max((i for i, part in enumerate(parts) if part.endswith((".zarr", ".n5"))), default=-1) + 1
     brackets = [i for i in range(first, len(parts)) if _BRACKET.fullmatch(parts[i])]
     last = parts[-1]

@@ -26,11 +26,11 @@ from cellmap_lightning.errors import CellMapIndexError
 from cellmap_lightning.geometry.lattice import AXES, FloatArray, Shape
 from cellmap_lightning.runtime.location import CacheMode
 from cellmap_lightning.runtime.rng import PLACE, uniforms
-from cellmap_lightning.runtime.thread_pool import FORK_GATE, Closes, ReadPool
+from cellmap_lightning.runtime.thread_pool import FORK_GATE, Closeable, ReadPool
 from cellmap_lightning.sampling.crop_table import CropTable
 from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
 from cellmap_lightning.sampling.strategies import NUMBERS, ClassBalanced, PerCrop, Strategy, Uniform
-from cellmap_lightning.sampling.tiles import Spread, stratified
+from cellmap_lightning.sampling.tiles import TileOrder, stratified
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 
 #: Bytes to copy, or as much other work, from which another thread is worth its price.
@@ -171,17 +171,17 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         placement, local = self.crops[crop].placement, number - self._tile_offsets[crop]
         return Draw(sample, self._offsets[crop] + placement.tile(local), None, placement.advance(local))
 
-    def spread_tiles(self) -> Spread:
+    def tile_order(self) -> TileOrder:
         """All tiles, in an order of which every beginning is spread over all crops."""
-        return Spread([dataset.placement.tiles_along for dataset in self.crops])
+        return TileOrder([dataset.placement.tiles_along for dataset in self.crops])
 
-    def chosen_tiles(self, count: int, seed: int) -> Sequence[int]:
+    def select_tiles(self, count: int, seed: int) -> Sequence[int]:
         """Tiles in which every class that occurs has its share, a function of the crops and the seed; see `stratified`.
 
         Coarse levels of the labels are read for it, once.
         """
         if count >= self.tile_count:
-            return self.spread_tiles()
+            return self.tile_order()
         strata = []
         with tqdm(total=len(self.crops), unit="crop", disable=None, leave=False, delay=1) as bar:
             bar.set_description("looking where classes are")
@@ -198,7 +198,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
                     seen.append(offset + np.asarray(tiles))
             if seen or anywhere:
                 strata.append(np.concatenate(seen or anywhere))
-        return stratified(strata, self.spread_tiles(), count, seed)
+        return stratified(strata, self.tile_order(), count, seed)
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         """The finished sample at a position: a batch of one without its first axis.
@@ -343,7 +343,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
                 spec = specs[name]
                 jobs.append(partial(crop.read_array, name, place, draw.turn, out, spec, transform, draw.advance))
                 missing = crop.missing(name, place, draw.turn)
-                work += out.nbytes * (1 if missing is not None else crop.effort(name, draw.turn))
+                work += out.nbytes * (1 if missing is not None else crop.relative_cost(name, draw.turn))
                 for region, index in missing or ():
                     fills[id(region), index] = partial(region.fill, index)
         with FORK_GATE:
@@ -352,7 +352,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
             # Handing a small copy to another thread costs more than the copy: as many threads as the work pays for.
             self._pool.run(jobs, threads=max(1, -(-work // BYTES_PER_THREAD)))
 
-    def fill_ahead(self, positions: Sequence[int]) -> None:
+    def decode_ahead(self, positions: Sequence[int]) -> None:
         """Have what some samples are cut from decoded by the dataset's threads, before they are read; wait for nothing.
 
         Where nothing is kept there is nothing to do. What goes wrong is said when they are read.
@@ -368,9 +368,9 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         if fills:
             self._pool.ahead(fills.values())
 
-    def end_ahead(self) -> None:
-        """Give up what was begun by `fill_ahead`."""
-        self._pool.end_ahead()
+    def cancel_ahead(self) -> None:
+        """Give up what was begun by `decode_ahead`."""
+        self._pool.cancel_ahead()
 
     def prepare(self) -> None:
         """Decide where decoded voxels are kept, before the first read and before worker processes are started."""
@@ -409,7 +409,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         """Number of reading threads."""
         return self._pool.workers
 
-    def follow(self, reader: Closes) -> None:
+    def follow(self, reader: Closeable) -> None:
         """Close this first, when the dataset is stopped or closed."""
         self._pool.follow(reader)
 

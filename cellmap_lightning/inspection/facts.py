@@ -18,8 +18,8 @@ from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, read_multiscale
 from cellmap_lightning.io.statistics import Statistics, known_statistics, statistics
 from cellmap_lightning.runtime.thread_pool import ReadPool
-from cellmap_lightning.splits.crop_metadata import place_of
-from cellmap_lightning.splits.entries import Entry
+from cellmap_lightning.splits.crop_metadata import dataset_and_crop
+from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.splits.opening import for_all
 
 #: Bars of a histogram.
@@ -204,7 +204,7 @@ def look_at_volumes(
     """
 
     def look(path: str) -> VolumeFacts:
-        name = place_of(path, None)[0]
+        name = dataset_and_crop(path, None)[0]
         try:
             image = read_multiscale(path, (overrides or {}).get(path, NO_OVERRIDES))
             box = image.finest.lattice.box
@@ -219,7 +219,7 @@ def look_at_volumes(
     return for_all(look, paths, "reading volumes" if deep else "looking at volumes", "volume")
 
 
-def look_at_crops(entries: Sequence[tuple[str, Entry]], unknown: Unknown = "metadata") -> list[CropFacts]:
+def look_at_crops(entries: Sequence[tuple[str, CropRecord]], unknown: Unknown = "metadata") -> list[CropFacts]:
     """Facts of crops, from their metadata; of labels without an encoding also from their values.
 
     Args:
@@ -227,7 +227,7 @@ def look_at_crops(entries: Sequence[tuple[str, Entry]], unknown: Unknown = "meta
         unknown: the code of unknown voxels where an entry has none of its own; see `CellMapDataset`.
     """
 
-    def look(item: tuple[str, Entry]) -> CropFacts:
+    def look(item: tuple[str, CropRecord]) -> CropFacts:
         usage, entry = item
         facts = CropFacts(entry.where, entry.where, usage, entry.input_path, entry.target_path or "")
         try:

@@ -9,7 +9,7 @@ import numpy as np
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.geometry.lattice import AXES, SCALE_TOLERANCE, Box, Vector, to_vector
 from cellmap_lightning.inspection.facts import CropFacts, VolumeFacts
-from cellmap_lightning.io.store import located
+from cellmap_lightning.io.store import parse_location
 from cellmap_lightning.splits.leakage import PlacedCrop, held_out_crops, identity, overlaps, volume_identity
 
 #: Part of the foreground that a coarser level may lose before it is worth a word.
@@ -174,7 +174,7 @@ def _of_leakage(crops: Sequence[CropFacts], held_out: str | None) -> list[Proble
             box = Box(to_vector(lower), to_vector(upper))
             labels = identity(TargetPath.parse(crop.target).crop)
             placed.setdefault(crop.usage, []).append(
-                PlacedCrop(crop.name, volume_identity(located(crop.raw)), box, labels)
+                PlacedCrop(crop.name, volume_identity(parse_location(crop.raw)), box, labels)
             )
     trained = placed.get("train", [])
     others = [*placed.get("val", []), *placed.get("test", [])]

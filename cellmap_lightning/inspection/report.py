@@ -27,9 +27,9 @@ from cellmap_lightning.inspection.facts import (
 from cellmap_lightning.inspection.problems import KINDS, Problem, find_problems
 from cellmap_lightning.inspection.proposal import Proposal, propose
 from cellmap_lightning.io.ngff import shared_metadata
-from cellmap_lightning.io.store import children, local
+from cellmap_lightning.io.store import children, local_path
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
-from cellmap_lightning.splits.entries import SPLITS, Entry, read_csv, read_mapping
+from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, find_crops, read_manifest
 
 #: Problems of one kind that are printed.
@@ -147,7 +147,7 @@ def inspect(
 
 def _around(input_path: str) -> dict[str, Any]:
     """A volume, and the crops of its groundtruth where it lies as in the challenge."""
-    path = local(input_path).absolute()
+    path = local_path(input_path).absolute()
     parts = len(Path(RAW).parts)
     found = []
     if len(path.parents) >= parts:
@@ -171,7 +171,7 @@ def _with_rule(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _entries(settings: Mapping[str, Any]) -> list[tuple[str, Entry]]:
+def _entries(settings: Mapping[str, Any]) -> list[tuple[str, CropRecord]]:
     """Usage and entry of every crop, with every class that it annotates."""
     classes = settings.get("classes")
     if settings.get("search_path") is not None and classes is None:

@@ -30,7 +30,14 @@ from cellmap_lightning.io.openable import READERS as READERS
 from cellmap_lightning.io.openable import Reader as Reader
 from cellmap_lightning.io.openable import check_openable
 from cellmap_lightning.io.plain_chunks import PlainChunks
-from cellmap_lightning.io.retrying import PATIENT, GuardedStore, ObjectError, Patience, described, is_forbidden
+from cellmap_lightning.io.retrying import (
+    DEFAULT_RETRY,
+    ObjectError,
+    RetryingStore,
+    RetryPolicy,
+    described,
+    is_forbidden,
+)
 from cellmap_lightning.io.stamps import file_stamp, stamped_size
 from cellmap_lightning.io.store import Remote, identity_of
 from cellmap_lightning.io.stores import open_store
@@ -72,7 +79,7 @@ class ChunkReader:
         level: the array.
         label: what error messages call it, such as ``crop12/mito``.
         reader: see `Reader`.
-        patience: how long an object is tried for.
+        retry_policy: how long an object is tried for.
         empty: see `Empty`.
 
     Raises:
@@ -84,7 +91,7 @@ class ChunkReader:
         level: Level,
         label: str = "",
         reader: Reader = "zarr",
-        patience: Patience = PATIENT,
+        retry_policy: RetryPolicy = DEFAULT_RETRY,
         empty: Empty = "error",
     ) -> None:
         info = level.array
@@ -92,7 +99,7 @@ class ChunkReader:
         self.level = level
         self.label = label
         self.reader: Reader = reader
-        self.patience = patience
+        self.retry_policy = retry_policy
         self.empty: Empty = empty
         self.shape: Shape = level.zyx(info.shape)
         self.chunks: Shape = level.zyx(info.chunks)
@@ -102,12 +109,12 @@ class ChunkReader:
         self._opened: tuple[tuple[int, bytes], Any] | None = None
         self._plain_chunks: tuple[Any, PlainChunks | None] | None = None
         # The store and the array as zarr-python reads them beside TensorStore, each with the process.
-        self._beside: tuple[int, GuardedStore] | None = None
+        self._beside: tuple[int, RetryingStore] | None = None
         self._beside_array: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            "level": self.level, "label": self.label, "reader": self.reader, "patience": self.patience,
+            "level": self.level, "label": self.label, "reader": self.reader, "retry_policy": self.retry_policy,
             "empty": self.empty,
         }  # fmt: skip
 
@@ -133,18 +140,18 @@ class ChunkReader:
         found = self._plain_chunks
         if found is None or found[0] is not array:
             store = array.store
-            inner = store._store if isinstance(store, GuardedStore) else store
+            inner = store._store if isinstance(store, RetryingStore) else store
             found = self._plain_chunks = array, PlainChunks.of(array, inner)
         return found[1]
 
-    def _store(self) -> GuardedStore:
+    def _store(self) -> RetryingStore:
         info = self.level.array
-        return GuardedStore(
-            open_store(info.path, info.encoded.most_stored), info.encoded, self.patience, str(info.path),
+        return RetryingStore(
+            open_store(info.path, info.encoded.most_stored), info.encoded, self.retry_policy, str(info.path),
             info.metadata.name, self.empty,
         )  # fmt: skip
 
-    def _zarr(self, store: GuardedStore | None = None) -> "zarr.Array[Any]":
+    def _zarr(self, store: RetryingStore | None = None) -> "zarr.Array[Any]":
         info = self.level.array
         zarr_format: Any = 3 if info.zarr_format == 3 else 2
         return bounded(zarr.open_array(store or self._store(), mode="r", zarr_format=zarr_format), info.encoded)
@@ -279,7 +286,7 @@ class ChunkReader:
             self._check_files(start, shape)
         try:
             ahead = begun if begun is not None else self._open()[box].read()
-            return np.asarray(ahead.result(timeout=self.patience.timeout))
+            return np.asarray(ahead.result(timeout=self.retry_policy.timeout))
         except CellMapError:
             raise
         except Exception as e:  # codecs and stores raise whatever they like
@@ -458,11 +465,11 @@ class ChunkReader:
             raise ChunkError(self.level.path.hide(text) if isinstance(self.level.path, Remote) else text) from e
         return answer
 
-    def _guard(self) -> GuardedStore:
+    def _guard(self) -> RetryingStore:
         """The store as zarr-python reads it, whatever decodes."""
         if self.reader == "zarr":
             store = self._open().store
-            if isinstance(store, GuardedStore):
+            if isinstance(store, RetryingStore):
                 return store
         beside, pid = self._beside, os.getpid()
         if beside is None or beside[0] != pid:

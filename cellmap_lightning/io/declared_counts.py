@@ -20,7 +20,7 @@ from cellmap_lightning.io.label_values import read_labels
 from cellmap_lightning.io.measurements import count_in, key_of
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, complement_counts
 from cellmap_lightning.io.records import recall, remember
-from cellmap_lightning.io.retrying import PATIENT, Patience
+from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.io.stamps import digest_of
 from cellmap_lightning.io.store import Remote, read_json
 
@@ -54,7 +54,7 @@ def check_declared_counts(
     encoding: Encoding,
     label: str,
     thorough: bool = False,
-    patience: Patience = PATIENT,
+    retry_policy: RetryPolicy = DEFAULT_RETRY,
     has_first: bool = False,
     image: Multiscale | None = None,
 ) -> str | None:
@@ -67,7 +67,7 @@ def check_declared_counts(
         encoding: what its values mean.
         label: name of the crop and class, for messages.
         thorough: count voxels also in large arrays.
-        patience: retries and deadlines of the reads.
+        retry_policy: retries and deadlines of the reads.
         has_first: whether it is known that the first chunk exists.
         image: its image; see `complement_counts`.
 
@@ -99,7 +99,7 @@ def check_declared_counts(
     if room < wanted:
         held = room
     elif thorough or room <= COUNTED_VOXELS:
-        held = _count(level, files, encoding, label, patience)
+        held = _count(level, files, encoding, label, retry_policy)
     else:
         return None
     if held >= wanted:
@@ -251,9 +251,11 @@ def _fill_value(level: Level) -> object:
     return 0 if value is None else value
 
 
-def _count(level: Level, files: Sequence[tuple[int, ...]], encoding: Encoding, label: str, patience: Patience) -> int:
+def _count(
+    level: Level, files: Sequence[tuple[int, ...]], encoding: Encoding, label: str, retry_policy: RetryPolicy
+) -> int:
     """Voxels that are not absent in the files that exist; the count is cached outside the data."""
-    reader = ChunkReader(level, label, patience=patience, empty=encoding.empty)
+    reader = ChunkReader(level, label, retry_policy=retry_policy, empty=encoding.empty)
     stamp = digest_of([sorted(files), *sorted(reader.stored().items())])
     key = key_of(level, "not absent", encoding.absent, encoding.empty)
     cached = recall(key, lambda: stamp, count_in)

@@ -15,7 +15,7 @@ from cellmap_lightning.io.chunks import ChunkReader, Empty
 from cellmap_lightning.io.measurements import key_of, stamp_of
 from cellmap_lightning.io.ngff import Level
 from cellmap_lightning.io.records import recall, remember
-from cellmap_lightning.io.retrying import PATIENT, Patience
+from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 
 #: Voxels that are read of an array at most; of a larger one, evenly spaced chunks.
 MOST_VOXELS = 1 << 27
@@ -62,7 +62,7 @@ class LabelValues:
 
 
 def label_values(
-    level: Level, label: str, code: int = CODE, patience: Patience = PATIENT, empty: Empty = "error"
+    level: Level, label: str, code: int = CODE, retry_policy: RetryPolicy = DEFAULT_RETRY, empty: Empty = "error"
 ) -> LabelValues:
     """Return which values a label array holds.
 
@@ -70,14 +70,14 @@ def label_values(
         level: the array.
         label: name of the crop and class, for messages.
         code: the value that is told from others.
-        patience: retries and deadlines of the reads.
+        retry_policy: retries and deadlines of the reads.
         empty: how chunk files of 0 bytes are read; see `ChunkReader`.
 
     Raises:
         ChunkError: a chunk cannot be read.
         MetadataError: the labels are not whole numbers.
     """
-    reader = ChunkReader(level, label, patience=patience, empty=empty)
+    reader = ChunkReader(level, label, retry_policy=retry_policy, empty=empty)
     files = reader.stored()
     key, stamp = key_of(level, "values", code, MOST_VOXELS, empty), stamp_of(files)
     cached = recall(key, lambda: stamp, _parsed)

@@ -56,7 +56,7 @@ _jitter = random.Random()
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long an object is tried for.
 
     Attributes:
@@ -80,7 +80,7 @@ class Patience:
 
 
 #: What is asked of a store where nobody says.
-PATIENT = Patience()
+DEFAULT_RETRY = RetryPolicy()
 
 
 class ObjectError(Exception):
@@ -143,7 +143,7 @@ def power_of_two(number: int) -> bool:
 def tried(
     read: Callable[[Sequence[str]], Mapping[str, Any]],
     keys: Sequence[str],
-    patience: Patience,
+    retry_policy: RetryPolicy,
     refused: dict[str, ObjectError] | None = None,
 ) -> dict[str, bytes | None]:
     """Several small objects, each asked for again where its error may pass; None where there is none.
@@ -151,7 +151,7 @@ def tried(
     Args:
         read: from keys to what was read of each, or the error.
         keys: the objects.
-        patience: how long they are tried for.
+        retry_policy: how long they are tried for.
         refused: gets the errors of objects that are forbidden, which may not exist; without it, they are raised.
 
     Raises:
@@ -159,7 +159,7 @@ def tried(
     """
     found: dict[str, bytes | None] = {}
     began, left = time.monotonic(), list(keys)
-    for attempt in range(1, patience.attempts + 1):
+    for attempt in range(1, retry_policy.attempts + 1):
         again = {}
         for key, value in read(left).items():
             if isinstance(value, _ABSENT):
@@ -175,7 +175,11 @@ def tried(
         key, error = next(iter(again.items()))
         pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * _jitter.uniform(0.5, 1.5)
         seconds = time.monotonic() - began
-        if attempt == patience.attempts or not all(map(passes, again.values())) or seconds + pause > patience.timeout:
+        if (
+            attempt == retry_policy.attempts
+            or not all(map(passes, again.values()))
+            or seconds + pause > retry_policy.timeout
+        ):
             COUNTS.add("failures")
             raise ObjectError(key, attempt, seconds, error) from error
         COUNTS.add("retries")
@@ -184,7 +188,7 @@ def tried(
     return found
 
 
-class GuardedStore(WrapperStore[Store]):
+class RetryingStore(WrapperStore[Store]):
     """A store whose reads are bounded in time and checked.
 
     Some stores answer "forbidden" for what does not exist: S3 does, where objects may not be listed. So a chunk that is
@@ -194,7 +198,7 @@ class GuardedStore(WrapperStore[Store]):
     Args:
         store: what is read.
         encoded: how chunks are stored in it.
-        patience: how long an object is tried for.
+        retry_policy: how long an object is tried for.
         name: what log lines call it.
         metadata: the object that describes the array, such as ``.zarray``; without one, a refusal is an error.
         empty: whether a chunk of 0 bytes is an error, or counts as missing.
@@ -204,13 +208,13 @@ class GuardedStore(WrapperStore[Store]):
         self,
         store: Store,
         encoded: Encoded,
-        patience: Patience,
+        retry_policy: RetryPolicy,
         name: str,
         metadata: str = "",
         empty: Literal["error", "missing"] = "error",
     ) -> None:
         super().__init__(store)
-        self._encoded, self._patience, self._name = encoded, patience, name
+        self._encoded, self._retry_policy, self._name = encoded, retry_policy, name
         self._metadata, self._empty = metadata, empty
         #: Chunks that were asked for and are not there.
         self.missed: set[str] = set()
@@ -219,8 +223,8 @@ class GuardedStore(WrapperStore[Store]):
         self._verified_at = float("-inf")
         self._verifying = asyncio.Lock()
 
-    def _with_store(self, store: Store) -> "GuardedStore":
-        return GuardedStore(store, self._encoded, self._patience, self._name, self._metadata, self._empty)
+    def _with_store(self, store: Store) -> "RetryingStore":
+        return RetryingStore(store, self._encoded, self._retry_policy, self._name, self._metadata, self._empty)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return the object, or None where there is none.
@@ -304,16 +308,16 @@ class GuardedStore(WrapperStore[Store]):
         COUNTS.add("reads")
         clock = asyncio.get_running_loop().time
         began, attempt = clock(), 0
-        end = began + self._patience.timeout
+        end = began + self._retry_policy.timeout
         while True:
             attempt += 1
             left = end - clock()
             try:
-                async with asyncio.timeout(left if attempt == self._patience.attempts else left / 2):
+                async with asyncio.timeout(left if attempt == self._retry_policy.attempts else left / 2):
                     return await read()
             except Exception as e:  # stores raise whatever they like
                 pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * _jitter.uniform(0.5, 1.5)
-                if attempt == self._patience.attempts or not passes(e) or clock() + pause >= end:
+                if attempt == self._retry_policy.attempts or not passes(e) or clock() + pause >= end:
                     COUNTS.add("failures")
                     raise ObjectError(key, attempt, clock() - began, e) from e
                 number = COUNTS.add("retries")

@@ -14,7 +14,7 @@ from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.measurements import key_of
 from cellmap_lightning.io.ngff import Level, Multiscale
 from cellmap_lightning.io.records import RecordKey, recall, remember
-from cellmap_lightning.io.retrying import PATIENT, Patience
+from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.io.stamps import digest_of
 
 #: Voxels that are looked at: enough for the 0.1th percentile of a volume, quick to read.
@@ -51,7 +51,7 @@ class Statistics:
         return float(np.interp(percent, np.linspace(0, 100, len(self.quantiles)), self.quantiles))
 
 
-def statistics(image: Multiscale, patience: Patience = PATIENT) -> Statistics:
+def statistics(image: Multiscale, retry_policy: RetryPolicy = DEFAULT_RETRY) -> Statistics:
     """Statistics of a volume's stored values, from the coarsest level that has enough of them.
 
     Voxels of value 0 are left out: chunks that were never written read as 0. A level that is larger than needed is
@@ -59,7 +59,7 @@ def statistics(image: Multiscale, patience: Patience = PATIENT) -> Statistics:
 
     Args:
         image: the volume.
-        patience: how long an object is tried for.
+        retry_policy: how long an object is tried for.
 
     Raises:
         CellMapValueError: the volume holds nothing but zeros.
@@ -68,13 +68,13 @@ def statistics(image: Multiscale, patience: Patience = PATIENT) -> Statistics:
         found: Statistics | None = image.__dict__.get(_OF_IMAGE)
         if found is None:
             # Crops that are opened together share the image, and its chunks are examined once for all of them.
-            found = image.__dict__[_OF_IMAGE] = _found_or_measured(_measured_level(image), patience)
+            found = image.__dict__[_OF_IMAGE] = _found_or_measured(_measured_level(image), retry_policy)
         return found
 
 
-def _found_or_measured(level: Level, patience: Patience) -> Statistics:
+def _found_or_measured(level: Level, retry_policy: RetryPolicy) -> Statistics:
     key, boxes = _measurement(level)
-    reader = ChunkReader(level, patience=patience, empty="missing")  # as other chunks that are missing
+    reader = ChunkReader(level, retry_policy=retry_policy, empty="missing")  # as other chunks that are missing
     stamp = _stamp(reader, boxes)
     found = _cached(key, lambda: stamp)
     if found is None:

@@ -325,7 +325,7 @@ def _real_path(path: str) -> str:
     return os.path.realpath(full) if os.path.islink(full) else full  # noqa: PTH114  a Path costs more than the call
 
 
-def located(path: "str | Path | Remote", options: Mapping[str, Any] | None = None) -> StorePath:
+def parse_location(path: "str | Path | Remote", options: Mapping[str, Any] | None = None) -> StorePath:
     """Return where a path or an address leads: absolute, with ``~`` expanded, also inside a chained address.
 
     So the place stays the same after a change of the working directory.
@@ -363,13 +363,13 @@ def absolute(path: str) -> str:
     return f"{head}{chain}{found if found.is_absolute() else found.absolute()}"
 
 
-def local(path: str | Path) -> Path:
+def local_path(path: str | Path) -> Path:
     """A path of this machine, with ``~`` expanded, for what is not read from elsewhere.
 
     Raises:
         CellMapValueError: an address was given.
     """
-    found = located(path)
+    found = parse_location(path)
     if isinstance(found, Remote):
         raise CellMapValueError(f"{found}: only a path of this machine will do here")
     return Path(str(path).removeprefix("file://")).expanduser()  # as it was given, for messages
@@ -434,7 +434,7 @@ def read_all(places: Sequence[Remote]) -> list[bytes | None]:
 
 def _fetch(places: Sequence[Remote]) -> tuple[dict[Remote, bytes | None], dict[Remote, Exception]]:
     """Read objects of one file system, and note which nodes can be read; the errors of those that are forbidden."""
-    from cellmap_lightning.io.retrying import PATIENT, ObjectError, tried
+    from cellmap_lightning.io.retrying import DEFAULT_RETRY, ObjectError, tried
 
     fs = places[0].filesystem()
     keys = {p.key: p for p in places}
@@ -450,7 +450,7 @@ def _fetch(places: Sequence[Remote]) -> tuple[dict[Remote, bytes | None], dict[R
         starts = None if end is None else [0] * len(keys)
         return dict(zip(keys, fs.cat_ranges(list(keys), starts, end, on_error="return"), strict=True))
 
-    texts = {keys[key]: text for key, text in tried(read, list(keys), PATIENT, refused).items()}
+    texts = {keys[key]: text for key, text in tried(read, list(keys), DEFAULT_RETRY, refused).items()}
     for place, text in texts.items():
         if text is not None and place.name in NODE_FILES:
             _readable[place.parent] = began, True
@@ -488,7 +488,7 @@ def _is_forbidden(error: Exception) -> bool:
     return is_forbidden(error)
 
 
-def warm(nodes: Sequence[StorePath]) -> None:
+def prefetch_metadata(nodes: Sequence[StorePath]) -> None:
     """Read the metadata of many images at a time, for whoever opens them next, while somebody keeps them."""
     remote = [node for node in nodes if isinstance(node, Remote)]
     if _kept is None or not remote:

@@ -51,17 +51,17 @@ def _asked_again(fs: Any, keys: Sequence[str]) -> dict[str, Any]:
     Raises:
         ObjectError: it does not answer.
     """
-    from cellmap_lightning.io.retrying import PATIENT, passes, tried
+    from cellmap_lightning.io.retrying import DEFAULT_RETRY, passes, tried
 
     def ask(keys: Sequence[str]) -> dict[str, Any]:
-        answers = _ask(fs, keys, PATIENT.timeout / 2)
+        answers = _ask(fs, keys, DEFAULT_RETRY.timeout / 2)
         # What will not pass, such as a method that is not allowed, is no fault: reading says what is wrong.
         return {
             key: FileNotFoundError(key) if isinstance(answer, Exception) and not passes(answer) else answer
             for key, answer in answers.items()
         }
 
-    return dict(tried(ask, keys, PATIENT))
+    return dict(tried(ask, keys, DEFAULT_RETRY))
 
 
 def _ask(fs: Any, keys: Sequence[str], seconds: float) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from cellmap_lightning.loading.resume import Steps, StreamPosition
 from cellmap_lightning.loading.sampler import StreamSampler
 from cellmap_lightning.loading.samples import NumberedSamples, Samples, WrappedSamples, collate
 from cellmap_lightning.loading.slots import SlotBatch, Slots
-from cellmap_lightning.loading.waiting import Timed, Waiting
+from cellmap_lightning.loading.waiting import TimedBatches, WaitTimes
 from cellmap_lightning.loading.workers import TIMED_OUT, begin_worker, end_workers, start_method, watched
 from cellmap_lightning.sampling.positions import PositionSampler
 
@@ -121,7 +121,7 @@ class CellMapDataLoader(DataLoader[Any]):
         pin_memory: bool = False,
         device: torch.device | None = None,
         decision: PrefetchDecision | None = None,
-        waiting: Waiting | None = None,
+        waiting: WaitTimes | None = None,
         steps: Steps | None = None,
         persistent_workers: bool | None = None,
         prefetch_factor: int | None = None,
@@ -181,7 +181,7 @@ class CellMapDataLoader(DataLoader[Any]):
         self.finish = finish
         self.device = device or torch.device("cpu")
         self.decision = decision
-        self.waiting = waiting or Waiting()
+        self.waiting = waiting or WaitTimes()
         self.steps = steps
         self._finishes = True
         own = self._own_sampler()
@@ -388,7 +388,7 @@ class CellMapDataLoader(DataLoader[Any]):
                 engine, present = ReadAhead(present), None
             stream = prefetch(batches, engine, self.decision.depth, self._cancel)
         self._streams.add(stream)
-        timed = Timed(stream, self.waiting, engine)
+        timed = TimedBatches(stream, self.waiting, engine)
         try:
             # Neither keeps a batch that it has handed out: its memory is the step's alone.
             yield from map(self._delivering, timed if present is None else map(self._timed_present, timed))

@@ -75,7 +75,7 @@ class StreamSampler(DistributedSampler[int]):
         return self._place[1]
 
     def _stop(self, skip: int) -> int:
-        """Behind the last sample of an epoch that is dealt out, when so many are left out at its beginning."""
+        """Return the end of an epoch whose first ``skip`` samples are left out."""
         return self.count - (self.count - skip) % self.num_replicas if self.is_train else self.count
 
     def left(self, skip: int) -> int:

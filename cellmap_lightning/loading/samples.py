@@ -141,7 +141,7 @@ class Samples(NumberedSamples):
         shuffle: draw samples at random; otherwise go through the tiles.
         seed: what everything random follows from.
         pin: read into page-locked memory.
-        tiles: numbers of the tiles, in the order in which they come; by default all, see `SampleSource.spread_tiles`.
+        tiles: numbers of the tiles, in the order in which they come; by default all, see `SampleSource.tile_order`.
         strategy: where random samples come from; by default as the dataset's own says.
 
     Raises:
@@ -160,7 +160,7 @@ class Samples(NumberedSamples):
     ) -> None:
         if tiles is not None and shuffle:
             raise CellMapValueError("tiles are gone through without is_train=True; with it samples are drawn")
-        tiles = dataset.spread_tiles() if tiles is None else tiles
+        tiles = dataset.tile_order() if tiles is None else tiles
         super().__init__(dataset, len(tiles) if count is None else count, shuffle, seed, pin)
         if not shuffle and self.count > len(tiles):
             raise CellMapValueError(

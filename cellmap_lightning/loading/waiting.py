@@ -20,7 +20,7 @@ class Device(Protocol):
 
 
 @dataclass
-class Waiting:
+class WaitTimes:
     """Sums, in seconds of the thread that runs the steps; whoever looks takes differences.
 
     Attributes:
@@ -36,8 +36,8 @@ class Waiting:
     starved: float = 0.0
     moved: float = 0.0
 
-    def __sub__(self, before: "Waiting") -> "Waiting":
-        return Waiting(
+    def __sub__(self, before: "WaitTimes") -> "WaitTimes":
+        return WaitTimes(
             self.batches - before.batches,
             self.waited - before.waited,
             self.starved - before.starved,
@@ -45,7 +45,7 @@ class Waiting:
         )
 
 
-class Timed:
+class TimedBatches:
     """An iterator whose waiting is counted; it does not hold what it hands out.
 
     Args:
@@ -54,10 +54,10 @@ class Timed:
         device: what waits.
     """
 
-    def __init__(self, batches: Iterator[Any], waiting: Waiting, device: Device) -> None:
+    def __init__(self, batches: Iterator[Any], waiting: WaitTimes, device: Device) -> None:
         self._batches, self._waiting, self._device = batches, waiting, device
 
-    def __iter__(self) -> "Timed":
+    def __iter__(self) -> "TimedBatches":
         return self
 
     def __next__(self) -> Any:

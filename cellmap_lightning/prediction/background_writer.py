@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 log = logging.getLogger(__name__)
 
 
-class Behind:
+class BackgroundWriter:
     """A thread that does what it is given, while the owner prepares the next.
 
     Tasks are done in the order in which they are given; after one that has failed none is done, until its error was

@@ -29,7 +29,7 @@ class ModelOutput:
         layout: what a batch holds.
         key: where in a mapping the tensor is; by default its only entry.
         activation: for models that give logits.
-        flips: axes of the patch over whose mirrored versions the mean is taken.
+        tta_flips: axes of the patch over whose mirrored versions the mean is taken.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class ModelOutput:
         layout: BatchLayout,
         key: str | None = None,
         activation: Activation | None = None,
-        flips: str = "",
+        tta_flips: str = "",
     ) -> None:
         self.names, self.array, self.shape, self.layout = names, array, shape, layout
-        self.key, self.activation, self.flips = key, activation, flips
+        self.key, self.activation, self.tta_flips = key, activation, tta_flips
 
     def values(self, outputs: Any, count: int, patch: Shape) -> torch.Tensor:
         """What `predict_step` gave, float32 ``[N, C, z, y, x]`` along the axes of the volume.
@@ -96,7 +96,7 @@ class ModelOutput:
         """
         inputs = self.layout.inputs
         thick = [
-            n for n, a in enumerate(AXES) if a in self.flips and any(i.window.shape[n] > 1 for i in inputs.values())
+            n for n, a in enumerate(AXES) if a in self.tta_flips and any(i.window.shape[n] > 1 for i in inputs.values())
         ]
         number = 1
         for count in range(1, len(thick) + 1):

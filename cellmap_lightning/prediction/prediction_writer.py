@@ -26,7 +26,7 @@ from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.io.writer import ZarrFormat
 from cellmap_lightning.prediction.accumulate import BlockMemory, MeanBlock, PatchSum, StoredBlock
 from cellmap_lightning.prediction.assembly import BlockAssembly
-from cellmap_lightning.prediction.background_writer import Behind
+from cellmap_lightning.prediction.background_writer import BackgroundWriter
 from cellmap_lightning.prediction.blending import Blend, Tiling
 from cellmap_lightning.prediction.block_patches import (
     AHEAD,
@@ -157,13 +157,13 @@ class PredictionWriter(L.Callback):
         shards: voxels of a shard; Zarr v3 only.
         levels: levels of the pyramid; by default as many as leave the longest axis 32 voxels. They have the voxel sizes
             of raw's levels, and beyond those the finest axes are halved first; see `plan_pyramid`.
-        block_mb: MiB that two blocks may take, one of which is written while the other is computed, with the sums of
-            overlapping patches; what a block has of chunks follows from it. Small blocks compute patches twice: a
-            warning says what would help where that is much.
+        block_size_mb: memory in MiB for two blocks, one of which is written while the other is computed, with the sums
+            of overlapping patches. Blocks are whole chunks. Small blocks compute patches twice: a warning names the
+            size that would help.
         check_space: refuse to begin where the disk has less room than the rest takes without compression.
         model_id: what tells this model from others; by default a hash of its weights.
-        flips: axes of the patch, such as ``yx``: the mean over all mirrored versions of the input, each mirrored back,
-            after the activation. `predict_step` is called once more for each of them.
+        tta_flips: test-time augmentation: axes of the patch, such as ``yx``. The output is the mean over all mirrored
+            versions of the input, each mirrored back, after the activation; `predict_step` is called for each of them.
         mask: a multiscale group; blocks in which it has no voxel above 0 are not computed, and left 0.
         skip_empty: leave out blocks in which all voxels of raw have one value, as around the imaged volume.
         check_context: with ``trim``, find out in the first batch how much the border of the input changes what is kept,
@@ -198,10 +198,10 @@ class PredictionWriter(L.Callback):
         chunks: Sequence[int] = (64, 64, 64),
         shards: Sequence[int] | None = None,
         levels: int | None = None,
-        block_mb: float = 256,
+        block_size_mb: float = 256,
         check_space: bool = True,
         model_id: str | None = None,
-        flips: str | Sequence[str] = "",
+        tta_flips: str | Sequence[str] = "",
         mask: str | None = None,
         skip_empty: bool = False,
         check_context: bool = True,
@@ -211,8 +211,10 @@ class PredictionWriter(L.Callback):
             raise CellMapValueError(f"activation is one of {', '.join(get_args(Activation))} or null: {activation!r}")
         if zarr_format not in (2, 3):
             raise CellMapValueError(f"zarr_format is 2 (OME-NGFF 0.4) or 3 (OME-NGFF 0.5), got {zarr_format!r}")
-        if not block_mb > 0 or not math.isfinite(threshold):
-            raise CellMapValueError(f"block_mb must be positive and threshold a number: {block_mb!r}, {threshold!r}")
+        if not block_size_mb > 0 or not math.isfinite(threshold):
+            raise CellMapValueError(
+                f"block_size_mb must be positive and threshold a number: {block_size_mb!r}, {threshold!r}"
+            )
         StoredValues(dtype, threshold)  # is such a type
         if blend not in get_args(Blend):
             raise CellMapValueError(f"blend is one of {', '.join(get_args(Blend))}, got {blend!r}")
@@ -228,10 +230,12 @@ class PredictionWriter(L.Callback):
         self.dtype, self.threshold, self.overwrite = dtype, threshold, bool(overwrite)
         self.region = None if region is None else parse_region({k: list(v) for k, v in region.items()})
         self.classes, self.only, self.key, self.activation = classes, only, key, activation
-        self.levels, self.block_mb, self.check_space, self.model_id = levels, block_mb, check_space, model_id
-        self.flips = "".join(axis for axis in AXES if axis in flips)
-        if sorted(self.flips) != sorted(flips):
-            raise CellMapValueError(f"flips are axes of the patch, each of z, y and x at most once, got {flips!r}")
+        self.levels, self.block_size_mb, self.check_space, self.model_id = levels, block_size_mb, check_space, model_id
+        self.tta_flips = "".join(axis for axis in AXES if axis in tta_flips)
+        if sorted(self.tta_flips) != sorted(tta_flips):
+            raise CellMapValueError(
+                f"tta_flips are axes of the patch, each of z, y and x at most once, got {tta_flips!r}"
+            )
         self.mask, self.skip_empty, self.check_context = mask, bool(skip_empty), bool(check_context)
         self.accept_changed_raw = bool(accept_changed_raw)
         self.summary = Summary()
@@ -288,14 +292,14 @@ class PredictionWriter(L.Callback):
             job, crops = self._job(trainer, pl_module, output, name, planes, memory)
             self._jobs.append(job)
             placed += crops
-        self._behind = Behind()
+        self._behind = BackgroundWriter()
         self._source = volumes_source(placed, data.predict_dataset.layout, data.seed)
         # The threads of one volume are those of the module's own dataset.
         self._close = [self._source.close if len(placed) > 1 else placed[0].store.close]
         self._close.insert(0, self._behind.close)
         array, spec = self._array
         self._said = ModelOutput(
-            self._names, array, spec.window.shape, self._source.layout, self.key, self.activation, self.flips
+            self._names, array, spec.window.shape, self._source.layout, self.key, self.activation, self.tta_flips
         )
         self.redundancy = max(job.plan.redundancy for job in self._jobs)
         total = sum(len(job.plan.grid) for job in self._jobs)
@@ -312,8 +316,8 @@ class PredictionWriter(L.Callback):
         self._unchecked = self.check_context and self.blend == "trim" and rank == 0
         self._began, self._waited = time.perf_counter(), data.waiting.waited
         # Worker processes read for themselves.
-        ahead = self._source.fill_ahead if data.num_workers == 0 else None
-        self._close.insert(0, self._source.end_ahead)
+        ahead = self._source.decode_ahead if data.num_workers == 0 else None
+        self._close.insert(0, self._source.cancel_ahead)
         return PatchSamples(self._source, data.seed, pin), PlanBatches([job.plan for job in self._jobs], ahead)
 
     def _job(
@@ -344,7 +348,7 @@ class PredictionWriter(L.Callback):
                 axis, first[axis], shape[axis], shape[0] if together and axis == 0 else n
             ),
         )  # fmt: skip
-        block = cut(_bytes(self.block_mb))
+        block = cut(_bytes(self.block_size_mb))
         grid = BlockGrid(whole, first, shape, block)
         rank, world = trainer.global_rank, trainer.world_size
         output = PredictionOutput(
@@ -417,7 +421,7 @@ class PredictionWriter(L.Callback):
         if plan.redundancy <= MUCH:
             return
         found = []
-        for more in (self.block_mb * 2**n for n in range(1, 7)):
+        for more in (self.block_size_mb * 2**n for n in range(1, 7)):
             block = cut(_bytes(more))
             found.append((plan.patches(block) / plan.patches(plan.grid.shape), more, block))
             if found[-1][0] <= ENOUGH:
@@ -426,10 +430,9 @@ class PredictionWriter(L.Callback):
         then, more, block = next(f for f in found if f[0] <= 1.05 * least)
         if then < plan.redundancy / 1.1:
             log.warning(
-                "block_mb=%g allows blocks of %s voxels, so that the model computes %.2f times as many as without "
-                "blocks; block_mb=%g would allow %s, and make it %.2f times. With other blocks the output has to begin "
-                "anew",
-                self.block_mb, list(plan.grid.block), plan.redundancy, more, list(block), then,
+                "block_size_mb=%g allows blocks of %s voxels, so that the model computes %.2f times as many as without "
+                "blocks; block_size_mb=%g would allow %s, and make it %.2f times. Other blocks need a new output",
+                self.block_size_mb, list(plan.grid.block), plan.redundancy, more, list(block), then,
             )  # fmt: skip
 
     def _block_bytes(self, whole: Shape, tilings: Sequence[Tiling], values: StoredValues, shape: Shape) -> int:
@@ -467,7 +470,7 @@ class PredictionWriter(L.Callback):
             "inputs": inputs,
             "patch": list(window.shape),
             "planes": [crop.plane.name for crop in crops],
-            "flips": self.flips,
+            "tta_flips": self.tta_flips,
             "mask": None if self.mask is None else str(Path(self.mask).absolute()),
             "skip_empty": self.skip_empty,
             "voxel size": list(lattice.step),
@@ -514,7 +517,7 @@ class PredictionWriter(L.Callback):
             )
         patch = job.plan.tilings[now.tiling].patch
         values = self._said.values(outputs, len(positions), patch)
-        if self.flips or self._unchecked:
+        if self.tta_flips or self._unchecked:
             again = partial(self._predicted, trainer, pl_module, batch_idx, len(positions), patch)
             if self._unchecked:
                 self._unchecked = False

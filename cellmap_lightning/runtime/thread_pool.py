@@ -22,7 +22,7 @@ PATIENCE = 10.0
 AHEAD = 0
 
 
-class Closes(Protocol):
+class Closeable(Protocol):
     """What can be closed."""
 
     def close(self) -> None:
@@ -176,14 +176,14 @@ class ReadPool:
     def _ended(self, future: Future[Any]) -> None:
         self._queued.pop(future, None)
 
-    def end_ahead(self) -> None:
+    def cancel_ahead(self) -> None:
         """Cancel the tasks `ahead` that have not begun, and wait for the others, for `PATIENCE` seconds at most."""
         futures = [future for future, thread in list(self._queued.items()) if thread == AHEAD]
         for future in futures:
             future.cancel()
         wait(futures, PATIENCE)
 
-    def follow(self, follower: Closes) -> None:
+    def follow(self, follower: Closeable) -> None:
         """Close this first, when the pool is closed: it reads with the pool's threads."""
         with self._lock:  # `close` may be going through them
             self._followers.add(follower)

@@ -63,7 +63,7 @@ def halved(number: int, grid: Shape) -> int:
     return (lower[0] * grid[1] + lower[1]) * grid[2] + lower[2]
 
 
-class Spread(Sequence[int]):
+class TileOrder(Sequence[int]):
     """All tiles of several crops, in an order of which every part is spread over the crops and inside each of them.
 
     A tile is worked out when it is asked for: there may be more of them than memory should hold.
@@ -96,11 +96,11 @@ class Spread(Sequence[int]):
 def _walk(tiles: Sequence[int] | IntArray, seed: int, number: int) -> Iterator[int]:
     """All of them, spread, from a place that the seed decides."""
     start = int(hashes(seed, ORDER, [number], 1)[0, 0])
-    stride = 1 if isinstance(tiles, Spread) else golden_stride(len(tiles))
+    stride = 1 if isinstance(tiles, TileOrder) else golden_stride(len(tiles))
     return (int(tiles[(start + n * stride) % len(tiles)]) for n in range(len(tiles)))
 
 
-def stratified(strata: Sequence[IntArray], everything: Spread, count: int, seed: int) -> list[int]:
+def stratified(strata: Sequence[IntArray], everything: TileOrder, count: int, seed: int) -> list[int]:
     """Tiles of which each stratum has its share, as far as it goes, and all tiles together have one as well.
 
     Strata take turns, the smallest first, so that every beginning is shared out too.

@@ -11,11 +11,11 @@ from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.lattice import Box, Vector, to_vector
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Overrides, read_multiscale
-from cellmap_lightning.io.store import parts_of, warm
+from cellmap_lightning.io.store import parts_of, prefetch_metadata
 
 
 @dataclass(frozen=True)
-class Holding:
+class CropMetadata:
     """What the metadata of a crop says.
 
     Attributes:
@@ -34,13 +34,13 @@ class Holding:
         return frozenset(name for name, count in self.voxels.items() if count != 0)
 
 
-def look(target: TargetPath, classes: Sequence[str], overrides: Overrides = NO_OVERRIDES) -> Holding:
+def look(target: TargetPath, classes: Sequence[str], overrides: Overrides = NO_OVERRIDES) -> CropMetadata:
     """What a crop holds of these classes. What cannot be read counts as listed: opening it will say what is wrong."""
     voxels: dict[str, int | None] = {}
     box: Box | None = None
     scale: Vector | None = None
     wanted = [name for name in classes if name in target.names]
-    warm([target.of(name) for name in wanted])
+    prefetch_metadata([target.of(name) for name in wanted])
     for name in wanted:
         voxels[name] = None
         try:
@@ -51,10 +51,10 @@ def look(target: TargetPath, classes: Sequence[str], overrides: Overrides = NO_O
             continue
         box = lattice.box if box is None else box.union(lattice.box)
         scale = lattice.step if scale is None else to_vector(np.maximum(scale, lattice.step))
-    return Holding(voxels, box, scale)
+    return CropMetadata(voxels, box, scale)
 
 
-def place_of(input_path: str, target: TargetPath | None) -> tuple[str, str]:
+def dataset_and_crop(input_path: str, target: TargetPath | None) -> tuple[str, str]:
     """Dataset of a crop, and its path inside it; both without what depends on where the data was put.
 
     The dataset is the name of the Zarr container, or else of the deepest folder that holds raw and target.

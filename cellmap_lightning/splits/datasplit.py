@@ -17,7 +17,7 @@ from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.splits.division import Division
-from cellmap_lightning.splits.entries import SPLITS, Entry, read_csv, read_mapping, table_of
+from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping, table_of
 from cellmap_lightning.splits.leakage import check_leakage
 from cellmap_lightning.splits.manifests import ListedCrop, find_crops, read_manifest
 from cellmap_lightning.splits.opening import for_all
@@ -98,13 +98,13 @@ class CellMapDataSplit:
         self._given = {split: [self._with_options(e) for e in entries] for split, entries in listed.items()}
         if self.classes is None:
             self._given = {name: _volumes(name, entries) for name, entries in self._given.items()}
-        self._entries: dict[str, list[Entry]] | None = None
+        self._entries: dict[str, list[CropRecord]] | None = None
         self._built: dict[str, CellMapMultiDataset] = {}
         self._affine: dict[str, tuple[float, float]] = {}
         self._lock = threading.RLock()
 
     @property
-    def entries(self) -> Mapping[str, list[Entry]]:
+    def entries(self) -> Mapping[str, list[CropRecord]]:
         """The crops of each split. A rule divides them at first use, which reads metadata.
 
         Raises:
@@ -168,8 +168,8 @@ class CellMapDataSplit:
             )
         self._check_unknown()
         datasets: list[CellMapDataset] = []
-        problems: list[tuple[Entry, CellMapError]] = []
-        dropped: list[tuple[Entry, CellMapError]] = []
+        problems: list[tuple[CropRecord, CellMapError]] = []
+        dropped: list[tuple[CropRecord, CellMapError]] = []
         for entry, result in zip(entries, self._opened(entries, split), strict=True):
             if not isinstance(result, CellMapError):
                 datasets += result
@@ -201,10 +201,10 @@ class CellMapDataSplit:
         check_leakage(split, {**self._built, split: multi}, options.leakage, options.held_out)
         return multi
 
-    def _opened(self, entries: Sequence[Entry], split: str) -> list[list[CellMapDataset] | CellMapError]:
+    def _opened(self, entries: Sequence[CropRecord], split: str) -> list[list[CellMapDataset] | CellMapError]:
         """The datasets of each entry, or what is wrong with it."""
 
-        def opened(entry: Entry) -> list[CellMapDataset] | CellMapError:
+        def opened(entry: CropRecord) -> list[CellMapDataset] | CellMapError:
             try:
                 if entry.dataset:
                     return [self._own(entry.dataset, split)]
@@ -214,7 +214,7 @@ class CellMapDataSplit:
 
         return for_all(opened, entries, f"opening {split}")
 
-    def _with_options(self, entry: Entry) -> Entry:
+    def _with_options(self, entry: CropRecord) -> CropRecord:
         options = self.read.storage_options if entry.storage_options is None else entry.storage_options
         metadata = {"level_translations": self.read.level_translations, **entry.metadata}
         own, common = metadata.get("unknown"), self.labels.unknown
@@ -223,16 +223,16 @@ class CellMapDataSplit:
             metadata["unknown"] = {**everywhere, **own}
         return replace(entry, storage_options=options, metadata=metadata)
 
-    def _listed(self, crops: Sequence[ListedCrop]) -> list[Entry]:
+    def _listed(self, crops: Sequence[ListedCrop]) -> list[CropRecord]:
         """Entries of crops that a folder or a manifest names, with the classes that are read."""
         if self.classes is None:
-            return [Entry(crop.where, raw) for raw, crop in {crop.raw: crop for crop in crops}.items()]
+            return [CropRecord(crop.where, raw) for raw, crop in {crop.raw: crop for crop in crops}.items()]
         entries = []
         for crop in crops:
             names = [name for name in self._division.read_classes(crop.classes) if name in crop.classes]
             if names:
                 target = f"{crop.folder}/[{','.join(names)}]"
-                entries.append(Entry(crop.where, crop.raw, target, box=crop.box))
+                entries.append(CropRecord(crop.where, crop.raw, target, box=crop.box))
         annotated = sorted({name for crop in crops for name in crop.classes})
         if not entries:
             raise CellMapValueError(
@@ -253,7 +253,7 @@ class CellMapDataSplit:
 
     # -- one crop
 
-    def _open(self, entry: Entry, split: str, plane: str) -> CellMapDataset:
+    def _open(self, entry: CropRecord, split: str, plane: str) -> CellMapDataset:
         training = split == "train"
         if split != "predict" and self.classes is not None and entry.target_path is None:
             raise CellMapValueError(f"a crop for {split!r} needs a target; only those for 'predict' may go without")
@@ -366,7 +366,7 @@ def _check_source(options: SplitOptions, **sources: Any) -> None:
         )
 
 
-def _volumes(split: str, entries: list[Entry]) -> list[Entry]:
+def _volumes(split: str, entries: list[CropRecord]) -> list[CropRecord]:
     """Each raw volume once: without classes, what a row names is the whole volume and no crop of it."""
     found = {
         (e.input_path, str(e.normalize), e.invert, str(e.metadata)) if e.dataset is None else e.where: e

@@ -11,8 +11,8 @@ from cellmap_lightning.batches.arrays import ArraySpecs, parse_targets
 from cellmap_lightning.crops.options import LabelOptions
 from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, FloatArray
-from cellmap_lightning.splits.crop_metadata import Holding, look, place_of
-from cellmap_lightning.splits.entries import Entry
+from cellmap_lightning.splits.crop_metadata import CropMetadata, dataset_and_crop, look
+from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.splits.manifests import Filter
 from cellmap_lightning.splits.opening import for_all
 from cellmap_lightning.splits.options import SplitOptions
@@ -52,7 +52,7 @@ class Division:
             "val_fraction": options.val_fraction, "fold": options.fold, "n_folds": options.n_folds, "seed": seed
         }  # fmt: skip
         self._filter = Filter(options.only_datasets, options.only_crops)
-        self._holdings: dict[tuple[str, str | None], Holding | None] = {}
+        self._holdings: dict[tuple[str, str | None], CropMetadata | None] = {}
 
     def read_classes(self, annotated: Sequence[str]) -> tuple[str, ...]:
         """Return the classes that are asked for, and those that imply something about them."""
@@ -61,7 +61,7 @@ class Division:
             self.classes or (), annotated, labels.infer, labels.class_table, labels.class_relation_dict
         ).read
 
-    def divide(self, given: Mapping[str, list[Entry]]) -> dict[str, list[Entry]]:
+    def divide(self, given: Mapping[str, list[CropRecord]]) -> dict[str, list[CropRecord]]:
         """Return the crops of each split, by the filters and by the rule.
 
         Args:
@@ -101,7 +101,7 @@ class Division:
         }
         return {**{split: entries for split, entries in divided.items() if entries}, **rest}
 
-    def _usages(self, pool: Sequence[Entry]) -> list[str]:
+    def _usages(self, pool: Sequence[CropRecord]) -> list[str]:
         """``train`` or ``val`` for each entry."""
         holdings = self.metadata(pool)
         names = _names(pool)
@@ -109,7 +109,7 @@ class Division:
         for index, (entry, holding, (dataset, name)) in enumerate(zip(pool, holdings, names, strict=True)):
             if self.classes is not None and (holding is None or not holding.voxels or self._too_coarse(holding)):
                 continue  # it will be dropped, or refused, when it is opened: no rule should count on it
-            known = holding or Holding({})
+            known = holding or CropMetadata({})
             asked = known.classes.intersection(self.classes or ())
             crops.append(Crop(name, dataset, asked, known.box or entry.box))
             counted.append(index)
@@ -137,13 +137,13 @@ class Division:
             )
         return usages
 
-    def metadata(self, entries: Sequence[Entry]) -> list[Holding | None]:
+    def metadata(self, entries: Sequence[CropRecord]) -> list[CropMetadata | None]:
         """What each entry holds by its metadata; None where there is no target, or none that can be told."""
 
-        def key(entry: Entry) -> tuple[str, str | None]:
+        def key(entry: CropRecord) -> tuple[str, str | None]:
             return entry.input_path, entry.target_path if entry.dataset is None else entry.where
 
-        def looked(entry: Entry) -> Holding | None:
+        def looked(entry: CropRecord) -> CropMetadata | None:
             try:
                 target = entry.target if self.classes is not None else None
             except CellMapError:
@@ -155,7 +155,7 @@ class Division:
             self._holdings[key(entry)] = holding
         return [self._holdings[key(entry)] for entry in entries]
 
-    def _too_coarse(self, holding: Holding) -> bool:
+    def _too_coarse(self, holding: CropMetadata) -> bool:
         """Whether a crop will be dropped for its resolution; of flat patches that is known once raw is open."""
         asked = self._finest
         if self._labels.too_coarse != "drop" or asked is None or holding.scale is None:
@@ -172,13 +172,13 @@ class Division:
         return scales
 
 
-def _named(entry: Entry) -> tuple[str, str]:
+def _named(entry: CropRecord) -> tuple[str, str]:
     """Dataset of an entry, and the name of its crop."""
     dataset, inside = _place(entry)
     return dataset, PurePosixPath(inside).name
 
 
-def _names(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+def _names(entries: Sequence[CropRecord]) -> list[tuple[str, str]]:
     """Dataset and full name of each: ``jrc_hela-2/crop1``, or its whole path where that would name another crop too."""
     places = [_place(entry) for entry in entries]
     called: dict[tuple[str, str], set[str]] = {}
@@ -190,9 +190,9 @@ def _names(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     ]
 
 
-def _place(entry: Entry) -> tuple[str, str]:
+def _place(entry: CropRecord) -> tuple[str, str]:
     try:
         target = entry.target
     except CellMapError:
         target = None  # opening it will say what is wrong
-    return place_of(entry.input_path, target)
+    return dataset_and_crop(entry.input_path, target)

@@ -21,7 +21,7 @@ from cellmap_lightning.errors import (
 )
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.ngff import OVERRIDE_KEYS, Overrides
-from cellmap_lightning.io.store import local, missing
+from cellmap_lightning.io.store import local_path, missing
 from cellmap_lightning.sampling.strategies import check_weight
 
 SPLITS = ("train", "val", "test", "predict")
@@ -33,7 +33,7 @@ _ENTRY_KEYS = ("raw", "gt", "normalize", "invert", "weight", *METADATA_KEYS, "st
 
 
 @dataclass(frozen=True)
-class Entry:
+class CropRecord:
     """One crop of a split.
 
     Attributes:
@@ -81,13 +81,13 @@ class Entry:
         return TargetPath.parse(self.target_path, self.storage_options) if self.target_path is not None else None
 
 
-def table_of(rows: Sequence[tuple[Entry, CellMapError]]) -> str:
+def table_of(rows: Sequence[tuple[CropRecord, CellMapError]]) -> str:
     """One line per crop: where it was named, and what is wrong."""
     width = max(len(entry.where) for entry, _ in rows)
     return "\n".join(f"  {entry.where:<{width}}  {error}" for entry, error in rows)
 
 
-def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[Entry]]:
+def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecord]]:
     """Entries of a CSV per split; see `CellMapDataSplit`.
 
     Args:
@@ -98,7 +98,7 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[Entry]]:
         CellMapFileNotFoundError: there is no such file.
         CellMapValueError: rows that cannot be read, all of them in one table.
     """
-    file = local(path)
+    file = local_path(path)
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -107,8 +107,8 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[Entry]]:
         raise CellMapFileNotFoundError(f"the CSV of crops {file} is a folder") from None
     except UnicodeDecodeError as e:
         raise CellMapValueError(f"{file} is not a text file ({e})") from None
-    entries: dict[str, list[Entry]] = {}
-    problems: list[tuple[Entry, CellMapError]] = []
+    entries: dict[str, list[CropRecord]] = {}
+    problems: list[tuple[CropRecord, CellMapError]] = []
     first: bool = True
     options: list[str] = []
     reader = csv.reader(io.StringIO(text), skipinitialspace=True)
@@ -132,7 +132,7 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[Entry]]:
             entry = replace(entry, weight=weight, metadata=_checked(metadata))
             entries.setdefault(split, []).append(entry)
         except CellMapError as e:
-            problems.append((Entry(where), e))
+            problems.append((CropRecord(where), e))
     if problems:
         raise CellMapValueError(
             f"{len(problems)} row{'s' if len(problems) > 1 else ''} of {file} cannot be read:\n" + table_of(problems)
@@ -142,7 +142,7 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[Entry]]:
     return entries
 
 
-def _row(cells: list[str], where: str, folder: Path, targets: bool) -> tuple[str, Entry]:
+def _row(cells: list[str], where: str, folder: Path, targets: bool) -> tuple[str, CropRecord]:
     split = _USAGES.get(cells[0].lower())
     if split is None:
         raise CellMapValueError(f"the usage {cells[0]!r} should be one of {', '.join(_USAGES)}")
@@ -161,7 +161,7 @@ def _row(cells: list[str], where: str, folder: Path, targets: bool) -> tuple[str
         raise CellMapValueError("the raw path is empty")
     if not target and targets and split != "predict":
         raise CellMapValueError(f"the target path is empty; only crops for 'predict' may go without, not {split!r}")
-    return split, Entry(where, _anchor(raw, folder), _anchor(target, folder) if target else None)
+    return split, CropRecord(where, _anchor(raw, folder), _anchor(target, folder) if target else None)
 
 
 def _value(key: str, cell: str) -> Any:
@@ -179,7 +179,7 @@ def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
         found["unknown"] = int(found["unknown"])  # as pandas writes a column with gaps
     if "unknown" in found:
         found["unknown"] = check_unknown(found["unknown"])
-    _ = Entry("", metadata=found).overrides
+    _ = CropRecord("", metadata=found).overrides
     return found
 
 
@@ -203,14 +203,14 @@ def _anchor(path: str, folder: Path) -> str:
     return str(folder / path)
 
 
-def read_mapping(datasets: Mapping[str, Any]) -> dict[str, list[Entry]]:
+def read_mapping(datasets: Mapping[str, Any]) -> dict[str, list[CropRecord]]:
     """Entries of ``{split: [{"raw": path, "gt": path}, ...]}`` per split.
 
     Raises:
         CellMapKeyError: an unknown split, or an unknown or missing key of an entry.
         CellMapTypeError: an entry that is none.
     """
-    entries: dict[str, list[Entry]] = {}
+    entries: dict[str, list[CropRecord]] = {}
     for name, items in datasets.items():
         split = _USAGES.get(str(name))
         if split is None:
@@ -224,9 +224,9 @@ def read_mapping(datasets: Mapping[str, Any]) -> dict[str, list[Entry]]:
     return entries
 
 
-def _entry(item: Any, where: str) -> Entry:
+def _entry(item: Any, where: str) -> CropRecord:
     if isinstance(item, CellMapDataset):
-        return Entry(where, item.input_path, dataset=item)
+        return CropRecord(where, item.input_path, dataset=item)
     if not isinstance(item, Mapping):
         raise CellMapTypeError(f"{where} must be {{raw: path, gt: path}}, got {item!r}")
     older = {"input_path": "raw", "raw_path": "raw", "target_path": "gt", "gt_path": "gt", "ground_truth_path": "gt"}
@@ -241,7 +241,7 @@ def _entry(item: Any, where: str) -> Entry:
         found[name] = value
     if not found.get("raw"):
         raise CellMapKeyError(f"{where} needs 'raw', the path of the raw multiscale group")
-    return Entry(
+    return CropRecord(
         where,
         str(found["raw"]),
         str(found["gt"]) if found.get("gt") else None,

@@ -19,7 +19,7 @@ from cellmap_lightning.errors import (
     CellMapValueError,
 )
 from cellmap_lightning.geometry.lattice import Box, Lattice, to_vector
-from cellmap_lightning.io.store import Remote, StorePath, children, exists, local, located, missing
+from cellmap_lightning.io.store import Remote, StorePath, children, exists, local_path, missing, parse_location
 
 RAW = "recon-1/em/fibsem-uint8"
 GROUNDTRUTH = "recon-1/labels/groundtruth"
@@ -61,7 +61,9 @@ def find_crops(root: str | Path, options: Mapping[str, Any] | None = None) -> li
             where = f"search_path, {volume.stem}/{crop}"
             found.append(ListedCrop(where, str(volume / RAW), str(labels / crop), classes))
     if not found:
-        has = f"none in {_some(list(volumes))}" if volumes else f"it has {_some(children(located(root, options)))}"
+        has = (
+            f"none in {_some(list(volumes))}" if volumes else f"it has {_some(children(parse_location(root, options)))}"
+        )
         raise CellMapFileNotFoundError(
             f"search_path {root} holds no crops: they are looked for in <dataset>/<dataset>.zarr/{GROUNDTRUTH}/crop* "
             f"and <dataset>.zarr/{GROUNDTRUTH}/crop*; {has}"
@@ -70,7 +72,7 @@ def find_crops(root: str | Path, options: Mapping[str, Any] | None = None) -> li
 
 
 def _root(root: str | Path, options: Mapping[str, Any] | None = None) -> StorePath:
-    folder = located(root, options)
+    folder = parse_location(root, options)
     return folder if isinstance(folder, Remote) else folder.absolute()
 
 
@@ -120,7 +122,7 @@ def manifest_rows(path: str | Path) -> list[ManifestRow]:
         CellMapFileNotFoundError: there is no such file.
         CellMapValueError: it is no manifest, or has rows that cannot be read, or lists a class of a crop twice.
     """
-    file = local(path)
+    file = local_path(path)
     found: dict[tuple[str, str, str], ManifestRow] = {}
     for number, row in enumerate(_table(file, _COLUMNS), 2):
         crop = row["crop_name"] or ""
@@ -183,7 +185,7 @@ def read_manifest(path: str | Path, root: str | Path, options: Mapping[str, Any]
         CellMapFileNotFoundError: there is no such file, or no such folder.
         CellMapValueError: it is no manifest, or has rows that cannot be read.
     """
-    file = local(path)
+    file = local_path(path)
     volumes, nested = _volumes(root, options), _root(root, options)
     if file.is_file() and file.read_bytes().removeprefix(b"\xef\xbb\xbf").startswith(b"crop_number"):
         return _listed_by_number(file, volumes, nested)

@@ -6,15 +6,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from cellmap_lightning.io.store import absolute, local
+from cellmap_lightning.io.store import absolute, local_path
 from cellmap_lightning.redaction import hide_address
-from cellmap_lightning.splits.crop_metadata import Holding
-from cellmap_lightning.splits.entries import METADATA_KEYS, SPLITS, Entry
+from cellmap_lightning.splits.crop_metadata import CropMetadata
+from cellmap_lightning.splits.entries import METADATA_KEYS, SPLITS, CropRecord
 
 log = logging.getLogger(__name__)
 
 
-def write_csv(entries: Mapping[str, Sequence[Entry]], path: str | Path) -> None:
+def write_csv(entries: Mapping[str, Sequence[CropRecord]], path: str | Path) -> None:
     """Write the crops of every split as a CSV of ``usage, raw, target`` with absolute paths, and what entries say.
 
     Args:
@@ -41,7 +41,7 @@ def write_csv(entries: Mapping[str, Sequence[Entry]], path: str | Path) -> None:
                 own.append(entry.where)
     if own:
         log.warning("%s does not say how these are normalized and inverted: %s", path, ", ".join(own))
-    file = local(path)
+    file = local_path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
@@ -50,9 +50,9 @@ def write_csv(entries: Mapping[str, Sequence[Entry]], path: str | Path) -> None:
 
 
 def class_table(
-    entries: Mapping[str, Sequence[Entry]],
+    entries: Mapping[str, Sequence[CropRecord]],
     classes: Sequence[str],
-    read: Callable[[Sequence[Entry]], list[Holding | None]],
+    read: Callable[[Sequence[CropRecord]], list[CropMetadata | None]],
 ) -> str:
     """Return a table of the crops of each split that hold each class, and of the foreground voxels in them.
 
@@ -64,7 +64,7 @@ def class_table(
     Voxels are those of the finest level. ``-`` where no crop says how many, ``>=`` where some do not.
     """
     shown = [split for split in ("train", "val", "test") if entries.get(split)]
-    holdings = {split: [h or Holding({}) for h in read(entries[split])] for split in shown}
+    holdings = {split: [h or CropMetadata({}) for h in read(entries[split])] for split in shown}
     rows = [["class", *(cell for split in shown for cell in (split, "voxels"))]]
     for name in classes:
         row = [name]

@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from cellmap_lightning.checkpointing.checkpoint_config import START_KEY
 from cellmap_lightning.checkpointing.data_match import Purpose, check_data, check_weights, data_record, recorded
-from cellmap_lightning.checkpointing.run_config import START_KEY
 from cellmap_lightning.datamodule import CellMapDataModule
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.training.restorable import RestorableTask
@@ -25,7 +25,7 @@ class Saved:
     """A checkpoint from which training can continue; the newest one is the largest.
 
     Attributes:
-        start: number of the start of the run that saved it; see `RunConfig`.
+        start: number of the start of the run that saved it; see `CheckpointConfig`.
         step: optimizer steps that were done.
         time: modification time of the file, ns; for those of one step.
         path: the file.

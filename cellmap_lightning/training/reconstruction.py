@@ -158,7 +158,7 @@ class ReconstructionTask(RestorableTask):
 
         name = self._chosen(list(source.layout.inputs))
         rows, headers = [], []
-        for position in source.chosen_tiles(min(count, source.tile_count), self.seed):
+        for position in source.select_tiles(min(count, source.tile_count), self.seed):
             x = source[position][name][None].to(self.device)
             with inference_at_precision(self):
                 seen, mask = self.hide(x, [position])

@@ -108,7 +108,7 @@ def _read(source: Any, weights_only: bool | None) -> dict[str, Any]:
 
 def _arguments(checkpoint: dict[str, Any], cls: type, missing: Sequence[str], where: str) -> dict[str, Any]:
     """Return the arguments of a task in the configuration of a checkpoint."""
-    from cellmap_lightning.checkpointing.run_config import CONFIG_KEY
+    from cellmap_lightning.checkpointing.checkpoint_config import CONFIG_KEY
 
     config = checkpoint.get(CONFIG_KEY)
     task = config.get("task") if isinstance(config, dict) else None

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
-from cellmap_lightning.io.store import local
+from cellmap_lightning.io.store import local_path
 from cellmap_lightning.redaction import hide_address
 
 NEUROGLANCER = "https://neuroglancer-demo.appspot.com"
@@ -38,7 +38,7 @@ def neuroglancer(
     def source(path: str) -> str:
         if "://" in path and not path.startswith("file://"):
             return f"zarr://{hide_address(path)}"
-        return f"zarr://{serve.rstrip('/')}{quote(os.fspath(local(path).absolute()))}"
+        return f"zarr://{serve.rstrip('/')}{quote(os.fspath(local_path(path).absolute()))}"
 
     state = {
         # One nanometre a unit, so that the position is the place in nm.
@@ -71,4 +71,4 @@ def napari(raw: str, labels: Mapping[str, str], center: Sequence[float]) -> str:
 
 def _quoted(path: str) -> str:
     """In double quotes, which a shell leaves alone inside single ones."""
-    return json.dumps(hide_address(path) if "://" in path else str(local(path).absolute()), ensure_ascii=False)
+    return json.dumps(hide_address(path) if "://" in path else str(local_path(path).absolute()), ensure_ascii=False)

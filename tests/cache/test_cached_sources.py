@@ -13,7 +13,7 @@ from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.stamps import file_stamp
-from cellmap_lightning.io.store import absolute, located
+from cellmap_lightning.io.store import absolute, parse_location
 from cellmap_lightning.io.writer import write_multiscale
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.io.changes import as_links, edit_in_place, packed, rename_over, retarget_chunks
@@ -129,7 +129,7 @@ def test_voxels_of_a_source_that_changed_are_decoded_again(pair, how, tmp_path, 
 @pytest.mark.parametrize("how", LOCAL + ARCHIVES)
 def test_a_stamp_follows_the_files_of_an_open_reader(pair, how, tmp_path):
     address, act = change(pair, how, tmp_path)
-    reader = ChunkReader(read_multiscale(located(address)).finest)
+    reader = ChunkReader(read_multiscale(parse_location(address)).finest)
     identity, stamp, files = reader.identity(), reader.stamp(*BOX), reader.stored()
     assert reader.read(*BOX).max() == 1
     assert (reader.identity(), reader.stamp(*BOX), reader.stored()) == (identity, stamp, files)
@@ -144,9 +144,9 @@ def test_a_stamp_follows_the_files_of_an_open_reader(pair, how, tmp_path):
 @pytest.mark.parametrize("how", ["link of a level", "link of a volume", "link of a folder above"])
 def test_an_identity_has_no_links_in_it(pair, how, tmp_path):
     address, act = change(pair, how, tmp_path)
-    before = ChunkReader(read_multiscale(located(address)).finest).identity()
+    before = ChunkReader(read_multiscale(parse_location(address)).finest).identity()
     act()
-    assert ChunkReader(read_multiscale(located(address)).finest).identity() != before
+    assert ChunkReader(read_multiscale(parse_location(address)).finest).identity() != before
 
 
 def test_folders_of_chunks_that_lead_round_in_a_circle(pair):
@@ -179,7 +179,7 @@ def test_a_relative_address_is_that_of_the_folder_it_was_given_in(pair, form, tm
     for folder in pair:
         monkeypatch.chdir(folder.parent)
         monkeypatch.setenv("HOME", str(folder.parent))
-        found.append(located(form))
+        found.append(parse_location(form))
     monkeypatch.chdir(tmp_path)
     assert found[0] != found[1]
     assert [shown(place) if isinstance(place, Path) else value_of(place) for place in found] == [1, 2]
@@ -237,7 +237,7 @@ def test_the_listing_of_an_archive_that_was_replaced_is_closed(pair, tmp_path):
         draft = tmp_path / "draft.zip"
         shutil.copy2(tmp_path / ("a.zip", "b.zip")[number % 2], draft)
         draft.replace(tmp_path / "v.zip")
-        assert value_of(located(f"zip://raw::{tmp_path}/v.zip")) == number % 2 + 1
+        assert value_of(parse_location(f"zip://raw::{tmp_path}/v.zip")) == number % 2 + 1
     mine = [name for name in open_files() if str(tmp_path) in name]
     assert len(mine) <= 2, "one to list and one to read"
     assert not [name for name in mine if "deleted" in name]
@@ -245,12 +245,12 @@ def test_the_listing_of_an_archive_that_was_replaced_is_closed(pair, tmp_path):
 
 def test_the_stamp_of_an_archive_is_that_of_its_file(pair, tmp_path):
     packed(pair[0], tmp_path / "v.zip")
-    place = located(f"zip://raw::{tmp_path}/v.zip")
+    place = parse_location(f"zip://raw::{tmp_path}/v.zip")
     assert (place / "s0").archive == tmp_path / "v.zip"
     assert (place / "s0").archive_stamp() == file_stamp(str(tmp_path / "v.zip"))
-    outer = located(f"zip://raw::zip://inner.zip::{tmp_path}/v.zip")
+    outer = parse_location(f"zip://raw::zip://inner.zip::{tmp_path}/v.zip")
     assert outer.archive_stamp() == place.archive_stamp()
     for other in ("s3://bucket/v.zip", "zip://raw::s3://bucket/v.zip"):
-        assert located(other).archive_stamp() == b""
-    assert located("zip://raw::s3://bucket/v.zip").archive == located("s3://bucket/v.zip")
-    assert located("s3://bucket/v.zip").archive is None
+        assert parse_location(other).archive_stamp() == b""
+    assert parse_location("zip://raw::s3://bucket/v.zip").archive == parse_location("s3://bucket/v.zip")
+    assert parse_location("s3://bucket/v.zip").archive is None

@@ -26,7 +26,7 @@ from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.errors import CacheError, ChunkError
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Level
-from cellmap_lightning.io.retrying import Patience
+from cellmap_lightning.io.retrying import RetryPolicy
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes share voxels so on Linux only"),
@@ -37,7 +37,11 @@ SHAPE, CHUNKS = (21, 26, 40), (8, 16, 16)
 GRID = (3, 2, 3)
 MODES = ["disk", "memory", "chunks", "none", "kept by chunks", "read directly", "nothing planned"]
 #: The 48 ways to lay an array: an order of axes, and which of them are turned round.
-TURNS = [(order, flips) for order in itertools.permutations(range(3)) for flips in itertools.product((1, -1), repeat=3)]
+TURNS = [
+    (order, tta_flips)
+    for order in itertools.permutations(range(3))
+    for tta_flips in itertools.product((1, -1), repeat=3)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -89,10 +93,10 @@ def planned(mode, regions):
     return store
 
 
-def laid(shape, order, flips, dtype, depth):
+def laid(shape, order, tta_flips, dtype, depth):
     """An array whose axes, seen in another order and from other ends, have a shape; and that view of it."""
     out = np.empty((*(shape[order.index(axis)] for axis in range(3)), *([depth] if depth else [])), dtype)
-    view = out.transpose(*order, *range(3, out.ndim))[tuple(slice(None, None, f) for f in flips)]
+    view = out.transpose(*order, *range(3, out.ndim))[tuple(slice(None, None, f) for f in tta_flips)]
     assert view.shape[:3] == shape
     return out, view
 
@@ -114,10 +118,10 @@ def test_a_box_is_what_is_stored_however_it_is_laid(mode, dtype, depth):
     store = planned(mode, [region])
     for start, shape in BOXES:
         expected = data[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
-        for order, flips in TURNS:
-            _, view = laid(shape, order, flips, dtype, depth)
+        for order, tta_flips in TURNS:
+            _, view = laid(shape, order, tta_flips, dtype, depth)
             region.read_into(start, view)
-            assert np.ascontiguousarray(view).tobytes() == expected.tobytes(), (start, shape, order, flips)
+            assert np.ascontiguousarray(view).tobytes() == expected.tobytes(), (start, shape, order, tta_flips)
         assert np.ascontiguousarray(region.read(start, shape)).tobytes() == expected.tobytes()
     if mode in ("disk", "memory"):
         assert store.decoded == np.prod(GRID)
@@ -174,7 +178,7 @@ COUNT = 2 * 3 * 3  # chunks that are decoded at a time are of 64 voxels
 
 def opened(path, mode="disk", budget=None, attempts=5):
     """A Zarr array as a new run finds it: its region, planned, and the store."""
-    region = StoredImage(level(path), ChunkCache(), "crop1", patience=Patience(attempts)).region
+    region = StoredImage(level(path), ChunkCache(), "crop1", retry_policy=RetryPolicy(attempts)).region
     store = RegionStore(mode, budget)
     store.plan([region], False, "test")
     return region, store

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellmap_lightning.cache.locks import Locks, NoRoomError, Once
+from cellmap_lightning.cache.locks import Locks, NoRoomError, SingleFlight
 from cellmap_lightning.cache.mapped import EMPTY, FILLED, SYNCED, Layout
 from cellmap_lightning.cache.shared_memory import Arena, RegionFolder, SharedBlock, boot
 from cellmap_lightning.errors import CacheError
@@ -234,7 +234,7 @@ def test_a_child_that_is_forked_while_a_thread_asks_for_a_lock(tmp_path):
 
 
 def test_work_is_done_once_and_again_after_a_failure():
-    once, done, running = Once(), [], []
+    once, done, running = SingleFlight(), [], []
     barrier = threading.Barrier(6)
 
     def run(number):

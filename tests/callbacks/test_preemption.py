@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from cellmap_lightning import CellMapDataModule
-from cellmap_lightning.checkpointing.run_config import START_KEY
+from cellmap_lightning.checkpointing.checkpoint_config import START_KEY
 from cellmap_lightning.commands.cli import CONFIGS, register_resolvers
 from cellmap_lightning.training.checkpoints import saved_checkpoints
 from tests import processes

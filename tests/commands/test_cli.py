@@ -260,7 +260,7 @@ EXPERIMENT = "# @package _global_\n"
         (EXPERIMENT + "patch: {shpe: [8, 16, 16]}\n", "there is no 'patch.shpe'; did you mean 'patch.shape'?"),
         (EXPERIMENT + "rate: 0.1\n", "there is no 'rate'"),
         (EXPERIMENT + "data: {input_arrays: {raw: {shpe: 1}}}\n", "input_arrays.raw has no 'shpe'"),
-        (EXPERIMENT + "callbacks: {mine: {patience: 3}}\n", "callbacks.mine has no _target_"),
+        (EXPERIMENT + "callbacks: {mine: {retry_policy: 3}}\n", "callbacks.mine has no _target_"),
         (EXPERIMENT + "patch: {scale: [9, 9, 9], voxel_size: [8, 8, 8]}\n", "patch has scale and voxel_size"),
         ("name: mito\n", "sets experiment.name and so on, which nothing reads: the first line of its file must be"),
     ],

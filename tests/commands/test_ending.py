@@ -150,7 +150,7 @@ def test_a_prediction_ends_in_the_same_way(checkpoint, volume, tmp_path, word):
     number, status = SIGNALS[word]
     given = [
         f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", f"out={tmp_path / 'out.zarr'}", "trainer=cpu",
-        "writer.block_mb=0.01", "writer.chunks=[8,16,16]", "writer.overlap=0.75", "data.batch_size=1",
+        "writer.block_size_mb=0.01", "writer.chunks=[8,16,16]", "writer.overlap=0.75", "data.batch_size=1",
     ]  # fmt: skip
     process, *reading = started([*PREDICT, *given], tmp_path)
     end = time.monotonic() + 300

@@ -75,7 +75,7 @@ def test_a_crop_from_the_command_line(checkpoint, volume, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(checkpoint, volume, tmp_path):
-    given = ["writer.block_mb=0.01", "writer.chunks=[8,32,32]", "writer.overlap=0.5", "data.batch_size=1"]
+    given = ["writer.block_size_mb=0.01", "writer.chunks=[8,32,32]", "writer.overlap=0.5", "data.batch_size=1"]
     out = tmp_path / "out.zarr"
     with start(checkpoint, volume, out, *given) as process:
         deadline = time.monotonic() + 120

@@ -26,7 +26,7 @@ from cellmap_lightning.inspection.proposal import propose
 from cellmap_lightning.inspection.report import inspect, refuse
 from cellmap_lightning.io.writer import write_multiscale
 from cellmap_lightning.splits.datasplit import for_all
-from cellmap_lightning.splits.entries import Entry
+from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW
 from tests.commands.test_cli import run_forked
 from tests.conftest import CLASSES, INPUTS, TARGETS
@@ -116,7 +116,7 @@ def made(tmp_path):
         )
         write_label(base / GROUNDTRUTH / name / "er", scale, origin, shape, size // 8 * (name == "crop1"))
         write_label(base / GROUNDTRUTH / name / "ld", scale, origin, shape, 0)
-        entries.append(("train", Entry(name, str(raw), f"{base / GROUNDTRUTH / name}/[mito,er,ld]")))
+        entries.append(("train", CropRecord(name, str(raw), f"{base / GROUNDTRUTH / name}/[mito,er,ld]")))
     return str(raw), entries, base
 
 
@@ -148,7 +148,7 @@ def test_unreadable_crops_and_missing_levels_are_named(made):
     raw, entries, base = made
     (base / GROUNDTRUTH / "crop1" / "mito" / "s1" / ".zarray").unlink()
     (base / GROUNDTRUTH / "crop2" / "er" / ".zattrs").write_text("{")
-    gone = ("train", Entry("line 9", raw, f"{base / GROUNDTRUTH}/crop9/[mito]"))
+    gone = ("train", CropRecord("line 9", raw, f"{base / GROUNDTRUTH}/crop9/[mito]"))
     crops = look_at_crops([*entries, gone])
     problems = find_problems(look_at_volumes([raw, raw + "x"], False), crops, ["mito"], None, None, True)
     assert {("missing level", "crop1"), ("unreadable", "crop2"), ("unreadable", "crop9")} <= kinds(problems)
@@ -164,7 +164,7 @@ def test_what_coarser_levels_lose_is_counted_only_if_asked(tmp_path, own_folder)
     for name, data in (("pm", thin), ("mito", solid)):
         write_multiscale(tmp_path / "crop1" / name, data, scale=(4, 4, 4), translation=(0, 0, 0), levels=2, mode="mode")
     write_multiscale(tmp_path / "raw", np.full((16, 16, 16), 7, np.uint8), scale=(8, 8, 8), translation=(2, 2, 2))
-    entries = [("train", Entry("x", str(tmp_path / "raw"), f"{tmp_path / 'crop1'}/[pm,mito]"))]
+    entries = [("train", CropRecord("x", str(tmp_path / "raw"), f"{tmp_path / 'crop1'}/[pm,mito]"))]
     crops = look_at_crops(entries)
     assert [c.voxels for c in crops[0].classes.values()] == [None, None]
     (shallow,), (deep,) = (at_scale(crops, (8.0, 8.0, 8.0), look) for look in (False, True))
@@ -276,7 +276,7 @@ def test_what_is_proposed_follows_from_the_crops(made):
     write_image(base.parents[1] / "jrc_b.zarr" / RAW, [64, 64, 64], [0, 0, 0], [64, 64, 64])
     coarse = str(base.parents[1] / "jrc_b.zarr" / RAW)
     both = look_at_volumes([raw, coarse], False)
-    more = look_at_crops([*entries, ("train", Entry("b", coarse, entries[0][1].target_path))])
+    more = look_at_crops([*entries, ("train", CropRecord("b", coarse, entries[0][1].target_path))])
     assert propose(both, more, {}, 16 << 30, nothing, 2.0).scale == (64, 64, 64)  # the only one for five of six
     nothing["scale"] = [8, 8, 8]
     assert propose(both, more, {}, 16 << 30, nothing, 2.0).only_datasets == ("jrc_a",)

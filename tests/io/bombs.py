@@ -176,14 +176,14 @@ def main(root):
     """Read each of the arrays in a folder, and print what came of it: the error, and the bytes that memory grew by."""
     from cellmap_lightning.io.chunks import ChunkReader
     from cellmap_lightning.io.ngff import Level
-    from cellmap_lightning.io.retrying import Patience
-    from cellmap_lightning.io.store import located
+    from cellmap_lightning.io.retrying import RetryPolicy
+    from cellmap_lightning.io.store import parse_location
 
     resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 
     def read(place, shape):
         level = Level(place, "s0", (4.0, 4.0, 4.0), (0.0, 0.0, 0.0), (0, 1, 2), 3)
-        return ChunkReader(level, patience=Patience(1, 30.0)).read((0, 0, 0), shape)
+        return ChunkReader(level, retry_policy=RetryPolicy(1, 30.0)).read((0, 0, 0), shape)
 
     def begin():
         """Forget the highest use of memory so far, where the system can, and return the present one."""
@@ -201,7 +201,7 @@ def main(root):
         assert (read(place, SHAPE) == PLAIN).all()
         assert (read(place, (9, 8, 7)) == PLAIN[:9, :8, :7]).all()
     places = {p.name: p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith("plain")}
-    places |= {p.name: located(f"zip://a::{p}") for p in sorted(root.glob("*.zip"))}
+    places |= {p.name: parse_location(f"zip://a::{p}") for p in sorted(root.glob("*.zip"))}
     results = {}
     for name, place in places.items():
         for what, shape in {"whole": SHAPE, "part": (9, 8, 7)}.items():

@@ -22,8 +22,8 @@ from cellmap_lightning.errors import ChunkError, MetadataError
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.integrity import DamagedError, SizeError
 from cellmap_lightning.io.ngff import Level, read_array
-from cellmap_lightning.io.retrying import Patience
-from cellmap_lightning.io.store import MOST_JSON_BYTES, keeping, located, read_all, read_json
+from cellmap_lightning.io.retrying import RetryPolicy
+from cellmap_lightning.io.store import MOST_JSON_BYTES, keeping, parse_location, read_all, read_json
 from cellmap_lightning.io.streams import LZMA_MEMORY, decode_stream
 from tests.io import bombs
 
@@ -162,7 +162,7 @@ def level(path):
 def test_other_ways_to_write_a_chunk_stay_readable(tmp_path, kind, shape):
     compressor, encode = GOOD[kind]
     bombs.write(tmp_path / "a", bombs.v2(compressor), encode(bombs.PLAIN.tobytes()))
-    found = ChunkReader(level(tmp_path / "a"), patience=Patience(1, 30.0)).read((0, 0, 0), shape)
+    found = ChunkReader(level(tmp_path / "a"), retry_policy=RetryPolicy(1, 30.0)).read((0, 0, 0), shape)
     assert (found == bombs.PLAIN[tuple(map(slice, shape))]).all()
 
 
@@ -242,7 +242,7 @@ def test_metadata_in_an_archive_is_bounded(tmp_path, size, lying, several):
     else:
         with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("a/.zattrs", bytes(size))
-    place = located(f"zip://a/.zattrs::{tmp_path / 'a.zip'}")
+    place = parse_location(f"zip://a/.zattrs::{tmp_path / 'a.zip'}")
     tracemalloc.start()
     try:
         with pytest.raises(MetadataError) as caught, keeping():
@@ -258,7 +258,7 @@ def test_metadata_in_an_archive_is_bounded(tmp_path, size, lying, several):
 @pytest.mark.parametrize("kind", ["v2 gzip", "v3 gzip", "v2 raw"])
 def test_a_remote_object_that_is_too_large_is_not_decoded(kind):
     metadata = {"v2 gzip": bombs.v2(bombs.GZIP), "v3 gzip": bombs.v3("bytes", "gzip"), "v2 raw": bombs.v2(None)}[kind]
-    place = located(f"memory://{kind.replace(' ', '-')}")
+    place = parse_location(f"memory://{kind.replace(' ', '-')}")
     v3 = kind.startswith("v3")
     memory = fsspec.filesystem("memory")
     memory.pipe(f"/{place.name}/{'zarr.json' if v3 else '.zarray'}", json.dumps(metadata).encode())
@@ -269,7 +269,7 @@ def test_a_remote_object_that_is_too_large_is_not_decoded(kind):
 
 @pytest.mark.parametrize("name", [".zattrs", "zarr.json", ".zarray"])
 def test_a_remote_metadata_object_that_is_too_large_is_not_parsed(name):
-    place = located("memory://large") / name
+    place = parse_location("memory://large") / name
     fsspec.filesystem("memory").pipe(f"/large/{name}", b"{}" + b" " * MOST_JSON_BYTES)
     with pytest.raises(MetadataError, match=rf"large/{name}: it has more than 16777216 bytes; at most 16777216 are"):
         read_json(place)

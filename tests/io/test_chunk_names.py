@@ -14,7 +14,7 @@ from cellmap_lightning.crops.image import CellMapImage
 from cellmap_lightning.errors import CellMapValueError, MetadataError
 from cellmap_lightning.io.chunk_names import check_chunk_names, has_objects
 from cellmap_lightning.io.ngff import read_array
-from cellmap_lightning.io.store import located
+from cellmap_lightning.io.store import parse_location
 from tests.foreign import SEMANTIC as KIND
 from tests.foreign import annotated, cube, edit, metadata_file, ramp, sample, write_image, write_pair
 from tests.io.faults import serving as slow
@@ -214,6 +214,6 @@ def test_a_server_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):
     (tmp_path / "0").write_bytes(b"1")
     monkeypatch.setattr("cellmap_lightning.io.chunk_names.LOOK_TIMEOUT", 0.5)
     with slow(tmp_path) as (address, _):
-        assert has_objects(located(address), ["0", "1"]) == [True, False]
+        assert has_objects(parse_location(address), ["0", "1"]) == [True, False]
     with slow(tmp_path, latency=20.0) as (address, _):
-        assert has_objects(located(address), ["0", "1"]) == [False, False]
+        assert has_objects(parse_location(address), ["0", "1"]) == [False, False]

@@ -14,7 +14,7 @@ from cellmap_lightning.errors import ChunkError, MetadataError
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.integrity import Encoded, Shard
 from cellmap_lightning.io.ngff import Level, read_array
-from cellmap_lightning.io.retrying import Patience
+from cellmap_lightning.io.retrying import RetryPolicy
 
 # zarr-python's own remarks on chains that are valid.
 pytestmark = [
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in"),
 ]
 
-ONCE = Patience(1, 10.0)
+ONCE = RetryPolicy(1, 10.0)
 SHAPE = (20, 30, 40)
 BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 BIG = {"name": "bytes", "configuration": {"endian": "big"}}
@@ -242,7 +242,7 @@ def test_filters_of_v2(tmp_path, chain):
         whole = file.read_bytes()
         file.write_bytes(cut(whole))
         with pytest.raises(ChunkError):
-            ChunkReader(level(tmp_path / "a"), patience=ONCE).read((0, 0, 0), (8, 16, 16))
+            ChunkReader(level(tmp_path / "a"), retry_policy=ONCE).read((0, 0, 0), (8, 16, 16))
         file.write_bytes(whole)
 
 
@@ -253,7 +253,7 @@ def test_a_truncated_chunk_is_an_error_whatever_the_chain(tmp_path, chain, cut):
     path = write(tmp_path / "a", codecs, chunk)
     file = path / "c/0/0/0"
     file.write_bytes(cut(file.read_bytes()))
-    reader = ChunkReader(level(path), "crop1: raw", patience=ONCE)
+    reader = ChunkReader(level(path), "crop1: raw", retry_policy=ONCE)
     with pytest.raises(ChunkError, match=r"crop1: raw: .* could not be read: \w+: .+"):
         reader.read((0, 0, 0), tuple(min(a, b) for a, b in zip(chunk, SHAPE, strict=True)))
 
@@ -274,8 +274,8 @@ def test_a_chunk_that_is_cut_short_inside_of_a_shard_is_an_error(tmp_path, codec
     file.write_bytes(bytes(whole[:-128]) + entries.tobytes())
     for box in ((8, 16, 16), (4, 8, 8)):
         with pytest.raises(ChunkError, match=r"could not be read: (DamagedError|SizeError|ValueError|RuntimeError)"):
-            ChunkReader(level(path), patience=ONCE).read((0, 0, 0), box)
-    assert (ChunkReader(level(path), patience=ONCE).read((4, 8, 8), (4, 8, 8)) == values()[4:8, 8:16, 8:16]).all()
+            ChunkReader(level(path), retry_policy=ONCE).read((0, 0, 0), box)
+    assert (ChunkReader(level(path), retry_policy=ONCE).read((4, 8, 8), (4, 8, 8)) == values()[4:8, 8:16, 8:16]).all()
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,16 @@ from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.errors import ChunkError, EmptyChunkError
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Level
-from cellmap_lightning.io.retrying import Patience
+from cellmap_lightning.io.retrying import RetryPolicy
 from cellmap_lightning.io.statistics import statistics
-from cellmap_lightning.io.store import located
+from cellmap_lightning.io.store import parse_location
 from tests.foreign import SEMANTIC, annotated, cube, sample, write_pair
 from tests.io.faults import forbidding, serving
 from tests.make import make_dataset
 
 SHAPE, CHUNKS = (16, 16, 16), (8, 8, 8)
 VALUES = np.random.default_rng(0).integers(1, 250, SHAPE)
-ONCE = Patience(1, 20.0)
+ONCE = RetryPolicy(1, 20.0)
 READERS = ["zarr", "tensorstore"]
 HOW = {
     "v2 uint8, raw": (2, "uint8", {"compressors": None}),
@@ -115,7 +115,7 @@ def test_empty_objects_of_a_server(tmp_path, how, reader, server):
     expected = holed(write(tmp_path / "a", how), 0)
     empty(tmp_path / "a")
     with server(tmp_path) as (url, _):
-        there = level(located(f"{url}/a"))
+        there = level(parse_location(f"{url}/a"))
         with pytest.raises(EmptyChunkError, match="it is empty: 0 bytes are stored"):
             ChunkReader(there, "crop1", reader, ONCE).read((0, 0, 0), SHAPE)
         found = ChunkReader(there, "crop1", reader, ONCE, "missing")
@@ -263,7 +263,7 @@ def test_a_chunk_of_any_other_size_is_not_said_to_be_cut_at_the_edge(tmp_path, r
         with open(info.file(index), "wb") as opened:  # noqa: PTH123
             opened.write(bytes(size))
         with pytest.raises(ChunkError) as caught:
-            ChunkReader(level(tmp_path / "a"), reader=reader, patience=ONCE).read(
+            ChunkReader(level(tmp_path / "a"), reader=reader, retry_policy=ONCE).read(
                 tuple(8 * i for i in index), (8, 4, 8)
             )
         assert "cut at the edge" not in str(caught.value)

@@ -14,8 +14,8 @@ from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, Chu
 from cellmap_lightning.io import store
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Level, read_multiscale
-from cellmap_lightning.io.retrying import Patience, is_forbidden
-from cellmap_lightning.io.store import located
+from cellmap_lightning.io.retrying import RetryPolicy, is_forbidden
+from cellmap_lightning.io.store import parse_location
 from cellmap_lightning.io.writer import write_group, write_multiscale
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.io.faults import forbidding
@@ -30,7 +30,7 @@ READERS = ["zarr", "tensorstore"]
 CODE = {"cellmap": {"annotation": {"annotation_type": {
     "type": "semantic_segmentation", "encoding": {"absent": 0, "unknown": 255},
 }}}}  # fmt: skip
-ONCE = Patience(1, 20.0)
+ONCE = RetryPolicy(1, 20.0)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_by_s3(root, reader):
         with pytest.raises(
             MetadataError, match=r"PermissionError: (Access Denied|Forbidden); .*credentials are missing, wrong"
         ):
-            read_multiscale(located("s3://elsewhere/volume.zarr/raw", options))
+            read_multiscale(parse_location("s3://elsewhere/volume.zarr/raw", options))
 
 
 def test_without_any_metadata_above(root):
@@ -131,7 +131,7 @@ def test_a_level_that_is_listed_and_not_there(root, caplog):
     with forbidding(root.parent) as (url, control):
         control.refused = lambda path: "/deep/s0/" in path
         with pytest.raises(CellMapFileNotFoundError, match="none of its levels is on disk"):
-            _ = read_multiscale(located(f"{url}/volume.zarr/deep")).finest
+            _ = read_multiscale(parse_location(f"{url}/volume.zarr/deep")).finest
 
 
 @pytest.mark.parametrize("path", ["crop1/[mito,pm]", "crop2/[mito]", "crop1/[mito,mit]"])
@@ -192,7 +192,7 @@ def test_everything_forbidden_is_an_error_that_blames_credentials(root):
         for make in (
             lambda: dataset(url),
             lambda: CellMapDataset(f"{url}/volume.zarr/raw", input_arrays=SPEC),
-            lambda: read_multiscale(located(f"{url}/volume.zarr/raw")),
+            lambda: read_multiscale(parse_location(f"{url}/volume.zarr/raw")),
         ):
             with pytest.raises(CellMapError, match=r"403.*credentials are missing, wrong or expired.*beside it or abo"):
                 make()
@@ -214,7 +214,7 @@ def test_credentials_that_expire_are_an_error_and_never_background(root, reader,
     chunk(root, image, "1/1/1").unlink()
     chunk(root, image, "1/1/0").unlink()
     with forbidding(root.parent) as (url, control):
-        found = ChunkReader(read_multiscale(located(f"{url}/volume.zarr/{image}")).finest, "crop1", reader, ONCE)
+        found = ChunkReader(read_multiscale(parse_location(f"{url}/volume.zarr/{image}")).finest, "crop1", reader, ONCE)
         expected = (RAW if image == "raw" else LABELS).copy()
         expected[16:, 16:] = 0
         assert (found.read((0, 0, 0), (16, 32, 32)) == expected[:16]).all()
@@ -233,7 +233,7 @@ def test_credentials_that_expire_are_an_error_and_never_background(root, reader,
 def test_what_is_stored_is_asked_for(root):
     chunk(root, "raw", "0/1/0").unlink()
     with forbidding(root.parent) as (url, _):
-        reader = ChunkReader(read_multiscale(located(f"{url}/volume.zarr/raw")).finest, "raw", patience=ONCE)
+        reader = ChunkReader(read_multiscale(parse_location(f"{url}/volume.zarr/raw")).finest, "raw", retry_policy=ONCE)
         there = {index: reader.stores(index) for index in np.ndindex(2, 2, 2)}
     assert [index for index, stored in there.items() if not stored] == [(0, 1, 0)]
 
@@ -243,8 +243,8 @@ def test_few_requests_tell_missing_chunks_from_refused_ones(root):
     for index in np.ndindex(2, 2, 2):
         chunk(root, "raw", "/".join(map(str, index))).unlink()
     with forbidding(root.parent) as (url, control):
-        level = read_multiscale(located(f"{url}/volume.zarr/raw")).finest
-        reader = ChunkReader(level, "raw", patience=ONCE)
+        level = read_multiscale(parse_location(f"{url}/volume.zarr/raw")).finest
+        reader = ChunkReader(level, "raw", retry_policy=ONCE)
         file = f"/volume.zarr/raw/s0/{level.array.metadata.name}"
         reader.read((0, 0, 0), (1, 1, 1))
         before = control.asked[file]
@@ -276,7 +276,7 @@ def test_sharded_arrays(tmp_path):
     (tmp_path / "a" / "c/1/1/1").unlink()
     data[16:, 16:, 16:] = 7
     with forbidding(tmp_path) as (url, control):
-        level = Level(located(f"{url}/a"), "s0", SCALE, SCALE, (0, 1, 2), 3)
+        level = Level(parse_location(f"{url}/a"), "s0", SCALE, SCALE, (0, 1, 2), 3)
         for reader in READERS:
             found = ChunkReader(level, "raw", reader, ONCE)
             assert (found.read((0, 0, 0), (32, 32, 32)) == data).all()
@@ -302,7 +302,7 @@ def test_files_of_this_machine_that_may_not_be_read_are_not_missing(tmp_path, mo
     ))  # fmt: skip
     level = Level(tmp_path / "a", "s0", SCALE, SCALE, (0, 1, 2), 3)
     with pytest.raises(ChunkError, match="reading is not allowed"):
-        ChunkReader(level, patience=ONCE).read((0, 0, 0), (32, 32, 32))
+        ChunkReader(level, retry_policy=ONCE).read((0, 0, 0), (32, 32, 32))
 
 
 class RefusalError(Exception):
@@ -343,11 +343,11 @@ def test_threads_that_read_while_credentials_expire(root):
     expected[:16, :16, :16] = expected[:16, 16:, 16:] = expected[16:, 16:, :16] = 0
     wrong, errors = [], []
     with forbidding(root.parent) as (url, control):
-        level = read_multiscale(located(f"{url}/volume.zarr/crop1/mito")).finest
+        level = read_multiscale(parse_location(f"{url}/volume.zarr/crop1/mito")).finest
         control.refused = lambda path: sum(control.asked.values()) > 80
 
         def read(number):
-            reader = ChunkReader(level, "crop1", patience=ONCE)
+            reader = ChunkReader(level, "crop1", retry_policy=ONCE)
             for at in range(40):
                 start = tuple(16 * ((at + number) >> bit & 1) for bit in range(3))
                 box = tuple(slice(s, s + 16) for s in start)

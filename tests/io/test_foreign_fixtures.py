@@ -20,7 +20,7 @@ from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Level, read_array
-from cellmap_lightning.io.retrying import Patience
+from cellmap_lightning.io.retrying import RetryPolicy
 from tests.foreign import ramp, write_image
 
 FOLDER = os.environ.get("CELLMAP_FIXTURES")
@@ -52,7 +52,7 @@ def by_ours(path):
         n = len(info.shape)
         level = Level(path, path.name, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (n - 3, n - 2, n - 1), n)
         check_chunk_names(info)
-        reader = ChunkReader(level, patience=Patience(attempts=1))
+        reader = ChunkReader(level, retry_policy=RetryPolicy(attempts=1))
         return reader.read((0, 0, 0), reader.shape)
     except CellMapError as e:
         return e

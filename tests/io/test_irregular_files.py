@@ -17,7 +17,7 @@ from cellmap_lightning.errors import CellMapError, ChunkError, MetadataError
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.files import IrregularFileError, LargeFileError, open_regular, read_regular
 from cellmap_lightning.io.ngff import Level, read_array, read_multiscale
-from cellmap_lightning.io.store import MOST_JSON_BYTES, located, read_json
+from cellmap_lightning.io.store import MOST_JSON_BYTES, parse_location, read_json
 
 ROOT = Path(__file__).parents[2]
 SHAPE, CHUNKS = (16, 16, 16), (8, 8, 8)
@@ -177,7 +177,7 @@ def test_metadata_of_the_limit_is_read(tmp_path):
 def test_a_fifo_in_place_of_an_archive(tmp_path, kind):
     make, name = kind
     make(tmp_path / "vol.zip")
-    error = within(AT_ONCE, lambda: read_json(located(f"zip://a/.zattrs::{tmp_path / 'vol.zip'}")))
+    error = within(AT_ONCE, lambda: read_json(parse_location(f"zip://a/.zattrs::{tmp_path / 'vol.zip'}")))
     assert isinstance(error, CellMapError)
     assert f"{tmp_path / 'vol.zip'}: it is {name}; only regular files, and links to them, are read" in str(error)
 

@@ -23,7 +23,7 @@ from cellmap_lightning.inspection.kept import clear, listing
 from cellmap_lightning.io import declared_counts, records, statistics
 from cellmap_lightning.io.label_values import label_values
 from cellmap_lightning.io.ngff import Encoding, read_multiscale
-from cellmap_lightning.io.store import Remote, located
+from cellmap_lightning.io.store import Remote, parse_location
 from cellmap_lightning.io.writer import write_multiscale
 from cellmap_lightning.runtime.thread_pool import ReadPool
 from tests.io.changes import as_links, chunk_files, edit_in_place, packed, rename_over, retarget_chunks
@@ -56,7 +56,7 @@ def not_absent(image):
         declared_counts._remote_files(image.finest, True, True) if elsewhere else declared_counts._files(image.finest)
     )
     files = list(files)
-    return declared_counts._count(image.finest, files, CODE, "crop1/mito", declared_counts.PATIENT)
+    return declared_counts._count(image.finest, files, CODE, "crop1/mito", declared_counts.DEFAULT_RETRY)
 
 
 MEASUREMENTS = {"count": count, "statistics": mean, "index": index, "values": values, "not absent": not_absent}
@@ -110,7 +110,7 @@ def test_the_pair_differs_in_content_alone(pair):
 
 
 def of(path):
-    return read_multiscale(located(path))
+    return read_multiscale(parse_location(path))
 
 
 @pytest.fixture

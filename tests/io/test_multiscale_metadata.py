@@ -16,7 +16,7 @@ from cellmap_lightning.inspection.report import inspect
 from cellmap_lightning.io.ngff import Overrides, read_multiscale, shared_metadata
 from cellmap_lightning.io.ngff.axes import unit_nm
 from cellmap_lightning.io.ngff.notes import volume_of
-from cellmap_lightning.io.store import located
+from cellmap_lightning.io.store import parse_location
 from tests.foreign import (
     SEMANTIC,
     annotated,
@@ -544,7 +544,7 @@ def test_an_image_below_is_suggested(tmp_path):
     ],
 )
 def test_the_volume_of_an_image(place, volume):
-    assert volume_of(located(place)) == volume
+    assert volume_of(parse_location(place)) == volume
 
 
 def test_zip_archives_are_volumes(tmp_path, caplog):

@@ -21,7 +21,7 @@ from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDatas
 from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError, MissingExtraError
 from cellmap_lightning.io.ngff import read_multiscale
-from cellmap_lightning.io.store import Remote, keeping, located
+from cellmap_lightning.io.store import Remote, keeping, parse_location
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.foreign import SEMANTIC, annotated, cube, sample, write_pair
 from tests.io.faults import serving
@@ -307,22 +307,22 @@ def test_addresses_that_nothing_reads(monkeypatch):
 
 
 def test_open_buckets_need_no_options():
-    assert located("s3://janelia-cosem-datasets/jrc_hela-2/jrc_hela-2.zarr").is_open
-    assert not located("s3://janelia-cosem-datasets/x", {"profile": "lab"}).is_open
-    assert not located("s3://mine/x").is_open
+    assert parse_location("s3://janelia-cosem-datasets/jrc_hela-2/jrc_hela-2.zarr").is_open
+    assert not parse_location("s3://janelia-cosem-datasets/x", {"profile": "lab"}).is_open
+    assert not parse_location("s3://mine/x").is_open
 
 
 def test_places():
-    place = located("s3://bucket/a/b.zarr/", {"anon": True})
+    place = parse_location("s3://bucket/a/b.zarr/", {"anon": True})
     assert (place / "c/d").url == "s3://bucket/a/b.zarr/c/d"
     assert [p.url for p in place.parents] == ["s3://bucket/a", "s3://bucket"]
     assert (place.name, place.stem, place.suffix) == ("b.zarr", "b", ".zarr")
-    inside = located("zip://a/b::s3://bucket/x.zip")
+    inside = parse_location("zip://a/b::s3://bucket/x.zip")
     assert (inside / "c").url == "zip://a/b/c::s3://bucket/x.zip"
-    assert located("file:///data/x") == Path("/data/x")
-    assert located("~/x") == Path.home() / "x"
+    assert parse_location("file:///data/x") == Path("/data/x")
+    assert parse_location("~/x") == Path.home() / "x"
     assert isinstance(place, Remote)
-    assert hash(place) == hash(located("s3://bucket/a/b.zarr", {"anon": True}))
+    assert hash(place) == hash(parse_location("s3://bucket/a/b.zarr", {"anon": True}))
 
 
 def test_credentials_are_nowhere(bucket, endpoint, tmp_path, caplog, monkeypatch):
@@ -363,8 +363,8 @@ def test_credentials_are_nowhere(bucket, endpoint, tmp_path, caplog, monkeypatch
     for text in (*texts, caplog.text, errors):
         assert SECRET not in text
         assert SECRET[::-1] not in text
-    assert SECRET not in repr(located(f"{bucket}/x", options))
-    hidden = located("https://me:word@host/x.zarr")
+    assert SECRET not in repr(parse_location(f"{bucket}/x", options))
+    hidden = parse_location("https://me:word@host/x.zarr")
     assert "word" not in str(hidden)
     assert "abc" not in hidden.hide("GET https://host/x?X-Amz-Signature=abc failed")
 
@@ -449,7 +449,7 @@ def test_a_rewritten_volume_on_s3_is_noticed(writer, endpoint, tmp_path, monkeyp
 
 
 def test_what_is_listed_on_s3_is_never_that_of_an_earlier_look(writer, endpoint):
-    place = located("s3://rewritten/groups", signed(endpoint))
+    place = parse_location("s3://rewritten/groups", signed(endpoint))
     names = []
     for name in ("a", "b"):
         writer.pipe(f"rewritten/groups/{name}/.zgroup", b"{}")
@@ -460,11 +460,11 @@ def test_what_is_listed_on_s3_is_never_that_of_an_earlier_look(writer, endpoint)
 
 def test_one_address_behind_two_endpoints_is_two_places(bucket, endpoint):
     root = f"{bucket}/v2.zarr/recon-1/em/fibsem-uint8/.zattrs"
-    here = located(root, anonymous(endpoint))
+    here = parse_location(root, anonymous(endpoint))
     once = {"config_kwargs": {"retries": {"max_attempts": 0}}}  # by botocore, which would wait half a minute
-    elsewhere = located(root, anonymous("http://127.0.0.1:9") | once)
+    elsewhere = parse_location(root, anonymous("http://127.0.0.1:9") | once)
     assert here.identity != elsewhere.identity
-    assert SECRET not in located(root, signed(endpoint)).identity
+    assert SECRET not in parse_location(root, signed(endpoint)).identity
     with keeping():
         assert here.read() is not None
         with pytest.raises(CellMapError, match=r"127\.0\.0\.1:9"):

@@ -7,7 +7,7 @@ import pytest
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.io import retrying as guard
 from cellmap_lightning.io.ngff import read_array, read_multiscale
-from cellmap_lightning.io.store import located
+from cellmap_lightning.io.store import parse_location
 from tests.io.faults import serving
 
 METADATA = (".zattrs", ".zgroup", ".zarray", "zarr.json")
@@ -22,7 +22,7 @@ def short_pauses(monkeypatch):
 def opened(folder, fault="", times=0, only=METADATA):
     """Open an image and its arrays behind a server: the lattices and shapes, and the requests for each file."""
     with serving(folder, fault, times=times, only=only) as (url, asked):
-        image = read_multiscale(located(f"{url}/{IMAGE}"))
+        image = read_multiscale(parse_location(f"{url}/{IMAGE}"))
         arrays = [read_array(level.path) for level in image.levels]
         return [level.lattice for level in image.levels], [array.shape for array in arrays], dict(asked)
 
@@ -46,23 +46,23 @@ def test_metadata_is_asked_for_again(request, stored, fault, times):
 @pytest.mark.parametrize("fault", ["503", "truncated"])
 def test_metadata_that_keeps_failing_is_an_error_after_a_bounded_number_of_requests(volume, fault):
     with serving(Path(volume.path), fault, only=f"{IMAGE}/.zattrs") as (url, asked):
-        with pytest.raises(MetadataError, match=rf"{IMAGE}.*cannot be read .*{guard.PATIENT.attempts} attempts"):
-            read_multiscale(located(f"{url}/{IMAGE}"))
-        assert asked[f"/{IMAGE}/.zattrs"] == guard.PATIENT.attempts
+        with pytest.raises(MetadataError, match=rf"{IMAGE}.*cannot be read .*{guard.DEFAULT_RETRY.attempts} attempts"):
+            read_multiscale(parse_location(f"{url}/{IMAGE}"))
+        assert asked[f"/{IMAGE}/.zattrs"] == guard.DEFAULT_RETRY.attempts
 
 
 def test_metadata_is_asked_for_once_where_one_attempt_is_allowed(volume, monkeypatch):
-    monkeypatch.setattr(guard, "PATIENT", guard.Patience(attempts=1))
+    monkeypatch.setattr(guard, "DEFAULT_RETRY", guard.RetryPolicy(attempts=1))
     with serving(Path(volume.path), "503", times=1, only=f"{IMAGE}/.zattrs") as (url, asked):
         with pytest.raises(MetadataError, match="1 attempt in"):
-            read_multiscale(located(f"{url}/{IMAGE}"))
+            read_multiscale(parse_location(f"{url}/{IMAGE}"))
         assert asked[f"/{IMAGE}/.zattrs"] == 1
 
 
 def test_metadata_that_is_refused_is_not_asked_for_again(volume):
     with serving(Path(volume.path), "401", only=f"{IMAGE}/.zattrs") as (url, asked):
         with pytest.raises(MetadataError, match="401"):
-            read_multiscale(located(f"{url}/{IMAGE}"))
+            read_multiscale(parse_location(f"{url}/{IMAGE}"))
         assert asked[f"/{IMAGE}/.zattrs"] == 1
 
 

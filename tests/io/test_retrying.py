@@ -14,13 +14,13 @@ from cellmap_lightning.errors import CellMapValueError, ChunkError, MetadataErro
 from cellmap_lightning.io import chunks
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Level, read_array
-from cellmap_lightning.io.retrying import COUNTS, Patience
+from cellmap_lightning.io.retrying import COUNTS, RetryPolicy
 from tests.io.faults import FaultyStore, serving, transient
 
 SHAPE, CHUNKS = (16, 16, 16), (8, 8, 8)
 VALUES = np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8)
 WHOLE = (0, 0, 0), SHAPE
-QUICK = Patience(4, 2.0)
+QUICK = RetryPolicy(4, 2.0)
 
 
 def write(path, zarr_format=2, **how):
@@ -66,7 +66,7 @@ def test_what_passes_is_asked_for_again(stored, through, fault, caplog):
     times = 2 if fault == "reset" else 1  # aiohttp itself asks again once after a reset
     with serving(stored, fault, times=times, only="1.1.1") as (address, asked):
         through(lambda _: FsspecStore.from_url(address, read_only=True))
-        assert (ChunkReader(level(stored), "crop1: raw", patience=QUICK).read(*WHOLE) == VALUES).all()
+        assert (ChunkReader(level(stored), "crop1: raw", retry_policy=QUICK).read(*WHOLE) == VALUES).all()
     assert asked["/1.1.1"] == times + 1
     assert asked["/0.0.0"] == 1
     assert (COUNTS.retries, COUNTS.failures) == (1, 0), "counted"
@@ -77,7 +77,7 @@ def test_what_passes_is_asked_for_again(stored, through, fault, caplog):
 def test_thousands_of_faults_are_a_few_lines(stored, through, caplog):
     COUNTS.reset()
     through(lambda path: FaultyStore(LocalStore(path), lambda key, n: transient() if n % 2 else None))
-    reader = ChunkReader(level(stored), patience=QUICK)
+    reader = ChunkReader(level(stored), retry_policy=QUICK)
     for _ in range(4):
         assert (reader.read(*WHOLE) == VALUES).all()
     assert COUNTS.retries >= 32
@@ -98,11 +98,11 @@ LASTS = {
 def test_what_lasts_is_an_error_that_says_where(stored, through, fault):
     """Object, crop, class, array, level, box, attempts: after a bounded number of requests."""
     attempts, said = LASTS[fault]
-    patience = Patience(2 if fault in ("silence", "drip") else 4, 1.0 if fault in ("silence", "drip") else 10.0)
+    retry_policy = RetryPolicy(2 if fault in ("silence", "drip") else 4, 1.0 if fault in ("silence", "drip") else 10.0)
     with serving(stored, fault, only="1.0.1") as (address, asked):
         through(lambda _: FsspecStore.from_url(address, read_only=True))
         with pytest.raises(ChunkError, match=said) as caught:
-            ChunkReader(level(stored), "crop1/mito", patience=patience).read(*WHOLE)
+            ChunkReader(level(stored), "crop1/mito", retry_policy=retry_policy).read(*WHOLE)
     text = str(caught.value)
     assert text.startswith(f"crop1/mito: {stored}: voxels z[8:16], y[0:8], x[8:16] could not be read")
     assert f"(1.0.1, {attempts} attempt" in text
@@ -115,7 +115,7 @@ def test_what_is_not_there_is_known_by_the_server(stored, through):
     (stored / "0.1.0").unlink()
     with serving(stored) as (address, asked):
         through(lambda _: FsspecStore.from_url(address, read_only=True))
-        reader = ChunkReader(level(stored), patience=QUICK)
+        reader = ChunkReader(level(stored), retry_policy=QUICK)
         assert (reader.read(*WHOLE)[:8, 8:, :8] == 0).all()
     assert asked["/0.1.0"] == 1, "404 is an answer"
 
@@ -125,7 +125,7 @@ def test_a_server_without_byte_ranges_is_told_from_a_damaged_shard(tmp_path, thr
     with serving(path, "no ranges", times=0) as (address, _):
         through(lambda _: FsspecStore.from_url(address, read_only=True))
         with pytest.raises(ChunkError, match="the server does not support byte ranges, which sharded arrays need"):
-            ChunkReader(level(path), patience=QUICK).read((0, 0, 0), (8, 8, 8))
+            ChunkReader(level(path), retry_policy=QUICK).read((0, 0, 0), (8, 8, 8))
 
 
 # -- a store
@@ -134,7 +134,7 @@ def test_a_server_without_byte_ranges_is_told_from_a_damaged_shard(tmp_path, thr
 @pytest.mark.parametrize("error", [transient, lambda: OSError(errno.EIO, "Input/output error"), ConnectionResetError])
 def test_errors_of_network_file_systems_pass(stored, through, error):
     through(lambda path: FaultyStore(LocalStore(path), lambda key, n: error() if n < 3 else None))
-    assert (ChunkReader(level(stored), patience=QUICK).read(*WHOLE) == VALUES).all()
+    assert (ChunkReader(level(stored), retry_policy=QUICK).read(*WHOLE) == VALUES).all()
 
 
 def test_a_refusal_is_an_error_at_once(stored, through):
@@ -142,16 +142,16 @@ def test_a_refusal_is_an_error_at_once(stored, through):
     store = FaultyStore(LocalStore(stored, read_only=True), lambda key, n: denied if key == "0.0.0" else None)
     through(lambda path: store)
     with pytest.raises(ChunkError, match=r"PermissionError.*reading is not allowed.*0\.0\.0, 1 attempt"):
-        ChunkReader(level(stored), patience=QUICK).read(*WHOLE)
+        ChunkReader(level(stored), retry_policy=QUICK).read(*WHOLE)
     assert store.asked["0.0.0"] == 1
 
 
 def test_a_store_that_stalls_is_asked_again_and_then_given_up(stored, through):
     through(lambda path: FaultyStore(LocalStore(path), lambda key, n: 30.0 if key == "0.0.0" and n == 1 else None))
-    assert (ChunkReader(level(stored), patience=Patience(3, 1.0)).read(*WHOLE) == VALUES).all()
+    assert (ChunkReader(level(stored), retry_policy=RetryPolicy(3, 1.0)).read(*WHOLE) == VALUES).all()
     through(lambda path: FaultyStore(LocalStore(path), lambda key, n: 30.0 if key == "0.0.0" else None))
     with pytest.raises(ChunkError, match=r"no answer.*0\.0\.0, 3 attempts in"):
-        ChunkReader(level(stored), patience=Patience(3, 0.5)).read(*WHOLE)
+        ChunkReader(level(stored), retry_policy=RetryPolicy(3, 0.5)).read(*WHOLE)
 
 
 def test_a_file_that_never_answers_is_given_up(stored, through):
@@ -161,7 +161,7 @@ def test_a_file_that_never_answers_is_given_up(stored, through):
     os.mkfifo(stored / "0.0.0")
     try:
         with pytest.raises(ChunkError, match="no answer"):
-            ChunkReader(level(stored), patience=Patience(2, 0.5)).read(*WHOLE)
+            ChunkReader(level(stored), retry_policy=RetryPolicy(2, 0.5)).read(*WHOLE)
     finally:
         os.close(os.open(stored / "0.0.0", os.O_WRONLY | os.O_NONBLOCK))  # lets go of the threads that wait
 
@@ -173,7 +173,7 @@ def test_the_users_random_numbers_do_not_depend_on_faults(stored, through):
     np.random.seed(1)  # noqa: NPY002  the user's own
     expected = random.Random(1).random()
     through(lambda path: FaultyStore(LocalStore(path), lambda key, n: transient() if n < 3 else None))
-    ChunkReader(level(stored), patience=QUICK).read(*WHOLE)
+    ChunkReader(level(stored), retry_policy=QUICK).read(*WHOLE)
     assert random.random() == expected
 
 
@@ -182,7 +182,7 @@ def test_the_users_random_numbers_do_not_depend_on_faults(stored, through):
 )
 def test_patience_is_checked(attempts, timeout):
     with pytest.raises(CellMapValueError, match=r"read_(attempts|timeout) must be"):
-        Patience(attempts, timeout)
+        RetryPolicy(attempts, timeout)
 
 
 # -- damage
@@ -216,7 +216,7 @@ DAMAGE = {
 def test_a_chunk_that_is_cut_short_is_never_read_as_something(tmp_path, kind, damage):
     zarr_format, how = KINDS[kind]
     path = write(tmp_path / "a", zarr_format, **how)
-    reader = ChunkReader(level(path), "crop1: raw", patience=Patience(1, 5.0))
+    reader = ChunkReader(level(path), "crop1: raw", retry_policy=RetryPolicy(1, 5.0))
     assert (reader.read(*WHOLE) == VALUES).all(), "and what is whole is read"
     assert (reader.read((0, 0, 0), CHUNKS) == VALUES[:8, :8, :8]).all()
     file = next(p for p in sorted(path.rglob("*")) if p.is_file() and p.name not in (".zarray", ".zattrs", "zarr.json"))
@@ -234,18 +234,18 @@ def test_a_flipped_byte_is_noticed_where_a_checksum_is_stored(tmp_path, compress
     stored[len(stored) // 2] ^= 1
     file.write_bytes(stored)
     with pytest.raises(ChunkError, match="could not be read"):
-        ChunkReader(level(path), patience=Patience(1, 5.0)).read(*WHOLE)
+        ChunkReader(level(path), retry_policy=RetryPolicy(1, 5.0)).read(*WHOLE)
 
 
 def test_a_folder_and_a_dead_link_in_place_of_a_chunk(stored):
     (stored / "0.0.0").unlink()
     (stored / "0.0.0").mkdir()
     with pytest.raises(ChunkError, match="a folder stands where the chunk should be a file"):
-        ChunkReader(level(stored), patience=Patience(1, 5.0)).read(*WHOLE)
+        ChunkReader(level(stored), retry_policy=RetryPolicy(1, 5.0)).read(*WHOLE)
     (stored / "0.0.0").rmdir()
     (stored / "0.0.0").symlink_to(stored / "elsewhere")
     with pytest.raises(ChunkError, match=r"it is a link to .*elsewhere, which is not there"):
-        ChunkReader(level(stored), patience=Patience(1, 5.0)).read(*WHOLE)
+        ChunkReader(level(stored), retry_policy=RetryPolicy(1, 5.0)).read(*WHOLE)
 
 
 def test_a_chunk_in_the_middle_of_being_written_is_read_when_it_is_whole(stored, through):
@@ -257,7 +257,7 @@ def test_a_chunk_in_the_middle_of_being_written_is_read_when_it_is_whole(stored,
             (stored / "0.0.0").write_bytes(whole)
 
     through(lambda path: FaultyStore(LocalStore(path), finish))
-    assert (ChunkReader(level(stored), patience=QUICK).read(*WHOLE) == VALUES).all()
+    assert (ChunkReader(level(stored), retry_policy=QUICK).read(*WHOLE) == VALUES).all()
 
 
 # -- what would decode to too much
@@ -296,7 +296,7 @@ def test_a_chunk_that_decodes_to_too_much_is_refused_before_it_does(tmp_path, ki
         file.write_bytes(bomb)
         for box in (WHOLE, ((0, 0, 0), CHUNKS)):
             with pytest.raises(ChunkError, match=r"it would decode to (more than )?[0-9]+ bytes"):
-                ChunkReader(level(path), patience=Patience(1, 5.0)).read(*box)
+                ChunkReader(level(path), retry_policy=RetryPolicy(1, 5.0)).read(*box)
 
 
 def test_metadata_that_asks_for_too_much_or_for_objects_is_refused(tmp_path, edit):

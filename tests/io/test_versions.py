@@ -14,7 +14,7 @@ from cellmap_lightning.io import retrying as guard
 from cellmap_lightning.io import statistics
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import fetch_versions, read_array, read_multiscale
-from cellmap_lightning.io.store import located
+from cellmap_lightning.io.store import parse_location
 from cellmap_lightning.io.versions import versions
 from cellmap_lightning.io.writer import write_multiscale
 from tests.io.changes import edit_in_place, packed
@@ -89,10 +89,10 @@ def test_a_rewritten_volume_is_measured_again(server, name, tmp_path):
     url, control = server
     paths = [written(tmp_path / n / "raw", data) for n, data in zip("ab", contents(), strict=True)]
     for _ in range(2):
-        assert MEASUREMENTS[name](read_multiscale(located(f"{url}/a/raw"))) == EXPECTED[name][0]
+        assert MEASUREMENTS[name](read_multiscale(parse_location(f"{url}/a/raw"))) == EXPECTED[name][0]
     assert control.heads() == [ARRAY, ARRAY], "one for each time that the image was opened"
     rewrite(*paths)
-    assert MEASUREMENTS[name](read_multiscale(located(f"{url}/a/raw"))) == EXPECTED[name][1]
+    assert MEASUREMENTS[name](read_multiscale(parse_location(f"{url}/a/raw"))) == EXPECTED[name][1]
 
 
 @pytest.mark.parametrize("sends", [("ETag",), ("Last-Modified",), ()])
@@ -117,7 +117,7 @@ def test_servers_that_do_not_answer_head(pair, server, status):
     """As without versions: the metadata alone identify the array."""
     url, control = server
     control.status = status
-    assert read_array(located(f"{url}/a/raw/s0")).version == ""
+    assert read_array(parse_location(f"{url}/a/raw/s0")).version == ""
     assert shown(f"{url}/a/raw") == shown(f"{url}/a/raw") == 1
     assert control.heads() == [ARRAY] * 3
 
@@ -125,17 +125,17 @@ def test_servers_that_do_not_answer_head(pair, server, status):
 def test_a_server_that_sends_no_version(pair, server):
     url, control = server
     control.sends = ()
-    assert read_array(located(f"{url}/a/raw/s0")).version == ""
-    assert ChunkReader(read_multiscale(located(f"{url}/a/raw")).finest).stamp((0, 0, 0), (8, 8, 8)) == 1
+    assert read_array(parse_location(f"{url}/a/raw/s0")).version == ""
+    assert ChunkReader(read_multiscale(parse_location(f"{url}/a/raw")).finest).stamp((0, 0, 0), (8, 8, 8)) == 1
 
 
 @pytest.mark.parametrize(("status", "times"), [(503, 1), (503, 4), (429, 2), (500, 3)])
 def test_what_passes_is_asked_for_again(pair, server, status, times):
     url, control = server
-    expected = read_array(located(f"{url}/a/raw/s0")).version
+    expected = read_array(parse_location(f"{url}/a/raw/s0")).version
     control.heads()
     control.status, control.times = status, times
-    assert read_array(located(f"{url}/a/raw/s0")).version == expected
+    assert read_array(parse_location(f"{url}/a/raw/s0")).version == expected
     assert expected
     assert control.heads() == [ARRAY] * (times + 1)
 
@@ -143,10 +143,12 @@ def test_what_passes_is_asked_for_again(pair, server, status, times):
 def test_a_server_that_keeps_failing_is_an_error(pair, server):
     url, control = server
     control.status = 503
-    info = read_array(located(f"{url}/a/raw/s0"))
-    with pytest.raises(MetadataError, match=rf"{url}{ARRAY}: cannot be read .*503.*{guard.PATIENT.attempts} attempts"):
+    info = read_array(parse_location(f"{url}/a/raw/s0"))
+    with pytest.raises(
+        MetadataError, match=rf"{url}{ARRAY}: cannot be read .*503.*{guard.DEFAULT_RETRY.attempts} attempts"
+    ):
         _ = info.version
-    assert control.heads() == [ARRAY] * guard.PATIENT.attempts
+    assert control.heads() == [ARRAY] * guard.DEFAULT_RETRY.attempts
     control.status = 200
     assert info.version
 
@@ -154,7 +156,7 @@ def test_a_server_that_keeps_failing_is_an_error(pair, server):
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_many_arrays_are_asked_for_together(pair, server, count):
     url, control = server
-    arrays = [read_array(located(f"{url}/{name}/raw/s0")) for name in "ab" for _ in range(count)]
+    arrays = [read_array(parse_location(f"{url}/{name}/raw/s0")) for name in "ab" for _ in range(count)]
     control.latency = 0.05
     control.heads()
     began = time.monotonic()
@@ -224,8 +226,8 @@ def test_labels_that_are_counted_are_asked_for_together(server, tmp_path):
 @pytest.mark.parametrize("known", [True, False])
 def test_a_version_travels_to_other_processes(pair, server, known):
     url, control = server
-    info = read_array(located(f"{url}/a/raw/s0"))
-    expected = info.version if known else read_array(located(f"{url}/a/raw/s0")).version
+    info = read_array(parse_location(f"{url}/a/raw/s0"))
+    expected = info.version if known else read_array(parse_location(f"{url}/a/raw/s0")).version
     control.heads()
     again = pickle.loads(pickle.dumps(info))
     assert again.version == expected
@@ -237,7 +239,7 @@ def test_an_archive_elsewhere_has_a_version(pair, server, tmp_path):
     url, _ = server
     for folder in pair:
         packed(folder, tmp_path / f"{folder.parent.name}.zip")
-    address = located(f"zip://raw::{url}/a.zip")
+    address = parse_location(f"zip://raw::{url}/a.zip")
     levels = [address / "s0", address / "s1"]
     before = read_array(levels[0]).version
     assert before
@@ -262,8 +264,8 @@ def test_an_archive_elsewhere_that_was_rewritten_is_noticed(pair, server, tmp_pa
 
 def test_paths_of_this_machine_have_no_version(pair, tmp_path):
     packed(pair[0], tmp_path / "v.zip")
-    assert read_array(located(pair[0] / "s0")).version == ""
-    assert read_array(located(f"zip://raw/s0::{tmp_path}/v.zip")).version == ""
+    assert read_array(parse_location(pair[0] / "s0")).version == ""
+    assert read_array(parse_location(f"zip://raw/s0::{tmp_path}/v.zip")).version == ""
 
 
 def test_objects_in_memory_have_the_time_of_their_creation():
@@ -271,7 +273,7 @@ def test_objects_in_memory_have_the_time_of_their_creation():
 
     fs = MemoryFileSystem()
     fs.pipe("/versions/s0/.zarray", b"{}")
-    place = located("memory://versions/s0/.zarray")
+    place = parse_location("memory://versions/s0/.zarray")
     (before,) = versions([place])
     assert versions([place, place]) == [before, before]
     assert before

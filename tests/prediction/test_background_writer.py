@@ -4,14 +4,14 @@ import threading
 
 import pytest
 
-from cellmap_lightning.prediction.background_writer import Behind
+from cellmap_lightning.prediction.background_writer import BackgroundWriter
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
 
 
 @pytest.fixture
 def behind():
-    made = Behind()
+    made = BackgroundWriter()
     yield made
     made.close()
 
@@ -114,7 +114,7 @@ def test_after_an_error_nothing_is_done_until_it_is_met(behind):
 
 
 def test_closing_does_what_was_given():
-    behind, done, go = Behind(), [], threading.Event()
+    behind, done, go = BackgroundWriter(), [], threading.Event()
     behind.give(lambda: go.wait(120), 2)
     behind.give(lambda: done.append(1), 2)
     go.set()
@@ -123,7 +123,7 @@ def test_closing_does_what_was_given():
 
 
 def test_an_error_that_nobody_met_is_logged(caplog):
-    behind, go = Behind(), threading.Event()
+    behind, go = BackgroundWriter(), threading.Event()
 
     def breaks():
         assert go.wait(120)

@@ -85,7 +85,7 @@ def module(path, patch, classes=("a",), **kwargs):
 
 def predict(path, patch, output, model=None, classes=("a",), world=1, data=None, limit=None, **kwargs):
     """Run it, or some batches of it; the writer."""
-    given = {"chunks": [8, 8, 16], "block_mb": 0.02, "dtype": "float32"}
+    given = {"chunks": [8, 8, 16], "block_size_mb": 0.02, "dtype": "float32"}
     writer = PredictionWriter(str(output), classes=list(classes), **(given | kwargs))
     strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))
     run = L.Trainer(
@@ -131,7 +131,7 @@ def test_an_identity_is_reproduced_bit_for_bit_by_trim(tmp_path, shape, overlap)
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5, 0.75])
 def test_an_identity_is_reproduced_by_weighted_means(tmp_path, shape, blend, overlap):
     path, values = raw_volume(tmp_path, shape)
-    predict(path, (12, 16, 20), tmp_path / "out.zarr", blend=blend, overlap=overlap, block_mb=0.2)
+    predict(path, (12, 16, 20), tmp_path / "out.zarr", blend=blend, overlap=overlap, block_size_mb=0.2)
     assert np.abs(read(tmp_path / "out.zarr") - values.astype(np.float32) / 255).max() < 1e-6
 
 
@@ -154,8 +154,8 @@ def test_weighted_means_are_those_of_monai(tmp_path, blend, mode, overlap, shape
 @pytest.mark.parametrize("blend", ["average", "gaussian"])
 def test_a_voxel_has_the_same_bits_in_every_block(tmp_path, blend):
     path, _ = raw_volume(tmp_path, (33, 41, 50))
-    for name, block_mb in (("small", 0.2), ("large", 8)):
-        predict(path, (12, 16, 20), tmp_path / f"{name}.zarr", Convolution(1), blend=blend, block_mb=block_mb)
+    for name, block_size_mb in (("small", 0.2), ("large", 8)):
+        predict(path, (12, 16, 20), tmp_path / f"{name}.zarr", Convolution(1), blend=blend, block_size_mb=block_size_mb)
     assert len(Journal(tmp_path / "small.zarr").finished) > len(Journal(tmp_path / "large.zarr").finished)
     assert contents(tmp_path / "small.zarr", root=False) == contents(tmp_path / "large.zarr", root=False)
 
@@ -163,7 +163,7 @@ def test_a_voxel_has_the_same_bits_in_every_block(tmp_path, blend):
 def test_a_region_is_a_cut_out_of_the_whole(tmp_path):
     path, _ = raw_volume(tmp_path, (33, 41, 50))
     for blend in ("trim", "gaussian"):
-        given = {"blend": blend, "classes": ("a", "b"), "block_mb": 0.3, "overlap": 0.5}
+        given = {"blend": blend, "classes": ("a", "b"), "block_size_mb": 0.3, "overlap": 0.5}
         predict(path, (12, 16, 20), tmp_path / f"{blend}.zarr", Convolution(), **given)
         lower, upper = (5, 8, 3), (29, 41, 40)
         edges = [
@@ -264,7 +264,7 @@ def test_slice_by_slice(tmp_path):
 def test_two_and_four_processes_write_the_bytes_of_one(tmp_path):
     path, _ = raw_volume(tmp_path, (33, 70, 64))
     for blend in ("trim", "gaussian"):
-        given = {"model": Convolution(), "classes": ("a", "b"), "blend": blend, "dtype": "uint8", "block_mb": 0.3}
+        given = {"model": Convolution(), "classes": ("a", "b"), "blend": blend, "dtype": "uint8", "block_size_mb": 0.3}
         for world in (1, 2, 4):
             predict(path, (12, 16, 20), tmp_path / f"{blend}{world}.zarr", world=world, **given)
         alone = contents(tmp_path / f"{blend}1.zarr")
@@ -491,7 +491,7 @@ class Company(L.LightningModule):
 @pytest.mark.parametrize(("blend", "overlap"), [("trim", 0.25), ("average", 0.25), ("gaussian", 0.5), ("average", 0.7)])
 def test_a_run_that_goes_on_makes_the_same_batches(tmp_path, blend, overlap):
     path, _ = raw_volume(tmp_path, (70, 41, 50))
-    given = {"blend": blend, "overlap": overlap, "block_mb": 0.06, "check_context": False}
+    given = {"blend": blend, "overlap": overlap, "block_size_mb": 0.06, "check_context": False}
     model = Company()
     predict(path, (12, 16, 20), tmp_path / "once.zarr", model, **given)
     once, out = contents(tmp_path / "once.zarr"), tmp_path / "out.zarr"
@@ -508,7 +508,7 @@ def test_blocks_below_each_other_share_their_patches(tmp_path, blend):
     path, _ = raw_volume(tmp_path, (70, 41, 50))
     model = Company()
     out, shape, patch = tmp_path / "out.zarr", (70, 41, 50), (12, 16, 20)
-    predict(path, patch, out, model, blend=blend, block_mb=0.06)
+    predict(path, patch, out, model, blend=blend, block_size_mb=0.06)
     block, tiling = Journal(out).settings["block"], Tiling(shape, patch, blend)
     assert block[0] < 70 / 3
     assert block[1] < 41 or block[2] < 50
@@ -522,7 +522,7 @@ def test_processes_share_out_what_is_left(tmp_path, blend, limit, monkeypatch):
     # The end would remove the journal; a process that is done still waits for the others.
     monkeypatch.setattr(PredictionOutput, "finish", lambda _, rank, world, barrier, broadcast: bool(barrier()))
     path, _ = raw_volume(tmp_path, (70, 41, 50))
-    out, given = tmp_path / "out.zarr", {"blend": blend, "block_mb": 0.06}
+    out, given = tmp_path / "out.zarr", {"blend": blend, "block_size_mb": 0.06}
     predict(path, (12, 16, 20), out, limit=limit, **given)
     before = set(Journal(out).finished)
     lattice = read_multiscale(path).finest.lattice
@@ -541,22 +541,22 @@ def test_processes_share_out_what_is_left(tmp_path, blend, limit, monkeypatch):
 def test_where_small_blocks_cost_much_the_memory_that_helps_is_named(tmp_path, caplog):
     path, _ = raw_volume(tmp_path, (40, 64, 64))
     given = {"blend": "gaussian", "chunks": [8, 8, 8], "levels": 1}
-    few = predict(path, (16, 16, 16), tmp_path / "few.zarr", block_mb=0.1, **given)
-    said = [r.getMessage() for r in caplog.records if "block_mb" in r.getMessage()]
+    few = predict(path, (16, 16, 16), tmp_path / "few.zarr", block_size_mb=0.1, **given)
+    said = [r.getMessage() for r in caplog.records if "block_size_mb" in r.getMessage()]
     found = re.search(
-        r"model computes ([\d.]+) times .* block_mb=([\d.]+) would allow .* make it ([\d.]+) times", said[0]
+        r"model computes ([\d.]+) times .* block_size_mb=([\d.]+) would allow .* make it ([\d.]+) times", said[0]
     )
     assert float(found[1]) == pytest.approx(few.redundancy, abs=0.01)
     caplog.clear()
-    more = predict(path, (16, 16, 16), tmp_path / "more.zarr", block_mb=float(found[2]), **given)
+    more = predict(path, (16, 16, 16), tmp_path / "more.zarr", block_size_mb=float(found[2]), **given)
     assert float(found[3]) == pytest.approx(more.redundancy, abs=0.01)
     assert more.redundancy <= 1.25 < 1.5 < few.redundancy
-    assert not [r for r in caplog.records if "block_mb" in r.getMessage()]
+    assert not [r for r in caplog.records if "block_size_mb" in r.getMessage()]
     assert contents(tmp_path / "few.zarr", root=False) == contents(tmp_path / "more.zarr", root=False)
-    predict(path, (16, 16, 16), tmp_path / "late.zarr", block_mb=0.1, limit=9, **given)
+    predict(path, (16, 16, 16), tmp_path / "late.zarr", block_size_mb=0.1, limit=9, **given)
     caplog.clear()
-    assert predict(path, (16, 16, 16), tmp_path / "late.zarr", block_mb=0.1, **given).summary.complete
-    assert not [r for r in caplog.records if "block_mb" in r.getMessage()], "other blocks could not go on there"
+    assert predict(path, (16, 16, 16), tmp_path / "late.zarr", block_size_mb=0.1, **given).summary.complete
+    assert not [r for r in caplog.records if "block_size_mb" in r.getMessage()], "other blocks could not go on there"
 
 
 def test_a_block_that_is_skipped_changes_nothing_below_it(tmp_path):
@@ -565,7 +565,7 @@ def test_a_block_that_is_skipped_changes_nothing_below_it(tmp_path):
     wanted[16:32], wanted[40:48, :16] = 0, 0
     mask = tmp_path / "mask.zarr"
     write_multiscale(mask, wanted, scale=SCALE, translation=TRANSLATION, chunks=(16, 16, 16))
-    given = {"blend": "gaussian", "chunks": [8, 16, 16], "block_mb": 0.05, "model": Convolution(), "levels": 1}
+    given = {"blend": "gaussian", "chunks": [8, 16, 16], "block_size_mb": 0.05, "model": Convolution(), "levels": 1}
     given["classes"] = ("a", "b")
     predict(path, (12, 16, 20), tmp_path / "whole.zarr", **given)
     writer = predict(path, (12, 16, 20), tmp_path / "part.zarr", mask=str(mask), **given)
@@ -614,29 +614,29 @@ def test_mirrored_inputs_are_averaged(tmp_path):
             values = np.concatenate([np.delete(values, 0, axis), np.take(values, [-1], axis)], axis)
         return values
 
-    for flips in ("", "y", "zx", "zyx"):
-        out = tmp_path / f"flips{flips}.zarr"
-        predict(path, (20, 24, 28), out, Sided(), overlap=0, flips=flips)
+    for tta_flips in ("", "y", "zx", "zyx"):
+        out = tmp_path / f"tta_flips{tta_flips}.zarr"
+        predict(path, (20, 24, 28), out, Sided(), overlap=0, tta_flips=tta_flips)
         expected = np.mean(
             [
                 np.flip(behind(np.flip(whole, axes), (0, 1, 2)), axes)
                 for axes in (
-                    tuple(axis for axis, chosen in zip([AXES.index(a) for a in flips], bits, strict=True) if chosen)
-                    for bits in product((0, 1), repeat=len(flips))
+                    tuple(axis for axis, chosen in zip([AXES.index(a) for a in tta_flips], bits, strict=True) if chosen)
+                    for bits in product((0, 1), repeat=len(tta_flips))
                 )
             ],
             axis=0,
         )
         assert np.abs(read(out) - expected).max() < 1e-6
     flat = tmp_path / "flat.zarr"
-    predict(path, (1, 24, 28), flat, Sided(), overlap=0, flips="zyx")
+    predict(path, (1, 24, 28), flat, Sided(), overlap=0, tta_flips="zyx")
     both = [np.flip(behind(np.flip(whole, axes), (1, 2)), axes) for axes in ((), (1,), (2,), (1, 2))]
     assert np.abs(read(flat) - np.mean(both, axis=0)).max() < 1e-6
-    with pytest.raises(CellMapFileExistsError, match="flips: 'zyx' is there, now 'zy'"):
-        predict(path, (20, 24, 28), tmp_path / "flipszyx.zarr", Sided(), overlap=0, flips="yz")
+    with pytest.raises(CellMapFileExistsError, match="tta_flips: 'zyx' is there, now 'zy'"):
+        predict(path, (20, 24, 28), tmp_path / "flipszyx.zarr", Sided(), overlap=0, tta_flips="yz")
     for wrong in ("w", "xx", [1]):
-        with pytest.raises(CellMapValueError, match="flips are axes"):
-            PredictionWriter(str(tmp_path / "no.zarr"), flips=wrong)
+        with pytest.raises(CellMapValueError, match="tta_flips are axes"):
+            PredictionWriter(str(tmp_path / "no.zarr"), tta_flips=wrong)
 
 
 class Blur(L.LightningModule):
@@ -666,7 +666,11 @@ def test_slices_in_every_plane_and_their_mean(tmp_path, blend):
         return sum(np.take(padded, range(k, k + n), along[plane]) for k in range(3)) / 3
 
     spec = {"input_arrays": {"raw": {"shape": [16, 20], "scale": [8, 8]}}, "batch_size": 3}
-    given = {"blend": blend, "block_mb": 0.05, "context": 2} if blend == "trim" else {"blend": blend, "block_mb": 0.05}
+    given = (
+        {"blend": blend, "block_size_mb": 0.05, "context": 2}
+        if blend == "trim"
+        else {"blend": blend, "block_size_mb": 0.05}
+    )
     identity = blend == "gaussian"  # whose patches see no further than they reach
     for planes in (["xz"], ["yz"], ["xy", "xz", "yz"]):
         out = tmp_path / f"{'-'.join(planes)}.zarr"
@@ -726,7 +730,7 @@ def test_what_is_decoded_ahead_is_there_when_it_is_asked_for(tmp_path, monkeypat
     write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(32, 32, 32))
     monkeypatch.setattr(predicted, "LEAST_CHUNK_BYTES", 1)
     monkeypatch.setattr("cellmap_lightning.io.chunks.LEAST_CHUNK", 32)
-    writer = PredictionWriter(str(tmp_path / "out.zarr"), chunks=(64, 64, 64), block_mb=1000, check_context=False)
+    writer = PredictionWriter(str(tmp_path / "out.zarr"), chunks=(64, 64, 64), block_size_mb=1000, check_context=False)
     run = L.Trainer(
         accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
@@ -805,7 +809,7 @@ def hollow(folder):
 def test_blocks_without_anything_in_them_are_skipped(tmp_path, world):
     raw, mask, values = hollow(tmp_path)
     data = {"input_arrays": {"raw": {"shape": [16, 16, 16], "scale": [8, 8, 8]}}, "batch_size": 2}
-    given = {"chunks": [16, 16, 16], "block_mb": 0.01, "overlap": 0, "levels": 2}
+    given = {"chunks": [16, 16, 16], "block_size_mb": 0.01, "overlap": 0, "levels": 2}
     model = Identity()
     writer = predict_spec(raw, data, tmp_path / "a.zarr", model, world, skip_empty=True, **given)
     expected = np.zeros_like(values)
@@ -872,7 +876,7 @@ class Slow(t.Convolution):
 
 path, out, blend, world = sys.argv[1:]
 print("ready", flush=True)
-t.predict(path, (12, 16, 20), out, Slow(), ("a", "b"), blend=blend, dtype="uint8", block_mb=0.3, world=int(world))
+t.predict(path, (12, 16, 20), out, Slow(), ("a", "b"), blend=blend, dtype="uint8", block_size_mb=0.3, world=int(world))
 """
 
 
@@ -932,7 +936,7 @@ def own():  # what belongs to this process and to no file
 def run(n):
     t.predict(
         f"{path}/{n}/raw.zarr/em", (32, 32, 32), f"{out}/{n}.zarr", t.Identity(), blend="gaussian",
-        overlap=0.25, chunks=[32, 32, 32], block_mb=2, levels=2,
+        overlap=0.25, chunks=[32, 32, 32], block_size_mb=2, levels=2,
     )
 
 run("small")
@@ -1018,7 +1022,7 @@ def test_a_damaged_chunk_is_named_when_it_is_needed_and_what_is_before_it_stays(
     damaged = path / "s0" / "0" / "0" / "17"
     stored = damaged.read_bytes()
     damaged.write_bytes(stored[:20])
-    given = {"overlap": 0.0, "chunks": (16, 16, 16), "block_mb": 0.01, "dtype": "uint8"}
+    given = {"overlap": 0.0, "chunks": (16, 16, 16), "block_size_mb": 0.01, "dtype": "uint8"}
     with pytest.raises(CellMapError, match=r"(?s)x\[272:288\].*cut short"):
         predict(path, (16, 16, 16), tmp_path / "out.zarr", data={"batch_size": 1, "read_attempts": 1}, **given)
     done = len(Journal(tmp_path / "out.zarr").finished)

@@ -38,7 +38,7 @@ def raw_volume(folder, shape, scale, factors=(2, 2, 2), levels=1):
 
 def run(path, output, scale, classes=("a",), world=1, limit=None, **kwargs):
     """Predict with a model that gives its input back, in blocks of a few chunks."""
-    given = {"dtype": "uint8", "overlap": 0.0, "check_context": False, "chunks": [8, 16, 16], "block_mb": 0.05}
+    given = {"dtype": "uint8", "overlap": 0.0, "check_context": False, "chunks": [8, 16, 16], "block_size_mb": 0.05}
     writer = PredictionWriter(str(output), **(given | kwargs))
     strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))
     trainer = L.Trainer(

@@ -52,7 +52,7 @@ def test_what_has_begun_is_waited_for_and_the_rest_is_given_up(pool):
     pool.ahead([slow, lambda: done.append("never")])
     assert begun.wait(120)
     after_the_cancelling(pool, go)
-    pool.end_ahead()
+    pool.cancel_ahead()
     assert done == ["slow"]
     pool.run([lambda: done.append("next"), lambda: None])
     assert done == ["slow", "next"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDataset, CellMapError, CellMapMultiDataset
 from cellmap_lightning.io.writer import write_group, write_multiscale
-from cellmap_lightning.sampling.tiles import Spread, golden_stride, halved, stratified
+from cellmap_lightning.sampling.tiles import TileOrder, golden_stride, halved, stratified
 from cellmap_lightning.training.masked import DiceScore
 from tests.make import make_dataset
 
@@ -266,7 +266,7 @@ def test_only_tiles_are_marked(stored):
 
 @pytest.mark.parametrize("grids", [[(1, 1, 1)], [(2, 1, 1)], [(3, 5, 7), (1, 1, 1), (2, 9, 4)], [(31, 1, 17)]])
 def test_the_order_has_each_tile_once(grids):
-    spread = Spread(grids)
+    spread = TileOrder(grids)
     assert sorted(spread) == list(range(sum(map(math.prod, grids))))
     assert spread[-1] == list(spread)[-1]
     assert pickle.loads(pickle.dumps(spread))[: len(spread)] == list(spread)
@@ -274,7 +274,7 @@ def test_the_order_has_each_tile_once(grids):
 
 def test_every_beginning_is_spread_over_crops_and_inside_them():
     grids = [(8, 8, 8), (4, 16, 2), (32, 4, 4)]
-    order = list(Spread(grids))
+    order = list(TileOrder(grids))
     sizes = [math.prod(g) for g in grids]
     octants = np.concatenate(
         [
@@ -291,7 +291,7 @@ def test_every_beginning_is_spread_over_crops_and_inside_them():
 
 
 def test_any_number_of_tiles_costs_nothing():
-    spread = Spread([(1000, 1000, 1000), (300, 1, 7)])
+    spread = TileOrder([(1000, 1000, 1000), (300, 1, 7)])
     first = [spread[n] for n in range(1000)]
     assert len(set(first)) == 1000
     assert len(pickle.dumps(spread)) < 1000
@@ -310,7 +310,7 @@ def test_neighbours_in_the_halved_grid_are_near():
 
 
 def test_strata_take_turns():
-    everything = Spread([(10, 10, 10)])
+    everything = TileOrder([(10, 10, 10)])
     rare, common = np.array([5, 500]), np.arange(0, 900, 3)
     chosen = stratified([common, rare], everything, 60, seed=0)
     assert len(chosen) == len(set(chosen)) == 60
@@ -318,7 +318,7 @@ def test_strata_take_turns():
     assert 24 <= len(set(chosen) & set(common.tolist())) < 60
     assert stratified([common, rare], everything, 60, seed=0) == chosen
     assert stratified([common, rare], everything, 60, seed=1) != chosen
-    assert sorted(stratified([np.array([3])], Spread([(2, 2, 2)]), 8, 0)) == list(range(8))
+    assert sorted(stratified([np.array([3])], TileOrder([(2, 2, 2)]), 8, 0)) == list(range(8))
 
 
 @pytest.fixture
@@ -396,10 +396,10 @@ def test_in_a_fit_each_class_has_its_share_and_afterwards_all_tiles_are_seen(spa
 
 def test_the_chosen_tiles_follow_from_the_crops_and_the_seed(sparse):
     with sparse_module(sparse) as one, sparse_module(sparse) as other:
-        chosen = one.val_dataset.chosen_tiles(16, 0)
-        assert other.val_dataset.chosen_tiles(16, 0) == chosen
-        assert other.val_dataset.chosen_tiles(16, 1) != chosen
-        assert isinstance(one.val_dataset.chosen_tiles(256, 0), Spread)
+        chosen = one.val_dataset.select_tiles(16, 0)
+        assert other.val_dataset.select_tiles(16, 0) == chosen
+        assert other.val_dataset.select_tiles(16, 1) != chosen
+        assert isinstance(one.val_dataset.select_tiles(256, 0), TileOrder)
         found = one.val_dataset.crops[1].class_tiles
         assert {name: len(tiles) for name, tiles in found.items()} == {"a": 32, "b": 1, "c": 0}
 
@@ -410,11 +410,11 @@ def test_labels_that_cannot_be_looked_at_leave_the_class_anywhere(sparse, caplog
             chunk.write_bytes(b"not a chunk")
     with sparse_module(sparse) as data:
         assert data.val_dataset.crops[1].class_tiles["a"] is None
-        assert len(data.val_dataset.chosen_tiles(16, 0)) == 16
+        assert len(data.val_dataset.select_tiles(16, 0)) == 16
     assert "sparse/crop2/a: not looked at" in caplog.text
 
 
 def test_crops_without_targets_have_tiles_too(stored):
     raw = {"shape": (5, 7, 9), "scale": SCALE}
     with CellMapMultiDataset([CellMapDataset(stored.root / "raw", input_arrays={"raw": raw})]) as dataset:
-        assert len(dataset.chosen_tiles(4, 0)) == 4
+        assert len(dataset.select_tiles(4, 0)) == 4

@@ -140,14 +140,14 @@ def samples():
 
 def covered(path, shape):
     """The voxels inside a path of whole-voxel outlines, by the parity of the edges to the left of each."""
-    flips = np.zeros((shape[0], shape[1] + 1), int)
+    tta_flips = np.zeros((shape[0], shape[1] + 1), int)
     for line in path.split("Z")[:-1]:
         points = [tuple(map(int, p.split())) for p in line.lstrip("M").split("L")]
         for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1], strict=True):
             assert x0 == x1 or y0 == y1
             if x0 == x1:
-                flips[min(y0, y1) : max(y0, y1), x0] += 1
-    return flips.cumsum(axis=1)[:, :-1] % 2 == 1
+                tta_flips[min(y0, y1) : max(y0, y1), x0] += 1
+    return tta_flips.cumsum(axis=1)[:, :-1] % 2 == 1
 
 
 def test_the_page_holds_every_slice_exactly(samples, tmp_path):

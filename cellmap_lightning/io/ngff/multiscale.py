@@ -28,7 +28,7 @@ from cellmap_lightning.io.ngff.transformations import (
     times,
     translations_missing,
 )
-from cellmap_lightning.io.store import Remote, StorePath, children, exists, keeping, located, missing, read_json
+from cellmap_lightning.io.store import Remote, StorePath, children, exists, keeping, missing, parse_location, read_json
 
 #: Folders between a level and its image at most.
 DEEPEST_LEVEL = 3
@@ -180,7 +180,7 @@ def read_multiscale(path: str | StorePath, overrides: Overrides = NO_OVERRIDES) 
     shared = _shared
     if shared is None:
         return _read_multiscale(path, overrides)
-    key = located(path), overrides
+    key = parse_location(path), overrides
     image = shared.get(key)
     if image is None:
         image = shared[key] = _read_multiscale(*key)
@@ -188,7 +188,7 @@ def read_multiscale(path: str | StorePath, overrides: Overrides = NO_OVERRIDES) 
 
 
 def _read_multiscale(path: str | StorePath, overrides: Overrides) -> Multiscale:
-    group = located(path)
+    group = parse_location(path)
     node = read_attributes(group)
     if node is None and not exists(group):
         raise missing(group, "image")

@@ -10,7 +10,7 @@ import lightning as L
 
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.loading.prefetch import PrefetchDecision
-from cellmap_lightning.loading.waiting import Waiting
+from cellmap_lightning.loading.waiting import WaitTimes
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 WARM_UP = 3
 
 
-class DataWatch(L.Callback):
+class DataWaitMonitor(L.Callback):
     """Logs per training step the seconds that it waited for its batch and that copying and finishing it took.
 
     The metrics are ``data/wait_s`` and ``data/copy_s``, in the progress bar and the logger. Both are seconds of the
@@ -83,14 +83,14 @@ class DataWatch(L.Callback):
 
     def _mark(self, trainer: L.Trainer) -> None:
         waiting = _waiting(trainer)
-        self._before = dataclasses.replace(waiting) if waiting is not None else Waiting()
+        self._before = dataclasses.replace(waiting) if waiting is not None else WaitTimes()
         self._since = time.perf_counter()
 
 
-def _waiting(trainer: L.Trainer) -> Waiting | None:
+def _waiting(trainer: L.Trainer) -> WaitTimes | None:
     """What a `CellMapDataModule` counts; None for other data."""
     found = getattr(getattr(trainer, "datamodule", None), "waiting", None)
-    return found if isinstance(found, Waiting) else None
+    return found if isinstance(found, WaitTimes) else None
 
 
 def advice(trainer: L.Trainer) -> list[str]:

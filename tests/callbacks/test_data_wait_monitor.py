@@ -1,4 +1,4 @@
-"""Waiting is counted where it happens, shown where people look, and explained once."""
+"""WaitTimes is counted where it happens, shown where people look, and explained once."""
 
 import csv
 import logging
@@ -14,7 +14,7 @@ from torch import nn
 
 from cellmap_lightning import CellMapDataLoader, datamodule
 from cellmap_lightning.batches.arrays import BatchLayout
-from cellmap_lightning.callbacks import DataWatch, StreamPrefetch, data_watch
+from cellmap_lightning.callbacks import DataWaitMonitor, StreamPrefetch, data_wait_monitor
 from cellmap_lightning.loading import dataloader, waiting
 from cellmap_lightning.training.task import SegmentationTask
 from tests.conftest import CLASSES
@@ -42,7 +42,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    for module_ in (waiting, data_watch, dataloader, datamodule):
+    for module_ in (waiting, data_wait_monitor, dataloader, datamodule):
         monkeypatch.setattr(module_, "time", made)
     return made
 
@@ -71,7 +71,7 @@ def test_waiting_is_logged_per_step(volume, tmp_path, clock, monkeypatch):
         finish = BatchLayout.finish
         monkeypatch.setattr(BatchLayout, "finish", lambda *given: clock.sleep(0.005) or finish(*given))
         logger = CSVLogger(tmp_path, "", "")
-        run = trainer(tmp_path, logger=logger, callbacks=[DataWatch()], log_every_n_steps=1, limit_val_batches=0)
+        run = trainer(tmp_path, logger=logger, callbacks=[DataWaitMonitor()], log_every_n_steps=1, limit_val_batches=0)
         run.fit(task(), data)
         assert {"data/wait_s", "data/copy_s"} <= set(run.progress_bar_metrics)
         waits = [float(row["data/wait_s"]) for row in rows(tmp_path) if row["data/wait_s"]]
@@ -88,7 +88,7 @@ def test_what_validation_waits_for_belongs_to_no_step(volume, tmp_path, clock):
         Slow(data.val_dataset, 0.3, clock)
         logger = CSVLogger(tmp_path, "", "")
         options = {"val_check_interval": 1, "num_sanity_val_steps": 0, "limit_val_batches": 1, "log_every_n_steps": 1}
-        trainer(tmp_path, logger=logger, callbacks=[DataWatch()], **options).fit(task(), data)
+        trainer(tmp_path, logger=logger, callbacks=[DataWaitMonitor()], **options).fit(task(), data)
         assert data.waiting.waited == pytest.approx(4 * (0.02 + 0.3))
         waits = [float(row["data/wait_s"]) for row in rows(tmp_path) if row["data/wait_s"]]
     assert waits == pytest.approx([0.02] * 4)
@@ -100,11 +100,11 @@ def test_one_hint_where_the_device_starves(volume, tmp_path, caplog, starving, c
         def on_train_batch_start(self, *_):
             clock.sleep(0.01 if starving else 0.2)
 
-    watch = DataWatch(hint_after=4)
+    watch = DataWaitMonitor(hint_after=4)
     with module(volume, batches_per_epoch=12, cache="none") as data:
         data.setup("fit")
         Slow(data.train_dataset, 0.05, clock)
-        with caplog.at_level(logging.WARNING, "cellmap_lightning.callbacks.data_watch"):
+        with caplog.at_level(logging.WARNING, "cellmap_lightning.callbacks.data_wait_monitor"):
             trainer(tmp_path, callbacks=[watch, Steps(), StreamPrefetch()], limit_val_batches=0).fit(task(), data)
     if not starving:
         assert watch.hint is None
@@ -127,7 +127,7 @@ def test_advice_follows_from_what_is_set(volume, tmp_path):
         ("small", [], {"cache": "memory", "cache_bytes": 20_000}),
         ("tensorstore", [], {"reader": "tensorstore"}),
     ):
-        watch = DataWatch(hint_after=2, hint_above=1e-6)
+        watch = DataWaitMonitor(hint_after=2, hint_above=1e-6)
         with module(volume, batches_per_epoch=6, **options) as data:
             data.setup("fit")
             Slow(data.train_dataset, 0.01, time)
@@ -150,7 +150,7 @@ def test_reading_ahead_takes_waiting_out_of_the_step(volume, ahead):
         data.setup("fit")
         real = data.train_dataset.read
         data.train_dataset.read = lambda *given, **named: (real(*given, **named), read.append(1))[0]
-        counted = waiting.Waiting()
+        counted = waiting.WaitTimes()
         decision = StreamPrefetch(enabled=True)._decide("train", data.batch_memory(), torch.device("cpu"))
         loader = CellMapDataLoader(
             data.train_dataset, 2, samples_per_epoch=16, decision=decision if ahead else None, waiting=counted
@@ -180,7 +180,7 @@ def test_other_data_and_other_trainers(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.01)
 
-    run = trainer(tmp_path, callbacks=[DataWatch(), StreamPrefetch()])
+    run = trainer(tmp_path, callbacks=[DataWaitMonitor(), StreamPrefetch()])
     run.fit(Line(), DataLoader(torch.zeros(4, 1), 2))
     assert "data/wait_s" not in run.logged_metrics
 
@@ -231,7 +231,7 @@ def test_metrics_have_names_that_loggers_take(volume, tmp_path):
     model.classes = tuple(NAMES)  # as of other data
     logger = CSVLogger(tmp_path, "", "")
     with module(volume) as data:
-        run = trainer(tmp_path, logger=logger, callbacks=[DataWatch(), StreamPrefetch()], log_every_n_steps=1)
+        run = trainer(tmp_path, logger=logger, callbacks=[DataWaitMonitor(), StreamPrefetch()], log_every_n_steps=1)
         run.fit(model, data)
         run.test(model, data, verbose=False)
     names = {name for row in rows(tmp_path) for name in row}
@@ -250,7 +250,7 @@ def test_mlflow(volume, tmp_path, monkeypatch):
     logger = MLFlowLogger("cellmap", tracking_uri=f"file:{tmp_path}/mlruns")
     with module(volume) as data:
         run = trainer(
-            tmp_path, logger=logger, callbacks=[DataWatch(), StreamPrefetch(enabled=True)], log_every_n_steps=1
+            tmp_path, logger=logger, callbacks=[DataWaitMonitor(), StreamPrefetch(enabled=True)], log_every_n_steps=1
         )
         run.fit(task(), data)
         data.batch_size = 1

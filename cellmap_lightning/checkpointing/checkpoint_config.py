@@ -11,7 +11,7 @@ CONFIG_KEY = "cellmap_config"
 START_KEY = "cellmap_start"
 
 
-class RunConfig(L.Callback):
+class CheckpointConfig(L.Callback):
     """Writes the resolved configuration, as plain containers, into every checkpoint.
 
     Args:
