@@ -1,0 +1,57 @@
+"""Checks of arguments, and the hints in their messages."""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from cellmap_lightning.errors import CellMapError, CellMapValueError
+
+T = TypeVar("T")
+
+
+def one_of(name: str, value: T, options: Iterable[T], error: type[CellMapError] = CellMapValueError) -> T:
+    """Return a value if it is one of the options.
+
+    Raises:
+        CellMapValueError: it is not; the message names the options, and the one that was probably meant.
+    """
+    options = list(options)
+    if value not in options:
+        hint = did_you_mean(value, [str(option) for option in options])
+        raise error(f"{name} must be one of {', '.join(map(str, options))}, got {value!r}{hint}")
+    return value
+
+
+def int_at_least(name: str, value: Any, least: int, error: type[CellMapError] = CellMapValueError) -> int:
+    """Return a value if it is a whole number (no bool) of at least ``least``.
+
+    Raises:
+        CellMapValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise error(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def positive_number(name: str, value: Any, error: type[CellMapError] = CellMapValueError) -> float:
+    """Return a value if it is a finite number (no bool) above 0.
+
+    Raises:
+        CellMapValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise error(f"{name} must be a number above 0, got {value!r}")
+    return float(value)
+
+
+def did_you_mean(value: Any, options: Iterable[str], otherwise: str = "") -> str:
+    """Return the end of a message with the option closest to a value, or ``otherwise`` where none is close."""
+    close = difflib.get_close_matches(str(value), list(options), 1)
+    return f"; did you mean {close[0]!r}?" if close else otherwise
+
+
+def first_few(items: Sequence[Any], count: int = 3) -> str:
+    """Return a list in words, of which only the first ``count`` items are named."""
+    named = ", ".join(map(str, items[:count]))
+    return named if len(items) <= count else f"{named} and {len(items) - count} more"
