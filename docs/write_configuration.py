@@ -16,13 +16,13 @@ HEAD = """\
 
 <!-- Written by docs/write_configuration.py from configs/ and the comments in them; a test compares. -->
 
-Every key, its default, and what is said of it. `cellmap-train --cfg job` prints those of a run, with what you override;
+Every key, its default and its description. `cellmap-train --cfg job` prints those of a run, with what you override;
 `${...}` takes the value of another key, and `???` must be given. A comment also holds for the lines below it that have
 none. A group is chosen as in `model=unet2d`, a key is changed as in `data.batch_size=8`.
 
 Files of your own go into a folder of the same form, which `--config-dir my_configs` names: a new option of a group is
 `my_configs/model/mine.yaml`, an experiment is `my_configs/experiment/mito.yaml` with `# @package _global_` as its first
-line. A key that nothing reads is an error that says what was probably meant, unless `${...}` refers to it; so is an
+line. An unknown key is an error with a suggestion, unless `${...}` refers to it; so is an
 argument that a `_target_` does not take. `voxel_size` is another name of `scale`, and `validate` and `validation` of
 `val`. A callback or logger of your own is a new name with a `_target_`:
 
