@@ -20,6 +20,7 @@ from cellmap_lightning.crops.encodings import MissingLabels, Unknown
 from cellmap_lightning.crops.image import MAX_UPSAMPLING, MissingRaw
 from cellmap_lightning.crops.labels import Downsample
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
+from cellmap_lightning.crops.unannotated import UnannotatedClasses
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.io.chunks import Reader
@@ -130,6 +131,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
             `CellMapDataSplit`.
         missing_labels: chunk files of labels that are missing, or have 0 bytes, although the metadata promise voxels in
             them: ``error`` or ``unknown``; see `CellMapDataset`.
+        unannotated_classes: classes that no crop annotates: ``error`` or ``unknown`` (their targets are NaN); see
+            `LabelOptions`.
         level_translations: where levels of a pyramid lie whose translations are missing: ``auto`` or ``stored``; see
             `CellMapDataset`.
         read_attempts: how many times an object is asked for at most; see `CellMapDataset`.
@@ -196,6 +199,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         storage_options: Mapping[str, Any] | None = None,
         missing_raw: MissingRaw = "auto",
         missing_labels: MissingLabels = "error",
+        unannotated_classes: UnannotatedClasses = "error",
         level_translations: LevelTranslations = "auto",
         read_attempts: int = DEFAULT_RETRY.attempts,
         read_timeout: float = DEFAULT_RETRY.timeout,
@@ -301,6 +305,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
                 label_downsample=label_downsample,
                 unknown=unknown,
                 missing_labels=missing_labels,
+                unannotated_classes=unannotated_classes,
                 nan_targets=nan_targets,
                 too_coarse=too_coarse,
             ),

@@ -10,6 +10,7 @@ from cellmap_lightning.compat.empty_image import EmptyImage
 from cellmap_lightning.compat.image import CellMapImage
 from cellmap_lightning.compat.value_transforms import on_floats
 from cellmap_lightning.crops.options import CropOptions
+from cellmap_lightning.crops.unannotated import report_unannotated
 from cellmap_lightning.datasets.dataset import CellMapDataset as Dataset
 from cellmap_lightning.geometry.lattice import AXES
 
@@ -68,6 +69,9 @@ class CellMapDataset(Dataset):
         force_has_data: has no effect: a crop that cannot be read is an error.
         device: has no effect: the loader's counts.
         seed: of everything random; None for 0.
+
+    A class in the bracket that has no folder is not annotated, and a warning names it; ``quiet`` leaves that to the
+    split that the crop belongs to.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class CellMapDataset(Dataset):
             "seed": seed,
             **more,
         }
+        quiet = more.pop("quiet", False)
         super().__init__(
             raw_path,
             target_path,
@@ -117,9 +122,11 @@ class CellMapDataset(Dataset):
                 raw_value_transforms=on_floats(raw_value_transforms),
                 target_value_transforms=target_value_transforms,
                 class_relation_dict=class_relation_dict,
-                **more,
+                **{"unannotated_classes": "unknown", **more},
             ),
         )
+        if self.crop.without_folder and not quiet:
+            report_unannotated(self.label, [], [], {name: [self.label] for name in self.crop.without_folder})
         self.raw_path, self.pad = self.input_path, pad
         self.input_arrays, self.target_arrays = dict(input_arrays), dict(target_arrays or {})
         self.spatial_transforms_config = spatial_transforms

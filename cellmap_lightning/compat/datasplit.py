@@ -8,6 +8,7 @@ import torch
 from cellmap_lightning.compat.dataset import Arrays, CellMapDataset, Counts
 from cellmap_lightning.compat.multidataset import CellMapMultiDataset
 from cellmap_lightning.compat.subdataset import CellMapSubset
+from cellmap_lightning.crops.options import LabelOptions
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.splits.datasplit import CellMapDataSplit as DataSplit
 from cellmap_lightning.splits.entries import CropRecord
@@ -64,6 +65,7 @@ class CellMapDataSplit(DataSplit):
             input_arrays=input_arrays,
             target_arrays=target_arrays,
             spatial_transforms=spatial_transforms,
+            labels=LabelOptions(unannotated_classes="unknown"),
         )
         self.input_arrays: dict[str, Any] = dict(input_arrays)
         self.target_arrays: dict[str, Any] = dict(target_arrays or {})
@@ -95,6 +97,7 @@ class CellMapDataSplit(DataSplit):
             self.train_raw_value_transforms if training else self.val_raw_value_transforms,  # type: ignore[arg-type]
             self.target_value_transforms,
             self.class_relation_dict,
+            quiet=True,
         )
 
     def _own(self, dataset: Any, split: str) -> Any:

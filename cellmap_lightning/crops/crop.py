@@ -16,7 +16,7 @@ from cellmap_lightning.crops.class_index import Foreground
 from cellmap_lightning.crops.crop_labels import CropLabels, with_margin
 from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.crops.missing_raw import resolve
-from cellmap_lightning.crops.opening import open_images
+from cellmap_lightning.crops.opening import CropImages, open_images
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.crops.planes import Plane
 from cellmap_lightning.crops.raw import RawInputs
@@ -70,6 +70,7 @@ class Crop:
         pool: the reading threads.
         store: where decoded voxels are cached.
         volume: voxels of the crop at the resolution asked for, by which crops are weighed against each other.
+        without_folder: names in the bracket that have no folder, with ``unannotated_classes="unknown"``.
         weight: how often it is drawn beside other crops by the strategy `weighted`; None if not set.
         half: half the edge lengths of the part that every target holds, along the patch's own axes, nm.
 
@@ -101,17 +102,9 @@ class Crop:
         self.weight: float | None = None
         self.pool = ReadPool(default_workers(read.max_workers, isinstance(self.raw_at, Remote)))
         self.store = RegionStore(read.cache, read.cache_bytes)
-        implications = Implications(
-            arrays.classes,
-            self.target_path.names if self.target_path else (),
-            label_options.infer,
-            label_options.class_table,
-            label_options.class_relation_dict,
-        )
+        self.without_folder: tuple[str, ...] = ()
         with shared_metadata():
-            images = open_images(
-                self.label, self.raw_at, self.target_path, arrays.classes, implications.read, read.overrides
-            )
+            images, implications = self._open(label_options)
         self.plane = Plane.parse(plane, arrays.specs)
         #: A patch of each array, along its own axes.
         self.windows = {
@@ -141,6 +134,27 @@ class Crop:
         self.raw.set_missing(
             resolve(self.label, self.images.values(), read.missing_raw, self.box if arrays.targets else None)
         )
+
+    def _open(self, options: LabelOptions) -> tuple[CropImages, Implications]:
+        """Read the metadata of all images, and find the classes that imply something about those asked for."""
+        tolerant = options.unannotated_classes == "unknown"
+        while True:
+            implications = Implications(
+                self.arrays.classes,
+                self.target_path.names if self.target_path else (),
+                options.infer,
+                options.class_table,
+                options.class_relation_dict,
+            )
+            images = open_images(
+                self.label, self.raw_at, self.target_path, self.arrays.classes, implications.read,
+                self.read_options.overrides, tolerant,
+            )  # fmt: skip
+            if self.target_path is None or not images.absent:
+                return images, implications
+            # Without these classes others may be implied, or none.
+            self.target_path = self.target_path.without(images.absent)
+            self.without_folder += images.absent
 
     # -- geometry
 

@@ -25,10 +25,12 @@ class CropImages:
     Attributes:
         raw: the raw image.
         labels: the label image of each class that is read and annotated.
+        absent: names in the bracket that have no folder, where these are tolerated.
     """
 
     raw: Multiscale
     labels: dict[str, Multiscale]
+    absent: tuple[str, ...] = ()
 
 
 def open_images(
@@ -38,6 +40,7 @@ def open_images(
     classes: Sequence[str],
     read: Sequence[str],
     overrides: tuple[Overrides, Overrides],
+    tolerant: bool = False,
 ) -> CropImages:
     """Read the metadata of all levels of raw and of each class that is read and annotated.
 
@@ -48,14 +51,20 @@ def open_images(
         classes: the classes of the targets.
         read: these, and those that imply something about them.
         overrides: what replaces the metadata of raw and of labels.
+        tolerant: names in the bracket may have no folder.
 
     Raises:
         NotAnnotatedError: none of ``read`` is annotated.
         CellMapError: what is wrong with one image, or a list of all that is wrong.
     """
     paths: dict[str, StorePath] = {"raw": raw_path}
+    absent: list[str] = []
     if target_path is not None:
-        target_path.check_names(list(dict.fromkeys((*classes, *read))))
+        known = list(dict.fromkeys((*classes, *read)))
+        if tolerant:
+            absent += target_path.strange(known)
+        else:
+            target_path.check_names(known)
         wanted = [name for name in read if name in target_path.names]
         if not wanted:
             raise NotAnnotatedError(
@@ -73,7 +82,11 @@ def open_images(
             report(image.path, image.notes)
             images[what] = image
         except CellMapError as e:
-            problems.append(_missing_class(target_path, what) or e)
+            missing = _missing_class(target_path, what)
+            if missing is not None and tolerant:
+                absent.append(what.removeprefix("class "))
+            else:
+                problems.append(missing or e)
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -85,7 +98,7 @@ def open_images(
         unknown, voxels = unknown_in_metadata(image), math.prod(image.finest.array.shape)
         if unknown == voxels:
             log.warning("%s, %s: by its metadata all %d voxels are unknown", label, what, voxels)
-    return CropImages(raw, {what.removeprefix("class "): image for what, image in images.items()})
+    return CropImages(raw, {what.removeprefix("class "): image for what, image in images.items()}, tuple(absent))
 
 
 def _missing_class(target_path: TargetPath | None, what: str) -> CellMapError | None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from cellmap_lightning.crops.encodings import MissingLabels, Unknown, check_missing_labels, check_unknown
 from cellmap_lightning.crops.image import MAX_UPSAMPLING, MissingRaw, check_missing_raw
 from cellmap_lightning.crops.labels import DOWNSAMPLE, Downsample
+from cellmap_lightning.crops.unannotated import UnannotatedClasses, check_unannotated_classes
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.io.chunks import Reader, check_reader
 from cellmap_lightning.io.ngff import LevelTranslations, Overrides
@@ -109,6 +110,8 @@ class LabelOptions:
             values, where they decide it), a stored value, or None where every value is meant; or ``{class: code}``.
         missing_labels: chunks of labels that are missing although ``complement_counts`` promise voxels in them:
             ``error``, or ``unknown`` (they are NaN). Any other chunk of labels that is missing is absent.
+        unannotated_classes: classes that no crop of the train split annotates, and those in brackets of target paths
+            that have no folder: ``error``, or ``unknown`` (targets are NaN, and one warning names them).
         nan_targets: NaN where a target is unknown; otherwise 0, with a boolean ``<name>_mask`` beside the target.
         too_coarse: ``error`` when labels are coarser than a target asks for, or ``upsample``; in a split also ``drop``.
 
@@ -123,12 +126,14 @@ class LabelOptions:
     label_downsample: Downsample = "stored"
     unknown: Unknown = "metadata"
     missing_labels: MissingLabels = "error"
+    unannotated_classes: UnannotatedClasses = "error"
     nan_targets: bool = True
     too_coarse: Literal["error", "upsample", "drop"] = "error"
 
     def __post_init__(self) -> None:
         check_unknown(self.unknown)
         check_missing_labels(self.missing_labels)
+        check_unannotated_classes(self.unannotated_classes)
         if self.label_downsample not in DOWNSAMPLE:
             raise CellMapValueError(
                 f"label_downsample must be one of {', '.join(DOWNSAMPLE)}, got {self.label_downsample!r}"

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
@@ -71,6 +71,20 @@ class TargetPath:
         """Where the label image of a class lies, whether or not it is there."""
         return self.crop / name / self.after if self.after else self.crop / name
 
+    def without(self, names: Collection[str]) -> "TargetPath":
+        """Return the same path without some of the classes."""
+        return replace(self, names=tuple(name for name in self.names if name not in names))
+
+    def strange(self, known: Collection[str]) -> list[str]:
+        """Return the names in the bracket that are neither known nor those of label images in the crop.
+
+        Args:
+            known: the classes that are read.
+        """
+        unknown = [name for name in self.names if name not in known]
+        there = children(self.crop) if unknown else []
+        return [n for n in unknown if n not in there and not exists(self.of(n)) and exists(self.crop)]
+
     def check_names(self, known: Collection[str]) -> None:
         """Check that the names in the bracket are those of classes.
 
@@ -80,16 +94,14 @@ class TargetPath:
         Raises:
             CellMapFileNotFoundError: a name is neither among them nor that of a label image in the crop.
         """
-        strange = [name for name in self.names if name not in known]
-        there = children(self.crop) if strange else []
-        for name in strange:
-            if name not in there and not exists(self.of(name)) and exists(self.crop):
-                close = difflib.get_close_matches(name.lower(), [*known, *there], 1, 0.5)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(there) or 'no classes'}"
-                raise CellMapFileNotFoundError(
-                    f"{self.label}: the bracket [{','.join(self.names)}] names {name!r}, which is neither one of the "
-                    f"classes {', '.join(known)} nor in {self.crop}{hint}"
-                )
+        for name in self.strange(known):
+            there = children(self.crop)
+            close = difflib.get_close_matches(name.lower(), [*known, *there], 1, 0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(there) or 'no classes'}"
+            raise CellMapFileNotFoundError(
+                f"{self.label}: the bracket [{','.join(self.names)}] names {name!r}, which is neither one of the "
+                f"classes {', '.join(known)} nor in {self.crop}{hint}"
+            )
 
     def found(self, name: str) -> StorePath:
         """The label image of a class.

@@ -17,6 +17,7 @@ from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, read_multiscale
 from cellmap_lightning.io.statistics import Statistics, known_statistics, statistics
+from cellmap_lightning.io.store import exists
 from cellmap_lightning.runtime.thread_pool import ReadPool
 from cellmap_lightning.splits.crop_metadata import dataset_and_crop
 from cellmap_lightning.splits.entries import CropRecord
@@ -219,12 +220,15 @@ def look_at_volumes(
     return for_all(look, paths, "reading volumes" if deep else "looking at volumes", "volume")
 
 
-def look_at_crops(entries: Sequence[tuple[str, CropRecord]], unknown: Unknown = "metadata") -> list[CropFacts]:
+def look_at_crops(
+    entries: Sequence[tuple[str, CropRecord]], unknown: Unknown = "metadata", tolerant: bool = False
+) -> list[CropFacts]:
     """Facts of crops, from their metadata; of labels without an encoding also from their values.
 
     Args:
         entries: usage and entry of each.
         unknown: the code of unknown voxels where an entry has none of its own; see `CellMapDataset`.
+        tolerant: a class without a folder is not annotated, instead of unreadable.
     """
 
     def look(item: tuple[str, CropRecord]) -> CropFacts:
@@ -234,14 +238,14 @@ def look_at_crops(entries: Sequence[tuple[str, CropRecord]], unknown: Unknown = 
             target = entry.target
             assert target is not None
             facts = replace(facts, name=target.label, metadata={"unknown": unknown, **entry.metadata})
-            return _crop(facts, target)
+            return _crop(facts, target, tolerant)
         except CellMapError as e:
             return replace(facts, wrong=str(e))
 
     return for_all(look, entries, "looking at crops")
 
 
-def _crop(facts: CropFacts, target: TargetPath) -> CropFacts:
+def _crop(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFacts:
     classes: dict[str, ClassFacts] = {}
     levels: tuple[LevelFacts, ...] = ()
     first: Lattice | None = None
@@ -251,6 +255,8 @@ def _crop(facts: CropFacts, target: TargetPath) -> CropFacts:
     raw_overrides, overrides = _overrides(facts)
     for name in target.names:
         try:
+            if tolerant and not exists(target.of(name)):
+                continue
             image = read_multiscale(target.of(name), overrides)
             lattice = image.finest.lattice
             encoding = encodings.of(name, image, image.finest)
@@ -267,7 +273,7 @@ def _crop(facts: CropFacts, target: TargetPath) -> CropFacts:
         box = lattice.box if box is None else box.union(lattice.box)
     facts = replace(facts, levels=levels, classes=classes, notes=notes, box=box.as_dict() if box else None)
     if box is None or first is None:
-        return replace(facts, wrong=next(c.wrong for c in classes.values()))
+        return replace(facts, wrong=next((c.wrong for c in classes.values()), "none of its classes has a folder"))
     try:
         raw = read_multiscale(facts.raw, raw_overrides).finest.lattice
     except CellMapError:

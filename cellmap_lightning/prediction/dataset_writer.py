@@ -254,7 +254,8 @@ class ImageWriter:
         data = _numbers(values, self.target_class)
         several = any(np.ndim(v) for v in center.values())
         if not several:
-            self.write(self.start(center), _shaped(data, [(), (1,)], self.write_voxel_shape, self.target_class))
+            data = _shaped(data, [(), (1,)], self.write_voxel_shape, self.target_class)
+            self.write(self.start(center), data.reshape(self.write_voxel_shape))
             return
         count = max(len(v) for v in center.values())
         data = _shaped(data, [(count,), (count, 1)], self.write_voxel_shape, self.target_class)
@@ -466,7 +467,10 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
             **kwargs: see `CellMapDataLoader`. Without ``rank`` and ``world`` every process gets all tiles.
         """
         given: dict[str, Any] = {"tiles": range(self._dataset.tile_count), "rank": 0, "world": 1} | kwargs
-        return CellMapDataLoader(self._dataset, batch_size, num_workers, is_train=False, **given)
+        return self._loader(self._dataset, batch_size, num_workers, is_train=False, **given)
+
+    def _loader(self, *args: Any, **kwargs: Any) -> CellMapDataLoader:
+        return CellMapDataLoader(*args, **kwargs)
 
     # -- writing
 

@@ -11,7 +11,7 @@ from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.lattice import Box, Vector, to_vector
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Overrides, read_multiscale
-from cellmap_lightning.io.store import parts_of, prefetch_metadata
+from cellmap_lightning.io.store import exists, parts_of, prefetch_metadata
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,17 @@ class CropMetadata:
         return frozenset(name for name, count in self.voxels.items() if count != 0)
 
 
-def look(target: TargetPath, classes: Sequence[str], overrides: Overrides = NO_OVERRIDES) -> CropMetadata:
-    """What a crop holds of these classes. What cannot be read counts as listed: opening it will say what is wrong."""
+def look(
+    target: TargetPath, classes: Sequence[str], overrides: Overrides = NO_OVERRIDES, tolerant: bool = False
+) -> CropMetadata:
+    """What a crop holds of these classes. What cannot be read counts as listed: opening it will say what is wrong.
+
+    Args:
+        target: the labels of the crop.
+        classes: the classes.
+        overrides: settings that replace metadata.
+        tolerant: a class without a folder is not annotated.
+    """
     voxels: dict[str, int | None] = {}
     box: Box | None = None
     scale: Vector | None = None
@@ -44,7 +53,12 @@ def look(target: TargetPath, classes: Sequence[str], overrides: Overrides = NO_O
     for name in wanted:
         voxels[name] = None
         try:
-            image = read_multiscale(target.found(name), overrides)
+            path = target.of(name)
+            if not exists(path):
+                if tolerant:
+                    del voxels[name]
+                continue
+            image = read_multiscale(path, overrides)
             lattice = image.finest.lattice
             voxels[name] = counted_in_metadata(image)
         except CellMapError:

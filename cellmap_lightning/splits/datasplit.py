@@ -13,6 +13,7 @@ from cellmap_lightning.batches.arrays import ArraySpecs, parse_classes, parse_in
 from cellmap_lightning.crops.crop_labels import TooCoarseError
 from cellmap_lightning.crops.opening import NotAnnotatedError
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
+from cellmap_lightning.crops.unannotated import refuse_unannotated, report_unannotated
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
@@ -102,6 +103,7 @@ class CellMapDataSplit:
         self._built: dict[str, CellMapMultiDataset] = {}
         self._affine: dict[str, tuple[float, float]] = {}
         self._lock = threading.RLock()
+        self._reported: set[str] = set()  # unannotated classes
 
     @property
     def entries(self) -> Mapping[str, list[CropRecord]]:
@@ -303,18 +305,23 @@ class CellMapDataSplit:
         return dataset
 
     def _check_classes(self, split: str, multi: CellMapMultiDataset) -> None:
-        """A class that no crop annotates would be learnt from nothing."""
-        nowhere = [c for c, n in multi.annotated_in().items() if n == 0] if multi.layout.targets else []
-        if nowhere and split == "train":
-            listed = sorted({n for c in multi.crops if c.target_path for n in c.target_path.names})
-            close = [c for name in nowhere for c in difflib.get_close_matches(name, listed, 1)]
-            hint = f" (did you mean {' and '.join(map(repr, close))}?)" if close else ""
-            raise CellMapValueError(
-                f"no crop for 'train' annotates {', '.join(map(repr, nowhere))}{hint}; they "
-                f"annotate {', '.join(listed)}"
-            )
-        if nowhere:
-            log.warning("no crop for %r annotates %s: nothing is measured for them there", split, ", ".join(nowhere))
+        """Refuse or report classes that no crop annotates: they would be learnt from nothing."""
+        if not multi.layout.targets:
+            return
+        nowhere = [c for c, n in multi.annotated_in().items() if n == 0]
+        listed = sorted({n for c in multi.crops if c.target_path for n in c.target_path.names})
+        if self.labels.unannotated_classes == "error":
+            refuse_unannotated(split, nowhere, listed)
+            return
+        absent: dict[str, list[str]] = {}
+        for crop in multi.crops:
+            for name in crop.without_folder:
+                absent.setdefault(name, []).append(crop.label)
+        new = [name for name in nowhere if name not in self._reported]
+        folders = {name: crops for name, crops in absent.items() if name not in self._reported}
+        self._reported |= {*new, *folders}
+        kinds = [target.kind.name for target in multi.layout.targets.values()]
+        report_unannotated(split, new, listed, folders, "labels" in kinds)
 
     @property
     def normalization(self) -> dict[str, tuple[float, float]]:

@@ -143,12 +143,16 @@ class Division:
         def key(entry: CropRecord) -> tuple[str, str | None]:
             return entry.input_path, entry.target_path if entry.dataset is None else entry.where
 
+        tolerant = self._labels.unannotated_classes == "unknown"
+
         def looked(entry: CropRecord) -> CropMetadata | None:
             try:
                 target = entry.target if self.classes is not None else None
             except CellMapError:
                 return None  # opening it will say what is wrong
-            return look(target, self.read_classes(target.names), entry.overrides[1]) if target is not None else None
+            if target is None:
+                return None
+            return look(target, self.read_classes(target.names), entry.overrides[1], tolerant)
 
         new = list({key(entry): entry for entry in entries if key(entry) not in self._holdings}.values())
         for entry, holding in zip(new, for_all(looked, new, "looking at crops"), strict=True):

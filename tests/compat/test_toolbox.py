@@ -48,6 +48,23 @@ spatial_transforms = {{"mirror": {{"axes": {{"x": 0.5}}}}, "transpose": {{"axes"
     "rotate": {{"axes": {{"z": [-180, 180]}}}}}}
 validation_batch_limit = 2
 """
+#: The toolbox asks the model once with the axis of length 1 still there, so that a convolution in 2D would refuse it.
+SLICES = """
+import torch
+classes = ["er", "mito"]
+batch_size = 7
+input_array_info = {"shape": (1, 20, 24), "scale": (8, 8, 8)}
+model_name = "slices"
+model_to_load = "slices"
+load_model = "latest"
+device = "cpu"
+logs_save_path = "tensorboard/{model_name}"
+model_save_path = "checkpoints/{model_name}_{epoch}.pth"
+class Pixels(torch.nn.Module):
+    def forward(self, x):
+        return torch.cat([x, 1 - x], 1)
+model = Pixels()
+"""
 PROCESS = """
 classes = ["er", "mito"]
 batch_size = 2
@@ -108,7 +125,16 @@ def folder(tmp_path_factory):
     ]  # fmt: skip
     (folder / "datasplit.csv").write_text("\n".join(lines) + "\n")
     (folder / "train_config.py").write_text(TRAIN.format(folder=folder))
+    wide = (
+        TRAIN.format(folder=folder).replace('"tiny"', '"all"').replace("Conv3d(1, 2, 1)", "Conv3d(1, len(classes), 1)")
+    )
+    tested = "from cellmap_segmentation_challenge.utils import get_tested_classes\nclasses = get_tested_classes()"
+    wide = "".join(
+        line for line in wide.splitlines(keepends=True) if not line.startswith(("model.weight", "model.bias"))
+    )
+    (folder / "all_config.py").write_text(wide.replace('classes = ["er", "mito"]', tested))
     (folder / "process_config.py").write_text(PROCESS)
+    (folder / "slices_config.py").write_text(SLICES)
     return folder
 
 
@@ -135,6 +161,20 @@ def step(folder, *names):
 
 def test_train(folder):
     step(folder, "train")
+
+
+def test_train_with_all_classes_on_crops_that_annotate_two(folder):
+    step(folder, "train_all")
+
+
+def test_orthogonal_planes(folder):
+    """Slices along each axis and their mean, of a model that gives each pixel and its opposite."""
+    step(folder, "orthoplanes")
+    raw = zarr.open_array(str(folder / "data/jrc_x/jrc_x.zarr/recon-1/em/fibsem-uint8/s0"), mode="r")
+    expected = raw[tuple(slice(a, a + 32) for a in CROPS[3])] / np.float32(255)
+    for name, values in (("er", expected), ("mito", 1 - expected)):
+        found = zarr.open_array(str(folder / "orthoplanes" / "jrc_x.zarr" / "crop3" / name / "s0"), mode="r")[...]
+        np.testing.assert_allclose(found, values, rtol=1e-6)
 
 
 @pytest.mark.parametrize("predict", ["predict", "predict_test"])

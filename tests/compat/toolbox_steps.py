@@ -10,7 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
-STEPS = ("train", "predict", "predict_test", "process", "package", "score")
+STEPS = ("train", "train_all", "predict", "predict_test", "orthoplanes", "process", "package", "score")
 
 
 def replace_cellmap_data():
@@ -39,11 +39,22 @@ def run(step, folder):
         train(config)
         if not list((folder / "checkpoints").glob("*.pth")):
             raise RuntimeError("no checkpoint was written")
+    elif step == "train_all":
+        from cellmap_segmentation_challenge import train
+
+        train(str(folder / "all_config.py"))
+        if not list((folder / "checkpoints").glob("all_*.pth")):
+            raise RuntimeError("no checkpoint was written")
     elif step in ("predict", "predict_test"):
         from cellmap_segmentation_challenge import predict
 
         crops = "3" if step == "predict" else "test"
         predict(config, crops=crops, output_path=predictions, overwrite=True, search_path=search)
+    elif step == "orthoplanes":
+        from cellmap_segmentation_challenge import predict
+
+        config, output = str(folder / "slices_config.py"), str(folder / "orthoplanes/{dataset}.zarr/{crop}")
+        predict(config, crops="3", output_path=output, overwrite=True, search_path=search)
     elif step == "process":
         from cellmap_segmentation_challenge import process
 
@@ -64,7 +75,7 @@ def run(step, folder):
 
 if __name__ == "__main__":
     where, *steps = sys.argv[1:]
-    if steps[0] in ("train", "predict", "predict_test", "process"):
+    if steps[0] in ("train", "train_all", "predict", "predict_test", "orthoplanes", "process"):
         replace_cellmap_data()
     for name in steps:
         try:

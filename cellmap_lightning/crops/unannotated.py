@@ -1,0 +1,89 @@
+"""Classes that no crop annotates: an error, or targets that are unknown everywhere."""
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from cellmap_lightning.errors import CellMapValueError
+
+log = logging.getLogger(__name__)
+
+#: What becomes of a class that no crop annotates, or that a bracket names without a folder.
+UnannotatedClasses = Literal["error", "unknown"]
+#: Crops that a warning names.
+_NAMED = 3
+
+
+def check_unannotated_classes(value: Any) -> UnannotatedClasses:
+    """Check the setting ``unannotated_classes``.
+
+    Raises:
+        CellMapValueError: it is not one of its values.
+    """
+    if value not in get_args(UnannotatedClasses):
+        raise CellMapValueError(
+            f"unannotated_classes must be one of {', '.join(get_args(UnannotatedClasses))}, got {value!r}"
+        )
+    policy: UnannotatedClasses = value
+    return policy
+
+
+def refuse_unannotated(split: str, nowhere: Sequence[str], listed: Sequence[str]) -> None:
+    """Refuse to train on classes that no crop annotates, and warn of them in other splits.
+
+    Args:
+        split: whose crops they are.
+        nowhere: classes that none of them annotates.
+        listed: the classes that they do annotate.
+
+    Raises:
+        CellMapValueError: there are such classes in the train split.
+    """
+    if nowhere and split == "train":
+        raise CellMapValueError(
+            f"no crop for 'train' annotates {', '.join(map(repr, nowhere))}{_hint(nowhere, listed)}; they annotate "
+            f"{', '.join(listed)}: leave it out of classes, or set unannotated_classes=unknown for targets that are NaN"
+        )
+    if nowhere:
+        log.warning("no crop for %r annotates %s: nothing is measured for them there", split, ", ".join(nowhere))
+
+
+def report_unannotated(
+    split: str,
+    nowhere: Sequence[str],
+    listed: Sequence[str],
+    absent: Mapping[str, Sequence[str]],
+    labels_kind: bool = False,
+) -> None:
+    """Warn of the classes whose targets are unknown because no crop annotates them, or their folder is missing.
+
+    Args:
+        split: whose crops they are.
+        nowhere: classes that none of its crops annotates.
+        listed: the classes that they do annotate.
+        absent: classes without a folder, with the crops whose brackets name them.
+        labels_kind: whether a target numbers the classes, for which all of them must be known.
+    """
+    parts = [f"no crop annotates {', '.join(nowhere)}{_hint(nowhere, listed)}"] if nowhere else []
+    if absent:
+        places = "; ".join(f"{name} in {first_crops(crops)}" for name, crops in absent.items())
+        parts.append(f"classes in brackets of target paths have no folder ({places})")
+    if parts:
+        more = ", and in targets of kind 'labels' no voxel is background" if labels_kind and nowhere else ""
+        log.warning(
+            "%s: %s; their targets are unknown (NaN) there, so that nothing is learnt or measured of them%s",
+            split, ", and ".join(parts), more,
+        )  # fmt: skip
+
+
+def _hint(nowhere: Sequence[str], listed: Sequence[str]) -> str:
+    close = [c for name in nowhere for c in difflib.get_close_matches(name, listed, 1)]
+    return f" (did you mean {' and '.join(map(repr, close))}?)" if close else ""
+
+
+def first_crops(labels: Sequence[str]) -> str:
+    """Return the names of crops, of many only the first ones."""
+    names = list(dict.fromkeys(labels))  # several planes are datasets of one crop
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
