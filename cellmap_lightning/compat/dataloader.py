@@ -1,7 +1,7 @@
 """`cellmap_data.dataloader`."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,12 +9,14 @@ from torch.utils.data import RandomSampler, Sampler, Subset
 
 from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.batches.memory import device_memory
+from cellmap_lightning.compat.older_arguments import check_loader_arguments
+from cellmap_lightning.compat.sampler import ClassBalancedSampler
 from cellmap_lightning.datasets.source import Draw, SampleSource
 from cellmap_lightning.errors import CellMapIndexError, CellMapTypeError
 from cellmap_lightning.loading.dataloader import CellMapDataLoader as DataLoader
 from cellmap_lightning.loading.prefetch import PrefetchDecision, PrefetchSettings, decide
 from cellmap_lightning.loading.samples import Samples
-from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
+from cellmap_lightning.sampling.positions import PositionSampler
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +103,7 @@ class CellMapDataLoader(DataLoader):
         batches_per_epoch: int | None = None,
         **kwargs: Any,
     ) -> None:
+        kwargs = check_loader_arguments(kwargs)
         given = [n for n in (iterations_per_epoch, samples_per_epoch, batches_per_epoch) if n is not None]
         if len(given) > 1:
             raise CellMapTypeError("samples_per_epoch and batches_per_epoch both say how long an epoch is; give one")
@@ -127,6 +130,9 @@ class CellMapDataLoader(DataLoader):
                 log.warning("weighted_sampler=True: a subset is drawn from evenly, since its positions are given")
             else:
                 sampler = ClassBalancedSampler(source, count or source.tile_count, seed)
+        self._sampler = sampler
+        if isinstance(sampler, ClassBalancedSampler) and sampler.by_strategy is not None:
+            sampler = sampler.by_strategy
         pin = kwargs.pop("pin_memory", False) or target.type == "cuda"
         own = sampler is None or isinstance(sampler, PositionSampler)
         if isinstance(dataset, Subset) or not own:
@@ -148,7 +154,7 @@ class CellMapDataLoader(DataLoader):
             **{"drop_last": False, **what, **kwargs},
         )
         self.classes, self.is_train, self.rng = list(source.classes), is_train, rng
-        self.iterations_per_epoch, self._chooses = iterations_per_epoch, sampler
+        self.iterations_per_epoch = iterations_per_epoch
         self.to(target)
 
     @property
@@ -165,9 +171,19 @@ class CellMapDataLoader(DataLoader):
         self.decision: PrefetchDecision | None = found if found.enabled else None
         return self
 
+    @staticmethod
+    def collate_fn(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Join samples of a dataset: tensors are stacked, anything else is listed."""
+        names = list(batch[0]) if batch else []
+        joined = {name: [sample[name] for sample in batch] for name in names}
+        return {
+            name: torch.stack(values) if all(isinstance(v, torch.Tensor) for v in values) else values
+            for name, values in joined.items()
+        }
+
     def refresh(self) -> None:
         """Have the sampler choose anew, if it does so when it is asked; each pass of others is a new draw anyway."""
-        refresh = getattr(self._chooses, "refresh", None)
+        refresh = getattr(self._sampler, "refresh", None)
         if refresh is not None:
             refresh()
 

@@ -8,13 +8,29 @@ import torch
 
 from cellmap_lightning.compat.empty_image import EmptyImage
 from cellmap_lightning.compat.image import CellMapImage
+from cellmap_lightning.compat.older_arguments import seed_of, without_older
+from cellmap_lightning.compat.older_attributes import OlderAttributes
+from cellmap_lightning.compat.spatial import Arrays
+from cellmap_lightning.compat.spatial import spatial_transforms as as_axes
+from cellmap_lightning.compat.utils.geometry import box_intersection, box_shape
+from cellmap_lightning.compat.utils.misc import split_target_path
 from cellmap_lightning.compat.value_transforms import on_floats
 from cellmap_lightning.crops.options import CropOptions
 from cellmap_lightning.crops.unannotated import report_unannotated
 from cellmap_lightning.datasets.dataset import CellMapDataset as Dataset
+from cellmap_lightning.errors import CellMapTypeError
 from cellmap_lightning.geometry.lattice import AXES
 
-Arrays = Mapping[str, Mapping[str, Any]]
+__all__ = [
+    "Arrays",
+    "CellMapDataset",
+    "CellMapImage",
+    "Counts",
+    "EmptyImage",
+    "box_intersection",
+    "box_shape",
+    "split_target_path",
+]
 
 
 class Counts(dict[str, Any]):
@@ -51,7 +67,7 @@ def _as_ids(arrays: Arrays | None) -> Arrays | None:
     return {name: {"kind": "ids", **spec} for name, spec in arrays.items()} if arrays else arrays
 
 
-class CellMapDataset(Dataset):
+class CellMapDataset(OlderAttributes, Dataset):
     """A `cellmap_lightning.CellMapDataset` with the constructor of cellmap-data.
 
     Args:
@@ -69,6 +85,8 @@ class CellMapDataset(Dataset):
         force_has_data: has no effect: a crop that cannot be read is an error.
         device: has no effect: the loader's counts.
         seed: of everything random; None for 0.
+        rng: gives the seed, as in cellmap-data of 2025.
+        **more: see `cellmap_lightning.CellMapDataset`.
 
     A class in the bracket that has no folder is not annotated, and a warning names it; ``quiet`` leaves that to the
     split that the crop belongs to.
@@ -89,8 +107,16 @@ class CellMapDataset(Dataset):
         force_has_data: bool = False,
         device: str | torch.device | None = None,
         seed: int | None = None,
+        rng: torch.Generator | None = None,
         **more: Any,
     ) -> None:
+        if not isinstance(pad, bool):
+            raise CellMapTypeError(
+                f"CellMapDataset: pad must be True or False, got {pad!r}; what was given after target_arrays by "
+                "position in 2025 is given by name"
+            )
+        context = more.get("context")
+        more, seed = without_older("CellMapDataset", more), seed_of(rng, seed)
         self._arguments = {
             "raw_path": raw_path,
             "target_path": target_path,
@@ -104,6 +130,7 @@ class CellMapDataset(Dataset):
             "class_relation_dict": class_relation_dict,
             "force_has_data": force_has_data,
             "seed": seed,
+            "context": context,
             **more,
         }
         quiet = more.pop("quiet", False)
@@ -113,9 +140,9 @@ class CellMapDataset(Dataset):
             classes,
             input_arrays,
             target_arrays if target_value_transforms is None else _as_ids(target_arrays),
-            spatial_transforms,
+            as_axes(spatial_transforms, {**input_arrays, **(target_arrays or {})}),
             more.pop("is_train", bool(spatial_transforms)),
-            seed or 0,
+            seed,
             more.pop("plane", "xy"),
             *CropOptions.of(
                 pad=pad,
@@ -127,11 +154,18 @@ class CellMapDataset(Dataset):
         )
         if self.crop.without_folder and not quiet:
             report_unannotated(self.label, [], [], {name: [self.label] for name in self.crop.without_folder})
-        self.raw_path, self.pad = self.input_path, pad
+        self.context, self.pad = context, pad
+        self.raw_path, self.raw_only = self.input_path, not classes
+        self.spatial_transforms = spatial_transforms
         self.input_arrays, self.target_arrays = dict(input_arrays), dict(target_arrays or {})
         self.spatial_transforms_config = spatial_transforms
         self.raw_value_transforms, self.target_value_transforms = raw_value_transforms, target_value_transforms
         self.class_relation_dict, self.force_has_data = class_relation_dict, force_has_data
+
+    @property
+    def classes(self) -> list[str]:  # type: ignore[override]
+        """Names of the classes, in the order of the targets' channels."""
+        return list(self.layout.classes)
 
     def _again(self, **changed: Any) -> None:
         """Make it anew with other arguments."""

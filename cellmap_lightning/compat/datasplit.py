@@ -7,12 +7,17 @@ import torch
 
 from cellmap_lightning.compat.dataset import Arrays, CellMapDataset, Counts
 from cellmap_lightning.compat.multidataset import CellMapMultiDataset
+from cellmap_lightning.compat.older_arguments import without_older
+from cellmap_lightning.compat.spatial import spatial_transforms as as_axes
 from cellmap_lightning.compat.subdataset import CellMapSubset
+from cellmap_lightning.compat.transforms import Binarize, NaNtoNum
 from cellmap_lightning.crops.options import LabelOptions
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.splits.datasplit import CellMapDataSplit as DataSplit
 from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.transforms.intensity import AUTO
+
+__all__ = ["Binarize", "CellMapDataSplit", "CellMapDataset", "CellMapMultiDataset", "CellMapSubset", "NaNtoNum"]
 
 
 class CellMapDataSplit(DataSplit):
@@ -34,6 +39,7 @@ class CellMapDataSplit(DataSplit):
         force_has_data: has no effect.
         context: has no effect.
         device: has no effect: the loader's counts.
+        empty_value: NaN, as in cellmap-data of 2025: unannotated voxels are NaN in targets.
     """
 
     def __init__(
@@ -53,18 +59,24 @@ class CellMapDataSplit(DataSplit):
         force_has_data: bool = False,
         context: Any = None,
         device: str | torch.device | None = None,
+        empty_value: float = float("nan"),
     ) -> None:
+        without_older("CellMapDataSplit", {"empty_value": empty_value})
         if pad not in (True, False, "train", "validate"):
-            raise CellMapValueError(f"pad is True, False, 'train' or 'validate', got {pad!r}")
+            raise CellMapValueError(
+                f"CellMapDataSplit: pad must be True, False, 'train' or 'validate', got {pad!r}; what was given after "
+                "classes by position in 2025 is given by name"
+            )
         if datasets is not None and dataset_dict is not None:
             raise CellMapTypeError("datasets and dataset_dict both say which crops there are; give one of them")
+        given = datasets if datasets is not None else dataset_dict
         super().__init__(
             csv_path,
-            datasets if datasets is not None else dataset_dict,
+            given if given is not None or csv_path is not None else {},
             classes=classes or None,
             input_arrays=input_arrays,
             target_arrays=target_arrays,
-            spatial_transforms=spatial_transforms,
+            spatial_transforms=as_axes(spatial_transforms, {**input_arrays, **(target_arrays or {})}),
             labels=LabelOptions(unannotated_classes="unknown"),
         )
         self.input_arrays: dict[str, Any] = dict(input_arrays)
@@ -74,10 +86,16 @@ class CellMapDataSplit(DataSplit):
         self.val_raw_value_transforms = val_raw_value_transforms
         self.target_value_transforms, self.class_relation_dict = target_value_transforms, class_relation_dict
         self.force_has_data = force_has_data
+        self.classes = list(self.classes) if self.classes is not None else None  # type: ignore[assignment]
         self._combined: dict[str, CellMapMultiDataset] = {}
         #: The crops of each split; what cannot be read is an error here, all in one table.
         self.train_datasets = self._all("train")
-        self.validation_datasets = self._all("val")
+        self._validation_datasets = self._all("val")
+
+    @property
+    def validation_datasets(self) -> list[CellMapDataset]:
+        """The crops of the validation split."""
+        return self._validation_datasets
 
     def _all(self, split: str) -> list[CellMapDataset]:
         return list(self[split].datasets) if self.given(split) else []  # type: ignore[arg-type]
@@ -136,10 +154,14 @@ class CellMapDataSplit(DataSplit):
             )
         }  # fmt: skip
 
-    def _changed(self, datasets: Sequence[CellMapDataset], change: Callable[[CellMapDataset], None]) -> None:
+    def _invalidate(self) -> None:
+        """Drop the joined crops; they are joined again when they are asked for."""
         for multi in self._combined.values():
             multi.close()
         self._combined = {}
+
+    def _changed(self, datasets: Sequence[CellMapDataset], change: Callable[[CellMapDataset], None]) -> None:
+        self._invalidate()
         for dataset in datasets:
             change(dataset)
 

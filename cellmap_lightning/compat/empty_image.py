@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from cellmap_lightning.errors import CellMapTypeError
+
 
 class EmptyImage:
     """A class that nobody annotated: every patch is NaN.
@@ -23,14 +25,17 @@ class EmptyImage:
         value_transform: see ``pad``.
         context: see ``pad``.
         device: where patches are.
+
+    Raises:
+        CellMapTypeError: arguments of cellmap-data of 2025.
     """
 
     def __init__(
         self,
-        path: str,
-        target_class: str,
-        target_scale: Sequence[float],
-        target_voxel_shape: Sequence[int],
+        path: str = "",
+        target_class: str = "",
+        target_scale: Sequence[float] = (),
+        target_voxel_shape: Sequence[int] = (),
         pad: bool = False,
         pad_value: float = float("nan"),
         interpolation: str = "nearest",
@@ -38,7 +43,13 @@ class EmptyImage:
         value_transform: Callable[..., Any] | None = None,
         context: Any = None,
         device: str | torch.device | None = None,
+        **older: Any,
     ) -> None:
+        if older or not target_scale or not target_voxel_shape:
+            raise CellMapTypeError(
+                f"EmptyImage: path, target_class, target_scale and target_voxel_shape are needed, got {sorted(older)}; "
+                "call EmptyImage(path, target_class, target_scale, target_voxel_shape), which is NaN everywhere"
+            )
         self.path, self.label_class = path, target_class
         self.axes = list(axis_order)
         missing = len(self.axes) - len(target_voxel_shape)

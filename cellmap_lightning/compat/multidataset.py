@@ -7,7 +7,7 @@ import torch
 
 from cellmap_lightning.compat.dataset import Arrays, CellMapDataset, Counts
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset as MultiDataset
-from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 
 
 class CellMapMultiDataset(MultiDataset):
@@ -30,12 +30,27 @@ class CellMapMultiDataset(MultiDataset):
         input_arrays: Arrays | None = None,
         target_arrays: Arrays | None = None,
     ) -> None:
+        if any(isinstance(dataset, str) for dataset in datasets):
+            raise CellMapTypeError(
+                f"CellMapMultiDataset: datasets must be crops, got {datasets!r}; the classes came first in 2025, and "
+                "datasets come first now: give arguments by name"
+            )
         super().__init__(datasets, "uniform")
-        if classes is not None and tuple(classes) != self.classes:
-            raise CellMapValueError(f"the crops were made for {list(self.classes)}, not for {list(classes)}")
+        if classes is not None and list(classes) != self.classes:
+            raise CellMapValueError(f"the crops were made for {self.classes}, not for {list(classes)}")
         first = datasets[0]
         self.input_arrays = dict(input_arrays if input_arrays is not None else first.input_arrays)
         self.target_arrays = dict(target_arrays if target_arrays is not None else first.target_arrays)
+
+    @property
+    def classes(self) -> list[str]:  # type: ignore[override]
+        """Names of the classes, in the order of the targets' channels."""
+        return list(self.layout.classes)
+
+    @property
+    def cumulative_sizes(self) -> list[int]:
+        """Number of positions up to the end of each crop, as in `torch.utils.data.ConcatDataset`."""
+        return self._offsets[1:]
 
     @property
     def class_counts(self) -> Counts:

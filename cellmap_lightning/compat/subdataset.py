@@ -1,5 +1,6 @@
 """`cellmap_data.subdataset`, of 2025."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -32,6 +33,25 @@ class CellMapSubset(Subset[dict[str, torch.Tensor]]):
         if name.startswith("_") or name == "dataset":
             raise AttributeError(name)
         return getattr(self.dataset, name)
+
+    def get_random_subset_indices(
+        self, num_samples: int, rng: torch.Generator | None = None, **kwargs: Any
+    ) -> Sequence[int]:
+        """Return random positions of the dataset among those of the subset.
+
+        Args:
+            num_samples: how many; each is there once before any is there twice, which is warned of.
+            rng: generator of the draw.
+            **kwargs: no effect.
+        """
+        if num_samples > len(self.indices):
+            warnings.warn(
+                f"CellMapSubset: Sampling with replacement: {num_samples} samples of {len(self.indices)} positions; "
+                "ask for at most as many samples as there are positions",
+                UserWarning,
+                stacklevel=2,
+            )
+        return [self.indices[n] for n in min_redundant_inds(len(self.indices), num_samples, False, rng).tolist()]
 
     def get_subset_random_sampler(
         self, num_samples: int, rng: torch.Generator | None = None

@@ -11,6 +11,8 @@ from cellmap_lightning.io.store import StorePath, children, exists, missing, par
 
 #: A part of a path that is a bracket of classes.
 _BRACKET = re.compile(r"\[[^\[\]]*\]")
+#: The place of a slash between a container and its bracket of classes.
+_NO_SLASH = re.compile(r"(?:(?<=\.zarr)|(?<=\.n5))(?=\[[^\[\]/]*\](?:/|$))")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class TargetPath:
     @classmethod
     def parse(cls, path: str, options: Mapping[str, Any] | None = None) -> "TargetPath":
         """Read ``.../crop1/[mito,er]``, ``.../crop1/[mito,er]/suffix``, or ``.../crop1/mito`` for one class.
+
+        The slash may be missing where the bracket follows a container, as in ``crop1.zarr[mito,er]``.
 
         The classes are the last part of the path that is a bracket as a whole; other brackets belong to names of
         folders, as in ``[2024] mito/jrc_a.zarr/crop1/[mito,er]``, and so do those before a Zarr container.
@@ -126,6 +130,7 @@ def _split(path: str) -> tuple[str, str | None, str]:
     Raises:
         CellMapValueError: a bracket of classes that is not closed, or not a part of the path by itself.
     """
+    path = _NO_SLASH.sub("/", path)
     parts = path.rstrip("/").split("/")
     # BackgroundWriter a bracket of classes there is no container, which would lie in one of the classes.
     first = max((i for i, part in enumerate(parts) if part.endswith((".zarr", ".n5"))), default=-1) + 1

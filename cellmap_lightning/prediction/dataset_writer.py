@@ -321,6 +321,9 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
         CellMapError: anything else that is wrong with the arguments, the volume, or their combination.
     """
 
+    #: Writes the patches of a class.
+    image_writer: type[ImageWriter] = ImageWriter
+
     def __init__(
         self,
         input_path: str | None = None,
@@ -383,7 +386,7 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
         self._dataset = volumes_source([placed], volume.layout, volume.seed)
         self.target_array_writers = {
             self.array: {
-                name: ImageWriter(
+                name: self.image_writer(
                     f"{target_path}/{name}", name, self.lattice.step, self.lattice.box.as_dict(), window.shape,
                     overwrite=overwrite, dtype=dtype, fill_value=empty_value, values=values,
                 )

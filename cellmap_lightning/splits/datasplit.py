@@ -292,7 +292,7 @@ class CellMapDataSplit:
         """A dataset that was given ready-made, if it delivers what is asked for."""
         inputs = parse_inputs(self.input_arrays or {})
         given, wanted = list(dataset.layout.inputs), list(inputs)
-        if dataset.layout.targets and dataset.classes != (self.classes or ()):
+        if dataset.layout.targets and dataset.layout.classes != tuple(self.classes or ()):
             raise CellMapValueError(
                 f"{dataset.label} was made for the classes {list(dataset.classes)}, not {list(self.classes or ())}"
             )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDataset
+from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDataset, ReadOptions
 from cellmap_lightning.io.writer import write_multiscale
 from tests.conftest import CLASSES, INPUTS, TARGETS
 
@@ -136,7 +136,7 @@ def test_shuffling_costs_nothing_however_large_the_volume(tmp_path):
         {"version": "0.4", "axes": axes, "datasets": [{"path": "s0", "coordinateTransformations": [scale]}]}
     ]
     arrays = {"shape": [8, 8, 8], "scale": [8, 8, 8]}
-    with CellMapDataset(tmp_path / "v.zarr", input_arrays=arrays, missing_raw="warn") as dataset:
+    with CellMapDataset(tmp_path / "v.zarr", input_arrays=arrays, read=ReadOptions(missing_raw="warn")) as dataset:
         loader = CellMapDataLoader(dataset, 2, samples_per_epoch=6)
         assert len(dataset) == 49_993**3
         tracemalloc.start()

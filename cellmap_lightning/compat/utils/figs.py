@@ -85,9 +85,19 @@ def fig_to_image(fig: "Figure") -> npt.NDArray[np.uint8]:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
 
 
-def get_image_dict(*args: Any, **kwargs: Any) -> dict[str, npt.NDArray[np.uint8]]:
-    """The figures of `get_fig_dict` as images."""
-    return {name: fig_to_image(figure) for name, figure in get_fig_dict(*args, **kwargs).items()}
+def get_image_dict(
+    input_data: torch.Tensor,
+    target_data: torch.Tensor,
+    outputs: torch.Tensor,
+    classes: Sequence[str],
+    batch_size: int | None = None,
+    fig_size: float = 3,
+    clim: Sequence[float] | None = None,
+    colorbar: bool = True,
+) -> dict[str, npt.NDArray[np.uint8]]:
+    """Return the figures of `get_fig_dict`, which has the same arguments, as images."""
+    figures = get_fig_dict(input_data, target_data, outputs, classes, batch_size, fig_size, clim, colorbar)
+    return {name: fig_to_image(figure) for name, figure in figures.items()}
 
 
 def _middle(value: torch.Tensor) -> npt.NDArray[Any]:

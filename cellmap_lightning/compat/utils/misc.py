@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cellmap_lightning.crops.target_path import TargetPath
+from cellmap_lightning.errors import CellMapValueError
 
 
 def torch_max_value(dtype: torch.dtype) -> int:
@@ -22,7 +23,12 @@ def longest_common_substring(a: str, b: str) -> str:
 
 def split_target_path(path: str) -> tuple[str, list[str]]:
     """``.../[mito,er]`` as ``.../{label}`` and ``["mito", "er"]``; without a bracket, the path and its last name."""
-    found = TargetPath.parse(path)
+    try:
+        found = TargetPath.parse(path)
+    except CellMapValueError:  # a bracket within a name, as in "crop[mito,er].zarr"
+        before, _, rest = path.partition("[")
+        inside, _, after = rest.partition("]")
+        return f"{before}{{label}}{after}", inside.split(",")
     if "]" not in path.rstrip("/").rpartition("/")[2] and not found.after:
         return path, list(found.names)
     return "/".join(part for part in (found.before, "{label}", found.after) if part), list(found.names)

@@ -24,6 +24,10 @@ __all__ = [
 ]
 
 
+class KernelError(CellMapValueError, AssertionError):
+    """Arguments of a blur that cannot be; also the `AssertionError` that cellmap-data raises."""
+
+
 class _Transform(nn.Module):
     """A module that is also called by the name of torchvision's transforms."""
 
@@ -68,6 +72,10 @@ class NaNtoNum(_Transform):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Of any shape."""
         return x.nan_to_num(**self.params)
+
+    def transform(self, inpt: torch.Tensor, params: Mapping[str, Any] | None = None) -> torch.Tensor:
+        """Return the same as a call."""
+        return self.forward(inpt)
 
     def extra_repr(self) -> str:
         """Its arguments."""
@@ -159,17 +167,27 @@ class GaussianBlur(_Transform):
         channels: channels of what is blurred, each by itself.
 
     Raises:
-        CellMapValueError: an even kernel, or another number of axes.
+        KernelError: an even kernel, or another number of axes.
     """
 
     def __init__(self, kernel_size: int = 3, sigma: float = 0.1, dim: int = 2, channels: int = 1) -> None:
         super().__init__()
         if kernel_size % 2 == 0 or dim not in (2, 3):
-            raise CellMapValueError(f"kernel_size must be odd and dim 2 or 3, got {kernel_size} and {dim}")
+            raise KernelError(f"GaussianBlur: kernel_size must be odd and dim 2 or 3, got {kernel_size} and {dim}")
+        self.kernel_shape = (kernel_size,) * dim
         self.kernel_size, self.sigma, self.dim, self.channels = kernel_size, sigma, dim, channels
         x = torch.arange(kernel_size, dtype=torch.float32, device="cpu") - kernel_size // 2
         along = torch.exp(-(x**2) / (2 * sigma**2))
         self.register_buffer("along", along / along.sum())
+
+    @property
+    def kernel(self) -> torch.Tensor:
+        """Weights of the kernel, ``[kernel_size] * dim``."""
+        along = self.get_buffer("along")
+        found = along
+        for _ in range(self.dim - 1):
+            found = found[..., None] * along
+        return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., channels, *space]``, or ``space`` alone; float32."""
