@@ -95,7 +95,7 @@ KINDS = {
     Pairs: None,
     Mapped: None,
     Halves: r"samples.png shows no predictions: Halves: forward .* \[1, 2, 8, 16, 16\].*\[1, 2, 8, 16, 8\]",
-    Channels: r"samples.png shows no predictions: Channels: forward should return .* returned \[1, 6, 8, 16, 16\]",
+    Channels: r"samples.png shows no predictions: Channels: forward must return .* got \[1, 6, 8, 16, 16\]",
     Raises: "samples.png shows no predictions: RuntimeError: not for pictures$",
     OtherScores: None,
 }

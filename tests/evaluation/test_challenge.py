@@ -202,7 +202,7 @@ def test_missing_predictions_are_listed(tmp_path):
         submit(*given)
     assert submit(*given, allow_missing=True)[1] == ["jrc_a/crop8/pm"]
     manifest(tmp_path, row(7, "er", (8, 8, 8), (8, 0, 0), (8, 8, 8)))
-    with pytest.raises(CellMapError, match=r"jrc_a/crop7/er: the prediction .* does not hold"):
+    with pytest.raises(CellMapError, match=r"jrc_a/crop7/er: the prediction .* does not contain"):
         submit(*given, overwrite=True)
 
 

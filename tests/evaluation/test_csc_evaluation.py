@@ -126,7 +126,7 @@ def test_too_many_objects_are_reported(tmp_path, caplog):
     score = evaluate_csc(given(tmp_path, "crop1"))
     assert score.crops[0].status == "skipped"
     assert "crop1/mito: too many predicted objects" in caplog.text
-    assert "left out of the class: crop1/mito" in csc_table(score)
+    assert "skipped for the class: crop1/mito" in csc_table(score)
 
 
 @pytest.mark.parametrize(

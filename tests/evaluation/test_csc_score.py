@@ -172,8 +172,8 @@ def test_counts_are_summed_over_crops_before_division():
 @pytest.mark.parametrize(
     ("prediction", "truth", "match"),
     [
-        (np.zeros((2, 2, 2), int), np.zeros((2, 2, 3), int), "both must have the same shape"),
-        (np.zeros((2, 2), int), np.zeros((2, 2, 2), int), "both must have the same shape"),
+        (np.zeros((2, 2, 2), int), np.zeros((2, 2, 3), int), "annotation must have the same shape"),
+        (np.zeros((2, 2), int), np.zeros((2, 2, 2), int), "annotation must have the same shape"),
         (np.zeros((2, 2, 2), int), np.full((2, 2, 2), -1), "must be at least 0, got -1"),
     ],
 )
