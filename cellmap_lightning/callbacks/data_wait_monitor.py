@@ -74,7 +74,7 @@ class DataWaitMonitor(L.Callback):
         pl_module.log("data/wait_s", step.waited, prog_bar=True, batch_size=1)
         pl_module.log("data/copy_s", step.moved, prog_bar=True, batch_size=1)
         self._steps += 1
-        if self._steps > 0:
+        if self._steps > 0:  # after the warm-up
             self._seconds += time.perf_counter() - self._since
             self._starved += step.starved
         if self._steps == self.hint_after and self._starved > self.hint_above * self._seconds:
@@ -89,6 +89,7 @@ class DataWaitMonitor(L.Callback):
     def _mark(self, trainer: L.Trainer) -> None:
         """Store the counters and the time at the start of a step."""
         waiting = _waiting(trainer)
+        # A copy: the data module goes on counting in the same object.
         self._before = dataclasses.replace(waiting) if waiting is not None else WaitTimes()
         self._since = time.perf_counter()
 

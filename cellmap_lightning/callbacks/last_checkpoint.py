@@ -45,6 +45,7 @@ class LastCheckpoint(Checkpoint):
     @staticmethod
     def _at_end(trainer: L.Trainer) -> bool:
         """Return whether the last batch of the epoch has started."""
+        # After the last batch, `on_train_epoch_end` saves instead, with the epoch counted as finished.
         progress = trainer.fit_loop.epoch_loop.batch_progress
         return progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
 

@@ -112,7 +112,7 @@ class BatchPreview(L.Callback):
         epoch = trainer.current_epoch
         if not self.every_n_epochs or epoch % self.every_n_epochs or epoch == self._done or not trainer.is_global_zero:
             return False
-        self._done = epoch
+        self._done = epoch  # before drawing: an error must not repeat for every batch
         return True
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, loader: Any) -> None:
@@ -144,9 +144,9 @@ class BatchPreview(L.Callback):
         file = f"previews/{self.split}-epoch{trainer.current_epoch:04d}.png"
         for logger in trainer.loggers:
             experiment: Any = getattr(logger, "experiment", None)
-            if hasattr(experiment, "add_image"):
+            if hasattr(experiment, "add_image"):  # TensorBoard
                 experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
-            elif hasattr(logger, "log_image"):
+            elif hasattr(logger, "log_image"):  # wandb
                 logger.log_image(name, [picture], step=trainer.global_step)
             else:
                 self._save(figure, Path(logger.log_dir or trainer.default_root_dir) / file)

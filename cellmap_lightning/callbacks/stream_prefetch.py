@@ -107,7 +107,7 @@ class StreamPrefetch(L.Callback):
 
     def _unregister(self, trainer: L.Trainer) -> None:
         datamodule: Any = getattr(trainer, "datamodule", None)
-        if getattr(datamodule, "prefetch", None) == self._decide:
+        if getattr(datamodule, "prefetch", None) == self._decide:  # not the policy of another callback
             datamodule.prefetch = None
 
     def _decide(self, split: str, memory: BatchMemory, device: torch.device) -> PrefetchDecision:

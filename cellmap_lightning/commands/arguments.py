@@ -85,6 +85,7 @@ def _check_blanks(overrides: list[str]) -> None:
         following = [*overrides[number + 1 :], "", ""]
         value = argument.partition("=")[2]
         if any(value.count(left) > value.count(right) for left, right in ("[]", "{}")):
+            # Unbalanced brackets: the value is split if it can be read together with some of the following arguments.
             for end in range(number + 2, len(overrides) + 1):
                 whole = " ".join(overrides[number:end])
                 if _grammar_error(argument) is not None and _grammar_error(whole) is None:
@@ -93,6 +94,7 @@ def _check_blanks(overrides: list[str]) -> None:
                         f"{text}: the shell splits it at its blanks; write {''.join(text.split())}, or put it in "
                         f"quotes: '{text}'"
                     )
+        # "key =value" and "key = value", or "key= value".
         before = "=" not in argument and following[0].startswith("=")
         after = argument.endswith("=") and following[0] and "=" not in following[0] and following[0][0] != "~"
         if before or after:
@@ -117,6 +119,7 @@ def _check_argument(name: str, argument: str, configs: Path) -> None:
     suffix = ".zarr" if ".zarr/" in argument else Path(path).suffix
     suggestion = _KEYS_OF_PATHS.get(name, {}).get(suffix)
     key = argument.partition("=")[0]
+    # A path may contain "=" itself: epoch=0-step=3.ckpt, or runs/epoch=0.ckpt.
     is_path = suggestion is not None and (key == "epoch" or ("/" in key and not key.startswith("hydra/")))
     if not argument or ("=" in argument and not is_path):
         return
@@ -153,7 +156,7 @@ def _check_files(known: argparse.Namespace, overrides: list[str], configs: Path)
         for group, _, options in (argument.lstrip("+").partition("=") for argument in overrides)
         for option in options.split(",")
     ]
-    checked = set()
+    checked = set()  # files may include each other
     while queue:
         name = queue.pop().lstrip("/").removesuffix(".yaml")
         file = Path(known.config_dir) / f"{name}.yaml"

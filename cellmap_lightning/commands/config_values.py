@@ -76,6 +76,7 @@ def _imported(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError):
         pass
+    # A method: the owner of the name is a class of the module.
     module, _, owner = module.rpartition(".")
     try:
         return getattr(getattr(importlib.import_module(module), owner), name)
@@ -117,7 +118,7 @@ def check_model_shape(cfg: DictConfig) -> None:
     shape = OmegaConf.select(cfg, "patch.shape")
     if not isinstance(shape, ListConfig):
         return
-    lengths = [n for n in shape if n != 1]
+    lengths = [n for n in shape if n != 1]  # an axis of length 1 is dropped: 2D patches
     dimensions = OmegaConf.select(cfg, "model.spatial_dims")
     if dimensions is not None and dimensions != len(lengths):
         option = "unet2d" if len(lengths) == 2 else "unet"

@@ -21,6 +21,7 @@ def override_hints(name: str, arguments: list[str]) -> list[str]:
     """
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    # With the selected options, whose keys may be meant, but without the overrides that Hydra refused.
     config = _composed(name, [o for o in overrides if _selects_option(o, groups)])
     if config is None:
         return []

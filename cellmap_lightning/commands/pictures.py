@@ -45,6 +45,7 @@ def draw_samples(task: Any, data: CellMapDataModule, path: Path, title: str) -> 
     target = next(iter(names_in(data.target_arrays, getattr(task, "target_name", None))), None)
     failed = classes == 0
 
+    # After the first failure the remaining samples are drawn without predictions, and the error is logged once.
     def predict(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         nonlocal failed
         if not failed:

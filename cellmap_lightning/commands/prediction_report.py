@@ -70,6 +70,7 @@ def _picture(cfg: DictConfig, writer: Any, classes: Sequence[str], crops: Path) 
     """Draw a prediction; return the path of the picture, or why there is none."""
     picture: Path = writer.output.with_name(f"{writer.output.stem}.png")
     replaced: Any = OmegaConf.to_container(cfg.metadata, resolve=True)
+    # The picture shows raw as it is stored.
     metadata = {key: value for key, value in replaced.items() if key not in ("normalize", "invert")}
     metadata["level_translations"] = cfg.data.get("level_translations", "auto")
     try:

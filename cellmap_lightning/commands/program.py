@@ -59,6 +59,7 @@ def run_command(
             return _run_job(cfg, name, job, prepare)
 
     interrupts.install()
+    # An alias of the command line; files are handled in `rename_voxel_sizes`.
     sys.argv[1:] = [re.sub(r"^\+{0,2}patch\.voxel_size=", "patch.scale=", a) for a in sys.argv[1:]]
     protect_logs(sys.argv[1:])
     try:

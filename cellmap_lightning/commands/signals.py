@@ -80,6 +80,7 @@ class ExitOnSignal:
 
 def _reason(error: BaseException | None) -> str | None:
     """Return the signal that caused an error, if any; Lightning exits while it handles the exception of either one."""
+    # The whole chain: libraries raise other exceptions, such as SystemExit, from or while handling the first one.
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return "interrupted"

@@ -116,8 +116,10 @@ def _class_counts(group: Path, crop: Path, name: str, scoring: Scoring) -> CropC
         return CropCounts(crop.name, name, missing_counts(truth, numbered), "missing")
     lattice = read_multiscale(crop / name).finest.lattice
     row = ManifestRow(crop.parent.name, crop.name, name, lattice)
+    # The prediction is handled exactly as in a submission.
     number = numbering(scoring.instances) if numbered else None
     labels = prediction_labels(row, group, scoring.threshold, number, stored_meaning(row, group, scoring.values))
+    # The annotation has 0 in unannotated voxels; the prediction is set to 0 there as well.
     if known is not None:
         labels = np.where(known, labels, 0)
     if not numbered:

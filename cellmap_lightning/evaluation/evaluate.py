@@ -160,6 +160,7 @@ def _compare(group: Path, crop: Path, name: str, threshold: float, unknown: Unkn
         labels=LabelOptions(too_coarse="upsample", unknown=unknown),
         intensity=IntensityOptions(raw_value_transforms=None),
     ) as dataset:  # fmt: skip
+        # Where tiles overlap, the loader sets the labels of all but one to NaN, so that every voxel is counted once.
         for batch in CellMapDataLoader(dataset, is_train=False, rank=0, world=1):
             truth = batch["labels"]
             predicted = batch["prediction"] >= least

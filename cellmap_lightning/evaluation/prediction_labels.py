@@ -46,7 +46,7 @@ def check_covers(row: ManifestRow, path: Path) -> None:
     box = lattice.box
     first = np.asarray(row.lattice.origin)
     last = first + np.multiply(row.lattice.step, np.subtract(row.lattice.shape, 1))
-    fine = 1e-3 * np.asarray(row.lattice.step)
+    fine = 1e-3 * np.asarray(row.lattice.step)  # tolerance of rounded metadata
     slack = np.maximum(0.5 * np.asarray(lattice.step) - fine, fine)
     if (first < box.lower - slack).any() or (last > box.upper + slack).any():
         raise CellMapValueError(
@@ -94,6 +94,7 @@ def _resample(row: ManifestRow, level: Level, meaning: Meaning, threshold: float
     source = StoredImage(level, ChunkCache(), row_label(row)).region
     stored = level.array.dtype
     dtype = stored if meaning.is_labels else np.dtype(np.float32)
+    # Ids in floats, become integers.
     id_type = np.dtype(np.int64) if stored.kind == "f" else stored
     first, inside = _inside(row.lattice, level.lattice)
     result: npt.NDArray[Any] = np.zeros(inside.shape, id_type if ids else bool)

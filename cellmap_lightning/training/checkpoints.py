@@ -77,6 +77,7 @@ def load_weights(module: torch.nn.Module, path: Path, prefix: str = "", skip: Co
     checkpoint = read_checkpoint(path, "init_from").get("state_dict", {})
     saved = {name.removeprefix(prefix): value for name, value in checkpoint.items() if name.startswith(prefix)}
     weights = module.state_dict()
+    # Not strict=False alone: load_state_dict raises for other shapes.
     fits = {
         name: value
         for name, value in saved.items()

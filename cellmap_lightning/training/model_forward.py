@@ -51,6 +51,7 @@ def class_probabilities(
     moved = {name: value.to(module.device) for name, value in batch.items()}
     moved = precision_of(module).convert_input(moved)
     with inference_at_precision(module):
+        # There is no convention of Lightning for forward: it may take the inputs or the batch.
         try:
             outputs = module(*(moved[name] for name in names))
         except Exception as error:

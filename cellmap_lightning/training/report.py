@@ -94,6 +94,7 @@ def write_samples(
     """
     input_name = input_name or next(iter(source.layout.inputs))
     target_name = target_name or next(iter(source.layout.targets), None)
+    # Candidates are evenly spaced over all crops; reading every tile would take too long.
     step = max(1, source.tile_count // _CANDIDATES)
     positions = sorted({source.tile(n) for n in range(0, source.tile_count, step)})
     tiles = sorted((_read_tile(source, p, target_name) for p in positions), key=lambda tile: tile.rank, reverse=True)
