@@ -38,7 +38,7 @@ class KeepRuns(Callback):
     """A callback of Hydra that refuses to start a run in the folder of another, before Hydra writes anything there.
 
     Every process of a distributed run checks the folder: none writes results before all of them have started.
-    ``configs/train.yaml`` uses it.
+    ``configs/train.yaml`` uses it; see ``docs/runs.md``.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:

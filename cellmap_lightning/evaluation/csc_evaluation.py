@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Predicted:
-    """A prediction and the crops to score it on.
+    """A prediction and the crops to score it on; see ``docs/challenge.md``.
 
     Attributes:
         output: the prediction, with one group per class.

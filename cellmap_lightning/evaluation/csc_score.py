@@ -56,7 +56,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class CropCounts:
-    """Counts of one class in one crop.
+    """Counts of one class in one crop; see ``docs/challenge.md`` for the rules.
 
     Attributes:
         crop: the crop.
@@ -73,7 +73,7 @@ class CropCounts:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """The score of one class over all crops.
+    """The score of one class over all crops; see ``docs/challenge.md`` for the rules.
 
     Attributes:
         name: the class.

@@ -23,7 +23,9 @@ _HOOKS = (L.LightningModule.on_load_checkpoint, RestorableTask.on_load_checkpoin
 
 @dataclass(frozen=True, order=True)
 class SavedCheckpoint:
-    """A checkpoint from which training can continue; the newest one is the largest.
+    """A checkpoint from which training can resume, ordered by age: the newest one is the largest.
+
+    ``docs/runs.md`` describes how a run is resumed.
 
     Attributes:
         start: number of the start of the run that saved it; see `CheckpointConfig`.
