@@ -41,10 +41,10 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    made = Clock()
+    simulated = Clock()
     for module_ in (waiting, data_wait_monitor, dataloader, datamodule):
-        monkeypatch.setattr(module_, "time", made)
-    return made
+        monkeypatch.setattr(module_, "time", simulated)
+    return simulated
 
 
 class Slow:
@@ -209,11 +209,11 @@ def test_prefetch_settings_are_hyperparameters(volume, tmp_path, caplog):
         data.batch_size = 1
         run.fit(task(), data)
     logger.save()
-    kept = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
-    assert {name.partition("/")[2] for name in kept} == {
+    stored = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    assert {name.partition("/")[2] for name in stored} == {
         "min_batch_mb", "max_streams", "depth", "memory_fraction", "enabled", "max_depth",
     }  # fmt: skip
-    assert kept["stream_prefetch/enabled"] is True
+    assert stored["stream_prefetch/enabled"] is True
     for split in ("train", "val", "test"):
         assert f"stream prefetch for {split}: on, 2 ahead in a thread" in caplog.text
 

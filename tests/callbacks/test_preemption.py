@@ -72,9 +72,9 @@ def expected(volume, tmp_path):
     register_resolvers()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = hydra.compose("train", overrides=arguments(volume, tmp_path))
-    given = OmegaConf.to_container(cfg.data, resolve=True)
-    given.pop("_target_")
-    with CellMapDataModule(**given) as data:
+    settings = OmegaConf.to_container(cfg.data, resolve=True)
+    settings.pop("_target_")
+    with CellMapDataModule(**settings) as data:
         data.setup("fit")
         loader = data.train_dataloader()
         return [(epoch, batch["idx"].tolist()) for epoch in range(EPOCHS) for batch in loader]
@@ -132,12 +132,12 @@ def test_sigterm_in_the_middle_of_an_epoch(volume, tmp_path, expected):
     (tmp_path / "go").touch()
     code, output = job.end()
     assert code == 143, output
-    kept = tmp_path / "runs/mine/checkpoints/preempted.ckpt"
-    assert f"terminated; saved {kept}; the same command with run.name=mine resume=auto continues from it" in output
+    preempted = tmp_path / "runs/mine/checkpoints/preempted.ckpt"
+    assert f"terminated; saved {preempted}; the same command with run.name=mine resume=auto continues from it" in output
     stopped = read(tmp_path / "journal")[-1][0]
     code, output = Job(*arguments(volume, tmp_path, seconds=0), cwd=tmp_path).end()
     assert code == 0, output
-    assert f"resume=auto: {kept}" in output
+    assert f"resume=auto: {preempted}" in output
     steps = check(tmp_path / "journal", expected)
     assert steps == list(range(1, EPOCHS * BATCHES + 1))  # none twice
     assert stopped in (8, 9), "no step begins after the signal"

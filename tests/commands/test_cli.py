@@ -167,9 +167,9 @@ def test_sweep(volume, tmp_path):
 def test_cross_validation_sweep_over_challenge_folders(volume, tmp_path):
     (tmp_path / "data" / "jrc_a").mkdir(parents=True)
     (tmp_path / "data" / "jrc_a" / "jrc_a.zarr").symlink_to(volume.path)
-    given = [argument for argument in small(volume) if not argument.startswith("data.csv_path")]
+    overrides = [argument for argument in small(volume) if not argument.startswith("data.csv_path")]
     done = run(
-        "-m", *given, "data.search_path=data", "data.split=kfold", "data.n_folds=3", "data.fold=0,1,2",
+        "-m", *overrides, "data.search_path=data", "data.split=kfold", "data.n_folds=3", "data.fold=0,1,2",
         "trainer.fast_dev_run=true", "hydra.sweep.dir=sweep", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -184,7 +184,7 @@ def test_cross_validation_sweep_over_challenge_folders(volume, tmp_path):
     assert sorted(validates) == [f"crop{n}" for n in range(1, 6)]
     # One of them again, by the CSV that it left.
     again = [f"data.csv_path={tmp_path}/sweep/2/split.csv", "trainer.fast_dev_run=true", "hydra.run.dir=again"]
-    code, text = run_forked(*given, *again, cwd=tmp_path)
+    code, text = run_forked(*overrides, *again, cwd=tmp_path)
     assert code == 0, text
     assert (tmp_path / "again" / "split.csv").read_text() == (tmp_path / "sweep" / "2" / "split.csv").read_text()
 
@@ -244,8 +244,10 @@ def test_cross_validation_sweep_over_challenge_folders(volume, tmp_path):
     ids=lambda a: (a[0] if a else "nothing") if isinstance(a, list) and (not a or "=" in a[0]) else "",
 )
 def test_invalid_overrides_are_reported_without_traceback(volume, tmp_path, arguments, expected):
-    given = [a for a in small(volume) if arguments and not any(a.split("=")[0] == b.split("=")[0] for b in arguments)]
-    code, text = run_forked(*given, *arguments, cwd=tmp_path)
+    overrides = [
+        a for a in small(volume) if arguments and not any(a.split("=")[0] == b.split("=")[0] for b in arguments)
+    ]
+    code, text = run_forked(*overrides, *arguments, cwd=tmp_path)
     assert code == (2 if "-m" in arguments else 1), text  # the exit status of argparse
     for part in expected:
         assert part in text
@@ -273,8 +275,8 @@ EXPERIMENT = "# @package _global_\n"
 def test_invalid_experiments_are_reported_without_traceback(volume, tmp_path, text, expected):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "mito.yaml").write_text(text)
-    given = [a for a in small(volume) if not a.startswith("patch.scale")]
-    code, output = run_forked("--config-dir", "mine", "experiment=mito", *given, cwd=tmp_path)
+    overrides = [a for a in small(volume) if not a.startswith("patch.scale")]
+    code, output = run_forked("--config-dir", "mine", "experiment=mito", *overrides, cwd=tmp_path)
     assert code == 1
     assert expected in output
     assert "Traceback" not in output
@@ -286,8 +288,8 @@ def test_interpolated_keys_and_voxel_size_alias(volume, tmp_path):
         EXPERIMENT + "rate: 0.002\npatch: {voxel_size: [10.48, 8, 8]}\ntask: {optimizer: {lr: '${rate}'}}\n"
         "data: {input_arrays: {raw: {voxel_size: [20.96, 16, 16]}}}\n"
     )
-    given = [a for a in small(volume) if not a.startswith("patch.scale")]
-    command = ["--config-dir", "mine", "experiment=mito", *given, "trainer.fast_dev_run=true", "hydra.run.dir=out"]
+    overrides = [a for a in small(volume) if not a.startswith("patch.scale")]
+    command = ["--config-dir", "mine", "experiment=mito", *overrides, "trainer.fast_dev_run=true", "hydra.run.dir=out"]
     code, output = run_forked(*command, cwd=tmp_path)
     assert code == 0, output
     used = OmegaConf.load(tmp_path / "out" / "config.yaml")
@@ -302,8 +304,8 @@ def test_interpolated_keys_and_voxel_size_alias(volume, tmp_path):
 
 def test_sweep_returns_the_monitored_metric(volume, tmp_path):
     callback = "+hydra.callbacks.returned._target_=hydra.experimental.callbacks.LogJobReturnCallback"
-    given = small(volume, "trainer.max_epochs=1", "hydra.sweep.dir=sweep")
-    code, output = run_forked("-m", callback, *given, cwd=tmp_path)
+    overrides = small(volume, "trainer.max_epochs=1", "hydra.sweep.dir=sweep")
+    code, output = run_forked("-m", callback, *overrides, cwd=tmp_path)
     assert code == 0, output
     (returned,) = re.findall(r"Succeeded with return value: (\S+)", output)
     with (tmp_path / "sweep" / "0" / "metrics.csv").open() as file:

@@ -112,8 +112,8 @@ def test_other_commands_match_signatures(name, targets):
 def test_submit_settings_match_its_signature():
     from cellmap_lightning.commands.submit import submit
 
-    given = set(composed("submit")) - {"hydra"}
-    assert given == set(inspect.signature(submit).parameters)
+    keys_of_submit = set(composed("submit")) - {"hydra"}
+    assert keys_of_submit == set(inspect.signature(submit).parameters)
 
 
 ROOT = Path(__file__).parents[2]

@@ -71,15 +71,15 @@ def test_self_supervised_pretraining_and_finetuning(volume, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("overrides", "expected"),
     [
         ("init_from=nowhere.ckpt", "there is no such checkpoint"),
         ("seed=0", "init_from=best.ckpt: there is no such checkpoint; checkpoints beside it: "),
     ],
 )
-def test_finetune_without_checkpoint_is_refused(volume, tmp_path, given, expected):
+def test_finetune_without_checkpoint_is_refused(volume, tmp_path, overrides, expected):
     crops = [f"data.csv_path={volume.csv_path}", "data.classes=[mito]"]
-    code, text = run_forked("experiment=finetune", *crops, *SMALL, *NET, *PATCH, given, cwd=tmp_path)
+    code, text = run_forked("experiment=finetune", *crops, *SMALL, *NET, *PATCH, overrides, cwd=tmp_path)
     assert code == 1
     assert expected in text
     assert "Traceback" not in text

@@ -150,10 +150,10 @@ def test_class_probabilities_select_the_matching_output(volume):
     expected = None
     for kind in (OfTheInput, OfTheBatch, Pairs, Mapped):
         torch.manual_seed(0)
-        found = class_probabilities(kind(), batch, ["raw"], 2)
-        expected = found if expected is None else expected
-        assert found.shape == (2, 2, 4, 4, 4)
-        assert torch.equal(found, expected)
+        result = class_probabilities(kind(), batch, ["raw"], 2)
+        expected = result if expected is None else expected
+        assert result.shape == (2, 2, 4, 4, 4)
+        assert torch.equal(result, expected)
 
 
 def test_failing_picture_does_not_fail_training(volume, tmp_path, caplog, monkeypatch):

@@ -31,23 +31,23 @@ def checkpoint(volume, tmp_path_factory):
 
 
 def start(checkpoint, volume, out, *arguments):
-    given = [f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", f"out={out}", "trainer=cpu", *arguments]
+    overrides = [f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", f"out={out}", "trainer=cpu", *arguments]
     return processes.started(
-        [*COMMAND, *given], cwd=out.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*COMMAND, *overrides], cwd=out.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 
-def predict(*given):
-    with start(*given) as process:
+def predict(*overrides):
+    with start(*overrides) as process:
         out, errors = process.communicate(timeout=400)
     return process.returncode, out, errors
 
 
 def test_predict_crop_from_the_command_line(checkpoint, volume, tmp_path):
-    given = ["region=crop2", "writer.blend=gaussian", "patch.shape=[8,32,32]", "data.batch_size=4"]
-    code, text, errors = predict(checkpoint, volume, tmp_path / "out.zarr", *given, "evaluate=true")
+    overrides = ["region=crop2", "writer.blend=gaussian", "patch.shape=[8,32,32]", "data.batch_size=4"]
+    code, text, errors = predict(checkpoint, volume, tmp_path / "out.zarr", *overrides, "evaluate=true")
     assert code == 0, errors
     assert "blocks are done" in text
     assert "million per second" in text
@@ -56,16 +56,16 @@ def test_predict_crop_from_the_command_line(checkpoint, volume, tmp_path):
     assert "block/s" not in errors, "no progress bar without a terminal"
     box = read_multiscale(f"{volume.path}/recon-1/labels/groundtruth/crop2/mito").finest.lattice.box
     for name in ("mito", "er"):
-        found = read_multiscale(tmp_path / "out.zarr" / name).finest.lattice
-        assert (np.asarray(found.box.lower) <= np.asarray(box.lower) + 1e-6).all()
-        assert (np.asarray(found.box.upper) >= np.asarray(box.upper) - 1e-6).all()
+        lattice = read_multiscale(tmp_path / "out.zarr" / name).finest.lattice
+        assert (np.asarray(lattice.box.lower) <= np.asarray(box.lower) + 1e-6).all()
+        assert (np.asarray(lattice.box.upper) >= np.asarray(box.upper) - 1e-6).all()
         assert zarr.open_array(str(tmp_path / "out.zarr" / name / "s0"), mode="r")[...].any()
     with (tmp_path / "out-scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["crop"], row["class"]) for row in rows} >= {("crop2", "mito"), ("crop2", "er")}
     assert (tmp_path / "out-scores.png").stat().st_size > 5000
     assert (tmp_path / "out.png").stat().st_size > 50_000
-    code, text, errors = predict(checkpoint, volume, tmp_path / "out.zarr", *given, "writer.overlap=0.25")
+    code, text, errors = predict(checkpoint, volume, tmp_path / "out.zarr", *overrides, "writer.overlap=0.25")
     assert code == 1
     assert "overlap: [4, 16, 16] is there, now [6, 24, 24]" in errors
     assert "Traceback" not in errors
@@ -73,9 +73,9 @@ def test_predict_crop_from_the_command_line(checkpoint, volume, tmp_path):
 
 @pytest.mark.slow
 def test_prediction_resumes_after_ctrl_c(checkpoint, volume, tmp_path):
-    given = ["writer.block_size_mb=0.01", "writer.chunks=[8,32,32]", "writer.overlap=0.5", "data.batch_size=1"]
+    overrides = ["writer.block_size_mb=0.01", "writer.chunks=[8,32,32]", "writer.overlap=0.5", "data.batch_size=1"]
     out = tmp_path / "out.zarr"
-    with start(checkpoint, volume, out, *given) as process:
+    with start(checkpoint, volume, out, *overrides) as process:
         deadline = time.monotonic() + 120
         while not list(out.glob(".cellmap-prediction/blocks-*")) and time.monotonic() < deadline:
             assert process.poll() is None, process.stderr.read()
@@ -85,7 +85,7 @@ def test_prediction_resumes_after_ctrl_c(checkpoint, volume, tmp_path):
     assert process.returncode == 130, errors
     assert "the same command continues from there" in errors
     assert "Traceback" not in errors
-    code, text, errors = predict(checkpoint, volume, out, *given)
+    code, text, errors = predict(checkpoint, volume, out, *overrides)
     assert code == 0, errors
     assert "of them by this run" in text
     lattice = read_multiscale(out / "mito").finest.lattice
@@ -109,9 +109,9 @@ def test_prediction_resumes_after_ctrl_c(checkpoint, volume, tmp_path):
 )
 def test_invalid_prediction_settings(checkpoint, volume, tmp_path, arguments, match):
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
-    given = [f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", "out=out.zarr", "trainer=cpu"]
-    given = [g for g in given if g.split("=")[0] not in {a.split("=")[0] for a in arguments}]
-    code, errors = run_forked(*given, *arguments, cwd=tmp_path, command="predict")
+    overrides = [f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", "out=out.zarr", "trainer=cpu"]
+    overrides = [g for g in overrides if g.split("=")[0] not in {a.split("=")[0] for a in arguments}]
+    code, errors = run_forked(*overrides, *arguments, cwd=tmp_path, command="predict")
     assert code == 1
     assert match in errors
     assert "Traceback" not in errors

@@ -58,13 +58,13 @@ def test_finished_run_is_not_replaced(volume, tmp_path, finished, more):
 
 
 def test_finished_run_is_resumed(volume, tmp_path, finished):
-    given = small(volume, "run.name=mine", "trainer.max_epochs=2")
-    code, output = run_forked(*given, "resume=auto", cwd=tmp_path)
+    arguments = small(volume, "run.name=mine", "trainer.max_epochs=2")
+    code, output = run_forked(*arguments, "resume=auto", cwd=tmp_path)
     assert code == 0, output
     assert epochs(finished) == 1
     assert (finished / "metrics.1.csv").exists()
     # By its name too, where it is a checkpoint of the run.
-    code, output = run_forked(*given, f"resume={finished}/checkpoints/last.ckpt", cwd=tmp_path)
+    code, output = run_forked(*arguments, f"resume={finished}/checkpoints/last.ckpt", cwd=tmp_path)
     assert code == 0, output
     assert torch.load(finished / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
 
@@ -76,8 +76,8 @@ def test_overwrite_replaces_finished_run(volume, tmp_path, finished):
     before = files(finished / "checkpoints")
     csv = tmp_path / "crops.csv"
     csv.write_text(f"train,{tmp_path}/nowhere.zarr/raw,{tmp_path}/nowhere.zarr/crop1/[mito]\n")
-    given = [a for a in small(volume, "run.name=mine", "overwrite=true") if not a.startswith("data.csv_path")]
-    code, output = run_forked(*given, f"data.csv_path={csv}", cwd=tmp_path)
+    arguments = [a for a in small(volume, "run.name=mine", "overwrite=true") if not a.startswith("data.csv_path")]
+    code, output = run_forked(*arguments, f"data.csv_path={csv}", cwd=tmp_path)
     assert code == 1
     assert "nowhere.zarr" in output
     assert files(finished / "checkpoints") == before, "a run that cannot begin replaces nothing"
@@ -91,37 +91,39 @@ def test_overwrite_replaces_finished_run(volume, tmp_path, finished):
 
 @pytest.mark.parametrize("failure", ["data.csv_path=nowhere.csv", "+data.batchsize=4"])
 def test_run_that_failed_before_training_restarts(volume, tmp_path, failure):
-    given = small(volume, "run.name=mine", "trainer.max_epochs=1")
-    code, output = run_forked(*[a for a in given if a.split("=")[0] != failure.split("=")[0]], failure, cwd=tmp_path)
+    arguments = small(volume, "run.name=mine", "trainer.max_epochs=1")
+    code, output = run_forked(
+        *[a for a in arguments if a.split("=")[0] != failure.split("=")[0]], failure, cwd=tmp_path
+    )
     assert code == 1, output
-    code, output = run_forked(*given, cwd=tmp_path)
+    code, output = run_forked(*arguments, cwd=tmp_path)
     assert code == 0, output
 
 
 @pytest.mark.slow
 def test_sweep_is_not_replaced(volume, tmp_path):
-    given = ["-m", *small(volume, "trainer.max_epochs=1", "seed=1,2", "run.name=two", "final_validation=false")]
-    code, output = run_forked(*given, cwd=tmp_path)
+    arguments = ["-m", *small(volume, "trainer.max_epochs=1", "seed=1,2", "run.name=two", "final_validation=false")]
+    code, output = run_forked(*arguments, cwd=tmp_path)
     assert code == 0, output
     before = files(tmp_path / "multirun" / "two")
-    code, output = run_forked(*given, cwd=tmp_path)
+    code, output = run_forked(*arguments, cwd=tmp_path)
     assert code == 1
     assert "Error: multirun/two already holds a run (0/checkpoints/best.ckpt, " in output
     assert files(tmp_path / "multirun" / "two") == before
-    code, output = run_forked(*given, "resume=auto", cwd=tmp_path)
+    code, output = run_forked(*arguments, "resume=auto", cwd=tmp_path)
     assert code == 0, output
 
 
 @pytest.mark.slow
 def test_distributed_processes_share_the_run_folder(volume, tmp_path):
     """Further processes start with the same command while the first one is running."""
-    given = small(
+    arguments = small(
         volume, "run.name=both", "compare_untrained=true", "trainer.max_epochs=1", "trainer.strategy=ddp",
         "trainer.devices=2",
     )  # fmt: skip
-    done = run(*given, cwd=tmp_path)
+    done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    again = run(*given, cwd=tmp_path)
+    again = run(*arguments, cwd=tmp_path)
     assert again.returncode == 1
     assert "runs/both already holds a run" in again.stderr
 
@@ -148,13 +150,13 @@ def test_requeued_slurm_job_resumes(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("given", "output"),
+    ("arguments", "output"),
     [
         (["overwrite=true", "resume=auto"], "Error: overwrite=true and resume=auto exclude each other"),
         (["overwrite=yes please"], "Error: overwrite must be true or false, got 'yes please'"),
     ],
 )
-def test_invalid_overwrite(tmp_path, capsys, given, output):
+def test_invalid_overwrite(tmp_path, capsys, arguments, output):
     with pytest.raises(Stopped):
-        check(tmp_path, *given)
+        check(tmp_path, *arguments)
     assert output in capsys.readouterr().err

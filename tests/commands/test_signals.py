@@ -109,13 +109,13 @@ PHASES = {
 )
 def test_signals_in_every_phase_of_training(volume, tmp_path, phase, word):
     number, status = SIGNALS[word]
-    given = small(
+    arguments = small(
         volume, "run.name=mine", "compare_untrained=true", f"+callbacks.phases.phase={phase}",
         "+callbacks.phases._target_=tests.commands.test_signals.Phases",
     )  # fmt: skip
     if phase == "drawing":
-        given.append("task._target_=tests.commands.test_signals.Drawn")
-    process, *reading = started([COMMAND, *given], tmp_path)
+        arguments.append("task._target_=tests.commands.test_signals.Drawn")
+    process, *reading = started([COMMAND, *arguments], tmp_path)
     lines = iter(process.stdout)
     assert "reached\n" in lines, reading
     code, errors = ended(process, *reading, number)
@@ -148,11 +148,11 @@ def checkpoint(volume, tmp_path_factory):
 @pytest.mark.parametrize("word", [pytest.param("interrupted", marks=pytest.mark.slow), "terminated"])
 def test_signals_in_prediction(checkpoint, volume, tmp_path, word):
     number, status = SIGNALS[word]
-    given = [
+    arguments = [
         f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", f"out={tmp_path / 'out.zarr'}", "trainer=cpu",
         "writer.block_size_mb=0.01", "writer.chunks=[8,16,16]", "writer.overlap=0.75", "data.batch_size=1",
     ]  # fmt: skip
-    process, *reading = started([*PREDICT, *given], tmp_path)
+    process, *reading = started([*PREDICT, *arguments], tmp_path)
     end = time.monotonic() + 300
     while not any((tmp_path / "out.zarr").glob("*/s0/[0-9]*")):  # the first chunk
         assert process.poll() is None

@@ -145,10 +145,10 @@ def test_small_objects_are_removed(tmp_path, min_volume, left, ids):
     predicted(tmp_path, "er", values, (4, 4, 4), (8, 8, 8))
     rows = [row(7, name, (8, 8, 8), (4, 4, 4), values.shape) for name in ("mito", "er")]
     submit(tmp_path / "predictions", manifest(tmp_path, *rows), tmp_path / "submission.zarr", min_volume=min_volume)
-    found = np.unique(read(tmp_path / "submission.zarr" / "crop7" / "mito")[...], return_counts=True)
-    assert {int(n) for value, n in zip(*found, strict=True) if value} == left
+    ids_and_counts = np.unique(read(tmp_path / "submission.zarr" / "crop7" / "mito")[...], return_counts=True)
+    assert {int(n) for value, n in zip(*ids_and_counts, strict=True) if value} == left
     if ids:
-        assert set(found[0].tolist()) <= {0, 9, 18, 27}
+        assert set(ids_and_counts[0].tolist()) <= {0, 9, 18, 27}
     # Of a class without objects nothing is left out.
     np.testing.assert_array_equal(read(tmp_path / "submission.zarr" / "crop7" / "er")[...], values > 0)
 
@@ -190,20 +190,20 @@ def test_stored_ids_are_resampled_to_the_nearest_voxel(volume, tmp_path):
         image = read_multiscale(volume.label_path("crop4", name))
         stored = zarr.open_array(str(image.finest.path), mode="r")[...]
         there = read_encoding(image, image.finest).present(stored)
-        found = read(tmp_path / "submission.zarr" / "crop4" / name)[...]
-        np.testing.assert_array_equal(found, np.where(there, stored, 0) if name == "ves" else there)
+        labels = read(tmp_path / "submission.zarr" / "crop4" / name)[...]
+        np.testing.assert_array_equal(labels, np.where(there, stored, 0) if name == "ves" else there)
 
 
 def test_missing_predictions_are_listed(tmp_path):
     predicted(tmp_path, "er", np.zeros((8, 8, 8), np.uint8), (0, 0, 0), (8, 8, 8))
     rows = [row(7, "er", (8, 8, 8), (0, 0, 0), (8, 8, 8)), row(8, "pm", (8, 8, 8), (0, 0, 0), (8, 8, 8))]
-    given = tmp_path / "predictions", manifest(tmp_path, *rows), tmp_path / "submission.zarr"
+    paths = tmp_path / "predictions", manifest(tmp_path, *rows), tmp_path / "submission.zarr"
     with pytest.raises(CellMapError, match=r"1 of 2 .* not in .*: jrc_a/crop8/pm; allow_missing=true"):
-        submit(*given)
-    assert submit(*given, allow_missing=True)[1] == ["jrc_a/crop8/pm"]
+        submit(*paths)
+    assert submit(*paths, allow_missing=True)[1] == ["jrc_a/crop8/pm"]
     manifest(tmp_path, row(7, "er", (8, 8, 8), (8, 0, 0), (8, 8, 8)))
     with pytest.raises(CellMapError, match=r"jrc_a/crop7/er: the prediction .* does not contain"):
-        submit(*given, overwrite=True)
+        submit(*paths, overwrite=True)
 
 
 def test_unreadable_manifests(tmp_path):
@@ -233,8 +233,8 @@ def test_class_names(tmp_path):
     assert class_names(tmp_path / "tested.csv") == ["ecs", "pm"]
     assert class_names(DEFAULT_TABLE, "mito") == ["mito_mem", "mito_lum", "mito_ribo"]
     register_resolvers()
-    found = OmegaConf.create({"classes": f"${{classes:{tmp_path / 'tested.csv'}}}"})
-    assert OmegaConf.to_container(found, resolve=True) == {"classes": ["ecs", "pm"]}
+    config = OmegaConf.create({"classes": f"${{classes:{tmp_path / 'tested.csv'}}}"})
+    assert OmegaConf.to_container(config, resolve=True) == {"classes": ["ecs", "pm"]}
     with pytest.raises(CellMapError, match="has no class 'mitochondria'"):
         class_names(DEFAULT_TABLE, "mitochondria")
 
@@ -245,9 +245,9 @@ def test_predict_and_submit_test_crops_from_the_command_line(checkpoint, layout,
         tmp_path, row(7, "mito", step, (201.3, 402.0, 402.0), shape), row(7, "er", step, (201.3, 402.0, 402.0), shape),
         row(8, "er", step, (301.3, 302.0, 602.0), shape), row(8, "np", step, (301.3, 302.0, 602.0), shape),
     )  # fmt: skip
-    given = [f"ckpt={checkpoint}", "crops=test", f"manifest={listed}", f"search_path={layout}", "trainer=cpu"]
+    overrides = [f"ckpt={checkpoint}", "crops=test", f"manifest={listed}", f"search_path={layout}", "trainer=cpu"]
     for finished in (0, 2):  # the second run finds both crops done
-        code, errors = run_forked(*given, cwd=tmp_path, command="predict")
+        code, errors = run_forked(*overrides, cwd=tmp_path, command="predict")
         assert code == 0, errors
         assert errors.count(", 0 of them by this run") == finished  # once for each crop
     there = tmp_path / "predictions" / "jrc_a.zarr"
@@ -260,7 +260,7 @@ def test_predict_and_submit_test_crops_from_the_command_line(checkpoint, layout,
     code, errors = run_forked(f"manifest={listed}", "allow_missing=true", cwd=tmp_path, command="submit")
     assert code == 0, errors
     assert read(tmp_path / "submission.zarr" / "crop8" / "er").shape == shape
-    code, errors = run_forked(*given, "region=crop2", cwd=tmp_path, command="predict")
+    code, errors = run_forked(*overrides, "region=crop2", cwd=tmp_path, command="predict")
     assert code == 1
     assert "leave out region" in errors
 

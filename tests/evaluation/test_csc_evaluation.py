@@ -41,7 +41,7 @@ def predict(folder, crop, name, values, origin=(0, 0, 0), step=STEP, kind="ids")
     return path.parent
 
 
-def given(folder, *crops, classes=("mito", "er")):
+def predictions_of(folder, *crops, classes=("mito", "er")):
     there = folder / "predictions" / "jrc_a.zarr"
     return [Predicted(there / crop, folder / "truth", classes, crop) for crop in crops]
 
@@ -63,7 +63,7 @@ def two(tmp_path):
 
 
 def test_counts_equal_those_of_the_volumes(two, tmp_path):
-    score = evaluate_csc(given(tmp_path, "crop1", "crop2"))
+    score = evaluate_csc(predictions_of(tmp_path, "crop1", "crop2"))
     assert [(r.crop, r.name, r.status) for r in score.crops] == [
         (crop, name, "scored") for crop in ("crop1", "crop2") for name in ("mito", "er")
     ]
@@ -82,9 +82,9 @@ def test_counts_equal_those_of_the_volumes(two, tmp_path):
 
 @pytest.mark.parametrize("crop", ["crop1", None])
 def test_one_crop_or_all_covered_crops_are_scored(two, tmp_path, crop):
-    (one,) = given(tmp_path, "crop1")
-    found = evaluate_csc([Predicted(one.output, one.crops, one.classes, crop)])
-    assert {r.crop for r in found.crops} == ({"crop1"} if crop else {"crop1", "crop2"})
+    (one,) = predictions_of(tmp_path, "crop1")
+    score = evaluate_csc([Predicted(one.output, one.crops, one.classes, crop)])
+    assert {r.crop for r in score.crops} == ({"crop1"} if crop else {"crop1", "crop2"})
 
 
 @pytest.mark.parametrize("name", ["mito", "er"])
@@ -96,12 +96,12 @@ def test_unannotated_voxels_are_background(tmp_path, name, part):
     truth[part] = 255
     annotate(tmp_path, "crop1", name, truth, INSTANCES if name == "mito" else SEMANTIC)
     predict(tmp_path, "crop1", name, prediction)
-    (found,) = evaluate_csc(given(tmp_path, "crop1")).crops
+    (scored,) = evaluate_csc(predictions_of(tmp_path, "crop1")).crops
     known = truth != 255
     pair = prediction * known, truth * known
-    assert found.counts == (instance_counts(*pair, STEP) if name == "mito" else semantic_counts(*pair))
+    assert scored.counts == (instance_counts(*pair, STEP) if name == "mito" else semantic_counts(*pair))
     if part == slice(None):
-        assert found.counts == Counts()
+        assert scored.counts == Counts()
 
 
 @pytest.mark.parametrize("name", ["mito", "er"])
@@ -109,13 +109,13 @@ def test_class_without_prediction_counts_as_missed(two, tmp_path, name):
     import shutil
 
     shutil.rmtree(tmp_path / "predictions" / "jrc_a.zarr" / "crop2" / name)
-    score = evaluate_csc(given(tmp_path, "crop1", "crop2"))
+    score = evaluate_csc(predictions_of(tmp_path, "crop1", "crop2"))
     (missing,) = [r for r in score.crops if r.status == "missing"]
     assert (missing.crop, missing.name) == ("crop2", name)
     truth = two["crop2", name][1]
     assert missing.counts.fn == (len(np.unique(truth)) - 1 if name == "mito" else truth.size)
     assert f"not predicted, which counts as missed: crop2/{name}" in csc_table(score)
-    assert score.overall < evaluate_csc(given(tmp_path, "crop1")).overall
+    assert score.overall < evaluate_csc(predictions_of(tmp_path, "crop1")).overall
 
 
 def test_too_many_objects_are_reported(tmp_path, caplog):
@@ -123,7 +123,7 @@ def test_too_many_objects_are_reported(tmp_path, caplog):
     truth[:4, :4, :4] = 1
     annotate(tmp_path, "crop1", "mito", truth, INSTANCES)
     predict(tmp_path, "crop1", "mito", (np.random.default_rng(0).random(truth.shape) < 0.05).astype(np.uint8))
-    score = evaluate_csc(given(tmp_path, "crop1"))
+    score = evaluate_csc(predictions_of(tmp_path, "crop1"))
     assert score.crops[0].status == "skipped"
     assert "crop1/mito: too many predicted objects" in caplog.text
     assert "skipped for the class: crop1/mito" in csc_table(score)
@@ -141,8 +141,8 @@ def test_scoring_settings(tmp_path, scoring, tp, fp):
     prediction[12:15, 12:15, 12:15] = 1
     annotate(tmp_path, "crop1", "mito", truth, INSTANCES)
     predict(tmp_path, "crop1", "mito", prediction, kind="mask")
-    (found,) = evaluate_csc(given(tmp_path, "crop1"), scoring).crops
-    assert (found.counts.tp, found.counts.fp) == (tp, fp)
+    (scored,) = evaluate_csc(predictions_of(tmp_path, "crop1"), scoring).crops
+    assert (scored.counts.tp, scored.counts.fp) == (tp, fp)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +173,11 @@ def test_predict_command_reports_the_metric(checkpoint, layout, tmp_path):  # no
     command = [f"ckpt={checkpoint}", f"manifest={listed}", f"search_path={layout}", "trainer=cpu", "evaluate=true"]
     code, errors = run_forked(*command, "crops=[2,4]", "metric=csc", cwd=tmp_path, command="predict")
     assert code == 0, errors
-    found = list(csv.reader((tmp_path / "predictions-challenge.csv").read_text().splitlines()))
-    assert [line[0] for line in found[1:4]] == ["overall", "instance", "semantic"]
-    scored = {(line[1], line[0]) for line in found[4:] if line[1] != "all"}
+    lines = list(csv.reader((tmp_path / "predictions-challenge.csv").read_text().splitlines()))
+    assert [line[0] for line in lines[1:4]] == ["overall", "instance", "semantic"]
+    scored = {(line[1], line[0]) for line in lines[4:] if line[1] != "all"}
     assert scored == {(f"crop{r.split(',')[0]}", r.split(",")[2]) for r in rows}
-    assert {line[2] for line in found[4:] if line[0] == "ves" and line[1] != "all"} <= {"missing"}
+    assert {line[2] for line in lines[4:] if line[0] == "ves" and line[1] != "all"} <= {"missing"}
     code, errors = run_forked(*command, "crops=[2]", "metric=dice", cwd=tmp_path, command="predict")
     assert code == 1
     assert "metric must be one of voxels, csc, got 'dice'" in errors
@@ -215,9 +215,9 @@ def test_submission_score_equals_the_official_toolbox(two, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     expected = json.loads(next(x for x in done.stdout.splitlines() if x.startswith("SCORES ")).removeprefix("SCORES "))
-    ours = evaluate_csc(given(tmp_path, "crop1", "crop2"))
+    ours = evaluate_csc(predictions_of(tmp_path, "crop1", "crop2"))
     for c in ours.classes:
-        found = expected["label_scores"][c.name]
-        assert (found["tp"], found["fp"], found["fn"]) == (c.counts.tp, c.counts.fp, c.counts.fn)
-        assert c.score == pytest.approx(found["combined_score" if c.instances else "iou"], abs=1e-6)
+        scores = expected["label_scores"][c.name]
+        assert (scores["tp"], scores["fp"], scores["fn"]) == (c.counts.tp, c.counts.fp, c.counts.fn)
+        assert c.score == pytest.approx(scores["combined_score" if c.instances else "iou"], abs=1e-6)
     assert ours.overall == pytest.approx(expected["overall_score"], abs=1e-6)

@@ -66,9 +66,9 @@ def test_instance_counts_of_small_examples(prediction, counts):
     _is(instance_counts(boxes(SHAPE, *prediction), boxes(SHAPE, A, B), VOXEL), counts)
 
 
-def _is(found, counts):
-    assert (found.tp, found.fp, found.fn, found.distances) == (counts.tp, counts.fp, counts.fn, counts.distances)
-    assert found.boundary == pytest.approx(counts.boundary, abs=1e-6)
+def _is(result, counts):
+    assert (result.tp, result.fp, result.fn, result.distances) == (counts.tp, counts.fp, counts.fn, counts.distances)
+    assert result.boundary == pytest.approx(counts.boundary, abs=1e-6)
 
 
 @pytest.mark.parametrize(("third", "counted"), [(3, 1), (4, 0), (1, 0)])
@@ -82,16 +82,16 @@ def test_unmatched_object_with_the_number_of_a_true_object(third, counted):
 @pytest.mark.parametrize(("separated", "tp", "fn"), [(True, 2, 0), (False, 1, 1)])
 def test_touching_objects_with_two_ids_are_two_objects(separated, tp, fn):
     truth = boxes(SHAPE, (1, (2, 2, 2), (6, 6, 6)), (2, (2, 2, 8), (6, 6, 6)))
-    found = instance_counts(truth if separated else (truth > 0).astype(np.uint8), truth, VOXEL)
-    assert (found.tp, found.fp, found.fn) == (tp, 0, fn)
+    result = instance_counts(truth if separated else (truth > 0).astype(np.uint8), truth, VOXEL)
+    assert (result.tp, result.fp, result.fn) == (tp, 0, fn)
 
 
 @pytest.mark.parametrize(("by", "objects"), [((2, 0, 0), 1), ((2, 2, 0), 1), ((2, 2, 2), 1), ((3, 0, 0), 2)])
 def test_parts_of_an_id_with_26_connectivity_are_one_object(by, objects):
     part = (7, (4, 4, 4), (2, 2, 2))
     prediction = boxes(SHAPE, part, moved(part, 7, by))
-    found = instance_counts(prediction, prediction, VOXEL)
-    assert found.tp + found.fp == objects
+    result = instance_counts(prediction, prediction, VOXEL)
+    assert result.tp + result.fp == objects
 
 
 @pytest.mark.parametrize(
@@ -109,11 +109,11 @@ def test_too_many_objects_skip_the_crop(objects, true, skipped):
         prediction[tuple(place)] = number
     for number, place in enumerate(places[:true], 1):
         truth[tuple(place)] = number
-    found = instance_counts(prediction, truth, VOXEL)
-    assert (found is None) == skipped
-    if found is not None:
-        assert found.tp == min(objects, true)
-        assert found.tp + found.fp == objects
+    result = instance_counts(prediction, truth, VOXEL)
+    assert (result is None) == skipped
+    if result is not None:
+        assert result.tp == min(objects, true)
+        assert result.tp + result.fp == objects
 
 
 @pytest.mark.parametrize("pairs", [2, 3, 4])
@@ -214,51 +214,51 @@ def independently(prediction, truth, voxel):
     parts = [
         (ndimage.label(prediction == v, np.ones((3, 3, 3)))) for v in np.unique(prediction)[1:]
     ]  # fmt: skip
-    found = [labels == n for labels, count in parts for n in range(1, count + 1)]
+    predicted = [labels == n for labels, count in parts for n in range(1, count + 1)]
     # The scorer's numbers follow the order of the first voxels.
     import cc3d
 
     numbers = cc3d.connected_components(prediction)
-    found.sort(key=lambda mask: int(numbers[mask][0]))
+    predicted.sort(key=lambda mask: int(numbers[mask][0]))
     ids = np.unique(truth)[1:]
     true = [truth == value for value in ids]
-    overlap = np.array([[(t & f).sum() / (t | f).sum() for f in found] for t in true], np.float32)
+    overlap = np.array([[(t & f).sum() / (t | f).sum() for f in predicted] for t in true], np.float32)
     cost = np.where(overlap > 0, ((1 - overlap.astype(float)) * 1e6).astype(int), 10**9)
     table = np.hstack([cost, np.where(np.eye(len(true), dtype=bool), 10**6 + 1, 10**9)])
-    matches = {r: c for r, c in zip(*linear_sum_assignment(table), strict=True) if c < len(found)}
+    matches = {r: c for r, c in zip(*linear_sum_assignment(table), strict=True) if c < len(predicted)}
     longest = min(s * n / 2 for s, n in zip(voxel, truth.shape, strict=True))
     distances = []
     for number, value in enumerate(ids):
-        mask = found[matches[number]].copy() if number in matches else np.zeros(truth.shape, bool)
-        if value <= len(found) and value - 1 not in matches.values():
-            mask |= found[value - 1]
+        mask = predicted[matches[number]].copy() if number in matches else np.zeros(truth.shape, bool)
+        if value <= len(predicted) and value - 1 not in matches.values():
+            mask |= predicted[value - 1]
         if not mask.any():
             distances.append(longest)
             continue
         one, other = (ndimage.distance_transform_edt(~m, sampling=voxel) for m in (mask, true[number]))
         distances.append(min(longest, max(one[true[number]].max(), other[mask].max())))
-    distances += [longest] * (len(found) - len(matches))
+    distances += [longest] * (len(predicted) - len(matches))
     boundary = sum(1.01 ** (-d / np.linalg.norm(voxel)) for d in distances)
-    return Counts(len(matches), len(found) - len(matches), len(ids) - len(matches), boundary, len(distances))
+    return Counts(len(matches), len(predicted) - len(matches), len(ids) - len(matches), boundary, len(distances))
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_objects_equal_a_dense_reference(seed):
     truth = scattered(seed)
     prediction = perturbed(truth, seed)
-    found, expected = instance_counts(prediction, truth, VOXEL), independently(prediction, truth, VOXEL)
-    assert (found.tp, found.fp, found.fn, found.distances) == (
+    result, expected = instance_counts(prediction, truth, VOXEL), independently(prediction, truth, VOXEL)
+    assert (result.tp, result.fp, result.fn, result.distances) == (
         expected.tp, expected.fp, expected.fn, expected.distances,
     )  # fmt: skip
-    assert found.boundary == pytest.approx(expected.boundary, abs=1e-5)
-    assert 0 < found.tp < len(np.unique(truth))
+    assert result.boundary == pytest.approx(expected.boundary, abs=1e-5)
+    assert 0 < result.tp < len(np.unique(truth))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.uint64])
 def test_dtypes_of_ids(dtype):
     truth, prediction = scattered(1), perturbed(scattered(1), 1)
-    found = instance_counts(prediction.astype(dtype), truth.astype(dtype), VOXEL)
-    assert found == instance_counts(prediction, truth, VOXEL)
+    result = instance_counts(prediction.astype(dtype), truth.astype(dtype), VOXEL)
+    assert result == instance_counts(prediction, truth, VOXEL)
     assert missing_counts(truth.astype(dtype), True) == missing_counts(truth, True)
 
 
@@ -266,9 +266,9 @@ def test_largest_ids():
     truth, prediction = scattered(1), perturbed(scattered(1), 1)
     ids = np.unique(truth)
     far = np.concatenate([[0], (1 << 40) + ids[1:].astype(np.uint64)]).astype(np.uint64)
-    found = instance_counts(prediction, far[np.searchsorted(ids, truth)], VOXEL)
+    result = instance_counts(prediction, far[np.searchsorted(ids, truth)], VOXEL)
     expected = instance_counts(prediction, truth, VOXEL)
-    assert (found.tp, found.fp, found.fn) == (expected.tp, expected.fp, expected.fn)
+    assert (result.tp, result.fp, result.fn) == (expected.tp, expected.fp, expected.fn)
 
 
 TOOLBOX = """
@@ -276,15 +276,15 @@ import json, sys
 import numpy as np
 from cellmap_segmentation_challenge.utils.eval_utils.aggregation import combine_scores
 from cellmap_segmentation_challenge.utils.eval_utils.scoring import score_instance, score_semantic
-with np.load(sys.argv[1]) as given:
-    voxel = tuple(given["voxel"].tolist())
+with np.load(sys.argv[1]) as volumes:
+    voxel = tuple(volumes["voxel"].tolist())
     scores = {}
-    for key in given.files:
+    for key in volumes.files:
         if key.startswith("truth/"):
             _, crop, name = key.split("/")
-            pair = given[f"prediction/{crop}/{name}"], given[key]
-            found = score_instance(*pair, voxel) if name in given["instances"] else score_semantic(*pair)
-            scores.setdefault(crop, {})[name] = dict(found, is_missing=False)
+            pair = volumes[f"prediction/{crop}/{name}"], volumes[key]
+            score = score_instance(*pair, voxel) if name in volumes["instances"] else score_semantic(*pair)
+            scores.setdefault(crop, {})[name] = dict(score, is_missing=False)
 scores = combine_scores(scores)
 def plain(value):
     return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else (

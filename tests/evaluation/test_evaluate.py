@@ -21,8 +21,8 @@ def test_scores_ignore_unannotated_voxels(volume, tmp_path):
     spoilt = there.copy()
     spoilt[: len(spoilt) // 2] = False
     for values, name in ((there, "whole"), (spoilt, "spoilt")):
-        given = {"scale": level.scale, "translation": level.translation}
-        write_multiscale(tmp_path / name / "mito", np.where(values, 255, 0).astype(np.uint8), **given)
+        position = {"scale": level.scale, "translation": level.translation}
+        write_multiscale(tmp_path / name / "mito", np.where(values, 255, 0).astype(np.uint8), **position)
     (whole,) = [s for s in scores_of(tmp_path / "whole", volume) if s.crop == "crop2"]
     assert (whole.known, whole.tp, whole.fp, whole.fn) == (known.sum(), there.sum(), 0, 0)
     assert whole.dice == whole.iou == whole.precision == whole.recall == 1

@@ -37,8 +37,8 @@ def predicted(folder, level, values, shift=(0, 0, 0), **kwargs):
 
 
 def of_the_crop(samples):
-    (found,) = [s for s in samples if s.header.startswith(f"{CROP}, centre")]
-    return found
+    (sample,) = [s for s in samples if s.header.startswith(f"{CROP}, centre")]
+    return sample
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])

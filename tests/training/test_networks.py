@@ -25,8 +25,8 @@ def test_context_is_resampled_at_patch_voxels(fine, coarse):
         return sum(weight * part for weight, part in zip((1.0, 0.3, -0.7), grid, strict=False))[None, None]
 
     net = ContextNet(Second(), nn.Identity(), scale, context_scale)
-    found = net(torch.zeros(1, 1, *fine), field(coarse, context_scale))
-    torch.testing.assert_close(found, field(fine, scale), atol=1e-4, rtol=0)
+    output = net(torch.zeros(1, 1, *fine), field(coarse, context_scale))
+    torch.testing.assert_close(output, field(fine, scale), atol=1e-4, rtol=0)
 
 
 def test_context_smaller_than_patch_is_refused():
@@ -40,8 +40,8 @@ def test_hidden_blocks_depend_on_seed_epoch_and_position():
     x = torch.rand(2, 1, 8, 16, 10)
     seen, mask = task.hide(x, [5, 9])
     assert torch.equal(seen[~mask], x[~mask])
-    for one, where, given in zip(seen, mask, x, strict=True):
-        torch.testing.assert_close(one[where], given[~where].mean().expand(int(where.sum())))
+    for one, where, original in zip(seen, mask, x, strict=True):
+        torch.testing.assert_close(one[where], original[~where].mean().expand(int(where.sum())))
     alone, _ = task.hide(x[1:], [9])
     assert torch.equal(alone[0], seen[1])
     assert not torch.equal(task.hide(x, [5, 9], epoch=1)[1], mask)

@@ -29,9 +29,9 @@ def reconstructed(volume, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ssl")
     raw = f"{volume.path}/recon-1/em/fibsem-uint8"
     (folder / "volumes.csv").write_text(f"train,{raw}\nvalidate,{raw}\n")
-    given = [a for a in small(volume) if not a.startswith(("data.csv", "data.classes"))]
+    overrides = [a for a in small(volume) if not a.startswith(("data.csv", "data.classes"))]
     code, text = run_forked(
-        "experiment=raw_only_ssl", "data.csv_path=volumes.csv", *given, "trainer.max_epochs=1",
+        "experiment=raw_only_ssl", "data.csv_path=volumes.csv", *overrides, "trainer.max_epochs=1",
         "trainer.precision=null", "trainer.limit_val_batches=1", "hydra.run.dir=out", cwd=folder,
     )  # fmt: skip
     assert code == 0, text
