@@ -66,7 +66,7 @@ def program(tmp_path, body, *arguments):
 
 @pytest.mark.parametrize("where", DROPPED)
 def test_a_command_ends_with_the_first_interrupt(tmp_path, where):
-    done = program(tmp_path, f"def job(cfg):\n    {DROPPED[where]}\n_command('submit', job)\n", "manifest=none")
+    done = program(tmp_path, f"def job(cfg):\n    {DROPPED[where]}\nrun_command('submit', job)\n", "manifest=none")
     assert done.returncode == 130, (done.stdout, done.stderr)
     assert "went on" not in done.stdout
     assert done.stderr == "interrupted\n"
@@ -100,7 +100,7 @@ def test_the_hook_is_installed_once_and_not_by_an_import(tmp_path):
 
 def test_an_interrupt_that_is_ignored_stays_ignored(tmp_path):
     body = "thing = Deleted(); signal.signal(signal.SIGINT, signal.SIG_IGN); del thing; print('went on')"
-    done = program(tmp_path, f"def job(cfg):\n    {body}\n_command('submit', job)\n", "manifest=none")
+    done = program(tmp_path, f"def job(cfg):\n    {body}\nrun_command('submit', job)\n", "manifest=none")
     assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
 
 
