@@ -500,7 +500,7 @@ def test_fit_without_validation_crops_says_how(volume, tmp_path):
 
 @pytest.mark.parametrize("kind", [{"kind": "sdt", "nm": 50}, {"kind": "instances"}])
 def test_the_example_task_refuses_what_it_cannot_train(volume, tmp_path, kind):
-    match = f"kind binary or labels here, not {kind['kind']}"
+    match = f"kind binary or labels here, got {kind['kind']}"
     target = {"labels": {**TARGETS["labels"], **kind}}
     with module(volume, target_arrays=target) as data, pytest.raises(CellMapError, match=match):
         trainer(tmp_path).fit(task(), data)

@@ -44,7 +44,10 @@ def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
     subprocess.run(command, check=True, timeout=120)
     # The unpacked wheel comes before the checkout.
     env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-    code = "import cellmap_lightning, cellmap_lightning.commands.cli as c; print(cellmap_lightning.__file__); c.train()"
+    code = (
+        "import cellmap_lightning; print(cellmap_lightning.__file__)\n"
+        "from cellmap_lightning.commands.train_command import main; main()"
+    )
     command = [sys.executable, "-c", code, "experiment=fast_dev_run", "hydra.run.dir=out"]
     done = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import cellmap_lightning
-from cellmap_lightning.commands.cli import check_target, target_nodes
+from cellmap_lightning.commands.config_values import check_target, target_nodes
 from cellmap_lightning.splits.entries import read_csv
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +95,7 @@ def test_every_command_composes(my_configs, tmp_path):
 def test_every_prediction_composes(tmp_path):
     lines = [line.split() for line in block("bash", 2).replace("\\\n", " ").splitlines()]
     assert len(lines) == 2
-    code = "from cellmap_lightning.commands.cli import predict; predict()"
+    code = "from cellmap_lightning.commands.predict_command import main; main()"
     for name, *arguments in lines:
         assert name == "cellmap-predict"
         more = [re.search(r'"(region=.*?)"', README)[1]] if arguments[-1].startswith("out=") else []

@@ -1,4 +1,4 @@
-"""What plugs into a Trainer beside the data."""
+"""Callbacks for a Lightning Trainer."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Say how long steps wait for their data, and what to change where that is long."""
+"""Monitoring of the time that training steps wait for data, with advice where it is long."""
 
 import dataclasses
 import logging
@@ -8,68 +8,73 @@ from typing import Any
 
 import lightning as L
 
+from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.loading.prefetch import PrefetchDecision
 from cellmap_lightning.loading.waiting import WaitTimes
+from cellmap_lightning.validation import int_at_least
 
 log = logging.getLogger(__name__)
 
-#: First steps, which decode, compile and allocate: nothing is judged by them.
+#: First steps, which decode, compile and allocate, and are not part of the statistics.
 WARM_UP = 3
 
 
 class DataWaitMonitor(L.Callback):
-    """Logs per training step the seconds that it waited for its batch and that copying and finishing it took.
+    """Logs, per training step, the seconds of waiting for its batch and of copying and finishing it.
 
     The metrics are ``data/wait_s`` and ``data/copy_s``, in the progress bar and the logger. Both are seconds of the
-    thread that runs the steps. Where the device has work left while it waits, or a copy is only queued, the device
-    loses less; the hint counts only waits at whose end it had nothing left to do.
+    thread that runs the steps. The device loses less if it has queued work during a wait, or if a copy is asynchronous.
+    The hint therefore counts only waits after which the device was idle.
 
     Args:
-        hint_after: steps by which the hint is judged.
-        hint_above: part of the time of the steps from which there is a hint, once per run.
+        hint_after: number of steps after which a hint may be logged, once per run.
+        hint_above: fraction of the time of these steps, spent waiting, above which a hint is logged.
+
+    Attributes:
+        hint: the hint that was logged in this run, or None.
 
     Raises:
-        CellMapValueError: a number that cannot be one.
+        CellMapValueError: a number is out of range.
+
+    Example:
+        >>> Trainer(callbacks=[DataWaitMonitor(hint_above=0.1)])
     """
 
     def __init__(self, hint_after: int = 20, hint_above: float = 0.25) -> None:
-        if isinstance(hint_after, bool) or not isinstance(hint_after, int) or hint_after < 1:
-            raise CellMapValueError(f"hint_after must be a whole number of at least 1, got {hint_after!r}")
         if not 0 < hint_above <= 1:
             raise CellMapValueError(f"hint_above must be in (0, 1], got {hint_above!r}")
-        self.hint_after, self.hint_above = hint_after, hint_above
-        #: The hint that was given.
+        self.hint_after, self.hint_above = int_at_least("hint_after", hint_after, 1), hint_above
         self.hint: str | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin."""
+        """Reset the statistics."""
         self.hint = None
         self._steps, self._seconds, self._starved = -WARM_UP, 0.0, 0.0
         self._mark(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What happened since the last step belongs to no step."""
+        """Exclude the validation from the time of the next step."""
         self._mark(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The batch has come."""
+        """Measure the wait for this batch."""
         waiting = _waiting(trainer)
         self._step = waiting - self._before if waiting is not None else None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The step has ended."""
+        """Log the wait of this step, and the hint once enough steps were measured."""
         step = self._step
         if step is None:
             return
         pl_module.log("data/wait_s", step.waited, prog_bar=True, batch_size=1)
         pl_module.log("data/copy_s", step.moved, prog_bar=True, batch_size=1)
         self._steps += 1
-        if self._steps > 0:
+        if self._steps > 0:  # after the warm-up
             self._seconds += time.perf_counter() - self._since
             self._starved += step.starved
         if self._steps == self.hint_after and self._starved > self.hint_above * self._seconds:
@@ -82,42 +87,46 @@ class DataWaitMonitor(L.Callback):
         self._mark(trainer)
 
     def _mark(self, trainer: L.Trainer) -> None:
+        """Store the counters and the time at the start of a step."""
         waiting = _waiting(trainer)
+        # A copy: the data module goes on counting in the same object.
         self._before = dataclasses.replace(waiting) if waiting is not None else WaitTimes()
         self._since = time.perf_counter()
 
 
 def _waiting(trainer: L.Trainer) -> WaitTimes | None:
-    """What a `CellMapDataModule` counts; None for other data."""
-    found = getattr(getattr(trainer, "datamodule", None), "waiting", None)
-    return found if isinstance(found, WaitTimes) else None
+    """Return the counters of a `CellMapDataModule`; None for other data."""
+    times = getattr(getattr(trainer, "datamodule", None), "waiting", None)
+    return times if isinstance(times, WaitTimes) else None
 
 
 def advice(trainer: L.Trainer) -> list[str]:
-    """What could make the data come sooner, the most likely first."""
+    """Return settings that could make loading faster, the most likely first."""
     data: Any = getattr(trainer, "datamodule", None)
     dataset = data.train_dataset
     decision: PrefetchDecision | None = getattr(trainer.train_dataloader, "decision", None)
-    said = []
-    if dataset.cache == "none":
-        said.append("cache=auto keeps what was decoded, cache=none decodes it again for every patch")
-    elif dataset.cache == "chunks":
-        said.append("cache=auto keeps all that was decoded, cache=chunks decodes again what does not fit into memory")
-    elif not dataset.kept:
-        said.append("the cache is too small for these crops (cache_bytes, or CELLMAP_CACHE_DIR on a larger disk)")
-    else:
-        said.append("voxels are decoded when they are first read, so that later epochs wait less")
+    hints = [_cache_hint(dataset)]
     if decision is None:
-        said.append("the callback StreamPrefetch(enabled=True) reads ahead of the step")
+        hints.append("the callback StreamPrefetch(enabled=True) reads ahead of the step")
     elif not decision.enabled:
-        said.append(f"StreamPrefetch does not read ahead ({decision.reason})")
+        hints.append(f"StreamPrefetch does not read ahead ({decision.reason})")
     else:
-        said.append(f"a depth above {decision.depth} evens out batches that take long")
+        hints.append(f"a depth above {decision.depth} evens out batches that take long")
     cores = os.cpu_count() or 1
     if data.num_workers == 0 and cores > 2:
-        said.append(f"num_workers=2 or more reads and turns patches in other processes ({cores} cores are here)")
+        hints.append(f"num_workers=2 or more reads and transforms patches in worker processes ({cores} cores)")
     if dataset.max_workers < cores:
-        said.append(f"max_workers={cores} instead of {dataset.max_workers} decodes in more threads")
+        hints.append(f"max_workers={cores} instead of {dataset.max_workers} decodes in more threads")
     if any(crop.reader == "zarr" for crop in dataset.crops):
-        said.append('reader=tensorstore decodes faster (pip install "cellmap-lightning[fast]")')
-    return said
+        hints.append('reader=tensorstore decodes faster (pip install "cellmap-lightning[fast]")')
+    return hints
+
+
+def _cache_hint(dataset: SampleSource) -> str:
+    if dataset.cache == "none":
+        return "cache=auto keeps what was decoded, cache=none decodes it again for every patch"
+    if dataset.cache == "chunks":
+        return "cache=auto keeps all that was decoded, cache=chunks decodes again what does not fit into memory"
+    if not dataset.kept:
+        return "the cache is too small for these crops (cache_bytes, or CELLMAP_CACHE_DIR on a larger disk)"
+    return "voxels are decoded when they are first read, so that later epochs wait less"

@@ -1,4 +1,4 @@
-"""A checkpoint of the newest state, whatever the best one is."""
+"""Checkpoint of the newest state, independent of the best one."""
 
 from pathlib import Path
 
@@ -10,10 +10,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 class LastCheckpoint(Checkpoint):
     """Saves the newest state as ``last.ckpt``: after each epoch, each validation, and the last step of a training.
 
-    Lightning's ``save_last=True`` does so with each new best checkpoint only.
+    Lightning's ``save_last=True`` does so only together with a new best checkpoint.
 
     Args:
         dirpath: folder of ``last.ckpt``; by default the Trainer's ``default_root_dir``.
+
+    Example:
+        >>> Trainer(callbacks=[LastCheckpoint("runs/mito/checkpoints")])
     """
 
     def __init__(self, dirpath: str | None = None) -> None:
@@ -21,17 +24,17 @@ class LastCheckpoint(Checkpoint):
         self._step = -1
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        """Save where ``max_steps``, ``max_time`` or a stop end the training in the middle of an epoch."""
+        """Save if ``max_steps``, ``max_time`` or a stop ends the training in the middle of an epoch."""
         if trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step:
             self._save_in_epoch(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save in the middle of an epoch."""
+        """Save after a validation in the middle of an epoch."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._save_in_epoch(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save after an epoch. The state of one that ended early is saved before, while its position is known."""
+        """Save after an epoch; the state of an epoch that ended early is saved before, while its position is known."""
         if self._at_end(trainer) or self._step != trainer.global_step:
             self._save(trainer)
 
@@ -41,6 +44,8 @@ class LastCheckpoint(Checkpoint):
 
     @staticmethod
     def _at_end(trainer: L.Trainer) -> bool:
+        """Return whether the last batch of the epoch has started."""
+        # After the last batch, `on_train_epoch_end` saves instead, with the epoch counted as finished.
         progress = trainer.fit_loop.epoch_loop.batch_progress
         return progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
 

@@ -1,4 +1,4 @@
-"""A checkpoint when a job is told to end."""
+"""Checkpoint on preemption of a job by SIGTERM."""
 
 from pathlib import Path
 
@@ -6,35 +6,38 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-#: Name of the checkpoint, without its ending.
+#: Name of the checkpoint, without its suffix.
 PREEMPTED = "preempted"
 
 
 class PreemptionCheckpoint(L.Callback):
-    """Saves a checkpoint and ends the run after the step in which SIGTERM comes.
+    """Saves a checkpoint and ends the run after the step in which SIGTERM arrives.
 
     With several processes Lightning itself ends a run between two steps, on all of them. Under Slurm, Lightning
-    answers the signal of ``#SBATCH --signal=SIGUSR1@90`` with a checkpoint of its own and requeues the job.
+    answers the signal of ``#SBATCH --signal=SIGUSR1@90`` with its own checkpoint and requeues the job.
 
     Args:
         dirpath: folder of ``preempted.ckpt``; by default the Trainer's ``default_root_dir``.
 
     Attributes:
-        saved: the checkpoint that was saved.
+        saved: the checkpoint that was saved, or None.
+
+    Example:
+        >>> Trainer(callbacks=[PreemptionCheckpoint("runs/mito/checkpoints")])
     """
 
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
         self.saved: Path | None = None
 
-    # At the start of a batch and not at the end of one, so that no callback misses what was done.
+    # At the start of a batch and not at its end, so that all callbacks have processed the last step.
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        """End here and not at the end of the epoch, as Lightning does with one process."""
+        """End before the next step; Lightning alone ends a single process after the epoch."""
         self._end(trainer)
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-        """Nor after a whole validation."""
+        """End before the next batch of a validation in a training."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._end(trainer)
 
@@ -43,7 +46,7 @@ class PreemptionCheckpoint(L.Callback):
             raise SIGTERMException
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save, if the signal ended a training; a sanity check or a validation alone has changed nothing."""
+        """Save if the signal ended a training; a sanity check or a validation alone has no new state."""
         training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if isinstance(exception, SIGTERMException) and training:
             path = Path(self.dirpath or trainer.default_root_dir) / f"{PREEMPTED}.ckpt"

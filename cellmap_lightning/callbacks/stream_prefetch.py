@@ -1,4 +1,4 @@
-"""Choose CUDA-stream prefetching from the computed memory of a batch."""
+"""CUDA-stream prefetching, enabled by the computed memory of a batch."""
 
 import dataclasses
 import logging
@@ -16,36 +16,41 @@ log = logging.getLogger(__name__)
 
 
 def _from_environment(name: str, default: float) -> float:
+    """Return a number in an environment variable, or the default."""
     text = os.environ.get(name)
     if not text:
         return default
     try:
         return float(text)
     except ValueError:
-        raise CellMapValueError(f"the environment's {name} must be a number, got {text!r}") from None
+        raise CellMapValueError(f"the environment variable {name} must be a number, got {text!r}") from None
 
 
 class StreamPrefetch(L.Callback):
-    """Copies batches to the device ahead of the step, where that pays and fits.
+    """Prefetches batches to the device on a CUDA side stream, where batches are large and device memory allows it.
 
-    Each loader is judged when it is built, from numbers alone (see `prefetch.decide`), so that every rank decides the
-    same. On a CPU or MPS device nothing is started, unless ``enabled=True`` asks for a thread that reads ahead.
+    The decision is made per loader when it is built, from sizes alone (see `prefetch.decide`), so that it is the same
+    on every rank. On a CPU or MPS device nothing is prefetched, unless ``enabled=True`` starts a thread that reads
+    ahead.
 
     Args:
-        min_batch_mb: MiB of a finished batch from which a side stream is used; by default the environment's
-            ``MIN_BATCH_MEMORY_FOR_STREAMS_MB``, else 100.
-        max_streams: side streams at most; by default the environment's ``MAX_CONCURRENT_CUDA_STREAMS``, else 8. One is
-            used: the copies of a batch share one copy engine.
+        min_batch_mb: size of a finished batch, MiB, from which a side stream is used; by default the environment
+            variable ``MIN_BATCH_MEMORY_FOR_STREAMS_MB``, else 100.
+        max_streams: maximum number of side streams; by default the environment variable
+            ``MAX_CONCURRENT_CUDA_STREAMS``, else 8. One is used: the copies of a batch share one copy engine.
         depth: batches ahead; ``"auto"`` for as many as fit, at most 2.
-        memory_fraction: part of the device's total memory that the batches of a loader may take.
-        enabled: ``"auto"``, True (whatever the size of a batch, on any device), or False.
+        memory_fraction: fraction of the device's total memory that the batches of a loader may use.
+        enabled: ``"auto"``, True (for any batch size, on any device), or False.
 
     Attributes:
-        decisions: the decision for each split whose loader was built, also a line of the log. The settings are logged
-            as hyperparameters.
+        decisions: the decision for each split whose loader was built; it is logged too. The settings are logged as
+            hyperparameters.
 
     Raises:
-        CellMapValueError: a setting that cannot be one.
+        CellMapValueError: a setting is invalid.
+
+    Example:
+        >>> Trainer(callbacks=[StreamPrefetch(depth=2)])
     """
 
     def __init__(
@@ -63,20 +68,20 @@ class StreamPrefetch(L.Callback):
         if enabled not in ("auto", True, False):
             raise CellMapValueError(f"enabled must be 'auto', true or false, got {enabled!r}")
         if depth != "auto" and (not isinstance(depth, int) or depth < 0):
-            raise CellMapValueError(f"depth must be 'auto' or a whole number of batches, got {depth!r}")
-        if min_batch_mb < 0 or max_streams < 0 or not 0 < memory_fraction <= 1:
-            raise CellMapValueError(
-                "min_batch_mb and max_streams cannot be negative and memory_fraction must be in (0, 1], got "
-                f"{min_batch_mb}, {max_streams} and {memory_fraction}"
-            )
+            raise CellMapValueError(f"depth must be 'auto' or a whole number of at least 0, got {depth!r}")
+        for name, value in (("min_batch_mb", min_batch_mb), ("max_streams", max_streams)):
+            if value < 0:
+                raise CellMapValueError(f"{name} must be at least 0, got {value!r}")
+        if not 0 < memory_fraction <= 1:
+            raise CellMapValueError(f"memory_fraction must be in (0, 1], got {memory_fraction!r}")
         self.settings = PrefetchSettings(min_batch_mb, max_streams, depth, memory_fraction, enabled)
         self.decisions: dict[str, PrefetchDecision] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Hand the policy to the datamodule, which asks it whenever it builds a loader.
+        """Register the policy with the data module, which calls it for every loader that it builds.
 
         Raises:
-            CellMapTypeError: the Trainer runs without a datamodule that can be asked.
+            CellMapTypeError: ``enabled=True``, and the data module of the Trainer is not a `CellMapDataModule`.
         """
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "prefetch"):
@@ -87,30 +92,30 @@ class StreamPrefetch(L.Callback):
             log.info("stream prefetch: off, since the Trainer's data is not a CellMapDataModule")
             return
         datamodule.prefetch = self._decide
-        # Not the decisions: they may differ between two runs of one Trainer, and loggers refuse values that change.
+        # Decisions are not logged: they may differ between runs of one Trainer, and loggers refuse changed values.
         settings = {f"stream_prefetch/{name}": value for name, value in dataclasses.asdict(self.settings).items()}
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the policy back: another Trainer may run the datamodule without this callback."""
-        self._forget(trainer)
+        """Unregister the policy: another Trainer may use the data module without this callback."""
+        self._unregister(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """The same where a run ends early, and ``teardown`` is not called."""
-        self._forget(trainer)
+        """Unregister the policy after an error, where ``teardown`` is not called."""
+        self._unregister(trainer)
 
-    def _forget(self, trainer: L.Trainer) -> None:
+    def _unregister(self, trainer: L.Trainer) -> None:
         datamodule: Any = getattr(trainer, "datamodule", None)
-        if getattr(datamodule, "prefetch", None) == self._decide:
+        if getattr(datamodule, "prefetch", None) == self._decide:  # not the policy of another callback
             datamodule.prefetch = None
 
     def _decide(self, split: str, memory: BatchMemory, device: torch.device) -> PrefetchDecision:
         decision = decide(memory, device.type, device_memory(device), self.settings)
         if self.decisions.get(split) != decision:
-            how = f"{decision.depth} ahead " + ("on a stream" if decision.streams else "in a thread")
-            log.info(
-                "stream prefetch for %s: %s, %s", split, f"on, {how}" if decision.enabled else "off", decision.reason
-            )
+            state = "off"
+            if decision.enabled:
+                state = f"on, {decision.depth} ahead {'on a stream' if decision.streams else 'in a thread'}"
+            log.info("stream prefetch for %s: %s, %s", split, state, decision.reason)
         self.decisions[split] = decision
         return decision

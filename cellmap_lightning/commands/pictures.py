@@ -1,4 +1,4 @@
-"""The pictures that a training leaves: none of them can fail the run."""
+"""Pictures of a finished training, whose errors are logged and do not fail the run."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -14,30 +14,30 @@ from cellmap_lightning.training.model_forward import class_probabilities, first_
 log = logging.getLogger(__name__)
 
 
-def attempt(what: str, work: Callable[[], None]) -> None:
-    """Do what a finished training can do without; an error is one line of the log.
+def attempt(message: str, work: Callable[[], None]) -> None:
+    """Run an optional step of a finished training; an error is logged in one line.
 
     Args:
-        what: begins that line, such as "samples.png is not drawn".
-        work: called without arguments.
+        message: start of that line, such as "samples.png is not drawn".
+        work: the step, called without arguments.
     """
     try:
         work()
-    except Exception as error:  # the weights are saved, and the metric is measured
-        log.warning("%s: %s", what, first_line(error))
+    except Exception as error:  # weights and metric of the run are saved already
+        log.warning("%s: %s", message, first_line(error))
 
 
 def draw_samples(task: Any, data: CellMapDataModule, path: Path, title: str) -> None:
-    """Draw validation samples with predictions; without them where the task gives none.
+    """Draw validation samples, with predictions if the task has a forward that returns them.
 
     Args:
-        task: the LightningModule; one with ``write_samples(source, path, title=...)`` draws its own picture.
-        data: where the samples come from.
+        task: the LightningModule; its method ``write_samples(source, path, title=...)`` is used if it has one.
+        data: the data module with the validation samples.
         path: the PNG to write.
         title: a line at the top.
     """
     task.eval()
-    if hasattr(task, "write_samples"):  # a task that does not mark classes has pictures of its own
+    if hasattr(task, "write_samples"):  # a task without classes, such as a reconstruction
         attempt(f"{path.name} is not drawn", lambda: task.write_samples(data.val_dataset, path, title=title))
         return
     classes = len(data.classes or ())
@@ -45,6 +45,7 @@ def draw_samples(task: Any, data: CellMapDataModule, path: Path, title: str) -> 
     target = next(iter(names_in(data.target_arrays, getattr(task, "target_name", None))), None)
     failed = classes == 0
 
+    # After the first failure the remaining samples are drawn without predictions, and the error is logged once.
     def predict(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         nonlocal failed
         if not failed:
@@ -64,10 +65,13 @@ def draw_samples(task: Any, data: CellMapDataModule, path: Path, title: str) -> 
 
 
 def scores_of(task: Any) -> Mapping[str, Mapping[str, float]] | None:
-    """Return the scores of each class that a task measured in its last validation, as `SegmentationTask` keeps them."""
-    scores = getattr(task, "scores", None)
-    found = scores.get("val") if isinstance(scores, Mapping) else None
-    if not isinstance(found, Mapping):
+    """Return the scores of each class that a task measured in its last validation, as `SegmentationTask` stores them.
+
+    None for a task without such scores: an attribute ``scores`` of user code may be anything.
+    """
+    stages = getattr(task, "scores", None)
+    scores = stages.get("val") if isinstance(stages, Mapping) else None
+    if not isinstance(scores, Mapping):
         return None
-    whole = all(isinstance(score, Mapping) and {"dice", "constant"} <= set(score) for score in found.values())
-    return found if whole else None
+    complete = all(isinstance(score, Mapping) and {"dice", "constant"} <= set(score) for score in scores.values())
+    return scores if complete else None

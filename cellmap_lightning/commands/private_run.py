@@ -1,4 +1,4 @@
-"""Runs whose data need credentials: Hydra's files and logs without them, and a folder for its owner alone."""
+"""Protection of credentials in a run: removed from Hydra's files and logs, in a folder that only its owner can read."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cellmap_lightning.redaction import hidden, hide_overrides, holds_credentials, redacted, secrets_of
 
-#: Secrets of this process's configuration, which no line of a log or an error holds.
+#: Secrets in the configuration of this process, which are removed from logs and errors.
 _secrets: set[str] = set()
 
 
@@ -20,42 +20,42 @@ def hide(text: str) -> str:
     return hidden(text, _secrets)
 
 
-def hold_secrets(arguments: list[str]) -> bool:
-    """Tell whether a command line may hold secrets."""
+def contain_secrets(arguments: list[str]) -> bool:
+    """Return whether a command line may contain secrets."""
     return any(hide_overrides(argument) != argument for argument in arguments)
 
 
 def without_secrets(config: Any) -> Any:
-    """Return a configuration, as plain containers, without the secrets of this run."""
+    """Return a configuration of plain containers without the secrets of this run."""
     return redacted(config, _secrets)
 
 
 def protect_logs(arguments: list[str]) -> None:
-    """Hide credentials in every log record of this process; with credentials among its arguments, make files private.
+    """Hide credentials in every log record of this process; if its arguments contain credentials, make files private.
 
     Args:
         arguments: the command line.
     """
-    make = logging.getLogRecordFactory()
+    create = logging.getLogRecordFactory()
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        made = make(*args, **kwargs)
+        new = create(*args, **kwargs)
         try:
-            text = made.getMessage()
-        except Exception:  # a wrong format: logging reports it
-            return made
+            text = new.getMessage()
+        except Exception:  # logging itself reports a wrong format
+            return new
         safe = hide_overrides(hide(text))
         if safe != text:
-            made.msg, made.args = safe, None
-        return made
+            new.msg, new.args = safe, None
+        return new
 
     logging.setLogRecordFactory(record)
-    if hold_secrets(arguments):
+    if contain_secrets(arguments):
         os.umask(0o077)  # Hydra and launchers write the arguments before a job starts
 
 
 def protect_run(cfg: DictConfig) -> None:
-    """Remove secrets from the files that Hydra has written for this job, and close its folder to other users.
+    """Remove secrets from the files that Hydra has written for this job, and make its folder private.
 
     Args:
         cfg: the configuration of the job.
@@ -68,41 +68,45 @@ def protect_run(cfg: DictConfig) -> None:
     overrides = OmegaConf.to_container(hydra.overrides.task)
     if not holds_credentials(plain) and redacted(overrides) == overrides:
         return
-    _secrets.update(secrets_of(plain))
-    for path in _option_paths(plain):
-        try:
-            options = OmegaConf.select(cfg, path)
-            _secrets.update(secrets_of({"storage_options": _plain(options)}))
-        except OmegaConfBaseException:  # reported where the configuration is resolved
-            continue
+    _add_secrets(cfg, plain)
     if hydra.output_subdir is None:
         return
     folder = Path(hydra.runtime.output_dir)
-    noted = folder / hydra.output_subdir
+    subfolder = folder / hydra.output_subdir
     sweep = Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
-    for private in (noted, folder, sweep):
+    for private in (subfolder, folder, sweep):
         if private is not None and private.is_dir() and private.resolve() != Path.cwd().resolve():
             private.chmod(0o700)
-    if noted.is_dir():
-        _write(noted / "config.yaml", plain)
-        _write(noted / "hydra.yaml", {"hydra": OmegaConf.to_container(hydra, resolve=False)})
-        _write(noted / "overrides.yaml", overrides)
+    if subfolder.is_dir():
+        _write(subfolder / "config.yaml", plain)
+        _write(subfolder / "hydra.yaml", {"hydra": OmegaConf.to_container(hydra, resolve=False)})
+        _write(subfolder / "overrides.yaml", overrides)
     if sweep is not None and (sweep / "multirun.yaml").is_file():
         _write(sweep / "multirun.yaml", OmegaConf.to_container(OmegaConf.load(sweep / "multirun.yaml"), resolve=False))
 
 
+def _add_secrets(cfg: DictConfig, plain: Any) -> None:
+    """Add the secrets of a configuration; those of interpolations only appear when the options are resolved."""
+    _secrets.update(secrets_of(plain))
+    for path in _option_paths(plain):
+        try:
+            options = OmegaConf.select(cfg, path)
+            if OmegaConf.is_config(options):
+                options = OmegaConf.to_container(options, resolve=True)
+            _secrets.update(secrets_of({"storage_options": options}))
+        except OmegaConfBaseException:  # reported where the configuration is resolved
+            continue
+
+
 def _write(file: Path, content: Any) -> None:
-    part = file.with_name(f"{file.name}.{os.getpid()}")  # other processes of the run may read and write it too
+    """Replace a file atomically, since other processes of the run may read and write it too."""
+    part = file.with_name(f"{file.name}.{os.getpid()}")
     OmegaConf.save(OmegaConf.create(without_secrets(content)), part)
     part.replace(file)
 
 
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
 def _option_paths(node: Any, where: str = "") -> Iterator[str]:
-    """Yield the key of every ``storage_options`` of a plain configuration."""
+    """Yield the key of every ``storage_options`` in a configuration of plain containers."""
     if isinstance(node, dict):
         for key, value in node.items():
             below = f"{where}.{key}" if where else str(key)

@@ -1,4 +1,4 @@
-"""The folder of a run: it is continued or replaced only where that was asked for."""
+"""Folder of a run, which is resumed or replaced only if the user asks for it."""
 
 import os
 from pathlib import Path
@@ -8,16 +8,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from cellmap_lightning.commands.common import stop
+from cellmap_lightning.commands.messages import stop
+from cellmap_lightning.validation import first_few
 
-#: Files that show that a run has begun; its configuration and its log alone do not.
+#: Files that show that a run has started; its configuration and its log alone do not.
 _RESULTS = ("*.ckpt", "checkpoints/*.ckpt", "metrics.csv", "metrics.*.csv")
-#: Files of a run that a later one may not write again.
-_DRAWN = ("curves.png", "samples.png")
+#: Pictures, which a later run may not write again.
+_PICTURES = ("curves.png", "samples.png")
 
 
 def results_in(folder: Path) -> list[Path]:
-    """Return the checkpoints and metrics of a run; none where it has not begun."""
+    """Return the checkpoints and metrics of a run; none if it has not started."""
     return sorted(path for pattern in _RESULTS for path in folder.glob(pattern))
 
 
@@ -27,16 +28,17 @@ def requeued() -> bool:
 
 
 def remove_run(folder: Path) -> None:
-    """Delete checkpoints, metrics and pictures of a run; a job that is requeued leaves those of its own first start."""
+    """Delete checkpoints, metrics and pictures of a run; a requeued job keeps those of its first start."""
     if not requeued():
-        for path in [*results_in(folder), *(folder / name for name in _DRAWN)]:
+        for path in [*results_in(folder), *(folder / name for name in _PICTURES)]:
             path.unlink(missing_ok=True)
 
 
 class KeepRuns(Callback):
-    """A callback of Hydra that refuses to begin a run in the folder of another, before Hydra writes anything there.
+    """A callback of Hydra that refuses to start a run in the folder of another, before Hydra writes anything there.
 
-    Every process of a distributed run checks for itself: none writes results before all of them have begun.
+    Every process of a distributed run checks the folder: none writes results before all of them have started.
+    ``configs/train.yaml`` uses it; see ``docs/runs.md``.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -52,19 +54,21 @@ class KeepRuns(Callback):
 
 
 def _folder(config: DictConfig, key: str) -> Path:
+    """Return the folder in a key of Hydra's configuration."""
     hydra = HydraConfig.instance()
-    before = hydra.cfg
-    hydra.set_config(config)  # the folder may refer to it
+    previous = hydra.cfg
+    hydra.set_config(config)  # the folder may refer to the configuration of Hydra
     try:
         return Path(str(OmegaConf.select(config, key)))
     finally:
-        hydra.cfg = before
+        hydra.cfg = previous
 
 
 def _check(config: DictConfig, folder: Path, results: list[Path]) -> None:
+    """Exit with an error if there are results that the run would neither resume nor replace."""
     resume, overwrite = config.get("resume"), config.get("overwrite")
     if not isinstance(overwrite, bool):
-        stop(f"overwrite is true or false, got {overwrite!r}")
+        stop(f"overwrite must be true or false, got {overwrite!r}")
     if overwrite and resume is not None:
         stop(f"overwrite=true and resume={resume} exclude each other: overwrite=true needs resume=null")
     if not results or overwrite or resume == "auto":
@@ -72,22 +76,21 @@ def _check(config: DictConfig, folder: Path, results: list[Path]) -> None:
     if resume is not None and folder.absolute() in Path(resume).absolute().parents:
         return
     if "SLURM_JOB_ID" in os.environ and any(path.name.startswith("hpc_ckpt_") for path in results):
-        return  # Lightning itself continues from it
-    names = [str(path.relative_to(folder)) for path in results]
-    found = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return  # Lightning itself resumes from it
+    names = first_few([str(path.relative_to(folder)) for path in results])
     stop(
-        f"{folder} already holds a run ({found}); resume=auto continues it, overwrite=true replaces it, and another "
+        f"{folder} already holds a run ({names}); resume=auto continues it, overwrite=true replaces it, and another "
         "run.name=... keeps it"
     )
 
 
 def how_to_continue(folder: Path, trained: bool, saved: Path | None = None) -> str:
-    """Return how a run that was ended is continued, for a message.
+    """Return how to continue a run that was interrupted, for a message.
 
     Args:
         folder: the run's folder.
         trained: the training is complete.
-        saved: a checkpoint that was saved when it ended.
+        saved: a checkpoint that was saved on the interrupt.
     """
     checkpoints = [path for path in results_in(folder) if path.suffix == ".ckpt"]
     runs = Path.cwd() / "runs"
@@ -96,8 +99,8 @@ def how_to_continue(folder: Path, trained: bool, saved: Path | None = None) -> s
     else:
         name = f"hydra.run.dir={folder.relative_to(Path.cwd()) if Path.cwd() in folder.parents else folder}"
     if trained:
-        there = ", ".join(str(path) for path in checkpoints if path.stem in ("best", "last")) or "no checkpoint"
-        return f"the training is complete ({there}); the same command with {name} resume=auto validates and draws"
+        final = ", ".join(str(path) for path in checkpoints if path.stem in ("best", "last")) or "no checkpoint"
+        return f"the training is complete ({final}); the same command with {name} resume=auto validates and draws"
     if saved is not None:
         return f"saved {saved}; the same command with {name} resume=auto continues from it"
     if checkpoints:

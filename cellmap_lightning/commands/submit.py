@@ -1,24 +1,33 @@
-"""The job of ``cellmap-submit``: predictions as labels in a Zarr v2 group, on the voxels that the challenge scores."""
+"""The job of ``cellmap-submit``: labels in a Zarr v2 group, on the voxels that the challenge scores."""
 
 import logging
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.evaluation.challenge import INSTANCE_CLASSES, listed_crops
-from cellmap_lightning.evaluation.matched import check_holds, matched, stored_meaning
-from cellmap_lightning.evaluation.numbering import Numbering, check_least_volume, least_voxels, numbering, without_small
+from cellmap_lightning.evaluation.evaluate import is_group
+from cellmap_lightning.evaluation.numbering import (
+    Labels,
+    Numbering,
+    check_min_volume,
+    min_voxels,
+    numbering,
+    remove_small,
+)
+from cellmap_lightning.evaluation.prediction_labels import check_covers, prediction_labels, stored_meaning
 from cellmap_lightning.io.meanings import ValuesSetting, check_values, prediction_attributes
 from cellmap_lightning.io.writer import codec_of, create_level, make_room, write_group
 from cellmap_lightning.splits.manifests import ManifestRow
 
 log = logging.getLogger(__name__)
 
-#: Voxels of a chunk of the submission.
+#: Chunk shape of the submission, voxels.
 _CHUNK = (64, 64, 64)
 
 
@@ -36,84 +45,99 @@ def submit(
     allow_missing: bool = False,
     overwrite: bool = False,
 ) -> tuple[Path, list[str]]:
-    """Write ``<out>/<crop>/<class>`` and zip it beside it.
+    """Write labels to ``<out>/<crop>/<class>``, and a zip file beside ``out``.
 
     Args:
         predictions: folder of ``<dataset>.zarr/<crop>/<class>``, as ``cellmap-predict crops=test`` writes it.
         manifest: the challenge's list of crops and classes, with the voxels of each.
         out: the Zarr group to write, ``submission.zarr``.
         crops: see `listed_crops`.
-        threshold: probability from which a voxel is of the class.
-        instance_classes: classes whose objects are numbered; the others are 0 and 1.
-        instances: what numbers the objects of a boolean volume ``[z, y, x]``, or where it is, as
-            ``package.module.function``; by default `components`. Stored ids are kept as they are.
-        min_volume: nm³ that an object must have at least, for all ``instance_classes`` or ``{class: nm³}``. Smaller
-            ones are left out.
-        values: what stored values mean; a kind takes precedence over the metadata of predictions, see `meaning_of`.
-        allow_missing: go on without what was not predicted.
-        overwrite: replace a Zarr group that is at ``out``.
+        threshold: probability from which a voxel is positive.
+        instance_classes: classes whose objects are numbered; the others are written as 0 and 1.
+        instances: function that numbers the objects of a boolean volume ``[z, y, x]``, or its name as
+            ``package.module.function``; by default `components`. Stored ids are used unchanged.
+        min_volume: minimum volume of an object, nm³, for all ``instance_classes`` or as ``{class: nm³}``. Smaller
+            objects are removed.
+        values: the meaning of stored values; a kind takes precedence over the metadata, see `meaning_of`.
+        allow_missing: leave out crops and classes without a prediction, instead of an error.
+        overwrite: replace an existing Zarr group at ``out``.
 
     Returns:
-        The zip file, and what the manifest lists and nobody predicted, as ``dataset/crop/class``.
+        The zip file, and the listed classes without a prediction, as ``dataset/crop/class``.
 
     Raises:
-        CellMapFileNotFoundError: nothing was predicted, or something is missing.
-        CellMapValueError: a prediction does not hold its crop, or its values could mean several things.
+        CellMapFileNotFoundError: there is no prediction, or some are missing.
+        CellMapValueError: a prediction does not cover its crop, or the meaning of its values is ambiguous.
+
+    Example:
+        >>> submit("predictions", "test_crop_manifest.csv", "submission.zarr", instances=my_function)
     """
     out = Path(out)
     if out.suffix != ".zarr":
-        raise CellMapValueError(f"out={out}: the name of a submission ends with .zarr")
-    wanted = listed_crops(manifest, crops)
+        raise CellMapValueError(f"out={out}: the name of a submission must end with .zarr")
     number = numbering(instances)
-    values, min_volume = check_values(values), check_least_volume(min_volume)
-    found: list[tuple[ManifestRow, Path]] = []
-    missing: list[str] = []
-    for crop in wanted:
-        for row in crop.rows:
-            path = crop.within(predictions) / row.name
-            if any((path / name).is_file() for name in (".zattrs", "zarr.json")):
-                found.append((row, path))
-            else:
-                missing.append(f"{crop.dataset}/{crop.name}/{row.name}")
-    if not found or (missing and not allow_missing):
-        raise CellMapFileNotFoundError(
-            f"{len(missing)} of {len(missing) + len(found)} classes of crops that {Path(manifest).name} lists are not "
-            f"in {predictions}: {', '.join(missing)}" + ("; allow_missing=true goes on without them" if found else "")
-        )
+    values, min_volume = check_values(values), check_min_volume(min_volume)
+    rows, missing = _predicted_rows(Path(predictions), Path(manifest), crops, allow_missing)
     meanings = []
-    for row, path in found:  # before anything is written
-        check_holds(row, path)
+    for row, path in rows:  # everything is checked before anything is written
+        check_covers(row, path)
         meanings.append(stored_meaning(row, path, values))
     make_room(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_group(out)
-    for (row, path), meaning in zip(found, meanings, strict=True):
-        write_group(out / row.crop)
-        lattice, numbered = row.lattice, row.name in instance_classes
-        labels = matched(row, path, threshold, number if numbered else None, meaning)
+    for (row, path), meaning in zip(rows, meanings, strict=True):
+        numbered = row.name in instance_classes
+        labels = prediction_labels(row, path, threshold, number if numbered else None, meaning)
         if numbered:
-            least = least_voxels(min_volume, row.name, float(np.prod(lattice.step)))
-            labels = without_small(labels, least)
+            labels = remove_small(labels, min_voxels(min_volume, row.name, float(np.prod(row.lattice.step))))
             labels = labels.astype(np.min_scalar_type(int(labels.max())))
         else:
             labels = labels.astype(np.uint8)
-        array = create_level(
-            out / row.crop / row.name, lattice.shape, labels.dtype, _CHUNK, 2, codec_of("zstd", 2),
-            attributes={
-                "voxel_size": list(lattice.step), "translation": list(lattice.origin), "shape": list(lattice.shape),
-                "cellmap": prediction_attributes(row.name, "ids" if numbered else "mask"),
-            },
-        )  # fmt: skip
-        array[...] = labels
-        log.info("%s/%s: %s voxels, %s", row.crop, row.name, list(lattice.shape), labels.dtype)
-    return _zipped(out), missing
+        _write_labels(out, row, labels, "ids" if numbered else "mask")
+        log.info("%s/%s: %s voxels, %s", row.crop, row.name, list(row.lattice.shape), labels.dtype)
+    return _zip(out), missing
 
 
-def _zipped(out: Path) -> Path:
-    """The group as a zip file with its crops at the top. Chunks are compressed already."""
+def _predicted_rows(
+    predictions: Path, manifest: Path, crops: str | int | Sequence[str | int], allow_missing: bool
+) -> tuple[list[tuple[ManifestRow, Path]], list[str]]:
+    """Return the rows of a manifest with their predictions, and the names of those that have none."""
+    rows: list[tuple[ManifestRow, Path]] = []
+    missing: list[str] = []
+    for crop in listed_crops(manifest, crops):
+        for row in crop.rows:
+            path = crop.within(predictions) / row.name
+            if is_group(path):
+                rows.append((row, path))
+            else:
+                missing.append(f"{crop.dataset}/{crop.name}/{row.name}")
+    if not rows or (missing and not allow_missing):
+        hint = "; allow_missing=true leaves them out" if rows else ""
+        raise CellMapFileNotFoundError(
+            f"{len(missing)} of {len(missing) + len(rows)} classes of crops that {manifest.name} lists are not "
+            f"in {predictions}: {', '.join(missing)}{hint}"
+        )
+    return rows, missing
+
+
+def _write_labels(out: Path, row: ManifestRow, labels: Labels, meaning: Literal["ids", "mask"]) -> None:
+    lattice = row.lattice
+    write_group(out / row.crop)
+    array = create_level(
+        out / row.crop / row.name, lattice.shape, labels.dtype, _CHUNK, 2, codec_of("zstd", 2),
+        attributes={
+            "voxel_size": list(lattice.step), "translation": list(lattice.origin), "shape": list(lattice.shape),
+            "cellmap": prediction_attributes(row.name, meaning),
+        },
+    )  # fmt: skip
+    array[...] = labels
+
+
+def _zip(out: Path) -> Path:
+    """Write the group as a zip file with the crops at its top."""
     path = out.with_suffix(".zip")
     partial = path.with_suffix(".zip.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:  # chunks are compressed already
         for file in sorted(p for p in out.rglob("*") if p.is_file()):
             archive.write(file, file.relative_to(out))
     os.replace(partial, path)  # noqa: PTH105

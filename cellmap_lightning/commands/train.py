@@ -1,9 +1,9 @@
-"""The job of ``cellmap-train``."""
+"""The job of ``cellmap-train``: one training, from an empty or earlier run folder to its results."""
 
-import difflib
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -21,14 +21,15 @@ from omegaconf import DictConfig, OmegaConf
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks.preemption import PreemptionCheckpoint
 from cellmap_lightning.checkpointing.checkpoint_config import CheckpointConfig
-from cellmap_lightning.commands.common import quieten
-from cellmap_lightning.commands.ending import Ending
+from cellmap_lightning.commands.messages import quieten
 from cellmap_lightning.commands.pictures import attempt, draw_samples, scores_of
 from cellmap_lightning.commands.private_run import without_secrets
 from cellmap_lightning.commands.run_folder import how_to_continue, remove_run, results_in
-from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
+from cellmap_lightning.commands.signals import ExitOnSignal
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.training import report
-from cellmap_lightning.training.checkpoints import check_checkpoint, load_weights, saved_checkpoints
+from cellmap_lightning.training.checkpoints import check_checkpoint, check_exists, load_weights, saved_checkpoints
+from cellmap_lightning.validation import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class _Progress:
     trained: bool = False
 
     def advice(self) -> str | None:
-        """Return how the run is continued; None where another process prints it."""
+        """Return how to continue the run; None where another process prints it."""
         if self.trainer is None:
             return how_to_continue(self.folder, False)
         if not self.trainer.is_global_zero:
@@ -52,17 +53,28 @@ class _Progress:
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Train, validate and draw. Returns the monitored metric, for sweepers."""
+    """Train and validate, and draw the results.
+
+    Args:
+        cfg: ``train.yaml`` with all overrides.
+
+    Returns:
+        The monitored metric, for sweepers; None where nothing was validated.
+
+    Raises:
+        CellMapError: the configuration does not fit the data, the checkpoint or the way of starting processes.
+        SystemExit: it was interrupted; see `ExitOnSignal`.
+    """
     _check_launch(cfg)
     progress = _Progress(Path(HydraConfig.get().runtime.output_dir))
-    with Ending(progress.advice) as ending:
+    with ExitOnSignal(progress.advice) as ending:
         return _run(cfg, progress, ending)
 
 
-def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
-    folder = progress.folder
-    checkpoint, start = _checkpoint(cfg.resume, folder)
-    plain: Any = without_secrets(OmegaConf.to_container(cfg, resolve=True))  # what stays on disk
+def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | None:
+    """Create data, task and Trainer, and run all phases."""
+    checkpoint, start = _checkpoint(cfg.resume, progress.folder)
+    stored: Any = without_secrets(OmegaConf.to_container(cfg, resolve=True))
     L.seed_everything(cfg.seed, verbose=False)
     quieten()
     unresolved = deepcopy(cfg)  # instantiate resolves in place what a part refers to
@@ -72,49 +84,67 @@ def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
         if checkpoint is not None:
             check_checkpoint(checkpoint, data, task, "resume", "resume")
         elif cfg.init_from is not None:  # a resumed run has weights
-            _begin_from(unresolved, data, task)
-        trainer = progress.trainer = _trainer(cfg, CheckpointConfig(plain, start))
+            _initialize_weights(unresolved, data, task)
+        trainer = progress.trainer = _trainer(cfg, CheckpointConfig(stored, start))
         validates = data.crops.given("val") and trainer.limit_val_batches != 0
         if trainer.is_global_zero:
-            _prepare_folder(cfg, folder, plain, data)
+            _prepare_folder(cfg, progress.folder, stored, data)
         untrained = None
         if cfg.compare_untrained and validates and not trainer.fast_dev_run:
             trainer.validate(task, datamodule=data, verbose=False)
             ending.check()
             untrained = dict(scores_of(task) or {})
-        try:
-            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        except MisconfigurationException as e:
-            if "could not find the monitored key" in str(e):
-                raise _not_measured(cfg.monitor, trainer) from e
-            raise
+        _fit(cfg, trainer, task, data, checkpoint)
         progress.trained = True
         ending.check()
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if validates and cfg.final_validation and not trainer.fast_dev_run:
-            if any(word in str(cfg.trainer.strategy) for word in ("spawn", "fork")):
-                trainer.loggers = []  # new processes would overwrite their files
-            # A run that ended before its first validation has no best weights: the last ones are judged.
-            trainer.validate(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
+            _validate_best(cfg, trainer, task, data)
             ending.check()
-        metric = trainer.callback_metrics.get(cfg.monitor)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.finalize("success")
             if validates:
-                draw_samples(task, data, folder / "samples.png", cfg.name)
-            attempt("curves.png is not drawn", partial(report.write_curves, folder))
-            scores = scores_of(task)
-            if scores is not None:
-                print("\nvalidation\n" + report.score_table(scores, untrained, list(cfg.data.classes or ())))
-            elif metric is not None:  # the scores of each class stayed in the processes of ddp_spawn and ddp_fork
-                print(f"\nvalidation\n{cfg.monitor} {float(metric):.3f}")
-            print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder)))
-        if metric is None and any(key.startswith("val/") for key in trainer.callback_metrics):
-            raise _not_measured(cfg.monitor, trainer)
-        return float(metric) if metric is not None else None
+                draw_samples(task, data, progress.folder / "samples.png", cfg.name)
+            _report(cfg, progress.folder, trainer, task, untrained)
+        return _monitored(cfg.monitor, trainer)
     finally:
         data.close()
+
+
+def _fit(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataModule, checkpoint: Path | None) -> None:
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except MisconfigurationException as e:
+        if "could not find the monitored key" in str(e):
+            raise _not_measured(cfg.monitor, trainer) from e
+        raise
+
+
+def _validate_best(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataModule) -> None:
+    """Validate the best weights; the last ones, if the run ended before its first validation."""
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if any(method in str(cfg.trainer.strategy) for method in ("spawn", "fork")):
+        trainer.loggers = []  # new processes would overwrite their files
+    trainer.validate(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
+
+
+def _report(cfg: DictConfig, folder: Path, trainer: Any, task: Any, untrained: Mapping[str, Any] | None) -> None:
+    """Draw the curves, and print the scores and the files of a run."""
+    attempt("curves.png is not drawn", partial(report.write_curves, folder))
+    scores, metric = scores_of(task), trainer.callback_metrics.get(cfg.monitor)
+    if scores is not None:
+        print("\nvalidation\n" + report.score_table(scores, untrained, list(cfg.data.classes or ())))
+    elif metric is not None:  # the scores of each class stayed in the processes of ddp_spawn and ddp_fork
+        print(f"\nvalidation\n{cfg.monitor} {float(metric):.3f}")
+    print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder)))
+
+
+def _monitored(monitor: str, trainer: Any) -> float | None:
+    """Return the monitored metric; None where the run has not validated."""
+    metric = trainer.callback_metrics.get(monitor)
+    if metric is None and any(key.startswith("val/") for key in trainer.callback_metrics):
+        raise _not_measured(monitor, trainer)
+    return float(metric) if metric is not None else None
 
 
 def _trainer(cfg: DictConfig, checkpoint_config: CheckpointConfig) -> Any:
@@ -122,20 +152,20 @@ def _trainer(cfg: DictConfig, checkpoint_config: CheckpointConfig) -> Any:
     callbacks = [instantiate(c, _convert_="all") for c in (cfg.get("callbacks") or {}).values() if c is not None]
     loggers = [instantiate(c, _convert_="all") for c in (cfg.get("logger") or {}).values() if c is not None]
     if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
-        cfg.trainer.enable_progress_bar = False  # in a file it would be noise
+        cfg.trainer.enable_progress_bar = False
     return instantiate(cfg.trainer, _convert_="all", callbacks=[*callbacks, checkpoint_config], logger=loggers or False)
 
 
-def _prepare_folder(cfg: DictConfig, folder: Path, plain: Any, data: CellMapDataModule) -> None:
-    """Put away what an earlier start has left, and write the configuration and the crops."""
+def _prepare_folder(cfg: DictConfig, folder: Path, stored: Any, data: CellMapDataModule) -> None:
+    """Remove or rename files of an earlier start, and write the configuration and the crops."""
     if cfg.overwrite and results_in(folder):
         data.prepare_data()
-        data.setup("fit")  # a run that cannot begin replaces nothing
+        data.setup("fit")  # before anything is removed: a run that cannot start replaces nothing
         remove_run(folder)
     metrics = folder / "metrics.csv"
     if metrics.exists():  # Lightning's logger would delete it
         metrics.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
-    OmegaConf.save(OmegaConf.create(plain), folder / "config.yaml")
+    OmegaConf.save(OmegaConf.create(stored), folder / "config.yaml")
     data.crops.write_csv(folder / "split.csv")
     if data.crops.options.split != "csv":
         print(f"\ncrops that hold each class, and its voxels in them\n{data.crops.table()}\n", flush=True)
@@ -143,67 +173,67 @@ def _prepare_folder(cfg: DictConfig, folder: Path, plain: Any, data: CellMapData
 
 def _not_measured(monitor: str, trainer: Any) -> CellMapKeyError:
     """Return the error for a ``monitor`` that is not logged."""
-    there = sorted(trainer.callback_metrics)
-    close = difflib.get_close_matches(str(monitor), there, 1)
-    hint = f"; did you mean {close[0]!r}? Measured were" if close else "; measured were"
-    return CellMapKeyError(f"monitor={monitor} was not measured{hint} {', '.join(there)}")
+    names = sorted(trainer.callback_metrics)
+    hint = did_you_mean(monitor, names)
+    return CellMapKeyError(f"monitor={monitor} was not measured; measured were {', '.join(names)}{hint}")
 
 
 def _checkpoint(resume: str | None, folder: Path) -> tuple[Path | None, int]:
-    """Return the checkpoint from which a run continues, if any, and the number of this start.
+    """Return the checkpoint from which a run resumes, if any, and the number of this start.
 
     Raises:
-        CellMapFileNotFoundError: one was named that is not there.
+        CellMapFileNotFoundError: the named checkpoint does not exist.
     """
     if resume is None:
         return None, 1
-    if resume != "auto" and not Path(resume).is_file():
-        there = ", ".join(map(str, sorted(Path(resume).parent.glob("*.ckpt")))) or "none"
-        raise CellMapFileNotFoundError(
-            f"resume={resume}: there is no such checkpoint; checkpoints beside it: {there}; resume=auto takes the "
-            "newest of the run's folder"
-        )
+    if resume != "auto":
+        check_exists(Path(resume), "resume", "; resume=auto takes the newest of the run's folder")
     saved = saved_checkpoints(folder)
     start = saved[-1].start + 1 if saved else 1
     if resume != "auto":
         return Path(resume), start
     path = saved[-1].path if saved else None
-    log.info("resume=auto: %s", path or f"no checkpoint in {folder}, so training begins")
+    log.info("resume=auto: %s", path or f"no checkpoint in {folder}, so training starts")
     return path, start
 
 
-def _begin_from(cfg: DictConfig, data: Any, task: Any) -> None:
-    """Load the weights of another training. With other classes, layers of their size are initialized again.
+def _initialize_weights(cfg: DictConfig, data: Any, task: Any) -> None:
+    """Load the weights of another training; with other classes, layers of their size keep their random weights.
 
     Args:
         cfg: the configuration, not resolved yet; it is changed.
         data: the data of this run.
-        task: what gets the weights.
+        task: the module that gets the weights.
     """
-    own = isinstance(getattr(task, "network", None), torch.nn.Module)
-    network = task.network if own else task
-    before = check_checkpoint(Path(cfg.init_from), data, task, "begin", "init_from")
-    now = list(cfg.data.classes or [])
+    has_network = isinstance(getattr(task, "network", None), torch.nn.Module)
+    network = task.network if has_network else task
+    old_classes = check_checkpoint(Path(cfg.init_from), data, task, "begin", "init_from")
+    classes = list(cfg.data.classes or [])
     head: set[str] = set()
-    if own and before != now:
-        cfg.data.classes = [*now, "one more"]
+    if has_network and old_classes != classes:
+        # Layers that change their shape with the number of classes are the head. On the meta device no memory is used.
+        cfg.data.classes = [*classes, "one more"]
         with torch.device("meta"):
             larger = instantiate(cfg.model, _convert_="all").state_dict()
         head = {name for name, value in network.state_dict().items() if larger[name].shape != value.shape}
         if not head:
             log.warning(
                 "init_from: the classes of the checkpoint, %s, are not those of this run, %s, and no layer of the "
-                "model has their size: every layer is kept, the last one too", before, now,
+                "model has their size: every layer is loaded, the last one too", old_classes, classes,
             )  # fmt: skip
-    said = load_weights(network, Path(cfg.init_from), "network." if own else "", head)
-    log.info("init_from=%s: %s", cfg.init_from, said)
+    summary = load_weights(network, Path(cfg.init_from), "network." if has_network else "", head)
+    log.info("init_from=%s: %s", cfg.init_from, summary)
 
 
 def _check_launch(cfg: DictConfig) -> None:
-    """A sweep whose jobs start processes of their own would start the sweep again in each of them."""
+    """Check that the processes of a run share a folder, and that a sweep is not started again by each of them.
+
+    Raises:
+        CellMapValueError: torchrun gives no id for the folder, or ``ddp`` processes would repeat a sweep.
+    """
     if os.environ.get("TORCHELASTIC_RUN_ID") == "none" and cfg.run.name is None:
         raise CellMapValueError(
-            "torchrun starts several processes, which would make a folder each; give it with run.name=..., or start "
+            "torchrun starts several processes, which would create a folder each; give it with run.name=..., or start "
             "them with torchrun --standalone or --rdzv-id"
         )
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -213,5 +243,5 @@ def _check_launch(cfg: DictConfig) -> None:
     if sweeping and strategy.startswith("ddp") and not alone:
         raise CellMapValueError(
             f"-m with trainer.strategy={strategy} on {devices} devices: each process would start the whole sweep "
-            "again. Use trainer.strategy=ddp_spawn, or hydra/launcher=submitit_slurm, or one job per command"
+            "again; use trainer.strategy=ddp_spawn, or hydra/launcher=submitit_slurm, or one job per command"
         )

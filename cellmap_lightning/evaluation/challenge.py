@@ -1,4 +1,4 @@
-"""The lists of the CellMap Segmentation Challenge: which crops are predicted, with which classes, and their names."""
+"""Manifests and class lists of the CellMap Segmentation Challenge."""
 
 import csv
 from collections.abc import Sequence
@@ -12,19 +12,24 @@ from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, 
 from cellmap_lightning.geometry.lattice import Box, to_vector
 from cellmap_lightning.splits.manifests import Filter, ManifestRow, manifest_rows
 from cellmap_lightning.transforms.implied import read_table
+from cellmap_lightning.validation import did_you_mean
 
-#: Classes of which the challenge scores each object.
+#: Classes whose objects the challenge scores one by one; of the others it scores voxels.
 INSTANCE_CLASSES = ("nuc", "vim", "ves", "endo", "lyso", "ld", "perox", "mito", "np", "mt", "cell", "instance")
 
 
 @dataclass(frozen=True)
 class ChallengeCrop:
-    """A crop of a manifest.
+    """A crop of a manifest, with the voxels of each class.
 
     Attributes:
         dataset: name of the dataset.
         name: name of the crop.
         rows: its classes and their voxels.
+
+    Example:
+        >>> for crop in listed_crops("test_crop_manifest.csv"):
+        ...     print(crop.dataset, crop.name, crop.classes)
     """
 
     dataset: str
@@ -33,21 +38,21 @@ class ChallengeCrop:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes that are listed."""
+        """Names of the listed classes."""
         return tuple(row.name for row in self.rows)
 
     def box(self, margin: Sequence[float] = (0, 0, 0)) -> Box:
-        """Where it lies, all classes together, with so many nm around it."""
+        """Return the bounding box of all classes, with a margin in nm."""
         box = reduce(Box.union, (row.lattice.box for row in self.rows))
         return Box(to_vector(np.subtract(box.lower, margin)), to_vector(np.add(box.upper, margin)))
 
     def within(self, folder: str | Path) -> Path:
-        """Its prediction, ``<folder>/<dataset>.zarr/<crop>``."""
+        """Return the path of its prediction, ``<folder>/<dataset>.zarr/<crop>``."""
         return Path(folder) / f"{self.dataset}.zarr" / self.name
 
 
 def listed_crops(manifest: str | Path, crops: str | int | Sequence[str | int] = "test") -> list[ChallengeCrop]:
-    """The crops of a manifest, in its order.
+    """Return the crops of a manifest, in its order.
 
     Args:
         manifest: see `manifest_rows`.
@@ -59,17 +64,17 @@ def listed_crops(manifest: str | Path, crops: str | int | Sequence[str | int] = 
     rows: dict[tuple[str, str], list[ManifestRow]] = {}
     for row in manifest_rows(manifest):
         rows.setdefault((row.dataset, row.crop), []).append(row)
-    wanted = None if crops == "test" else [crops] if isinstance(crops, str | int) else list(crops)
-    kept = Filter(None, wanted).kept(list(rows))
-    return [ChallengeCrop(*key, tuple(rows[key])) for key, keep in zip(rows, kept, strict=True) if keep]
+    patterns = None if crops == "test" else [crops] if isinstance(crops, str | int) else list(crops)
+    selected = Filter(None, patterns).kept(list(rows))
+    return [ChallengeCrop(*key, tuple(rows[key])) for key, use in zip(rows, selected, strict=True) if use]
 
 
 def class_names(path: str | Path, group: str | None = None) -> list[str]:
-    """Names of classes from a file of the challenge.
+    """Read names of classes from a file of the challenge.
 
     Args:
         path: ``tested_classes.csv``, or a class table, whose first column has the names.
-        group: a class of the table; its parts then, ``included ids``, instead of all classes.
+        group: a class of the table, to return its parts (``included ids``) instead of all classes.
 
     Raises:
         CellMapFileNotFoundError: there is no such file.
@@ -79,7 +84,8 @@ def class_names(path: str | Path, group: str | None = None) -> list[str]:
     if group is not None:
         table = read_table(path)
         if group not in table:
-            raise CellMapKeyError(f"{path} has no class {group!r}; it has {', '.join(table)}")
+            hint = did_you_mean(group, table)
+            raise CellMapKeyError(f"{path} has no class {group!r}; it has {', '.join(table)}{hint}")
         return [name for name, atoms in table.items() if len(atoms) == 1 and atoms <= table[group]]
     try:
         rows = csv.reader(Path(path).read_text(encoding="utf-8-sig").splitlines())

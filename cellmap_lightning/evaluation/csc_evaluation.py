@@ -1,4 +1,4 @@
-"""The challenge's score of predictions, against annotated crops on this machine."""
+"""The challenge's score of predictions on annotated crops of this machine."""
 
 import csv
 import logging
@@ -23,16 +23,16 @@ from cellmap_lightning.evaluation.csc_score import (
     pooled,
     semantic_counts,
 )
-from cellmap_lightning.evaluation.evaluate import holds
-from cellmap_lightning.evaluation.matched import matched, stored_meaning
+from cellmap_lightning.evaluation.evaluate import annotated_classes, is_group
 from cellmap_lightning.evaluation.numbering import (
-    LeastVolume,
+    MinVolume,
     Numbering,
-    check_least_volume,
-    least_voxels,
+    check_min_volume,
+    min_voxels,
     numbering,
-    without_small,
+    remove_small,
 )
+from cellmap_lightning.evaluation.prediction_labels import prediction_labels, stored_meaning
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.label_values import read_labels
 from cellmap_lightning.io.meanings import ValuesSetting, check_values
@@ -44,13 +44,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Predicted:
-    """A prediction, and what it is compared with.
+    """A prediction and the crops to score it on; see ``docs/challenge.md``.
 
     Attributes:
         output: the prediction, with one group per class.
         crops: folder of the annotated crops, ``recon-1/labels/groundtruth``.
-        classes: the classes that count. One that a crop annotates and the prediction lacks counts as not submitted.
-        crop: name of the one crop that counts; None for all that lie in the prediction.
+        classes: classes to score. One that a crop annotates and the prediction lacks counts as not submitted.
+        crop: name of the only crop to score on; None for all that the prediction covers.
     """
 
     output: Path
@@ -61,12 +61,16 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Settings of a score, see `submit`, whose defaults they share."""
+    """Settings of a score with the defaults of `submit`, which describes them.
+
+    Example:
+        >>> evaluate_csc([Predicted(Path("pred.zarr"), crops, ("mito",))], Scoring(threshold=0.7))
+    """
 
     threshold: float = 0.5
     instance_classes: Sequence[str] = INSTANCE_CLASSES
     instances: str | Numbering | None = None
-    min_volume: LeastVolume = 0
+    min_volume: MinVolume = 0
     values: ValuesSetting = "auto"
     unknown: Unknown = "metadata"
 
@@ -74,20 +78,20 @@ class Scoring:
 def evaluate_csc(predictions: Sequence[Predicted], scoring: Scoring | None = None) -> ChallengeScore:
     """Return the challenge's score of predictions, with counts of each class summed over all crops.
 
-    Predictions are evaluated at the voxels of the annotation, as `submit` does. Voxels that are unannotated count as
-    background on both sides.
+    Predictions are resampled to the voxels of the annotation, as `submit` does. Unannotated voxels count as background
+    in both.
 
     Args:
-        predictions: what was predicted.
+        predictions: predictions and their crops.
         scoring: settings.
 
     Raises:
-        CellMapKeyError: no crop lies in a prediction and annotates any of the classes.
+        CellMapKeyError: no prediction covers a crop that annotates any of the classes.
         CellMapError: a prediction or an annotation cannot be read.
     """
     scoring = scoring or Scoring()
-    check_values(scoring.values), check_least_volume(scoring.min_volume)
-    rows = [row for prediction in predictions for row in _counted(prediction, scoring)]
+    check_values(scoring.values), check_min_volume(scoring.min_volume)
+    rows = [row for prediction in predictions for row in _counts(prediction, scoring)]
     if not rows:
         listed = ", ".join(str(p.output) for p in predictions)
         raise CellMapKeyError(
@@ -97,45 +101,34 @@ def evaluate_csc(predictions: Sequence[Predicted], scoring: Scoring | None = Non
     return pooled(rows, scoring.instance_classes)
 
 
-def _counted(prediction: Predicted, scoring: Scoring) -> Iterator[CropCounts]:
-    outside = set()
-    for crop in sorted(p for p in prediction.crops.glob(prediction.crop or "*") if p.is_dir()):
-        for name in prediction.classes:
-            if not _is_group(crop / name):
-                continue
-            group = prediction.output / name
-            if _is_group(group) and not holds(
-                read_multiscale(group).finest.lattice, read_multiscale(crop / name).finest.lattice
-            ):
-                outside.add(crop.name)
-                continue
-            yield _of_class(group, crop, name, scoring)
-    if outside:
-        log.info("not evaluated, since the prediction does not hold them whole: %s", ", ".join(sorted(outside)))
+def _counts(prediction: Predicted, scoring: Scoring) -> Iterator[CropCounts]:
+    """Yield the counts of every class in every crop that a prediction covers."""
+    pattern = prediction.crop or "*"
+    for crop, name in annotated_classes(prediction.output, prediction.crops, prediction.classes, pattern):
+        yield _class_counts(prediction.output / name, crop, name, scoring)
 
 
-def _is_group(path: Path) -> bool:
-    return any((path / file).is_file() for file in (".zattrs", "zarr.json"))
-
-
-def _of_class(group: Path, crop: Path, name: str, scoring: Scoring) -> CropCounts:
+def _class_counts(group: Path, crop: Path, name: str, scoring: Scoring) -> CropCounts:
+    """Return the counts of one class in one crop."""
     truth, known = _annotated(crop, name, scoring.unknown)
     numbered = name in scoring.instance_classes
-    if not _is_group(group):
+    if not is_group(group):
         return CropCounts(crop.name, name, missing_counts(truth, numbered), "missing")
     lattice = read_multiscale(crop / name).finest.lattice
     row = ManifestRow(crop.parent.name, crop.name, name, lattice)
+    # The prediction is handled exactly as in a submission.
     number = numbering(scoring.instances) if numbered else None
-    labels = matched(row, group, scoring.threshold, number, stored_meaning(row, group, scoring.values))
+    labels = prediction_labels(row, group, scoring.threshold, number, stored_meaning(row, group, scoring.values))
+    # The annotation has 0 in unannotated voxels; the prediction is set to 0 there as well.
     if known is not None:
         labels = np.where(known, labels, 0)
     if not numbered:
         return CropCounts(crop.name, name, semantic_counts(labels, truth))
-    labels = without_small(labels, least_voxels(scoring.min_volume, name, float(np.prod(lattice.step))))
+    labels = remove_small(labels, min_voxels(scoring.min_volume, name, float(np.prod(lattice.step))))
     counts = instance_counts(labels, truth, lattice.step)
     if counts is None:
         log.warning(
-            "%s/%s: too many predicted objects or overlaps: the challenge leaves the crop out of this class",
+            "%s/%s: too many predicted objects or overlaps; the challenge skips the crop for this class",
             crop.name, name,
         )  # fmt: skip
         return CropCounts(crop.name, name, Counts(), "skipped")
@@ -143,7 +136,7 @@ def _of_class(group: Path, crop: Path, name: str, scoring: Scoring) -> CropCount
 
 
 def _annotated(crop: Path, name: str, unknown: Unknown) -> tuple[Labels, Labels | None]:
-    """Return the ids of a crop, 0 where it is unannotated, and which voxels are annotated; None for all."""
+    """Return the ids of a crop, 0 where it is unannotated, and the mask of annotated voxels; None for all."""
     image = read_multiscale(crop / name)
     level = image.finest
     encoding = LabelEncodings(crop.name, unknown).of(name, image, level)
@@ -163,15 +156,15 @@ def write_csc_csv(score: ChallengeScore, path: Path) -> None:
         writer.writerow(["class", "crop", "status", "tp", "fp", "fn", "f1", "boundary", "score"])
         for name in ("overall", "instance", "semantic"):
             writer.writerow([name, "", "", "", "", "", "", "", f"{getattr(score, name):.6f}"])
-        for one in score.classes:
-            parts = ["" if math.isnan(v) else f"{v:.6f}" for v in (one.f1, one.boundary, one.score)]
-            writer.writerow([one.name, "all", "", one.counts.tp, one.counts.fp, one.counts.fn, *parts])
+        for c in score.classes:
+            parts = ["" if math.isnan(v) else f"{v:.6f}" for v in (c.f1, c.boundary, c.score)]
+            writer.writerow([c.name, "all", "", c.counts.tp, c.counts.fp, c.counts.fn, *parts])
         for row in score.crops:
             writer.writerow([row.name, row.crop, row.status, row.counts.tp, row.counts.fp, row.counts.fn, "", "", ""])
 
 
 def csc_table(score: ChallengeScore) -> str:
-    """Return the score as a table."""
+    """Return the score as a table in text."""
     width = max(8, *(len(c.name) for c in score.classes)) + 2
     head = ("crops", "tp", "fp", "fn", "f1", "boundary", "score")
     lines = ["class".ljust(width) + "".join(f"{h:>12}" for h in head)]
@@ -181,10 +174,9 @@ def csc_table(score: ChallengeScore) -> str:
         lines.append(c.name.ljust(width) + "".join(f"{v:>12}" for v in (*numbers, *parts)))
     means: Mapping[str, float] = {"instance": score.instance, "semantic": score.semantic, "overall": score.overall}
     lines += [name.ljust(width) + f"{value:>{12 * len(head)}.4f}" for name, value in means.items()]
-    missing = [f"{row.crop}/{row.name}" for row in score.crops if row.status == "missing"]
-    skipped = [f"{row.crop}/{row.name}" for row in score.crops if row.status == "skipped"]
-    if missing:
-        lines.append(f"not predicted, which counts as missed: {', '.join(missing)}")
-    if skipped:
-        lines.append(f"too many objects, left out of the class: {', '.join(skipped)}")
+    notes = {"missing": "not predicted, which counts as missed", "skipped": "too many objects, skipped for the class"}
+    for status, note in notes.items():
+        rows = [f"{row.crop}/{row.name}" for row in score.crops if row.status == status]
+        if rows:
+            lines.append(f"{note}: {', '.join(rows)}")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""How good a prediction that was written is, over the voxels that somebody annotated."""
+"""Voxel scores of a written prediction over annotated voxels: Dice, IoU, precision and recall of each crop."""
 
 import csv
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,21 +22,25 @@ from cellmap_lightning.loading.dataloader import CellMapDataLoader
 log = logging.getLogger(__name__)
 
 METRICS = ("dice", "iou", "precision", "recall")
-#: Voxels of the patches that are compared at a time.
+#: Shape of the blocks that are compared at a time, voxels.
 _PATCH = (64, 64, 64)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One class in one crop, in voxels of the prediction.
+    """Voxel counts of one class in one crop, at the voxel size of the prediction.
 
     Attributes:
         crop: name of the crop.
         name: name of the class.
-        known: voxels that are annotated.
-        tp: those where both say that the class is there.
-        fp: those where only the prediction does.
-        fn: those where only the annotation does.
+        known: annotated voxels.
+        tp: true positives.
+        fp: false positives.
+        fn: false negatives.
+
+    Example:
+        >>> Score("crop1", "mito", known=100, tp=30, fp=10, fn=10).dice
+        0.75
     """
 
     crop: str
@@ -48,7 +52,7 @@ class Score:
 
     @property
     def dice(self) -> float:
-        """2 tp / (2 tp + fp + fn); NaN where the class is nowhere, as for those that follow."""
+        """2 tp / (2 tp + fp + fn); NaN where the class occurs in neither, likewise for the other scores."""
         return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
 
     @property
@@ -58,12 +62,12 @@ class Score:
 
     @property
     def precision(self) -> float:
-        """Part of what was predicted that is there, tp / (tp + fp)."""
+        """Fraction of the predicted voxels that are positive, tp / (tp + fp)."""
         return _ratio(self.tp, self.tp + self.fp)
 
     @property
     def recall(self) -> float:
-        """Part of what is there that was predicted, tp / (tp + fn)."""
+        """Fraction of the positive voxels that are predicted, tp / (tp + fn)."""
         return _ratio(self.tp, self.tp + self.fn)
 
 
@@ -79,33 +83,26 @@ def evaluate(
     unknown: Unknown = "metadata",
     values: ValuesSetting = "auto",
 ) -> list[Score]:
-    """Compare a prediction with every crop that it holds whole.
+    """Compute the scores of a prediction in every crop that it covers.
 
-    Annotations are read at the voxels of the prediction, as targets of a training at that scale would be; voxels that
-    are unknown, or lie outside the crop, do not count.
+    Annotations are resampled to the voxels of the prediction, like targets of a training at that voxel size.
+    Unannotated voxels and voxels outside the crop are ignored.
 
     Args:
         output: the prediction, with one group per class.
         crops: folder of the crops, ``recon-1/labels/groundtruth``.
         classes: names of the classes.
-        threshold: probability from which a voxel is of the class.
-        unknown: the code of unknown voxels where the metadata of annotations leave it open; see `CellMapDataset`.
-        values: what the stored values of the prediction mean, see `meaning_of`.
+        threshold: probability from which a voxel is positive.
+        unknown: the stored value of unannotated voxels, if the metadata do not define it; see `CellMapDataset`.
+        values: the meaning of the stored values of the prediction, see `meaning_of`.
 
     Raises:
-        CellMapKeyError: the prediction holds no crop that annotates any of the classes.
+        CellMapKeyError: the prediction covers no crop that annotates any of the classes.
     """
-    scores, outside = [], set()
-    for crop in sorted(p for p in crops.glob("*") if p.is_dir()):
-        for name in classes:
-            if not any((crop / name / file).is_file() for file in (".zattrs", "zarr.json")):
-                continue
-            if not holds(read_multiscale(output / name).finest.lattice, read_multiscale(crop / name).finest.lattice):
-                outside.add(crop.name)
-                continue
-            scores.append(_compare(output / name, crop, name, threshold, unknown, values))
-    if outside:
-        log.info("not evaluated, since the prediction does not hold them whole: %s", ", ".join(sorted(outside)))
+    scores = [
+        _compare(output / name, crop, name, threshold, unknown, values)
+        for crop, name in annotated_classes(output, crops, classes)
+    ]
     if not scores:
         raise CellMapKeyError(
             f"nothing to evaluate {output} with: no crop in {crops} lies in it and annotates any of {list(classes)}"
@@ -113,50 +110,82 @@ def evaluate(
     return scores
 
 
-def holds(found: Lattice, labels: Lattice) -> bool:
-    """Whether a crop lies in a prediction, but for half a voxel of that."""
-    slack = np.asarray(found.step) / 2
-    lower, upper = np.subtract(found.box.lower, slack), np.add(found.box.upper, slack)
-    return bool((labels.box.lower >= lower).all() and (labels.box.upper <= upper).all())
+def annotated_classes(
+    output: Path, crops: Path, classes: Sequence[str], pattern: str = "*"
+) -> Iterator[tuple[Path, str]]:
+    """Yield the annotated crops and classes that a prediction covers; those that it does not cover are logged.
+
+    Args:
+        output: the prediction, with one group per class; a class without a group is yielded.
+        crops: folder of the crops.
+        classes: names of the classes.
+        pattern: glob pattern of the names of crops.
+    """
+    outside = set()
+    for crop in sorted(p for p in crops.glob(pattern) if p.is_dir()):
+        for name in classes:
+            if not is_group(crop / name):
+                continue
+            labels = read_multiscale(crop / name).finest.lattice
+            if is_group(output / name) and not covers(read_multiscale(output / name).finest.lattice, labels):
+                outside.add(crop.name)
+            else:
+                yield crop, name
+    if outside:
+        log.info("not evaluated, since the prediction does not cover them: %s", ", ".join(sorted(outside)))
+
+
+def is_group(path: Path) -> bool:
+    """Return whether a folder is a Zarr group of either format."""
+    return any((path / file).is_file() for file in (".zattrs", "zarr.json"))
+
+
+def covers(prediction: Lattice, crop: Lattice) -> bool:
+    """Return whether a prediction covers a crop, up to half a voxel of the prediction."""
+    slack = np.asarray(prediction.step) / 2
+    lower, upper = np.subtract(prediction.box.lower, slack), np.add(prediction.box.upper, slack)
+    return bool((crop.box.lower >= lower).all() and (crop.box.upper <= upper).all())
 
 
 def _compare(group: Path, crop: Path, name: str, threshold: float, unknown: Unknown, values: ValuesSetting) -> Score:
+    """Count voxels block by block, with the prediction as the raw of a dataset at its voxel size."""
     image = read_multiscale(group)
     level, least = image.finest, meaning_of(image, f"{group}", values).least(threshold)
     window = {"shape": list(_PATCH), "scale": list(level.scale)}
     known = tp = fp = fn = 0
     with CellMapDataset(
-        str(group), f"{crop}/[{name}]", [name], {"found": window}, {"labels": window},
-        # Where nothing was predicted, no chunk is stored.
+        str(group), f"{crop}/[{name}]", [name], {"prediction": window}, {"labels": window},
+        # Empty chunks of a prediction are not stored.
         read=ReadOptions(pad=True, max_workers=1, cache="none", missing_raw="warn"),
         labels=LabelOptions(too_coarse="upsample", unknown=unknown),
         intensity=IntensityOptions(raw_value_transforms=None),
     ) as dataset:  # fmt: skip
+        # Where tiles overlap, the loader sets the labels of all but one to NaN, so that every voxel is counted once.
         for batch in CellMapDataLoader(dataset, is_train=False, rank=0, world=1):
             truth = batch["labels"]
-            there = batch["found"] >= least
+            predicted = batch["prediction"] >= least
             annotated = ~torch.isnan(truth)
             positive = truth == 1
             known += int(annotated.sum())
-            tp += int((there & positive).sum())
-            fp += int((there & annotated & ~positive).sum())
-            fn += int((~there & positive).sum())
+            tp += int((predicted & positive).sum())
+            fp += int((predicted & annotated & ~positive).sum())
+            fn += int((~predicted & positive).sum())
     return Score(crop.name, name, known, tp, fp, fn)
 
 
 def write_csv(scores: Sequence[Score], path: Path) -> None:
-    """One row per crop and class; what is not defined is left empty."""
+    """Write one row per crop and class; undefined scores are empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["crop", "class", "annotated_voxels", "tp", "fp", "fn", *METRICS])
         for score in scores:
             values = [getattr(score, metric) for metric in METRICS]
-            shown = ["" if math.isnan(v) else f"{v:.6f}" for v in values]
-            writer.writerow([score.crop, score.name, score.known, score.tp, score.fp, score.fn, *shown])
+            cells = ["" if math.isnan(v) else f"{v:.6f}" for v in values]
+            writer.writerow([score.crop, score.name, score.known, score.tp, score.fp, score.fn, *cells])
 
 
 def table(scores: Sequence[Score]) -> str:
-    """The same for people."""
+    """Return the scores as a table in text."""
     width = max(len(s.crop) for s in scores) + 2, max(5, *(len(s.name) for s in scores)) + 2
     lines = ["crop".ljust(width[0]) + "class".ljust(width[1]) + "".join(f"{m:>11}" for m in METRICS)]
     for score in scores:
@@ -166,7 +195,7 @@ def table(scores: Sequence[Score]) -> str:
 
 
 def draw(scores: Sequence[Score], path: Path) -> None:
-    """One panel per score, crops against classes, with the numbers.
+    """Draw one heat map per score, crops against classes, with the numbers.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

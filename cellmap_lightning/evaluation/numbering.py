@@ -1,4 +1,4 @@
-"""Objects as numbers: connected components, the user's own function, and the minimum size."""
+"""Numbering of objects: connected components or a user function, and the minimum volume of an object."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -12,12 +12,12 @@ from cellmap_lightning.errors import CellMapTypeError, CellMapValueError, Missin
 Labels = npt.NDArray[Any]
 #: From a boolean volume ``[z, y, x]`` to numbers of the same shape.
 Numbering = Callable[[Labels], Labels]
-#: Least volume of an object, nm³, of all classes or ``{class: nm³}`` with ``"*"`` for the others.
-LeastVolume = float | Mapping[str, float]
+#: Minimum volume of an object, nm³, for all classes or ``{class: nm³}`` with ``"*"`` for the others.
+MinVolume = float | Mapping[str, float]
 
 
 def components(present: Labels) -> Labels:
-    """Number connected components of voxels that share a face, an edge or a corner, as the challenge's scorer does.
+    """Number connected components of voxels with 26-connectivity (faces, edges, corners), as the challenge's scorer.
 
     Raises:
         MissingExtraError: scipy is not installed.
@@ -30,32 +30,32 @@ def components(present: Labels) -> Labels:
     return numbers
 
 
-def numbering(given: str | Numbering | None) -> Numbering:
+def numbering(function: str | Numbering | None) -> Numbering:
     """Return a function that numbers objects.
 
     Args:
-        given: the function, its name as ``package.module.function``, or None for `components`.
+        function: the function, its name as ``package.module.function``, or None for `components`.
 
     Raises:
         CellMapTypeError: there is no such function.
     """
-    if given is None:
+    if function is None:
         return components
-    if callable(given):
-        return given
-    module, _, name = given.rpartition(".")
+    if callable(function):
+        return function
+    module, _, name = function.rpartition(".")
     try:
-        found: Numbering = getattr(importlib.import_module(module), name)
+        imported: Numbering = getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError) as e:
-        raise CellMapTypeError(f"instances={given}: there is no such function ({e})") from None
-    return found
+        raise CellMapTypeError(f"instances={function}: there is no such function ({e})") from None
+    return imported
 
 
-def check_least_volume(value: Any) -> LeastVolume:
-    """Return the setting ``min_volume`` if it is one.
+def check_min_volume(value: Any) -> MinVolume:
+    """Return the setting ``min_volume`` as ``{class: nm³}``.
 
     Raises:
-        CellMapValueError: it is none.
+        CellMapValueError: a volume is not a finite number of at least 0.
     """
     volumes = dict(value) if isinstance(value, Mapping) else {"*": value}
     for name, volume in volumes.items():
@@ -66,22 +66,22 @@ def check_least_volume(value: Any) -> LeastVolume:
     return volumes
 
 
-def least_voxels(volume: LeastVolume, name: str, voxel: float) -> int:
-    """Return the least number of voxels of an object of a class.
+def min_voxels(volume: MinVolume, name: str, voxel: float) -> int:
+    """Return the minimum number of voxels of an object of a class.
 
     Args:
-        volume: see `LeastVolume`.
+        volume: see `MinVolume`.
         name: the class.
         voxel: volume of a voxel, nm³.
     """
-    least = volume.get(name, volume.get("*", 0)) if isinstance(volume, Mapping) else volume
-    return int(np.ceil(least / voxel - 1e-9))
+    minimum = volume.get(name, volume.get("*", 0)) if isinstance(volume, Mapping) else volume
+    return int(np.ceil(minimum / voxel - 1e-9))  # 8 voxels of 64 nm³ are 512 nm³ in spite of rounding
 
 
-def without_small(numbers: Labels, least: int) -> Labels:
-    """Return numbers without those of fewer voxels; the others keep theirs."""
-    if least <= 1 or not numbers.size:
+def remove_small(numbers: Labels, minimum: int) -> Labels:
+    """Return numbers with 0 for objects of fewer than ``minimum`` voxels; the others keep their numbers."""
+    if minimum <= 1 or not numbers.size:
         return numbers
-    found, inverse, counts = np.unique(numbers, return_inverse=True, return_counts=True)
-    kept = np.where(counts >= least, found, 0).astype(numbers.dtype)
-    return kept[inverse].reshape(numbers.shape)
+    ids, inverse, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    large = np.where(counts >= minimum, ids, 0).astype(numbers.dtype)
+    return large[inverse].reshape(numbers.shape)

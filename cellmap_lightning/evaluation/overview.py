@@ -1,7 +1,7 @@
-"""A picture of a prediction: the whole of it, and places where it can be judged voxel by voxel.
+"""Picture of a prediction: an overview of the whole, and places at full resolution.
 
-Everything is read by its place in nm, from each volume's own metadata, so that a shift between raw, annotations and
-prediction would be seen. What is read is bounded, however large the volume.
+Raw, annotations and prediction are read by position in nm, each by its metadata, so that a shift between them is
+visible. The amount of data that is read is bounded, however large the volume is.
 """
 
 import logging
@@ -18,37 +18,38 @@ import numpy.typing as npt
 from cellmap_lightning.crops.image import CellMapImage, choose_level
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
-from cellmap_lightning.evaluation.evaluate import holds
+from cellmap_lightning.evaluation.evaluate import covers, is_group
 from cellmap_lightning.geometry.lattice import AXES, LATTICE_TOLERANCE, FloatArray, Lattice, Shape
 from cellmap_lightning.io.meanings import meaning_of
 from cellmap_lightning.io.ngff import Overrides, read_multiscale
+from cellmap_lightning.training.report import class_rank
 from cellmap_lightning.visualization.figures.sheet import SheetSample, contact_sheet
 
 log = logging.getLogger(__name__)
 
 Masks = npt.NDArray[np.bool_]
 
-#: Voxels of a place along z, y and x at most: an xy slice is shown in 320 pixels.
+#: Maximum shape of a place, voxels: an xy slice is drawn on 320 pixels.
 _PLACE = (48, 192, 192)
-#: Places that are shown.
+#: Number of places in the picture.
 _PLACES = 3
-#: Tiles of a crop that are looked at to find the one worth showing.
-_LOOKS = 8
-#: Parts of a prediction along an axis, at most, of which the fullest are shown.
+#: Tiles of a crop that are read to find the one with the most classes.
+_CANDIDATES = 8
+#: Maximum number of cells along an axis, among which the densest ones are drawn.
 _CELLS = 16
-#: Voxels of the whole, of all classes together; of raw, those of the level that it is read from.
+#: Maximum voxels of the overview, of all classes together, and of the level of raw that it is read from.
 _WHOLE, _RAW = 2**25, 2**27
 
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """What one row shows.
+    """The content of one row.
 
     Attributes:
-        name: where it is, for people.
-        patch: its voxels; where they begin does not count.
+        name: name of the crop or place, for the header.
+        patch: shape and voxel size; the origin is ignored.
         center: centre, nm.
-        target: what is annotated there, ``[C, z, y, x]``, or None.
+        target: the annotation, ``[C, z, y, x]``, or None.
     """
 
     name: str
@@ -66,16 +67,16 @@ def draw_prediction(
     threshold: float = 0.5,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Draw raw with the outlines of what was predicted, and of what was annotated where a crop lies in it.
+    """Draw raw with the outlines of the prediction, and of the annotation where the prediction covers a crop.
 
     Args:
         output: the prediction, with one group per class.
         raw: the raw multiscale group.
         classes: names of the classes.
-        path: the picture, as for `contact_sheet`.
+        path: the file, as for `contact_sheet`.
         crops: folder of the crops, ``recon-1/labels/groundtruth``.
-        threshold: probability from which a voxel is of the class.
-        metadata: what replaces the metadata of raw; keyword arguments of `Overrides.parse`.
+        threshold: probability from which a voxel is positive.
+        metadata: replacements of the metadata of raw; keyword arguments of `Overrides.parse`.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -92,34 +93,35 @@ def samples_of(
     threshold: float = 0.5,
     metadata: Mapping[str, Any] | None = None,
 ) -> list[SheetSample]:
-    """What `draw_prediction` draws; the arguments are the same.
+    """Return the rows of `draw_prediction`; the arguments are the same.
 
-    The first is all that was predicted, at a level of the pyramid that is small enough; it is left out where a single
-    place shows it all, and where raw has no such level. The others are places at full resolution: in crops that
-    annotate one of the classes, else where most was predicted.
+    The first row is the whole prediction, at a level of the pyramid that is small enough. It is left out if a single
+    place contains the whole prediction, or if raw has no such level. The others are places at full resolution: in
+    crops that annotate one of the classes, else where most was predicted.
     """
+    metadata = metadata or {}
     image = read_multiscale(str(output / classes[0]))
     lattice = image.finest.lattice
     z, y, x = (min(n, m) for n, m in zip(lattice.shape, _PLACE, strict=True))
     shape: Shape = (z, y, x)
-    small = [level for level in image.levels if math.prod(level.lattice.shape) * len(classes) <= _WHOLE]
-    whole = small[0].lattice if small else None
     samples: list[SheetSample] = []
     masks: Masks | None = None
-    if whole is not None:
+    affordable = [level for level in image.levels if math.prod(level.lattice.shape) * len(classes) <= _WHOLE]
+    if affordable:
+        whole = affordable[0].lattice
         masks = _masks(output, classes, whole, whole.box.center, threshold)
-        if shape != lattice.shape and _affordable(raw, whole, metadata or {}):
-            samples.append(_sample(raw, whole, whole.box.center, masks, None, "all that was predicted", metadata or {}))
-    places = list(islice(_annotated(output, classes, lattice, shape, crops), _PLACES))
+        if shape != lattice.shape and _raw_is_affordable(raw, whole, metadata):
+            samples.append(_sample(raw, whole, whole.box.center, masks, None, "whole prediction", metadata))
+    places = list(islice(_annotated_places(output, classes, lattice, shape, crops), _PLACES))
     if not places:
         patch = Lattice(lattice.origin, lattice.step, shape)
-        centers = _fullest(masks, lattice, shape)
+        centers = _densest_places(masks, lattice, shape)
         places = [_Place(f"place {number}", patch, center) for number, center in enumerate(centers, 1)]
     for place in places:
-        found = _masks(output, classes, place.patch, place.center, threshold)
-        where = ", ".join(f"{a} {v:.0f}" for a, v in zip(AXES, place.center, strict=True))
-        header = f"{place.name}, centre {where} nm"
-        samples.append(_sample(raw, place.patch, place.center, found, place.target, header, metadata or {}))
+        place_masks = _masks(output, classes, place.patch, place.center, threshold)
+        position = ", ".join(f"{axis} {value:.0f}" for axis, value in zip(AXES, place.center, strict=True))
+        header = f"{place.name}, centre {position} nm"
+        samples.append(_sample(raw, place.patch, place.center, place_masks, place.target, header, metadata))
     return samples
 
 
@@ -132,6 +134,7 @@ def _sample(
     header: str,
     metadata: Mapping[str, Any],
 ) -> SheetSample:
+    """Return a row with raw, read at the voxels of the patch."""
     values = CellMapImage(
         raw, "raw", patch.step, patch.shape, pad=True, pad_value=0, interpolation="linear", **metadata
     )
@@ -145,77 +148,76 @@ def _read(image: CellMapImage, center: FloatArray) -> npt.NDArray[np.float32]:
 
 
 def _masks(output: Path, classes: Sequence[str], patch: Lattice, center: FloatArray, threshold: float) -> Masks:
-    """Where each class was predicted, ``[C, z, y, x]``."""
-    found = np.empty((len(classes), *patch.shape), bool)
-    for name, mask in zip(classes, found, strict=True):
+    """Return the mask of each predicted class, ``[C, z, y, x]``."""
+    masks = np.empty((len(classes), *patch.shape), bool)
+    for name, mask in zip(classes, masks, strict=True):
         image = CellMapImage(str(output / name), name, patch.step, patch.shape, pad=True, pad_value=0)
         mask[:] = _read(image, center) >= meaning_of(image.image, name).least(threshold)
-    return found
+    return masks
 
 
-def _affordable(raw: str, whole: Lattice, metadata: Mapping[str, Any]) -> bool:
-    """Whether raw has a level from which the whole can be drawn without reading a large part of the disk."""
+def _raw_is_affordable(raw: str, whole: Lattice, metadata: Mapping[str, Any]) -> bool:
+    """Return whether raw has a level that is coarse enough to read the whole of it for the overview."""
     level = choose_level(read_multiscale(raw, Overrides.parse(**metadata)), whole.step, "raw")
     voxels = math.prod(whole.box.extent / level.lattice.step)
     if voxels > _RAW:
-        log.info("%s has no level as coarse as that of the overview, which is left out", raw)
+        log.info("%s has no level that is coarse enough for the overview, which is left out", raw)
     return voxels <= _RAW
 
 
-def _annotated(
+def _annotated_places(
     output: Path, classes: Sequence[str], lattice: Lattice, most: Shape, crops: Path | None
 ) -> Iterator[_Place]:
-    """Of each crop that lies in the prediction, the place where most is annotated."""
-    for crop in sorted(p for p in crops.glob("*") if p.is_dir()) if crops is not None and crops.is_dir() else ():
-        there = [n for n in classes if any((crop / n / file).is_file() for file in (".zattrs", "zarr.json"))]
-        labels = [read_multiscale(str(crop / name)).finest.lattice for name in there]
-        if not labels or not all(holds(lattice, one) for one in labels):
+    """Yield the place with the most annotated classes of each crop that the prediction covers."""
+    if crops is None or not crops.is_dir():
+        return
+    for crop in sorted(p for p in crops.glob("*") if p.is_dir()):
+        annotated = [name for name in classes if is_group(crop / name)]
+        labels = [read_multiscale(str(crop / name)).finest.lattice for name in annotated]
+        if not labels or not all(covers(lattice, one) for one in labels):
             continue
         room = np.floor(np.min([one.box.extent for one in labels], axis=0) / lattice.step + LATTICE_TOLERANCE)
         z, y, x = np.clip(room, 1, most).astype(int).tolist()
         patch = Lattice(lattice.origin, lattice.step, (z, y, x))
         window = {"shape": list(patch.shape), "scale": list(patch.step)}
         with CellMapDataset(
-            str(output / classes[0]), f"{crop}/[{','.join(there)}]", list(classes), {"found": window},
+            str(output / classes[0]), f"{crop}/[{','.join(annotated)}]", list(classes), {"prediction": window},
             {"labels": window},
             read=ReadOptions(pad=True, cache="none", missing_raw="warn"),
             labels=LabelOptions(too_coarse="upsample"), intensity=IntensityOptions(raw_value_transforms=None),
         ) as dataset:  # fmt: skip
             ranked = []
-            for number in range(0, dataset.tile_count, max(1, dataset.tile_count // _LOOKS)):
+            for number in range(0, dataset.tile_count, max(1, dataset.tile_count // _CANDIDATES)):
                 position = dataset.tile(number)
-                shares = (dataset[position]["labels"] == 1).flatten(1).float().mean(1)
-                ranked.append((int((shares > 0.005).sum()), float(shares.clamp(max=0.1).sum()), position))
-            best = max(ranked)[2]
+                ranked.append((class_rank((dataset[position]["labels"] == 1).numpy()), position))
+            best = max(ranked)[1]
             target = dataset[best]["labels"].numpy().reshape(len(classes), *patch.shape)
             center = dataset.get_center(best)
         yield _Place(crop.name, patch, np.array([center[axis] for axis in AXES]), target)
 
 
-def _fullest(masks: Masks | None, lattice: Lattice, shape: Shape) -> list[FloatArray]:
-    """Centres of places, on the voxels of the prediction, in which most classes and most voxels were predicted.
+def _densest_places(masks: Masks | None, lattice: Lattice, shape: Shape) -> list[FloatArray]:
+    """Return centres of the places with the most predicted classes and voxels, on voxels of the prediction.
 
     Args:
-        masks: where each class was predicted, at any resolution; None for the middle alone.
+        masks: mask of each class over the whole prediction, at any resolution; None for its centre alone.
         lattice: the voxels of the prediction.
-        shape: voxels of a place.
+        shape: shape of a place, voxels.
     """
-    middle = (
-        np.asarray(lattice.box.lower) + (np.subtract(lattice.shape, shape) // 2 + np.divide(shape, 2)) * lattice.step
-    )
+    lower, half = np.asarray(lattice.box.lower), np.divide(shape, 2)
     if masks is None:
-        return [middle]
+        return [lower + (np.subtract(lattice.shape, shape) // 2 + half) * lattice.step]
+    # The prediction is divided into a grid of cells of about the shape of a place, which are ranked.
     cells = np.floor_divide(lattice.shape, shape).clip(1, _CELLS)
-    ranked: list[tuple[int, float, tuple[int, ...]]] = []
+    ranked: list[tuple[tuple[int, float], tuple[int, ...]]] = []
     for cell in np.ndindex(*cells.tolist()):
         ends = [np.floor(np.multiply(np.add(cell, n), masks.shape[1:]) / cells).astype(int) for n in (0, 1)]
         part = masks[:, *(slice(a, max(a + 1, b)) for a, b in zip(*ends, strict=True))]
-        shares = part.reshape(len(masks), -1).mean(1)
-        ranked.append((int((shares > 0.005).sum()), float(shares.clip(max=0.1).sum()), cell))
-    ranked.sort(key=lambda row: row[:2], reverse=True)
-    found = []
-    for _, _, cell in ranked[:_PLACES]:
-        start = (np.add(cell, 0.5) / cells * lattice.shape - np.divide(shape, 2)).round()
+        ranked.append((class_rank(part), cell))
+    ranked.sort(key=lambda row: row[0], reverse=True)
+    centers = []
+    for _, cell in ranked[:_PLACES]:
+        start = (np.add(cell, 0.5) / cells * lattice.shape - half).round()
         start = start.clip(0, np.subtract(lattice.shape, shape))
-        found.append(np.asarray(lattice.box.lower) + (start + np.divide(shape, 2)) * lattice.step)
-    return found
+        centers.append(lower + (start + half) * lattice.step)
+    return centers

@@ -1,1 +1,1 @@
-"""Example tasks, losses, networks, and what a training run leaves behind."""
+"""Example tasks, losses, networks, and the results of a training run."""

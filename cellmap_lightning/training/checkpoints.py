@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, or begins with."""
+"""Checkpoints to resume a run from, or to initialize its weights with."""
 
 import logging
 from collections.abc import Collection
@@ -14,6 +14,7 @@ from cellmap_lightning.checkpointing.data_match import Purpose, check_data, chec
 from cellmap_lightning.datamodule import CellMapDataModule
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.training.restorable import RestorableTask
+from cellmap_lightning.validation import first_few
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +22,15 @@ _HOOKS = (L.LightningModule.on_load_checkpoint, RestorableTask.on_load_checkpoin
 
 
 @dataclass(frozen=True, order=True)
-class Saved:
-    """A checkpoint from which training can continue; the newest one is the largest.
+class SavedCheckpoint:
+    """A checkpoint from which training can resume, ordered by age: the newest one is the largest.
+
+    ``docs/runs.md`` describes how a run is resumed.
 
     Attributes:
         start: number of the start of the run that saved it; see `CheckpointConfig`.
-        step: optimizer steps that were done.
-        time: modification time of the file, ns; for those of one step.
+        step: finished optimizer steps.
+        time: modification time of the file, ns, to compare checkpoints of one step.
         path: the file.
     """
 
@@ -37,60 +40,65 @@ class Saved:
     path: Path
 
 
-def saved_checkpoints(folder: Path) -> list[Saved]:
+def saved_checkpoints(folder: Path) -> list[SavedCheckpoint]:
     """Return the checkpoints below a run's folder from which training can continue, the newest one last.
 
-    A file that cannot be read, such as one whose job was killed while it was written, is left out, which is logged.
+    A file that cannot be read, such as one whose job was killed while it was written, is skipped with a warning.
     """
-    found = []
+    checkpoints = []
     for path in folder.rglob("*.ckpt"):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # weights stay on disk
         except Exception as error:  # torch raises what its readers raise
-            log.warning("%s cannot be read and is passed over (%s)", path, str(error).splitlines()[0])
+            log.warning("%s cannot be read and is skipped (%s)", path, str(error).splitlines()[0])
             continue
         if isinstance(content, dict) and {"state_dict", "loops", "optimizer_states"} <= set(content):
             start, step = content.get(START_KEY, 0), content.get("global_step", 0)
-            found.append(Saved(int(start), int(step), path.stat().st_mtime_ns, path))
+            checkpoints.append(SavedCheckpoint(int(start), int(step), path.stat().st_mtime_ns, path))
         else:
-            log.info("%s holds weights alone, which are not enough to resume training", path)
-    return sorted(found)
+            log.info("%s holds only weights, which are not enough to resume training", path)
+    return sorted(checkpoints)
 
 
-def load_weights(module: torch.nn.Module, path: Path, prefix: str = "", anew: Collection[str] = ()) -> str:
-    """Begin with the weights of a checkpoint, as far as they fit.
+def load_weights(module: torch.nn.Module, path: Path, prefix: str = "", skip: Collection[str] = ()) -> str:
+    """Load the weights of a checkpoint whose names and shapes fit a module.
 
     Args:
-        module: what gets them.
+        module: the module, which is changed.
         path: the checkpoint; nothing but tensors and plain values is read from it.
-        prefix: where the module stands in the checkpoint, such as ``network.``.
-        anew: names of weights that are not loaded.
+        prefix: prefix of the module's weights in the checkpoint, such as ``network.``.
+        skip: names of weights that are not loaded, since their size depends on the classes.
 
     Returns:
-        In a few lines, what was loaded, and what begins anew and why.
+        A report of the loaded, initialized and unused weights, one line per weight.
 
     Raises:
         CellMapFileNotFoundError: there is no such checkpoint.
-        CellMapValueError: it cannot be read, or nothing in it fits.
+        CellMapValueError: it cannot be read, or none of its weights fits.
     """
-    saved = _content(path).get("state_dict", {})
-    there = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
-    own = module.state_dict()
-    fits = {n: v for n, v in there.items() if n in own and v.shape == own[n].shape and n not in anew}
+    checkpoint = read_checkpoint(path, "init_from").get("state_dict", {})
+    saved = {name.removeprefix(prefix): value for name, value in checkpoint.items() if name.startswith(prefix)}
+    weights = module.state_dict()
+    # Not strict=False alone: load_state_dict raises for other shapes.
+    fits = {
+        name: value
+        for name, value in saved.items()
+        if name in weights and value.shape == weights[name].shape and name not in skip
+    }
     if not fits:
         raise CellMapValueError(
-            f"init_from={path}: none of its {len(there)} weights fits the {len(own)} of the model; their names begin "
-            f"with {', '.join(list(there)[:3]) or 'nothing'}, those of the model with {', '.join(list(own)[:3])}"
+            f"init_from={path}: none of its {len(saved)} weights fits the {len(weights)} of the model; their names "
+            f"begin with {first_few(list(saved)) or 'nothing'}, those of the model with {first_few(list(weights))}"
         )
-    lines = [f"{len(fits)} of the {len(own)} weights of the model are loaded"]
-    for name, value in own.items():
-        if name in anew:
-            lines.append(f"  {name} begins anew, since its size is that of the classes")
-        elif name not in there:
-            lines.append(f"  {name} begins anew, since the checkpoint does not have it")
+    lines = [f"{len(fits)} of the {len(weights)} weights of the model are loaded"]
+    for name, value in weights.items():
+        if name in skip:
+            lines.append(f"  {name} is initialized: its size depends on the classes")
+        elif name not in saved:
+            lines.append(f"  {name} is initialized: it is not in the checkpoint")
         elif name not in fits:
-            lines.append(f"  {name} begins anew: {list(there[name].shape)} there, {list(value.shape)} here")
-    unused = [name for name in there if name not in own]
+            lines.append(f"  {name} is initialized: {list(saved[name].shape)} saved, {list(value.shape)} needed")
+    unused = [name for name in saved if name not in weights]
     if unused:
         lines.append(f"  not used: {', '.join(unused)}")
     module.load_state_dict(fits, strict=False)
@@ -104,20 +112,20 @@ def check_checkpoint(path: Path, data: Any, task: Any, purpose: Purpose, setting
         path: the checkpoint; nothing but tensors and plain values is read from it.
         data: the data module.
         task: the module that gets the weights.
-        purpose: why it is loaded.
+        purpose: what it is loaded for.
         setting: the setting that names it, for messages.
 
     Returns:
-        The classes that it was trained with; none where it does not record them.
+        The classes of its training; an empty list where it does not record them.
 
     Raises:
         CellMapFileNotFoundError: there is no such checkpoint.
         CellMapValueError: it cannot be read, or was trained with other data or another network; see `check_data`.
     """
-    content, where = _content(path, setting), f"{setting}={path}"
+    content, where = read_checkpoint(path, setting), f"{setting}={path}"
     saved = recorded(content)
     if saved is None:
-        log.info("%s: the data that it was trained with are not recorded, and not compared", where)
+        log.info("%s: the data of its training are not recorded, and not compared", where)
     elif isinstance(data, CellMapDataModule):
         for warning in check_data(saved, data_record(data), purpose, where, command=True):
             if purpose == "begin":  # otherwise the data module warns when its state is loaded
@@ -127,17 +135,40 @@ def check_checkpoint(path: Path, data: Any, task: Any, purpose: Purpose, setting
     return list((saved or {}).get("classes") or [])
 
 
-def _content(path: Path, setting: str = "init_from") -> dict[str, Any]:
-    if not path.is_file():
-        there = ", ".join(map(str, sorted(path.parent.glob("*.ckpt")))) or "none"
-        raise CellMapFileNotFoundError(
-            f"{setting}={path}: there is no such checkpoint; name another with {setting}=...; "
-            f"checkpoints beside it: {there}"
-        )
+def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
+    """Read a checkpoint of Lightning; nothing but tensors and plain values.
+
+    Args:
+        path: the checkpoint.
+        setting: the setting that names it, for messages.
+
+    Raises:
+        CellMapFileNotFoundError: there is no such checkpoint.
+        CellMapValueError: it cannot be read without running code from it, or is not a checkpoint.
+    """
+    check_exists(path, setting)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises what its readers raise
         raise CellMapValueError(f"{setting}={path} cannot be read: {str(e).splitlines()[0]}") from e
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CellMapValueError(f"{setting}={path} is no checkpoint of Lightning: it has no 'state_dict'")
-    return content
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CellMapValueError(f"{setting}={path} is not a checkpoint of Lightning: it has no 'state_dict'")
+    return checkpoint
+
+
+def check_exists(path: Path, setting: str, hint: str = "") -> None:
+    """Check that a checkpoint exists.
+
+    Args:
+        path: the checkpoint.
+        setting: the setting that names it, for the message.
+        hint: end of the message.
+
+    Raises:
+        CellMapFileNotFoundError: it does not; the message lists the checkpoints beside it.
+    """
+    if not path.is_file():
+        others = ", ".join(map(str, sorted(path.parent.glob("*.ckpt")))) or "none"
+        raise CellMapFileNotFoundError(
+            f"{setting}={path}: there is no such checkpoint; checkpoints beside it: {others}{hint}"
+        )

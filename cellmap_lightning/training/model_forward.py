@@ -1,4 +1,4 @@
-"""Class probabilities of any LightningModule, for pictures: at its precision, from whatever its forward takes."""
+"""Class probabilities of any LightningModule, for pictures: at its precision, with either signature of forward."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from cellmap_lightning.training.masked import probabilities
 
 
 def precision_of(module: L.LightningModule) -> Precision:
-    """Return the precision plugin of the module's Trainer; a plain one where the module has no Trainer."""
+    """Return the precision plugin of the module's Trainer; full precision where the module has no Trainer."""
     trainer: Any = getattr(module, "_trainer", None)
     return trainer.precision_plugin if trainer is not None else Precision()
 
@@ -43,22 +43,23 @@ def class_probabilities(
         ``[N, C, ...]``, float32.
 
     Raises:
-        CellMapTypeError: the module has no forward, or its outputs are no logits of these classes and voxels.
-        Exception: whatever the module's forward raises.
+        CellMapTypeError: the module has no forward, or none of its outputs has a channel per class and these voxels.
+        Exception: any error of the module's forward.
     """
     if type(module).forward in (torch.nn.Module.forward, L.LightningModule.forward):
         raise CellMapTypeError(f"{type(module).__name__} has no forward")
-    there = {name: value.to(module.device) for name, value in batch.items()}
-    there = precision_of(module).convert_input(there)
+    moved = {name: value.to(module.device) for name, value in batch.items()}
+    moved = precision_of(module).convert_input(moved)
     with inference_at_precision(module):
+        # There is no convention of Lightning for forward: it may take the inputs or the batch.
         try:
-            outputs = module(*(there[name] for name in names))
+            outputs = module(*(moved[name] for name in names))
         except Exception as error:
             try:
-                outputs = module(there)
+                outputs = module(moved)
             except Exception:
-                raise error from None
-    raw = there[names[0]]
+                raise error from None  # the first call is the more likely signature
+    raw = moved[names[0]]
     for logits in _tensors(outputs):
         if (
             logits.is_floating_point()
@@ -67,15 +68,15 @@ def class_probabilities(
             and logits.shape[1] in (classes, classes + 1)
         ):
             return probabilities(logits.to(torch.float32), classes)
-    shapes = [list(t.shape) for t in _tensors(outputs)]
-    got = ", ".join(map(str, shapes)) or type(outputs).__name__
+    got = ", ".join(str(list(t.shape)) for t in _tensors(outputs)) or type(outputs).__name__
     raise CellMapTypeError(
-        f"{type(module).__name__}: forward should return logits {[len(raw), classes, *raw.shape[2:]]}, with one "
-        f"channel more for a background, and returned {got}"
+        f"{type(module).__name__}: forward must return logits {[len(raw), classes, *raw.shape[2:]]}, or one channel "
+        f"more with the background first, got {got}"
     )
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
+    """Return the tensors of a module's output: a tensor, or a collection or mapping of tensors."""
     values = outputs.values() if isinstance(outputs, Mapping) else outputs
     if isinstance(values, torch.Tensor):
         return [values]
@@ -86,7 +87,13 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
 
 
 def names_in(arrays: Collection[str], named: Any) -> list[str]:
-    """Return the arrays that a task names, else the first one: an attribute of user code may mean something else."""
+    """Return the arrays that a task names, else the first one.
+
+    Args:
+        arrays: arrays of a batch.
+        named: an attribute of a task, such as ``input_name``; in user code it may mean something else and is ignored
+            then.
+    """
     names = [named] if isinstance(named, str) else named if isinstance(named, list | tuple) else []
     return list(names) if names and set(names) <= set(arrays) else list(arrays)[:1]
 

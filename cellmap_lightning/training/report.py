@@ -1,9 +1,12 @@
-"""What a run leaves behind for its user: scores, curves and a contact sheet."""
+"""Results of a training run for its user: a table of scores, training curves and a contact sheet."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cellmap_lightning.datasets.source import SampleSource
@@ -12,14 +15,23 @@ from cellmap_lightning.visualization.figures.curves import training_curves
 from cellmap_lightning.visualization.figures.sheet import SheetSample, contact_sheet
 from cellmap_lightning.visualization.preview import by_class
 
-#: Tiles that are looked at to find the ones worth showing.
+#: Tiles that are read to find those with the most classes.
 _CANDIDATES = 24
+_FILES = {
+    "checkpoints/best.ckpt": "weights of the best validation",
+    "checkpoints/last.ckpt": "newest state, to resume from",
+    "config.yaml": "the configuration, resolved",
+    "split.csv": "the crops of each split",
+    "metrics.csv": "losses and scores per step and epoch",
+    "curves.png": "the same, drawn",
+    "samples.png": "raw, target and prediction",
+}
 
 
 def score_table(
     scores: Mapping[str, Mapping[str, float]], untrained: Mapping[str, Mapping[str, float]] | None, classes: list[str]
 ) -> str:
-    """Dice per class as text, beside that of the untrained network and of the best constant predictor.
+    """Return a table of Dice per class, beside that of the untrained network and of the best constant predictor.
 
     Args:
         scores: ``{class: {"dice": .., "constant": ..}}`` of the classes that occur.
@@ -29,7 +41,7 @@ def score_table(
     columns = ["class", "Dice", *(["untrained"] if untrained else []), "constant"]
     rows: list[list[Any]] = []
     for name, score in scores.items():
-        before = [untrained[name]["dice"]] if untrained and name in untrained else [float("nan")] if untrained else []
+        before = [untrained.get(name, {}).get("dice", float("nan"))] if untrained else []
         rows.append([name, score["dice"], *before, score["constant"]])
     if rows:
         rows.append(["mean", *(sum(r[i] for r in rows) / len(rows) for i in range(1, len(columns)))])
@@ -40,6 +52,23 @@ def score_table(
     if missing:
         lines.append(f"not in the validation data, so not scored: {', '.join(missing)}")
     return "\n".join(lines)
+
+
+@dataclass
+class _Tile:
+    """A candidate for the contact sheet.
+
+    Attributes:
+        position: of the tile in the source.
+        sample: its finished sample.
+        target: 1, 0 or NaN per class, ``[C, ...]``; None where the target has no outlines.
+        rank: see `class_rank`.
+    """
+
+    position: int
+    sample: Mapping[str, torch.Tensor]
+    target: torch.Tensor | None
+    rank: tuple[int, float]
 
 
 def write_samples(
@@ -55,63 +84,55 @@ def write_samples(
     """Draw a contact sheet of the tiles with the most classes: raw, target and prediction.
 
     Args:
-        source: where the samples come from.
+        source: the samples to choose from.
         predict: from a finished batch of one sample to probabilities ``[1, C, z, y, x]`` on any device, or to None.
         path: the PNG to write.
         title: a line at the top.
         count: samples at most.
-        input_name: the input that is shown; by default the first.
-        target_name: the target that is shown; by default the first.
+        input_name: the input to draw; by default the first.
+        target_name: the target to draw; by default the first.
     """
     input_name = input_name or next(iter(source.layout.inputs))
     target_name = target_name or next(iter(source.layout.targets), None)
+    # Candidates are evenly spaced over all crops; reading every tile would take too long.
     step = max(1, source.tile_count // _CANDIDATES)
-    tiles = sorted({source.tile(n) for n in range(0, source.tile_count, step)})
-    ranked = []
-    for position in tiles:
-        sample = source[position]
-        target = by_class(sample[target_name], len(source.classes)) if target_name else None
-        if target_name is None or target is None:
-            target_name = None
-            ranked.append((0.0, 0.0, position, sample))
-            continue
-        sample[target_name] = target
-        shares = (target == 1).flatten(1).float().mean(1)
-        ranked.append((float((shares > 0.005).sum()), float(shares.clamp(max=0.1).sum()), position, sample))
-    ranked.sort(key=lambda r: r[:2], reverse=True)
-    # Tiles that overlap what is shown already would show one place again; they come only when nothing else is left.
-    chosen: list[Any] = []
-    for apart in (True, False):
-        for row in ranked:
-            taken = any(row[2] == other[2] for other in chosen)
-            near = apart and any(_overlap(source, row[2], other[2], input_name) for other in chosen)
-            if len(chosen) < count and not taken and not near:
-                chosen.append(row)
-    shown = []
-    for _, _, position, sample in chosen:
-        window = source.layout.inputs[input_name].window
-        predicted = predict({name: value[None] for name, value in sample.items()}) if predict else None
-        center = source.get_center(position)
-        dataset, _ = source.locate(position)
-        place = ", ".join(f"{a} {center[a]:.0f}" for a in AXES)
-        same = target_name is None or (
-            source.layout.targets[target_name].window.shape == window.shape
-            and source.layout.targets[target_name].window.scale.tolist() == window.scale.tolist()
-        )
-        shown.append(
-            SheetSample(
-                raw=sample[input_name][0].numpy(),
-                target=sample[target_name].numpy() if target_name and same else None,
-                prediction=None if predicted is None else predicted[0].float().cpu().numpy(),
-                scale=tuple(window.scale.tolist()),
-                header=f"{dataset.label}, centre {place} nm",
-            )
-        )
-    contact_sheet(shown, list(source.classes), path=path, title=title)
+    positions = sorted({source.tile(n) for n in range(0, source.tile_count, step)})
+    tiles = sorted((_read_tile(source, p, target_name) for p in positions), key=lambda tile: tile.rank, reverse=True)
+    rows = []
+    for tile in _spread(source, tiles, count, input_name):
+        prediction = predict({name: value[None] for name, value in tile.sample.items()}) if predict else None
+        rows.append(_sheet_sample(source, tile, prediction, input_name, target_name))
+    contact_sheet(rows, list(source.classes), path=path, title=title)
+
+
+def _read_tile(source: SampleSource, position: int, target_name: str | None) -> _Tile:
+    sample = source[position]
+    target = by_class(sample[target_name], len(source.classes)) if target_name else None
+    return _Tile(position, sample, target, class_rank((target == 1).numpy()) if target is not None else (0, 0.0))
+
+
+def class_rank(present: npt.NDArray[np.bool_]) -> tuple[int, float]:
+    """Return a rank by the classes in a patch ``[C, ...]``; the largest is the most informative one to draw.
+
+    The number of classes that fill more than 0.5 % of the patch comes first. Then their shares are summed, each up to
+    10 %, so that one class that fills everything does not win.
+    """
+    shares = present.reshape(len(present), -1).mean(1)
+    return int((shares > 0.005).sum()), float(shares.clip(max=0.1).sum())
+
+
+def _spread(source: SampleSource, tiles: Iterable[_Tile], count: int, input_name: str) -> list[_Tile]:
+    """Return the first tiles that do not overlap; overlapping ones fill up the list where these are too few."""
+    apart: list[_Tile] = []
+    overlapping: list[_Tile] = []
+    for tile in tiles:
+        near = any(_overlap(source, tile.position, other.position, input_name) for other in apart)
+        (overlapping if near else apart).append(tile)
+    return [*apart, *overlapping][:count]
 
 
 def _overlap(source: SampleSource, one: int, other: int, name: str) -> bool:
-    """Whether the patches at two positions share more than half of their extent along every axis."""
+    """Return whether the patches at two positions share more than half of their extent along every axis."""
     (a, _), (b, _) = source.locate(one), source.locate(other)
     if a is not b:
         return False
@@ -120,19 +141,31 @@ def _overlap(source: SampleSource, one: int, other: int, name: str) -> bool:
     return all(abs(first[axis] - second[axis]) < n / 2 for axis, n in zip(AXES, extent, strict=True))
 
 
+def _sheet_sample(
+    source: SampleSource, tile: _Tile, prediction: torch.Tensor | None, input_name: str, target_name: str | None
+) -> SheetSample:
+    """Return a row of the contact sheet; a target on other voxels than the input is left out."""
+    window = source.layout.inputs[input_name].window
+    target = tile.target
+    if target_name is not None:
+        target_window = source.layout.targets[target_name].window
+        if target_window.shape != window.shape or target_window.scale.tolist() != window.scale.tolist():
+            target = None
+    center = source.get_center(tile.position)
+    position = ", ".join(f"{axis} {center[axis]:.0f}" for axis in AXES)
+    return SheetSample(
+        raw=tile.sample[input_name][0].numpy(),
+        target=None if target is None else target.numpy(),
+        prediction=None if prediction is None else prediction[0].float().cpu().numpy(),
+        scale=tuple(window.scale.tolist()),
+        header=f"{source.locate(tile.position)[0].label}, centre {position} nm",
+    )
+
+
 def describe_run(folder: Path) -> list[str]:
-    """The files of a run that are there, one line each."""
-    known: dict[str, Any] = {
-        "checkpoints/best.ckpt": "weights of the best validation",
-        "checkpoints/last.ckpt": "to go on from",
-        "config.yaml": "the configuration, resolved",
-        "split.csv": "the crops of each split",
-        "metrics.csv": "losses and scores per step and epoch",
-        "curves.png": "the same, drawn",
-        "samples.png": "raw, target and prediction",
-    }
-    width = max(map(len, known))
-    return [f"  {name:<{width}}  {what}" for name, what in known.items() if (folder / name).exists()]
+    """Return one line for each file of a run that exists."""
+    width = max(map(len, _FILES))
+    return [f"  {name:<{width}}  {text}" for name, text in _FILES.items() if (folder / name).exists()]
 
 
 def write_curves(folder: Path) -> None:

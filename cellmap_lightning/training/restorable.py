@@ -1,4 +1,4 @@
-"""Tasks that are loaded from a checkpoint of ``cellmap-train`` without arguments."""
+"""Tasks that can be loaded from checkpoints of ``cellmap-train`` without arguments."""
 
 import inspect
 from collections.abc import Sequence
@@ -18,9 +18,14 @@ from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 
 
 class RestorableTask(L.LightningModule):
-    """A LightningModule whose arguments are in the checkpoints of ``cellmap-train``."""
+    """A LightningModule whose arguments are stored in the checkpoints of ``cellmap-train``.
 
-    @_restricted_classmethod  # a call on an instance would leave it as it is
+    Example:
+        >>> class MyTask(RestorableTask): ...
+        >>> task = MyTask.load_from_checkpoint("runs/mito/checkpoints/best.ckpt")
+    """
+
+    @_restricted_classmethod  # a call on an instance would not change it
     def load_from_checkpoint(
         cls,  # noqa: N805
         checkpoint_path: str | Path | IO[Any],
@@ -33,20 +38,20 @@ class RestorableTask(L.LightningModule):
         trust_checkpoint: bool = False,
         **kwargs: Any,
     ) -> Self:
-        """Load a task with its weights; arguments that are not given are those of the training.
+        """Load a task with its weights; omitted arguments are those of the training.
 
-        They come from the configuration that ``cellmap-train`` writes into a checkpoint. It is used where an argument
-        without a default is not given, and only classes that are trusted are made from it.
+        They are read from the configuration that ``cellmap-train`` writes into a checkpoint, if an argument without a
+        default is omitted. Only trusted classes are created from it.
 
         Args:
             checkpoint_path: a path, an address or an open file.
             map_location: the device of the weights, see `torch.load`.
             hparams_file: see Lightning.
             strict: whether all weights must be there, see Lightning.
-            weights_only: read tensors and plain values alone; False runs what is pickled in the checkpoint.
-            trust: modules or classes that the configuration may name besides, such as ``["my_package.models"]``.
+            weights_only: read tensors and plain values alone; False unpickles any object, which can run code.
+            trust: further modules or classes that the configuration may name, such as ``["my_package.models"]``.
             trust_checkpoint: allow everything in the configuration; only for a checkpoint whose author you trust.
-            **kwargs: arguments of the task, in place of those of the training.
+            **kwargs: arguments of the task, which replace those of the training.
 
         Raises:
             CellMapTypeError: the checkpoint has no configuration of such a task, and an argument is missing.
@@ -74,7 +79,7 @@ class RestorableTask(L.LightningModule):
         """Compare the checkpoint with the data and the network, before its weights are loaded.
 
         Raises:
-            CellMapValueError: it was trained with others; see `check_data` and `check_weights`.
+            CellMapValueError: it was trained with other data or another network; see `check_data` and `check_weights`.
         """
         purpose, where = loading(self._trainer)
         data = getattr(self._trainer, "datamodule", None)
@@ -85,25 +90,25 @@ class RestorableTask(L.LightningModule):
 
 
 def _read(source: Any, weights_only: bool | None) -> dict[str, Any]:
-    """Read a checkpoint for its plain values.
+    """Read a checkpoint from a path, an address or an open file.
 
     Raises:
-        CellMapValueError: it is none, or holds other objects than ``weights_only`` allows.
+        CellMapValueError: it is not a checkpoint, or holds objects that ``weights_only`` does not allow.
     """
     try:
         if hasattr(source, "read"):
-            found = torch.load(source, map_location="cpu", weights_only=weights_only is not False)
+            checkpoint = torch.load(source, map_location="cpu", weights_only=weights_only is not False)
             source.seek(0)
         else:
             with fsspec.open(str(source), "rb") as file:
-                found = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
+                checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
     except FileNotFoundError:
         raise
     except Exception as e:  # torch raises what its readers raise
         raise CellMapValueError(f"{source} cannot be read: {str(e).splitlines()[0]}") from e
-    if not isinstance(found, dict):
-        raise CellMapValueError(f"{source} is no checkpoint of Lightning")
-    return found
+    if not isinstance(checkpoint, dict):
+        raise CellMapValueError(f"{source} is not a checkpoint of Lightning")
+    return checkpoint
 
 
 def _arguments(checkpoint: dict[str, Any], cls: type, missing: Sequence[str], where: str) -> dict[str, Any]:

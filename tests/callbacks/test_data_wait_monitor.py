@@ -1,4 +1,4 @@
-"""WaitTimes is counted where it happens, shown where people look, and explained once."""
+"""Wait times are measured, logged per step, and explained once."""
 
 import csv
 import logging
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.usefixtures("quiet_lightning", "no_threads_left")]
 
 
 class Clock:
-    """Seconds that pass only where a test lets them, so that a busy machine changes nothing."""
+    """A simulated clock, so that the load of the machine does not matter."""
 
     def __init__(self):
         self.now = 0.0
@@ -41,14 +41,14 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    made = Clock()
+    simulated = Clock()
     for module_ in (waiting, data_wait_monitor, dataloader, datamodule):
-        monkeypatch.setattr(module_, "time", made)
-    return made
+        monkeypatch.setattr(module_, "time", simulated)
+    return simulated
 
 
 class Slow:
-    """A reading that takes its time, behind the real one."""
+    """A wrapper of a source that adds time to every read."""
 
     def __init__(self, source, seconds, clock):
         self.read, self.seconds, self.clock = source.read, seconds, clock
@@ -64,7 +64,7 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-def test_waiting_is_logged_per_step(volume, tmp_path, clock, monkeypatch):
+def test_wait_is_logged_per_step(volume, tmp_path, clock, monkeypatch):
     with module(volume, batches_per_epoch=6) as data:
         data.setup("fit")
         Slow(data.train_dataset, 0.02, clock)
@@ -81,7 +81,7 @@ def test_waiting_is_logged_per_step(volume, tmp_path, clock, monkeypatch):
     assert copies == pytest.approx([0.005] * 6)
 
 
-def test_what_validation_waits_for_belongs_to_no_step(volume, tmp_path, clock):
+def test_wait_of_validation_is_excluded(volume, tmp_path, clock):
     with module(volume, batches_per_epoch=4) as data:
         data.setup("fit")
         Slow(data.train_dataset, 0.02, clock)
@@ -95,7 +95,7 @@ def test_what_validation_waits_for_belongs_to_no_step(volume, tmp_path, clock):
 
 
 @pytest.mark.parametrize("starving", [True, False])
-def test_one_hint_where_the_device_starves(volume, tmp_path, caplog, starving, clock):
+def test_one_hint_if_the_device_starves(volume, tmp_path, caplog, starving, clock):
     class Steps(L.Callback):
         def on_train_batch_start(self, *_):
             clock.sleep(0.01 if starving else 0.2)
@@ -119,8 +119,8 @@ def test_one_hint_where_the_device_starves(volume, tmp_path, caplog, starving, c
     assert "reader=tensorstore decodes faster" in watch.hint
 
 
-def test_advice_follows_from_what_is_set(volume, tmp_path):
-    said = {}
+def test_advice_depends_on_settings(volume, tmp_path):
+    hints = {}
     for name, callbacks, options in (
         ("nothing", [], {}),
         ("ahead", [StreamPrefetch(enabled=True, depth=1)], {}),
@@ -132,17 +132,17 @@ def test_advice_follows_from_what_is_set(volume, tmp_path):
             data.setup("fit")
             Slow(data.train_dataset, 0.01, time)
             trainer(tmp_path, callbacks=[watch, *callbacks], limit_val_batches=0).fit(task(), data)
-        said[name] = watch.hint
-    assert "StreamPrefetch(enabled=True) reads ahead" in said["nothing"]
-    assert "later epochs wait less" in said["nothing"]
-    assert "a depth above 1 evens out" in said["ahead"]
-    assert "the cache is too small for these crops" in said["small"]
-    assert "tensorstore" in said["nothing"]
-    assert "reader=tensorstore" not in said["tensorstore"]
+        hints[name] = watch.hint
+    assert "StreamPrefetch(enabled=True) reads ahead" in hints["nothing"]
+    assert "later epochs wait less" in hints["nothing"]
+    assert "a depth above 1 evens out" in hints["ahead"]
+    assert "the cache is too small for these crops" in hints["small"]
+    assert "tensorstore" in hints["nothing"]
+    assert "reader=tensorstore" not in hints["tensorstore"]
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_reading_ahead_takes_waiting_out_of_the_step(volume, ahead):
+def test_prefetching_reduces_wait_of_the_step(volume, ahead):
     """While a step computes, the batch after it is read, or nothing is."""
     read = []
 
@@ -165,7 +165,7 @@ def test_reading_ahead_takes_waiting_out_of_the_step(volume, ahead):
         assert counted.starved == counted.waited  # a CPU computes nothing while it waits
 
 
-def test_other_data_and_other_trainers(tmp_path):
+def test_other_data_modules_are_ignored(tmp_path):
     """Data that counts nothing is left alone."""
     from torch.utils.data import DataLoader
 
@@ -186,7 +186,7 @@ def test_other_data_and_other_trainers(tmp_path):
 
 
 class Refuses(CSVLogger):
-    """As MLflow does, hyperparameters that change."""
+    """Refuse changed hyperparameters, like MLflow."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -198,8 +198,8 @@ class Refuses(CSVLogger):
         super().log_hyperparams(params)
 
 
-def test_settings_are_hyperparameters(volume, tmp_path, caplog):
-    """And what is decided by them, which may change between two runs, is in the log."""
+def test_prefetch_settings_are_hyperparameters(volume, tmp_path, caplog):
+    """Decisions, which may change between two runs, are in the log."""
     callback = StreamPrefetch(enabled=True)
     logger = Refuses(tmp_path, "", "")
     with module(volume) as data, caplog.at_level(logging.INFO, "cellmap_lightning"):
@@ -209,11 +209,11 @@ def test_settings_are_hyperparameters(volume, tmp_path, caplog):
         data.batch_size = 1
         run.fit(task(), data)
     logger.save()
-    kept = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
-    assert {name.partition("/")[2] for name in kept} == {
+    stored = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    assert {name.partition("/")[2] for name in stored} == {
         "min_batch_mb", "max_streams", "depth", "memory_fraction", "enabled", "max_depth",
     }  # fmt: skip
-    assert kept["stream_prefetch/enabled"] is True
+    assert stored["stream_prefetch/enabled"] is True
     for split in ("train", "val", "test"):
         assert f"stream prefetch for {split}: on, 2 ahead in a thread" in caplog.text
 
@@ -226,7 +226,7 @@ def colliding(names):
     return [one for one in names if any(other.startswith(f"{one}/") for other in names)]
 
 
-def test_metrics_have_names_that_loggers_take(volume, tmp_path):
+def test_metric_names_are_valid_for_loggers(volume, tmp_path):
     model = SegmentationTask(nn.Conv3d(1, 3, 3, padding=1), CLASSES)
     model.classes = tuple(NAMES)  # as of other data
     logger = CSVLogger(tmp_path, "", "")

@@ -1,4 +1,4 @@
-"""The newest state is always saved, and is what a run continues from, whatever the best one is."""
+"""The newest state is always saved, and a run resumes from it rather than from the best one."""
 
 import hydra
 import lightning as L
@@ -7,7 +7,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from cellmap_lightning.commands.cli import CONFIGS, register_resolvers
+from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 from cellmap_lightning.training.checkpoints import saved_checkpoints
 from cellmap_lightning.training.task import SegmentationTask
 from tests.conftest import CLASSES
@@ -33,7 +33,7 @@ def configured(folder):
 
 
 class Judged(SegmentationTask):
-    """A task whose metric is given."""
+    """A task with predefined metric values."""
 
     def __init__(self, values):
         torch.manual_seed(0)
@@ -90,7 +90,7 @@ EPOCHWISE = {"max_epochs": EPOCHS}
         ),
     ],
 )  # fmt: skip
-def test_the_newest_state_is_saved_and_continued(volume, tmp_path, values, before, stop, newest, after):
+def test_newest_state_is_saved_and_resumed(volume, tmp_path, values, before, stop, newest, after):
     limits = {"max_epochs": None} if "max_steps" in before else {}
     whole = run(volume, tmp_path / "whole", values, **limits | after)
     stopped = run(volume, tmp_path / "run", values, stop=stop, **limits | before)
@@ -102,13 +102,13 @@ def test_the_newest_state_is_saved_and_continued(volume, tmp_path, values, befor
 
 
 class StopInStep(L.Callback):
-    """Asks the Trainer to stop after a step, as a limit of time does."""
+    """Stops the Trainer after a step, like a time limit."""
 
     def on_train_batch_end(self, run, *_, **__):
         run.should_stop = run.global_step >= 6
 
 
-def test_a_stop_in_the_middle_of_an_epoch(volume, tmp_path):
+def test_stop_in_the_middle_of_an_epoch(volume, tmp_path):
     whole = run(volume, tmp_path / "whole", WORSE, **EPOCHWISE)
     seen = Seen()
     with module(volume, batch_size=2, val_samples=2, batches_per_epoch=BATCHES) as data:

@@ -1,4 +1,4 @@
-"""Jobs that are killed, told to end or requeued, as processes; the same command goes on with the same samples."""
+"""Jobs that are killed, terminated or requeued resume with the same samples."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.checkpointing.checkpoint_config import START_KEY
-from cellmap_lightning.commands.cli import CONFIGS, register_resolvers
+from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 from cellmap_lightning.training.checkpoints import saved_checkpoints
 from tests import processes
 from tests.commands.test_cli import COMMAND, small
@@ -27,7 +27,7 @@ EPOCHS, BATCHES = 3, 6
 
 
 class Journal(L.Callback):
-    """A line for each step that ended: its number in the run, and the positions of its samples.
+    """A journal with a line for each finished step: its number and the positions of its samples.
 
     The step after number ``hold`` begins when there is a file ``go`` beside the journal.
     """
@@ -68,20 +68,20 @@ def arguments(volume, folder, *more, seconds=0.05, validation=0.0):
 
 @pytest.fixture
 def expected(volume, tmp_path):
-    """The positions of the samples of each step, from the data alone."""
+    """The positions of the samples of each step, computed from the data alone."""
     register_resolvers()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = hydra.compose("train", overrides=arguments(volume, tmp_path))
-    given = OmegaConf.to_container(cfg.data, resolve=True)
-    given.pop("_target_")
-    with CellMapDataModule(**given) as data:
+    settings = OmegaConf.to_container(cfg.data, resolve=True)
+    settings.pop("_target_")
+    with CellMapDataModule(**settings) as data:
         data.setup("fit")
         loader = data.train_dataloader()
         return [(epoch, batch["idx"].tolist()) for epoch in range(EPOCHS) for batch in loader]
 
 
 class Job:
-    """A command under way."""
+    """A running command."""
 
     def __init__(self, *arguments, cwd, **env):
         self.journal = cwd / "journal"
@@ -116,7 +116,7 @@ def read(journal):
 
 
 def check(journal, expected):
-    """Every step was done, and each by the samples that it has in a run that is never stopped."""
+    """Check that every step was done with the samples of an uninterrupted run."""
     steps = [entry for entry in read(journal) if entry[0] != "validation"]
     assert {step for step, _, _ in steps} == set(range(1, EPOCHS * BATCHES + 1))
     for step, epoch, positions in steps:
@@ -125,19 +125,19 @@ def check(journal, expected):
 
 
 @pytest.mark.slow
-def test_told_to_end_in_the_middle_of_an_epoch(volume, tmp_path, expected):
+def test_sigterm_in_the_middle_of_an_epoch(volume, tmp_path, expected):
     job = Job(*arguments(volume, tmp_path, "data.num_workers=1", "+callbacks.journal.hold=8"), cwd=tmp_path)
     job.until(lambda entry: entry[0] == 8)
     job.process.send_signal(signal.SIGTERM)
     (tmp_path / "go").touch()
-    code, said = job.end()
-    assert code == 143, said
-    kept = tmp_path / "runs/mine/checkpoints/preempted.ckpt"
-    assert f"terminated; saved {kept}; the same command with run.name=mine resume=auto continues from it" in said
+    code, output = job.end()
+    assert code == 143, output
+    preempted = tmp_path / "runs/mine/checkpoints/preempted.ckpt"
+    assert f"terminated; saved {preempted}; the same command with run.name=mine resume=auto continues from it" in output
     stopped = read(tmp_path / "journal")[-1][0]
-    code, said = Job(*arguments(volume, tmp_path, seconds=0), cwd=tmp_path).end()
-    assert code == 0, said
-    assert f"resume=auto: {kept}" in said
+    code, output = Job(*arguments(volume, tmp_path, seconds=0), cwd=tmp_path).end()
+    assert code == 0, output
+    assert f"resume=auto: {preempted}" in output
     steps = check(tmp_path / "journal", expected)
     assert steps == list(range(1, EPOCHS * BATCHES + 1))  # none twice
     assert stopped in (8, 9), "no step begins after the signal"
@@ -145,31 +145,31 @@ def test_told_to_end_in_the_middle_of_an_epoch(volume, tmp_path, expected):
 
 
 @pytest.mark.slow
-def test_told_to_end_while_it_validates(volume, tmp_path, expected):
+def test_sigterm_during_validation(volume, tmp_path, expected):
     job = Job(*arguments(volume, tmp_path, seconds=0, validation=1), cwd=tmp_path)
     job.until(lambda entry: entry[:2] == ["validation", 1])
-    code, said = job.end(signal.SIGTERM)
-    assert code == 143, said
-    code, said = Job(*arguments(volume, tmp_path, seconds=0), cwd=tmp_path).end()
-    assert code == 0, said
+    code, output = job.end(signal.SIGTERM)
+    assert code == 143, output
+    code, output = Job(*arguments(volume, tmp_path, seconds=0), cwd=tmp_path).end()
+    assert code == 0, output
     assert check(tmp_path / "journal", expected) == list(range(1, EPOCHS * BATCHES + 1))
 
 
-def test_killed(volume, tmp_path, expected):
+def test_sigkill_at_any_step(volume, tmp_path, expected):
     """kill -9, twice: what was done since the last checkpoint is done again, with the same samples."""
     often = ["callbacks.recent.train_time_interval=null", "+callbacks.recent.every_n_train_steps=2"]
     for step in (5, 11):
         job = Job(*arguments(volume, tmp_path, *often, f"+callbacks.journal.hold={step}"), cwd=tmp_path)
         job.until(lambda entry, step=step: entry[0] == step)
         assert job.end(signal.SIGKILL)[0] == -signal.SIGKILL
-    code, said = Job(*arguments(volume, tmp_path, *often, seconds=0), cwd=tmp_path).end()
-    assert code == 0, said
+    code, output = Job(*arguments(volume, tmp_path, *often, seconds=0), cwd=tmp_path).end()
+    assert code == 0, output
     steps = check(tmp_path / "journal", expected)
     assert len(steps) <= EPOCHS * BATCHES + 2 * 3
 
 
 @pytest.mark.slow
-def test_requeued_by_slurm(volume, tmp_path, expected):
+def test_requeue_by_slurm(volume, tmp_path, expected):
     """SIGUSR1 comes some time before the end of a job: Lightning saves, and has Slurm requeue it.
 
     Slurm itself is not here: its command is a script that notes how it was called.
@@ -196,14 +196,14 @@ def test_requeued_by_slurm(volume, tmp_path, expected):
     assert list(folder.glob("hpc_ckpt_*.ckpt"))
     job.end(signal.SIGKILL)  # the job's time is over
     before = len(read(tmp_path / "journal"))
-    code, said = Job(*[a.replace("seconds=0.05", "seconds=0") for a in unnamed], cwd=tmp_path, **slurm).end()
-    assert code == 0, said
-    assert f"resume=auto: {folder / 'hpc_ckpt_1.ckpt'}" in said
+    code, output = Job(*[a.replace("seconds=0.05", "seconds=0") for a in unnamed], cwd=tmp_path, **slurm).end()
+    assert code == 0, output
+    assert f"resume=auto: {folder / 'hpc_ckpt_1.ckpt'}" in output
     check(tmp_path / "journal", expected)
     assert read(tmp_path / "journal")[before][0] <= before + 1
 
 
-def test_the_newest_checkpoint_that_can_be_read(tmp_path, caplog):
+def test_newest_readable_checkpoint_is_selected(tmp_path, caplog):
     """By the progress of the training: copies of a folder have other times of modification."""
 
     def newest():
@@ -219,7 +219,7 @@ def test_the_newest_checkpoint_that_can_be_read(tmp_path, caplog):
             paths[name].write_bytes(paths[name].read_bytes()[:100])
         os.utime(paths[name], (number + 1, number + 1))
     assert newest() == paths["same"]
-    assert "torn.ckpt cannot be read and is passed over" in caplog.text
+    assert "torn.ckpt cannot be read and is skipped" in caplog.text
     os.utime(paths["last"], (9, 9))
     assert newest() == paths["last"]
     # A run that was resumed from an earlier step is newer than what had been reached before.
@@ -228,54 +228,34 @@ def test_the_newest_checkpoint_that_can_be_read(tmp_path, caplog):
     assert newest() == paths["resumed"]
 
 
-def test_resume_from_what_is_not_there(volume, tmp_path):
+def test_resume_from_missing_checkpoint(volume, tmp_path):
     from tests.commands.test_cli import run_forked
 
     (tmp_path / "there.ckpt").write_text("x")
-    code, said = run_forked(*small(volume, f"resume={tmp_path / 'here.ckpt'}"), cwd=tmp_path)
+    code, output = run_forked(*small(volume, f"resume={tmp_path / 'here.ckpt'}"), cwd=tmp_path)
     assert code == 1
-    assert "here.ckpt: there is no such checkpoint; checkpoints beside it:" in said
-    assert "there.ckpt; resume=auto takes the newest of the run's folder" in said
+    assert "here.ckpt: there is no such checkpoint; checkpoints beside it:" in output
+    assert "there.ckpt; resume=auto takes the newest of the run's folder" in output
 
 
-@pytest.mark.parametrize(
-    ("env", "name", "folder"),
-    [
-        ({}, "mine", "mine"),
-        ({"SLURM_JOB_ID": "12"}, None, "slurm-12"),
-        ({"SLURM_JOB_ID": "12"}, "mine", "mine"),
-        ({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}, None, "slurm-9_3"),
-        ({"TORCHELASTIC_RUN_ID": "abc"}, None, "torchrun-abc"),
-    ],
-)
-def test_the_folder_of_a_run(monkeypatch, env, name, folder):
-    from cellmap_lightning.commands.cli import _run_folder
-
-    for key in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(key, raising=False)
-    for key, value in env.items():
-        monkeypatch.setenv(key, value)
-    assert _run_folder(name) == folder
-
-
-def test_torchrun_needs_a_name(volume, tmp_path, monkeypatch):
+def test_torchrun_without_id_needs_run_name(volume, tmp_path, monkeypatch):
     from tests.commands.test_cli import run_forked
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    code, said = run_forked(*small(volume), cwd=tmp_path)
+    code, output = run_forked(*small(volume), cwd=tmp_path)
     assert code == 1
-    assert "torchrun starts several processes, which would make a folder each; give it with run.name=..." in said
+    assert "torchrun starts several processes, which would create a folder each; give it with run.name=..." in output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1])
-def test_killed_in_the_validation_of_epochs_that_follow_each_other(volume, tmp_path, expected, first):
+def test_sigkill_in_validations_of_consecutive_epochs(volume, tmp_path, expected, first):
     """With a checkpoint of the last step of each epoch; none is trained twice."""
     often = ["callbacks.recent.train_time_interval=null", "+callbacks.recent.every_n_train_steps=2"]
     for epoch in range(first, 2):
         job = Job(*arguments(volume, tmp_path, *often, validation=5), cwd=tmp_path)
         job.until(lambda entry, epoch=epoch: entry[:2] == ["validation", epoch])
         job.end(signal.SIGKILL)
-    code, said = Job(*arguments(volume, tmp_path, *often, seconds=0), cwd=tmp_path).end()
-    assert code == 0, said
+    code, output = Job(*arguments(volume, tmp_path, *often, seconds=0), cwd=tmp_path).end()
+    assert code == 0, output
     check(tmp_path / "journal", expected)

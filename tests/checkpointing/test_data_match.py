@@ -303,7 +303,7 @@ def test_init_from_warns_of_other_values_and_begins_with_other_classes(volume, t
         "data.invert=true", "trainer.fast_dev_run=true",
     )  # fmt: skip
     assert code == 0, text
-    assert "begins anew, since its size is that of the classes" in text
+    assert "is initialized: its size depends on the classes" in text
     assert "input 'raw': trained at voxels of [10.48, 8, 8] nm, got [20.96, 16, 16] nm" in text
     assert "trained with data.normalize=dtype data.invert=false, got data.normalize=dtype data.invert=true" in text
 

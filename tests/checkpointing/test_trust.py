@@ -11,7 +11,8 @@ import torch
 from omegaconf import OmegaConf
 
 from cellmap_lightning.checkpointing.trust import LOADING, _target_fault, check_trusted
-from cellmap_lightning.commands.cli import CONFIGS, target_nodes
+from cellmap_lightning.commands.config_values import target_nodes
+from cellmap_lightning.commands.resolvers import CONFIGS
 from cellmap_lightning.errors import CellMapValueError
 from tests.commands.test_cli import run_forked, small
 
@@ -37,7 +38,7 @@ ATTACKS = {
     "hydra.utils.instantiate": ("task.network", {"_target_": "hydra.utils.instantiate", "_args_": [HANDLER]}),
     "getattr": ("task.network", {"_target_": "builtins.getattr", "_args_": [HANDLER, "emit"]}),
     "a module of this package that imports it": (
-        "task.network", HANDLER | {"_target_": "cellmap_lightning.commands.cli.logging.FileHandler"}),
+        "task.network", HANDLER | {"_target_": "cellmap_lightning.commands.program.logging.FileHandler"}),
     "a module of torch that imports it": (
         "task.network", HANDLER | {"_target_": "torch.nn.parallel.distributed.logging.FileHandler"}),
     "functools by torch": (
@@ -170,8 +171,8 @@ UNTRUSTED = [
     "monai.networks.layers.gmm.GaussianMixtureModel", "monai.networks.nets.resnet18", "monai.bundle.ConfigParser",
     "monai.networks.nets.flexible_unet.locate", "monai.networks.utils.convert_to_onnx", "monai.apps.download_url",
     "torchmetrics.utilities.imports.shutil", "torchmetrics.text.bert.BERTScore", "torchmetrics.Metric.__reduce__",
-    "cellmap_lightning.__getattr__", "cellmap_lightning.import_module", "cellmap_lightning.commands.cli.train",
-    "cellmap_lightning.commands.cli.importlib.import_module", "cellmap_lightning.demo.synthetic.demo_csv",
+    "cellmap_lightning.__getattr__", "cellmap_lightning.import_module", "cellmap_lightning.commands.train_command.main",
+    "cellmap_lightning.commands.config_values.importlib.import_module", "cellmap_lightning.demo.synthetic.demo_csv",
     "lightning.Trainer", "lightning.pytorch.callbacks.LambdaCallback",
     "cellmap_lightning.training.task.torch.nn.Linear.__init__.__globals__.get",
     "cellmap_lightning.datamodule.CellMapDataModule.load_from_checkpoint", "functools.partial", 3, None, ["a"],

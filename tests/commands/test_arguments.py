@@ -1,4 +1,4 @@
-"""Command lines as users type them: what can be meant works, and the rest ends in a sentence with the right form."""
+"""Command lines: unambiguous arguments work, others are reported in a sentence with the right form."""
 
 import shutil
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from cellmap_lightning.commands.arguments import prepared
-from cellmap_lightning.commands.cli import CONFIGS
+from cellmap_lightning.commands.arguments import prepare_arguments
+from cellmap_lightning.commands.resolvers import CONFIGS
 from tests.commands.test_cli import EXPERIMENT, run, run_forked, small
 
 LIGHTNING = "epoch=0-step=3.ckpt"
@@ -15,7 +15,7 @@ LIGHTNING = "epoch=0-step=3.ckpt"
 
 @pytest.fixture(scope="module")
 def trained(volume, tmp_path_factory):
-    """A checkpoint under the name that Lightning gives by default, and under others that Hydra's grammar refuses."""
+    """A checkpoint under Lightning's default name, and under others that Hydra's grammar refuses."""
     folder = tmp_path_factory.mktemp("trained")
     code, text = run_forked(*small(volume, "trainer.max_epochs=1", "hydra.run.dir=out"), cwd=folder)
     assert code == 0, text
@@ -27,7 +27,7 @@ def trained(volume, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [LIGHTNING, "my runs/epoch=0 step=3.ckpt", "it's (1)=a,b.ckpt", "plain.ckpt"])
 @pytest.mark.parametrize("key", ["ckpt", "init_from", "resume"])
-def test_checkpoints_under_any_name(trained, volume, tmp_path, name, key):
+def test_checkpoint_paths_with_special_characters(trained, volume, tmp_path, name, key):
     path = f"{key}={trained / name}"
     if key == "ckpt":
         given = [path, f"data.input_path={volume.raw_path}", "region=crop2", "out=out.zarr", "trainer=cpu"]
@@ -39,7 +39,7 @@ def test_checkpoints_under_any_name(trained, volume, tmp_path, name, key):
         assert yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())[key] == str(trained / name)
 
 
-def test_in_a_process_of_its_own(trained, volume, tmp_path):
+def test_arguments_in_a_separate_process(trained, volume, tmp_path):
     done = run(
         *small(volume, f"init_from={trained}/{LIGHTNING}", "trainer.fast_dev_run=true", "hydra.run.dir=new"),
         cwd=tmp_path,
@@ -69,12 +69,12 @@ def test_in_a_process_of_its_own(trained, volume, tmp_path):
         (["name="], ["name="]),
     ],
 )
-def test_what_hydra_gets(given, expected):
-    assert prepared("train", given, CONFIGS) == expected
+def test_prepared_arguments(given, expected):
+    assert prepare_arguments("train", given, CONFIGS) == expected
 
 
 @pytest.mark.parametrize("more", [["~callbacks"], ["~logger"], ["~callbacks", "~logger"], ["~callbacks.recent"]])
-def test_optional_groups_can_be_left_out(volume, tmp_path, more):
+def test_optional_groups_can_be_removed(volume, tmp_path, more):
     code, text = run_forked(*small(volume, "trainer.max_epochs=1", "hydra.run.dir=out", *more), cwd=tmp_path)
     assert code == 0, text
     assert (tmp_path / "out" / "metrics.csv").exists() == ("~logger" not in more)
@@ -84,7 +84,7 @@ def test_optional_groups_can_be_left_out(volume, tmp_path, more):
 @pytest.mark.parametrize(
     ("command", "given", "expected"),
     [
-        ("train", ["~model"], "~model: cellmap-train needs model; choose another with model=..., one of unet, unet2d"),
+        ("train", ["~model"], "~model: cellmap-train needs model; select another with model=..., one of unet, unet2d"),
         ("train", ["~trainer"], "cellmap-train needs trainer"),
         ("preview", ["~data"], "cellmap-preview needs data"),
         (
@@ -93,13 +93,13 @@ def test_optional_groups_can_be_left_out(volume, tmp_path, more):
             "write data.classes=[mito,membrane], or put it in quotes: 'data.",
         ),
         ("train", ["patch.shape=[8,", "16,", "16]", "seed=1"], "write patch.shape=[8,16,16]"),
-        ("predict", ["region={z:", "[0,", "1]}"], "region={z: [0, 1]}: the shell divides it at its blanks"),
-        ("train", ["seed", "=", "3"], "seed: blanks around '=' divide it; write seed=3 without them"),
+        ("predict", ["region={z:", "[0,", "1]}"], "region={z: [0, 1]}: the shell splits it at its blanks"),
+        ("train", ["seed", "=", "3"], "seed: blanks around '=' split it; write seed=3 without them"),
         ("train", ["seed", "=3"], "write seed=3 without them"),
         ("train", ["seed=", "3"], "write seed=3 without them"),
         ("train", ["crops.csv"], "crops.csv: arguments have the form key=value; did you mean data.csv_path=crops.csv?"),
-        ("inspect_", ["crops.csv"], "did you mean data.csv_path=crops.csv?"),
-        ("inspect_", ["a/b.zarr/recon-1/em"], "did you mean data.input_path=a/b.zarr/recon-1/em?"),
+        ("inspect", ["crops.csv"], "did you mean data.csv_path=crops.csv?"),
+        ("inspect", ["a/b.zarr/recon-1/em"], "did you mean data.input_path=a/b.zarr/recon-1/em?"),
         ("predict", ["best.ckpt"], "did you mean ckpt=best.ckpt?"),
         ("predict", ["runs/epoch=0.ckpt"], "did you mean ckpt=runs/epoch=0.ckpt?"),
         ("predict", ["epoch=0-step=3.ckpt"], "did you mean ckpt=epoch=0-step=3.ckpt?"),
@@ -117,7 +117,7 @@ def test_optional_groups_can_be_left_out(volume, tmp_path, more):
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_a_sentence_with_the_right_form(tmp_path, command, given, expected):
+def test_invalid_arguments_are_reported_in_one_line(tmp_path, command, given, expected):
     code, text = run_forked(*given, cwd=tmp_path, command=command)
     assert code == 1, text
     assert expected in text
@@ -127,12 +127,12 @@ def test_a_sentence_with_the_right_form(tmp_path, command, given, expected):
 
 
 FILES = {
-    "trainer: gpu\n": "replaces all of trainer by a text; an option of a group is chosen with trainer=gpu",
+    "trainer: gpu\n": "replaces all of trainer by a text; an option of a group is selected with trainer=gpu",
     "model: unet_small\n": "defaults:\n  - override /model: unet_small",
     "data: demo\n": "defaults:\n  - override /data: demo",
     "callbacks: none\nlogger: tensorboard\n": "override /callbacks: none",
-    "patch:\n\tshape: [8, 16, 16]\n": "x.yaml, line 3: it is indented with a tab; use blanks, two for each level",
-    "patch:\n  shape:\n  \t- 8\n": "line 4: it is indented with a tab",
+    "patch:\n\tshape: [8, 16, 16]\n": "x.yaml, line 3: indented with a tab; use blanks, two for each level",
+    "patch:\n  shape:\n  \t- 8\n": "line 4: indented with a tab",
     "name: a: b\n": "x.yaml, line 2: a value that contains ': ' needs quotes",
     "patch: {shape: [8, 16, 16]\n": "x.yaml, line 3: expected ',' or '}'",
 }
@@ -142,7 +142,7 @@ FILES = {
     "more", [[], ["trainer.max_epochs=1", "model.channels=[4,8]"]], ids=["alone", "with overrides"]
 )
 @pytest.mark.parametrize("content", FILES)
-def test_files_that_mean_something_else(volume, tmp_path, content, more):
+def test_invalid_experiment_files(volume, tmp_path, content, more):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "x.yaml").write_text(EXPERIMENT + content)
     given = ["--config-dir", "mine", "experiment=x", f"data.csv_path={volume.csv_path}", "data.classes=[mito]", *more]
@@ -156,7 +156,7 @@ def test_files_that_mean_something_else(volume, tmp_path, content, more):
 
 
 @pytest.mark.parametrize("kind", ["a text", "a tab"])
-def test_a_file_that_a_chosen_file_includes(volume, tmp_path, kind):
+def test_invalid_included_file(volume, tmp_path, kind):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "x.yaml").write_text(EXPERIMENT + "defaults: [base]\n")
     content = "trainer: gpu\n" if kind == "a text" else "patch:\n\tshape: 1\n"
@@ -164,11 +164,11 @@ def test_a_file_that_a_chosen_file_includes(volume, tmp_path, kind):
     given = ["--config-dir", "mine", "experiment=x", f"data.csv_path={volume.csv_path}", "data.classes=[mito]"]
     code, text = run_forked(*given, cwd=tmp_path)
     assert code == 1, text
-    assert ("override /trainer: gpu" if kind == "a text" else "base.yaml, line 3: it is indented with a tab") in text
+    assert ("override /trainer: gpu" if kind == "a text" else "base.yaml, line 3: indented with a tab") in text
     assert "Traceback" not in text
 
 
-def test_own_names_of_checkpoints_need_no_quotes(trained):
+def test_default_checkpoint_names_need_no_quotes(trained):
     names = [path.name for path in (trained / "out").rglob("*.ckpt")]
     assert {"best.ckpt", "last.ckpt"} <= set(names)
     assert not [name for name in names if "=" in name]

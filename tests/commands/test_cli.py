@@ -1,4 +1,4 @@
-"""The command as a user types it, in a process of its own."""
+"""``cellmap-train`` from the command line, in a separate process or a fork."""
 
 import csv
 import json
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,13 @@ def run(*arguments, cwd, timeout=400, **env):
 
 
 def run_forked(*arguments, cwd, command="train"):
-    """The same in a fork of this process, which has imported torch and Lightning already: seconds less."""
+    """Run a command in a fork of this process, which has imported torch and Lightning already and saves seconds."""
     import warnings
 
     import lightning  # noqa: F401
     import monai.networks.nets  # noqa: F401
 
-    from cellmap_lightning.commands import cli
-
+    main = import_module(f"cellmap_lightning.commands.{command}_command").main
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -48,7 +48,7 @@ def run_forked(*arguments, cwd, command="train"):
             warnings.resetwarnings()
             sys.argv = [f"cellmap-{command}", *arguments]
             try:
-                getattr(cli, command)()
+                main()
                 code = 0
             except SystemExit as e:
                 code = e.code if isinstance(e.code, int) else 98
@@ -82,29 +82,31 @@ def test_help_imports_neither_torch_nor_lightning(tmp_path):
     code = (
         "import sys, json\n"
         "sys.argv = ['cellmap-train', '--help']\n"
-        "from cellmap_lightning.commands.cli import train\n"
-        "try:\n    train()\nexcept SystemExit as e:\n    assert not e.code\n"
+        "from cellmap_lightning.commands.train_command import main\n"
+        "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code\n"
         "print(json.dumps([m for m in ('torch', 'lightning', 'zarr', 'monai') if m in sys.modules]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
     assert "experiment: " in done.stdout
     assert "demo, " in done.stdout
 
 
-def test_importing_the_package_imports_nothing_heavy():
+def test_import_is_lazy():
     code = (
         "import sys, cellmap_lightning\nassert 'torch' not in sys.modules\n"
         "cellmap_lightning.CellMapDatasetWriter\n"
         "import cellmap_lightning.loading.dataloader\n"
         "print([m for m in ('lightning', 'hydra', 'monai', 'matplotlib') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_a_run_leaves_what_it_promises(volume, tmp_path):
+def test_files_of_a_run(volume, tmp_path):
     done = run(*small(volume, "compare_untrained=true", "hydra.run.dir=out"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for line in ("class", "mito", "er ", "mean", "results in"):
@@ -123,7 +125,7 @@ def test_a_run_leaves_what_it_promises(volume, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_softmax_from_the_command_line(volume, tmp_path):
+def test_softmax_target(volume, tmp_path):
     done = run(
         *small(volume, "+data.target_arrays.labels.kind=labels", "trainer.max_epochs=1", "hydra.run.dir=out"),
         cwd=tmp_path,
@@ -133,7 +135,7 @@ def test_a_softmax_from_the_command_line(volume, tmp_path):
     assert (tmp_path / "out" / "samples.png").exists()
 
 
-def test_ctrl_c_ends_a_run_and_says_how_to_go_on(volume, tmp_path):
+def test_ctrl_c_prints_how_to_continue(volume, tmp_path):
     with processes.started(
         [COMMAND, *small(volume, "trainer.max_epochs=10000", "hydra.run.dir=out")], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -153,7 +155,7 @@ def test_ctrl_c_ends_a_run_and_says_how_to_go_on(volume, tmp_path):
     assert "Traceback" not in errors
 
 
-def test_a_sweep(volume, tmp_path):
+def test_sweep(volume, tmp_path):
     done = run(
         "-m", *small(volume, "task.dice_weight=0,1", "trainer.max_epochs=1", "hydra.sweep.dir=sweep"), cwd=tmp_path
     )
@@ -162,12 +164,12 @@ def test_a_sweep(volume, tmp_path):
 
 
 @pytest.mark.slow
-def test_folds_from_the_folders_of_the_challenge(volume, tmp_path):
+def test_cross_validation_sweep_over_challenge_folders(volume, tmp_path):
     (tmp_path / "data" / "jrc_a").mkdir(parents=True)
     (tmp_path / "data" / "jrc_a" / "jrc_a.zarr").symlink_to(volume.path)
-    given = [argument for argument in small(volume) if not argument.startswith("data.csv_path")]
+    overrides = [argument for argument in small(volume) if not argument.startswith("data.csv_path")]
     done = run(
-        "-m", *given, "data.search_path=data", "data.split=kfold", "data.n_folds=3", "data.fold=0,1,2",
+        "-m", *overrides, "data.search_path=data", "data.split=kfold", "data.n_folds=3", "data.fold=0,1,2",
         "trainer.fast_dev_run=true", "hydra.sweep.dir=sweep", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -182,7 +184,7 @@ def test_folds_from_the_folders_of_the_challenge(volume, tmp_path):
     assert sorted(validates) == [f"crop{n}" for n in range(1, 6)]
     # One of them again, by the CSV that it left.
     again = [f"data.csv_path={tmp_path}/sweep/2/split.csv", "trainer.fast_dev_run=true", "hydra.run.dir=again"]
-    code, text = run_forked(*given, *again, cwd=tmp_path)
+    code, text = run_forked(*overrides, *again, cwd=tmp_path)
     assert code == 0, text
     assert (tmp_path / "again" / "split.csv").read_text() == (tmp_path / "sweep" / "2" / "split.csv").read_text()
 
@@ -205,7 +207,7 @@ def test_folds_from_the_folders_of_the_challenge(volume, tmp_path):
         (["data.batch_size=four"], ["batch_size must be a whole number of at least 1, got 'four'"]),
         (
             ["+data.batchsize=4"],
-            ["data.batchsize: CellMapDataModule has no argument 'batchsize'; did you mean data.batch_size?"],
+            ["data.batchsize: CellMapDataModule has no argument 'batchsize'; did you mean 'batch_size'?"],
         ),
         (["experiment=demo", "data.cache=dsk"], ["Error: cache is one of auto, disk, memory, chunks, none, got 'dsk'"]),
         (["experiment=demo", "data.reader=zar"], ["Error: a reader is one of zarr, tensorstore, got 'zar'"]),
@@ -228,20 +230,25 @@ def test_folds_from_the_folders_of_the_challenge(volume, tmp_path):
         (["data.classes=[mito,golgi]"], ["no crop for 'train' annotates 'golgi'"]),
         (["task.class_weights=balanced"], ["class_weights must be"]),
         (["trainer.max_epochs=abc"], ["Error: trainer.max_epochs must be int, got 'abc'"]),
-        (["trainer.precision=17"], ["Error: trainer: lightning.pytorch.trainer.trainer.Trainer cannot be made: "]),
+        (["trainer.precision=17"], ["Error: trainer: lightning.pytorch.trainer.trainer.Trainer cannot be created: "]),
         (["trainer.strategy=dpp"], ["dpp"]),
         (["task.optimizer.lr=fast"], ["Error: task.optimizer.lr must be float, got 'fast'"]),
-        (["task.optimizer.lr=-1"], ["Error: the optimizer cannot be made with {'lr': -1, 'weight_decay': 0.0001}: "]),
+        (
+            ["task.optimizer.lr=-1"],
+            ["Error: the optimizer cannot be created with {'lr': -1, 'weight_decay': 0.0001}: "],
+        ),
         (["task.dice_weight=abc"], ["Error: dice_weight must be in [0, 1], got 'abc'"]),
         (["model.channels=abc"], ["Error: "]),
         (["data.spatial_transforms.mirror.axes.x=2"], ["probability for x must be in [0, 1], got 2"]),
     ],
     ids=lambda a: (a[0] if a else "nothing") if isinstance(a, list) and (not a or "=" in a[0]) else "",
 )
-def test_wrong_use_ends_in_a_few_lines(volume, tmp_path, arguments, expected):
-    given = [a for a in small(volume) if arguments and not any(a.split("=")[0] == b.split("=")[0] for b in arguments)]
-    code, text = run_forked(*given, *arguments, cwd=tmp_path)
-    assert code == (2 if "-m" in arguments else 1), text  # argparse has a code of its own
+def test_invalid_overrides_are_reported_without_traceback(volume, tmp_path, arguments, expected):
+    overrides = [
+        a for a in small(volume) if arguments and not any(a.split("=")[0] == b.split("=")[0] for b in arguments)
+    ]
+    code, text = run_forked(*overrides, *arguments, cwd=tmp_path)
+    assert code == (2 if "-m" in arguments else 1), text  # the exit status of argparse
     for part in expected:
         assert part in text
     assert "Traceback" not in text
@@ -265,60 +272,61 @@ EXPERIMENT = "# @package _global_\n"
         ("name: mito\n", "sets experiment.name and so on, which nothing reads: the first line of its file must be"),
     ],
 )
-def test_wrong_files_end_in_a_line(volume, tmp_path, text, expected):
+def test_invalid_experiments_are_reported_without_traceback(volume, tmp_path, text, expected):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "mito.yaml").write_text(text)
-    given = [a for a in small(volume) if not a.startswith("patch.scale")]
-    code, said = run_forked("--config-dir", "mine", "experiment=mito", *given, cwd=tmp_path)
+    overrides = [a for a in small(volume) if not a.startswith("patch.scale")]
+    code, output = run_forked("--config-dir", "mine", "experiment=mito", *overrides, cwd=tmp_path)
     assert code == 1
-    assert expected in said
-    assert "Traceback" not in said
+    assert expected in output
+    assert "Traceback" not in output
 
 
-def test_a_key_that_something_refers_to_and_another_name_of_scale(volume, tmp_path):
+def test_interpolated_keys_and_voxel_size_alias(volume, tmp_path):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "mito.yaml").write_text(
         EXPERIMENT + "rate: 0.002\npatch: {voxel_size: [10.48, 8, 8]}\ntask: {optimizer: {lr: '${rate}'}}\n"
         "data: {input_arrays: {raw: {voxel_size: [20.96, 16, 16]}}}\n"
     )
-    given = [a for a in small(volume) if not a.startswith("patch.scale")]
-    command = ["--config-dir", "mine", "experiment=mito", *given, "trainer.fast_dev_run=true", "hydra.run.dir=out"]
-    code, said = run_forked(*command, cwd=tmp_path)
-    assert code == 0, said
+    overrides = [a for a in small(volume) if not a.startswith("patch.scale")]
+    command = ["--config-dir", "mine", "experiment=mito", *overrides, "trainer.fast_dev_run=true", "hydra.run.dir=out"]
+    code, output = run_forked(*command, cwd=tmp_path)
+    assert code == 0, output
     used = OmegaConf.load(tmp_path / "out" / "config.yaml")
     assert used.patch == {"shape": [8, 16, 16], "scale": [10.48, 8, 8]}
     assert used.data.target_arrays.labels.scale == [10.48, 8, 8]
     assert used.data.input_arrays.raw.scale == [20.96, 16, 16]
     assert used.task.optimizer.lr == 0.002
-    code, said = run_forked(*command, "patch.voxel_size=[20.96,16,16]", cwd=tmp_path)
-    assert code == 0, said
+    code, output = run_forked(*command, "patch.voxel_size=[20.96,16,16]", cwd=tmp_path)
+    assert code == 0, output
     assert OmegaConf.load(tmp_path / "out" / "config.yaml").patch.scale == [20.96, 16, 16]
 
 
-def test_the_monitored_metric_is_what_a_sweep_gets(volume, tmp_path):
-    told = "+hydra.callbacks.told._target_=hydra.experimental.callbacks.LogJobReturnCallback"
-    given = small(volume, "trainer.max_epochs=1", "hydra.sweep.dir=sweep")
-    code, said = run_forked("-m", told, *given, cwd=tmp_path)
-    assert code == 0, said
-    (returned,) = re.findall(r"Succeeded with return value: (\S+)", said)
+def test_sweep_returns_the_monitored_metric(volume, tmp_path):
+    callback = "+hydra.callbacks.returned._target_=hydra.experimental.callbacks.LogJobReturnCallback"
+    overrides = small(volume, "trainer.max_epochs=1", "hydra.sweep.dir=sweep")
+    code, output = run_forked("-m", callback, *overrides, cwd=tmp_path)
+    assert code == 0, output
+    (returned,) = re.findall(r"Succeeded with return value: (\S+)", output)
     with (tmp_path / "sweep" / "0" / "metrics.csv").open() as file:
         measured = [row["val/dice"] for row in csv.DictReader(file) if row["val/dice"]]
     assert float(returned) == pytest.approx(float(measured[-1]))
 
 
 @pytest.mark.parametrize("more", [[], ["callbacks=none_of_them"]], ids=["checkpoints", "no callbacks"])
-def test_a_metric_that_nobody_measures(volume, tmp_path, more):
+def test_unknown_monitor(volume, tmp_path, more):
     (tmp_path / "mine" / "callbacks").mkdir(parents=True)
     (tmp_path / "mine" / "callbacks" / "none_of_them.yaml").write_text("nothing: null\n")
-    code, said = run_forked(
+    code, output = run_forked(
         "--config-dir", "mine", *small(volume, "trainer.max_epochs=1", "monitor=val/dise", *more), cwd=tmp_path
     )
     assert code == 1
-    assert "Error: monitor=val/dise was not measured; did you mean 'val/dice'? Measured were " in said
-    assert "Traceback" not in said
+    assert "Error: monitor=val/dise was not measured; measured were " in output
+    assert "; did you mean 'val/dice'?" in output
+    assert "Traceback" not in output
 
 
-def test_wrong_use_in_a_process_of_its_own(tmp_path):
+def test_invalid_override_in_a_separate_process(tmp_path):
     done = run("data.batchsize=4", cwd=tmp_path)
     assert done.returncode == 1
     assert "did you mean 'data.batch_size'?" in done.stderr
@@ -326,8 +334,8 @@ def test_wrong_use_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_of_jobs_that_submitit_starts(volume, tmp_path):
-    """As through Slurm, but on this machine: what travels to the jobs' processes, and what they find there."""
+def test_submitit_sweep(volume, tmp_path):
+    """Jobs are pickled and run in new processes, as through Slurm."""
     done = run(
         "-m", *small(volume, "trainer.max_epochs=1", "data.seed=1,2", "run.name=two"), "hydra/launcher=submitit_local",
         "hydra.launcher.timeout_min=5", cwd=tmp_path,

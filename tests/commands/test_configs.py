@@ -1,4 +1,4 @@
-"""Every configuration composes, and every `_target_` in it takes the keys that it is given."""
+"""Every configuration composes and matches the signatures of its targets."""
 
 import inspect
 import runpy
@@ -9,7 +9,9 @@ import lightning as L
 import pytest
 from omegaconf import OmegaConf
 
-from cellmap_lightning.commands.cli import CONFIGS, _flat, check_target, register_resolvers, target_nodes
+from cellmap_lightning.commands.config_keys import flat_keys
+from cellmap_lightning.commands.config_values import check_target, target_nodes
+from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 from cellmap_lightning.errors import CellMapError
 
 register_resolvers()
@@ -35,7 +37,7 @@ BESIDE = {"model=unet_context": ["+data.input_arrays.context={shape:[64,64,64],s
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_composes_and_fits_its_targets(option):
+def test_every_option_composes_and_matches_signatures(option):
     text = CONFIGS.joinpath(*option.split("=")).with_suffix(".yaml").read_text()
     has_data = "override /data: demo" in text or option == "data=demo"
     nodes = dict(target_nodes(compose(*([] if has_data else REQUIRED), option, *BESIDE.get(option, []))))
@@ -44,20 +46,20 @@ def test_every_option_composes_and_fits_its_targets(option):
         check_target(where, node)
 
 
-def test_every_argument_of_the_trainer_is_listed():
+def test_all_trainer_arguments_are_configurable():
     node = compose(*REQUIRED)["trainer"]
     expected = set(inspect.signature(L.Trainer.__init__).parameters) - {"self", "logger", "callbacks"}
     assert set(node) - {"_target_"} == expected
 
 
-def test_every_argument_of_the_datamodule_is_listed():
+def test_all_datamodule_arguments_are_configurable():
     from cellmap_lightning import CellMapDataModule
 
     node = compose(*REQUIRED)["data"]
     assert set(node) - {"_target_"} == set(inspect.signature(CellMapDataModule.__init__).parameters) - {"self"}
 
 
-def test_every_argument_of_the_writer_is_listed():
+def test_all_writer_arguments_are_configurable():
     from cellmap_lightning.callbacks import PredictionWriter
 
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -71,7 +73,7 @@ def test_every_argument_of_the_writer_is_listed():
             )
 
 
-def test_one_override_changes_inputs_and_targets():
+def test_patch_override_changes_inputs_and_targets():
     cfg = compose(*REQUIRED, "patch.shape=[1,2,3]", "patch.scale=[4,5,6]")
     for spec in (cfg["data"]["input_arrays"]["raw"], cfg["data"]["target_arrays"]["labels"]):
         assert spec == {"shape": [1, 2, 3], "scale": [4, 5, 6]}
@@ -82,11 +84,11 @@ def test_one_override_changes_inputs_and_targets():
     ("node", "match"),
     [
         ({"_target_": "torch.optim.Adamm"}, "x._target_: there is no 'torch.optim.Adamm'"),
-        ({"_target_": "cellmap_lightning.CellMapDataModule", "batchsize": 3}, "did you mean x.batch_size?"),
+        ({"_target_": "cellmap_lightning.CellMapDataModule", "batchsize": 3}, "did you mean 'batch_size'?"),
         ({"_target_": "cellmap_lightning.training.task.SegmentationTask"}, "SegmentationTask needs network, classes"),
     ],
 )
-def test_targets_are_checked(node, match):
+def test_check_target_errors(node, match):
     with pytest.raises(CellMapError, match=match):
         check_target("x", node)
 
@@ -99,40 +101,39 @@ def composed(name, *overrides):
 @pytest.mark.parametrize(
     ("name", "targets"), [("predict", {"data", "trainer", "writer"}), ("submit", set()), ("inspect", {"data"})]
 )
-def test_the_other_commands_fit_their_targets(name, targets):
+def test_other_commands_match_signatures(name, targets):
     nodes = dict(target_nodes(composed(name)))
     assert set(nodes) == targets
     for where, node in nodes.items():
-        if where == "data":  # its input is named by the command; the rest is that of the checkpoint
-            node = {key: value for key, value in node.items() if key != "input_path"}
-        check_target(where, node)
+        # The command itself reads data.input_path; the other arguments of the data are those of the checkpoint.
+        check_target(where, {key: value for key, value in node.items() if key != "input_path"})
 
 
-def test_what_submit_takes_is_what_it_is_given():
+def test_submit_settings_match_its_signature():
     from cellmap_lightning.commands.submit import submit
 
-    given = set(composed("submit")) - {"hydra"}
-    assert given == set(inspect.signature(submit).parameters)
+    keys_of_submit = set(composed("submit")) - {"hydra"}
+    assert keys_of_submit == set(inspect.signature(submit).parameters)
 
 
 ROOT = Path(__file__).parents[2]
 WRITER = runpy.run_path(str(ROOT / "docs" / "write_configuration.py"))
 
 
-def test_the_page_of_the_configuration_is_up_to_date():
+def test_configuration_page_is_up_to_date():
     assert WRITER["PAGE"].read_text(encoding="utf-8") == WRITER["page"](), "run python docs/write_configuration.py"
 
 
 @pytest.mark.parametrize("name", ["train", "predict", "submit", "inspect"])
-def test_the_page_has_every_key(name):
+def test_configuration_page_has_every_key(name):
     page = WRITER["page"]()
-    keys = [key for key, value in _flat(composed(name)) if not isinstance(value, dict)]
+    keys = [key for key, value in flat_keys(composed(name)) if not isinstance(value, dict)]
     assert keys
     for key in keys:
         assert f"| `{key}` |" in page or f"| `{key.rpartition('.')[0]}` |" in page, key
 
 
-def test_the_page_has_comments_from_above_and_beside():
+def test_configuration_page_has_comments():
     rows = {key: rest for key, *rest in WRITER["rows"](CONFIGS.joinpath("train.yaml").read_text())}
     assert rows["monitor"] == ["val/dice", "What best.ckpt is best in, and what a sweep gets back."]
     assert rows["patch.scale"] == ["[8, 8, 8]", "nm, z y x"]
@@ -148,7 +149,7 @@ def test_the_page_has_comments_from_above_and_beside():
         ("torch.optim.AdamW", "lr", [1], r"x.lr must be float, got \[1\]"),
     ],
 )
-def test_types_are_checked(target, key, value, match):
+def test_check_target_types(target, key, value, match):
     with pytest.raises(CellMapError, match=match):
         check_target("x", {"_target_": target, "_partial_": True, key: value})
 
@@ -156,5 +157,5 @@ def test_types_are_checked(target, key, value, match):
 @pytest.mark.parametrize(
     ("key", "value"), [("max_epochs", None), ("max_epochs", 3), ("fast_dev_run", True), ("overfit_batches", 1)]
 )
-def test_right_types_pass(key, value):
+def test_check_target_accepts_valid_types(key, value):
     check_target("x", {"_target_": "lightning.Trainer", key: value})

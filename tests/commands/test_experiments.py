@@ -1,4 +1,4 @@
-"""Each experiment, run for a few steps by the command."""
+"""A few training steps of each experiment."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_multiscale_context(volume, tmp_path):
     assert any(name.startswith("network.context.") for name in saved["state_dict"])
 
 
-def test_raw_only_and_what_is_finetuned_from_it(volume, tmp_path):
+def test_self_supervised_pretraining_and_finetuning(volume, tmp_path):
     raw = f"{volume.path}/recon-1/em/fibsem-uint8"
     (tmp_path / "volumes.csv").write_text(f"train,{raw}\nvalidate,{raw}\n")
     _, before = finished(tmp_path, "experiment=raw_only_ssl", "data.csv_path=volumes.csv", *SMALL, *NET, *PATCH)
@@ -62,7 +62,7 @@ def test_raw_only_and_what_is_finetuned_from_it(volume, tmp_path):
         "task.optimizer.lr=0",
     )  # fmt: skip
     # As many channels as before, but they mean something else now: the head is not that of the reconstruction.
-    head = {name for name in before["state_dict"] if f"{name.removeprefix('network.')} begins anew" in text}
+    head = {name for name in before["state_dict"] if f"{name.removeprefix('network.')} is initialized" in text}
     assert any(name.endswith("conv.weight") for name in head)
     for name, value in before["state_dict"].items():
         if name not in head:
@@ -71,15 +71,15 @@ def test_raw_only_and_what_is_finetuned_from_it(volume, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("overrides", "expected"),
     [
         ("init_from=nowhere.ckpt", "there is no such checkpoint"),
-        ("seed=0", "init_from=best.ckpt: there is no such checkpoint; name another with init_from="),
+        ("seed=0", "init_from=best.ckpt: there is no such checkpoint; checkpoints beside it: "),
     ],
 )
-def test_finetune_without_a_checkpoint(volume, tmp_path, given, expected):
+def test_finetune_without_checkpoint_is_refused(volume, tmp_path, overrides, expected):
     crops = [f"data.csv_path={volume.csv_path}", "data.classes=[mito]"]
-    code, text = run_forked("experiment=finetune", *crops, *SMALL, *NET, *PATCH, given, cwd=tmp_path)
+    code, text = run_forked("experiment=finetune", *crops, *SMALL, *NET, *PATCH, overrides, cwd=tmp_path)
     assert code == 1
     assert expected in text
     assert "Traceback" not in text

@@ -1,4 +1,4 @@
-"""A training whose model cannot be drawn, or not wholly, ends like any other."""
+"""Trainings succeed with models whose predictions cannot be drawn."""
 
 import re
 
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 class Plain(L.LightningModule):
-    """A task of user code, which knows nothing of this package."""
+    """A task of user code, independent of this package."""
 
     def __init__(self, classes=("mito", "er"), **kwargs):
         super().__init__()
@@ -81,7 +81,7 @@ class Raises(Plain):
 
 
 class OtherScores(OfTheInput):
-    """Attributes of the same names, with other meanings."""
+    """A task whose attributes have the same names with other meanings."""
 
     input_name = "image"
     scores = (1, 2, 3)
@@ -95,20 +95,20 @@ KINDS = {
     Pairs: None,
     Mapped: None,
     Halves: r"samples.png shows no predictions: Halves: forward .* \[1, 2, 8, 16, 16\].*\[1, 2, 8, 16, 8\]",
-    Channels: r"samples.png shows no predictions: Channels: forward should return .* returned \[1, 6, 8, 16, 16\]",
+    Channels: r"samples.png shows no predictions: Channels: forward must return .* got \[1, 6, 8, 16, 16\]",
     Raises: "samples.png shows no predictions: RuntimeError: not for pictures$",
     OtherScores: None,
 }
 
 
 def train(volume, tmp_path, *more):
-    code, said = run_forked(*small(volume, "trainer.max_epochs=1", "hydra.run.dir=out", *more), cwd=tmp_path)
-    assert code == 0, said
-    assert "Traceback" not in said
+    code, output = run_forked(*small(volume, "trainer.max_epochs=1", "hydra.run.dir=out", *more), cwd=tmp_path)
+    assert code == 0, output
+    assert "Traceback" not in output
     for name in ("samples.png", "curves.png", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
-        assert (tmp_path / "out" / name).exists(), (name, said)
-    assert "results in" in said
-    return said
+        assert (tmp_path / "out" / name).exists(), (name, output)
+    assert "results in" in output
+    return output
 
 
 ALWAYS = (WithoutForward, OfTheBatch, Mapped, Halves)
@@ -118,45 +118,45 @@ ALWAYS = (WithoutForward, OfTheBatch, Mapped, Halves)
     "kind",
     [pytest.param(kind, marks=[] if kind in ALWAYS else pytest.mark.slow, id=kind.__name__) for kind in KINDS],
 )
-def test_any_module_ends_well(volume, tmp_path, kind):
-    """The picture has raw and targets at least, and the metric goes to the sweeper."""
-    said = train(
+def test_training_succeeds_with_any_module(volume, tmp_path, kind):
+    """The picture has at least raw and targets, and the sweeper receives the metric."""
+    output = train(
         volume, tmp_path, f"task._target_={__name__}.{kind.__name__}", "callbacks.batch_preview.every_n_epochs=1"
     )
-    lines = [line for line in said.splitlines() if "samples.png shows" in line or "is not drawn" in line]
+    lines = [line for line in output.splitlines() if "samples.png shows" in line or "is not drawn" in line]
     if KINDS[kind] is None:
         assert lines == []
     else:
         assert len(lines) == 1
         assert re.search(KINDS[kind], lines[0]), lines
-    assert len(re.findall("BatchPreview: the pictures show no predictions", said)) == (KINDS[kind] is not None)
+    assert len(re.findall("BatchPreview: the pictures show no predictions", output)) == (KINDS[kind] is not None)
     assert (tmp_path / "out/previews/train-epoch0000.png").exists()
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed", pytest.param("16-true")])
 @pytest.mark.parametrize("task", ["segmentation", "reconstruction"])
-def test_every_precision_is_drawn(volume, tmp_path, precision, task):
+def test_samples_are_drawn_at_every_precision(volume, tmp_path, precision, task):
     more = ["task=reconstruction", "monitor=val/loss", "callbacks.checkpoint.mode=min", "model.out_channels=1"]
-    said = train(
+    output = train(
         volume, tmp_path, f"trainer.precision={precision}", "callbacks.batch_preview.every_n_epochs=1",
         *(more if task == "reconstruction" else []),
     )  # fmt: skip
-    assert "is not drawn" not in said
-    assert "samples.png shows no" not in said
+    assert "is not drawn" not in output
+    assert "samples.png shows no" not in output
 
 
-def test_probabilities_come_from_the_output_that_fits(volume):
+def test_class_probabilities_select_the_matching_output(volume):
     batch = {"raw": torch.rand(2, 1, 4, 4, 4)}
     expected = None
     for kind in (OfTheInput, OfTheBatch, Pairs, Mapped):
         torch.manual_seed(0)
-        found = class_probabilities(kind(), batch, ["raw"], 2)
-        expected = found if expected is None else expected
-        assert found.shape == (2, 2, 4, 4, 4)
-        assert torch.equal(found, expected)
+        result = class_probabilities(kind(), batch, ["raw"], 2)
+        expected = result if expected is None else expected
+        assert result.shape == (2, 2, 4, 4, 4)
+        assert torch.equal(result, expected)
 
 
-def test_a_picture_that_fails_does_not_end_a_training(volume, tmp_path, caplog, monkeypatch):
+def test_failing_picture_does_not_fail_training(volume, tmp_path, caplog, monkeypatch):
     def fails(*_, **__):
         raise OSError("no room\nat all")
 

@@ -1,4 +1,4 @@
-"""``cellmap-predict`` as a user types it, with a checkpoint that ``cellmap-train`` has written."""
+"""``cellmap-predict`` from the command line, with a checkpoint of ``cellmap-train``."""
 
 import csv
 import os
@@ -12,16 +12,14 @@ import pytest
 import torch
 import zarr
 
-from cellmap_lightning.commands.predict import groundtruth, region, saved_config
+from cellmap_lightning.commands.predict_config import region_box, saved_config
 from cellmap_lightning.errors import CellMapError
-from cellmap_lightning.evaluation.evaluate import Score, evaluate
-from cellmap_lightning.io.ngff import read_encoding, read_multiscale
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.ngff import read_multiscale
 from tests import processes
 from tests.commands.test_cli import run as train
 from tests.commands.test_cli import run_forked, small
 
-COMMAND = [sys.executable, "-c", "from cellmap_lightning.commands.cli import predict; predict()"]
+COMMAND = [sys.executable, "-c", "from cellmap_lightning.commands.predict_command import main; main()"]
 
 
 @pytest.fixture(scope="module")
@@ -33,51 +31,51 @@ def checkpoint(volume, tmp_path_factory):
 
 
 def start(checkpoint, volume, out, *arguments):
-    given = [f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", f"out={out}", "trainer=cpu", *arguments]
+    overrides = [f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", f"out={out}", "trainer=cpu", *arguments]
     return processes.started(
-        [*COMMAND, *given], cwd=out.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*COMMAND, *overrides], cwd=out.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 
-def predict(*given):
-    with start(*given) as process:
+def predict(*overrides):
+    with start(*overrides) as process:
         out, errors = process.communicate(timeout=400)
     return process.returncode, out, errors
 
 
-def test_a_crop_from_the_command_line(checkpoint, volume, tmp_path):
-    given = ["region=crop2", "writer.blend=gaussian", "patch.shape=[8,32,32]", "data.batch_size=4"]
-    code, text, errors = predict(checkpoint, volume, tmp_path / "out.zarr", *given, "evaluate=true")
+def test_predict_crop_from_the_command_line(checkpoint, volume, tmp_path):
+    overrides = ["region=crop2", "writer.blend=gaussian", "patch.shape=[8,32,32]", "data.batch_size=4"]
+    code, text, errors = predict(checkpoint, volume, tmp_path / "out.zarr", *overrides, "evaluate=true")
     assert code == 0, errors
     assert "blocks are done" in text
     assert "million per second" in text
     assert "% of the voxels" in text
     assert "not the challenge's score; metric=csc gives that" in text
-    assert "block/s" not in errors, "no progress bar where nobody looks"
+    assert "block/s" not in errors, "no progress bar without a terminal"
     box = read_multiscale(f"{volume.path}/recon-1/labels/groundtruth/crop2/mito").finest.lattice.box
     for name in ("mito", "er"):
-        found = read_multiscale(tmp_path / "out.zarr" / name).finest.lattice
-        assert (np.asarray(found.box.lower) <= np.asarray(box.lower) + 1e-6).all()
-        assert (np.asarray(found.box.upper) >= np.asarray(box.upper) - 1e-6).all()
+        lattice = read_multiscale(tmp_path / "out.zarr" / name).finest.lattice
+        assert (np.asarray(lattice.box.lower) <= np.asarray(box.lower) + 1e-6).all()
+        assert (np.asarray(lattice.box.upper) >= np.asarray(box.upper) - 1e-6).all()
         assert zarr.open_array(str(tmp_path / "out.zarr" / name / "s0"), mode="r")[...].any()
     with (tmp_path / "out-scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["crop"], row["class"]) for row in rows} >= {("crop2", "mito"), ("crop2", "er")}
     assert (tmp_path / "out-scores.png").stat().st_size > 5000
     assert (tmp_path / "out.png").stat().st_size > 50_000
-    code, text, errors = predict(checkpoint, volume, tmp_path / "out.zarr", *given, "writer.overlap=0.25")
+    code, text, errors = predict(checkpoint, volume, tmp_path / "out.zarr", *overrides, "writer.overlap=0.25")
     assert code == 1
     assert "overlap: [4, 16, 16] is there, now [6, 24, 24]" in errors
     assert "Traceback" not in errors
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(checkpoint, volume, tmp_path):
-    given = ["writer.block_size_mb=0.01", "writer.chunks=[8,32,32]", "writer.overlap=0.5", "data.batch_size=1"]
+def test_prediction_resumes_after_ctrl_c(checkpoint, volume, tmp_path):
+    overrides = ["writer.block_size_mb=0.01", "writer.chunks=[8,32,32]", "writer.overlap=0.5", "data.batch_size=1"]
     out = tmp_path / "out.zarr"
-    with start(checkpoint, volume, out, *given) as process:
+    with start(checkpoint, volume, out, *overrides) as process:
         deadline = time.monotonic() + 120
         while not list(out.glob(".cellmap-prediction/blocks-*")) and time.monotonic() < deadline:
             assert process.poll() is None, process.stderr.read()
@@ -87,7 +85,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(checkpoint, volume, tm
     assert process.returncode == 130, errors
     assert "the same command continues from there" in errors
     assert "Traceback" not in errors
-    code, text, errors = predict(checkpoint, volume, out, *given)
+    code, text, errors = predict(checkpoint, volume, out, *overrides)
     assert code == 0, errors
     assert "of them by this run" in text
     lattice = read_multiscale(out / "mito").finest.lattice
@@ -98,7 +96,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(checkpoint, volume, tm
     ("arguments", "match"),
     [
         (["ckpt=nowhere.ckpt"], "there is no such checkpoint"),
-        (["ckpt=plain.ckpt"], "carries no configuration ('cellmap_config')"),
+        (["ckpt=plain.ckpt"], "has no configuration ('cellmap_config')"),
         (["writer.blend=max"], "blend is one of trim, average, gaussian, got 'max'"),
         (["data.batchsize=3"], "did you mean 'data.batch_size'?"),
         (["out=???"], "out is required: set it with out=..."),
@@ -109,18 +107,18 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(checkpoint, volume, tm
     ],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
-def test_wrong_use_is_an_error_in_words(checkpoint, volume, tmp_path, arguments, match):
+def test_invalid_prediction_settings(checkpoint, volume, tmp_path, arguments, match):
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
-    given = [f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", "out=out.zarr", "trainer=cpu"]
-    given = [g for g in given if g.split("=")[0] not in {a.split("=")[0] for a in arguments}]
-    code, errors = run_forked(*given, *arguments, cwd=tmp_path, command="predict")
+    overrides = [f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", "out=out.zarr", "trainer=cpu"]
+    overrides = [g for g in overrides if g.split("=")[0] not in {a.split("=")[0] for a in arguments}]
+    code, errors = run_forked(*overrides, *arguments, cwd=tmp_path, command="predict")
     assert code == 1
     assert match in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "out.zarr").exists()
 
 
-def test_a_checkpoint_with_code_in_it_is_not_opened(tmp_path):
+def test_pickled_code_in_checkpoint_is_not_run(tmp_path):
     class Harmful:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "harmed"),)
@@ -131,49 +129,7 @@ def test_a_checkpoint_with_code_in_it_is_not_opened(tmp_path):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_a_region_may_be_a_box(volume):
+def test_region_box(volume):
     box = {"z": [0, 1], "y": [0, 1], "x": [0, 1]}
-    assert region(box, volume.raw_path) == box
-    assert region(None, volume.raw_path) is None
-
-
-def test_scores_count_annotated_voxels_alone(volume, tmp_path):
-    """A prediction made of the labels themselves: perfect where it is left alone, and wrong where it is spoilt."""
-    crop = f"{volume.path}/recon-1/labels/groundtruth/crop2/mito"
-    image = read_multiscale(crop)
-    level, encoding = image.finest, read_encoding(image, image.finest)
-    stored = zarr.open_array(str(level.path), mode="r")[...]
-    known, there = stored != encoding.unknown, (stored != encoding.absent) & (stored != encoding.unknown)
-    spoilt = there.copy()
-    spoilt[: len(spoilt) // 2] = False
-    for values, name in ((there, "whole"), (spoilt, "spoilt")):
-        given = {"scale": level.scale, "translation": level.translation}
-        write_multiscale(tmp_path / name / "mito", np.where(values, 255, 0).astype(np.uint8), **given)
-    (whole,) = [s for s in scores_of(tmp_path / "whole", volume) if s.crop == "crop2"]
-    assert (whole.known, whole.tp, whole.fp, whole.fn) == (known.sum(), there.sum(), 0, 0)
-    assert whole.dice == whole.iou == whole.precision == whole.recall == 1
-    (half,) = [s for s in scores_of(tmp_path / "spoilt", volume) if s.crop == "crop2"]
-    left = int(spoilt.sum())
-    assert (half.tp, half.fp, half.fn) == (left, 0, there.sum() - left)
-    assert half.precision == 1
-    assert half.recall == pytest.approx(left / there.sum())
-
-
-def test_scores_are_those_of_torchmetrics():
-    from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex, BinaryPrecision, BinaryRecall
-
-    rng = torch.Generator().manual_seed(0)
-    truth, there = (torch.rand(500, generator=rng) > 0.6 for _ in range(2))
-    known = torch.rand(500, generator=rng) > 0.3
-    tp, fp, fn = ((known & a & b).sum().item() for a, b in ((there, truth), (there, ~truth), (~there, truth)))
-    score = Score("crop", "mito", int(known.sum()), tp, fp, fn)
-    for name, metric in (
-        ("dice", BinaryF1Score()), ("iou", BinaryJaccardIndex()), ("precision", BinaryPrecision()),
-        ("recall", BinaryRecall()),
-    ):  # fmt: skip
-        expected = metric(there[known].int(), truth[known].int()).item()
-        assert getattr(score, name) == pytest.approx(expected, abs=1e-6)
-
-
-def scores_of(output, volume):
-    return evaluate(output, groundtruth(volume.raw_path), ["mito"])
+    assert region_box(box, volume.raw_path) == box
+    assert region_box(None, volume.raw_path) is None

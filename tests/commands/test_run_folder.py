@@ -1,4 +1,4 @@
-"""The folder of a run that is there is continued or replaced where that is asked for, and left alone otherwise."""
+"""An existing run folder is resumed or replaced only on request."""
 
 import hashlib
 
@@ -6,14 +6,14 @@ import hydra
 import pytest
 import torch
 
-from cellmap_lightning.commands.cli import CONFIGS, register_resolvers
-from cellmap_lightning.commands.common import Stopped
+from cellmap_lightning.commands.messages import Stopped
+from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 from cellmap_lightning.commands.run_folder import KeepRuns
 from tests.commands.test_cli import run, run_forked, small
 
 
 def files(folder):
-    """The files below a folder, with their contents."""
+    """Return the files below a folder with their contents."""
     return {
         str(p.relative_to(folder)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
         for p in folder.rglob("*") if p.is_file()
@@ -26,9 +26,9 @@ def epochs(folder, name="last"):
 
 @pytest.fixture
 def finished(volume, tmp_path):
-    """A run of one epoch, called mine."""
-    code, said = run_forked(*small(volume, "run.name=mine", "trainer.max_epochs=1"), cwd=tmp_path)
-    assert code == 0, said
+    """A run of one epoch with the name ``mine``."""
+    code, output = run_forked(*small(volume, "run.name=mine", "trainer.max_epochs=1"), cwd=tmp_path)
+    assert code == 0, output
     return tmp_path / "runs" / "mine"
 
 
@@ -43,46 +43,46 @@ def finished(volume, tmp_path):
     ],
     ids=["the same command", "other settings", "a checkpoint of another run", "fast_dev_run", "a new key"],
 )
-def test_a_finished_run_is_not_replaced(volume, tmp_path, finished, more):
+def test_finished_run_is_not_replaced(volume, tmp_path, finished, more):
     before = files(finished)
     other = tmp_path / "other.ckpt"
     other.write_bytes((finished / "checkpoints/last.ckpt").read_bytes())
     more = [argument.format(other=other) for argument in more]
-    code, said = run_forked(*small(volume, "run.name=mine", *more), cwd=tmp_path)
-    assert code == 1, said
-    assert said == (
+    code, output = run_forked(*small(volume, "run.name=mine", *more), cwd=tmp_path)
+    assert code == 1, output
+    assert output == (
         "Error: runs/mine already holds a run (checkpoints/best.ckpt, checkpoints/last.ckpt, metrics.csv); resume=auto "
         "continues it, overwrite=true replaces it, and another run.name=... keeps it\n"
     )
     assert files(finished) == before
 
 
-def test_a_finished_run_is_continued(volume, tmp_path, finished):
-    given = small(volume, "run.name=mine", "trainer.max_epochs=2")
-    code, said = run_forked(*given, "resume=auto", cwd=tmp_path)
-    assert code == 0, said
+def test_finished_run_is_resumed(volume, tmp_path, finished):
+    arguments = small(volume, "run.name=mine", "trainer.max_epochs=2")
+    code, output = run_forked(*arguments, "resume=auto", cwd=tmp_path)
+    assert code == 0, output
     assert epochs(finished) == 1
     assert (finished / "metrics.1.csv").exists()
     # By its name too, where it is a checkpoint of the run.
-    code, said = run_forked(*given, f"resume={finished}/checkpoints/last.ckpt", cwd=tmp_path)
-    assert code == 0, said
+    code, output = run_forked(*arguments, f"resume={finished}/checkpoints/last.ckpt", cwd=tmp_path)
+    assert code == 0, output
     assert torch.load(finished / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 1
 
 
-def test_a_finished_run_is_replaced_when_asked(volume, tmp_path, finished):
+def test_overwrite_replaces_finished_run(volume, tmp_path, finished):
     for name in ("recent", "preempted"):
         (finished / f"checkpoints/{name}.ckpt").write_bytes((finished / "checkpoints/last.ckpt").read_bytes())
     (finished / "notes.txt").write_text("mine")
     before = files(finished / "checkpoints")
     csv = tmp_path / "crops.csv"
     csv.write_text(f"train,{tmp_path}/nowhere.zarr/raw,{tmp_path}/nowhere.zarr/crop1/[mito]\n")
-    given = [a for a in small(volume, "run.name=mine", "overwrite=true") if not a.startswith("data.csv_path")]
-    code, said = run_forked(*given, f"data.csv_path={csv}", cwd=tmp_path)
+    arguments = [a for a in small(volume, "run.name=mine", "overwrite=true") if not a.startswith("data.csv_path")]
+    code, output = run_forked(*arguments, f"data.csv_path={csv}", cwd=tmp_path)
     assert code == 1
-    assert "nowhere.zarr" in said
+    assert "nowhere.zarr" in output
     assert files(finished / "checkpoints") == before, "a run that cannot begin replaces nothing"
-    code, said = run_forked(*small(volume, "run.name=mine", "overwrite=true"), cwd=tmp_path)
-    assert code == 0, said
+    code, output = run_forked(*small(volume, "run.name=mine", "overwrite=true"), cwd=tmp_path)
+    assert code == 0, output
     assert epochs(finished) == 1
     assert sorted(p.stem for p in (finished / "checkpoints").iterdir()) == ["best", "last"]
     assert not list(finished.glob("metrics.*.csv"))
@@ -90,51 +90,53 @@ def test_a_finished_run_is_replaced_when_asked(volume, tmp_path, finished):
 
 
 @pytest.mark.parametrize("failure", ["data.csv_path=nowhere.csv", "+data.batchsize=4"])
-def test_a_run_that_failed_before_it_trained_is_begun_again(volume, tmp_path, failure):
-    given = small(volume, "run.name=mine", "trainer.max_epochs=1")
-    code, said = run_forked(*[a for a in given if a.split("=")[0] != failure.split("=")[0]], failure, cwd=tmp_path)
-    assert code == 1, said
-    code, said = run_forked(*given, cwd=tmp_path)
-    assert code == 0, said
+def test_run_that_failed_before_training_restarts(volume, tmp_path, failure):
+    arguments = small(volume, "run.name=mine", "trainer.max_epochs=1")
+    code, output = run_forked(
+        *[a for a in arguments if a.split("=")[0] != failure.split("=")[0]], failure, cwd=tmp_path
+    )
+    assert code == 1, output
+    code, output = run_forked(*arguments, cwd=tmp_path)
+    assert code == 0, output
 
 
 @pytest.mark.slow
-def test_a_sweep_is_not_replaced(volume, tmp_path):
-    given = ["-m", *small(volume, "trainer.max_epochs=1", "seed=1,2", "run.name=two", "final_validation=false")]
-    code, said = run_forked(*given, cwd=tmp_path)
-    assert code == 0, said
+def test_sweep_is_not_replaced(volume, tmp_path):
+    arguments = ["-m", *small(volume, "trainer.max_epochs=1", "seed=1,2", "run.name=two", "final_validation=false")]
+    code, output = run_forked(*arguments, cwd=tmp_path)
+    assert code == 0, output
     before = files(tmp_path / "multirun" / "two")
-    code, said = run_forked(*given, cwd=tmp_path)
+    code, output = run_forked(*arguments, cwd=tmp_path)
     assert code == 1
-    assert "Error: multirun/two already holds a run (0/checkpoints/best.ckpt, " in said
+    assert "Error: multirun/two already holds a run (0/checkpoints/best.ckpt, " in output
     assert files(tmp_path / "multirun" / "two") == before
-    code, said = run_forked(*given, "resume=auto", cwd=tmp_path)
-    assert code == 0, said
+    code, output = run_forked(*arguments, "resume=auto", cwd=tmp_path)
+    assert code == 0, output
 
 
 @pytest.mark.slow
-def test_the_processes_of_one_run_share_its_folder(volume, tmp_path):
-    """The others start with the same command while the first is under way."""
-    given = small(
+def test_distributed_processes_share_the_run_folder(volume, tmp_path):
+    """Further processes start with the same command while the first one is running."""
+    arguments = small(
         volume, "run.name=both", "compare_untrained=true", "trainer.max_epochs=1", "trainer.strategy=ddp",
         "trainer.devices=2",
     )  # fmt: skip
-    done = run(*given, cwd=tmp_path)
+    done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    again = run(*given, cwd=tmp_path)
+    again = run(*arguments, cwd=tmp_path)
     assert again.returncode == 1
     assert "runs/both already holds a run" in again.stderr
 
 
 def check(folder, *overrides):
-    """The check that Hydra makes when a run starts."""
+    """Run the check of Hydra's callback at the start of a run."""
     register_resolvers()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = hydra.compose("train", overrides=[f"hydra.run.dir={folder}", *overrides], return_hydra_config=True)
     KeepRuns().on_run_start(config)
 
 
-def test_a_job_of_slurm_that_is_requeued_continues(tmp_path, monkeypatch, capsys):
+def test_requeued_slurm_job_resumes(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.csv").write_text("step\n1\n")
     check(tmp_path, "resume=auto")
     with pytest.raises(Stopped):
@@ -148,13 +150,13 @@ def test_a_job_of_slurm_that_is_requeued_continues(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "output"),
     [
         (["overwrite=true", "resume=auto"], "Error: overwrite=true and resume=auto exclude each other"),
-        (["overwrite=yes please"], "Error: overwrite is true or false, got 'yes please'"),
+        (["overwrite=yes please"], "Error: overwrite must be true or false, got 'yes please'"),
     ],
 )
-def test_what_overwrite_can_be(tmp_path, capsys, given, said):
+def test_invalid_overwrite(tmp_path, capsys, arguments, output):
     with pytest.raises(Stopped):
-        check(tmp_path, *given)
-    assert said in capsys.readouterr().err
+        check(tmp_path, *arguments)
+    assert output in capsys.readouterr().err

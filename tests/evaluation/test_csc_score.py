@@ -1,4 +1,4 @@
-"""The challenge's score: hand-computed cases, independent formulas, and the toolbox itself where it is installed."""
+"""The challenge's score: hand-computed cases, a reference implementation, and the toolbox where it is installed."""
 
 import json
 import math
@@ -62,36 +62,36 @@ def moved(part, number, by):
         ([(1, *A[1:]), (1, *B[1:])], Counts(2, 0, 0, 2.0, 2)),
     ],
 )
-def test_objects_by_hand(prediction, counts):
+def test_instance_counts_of_small_examples(prediction, counts):
     _is(instance_counts(boxes(SHAPE, *prediction), boxes(SHAPE, A, B), VOXEL), counts)
 
 
-def _is(found, counts):
-    assert (found.tp, found.fp, found.fn, found.distances) == (counts.tp, counts.fp, counts.fn, counts.distances)
-    assert found.boundary == pytest.approx(counts.boundary, abs=1e-6)
+def _is(result, counts):
+    assert (result.tp, result.fp, result.fn, result.distances) == (counts.tp, counts.fp, counts.fn, counts.distances)
+    assert result.boundary == pytest.approx(counts.boundary, abs=1e-6)
 
 
 @pytest.mark.parametrize(("third", "counted"), [(3, 1), (4, 0), (1, 0)])
-def test_an_object_without_a_match_may_count_to_the_true_object_of_its_number(third, counted):
-    """The third component keeps the number 3, and lies far from whatever has it among the true objects."""
+def test_unmatched_object_with_the_number_of_a_true_object(third, counted):
+    """The third component has the number 3, and is far from the true object with that number."""
     truth = boxes(SHAPE, (third, *A[1:]), (2, *B[1:]))
     prediction = boxes(SHAPE, A, B, (5, (14, 20, 30), (2, 2, 2)))
     _is(instance_counts(prediction, truth, VOXEL), Counts(2, 1, 0, 2 + LOST - counted * (1 - LOST), 3))
 
 
 @pytest.mark.parametrize(("separated", "tp", "fn"), [(True, 2, 0), (False, 1, 1)])
-def test_objects_that_touch_are_two_with_two_ids(separated, tp, fn):
+def test_touching_objects_with_two_ids_are_two_objects(separated, tp, fn):
     truth = boxes(SHAPE, (1, (2, 2, 2), (6, 6, 6)), (2, (2, 2, 8), (6, 6, 6)))
-    found = instance_counts(truth if separated else (truth > 0).astype(np.uint8), truth, VOXEL)
-    assert (found.tp, found.fp, found.fn) == (tp, 0, fn)
+    result = instance_counts(truth if separated else (truth > 0).astype(np.uint8), truth, VOXEL)
+    assert (result.tp, result.fp, result.fn) == (tp, 0, fn)
 
 
 @pytest.mark.parametrize(("by", "objects"), [((2, 0, 0), 1), ((2, 2, 0), 1), ((2, 2, 2), 1), ((3, 0, 0), 2)])
-def test_parts_of_an_id_that_share_a_corner_are_one_object(by, objects):
+def test_parts_of_an_id_with_26_connectivity_are_one_object(by, objects):
     part = (7, (4, 4, 4), (2, 2, 2))
     prediction = boxes(SHAPE, part, moved(part, 7, by))
-    found = instance_counts(prediction, prediction, VOXEL)
-    assert found.tp + found.fp == objects
+    result = instance_counts(prediction, prediction, VOXEL)
+    assert result.tp + result.fp == objects
 
 
 @pytest.mark.parametrize(
@@ -109,11 +109,11 @@ def test_too_many_objects_skip_the_crop(objects, true, skipped):
         prediction[tuple(place)] = number
     for number, place in enumerate(places[:true], 1):
         truth[tuple(place)] = number
-    found = instance_counts(prediction, truth, VOXEL)
-    assert (found is None) == skipped
-    if found is not None:
-        assert found.tp == min(objects, true)
-        assert found.tp + found.fp == objects
+    result = instance_counts(prediction, truth, VOXEL)
+    assert (result is None) == skipped
+    if result is not None:
+        assert result.tp == min(objects, true)
+        assert result.tp + result.fp == objects
 
 
 @pytest.mark.parametrize("pairs", [2, 3, 4])
@@ -124,14 +124,14 @@ def test_too_many_overlaps_skip_the_crop(monkeypatch, pairs):
     assert (instance_counts(prediction, truth.reshape(1, 1, 8), VOXEL) is None) == (pairs > 3)
 
 
-def test_voxels_by_hand():
+def test_semantic_counts_of_a_small_example():
     truth = boxes(SHAPE, (1, (0, 0, 0), (10, 10, 10)), (2, (10, 0, 0), (1, 1, 1)))
     prediction = boxes(SHAPE, (5, (0, 0, 5), (10, 10, 10)))
     assert semantic_counts(prediction, truth) == Counts(500, 500, 501)
 
 
 @pytest.mark.parametrize("instances", [True, False])
-def test_what_is_not_submitted(instances):
+def test_counts_of_missing_classes(instances):
     truth = boxes(SHAPE, A, B)
     expected = Counts(fn=2, distances=2) if instances else Counts(fn=24000)
     assert missing_counts(truth, instances) == expected
@@ -144,7 +144,7 @@ def test_what_is_not_submitted(instances):
     assert missing.counts.boundary <= nothing.counts.boundary
 
 
-def test_crops_are_pooled_before_anything_is_divided():
+def test_counts_are_summed_over_crops_before_division():
     rows = [
         CropCounts("crop1", "er", Counts(90, 10, 0)),
         CropCounts("crop2", "er", Counts(0, 0, 900)),
@@ -172,12 +172,12 @@ def test_crops_are_pooled_before_anything_is_divided():
 @pytest.mark.parametrize(
     ("prediction", "truth", "match"),
     [
-        (np.zeros((2, 2, 2), int), np.zeros((2, 2, 3), int), "both must have the same shape"),
-        (np.zeros((2, 2), int), np.zeros((2, 2, 2), int), "both must have the same shape"),
+        (np.zeros((2, 2, 2), int), np.zeros((2, 2, 3), int), "annotation must have the same shape"),
+        (np.zeros((2, 2), int), np.zeros((2, 2, 2), int), "annotation must have the same shape"),
         (np.zeros((2, 2, 2), int), np.full((2, 2, 2), -1), "must be at least 0, got -1"),
     ],
 )
-def test_volumes_that_cannot_be_scored(prediction, truth, match):
+def test_invalid_volumes(prediction, truth, match):
     with pytest.raises(CellMapValueError, match=match):
         instance_counts(prediction, truth, VOXEL)
 
@@ -210,65 +210,65 @@ def perturbed(truth, seed):
 
 
 def independently(prediction, truth, voxel):
-    """The same by dense tables and whole volumes: a linear assignment, distances over all voxels."""
+    """Compute the counts by a reference implementation: a dense linear assignment, distances over all voxels."""
     parts = [
         (ndimage.label(prediction == v, np.ones((3, 3, 3)))) for v in np.unique(prediction)[1:]
     ]  # fmt: skip
-    found = [labels == n for labels, count in parts for n in range(1, count + 1)]
+    predicted = [labels == n for labels, count in parts for n in range(1, count + 1)]
     # The scorer's numbers follow the order of the first voxels.
     import cc3d
 
     numbers = cc3d.connected_components(prediction)
-    found.sort(key=lambda mask: int(numbers[mask][0]))
+    predicted.sort(key=lambda mask: int(numbers[mask][0]))
     ids = np.unique(truth)[1:]
     true = [truth == value for value in ids]
-    overlap = np.array([[(t & f).sum() / (t | f).sum() for f in found] for t in true], np.float32)
+    overlap = np.array([[(t & f).sum() / (t | f).sum() for f in predicted] for t in true], np.float32)
     cost = np.where(overlap > 0, ((1 - overlap.astype(float)) * 1e6).astype(int), 10**9)
     table = np.hstack([cost, np.where(np.eye(len(true), dtype=bool), 10**6 + 1, 10**9)])
-    matches = {r: c for r, c in zip(*linear_sum_assignment(table), strict=True) if c < len(found)}
+    matches = {r: c for r, c in zip(*linear_sum_assignment(table), strict=True) if c < len(predicted)}
     longest = min(s * n / 2 for s, n in zip(voxel, truth.shape, strict=True))
     distances = []
     for number, value in enumerate(ids):
-        mask = found[matches[number]].copy() if number in matches else np.zeros(truth.shape, bool)
-        if value <= len(found) and value - 1 not in matches.values():
-            mask |= found[value - 1]
+        mask = predicted[matches[number]].copy() if number in matches else np.zeros(truth.shape, bool)
+        if value <= len(predicted) and value - 1 not in matches.values():
+            mask |= predicted[value - 1]
         if not mask.any():
             distances.append(longest)
             continue
         one, other = (ndimage.distance_transform_edt(~m, sampling=voxel) for m in (mask, true[number]))
         distances.append(min(longest, max(one[true[number]].max(), other[mask].max())))
-    distances += [longest] * (len(found) - len(matches))
+    distances += [longest] * (len(predicted) - len(matches))
     boundary = sum(1.01 ** (-d / np.linalg.norm(voxel)) for d in distances)
-    return Counts(len(matches), len(found) - len(matches), len(ids) - len(matches), boundary, len(distances))
+    return Counts(len(matches), len(predicted) - len(matches), len(ids) - len(matches), boundary, len(distances))
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_objects_against_dense_tables(seed):
+def test_random_objects_equal_a_dense_reference(seed):
     truth = scattered(seed)
     prediction = perturbed(truth, seed)
-    found, expected = instance_counts(prediction, truth, VOXEL), independently(prediction, truth, VOXEL)
-    assert (found.tp, found.fp, found.fn, found.distances) == (
+    result, expected = instance_counts(prediction, truth, VOXEL), independently(prediction, truth, VOXEL)
+    assert (result.tp, result.fp, result.fn, result.distances) == (
         expected.tp, expected.fp, expected.fn, expected.distances,
     )  # fmt: skip
-    assert found.boundary == pytest.approx(expected.boundary, abs=1e-5)
-    assert 0 < found.tp < len(np.unique(truth))
+    assert result.boundary == pytest.approx(expected.boundary, abs=1e-5)
+    assert 0 < result.tp < len(np.unique(truth))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.uint64])
-def test_types_of_ids(dtype):
+def test_dtypes_of_ids(dtype):
     truth, prediction = scattered(1), perturbed(scattered(1), 1)
-    found = instance_counts(prediction.astype(dtype), truth.astype(dtype), VOXEL)
-    assert found == instance_counts(prediction, truth, VOXEL)
+    result = instance_counts(prediction.astype(dtype), truth.astype(dtype), VOXEL)
+    assert result == instance_counts(prediction, truth, VOXEL)
     assert missing_counts(truth.astype(dtype), True) == missing_counts(truth, True)
 
 
-def test_ids_as_large_as_they_may_be():
+def test_largest_ids():
     truth, prediction = scattered(1), perturbed(scattered(1), 1)
     ids = np.unique(truth)
     far = np.concatenate([[0], (1 << 40) + ids[1:].astype(np.uint64)]).astype(np.uint64)
-    found = instance_counts(prediction, far[np.searchsorted(ids, truth)], VOXEL)
+    result = instance_counts(prediction, far[np.searchsorted(ids, truth)], VOXEL)
     expected = instance_counts(prediction, truth, VOXEL)
-    assert (found.tp, found.fp, found.fn) == (expected.tp, expected.fp, expected.fn)
+    assert (result.tp, result.fp, result.fn) == (expected.tp, expected.fp, expected.fn)
 
 
 TOOLBOX = """
@@ -276,15 +276,15 @@ import json, sys
 import numpy as np
 from cellmap_segmentation_challenge.utils.eval_utils.aggregation import combine_scores
 from cellmap_segmentation_challenge.utils.eval_utils.scoring import score_instance, score_semantic
-with np.load(sys.argv[1]) as given:
-    voxel = tuple(given["voxel"].tolist())
+with np.load(sys.argv[1]) as volumes:
+    voxel = tuple(volumes["voxel"].tolist())
     scores = {}
-    for key in given.files:
+    for key in volumes.files:
         if key.startswith("truth/"):
             _, crop, name = key.split("/")
-            pair = given[f"prediction/{crop}/{name}"], given[key]
-            found = score_instance(*pair, voxel) if name in given["instances"] else score_semantic(*pair)
-            scores.setdefault(crop, {})[name] = dict(found, is_missing=False)
+            pair = volumes[f"prediction/{crop}/{name}"], volumes[key]
+            score = score_instance(*pair, voxel) if name in volumes["instances"] else score_semantic(*pair)
+            scores.setdefault(crop, {})[name] = dict(score, is_missing=False)
 scores = combine_scores(scores)
 def plain(value):
     return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else (
@@ -293,14 +293,9 @@ print("SCORES " + json.dumps(plain(scores)))
 """
 
 
-def test_the_toolbox_gives_the_same_score(tmp_path):
-    """Set CSC_PYTHON to the Python of an environment that has the challenge's toolbox."""
-    python = os.environ.get("CSC_PYTHON")
-    if not python:
-        pytest.skip("CSC_PYTHON does not name a Python that has the challenge's toolbox")
-    volumes, rows = {}, []
+def toolbox_volumes():
+    """Yield crop, class, prediction and annotation: random objects, and the special cases of the scorer."""
     for seed in range(8):
-        crop = f"crop{seed}"
         for name in ("mito", "nuc", "ves", "er", "pm"):
             truth = scattered(seed + 50 * len(name), objects=3 + seed * 3, touching=bool(seed % 2))
             prediction = perturbed(truth, seed)
@@ -311,31 +306,43 @@ def test_the_toolbox_gives_the_same_score(tmp_path):
             if (seed, name) == (7, "ves"):
                 prediction = (np.random.default_rng(0).random(truth.shape) < 0.05).astype(np.uint8)
                 truth = boxes(truth.shape, A)
-            volumes[f"truth/{crop}/{name}"], volumes[f"prediction/{crop}/{name}"] = truth, prediction
-            if name in ("er", "pm"):
-                counts = semantic_counts(prediction, truth)
-            else:
-                counts = instance_counts(prediction, truth, VOXEL)
-            rows.append(CropCounts(crop, name, counts or Counts(), "scored" if counts else "skipped"))
-    np.savez(tmp_path / "given.npz", voxel=VOXEL, instances=["mito", "nuc", "ves"], **volumes)
+            yield f"crop{seed}", name, prediction, truth
+
+
+def toolbox_scores(python, folder, volumes):
+    """Return the scores of the challenge's toolbox, run by another Python."""
+    np.savez(folder / "volumes.npz", voxel=VOXEL, instances=["mito", "nuc", "ves"], **volumes)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    env |= {"PER_INSTANCE_THREADS": "1", "CSC_TEST_CROP_MANIFEST_URL": (tmp_path / "manifest.csv").as_uri()}
-    (tmp_path / "manifest.csv").write_text("crop_name,dataset,class_label,voxel_size,translation,shape\n")
-    done = subprocess.run(
-        [python, "-c", TOOLBOX, str(tmp_path / "given.npz")], capture_output=True, text=True, timeout=300, env=env
-    )
+    env |= {"PER_INSTANCE_THREADS": "1", "CSC_TEST_CROP_MANIFEST_URL": (folder / "manifest.csv").as_uri()}
+    (folder / "manifest.csv").write_text("crop_name,dataset,class_label,voxel_size,translation,shape\n")
+    command = [python, "-c", TOOLBOX, str(folder / "volumes.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert done.returncode == 0, done.stderr
-    theirs = json.loads(next(x for x in done.stdout.splitlines() if x.startswith("SCORES ")).removeprefix("SCORES "))
-    ours = pooled(rows, INSTANCE_CLASSES)
+    return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("SCORES ")).removeprefix("SCORES "))
+
+
+def test_score_equals_the_official_toolbox(tmp_path):
+    """Set CSC_PYTHON to the Python of an environment that has the challenge's toolbox."""
+    python = os.environ.get("CSC_PYTHON")
+    if not python:
+        pytest.skip("CSC_PYTHON does not name a Python that has the challenge's toolbox")
+    volumes, rows = {}, []
+    for crop, name, prediction, truth in toolbox_volumes():
+        volumes[f"truth/{crop}/{name}"], volumes[f"prediction/{crop}/{name}"] = truth, prediction
+        semantic = name in ("er", "pm")
+        counts = semantic_counts(prediction, truth) if semantic else instance_counts(prediction, truth, VOXEL)
+        rows.append(CropCounts(crop, name, counts or Counts(), "scored" if counts else "skipped"))
+    expected = toolbox_scores(python, tmp_path, volumes)
     for row in rows:
-        for key, value in (("tp", row.counts.tp), ("fp", row.counts.fp), ("fn", row.counts.fn)):
-            assert theirs[row.crop][row.name][key] == value, row
+        scores = expected[row.crop][row.name]
+        assert [row.counts.tp, row.counts.fp, row.counts.fn] == [scores[key] for key in ("tp", "fp", "fn")], row
         if row.name in INSTANCE_CLASSES:
-            assert row.counts.boundary == pytest.approx(theirs[row.crop][row.name]["hausdorff_norm_sum"], abs=1e-6)
+            assert row.counts.boundary == pytest.approx(scores["hausdorff_norm_sum"], abs=1e-6)
     assert "skipped" in [row.status for row in rows]
-    for c in ours.classes:
+    score = pooled(rows, INSTANCE_CLASSES)
+    for c in score.classes:
         key = "combined_score" if c.instances else "iou"
-        assert c.score == pytest.approx(theirs["label_scores"][c.name][key], abs=1e-6)
-    for found, key in ((ours.instance, "instance_"), (ours.semantic, "semantic_"), (ours.overall, "")):
-        assert found == pytest.approx(theirs[f"overall_{key}score"], abs=1e-6)
-    assert 0.2 < ours.overall < 0.95
+        assert c.score == pytest.approx(expected["label_scores"][c.name][key], abs=1e-6)
+    for value, key in ((score.instance, "instance_"), (score.semantic, "semantic_"), (score.overall, "")):
+        assert value == pytest.approx(expected[f"overall_{key}score"], abs=1e-6)
+    assert 0.2 < score.overall < 0.95

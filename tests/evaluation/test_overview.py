@@ -1,11 +1,11 @@
-"""The picture of a prediction: what it shows of raw, annotation and prediction lies at one place in nm."""
+"""The picture of a prediction: raw, annotation and prediction are aligned in nm."""
 
 import numpy as np
 import pytest
 import zarr
 
 from cellmap_lightning import CellMapImage
-from cellmap_lightning.commands.predict import groundtruth
+from cellmap_lightning.commands.predict_config import groundtruth
 from cellmap_lightning.evaluation.overview import draw_prediction, samples_of
 from cellmap_lightning.io.ngff import read_encoding, read_multiscale
 from cellmap_lightning.io.writer import create_level, multiscale_attributes, write_group, write_multiscale
@@ -15,7 +15,7 @@ CROP = "crop2"
 
 @pytest.fixture(scope="module")
 def labels(volume):
-    """Labels of a class of a crop: where they are, which is there, and which is known."""
+    """Labels of a class of a crop: its level, and the masks of positive and of annotated voxels."""
     image = read_multiscale(groundtruth(volume.raw_path) / CROP / "mito")
     level, encoding = image.finest, read_encoding(image, image.finest)
     stored = zarr.open_array(str(level.path), mode="r")[...]
@@ -24,7 +24,7 @@ def labels(volume):
 
 @pytest.fixture(scope="module")
 def crops(volume, tmp_path_factory):
-    """That crop alone."""
+    """A folder with one crop."""
     folder = tmp_path_factory.mktemp("crops")
     (folder / CROP).symlink_to(groundtruth(volume.raw_path) / CROP)
     return folder
@@ -37,12 +37,12 @@ def predicted(folder, level, values, shift=(0, 0, 0), **kwargs):
 
 
 def of_the_crop(samples):
-    (found,) = [s for s in samples if s.header.startswith(f"{CROP}, centre")]
-    return found
+    (sample,) = [s for s in samples if s.header.startswith(f"{CROP}, centre")]
+    return sample
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_a_prediction_made_of_the_labels_lies_on_them(volume, labels, crops, tmp_path, dtype):
+def test_prediction_and_annotation_are_aligned(volume, labels, crops, tmp_path, dtype):
     level, there, _ = labels
     most = 255 if dtype == "uint8" else 1
     out = predicted(tmp_path / "out", level, (there * most).astype(dtype))
@@ -59,8 +59,8 @@ def test_a_prediction_made_of_the_labels_lies_on_them(volume, labels, crops, tmp
     assert (np.asarray(center) < box.upper).all()
 
 
-def test_a_shift_would_be_seen(volume, labels, crops, tmp_path):
-    """The same voxels, said to lie two further along an axis: they no longer lie on the annotation."""
+def test_shift_is_visible(volume, labels, crops, tmp_path):
+    """The same voxels with a translation of two voxels along an axis are not aligned with the annotation."""
     level, there, _ = labels
     values = np.pad((there * 255).astype(np.uint8), 4)
     differing = []
@@ -74,7 +74,7 @@ def test_a_shift_would_be_seen(volume, labels, crops, tmp_path):
     assert min(differing[1:]) > 100
 
 
-def test_without_crops_the_fullest_places_are_shown(volume, tmp_path, monkeypatch):
+def test_densest_places_are_drawn_without_crops(volume, tmp_path, monkeypatch):
     monkeypatch.setattr("cellmap_lightning.evaluation.overview._PLACE", (16, 32, 32))
     raw = read_multiscale(volume.raw_path).levels[1]
     values = np.zeros(raw.array.shape, np.uint8)
@@ -82,7 +82,7 @@ def test_without_crops_the_fullest_places_are_shown(volume, tmp_path, monkeypatc
     about = {"cellmap": {"prediction": {"class_name": "mito", "probability_1": 255}}}
     out = predicted(tmp_path / "out.zarr", raw, values, levels=2, attributes=about)
     whole, *places = samples_of(out, volume.raw_path, ["mito"])
-    assert whole.header == "all that was predicted"
+    assert whole.header == "whole prediction"
     assert whole.raw.shape == values.shape
     np.testing.assert_array_equal(whole.prediction[0], values > 0)
     assert [p.raw.shape for p in places] == [(16, 32, 32)] * 3
@@ -96,8 +96,8 @@ def test_without_crops_the_fullest_places_are_shown(volume, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("levels", [1, 12])
-def test_little_is_read_however_large_the_volume(tmp_path, levels):
-    """A volume and its prediction of 1.25e14 voxels, none of which was written."""
+def test_read_volume_is_bounded(tmp_path, levels):
+    """An empty volume and an empty prediction of 1.25e14 voxels."""
     paths = tmp_path / "raw.zarr" / "em", tmp_path / "out.zarr" / "mito"
     for path in paths:
         write_group(path, multiscale_attributes("em", (8, 8, 8), (0, 0, 0), levels))

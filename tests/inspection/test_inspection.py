@@ -17,7 +17,7 @@ import zarr
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from cellmap_lightning.commands.cli import CONFIGS, register_resolvers
+from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.inspection.facts import at_scale, look_at_crops, look_at_volumes
 from cellmap_lightning.inspection.kept import clear, listing, measurements, regions
@@ -356,29 +356,29 @@ def test_list_and_clear_know_what_is_whose(volume, own_folder):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "say what to look at, in one way: data.csv_path=..."),
+        ([], "give the data in one way: data.csv_path=..."),
         (["data.csv_path=a.csv", "data.input_path=b.zarr"], "got data.csv_path and data.input_path"),
         (["data.csv_path=nowhere.csv"], "the CSV of crops nowhere.csv does not exist"),
-        (["cache=lst"], "cache is list or clear, got 'lst'"),
+        (["cache=lst"], "cache must be one of list, clear, got 'lst'; did you mean 'list'?"),
         (["data.csvpath=x.csv"], "did you mean 'data.csv_path'?"),
-        (["deep=maybe"], "deep is true or false, got 'maybe'"),
-        (["device_gb=-1"], "device_gb must be a positive number of GiB, got -1"),
+        (["deep=maybe"], "deep must be true or false, got 'maybe'"),
+        (["device_gb=-1"], "device_gb (GiB) must be a number above 0, got -1"),
     ],
     ids=lambda a: (a[0] if a else "nothing") if isinstance(a, list) else "",
 )
 def test_wrong_use_is_an_error_in_a_line(tmp_path, arguments, expected):
-    code, text = run_forked(*arguments, cwd=tmp_path, command="inspect_")
+    code, text = run_forked(*arguments, cwd=tmp_path, command="inspect")
     assert code == 1
     assert expected in text
     assert "Traceback" not in text
 
 
 def test_the_command_prints_one_document(volume, tmp_path):
-    code, text = run_forked(f"data.csv_path={volume.csv_path}", "json=true", cwd=tmp_path, command="inspect_")
+    code, text = run_forked(f"data.csv_path={volume.csv_path}", "json=true", cwd=tmp_path, command="inspect")
     assert code == 0, text
     assert json.loads(text)["versions"]["zarr"] == zarr.__version__  # and no progress bar, outside of a terminal
     assert [path.name for path in tmp_path.iterdir()] == ["stderr.txt"], "it leaves nothing behind"
-    code, text = run_forked(f"data.csv_path={volume.csv_path}", "patch.scale=[1,1,1]", cwd=tmp_path, command="inspect_")
+    code, text = run_forked(f"data.csv_path={volume.csv_path}", "patch.scale=[1,1,1]", cwd=tmp_path, command="inspect")
     assert code == 1
     assert text.index("Proposal") < text.index("finer along z")
 

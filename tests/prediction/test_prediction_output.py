@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks import PredictionWriter
-from cellmap_lightning.commands.predict import region
+from cellmap_lightning.commands.predict_config import region_box
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
 from cellmap_lightning.inspection.report import _around
@@ -179,7 +179,7 @@ def test_a_prediction_is_read_as_a_crop_and_as_raw(tmp_path):
     assert found.classes == ("er", "mito")
     entry = {"raw": str(raw), "gt": f"{crop}/[er,mito]"}
     assert _around(str(raw)) == {"datasets": {"train": [entry]}, "split": "csv"}
-    assert region("crop7", str(raw)) == read_multiscale(crop / "mito").finest.lattice.box.as_dict()
+    assert region_box("crop7", str(raw)) == read_multiscale(crop / "mito").finest.lattice.box.as_dict()
     spec = {"shape": list(PATCH), "scale": list(FIB)}
     with CellMapDataset(str(raw), f"{crop}/[er,mito]", ["mito", "er"], {"raw": spec}, {"labels": spec}) as dataset:
         target = dataset[0]["labels"]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="sig
 
 HEAD = """
 import gc, os, signal, sys, threading, time, warnings, weakref
-from cellmap_lightning.commands.cli import _command
+from cellmap_lightning.commands.program import run_command
 
 def interrupt(*_):
     signal.raise_signal(signal.SIGINT)
@@ -66,7 +66,7 @@ def program(tmp_path, body, *arguments):
 
 @pytest.mark.parametrize("where", DROPPED)
 def test_a_command_ends_with_the_first_interrupt(tmp_path, where):
-    done = program(tmp_path, f"def job(cfg):\n    {DROPPED[where]}\n_command('submit', job)\n", "manifest=none")
+    done = program(tmp_path, f"def job(cfg):\n    {DROPPED[where]}\nrun_command('submit', job)\n", "manifest=none")
     assert done.returncode == 130, (done.stdout, done.stderr)
     assert "went on" not in done.stdout
     assert done.stderr == "interrupted\n"
@@ -75,7 +75,7 @@ def test_a_command_ends_with_the_first_interrupt(tmp_path, where):
 def test_other_errors_in_finalizers_are_printed_as_before(tmp_path):
     body = "def wrong():\n    raise OSError('enough')\n"
     job = "def job(cfg):\n    thing = Thing(); weakref.finalize(thing, wrong); del thing; print('went on')\n"
-    done = program(tmp_path, f"{body}{job}_command('submit', job)\n", "manifest=none")
+    done = program(tmp_path, f"{body}{job}run_command('submit', job)\n", "manifest=none")
     assert (done.returncode, done.stdout) == (0, "went on\n")
     assert "Exception ignored in" in done.stderr
     assert "OSError: enough" in done.stderr
@@ -84,7 +84,7 @@ def test_other_errors_in_finalizers_are_printed_as_before(tmp_path):
 def test_the_hook_is_installed_once_and_not_by_an_import(tmp_path):
     code = """
     hooks = [sys.unraisablehook]
-    import cellmap_lightning, cellmap_lightning.datasets.dataset, cellmap_lightning.commands.cli
+    import cellmap_lightning, cellmap_lightning.datasets.dataset, cellmap_lightning.commands.program
     from cellmap_lightning.runtime.thread_pool import ReadPool
     hooks.append(sys.unraisablehook)
     ReadPool(1)
@@ -100,7 +100,7 @@ def test_the_hook_is_installed_once_and_not_by_an_import(tmp_path):
 
 def test_an_interrupt_that_is_ignored_stays_ignored(tmp_path):
     body = "thing = Deleted(); signal.signal(signal.SIGINT, signal.SIG_IGN); del thing; print('went on')"
-    done = program(tmp_path, f"def job(cfg):\n    {body}\n_command('submit', job)\n", "manifest=none")
+    done = program(tmp_path, f"def job(cfg):\n    {body}\nrun_command('submit', job)\n", "manifest=none")
     assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
 
 

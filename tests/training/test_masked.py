@@ -15,7 +15,7 @@ def pair():
     return logits, target
 
 
-def test_full_annotation_is_the_plain_loss(pair):
+def test_full_annotation_equals_unmasked_loss(pair):
     logits, target = pair
     torch.testing.assert_close(masked_bce(logits, target), binary_cross_entropy_with_logits(logits, target))
     from monai.losses import DiceLoss
@@ -25,7 +25,7 @@ def test_full_annotation_is_the_plain_loss(pair):
 
 
 @pytest.mark.parametrize("loss", [masked_bce, masked_dice])
-def test_unannotated_voxels_change_nothing(pair, loss):
+def test_unannotated_voxels_are_ignored(pair, loss):
     logits, target = pair
     more = torch.cat([logits, torch.randn_like(logits)], dim=2)
     unknown = torch.cat([target, torch.full_like(target, NAN)], dim=2)
@@ -33,14 +33,14 @@ def test_unannotated_voxels_change_nothing(pair, loss):
 
 
 @pytest.mark.parametrize("loss", [masked_bce, masked_dice])
-def test_a_class_that_is_nowhere_annotated_has_no_say(pair, loss):
+def test_unannotated_class_is_ignored(pair, loss):
     logits, target = pair
     target[:, 1] = NAN
     torch.testing.assert_close(loss(logits, target), loss(logits[:, [0, 2]], target[:, [0, 2]]))
 
 
 @pytest.mark.parametrize("loss", [masked_bce, masked_dice])
-def test_nothing_annotated_gives_zero_and_a_gradient(loss):
+def test_no_annotation_gives_zero_loss_with_gradient(loss):
     logits = torch.randn(1, 2, 3, 3, 3, requires_grad=True)
     value = loss(logits, torch.full((1, 2, 3, 3, 3), NAN))
     assert value == 0
@@ -48,8 +48,8 @@ def test_nothing_annotated_gives_zero_and_a_gradient(loss):
     assert logits.grad.abs().sum() == 0
 
 
-def test_a_rare_class_is_not_drowned():
-    """One annotated voxel of the one class counts as much as a million of the other."""
+def test_classes_are_weighted_equally():
+    """One annotated voxel of a class has the same weight as a thousand voxels of the other class."""
     logits = torch.zeros(1, 2, 1, 1, 1000)
     target = torch.zeros(1, 2, 1, 1, 1000)
     target[0, 1, 0, 0, 1:] = NAN
@@ -58,7 +58,7 @@ def test_a_rare_class_is_not_drowned():
     torch.testing.assert_close(masked_bce(logits, target), (common + rare) / 2)
 
 
-def test_dice_is_pooled_over_batches_and_ignores_the_unknown():
+def test_dice_is_pooled_over_batches_and_ignores_unannotated_voxels():
     metric = DiceScore(["a", "b", "c"])
     logits = torch.tensor([1.0, 1.0, -1.0, -1.0]).reshape(1, 1, 1, 1, 4).repeat(1, 3, 1, 1, 1)
     target = torch.tensor([[1.0, 0.0, 1.0, NAN], [NAN] * 4, [0.0] * 4]).reshape(1, 3, 1, 1, 4)
@@ -79,7 +79,7 @@ def test_counts_stay_exact_in_half_precision():
     assert metric.tp.dtype == torch.int64
 
 
-def test_cross_entropy_of_class_numbers():
+def test_masked_cross_entropy_ignores_unannotated_voxels():
     logits = torch.randn(2, 4, 3, 3, 3)
     target = torch.randint(0, 4, (2, 1, 3, 3, 3))
     known = torch.ones_like(target, dtype=torch.bool)
@@ -92,7 +92,7 @@ def test_cross_entropy_of_class_numbers():
     torch.testing.assert_close(masked_cross_entropy(twice, more, unknown), masked_cross_entropy(logits, target, known))
 
 
-def test_one_class_against_the_others():
+def test_one_against_all_equals_softmax():
     logits = torch.randn(1, 3, 2, 2, 2)
     target = torch.tensor([0, 1, 2, -100, 1, 1, 0, 2]).reshape(1, 1, 2, 2, 2)
     against, wanted = one_against_all(logits, target, target >= 0)

@@ -8,15 +8,15 @@ from cellmap_lightning.training.reconstruction import ReconstructionTask
 
 
 class Second(nn.Module):
-    """Gives back the channel that came from the context."""
+    """Returns the channel of the context."""
 
     def forward(self, x):
         return x[:, 1:]
 
 
 @pytest.mark.parametrize(("fine", "coarse"), [((8, 6, 10), (4, 6, 8)), ((6, 10), (6, 8))])
-def test_the_context_is_seen_where_it_is(fine, coarse):
-    """A field that is linear in nm comes back exact at the voxel centres of the patch."""
+def test_context_is_resampled_at_patch_voxels(fine, coarse):
+    """A field that is linear in nm is reproduced exactly at the voxel centres of the patch."""
     scale, context_scale = [4, 8, 8], [16, 20, 32]
 
     def field(shape, step):
@@ -25,23 +25,23 @@ def test_the_context_is_seen_where_it_is(fine, coarse):
         return sum(weight * part for weight, part in zip((1.0, 0.3, -0.7), grid, strict=False))[None, None]
 
     net = ContextNet(Second(), nn.Identity(), scale, context_scale)
-    found = net(torch.zeros(1, 1, *fine), field(coarse, context_scale))
-    torch.testing.assert_close(found, field(fine, scale), atol=1e-4, rtol=0)
+    output = net(torch.zeros(1, 1, *fine), field(coarse, context_scale))
+    torch.testing.assert_close(output, field(fine, scale), atol=1e-4, rtol=0)
 
 
-def test_a_context_that_does_not_hold_the_patch():
+def test_context_smaller_than_patch_is_refused():
     net = ContextNet(Second(), nn.Identity(), [8, 8, 8], [8, 8, 8])
     with pytest.raises(CellMapError, match="does not hold the patch"):
         net(torch.zeros(1, 1, 8, 8, 8), torch.zeros(1, 1, 4, 8, 8))
 
 
-def test_what_is_hidden_follows_from_seed_epoch_and_position():
+def test_hidden_blocks_depend_on_seed_epoch_and_position():
     task = ReconstructionTask(nn.Identity(), hidden=0.25, block=(4, 4, 4), seed=3)
     x = torch.rand(2, 1, 8, 16, 10)
     seen, mask = task.hide(x, [5, 9])
     assert torch.equal(seen[~mask], x[~mask])
-    for one, where, given in zip(seen, mask, x, strict=True):
-        torch.testing.assert_close(one[where], given[~where].mean().expand(int(where.sum())))
+    for one, where, original in zip(seen, mask, x, strict=True):
+        torch.testing.assert_close(one[where], original[~where].mean().expand(int(where.sum())))
     alone, _ = task.hide(x[1:], [9])
     assert torch.equal(alone[0], seen[1])
     assert not torch.equal(task.hide(x, [5, 9], epoch=1)[1], mask)

@@ -1,4 +1,4 @@
-"""A task is loaded from a checkpoint of ``cellmap-train`` without arguments, and gives what the trained one gave."""
+"""Tasks are loaded from checkpoints of ``cellmap-train`` without arguments."""
 
 import io
 import re
@@ -21,7 +21,7 @@ RUNS = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-
 
 
 class Mine(SegmentationTask):
-    """A task of the user, made from the example."""
+    """A subclass in user code."""
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,9 @@ def reconstructed(volume, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ssl")
     raw = f"{volume.path}/recon-1/em/fibsem-uint8"
     (folder / "volumes.csv").write_text(f"train,{raw}\nvalidate,{raw}\n")
-    given = [a for a in small(volume) if not a.startswith(("data.csv", "data.classes"))]
+    overrides = [a for a in small(volume) if not a.startswith(("data.csv", "data.classes"))]
     code, text = run_forked(
-        "experiment=raw_only_ssl", "data.csv_path=volumes.csv", *given, "trainer.max_epochs=1",
+        "experiment=raw_only_ssl", "data.csv_path=volumes.csv", *overrides, "trainer.max_epochs=1",
         "trainer.precision=null", "trainer.limit_val_batches=1", "hydra.run.dir=out", cwd=folder,
     )  # fmt: skip
     assert code == 0, text
@@ -42,7 +42,7 @@ def weights(path):
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def test_it_is_the_trained_task(volume, trained, tmp_path):  # noqa: F811
+def test_load_from_checkpoint_restores_the_trained_task(volume, trained, tmp_path):  # noqa: F811
     loaded = SegmentationTask.load_from_checkpoint(trained).eval()
     assert type(loaded) is SegmentationTask
     assert loaded.classes == ("mito", "er")
@@ -65,7 +65,7 @@ def test_it_is_the_trained_task(volume, trained, tmp_path):  # noqa: F811
         trainer(tmp_path, limit_val_batches=0).fit(loaded.train(), data)
 
 
-def test_a_reconstruction(reconstructed):
+def test_load_reconstruction_task(reconstructed):
     loaded = ReconstructionTask.load_from_checkpoint(reconstructed)
     assert (loaded.block, loaded.hidden) == ((8, 8, 8), 0.5)
     for name, value in weights(reconstructed).items():
@@ -74,7 +74,7 @@ def test_a_reconstruction(reconstructed):
         SegmentationTask.load_from_checkpoint(reconstructed)
 
 
-def test_its_arguments(trained, tmp_path):  # noqa: F811
+def test_load_from_checkpoint_arguments(trained, tmp_path):  # noqa: F811
     loaded = SegmentationTask.load_from_checkpoint(
         trained, "cpu", strict=True, weights_only=True, dice_weight=0.25, class_weights={"er": 2.0}
     )
@@ -98,7 +98,7 @@ def test_its_arguments(trained, tmp_path):  # noqa: F811
         loaded.load_from_checkpoint(trained)
 
 
-def test_a_checkpoint_of_a_python_program(volume, tmp_path):
+def test_checkpoint_without_configuration(volume, tmp_path):
     run = trainer(tmp_path, limit_val_batches=0, limit_train_batches=1)
     with module(volume) as data:
         run.fit(task(), data)
@@ -120,7 +120,7 @@ class Harmful:
         return Path.touch, (self.path,)
 
 
-def test_what_a_checkpoint_names_is_not_trusted(trained, tmp_path):  # noqa: F811
+def test_untrusted_classes_in_checkpoint_are_refused(trained, tmp_path):  # noqa: F811
     content = torch.load(trained, weights_only=True)
     good = content["cellmap_config"]["task"]
     for key, node in (
@@ -151,7 +151,7 @@ def scheduler(optimizer):
     return torch.optim.lr_scheduler.ConstantLR(optimizer)
 
 
-def test_the_snippet_of_the_docs(volume, trained, tmp_path, monkeypatch):  # noqa: F811
+def test_snippet_of_the_docs(volume, trained, tmp_path, monkeypatch):  # noqa: F811
     (code,) = re.findall(r"^```python\n(.*?load_from_checkpoint.*?)^```$", RUNS, re.MULTILINE | re.DOTALL)
     folder = tmp_path / "runs" / "mito" / "checkpoints"
     folder.mkdir(parents=True)

@@ -296,10 +296,10 @@ def test_the_command_writes_a_sheet_and_a_page(volume, tmp_path):
     [
         (["data.clases=[mito]"], "did you mean 'data.classes'?"),
         (["data.csv_path=nowhere.csv"], "the CSV of crops nowhere.csv does not exist"),
-        (["split=tain"], "split is train, val or test, got 'tain'"),
+        (["split=tain"], "split must be one of train, val, test, got 'tain'; did you mean 'train'?"),
         (["samples=0"], "samples must be a whole number of at least 1, got 0"),
         (["epoch=-1"], "epoch must be a whole number of at least 0, got -1"),
-        (["out=preview.html"], "out is a .png, .pdf or .svg file, got 'preview.html'"),
+        (["out=preview.html"], "out must be a .png, .pdf or .svg file, got 'preview.html'"),
         (["overlay=fil"], 'overlay must be "outline" or "fill"'),
         (["patch.scale=[1,1,1]"], "5.24x finer along z"),
         (["data.classes=[mito,golgi]"], "no crop for 'train' annotates 'golgi'"),
@@ -457,7 +457,7 @@ def test_wrong_settings_are_refused_and_models_are_not(volume, tmp_path, quiet_l
     with module(volume) as data:
         runs = trainer(tmp_path, limit_val_batches=0, callbacks=[BatchPreview()])
         runs.fit(Five(), datamodule=data)
-        assert "BatchPreview: the pictures show no predictions: Five: forward should return logits" in caplog.text
+        assert "BatchPreview: the pictures show no predictions: Five: forward must return logits" in caplog.text
         trainer(tmp_path, limit_val_batches=0, callbacks=[BatchPreview(predictions=False)]).fit(Five(), datamodule=data)
     assert Path(tmp_path / "previews" / "train-epoch0000.png").exists()
     loader = torch.utils.data.DataLoader([{"raw": torch.zeros(1, 2, 2, 2)}])

@@ -1,6 +1,6 @@
-"""A prediction as labels on the voxels that the challenge scores.
+"""Resampling of a prediction to labels on the voxels that the challenge scores.
 
-Every voxel is evaluated once, at its centre: probabilities are interpolated linearly (the mean over the voxel where it
+Every voxel is resampled once, at its centre: probabilities are interpolated linearly (averaged over the voxel where it
 is coarser than the prediction) and then compared with the threshold; labels are those of the nearest voxel.
 """
 
@@ -21,82 +21,80 @@ from cellmap_lightning.io.meanings import Meaning, ValuesSetting, meaning_of
 from cellmap_lightning.io.ngff import Level, read_multiscale
 from cellmap_lightning.splits.manifests import ManifestRow
 
-#: Voxels of what is evaluated at a time.
+#: Shape of the blocks that are resampled at a time, voxels.
 _BLOCK = (128, 256, 256)
 
 
-def where(row: ManifestRow) -> str:
+def row_label(row: ManifestRow) -> str:
     """Return the name of a class of a crop, for messages."""
     return f"{row.dataset}/{row.crop}/{row.name}"
 
 
-def check_holds(row: ManifestRow, path: Path) -> None:
-    """Check that a prediction holds the voxels of a manifest, but for less than half a voxel of the prediction.
+def check_covers(row: ManifestRow, path: Path) -> None:
+    """Check that a prediction covers the voxels of a manifest, up to half a voxel of the prediction.
 
-    One of bounds that are not multiples of its voxel size consists of the voxels whose centres lie in them, and so may
-    end that much before them.
+    A prediction consists of the voxels whose centres lie in its bounds. It may end half a voxel before them, where they
+    are not multiples of its voxel size.
 
     Raises:
-        CellMapValueError: it does not, or cannot be read.
+        CellMapValueError: it does not, or it cannot be read.
     """
     try:
         lattice = read_multiscale(path).finest.lattice
     except CellMapError as e:
-        raise CellMapValueError(f"{where(row)} cannot be read, or its prediction is not finished: {e}") from e
+        raise CellMapValueError(f"{row_label(row)} cannot be read, or its prediction is not finished: {e}") from e
     box = lattice.box
     first = np.asarray(row.lattice.origin)
     last = first + np.multiply(row.lattice.step, np.subtract(row.lattice.shape, 1))
-    fine = 1e-3 * np.asarray(row.lattice.step)
+    fine = 1e-3 * np.asarray(row.lattice.step)  # tolerance of rounded metadata
     slack = np.maximum(0.5 * np.asarray(lattice.step) - fine, fine)
     if (first < box.lower - slack).any() or (last > box.upper + slack).any():
         raise CellMapValueError(
-            f"{where(row)}: the prediction {path} lies in {box}, which does not hold all of {row.lattice.box}"
+            f"{row_label(row)}: the prediction {path} covers {box}, which does not contain all of {row.lattice.box}"
         )
 
 
 def stored_meaning(row: ManifestRow, path: Path, values: ValuesSetting = "auto") -> Meaning:
-    """Return the meaning of the stored values of a prediction, see `meaning_of`."""
-    return meaning_of(read_multiscale(path), where(row), values)
+    """Return the meaning of the stored values of a prediction; see `meaning_of`."""
+    return meaning_of(read_multiscale(path), row_label(row), values)
 
 
-def matched(
-    row: ManifestRow,
-    path: Path,
-    threshold: float,
-    number: Numbering | None,
-    meaning: Meaning,
+def prediction_labels(
+    row: ManifestRow, path: Path, threshold: float, number: Numbering | None, meaning: Meaning
 ) -> Labels:
-    """Return a prediction on the voxels of a manifest.
+    """Return a prediction as labels on the voxels of a manifest.
 
     Args:
         row: the voxels.
-        path: the prediction; see `check_holds`.
-        threshold: probability from which a voxel is of the class.
-        number: numbers objects, for a class of instances; stored ids are kept as they are. None for a boolean volume.
-        meaning: what stored values mean; see `stored_meaning`.
+        path: the prediction; see `check_covers`.
+        threshold: probability from which a voxel is positive.
+        number: function that numbers objects, for a class of instances; stored ids are used unchanged. None for a
+            boolean volume.
+        meaning: the meaning of stored values; see `stored_meaning`.
 
     Raises:
-        CellMapError: the prediction cannot be read, its values contradict its metadata, or objects are not numbered by
-            whole numbers from 0 on.
+        CellMapError: the prediction cannot be read, its values contradict its metadata, or the numbers of objects are
+            not integers of at least 0.
     """
     ids = number is not None and meaning.kind == "ids"
-    found = _evaluated(row, read_multiscale(path).finest, meaning, threshold, ids)
+    values = _resample(row, read_multiscale(path).finest, meaning, threshold, ids)
     if number is None:
-        return found
-    numbers = found if ids else np.asarray(number(found))
-    if numbers.shape != found.shape or numbers.dtype.kind not in "iub" or (numbers.size and numbers.min() < 0):
+        return values
+    numbers = values if ids else np.asarray(number(values))
+    if numbers.shape != values.shape or numbers.dtype.kind not in "iub" or (numbers.size and numbers.min() < 0):
         raise CellMapTypeError(
-            f"{where(row)}: instances must give whole numbers from 0 on of the shape {list(found.shape)}, "
+            f"{row_label(row)}: instances must return integers of at least 0 of the shape {list(values.shape)}, "
             f"got {numbers.dtype} {list(numbers.shape)}"
         )
     return numbers
 
 
-def _evaluated(row: ManifestRow, level: Level, meaning: Meaning, threshold: float, ids: bool) -> Labels:
-    """Return stored ids, or where the class is present."""
-    source = StoredImage(level, ChunkCache(), where(row)).region
+def _resample(row: ManifestRow, level: Level, meaning: Meaning, threshold: float, ids: bool) -> Labels:
+    """Return the stored ids, or the mask of the class, on the voxels of a manifest."""
+    source = StoredImage(level, ChunkCache(), row_label(row)).region
     stored = level.array.dtype
-    kind = stored if meaning.is_labels else np.dtype(np.float32)
+    dtype = stored if meaning.is_labels else np.dtype(np.float32)
+    # Ids in floats, become integers.
     id_type = np.dtype(np.int64) if stored.kind == "f" else stored
     first, inside = _inside(row.lattice, level.lattice)
     result: npt.NDArray[Any] = np.zeros(inside.shape, id_type if ids else bool)
@@ -104,23 +102,21 @@ def _evaluated(row: ManifestRow, level: Level, meaning: Meaning, threshold: floa
         ends = [min(a + b, n) for a, b, n in zip(start, _BLOCK, inside.shape, strict=True)]
         z, y, x = (b - a for a, b in zip(start, ends, strict=True))
         shape: Shape = (z, y, x)
-        part = np.empty(shape, kind)
+        block = np.empty(shape, dtype)
         amap = box_map(inside, (start[0], start[1], start[2]), shape, level.lattice)
-        evaluate(source, amap, part, method="nearest" if meaning.is_labels else "linear", fill=0)
-        meaning.check(part, where(row))
-        there = meaning.present(part, threshold)
+        evaluate(source, amap, block, method="nearest" if meaning.is_labels else "linear", fill=0)
+        meaning.check(block, row_label(row))
+        present = meaning.present(block, threshold)
         result[tuple(slice(a, b) for a, b in zip(start, ends, strict=True))] = (
-            np.where(there, part, 0) if ids else there
+            np.where(present, block, 0) if ids else present
         )
+    # Voxels outside the stored box, within half a stored voxel, repeat the nearest voxel inside.
     pads = [(a, n - a - m) for a, n, m in zip(first, row.lattice.shape, inside.shape, strict=True)]
     return np.pad(result, pads, mode="edge") if any(a or b for a, b in pads) else result
 
 
 def _inside(lattice: Lattice, stored: Lattice) -> tuple[Shape, Lattice]:
-    """Return the first voxel whose centre lies in a stored box, and the lattice of all of them.
-
-    Those outside, within half a stored voxel, have the value of the nearest one inside.
-    """
+    """Return the index of the first voxel whose centre lies in a stored box, and the lattice of all such voxels."""
     slack = 1e-3 * np.asarray(lattice.step)
     lower = np.ceil((stored.box.lower - slack - lattice.origin) / lattice.step).clip(0).astype(int)
     upper = np.floor((stored.box.upper + slack - lattice.origin) / lattice.step).astype(int) + 1

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in every phase: the exit status, how to continue, and no checkpoint but of training."""
+"""Ctrl-C and SIGTERM in every phase: exit status, advice, and checkpoints only in training."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="these signals are not k
 
 
 def hold(trainer=None):
-    """Wait for a signal; one that comes in a Trainer's loop is noted, and handled after the batch."""
+    """Wait for a signal; a Trainer in its loop handles it after the batch."""
     print("reached", flush=True)
     end = time.monotonic() + 300
     while time.monotonic() < end and not (trainer is not None and trainer.received_sigterm):
@@ -26,7 +26,7 @@ def hold(trainer=None):
 
 
 class Phases(L.Callback):
-    """Stops the clock when a phase of a training is reached."""
+    """Waits for a signal when a phase of a training is reached."""
 
     def __init__(self, phase):
         self.phase, self.fitted, self.reached = phase, False, False
@@ -54,14 +54,14 @@ class Phases(L.Callback):
 
 
 class Drawn(SegmentationTask):
-    """A task with pictures of its own."""
+    """A task that draws its pictures itself."""
 
     def write_samples(self, *_, **__):
         hold()
 
 
 def started(command, cwd):
-    """A command that has reached its phase, and what it prints on stderr from then on."""
+    """Start a command; return its process, its lines on stderr and the thread that reads them."""
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -74,7 +74,7 @@ def started(command, cwd):
 
 
 def ended(process, errors, reader, number):
-    """The exit status and stderr of a command after a signal."""
+    """Send a signal to a command; return its exit status and stderr."""
     process.send_signal(number)
     try:
         process.wait(timeout=300)
@@ -107,15 +107,15 @@ PHASES = {
         for word in SIGNALS
     ],
 )
-def test_every_phase_of_a_training_ends_in_one_way(volume, tmp_path, phase, word):
+def test_signals_in_every_phase_of_training(volume, tmp_path, phase, word):
     number, status = SIGNALS[word]
-    given = small(
+    arguments = small(
         volume, "run.name=mine", "compare_untrained=true", f"+callbacks.phases.phase={phase}",
-        "+callbacks.phases._target_=tests.commands.test_ending.Phases",
+        "+callbacks.phases._target_=tests.commands.test_signals.Phases",
     )  # fmt: skip
     if phase == "drawing":
-        given.append("task._target_=tests.commands.test_ending.Drawn")
-    process, *reading = started([COMMAND, *given], tmp_path)
+        arguments.append("task._target_=tests.commands.test_signals.Drawn")
+    process, *reading = started([COMMAND, *arguments], tmp_path)
     lines = iter(process.stdout)
     assert "reached\n" in lines, reading
     code, errors = ended(process, *reading, number)
@@ -131,28 +131,28 @@ def test_every_phase_of_a_training_ends_in_one_way(volume, tmp_path, phase, word
     assert sorted(p.stem for p in checkpoints.glob("*.ckpt")) == sorted(names)
     if phase in ("final validation", "drawing"):  # what is left is done, and nothing is trained again
         before = (checkpoints / "last.ckpt").read_bytes()
-        code, said = run_forked(*small(volume, "run.name=mine", "resume=auto"), cwd=tmp_path)
-        assert code == 0, said
-        assert "results in" in said
+        code, output = run_forked(*small(volume, "run.name=mine", "resume=auto"), cwd=tmp_path)
+        assert code == 0, output
+        assert "results in" in output
         assert (checkpoints / "last.ckpt").read_bytes() == before
 
 
 @pytest.fixture(scope="module")
 def checkpoint(volume, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    code, said = run_forked(*small(volume, "trainer.max_epochs=1", "hydra.run.dir=out"), cwd=folder)
-    assert code == 0, said
+    code, output = run_forked(*small(volume, "trainer.max_epochs=1", "hydra.run.dir=out"), cwd=folder)
+    assert code == 0, output
     return folder / "out" / "checkpoints" / "best.ckpt"
 
 
 @pytest.mark.parametrize("word", [pytest.param("interrupted", marks=pytest.mark.slow), "terminated"])
-def test_a_prediction_ends_in_the_same_way(checkpoint, volume, tmp_path, word):
+def test_signals_in_prediction(checkpoint, volume, tmp_path, word):
     number, status = SIGNALS[word]
-    given = [
+    arguments = [
         f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", f"out={tmp_path / 'out.zarr'}", "trainer=cpu",
         "writer.block_size_mb=0.01", "writer.chunks=[8,16,16]", "writer.overlap=0.75", "data.batch_size=1",
     ]  # fmt: skip
-    process, *reading = started([*PREDICT, *given], tmp_path)
+    process, *reading = started([*PREDICT, *arguments], tmp_path)
     end = time.monotonic() + 300
     while not any((tmp_path / "out.zarr").glob("*/s0/[0-9]*")):  # the first chunk
         assert process.poll() is None

@@ -1,4 +1,4 @@
-"""The exit of a command that Ctrl-C or SIGTERM ends: one path for every phase."""
+"""Exit of a command after Ctrl-C or SIGTERM, the same in every phase."""
 
 import logging
 import signal
@@ -7,62 +7,71 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from cellmap_lightning.commands.common import Stopped, stop
+from cellmap_lightning.commands.messages import Stopped, stop
 
 log = logging.getLogger(__name__)
 
 
 class Terminated(SystemExit):
-    """SIGTERM outside of the loops of a Trainer."""
+    """Exit after SIGTERM outside of the loops of a Trainer."""
 
 
-class Ending:
+class ExitOnSignal:
     """A context that exits with the status 130 after Ctrl-C and 143 after SIGTERM, and prints how to continue.
 
     In its loops a Trainer handles SIGTERM itself and ends between two batches; elsewhere the body ends at once.
-    A handler of another library is left in place.
+    A handler of another library is not replaced.
 
     Args:
-        advice: returns the end of the sentence that is printed; None where another process prints it.
+        advice: returns the end of the message, how to continue; None where another process prints it.
 
     Attributes:
-        received: whether SIGTERM has arrived.
+        received: True after SIGTERM.
+
+    Example:
+        >>> with ExitOnSignal(lambda: "the same command continues") as exit_:
+        ...     trainer.fit(task)
+        ...     exit_.check()
     """
 
     def __init__(self, advice: Callable[[], str | None] = lambda: "") -> None:
         self._advice = advice
-        self._before: Any = None
+        self._previous: Any = None
         self.received = False
 
     def __enter__(self) -> Self:
-        before = signal.getsignal(signal.SIGTERM)
-        replaceable = before == signal.SIG_DFL or isinstance(getattr(before, "__self__", None), Ending)
+        previous = signal.getsignal(signal.SIGTERM)
+        replaceable = previous == signal.SIG_DFL or isinstance(getattr(previous, "__self__", None), ExitOnSignal)
         if replaceable and threading.current_thread() is threading.main_thread():
-            self._before = before
+            self._previous = previous
             signal.signal(signal.SIGTERM, self._terminate)
         return self
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        if signal.getsignal(signal.SIGTERM) == self._terminate:  # a Trainer in its loops has put its own in front
+        if signal.getsignal(signal.SIGTERM) == self._terminate:  # a Trainer in its loops replaces it
             raise Terminated(143)
 
     def check(self) -> None:
-        """End here if SIGTERM came too late in a Trainer's loop to end it."""
+        """Exit if SIGTERM arrived too late in a Trainer's loop to end it.
+
+        Raises:
+            Terminated: SIGTERM has arrived.
+        """
         if self.received:
             raise Terminated(143)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
         if isinstance(error, Stopped):
             return
         reason = _reason(error) or ("terminated" if self.received else None)
         if reason is None:
             return
-        if isinstance(error, Exception):  # such as that of a worker process that got the signal too
+        if isinstance(error, Exception):  # such as that of a worker process that received the signal too
             log.warning("%s: %s", type(error).__name__, error)
         advice = self._advice()
         message = None if advice is None else f"{reason}{'; ' if advice else ''}{advice}"
@@ -70,7 +79,8 @@ class Ending:
 
 
 def _reason(error: BaseException | None) -> str | None:
-    """Return the reason for which a body ended: Lightning exits while it handles the exception of either signal."""
+    """Return the signal that caused an error, if any; Lightning exits while it handles the exception of either one."""
+    # The whole chain: libraries raise other exceptions, such as SystemExit, from or while handling the first one.
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return "interrupted"

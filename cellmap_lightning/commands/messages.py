@@ -1,4 +1,4 @@
-"""Functions that several commands share."""
+"""Error messages of commands, and filters of the messages of libraries."""
 
 import logging
 import sys
@@ -9,15 +9,19 @@ from cellmap_lightning.commands.private_run import hide
 
 
 class Stopped(SystemExit):
-    """The end of a command whose reason has been printed."""
+    """Exit of a command whose error has been printed."""
 
 
-#: Messages that were printed.
+#: Printed messages.
 _printed: set[str] = set()
 
 
 def stop(message: str | None, code: int = 1) -> NoReturn:
-    """Print a message on stderr, an error where the status is 1, and exit; without a message, exit silently.
+    """Print a message on stderr and exit.
+
+    Args:
+        message: the message, printed as an error if ``code`` is 1; None to exit silently.
+        code: the exit status.
 
     Raises:
         Stopped: always.
@@ -31,16 +35,16 @@ def stop(message: str | None, code: int = 1) -> NoReturn:
 
 
 def quieten() -> None:
-    """Leave out what would tell a user nothing, or something wrong."""
-    # Lightning's own handler would print each line a second time beside Hydra's.
+    """Filter log records and warnings of libraries that do not apply to this package."""
+    # Lightning's handler would print each line a second time, beside Hydra's.
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("torch").setLevel(logging.WARNING)
     for message in (
-        ".*does not have many workers.*",  # the data reads with threads of its own: processes would be slower
-        ".*callbacks used to create the checkpoint need to be provided.*",  # those of training, when predicting
-        ".*Experiment logs directory.*",  # the run's folder already holds the log and the configuration
+        ".*does not have many workers.*",  # patches are read in threads
+        ".*callbacks used to create the checkpoint need to be provided.*",  # in a prediction
+        ".*Experiment logs directory.*",  # it contains log and configuration already
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)

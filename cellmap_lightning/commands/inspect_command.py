@@ -1,0 +1,65 @@
+"""The command ``cellmap-inspect``."""
+
+import logging
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cellmap_lightning.commands.messages import quieten
+from cellmap_lightning.commands.program import run_command
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.redaction import hide_address
+from cellmap_lightning.validation import one_of, positive_number
+
+
+def main() -> Any:
+    """Run ``cellmap-inspect``: report properties and problems of data, and settings that fit them."""
+    return run_command("inspect", _inspect, lambda cfg: [_prepare(cfg)])
+
+
+def _prepare(cfg: DictConfig) -> DictConfig:
+    """Check the command's own settings, and move ``data.input_path`` out of the data module's arguments."""
+    if cfg.cache is not None:
+        one_of("cache", cfg.cache, ("list", "clear"), CellMapKeyError)
+    for name in ("deep", "json"):
+        if not isinstance(cfg[name], bool):
+            raise CellMapValueError(f"{name} must be true or false, got {cfg[name]!r}")
+    if cfg.device_gb is not None:
+        positive_number("device_gb (GiB)", cfg.device_gb)
+    config = OmegaConf.create(OmegaConf.to_container(cfg))
+    assert isinstance(config, DictConfig)
+    if OmegaConf.is_missing(config.data, "csv_path"):
+        config.data.csv_path = None
+    config.input_path = config.data.pop("input_path")
+    sources = {name: config.data[name] for name in ("csv_path", "datasets", "search_path")}
+    sources["input_path"] = config.input_path
+    selected = [f"data.{name}" for name, value in sources.items() if value is not None]
+    if cfg.cache is None and len(selected) != 1:
+        raise CellMapValueError(
+            "give the data in one way: data.csv_path=..., data.input_path=..., data.search_path=... or "
+            "data.datasets=...; or cache=list for the files cached on this machine; "
+            f"got {' and '.join(selected) or 'none'}"
+        )
+    return config
+
+
+def _inspect(configs: list[DictConfig]) -> None:
+    (cfg,) = configs
+    logging.getLogger("cellmap_lightning").setLevel(logging.ERROR)  # the report contains the warnings
+    if cfg.cache is not None:
+        from cellmap_lightning.inspection.kept import clear, listing
+
+        print(listing())
+        if cfg.cache == "clear":
+            print(clear())
+        return
+    quieten()
+    from cellmap_lightning.batches.memory import gpu_memory
+    from cellmap_lightning.inspection.report import inspect, refuse
+
+    data: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    patch: Any = OmegaConf.to_container(cfg.patch, resolve=True)
+    device_bytes = int(cfg.device_gb * 2**30) if cfg.device_gb is not None else gpu_memory() or 16 << 30
+    report = inspect(data, patch, cfg.input_path, cfg.deep, device_bytes)
+    print(hide_address(report.json() if cfg.json else str(report)))
+    refuse(report)

@@ -1,0 +1,102 @@
+"""Pictures and scores of finished predictions, as text and files beside them."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cellmap_lightning.commands.predict_config import groundtruth
+from cellmap_lightning.errors import MissingExtraError
+from cellmap_lightning.evaluation.csc_evaluation import Predicted, Scoring, csc_table, evaluate_csc, write_csc_csv
+from cellmap_lightning.evaluation.evaluate import draw, evaluate, table, write_csv
+from cellmap_lightning.evaluation.overview import draw_prediction
+from cellmap_lightning.io.store import parse_location
+
+_NOT_CSC = "These are scores of voxels, crop by crop, not the challenge's score; metric=csc gives that."
+
+
+def describe_prediction(cfg: DictConfig, writer: Any, classes: Sequence[str]) -> str:
+    """Draw a prediction and compare it with annotated crops, as far as the configuration asks for it.
+
+    Args:
+        cfg: the configuration of the prediction, see `effective_config`.
+        writer: the `PredictionWriter` that has written it.
+        classes: the predicted classes.
+
+    Returns:
+        Paragraphs with the files and scores.
+    """
+    crops = _local_crops(cfg)
+    if crops is None:
+        return f"\n\nno picture{' and no scores' * bool(cfg.evaluate)}: raw and its crops are not on this machine"
+    text = ""
+    with _errors_only():
+        if cfg.picture:
+            text += f"\n\n{_picture(cfg, writer, classes, crops)}"
+        if cfg.evaluate and cfg.metric == "voxels":
+            unknown = OmegaConf.to_container(cfg.data).get("unknown", "metadata")  # type: ignore[union-attr]
+            scores = evaluate(writer.output, crops, classes, writer.threshold, unknown)
+            table_file = writer.output.with_name(f"{writer.output.stem}-scores.csv")
+            matrix = table_file.with_suffix(".png")
+            write_csv(scores, table_file)
+            draw(scores, matrix)
+            text += f"\n\n{table(scores)}\n\n{table_file}\n{matrix}\n{_NOT_CSC}"
+    return text
+
+
+def _local_crops(cfg: DictConfig) -> Path | None:
+    """Return the folder of annotated crops; None where the raw volume is not on this machine."""
+    data: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    raw = parse_location(str(cfg.input_path), data.get("storage_options"))
+    return Path(str(groundtruth(str(raw)))) if isinstance(raw, Path) else None
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Silence the package's log below errors: each crop and class would be announced as in a training."""
+    package = logging.getLogger("cellmap_lightning")
+    level = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+
+
+def _picture(cfg: DictConfig, writer: Any, classes: Sequence[str], crops: Path) -> str:
+    """Draw a prediction; return the path of the picture, or why there is none."""
+    picture: Path = writer.output.with_name(f"{writer.output.stem}.png")
+    replaced: Any = OmegaConf.to_container(cfg.metadata, resolve=True)
+    # The picture shows raw as it is stored.
+    metadata = {key: value for key, value in replaced.items() if key not in ("normalize", "invert")}
+    metadata["level_translations"] = cfg.data.get("level_translations", "auto")
+    try:
+        draw_prediction(writer.output, str(cfg.input_path), classes, picture, crops, writer.threshold, metadata)
+    except MissingExtraError as e:
+        return f"no picture: {e}"
+    return str(picture)
+
+
+def csc_scores(configs: Sequence[DictConfig]) -> str:
+    """Return the challenge's score over the crops of all predictions, as a table, and write it beside them.
+
+    Raises:
+        CellMapError: no crop can be compared, or something cannot be read.
+    """
+    predictions = []
+    for cfg in configs:
+        crops = _local_crops(cfg)
+        if crops is None:
+            return f"no scores: {cfg.input_path} and its crops are not on this machine"
+        names = OmegaConf.select(cfg, "listed") or cfg.writer.only or cfg.writer.classes or cfg.data.classes
+        predictions.append(Predicted(Path(cfg.writer.output), crops, tuple(names), OmegaConf.select(cfg, "crop")))
+    data: Any = OmegaConf.to_container(configs[0].data, resolve=True)
+    scoring = Scoring(configs[0].writer.threshold, unknown=data.get("unknown", "metadata"))
+    score = evaluate_csc(predictions, scoring)
+    out = Path(OmegaConf.select(configs[0], "folder") or configs[0].writer.output)
+    file = out.with_name(f"{out.stem}-challenge.csv")
+    write_csc_csv(score, file)
+    return f"{csc_table(score)}\n\n{file}"

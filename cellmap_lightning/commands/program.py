@@ -1,0 +1,133 @@
+"""Entry point of every command: a Hydra program whose configuration is checked before its job runs.
+
+Neither torch nor Lightning is imported before a job starts, so that ``--help`` answers at once.
+"""
+
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cellmap_lightning.commands.arguments import check_groups, prepare_arguments
+from cellmap_lightning.commands.config_keys import check_known, check_missing, rename_voxel_sizes
+from cellmap_lightning.commands.config_values import check_model_shape, check_targets
+from cellmap_lightning.commands.messages import Stopped, stop
+from cellmap_lightning.commands.override_hints import override_hints
+from cellmap_lightning.commands.private_run import contain_secrets, protect_logs, protect_run
+from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
+from cellmap_lightning.commands.signals import ExitOnSignal
+from cellmap_lightning.errors import CellMapError
+from cellmap_lightning.runtime import interrupts
+
+log = logging.getLogger(__name__)
+
+# At import: launchers such as submitit unpickle the job in a new process, which imports this module and no other one.
+register_resolvers()
+
+
+def run_command(
+    name: str,
+    job: Callable[[list[DictConfig]], Any],
+    prepare: Callable[[DictConfig], list[DictConfig]] = lambda cfg: [cfg],
+) -> Any:
+    """Run a command under Hydra; errors that the user can act on are printed without a traceback.
+
+    Args:
+        name: the command, such as ``train``, which is also the name of its configuration.
+        job: the work, called with the checked configurations.
+        prepare: returns the configurations of the job from the one that Hydra composed.
+
+    Returns:
+        The result of the job.
+
+    Raises:
+        SystemExit: the command failed or was interrupted.
+    """
+    started = False
+
+    def run(cfg: DictConfig) -> Any:
+        nonlocal started
+        started = True
+        with ExitOnSignal():
+            return _run_job(cfg, name, job, prepare)
+
+    interrupts.install()
+    # An alias of the command line; files are handled in `rename_voxel_sizes`.
+    sys.argv[1:] = [re.sub(r"^\+{0,2}patch\.voxel_size=", "patch.scale=", a) for a in sys.argv[1:]]
+    protect_logs(sys.argv[1:])
+    try:
+        sys.argv[1:] = prepare_arguments(name, sys.argv[1:], CONFIGS)
+    except CellMapError as error:
+        stop(str(error))
+    main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)
+    try:
+        result = main()
+        interrupts.settle()
+        return result
+    except KeyboardInterrupt:
+        stop("interrupted", 130)
+    except SystemExit as exit_:
+        # Hydra itself has printed why it cannot compose the configuration.
+        if exit_.code not in (0, None) and not started and not isinstance(exit_, Stopped):
+            for hint in override_hints(name, sys.argv[1:]):
+                print(hint, file=sys.stderr)
+        raise
+
+
+def _run_job(
+    cfg: DictConfig,
+    name: str,
+    job: Callable[[list[DictConfig]], Any],
+    prepare: Callable[[DictConfig], list[DictConfig]],
+) -> Any:
+    """Check a configuration and run the job with it."""
+    try:
+        protect_run(cfg)
+        check_groups(OmegaConf.to_container(cfg, resolve=False), CONFIGS)  # type: ignore[arg-type]
+        rename_voxel_sizes(cfg, name)
+        check_known(cfg, name)
+        configs = prepare(cfg)
+        for config in configs:
+            check_missing(config)
+            check_targets(config)
+            check_model_shape(config)
+        return job(configs)
+    except Exception as error:
+        message = _message(error)
+        if message is not None:
+            log.debug("traceback of the error", exc_info=error)
+            stop(message)
+        if contain_secrets(sys.argv[1:]):  # Hydra would print the arguments
+            stop("".join(traceback.format_exception(error)))
+        raise
+
+
+def _message(error: Exception) -> str | None:
+    """Return the message of an error that the user can act on; None for any other error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, CellMapError | OmegaConfBaseException):
+            return str(cause)
+        if type(cause).__name__ == "MisconfigurationException":  # Lightning's class, which is not imported here
+            return f"{cause}{'; trainer=cpu runs without one' if 'gpu backend' in str(cause) else ''}"
+        cause = cause.__cause__
+    return _instantiation_message(error) if isinstance(error, InstantiationException) else None
+
+
+def _instantiation_message(error: InstantiationException) -> str:
+    """Return one line with the key, the class and the error of an instantiation that failed."""
+    key = re.search(r"full_key: (\S+)", str(error))
+    target = re.search(r"'([\w.]+)'", str(error))
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    first_line = next(iter(str(cause).strip().splitlines()), "")
+    where = f"{key[1]}: " if key else ""
+    return f"{where}{target[1] if target else 'it'} cannot be created: {type(cause).__name__}: {first_line}"

@@ -1,0 +1,48 @@
+"""Location of the configurations, and the OmegaConf resolvers that they use."""
+
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+_PACKAGE = Path(__file__).parents[1]
+#: Folder of the configurations: inside the package in a wheel, beside it in a checkout.
+CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
+
+
+def register_resolvers() -> None:
+    """Register ``${channels:...}``, ``${run_folder:...}`` and ``${classes:...}`` with OmegaConf."""
+    OmegaConf.register_new_resolver("channels", _channels, replace=True)
+    OmegaConf.register_new_resolver("run_folder", run_folder_name, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("classes", _classes, replace=True)
+
+
+def run_folder_name(name: Any) -> str:
+    """Return the folder of a run below ``runs``, the same in all processes of the run and in a requeued job."""
+    if name is not None:
+        return str(name)
+    if "SLURM_JOB_ID" in os.environ:
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ["SLURM_JOB_ID"]
+        return f"slurm-{job}"
+    torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"torchrun-{torchrun}" if torchrun != "none" else f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+
+
+def _channels(targets: Any, classes: Any, name: str | None = None) -> int:
+    """Return the number of output channels of a network for a target, by default the first target."""
+    first = (targets or {}).get(name or "") or next(iter((targets or {}).values()), None) or {}
+    count = len(classes or [None])  # without classes the network maps raw to raw: one channel
+    kind = first.get("kind", "binary")
+    if kind == "labels":
+        return count + 1  # a softmax has a channel for the background
+    return count * len(first["offsets"]) if kind == "affinities" else count
+
+
+def _classes(path: str, group: str | None = None) -> list[str]:
+    """Return the classes in a file of the challenge, or the parts of one of them."""
+    from cellmap_lightning.evaluation.challenge import class_names
+
+    return class_names(path, group)

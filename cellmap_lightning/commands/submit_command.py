@@ -1,0 +1,22 @@
+"""The command ``cellmap-submit``."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cellmap_lightning.commands.program import run_command
+
+
+def main() -> Any:
+    """Run ``cellmap-submit``: write a submission to the challenge from predictions."""
+    return run_command("submit", _submit)
+
+
+def _submit(configs: list[DictConfig]) -> None:
+    from cellmap_lightning.commands.submit import submit
+
+    settings: Any = OmegaConf.to_container(configs[0], resolve=True)
+    path, missing = submit(**settings)
+    print(f"\n{path}")
+    if missing:
+        print(f"not in it, though {configs[0].manifest} lists them: {', '.join(missing)}")
