@@ -13,6 +13,7 @@ import numpy as np
 
 from cellmap_lightning.crops.encodings import check_unknown
 from cellmap_lightning.crops.image import MAX_UPSAMPLING
+from cellmap_lightning.crops.options import ReadOptions
 from cellmap_lightning.errors import CellMapError, CellMapValueError
 from cellmap_lightning.inspection.costs import Costs, costs
 from cellmap_lightning.inspection.facts import (
@@ -31,6 +32,7 @@ from cellmap_lightning.io.store import children, local_path
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, find_crops, read_manifest
+from cellmap_lightning.splits.options import SplitOptions
 
 #: Problems of one kind that are printed.
 SHOWN = 8
@@ -182,12 +184,17 @@ def _entries(settings: Mapping[str, Any]) -> list[tuple[str, CropRecord]]:
         given = read_csv(settings["csv_path"]) if settings.get("csv_path") else read_mapping(settings["datasets"])
         targets = [entry.target for entries in given.values() for entry in entries]
         classes = list(dict.fromkeys(name for target in targets if target is not None for name in target.names))
-    names = (
-        "csv_path", "datasets", "search_path", "manifest", "split", "val_fraction", "fold", "n_folds", "only_datasets",
-        "only_crops", "seed", "level_translations",
-    )  # fmt: skip
-    chosen = {name: settings[name] for name in names if settings.get(name) is not None}
-    crops = CellMapDataSplit(classes=classes or None, **chosen)
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: settings[name] for name in names if settings.get(name) is not None}
+
+    options = chosen("manifest", "split", "val_fraction", "fold", "n_folds", "only_datasets", "only_crops")
+    crops = CellMapDataSplit(
+        classes=classes or None,
+        options=SplitOptions(**options),
+        read=ReadOptions(**chosen("level_translations")),
+        **chosen("csv_path", "datasets", "search_path", "seed"),
+    )
     return [(split, entry) for split in SPLITS for entry in crops.entries.get(split, [])]
 
 
