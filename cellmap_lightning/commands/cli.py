@@ -515,7 +515,7 @@ def _inspection(cfg: DictConfig) -> DictConfig:
 def _inspect(cfg: DictConfig) -> None:
     logging.getLogger("cellmap_lightning").setLevel(logging.ERROR)  # the report says it
     if cfg.cache is not None:
-        from cellmap_lightning.inspection.kept import clear, listing
+        from cellmap_lightning.inspection.cached_files import clear, listing
 
         print(listing())
         if cfg.cache == "clear":
