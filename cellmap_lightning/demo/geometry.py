@@ -25,6 +25,10 @@ class Ripple:
         rng: draws directions, wavelengths, phases and amplitudes.
         amplitude: bound of the absolute value, nm.
         wavelengths: the shortest and the longest, nm.
+
+    Example:
+        >>> ripple = Ripple(np.random.default_rng(0), 55, (350, 800))
+        >>> height = ripple(z[:, None], y[None, :])
     """
 
     def __init__(self, rng: np.random.Generator, amplitude: float, wavelengths: tuple[float, float]) -> None:
@@ -64,7 +68,11 @@ class Ripple:
 
 @dataclass(frozen=True)
 class Tube:
-    """A bent capsule: all points within ``radius`` nm of the polyline through ``nodes``."""
+    """A bent capsule: all points within ``radius`` nm of the polyline through ``nodes``.
+
+    Example:
+        >>> Tube(parabola((250, 230, 230), (370, 420, 460), (0, 70, -50)), radius=92).box
+    """
 
     nodes: Array
     radius: float
@@ -88,6 +96,7 @@ def tube_distance(points: Array, tubes: Sequence[Tube]) -> Array:
     start = np.concatenate([tube.nodes[:-1] for tube in tubes])
     along = np.concatenate([np.diff(tube.nodes, axis=0) for tube in tubes])
     radius = np.repeat([tube.radius for tube in tubes], [len(tube.nodes) - 1 for tube in tubes])
+    # Distance to the nearest point of each segment, whose position along it is clipped to the segment's ends.
     to = points[:, None] - start
     t = np.clip((to * along).sum(-1) / (along**2).sum(-1), 0, 1)
     return np.asarray((np.sqrt(((to - t[..., None] * along) ** 2).sum(-1)) - radius).min(1))
@@ -109,6 +118,11 @@ class VoxelBox:
     Attributes:
         material: `Material` of each voxel, at first cytosol.
         owner: number of the mitochondrion or vesicle that each voxel belongs to, counted from 1; 0 for none.
+
+    Example:
+        >>> box = VoxelBox((0, 0, 0), (8, 64, 64))
+        >>> window = box.window((0, 0, 0), (10, 50, 50))
+        >>> box.material[window] = Material.ECS
     """
 
     def __init__(self, start: Sequence[int], shape: Sequence[int]) -> None:
@@ -124,6 +138,7 @@ class VoxelBox:
         """Return the index of the voxels whose centres lie in ``[low, high]`` nm, or None if the box has none."""
         parts = []
         for start, n, s, lo, hi in zip(self.start, self.shape, LABEL_SCALE, low, high, strict=True):
+            # The centre of voxel i is at (i + 0.5) s.
             first = max(math.ceil(lo / s - 0.5) - start, 0)
             last = min(math.floor(hi / s - 0.5) + 1 - start, n)
             if first >= last:

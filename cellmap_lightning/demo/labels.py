@@ -63,6 +63,7 @@ def crop_label(name: str, crop: DemoCrop, material: Array, owner: Array) -> Arra
     numbers = np.unique(objects[objects > 0])
     # Ids need not start at 1; those of vesicles pass through the code for unknown, which no voxel of this array means.
     first, dtype = (UNKNOWN - 1, np.uint16) if name == "ves" else (1, np.uint8)
+    # Objects are renumbered without gaps through a table of their numbers, which are bytes.
     ids = np.zeros(256, dtype)
     ids[numbers] = np.arange(first, first + len(numbers))
     return np.asarray(ids[objects])

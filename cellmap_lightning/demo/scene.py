@@ -41,6 +41,9 @@ class Scene:
 
     Args:
         seed: deforms walls and nucleus, moves the mitochondria by up to 12 nm, and places the other organelles.
+
+    Example:
+        >>> material, owner = Scene(0).paint((0, 0, 0), (8, 64, 64))
     """
 
     def __init__(self, seed: int) -> None:

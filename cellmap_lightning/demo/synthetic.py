@@ -44,7 +44,7 @@ from cellmap_lightning.validation import int_at_least, one_of
 
 __all__ = ["CLASS_IDS", "TRAIN_CLASSES", "SyntheticVolume", "demo_csv", "write_volume"]
 
-# Raised whenever the same seed gives other voxels or files, so that a stale volume is replaced.
+# Incremented whenever the same seed gives other voxels or files, so that a stale volume is replaced.
 _VERSION = 1
 RAW = "recon-1/em/fibsem-uint8"
 GROUNDTRUTH = "recon-1/labels/groundtruth"
@@ -198,6 +198,7 @@ def _write(path: Path, marker: Mapping[str, Any], force: bool) -> None:
         )
         for crop in CROPS:
             write_crop(scene, staged / GROUNDTRUTH / crop.name, crop, zarr_format)
+        # The inventory comes last: a volume without it, or with other files, is incomplete.
         write_group(staged, {"synthetic": {**marker, **inventory(staged)}}, zarr_format)
         move_into_place(staged, path, lambda: not force and is_complete(path, marker))
     finally:

@@ -35,6 +35,7 @@ class CachedFile:
 def measurements() -> list[CachedFile]:
     """Return counts, statistics and indices, least recently used first; the source of damaged ones is empty."""
     files = []
+    # Blocks of 512 bytes are the space on disk, which st_size is not for small or sparse files.
     for path in records(cache_folder()):
         with suppress(FileNotFoundError):  # race: another process may just have cleared it
             stat = path.stat()

@@ -297,6 +297,7 @@ def _crop_facts(facts: CropFacts, target: TargetPath) -> CropFacts:
 
 def _beside_raw(facts: CropFacts, labels: Lattice, box: Box, raw: Lattice) -> CropFacts:
     """Return the facts of a crop with its position on raw: offset of the edges, ratio of voxels, part outside."""
+    # Edges are compared in voxels of raw; a distance below the tolerance is float noise of the metadata.
     edges = np.subtract(labels.box.lower, raw.box.lower) / raw.step
     off = np.where(np.abs(edges - np.rint(edges)) <= LATTICE_TOLERANCE, 0.0, edges - np.rint(edges))
     inside = np.minimum(box.upper, raw.box.upper) - np.maximum(box.lower, raw.box.lower)
@@ -366,6 +367,7 @@ def _with_loss(of_class: ClassFacts, name: str, crop: CropFacts, scale: Vector, 
         return replace(of_class, wrong=str(e))
     lost = None
     if fine and coarse is not None:
+        # Voxels of levels differ in size, so that volumes are compared, not counts.
         volumes = coarse * float(np.prod(level.scale)), fine * float(np.prod(image.finest.scale))
         lost = 1 - volumes[0] / volumes[1]
     return replace(of_class, voxels=fine, lost=lost, level=level.name)

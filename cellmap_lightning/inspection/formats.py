@@ -17,7 +17,7 @@ def by_axis(values: Any) -> str:
 
 
 def voxel_count(values: Sequence[float] | None) -> str:
-    """Return a shape, such as ``64^3`` or ``32x64x64``; ``-`` if there is none."""
+    """Return a shape, such as ``64^3`` or ``32x64x64``; ``-`` for None."""
     if values is None:
         return "-"
     if len(set(values)) == 1:
@@ -32,5 +32,5 @@ def voxel_size(values: Sequence[float]) -> str:
 
 
 def box_text(box: Mapping[str, Sequence[float]] | None) -> str:
-    """Return a box, such as ``z 0..512 y 0..512 x 0..512``; ``-`` if there is none."""
+    """Return a box, such as ``z 0..512 y 0..512 x 0..512``; ``-`` for None."""
     return " ".join(f"{axis} {low:g}..{high:g}" for axis, (low, high) in box.items()) if box else "-"

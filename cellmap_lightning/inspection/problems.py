@@ -17,7 +17,7 @@ from cellmap_lightning.validation import first_few
 MOST_LOST = 0.3
 #: Unknown part of a crop from which it is reported.
 MOST_UNKNOWN = 0.5
-#: Skew of the values from which dark and bright tails are told apart.
+#: Skew of the values from which a volume counts as having a dark or a bright tail.
 CLEAR_SKEW = 0.15
 #: Ratio between the width of the middle 99 % of a volume's values and the median width, from which it is reported.
 CONTRAST_RATIO = 2.0
@@ -61,7 +61,7 @@ KINDS = {
     "small": "crops smaller than the patch",
     "off lattice": "crops off raw's lattice, so that raw is interpolated at the scale of the labels",
     "lost": f"classes that lose more than {MOST_LOST:.0%} of their foreground at the level that is read",
-    "unknown": f"crops of which more than {MOST_UNKNOWN:.0%} is unknown",
+    "unknown": f"crops that are unknown to more than {MOST_UNKNOWN:.0%}",
     "empty": "classes without foreground",
     "rare": "classes in a single crop, so that they cannot be both trained and validated",
     "type": "volumes of different types",

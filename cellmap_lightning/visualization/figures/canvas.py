@@ -43,7 +43,7 @@ def needs_matplotlib() -> Iterator[None]:
 
 @contextmanager
 def default_style() -> Iterator[None]:
-    """Draw with matplotlib's default style inside the block, whatever style the caller has set."""
+    """Apply matplotlib's default style inside the block; the caller's style is restored."""
     with needs_matplotlib():
         import matplotlib.style
     with matplotlib.style.context("default"):
@@ -72,7 +72,7 @@ class Canvas:
 
         self.width, self.height = width, height
         self.figure: Figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-        FigureCanvasAgg(self.figure)
+        FigureCanvasAgg(self.figure)  # attaches itself; pyplot, which would keep the figure alive, is not involved
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Return a position as fractions of the figure, from its lower left corner."""

@@ -34,7 +34,7 @@ def picture_grid(
     """Draw images side by side, each row in the grey values of its first one.
 
     Args:
-        rows: images ``[z, y, x]``, of which the middle slice is drawn, or ``[y, x]``.
+        rows: images ``[y, x]``, or ``[z, y, x]`` to draw their middle slices.
         columns: titles of the columns.
         headers: text above each row.
         path: file to write, or None.

@@ -65,7 +65,8 @@ class Legend:
         height: inches.
 
     Example:
-        See `sheet._draw_sheet`.
+        >>> legend = Legend(legend_entries(cuts, {0}, ["mito"], ["#56b4e9"]), canvas.width)
+        >>> legend.draw(canvas, 0.2)
     """
 
     def __init__(self, entries: Sequence[LegendEntry], width: float) -> None:
@@ -93,7 +94,7 @@ class Legend:
         ]
         legend = canvas.figure.legend(
             handles,
-            [f"entry {i}" for i in range(len(handles))],
+            [f"entry {i}" for i in range(len(handles))],  # replaced below, without markup
             loc="upper left",
             bbox_to_anchor=canvas.at(MARGIN, y),
             ncols=self._columns,

@@ -13,7 +13,7 @@ from cellmap_lightning.visualization.figures.canvas import Array, BoolArray
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """Finite values of a column.
+    """Finite values of a column; see `Metrics.series`.
 
     Attributes:
         steps: increasing.
@@ -54,6 +54,7 @@ class Metrics:
             lines = list(reader)
         self._values: dict[str, Array] = {}
         self._is_filled: dict[str, BoolArray] = {}
+        # Empty cells are missing values; filled ones that are not finite were logged as such, and are counted.
         for name in self.names:
             cells = [line.get(name) or "" for line in lines]
             self._values[name] = np.array([_number(cell) for cell in cells], dtype=np.float64)
@@ -74,6 +75,7 @@ class Metrics:
             if good.any():
                 order = np.argsort(self._x[good], kind="stable")
                 return Series(self._x[good][order], values[good][order], lost_here)
+            # A metric that was never finite is in several columns; do not count it twice.
             lost = max(lost, lost_here)
         return Series(np.zeros(0), np.zeros(0), lost)
 

@@ -23,7 +23,8 @@ class Panel:
         width: width of the axes, inches.
 
     Example:
-        See `sheet.contact_sheet`.
+        >>> panel = Panel(axes, cut, ("target",), (0, 255), width=2.0)
+        >>> panel.draw(["mito"], ["#56b4e9"], "outline")
     """
 
     def __init__(self, axes: "Axes", cut: Cut, shown: Sequence[str], limits: tuple[float, float], width: float) -> None:
@@ -78,7 +79,7 @@ class Panel:
         cut = self._cut
         rows, columns = cut.raw.shape
         nm = scale_bar_nm(cut.extent_nm[1])
-        inch = columns / self._width  # voxels along x
+        inch = columns / self._width  # in voxels along x; along y an inch has other voxels unless they are cubes
         inch_y = inch * cut.nm[1] / cut.nm[0]
         x, y = -0.5 + 0.09 * inch, rows - 0.5 - 0.09 * inch_y
         bar = Rectangle(
