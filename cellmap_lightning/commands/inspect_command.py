@@ -47,7 +47,7 @@ def _inspect(configs: list[DictConfig]) -> None:
     (cfg,) = configs
     logging.getLogger("cellmap_lightning").setLevel(logging.ERROR)  # the report contains the warnings
     if cfg.cache is not None:
-        from cellmap_lightning.inspection.kept import clear, listing
+        from cellmap_lightning.inspection.cached_files import clear, listing
 
         print(listing())
         if cfg.cache == "clear":

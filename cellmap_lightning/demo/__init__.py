@@ -1,1 +1,1 @@
-"""The synthetic demo volume."""
+"""A synthetic volume for demonstrations and tests."""

@@ -1,1 +1,1 @@
-"""What cellmap-inspect does: facts about volumes and crops, what is wrong with them, and a proposal."""
+"""Inspection of data: facts about volumes and crops, their problems, costs, and a proposal of settings."""

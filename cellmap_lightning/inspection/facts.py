@@ -1,7 +1,8 @@
-"""What is known of volumes and crops: from their metadata, and with ``deep`` from their voxels."""
+"""Facts of volumes and crops: from their metadata, and with ``deep`` from their voxels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,12 @@ class LevelFacts:
         scale: voxel size, nm.
         shape: voxels (z, y, x); None where the level is listed and not on disk.
         dtype: the stored type.
-        chunks: voxels that are decoded together.
-        files: voxels in a file: a chunk, or a shard.
-        codec: what compresses them.
+        chunks: voxels of a chunk.
+        files: voxels of a file: a chunk, or a shard.
+        codec: compressor.
+
+    Example:
+        See `VolumeFacts`.
     """
 
     name: str
@@ -60,8 +64,11 @@ class Values:
         low: 0.5th percentile.
         median: median.
         high: 99.5th percentile.
-        skew: where the median lies between them: -1 at ``high``, with a tail of dark voxels, 1 at ``low``.
+        skew: position of the median between them: -1 at ``high``, with a tail of dark voxels, 1 at ``low``.
         histogram: shares of the voxels in equal parts of low..high, at most ``BARS``.
+
+    Example:
+        See `VolumeFacts`.
     """
 
     mean: float
@@ -81,10 +88,14 @@ class VolumeFacts:
         name: its dataset.
         path: the multiscale group.
         levels: its resolutions, finest first.
-        box: what it fills, nm, ``{axis: [lower, upper]}``.
-        values: stored values; None where nobody has read them.
+        box: its extent, nm, ``{axis: [lower, upper]}``.
+        values: stored values; None if they have not been read.
         notes: assumptions about its metadata, ``{kind: text}``.
-        wrong: why it cannot be read.
+        wrong: the error if it cannot be read.
+
+    Example:
+        >>> (facts,) = read_volume_facts(["jrc_hela-2.zarr/recon-1/em/fibsem-uint8"], deep=False)
+        >>> [(level.name, level.shape) for level in facts.levels]
     """
 
     name: str
@@ -106,13 +117,16 @@ class ClassFacts:
     """One class of a crop.
 
     Attributes:
-        voxels: foreground voxels of the finest level; None where nothing says how many.
-        unknown: part of the voxels that nobody annotated; None likewise.
+        voxels: foreground voxels of the finest level; None if they are not counted.
+        unknown: unannotated part of the voxels; None likewise.
         scale: voxel size of the finest level, nm.
         lost: part of the foreground that the level read at the scale in use has lost; None likewise.
         level: name of that level.
-        read_as: how the values are read where no metadata say it.
-        wrong: why it cannot be read.
+        read_as: meaning of the values if the metadata has no encoding.
+        wrong: the error if it cannot be read.
+
+    Example:
+        See `CropFacts`.
     """
 
     voxels: int | None = None
@@ -130,20 +144,24 @@ class CropFacts:
 
     Attributes:
         name: dataset and crop.
-        where: where it was named.
+        where: its entry: file and line.
         usage: its split.
         raw: path of its raw volume.
         target: path of its labels, the classes in a bracket.
         levels: resolutions of its first class.
-        classes: of each class that is annotated.
+        classes: facts of each annotated class.
         box: of all classes, nm.
         off: voxels by which its edges miss those of raw's finest level (z, y, x), 0 where they agree; None without raw.
         ratio: raw's finest voxels in one of the labels, along each axis; None likewise.
         outside: part of the crop that lies outside raw; None likewise.
-        chunks: files of raw under the crop that were never written, and of how many, of the level that is read.
-        metadata: what its entry sets in place of its metadata.
+        chunks: number of files of raw under the crop that were never written, and of all, at the level that is read.
+        metadata: settings of its entry that replace its metadata.
         notes: assumptions about the metadata of its labels, ``{kind: text}``.
-        wrong: why it cannot be read.
+        wrong: the error if it cannot be read.
+
+    Example:
+        >>> for crop in inspect({"csv_path": "crops.csv"}, {}, None).crops:
+        ...     print(crop.name, {name: facts.voxels for name, facts in crop.classes.items()})
     """
 
     name: str
@@ -178,221 +196,240 @@ class CropFacts:
 
     @property
     def held(self) -> list[str]:
-        """The classes that have voxels, or may have."""
+        """The classes that have voxels, or whose voxels are not counted."""
         return [name for name, facts in self.classes.items() if facts.voxels != 0 and facts.wrong is None]
 
     @property
     def absent(self) -> list[str]:
-        """The classes that are annotated and have none."""
+        """The classes that are annotated and have no voxel."""
         return [name for name, facts in self.classes.items() if facts.voxels == 0]
 
     @property
     def unknown(self) -> float | None:
-        """Mean unknown part over its classes, of those whose metadata says it."""
+        """Mean unknown part over its classes, of those where it is counted."""
         parts = [c.unknown for c in self.classes.values() if c.unknown is not None]
         return float(np.mean(parts)) if parts else None
 
 
-def look_at_volumes(
+def read_volume_facts(
     paths: Sequence[str], deep: bool, overrides: Mapping[str, Overrides] | None = None
 ) -> list[VolumeFacts]:
-    """Facts of raw volumes.
+    """Return the facts of raw volumes.
 
     Args:
         paths: their multiscale groups.
-        deep: read a coarse level for the values, where nobody has; otherwise they are known only if somebody has.
+        deep: read a coarse level for the values, unless they are cached; without it, only cached values are returned.
         overrides: of the metadata of some of them.
     """
 
-    def look(path: str) -> VolumeFacts:
+    def read(path: str) -> VolumeFacts:
         name = dataset_and_crop(path, None)[0]
         try:
             image = read_multiscale(path, (overrides or {}).get(path, NO_OVERRIDES))
             box = image.finest.lattice.box
             for level in image.present:
                 check_chunk_names(level.array)
-            found = statistics(image) if deep else known_statistics(image)
-            values = _values(found) if found else None
+            measured = statistics(image) if deep else known_statistics(image)
+            values = _values(measured) if measured else None
             return VolumeFacts(name, path, _levels(image), box.as_dict(), values, _notes(image))
         except CellMapError as e:
             return VolumeFacts(name, path, wrong=str(e))
 
-    return for_all(look, paths, "reading volumes" if deep else "looking at volumes", "volume")
+    return for_all(read, paths, "reading volumes" if deep else "reading metadata of volumes", "volume")
 
 
-def look_at_crops(
+def read_crop_facts(
     entries: Sequence[tuple[str, CropRecord]], unknown: Unknown = "metadata", tolerant: bool = False
 ) -> list[CropFacts]:
-    """Facts of crops, from their metadata; of labels without an encoding also from their values.
+    """Return the facts of crops, from their metadata; of labels without an encoding also from their values.
 
     Args:
         entries: usage and entry of each.
-        unknown: the code of unknown voxels where an entry has none of its own; see `CellMapDataset`.
-        tolerant: a class without a folder is not annotated, instead of unreadable.
+        unknown: the code of unknown voxels for entries that do not set it; see `LabelOptions`.
+        tolerant: a class without a folder is unannotated, instead of unreadable.
     """
 
-    def look(item: tuple[str, CropRecord]) -> CropFacts:
+    def read(item: tuple[str, CropRecord]) -> CropFacts:
         usage, entry = item
         facts = CropFacts(entry.where, entry.where, usage, entry.input_path, entry.target_path or "")
         try:
             target = entry.target
             assert target is not None
             facts = replace(facts, name=target.label, metadata={"unknown": unknown, **entry.metadata})
-            return _crop(facts, target, tolerant)
+            return _crop_facts(facts, target, tolerant)
         except CellMapError as e:
             return replace(facts, wrong=str(e))
 
-    return for_all(look, entries, "looking at crops")
+    return for_all(read, entries, "reading metadata of crops")
 
 
-def _crop(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFacts:
+def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFacts:
+    """Return the facts of a crop with those of its classes and its position."""
     classes: dict[str, ClassFacts] = {}
-    levels: tuple[LevelFacts, ...] = ()
-    first: Lattice | None = None
-    box: Box | None = None
-    encodings = LabelEncodings(facts.name, facts.metadata.get("unknown", "metadata"))
     notes: dict[str, str] = {}
+    images: list[Multiscale] = []
+    encodings = LabelEncodings(facts.name, facts.metadata.get("unknown", "metadata"))
     raw_overrides, overrides = _overrides(facts)
     for name in target.names:
         try:
             if tolerant and not exists(target.of(name)):
                 continue
             image = read_multiscale(target.of(name), overrides)
-            lattice = image.finest.lattice
             encoding = encodings.of(name, image, image.finest)
-            voxels = known_foreground(image, image.finest, encoding)
-            read_as = encodings.decided.get(name)
-            classes[name] = ClassFacts(voxels, unknown_share(image), lattice.step, read_as=read_as)
-            for kind, text in _notes(image).items():
-                notes.setdefault(kind, f"class {name}: {text}")
+            classes[name] = ClassFacts(
+                voxels=known_foreground(image, image.finest, encoding),
+                unknown=unknown_share(image),
+                scale=image.finest.lattice.step,
+                read_as=encodings.decided.get(name),
+            )
         except CellMapError as e:
             classes[name] = ClassFacts(wrong=str(e))
             continue
-        if first is None:
-            first, levels = lattice, _levels(image)
-        box = lattice.box if box is None else box.union(lattice.box)
-    facts = replace(facts, levels=levels, classes=classes, notes=notes, box=box.as_dict() if box else None)
-    if box is None or first is None:
+        images.append(image)
+        for kind, text in _notes(image).items():
+            notes.setdefault(kind, f"class {name}: {text}")
+    facts = replace(facts, classes=classes, notes=notes)
+    if not images:
         return replace(facts, wrong=next((c.wrong for c in classes.values()), "none of its classes has a folder"))
+    boxes = [image.finest.lattice.box for image in images]
+    box = reduce(Box.union, boxes)
+    facts = replace(facts, levels=_levels(images[0]), box=box.as_dict())
     try:
         raw = read_multiscale(facts.raw, raw_overrides).finest.lattice
     except CellMapError:
-        return facts  # the volume's own line says it
-    edges = np.subtract(first.box.lower, raw.box.lower) / raw.step
+        return facts  # reported as a problem of the volume
+    return _beside_raw(facts, images[0].finest.lattice, box, raw)
+
+
+def _beside_raw(facts: CropFacts, labels: Lattice, box: Box, raw: Lattice) -> CropFacts:
+    """Return the facts of a crop with its position on raw: offset of the edges, ratio of voxels, part outside."""
+    # Edges are compared in voxels of raw; a distance below the tolerance is float noise of the metadata.
+    edges = np.subtract(labels.box.lower, raw.box.lower) / raw.step
     off = np.where(np.abs(edges - np.rint(edges)) <= LATTICE_TOLERANCE, 0.0, edges - np.rint(edges))
     inside = np.minimum(box.upper, raw.box.upper) - np.maximum(box.lower, raw.box.lower)
     part = float(np.prod(np.clip(inside / box.extent, 0, 1)))
-    return replace(
-        facts, off=_vector(off), ratio=_vector(np.divide(first.step, raw.step)), outside=round(1 - part, 9) + 0.0
-    )
+    outside = round(1 - part, 9) + 0.0  # no negative zero
+    return replace(facts, off=_vector(off), ratio=_vector(np.divide(labels.step, raw.step)), outside=outside)
 
 
 def at_scale(crops: Sequence[CropFacts], scale: Vector, deep: bool) -> list[CropFacts]:
-    """The same with what depends on the voxel size that is read: chunks of raw that are absent, and what labels lose.
+    """Return the facts of crops with those that depend on the voxel size: absent chunks of raw, lost foreground.
 
     Args:
         crops: the crops.
         scale: voxel size, nm.
-        deep: count voxels where the metadata does not say how many a level has.
+        deep: count voxels where the metadata has no counts of a level.
     """
     pool = ReadPool(4)
 
-    def look(facts: CropFacts) -> CropFacts:
+    def read(facts: CropFacts) -> CropFacts:
         if facts.wrong is not None or facts.box is None:
             return facts
-        target = TargetPath.parse(facts.target)
-        raw_overrides, overrides = _overrides(facts)
-        encodings = LabelEncodings(facts.name, facts.metadata.get("unknown", "metadata"), thorough=deep)
-        classes = {}
-        for name, own in facts.classes.items():
-            if own.wrong is None:
-                image = read_multiscale(target.of(name), overrides)
-                own = _lost(own, name, image, scale, deep, pool, facts, encodings)
-            classes[name] = own
-        chunks = None
-        if not fits(facts, scale):
-            return replace(facts, classes=classes)  # it will not be read
-        try:
-            level = choose_level(read_multiscale(facts.raw, raw_overrides), scale)
-            lower, upper = (tuple(sides) for sides in zip(*facts.box.values(), strict=True))
-            found = stored_box(level.lattice, Box(lower, upper), 0)
-            chunks = ChunkReader(level).absent(*found) if found is not None else None
-        except CellMapError:
-            pass  # said elsewhere
+        count = _ForegroundCount(facts, deep, pool)
+        classes = {
+            name: of_class if of_class.wrong is not None else _with_loss(of_class, name, facts, scale, count)
+            for name, of_class in facts.classes.items()
+        }
+        # A crop that is too coarse is not read, so its raw is not either.
+        chunks = _absent_chunks(facts, scale) if fits(facts, scale) else None
         return replace(facts, classes=classes, chunks=chunks)
 
     try:
-        return for_all(look, crops, "counting voxels" if deep else "looking at chunks")
+        return for_all(read, crops, "counting voxels" if deep else "checking chunks")
     finally:
         pool.close()
 
 
+class _ForegroundCount:
+    """Counts foreground voxels of the labels of one crop.
+
+    Args:
+        facts: the crop.
+        deep: read labels whose metadata has no counts.
+        pool: reads them.
+    """
+
+    def __init__(self, facts: CropFacts, deep: bool, pool: ReadPool) -> None:
+        self._crop, self._deep, self._pool = facts.name, deep, pool
+        self._encodings = LabelEncodings(facts.name, facts.metadata.get("unknown", "metadata"), thorough=deep)
+
+    def __call__(self, name: str, image: Multiscale, level: Level) -> int | None:
+        """Return the foreground voxels of a class at a level, or None if they are not counted."""
+        encoding = self._encodings.of(name, image, level)
+        voxels = known_foreground(image, level, encoding)
+        if voxels is None and self._deep:
+            where = f"{self._crop}, {level.path.parent.name}/{level.name}"
+            return count_foreground(level, encoding, self._pool, where)
+        return voxels
+
+
+def _with_loss(of_class: ClassFacts, name: str, crop: CropFacts, scale: Vector, count: _ForegroundCount) -> ClassFacts:
+    """Return the facts of a class with the part of its foreground that the level read at a scale has lost."""
+    image = read_multiscale(TargetPath.parse(crop.target).of(name), _overrides(crop)[1])
+    level = choose_level(image, scale)
+    try:
+        fine, coarse = count(name, image, image.finest), count(name, image, level)
+    except CellMapError as e:
+        return replace(of_class, wrong=str(e))
+    lost = None
+    if fine and coarse is not None:
+        # Voxels of levels differ in size, so that volumes are compared, not counts.
+        volumes = coarse * float(np.prod(level.scale)), fine * float(np.prod(image.finest.scale))
+        lost = 1 - volumes[0] / volumes[1]
+    return replace(of_class, voxels=fine, lost=lost, level=level.name)
+
+
+def _absent_chunks(facts: CropFacts, scale: Vector) -> tuple[int, int] | None:
+    """Return the number of absent and of all files of raw under a crop, at the level that is read at a scale."""
+    assert facts.box is not None
+    try:
+        level = choose_level(read_multiscale(facts.raw, _overrides(facts)[0]), scale)
+        lower, upper = (tuple(sides) for sides in zip(*facts.box.values(), strict=True))
+        stored = stored_box(level.lattice, Box(lower, upper), 0)
+        return ChunkReader(level).absent(*stored) if stored is not None else None
+    except CellMapError:
+        return None  # reported as a problem of the volume
+
+
 def fits(crop: CropFacts, scale: Vector) -> bool:
-    """Whether the labels of a crop are as fine as a scale."""
+    """Check that the labels of a crop are as fine as a scale."""
     return crop.scale is not None and bool((np.divide(crop.scale, scale) <= 1 + SCALE_TOLERANCE).all())
 
 
 def _overrides(facts: CropFacts) -> tuple[Overrides, Overrides]:
-    """Overrides of a crop's raw image and of its labels."""
+    """Return the overrides of a crop's raw image and of its labels."""
     return Overrides.pair(**{key: value for key, value in facts.metadata.items() if key != "unknown"})
 
 
 def _notes(image: Multiscale) -> dict[str, str]:
+    # Reversed, so that the first note of a kind stays.
     return {note.kind: note.text for note in reversed(image.notes)}
 
 
-def _lost(
-    own: ClassFacts,
-    name: str,
-    image: Multiscale,
-    scale: Vector,
-    deep: bool,
-    pool: ReadPool,
-    crop: CropFacts,
-    encodings: LabelEncodings,
-) -> ClassFacts:
-    level = choose_level(image, scale)
-
-    def count(of: Level) -> int | None:
-        encoding = encodings.of(name, image, of)
-        known = known_foreground(image, of, encoding)
-        if known is None and deep:
-            return count_foreground(of, encoding, pool, f"{crop.name}, {of.path.parent.name}/{of.name}")
-        return known
-
-    try:
-        fine, coarse = count(image.finest), count(level)
-    except CellMapError as e:
-        return replace(own, wrong=str(e))
-    lost = None
-    if fine and coarse is not None:
-        kept = coarse * float(np.prod(level.scale)) / (fine * float(np.prod(image.finest.scale)))
-        lost = 1 - kept
-    return replace(own, voxels=fine, lost=lost, level=level.name)
-
-
 def _levels(image: Multiscale) -> tuple[LevelFacts, ...]:
-    found = []
-    for level in image.levels:
-        info = level.info
-        if info is None:
-            found.append(LevelFacts(level.name, level.scale))
-            continue
-        shape, chunks, files = (level.zyx(stored) for stored in (info.shape, info.chunks, info.files))
-        found.append(LevelFacts(level.name, level.scale, shape, str(info.dtype), chunks, files, info.codec))
-    return tuple(found)
+    return tuple(map(_level, image.levels))
 
 
-def _values(found: Statistics) -> Values:
-    low, median, high = (found.percentile(p) for p in (0.5, 50, 99.5))
+def _level(level: Level) -> LevelFacts:
+    info = level.info
+    if info is None:
+        return LevelFacts(level.name, level.scale)
+    shape, chunks, files = (level.zyx(stored) for stored in (info.shape, info.chunks, info.files))
+    return LevelFacts(level.name, level.scale, shape, str(info.dtype), chunks, files, info.codec)
+
+
+def _values(measured: Statistics) -> Values:
+    low, median, high = (measured.percentile(p) for p in (0.5, 50, 99.5))
     skew = (high + low - 2 * median) / (high - low) if high > low else 0.0
-    whole = all(q == int(q) for q in found.quantiles)  # of whole numbers no more bars than there are numbers
-    bars = min(BARS, max(1, int(high - low))) if whole else BARS
+    # Of whole numbers no more bars than there are numbers, or some bars would be empty.
+    is_whole = all(q == int(q) for q in measured.quantiles)
+    bars = min(BARS, max(1, int(high - low))) if is_whole else BARS
     edges = np.linspace(low, high, bars + 1)
     # The share of the voxels below each edge; where many voxels have one value, the quantiles repeat it.
-    below = np.searchsorted(found.quantiles, edges, side="right") / len(found.quantiles)
+    below = np.searchsorted(measured.quantiles, edges, side="right") / len(measured.quantiles)
     shares = np.diff(below)
-    return Values(found.mean, found.std, low, median, high, skew, tuple((shares / max(shares.sum(), 1e-9)).tolist()))
+    histogram = tuple((shares / max(shares.sum(), 1e-9)).tolist())
+    return Values(measured.mean, measured.std, low, median, high, skew, histogram)
 
 
 def _vector(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Vector:

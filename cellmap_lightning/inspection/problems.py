@@ -1,35 +1,41 @@
-"""What is wrong with volumes and crops, or will surprise a training."""
+"""Problems of volumes and crops: errors, and properties that surprise in a training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.geometry.lattice import AXES, SCALE_TOLERANCE, Box, Vector, to_vector
 from cellmap_lightning.inspection.facts import CropFacts, VolumeFacts
+from cellmap_lightning.inspection.formats import by_axis
 from cellmap_lightning.io.store import parse_location
 from cellmap_lightning.splits.leakage import PlacedCrop, held_out_crops, identity, overlaps, volume_identity
+from cellmap_lightning.validation import first_few
 
-#: Part of the foreground that a coarser level may lose before it is worth a word.
+#: Part of the foreground that a coarser level may lose before it is reported.
 MOST_LOST = 0.3
-#: Unknown part of a crop from which it is worth a word.
+#: Unknown part of a crop from which it is reported.
 MOST_UNKNOWN = 0.5
-#: Skew of the values from which dark and bright tails are told apart.
+#: Skew of the values from which a volume counts as having a dark or a bright tail.
 CLEAR_SKEW = 0.15
-#: How many times as wide as another the middle 99 % of a volume's values may be.
+#: Ratio between the width of the middle 99 % of a volume's values and the median width, from which it is reported.
 CONTRAST_RATIO = 2.0
+#: Names that one problem lists.
+_LISTED = 8
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One problem.
 
     Attributes:
-        kind: what it is about; problems of one kind stand together.
+        kind: a key of `KINDS`; problems of one kind are reported together.
         where: the volume, crop or class.
-        text: what was found, and what to do.
+        text: the values, and what to do.
+
+    Example:
+        >>> [problem.text for problem in inspect(data, patch, None).problems if problem.kind == "leakage"]
     """
 
     kind: str
@@ -37,10 +43,10 @@ class Problem:
     text: str
 
 
-#: Every kind, in the order in which people read them, with its heading.
+#: Every kind, in the order of the report, with its heading.
 KINDS = {
     "unreadable": "cannot be read",
-    "config": "the configuration is refused, for what the error at the end says",
+    "config": "the configuration is refused, for the reason in the error at the end",
     "unit": "images without a unit of length",
     "scale": "implausible voxel sizes",
     "levels": "pyramids whose levels are not placed by their metadata",
@@ -55,9 +61,9 @@ KINDS = {
     "small": "crops smaller than the patch",
     "off lattice": "crops off raw's lattice, so that raw is interpolated at the scale of the labels",
     "lost": f"classes that lose more than {MOST_LOST:.0%} of their foreground at the level that is read",
-    "unknown": f"crops of which more than {MOST_UNKNOWN:.0%} is unknown",
+    "unknown": f"crops that are unknown to more than {MOST_UNKNOWN:.0%}",
     "empty": "classes without foreground",
-    "rare": "classes that a single crop holds, so that they cannot be trained and validated",
+    "rare": "classes in a single crop, so that they cannot be both trained and validated",
     "type": "volumes of different types",
     "contrast": "volumes that differ in contrast",
     "polarity": "volumes that differ in polarity",
@@ -74,166 +80,170 @@ def find_problems(
     too_coarse: str = "drop",
     held_out: str | None = None,
 ) -> list[Problem]:
-    """Everything that the facts show to be wrong.
+    """Return all problems that the facts show, in the order of `KINDS`.
 
     Args:
         volumes: raw volumes.
         crops: crops.
-        classes: the classes that are looked for.
-        scale: voxel size that is asked for, nm.
+        classes: the requested classes.
+        scale: the requested voxel size, nm.
         shape: voxels of a patch.
         pad: whether crops may be smaller than it.
-        too_coarse: what becomes of crops whose labels are too coarse.
-        held_out: a manifest of crops that nothing is to be trained on.
+        too_coarse: treatment of crops whose labels are too coarse: ``drop``, ``upsample`` or ``error``.
+        held_out: a manifest of crops that must not be trained on.
     """
-    found = [Problem("unreadable", v.name, v.wrong) for v in volumes if v.wrong]
-    for volume in volumes:
-        found += [Problem(kind, volume.name, f"raw: {text}") for kind, text in volume.notes.items()]
-        gone = [level.name for level in volume.levels if level.shape is None]
-        if gone:
-            found.append(
-                Problem("missing level", volume.name, f"raw lists {_listed(gone)}; a finer one is read instead")
-            )
+    problems = [problem for volume in volumes for problem in _of_volume(volume)]
+    finest = {volume.path: volume.present[0].scale for volume in volumes if volume.present}
     for crop in crops:
-        found += _of_crop(crop, volumes, classes, scale, shape, pad, too_coarse)
-    found += _of_classes(crops, classes)
-    found += _of_values(volumes)
-    found += _of_leakage(crops, held_out)
+        pairs = [("unreadable", crop.wrong)] if crop.wrong else [*_of_metadata(crop), *_of_content(crop, classes)]
+        if scale is not None and not crop.wrong:
+            pairs += [*_of_scale(crop, finest, classes, scale, too_coarse), *_of_size(crop, scale, shape, pad)]
+        problems += [Problem(kind, crop.name, text) for kind, text in pairs]
+    problems += [*_of_classes(crops, classes), *_of_types(volumes), *_of_contrast(volumes), *_of_polarity(volumes)]
+    problems += _of_leakage(crops, held_out)
     order = list(KINDS)
-    return sorted(found, key=lambda problem: order.index(problem.kind))
+    return sorted(problems, key=lambda problem: order.index(problem.kind))
 
 
-def _of_crop(
-    crop: CropFacts,
-    volumes: Sequence[VolumeFacts],
-    classes: Sequence[str],
-    scale: Vector | None,
-    shape: Sequence[int] | None,
-    pad: bool,
-    too_coarse: str,
-) -> list[Problem]:
-    found = []
+def _of_volume(volume: VolumeFacts) -> Iterator[Problem]:
+    if volume.wrong:
+        yield Problem("unreadable", volume.name, volume.wrong)
+    for kind, text in volume.notes.items():
+        yield Problem(kind, volume.name, f"raw: {text}")
+    missing = [level.name for level in volume.levels if level.shape is None]
+    if missing:
+        text = f"raw lists {first_few(missing, _LISTED)}; a finer one is read instead"
+        yield Problem("missing level", volume.name, text)
 
-    def say(kind: str, text: str) -> None:
-        found.append(Problem(kind, crop.name, text))
 
-    if crop.wrong:
-        say("unreadable", crop.wrong)
-        return found
+# -- of a crop: pairs of kind and text
+
+
+def _of_metadata(crop: CropFacts) -> Iterator[tuple[str, str]]:
+    """Yield problems of metadata and position."""
     for facts in crop.classes.values():
         if facts.wrong:
-            say("unreadable", facts.wrong)
-    for kind, text in crop.notes.items():
-        say(kind, text)
-    gone = [level.name for level in crop.levels if level.shape is None]
-    if gone:
-        say("missing level", f"labels list {_listed(gone)}")
+            yield "unreadable", facts.wrong
+    yield from crop.notes.items()
+    missing = [level.name for level in crop.levels if level.shape is None]
+    if missing:
+        yield "missing level", f"labels list {first_few(missing, _LISTED)}"
     if crop.outside:
-        say("outside", f"{crop.outside:.1%} of it has no raw; targets are unknown there")
+        yield "outside", f"{crop.outside:.1%} of it has no raw; targets are unknown there"
+    # Labels finer than raw are resampled anyway, wherever their edges are.
     if crop.off is not None and crop.ratio is not None and any(crop.off) and max(crop.ratio) >= 1 - SCALE_TOLERANCE:
-        say("off lattice", f"by {_numbers(crop.off)} voxels of raw (z y x)")
-    unknown = crop.unknown
-    if unknown is not None and unknown > MOST_UNKNOWN:
-        say("unknown", f"{unknown:.0%} of its voxels, as a mean over its classes")
+        yield "off lattice", f"by {by_axis(crop.off)} voxels of raw (z y x)"
+
+
+def _of_content(crop: CropFacts, classes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield problems of stored voxels."""
+    if crop.unknown is not None and crop.unknown > MOST_UNKNOWN:
+        yield "unknown", f"{crop.unknown:.0%} of its voxels, as a mean over its classes"
     if crop.chunks is not None and crop.chunks[0]:
-        say(
-            "raw absent",
-            f"{crop.chunks[0]} of the {crop.chunks[1]} files of raw under it do not exist, or have 0 bytes",
-        )
-    lost = {n: c.lost for n, c in crop.classes.items() if n in classes and c.lost is not None and c.lost > MOST_LOST}
+        absent, total = crop.chunks
+        yield "raw absent", f"{absent} of the {total} files of raw under it do not exist, or have 0 bytes"
+    lost = [
+        f"{name} {facts.lost:.0%} at {facts.level}"
+        for name, facts in crop.classes.items()
+        if name in classes and facts.lost is not None and facts.lost > MOST_LOST
+    ]
     if lost:
-        listed = _listed([f"{n} {part:.0%} at {crop.classes[n].level}" for n, part in lost.items()])
-        say("lost", f"{listed}; label_downsample=any keeps thin structures, or use a finer scale")
-    if scale is None:
-        return found
-    volume = next((v for v in volumes if v.path == crop.raw), None)
-    if volume is not None and volume.present:
-        ratio = np.divide(volume.present[0].scale, scale)
-        if ratio.max() > 1 + SCALE_TOLERANCE:
-            say("raw coarse", f"{_numbers(volume.present[0].scale)} nm at its finest, for {_numbers(scale)} nm")
-    own = [facts.scale for name, facts in crop.classes.items() if name in classes and facts.scale is not None]
-    if own and (np.max(own, axis=0) > np.multiply(scale, 1 + SCALE_TOLERANCE)).any():
-        what = {"drop": "the crop is left out", "upsample": "they are repeated", "error": "which is refused"}[
-            too_coarse
-        ]
-        say("labels coarse", f"{_numbers(np.max(own, axis=0))} nm at their finest, for {_numbers(scale)} nm: {what}")
-    if shape is not None and len(shape) == 3 and crop.extent is not None:
-        voxels = np.floor(np.divide(crop.extent, scale) + 1e-6).astype(int)
-        short = [a for a, n, wanted in zip(AXES, voxels, shape, strict=True) if n < wanted]
-        if short:
-            what = "targets are unknown outside it" if pad else "it is refused with pad=false"
-            say("small", f"{_numbers(voxels)} voxels, less than the patch along {', '.join(short)}: {what}")
-    return found
+        advice = "label_downsample=any keeps thin structures, or use a finer scale"
+        yield "lost", f"{first_few(lost, _LISTED)}; {advice}"
 
 
-def _of_leakage(crops: Sequence[CropFacts], held_out: str | None) -> list[Problem]:
+def _of_scale(
+    crop: CropFacts, finest: Mapping[str, Vector], classes: Sequence[str], scale: Vector, too_coarse: str
+) -> Iterator[tuple[str, str]]:
+    """Yield raw and labels that are coarser than the requested voxel size."""
+    if crop.raw in finest and np.divide(finest[crop.raw], scale).max() > 1 + SCALE_TOLERANCE:
+        yield "raw coarse", f"{by_axis(finest[crop.raw])} nm at its finest, for {by_axis(scale)} nm"
+    scales = [facts.scale for name, facts in crop.classes.items() if name in classes and facts.scale is not None]
+    coarsest = np.max(scales, axis=0) if scales else np.zeros(3)
+    if (coarsest > np.multiply(scale, 1 + SCALE_TOLERANCE)).any():
+        effects = {"drop": "the crop is left out", "upsample": "they are repeated", "error": "which is refused"}
+        text = f"{by_axis(coarsest)} nm at their finest, for {by_axis(scale)} nm: {effects[too_coarse]}"
+        yield "labels coarse", text
+
+
+def _of_size(crop: CropFacts, scale: Vector, shape: Sequence[int] | None, pad: bool) -> Iterator[tuple[str, str]]:
+    """Yield crops that are smaller than the patch."""
+    if shape is None or len(shape) != 3 or crop.extent is None:
+        return
+    voxels = np.floor(np.divide(crop.extent, scale) + 1e-6).astype(int)
+    short = [axis for axis, n, needed in zip(AXES, voxels, shape, strict=True) if n < needed]
+    if short:
+        effect = "targets are unknown outside it" if pad else "it is refused with pad=false"
+        yield "small", f"{by_axis(voxels)} voxels, less than the patch along {', '.join(short)}: {effect}"
+
+
+# -- of all crops, or all volumes
+
+
+def _of_leakage(crops: Sequence[CropFacts], held_out: str | None) -> Iterator[Problem]:
     placed: dict[str, list[PlacedCrop]] = {}
     for crop in crops:
         if crop.box is not None:
             lower, upper = zip(*crop.box.values(), strict=True)
             box = Box(to_vector(lower), to_vector(upper))
             labels = identity(TargetPath.parse(crop.target).crop)
-            placed.setdefault(crop.usage, []).append(
-                PlacedCrop(crop.name, volume_identity(parse_location(crop.raw)), box, labels)
-            )
+            volume = volume_identity(parse_location(crop.raw))
+            placed.setdefault(crop.usage, []).append(PlacedCrop(crop.name, volume, box, labels))
     trained = placed.get("train", [])
     others = [*placed.get("val", []), *placed.get("test", [])]
     if held_out is not None:
         others += held_out_crops(held_out, [(crop.name.partition("/")[0], crop.volume) for crop in trained])
-    return [Problem("leakage", pair.trained.name, str(pair)) for pair in overlaps(trained, others)]
+    for pair in overlaps(trained, others):
+        yield Problem("leakage", pair.trained.name, str(pair))
 
 
-def _of_classes(crops: Sequence[CropFacts], classes: Sequence[str]) -> list[Problem]:
-    found = []
+def _of_classes(crops: Sequence[CropFacts], classes: Sequence[str]) -> Iterator[Problem]:
     for name in classes:
         annotated = [crop for crop in crops if name in crop.classes and crop.classes[name].wrong is None]
         if not annotated and any(name in crop.classes for crop in crops):
-            continue  # that it cannot be read is a problem of its own
-        held = [crop for crop in annotated if name in crop.held]
+            continue  # reported as unreadable
+        present = [crop for crop in annotated if name in crop.held]
         if not annotated:
-            found.append(Problem("empty", name, "no crop annotates it"))
-        elif not held:
-            found.append(
-                Problem("empty", name, f"annotated in {len(annotated)} crops, and none of them has a voxel of it")
-            )
-        elif len(held) == 1:
-            found.append(Problem("rare", name, f"only in {held[0].name}"))
-    return found
+            yield Problem("empty", name, "no crop annotates it")
+        elif not present:
+            yield Problem("empty", name, f"annotated in {len(annotated)} crops, and none of them has a voxel of it")
+        elif len(present) == 1:
+            yield Problem("rare", name, f"only in {present[0].name}")
 
 
-def _of_values(volumes: Sequence[VolumeFacts]) -> list[Problem]:
-    found = []
-    types = {v.name: v.present[0].dtype for v in volumes if v.present}
+def _of_types(volumes: Sequence[VolumeFacts]) -> Iterator[Problem]:
+    types = {volume.name: volume.present[0].dtype for volume in volumes if volume.present}
     if len(set(types.values())) > 1:
         for name, dtype in types.items():
-            found.append(Problem("type", name, f"{dtype}; batches travel as float32 where types differ"))
-    known: list[Any] = [(v, v.values) for v in volumes if v.values is not None]
-    widths = {v.name: values.high - values.low for v, values in known}
+            yield Problem("type", name, f"{dtype}; batches are transferred as float32 where types differ")
+
+
+def _of_contrast(volumes: Sequence[VolumeFacts]) -> Iterator[Problem]:
+    values = {volume.name: volume.values for volume in volumes if volume.values is not None}
+    widths = {name: v.high - v.low for name, v in values.items()}
     middle = float(np.median(list(widths.values()))) if widths else 0.0
-    for volume, values in known:
-        ratio = widths[volume.name] / middle if middle else 1.0
+    for name, v in values.items():
+        ratio = widths[name] / middle if middle else 1.0
         if ratio > CONTRAST_RATIO or ratio < 1 / CONTRAST_RATIO:
             text = (
-                f"the middle 99 % of its values span {values.low:g} to {values.high:g}, {ratio:.2g}x the usual "
-                "width; normalize={percentile: [0.5, 99.5]} makes them alike"
+                f"the middle 99 % of its values span {v.low:g} to {v.high:g}, {ratio:.2g}x the usual width; "
+                "normalize={percentile: [0.5, 99.5]} makes them alike"
             )
-            found.append(Problem("contrast", volume.name, text))
-    dark = [v.name for v, values in known if values.skew < -CLEAR_SKEW]
-    bright = [v.name for v, values in known if values.skew > CLEAR_SKEW]
-    if dark and bright:
-        fewer, tail = (bright, "bright") if len(bright) <= len(dark) else (dark, "dark")
-        others = len(dark) + len(bright) - len(fewer)
+            yield Problem("contrast", name, text)
+
+
+def _of_polarity(volumes: Sequence[VolumeFacts]) -> Iterator[Problem]:
+    """Yield the volumes of the smaller group, if some have a dark and others a bright tail of values."""
+    skews = {volume.name: volume.values.skew for volume in volumes if volume.values is not None}
+    dark = [name for name, skew in skews.items() if skew < -CLEAR_SKEW]
+    bright = [name for name, skew in skews.items() if skew > CLEAR_SKEW]
+    if not dark or not bright:
+        return
+    fewer, tail = (bright, "bright") if len(bright) <= len(dark) else (dark, "dark")
+    others = len(dark) + len(bright) - len(fewer)
+    for name in fewer:
         text = (
-            f"the longer tail of its values is the {tail} one, unlike that of {others} more: perhaps dark and bright "
-            "are exchanged; look at it, and if so give its entry invert: true"
+            f"the longer tail of its values is the {tail} one, unlike that of {others} other volumes: perhaps dark and "
+            "bright are exchanged; look at it, and if so give its entry invert: true"
         )
-        found += [Problem("polarity", name, text) for name in fewer]
-    return found
-
-
-def _listed(words: Sequence[str]) -> str:
-    return ", ".join(words[:8]) + (f" and {len(words) - 8} more" if len(words) > 8 else "")
-
-
-def _numbers(values: Any) -> str:
-    return " x ".join(f"{float(v):.4g}" for v in values)
+        yield Problem("polarity", name, text)

@@ -1,4 +1,4 @@
-"""Batches as ``training_step`` sees them, ready to be drawn: each sample with its crop, place and transforms."""
+"""Batches as ``training_step`` gets them, ready to be drawn: each sample with its crop, place and transforms."""
 
 import contextlib
 import math
@@ -14,25 +14,31 @@ from tqdm import tqdm
 from cellmap_lightning.batches.arrays import BatchLayout
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.datasets.source import Draw, SampleSource
-from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.errors import CellMapKeyError
 from cellmap_lightning.geometry.lattice import AXES, Box, FloatArray, to_vector
 from cellmap_lightning.loading.dataloader import CellMapDataLoader
 from cellmap_lightning.loading.samples import Samples
+from cellmap_lightning.validation import did_you_mean, int_at_least
 from cellmap_lightning.visualization.figures.page import write_page
-from cellmap_lightning.visualization.figures.sheet import SheetSample, contact_sheet
-from cellmap_lightning.visualization.links import napari, neuroglancer
+from cellmap_lightning.visualization.figures.samples import SheetSample
+from cellmap_lightning.visualization.figures.sheet import contact_sheet
+from cellmap_lightning.visualization.viewer_links import napari, neuroglancer
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class PreviewSample:
     """One sample of a batch.
 
     Attributes:
-        sample: what is drawn.
-        crop: where it is from.
+        sample: its arrays and header, for a contact sheet.
+        crop: label of its crop.
         center: centre of the patch, nm (z, y, x).
         neuroglancer: a link to the place.
         napari: a command that shows the place.
+
+    Example:
+        >>> for preview in collect(data.train_dataloader(), samples=3):
+        ...     print(preview.sample.header, preview.neuroglancer)
     """
 
     sample: SheetSample
@@ -51,131 +57,130 @@ def show(
     input_name: str | None = None,
     target_name: str | None = None,
     serve: str = "http://localhost:8000",
-) -> list[Shown]:
-    """The samples of a finished batch.
+) -> list[PreviewSample]:
+    """Return the samples of a finished batch.
 
     Args:
-        source: where the batch comes from.
-        layout: how it is laid out.
+        source: the source of the batch.
+        layout: its layout.
         batch: the batch, on any device.
-        draws: how each of its samples was drawn; without it, or where it is not that of the batch, transforms are not
-            named.
+        draws: position and transforms of each of its samples; without them, or if they are not those of the batch,
+            transforms are not named.
         predictions: probabilities ``[N, C, ...]``.
-        input_name: the input that is shown; by default the first.
-        target_name: the target that is shown; by default the first.
-        serve: see `links.neuroglancer`.
+        input_name: the input to draw; by default the first.
+        target_name: the target to draw; by default the first.
+        serve: see `viewer_links.neuroglancer`.
 
     Raises:
-        CellMapKeyError: there is no such input or target.
+        CellMapKeyError: the batch has no such input or target.
     """
-    input_name = _known("input", input_name, layout.inputs)
-    target_name = _known("target", target_name, layout.targets)
+    input_name = _checked_name("input", input_name, layout.inputs)
+    target_name = _checked_name("target", target_name, layout.targets)
     assert input_name is not None
-    window = layout.inputs[input_name].window
     positions = batch["idx"].tolist()
     draws = list(draws)[: len(positions)]
     if [draw.position for draw in draws] != positions:
         draws = ()
-    other = target_name is not None and not _alike(layout.targets[target_name].window, window)
-    found = []
+    notes = [] if not target_name else _lattice_notes(layout, input_name, target_name)
+    samples = []
     for row, position in enumerate(positions):
         crop, place = source.locate(position)
         center = to_vector(crop.placement.center(place))
         turn = crop.plane.turn(draws[row].turn) if draws else crop.plane.turn(None)
         shape = crop.windows[input_name]
-        reach = shape.extent if turn is None else np.abs(turn) @ shape.extent
-        box = Box(to_vector(center - reach / 2), to_vector(center + reach / 2))
+        extent = shape.extent if turn is None else np.abs(turn) @ shape.extent
+        box = Box(to_vector(center - extent / 2), to_vector(center + extent / 2))
         facts = [f"sample {draws[row].sample}"] if draws else []
-        facts += [crop.label, f"box {_box(box)} nm"]
-        facts += [transforms(turn, layout)] if draws else []
-        if other:
-            facts.append(f"the target {target_name} has other voxels than {input_name}, and is not drawn")
+        facts += [crop.label, f"box {_box_text(box)} nm"]
+        facts += [describe_transforms(turn, layout)] if draws else []
         raw = batch[input_name][row, 0]
-        target = None
-        if target_name is not None and not other:
-            target = by_class(batch[target_name][row], len(layout.classes))
+        has_target = target_name is not None and not notes
+        target = by_class(batch[target_name][row], len(layout.classes)) if target_name and has_target else None
         scale = shape.scale.tolist()
-        labels = _labels(crop)
-        found.append(
-            Shown(
-                SheetSample(
-                    raw.detach().cpu().float().numpy(),
-                    None if target is None else target.detach().cpu().float().numpy(),
-                    None if predictions is None else predictions[row].detach().cpu().float().numpy(),
-                    scale if raw.ndim == 3 else [s for s, n in zip(scale, shape.shape, strict=True) if n != 1] or scale,
-                    "   ·   ".join(facts),
-                ),
-                crop.label,
-                center,
-                neuroglancer(crop.input_path, labels, center, float(min(scale)), serve),
-                napari(crop.input_path, labels, center),
-            )
+        if raw.ndim == 2:  # a dropped axis has no voxel size in the figure
+            scale = [s for s, n in zip(scale, shape.shape, strict=True) if n != 1] or scale
+        sample = SheetSample(
+            raw.detach().cpu().float().numpy(),
+            None if target is None else target.detach().cpu().float().numpy(),
+            None if predictions is None else predictions[row].detach().cpu().float().numpy(),
+            scale,
+            "   ·   ".join(facts + notes),
         )
-    return found
+        labels = _label_paths(crop)
+        link = neuroglancer(crop.input_path, labels, center, min(shape.scale.tolist()), serve)
+        samples.append(PreviewSample(sample, crop.label, center, link, napari(crop.input_path, labels, center)))
+    return samples
 
 
 def by_class(target: torch.Tensor, classes: int) -> torch.Tensor | None:
-    """A target as 1, 0 and NaN per class, or None where it is of a kind that has no outlines."""
+    """Return a target as 1, 0 and NaN per class; None for a kind that has no outlines."""
     if target.is_floating_point():
         return target if len(target) == classes else None
-    if len(target) == 1:  # numbers of classes
+    if len(target) == 1:  # class numbers from 1, -1 where unknown
         number = torch.arange(1, classes + 1, dtype=torch.int64, device=target.device)
         number = number.reshape(-1, *[1] * (target.ndim - 1))
         return (target == number).float().masked_fill(target < 0, float("nan"))
-    return (target > 0).float().masked_fill(target < 0, float("nan"))  # ids
+    return (target > 0).float().masked_fill(target < 0, float("nan"))  # instance ids of each class
 
 
-def transforms(turn: FloatArray | None, layout: BatchLayout) -> str:
-    """In words, how a patch lies in the volume and what was done to its values.
+def describe_transforms(turn: FloatArray | None, layout: BatchLayout) -> str:
+    """Return in words how a patch is oriented in the volume and which intensity transforms apply to it.
 
     Args:
-        turn: from the patch's directions to the volume's.
-        layout: has the random changes of values; what each sample drew of them is not said.
+        turn: matrix from the patch's directions to the volume's.
+        layout: has the intensity transforms; only their ranges are named, not the values drawn for a sample.
     """
-    words = ["not turned"] if turn is None else _turned(turn)
+    words = ["not turned"] if turn is None else _describe_turn(turn)
     if layout.augment:
         words += [f"{name} {low:g} to {high:g}" for name, (low, high) in layout.augment.ranges.items()]
     return ", ".join(words)
 
 
-def _turned(turn: FloatArray) -> list[str]:
+def _describe_turn(turn: FloatArray) -> list[str]:
+    # Split the matrix into the nearest signed permutation (transposition and mirrors) and the rotation that is left.
     nearest = np.abs(turn).argmax(axis=0)
     signs = np.sign(turn[nearest, range(3)]).astype(int)
-    # The nearest mirrors and exchanges, and the rotation that is left.
-    plain = np.zeros((3, 3))
-    plain[nearest, range(3)] = signs
+    permutation = np.zeros((3, 3))
+    permutation[nearest, range(3)] = signs
     words = []
+    rotation = turn
     if sorted(nearest.tolist()) == [0, 1, 2]:
         if nearest.tolist() != [0, 1, 2]:
             words.append("axes z y x show " + " ".join(AXES[i] for i in nearest.tolist()))
         mirrored = [AXES[i] for i in range(3) if signs[i] < 0]
         if mirrored:
             words.append(f"mirrored along {' '.join(mirrored)}")
-        rest = turn @ plain.T
-    else:
-        rest = turn
-    angle = math.degrees(math.acos(min(1.0, max(-1.0, (float(np.trace(rest)) - 1) / 2))))
+        rotation = turn @ permutation.T
+    # The trace of a rotation matrix is 1 + 2 cos(angle).
+    angle = math.degrees(math.acos(min(1.0, max(-1.0, (float(np.trace(rotation)) - 1) / 2))))
     if angle > 0.01:
-        fixed = [AXES[i] for i in range(3) if abs(rest[i, i] - 1) < 1e-6]
+        fixed = [AXES[i] for i in range(3) if abs(rotation[i, i] - 1) < 1e-6]
         words.append(f"rotated by {angle:.1f}°" + (f" about {fixed[0]}" if fixed else ""))
     return words or ["not turned"]
 
 
-def _known(kind: str, given: str | None, names: Mapping[str, Any]) -> str | None:
-    if given is not None and given not in names:
-        raise CellMapKeyError(f"there is no {kind} {given!r}; there are {', '.join(names) or 'none'}")
-    return given or next(iter(names), None)
+def _checked_name(kind: str, name: str | None, names: Mapping[str, Any]) -> str | None:
+    """Return a name of one of the arrays, by default the first."""
+    if name is not None and name not in names:
+        raise CellMapKeyError(
+            f"the batch has no {kind} {name!r}; it has {', '.join(names) or 'none'}{did_you_mean(name, names)}"
+        )
+    return name or next(iter(names), None)
 
 
-def _alike(one: Any, other: Any) -> bool:
-    return bool(one.shape == other.shape and one.scale.tolist() == other.scale.tolist())
+def _lattice_notes(layout: BatchLayout, input_name: str, target_name: str) -> list[str]:
+    """Return a note if a target has other voxels than an input, so that it cannot be drawn on it."""
+    window, other = layout.inputs[input_name].window, layout.targets[target_name].window
+    if window.shape == other.shape and window.scale.tolist() == other.scale.tolist():
+        return []
+    return [f"the target {target_name} has other voxels than {input_name}, and is not drawn"]
 
 
-def _box(box: Box) -> str:
+def _box_text(box: Box) -> str:
     return " ".join(f"{axis} {low:.0f}..{high:.0f}" for axis, (low, high) in box.as_dict().items())
 
 
-def _labels(crop: Crop) -> dict[str, str]:
+def _label_paths(crop: Crop) -> dict[str, str]:
     if crop.target_path is None:
         return {}
     return {name: str(crop.target_path.of(name)) for name in crop.annotated}
@@ -183,25 +188,24 @@ def _labels(crop: Crop) -> dict[str, str]:
 
 def collect(
     loader: CellMapDataLoader, samples: int, epoch: int = 0, serve: str = "http://localhost:8000"
-) -> list[Shown]:
-    """The first samples that a loader delivers in an epoch.
+) -> list[PreviewSample]:
+    """Return the first samples of an epoch.
 
     Args:
-        loader: delivers finished batches.
-        samples: how many.
-        epoch: which epoch.
-        serve: see `links.neuroglancer`.
+        loader: yields finished batches.
+        samples: number of samples.
+        epoch: number of the epoch, from 0.
+        serve: see `viewer_links.neuroglancer`.
 
     Raises:
-        CellMapValueError: a number that cannot be one.
+        CellMapValueError: ``samples`` or ``epoch`` is not a whole number of at least 1 or 0.
     """
-    for name, value, least in (("samples", samples, 1), ("epoch", epoch, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise CellMapValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    int_at_least("samples", samples, 1)
+    int_at_least("epoch", epoch, 0)
     loader.set_epoch(epoch)
     view = loader.dataset
     assert isinstance(view, Samples)
-    found: list[Shown] = []
+    collected: list[PreviewSample] = []
     batches = iter(loader)
     with (
         contextlib.closing(batches),
@@ -209,22 +213,27 @@ def collect(
     ):
         for number, batch in enumerate(batches):
             draws = view.draws(loader.numbers(number))
-            found += show(loader.source, loader.layout, batch, draws, serve=serve)
+            collected += show(loader.source, loader.layout, batch, draws, serve=serve)
             bar.update(len(batch["idx"]))
-            if len(found) >= samples:
+            if len(collected) >= samples:
                 break
-    return found[:samples]
+    return collected[:samples]
 
 
 def write(
-    shown: Sequence[Shown], classes: Sequence[str], path: Path, title: str, overlay: Any = "outline", html: bool = False
+    previews: Sequence[PreviewSample],
+    classes: Sequence[str],
+    path: Path,
+    title: str,
+    overlay: Any = "outline",
+    html: bool = False,
 ) -> list[Path]:
-    """Draw a contact sheet, and with ``html`` a page beside it. Returns what was written."""
-    samples = [one.sample for one in shown]
+    """Draw a contact sheet, and with ``html`` a page beside it. Return the files that were written."""
+    samples = [preview.sample for preview in previews]
     contact_sheet(samples, classes, path=path, title=title, max_rows=len(samples), overlay=overlay)
-    written = [path]
-    if html:
-        page = path.with_suffix(".html")
-        write_page(samples, classes, page, title=title, links=[(one.neuroglancer, one.napari) for one in shown])
-        written.append(page)
-    return written
+    if not html:
+        return [path]
+    page = path.with_suffix(".html")
+    links = [(preview.neuroglancer, preview.napari) for preview in previews]
+    write_page(samples, classes, page, title=title, links=links)
+    return [path, page]

@@ -1,4 +1,4 @@
-"""The first thing that a newcomer runs, as a whole; its parts are tested in `test_cli`."""
+"""The demo experiment from end to end; its parts are tested in `test_cli`."""
 
 import re
 
@@ -8,7 +8,7 @@ from tests.commands.test_cli import run
 
 
 @pytest.mark.slow
-def test_the_demo_learns(tmp_path):
+def test_demo_learns(tmp_path):
     done = run("experiment=demo", "hydra.run.dir=out", cwd=tmp_path, timeout=600, OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^(\w+) +([\d. nan]+)$", done.stdout, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""The synthetic volume: stored as the field's data are, deterministic, and with labels exactly on the structures."""
+"""The synthetic volume: stored like the field's data, deterministic, and with labels exactly on the structures."""
 
 import csv
 import os
@@ -10,6 +10,11 @@ import pytest
 import zarr
 
 from cellmap_lightning.demo import synthetic
+from cellmap_lightning.demo.labels import crop_label
+from cellmap_lightning.demo.scene import Scene
+from cellmap_lightning.demo.specimen import CROPS, LABEL_SHAPE, membership
+from cellmap_lightning.demo.staging import is_complete
+from cellmap_lightning.demo.texture import paint_raw
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
 from cellmap_lightning.io.writer import downsample_mode
 
@@ -35,7 +40,7 @@ def geometry(path, level=0):
 
 
 def box(path, level=0):
-    """Physical corners of an array in nm."""
+    """Return the physical corners of an array in nm."""
     scale, translation = geometry(path, level)
     return translation - scale / 2, translation + (np.array(read(path, level).shape) - 0.5) * scale
 
@@ -47,19 +52,19 @@ def volume(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scene():
-    return synthetic._Scene(0)
+    return Scene(0)
 
 
 @pytest.fixture
 def quick(monkeypatch, scene):
-    """The same files in a tenth of the time: one small crop, and no picture."""
-    monkeypatch.setattr(synthetic, "_CROPS", synthetic._CROPS[4:])
-    monkeypatch.setattr(synthetic, "_Scene", lambda seed: scene)
-    monkeypatch.setattr(synthetic, "_paint_raw", lambda scene, seed: np.full((8, 8, 8), seed, np.uint8))
+    """Write the same files in a tenth of the time: one small crop, and raw that is constant."""
+    monkeypatch.setattr(synthetic, "CROPS", CROPS[4:])
+    monkeypatch.setattr(synthetic, "Scene", lambda seed: scene)
+    monkeypatch.setattr(synthetic, "paint_raw", lambda scene, seed: np.full((8, 8, 8), seed, np.uint8))
 
 
 def raw_slices(volume, crop, name):
-    """The raw voxels of a label's box, as slices of raw s0."""
+    """Return the raw voxels of a label's box, as slices of raw s0."""
     low, high = box(volume.label_path(crop, name))
     first, last = low / RAW_SCALE + 0.5, high / RAW_SCALE + 0.5
     np.testing.assert_allclose(first, np.rint(first), atol=1e-9)
@@ -67,10 +72,10 @@ def raw_slices(volume, crop, name):
     return tuple(slice(round(a), round(b)) for a, b in zip(first.tolist(), last.tolist(), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------ layout
+# -- layout
 
 
-def test_rows_of_the_csv_lead_to_the_arrays(volume):
+def test_csv_rows_name_existing_arrays(volume):
     text = Path(volume.csv_path).read_text()
     assert all(line.startswith('"') and line.endswith('"') for line in text.splitlines())
     with Path(volume.csv_path).open(newline="") as file:
@@ -87,7 +92,7 @@ def test_rows_of_the_csv_lead_to_the_arrays(volume):
             assert len(read(volume.label_path(crop, name), 2).shape) == 3
 
 
-def test_raw(volume):
+def test_raw_geometry(volume):
     raw = read(volume.raw_path)
     assert raw.shape == (128, 320, 320)
     assert raw.dtype == np.uint8
@@ -99,7 +104,7 @@ def test_raw(volume):
         np.testing.assert_allclose(box(volume.raw_path, level), box(volume.raw_path), atol=1e-9)
 
 
-def test_crops_lie_on_raw_corners_and_do_not_overlap(volume):
+def test_crops_start_on_raw_corners_and_do_not_overlap(volume):
     taken = np.zeros(read(volume.raw_path).shape, int)
     corners = []
     for crop in volume.crops:
@@ -125,7 +130,7 @@ def test_crops_lie_on_raw_corners_and_do_not_overlap(volume):
     assert min(s.stop - s.start for s in corners[volume.crops.index("crop5")]) == 16
 
 
-def test_a_crop_says_which_classes_it_has(volume):
+def test_crop_attributes_list_the_annotated_classes(volume):
     for crop in volume.crops:
         folder = Path(volume.label_path(crop, "all")).parent
         annotation = attributes(folder)["cellmap"]["annotation"]
@@ -146,7 +151,7 @@ def test_a_crop_says_which_classes_it_has(volume):
     assert set(volume.classes) == {name for listed in volume.annotated.values() for name in listed}
 
 
-def test_class_attributes_and_counted_values(volume):
+def test_class_attributes_match_the_stored_values(volume):
     bare = []
     for crop in volume.crops:
         assert "cellmap" not in attributes(volume.label_path(crop, "all"))
@@ -176,7 +181,7 @@ def test_class_attributes_and_counted_values(volume):
     assert bare == [("crop5", "mito_mem")]
 
 
-def test_the_traps_of_real_data_are_there(volume):
+def test_volume_contains_the_difficulties_of_real_data(volume):
     ves = read(volume.label_path("crop1", "ves"))
     assert ves.dtype == np.uint16
     ids = np.unique(ves[:])
@@ -193,7 +198,7 @@ def test_the_traps_of_real_data_are_there(volume):
     assert read(volume.label_path("crop2", "er")).attrs["cellmap"]["annotation"]["complement_counts"]["unknown"] > 0
 
 
-def test_all_and_the_classes_agree(volume):
+def test_label_all_agrees_with_the_class_labels(volume):
     members = {"mito": [3, 4], "er": [16, 17], "nuc": [37], "pm": [2], "ecs": [1], "ves": [8, 9], "cyto": [35]}
     for crop in volume.crops:
         everything = read(volume.label_path(crop, "all"))[:]
@@ -206,34 +211,34 @@ def test_all_and_the_classes_agree(volume):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_seed_has_the_classes_to_train_on(seed, scene):
-    """At 10.48 x 8 x 8 nm, in the training crops together and in each validation crop."""
-    scene = scene if seed == 0 else synthetic._Scene(seed)
-    found = {"train": dict.fromkeys(synthetic.TRAIN_CLASSES, 0)}
-    for crop in synthetic._CROPS:
+def test_every_seed_contains_the_training_classes(seed, scene):
+    """Foreground at 10.48 x 8 x 8 nm, in the training crops together and in each validation crop."""
+    scene = scene if seed == 0 else Scene(seed)
+    counts_of = {"train": dict.fromkeys(synthetic.TRAIN_CLASSES, 0)}
+    for crop in CROPS:
         material, owner = scene.paint(crop.offset, crop.shape)
-        counts = found.setdefault(
+        counts = counts_of.setdefault(
             "train" if crop.usage == "train" else crop.name, dict.fromkeys(synthetic.TRAIN_CLASSES, 0)
         )
         for name in set(synthetic.TRAIN_CLASSES) & set(crop.classes):
-            label = synthetic._label(name, crop, material, owner)
+            label = crop_label(name, crop, material, owner)
             counts[name] += int((downsample_mode(downsample_mode(label)) != 0).sum())
         if "ves" in crop.classes:
-            ids = np.unique(synthetic._label("ves", crop, material, owner))
+            ids = np.unique(crop_label("ves", crop, material, owner))
             assert {0, 255, 256} <= set(ids.tolist())
         if crop.name == "crop1":
-            assert not np.isin(material, synthetic._MEMBERS["nuc"]).any()
+            assert not membership("nuc")[material].any()
         if crop.name == "crop5":
-            assert np.isin(material, synthetic._MEMBERS["mito"]).mean() > 0.1
-    assert len(found) == 2
-    for counts in found.values():
+            assert membership("mito")[material].mean() > 0.1
+    assert len(counts_of) == 2
+    for counts in counts_of.values():
         assert min(counts.values()) > 500, counts
 
 
-# ----------------------------------------------------------------------------------------------------------- picture
+# -- raw image
 
 
-def test_a_box_is_painted_as_the_whole_is(scene):
+def test_part_of_a_box_equals_the_same_part_of_a_larger_box(scene):
     whole, owners = scene.paint((64, 280, 200), (24, 120, 300))
     part, owner = scene.paint((69, 301, 333), (11, 64, 101))
     inside = np.s_[5:16, 21:85, 133:234]
@@ -241,24 +246,21 @@ def test_a_box_is_painted_as_the_whole_is(scene):
     np.testing.assert_array_equal(owner, owners[inside])
 
 
-def test_the_same_seed_gives_the_same_bytes(volume, scene, monkeypatch):
-    again = synthetic._Scene(0)
-    with monkeypatch.context() as patch:
-        patch.setattr(synthetic, "RAW_SHAPE", (24, 64, 80))
-        patch.setattr(synthetic, "_SHAPE", (48, 128, 160))
-        raw = synthetic._paint_raw(scene, 0)
-        np.testing.assert_array_equal(synthetic._paint_raw(again, 0), raw)
-        assert (synthetic._paint_raw(scene, 1) != raw).any()
-    crop, scene = synthetic._CROPS[4], again
-    material, owner = scene.paint(crop.offset, crop.shape)
+def test_same_seed_gives_the_same_bytes(volume, scene):
+    again, shape = Scene(0), (24, 64, 80)
+    raw = paint_raw(scene, 0, shape)
+    np.testing.assert_array_equal(paint_raw(again, 0, shape), raw)
+    assert (paint_raw(scene, 1, shape) != raw).any()
+    crop = CROPS[4]
+    material, owner = again.paint(crop.offset, crop.shape)
     np.testing.assert_array_equal(
-        synthetic._label("mito", crop, material, owner), read(volume.label_path("crop5", "mito"))[:]
+        crop_label("mito", crop, material, owner), read(volume.label_path("crop5", "mito"))[:]
     )
-    other = synthetic._Scene(1).paint((0, 0, 0), (1, *synthetic._SHAPE[1:]))[0]
-    assert (other != scene.paint((0, 0, 0), (1, *synthetic._SHAPE[1:]))[0]).any()
+    plane = (1, *LABEL_SHAPE[1:])
+    assert (Scene(1).paint((0, 0, 0), plane)[0] != again.paint((0, 0, 0), plane)[0]).any()
 
 
-def test_labels_sit_on_the_structures(volume):
+def test_labels_lie_on_the_structures(volume):
     raw = read(volume.raw_path)[:].astype(float)
 
     def contrast(crop, dark, shift=(0, 0, 0)):
@@ -282,43 +284,43 @@ def test_labels_sit_on_the_structures(volume):
     assert contrast("crop4", 2, (0, 0, 2)) < contrast("crop4", 2, (0, 0, 1)) < contrast("crop4", 2)
 
 
-def test_the_picture_is_not_saturated(volume):
+def test_raw_is_not_saturated(volume):
     raw = read(volume.raw_path)[:]
     assert 120 < raw.mean() < 180
     assert np.mean((raw == 0) | (raw == 255)) < 1e-3
 
 
-# ------------------------------------------------------------------------------------------------- writing and reuse
+# -- writing and reuse
 
 
 def stamps(path):
     return {p: p.stat().st_mtime_ns for p in Path(path).parent.rglob("*")}
 
 
-def test_a_complete_volume_is_reused(volume):
+def test_complete_volume_is_reused(volume):
     before = stamps(volume.path)
     assert synthetic.demo_csv(volume.path) == volume.csv_path
     assert stamps(volume.path) == before
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
-def test_both_formats(tmp_path, quick, zarr_format):
-    made = synthetic.write_volume(tmp_path / "a.zarr", zarr_format=zarr_format)
-    assert read(made.raw_path).metadata.zarr_format == zarr_format
-    assert read(made.label_path("crop5", "mito")).metadata.zarr_format == zarr_format
-    assert (read(made.raw_path).shards is not None) == (zarr_format == 3)
-    low, _ = box(made.label_path("crop5", "mito"))
+def test_zarr_v2_and_v3(tmp_path, quick, zarr_format):
+    written = synthetic.write_volume(tmp_path / "a.zarr", zarr_format=zarr_format)
+    assert read(written.raw_path).metadata.zarr_format == zarr_format
+    assert read(written.label_path("crop5", "mito")).metadata.zarr_format == zarr_format
+    assert (read(written.raw_path).shards is not None) == (zarr_format == 3)
+    low, _ = box(written.label_path("crop5", "mito"))
     np.testing.assert_allclose(low / RAW_SCALE + 0.5, [32, 20, 160], atol=1e-9)
-    node = zarr.open_group(made.path, mode="r", zarr_format=zarr_format)
+    node = zarr.open_group(written.path, mode="r", zarr_format=zarr_format)
     assert "recon-1/labels/groundtruth/crop5/all" in node
     assert names(tmp_path) == ["a.csv", "a.zarr"]
-    assert hash(made) == hash(synthetic._describe(tmp_path / "a.zarr"))
+    assert hash(written) == hash(synthetic.SyntheticVolume.at(tmp_path / "a.zarr"))
 
 
-def test_what_is_damaged_or_of_another_seed_is_written_again(tmp_path, quick):
+def test_damaged_volume_or_other_seed_is_rewritten(tmp_path, quick):
     path = tmp_path / "new" / "a.zarr"
     synthetic.demo_csv(path, seed=1)
-    raw = path / synthetic._RAW
+    raw = path / synthetic.RAW
     assert read(raw)[0, 0, 0] == 1
     synthetic.demo_csv(path, seed=2)
     assert read(raw)[0, 0, 0] == 2
@@ -340,19 +342,19 @@ def test_what_is_damaged_or_of_another_seed_is_written_again(tmp_path, quick):
     assert (path / ".zattrs").stat().st_mtime_ns == before
 
 
-def test_an_interrupted_write_leaves_nothing_at_the_path(tmp_path, quick, monkeypatch):
+def test_interrupted_write_leaves_nothing_at_the_path(tmp_path, quick, monkeypatch):
     path = tmp_path / "a.zarr"
 
     def stop(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(synthetic, "_write_crop", stop)
+        patch.setattr(synthetic, "write_crop", stop)
         with pytest.raises(KeyboardInterrupt):
             synthetic.demo_csv(path)
     assert names(tmp_path) == []
 
-    # A process that was killed could not even tidy up.
+    # A killed process leaves its staged folder behind.
     killed, busy = tmp_path / ".a.zarr.1-00.partial", tmp_path / ".a.zarr.2-00.partial"
     for folder in (killed, busy):
         (folder / "recon-1").mkdir(parents=True)
@@ -360,10 +362,10 @@ def test_an_interrupted_write_leaves_nothing_at_the_path(tmp_path, quick, monkey
     synthetic.demo_csv(path)
     assert not killed.exists()
     assert busy.exists()
-    assert synthetic._is_complete(path, {"seed": 0})
+    assert is_complete(path, {"seed": 0})
 
 
-def test_a_race_ends_with_a_good_volume(tmp_path, quick):
+def test_concurrent_writers_leave_a_complete_volume(tmp_path, quick):
     path = tmp_path / "a.zarr"
     gate = threading.Barrier(4)
     errors = []
@@ -381,11 +383,11 @@ def test_a_race_ends_with_a_good_volume(tmp_path, quick):
     for thread in threads:
         thread.join()
     assert errors == []
-    assert synthetic._is_complete(path, {"seed": 3, "zarr_format": 2})
+    assert is_complete(path, {"seed": 3, "zarr_format": 2})
     assert names(tmp_path) == ["a.csv", "a.zarr"]
 
 
-def test_foreign_things_are_never_replaced(tmp_path, quick):
+def test_other_files_are_never_replaced(tmp_path, quick):
     precious = tmp_path / "jrc_hela-2.zarr"
     zarr.create_group(str(precious), zarr_format=2)
     (tmp_path / "file.zarr").write_text("x")
@@ -401,11 +403,11 @@ def test_foreign_things_are_never_replaced(tmp_path, quick):
     with pytest.raises(CellMapFileExistsError, match="overwrite"):
         synthetic.write_volume(tmp_path / "b.zarr")
     synthetic.write_volume(tmp_path / "b.zarr", seed=5, overwrite=True)
-    assert read(tmp_path / "b.zarr" / synthetic._RAW)[0, 0, 0] == 5
+    assert read(tmp_path / "b.zarr" / synthetic.RAW)[0, 0, 0] == 5
 
 
 @pytest.mark.parametrize("wrong", [{"path": "a"}, {"path": "a.zarr", "seed": -1}, {"path": "a.zarr", "zarr_format": 4}])
-def test_impossible_arguments(tmp_path, wrong):
+def test_invalid_arguments_are_refused(tmp_path, wrong):
     path = tmp_path / wrong.pop("path")
     for function in (synthetic.demo_csv, synthetic.write_volume):
         with pytest.raises(CellMapValueError):

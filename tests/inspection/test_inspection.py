@@ -1,4 +1,4 @@
-"""What cellmap-inspect says of data, held against the data themselves."""
+"""The report of cellmap-inspect, compared with the data."""
 
 import csv
 import fcntl
@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 
 from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.inspection.facts import at_scale, look_at_crops, look_at_volumes
-from cellmap_lightning.inspection.kept import clear, listing, measurements, regions
+from cellmap_lightning.inspection.cached_files import clear, listing, measurements, regions
+from cellmap_lightning.inspection.facts import at_scale, read_crop_facts, read_volume_facts
 from cellmap_lightning.inspection.problems import find_problems
 from cellmap_lightning.inspection.proposal import propose
 from cellmap_lightning.inspection.report import inspect, refuse
@@ -36,13 +36,13 @@ MANIFEST = Path(__file__).parents[3] / "shared" / "data" / "challenge" / "train_
 
 
 @pytest.fixture(scope="module")
-def found(volume):
+def report(volume):
     return inspect({"csv_path": volume.csv_path}, {}, None)
 
 
 @pytest.fixture
-def own_folder(tmp_path, monkeypatch):
-    """A cache folder that no other test has written to."""
+def empty_cache(tmp_path, monkeypatch):
+    """Use a cache folder that no other test has written to."""
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -50,16 +50,16 @@ def own_folder(tmp_path, monkeypatch):
 # -- facts
 
 
-def test_facts_are_what_is_stored(found, volume):
-    (raw,) = found.volumes
+def test_facts_match_the_stored_data(report, volume):
+    (raw,) = report.volumes
     assert raw.path == volume.raw_path
     for level in raw.levels:
         array = zarr.open_array(f"{raw.path}/{level.name}", mode="r")
         assert level.shape == array.shape
         assert level.chunks == array.chunks
         assert level.dtype == str(array.dtype)
-    assert {crop.name for crop in found.crops} == {f"volume/{name}" for name in volume.crops}
-    for crop in found.crops:
+    assert {crop.name for crop in report.crops} == {f"volume/{name}" for name in volume.crops}
+    for crop in report.crops:
         name = crop.name.split("/")[1]
         assert set(crop.classes) == set(volume.annotated[name])
         assert crop.usage == {"validate": "val"}.get(volume.usage[name], volume.usage[name])
@@ -68,10 +68,10 @@ def test_facts_are_what_is_stored(found, volume):
             if facts.voxels is not None and facts.unknown is not None and label not in ("mito", "ves", "nuc"):
                 assert facts.voxels == np.count_nonzero((stored != 0) & (stored != 255))
                 assert facts.unknown == pytest.approx((stored == 255).mean())
-    assert any(crop.absent for crop in found.crops)
+    assert any(crop.absent for crop in report.crops)
     # Labels are half as large as raw's voxels, with corners of their own: half a voxel of raw at most.
-    assert all(crop.ratio == pytest.approx((0.5, 0.5, 0.5)) for crop in found.crops)
-    assert all(abs(part) in (0, 0.5) for crop in found.crops for part in np.round(crop.off, 6))
+    assert all(crop.ratio == pytest.approx((0.5, 0.5, 0.5)) for crop in report.crops)
+    assert all(abs(part) in (0, 0.5) for crop in report.crops for part in np.round(crop.off, 6))
 
 
 def test_codecs_shards_and_formats(tmp_path):
@@ -83,7 +83,7 @@ def test_codecs_shards_and_formats(tmp_path):
         ("shards", {"zarr_format": 3, "shards": (16, 16, 16)}, ("blosc-zstd", (16, 16, 16))),
     ):
         write_multiscale(tmp_path / name, data, scale=(8, 8, 8), translation=(0, 0, 0), chunks=(8, 8, 8), **more)
-        (facts,) = look_at_volumes([str(tmp_path / name)], False)
+        (facts,) = read_volume_facts([str(tmp_path / name)], False)
         codec, files = expected
         assert facts.levels[0].chunks == (8, 8, 8)
         assert facts.levels[0].files == files
@@ -91,8 +91,8 @@ def test_codecs_shards_and_formats(tmp_path):
 
 
 @pytest.fixture
-def made(tmp_path):
-    """A raw volume of 8 nm with one chunk missing, and crops with all that can be wrong with them."""
+def crops_with_problems(tmp_path):
+    """Write a raw volume of 8 nm with one chunk missing, and a crop for each problem."""
     base = tmp_path / "jrc_a" / "jrc_a.zarr"
     raw = base / RAW
     write_image(raw, [8, 8, 8], [0, 0, 0], [64, 64, 64], levels=2, chunks=32)
@@ -124,9 +124,9 @@ def kinds(problems):
     return {(p.kind, p.where.removeprefix("jrc_a/")) for p in problems}
 
 
-def test_each_problem_is_found_and_nothing_else(made):
-    raw, entries, _ = made
-    volumes, crops = look_at_volumes([raw], False), at_scale(look_at_crops(entries), (8.0, 8.0, 8.0), False)
+def test_each_problem_is_reported_and_no_other(crops_with_problems):
+    raw, entries, _ = crops_with_problems
+    volumes, crops = read_volume_facts([raw], False), at_scale(read_crop_facts(entries), (8.0, 8.0, 8.0), False)
     problems = find_problems(volumes, crops, ["mito", "er", "ld"], (8, 8, 8), [16, 16, 16], True)
     assert kinds(problems) == {
         ("outside", "crop5"), ("raw absent", "crop2"), ("labels coarse", "crop4"), ("small", "crop3"),
@@ -144,19 +144,19 @@ def test_each_problem_is_found_and_nothing_else(made):
     assert ("unknown", "crop1") not in kinds(mostly)  # a quarter of a quarter as a mean
 
 
-def test_unreadable_crops_and_missing_levels_are_named(made):
-    raw, entries, base = made
+def test_unreadable_crops_and_missing_levels_are_named(crops_with_problems):
+    raw, entries, base = crops_with_problems
     (base / GROUNDTRUTH / "crop1" / "mito" / "s1" / ".zarray").unlink()
     (base / GROUNDTRUTH / "crop2" / "er" / ".zattrs").write_text("{")
     gone = ("train", CropRecord("line 9", raw, f"{base / GROUNDTRUTH}/crop9/[mito]"))
-    crops = look_at_crops([*entries, gone])
-    problems = find_problems(look_at_volumes([raw, raw + "x"], False), crops, ["mito"], None, None, True)
+    crops = read_crop_facts([*entries, gone])
+    problems = find_problems(read_volume_facts([raw, raw + "x"], False), crops, ["mito"], None, None, True)
     assert {("missing level", "crop1"), ("unreadable", "crop2"), ("unreadable", "crop9")} <= kinds(problems)
     assert any("did you mean 'fibsem-uint8'" in p.text for p in problems)
     assert any("'crop9'" in p.text for p in problems)
 
 
-def test_what_coarser_levels_lose_is_counted_only_if_asked(tmp_path, own_folder):
+def test_foreground_lost_at_coarser_levels_is_counted_with_deep(tmp_path, empty_cache):
     thin = np.zeros((32, 32, 32), np.uint8)
     thin[:, :, 5] = 1  # a sheet of one voxel, which the mode of eight voxels loses
     solid = np.zeros((32, 32, 32), np.uint8)
@@ -165,7 +165,7 @@ def test_what_coarser_levels_lose_is_counted_only_if_asked(tmp_path, own_folder)
         write_multiscale(tmp_path / "crop1" / name, data, scale=(4, 4, 4), translation=(0, 0, 0), levels=2, mode="mode")
     write_multiscale(tmp_path / "raw", np.full((16, 16, 16), 7, np.uint8), scale=(8, 8, 8), translation=(2, 2, 2))
     entries = [("train", CropRecord("x", str(tmp_path / "raw"), f"{tmp_path / 'crop1'}/[pm,mito]"))]
-    crops = look_at_crops(entries)
+    crops = read_crop_facts(entries)
     assert [c.voxels for c in crops[0].classes.values()] == [None, None]
     (shallow,), (deep,) = (at_scale(crops, (8.0, 8.0, 8.0), look) for look in (False, True))
     assert [c.lost for c in shallow.classes.values()] == [None, None]
@@ -174,19 +174,19 @@ def test_what_coarser_levels_lose_is_counted_only_if_asked(tmp_path, own_folder)
     }  # fmt: skip
     (problem,) = (p for p in find_problems([], [deep], ["pm", "mito"], None, None, True) if p.kind == "lost")
     assert problem.text.startswith("pm 100% at s1; label_downsample=any")
-    # It is kept, so that a later look without reading knows it.
-    (again,) = look_at_crops(entries)
+    # Counts are cached, so that they are known later without reading.
+    (again,) = read_crop_facts(entries)
     assert [c.voxels for c in again.classes.values()] == [1024, 4096]
 
 
-def test_volumes_that_differ_in_contrast_and_polarity(tmp_path, own_folder):
+def test_contrast_and_polarity_of_volumes(tmp_path, empty_cache):
     rng = np.random.default_rng(0)
     membranes = 200 - 120 * (rng.random((32, 64, 64)) < 0.15) + rng.normal(0, 8, (32, 64, 64))
     for name, values in (("a", membranes), ("b", membranes), ("c", 255 - membranes), ("d", 100 + membranes / 10)):
         write_multiscale(tmp_path / name, values.clip(1, 255).astype(np.uint8), scale=(8, 8, 8), translation=(0, 0, 0))
     paths = [str(tmp_path / name) for name in "abcd"]
-    assert all(v.values is None for v in look_at_volumes(paths, False))
-    volumes = look_at_volumes(paths, True)
+    assert all(v.values is None for v in read_volume_facts(paths, False))
+    volumes = read_volume_facts(paths, True)
     for volume, path in zip(volumes, paths, strict=True):
         stored = zarr.open_array(f"{path}/s0", mode="r")[...]
         low, median, high = np.percentile(stored, [0.5, 50, 99.5])
@@ -201,13 +201,13 @@ def test_volumes_that_differ_in_contrast_and_polarity(tmp_path, own_folder):
         assert len(edges) - 1 <= volume.values.high - volume.values.low  # no gaps between whole numbers
     problems = find_problems(volumes, [], [], None, None, True)
     assert [(p.kind, p.where) for p in problems] == [("contrast", "d"), ("polarity", "c")]
-    assert look_at_volumes(paths, False)[0].values == volumes[0].values  # remembered
+    assert read_volume_facts(paths, False)[0].values == volumes[0].values  # cached
 
 
 # -- costs and proposal
 
 
-def test_costs_are_those_of_the_real_batches(volume):
+def test_costs_match_the_batches(volume):
     from cellmap_lightning import CellMapDataModule
 
     settings = {
@@ -215,50 +215,52 @@ def test_costs_are_those_of_the_real_batches(volume):
         "batch_size": 3,
     }  # fmt: skip
     patch = {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}
-    found = inspect(settings, patch, None)
-    assert found.complete
-    assert found.refused is None
+    report = inspect(settings, patch, None)
+    assert report.complete
+    assert report.refused is None
     with CellMapDataModule(**settings) as data:
         batch = next(iter(data.train_dataloader()))
-        assert found.costs.finished == {name: batch[name].nbytes for name in ("raw", "labels")}
-        assert found.costs.samples["train"] == len(data.train_dataset)
-        assert found.costs.crops == {"train": len(data.train_dataset.datasets), "val": len(data.val_dataset.datasets)}
+        assert report.costs.finished == {name: batch[name].nbytes for name in ("raw", "labels")}
+        assert report.costs.samples["train"] == len(data.train_dataset)
+        assert report.costs.crops == {"train": len(data.train_dataset.datasets), "val": len(data.val_dataset.datasets)}
         drawn = data.train_dataset.strategy.class_chances
-    if found.costs.frequencies is None:  # one crop of the volume has no counts
-        assert "deep=true" in found.costs.unknown
-        found = inspect(settings, patch, None, deep=True)
-    assert [pair[0] for pair in found.costs.frequencies.values()] == pytest.approx(list(drawn))
+    if report.costs.frequencies is None:  # one crop of the volume has no counts
+        assert "deep=true" in report.costs.unknown
+        report = inspect(settings, patch, None, deep=True)
+    assert [pair[0] for pair in report.costs.frequencies.values()] == pytest.approx(list(drawn))
     assert "patch shows it" in inspect(settings, patch, None, deep=True).costs.shown
 
 
-@pytest.mark.parametrize(("given", "room"), [({}, 2 << 30), ({"cache_bytes": 5_000_000}, 5_000_000)])
-def test_the_costs_of_chunks_in_memory_are_what_they_may_take(volume, given, room):
+@pytest.mark.parametrize(("settings_of_cache", "room"), [({}, 2 << 30), ({"cache_bytes": 5_000_000}, 5_000_000)])
+def test_costs_of_chunks_in_memory_are_their_limit(volume, settings_of_cache, room):
     settings = {"csv_path": volume.csv_path, "classes": CLASSES, "input_arrays": INPUTS, "target_arrays": TARGETS}
-    costs = inspect(settings | {"cache": "chunks"} | given, {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}, None).costs
+    costs = inspect(
+        settings | {"cache": "chunks"} | settings_of_cache, {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}, None
+    ).costs
     assert (costs.cache_room, costs.cache_where) == (room, "memory")
 
 
-def test_the_proposal_is_a_configuration_that_runs(found, tmp_path):
+def test_proposal_is_a_configuration_that_runs(report, tmp_path):
     register_resolvers()
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text(found.proposal.yaml)
+    (tmp_path / "experiment" / "mine.yaml").write_text(report.proposal.yaml)
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = hydra.compose("train", overrides=[f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
-    assert list(cfg.patch.shape) == list(found.proposal.shape)
-    assert list(cfg.data.input_arrays.raw.scale) == list(found.proposal.scale)
+    assert list(cfg.patch.shape) == list(report.proposal.shape)
+    assert list(cfg.data.input_arrays.raw.scale) == list(report.proposal.scale)
     with instantiate(OmegaConf.to_container(cfg.data, resolve=True), _convert_="all") as data:
         data.setup("fit")
         sample = data.train_dataset[0]
-        assert sample["labels"].shape == (len(found.proposal.classes), *found.proposal.shape)
-    held = {name: sum(name in crop.held for crop in found.crops) for name in found.proposal.classes}
+        assert sample["labels"].shape == (len(report.proposal.classes), *report.proposal.shape)
+    held = {name: sum(name in crop.held for crop in report.crops) for name in report.proposal.classes}
     assert min(held.values()) >= 2
     for name in ("scale", "shape", "batch_size", "normalize", "classes"):
-        assert found.proposal.reasons[name].split(";")[0][:40] in found.proposal.yaml.replace("\n  # ", " ")
+        assert report.proposal.reasons[name].split(";")[0][:40] in report.proposal.yaml.replace("\n  # ", " ")
 
 
-def test_what_is_proposed_follows_from_the_crops(made):
-    raw, entries, base = made
-    volumes, crops = look_at_volumes([raw], False), look_at_crops(entries)
+def test_proposal_follows_from_the_crops(crops_with_problems):
+    raw, entries, base = crops_with_problems
+    volumes, crops = read_volume_facts([raw], False), read_crop_facts(entries)
     nothing = {"scale": None, "shape": None, "classes": None}
     one = propose(volumes, crops, {}, 16 << 30, nothing, 2.0)
     assert one.scale == (8, 8, 8)  # four of five crops
@@ -267,44 +269,44 @@ def test_what_is_proposed_follows_from_the_crops(made):
     assert one.classes == ("mito",)
     assert "er (1), ld (0)" in one.reasons["classes"]
     assert one.normalize == "dtype"
-    # Less memory, smaller batches; what is given stays.
+    # Less memory, smaller batches; chosen settings are not changed.
     small = propose(volumes, crops, {}, 1 << 27, nothing, 2.0)
     assert np.prod(small.shape) * small.batch_size < np.prod(one.shape) * one.batch_size
-    given = propose(volumes, crops, {}, 16 << 30, {"scale": [16, 16, 16], "shape": [8, 8, 8], "classes": ["ld"]}, 2.0)
-    assert (given.scale, given.shape, given.classes) == ((16, 16, 16), (8, 8, 8), ("ld",))
-    # Raw that cannot deliver the scale would be refused.
+    chosen = propose(volumes, crops, {}, 16 << 30, {"scale": [16, 16, 16], "shape": [8, 8, 8], "classes": ["ld"]}, 2.0)
+    assert (chosen.scale, chosen.shape, chosen.classes) == ((16, 16, 16), (8, 8, 8), ("ld",))
+    # Raw that is too coarse for the scale would be refused.
     write_image(base.parents[1] / "jrc_b.zarr" / RAW, [64, 64, 64], [0, 0, 0], [64, 64, 64])
     coarse = str(base.parents[1] / "jrc_b.zarr" / RAW)
-    both = look_at_volumes([raw, coarse], False)
-    more = look_at_crops([*entries, ("train", CropRecord("b", coarse, entries[0][1].target_path))])
+    both = read_volume_facts([raw, coarse], False)
+    more = read_crop_facts([*entries, ("train", CropRecord("b", coarse, entries[0][1].target_path))])
     assert propose(both, more, {}, 16 << 30, nothing, 2.0).scale == (64, 64, 64)  # the only one for five of six
     nothing["scale"] = [8, 8, 8]
     assert propose(both, more, {}, 16 << 30, nothing, 2.0).only_datasets == ("jrc_a",)
     assert propose([], [], {}, 16 << 30, nothing, 2.0) is None
 
 
-def test_a_volume_alone_and_with_its_crops(volume, made):
+def test_volume_with_and_without_its_crops(volume, crops_with_problems):
     alone = inspect({}, {}, volume.raw_path)
     assert {crop.name for crop in alone.crops} == {f"volume/{name}" for name in volume.crops}
     assert all("all" not in crop.classes for crop in alone.crops)
-    (made[2] / GROUNDTRUTH).rename(made[2] / "elsewhere")
-    bare = inspect({}, {}, made[0])
+    (crops_with_problems[2] / GROUNDTRUTH).rename(crops_with_problems[2] / "elsewhere")
+    bare = inspect({}, {}, crops_with_problems[0])
     assert not bare.crops
     assert bare.proposal.scale == (8, 8, 8)
     assert bare.costs.crops == {"predict": 1}
     assert "No problems" in str(bare)
 
 
-def test_one_document_and_one_text(found, volume):
-    document = json.loads(found.json())
+def test_report_as_json_and_as_text(report, volume):
+    document = json.loads(report.json())
     assert {"versions", "system", "volumes", "crops", "problems", "proposal", "costs"} <= set(document)
     assert len(document["crops"]) == len(volume.crops)
-    text = str(found)
+    text = str(report)
     for part in ("Raw volumes (1)", f"Crops ({len(volume.crops)})", "Classes", "Proposal", "scale:", *volume.crops):
         assert part in text
 
 
-def test_a_configuration_that_does_not_fit_is_refused_after_the_report(volume):
+def test_invalid_configuration_is_refused_after_the_report(volume):
     one = inspect({"csv_path": volume.csv_path}, {"scale": [1, 1, 1]}, None)
     assert any(p.kind == "config" for p in one.problems)
     assert "the configuration is refused" in str(one)
@@ -312,23 +314,23 @@ def test_a_configuration_that_does_not_fit_is_refused_after_the_report(volume):
         refuse(one)
 
 
-# -- what is kept
+# -- cached files
 
 
-def test_list_and_clear_know_what_is_whose(volume, own_folder):
+def test_listing_and_clear_leave_other_files(volume, empty_cache):
     from cellmap_lightning import CellMapDataModule
 
-    assert "no measurements are kept" in listing()
+    assert "no measurements are cached" in listing()
     settings = {
         "csv_path": volume.csv_path, "classes": CLASSES, "input_arrays": INPUTS, "target_arrays": TARGETS,
         "cache": "disk",
     }  # fmt: skip
-    stranger, note = own_folder / "regions-of-mine.txt", own_folder / "note.json"
+    other_file, note = empty_cache / "regions-of-mine.txt", empty_cache / "note.json"
     with CellMapDataModule(**settings) as data:
         next(iter(data.train_dataloader()))
-        stranger.write_text("mine")
+        other_file.write_text("mine")
         note.write_text("{}")
-        (own_folder / ("0" * 32 + ".json")).symlink_to(note)
+        (empty_cache / ("0" * 32 + ".json")).symlink_to(note)
         data.train_dataset.crops[0].foreground_index("mito")
         assert measurements()
         assert all(Path(one.of).exists() for one in measurements())
@@ -340,14 +342,14 @@ def test_list_and_clear_know_what_is_whose(volume, own_folder):
         assert "are in use" in clear()
         assert {one.path for one in regions()} & live
         assert not measurements()
-        next(iter(data.train_dataloader()))  # what it uses is still there
+        next(iter(data.train_dataloader()))  # regions in use are not removed
     clear()
     assert not regions()
     assert not measurements()
-    assert stranger.read_text() == "mine"
+    assert other_file.read_text() == "mine"
     assert note.exists()
-    assert (own_folder / ("0" * 32 + ".json")).is_symlink()
-    assert clear() == "nothing is kept"
+    assert (empty_cache / ("0" * 32 + ".json")).is_symlink()
+    assert clear() == "nothing is cached"
 
 
 # -- the command
@@ -366,24 +368,24 @@ def test_list_and_clear_know_what_is_whose(volume, own_folder):
     ],
     ids=lambda a: (a[0] if a else "nothing") if isinstance(a, list) else "",
 )
-def test_wrong_use_is_an_error_in_a_line(tmp_path, arguments, expected):
+def test_invalid_arguments_are_one_line_errors(tmp_path, arguments, expected):
     code, text = run_forked(*arguments, cwd=tmp_path, command="inspect")
     assert code == 1
     assert expected in text
     assert "Traceback" not in text
 
 
-def test_the_command_prints_one_document(volume, tmp_path):
+def test_command_prints_one_json_document(volume, tmp_path):
     code, text = run_forked(f"data.csv_path={volume.csv_path}", "json=true", cwd=tmp_path, command="inspect")
     assert code == 0, text
     assert json.loads(text)["versions"]["zarr"] == zarr.__version__  # and no progress bar, outside of a terminal
-    assert [path.name for path in tmp_path.iterdir()] == ["stderr.txt"], "it leaves nothing behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["stderr.txt"], "no other file is written"
     code, text = run_forked(f"data.csv_path={volume.csv_path}", "patch.scale=[1,1,1]", cwd=tmp_path, command="inspect")
     assert code == 1
     assert text.index("Proposal") < text.index("finer along z")
 
 
-def test_bars_on_terminals_alone(monkeypatch, capfd):
+def test_progress_bars_only_on_terminals(monkeypatch, capfd):
     def work(n):
         time.sleep(0.4)
         return n
@@ -409,32 +411,32 @@ def test_bars_on_terminals_alone(monkeypatch, capfd):
 
 
 def challenge():
-    found = {}
+    report = {}
     for row in csv.DictReader(io.StringIO(MANIFEST.read_text())):
         values = [[float(n) for n in row[k].strip("[]").split(";")] for k in ("voxel_size", "translation", "shape")]
         key = row["dataset"], f"crop{row['crop_name']}"
-        found.setdefault(key, (values[0], values[1], [int(n) for n in values[2]], []))[3].append(row["class_label"])
-    return found
+        report.setdefault(key, (values[0], values[1], [int(n) for n in values[2]], []))[3].append(row["class_label"])
+    return report
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not MANIFEST.exists(), reason="the challenge's manifest is not here")
-def test_the_crops_of_the_challenge_take_seconds(tmp_path):
+@pytest.mark.skipif(not MANIFEST.exists(), reason="the challenge's manifest is missing")
+def test_crops_of_the_challenge_take_seconds(tmp_path):
     """289 crops with up to 48 classes each, nearly 12,000 label images: metadata alone."""
     crops = challenge()
     write_challenge(tmp_path, crops)
     began = time.process_time()
-    found = inspect({"search_path": str(tmp_path)}, {}, None)
+    report = inspect({"search_path": str(tmp_path)}, {}, None)
     spent = time.process_time() - began
-    assert len(found.crops) == 289
-    assert found.proposal.scale == (8, 8, 8)
-    assert found.refused is None
-    assert found.costs.crops["train"] > 200
-    assert sum(len(crop.classes) for crop in found.crops) == sum(len(crop[-1]) for crop in crops.values())
+    assert len(report.crops) == 289
+    assert report.proposal.scale == (8, 8, 8)
+    assert report.refused is None
+    assert report.costs.crops["train"] > 200
+    assert sum(len(crop.classes) for crop in report.crops) == sum(len(crop[-1]) for crop in crops.values())
     assert spent < 60, spent  # of a processor, about 20 s on the machine that this was written on
 
 
-def test_the_real_volume(real_volume):
+def test_real_volume(real_volume):
     one = inspect({}, {}, str(real_volume / RAW), deep=True)
     assert [crop.name for crop in one.crops] == ["vnc/crop1", "vnc/crop2"]
     assert not one.problems

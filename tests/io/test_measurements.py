@@ -19,7 +19,7 @@ import pytest
 
 from cellmap_lightning.crops import counts
 from cellmap_lightning.crops.class_index import foreground_index
-from cellmap_lightning.inspection.kept import clear, listing
+from cellmap_lightning.inspection.cached_files import clear, listing
 from cellmap_lightning.io import declared_counts, records, statistics
 from cellmap_lightning.io.label_values import label_values
 from cellmap_lightning.io.ngff import Encoding, read_multiscale

@@ -371,7 +371,7 @@ def test_credentials_are_nowhere(bucket, endpoint, tmp_path, caplog, monkeypatch
 
 def test_credentials_in_an_address_are_nowhere(volume, tmp_path, caplog, monkeypatch, capsys):
     """A user and a password over HTTP: in no checkpoint, file of the cache, log line, error or report."""
-    from cellmap_lightning.visualization.links import napari, neuroglancer
+    from cellmap_lightning.visualization.viewer_links import napari, neuroglancer
 
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
     caplog.set_level(logging.DEBUG, "cellmap_lightning")

@@ -14,7 +14,7 @@ from cellmap_lightning.callbacks import PredictionWriter
 from cellmap_lightning.commands.predict_config import region_box
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
-from cellmap_lightning.inspection.report import _around
+from cellmap_lightning.inspection.report import settings_around
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.writer import write_multiscale
 from cellmap_lightning.prediction.journal import FOLDER, Journal
@@ -178,7 +178,7 @@ def test_a_prediction_is_read_as_a_crop_and_as_raw(tmp_path):
     (found,) = find_crops(tmp_path)
     assert found.classes == ("er", "mito")
     entry = {"raw": str(raw), "gt": f"{crop}/[er,mito]"}
-    assert _around(str(raw)) == {"datasets": {"train": [entry]}, "split": "csv"}
+    assert settings_around(str(raw)) == {"datasets": {"train": [entry]}, "split": "csv"}
     assert region_box("crop7", str(raw)) == read_multiscale(crop / "mito").finest.lattice.box.as_dict()
     spec = {"shape": list(PATCH), "scale": list(FIB)}
     with CellMapDataset(str(raw), f"{crop}/[er,mito]", ["mito", "er"], {"raw": spec}, {"labels": spec}) as dataset:

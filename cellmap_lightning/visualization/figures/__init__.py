@@ -1,15 +1,16 @@
-"""Figures for people: contact sheets of samples and curves of a training.
+"""Contact sheets and training curves.
 
-Both are drawn with matplotlib's object interface on an Agg canvas. Neither touches pyplot, the backend or the caller's
-style settings, so they may be called in the middle of a training, in a notebook or without a display. matplotlib comes
-with the optional extra ``train``; this package can be imported without it.
+Figures are drawn with matplotlib's object interface on an Agg canvas. pyplot, the backend and the caller's style
+settings stay untouched, so figures can be drawn during a training, in a notebook or without a display. matplotlib is
+part of the optional extra ``train``; this package can be imported without it.
 """
 
 from cellmap_lightning.visualization.figures.curves import training_curves
 from cellmap_lightning.visualization.figures.grid import picture_grid
+from cellmap_lightning.visualization.figures.outlines import outline_paths
 from cellmap_lightning.visualization.figures.palette import outline_colors
-from cellmap_lightning.visualization.figures.panels import outline_paths
-from cellmap_lightning.visualization.figures.sheet import SheetSample, contact_sheet
+from cellmap_lightning.visualization.figures.samples import SheetSample
+from cellmap_lightning.visualization.figures.sheet import contact_sheet
 from cellmap_lightning.visualization.figures.slices import best_row, best_slice, contrast_limits, scale_bar_nm
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""One HTML file to look through samples slice by slice. It needs nothing beside it: no network, no other file."""
+"""One self-contained HTML file with a slider through the slices of each sample: no network, no other file."""
 
 import base64
 import html
@@ -13,12 +13,17 @@ import numpy as np
 
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.visualization.figures.canvas import Array, needs_matplotlib
+from cellmap_lightning.visualization.figures.outlines import outline_paths
 from cellmap_lightning.visualization.figures.palette import outline_colors
-from cellmap_lightning.visualization.figures.panels import outline_paths
-from cellmap_lightning.visualization.figures.sheet import SheetSample
-from cellmap_lightning.visualization.figures.slices import THRESHOLD, best_slice, contrast_limits, scale_bar_nm
+from cellmap_lightning.visualization.figures.samples import SampleArrays, SheetSample, sample_arrays
+from cellmap_lightning.visualization.figures.slices import (
+    best_slice,
+    contrast_limits,
+    scale_bar_label,
+    scale_bar_nm,
+)
 
-#: Pixels of the longer side of an image on the page.
+#: Pixels of the longer side of an image.
 _SIZE = 420
 
 _STYLE = """
@@ -77,27 +82,28 @@ def write_page(
     """Write samples as one page, with a slider through the slices of each.
 
     Outlines are along the borders of voxels, solid for targets and dashed for predictions, and each class can be
-    switched off. What is unknown for every class is hatched.
+    switched off. Voxels that are unknown for every class are hatched.
 
     Args:
-        samples: what to show, in order; see `contact_sheet`.
+        samples: the samples, in order; see `contact_sheet`.
         classes: names of the classes.
-        path: the file to write; folders are made.
+        path: the file to write; folders are created.
         title: the heading.
         links: for each sample an address and a command that show its place; or none at all.
 
     Raises:
-        CellMapValueError: there is no sample, or a target of another shape than raw.
+        CellMapValueError: there is no sample, or shapes, scales or class names do not fit together.
         MissingExtraError: matplotlib is not installed.
     """
     if not samples:
-        raise CellMapValueError("A page needs at least one sample; there is none.")
+        raise CellMapValueError("A page needs at least one sample, got none")
     sections, data = [], []
     colors = outline_colors(len(classes))
     for number, sample in enumerate(samples):
-        slices, first, columns = _slices(sample, number)
-        data.append(slices)
-        sections.append(_section(sample, number, len(slices), first, columns, colors, links[number] if links else None))
+        arrays = sample_arrays(sample, len(classes), f"Sample {number} of the page")
+        data.append(_slices(arrays))
+        link = links[number] if links else None
+        sections.append(_section(arrays, number, sample.header, colors, link))
     boxes = "".join(
         f'<label><input type="checkbox" id="class-{c}" checked>'
         f'<span class="swatch" style="border-color:{color}"></span>{html.escape(name)}</label>'
@@ -116,34 +122,20 @@ def write_page(
     file.write_text(page, encoding="utf-8")
 
 
-def _slices(sample: SheetSample, number: int) -> tuple[list[dict[str, Any]], int, list[str]]:
-    """The slices of a sample, the one to begin with, and which of target and prediction there are."""
-    raw = np.asarray(sample.raw)
-    stacks = {"target": sample.target, "prediction": sample.prediction}
-    given: dict[str, Array] = {}
-    for name, stack in stacks.items():
-        if stack is None:
-            continue
-        values = np.asarray(stack)
-        if values.shape[1:] != raw.shape:
-            raise CellMapValueError(
-                f"Sample {number} of the page: {name} has the shape {values.shape}, which does not fit raw {raw.shape}."
-            )
-        given[name] = values[:, None] if raw.ndim == 2 else values
-    raw = raw[None] if raw.ndim == 2 else raw
-    low, high = contrast_limits(raw)
-    grey = (np.clip((raw - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
+def _slices(arrays: SampleArrays) -> list[dict[str, Any]]:
+    """Return the image of each slice, and the outlines of each class that occurs on it."""
+    low, high = contrast_limits(arrays.raw)
+    grey = (np.clip((arrays.raw - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
     slices = []
-    for z in range(len(raw)):
-        shapes: dict[str, Any] = {"raw": _png(grey[z])}
-        for name, values in given.items():
-            shapes[name] = {str(c): _path(channel[z] > THRESHOLD) for c, channel in enumerate(values)}
-            shapes[name] = {c: path for c, path in shapes[name].items() if path}
-        if "target" in given and len(given["target"]):
-            shapes["unknown"] = {"all": _path(np.isnan(given["target"][:, z]).all(axis=0))}
+    for z, image in enumerate(grey):
+        cut = arrays.cut(z)
+        shapes: dict[str, Any] = {"raw": _png(image)}
+        for name, masks in cut.masks.items():
+            shapes[name] = {str(c): _path(mask) for c, mask in enumerate(masks) if mask.any()}
+        if cut.unknown is not None:
+            shapes["unknown"] = {"all": _path(cut.unknown)}
         slices.append(shapes)
-    first = best_slice(given.get("target"), given.get("prediction"), raw.shape)
-    return slices, first, list(given)
+    return slices
 
 
 def _png(image: Array) -> str:
@@ -155,7 +147,7 @@ def _png(image: Array) -> str:
 
 
 def _path(mask: Any) -> str:
-    """The outlines of a mask as the path of an SVG whose unit is a voxel, its origin the corner of the image."""
+    """Return outlines as the path of an SVG whose unit is a voxel and whose origin is the corner of the image."""
     parts = []
     for line in outline_paths(mask):
         points = (line[:-1] + 0.5).astype(int).tolist()
@@ -164,44 +156,42 @@ def _path(mask: Any) -> str:
 
 
 def _section(
-    sample: SheetSample,
-    number: int,
-    count: int,
-    first: int,
-    columns: Sequence[str],
-    colors: Sequence[str],
-    links: tuple[str, str] | None,
+    arrays: SampleArrays, number: int, header: str, colors: Sequence[str], link: tuple[str, str] | None
 ) -> str:
-    rows, width = np.asarray(sample.raw).shape[-2:]
-    sy, sx = (float(s) for s in list(sample.scale)[-2:])
-    tall, wide = rows * sy, width * sx
-    size = (round(_SIZE * tall / max(tall, wide)), round(_SIZE * wide / max(tall, wide)))
-    bar = scale_bar_nm(wide)
-    panels = []
-    for kind in ("raw", *columns):
-        shapes = ""
-        if kind != "raw":
-            shapes = '<path class="unknown" data-kind="unknown" data-c="all"/>' if "target" in columns else ""
-            shapes += "".join(
-                f'<path class="{kind}" data-kind="{kind}" data-c="{c}" stroke="{color}"/>'
-                for c, color in enumerate(colors)
-            )
-        panels.append(
-            f'<figure><div class="image" style="width:{size[1]}px;height:{size[0]}px"><img alt="{kind}">'
-            f'<svg viewBox="0 0 {width} {rows}" preserveAspectRatio="none">{shapes}</svg></div>'
-            f"<figcaption>{kind}</figcaption></figure>"
-        )
-    length = f"{bar:g} nm" if bar < 1000 else f"{bar / 1000:g} µm"
-    line = f'<div style="width:{bar / wide * size[1]:.1f}px;border-top:3px solid #1a1a1a;margin-top:6px"></div>{length}'
+    count, rows, columns = arrays.raw.shape
+    first = best_slice(arrays.stacks.get("target"), arrays.stacks.get("prediction"), arrays.raw.shape)
+    height_nm, width_nm = rows * arrays.scale[1], columns * arrays.scale[2]
+    pixels_per_nm = _SIZE / max(height_nm, width_nm)
+    style = f"width:{round(width_nm * pixels_per_nm)}px;height:{round(height_nm * pixels_per_nm)}px"
+    panels = [
+        f'<figure><div class="image" style="{style}"><img alt="{kind}">'
+        f'<svg viewBox="0 0 {columns} {rows}" preserveAspectRatio="none">{_paths(kind, arrays, colors)}</svg></div>'
+        f"<figcaption>{kind}</figcaption></figure>"
+        for kind in ("raw", *arrays.stacks)
+    ]
+    bar = scale_bar_nm(width_nm)
+    bar_pixels = bar / width_nm * round(width_nm * pixels_per_nm)
     places = ""
-    if links is not None:
+    if link is not None:
         places = (
-            f'<p><a href="{html.escape(links[0])}">Neuroglancer</a>, where the data are served; napari: '
-            f"<code>{html.escape(links[1])}</code></p>"
+            f'<p><a href="{html.escape(link[0])}">Neuroglancer</a>, where the data are served; napari: '
+            f"<code>{html.escape(link[1])}</code></p>"
         )
     return (
-        f'<section id="sample-{number}"><h2>{html.escape(sample.header)}</h2>'
+        f'<section id="sample-{number}"><h2>{html.escape(header)}</h2>'
         f'<p>z <input type="range" min="0" max="{count - 1}" value="{first}" aria-label="slice"> '
         f"<output>{first}</output> of 0–{count - 1}</p>"
-        f'<div class="panels">{"".join(panels)}</div>{line}{places}</section>'
+        f'<div class="panels">{"".join(panels)}</div>'
+        f'<div style="width:{bar_pixels:.1f}px;border-top:3px solid #1a1a1a;margin-top:6px"></div>'
+        f"{scale_bar_label(bar)}{places}</section>"
+    )
+
+
+def _paths(kind: str, arrays: SampleArrays, colors: Sequence[str]) -> str:
+    """Return the empty paths of a panel, which the script fills with the outlines of a slice."""
+    if kind == "raw":
+        return ""
+    unknown = '<path class="unknown" data-kind="unknown" data-c="all"/>' if "target" in arrays.stacks else ""
+    return unknown + "".join(
+        f'<path class="{kind}" data-kind="{kind}" data-c="{c}" stroke="{color}"/>' for c, color in enumerate(colors)
     )

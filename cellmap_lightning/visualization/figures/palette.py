@@ -1,27 +1,30 @@
-"""Colours of classes."""
+"""Colours of classes that stay apart for colour-blind readers."""
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
 
-from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.validation import int_at_least
 from cellmap_lightning.visualization.figures.canvas import Array
 
 
 def outline_colors(n: int) -> list[str]:
-    """Colours for ``n`` classes that stay apart on grey images and for colour-blind readers.
+    """Return colours for ``n`` classes that stay apart on grey images and for colour-blind readers.
 
-    The first six are from the palette of Okabe and Ito; each further one is as far as can be from all before it, to
-    normal sight as well as with red or green blindness. The first colours do not depend on ``n``.
+    The first six are from the palette of Okabe and Ito; each further one is the one farthest from all before it, in
+    normal vision as well as with protanopia and deuteranopia. The first colours do not depend on ``n``.
 
     Args:
-        n: Number of classes.
+        n: number of classes.
 
     Returns:
         ``n`` colours as ``"#rrggbb"``, all different up to n = 400.
+
+    Raises:
+        CellMapValueError: ``n`` is negative.
     """
-    if n < 0:
-        raise CellMapValueError(f"The number of colours must not be negative; it is {n}.")
+    int_at_least("The number of colours", n, 0)
     palette = _palette(64 if n <= 64 else 400)
     return [palette[i % len(palette)] for i in range(n)]
 
@@ -32,29 +35,42 @@ def _palette(n: int) -> tuple[str, ...]:
     levels = np.arange(0, 256, 17)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lab = oklab(grid / 255.0)[0]
-    # Neither greyish, which the raw image is, nor so dark as a membrane.
+    # Leave out greyish colours, which raw has, and those as dark as a membrane.
     grid = grid[(lab[:, 0] > 0.62) & (lab[:, 0] < 0.95) & (np.hypot(lab[:, 1], lab[:, 2]) > 0.085)]
-    chosen = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in base])
+    # Farthest-point sampling: the next colour is the one whose nearest chosen colour is farthest away.
     views, nearest = oklab(grid / 255.0), np.full(len(grid), np.inf)
-    for view in np.moveaxis(oklab(chosen / 255.0), 1, 0):
+    for view in np.moveaxis(oklab(np.stack([rgb_of(color) for color in base])), 1, 0):
         nearest = np.minimum(nearest, _distance(views, view))
     colors = list(base)
     while len(colors) < n:
         best = int(nearest.argmax())
-        colors.append("#{:02x}{:02x}{:02x}".format(*grid[best]))
+        colors.append(hex_of(grid[best]))
         nearest = np.minimum(nearest, _distance(views, views[:, best]))
     return tuple(colors)
 
 
 def _distance(views: Array, one: Array) -> Array:
-    """Distance of each colour of ``views`` (``[sight, colour, 3]``) to ``one``, blind sights counting half as much."""
+    """Return the distance of each of ``views`` (``[sight, colour, 3]``) to one; colour-blind sights count half."""
     apart = np.linalg.norm(views - one[:, None], axis=-1)
     result: Array = np.minimum(apart[0], 2 * apart[1:].min(axis=0))
     return result
 
 
+def rgb_of(color: str) -> Array:
+    """Return red, green and blue in 0..1 of a colour ``"#rrggbb"``."""
+    return np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255.0
+
+
+def hex_of(rgb: Iterable[int]) -> str:
+    """Return ``"#rrggbb"`` for red, green and blue in 0..255."""
+    return "#{:02x}{:02x}{:02x}".format(*rgb)
+
+
 def oklab(rgb: Array) -> Array:
-    """Colours ``[colour, 3]`` in 0..1 as OKLab ``[sight, colour, 3]``: normal, protanopia, deuteranopia (Machado)."""
+    """Convert sRGB colours ``[colour, 3]`` in 0..1 to OKLab ``[sight, colour, 3]``.
+
+    Sights are normal vision, protanopia and deuteranopia, the latter two by the matrices of Machado et al. 2009.
+    """
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     sights = np.array(
         [

@@ -1,70 +1,74 @@
-"""Contact sheets of samples."""
+"""Contact sheets of samples: raw beside the outlines of targets and predictions."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
+from cellmap_lightning.validation import int_at_least, one_of
 from cellmap_lightning.visualization.figures.canvas import (
     GREY,
-    INK,
+    LINE_HEIGHT,
     MARGIN,
+    TEXT,
+    TITLE,
     Array,
-    FloatArray,
-    needs_matplotlib,
-    new_figure,
+    Canvas,
+    default_style,
     save,
     wrap,
 )
+from cellmap_lightning.visualization.figures.legend import Legend, legend_entries
+from cellmap_lightning.visualization.figures.outlines import Overlay
 from cellmap_lightning.visualization.figures.palette import outline_colors
-from cellmap_lightning.visualization.figures.panels import DASHES, Cut, Overlay, draw_panel, draw_scale_bar, mark_line
+from cellmap_lightning.visualization.figures.panels import Panel
+from cellmap_lightning.visualization.figures.samples import OUTLINED, Cut, SheetSample, sample_arrays
 from cellmap_lightning.visualization.figures.slices import THRESHOLD, best_row, best_slice, contrast_limits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["SheetSample", "contact_sheet"]
+
 # Inches: four columns are 10 in = 1400 px wide.
 _GAP = 0.2
-_ENTRY = 0.168  # height of a line of the legend
 _COLUMN = {1: 4.4, 2: 3.9, 3: 3.1, 4: 2.27}
 _TALLEST = 1.6  # height of a panel over the width of a column, at most
-
-
-@dataclass(frozen=True, eq=False)
-class SheetSample:
-    """One row of a contact sheet.
-
-    Attributes:
-        raw: Intensities, ``[z, y, x]``, or ``[y, x]`` for a 2D sample.
-        target: 1 inside, 0 outside and NaN where nobody knows, ``[class, z, y, x]`` (2D: ``[class, y, x]``), or None.
-        prediction: Probabilities of the same shape as ``target``, or None.
-        scale: Size of a voxel in nm, in the order ``(z, y, x)``. A 2D sample may give ``(y, x)``.
-        header: What this is: dataset, crop, box in the world, transforms. Shown above the row.
-    """
-
-    raw: FloatArray
-    target: FloatArray | None
-    prediction: FloatArray | None
-    scale: Sequence[float]
-    header: str = ""
+_BELOW = 0.24  # below the panels of a row
+_PANEL_TITLE = 0.17  # from a panel's title to the panel
 
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """One sample, checked and cut."""
+    """One sample with the planes that are drawn of it.
+
+    Attributes:
+        xy: the xy slice.
+        xz: the xz slice; None for a sample of one slice.
+        z: index of the xy slice; None likewise.
+        y: index of the row at which xz cuts it.
+        limits: intensities of black and white.
+        occurring: indices of the classes with a voxel.
+        header: text above the row.
+        facts: a second line of text: slices, voxel size, unknown classes.
+    """
 
     xy: Cut
     xz: Cut | None
     z: int | None
     y: int
     limits: tuple[float, float]
-    occurs: set[int]
-    lines: tuple[str, ...]  # the header, then what the sheet has to say about the sample
-    predicted: str  # above the panel of the prediction
+    occurring: set[int]
+    header: str
+    facts: str
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """The planes."""
+        return [self.xy] if self.xz is None else [self.xy, self.xz]
 
 
 def contact_sheet(
@@ -77,129 +81,77 @@ def contact_sheet(
     overlay: Overlay = "outline",
     predicted: str = f"prediction > {THRESHOLD:g}",
 ) -> "Figure":
-    """Draw samples with the outlines of what was annotated and of what was predicted.
+    """Draw samples with the outlines of targets and predictions.
 
     Each row is one sample: the xy slice of the raw data; the same with the target; the same with the prediction; and an
-    xz slice with both, as tall as it really is. The xy slice is the one that shows most classes, see `best_slice`; the
-    xz slice cuts it along the row between the small triangles, see `best_row`. Target
-    outlines are solid and prediction outlines dashed, both exactly on the borders of voxels. Where a mask touches the
-    edge of the image its outline runs along that edge. Where outlines coincide, the one of the larger object
-    shows as a rim on either side. What is unknown for every class is dimmed and hatched. Columns that no sample
-    fills are left out.
+    xz slice with both, at its true aspect ratio. The xy slice is the one that shows most classes, see `best_slice`; the
+    xz slice cuts it along the row between the small triangles, see `best_row`. Target outlines are solid and prediction
+    outlines dashed, both exactly on the borders of voxels. Where a mask touches the edge of the image its outline runs
+    along that edge. Where outlines coincide, the one of the larger object shows as a rim on either side. Voxels that
+    are unknown for every class are dimmed and hatched. Columns that no sample fills are left out.
 
     Args:
-        samples: What to draw, in order.
-        classes: Names of the classes, in the order of the first axis of targets and predictions. The n-th class has the
+        samples: the samples, in order.
+        classes: names of the classes, in the order of the first axis of targets and predictions. The n-th class has the
             n-th of `outline_colors` in every sheet.
-        path: Where to write the figure (the ending says how: ``.png``, ``.pdf``, ``.svg``), or None.
-        title: A line above everything.
-        max_rows: Draw at most so many samples, and say so if there are more.
+        path: file to write (``.png``, ``.pdf`` or ``.svg``), or None.
+        title: a line above everything.
+        max_rows: number of samples that are drawn at most; the title notes if there are more.
         overlay: ``"outline"``, or ``"fill"`` to tint the insides as well.
-        predicted: What stands above the predictions.
+        predicted: title of the panels of predictions.
 
     Returns:
         The figure, 1400 px wide with four columns.
 
     Raises:
-        CellMapValueError: There is no sample, or shapes, scales or class names do not fit together.
+        CellMapValueError: there is no sample, or shapes, scales or class names do not fit together.
         MissingExtraError: matplotlib is not installed.
     """
-    with needs_matplotlib():
-        import matplotlib.style
-
     if isinstance(classes, str):
-        raise CellMapTypeError(f"classes must be a sequence of names, not the single text {classes!r}.")
+        raise CellMapTypeError(f"classes must be a sequence of names, not the single text {classes!r}")
     if not samples:
-        raise CellMapValueError("A contact sheet needs at least one sample; there is none.")
-    if max_rows < 1:
-        raise CellMapValueError(f"max_rows must be at least 1; it is {max_rows}.")
-    if overlay not in ("outline", "fill"):
-        raise CellMapValueError(f'overlay must be "outline" or "fill", not {overlay!r}.')
-    rows = [_prepare(sample, classes, number, predicted) for number, sample in enumerate(samples[:max_rows])]
+        raise CellMapValueError("A contact sheet needs at least one sample, got none")
+    int_at_least("max_rows", max_rows, 1)
+    one_of("overlay", overlay, ("outline", "fill"))
+    rows = [_row(sample, classes, number) for number, sample in enumerate(samples[:max_rows])]
     notes = [title] if title else []
     if len(samples) > max_rows:
         notes.append(f"the first {max_rows} of {len(samples)} samples")
-    with matplotlib.style.context("default"):
-        figure = _draw_sheet(rows, classes, " — ".join(notes), overlay)
+    with default_style():
+        figure = _draw_sheet(rows, classes, " — ".join(notes), overlay, predicted)
         save(figure, path)
     return figure
 
 
-def _numbers(value: Any) -> Array:
-    if hasattr(value, "detach"):  # a tensor, maybe bfloat16, maybe on a GPU
-        value = value.detach().cpu().float()
-    return np.asarray(value)
-
-
-def _prepare(sample: SheetSample, classes: Sequence[str], number: int, predicted: str) -> _Row:
-    where = f"Sample {number} of the contact sheet"
-    raw = _numbers(sample.raw)
-    if raw.ndim not in (2, 3) or not raw.size:
-        raise CellMapValueError(f"{where}: raw must be [z, y, x] or [y, x] and not empty; it has shape {raw.shape}.")
-    scale = tuple(float(s) for s in sample.scale)
-    if len(scale) not in {3, raw.ndim} or not all(math.isfinite(s) and s > 0 for s in scale):
-        raise CellMapValueError(f"{where}: scale must be one positive number of nm for each of z, y, x; it is {scale}.")
-    stacks: list[Array | None] = []
-    for name, given in (("target", sample.target), ("prediction", sample.prediction)):
-        stack = None if given is None else _numbers(given)
-        if stack is not None and stack.shape != (len(classes), *raw.shape):
-            raise CellMapValueError(
-                f"{where}: {name} must have one channel for each of the {len(classes)} classes and then the shape of "
-                f"raw, {raw.shape}; it has shape {stack.shape}."
-            )
-        if stack is not None and raw.ndim == 2:
-            stack = stack[:, None]
-        stacks.append(stack)
-    target, prediction = stacks
-    if raw.ndim == 2:
-        raw = raw[None]
-    nz, ny, _ = raw.shape
-    sz, sy, sx = scale if len(scale) == 3 else (1.0, *scale)
-    z = best_slice(target, prediction, raw.shape)
-
-    def cut(at: tuple[int | slice, ...], nm: tuple[float, float]) -> Cut:
-        t = None if target is None else target[(slice(None), *at)]
-        p = None if prediction is None else prediction[(slice(None), *at)]
-        return Cut(
-            raw=raw[at],
-            target=None if t is None else t > THRESHOLD,
-            prediction=None if p is None else p > THRESHOLD,
-            unknown=None if t is None or not len(t) else np.asarray(np.isnan(t).all(axis=0), dtype=bool),
-            nm=nm,
-        )
-
-    xy = cut((z,), (sy, sx))
-    y = best_row(xy.target, xy.prediction, ny)
-    occurs = {
-        c
-        for stack in (target, prediction)
-        if stack is not None
-        for c, channel in enumerate(stack)
-        if (channel > THRESHOLD).any()
-    }
-    facts = []
-    if nz > 1:
-        facts += [f"xy at z={z} of 0–{nz - 1}", f"xz at y={y} of 0–{ny - 1}"]
-    facts.append(" × ".join(f"{s:g}" for s in (scale if nz > 1 else (sy, sx))) + " nm per voxel")
-    facts += _unknown_facts(target, classes)
+def _row(sample: SheetSample, classes: Sequence[str], number: int) -> _Row:
+    arrays = sample_arrays(sample, len(classes), f"Sample {number} of the contact sheet")
+    target = arrays.stacks.get("target")
+    nz, ny, _ = arrays.raw.shape
+    z = best_slice(target, arrays.stacks.get("prediction"), arrays.raw.shape)
+    xy = arrays.cut(z)
+    y = best_row(xy.masks.get("target"), xy.masks.get("prediction"), ny)
+    is_flat = nz == 1
+    facts = [] if is_flat else [f"xy at z={z} of 0–{nz - 1}", f"xz at y={y} of 0–{ny - 1}"]
+    facts.append(" × ".join(f"{s:g}" for s in (arrays.scale[1:] if is_flat else arrays.scale)) + " nm per voxel")
+    facts += [] if target is None else _unknown_facts(target, classes)
     return _Row(
         xy=xy,
-        xz=cut((slice(None), y), (sz, sx)) if nz > 1 else None,
-        z=z if nz > 1 else None,
+        xz=None if is_flat else arrays.cut(slice(None), y),
+        z=None if is_flat else z,
         y=y,
-        limits=contrast_limits(raw),
-        occurs=occurs,
-        lines=(sample.header, "   ·   ".join(facts)),
-        predicted=predicted,
+        limits=contrast_limits(arrays.raw),
+        occurring=arrays.occurring,
+        header=sample.header,
+        facts="   ·   ".join(facts),
     )
 
 
-def _unknown_facts(target: Array | None, classes: Sequence[str]) -> list[str]:
-    """Say which classes are unknown where another class is known."""
-    if target is None or not len(target):
+def _unknown_facts(target: Array, classes: Sequence[str]) -> list[str]:
+    """Return which classes are unknown at voxels where another class is known."""
+    if not len(target):
         return []
     somewhere = ~np.isnan(target[0])
-    for channel in target[1:]:
+    for channel in target[1:]:  # one class at a time: a patch with 48 classes is large
         somewhere |= ~np.isnan(channel)
     total = int(somewhere.sum())
     if not total:
@@ -220,165 +172,102 @@ def _unknown_facts(target: Array | None, classes: Sequence[str]) -> list[str]:
     return facts
 
 
-def _draw_sheet(rows: Sequence[_Row], classes: Sequence[str], title: str, overlay: Overlay) -> "Figure":
+# -- drawing
+
+
+class _Block:
+    """A row laid out: its lines of text and the sizes of its panels, in inches.
+
+    Args:
+        row: the row.
+        column: width of a column.
+        width: width of the figure.
+    """
+
+    def __init__(self, row: _Row, column: float, width: float) -> None:
+        self.row = row
+        self.header = wrap(row.header, width, TEXT, bold=True)
+        self.facts = wrap(row.facts, width, TEXT)
+        self.head = LINE_HEIGHT[TEXT] * (len(self.header) + len(self.facts)) + 0.27
+        fits = []
+        for cut in row.cuts:
+            nm_high, nm_wide = cut.extent_nm
+            fits.append(min(column / nm_wide, _TALLEST * column / nm_high))
+        # Both planes have one scale, unless xz would become too tall.
+        self.inches_per_nm = {"xy": fits[0], "xz": min(fits)}
+        tallest = max(self.size("xz" if cut is row.xz else "xy", cut)[0] for cut in row.cuts)
+        self.height = self.head + tallest + _BELOW
+
+    def size(self, plane: str, cut: Cut) -> tuple[float, float]:
+        """Return height and width of a panel."""
+        high, wide = (nm * self.inches_per_nm[plane] for nm in cut.extent_nm)
+        return high, wide
+
+
+def _draw_sheet(rows: Sequence[_Row], classes: Sequence[str], title: str, overlay: Overlay, predicted: str) -> "Figure":
     colors = outline_colors(len(classes))
-    columns: list[str] = ["raw"]
-    columns += ["target"] if any(row.xy.target is not None for row in rows) else []
-    columns += ["prediction"] if any(row.xy.prediction is not None for row in rows) else []
+    columns = ["raw", *(name for name in OUTLINED if any(name in row.xy.masks for row in rows))]
     columns += ["xz"] if any(row.xz is not None for row in rows) else []
     column = _COLUMN[len(columns)]
     width = 2 * MARGIN + len(columns) * column + (len(columns) - 1) * _GAP
 
-    # Everything is laid out in inches from the top, then drawn on a figure of just that height.
-    title_lines = wrap(title, width, 11, bold=True) if title else []
-    legend = _legend_entries(rows, classes, colors)
-    legend_columns, legend_rows = _legend_shape([label for _, label in legend], width)
-    heights = []
-    wrapped = []
-    for row in rows:
-        scale = _inches_per_nm(row, column)
-        tallest = max(c.extent_nm[0] * s for c, s in zip((row.xy, row.xz), scale, strict=True) if c is not None)
-        lines = [wrap(line, width, 8, bold=not i) for i, line in enumerate(row.lines)]
-        wrapped.append(lines)
-        heights.append((0.155 * sum(map(len, lines)) + 0.27, tallest))
-    top = MARGIN * 0.7 + 0.22 * len(title_lines) + (_ENTRY * legend_rows + 0.06 if legend else 0)
-    height = top + sum(head + tallest + 0.24 for head, tallest in heights) - 0.04
-    figure = new_figure(width, height)
+    # Everything is laid out from the top first, then drawn on a figure of just that height.
+    title_lines = wrap(title, width, TITLE, bold=True)
+    occurring = set().union(*(row.occurring for row in rows))
+    legend = Legend(legend_entries([c for row in rows for c in row.cuts], occurring, classes, colors), width)
+    blocks = [_Block(row, column, width) for row in rows]
+    top = MARGIN * 0.7 + LINE_HEIGHT[TITLE] * len(title_lines)
+    canvas = Canvas(width, top + legend.height + sum(block.height for block in blocks) - 0.04)
 
-    def write(x: float, y: float, text: str, **style: Any) -> None:
-        options: dict[str, Any] = {"va": "top", "ha": "left", "color": INK, "parse_math": False, **style}
-        figure.text(x / width, 1 - y / height, text, **options)
-
-    for i, line in enumerate(title_lines):
-        write(MARGIN, MARGIN * 0.7 + 0.22 * i, line, fontsize=11, fontweight="bold")
-    if legend:
-        _draw_legend(figure, legend, legend_columns, (MARGIN / width, 1 - (top - _ENTRY * legend_rows - 0.06) / height))
-
-    y = top
-    for number, (row, lines, (head, tallest)) in enumerate(zip(rows, wrapped, heights, strict=True)):
+    canvas.lines(MARGIN * 0.7, title_lines, TITLE, fontweight="bold")
+    legend.draw(canvas, top)
+    y = top + legend.height
+    for number, block in enumerate(blocks):
         if number:
-            figure.add_artist(_rule(MARGIN / width, 1 - MARGIN / width, 1 - (y - 0.02) / height))
-        at = y + 0.05
-        for block, color in zip(lines, (INK, GREY), strict=True):
-            for line in block:
-                write(MARGIN, at, line, fontsize=8, color=color, fontweight="bold" if color == INK else "normal")
-                at += 0.155
-        panels = y + head
-        scale = _inches_per_nm(row, column)
+            canvas.rule(y - 0.02)
+        below = canvas.lines(y + 0.05, block.header, fontweight="bold")
+        canvas.lines(below, block.facts, color=GREY)
         for i, kind in enumerate(columns):
-            left = MARGIN + i * (column + _GAP)
-            cut = row.xz if kind == "xz" else row.xy
-            absent = (
-                cut is None
-                or (kind == "target" and cut.target is None)
-                or (kind == "prediction" and cut.prediction is None)
-            )
-            if cut is None or absent:
-                write(left, panels - 0.17, "no slice along z" if kind == "xz" else f"no {kind}", fontsize=8, color=GREY)
-                continue
-            inches_per_nm = scale[1 if kind == "xz" else 0]
-            h, w = (e * inches_per_nm for e in cut.extent_nm)
-            axes = figure.add_axes((left / width, 1 - (panels + h) / height, w / width, h / height))
-            axes.set_label(f"{number}:{kind}")
-            write(left, panels - 0.17, _panel_title(kind, row), fontsize=8, color=INK)
-            draw_panel(axes, cut, kind, row.limits, classes, colors, overlay, w)
-            if kind == "raw" or (kind == "xz" and scale[0] != scale[1]):
-                draw_scale_bar(axes, cut, w)
-            if kind == "raw" and row.xz is not None:
-                mark_line(axes, row.y)
-            if kind == "xz" and row.z is not None:
-                mark_line(axes, row.z)
-        y = panels + tallest + 0.24
-    return figure
+            left, panel_top = MARGIN + i * (column + _GAP), y + block.head
+            absent = _absent(kind, block.row)
+            text = absent or _panel_title(kind, block.row, predicted)
+            canvas.text(left, panel_top - _PANEL_TITLE, text, **({"color": GREY} if absent else {}))
+            if not absent:
+                panel = _panel(canvas, block, kind, left, panel_top, f"{number}:{kind}")
+                panel.draw(classes, colors, overlay)
+        y += block.height
+    return canvas.figure
 
 
-def _rule(x0: float, x1: float, y: float) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([x0, x1], [y, y], color="#d0d0d0", linewidth=0.6)
-
-
-def _inches_per_nm(row: _Row, column: float) -> tuple[float, float]:
-    """How large the xy and the xz panel are drawn: alike, unless one of them would become too tall."""
-    fits = []
-    for cut in (row.xy, row.xz or row.xy):
-        height, width = cut.extent_nm
-        fits.append(min(column / width, _TALLEST * column / height))
-    return fits[0], min(fits)
+def _absent(kind: str, row: _Row) -> str:
+    """Return why a panel is missing, or an empty text."""
+    if kind == "xz":
+        return "no slice along z" if row.xz is None else ""
+    return f"no {kind}" if kind in OUTLINED and kind not in row.xy.masks else ""
 
 
-def _panel_title(kind: str, row: _Row) -> str:
+def _panel(canvas: Canvas, block: _Block, kind: str, x: float, y: float, label: str) -> Panel:
+    """Return the panel at ``(x, y)``, with its scale bar and its marks at the other plane."""
+    row = block.row
+    plane = "xz" if kind == "xz" else "xy"
+    cut = row.xz if plane == "xz" and row.xz is not None else row.xy
+    high, wide = block.size(plane, cut)
+    if kind in OUTLINED:
+        shown: tuple[str, ...] = (kind,)
+    else:
+        shown = OUTLINED if kind == "xz" else ()
+    panel = Panel(canvas.axes(x, y, wide, high, label), cut, shown, row.limits, wide)
+    if kind == "raw" or (kind == "xz" and block.inches_per_nm["xy"] != block.inches_per_nm["xz"]):
+        panel.draw_scale_bar()
+    if kind == "raw" and row.xz is not None:
+        panel.mark_line(row.y)
+    if kind == "xz" and row.z is not None:
+        panel.mark_line(row.z)
+    return panel
+
+
+def _panel_title(kind: str, row: _Row, predicted: str) -> str:
+    if kind == "xz":
+        return f"xz  y={row.y}" + (": " + ", ".join(row.xy.masks) if row.xy.masks else "")
     at = "" if row.z is None else f"  z={row.z}"
-    if kind != "xz":
-        return {"raw": f"raw{at}", "target": "target", "prediction": row.predicted}[kind]
-    drawn = [n for n, s in (("target", row.xy.target), ("prediction", row.xy.prediction)) if s is not None]
-    return f"xz  y={row.y}" + (": " + ", ".join(drawn) if drawn else "")
-
-
-def _legend_entries(
-    rows: Sequence[_Row], classes: Sequence[str], colors: Sequence[str]
-) -> list[tuple[dict[str, Any], str]]:
-    """What to explain: (how it is drawn, what it is)."""
-    cuts = [cut for row in rows for cut in (row.xy, row.xz) if cut is not None]
-    stacks = [stack for cut in cuts for stack in (cut.target, cut.prediction) if stack is not None]
-    if not stacks:
-        return []
-    occurs = set().union(*(row.occurs for row in rows))
-    shown = {c for stack in stacks for c in np.flatnonzero(stack.any(axis=(1, 2))).tolist()}
-    entries: list[tuple[dict[str, Any], str]] = [
-        ({"color": colors[c], "linewidth": 2.4}, name + ("" if c in shown else " (off slice)"))
-        for c, name in enumerate(classes)
-        if c in occurs
-    ]
-    absent = len(classes) - len(occurs)
-    if absent:
-        entries.append(({"color": "none"}, f"+ {absent} absent"))
-    if any(cut.target is not None for cut in cuts):
-        entries.append(({"color": GREY, "linewidth": 1.2}, "target"))
-    if any(cut.prediction is not None for cut in cuts):
-        entries.append(({"color": GREY, "linewidth": 1.2, "linestyle": DASHES}, "prediction"))
-    if any(cut.unknown is not None and cut.unknown.any() for cut in cuts):
-        entries.append(({"hatch": True}, "unknown for every class"))
-    return entries
-
-
-def _legend_shape(labels: Sequence[str], width: float) -> tuple[int, int]:
-    if not labels:
-        return 1, 0
-    entry = 0.55 + 0.066 * max(map(len, labels))
-    columns = max(1, min(len(labels), int((width - 2 * MARGIN) / entry)))
-    rows = math.ceil(len(labels) / columns)
-    return math.ceil(len(labels) / rows), rows
-
-
-def _draw_legend(
-    figure: "Figure", entries: Sequence[tuple[dict[str, Any], str]], columns: int, corner: tuple[float, float]
-) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles: list[Any] = []
-    for style, _ in entries:
-        if "hatch" in style:
-            handles.append(Patch(facecolor="#8a8a8a", edgecolor="white", hatch="//////", linewidth=0))
-        else:
-            handles.append(Line2D([], [], **style))
-    legend = figure.legend(
-        handles,
-        [f"entry {i}" for i in range(len(entries))],
-        loc="upper left",
-        bbox_to_anchor=corner,
-        ncols=columns,
-        frameon=False,
-        fontsize=8,
-        handlelength=1.9,
-        handletextpad=0.5,
-        columnspacing=1.4,
-        labelspacing=0.45,
-        borderpad=0.0,
-        borderaxespad=0.0,
-    )
-    for text, (_, label) in zip(legend.get_texts(), entries, strict=True):
-        text.set_parse_math(False)  # a name may hold a dollar sign or begin with an underscore
-        text.set_text(label)
-        text.set_color(INK)
+    return {"raw": f"raw{at}", "target": "target", "prediction": predicted}[kind]

@@ -1,6 +1,6 @@
-"""Where a sample is, in viewers: a Neuroglancer link and a napari command. Neither viewer is needed to make them.
+"""Neuroglancer links and napari commands that show a place in a volume.
 
-Credentials in addresses are hidden in both.
+Neither viewer needs to be installed. Credentials in addresses are hidden in both.
 """
 
 import json
@@ -22,16 +22,16 @@ def neuroglancer(
     nm_per_pixel: float,
     serve: str = "http://localhost:8000",
 ) -> str:
-    """A link to Neuroglancer at a place.
+    """Return a link to Neuroglancer at a place.
 
-    Local folders are not seen by a browser: they have to be served with CORS headers, such as by
+    A browser cannot read local folders: they have to be served with CORS headers, such as by
     ``npx http-server / --cors -p 8000``.
 
     Args:
         raw: the raw multiscale group.
         labels: the group of each class.
         center: the place, nm (z, y, x).
-        nm_per_pixel: how far the view is zoomed in.
+        nm_per_pixel: zoom of the view.
         serve: the address under which the root of the file system is served.
     """
 
@@ -41,7 +41,7 @@ def neuroglancer(
         return f"zarr://{serve.rstrip('/')}{quote(os.fspath(local_path(path).absolute()))}"
 
     state = {
-        # One nanometre a unit, so that the position is the place in nm.
+        # With a unit of one nanometre, the position is in nm.
         "dimensions": {axis: [1e-9, "m"] for axis in "zyx"},
         "position": [round(float(c), 3) for c in center],
         "crossSectionScale": round(float(nm_per_pixel), 3),
@@ -55,7 +55,7 @@ def neuroglancer(
 
 
 def napari(raw: str, labels: Mapping[str, str], center: Sequence[float]) -> str:
-    """A command for a shell that shows a place in napari; it needs napari and the plugin napari-ome-zarr.
+    """Return a shell command that shows a place in napari; running it needs napari and its plugin napari-ome-zarr.
 
     Args:
         raw: the raw multiscale group.
@@ -70,5 +70,5 @@ def napari(raw: str, labels: Mapping[str, str], center: Sequence[float]) -> str:
 
 
 def _quoted(path: str) -> str:
-    """In double quotes, which a shell leaves alone inside single ones."""
+    """Return a path in double quotes, which a shell does not interpret inside single ones."""
     return json.dumps(hide_address(path) if "://" in path else str(local_path(path).absolute()), ensure_ascii=False)

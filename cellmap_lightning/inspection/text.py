@@ -1,0 +1,194 @@
+"""The text of an inspection, section by section."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cellmap_lightning.inspection.costs import Costs
+from cellmap_lightning.inspection.facts import ClassFacts, CropFacts, LevelFacts, Values, VolumeFacts
+from cellmap_lightning.inspection.formats import box_text, table, voxel_count, voxel_size
+from cellmap_lightning.inspection.problems import KINDS, Problem
+
+#: Problems of one kind that are printed.
+SHOWN = 8
+#: Labels without an encoding that are printed.
+MOST_READ_AS = 40
+#: Classes of a crop whose names are printed.
+NAMED = 5
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def volumes_text(volumes: Sequence[VolumeFacts]) -> str:
+    """Return the section of the raw volumes."""
+    return f"Raw volumes ({len(volumes)})\n\n" + "\n\n".join(map(_volume, volumes))
+
+
+def _volume(volume: VolumeFacts) -> str:
+    if volume.wrong is not None:
+        return f"{volume.name}  {volume.path}\n  {volume.wrong}"
+    rows = [["level", "nm (z y x)", "voxels", "type", "chunks", "codec"]]
+    for level in volume.levels:
+        if level.shape is None:
+            rows.append([level.name, voxel_size(level.scale), "not on disk", "", "", ""])
+        else:
+            rows.append([level.name, voxel_size(level.scale), voxel_count(level.shape), *_storage([level])])
+    lines = [f"{volume.name}  {volume.path}", f"  box {box_text(volume.box)} nm", table(rows, 2)]
+    return "\n".join([*lines, f"  {_values(volume.values)}"])
+
+
+def _storage(levels: Sequence[LevelFacts]) -> tuple[str, str, str]:
+    """Return type, chunks and codec of the first level that is on disk."""
+    first = next((level for level in levels if level.shape is not None), None)
+    if first is None:
+        return "-", "-", "-"
+    files = f" in {voxel_count(first.files)}" if first.files != first.chunks else ""
+    return first.dtype, voxel_count(first.chunks) + files, first.codec
+
+
+def _values(values: Values | None) -> str:
+    if values is None:
+        return "values: not read; deep=true reads them"
+    top = max(values.histogram) or 1.0
+    bars = "".join(_BARS[min(8, int(np.ceil(8 * share / top)))] for share in values.histogram)
+    tail = "dark" if values.skew < 0 else "bright"
+    return (
+        f"values: {values.low:g} |{bars}| {values.high:g} (middle 99 %), mean {values.mean:.4g}, std {values.std:.3g}, "
+        f"longer tail on the {tail} side"
+    )
+
+
+def crops_text(crops: Sequence[CropFacts]) -> str:
+    """Return the section of the crops."""
+    heading = [
+        "crop", "split", "voxels", "nm (z y x)", "levels", "type", "chunks", "codec", "classes", "absent", "unknown",
+        "raw", "box (nm)",
+    ]  # fmt: skip
+    rows = [heading]
+    for crop in crops:
+        if crop.wrong is not None:
+            rows.append([crop.name, crop.usage, "cannot be read, see below", *[""] * (len(heading) - 3)])
+        else:
+            rows.append(_crop(crop))
+    return (
+        f"Crops ({len(crops)})\n\n{table(rows)}\n\n"
+        "raw: whether edges of the crop are edges of raw's finest voxels (aligned), or by how many of these they miss"
+    )
+
+
+def _crop(crop: CropFacts) -> list[str]:
+    names = list(crop.classes)
+    present = [level for level in crop.levels if level.shape is not None]
+    return [
+        crop.name,
+        crop.usage,
+        voxel_count(present[0].shape) if present else "-",
+        voxel_size(crop.scale) if crop.scale else "-",
+        f"{len(present)}" + (f" of {len(crop.levels)}" if len(present) < len(crop.levels) else ""),
+        *_storage(crop.levels),
+        ", ".join(names) if len(names) <= NAMED else str(len(names)),
+        ", ".join(crop.absent) if 0 < len(crop.absent) <= NAMED else str(len(crop.absent)),
+        f"{crop.unknown:.0%}" if crop.unknown is not None else "?",
+        _alignment(crop),
+        box_text(crop.box),
+    ]
+
+
+def _alignment(crop: CropFacts) -> str:
+    if crop.off is None or crop.ratio is None:
+        return "-"
+    return "aligned" if not any(crop.off) else "off by " + " ".join(f"{v:.2g}" for v in crop.off)
+
+
+def classes_text(crops: Sequence[CropFacts]) -> str:
+    """Return the section of the classes, over all crops."""
+    rows = [["class", "crops", "hold it", "voxels", "unknown", "lost at the scale"]]
+    names = dict.fromkeys(name for crop in crops for name in crop.classes)
+    rows += [[name, *_class([crop.classes[name] for crop in crops if name in crop.classes])] for name in names]
+    text = f"Classes\n\n{table(rows)}"
+    if any("?" in row for row in rows[1:]):
+        text += "\n\n?: not in the metadata; deep=true counts voxels"
+    return text
+
+
+def _class(annotated: Sequence[ClassFacts]) -> list[str]:
+    counts = [facts.voxels for facts in annotated if facts.voxels is not None]
+    unknown = [facts.unknown for facts in annotated if facts.unknown is not None]
+    lost = [facts.lost for facts in annotated if facts.lost is not None]
+    present = sum(facts.voxels != 0 and facts.wrong is None for facts in annotated)
+    # Crops without a count may have voxels or not: the number of crops is an upper bound, that of voxels a lower one.
+    at_most, at_least = ("<= ", ">= ") if len(counts) < len(annotated) else ("", "")
+    return [
+        str(len(annotated)),
+        f"{at_most}{present}",
+        f"{at_least}{sum(counts):.3g}" if counts else "?",
+        f"{np.mean(unknown):.0%}" if unknown else "?",
+        f"{np.mean(lost):.0%} (worst {max(lost):.0%})" if lost else "?",
+    ]
+
+
+def encodings_text(crops: Sequence[CropFacts]) -> str:
+    """Return the section of labels without an encoding in their metadata; empty if there are none."""
+    rows = [
+        [crop.name, name, facts.read_as]
+        for crop in crops
+        for name, facts in crop.classes.items()
+        if facts.read_as is not None
+    ]
+    if not rows:
+        return ""
+    more = len(rows) - MOST_READ_AS
+    end = f"\nand {more} more, which json=true lists" if more > 0 else ""
+    shown = table([["crop", "class", "read as"], *rows[:MOST_READ_AS]])
+    return f"Labels without an encoding in their metadata ({len(rows)})\n\n{shown}{end}"
+
+
+def problems_text(problems: Sequence[Problem]) -> str:
+    """Return the section of the problems."""
+    if not problems:
+        return "No problems found"
+    lines = [f"Problems ({len(problems)})"]
+    for kind, heading in KINDS.items():
+        of_kind = [problem for problem in problems if problem.kind == kind]
+        if kind == "config" and of_kind:
+            lines.append(f"\n{heading}")
+        elif of_kind:
+            lines += [f"\n{heading}: {len(of_kind)}", *_problems_of_kind(of_kind)]
+    return "\n".join(lines)
+
+
+def _problems_of_kind(problems: Sequence[Problem]) -> list[str]:
+    lines = []
+    width = max(len(problem.where) for problem in problems[:SHOWN])
+    for problem in problems[:SHOWN]:
+        text = problem.text.replace("\n", "\n    ")
+        lines.append(f"  {problem.where:<{width}}  {text}" if problem.where else f"  {text}")
+    if len(problems) > SHOWN:
+        lines.append(f"  and {len(problems) - SHOWN} more, which json=true lists")
+    return lines
+
+
+def costs_text(costs: Costs, complete: bool) -> str:
+    """Return the section of the costs, of the user's configuration if ``complete``, else of the proposal."""
+    cache = f"at most {costs.cache_room / 1e9:.3g} GB are cached in {costs.cache_where}"
+    lines = [
+        "Costs of this configuration" if complete else "Costs of the proposal, with your settings",
+        "",
+        f"  crops used        {', '.join(f'{split} {n}' for split, n in costs.crops.items())}",
+        f"  a batch of {costs.batch_size:<6} {_mib(costs.finished)} finished, {_mib(costs.compact)} in transfer",
+        *(f"  batches ahead     {device}: {why}" for device, why in costs.prefetch.items()),
+        f"  decoded voxels    {costs.cache_bytes / 1e9:.3g} GB when everything has been read; {cache}",
+    ]
+    if costs.unknown is not None:
+        lines.append(f"  classes           {costs.strategy}: {costs.unknown}")
+    if costs.frequencies is not None:
+        rows = [["class", "drawn for it", "from a crop that holds it"]]
+        rows += [[name, f"{drawn:.1%}", f"{crop:.1%}"] for name, (drawn, crop) in costs.frequencies.items()]
+        lines += [f"  classes           shares of samples with the strategy {costs.strategy}", table(rows, 4)]
+    if costs.shown is not None:
+        lines += ["", costs.shown]
+    return "\n".join(lines)
+
+
+def _mib(arrays: Mapping[str, int]) -> str:
+    parts = ", ".join(f"{name} {size / 2**20:.2f}" for name, size in arrays.items())
+    return f"{sum(arrays.values()) / 2**20:.2f} MiB ({parts})"
