@@ -207,7 +207,10 @@ def test_folds_from_the_folders_of_the_challenge(volume, tmp_path):
             ["+data.batchsize=4"],
             ["data.batchsize: CellMapDataModule has no argument 'batchsize'; did you mean data.batch_size?"],
         ),
-        (["experiment=demo", "data.cache=dsk"], ["Error: cache is one of auto, disk, memory, chunks, none, got 'dsk'"]),
+        (
+            ["experiment=demo", "data.cache=dsk"],
+            ["Error: cache must be one of auto, disk, memory, chunks, none, got 'dsk'"],
+        ),
         (["experiment=demo", "data.reader=zar"], ["Error: a reader is one of zarr, tensorstore, got 'zar'"]),
         (
             ["experiment=demo", "data.intensity_transforms.contrast=1.5"],
