@@ -249,7 +249,7 @@ def _center_range(
     holds = high < low - slack
     if holds and not pad:
         raise CellMapValueError(
-            f"{name}the patch is {extent:g} nm long along {AXES[axis]}, but the box that must hold it is only "
+            f"{name}the patch is {extent:g} nm long along {AXES[axis]} but the box that must hold it is only "
             f"{box.extent[axis]:g} nm ({box}); use a smaller patch, or pad=True"
         )
     if holds:

@@ -211,7 +211,7 @@ def test_folds_from_the_folders_of_the_challenge(volume, tmp_path):
             ["experiment=demo", "data.cache=dsk"],
             ["Error: cache must be one of auto, disk, memory, chunks, none, got 'dsk'"],
         ),
-        (["experiment=demo", "data.reader=zar"], ["Error: a reader is one of zarr, tensorstore, got 'zar'"]),
+        (["experiment=demo", "data.reader=zar"], ["Error: reader must be one of zarr, tensorstore, got 'zar'"]),
         (
             ["experiment=demo", "data.intensity_transforms.contrast=1.5"],
             ["Error: intensity_transforms.contrast must be [lowest, highest], none below 0, got 1.5"],

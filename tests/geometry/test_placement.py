@@ -164,7 +164,7 @@ def test_with_pad_a_larger_patch_holds_the_crop(shape, size):
 def test_without_pad_a_larger_patch_is_refused_with_both_sizes():
     crop = lattice((20, 100, 100), (4.0, 4.0, 4.0))
     window = Window((32, 32, 32), (4, 4, 4))
-    with pytest.raises(CellMapValueError, match=r"crop7: the patch is 128 nm long along z, .* only 80 nm .*pad=True"):
+    with pytest.raises(CellMapValueError, match=r"crop7: the patch is 128 nm long along z .* only 80 nm .*pad=True"):
         Placement.plan(crop.box, [window], [(window, crop)], pad=False, label="crop7")
 
 

@@ -138,7 +138,7 @@ def test_the_check_reads_a_bounded_number_of_names(tmp_path):
     path = write_image(tmp_path / "em", ramp((64, 64, 64)), nested=False, chunks=4) / "s0"
     check_chunk_names(read_array(path))
     edit(path / ".zarray", lambda c: c.update(dimension_separator="/"))
-    with pytest.raises(MetadataError, match=r"named as \d+\.\d+\.\d+, and"):
+    with pytest.raises(MetadataError, match=r"named as \d+\.\d+\.\d+, but"):
         check_chunk_names(read_array(path))
 
 

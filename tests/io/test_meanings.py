@@ -201,7 +201,7 @@ def test_settings_that_are_none(setting):
         ({"values": ["mask"]}, "must be one of"),
         ({"values": "scaled", "probability_1": 0}, "probability_1=0; it must be a positive number"),
         ({"values": "scaled", "probability_1": "255"}, "must be a positive number"),
-        ({"values": "mask"}, r"record values=mask \(0 to 1\), and it holds values from 0 to 200"),
+        ({"values": "mask"}, r"record values=mask \(0 to 1\), but it holds values from 0 to 200"),
         ({"values": "probability", "probability_1": 1}, r"record values=probability"),
     ],
 )

@@ -287,7 +287,7 @@ def test_levels_without_translations(tmp_path, caplog, factors, stored, zarr_for
             got = opened(path, image.levels[k].scale, (2, 2, 2))
             assert got.level.name == str(k)
     (line,) = set(warnings_of(caplog))
-    assert "have no translations of their own" in line
+    assert "have no separate translations" in line
     assert "level_translations=stored" in line
     assert "pyramids whose levels" in str(inspect({"datasets": {"predict": [{"raw": str(path)}]}}, {}, None))
     kept = read_multiscale(path, Overrides.parse(level_translations="stored"))
@@ -354,7 +354,7 @@ def test_levels_that_are_placed_and_still_cover_other_boxes(tmp_path, caplog):
     with caplog.at_level(logging.WARNING), shared_metadata():
         opened(path, (4, 4, 4))
     placed, different = warnings_of(caplog)
-    assert "have no translations of their own" in placed
+    assert "have no separate translations" in placed
     assert "level s1 covers" in different
 
 

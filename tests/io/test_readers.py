@@ -179,7 +179,7 @@ def test_tensorstore_does_not_outlive_a_fork(reader):
 
 def test_which_readers_there_are(monkeypatch):
     assert [check_reader(name) for name in READERS] == ["zarr", "tensorstore"]
-    with pytest.raises(CellMapError, match="a reader is one of zarr, tensorstore, got 'z5'") as e:
+    with pytest.raises(CellMapError, match="reader must be one of zarr, tensorstore, got 'z5'") as e:
         check_reader("z5")
     assert isinstance(e.value, KeyError)
     monkeypatch.setitem(sys.modules, "tensorstore", None)  # as where it is not installed

@@ -83,9 +83,13 @@ class ArrayInfo:
         """
         return versions([self.metadata])[0] if isinstance(self.metadata, Remote) else ""
 
+    def key(self, index: Sequence[int]) -> str:
+        """Return the name of a chunk or shard in the array's store."""
+        return f"{self.prefix}{self.separator.join(map(str, index))}"
+
     def file(self, index: Sequence[int]) -> str:
-        """Where the chunk or shard with these indices is stored, whether or not it was written."""
-        key = f"{self.prefix}{self.separator.join(map(str, index))}"
+        """Return the path or address of a chunk or shard, whether or not it exists."""
+        key = self.key(index)
         return str(self.path / key) if isinstance(self.path, Remote) else f"{self.path}/{key}"
 
 

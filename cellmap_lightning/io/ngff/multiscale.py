@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -226,32 +226,23 @@ def _image(
     """Read one entry of ``multiscales``."""
     stored, units, assumed = read_axes(file, image, overrides.unit, overrides.voxel_size is None)
     order = [stored.index(a) for a in AXES]
-    datasets = image.get("datasets")
-    if not isinstance(datasets, list) or not datasets:
-        raise MetadataError(f"{file}: 'datasets' should list the levels, got {datasets!r}")
-    check_length(file, "levels in 'datasets'", datasets, MOST_LEVELS)
-    names, scales, translations = [], [], []
-    for entry in datasets:
-        name = entry.get("path") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not name or ".." in PurePosixPath(name).parts or name.startswith("/"):
-            raise MetadataError(f"{file}: a level's path should be a name inside the image, got {name!r}")
-        scale, translation = level_transformation(f"{file}, level {name!r}", entry, image, len(stored), order)
-        names.append(name)
-        scales.append(times(scale, units))
-        translations.append(times(translation, units))
+    names, scales, translations = _datasets(file, image, len(stored), order)
+    scales = [times(scale, units) for scale in scales]
+    translations = [times(translation, units) for translation in translations]
     check_finest_first(file, names, scales)
     if overrides.voxel_size is not None:
         assumed = []
     else:
         assumed += implausible_voxel_size(scales[0], units)
     if overrides.level_translations == "auto" and translations_missing(scales, translations):
+        # Voxels of coarser levels are means, so that all levels share the lower edge of level 0, and not its centre.
         offsets = [np.subtract(scale, scales[0]) / 2 for scale in scales]
         translations = [to_vector(np.add(translations[0], offset)) for offset in offsets]
         shift = max(float((offset / scales[0]).max()) for offset in offsets)
         assumed.append(
             Note(
                 "levels",
-                "its coarser levels have no translations of their own, though their voxels are larger: they are placed "
+                "its coarser levels have no separate translations, though their voxels are larger: they are placed "
                 "so that all levels cover the same box, as means of voxels do, which moves level "
                 f"{names[-1]} by {shift:g} voxels of level {names[0]}; level_translations=stored reads them as stored",
             )
@@ -265,17 +256,59 @@ def _image(
     return Multiscale(group, levels, attributes, (*notes, *assumed), overrides.level_translations == "stored")
 
 
+def _datasets(
+    file: StorePath, image: dict[str, Any], ndim: int, order: list[int]
+) -> tuple[list[str], list[Vector], list[Vector]]:
+    """Return names, scales and translations of the levels, in the units of the axes."""
+    datasets = image.get("datasets")
+    if not isinstance(datasets, list) or not datasets:
+        raise MetadataError(f"{file}: 'datasets' should list the levels, got {datasets!r}")
+    check_length(file, "levels in 'datasets'", datasets, MOST_LEVELS)
+    names, scales, translations = [], [], []
+    for entry in datasets:
+        name = entry.get("path") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not name or ".." in PurePosixPath(name).parts or name.startswith("/"):
+            raise MetadataError(f"{file}: a level's path should be a name inside the image, got {name!r}")
+        scale, translation = level_transformation(f"{file}, level {name!r}", entry, image, ndim, order)
+        names.append(name)
+        scales.append(scale)
+        translations.append(translation)
+    return names, scales, translations
+
+
 def _plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
-    """Read a Zarr array without a multiscale image around it, or say what to set or give instead.
+    """Read a Zarr array without a multiscale image around it, with the voxel size that is set for it.
 
     Raises:
-        MetadataError: it is a level of an image, or nothing says how large its voxels are.
+        MetadataError: it is a level of an image, or no voxel size is set; the message names the right path or setting.
     """
     path, ndim = array.path, len(array.shape)
     if overrides.voxel_size is not None and ndim >= 3:
         axes = _named_axes(array)
         level = Level(path, path.name, overrides.voxel_size, overrides.translation or (0.0, 0.0, 0.0), axes, ndim)
         return Multiscale(path, (level,), array.attributes)
+    _check_not_in_image(path)
+    text = f"{path} is a plain Zarr array without OME-NGFF metadata"
+    size = next((array.attributes[key] for key in ("resolution", "voxel_size") if key in array.attributes), None)
+    if not _is_vector(size):
+        raise MetadataError(f"{text}: set voxel_size=[z, y, x] in nm, and translation, for its entry")
+    text += f"; its attributes have resolution {size}"
+    offset = array.attributes.get("offset", [0] * 3)
+    if _is_vector(offset):
+        center = [o + s / 2 for o, s in zip(offset, size, strict=True)]
+        text += (
+            f" and offset {offset} (as funlib and gunpowder write them: the corner of voxel 0): set "
+            f"voxel_size={size} and translation={center} for its entry, if these are nm"
+        )
+    raise MetadataError(text)
+
+
+def _check_not_in_image(path: StorePath) -> None:
+    """Check that an array is not part of a multiscale image.
+
+    Raises:
+        MetadataError: it is; the message names the image.
+    """
     inside, above = path.name, path
     for _ in range(DEEPEST_LEVEL):
         above = above.parent
@@ -283,22 +316,13 @@ def _plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
         scales = _multiscales(node[0]) if node is not None else None
         if scales is not None:
             listed = [d.get("path") for s in scales if isinstance(s, dict) for d in s.get("datasets") or () if d]
-            what = "one level" if inside in listed else "an array"
-            raise MetadataError(f"{path} is {what} of the image {above}; give its parent, {above}")
+            part = "one level" if inside in listed else "an array"
+            raise MetadataError(f"{path} is {part} of the image {above}; give its parent, {above}")
         inside = f"{above.name}/{inside}"
-    text = f"{path} is a plain Zarr array without OME-NGFF metadata"
-    size = next((array.attributes[key] for key in ("resolution", "voxel_size") if key in array.attributes), None)
-    if isinstance(size, list) and len(size) == 3 and all(isinstance(v, int | float) for v in size):
-        offset = array.attributes.get("offset", [0] * 3)
-        text += f"; its attributes have resolution {size}"
-        if isinstance(offset, list) and len(offset) == 3 and all(isinstance(v, int | float) for v in offset):
-            center = [o + s / 2 for o, s in zip(offset, size, strict=True)]
-            text += (
-                f" and offset {offset} (as funlib and gunpowder write them: the corner of voxel 0): set "
-                f"voxel_size={size} and translation={center} for its entry, if these are nm"
-            )
-        raise MetadataError(text)
-    raise MetadataError(f"{text}: set voxel_size=[z, y, x] in nm, and translation, for its entry")
+
+
+def _is_vector(value: Any) -> TypeGuard[list[float]]:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
 
 
 def _named_axes(array: ArrayInfo) -> tuple[int, int, int]:
