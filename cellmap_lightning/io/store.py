@@ -47,7 +47,7 @@ _filesystems: dict[tuple[Any, ...], tuple[bytes, Any]] = {}
 _lock = threading.Lock()
 #: Texts of metadata files that were read, while somebody keeps them; None where there is none.
 _kept: "dict[Remote, bytes | None] | None" = None
-#: Resolved folders of this machine, inside `keeping`.
+#: Resolved folders of this machine, inside `metadata_cache`.
 _folders: dict[str, str] | None = None
 #: When a metadata file of a node was last asked for, and whether one could be read.
 _readable: "dict[Remote, tuple[float, bool]]" = {}
@@ -313,7 +313,7 @@ def identity_of(path: StorePath) -> str:
 
 
 def _real_path(path: str) -> str:
-    """The same as `os.path.realpath`; inside `keeping` each folder on the way is resolved once."""
+    """The same as `os.path.realpath`; inside `metadata_cache` each folder on the way is resolved once."""
     above, _, name = path.rpartition("/")
     known = _folders
     if known is None or not above or not name or name in (".", ".."):
@@ -385,7 +385,7 @@ def parts_of(path: str) -> PurePosixPath:
 
 
 @contextlib.contextmanager
-def keeping() -> Iterator[None]:
+def metadata_cache() -> Iterator[None]:
     """Read each metadata file of a remote store, and resolve each folder, once while the context is open."""
     global _kept, _folders
     with _lock:

@@ -23,7 +23,7 @@ from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.integrity import DamagedError, SizeError
 from cellmap_lightning.io.ngff import Level, read_array
 from cellmap_lightning.io.retrying import RetryPolicy
-from cellmap_lightning.io.store import MOST_JSON_BYTES, keeping, parse_location, read_all, read_json
+from cellmap_lightning.io.store import MOST_JSON_BYTES, metadata_cache, parse_location, read_all, read_json
 from cellmap_lightning.io.streams import LZMA_MEMORY, decode_stream
 from tests.io import bombs
 
@@ -245,7 +245,7 @@ def test_metadata_in_an_archive_is_bounded(tmp_path, size, lying, several):
     place = parse_location(f"zip://a/.zattrs::{tmp_path / 'a.zip'}")
     tracemalloc.start()
     try:
-        with pytest.raises(MetadataError) as caught, keeping():
+        with pytest.raises(MetadataError) as caught, metadata_cache():
             _ = several and read_all([place, place.parent / "zarr.json"]), read_json(place)
         most = tracemalloc.get_traced_memory()[1]
     finally:

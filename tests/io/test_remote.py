@@ -21,7 +21,7 @@ from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDatas
 from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError, MissingExtraError
 from cellmap_lightning.io.ngff import read_multiscale
-from cellmap_lightning.io.store import Remote, keeping, parse_location
+from cellmap_lightning.io.store import Remote, metadata_cache, parse_location
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.foreign import SEMANTIC, annotated, cube, sample, write_pair
 from tests.io.faults import serving
@@ -465,7 +465,7 @@ def test_one_address_behind_two_endpoints_is_two_places(bucket, endpoint):
     elsewhere = parse_location(root, anonymous("http://127.0.0.1:9") | once)
     assert here.identity != elsewhere.identity
     assert SECRET not in parse_location(root, signed(endpoint)).identity
-    with keeping():
+    with metadata_cache():
         assert here.read() is not None
         with pytest.raises(CellMapError, match=r"127\.0\.0\.1:9"):
             elsewhere.read()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cellmap_lightning.errors import CellMapError
-from cellmap_lightning.io.store import identity_of, keeping
+from cellmap_lightning.io.store import identity_of, metadata_cache
 from cellmap_lightning.runtime import location
 from cellmap_lightning.runtime.location import (
     MOST_DISK_BYTES,
@@ -231,7 +231,7 @@ def test_resolved_paths_equal_realpath(tmp_path):
         tmp_path / p for p in ("data/a/s0", "link/a/s0", "link/b/s0", "link/b/s1", "data/a/none", "link/../data/a")
     ]
     expected = [os.path.realpath(path) for path in paths]
-    with keeping():
+    with metadata_cache():
         assert [identity_of(path) for path in paths] == expected
         assert [identity_of(path) for path in paths] == expected
         (tmp_path / "data" / "a" / "s0").rmdir()

@@ -28,7 +28,7 @@ from cellmap_lightning.io.ngff.transformations import (
     times,
     translations_missing,
 )
-from cellmap_lightning.io.store import Remote, StorePath, children, exists, keeping, missing, parse_location, read_json
+from cellmap_lightning.io.store import Remote, StorePath, children, exists, metadata_cache, missing, parse_location, read_json
 
 #: Folders between a level and its image at most.
 DEEPEST_LEVEL = 3
@@ -159,7 +159,7 @@ def shared_metadata() -> Iterator[None]:
     with _sharing:
         outer, _shared = _shared, {} if _shared is None else _shared
     try:
-        with keeping(), reported_once():
+        with metadata_cache(), reported_once():
             yield
     finally:
         with _sharing:
