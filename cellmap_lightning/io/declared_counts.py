@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 #: Chunks of an array that are requested one by one at most.
 MOST_ASKED = 4096
-#: Arrays of at most so many chunk files are listed at setup, and their voxels counted if the files hold at most so many.
+#: Arrays of at most so many chunk files are listed at setup, and counted if the files hold at most so many voxels.
 #: Larger arrays are compared when a class index or a count is built.
 COUNTED_FILES, COUNTED_VOXELS = 64, 1 << 22
 _ADVICE = "copy them again, or set missing_labels=unknown to read them as unannotated (NaN)"

@@ -49,9 +49,9 @@ def parse_codecs(file: StorePath, codecs: Any, key: str) -> list[Codec]:
         raise MetadataError(f"{file}: codecs should be a list, got {codecs!r}")
     check_length(file, "codecs", codecs, MOST_CODECS)
     parsed = []
-    for codec in codecs:
-        if isinstance(codec, str) and key == "name":  # the short form of Zarr v3.1
-            codec = {"name": codec}
+    for entry in codecs:
+        # The short form of Zarr v3.1 is the name alone.
+        codec = {"name": entry} if isinstance(entry, str) and key == "name" else entry
         name = codec.get(key) if isinstance(codec, dict) else None
         bare = name.removeprefix("numcodecs.") if isinstance(name, str) else ""
         known = COMPRESSORS | FILTERS | (_V3 if key == "name" else frozenset())

@@ -5,7 +5,6 @@ Specifications: https://ngff.openmicroscopy.org/0.4/#multiscale-md, https://ngff
 
 import contextlib
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ import numpy as np
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import AXES, Lattice, Shape, Vector, to_vector
+from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff.arrays import ArrayInfo, read_array, read_attributes
 from cellmap_lightning.io.ngff.axes import read_axes
 from cellmap_lightning.io.ngff.limits import MOST_IMAGES, MOST_LEVELS, check_length
@@ -28,7 +28,16 @@ from cellmap_lightning.io.ngff.transformations import (
     times,
     translations_missing,
 )
-from cellmap_lightning.io.store import Remote, StorePath, children, exists, metadata_cache, missing, parse_location, read_json
+from cellmap_lightning.io.store import (
+    Remote,
+    StorePath,
+    children,
+    exists,
+    metadata_cache,
+    parse_location,
+    read_json,
+)
+from cellmap_lightning.runtime.shared_context import SharedContext
 
 #: Folders between a level and its image at most.
 DEEPEST_LEVEL = 3
@@ -147,23 +156,15 @@ class Multiscale:
         return (*self.assumed, *([different] if different is not None else []))
 
 
-#: Images read while `shared_metadata` is open; None outside.
-_shared: dict[tuple[StorePath, Overrides], Multiscale] | None = None
-_sharing = threading.Lock()
+#: Images read while `shared_metadata` is open.
+_images = SharedContext(dict[tuple[StorePath, Overrides], Multiscale])
 
 
 @contextlib.contextmanager
 def shared_metadata() -> Iterator[None]:
     """Read each image once while the context is open: hundreds of crops lie in the same raw volume."""
-    global _shared
-    with _sharing:
-        outer, _shared = _shared, {} if _shared is None else _shared
-    try:
-        with metadata_cache(), reported_once():
-            yield
-    finally:
-        with _sharing:
-            _shared = outer
+    with _images.open(), metadata_cache(), reported_once():
+        yield
 
 
 def read_multiscale(path: str | StorePath, overrides: Overrides = NO_OVERRIDES) -> Multiscale:
@@ -177,13 +178,13 @@ def read_multiscale(path: str | StorePath, overrides: Overrides = NO_OVERRIDES) 
         CellMapFileNotFoundError: ``path`` does not exist.
         MetadataError: it holds no multiscale image, or one that breaks the specification.
     """
-    shared = _shared
-    if shared is None:
+    images = _images.value
+    if images is None:
         return _read_multiscale(path, overrides)
     key = parse_location(path), overrides
-    image = shared.get(key)
+    image = images.get(key)
     if image is None:
-        image = shared[key] = _read_multiscale(*key)
+        image = images[key] = _read_multiscale(*key)
     return image
 
 
