@@ -31,14 +31,14 @@ def _missing_remote(path: Remote, name: str) -> CellMapFileNotFoundError:
     text = f"{name} {path} does not exist"
     if not path.lists:
         return CellMapFileNotFoundError(f"{text}: the server has none of {', '.join(NODE_FILES)} there")
-    protocol, inside, tail = path.parts
+    protocol, inside, tail = path.url_parts
     above = path.parents
     if tail and inside:  # the archive itself
         above.append(Remote(f"{protocol}://{tail}", path.options))
     for place in above:
         names = children(place)
         if names:
-            part = inside.removeprefix(place.parts[1]).strip("/").partition("/")[0]
+            part = inside.removeprefix(place.url_parts[1]).strip("/").partition("/")[0]
             return CellMapFileNotFoundError(f"{text}: {place.title} has no {part!r}{_alternatives(part, names)}")
     return CellMapFileNotFoundError(
         f"{text}: the store has none of {', '.join(NODE_FILES)} there, and nothing may be listed there or above"

@@ -68,21 +68,21 @@ class Remote:
         return self.protocol not in ("http", "https")
 
     @property
-    def parts(self) -> tuple[str, str, str]:
+    def url_parts(self) -> tuple[str, str, str]:
         """Protocol, path, and the address that it is chained to, with ``::`` before it."""
         head, chain, tail = self.url.partition("::")
         protocol, _, path = head.partition("://")
         return protocol, path, chain + tail
 
     def __truediv__(self, name: str) -> "Remote":
-        protocol, path, tail = self.parts
+        protocol, path, tail = self.url_parts
         joined = "/".join(part for part in (path.rstrip("/"), str(name).strip("/")) if part)
         return Remote(f"{protocol}://{joined}{tail}", self.options)
 
     @property
     def name(self) -> str:
         """Last part of the path."""
-        return self.parts[1].rstrip("/").rpartition("/")[2]
+        return self.url_parts[1].rstrip("/").rpartition("/")[2]
 
     @property
     def stem(self) -> str:
@@ -97,7 +97,7 @@ class Remote:
     @property
     def parent(self) -> "Remote":
         """Location above; the topmost one is its own parent."""
-        protocol, path, tail = self.parts
+        protocol, path, tail = self.url_parts
         above = path.rstrip("/").rpartition("/")[0]
         return Remote(f"{protocol}://{above}{tail}", self.options) if above else self
 
@@ -116,7 +116,7 @@ class Remote:
     @property
     def title(self) -> str:
         """Location for messages; for the top of an archive, the archive."""
-        _, path, tail = self.parts
+        _, path, tail = self.url_parts
         return str(self) if path or not tail else self.hide(tail.removeprefix("::"))
 
     @property
@@ -141,7 +141,7 @@ class Remote:
     @property
     def archive(self) -> "StorePath | None":
         """File behind a chained address, such as the zip file; None for an address that is not chained."""
-        last = self.parts[2].rpartition("::")[2]
+        last = self.url_parts[2].rpartition("::")[2]
         if not last:
             return None
         return Remote(last, self.options) if "://" in last else Path(last)
@@ -161,7 +161,7 @@ class Remote:
         """Path in the file system."""
         from fsspec.core import strip_protocol
 
-        _, path, tail = self.parts
+        _, path, tail = self.url_parts
         return path.strip("/") if tail else str(strip_protocol(self.url))
 
     def read(self) -> bytes | None:
@@ -318,9 +318,6 @@ def parts_of(path: str) -> PurePosixPath:
     return PurePosixPath(head.partition("://")[2] or head)
 
 
-# ---------------------------------------------------------------------------------------------------- metadata
-
-
 class _MetadataCache:
     """Contents of remote metadata files (None for missing ones), and resolved local folders."""
 
@@ -403,7 +400,7 @@ def _readable_around(place: Remote) -> bool:
     """Return True if a metadata file of an object's node, or of a group above it, can be read or recently was."""
     node = place.parent
     for here in (node, *node.parents):
-        if not here.parts[1]:
+        if not here.url_parts[1]:
             continue
         asked, answer = _readable.get(here, (float("-inf"), False))
         if time.monotonic() - asked > READABLE_SECONDS:

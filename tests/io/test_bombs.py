@@ -34,7 +34,7 @@ BOXES = ["whole", "part"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What came of reading all bombs, in a process of their own."""
+    """Return the results of reading all bombs, in a separate process."""
     root = tmp_path_factory.mktemp("bombs")
     for name, (metadata, stored) in bombs.BOMBS.items():
         bombs.write(root / name, metadata, stored())
@@ -93,7 +93,7 @@ ENDINGS = {
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("codec", COMPRESS)
 @pytest.mark.parametrize("count", [1, 2, 3000])
-def test_what_follows_a_stream_is_read_as_by_numcodecs(codec, ending, count):
+def test_bytes_after_a_stream_are_read_as_by_numcodecs(codec, ending, count):
     if count == 3000 and codec == "lzma":
         pytest.skip("slow in the library")
     stored = COMPRESS[codec](b"some bytes") * count
@@ -227,9 +227,9 @@ FILTERS = {
 
 @pytest.mark.parametrize("kind", FILTERS)
 def test_filters_cannot_multiply_a_chunk(tmp_path, kind):
-    filters, compressor, said = FILTERS[kind]
+    filters, compressor, message = FILTERS[kind]
     bombs.write(tmp_path / "a", bombs.v2(compressor, filters), b"")
-    with pytest.raises(MetadataError, match=rf"\.zarray: .*{said}"):
+    with pytest.raises(MetadataError, match=rf"\.zarray: .*{message}"):
         read_array(tmp_path / "a")
 
 

@@ -214,7 +214,7 @@ def test_a_refused_file_is_closed(tmp_path, kind):
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-# -- TensorStore, in a process of its own: it does not work in one that was forked from one that used it
+# -- TensorStore, in a separate process: it does not work in one forked from a process that used it
 
 PROGRAM = """
 import json, sys, threading, time

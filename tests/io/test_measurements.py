@@ -1,4 +1,4 @@
-"""What is measured of an array and cached is measured again when its source has changed, and only then.
+"""Cached measurements of arrays: repeated when the source has changed, and only then.
 
 The same for each measurement: counts, statistics, foreground indices, and the values of labels.
 """
@@ -72,7 +72,7 @@ EXPECTED = {
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """A cache folder of its own for each test, and nothing in memory."""
+    """Use a separate cache folder for each test, and clear the cache in memory."""
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(statistics, "_known", {})
     monkeypatch.setattr(records, "_reported", set())
@@ -128,7 +128,7 @@ def measured(monkeypatch):
     return calls
 
 
-def test_what_was_measured_is_found_again(pair, name, measured, monkeypatch):
+def test_measurements_are_cached(pair, name, measured, monkeypatch):
     for path, expected in zip(pair, EXPECTED[name], strict=True):
         assert MEASUREMENTS[name](of(path)) == expected
     assert measured
@@ -291,7 +291,7 @@ def test_a_damaged_record_is_replaced_with_one_warning(pair, name, damage, own_f
 
 
 def known(image):
-    """What is known without reading, of what a record is kept."""
+    """Return the cached result of a measurement, without reading chunks."""
     return counts.known_foreground(image, image.finest, CODE), statistics.known_statistics(image)
 
 
@@ -418,7 +418,7 @@ def test_two_threads_measure_at_once(pair, name, own_folder, caplog):
 
 @pytest.mark.parametrize("what", ["cache", "volume", "both"])
 def test_folders_that_are_moved(pair, name, what, own_folder, tmp_path, monkeypatch, measured):
-    """A cache goes on where it is; a volume at another place is measured again."""
+    """The cache stays valid; a volume at another path is measured again."""
     assert MEASUREMENTS[name](of(pair[0])) == EXPECTED[name][0]
     monkeypatch.setattr(statistics, "_known", {})
     measured.clear()
@@ -448,7 +448,7 @@ def test_a_record_that_would_be_too_large(pair, name, own_folder, monkeypatch):
     assert MEASUREMENTS[name](of(pair[0])) == EXPECTED[name][1]
 
 
-def test_what_is_written_while_it_is_measured_is_noticed_the_next_time(pair, name, monkeypatch):
+def test_chunks_written_during_a_measurement_invalidate_it(pair, name, monkeypatch):
     from cellmap_lightning.io.chunks import ChunkReader
 
     read = ChunkReader.read

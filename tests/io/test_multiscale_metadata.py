@@ -89,7 +89,7 @@ def test_every_length_that_ome_ngff_allows():
 
 
 @pytest.mark.parametrize("unit", ["second", "lightyear", "Mm", 3])
-def test_what_is_no_length_is_refused(tmp_path, unit):
+def test_units_that_are_not_lengths_are_refused(tmp_path, unit):
     path = write_image(tmp_path / "v", ramp(), unit=unit)
     with pytest.raises(MetadataError, match=r"\.zattrs: axis 'z' has the unit .*, which is not a length .* set unit="):
         read_multiscale(path)
@@ -290,8 +290,8 @@ def test_levels_without_translations(tmp_path, caplog, factors, stored, zarr_for
     assert "have no separate translations" in line
     assert "level_translations=stored" in line
     assert "pyramids whose levels" in str(inspect({"datasets": {"predict": [{"raw": str(path)}]}}, {}, None))
-    kept = read_multiscale(path, Overrides.parse(level_translations="stored"))
-    assert {level.translation for level in kept.levels} == {tuple(origin)}
+    stored = read_multiscale(path, Overrides.parse(level_translations="stored"))
+    assert {level.translation for level in stored.levels} == {tuple(origin)}
 
 
 @pytest.mark.parametrize("level_translations", ["auto", "stored"])

@@ -37,7 +37,7 @@ def test_damage_anywhere_is_noticed(content, damage):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "null", "[]", '{"checksum": "", "content": {}}', "\udcff", "[" * 100_000])
-def test_what_was_never_sealed(text):
+def test_unsealed_texts_are_refused(text):
     with pytest.raises(ValueError, match="not a sealed record"):
         unsealed(text)
 

@@ -48,15 +48,19 @@ BOX_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of a multiscale image.
+    """One resolution level of a multiscale image.
 
     Attributes:
         path: the array's folder.
         name: its path inside the image, such as ``s0``.
         scale: voxel size in nm (z, y, x).
         translation: centre of voxel 0 in nm (z, y, x).
-        axes: which stored axis is z, y, x.
+        axes: the stored axes that are z, y, x.
         ndim: number of stored axes.
+
+    Example:
+        >>> read_multiscale("jrc_a.zarr/recon-1/em/fibsem-uint8").finest.scale
+        (8.0, 8.0, 8.0)
     """
 
     path: StorePath
@@ -68,7 +72,7 @@ class Level:
 
     @cached_property
     def info(self) -> ArrayInfo | None:
-        """The array's metadata, or None when the image lists a level that is not on disk."""
+        """Metadata of the array; None where the image lists a level that does not exist."""
         info = read_array(self.path)
         if info is not None and len(info.shape) != self.ndim:
             raise MetadataError(
@@ -86,7 +90,7 @@ class Level:
 
     @cached_property
     def lattice(self) -> Lattice:
-        """The voxels in nm.
+        """Voxels in nm.
 
         Raises:
             CellMapFileNotFoundError: the level is not on disk.
@@ -95,7 +99,7 @@ class Level:
 
     @property
     def array(self) -> ArrayInfo:
-        """The array's metadata.
+        """Metadata of the array.
 
         Raises:
             CellMapFileNotFoundError: the level is not on disk.
@@ -105,7 +109,7 @@ class Level:
         return self.info
 
     def zyx(self, stored: Sequence[int]) -> Shape:
-        """Lengths along the stored axes, in the order z, y, x."""
+        """Return values along the stored axes in the order z, y, x."""
         z, y, x = (int(stored[a]) for a in self.axes)
         return z, y, x
 
@@ -118,8 +122,12 @@ class Multiscale:
         path: the group's folder.
         levels: finest first, as listed.
         attributes: the group's attributes.
-        assumed: what reading the metadata had to assume; `notes` adds what the arrays show.
+        assumed: assumptions made when the metadata was read; `notes` adds those about the arrays.
         as_stored: whether ``level_translations=stored`` was set, so that boxes of levels may differ.
+
+    Example:
+        >>> [level.name for level in read_multiscale("jrc_a.zarr/recon-1/em/fibsem-uint8").present]
+        ['s0', 's1', 's2']
     """
 
     path: StorePath
@@ -130,10 +138,10 @@ class Multiscale:
 
     @cached_property
     def present(self) -> tuple[Level, ...]:
-        """The levels that are on disk.
+        """Levels whose arrays exist.
 
         Raises:
-            CellMapFileNotFoundError: none is.
+            CellMapFileNotFoundError: no array exists.
         """
         present = tuple(level for level in self.levels if level.info is not None)
         if not present:
@@ -142,12 +150,12 @@ class Multiscale:
 
     @property
     def finest(self) -> Level:
-        """The finest level on disk."""
+        """Finest level that exists."""
         return self.present[0]
 
     @cached_property
     def notes(self) -> tuple[Note, ...]:
-        """Assumptions about the image, a comparison of the boxes of its levels included.
+        """Assumptions about the image, including a comparison of the boxes of its levels.
 
         Raises:
             CellMapFileNotFoundError: none of its levels is on disk.
@@ -172,11 +180,11 @@ def read_multiscale(path: str | StorePath, overrides: Overrides = NO_OVERRIDES) 
 
     Args:
         path: the group; with ``overrides.voxel_size`` also a plain Zarr array.
-        overrides: settings that replace what the metadata says.
+        overrides: settings that override the metadata.
 
     Raises:
         CellMapFileNotFoundError: ``path`` does not exist.
-        MetadataError: it holds no multiscale image, or one that breaks the specification.
+        MetadataError: it is not a multiscale image, or violates the specification.
     """
     images = _images.value
     if images is None:
@@ -327,7 +335,7 @@ def _is_vector(value: Any) -> TypeGuard[list[float]]:
 
 
 def _named_axes(array: ArrayInfo) -> tuple[int, int, int]:
-    """Which axes of a plain array are z, y and x: by their names where it has any, else the last three.
+    """Return the axes z, y and x of a plain array: by their names if it has any, else the last three.
 
     Names are those of xarray (``_ARRAY_DIMENSIONS``), Zarr v3 (``dimension_names``) and funlib (``axis_names``).
     """
@@ -344,7 +352,7 @@ def _named_axes(array: ArrayInfo) -> tuple[int, int, int]:
 
 
 def _multiscales(attributes: Mapping[str, Any]) -> list[Any] | None:
-    """The list of images in a group's attributes; None where there is none."""
+    """Return the list of images in a group's attributes, or None."""
     ome = attributes.get("ome")
     scales = ome.get("multiscales") if isinstance(ome, dict) else None
     if scales is None:
@@ -353,10 +361,10 @@ def _multiscales(attributes: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _chosen(file: StorePath, scales: list[Any], overrides: Overrides) -> tuple[dict[str, Any], list[Note]]:
-    """The image that is read of those that a group lists.
+    """Return the image to read of those that a group lists.
 
     Raises:
-        MetadataError: none has the name that was asked for.
+        MetadataError: no image has the name that is set.
     """
     images = [scale for scale in scales if isinstance(scale, dict)]
     names = [str(image.get("name", number)) for number, image in enumerate(images)]
@@ -374,7 +382,7 @@ def _chosen(file: StorePath, scales: list[Any], overrides: Overrides) -> tuple[d
 
 
 def _near(group: StorePath) -> str:
-    """What a group without an image holds, for messages: first of all the images below it."""
+    """Return a hint about a group without an image: the images below it, another format, or its children."""
     names = children(group)
     images = [name for name in names[:24] if _multiscales((read_attributes(group / name) or ({}, 0))[0]) is not None]
     if images:
@@ -392,14 +400,14 @@ def _version(attributes: Mapping[str, Any], image: Mapping[str, Any]) -> str | N
 
 
 def _check_version(file: StorePath, version: str | None) -> None:
-    """Refuse versions after those that are read: the same keys mean something else in them."""
+    """Check that the version is not newer than 0.5: later ones use the same keys with other meanings."""
     number = re.match(r"(\d+)\.(\d+)", version or "")
     if number is not None and (int(number[1]), int(number[2])) > (0, 5):
         raise MetadataError(f"{file}: its metadata are OME-NGFF {version}; 0.4 and 0.5 are read")
 
 
 def _unread_version(version: str | None, image: Mapping[str, Any]) -> str | None:
-    """The name of an older metadata format that an image is in; None for those that are read."""
+    """Return the name of an unsupported older metadata format; None for supported ones."""
     datasets = image.get("datasets")
     first = datasets[0] if isinstance(datasets, list) and datasets and isinstance(datasets[0], dict) else {}
     if "transform" in first and "coordinateTransformations" not in first:
@@ -417,7 +425,7 @@ def _unread_version(version: str | None, image: Mapping[str, Any]) -> str | None
 
 
 def _different_boxes(levels: Sequence[Level]) -> Note | None:
-    """A note on levels that do not cover the box of the finest one; a ragged last voxel may be kept or dropped."""
+    """Return a note on a level that does not cover the box of the finest one, apart from a ragged last voxel."""
     first = levels[0].lattice
     for level in levels[1:]:
         lattice = level.lattice

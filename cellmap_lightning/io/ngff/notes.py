@@ -24,7 +24,10 @@ class Note:
 
     Attributes:
         kind: ``unit``, ``scale``, ``levels``, ``boxes`` or ``multiscales``; each kind is reported once per volume.
-        text: the value in the file, how it is read, and the setting that changes it.
+        text: the value in the file, its interpretation, and the setting that changes it.
+
+    Example:
+        >>> report(image.path, image.notes)
     """
 
     kind: str
@@ -59,7 +62,7 @@ def first_time(place: str, kind: str) -> bool:
 
 
 def volume_of(path: StorePath) -> str:
-    """Return the container that an image lies in, such as ``/data/jrc_a.zarr``; without one the image itself."""
+    """Return the container of an image, such as ``/data/jrc_a.zarr``; without one the image itself."""
     head, chain, tail = str(path).partition("::")
     parts = PurePosixPath(head).parts
     for number, part in enumerate(parts):
