@@ -37,7 +37,7 @@ class SharedContext(Generic[T]):
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Open the context: the value is kept until the last one that is open is closed."""
+        """Open the context; the value is dropped when the last open one is closed."""
         with self._lock:
             if self._depth == 0:
                 self.value = self._create()

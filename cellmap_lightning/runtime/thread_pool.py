@@ -1,4 +1,4 @@
-"""Thread pools for reading: one per process and collection of datasets, started lazily, and kept until closed."""
+"""Thread pools for reading: one per process and collection of datasets, started lazily and alive until closed."""
 
 import logging
 import os

@@ -4,7 +4,6 @@ The same for each measurement: counts, statistics, foreground indices, and the v
 """
 
 import base64
-import json
 import logging
 import os
 import shutil
@@ -502,12 +501,3 @@ def test_writers_that_are_killed_at_any_moment(own_folder):
         os.utime(draft, (1, 1))
     clear()
     assert not list(own_folder.iterdir())
-
-
-def test_records_of_the_first_version_are_listed_and_removed(own_folder):
-    own_folder.mkdir()
-    (own_folder / f"{'ab' * 16}.json").write_text(json.dumps({"of": "/data/old", "mean": 1.0}))
-    (own_folder / "notes.json").write_text("mine")
-    assert "1 measurements" in listing()
-    clear()
-    assert [p.name for p in own_folder.iterdir()] == ["notes.json"]

@@ -351,7 +351,7 @@ process.join(120)
 assert process.exitcode == 0, process.exitcode
 """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-W", "ignore", "-c", program], check=False, capture_output=True, text=True, timeout=120,
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -441,8 +441,8 @@ def differing(folder):
 def test_the_checks_are_those_of_the_readers(tmp_path):
     program = "import sys; from tests.io.test_openable import differing; print(differing(sys.argv[1]))"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120,
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)],
+        check=False, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

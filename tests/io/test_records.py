@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cellmap_lightning.inspection.kept import clear, listing
 from cellmap_lightning.io.records import DamagedRecordError, sealed, unsealed
 
 CONTENTS = [
@@ -48,3 +49,14 @@ def test_a_right_checksum_of_something_else(body):
 
     with pytest.raises(DamagedRecordError, match="its content is"):
         unsealed(f'{{"checksum": "{_checksum(body)}", "content": {body}}}')
+
+
+def test_records_of_the_first_version_are_listed_and_removed(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(folder))
+    folder.mkdir()
+    (folder / f"{'ab' * 16}.json").write_text(json.dumps({"of": "/data/old", "mean": 1.0}))
+    (folder / "notes.json").write_text("mine")
+    assert "1 measurements" in listing()
+    clear()
+    assert [p.name for p in folder.iterdir()] == ["notes.json"]
