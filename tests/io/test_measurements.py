@@ -7,10 +7,7 @@ import base64
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import threading
-import time
 from contextlib import closing
 
 import numpy as np
@@ -461,43 +458,3 @@ def test_chunks_written_during_a_measurement_invalidate_it(pair, name, monkeypat
         patch.setattr(ChunkReader, "read", overtaken)
         MEASUREMENTS[name](of(pair[0]))
     assert MEASUREMENTS[name](of(pair[0])) == EXPECTED[name][1]
-
-
-WRITER = """
-import sys, json
-from cellmap_lightning.io.records import RecordKey, remember
-key = RecordKey("test", ("a",), "volume")
-print("ready", flush=True)
-number = 0
-while True:
-    number += 1
-    remember(key, "stamp", {"writer": int(sys.argv[1]), "number": number, "padding": "x" * 20_000})
-"""
-
-
-def test_writers_that_are_killed_at_any_moment(own_folder):
-    """A reader meets whole records alone, while two processes write one and are killed."""
-    key = records.RecordKey("test", ("a",), "volume")
-    found = []
-    for round_ in range(4):
-        writers = [
-            subprocess.Popen([sys.executable, "-c", WRITER, str(n)], stdout=subprocess.PIPE, text=True)
-            for n in range(2)
-        ]  # fmt: skip
-        for writer in writers:
-            assert writer.stdout.readline() == "ready\n"
-        end = time.monotonic() + 0.1 + 0.03 * round_
-        while time.monotonic() < end:
-            if key.path.exists():
-                found.append(records.recall(key, lambda: "stamp", dict))
-        for writer in writers:
-            writer.kill()
-            writer.wait()
-            writer.stdout.close()
-        assert records.recall(key, lambda: "stamp", dict) is not None
-    assert len(found) > 10
-    assert all(one is not None and len(one["padding"]) == 20_000 for one in found)
-    for draft in own_folder.glob(".*"):
-        os.utime(draft, (1, 1))
-    clear()
-    assert not list(own_folder.iterdir())
