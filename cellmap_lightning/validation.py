@@ -1,4 +1,4 @@
-"""Checks of arguments, and the hints in their messages."""
+"""Checks of arguments, and hints for their messages."""
 
 import difflib
 import math
@@ -14,7 +14,7 @@ def one_of(name: str, value: T, options: Iterable[T], error: type[CellMapError] 
     """Return a value if it is one of the options.
 
     Raises:
-        CellMapValueError: it is not; the message names the options, and the one that was probably meant.
+        CellMapValueError: it is not; the message lists the options and the most similar one.
     """
     options = list(options)
     if value not in options:
@@ -52,6 +52,6 @@ def did_you_mean(value: Any, options: Iterable[str], otherwise: str = "") -> str
 
 
 def first_few(items: Sequence[Any], count: int = 3) -> str:
-    """Return a list in words, of which only the first ``count`` items are named."""
+    """Return a list as text with the first ``count`` items and the number of the others."""
     named = ", ".join(map(str, items[:count]))
     return named if len(items) <= count else f"{named} and {len(items) - count} more"

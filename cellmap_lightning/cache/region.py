@@ -25,7 +25,7 @@ from cellmap_lightning.cache.mapped import Layout, Mapped
 from cellmap_lightning.cache.shared_memory import FORMAT, Arena, RegionFolder
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
-from cellmap_lightning.io.store import keeping
+from cellmap_lightning.io.store import metadata_cache
 from cellmap_lightning.runtime.location import CacheMode, check_mode, choose
 
 log = logging.getLogger(__name__)
@@ -371,7 +371,7 @@ class RegionStore:
 
     def _place(self, regions: Sequence[Region], ordered: bool, name: str) -> None:
         location = choose(self.mode, self.budget)
-        with keeping():  # each folder on the way to thousands of arrays is resolved once
+        with metadata_cache():  # each folder on the way to thousands of arrays is resolved once
             keys = {region.digest(): region.layout.nbytes for region in regions}
         if location.folder is not None:
             self._folder = RegionFolder(location.folder)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
-from cellmap_lightning.io.store import StorePath, children, exists, missing, parse_location, parts_of
+from cellmap_lightning.io.missing_paths import missing
+from cellmap_lightning.io.store import StorePath, children, exists, parse_location, parts_of
 
 #: A part of a path that is a bracket of classes.
 _BRACKET = re.compile(r"\[[^\[\]]*\]")

@@ -1,6 +1,6 @@
-"""Where a voxel is: lattices in nanometres, and the one affine map from a patch to an array.
+"""Lattices in nanometres, physical boxes, and the affine map from a patch to an array.
 
-Convention (OME-NGFF 0.6 / RFC-5, and what CellMap's own numbers say): ``translation`` is the *centre* of voxel 0, so an
+Convention (OME-NGFF 0.6 / RFC-5, which CellMap's data follows): ``translation`` is the *centre* of voxel 0, so an
 array of ``n`` voxels of size ``s`` covers ``[t - s/2, t + (n - 1/2) s]``. Lattices are compared at their voxel *edges*,
 where arrays of different voxel sizes share corners, with a tolerance, since stored numbers carry float noise
 (3133.52 / 5.24 is 597.99999).
@@ -29,8 +29,12 @@ SCALE_TOLERANCE = 0.01
 EDGE_TOLERANCE = 1e-6
 
 
-def vector(value: Sequence[float] | Mapping[str, float] | FloatArray, what: str = "a point") -> FloatArray:
-    """Three numbers in the order z, y, x, from a sequence or from ``{"z": .., "y": .., "x": ..}``.
+def vector(value: Sequence[float] | Mapping[str, float] | FloatArray, name: str = "a point") -> FloatArray:
+    """Return three numbers in the order z, y, x, from a sequence or from ``{"z": .., "y": .., "x": ..}``.
+
+    Args:
+        value: the sequence or the mapping.
+        name: name of the value, for messages.
 
     Raises:
         CellMapKeyError: an axis is missing or unknown.
@@ -38,17 +42,22 @@ def vector(value: Sequence[float] | Mapping[str, float] | FloatArray, what: str 
     """
     if isinstance(value, Mapping):
         if set(value) != set(AXES):
-            raise CellMapKeyError(f"{what} needs the axes z, y and x, got {sorted(value)}")
+            raise CellMapKeyError(f"{name} needs the axes z, y and x, got {sorted(value)}")
         value = [value[a] for a in AXES]
     out = np.asarray(value, dtype=np.float64)
     if out.shape != (3,) or not np.isfinite(out).all():
-        raise CellMapValueError(f"{what} needs three finite numbers (z, y, x), got {value!r}")
+        raise CellMapValueError(f"{name} needs three finite numbers (z, y, x), got {value!r}")
     return out
 
 
 @dataclass(frozen=True)
 class Box:
-    """A physical box, ``lower`` and ``upper`` corner in nm (z, y, x)."""
+    """A physical box, ``lower`` and ``upper`` corner in nm (z, y, x).
+
+    Example:
+        >>> Box((0, 0, 0), (80, 40, 40)).intersects(Box((80, 0, 0), (160, 40, 40)))
+        False
+    """
 
     lower: Vector
     upper: Vector
@@ -64,15 +73,15 @@ class Box:
         return np.add(self.lower, self.upper) / 2
 
     def intersects(self, other: "Box") -> bool:
-        """Whether the two share a volume (not only a face)."""
+        """Return whether two boxes share a volume (not only a face)."""
         return all(a < d and c < b for a, b, c, d in zip(self.lower, self.upper, other.lower, other.upper, strict=True))
 
     def union(self, other: "Box") -> "Box":
-        """The smallest box that holds both."""
+        """Return the smallest box that holds both."""
         return Box(to_vector(np.minimum(self.lower, other.lower)), to_vector(np.maximum(self.upper, other.upper)))
 
     def as_dict(self) -> dict[str, list[float]]:
-        """``{"z": [lower, upper], ...}`` in nm."""
+        """Return ``{"z": [lower, upper], ...}`` in nm."""
         return {a: [self.lower[i], self.upper[i]] for i, a in enumerate(AXES)}
 
     def __str__(self) -> str:
@@ -82,7 +91,7 @@ class Box:
 
 
 def to_vector(value: npt.ArrayLike) -> Vector:
-    """A plain tuple of three floats."""
+    """Return a plain tuple of three floats."""
     z, y, x = (float(v) for v in np.asarray(value, dtype=np.float64))
     return z, y, x
 
@@ -95,6 +104,10 @@ class Lattice:
         origin: centre of voxel 0, nm.
         step: voxel size, nm.
         shape: voxels along z, y, x.
+
+    Example:
+        >>> Lattice(origin=(4, 4, 4), step=(8, 8, 8), shape=(10, 10, 10)).box.upper
+        (80.0, 80.0, 80.0)
     """
 
     origin: Vector
@@ -103,14 +116,15 @@ class Lattice:
 
     @property
     def box(self) -> Box:
-        """The physical box that the voxels fill, edges included."""
+        """Physical box that the voxels fill, edges included."""
         lower = np.subtract(self.origin, np.divide(self.step, 2))
         return Box(to_vector(lower), to_vector(lower + np.multiply(self.step, self.shape)))
 
     def matches(self, other: "Lattice") -> bool:
-        """Whether voxel i of the one is voxel i of the other, within the tolerance."""
+        """Return whether voxel i of one lattice is voxel i of the other, within the tolerance."""
         if self.shape != other.shape:
             return False
+        # The offset of the first voxel, and the error of the step added up to the last.
         first = np.abs(np.subtract(self.origin, other.origin)) / self.step
         drift = np.abs(np.divide(other.step, self.step) - 1) * self.shape
         return bool((first + drift < LATTICE_TOLERANCE).all())
@@ -118,16 +132,19 @@ class Lattice:
 
 @dataclass(frozen=True, eq=False)
 class AffineMap:
-    """From the voxel indices of a patch to the (fractional) indices of an array: ``index = matrix @ voxel + offset``.
+    """A map from the voxel indices of a patch to the (fractional) indices of an array.
+
+    ``index = matrix @ voxel + offset``.
 
     Voxel centres map to voxel centres; index 0.0 is the centre of the array's voxel 0, -0.5 its lower edge.
 
     Attributes:
         matrix: ``[3, 3]``, array voxels per patch voxel.
-        offset: ``[3]``, where the centre of voxel (0, 0, 0) falls.
+        offset: ``[3]``, the array index of the centre of voxel (0, 0, 0).
         shape: voxels of the patch.
-        first: of a box of a lattice whose axes are the array's, its first voxel: voxels are then counted from the
-            lattice's own first one, so that each is the same number in every box that holds it, to the last bit.
+        first: first voxel of the patch in a lattice parallel to the array's, where the patch is a box of one. Voxels
+            are then numbered in that lattice, so that overlapping boxes evaluate a voxel at the same index, to the last
+            bit.
     """
 
     matrix: FloatArray
@@ -136,12 +153,12 @@ class AffineMap:
     first: Shape | None = None
 
     def along(self, axis: int) -> npt.NDArray[np.int64]:
-        """Indices of the patch's voxels along an axis."""
+        """Return indices of the patch's voxels along an axis."""
         begin = self.first[axis] if self.first is not None else 0
         return np.arange(begin, begin + self.shape[axis])
 
     def separable(self) -> tuple[tuple[int, int, int], FloatArray] | None:
-        """Array axis and step of each patch axis, or None when the map turns by more than quarter turns."""
+        """Return array axis and step of each patch axis, or None unless the rotation is a multiple of 90 degrees."""
         axes = np.abs(self.matrix).argmax(axis=0)
         steps = self.matrix[axes, range(3)]
         rest = self.matrix.copy()
@@ -155,7 +172,7 @@ class AffineMap:
 def patch_map(
     center: FloatArray, shape: Shape, scale: FloatArray, lattice: Lattice, turn: FloatArray | None = None
 ) -> AffineMap:
-    """The map of a patch around ``center``.
+    """Return the map of a patch around ``center``.
 
     Args:
         center: centre of the patch's physical box, nm.
@@ -173,12 +190,12 @@ def patch_map(
 
 
 def box_map(inner: Lattice, first: Shape, shape: Shape, lattice: Lattice) -> AffineMap:
-    """The map of a box of another lattice along the same axes; see `AffineMap.first`.
+    """Return the map of a box of another lattice along the same axes; see `AffineMap.first`.
 
     Args:
-        inner: the lattice that has the box.
-        first: its first voxel there.
-        shape: its voxels.
+        inner: the lattice of the box.
+        first: first voxel of the box in it.
+        shape: voxels of the box.
         lattice: the array that is read.
     """
     matrix = np.diag(np.divide(inner.step, lattice.step))
@@ -195,6 +212,7 @@ def outside(amap: AffineMap, shape: Shape) -> npt.NDArray[np.bool_] | None:
     limit = np.asarray(shape) - 0.5 + EDGE_TOLERANCE
     corners = np.array(np.meshgrid(*((0, n - 1) for n in amap.shape), indexing="ij")).reshape(3, -1)
     ends = amap.matrix @ corners + amap.offset[:, None]
+    # An affine map takes its extremes at the corners: if these are inside, so is every voxel.
     if (ends >= -0.5 - EDGE_TOLERANCE).all() and (ends <= limit[:, None]).all():
         return None
     points = np.moveaxis(np.indices(amap.shape), 0, -1) @ amap.matrix.T + amap.offset

@@ -1,7 +1,7 @@
-"""Arrays of zarr-python whose compressors decode no more than a chunk of the array can hold.
+"""Arrays of zarr-python whose compressors decode no more than the size of a chunk.
 
-Each compressor of an array, those in front of others and those inside of shards included, is replaced by one that has a
-limit. So nothing is decoded twice, and zarr-python's pipeline stops where a chunk would decode to too much.
+Each compressor of an array, also inside of shards and before other compressors, is replaced by one with a limit. So
+nothing is decoded twice, and zarr-python's pipeline stops where a chunk would decode to too much.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ from cellmap_lightning.io.streams import STREAMS, decode_stream
 
 
 def bounded(array: "zarr.Array[Any]", encoded: Encoded) -> "zarr.Array[Any]":
-    """Return the same array with limits on what its compressors decode to.
+    """Return the same array with limits on the decoded size of its compressors.
 
     Args:
         array: the array, to be read.
-        encoded: how its chunks are stored.
+        encoded: the stored form of its chunks.
     """
     if not _has_limits(encoded):
         return array
@@ -47,7 +47,7 @@ def bounded(array: "zarr.Array[Any]", encoded: Encoded) -> "zarr.Array[Any]":
 
 
 def decode_bounded(stored: Any, encoded: Encoded) -> Any:
-    """Return what a compressor decodes to, no more than it may.
+    """Return the decoded bytes of a compressor, up to its limit.
 
     Raises:
         SizeError: it decodes to another number of bytes than a chunk has.
@@ -62,7 +62,7 @@ def decode_bounded(stored: Any, encoded: Encoded) -> Any:
             )
         return decoded
     decode = _DECODERS[encoded.codec]
-    if encoded.codec == "zstd" and encoded.exact:  # frames need not store their size, and `out` is a limit for all
+    if encoded.codec == "zstd" and encoded.exact:  # frames may lack a size, and `out` limits all
         return decode(stored, np.empty(encoded.nbytes, np.uint8))
     check_header(memoryview(stored).cast("B"), encoded)
     return decode(stored)
@@ -76,7 +76,7 @@ _DECODERS: dict[str, Callable[..., Any]] = {
 class _BoundedV2(Codec):  # type: ignore[misc]
     """A compressor of Zarr v2 with a limit."""
 
-    codec_id = "bounded"  # zarr-python looks for it in the class
+    codec_id = "bounded"  # zarr-python reads it from the class
 
     def __init__(self, codec: Any, encoded: Encoded) -> None:
         self.codec_id, self._codec, self._encoded = codec.codec_id, codec, encoded
@@ -140,11 +140,11 @@ def _name(codec: BytesBytesCodec) -> str:
 
 
 def _has_limits(encoded: Encoded) -> bool:
-    """Whether any compressor needs a limit."""
+    """Return whether any compressor needs a limit."""
     inside = encoded.shard is not None and _has_limits(encoded.shard.chunk)
     return inside or any(_needs_limit(limit, encoded) for limit in encoded.compressors)
 
 
 def _needs_limit(limit: Encoded, outer: Encoded) -> bool:
-    """Whether a compressor may be given what `check_file` does not check: it checks the header of the outermost one."""
+    """Return whether a compressor's input is not covered by `check_file`, which checks the outermost header."""
     return limit.codec in STREAMS or limit.codec == "zstd" or outer.opaque or limit is not outer.compressors[-1]

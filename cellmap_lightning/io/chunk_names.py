@@ -1,7 +1,7 @@
-"""A check that the chunk files of an array have the names that its metadata says.
+"""A check that the chunk files of an array are named as its metadata declares.
 
-Zarr reads a chunk that it does not find as the fill value. Files that are named by another convention, as after a copy
-that lost ``dimension_separator`` or with the metadata of another version, would all be read so without an error.
+Zarr reads a missing chunk as the fill value. Files that are named by another convention, as after a copy that lost
+``dimension_separator`` or with the metadata of another version, would all be read as missing, without an error.
 
 Names of chunks: https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html (``dimension_separator``),
 https://zarr-specs.readthedocs.io/en/latest/v3/core/v3.0.html#chunk-key-encoding.
@@ -19,40 +19,40 @@ from cellmap_lightning.errors import CellMapError, MetadataError
 from cellmap_lightning.io.ngff.arrays import ArrayInfo
 from cellmap_lightning.io.store import NODE_FILES, Remote, StorePath, read_json
 
-#: Entries of a folder that are compared: those of one writer all look alike.
+#: Entries of a folder that are compared: all names of one writer follow the same convention.
 MOST_ENTRIES = 256
-#: Stores whose folders are listed, besides those of this machine: elsewhere a folder may have pages of names.
+#: Protocols whose folders are listed besides local ones: in other stores a folder may have many pages of names.
 _LISTED = ("zip", "memory")
 _NUMBER = r"(?:0|[1-9]\d*)"
 #: Names of chunks in one folder: as Zarr writes them, and in any way that looks like indices.
 _FLAT = re.compile(rf"(c\.)?{_NUMBER}(\.{_NUMBER})*")
 _INDICES = re.compile(r"[cC]?[./\\]?\d+([./\\]\d+)*")
-#: What copying programs write before they rename it: ``.0.Ab12Cd`` (rsync), ``0.filepart``, ``0.part``.
+#: Temporary names of copying programs: ``.0.Ab12Cd`` (rsync), ``0.filepart``, ``0.part``.
 _UNFINISHED = re.compile(rf"\.?((?:c\.)?{_NUMBER}(?:\.{_NUMBER})*)\.(?:[A-Za-z]\w*|\w{{6}})")
 
 #: Prefix and separator of chunk names, as in `ArrayInfo`; None for names that no version of Zarr writes.
 Style = tuple[str, str]
-#: Lists a folder of the array by its key: names, and whether each is a folder.
+#: A function that lists a folder of the array by its key: names, and whether each is a folder.
 Listing = Callable[[str], Iterable[tuple[str, bool]]]
 
 
 def check_chunk_names(info: ArrayInfo, label: str = "") -> bool:
-    """Compare the names of an array's files with those that its metadata says.
+    """Compare the names of an array's files with its metadata.
 
-    Of a local array, and in archives, some entries of its folders are listed: the first, and those on the way to the
-    first chunk. Of an array elsewhere, the first and the middle chunk are requested, and if both are missing, under the
-    names of the other conventions too.
+    For local arrays and archives, some entries are listed of the array's folder and of those on the path to the first
+    chunk. For other remote arrays, the first and the middle chunk are requested; if both are missing, the names of the
+    other conventions are tried.
 
     Args:
         info: the array.
         label: name of the crop and class, for messages.
 
     Returns:
-        Whether the first chunk of an array that was listed exists.
+        Whether the first chunk exists; False for arrays that are not listed.
 
     Raises:
-        MetadataError: there are chunk files under other names, beyond the array, or not copied to their end; the
-            message has an example, and the encoding that fits.
+        MetadataError: there are chunk files with other names, beyond the array, or of an interrupted copy; the message
+            has an example and the metadata that fit.
     """
     if isinstance(info.path, Remote):
         if info.path.protocol not in _LISTED:
@@ -68,12 +68,12 @@ def check_chunk_names(info: ArrayInfo, label: str = "") -> bool:
 
 
 def _example(info: ArrayInfo) -> str:
-    return info.prefix + info.separator.join("0" * len(info.shape))
+    return info.key([0] * len(info.shape))
 
 
 def _other_names(info: ArrayInfo, key: str, style: Style | None) -> str:
     return (
-        f"its chunks are named as {key}, and its metadata name them as {_example(info)}, so that all would be read as "
+        f"its chunks are named as {key}, but by its metadata as {_example(info)}, so that all would be read as "
         f"the fill value; {_fix(info, style)}"
     )
 
@@ -91,11 +91,11 @@ def _fix(info: ArrayInfo, style: Style | None) -> str:
 
 
 class _Names:
-    """The names of an array's files, compared with its metadata.
+    """A comparison of the names of an array's files with its metadata.
 
     Args:
         info: the array.
-        listing: lists its folders.
+        listing: the function that lists its folders.
     """
 
     def __init__(self, info: ArrayInfo, listing: Listing) -> None:
@@ -104,7 +104,7 @@ class _Names:
         self.grid = [-(-n // f) for n, f in zip(info.shape, info.files, strict=True)]
 
     def compare(self) -> tuple[str, bool]:
-        """Return what is wrong, or an empty text; and whether the first chunk exists."""
+        """Return the problem, or "", and whether the first chunk exists."""
         root = list(self.listing(""))
         wrong, has_first = self._flat(root) if self.info.separator == "." else self._nested(root)
         wrong = wrong or self._foreign(root)
@@ -113,7 +113,7 @@ class _Names:
         return wrong, has_first
 
     def _flat(self, root: Sequence[tuple[str, bool]]) -> tuple[str, bool]:
-        """Of chunks in one folder."""
+        """Compare chunks that are all in one folder."""
         names = {name for name, is_folder in root if not is_folder}
         for name in names:
             parts = name.removeprefix(self.info.prefix).split(".")
@@ -126,40 +126,43 @@ class _Names:
         return self._unfinished("", names), _example(self.info) in names
 
     def _nested(self, root: Sequence[tuple[str, bool]]) -> tuple[str, bool]:
-        """Of chunks in folders: the way to the first chunk, or to the first that there is."""
+        """Compare chunks in nested folders, on the path to the first one that exists."""
         folder = self.info.prefix.rstrip("/")
         if folder and not any(name == folder and is_folder for name, is_folder in root):
             return "", False
         index: list[int] = []
         for depth in range(len(self.grid) + 3):
             entries = dict(self.listing(folder) if folder else root)
-            numbers = sorted(int(name) for name in entries if name.isdigit() and str(int(name)) == name)
             if depth and set(NODE_FILES) & entries.keys():
-                return "", False  # an array or a group of its own
+                return "", False  # another array or group
             odd = self._odd(folder, entries) if folder else None
             if odd is not None:
                 return _other_names(self.info, odd, None), False
+            numbers = sorted(int(name) for name in entries if _is_index(name))
             if not numbers:
                 return self._unfinished(f"{folder}/".lstrip("/"), entries.keys()), False
-            last = str(numbers[-1])
-            if depth < len(self.grid) and numbers[-1] >= self.grid[depth]:
-                beyond = f"{folder}/{last}".lstrip("/")
-                key = self._first_file(beyond) if entries[last] else beyond
-                if key is not None:
-                    return self._misfit(key, [*index, numbers[-1]]), False
-            first = str(numbers[0])
+            beyond = self._beyond(folder, entries, depth, numbers[-1])
+            if beyond is not None:
+                return self._misfit(beyond, [*index, numbers[-1]]), False
             index.append(numbers[0])
-            path = f"{folder}/{first}".lstrip("/")
-            if not entries[first]:
+            path = f"{folder}/{numbers[0]}".lstrip("/")
+            if not entries[str(numbers[0])]:  # a file: the end of the path
                 wrong = self._misfit(path, index) if len(index) != len(self.grid) else ""
                 return wrong or self._unfinished(f"{folder}/", entries.keys()), not any(index)
             folder = path
         return "", False
 
+    def _beyond(self, folder: str, entries: Mapping[str, bool], depth: int, last: int) -> str | None:
+        """Return the key of a chunk beyond the grid, below the largest index in a folder; None without one."""
+        if depth >= len(self.grid) or last < self.grid[depth]:
+            return None
+        path = f"{folder}/{last}".lstrip("/")
+        return self._first_file(path) if entries[str(last)] else path
+
     def _odd(self, folder: str, entries: Mapping[str, bool]) -> str | None:
-        """A chunk-like key in a folder of chunks that is no index as Zarr writes it; None where there is none."""
+        """Return a key in a folder of chunks that resembles an index, but not as Zarr writes it; None without one."""
         for name, is_folder in entries.items():
-            if (name.isdigit() and str(int(name)) == name) or not _INDICES.fullmatch(name):
+            if _is_index(name) or not _INDICES.fullmatch(name):
                 continue
             key = f"{folder}/{name}" if not is_folder else self._first_file(f"{folder}/{name}")
             if key is not None:
@@ -167,7 +170,7 @@ class _Names:
         return None
 
     def _misfit(self, key: str, index: Sequence[int]) -> str:
-        """Return what is wrong with the indices of a chunk file, or an empty text."""
+        """Return the problem with the indices of a chunk file, or ""."""
         name = self.info.metadata.name
         if len(index) > len(self.grid) or (len(index) < len(self.grid) and self.info.separator == "."):
             return (
@@ -185,21 +188,21 @@ class _Names:
         return ""
 
     def _unfinished(self, folder: str, names: Collection[str]) -> str:
-        """Return the sign of an interrupted copy, or an empty text."""
+        """Return the sign of an interrupted copy, or ""."""
         for name in names:
             match = _UNFINISHED.fullmatch(name)
             if match is None or match[1] in names or name in NODE_FILES:
                 continue
             if self.info.separator == "." and match[1].count(".") != _example(self.info).count("."):
                 continue
-            return f"{folder}{name} looks like a copy that was interrupted, and there is no {match[1]}: copy it again"
+            return f"{folder}{name} looks like a copy that was interrupted, and {match[1]} is missing: copy it again"
         return ""
 
     def _foreign(self, root: Sequence[tuple[str, bool]]) -> str:
-        """Return the sign of files named by another convention, or an empty text."""
+        """Return the sign of files named by another convention, or ""."""
         allowed: set[Style | tuple[()] | None] = {self.declared}
         if self.info.zarr_format == 3 and any(name == ".zarray" for name, _ in root):
-            # Both versions in one folder, each with its own files.
+            # Both versions of Zarr in one folder, each with separate files.
             allowed.add(("", str((_quiet_json(self.info.path / ".zarray") or {}).get("dimension_separator", "."))))
         seen: set[Style | tuple[()] | None] = set()
         for name, is_folder in root:
@@ -209,14 +212,14 @@ class _Names:
             key = name if not is_folder else self._first_file(name)
             if key is not None:
                 return _other_names(self.info, key, style or None)
-            seen.add(style)  # folders without files
+            seen.add(style)  # only folders without files
         return ""
 
     def _first_file(self, folder: str, depth: int = 0) -> str | None:
-        """The key of one chunk-like file below a folder: the first on the way down; None where there are none."""
+        """Return the key of the first file below a folder that is named like a chunk; None without one."""
         for name, is_folder in sorted(self.listing(folder)):
             if name in NODE_FILES or depth > len(self.grid) + 3:
-                return None  # an array or a group of its own
+                return None  # another array or group
             if is_folder and (name.isdigit() or name in ("c", "C")):
                 below = self._first_file(f"{folder}/{name}", depth + 1)
                 if below is not None:
@@ -226,7 +229,7 @@ class _Names:
         return None
 
     def _copies(self, root: Sequence[tuple[str, bool]]) -> str:
-        """Return the sign of an array copied into itself, or an empty text."""
+        """Return the sign of an array copied into itself, or ""."""
         for name, is_folder in root:
             if is_folder and _style(name, True) == () and not name.startswith("."):
                 entries = dict(self.listing(name))
@@ -236,38 +239,43 @@ class _Names:
 
 
 def _style(name: str, is_folder: bool) -> Style | tuple[()] | None:
-    """The convention that a name follows; None for indices that no version of Zarr writes so; () for anything else."""
+    """Return the convention of a name; None for indices that no version of Zarr writes; () for all other names."""
     if is_folder:
         if name == "c":
             return "c/", "/"
         if name.isdigit():
-            return ("", "/") if str(int(name)) == name else None
+            return ("", "/") if _is_index(name) else None
         return None if name == "C" else ()
     if _FLAT.fullmatch(name) is not None:
         return ("c." if name.startswith("c") else "", ".")
     return None if _INDICES.fullmatch(name) else ()
 
 
+def _is_index(name: str) -> bool:
+    """Return whether a name is a number as Zarr writes it, without leading zeros."""
+    return name.isdigit() and str(int(name)) == name
+
+
 def _entries(root: str, folder: str) -> list[tuple[str, bool]]:
-    """Names in a folder of this machine; no more than are needed to see how its files are named."""
-    # Tens of thousands of arrays are looked at, and a Path costs more than the call.
+    """Return the first names in a local folder."""
+    # Tens of thousands of arrays are checked, and a Path costs more than the call.
     try:
         with os.scandir(f"{root}/{folder}" if folder else root) as entries:
             return [(entry.name, entry.is_dir()) for entry in itertools.islice(entries, MOST_ENTRIES)]
-    except OSError:  # reading says why
+    except OSError:  # reading reports the error
         return []
 
 
 def _remote_entries(root: Remote, folder: str) -> list[tuple[str, bool]]:
-    """Names in a folder of an archive."""
+    """Return the first names in a folder of an archive."""
     try:
         place = root / folder if folder else root
-        found = place.filesystem().ls(place.key, detail=True)
+        entries = place.filesystem().ls(place.key, detail=True)
         return [
             (entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory")
-            for entry in found[:MOST_ENTRIES]
+            for entry in entries[:MOST_ENTRIES]
         ]
-    except Exception:  # stores raise whatever they like; reading says why
+    except Exception:  # stores raise any type; reading reports the error
         return []
 
 
@@ -275,30 +283,26 @@ def _remote_entries(root: Remote, folder: str) -> list[tuple[str, bool]]:
 
 
 def _check_elsewhere(info: ArrayInfo, label: str) -> None:
-    """Look for two chunks, and if both are missing, for them under the names of the other conventions.
+    """Request two chunks of a remote array, and if both are missing, the names of the other conventions.
 
     Raises:
-        MetadataError: they are there.
+        MetadataError: a chunk has the name of another convention.
     """
     grid = [-(-n // f) for n, f in zip(info.shape, info.files, strict=True)]
-    places = list(dict.fromkeys([tuple(0 for _ in grid), tuple(n // 2 for n in grid)]))
+    indices = list(dict.fromkeys([tuple(0 for _ in grid), tuple(n // 2 for n in grid)]))
     declared = info.prefix, info.separator
-    if any(has_objects(info.path, [_key(declared, place) for place in places])):
+    if any(has_objects(info.path, [info.key(index) for index in indices])):
         return
     others: list[Style] = [style for style in (("", "."), ("", "/"), ("c/", "/"), ("c.", ".")) if style != declared]
     if info.zarr_format == 3:
         content = _quiet_json(info.path / ".zarray")
         if content is not None:
             others = [style for style in others if style[0]]
-    keys = {_key(style, place): style for style in others for place in places}
-    for key, is_there in zip(keys, has_objects(info.path, list(keys)), strict=True):
-        if is_there:
+    keys = {prefix + sep.join(map(str, index)): (prefix, sep) for prefix, sep in others for index in indices}
+    for key, exists in zip(keys, has_objects(info.path, list(keys)), strict=True):
+        if exists:
             where = f"{label}: {info.path}" if label else str(info.path)
             raise MetadataError(f"{where}: {_other_names(info, key, keys[key])}")
-
-
-def _key(style: Style, place: tuple[int, ...]) -> str:
-    return style[0] + style[1].join(map(str, place))
 
 
 def _quiet_json(path: StorePath) -> dict[str, Any] | None:
@@ -308,21 +312,22 @@ def _quiet_json(path: StorePath) -> dict[str, Any] | None:
         return None
 
 
-#: Seconds after which a store that does not answer counts as one that cannot be asked.
+#: Timeout of requests for the existence of objects, in seconds.
 LOOK_TIMEOUT = 30.0
 
 
 def has_objects(path: StorePath, keys: list[str]) -> list[bool]:
-    """Return which objects below a remote place have bytes; one that cannot be read counts as missing."""
+    """Return whether each object below a remote location has bytes; one that cannot be read counts as missing."""
     assert isinstance(path, Remote)
     from fsspec.asyn import sync
 
     try:
         fs = path.filesystem()
-        if hasattr(fs, "_cat_ranges"):
-            files = [(path / key).key for key in keys]
-            found = sync(fs.loop, fs._cat_ranges, files, [0] * len(keys), [1] * len(keys), timeout=LOOK_TIMEOUT)
-            return [isinstance(part, bytes) and len(part) > 0 for part in found]
-        return [bool(fs.exists((path / key).key)) for key in keys]
-    except Exception:  # stores raise whatever they like; reading says what is wrong
+        files = [(path / key).key for key in keys]
+        cat_ranges = getattr(fs, "_cat_ranges", None)  # of asynchronous file systems
+        if cat_ranges is None:
+            return [bool(fs.exists(file)) for file in files]
+        first_bytes = sync(fs.loop, cat_ranges, files, [0] * len(keys), [1] * len(keys), timeout=LOOK_TIMEOUT)
+        return [isinstance(content, bytes) and len(content) > 0 for content in first_bytes]
+    except Exception:  # stores raise any type; reading reports the error
         return [False] * len(keys)

@@ -1,19 +1,19 @@
 """A check that the chunks of a label array can hold the voxels that its ``complement_counts`` declare.
 
-A chunk of labels that is not stored holds absent voxels, as writers leave such chunks out. A copy that lost chunks
-looks the same, except that the counts in the attributes promise voxels that no file holds.
+A missing chunk of labels holds absent voxels, since writers leave such chunks out. An incomplete copy looks the same,
+except that the counts in the attributes declare voxels that no file holds.
 """
 
 import itertools
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
+from cellmap_lightning.io.chunk_files import is_empty_file, list_files
 from cellmap_lightning.io.chunk_names import has_objects
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.label_values import read_labels
@@ -26,12 +26,12 @@ from cellmap_lightning.io.store import Remote, read_json
 
 log = logging.getLogger(__name__)
 
-#: Chunks of an array that are asked for one by one at most.
+#: Chunks of an array that are requested one by one at most.
 MOST_ASKED = 4096
-#: Arrays of at most so many chunk files are listed at setup, and their voxels counted if there are at most so many in
-#: the files that exist. Larger ones are compared when a class index or a count is built.
+#: Arrays of at most so many chunk files are listed at setup, and counted if the files hold at most so many voxels.
+#: Larger arrays are compared when a class index or a count is built.
 COUNTED_FILES, COUNTED_VOXELS = 64, 1 << 22
-_ADVICE = "copy them again, or set missing_labels=unknown to make their voxels unknown (NaN)"
+_ADVICE = "copy them again, or set missing_labels=unknown to read them as unannotated (NaN)"
 
 
 def declared_foreground(level: Level, image: Multiscale | None = None) -> int | None:
@@ -58,17 +58,17 @@ def check_declared_counts(
     has_first: bool = False,
     image: Multiscale | None = None,
 ) -> str | None:
-    """Return what contradicts the missing chunks of a label array; None where nothing does.
+    """Return an error message if a label array has fewer voxels than declared, since chunks are missing; else None.
 
     None too for a remote array whose files cannot be listed.
 
     Args:
         level: the array.
-        encoding: what its values mean.
+        encoding: meaning of its values.
         label: name of the crop and class, for messages.
         thorough: count voxels also in large arrays.
-        retry_policy: retries and deadlines of the reads.
-        has_first: whether it is known that the first chunk exists.
+        retry_policy: retries and timeouts of the reads.
+        has_first: whether the first chunk is known to exist.
         image: its image; see `complement_counts`.
 
     Raises:
@@ -78,63 +78,75 @@ def check_declared_counts(
     foreground = _foreground(level, counts)
     if foreground is None or counts is None:
         return None
-    wanted = foreground + int(counts.get("unknown", 0))
-    if wanted == 0:
-        return None
-    files: list[tuple[int, ...]] = []
-    room = 0
+    declared = foreground + int(counts.get("unknown", 0))
     grid = math.prod(-(-n // f) for n, f in zip(level.array.shape, level.array.files, strict=True))
-    sharded = level.array.files != level.array.chunks  # a shard may lack some of its chunks
-    if grid == 1 and has_first and not sharded and not _is_empty(level):
+    is_sharded = level.array.files != level.array.chunks  # a shard may lack some of its chunks
+    if declared == 0 or (grid == 1 and has_first and not is_sharded and not _is_empty(level)):
         return None
-    listed = thorough or grid <= COUNTED_FILES
-    there = _files(level) if not isinstance(level.path, Remote) else _remote_files(level, listed, thorough)
-    for place in there if there is not None else ():
-        files.append(place)
-        room += _voxels(level, place)
-        if room >= wanted and not listed:
-            return None
-    if there is None or (len(files) == grid and not sharded) or _fill_value(level) != encoding.absent:
+    files = _files_to_check(level, declared, grid, thorough)
+    if files is None or (len(files) == grid and not is_sharded) or _fill_value(level) != encoding.absent:
         return None
-    if room < wanted:
-        held = room
-    elif thorough or room <= COUNTED_VOXELS:
-        held = _count(level, files, encoding, label, retry_policy)
+    capacity = sum(_voxels(level, index) for index in files)
+    if capacity < declared:
+        stored = capacity
+    elif thorough or capacity <= COUNTED_VOXELS:
+        stored = _count(level, files, encoding, label, retry_policy)
     else:
         return None
-    if held >= wanted:
+    if stored >= declared:
         return None
-    if len(files) == grid:  # nothing says whether the counts or the shards are right
+    if len(files) == grid:  # either the counts or the shards may be wrong
         log.warning(
-            "%s: %s: its complement_counts promise %d voxels that are not absent, and its shards hold %d: the counts "
+            "%s: %s: its complement_counts declare %d voxels that are not absent, but its shards hold %d: the counts "
             "are out of date, or shards lack some of their chunks",
-            label, level.path, wanted, held,
+            label, level.path, declared, stored,
         )  # fmt: skip
         return None
-    what = "at most " if held == room else ""
     return (
-        f"{label}: {level.path}: its complement_counts promise {wanted} voxels that are not absent ({foreground} of "
-        f"the class), and the {len(files)} of its {grid} chunk files that exist hold {what}{held}: chunks are missing; "
-        f"{_ADVICE}"
+        f"{label}: {level.path}: its complement_counts declare {declared} voxels that are not absent ({foreground} of "
+        f"the class), but the {len(files)} of its {grid} chunk files that exist hold "
+        f"{'at most ' if stored == capacity else ''}{stored}: chunks are missing; {_ADVICE}"
     )
 
 
-def warn_of_empty_level(level: Level, image: Multiscale, label: str) -> None:
-    """Warn of a coarser level without chunks where the finest one promises foreground.
+def _files_to_check(level: Level, declared: int, grid: int, thorough: bool) -> list[tuple[int, ...]] | None:
+    """Return the chunk files that exist; None where they cannot be listed, or a large array has enough of them.
 
-    Thin structures may be lost in a pyramid, so this is no error.
+    Args:
+        level: the array.
+        declared: voxels that the files must be able to hold.
+        grid: number of files of a complete array.
+        thorough: list all files also of a large array.
+    """
+    lists_all = thorough or grid <= COUNTED_FILES
+    indices = _files(level) if not isinstance(level.path, Remote) else _remote_files(level, lists_all, thorough)
+    if indices is None:
+        return None
+    files, capacity = [], 0
+    for index in indices:
+        files.append(index)
+        capacity += _voxels(level, index)
+        if capacity >= declared and not lists_all:  # no need to list the rest
+            return None
+    return files
+
+
+def warn_of_empty_level(level: Level, image: Multiscale, label: str) -> None:
+    """Warn of a coarser level without chunks where the finest level declares foreground.
+
+    Thin structures may be lost in a pyramid, so this is not an error.
 
     Args:
         level: the level that is read.
         image: its image.
         label: name of the crop and class, for messages.
     """
-    promised = declared_foreground(image.finest, image)
-    if promised and not isinstance(level.path, Remote) and next(_files(level), None) is None:
+    declared = declared_foreground(image.finest, image)
+    if declared and not isinstance(level.path, Remote) and next(_files(level), None) is None:
         log.warning(
-            "%s: level %s, which is read, has no chunk, and %s promises %d voxels of the class: either the level was "
+            "%s: level %s, which is read, has no chunk, but %s declares %d voxels of the class: either the level was "
             "not copied, or it has lost thin structures; label_downsample=any reads the finest level",
-            label, level.name, image.finest.name, promised,
+            label, level.name, image.finest.name, declared,
         )  # fmt: skip
 
 
@@ -143,7 +155,7 @@ def compare_counts(level: Level, encoding: Encoding, counted: int, label: str, i
 
     Args:
         level: the array.
-        encoding: what its values mean.
+        encoding: meaning of its values.
         counted: foreground voxels of all of its chunks.
         label: name of the crop and class, for messages.
         image: its image; see `complement_counts`.
@@ -155,97 +167,61 @@ def compare_counts(level: Level, encoding: Encoding, counted: int, label: str, i
     if declared is None or declared == counted or encoding.missing != "absent":
         return
     grid = math.prod(-(-n // f) for n, f in zip(level.array.shape, level.array.files, strict=True))
-    there = grid if isinstance(level.path, Remote) else sum(1 for _ in _files(level))
-    if counted < declared and there < grid:
+    files = grid if isinstance(level.path, Remote) else sum(1 for _ in _files(level))
+    if counted < declared and files < grid:
         raise MetadataError(
-            f"{label}: {level.path}: its complement_counts promise {declared} voxels of the class, and the {there} of "
+            f"{label}: {level.path}: its complement_counts declare {declared} voxels of the class, but the {files} of "
             f"its {grid} chunk files that exist hold {counted}: chunks are missing; {_ADVICE}"
         )
     log.warning(
-        "%s: %s: its complement_counts say %d voxels of the class, and %d are stored; the counts are out of date",
+        "%s: %s: its complement_counts declare %d voxels of the class, but %d are stored; the counts are out of date",
         label, level.path, declared, counted,
     )  # fmt: skip
 
 
 def _files(level: Level) -> Iterator[tuple[int, ...]]:
-    """Indices along the stored axes of the chunk or shard files that exist and are not empty."""
-    info = level.array
-    root, ndim = str(info.path), len(info.shape)
-    if info.separator == ".":
-        for name in _names(root):
-            parts = name.removeprefix(info.prefix).split(".")
-            is_chunk = name.startswith(info.prefix) and len(parts) == ndim and all(map(str.isdigit, parts))
-            if is_chunk and _has_bytes(f"{root}/{name}"):
-                yield tuple(map(int, parts))
-        return
-
-    def below(folder: str, place: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        for name in _names(folder):
-            if name.isdigit():
-                if len(place) == ndim - 1:
-                    if _has_bytes(f"{folder}/{name}"):
-                        yield (*place, int(name))
-                else:
-                    yield from below(f"{folder}/{name}", (*place, int(name)))
-
-    yield from below(f"{root}/{info.prefix}".rstrip("/"), ())
-
-
-def _has_bytes(file: str) -> bool:
-    """Return False for a file of 0 bytes; True for any other, also for one that cannot be looked at."""
-    try:
-        return os.stat(file).st_size > 0  # noqa: PTH116  as below
-    except OSError:
-        return True
+    """Return indices along the stored axes of the chunk or shard files that exist and are not empty."""
+    return (index for index, entry in list_files(level.array) if not is_empty_file(entry.path))
 
 
 def _is_empty(level: Level) -> bool:
-    """Return True if the only chunk file of a local array has 0 bytes."""
-    return not isinstance(level.path, Remote) and not _has_bytes(level.array.file([0] * len(level.array.shape)))
+    """Return whether the only chunk file of a local array has 0 bytes."""
+    return not isinstance(level.path, Remote) and is_empty_file(level.array.file([0] * len(level.array.shape)))
 
 
 def _remote_files(level: Level, listed: bool, thorough: bool) -> list[tuple[int, ...]] | None:
-    """Return the same for a remote array; None where its files cannot be listed, or are too many to ask for each.
+    """Return the same for a remote array; None where its files cannot be listed, or are too many to request each.
 
     Args:
         level: the array.
         listed: whether it has few chunks.
-        thorough: ask for each chunk where nothing can be listed.
+        thorough: request each chunk where the store cannot list.
     """
     info, path = level.array, level.path
     assert isinstance(path, Remote)
     grid = [-(-n // f) for n, f in zip(info.shape, info.files, strict=True)]
     if not listed or math.prod(grid) > MOST_ASKED or not (path.lists or thorough):
         return None
-    places = {
-        info.prefix + info.separator.join(map(str, place)): place for place in itertools.product(*map(range, grid))
-    }
+    indices = {info.key(index): index for index in itertools.product(*map(range, grid))}
     if not path.lists:
-        there = has_objects(path, list(places))
-        return [place for place, found in zip(places.values(), there, strict=True) if found]
+        exists = has_objects(path, list(indices))
+        return [index for index, is_there in zip(indices.values(), exists, strict=True) if is_there]
     try:
-        found = path.filesystem().find(path.key, detail=True)
-    except Exception:  # stores raise whatever they like; reading says what is wrong
+        entries = path.filesystem().find(path.key, detail=True)
+    except Exception:  # stores raise any type; reading reports the error
         return None
-    stored = {name[len(path.key) :].strip("/") for name, entry in found.items() if entry.get("size") != 0}
-    return [place for key, place in places.items() if key in stored]
+    stored = {name[len(path.key) :].strip("/") for name, entry in entries.items() if entry.get("size") != 0}
+    return [index for key, index in indices.items() if key in stored]
 
 
-def _names(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)  # noqa: PTH208  thousands of them, and a Path costs more than the call
-    except OSError:
-        return []
-
-
-def _voxels(level: Level, place: tuple[int, ...]) -> int:
-    """Voxels of the array in a chunk or shard; 0 beyond the array."""
-    spans = zip(place, level.array.files, level.array.shape, strict=True)
+def _voxels(level: Level, index: tuple[int, ...]) -> int:
+    """Return the voxels of the array in a chunk or shard; 0 beyond the array."""
+    spans = zip(index, level.array.files, level.array.shape, strict=True)
     return math.prod(max(0, min((i + 1) * f, n) - i * f) for i, f, n in spans)
 
 
 def _fill_value(level: Level) -> object:
-    """The value of voxels that no file holds; null, which zarr reads as 0, is 0."""
+    """Return the value of voxels in missing chunks; 0 for null, which zarr reads as 0."""
     content = read_json(level.array.metadata) or {}
     value = content.get("fill_value")
     return 0 if value is None else value
@@ -254,7 +230,7 @@ def _fill_value(level: Level) -> object:
 def _count(
     level: Level, files: Sequence[tuple[int, ...]], encoding: Encoding, label: str, retry_policy: RetryPolicy
 ) -> int:
-    """Voxels that are not absent in the files that exist; the count is cached outside the data."""
+    """Return the voxels that are not absent in the files that exist; the count is cached outside the data."""
     reader = ChunkReader(level, label, retry_policy=retry_policy, empty=encoding.empty)
     stamp = digest_of([sorted(files), *sorted(reader.stored().items())])
     key = key_of(level, "not absent", encoding.absent, encoding.empty)
@@ -262,13 +238,8 @@ def _count(
     if cached is not None:
         return cached
     total = 0
-    size = level.zyx(level.array.files)
-    for place in files:
-        corner = [i * f for i, f in zip(level.zyx(place), size, strict=True)]
-        ends = [min(c + f, n) for c, f, n in zip(corner, size, reader.shape, strict=True)]
-        steps = [range(c, e, n) for c, e, n in zip(corner, ends, reader.chunks, strict=True)]
-        for z, y, x in itertools.product(*steps):
-            dz, dy, dx = (min(n, e - c) for n, e, c in zip(reader.chunks, ends, (z, y, x), strict=True))
-            total += int(np.count_nonzero(read_labels(reader, (z, y, x), (dz, dy, dx)) != encoding.absent))
+    for index in files:
+        for start, shape in reader.chunks_of(level.zyx(index)):
+            total += int(np.count_nonzero(read_labels(reader, start, shape) != encoding.absent))
     remember(key, stamp, {"voxels": total})
     return total

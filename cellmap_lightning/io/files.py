@@ -1,14 +1,14 @@
-"""Regular files, opened without waiting and read within bounds.
+"""Reading of regular files, without blocking and with bounded size.
 
 A FIFO blocks a reader until another process writes to it, a device such as ``/dev/zero`` never ends, and a sparse file
-of some bytes on disk may claim terabytes. So a file is opened without blocking, and its kind and size are compared with
-what is expected before anything is read. Links to regular files are followed.
+of some bytes on disk may have terabytes. So a file is opened without blocking, and its type and size are checked before
+it is read. Links to regular files are followed.
 """
 
 import os
 import stat
 
-#: Flags to read with: opening a FIFO returns at once, and a terminal does not become that of the process.
+#: Flags for reading: opening a FIFO returns at once, and a terminal does not become the controlling terminal.
 READ_FLAGS = os.O_RDONLY
 for _name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"):
     READ_FLAGS |= getattr(os, _name, 0)
@@ -27,19 +27,19 @@ class IrregularFileError(ValueError):
 
 
 class LargeFileError(ValueError):
-    """A file that is larger than its content can be."""
+    """A file that is larger than its format allows."""
 
 
 def irregularity(mode: int) -> str:
-    """Return what is wrong with a file of that mode (``st_mode``); "" where it is a regular file or a folder."""
+    """Return the problem with a file of a mode (``st_mode``); "" for a regular file or a folder."""
     kind = stat.S_IFMT(mode)
     if kind in (stat.S_IFREG, stat.S_IFDIR):
         return ""
-    return f"it is {_KINDS.get(kind, 'no regular file')}; only regular files, and links to them, are read"
+    return f"it is {_KINDS.get(kind, 'not a regular file')}; only regular files, and links to them, are read"
 
 
 def excess(size: int, most: int) -> str:
-    """Return what is wrong with a file of `size` bytes, of which at most `most` are read; "" where nothing is."""
+    """Return the problem with a file of more than ``most`` bytes; "" for a smaller one."""
     return f"it has {size} bytes; at most {most} are read" if size > most else ""
 
 
@@ -48,7 +48,7 @@ def open_regular(path: str, most: int | None = None) -> tuple[int, int]:
 
     Args:
         path: the file.
-        most: bytes that it may have; None for any number.
+        most: size limit in bytes; None for no limit.
 
     Raises:
         IrregularFileError: it is a FIFO, a device or a socket.
@@ -61,9 +61,9 @@ def open_regular(path: str, most: int | None = None) -> tuple[int, int]:
     except FileNotFoundError:
         raise
     except OSError:
-        wrong = _irregularity_of(path)  # sockets, and devices without a driver, are refused by the system
-        if wrong:
-            raise IrregularFileError(wrong) from None
+        problem = _irregularity_of(path)  # the system refuses sockets, and devices without a driver
+        if problem:
+            raise IrregularFileError(problem) from None
         raise
     try:
         status = os.fstat(handle)
@@ -82,20 +82,20 @@ def open_regular(path: str, most: int | None = None) -> tuple[int, int]:
 def _irregularity_of(path: str) -> str:
     try:
         return irregularity(os.stat(path).st_mode)  # noqa: PTH116  a Path costs more than the call
-    except (OSError, ValueError):  # the latter for a path that cannot be one
+    except (OSError, ValueError):  # the latter for an invalid path
         return ""
 
 
 def read_regular(path: str, most: int) -> bytes:
-    """Return the content of a regular file that has at most `most` bytes, however its size changes meanwhile.
+    """Return the content of a regular file of at most ``most`` bytes, also if its size changes meanwhile.
 
     Raises:
         Exception: see `open_regular`.
     """
     handle, size = open_regular(path, most)
     try:
-        content = read_part(handle, size + 1)  # one more than there should be shows the end
-        if len(content) > size:  # it grows, or is one of the files of the kernel, whose size is 0
+        content = read_part(handle, size + 1)  # one byte more than expected, to detect growth
+        if len(content) > size:  # it grows, or is a kernel file, whose size is reported as 0
             content += read_part(handle, most + 1 - len(content))
             if len(content) > most:
                 raise LargeFileError(f"it has more than {most} bytes; at most {most} are read")
@@ -105,12 +105,12 @@ def read_regular(path: str, most: int) -> bytes:
 
 
 def read_part(handle: int, count: int) -> bytes:
-    """Return the next `count` bytes of an open file, or all that are left."""
+    """Return the next ``count`` bytes of an open file, or all that remain."""
     content = os.read(handle, count)
     if len(content) == count or not content:
         return content
     parts, left = [content], count - len(content)
-    while left > 0:  # the system gives at most 2 GiB at a time
+    while left > 0:  # the system reads at most 2 GiB at a time
         part = os.read(handle, left)
         if not part:
             break
@@ -120,7 +120,7 @@ def read_part(handle: int, count: int) -> bytes:
 
 
 def problem_of_archive(address: str) -> str:
-    """Return what is wrong with the archive of this machine to which an address is chained; "" where nothing is.
+    """Return the problem with the local archive to which an address is chained; "" for none.
 
     Args:
         address: such as ``zip://inside::/data/vol.zip``.
@@ -128,5 +128,5 @@ def problem_of_archive(address: str) -> str:
     path = address.partition("::")[2].rpartition("::")[2].removeprefix("file://")
     if not path or "://" in path:
         return ""
-    wrong = _irregularity_of(path)
-    return f"{path}: {wrong}" if wrong else ""
+    problem = _irregularity_of(path)
+    return f"{path}: {problem}" if problem else ""

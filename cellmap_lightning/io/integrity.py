@@ -1,9 +1,9 @@
 """Checks of the stored bytes of a chunk, made before they are decoded.
 
-Codecs trust what they are given: Blosc copies beyond the end of a chunk that was cut short, Zstandard allocates what a
-header says. So lengths are compared first, and a chunk that would decode to more than the array's metadata allows is
-refused. Formats that do not store their decoded size (gzip, zlib, bz2, LZMA) are decoded in `streams`, which stops at
-the limit. Values are not checked: a flipped bit is noticed where a checksum was stored, and nowhere else.
+Codecs trust their input: Blosc reads beyond the end of a truncated chunk, Zstandard allocates what a header says. So
+lengths are compared first, and a chunk that would decode to more than the array's metadata allows is refused. Formats
+that do not store their decoded size (gzip, zlib, bz2, LZMA) are decoded in `streams`, which stops at the limit. Values
+are not checked: a flipped bit is detected only where a checksum is stored.
 
 Formats: https://github.com/Blosc/c-blosc/blob/main/README_CHUNK_FORMAT.rst,
 https://datatracker.ietf.org/doc/html/rfc8878 (Zstandard),
@@ -23,7 +23,7 @@ from cellmap_lightning.io.files import IrregularFileError, LargeFileError, exces
 
 #: Codecs whose decoded size can be bounded.
 COMPRESSORS = frozenset({"blosc", "zstd", "gzip", "zlib", "lz4", "bz2", "lzma"})
-#: Codecs that leave numbers numbers. Others hold objects, as ``pickle`` does, or are not known here.
+#: Filters that map numbers to numbers. Others yield objects, such as ``pickle``, or are unknown.
 FILTERS = frozenset(
     {
         "adler32", "astype", "bitround", "crc32", "crc32c", "delta", "fixedscaleoffset", "fletcher32",
@@ -31,16 +31,16 @@ FILTERS = frozenset(
     }
 )  # fmt: skip
 
-#: Bytes that the blocks of a Zstandard frame without a size may hold beyond those of a chunk: they are not always full.
+#: Slack in bytes for a Zstandard frame without a size, whose blocks are counted as full.
 _UNFILLED = 1 << 24
-#: Bytes that headers and checksums of a file may take, and of a chunk inside of a shard.
+#: Bytes of headers and checksums at most: of a file, and of a chunk inside of a shard.
 _OVERHEAD, _OVERHEAD_INSIDE = 1 << 20, 256
 #: Bytes of a Zstandard block at most.
 _BLOCK = 1 << 17
 
 
 class DamagedError(ValueError):
-    """Stored bytes that are no chunk of their array."""
+    """Stored bytes that are not a valid chunk of the array."""
 
 
 class EmptyError(DamagedError):
@@ -51,10 +51,10 @@ class EmptyError(DamagedError):
 
 
 class SizeError(DamagedError):
-    """A chunk that holds another number of bytes than a chunk of its array.
+    """A chunk whose decoded size differs from that of a chunk of the array.
 
     Attributes:
-        nbytes: bytes that it holds.
+        nbytes: its decoded size in bytes.
     """
 
     def __init__(self, text: str, nbytes: int) -> None:
@@ -64,7 +64,7 @@ class SizeError(DamagedError):
 
 @dataclass(frozen=True)
 class Encoded:
-    """The stored form of a chunk, as far as its codecs determine it.
+    """The stored form of a chunk, as far as it follows from the codecs.
 
     Attributes:
         codec: the outermost compressor, or ``""``.
@@ -88,12 +88,12 @@ class Encoded:
 
     @property
     def most(self) -> int:
-        """Bytes that the compressor may yield."""
+        """Bytes that the compressor may decode to."""
         return self.nbytes if self.exact else 16 * self.nbytes + (1 << 20)
 
     @property
     def most_stored(self) -> int:
-        """Bytes that a file may have: more than any compressor makes of what cannot be compressed."""
+        """Bytes that a file may have: more than any compressor makes of incompressible data."""
         return 2 * (self.shard.most if self.shard is not None else self.most) + _OVERHEAD
 
 
@@ -137,13 +137,13 @@ class Shard:
 
 
 def problem_of(path: str, most: int) -> Exception | None:
-    """Return what is wrong with the file of a chunk, of whose content nothing is read; None where nothing is.
+    """Return the problem with a chunk file without reading it; None for none.
 
-    A file that is not there is not wrong: such a chunk holds the fill value.
+    A missing file is valid: such a chunk holds the fill value.
 
     Args:
         path: the file.
-        most: bytes that it may have.
+        most: size limit in bytes.
     """
     try:
         status = os.stat(path)  # noqa: PTH116  thousands of them, and a Path costs more than the call
@@ -151,19 +151,19 @@ def problem_of(path: str, most: int) -> Exception | None:
         if os.path.islink(path):  # noqa: PTH114  as above
             return DamagedError(f"it is a link to {os.readlink(path)}, which is not there")  # noqa: PTH115  as above
         return None
-    except OSError:  # the reader meets it as well
+    except OSError:  # raised again by the reader
         return None
     if stat.S_ISDIR(status.st_mode):
         return DamagedError("a folder stands where the chunk should be a file")
-    wrong = irregularity(status.st_mode)
-    if wrong:
-        return IrregularFileError(wrong)
-    wrong = excess(status.st_size, most)
-    return LargeFileError(wrong) if wrong else None
+    problem = irregularity(status.st_mode)
+    if problem:
+        return IrregularFileError(problem)
+    problem = excess(status.st_size, most)
+    return LargeFileError(problem) if problem else None
 
 
 def check_file(stored: memoryview, encoded: Encoded) -> None:
-    """Check all that is stored in one file: a chunk, or a shard with its chunks.
+    """Check the content of a file: a chunk, or a shard with its chunks.
 
     Raises:
         EmptyError: it has no bytes.
@@ -176,9 +176,9 @@ def check_file(stored: memoryview, encoded: Encoded) -> None:
         raise DamagedError(f"it is cut short: {len(stored)} bytes are stored, less than its checksums have")
     if checksums:
         stored = stored[encoded.head : len(stored) - encoded.tail]
-    wrong = excess(len(stored), encoded.most_stored)
-    if wrong:
-        raise LargeFileError(wrong)
+    problem = excess(len(stored), encoded.most_stored)
+    if problem:
+        raise LargeFileError(problem)
     if encoded.opaque:
         return
     if encoded.codec:
@@ -186,7 +186,7 @@ def check_file(stored: memoryview, encoded: Encoded) -> None:
     elif encoded.shard is not None:
         _check_shard(stored, encoded.shard)
     elif encoded.exact and len(stored) != encoded.nbytes:
-        text = f"{len(stored)} bytes are stored, and an uncompressed chunk has {encoded.nbytes}"
+        text = f"{len(stored)} bytes are stored, but an uncompressed chunk has {encoded.nbytes}"
         raise SizeError(text, len(stored))
 
 
@@ -207,13 +207,13 @@ def check_part(stored: memoryview, shard: Shard) -> None:
     """Check the stored bytes of one chunk of a shard; see `check_file`."""
     try:
         check_file(stored, shard.chunk)
-    except EmptyError as e:  # of the shard's chunks alone: the object is not empty
+    except EmptyError as e:  # one chunk is empty, and not the whole object
         raise DamagedError("a chunk of the shard is empty: its index gives it 0 bytes") from e
 
 
 def _expect(decoded: int, encoded: Encoded) -> None:
     if decoded > encoded.most or (encoded.exact and decoded != encoded.nbytes):
-        text = f"it would decode to {decoded} bytes, and a chunk of the array has {encoded.nbytes}"
+        text = f"it would decode to {decoded} bytes, but a chunk of the array has {encoded.nbytes}"
         raise SizeError(text, decoded)
 
 
@@ -246,15 +246,15 @@ def _zstd(stored: memoryview, encoded: Encoded) -> None:
 
 
 def _frame(stored: memoryview, at: int) -> tuple[int, bool, int]:
-    """Bytes that a frame decodes to, or could; whether that is certain; and where it ends.
+    """Return the decoded size of a frame (or a bound), whether it is certain, and the end of the frame.
 
-    A frame without its size is certain where none of its blocks is compressed.
+    The size of a frame without a size field is certain if none of its blocks is compressed.
     """
     magic = int.from_bytes(stored[at : at + 4], "little")
-    if magic & 0xFFFFFFF0 == 0x184D2A50:  # skipped by whoever decodes
+    if magic & 0xFFFFFFF0 == 0x184D2A50:  # a skippable frame
         return 0, True, at + 8 + int.from_bytes(stored[at + 4 : at + 8], "little")
     if magic != 0xFD2FB528:
-        raise DamagedError("it is no Zstandard frame")
+        raise DamagedError("it is not a Zstandard frame")
     try:
         head = stored[at + 4]
         single, size_flag = head >> 5 & 1, head >> 6
@@ -278,7 +278,7 @@ def _frame(stored: memoryview, at: int) -> tuple[int, bool, int]:
 
 
 def check_header(stored: memoryview, encoded: Encoded) -> None:
-    """Check the header of what a compressor made, where it has one that says how much it decodes to.
+    """Check the decoded size in the header of compressed bytes, if the format has one.
 
     Raises:
         DamagedError: it is cut short, or would decode to too much.

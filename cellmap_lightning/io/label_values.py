@@ -1,4 +1,4 @@
-"""Which values a label array holds: read once from its chunks, and cached outside the data."""
+"""The values that a label array holds, read once from its chunks and cached outside the data."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from cellmap_lightning.io.ngff import Level
 from cellmap_lightning.io.records import recall, remember
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 
-#: Voxels that are read of an array at most; of a larger one, evenly spaced chunks.
+#: Voxels that are read of an array at most; of a larger array, evenly spaced chunks.
 MOST_VOXELS = 1 << 27
 #: The code that CellMap's default encoding gives to unannotated voxels, and image editors to masks.
 CODE = 255
@@ -25,15 +25,15 @@ CODE = 255
 
 @dataclass(frozen=True)
 class LabelValues:
-    """Which values a label array holds.
+    """The values that a label array holds.
 
     Attributes:
         zero: whether any voxel is 0.
         one: whether any is 1.
-        code: whether any is the code that was asked about.
+        code: whether any is the code of unannotated voxels.
         other: whether any is something else.
         above: whether any is greater than the code.
-        negative: a negative value; None where there is none.
+        negative: a negative value; None without one.
         complete: whether all voxels were read.
     """
 
@@ -64,13 +64,13 @@ class LabelValues:
 def label_values(
     level: Level, label: str, code: int = CODE, retry_policy: RetryPolicy = DEFAULT_RETRY, empty: Empty = "error"
 ) -> LabelValues:
-    """Return which values a label array holds.
+    """Return the values that a label array holds.
 
     Args:
         level: the array.
         label: name of the crop and class, for messages.
-        code: the value that is told from others.
-        retry_policy: retries and deadlines of the reads.
+        code: the value that may stand for unannotated voxels.
+        retry_policy: retries and timeouts of the reads.
         empty: how chunk files of 0 bytes are read; see `ChunkReader`.
 
     Raises:
@@ -83,14 +83,15 @@ def label_values(
     cached = recall(key, lambda: stamp, _parsed)
     if cached is not None:
         return cached
-    found = _read(reader, list(files), code)
-    remember(key, stamp, asdict(found))
-    return found
+    values = _read(reader, list(files), code)
+    remember(key, stamp, asdict(values))
+    return values
 
 
 def _parsed(content: Mapping[str, Any]) -> LabelValues:
     for name in LabelValues.__dataclass_fields__:
-        if type(content[name]) not in ((int, type(None)) if name == "negative" else (bool,)):
+        types = (int, type(None)) if name == "negative" else (bool,)
+        if type(content[name]) not in types:
             raise TypeError(f"{name} is {content[name]!r}")
     return LabelValues(**content)
 
@@ -99,30 +100,25 @@ def _read(reader: ChunkReader, files: list[tuple[int, int, int]], code: int) -> 
     level = reader.level
     size = level.zyx(level.array.files)
     grid = [-(-n // f) for n, f in zip(reader.shape, size, strict=True)]
-    found = LabelValues()
-    if len(files) < math.prod(grid):  # one voxel of a chunk that is not stored has the fill value of all
-        there = set(files)
-        hole = next(place for place in itertools.product(*map(range, grid)) if place not in there)
-        start = [i * f for i, f in zip(hole, size, strict=True)]
-        found |= _values(read_labels(reader, (start[0], start[1], start[2]), (1, 1, 1)), code)
+    values = LabelValues()
+    if len(files) < math.prod(grid):  # one voxel of a missing chunk shows the fill value of all
+        existing = set(files)
+        absent = next(index for index in itertools.product(*map(range, grid)) if index not in existing)
+        z, y, x = (i * f for i, f in zip(absent, size, strict=True))
+        values |= _values(read_labels(reader, (z, y, x), (1, 1, 1)), code)
     most = max(1, MOST_VOXELS // math.prod(min(f, n) for f, n in zip(size, reader.shape, strict=True)))
     chosen = sorted(files)
     if len(chosen) > most:
         chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).round().astype(int)]
-        found |= LabelValues(complete=False)
-    for place in chosen:
-        corner = [i * f for i, f in zip(place, size, strict=True)]
-        # A shard may be as large as the array: its chunks are read one after another.
-        ends = [min(c + f, n) for c, f, n in zip(corner, size, reader.shape, strict=True)]
-        steps = [range(c, e, n) for c, e, n in zip(corner, ends, reader.chunks, strict=True)]
-        for z, y, x in itertools.product(*steps):
-            dz, dy, dx = (min(n, e - c) for n, e, c in zip(reader.chunks, ends, (z, y, x), strict=True))
-            found |= _values(read_labels(reader, (z, y, x), (dz, dy, dx)), code)
-    return found
+        values |= LabelValues(complete=False)
+    for file in chosen:
+        for start, shape in reader.chunks_of(file):
+            values |= _values(read_labels(reader, start, shape), code)
+    return values
 
 
 def read_labels(reader: ChunkReader, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
-    """Read the stored labels of a box as integers; for ``begun`` see `ChunkReader.read`.
+    """Read the labels of a box as integers; for ``begun`` see `ChunkReader.read`.
 
     Raises:
         ChunkError: a chunk cannot be read.
@@ -131,7 +127,7 @@ def read_labels(reader: ChunkReader, start: tuple[int, int, int], shape: Shape, 
     try:
         stored = reader.read(start, shape, begun)
     except EmptyChunkError as e:
-        e.args = (f"{e}. Copy it again, or set missing_labels=unknown to make its voxels unknown (NaN)",)
+        e.args = (f"{e}. Copy it again, or set missing_labels=unknown to make its voxels unannotated (NaN)",)
         raise
     if stored.dtype.kind != "f":
         return stored
@@ -142,17 +138,15 @@ def read_labels(reader: ChunkReader, start: tuple[int, int, int], shape: Shape, 
 
 def _values(stored: AnyArray, code: int) -> LabelValues:
     low, high = int(stored.min()), int(stored.max())
-    if low == high:  # as most chunks of labels are
-        return _of({low}, code)
-    if low >= 0 and high < 1 << 16:
-        seen = set(np.flatnonzero(np.bincount(stored.ravel(), minlength=2)).tolist())
-        return _of(seen, code)
-    found = _of({low, high}, code)
+    if low == high:  # true of most chunks of labels
+        return _summary({low}, code)
+    if low >= 0 and high < 1 << 16:  # few possible values: a histogram is faster than comparisons
+        return _summary(set(np.flatnonzero(np.bincount(stored.ravel(), minlength=2)).tolist()), code)
     zero, one, is_code = (bool((stored == value).any()) for value in (0, 1, code))
-    return found | LabelValues(zero=zero, one=one, code=is_code)
+    return _summary({low, high}, code) | LabelValues(zero=zero, one=one, code=is_code)
 
 
-def _of(seen: set[int], code: int) -> LabelValues:
-    negative = min(seen) if min(seen) < 0 else None
-    other = bool(seen - {0, 1, code})
-    return LabelValues(0 in seen, 1 in seen, code in seen, other, max(seen) > code, negative)
+def _summary(values: set[int], code: int) -> LabelValues:
+    negative = min(values) if min(values) < 0 else None
+    other = bool(values - {0, 1, code})
+    return LabelValues(0 in values, 1 in values, code in values, other, max(values) > code, negative)

@@ -1,10 +1,9 @@
 """The meaning of stored predictions: probabilities, scaled probabilities, masks or ids.
 
 Every writer of this package records it as ``cellmap.prediction.values`` of the group. Where nothing is recorded, it is
-decided from the values, with one log line; values that could mean several things are an error that names the setting.
+inferred from the values, with one log line; ambiguous values are an error that names the setting.
 """
 
-import itertools
 import logging
 import math
 from collections.abc import Mapping
@@ -17,21 +16,22 @@ import numpy.typing as npt
 from cellmap_lightning.errors import CellMapValueError, MetadataError
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, read_encoding
+from cellmap_lightning.validation import one_of
 
 log = logging.getLogger(__name__)
 
 #: ``probability``: from 0 to 1, as it is. ``scaled``: probability 1 is the largest value of the stored type, 255 for
 #: uint8 and for floats. ``mask``: present where it is not 0. ``ids``: the same, and each id is an object.
 Kind = Literal["probability", "scaled", "mask", "ids"]
-#: A kind, or ``auto``: what the metadata record, else what the values show.
+#: A kind, or ``auto``: recorded in the metadata, else inferred from the values.
 Values = Literal["auto", "probability", "scaled", "mask", "ids"]
 #: The same for all classes, or ``{class: values}``, with ``"*"`` for the others.
 ValuesSetting = Values | Mapping[str, Values]
 
-#: By how much a probability may miss [0, 1]: the noise of half precision.
+#: Distance by which a probability may lie outside [0, 1]: the noise of half precision.
 _TOLERANCE = 2e-3
 _PLAIN = Encoding(0, None)
-#: Voxels that are read at most to decide; of a larger array, evenly spaced chunks.
+#: Voxels that are read at most for that; of a larger array, evenly spaced chunks.
 _MOST_VOXELS = 1 << 27
 
 
@@ -42,7 +42,7 @@ class Meaning:
     Attributes:
         kind: see `Kind`.
         one: the stored value of probability 1.
-        encoding: which values of a mask or of ids are background or unknown.
+        encoding: values of a mask or of ids that are background or unannotated.
         checked: values that contradict the kind are an error, since it was recorded rather than set.
     """
 
@@ -65,14 +65,14 @@ class Meaning:
         return 1 if self.is_labels else threshold * self.one
 
     def present(self, stored: npt.NDArray[Any], threshold: float) -> npt.NDArray[np.bool_]:
-        """Return where the class is present."""
+        """Return a mask of the voxels where the class is present."""
         if self.is_labels:
             return self.encoding.present(stored)
-        there: npt.NDArray[np.bool_] = stored >= threshold * self.one
-        return there
+        present: npt.NDArray[np.bool_] = stored >= threshold * self.one
+        return present
 
     def check(self, stored: npt.NDArray[Any], where: str) -> None:
-        """Check values against what the metadata record.
+        """Check values against the recorded kind.
 
         Raises:
             MetadataError: a mask with other values than 0 and 1, or probabilities outside [0, 1].
@@ -83,31 +83,29 @@ class Meaning:
         slack = 0 if self.kind == "mask" else _TOLERANCE * self.one
         if low < -slack or high > self.one * (2 if self.kind == "probability" else 1) + slack:
             raise MetadataError(
-                f"{where}: its metadata record values={self.kind} (0 to {self.one:g}), and it holds values from "
+                f"{where}: its metadata record values={self.kind} (0 to {self.one:g}), but it holds values from "
                 f"{low:g} to {high:g}; set values=probability to compare them with the threshold as they are, or the "
-                "values that are right"
+                "right kind"
             )
 
 
 def check_values(setting: Any) -> ValuesSetting:
-    """Return the setting ``values`` if it is one.
+    """Return the setting ``values`` if it is valid.
 
     Raises:
-        CellMapValueError: it is none.
+        CellMapValueError: an unknown kind.
     """
-    parts = setting.values() if isinstance(setting, Mapping) else [setting]
-    for part in parts:
-        if part not in get_args(Values):
-            raise CellMapValueError(f"values must be one of {', '.join(get_args(Values))}, got {part!r}")
-    found: ValuesSetting = dict(setting) if isinstance(setting, Mapping) else setting
-    return found
+    for kind in setting.values() if isinstance(setting, Mapping) else [setting]:
+        one_of("values", kind, get_args(Values))
+    checked: ValuesSetting = dict(setting) if isinstance(setting, Mapping) else setting
+    return checked
 
 
 def check_kind(value: Any) -> Kind:
-    """Return the meaning of that name.
+    """Return the kind of that name.
 
     Raises:
-        CellMapValueError: there is none.
+        CellMapValueError: an unknown kind.
     """
     if value not in get_args(Kind):
         raise CellMapValueError(f"values must be one of {', '.join(get_args(Kind))} or None, got {value!r}")
@@ -132,7 +130,7 @@ def prediction_attributes(name: str, kind: Kind | None, dtype: npt.DTypeLike = n
 
 
 def meaning_of(image: Multiscale, name: str, setting: ValuesSetting = "auto") -> Meaning:
-    """Return the meaning of a prediction: as set, as its metadata record, or as its values show.
+    """Return the meaning of a prediction: as set, as recorded in its metadata, or inferred from its values.
 
     Args:
         image: the prediction of a class.
@@ -140,7 +138,7 @@ def meaning_of(image: Multiscale, name: str, setting: ValuesSetting = "auto") ->
         setting: see `ValuesSetting`; a kind takes precedence over the metadata.
 
     Raises:
-        MetadataError: the metadata are malformed, or the values could mean several things.
+        MetadataError: the metadata are malformed, or the values are ambiguous.
         ChunkError: a chunk cannot be read.
     """
     dtype = image.finest.array.dtype
@@ -153,8 +151,8 @@ def meaning_of(image: Multiscale, name: str, setting: ValuesSetting = "auto") ->
         return recorded
     if dtype.kind == "b":
         return Meaning("mask")
-    kind, why = _decided(_seen(image.finest, name), dtype, f"{name}: {image.finest.path}", label)
-    log.info("%s: the metadata do not record what its values mean; %s: read as %s", name, why, kind)
+    kind, reason = _inferred(_read_range(image.finest, name), dtype, f"{name}: {image.finest.path}", label)
+    log.info("%s: the metadata do not record the meaning of its values; %s: read as %s", name, reason, kind)
     return Meaning(kind, _one(kind, dtype))
 
 
@@ -165,21 +163,19 @@ def _one(kind: str, dtype: np.dtype[Any]) -> int:
 
 
 def _recorded(image: Multiscale, name: str) -> Meaning | None:
-    """Return the meaning that the attributes of a group record; None where they record none."""
-    block = image.attributes.get("cellmap")
-    block = block if isinstance(block, Mapping) else {}
+    """Return the meaning that is recorded in the attributes of a group, or None."""
+    block = _mapping(image.attributes.get("cellmap"))
     annotation = block.get("annotation")
     if isinstance(annotation, Mapping):
-        kind = annotation.get("annotation_type")
-        instances = isinstance(kind, Mapping) and kind.get("type") == "instance_segmentation"
+        instances = _mapping(annotation.get("annotation_type")).get("type") == "instance_segmentation"
         encoding = read_encoding(image, image.finest) or _PLAIN
         return Meaning("ids" if instances else "mask", encoding=encoding)
-    found = block.get("prediction")
-    if not isinstance(found, Mapping) or not {"values", "probability_1"} & set(found):
+    prediction = _mapping(block.get("prediction"))
+    if not {"values", "probability_1"} & set(prediction):
         return None
-    # Earlier versions recorded the stored value of probability 1 alone.
-    kind = found.get("values", "scaled")
-    one = found.get("probability_1", 1)
+    # Earlier versions recorded only the stored value of probability 1.
+    kind = prediction.get("values", "scaled")
+    one = prediction.get("probability_1", 1)
     if kind not in get_args(Kind):
         raise MetadataError(
             f"{name}: {image.path} records cellmap.prediction.values={kind!r}; it must be one of "
@@ -193,18 +189,23 @@ def _recorded(image: Multiscale, name: str) -> Meaning | None:
 
 
 def recorded_kind(image: Multiscale, name: str) -> Kind | None:
-    """Return the kind that the metadata of a prediction record; None where they record none."""
-    found = _recorded(image, name)
-    return found.kind if found is not None else None
+    """Return the kind that is recorded in the metadata of a prediction, or None."""
+    meaning = _recorded(image, name)
+    return meaning.kind if meaning is not None else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """Return a value if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """The stored values of an array.
+class _Range:
+    """The range of the stored values of an array.
 
     Attributes:
-        low: the least.
-        high: the greatest.
+        low: minimum.
+        high: maximum.
         between: whether any is neither 0, 1 nor the largest value of the type.
         one: whether any is 1.
         whole: whether all are whole numbers.
@@ -216,57 +217,57 @@ class _Seen:
     one: bool = False
     whole: bool = True
 
-    def __or__(self, more: "_Seen") -> "_Seen":
-        return _Seen(
+    def __or__(self, more: "_Range") -> "_Range":
+        return _Range(
             min(self.low, more.low), max(self.high, more.high), self.between or more.between, self.one or more.one,
             self.whole and more.whole,
         )  # fmt: skip
 
 
-def _seen(level: Level, name: str) -> _Seen:
-    """Read the values of an array, chunk by chunk."""
+def _read_range(level: Level, name: str) -> _Range:
+    """Read the range of the values of an array, chunk by chunk."""
     reader = ChunkReader(level, name, empty="missing")
-    size = level.zyx(level.array.files)
-    most = max(1, _MOST_VOXELS // math.prod(size))
+    most = max(1, _MOST_VOXELS // math.prod(level.array.files))
     files = sorted(reader.stored())
     if len(files) > most:
         files = [files[i] for i in np.linspace(0, len(files) - 1, most).round().astype(int)]
-    found = _Seen(low=0, high=0)
-    for place in files:
-        ranges = [
-            range(i * f, min((i + 1) * f, n), c)
-            for i, f, n, c in zip(place, size, reader.shape, reader.chunks, strict=True)
-        ]
-        for z, y, x in itertools.product(*ranges):
-            dz, dy, dx = (min(c, r.stop - a) for a, r, c in zip((z, y, x), ranges, reader.chunks, strict=True))
-            found |= _values(reader.read((z, y, x), (dz, dy, dx)))
-    return found
+    values = _Range(low=0, high=0)
+    for file in files:
+        for start, shape in reader.chunks_of(file):
+            values |= _range_of(reader.read(start, shape))
+    return values
 
 
-def _values(stored: npt.NDArray[Any]) -> _Seen:
+def _range_of(stored: npt.NDArray[Any]) -> _Range:
     if stored.dtype.kind == "f":
         stored = stored[np.isfinite(stored)]
         if not stored.size:
-            return _Seen()
+            return _Range()
     low, high = float(stored.min()), float(stored.max())
     if low == high == 0:
-        return _Seen(0, 0)
+        return _Range(0, 0)
     top = np.iinfo(stored.dtype).max if stored.dtype.kind in "iu" else math.inf
     one = stored == 1
     edges = int(np.count_nonzero(one)) + int(np.count_nonzero(stored == 0)) + int(np.count_nonzero(stored == top))
     whole = stored.dtype.kind != "f" or bool((np.rint(stored) == stored).all())
-    return _Seen(low, high, edges < stored.size, bool(one.any()), whole)
+    return _Range(low, high, edges < stored.size, bool(one.any()), whole)
 
 
-def _decided(seen: _Seen, dtype: np.dtype[Any], where: str, label: str) -> tuple[Kind, str]:
-    """Return the only thing that values can mean, and why.
+def _inferred(seen: _Range, dtype: np.dtype[Any], where: str, label: str) -> tuple[Kind, str]:
+    """Return the only possible kind of some values, and the reason.
+
+    Args:
+        seen: range of the values.
+        dtype: their stored type.
+        where: name and path of the array, for messages.
+        label: the class.
 
     Raises:
-        MetadataError: there are several.
+        MetadataError: several kinds are possible.
     """
     text = f"{dtype} values from {seen.low:g} to {seen.high:g}"
     if dtype.kind == "f":
-        # A model without a sigmoid may exceed 1 a little; logits are negative as well.
+        # A model without a sigmoid may slightly exceed 1; logits are negative too.
         if seen.low >= -_TOLERANCE and seen.high <= (1 + _TOLERANCE if seen.whole else 2):
             return "probability", text
         if seen.low >= 0 and seen.whole and seen.high > _one("scaled", dtype):
@@ -285,22 +286,22 @@ def _decided(seen: _Seen, dtype: np.dtype[Any], where: str, label: str) -> tuple
         kinds = ["probability"]
     settings = " or ".join(f"values={kind}" for kind in kinds)
     raise MetadataError(
-        f"{where} holds {text}, and its metadata do not record what they mean; set {settings}, or for this class alone "
+        f"{where} holds {text}, and its metadata do not record their meaning; set {settings}, or for this class alone "
         f"values={{{label}: {kinds[0]}}}"
     )
 
 
 class WrittenMeaning:
-    """The meaning of values, followed while patches of them are written.
+    """The meaning of values, updated while patches of them are written.
 
     Args:
         dtype: type of a stored voxel.
-        given: the meaning, where it is set.
-        recorded: the meaning that earlier writes recorded.
-        begun: whether there were earlier writes; where these recorded nothing, nothing is recorded any more.
+        given: the kind, where it is set.
+        recorded: the kind that earlier writes recorded.
+        begun: whether there were earlier writes; if these recorded nothing, later ones do not either.
 
     Attributes:
-        kind: the meaning so far; None where the values could mean several things.
+        kind: the kind so far; None while the values are ambiguous.
     """
 
     def __init__(
@@ -313,7 +314,7 @@ class WrittenMeaning:
         self._low, self._high = 0.0, 2.0 if self._fractions else 1.0
 
     def add(self, values: npt.NDArray[Any]) -> bool:
-        """Follow values before they are rounded to the stored type. Returns whether the meaning changed."""
+        """Update the kind from values, before they are rounded to the stored type; return whether it changed."""
         if self._fixed or not values.size:
             return False
         before = self.kind

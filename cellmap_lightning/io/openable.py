@@ -1,8 +1,8 @@
 """A check that a reader can open an array and decode its chunks, made from the metadata alone.
 
 zarr-python opens a copy of the metadata in memory, then writes and reads one small chunk with the array's codecs.
-TensorStore only parses a copy: once it opens anything, its threads forbid the process to fork, so rules of this module
-stand for the rest. Each kind of array is checked once per process.
+TensorStore only parses a copy: once it opens anything, its threads make the process unsafe to fork, so the rest of its
+rules is reimplemented here. Each kind of array is checked once per process.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.io.integrity import COMPRESSORS, FILTERS
 from cellmap_lightning.io.ngff import ArrayInfo
 
-#: Which library decodes: zarr-python, or TensorStore, which is several times as fast where nothing can be kept.
+#: The library that decodes: zarr-python, or TensorStore, which is several times as fast where no cache is possible.
 Reader = Literal["zarr", "tensorstore"]
 READERS: tuple[Reader, ...] = ("zarr", "tensorstore")
 
-#: What is wrong with each kind of array and reader; "" where nothing is.
+#: The problem of each kind of array and reader; "" for none.
 _results: dict[tuple[str, int, Reader], str] = {}
 _TITLES = {"zarr": "zarr-python", "tensorstore": "TensorStore"}
 _Metadata = dict[str, Any]
@@ -47,21 +47,21 @@ def check_openable(info: ArrayInfo, reader: Reader) -> None:
     """Check that a reader can open an array and decode its chunks.
 
     It costs some milliseconds for the first array of a kind, and nothing for the others: attributes and the number of
-    voxels make no difference. What came from another process was checked there.
+    voxels make no difference. An array that was pickled in another process was checked there.
 
     Args:
         info: the array.
-        reader: what decodes it.
+        reader: the reader.
 
     Raises:
-        MetadataError: it cannot; the message names the file, the field, and what would be right.
+        MetadataError: it cannot; the message names the file, the field, and a valid value.
     """
     if not info.document:
         return
     key = info.document, info.zarr_format, reader
     text = _results.get(key)
     if text is None:
-        # Two threads may both check a kind at the same time, with the same result. A lock could be held in a fork.
+        # No lock, which could be held in a fork: two threads may both check a kind, with the same result.
         text = _results[key] = _Check(info.zarr_format, reader).problem(json.loads(info.document))
     if text:
         raise MetadataError(f"{info.metadata}: {text}")
@@ -81,7 +81,7 @@ class _Check:
 
     Args:
         zarr_format: 2 or 3.
-        reader: what decodes.
+        reader: the reader.
     """
 
     def __init__(self, zarr_format: int, reader: Reader) -> None:
@@ -94,9 +94,9 @@ class _Check:
                 _run_zarr(meta, self.zarr_format)
             else:
                 _parse_with_tensorstore(meta, self.zarr_format)
-        except Warning:  # where the user makes errors of them
+        except Warning:  # where the user turns warnings into errors
             return None
-        except Exception as e:  # codecs raise whatever they like
+        except Exception as e:  # codecs raise any type
             return e
         return None
 
@@ -105,7 +105,7 @@ class _Check:
         return self.refusal(meta) is None
 
     def problem(self, meta: _Metadata) -> str:
-        """Return what is wrong and what would be right; "" where nothing is."""
+        """Return the problem and a valid value; "" for none."""
         error = self.refusal(meta)
         if error is None:
             return ""
@@ -118,32 +118,49 @@ class _Check:
         return f"{text}; reader={other} reads it" if other_reads else text
 
     def _reason(self, meta: _Metadata, other_reads: bool) -> str:
-        """Name the field that the reader refuses and what would be right; "" where it is not one alone.
+        """Name the field that the reader refuses and a valid value; "" where no single field is the cause.
 
-        Where the other reader reads it, the field is not wrong, and nothing else would be right.
+        Where the other reader accepts the field, it is not wrong, and no other value is suggested.
         """
-        fields, defaults = _FIELDS[self.zarr_format], _defaults(meta, self.zarr_format)
-        missing = {name: defaults[name] for name in fields if name not in meta and name in defaults}
-        if missing and self.accepts(meta | missing):
-            whole = meta | missing
-            needed = [m for m in missing if not self.accepts({n: v for n, v in whole.items() if n != m})] or [*missing]
-            rights = [_right(name, meta, self.zarr_format) for name in needed]
-            return f"missing {' and '.join(map(repr, needed))}; right would be {' and '.join(rights)}"
-        known = {name: value for name, value in meta.items() if name in (*fields, *_OPTIONAL[self.zarr_format])}
-        if len(known) < len(meta) and self.accepts(known):
-            other = next(name for name in meta if name not in known)
-            return (
-                f"the field {other!r} is not part of the specification; right would be to leave it out, or to mark it "
-                'with "must_understand": false'
-            )
+        defaults = _defaults(meta, self.zarr_format)
+        return (
+            self._missing_fields(meta, defaults)
+            or self._unknown_field(meta)
+            or self._refused_field(meta, defaults, other_reads)
+        )
+
+    def _missing_fields(self, meta: _Metadata, defaults: _Metadata) -> str:
+        """Name the fields without which the reader refuses an array."""
+        missing = {name: defaults[name] for name in _FIELDS[self.zarr_format] if name in defaults.keys() - meta.keys()}
+        if not missing or not self.accepts(meta | missing):
+            return ""
+        whole = meta | missing
+        needed = [m for m in missing if not self.accepts({n: v for n, v in whole.items() if n != m})] or [*missing]
+        rights = [_right(name, meta, self.zarr_format) for name in needed]
+        return f"missing {' and '.join(map(repr, needed))}; right would be {' and '.join(rights)}"
+
+    def _unknown_field(self, meta: _Metadata) -> str:
+        """Name a field outside of the specification, if the reader accepts the array without such fields."""
+        known = (*_FIELDS[self.zarr_format], *_OPTIONAL[self.zarr_format])
+        unknown = [name for name in meta if name not in known]
+        if not unknown or not self.accepts({name: value for name, value in meta.items() if name in known}):
+            return ""
+        return (
+            f"the field {unknown[0]!r} is not part of the specification; right would be to leave it out, or to mark it "
+            'with "must_understand": false'
+        )
+
+    def _refused_field(self, meta: _Metadata, defaults: _Metadata, other_reads: bool) -> str:
+        """Name the field with whose default value the reader accepts the array."""
         for name, value in defaults.items():
-            if name in meta and self.accepts(meta | {name: value}):
-                if name == "codecs":
-                    own = _reason_of_codecs(meta) if not other_reads else ""
-                    return own or f"its codecs ({_chain(meta[name])}) cannot be read"
-                if other_reads:
-                    return f"{name} is {_short(meta[name])}, which cannot be read"
-                return f"{name} is {_short(meta[name])}; right would be {_right(name, meta, self.zarr_format)}"
+            if name not in meta or not self.accepts(meta | {name: value}):
+                continue
+            if name == "codecs":
+                reason = _reason_of_codecs(meta) if not other_reads else ""
+                return reason or f"its codecs ({_chain(meta[name])}) cannot be read"
+            if other_reads:
+                return f"{name} is {_short(meta[name])}, which cannot be read"
+            return f"{name} is {_short(meta[name])}; right would be {_right(name, meta, self.zarr_format)}"
         return ""
 
 
@@ -153,8 +170,8 @@ class _Check:
 def _run_zarr(meta: _Metadata, zarr_format: int) -> None:
     """Open the array with zarr-python, and pass a small chunk through its codecs.
 
-    The event loop is one of its own, in a thread that ends with it: zarr-python's would stay, and be there when worker
-    processes are forked.
+    It uses a temporary event loop in a temporary thread: that of zarr-python would still run when worker processes are
+    forked.
     """
     with ThreadPoolExecutor(1, "cellmap-check") as thread:
         thread.submit(asyncio.run, _pass_through_zarr(meta, zarr_format)).result()
@@ -175,7 +192,7 @@ async def _opened(meta: _Metadata, zarr_format: Any) -> Any:
 
 
 def _small(meta: _Metadata, zarr_format: int) -> _Metadata:
-    """The same array with one small chunk, of the same length along every axis, so that it divides any way round."""
+    """Return metadata with one small chunk, of equal length along all axes, so that transpositions keep its shape."""
     ndim = len(meta["shape"])
     shape = [4 if ndim <= 5 else 2 if ndim <= 10 else 1] * ndim
     if zarr_format == 2:
@@ -185,20 +202,20 @@ def _small(meta: _Metadata, zarr_format: int) -> _Metadata:
 
 
 def _small_codecs(codecs: list[Any], shape: list[int]) -> list[Any]:
-    small = []
-    for codec in codecs:
-        if isinstance(codec, dict) and codec.get("name") == "sharding_indexed":
-            own = codec["configuration"]
-            own = own | {"chunk_shape": shape, "codecs": _small_codecs(own.get("codecs", [_BYTES]), shape)}
-            codec = {**codec, "configuration": own}
-        elif isinstance(codec, dict) and isinstance(codec.get("configuration"), dict):
-            codec = {**codec, "configuration": _without_level(codec["configuration"])}
-        small.append(codec)
-    return small
+    return [_small_codec(codec, shape) for codec in codecs]
+
+
+def _small_codec(codec: Any, shape: list[int]) -> Any:
+    settings = codec.get("configuration") if isinstance(codec, dict) else None
+    if isinstance(codec, dict) and codec.get("name") == "sharding_indexed":
+        settings = codec["configuration"]
+        inner = {"chunk_shape": shape, "codecs": _small_codecs(settings.get("codecs", [_BYTES]), shape)}
+        return {**codec, "configuration": settings | inner}
+    return {**codec, "configuration": _without_level(settings)} if isinstance(settings, dict) else codec
 
 
 def _without_level(settings: Any) -> Any:
-    """Settings of a compressor with its lowest level, which is all the same to a reader."""
+    """Return the settings of a compressor with its lowest level, which makes no difference to a reader."""
     if not isinstance(settings, dict):
         return settings
     return settings | {name: 1 for name in ("level", "clevel", "acceleration", "preset") if name in settings}
@@ -208,7 +225,7 @@ def _without_level(settings: Any) -> Any:
 
 
 def _parse_with_tensorstore(meta: _Metadata, zarr_format: int) -> None:
-    """Parse the metadata with TensorStore, which checks fields one by one, and check here what it does when it opens.
+    """Parse the metadata with TensorStore, which checks single fields, and check here what it checks on opening.
 
     Raises:
         ValueError: it would refuse them.
@@ -231,7 +248,7 @@ def _parse_with_tensorstore(meta: _Metadata, zarr_format: int) -> None:
         _check_chain(meta["codecs"], chunk, np.dtype(_type_name(meta)).itemsize)
 
 
-#: Settings that TensorStore cannot do without.
+#: Settings that TensorStore requires.
 _NEEDED = {
     "blosc": ("cname", "clevel", "shuffle", "blocksize"),
     "gzip": ("level",),
@@ -242,18 +259,18 @@ _NEEDED = {
 
 
 def _check_chain(codecs: list[Any], shape: list[int], itemsize: int) -> None:
-    """Check what TensorStore demands of codecs beyond their names and settings."""
+    """Check codecs against TensorStore's requirements beyond their names and settings.
+
+    Args:
+        codecs: the codecs, in the order of encoding.
+        shape: shape of the array that they encode.
+        itemsize: bytes of one of its elements.
+
+    Raises:
+        ValueError: TensorStore would refuse them.
+    """
     for codec in codecs:
-        if not isinstance(codec, dict):
-            raise ValueError(f"expected an object for the codec {codec!r}")
-        settings = codec.get("configuration") or {}
-        lost = [name for name in _NEEDED.get(_name(codec), ()) if name not in settings]
-        if _name(codec) == "blosc" and settings.get("shuffle") != "noshuffle" and "typesize" not in settings:
-            lost.append("typesize")
-        if lost:
-            raise ValueError(f"missing settings of the codec {_name(codec)}: {', '.join(lost)}")
-        if _name(codec) == "bytes" and itemsize > 1 and "endian" not in settings:
-            raise ValueError('the codec bytes needs "endian"')
+        _check_settings(codec, itemsize)
     names = [_name(codec) for codec in codecs]
     serializers = [name for name in names if name in ("bytes", "sharding_indexed")]
     if len(serializers) != 1:
@@ -264,21 +281,38 @@ def _check_chain(codecs: list[Any], shape: list[int], itemsize: int) -> None:
             if isinstance(order, str):
                 order = list(range(len(shape)))[:: -1 if order == "F" else 1]
             if sorted(order) != list(range(len(shape))):
-                raise ValueError(f"{order} is no order of {len(shape)} axes")
+                raise ValueError(f"{order} is not an order of {len(shape)} axes")
             shape = [shape[a] for a in order]
-        if name != "sharding_indexed":
-            continue
-        own = codec["configuration"]
-        inner, index = own["chunk_shape"], own["index_codecs"]
-        if any(n % c for n, c in zip(shape, inner, strict=True)):
-            raise ValueError(f"chunks {inner} do not divide the shard {list(shape)}")
-        if names[-1] != name:
-            raise ValueError(f"no codec may follow sharding_indexed, got {names[-1]}")
-        variable = [n for n in map(_name, index) if n in COMPRESSORS]
-        if variable:
-            raise ValueError(f"index_codecs must have a fixed size, got {', '.join(variable)}")
-        _check_chain(index, [*shape, 2], 8)
-        _check_chain(own["codecs"], inner, itemsize)
+        elif name == "sharding_indexed":
+            if names[-1] != name:
+                raise ValueError(f"no codec may follow sharding_indexed, got {names[-1]}")
+            _check_shard(codec["configuration"], shape, itemsize)
+
+
+def _check_settings(codec: Any, itemsize: int) -> None:
+    """Check that a codec has all settings that TensorStore requires."""
+    if not isinstance(codec, dict):
+        raise ValueError(f"expected an object for the codec {codec!r}")
+    name, settings = _name(codec), codec.get("configuration") or {}
+    absent = [key for key in _NEEDED.get(name, ()) if key not in settings]
+    if name == "blosc" and settings.get("shuffle") != "noshuffle" and "typesize" not in settings:
+        absent.append("typesize")
+    if absent:
+        raise ValueError(f"missing settings of the codec {name}: {', '.join(absent)}")
+    if name == "bytes" and itemsize > 1 and "endian" not in settings:
+        raise ValueError('the codec bytes needs "endian"')
+
+
+def _check_shard(settings: dict[str, Any], shape: list[int], itemsize: int) -> None:
+    """Check the chunks and the index of a shard."""
+    inner, index = settings["chunk_shape"], settings["index_codecs"]
+    if any(n % c for n, c in zip(shape, inner, strict=True)):
+        raise ValueError(f"chunks {inner} do not divide the shard {list(shape)}")
+    variable = [name for name in map(_name, index) if name in COMPRESSORS]
+    if variable:
+        raise ValueError(f"index_codecs must have a fixed size, got {', '.join(variable)}")
+    _check_chain(index, [*shape, 2], 8)  # pairs of 64-bit numbers
+    _check_chain(settings["codecs"], inner, itemsize)
 
 
 def _name(codec: Any) -> str:
@@ -289,12 +323,12 @@ def _name(codec: Any) -> str:
 
 
 def _defaults(meta: _Metadata, zarr_format: int) -> _Metadata:
-    """A value of each field that every reader accepts."""
+    """Return a value of each field that every reader accepts."""
     kind = _type_name(meta)
     zero: Any = False if kind == "bool" else 0
     if zarr_format == 2:
-        own = {"zarr_format": 2, "fill_value": zero, "order": "C", "compressor": None, "filters": None}
-        return own | ({"dtype": np.dtype(kind).str} if kind else {})
+        fields = {"zarr_format": 2, "fill_value": zero, "order": "C", "compressor": None, "filters": None}
+        return fields | ({"dtype": np.dtype(kind).str} if kind else {})
     shape = meta["shape"]
     return {
         "zarr_format": 3, "node_type": "array", "fill_value": zero, "data_type": kind or "uint8",
@@ -315,11 +349,11 @@ def _right(name: str, meta: _Metadata, zarr_format: int) -> str:
         "order": "'C' or 'F'",
         "compressor": "the settings of a codec of numcodecs, or null",
         "filters": "settings of codecs of numcodecs, or null",
-        "storage_transformers": "none, since no reader here knows any",
+        "storage_transformers": "none, since no reader here supports any",
         "dimension_names": f"a name for each of the {len(meta['shape'])} axes, or none",
         "chunk_grid": "{'name': 'regular', 'configuration': {'chunk_shape': ...}}",
         "chunk_key_encoding": "{'name': 'default'} or {'name': 'v2'}, with a separator",
-        "codecs": "codecs that the reader knows, with their settings",
+        "codecs": "codecs that the reader supports, with their settings",
     }
     return texts[name]
 
@@ -340,7 +374,7 @@ def _short(value: Any) -> str:
 
 
 def _reason_of_codecs(meta: _Metadata) -> str:
-    """Return what is wrong with the codecs for every reader; "" where nothing is."""
+    """Return the problem that every reader has with the codecs; "" for none."""
     codecs, chunk = meta["codecs"], meta["chunk_grid"]
     for codec in _all_codecs(codecs):
         bare = _name(codec)
@@ -359,6 +393,7 @@ def _reason_of_codecs(meta: _Metadata) -> str:
 
 
 def _reason_of_chain(codecs: list[Any], shape: list[int]) -> str:
+    """Return the problem with the order of codecs or with the shapes of shards; "" for none."""
     names = [_name(codec) for codec in codecs]
     serializers = [name for name in names if name in ("bytes", "sharding_indexed")]
     if len(serializers) != 1:
@@ -370,38 +405,40 @@ def _reason_of_chain(codecs: list[Any], shape: list[int]) -> str:
         if name == "transpose":
             shape = [shape[a] for a in codec["configuration"]["order"]]
         if name == "sharding_indexed":
-            own = codec["configuration"]
-            inner = own["chunk_shape"]
-            if any(n % c for n, c in zip(shape, inner, strict=True)):
-                return f"the chunks {inner} do not divide their shard {list(shape)}; right would be chunks that do"
-            variable = [
-                n for n in map(_name, own.get("index_codecs", ())) if n.removeprefix("numcodecs.") in COMPRESSORS
-            ]
-            if variable:
-                return (
-                    f"index_codecs of its shards have {variable[0]!r}, after which the size of the index is not known; "
-                    "right would be 'bytes' and 'crc32c' alone"
-                )
-            return _reason_of_chain(own.get("codecs", [_BYTES]), inner)
+            return _reason_of_shard(codec["configuration"], shape)
     return ""
 
 
+def _reason_of_shard(settings: dict[str, Any], shape: list[int]) -> str:
+    inner = settings["chunk_shape"]
+    if any(n % c for n, c in zip(shape, inner, strict=True)):
+        return f"the chunks {inner} do not divide their shard {list(shape)}; right would be chunks that do"
+    index = map(_name, settings.get("index_codecs", ()))
+    variable = [name for name in index if name.removeprefix("numcodecs.") in COMPRESSORS]
+    if variable:
+        return (
+            f"index_codecs of its shards have {variable[0]!r}, after which the size of the index is not known; "
+            "right would be 'bytes' and 'crc32c' alone"
+        )
+    return _reason_of_chain(settings.get("codecs", [_BYTES]), inner)
+
+
 def _chain(codecs: list[Any]) -> str:
-    """The names of codecs, with those inside of shards in brackets."""
+    """Return the names of codecs, with those inside of shards in brackets."""
     names = []
     for codec in codecs:
-        own = codec.get("configuration") if isinstance(codec, dict) else None
-        inner = own.get("codecs") if isinstance(own, dict) else None
+        settings = codec.get("configuration") if isinstance(codec, dict) else None
+        inner = settings.get("codecs") if isinstance(settings, dict) else None
         names.append(_name(codec) + (f" [{_chain(inner)}]" if isinstance(inner, list) else ""))
     return ", ".join(names)
 
 
 def _all_codecs(codecs: list[Any]) -> list[Any]:
-    """Codecs with those inside of shards."""
+    """Return all codecs, with those inside of shards."""
     flat = []
     for codec in codecs:
         flat.append(codec)
-        own = codec.get("configuration") if isinstance(codec, dict) else None
-        if isinstance(own, dict) and _name(codec) == "sharding_indexed":
-            flat += _all_codecs([*(own.get("codecs") or []), *(own.get("index_codecs") or [])])
+        settings = codec.get("configuration") if isinstance(codec, dict) else None
+        if isinstance(settings, dict) and _name(codec) == "sharding_indexed":
+            flat += _all_codecs([*(settings.get("codecs") or []), *(settings.get("index_codecs") or [])])
     return flat

@@ -1,6 +1,6 @@
-"""Chunks of Zarr v2 that are files: read and written without zarr-python's pipeline, which costs more than the codec.
+"""A fast path for local chunk files of Zarr v2, without zarr-python's pipeline, which costs more than the codec.
 
-What is stored, and where, follows from the array's metadata: https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html.
+Format: https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html.
 """
 
 import math
@@ -26,11 +26,15 @@ _numbers = count()
 
 
 class PlainChunks:
-    """The chunks of one array, which has a compressor or none, and no filters; `of` says whether an array is such.
+    """The chunks of one local array without filters; `of` returns None for other arrays.
 
     Args:
         array: the array.
         root: its folder.
+
+    Example:
+        >>> array = zarr.open_array("a.zarr/s0", zarr_format=2)
+        >>> chunks = PlainChunks.of(array, array.store)
     """
 
     def __init__(self, array: "zarr.Array[Any]", root: str) -> None:
@@ -44,10 +48,10 @@ class PlainChunks:
 
     @classmethod
     def of(cls, array: "zarr.Array[Any]", store: Any) -> "PlainChunks | None":
-        """Those of an array, or None where zarr-python is the way to them.
+        """Return the chunks of an array; None where zarr-python must be used.
 
-        It is for arrays with filters, of Zarr v3, or in a store that is no folder of this machine: a read from a
-        network file system may hang, and there it ends in time.
+        It is needed for arrays with filters or of Zarr v3, and for other stores than local folders: a read from a
+        network file system may hang, and zarr-python's asynchronous reads have a timeout.
         """
         metadata: Any = array.metadata
         if (
@@ -63,17 +67,17 @@ class PlainChunks:
         return cls(array, str(store.root))
 
     def _blank(self, plain: np.ndarray[Any, Any]) -> bool:
-        """Whether all voxels of a whole chunk have the fill value."""
+        """Return whether all voxels of a whole chunk have the fill value."""
         if plain.dtype.kind in "bui" and self.fill == 0 and plain.nbytes % 8 == 0:  # eight bytes at a time
             return not plain.view(np.uint64).any()
         return not (plain != self.fill).any()
 
     def file(self, index: Sequence[int]) -> str:
-        """Where a chunk is stored."""
+        """Return the path of a chunk."""
         return f"{self.root}/{self.separator.join(map(str, index))}"
 
     def whole(self, box: Sequence[slice | int]) -> tuple[int, ...] | None:
-        """The index of the chunk of which a box is all that lies in the array; None for any other box."""
+        """Return the index of the chunk whose part inside the array is a box; None for any other box."""
         index = []
         for part, size, n in zip(box, self.chunks, self.shape, strict=True):
             first, stop = (part, part + 1) if isinstance(part, int) else (part.start, part.stop)
@@ -83,9 +87,9 @@ class PlainChunks:
         return tuple(index)
 
     def read(self, box: Sequence[slice | int], encoded: Encoded) -> np.ndarray[Any, Any] | None:
-        """The voxels of a whole chunk; None for any other box, and where it is not there or anything is wrong with it.
+        """Return the voxels of a whole chunk; None for any other box, a missing chunk, and any error.
 
-        zarr-python then meets the same, and its guarded store says what it is, or tries again.
+        The caller then reads with zarr-python, whose `RetryingStore` retries or raises the error.
         """
         index = self.whole(box)
         if index is None:
@@ -101,20 +105,20 @@ class PlainChunks:
             if decoded.nbytes != math.prod(self.chunks) * self.dtype.itemsize:
                 return None
             voxels = np.frombuffer(decoded, self.dtype)
-        except Exception:  # codecs raise whatever they like
+        except Exception:  # codecs raise any type
             return None
         COUNTS.add("reads")
         inside = tuple(slice(0, part.stop - part.start) for part in box if isinstance(part, slice))
         part = voxels.reshape(self.chunks, order=self.order)[inside]
-        # Who keeps a part keeps no whole chunk with it.
+        # A copy of a part, so that it does not keep the whole chunk in memory.
         return part if part.size == voxels.size else part.copy()
 
     def write(self, index: Sequence[int], voxels: np.ndarray[Any, Any]) -> None:
-        """Write a chunk, whole or not at all; a chunk of nothing but the fill value has no file.
+        """Write a chunk atomically; a chunk that holds only the fill value has no file.
 
         Args:
-            index: which.
-            voxels: what of it lies in the array.
+            index: index of the chunk.
+            voxels: its part inside the array.
         """
         path = self.file(index)
         if voxels.shape != self.chunks:

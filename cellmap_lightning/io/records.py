@@ -1,7 +1,7 @@
 """Records: small files with measurements, cached between runs in the user's cache folder.
 
-A record notes what was measured (its key), the stamp of the files that it was measured from, and a checksum. It is used
-only while all three match; otherwise the caller measures again and replaces it. A damaged record is reported once.
+A record contains its key, the stamp of the measured files, and a checksum. It is used only if all three match,
+otherwise the caller measures again and replaces it. A damaged record is reported once.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 #: Bytes of a record at most; those of large indices have less than a megabyte.
 MOST_BYTES = 1 << 26
-#: Seconds after which a draft belongs to a process that was killed.
+#: Seconds after which a draft is taken to be left by a killed process.
 STALE_DRAFT_SECONDS = 3600.0
 _FORMAT = 2
 _NAME = re.compile(r"[0-9a-f]{32}\.json")
@@ -36,22 +36,25 @@ _DIGITS = 64
 _T = TypeVar("_T")
 #: Damaged records that were reported and not yet replaced.
 _reported: set[Path] = set()
-#: Folders in which this process has looked for drafts of killed processes.
+#: Folders from which this process has removed drafts of killed processes.
 _swept: set[Path] = set()
 
 
 class DamagedRecordError(CellMapValueError):
-    """The text of a record that is cut, changed or something else altogether."""
+    """A text that is truncated, changed, or not a record."""
 
 
 @dataclass(frozen=True)
 class RecordKey:
-    """What was measured.
+    """The key of a measurement.
 
     Attributes:
         kind: the measurement, such as ``statistics``.
-        identity: what the result depends on besides the content of files: the array, settings, limits.
+        identity: all values that the result depends on besides the content of files: the array, settings, limits.
         of: the source, for listings.
+
+    Example:
+        >>> recall(RecordKey("count", ("/data/a.zarr", 255), "/data/a.zarr"), lambda: stamp, count_in)
     """
 
     kind: str
@@ -60,12 +63,12 @@ class RecordKey:
 
     @property
     def checksum(self) -> str:
-        """A text that differs for other keys."""
+        """Text that differs for every other key."""
         return hashlib.sha256(repr((_FORMAT, self.kind, self.identity)).encode()).hexdigest()
 
     @property
     def path(self) -> Path:
-        """The file of the record."""
+        """File of the record."""
         return cache_folder() / f"{self.checksum[:32]}.json"
 
 
@@ -76,7 +79,7 @@ def sealed(content: Mapping[str, Any]) -> str:
     """Return the JSON text of a mapping, with the SHA-256 checksum of its own content before it.
 
     Args:
-        content: what `json` can write; its keys are texts.
+        content: values that `json` can write; its keys are texts.
     """
     body = json.dumps(dict(content))
     return f"{_HEAD}{_checksum(body)}{_MIDDLE}{body}{_END}"
@@ -94,7 +97,7 @@ def unsealed(text: str) -> dict[str, Any]:
     if text != f"{_HEAD}{checksum}{_MIDDLE}{body}{_END}":
         raise DamagedRecordError(f"not a sealed record, it begins with {text[:20]!r}; expected {_HEAD!r}")
     if checksum != _checksum(body):
-        raise DamagedRecordError(f"its checksum is {_checksum(body)[:12]}..., and {checksum[:12]}... is noted in it")
+        raise DamagedRecordError(f"its checksum is {_checksum(body)[:12]}..., but {checksum[:12]}... is stored in it")
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as e:
@@ -144,12 +147,12 @@ def recall(key: RecordKey, stamp: Callable[[], str], parse: Callable[[Mapping[st
 
 
 def remember(key: RecordKey, stamp: str, measured: Mapping[str, Any]) -> None:
-    """Cache a measurement: atomically, so that readers and other writers see a whole record or none.
+    """Cache a measurement, atomically: readers and other writers see a whole record or none.
 
-    A folder that cannot be written to costs only time.
+    If the folder cannot be written to, a warning is logged.
 
     Args:
-        key: what was measured.
+        key: its key.
         stamp: the stamp of the files, taken before they were read.
         measured: the result, as `sealed` takes it.
     """
@@ -175,15 +178,15 @@ def remember(key: RecordKey, stamp: str, measured: Mapping[str, Any]) -> None:
         _reported.discard(path)
     except OSError as e:
         log.warning(
-            "measurements cannot be cached in %s (%s); they will be made again", path.parent, e.strerror or e
+            "measurements cannot be cached in %s (%s); they will be repeated", path.parent, e.strerror or e
         )  # fmt: skip
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Read a record without following links or waiting for pipes; None where there is none.
+    """Read a record without following links or blocking on pipes; None if it does not exist.
 
     Raises:
-        DamagedRecordError: what is there is no record.
+        DamagedRecordError: it is not a record.
     """
     try:
         # Without O_NONBLOCK, opening a pipe would wait for a writer.
@@ -191,8 +194,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     except OSError as e:
-        what = "a link" if e.errno == errno.ELOOP else f"unreadable ({e.strerror})"
-        raise DamagedRecordError(f"it is {what}; expected a file") from e
+        reason = "a link" if e.errno == errno.ELOOP else f"unreadable ({e.strerror})"
+        raise DamagedRecordError(f"it is {reason}; expected a file") from e
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
         os.close(handle)
@@ -207,7 +210,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _replace(draft: Path, path: Path) -> None:
-    """Move a draft to its place. A folder there is moved aside: it may hold files of others, so only its name goes."""
+    """Move a draft to its path. A folder there is renamed, and not removed, since it may hold files."""
     try:
         draft.replace(path)
     except OSError:
@@ -237,7 +240,7 @@ def records(folder: Path) -> Iterator[Path]:
 
 
 def drafts(folder: Path) -> Iterator[Path]:
-    """Yield the files of drafts that processes left behind which were killed while they wrote."""
+    """Yield the drafts of processes that were killed while writing."""
     for entry in _entries(folder):
         if _DRAFT.fullmatch(entry.name):
             with contextlib.suppress(OSError):
@@ -254,10 +257,10 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def source_of(path: Path) -> str:
-    """Return what the measurement of a record was made of; an empty text where it is damaged."""
+    """Return the source of the measurement in a record; "" where it is damaged."""
     try:
         content = _read(path) or {}
     except DamagedRecordError:
         return ""
-    of = content.get("of")
-    return of if isinstance(of, str) else ""
+    source = content.get("of")
+    return source if isinstance(source, str) else ""

@@ -1,9 +1,9 @@
 """Stamps of files: short values that change when a file is written, replaced or reached through another link.
 
-Time and size alone do not show that a file was replaced: ``rsync -a``, ``cp -p``, ``tar`` and layers of containers keep
-the modification time, and chunks without compression all have one size. Inode and change time are set by the kernel and
-cannot be copied. The number of the device is left out, since it changes from mount to mount; and so is the inode on
-file systems in user space (sshfs, rclone, gcsfuse), many of which number files anew at each mount.
+Time and size alone do not show that a file was replaced: ``rsync -a``, ``cp -p``, ``tar`` and container layers preserve
+the modification time, and all chunks without compression have one size. Inode and change time are set by the kernel and
+cannot be copied. The device number is ignored, since it differs between mounts; so is the inode on FUSE file systems
+(sshfs, rclone, gcsfuse), many of which assign new inodes at each mount.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ _PACKED = struct.Struct("<Qqqq")
 _WORD = (1 << 64) - 1
 #: The stamp of a file that does not exist or cannot be examined.
 ABSENT = bytes(_PACKED.size)
-#: For each device that was met, a mask: of inodes that mean nothing, no bit remains.
+#: Bit mask of inodes for each device: 0 where inodes are ignored.
 _masks: dict[int, int] = {}
 
 
 def file_stamp(path: str) -> bytes:
-    """Return the stamp of a file: inode, change time, modification time and size; of a link also its target.
+    """Return the stamp of a file: inode, change time, modification time and size; for a link also its target.
 
     The two times are in nanoseconds. A link is followed, so that a change of the file behind it shows too.
 
@@ -32,7 +32,7 @@ def file_stamp(path: str) -> bytes:
         path: the file. Links among its folders are followed, and show as another inode.
 
     Returns:
-        The stamp; `ABSENT` where there is no file or its folder cannot be searched.
+        The stamp; `ABSENT` where the file does not exist or its folder cannot be searched.
     """
     try:
         status = os.lstat(path)
@@ -52,8 +52,8 @@ def _pack(status: os.stat_result, path: str) -> bytes:
 
 def _mask(device: int, path: str) -> int:
     kind = filesystem(Path(path))
-    found = _masks[device] = 0 if kind == "fuse" or kind.startswith("fuse.") else _WORD
-    return found
+    mask = _masks[device] = 0 if kind == "fuse" or kind.startswith("fuse.") else _WORD
+    return mask
 
 
 def _link_stamp(path: str) -> bytes:
@@ -66,14 +66,14 @@ def _link_stamp(path: str) -> bytes:
 
 
 def stamped_size(stamp: bytes) -> int | None:
-    """Return the bytes of the file that a stamp was taken of; None where there was no file."""
+    """Return the size in bytes of the file of a stamp; None where there was no file."""
     return None if stamp.startswith(ABSENT) else int(_PACKED.unpack_from(stamp)[3])
 
 
 def digest_of(parts: Iterable[object]) -> str:
     """Return a text of 32 hexadecimal digits that changes when any of the parts does."""
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        found.update(repr(part).encode())
-        found.update(b"\n")
-    return found.hexdigest()
+        digest.update(repr(part).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

@@ -1,80 +1,52 @@
-"""Places where data lies, on this machine or elsewhere, and the JSON under them.
+"""Local and remote locations of data, and the JSON metadata in them.
 
-A place is a `Path` or a `Remote`, which is an address with what it takes to read there. Nothing is listed unless
-somebody asks what is there, or an error has to say so; over HTTP nothing can be.
+A location is a `Path` or a `Remote`: an address with storage options. Folders are listed only to return their children
+or for an error message; over HTTP nothing can be listed.
 """
 
 import contextlib
-import difflib
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cellmap_lightning.errors import (
-    CellMapError,
-    CellMapFileNotFoundError,
-    CellMapValueError,
-    MetadataError,
-    MissingExtraError,
-)
-from cellmap_lightning.io.files import IrregularFileError, LargeFileError, problem_of_archive, read_regular
+from cellmap_lightning.errors import CellMapError, CellMapValueError, MetadataError
+from cellmap_lightning.io.files import IrregularFileError, LargeFileError, read_regular
+from cellmap_lightning.io.filesystems import FILE_SYSTEMS, PROTOCOLS, is_open
 from cellmap_lightning.io.stamps import file_stamp
 from cellmap_lightning.redaction import HIDDEN, hidden, hide_address, option_secrets, redacted
+from cellmap_lightning.runtime.shared_context import SharedContext
 
 #: Bytes of a metadata file at most: those of real volumes have kilobytes, with consolidated metadata megabytes.
 MOST_JSON_BYTES = 1 << 24
 #: Class names in the attributes of a crop at most.
 MOST_CLASS_NAMES = 10_000
-#: What makes a folder a node of Zarr.
+#: Metadata files, any of which makes a folder a Zarr node.
 NODE_FILES = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
-#: The group in which OME-NGFF lists the images of a container: no image, and no class.
+#: The group in which OME-NGFF lists the images of a container; it is neither an image nor a class.
 LISTING = "OME"
-#: The extra that brings what reads an address.
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
-_PROTOCOLS = (*_EXTRAS, "zip", "memory")
-#: Buckets that anybody may read; others are read with the credentials of the environment.
-_OPEN_BUCKETS = ("janelia-cosem-datasets",)
-#: Connections to a store at a time.
-CONNECTIONS = 64
-
-#: File systems of this process by what they were made with, each with the stamp of its archive.
-_filesystems: dict[tuple[Any, ...], tuple[bytes, Any]] = {}
-_lock = threading.Lock()
-#: Texts of metadata files that were read, while somebody keeps them; None where there is none.
-_kept: "dict[Remote, bytes | None] | None" = None
-#: Resolved folders of this machine, inside `keeping`.
-_folders: dict[str, str] | None = None
-#: When a metadata file of a node was last asked for, and whether one could be read.
+#: For each node, the time of the last request for a metadata file, and whether one could be read; and for how many
+#: seconds this is valid.
 _readable: "dict[Remote, tuple[float, bool]]" = {}
-#: Seconds for which that counts.
 READABLE_SECONDS = 5.0
-
-
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()
-    _filesystems.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A place behind an address, such as ``s3://bucket/vol.zarr/recon-1`` or ``zip://recon-1::/data/vol.zip``.
+    """A location with an address, such as ``s3://bucket/vol.zarr/recon-1`` or ``zip://recon-1::/data/vol.zip``.
 
-    It behaves as a `Path` as far as reading goes, and can be sent to another process. What is in `options` is never
-    shown.
+    It has the methods of `Path` that reading needs, and can be pickled. `options` are never printed.
 
     Attributes:
         url: the address; fsspec's ``::`` chains two of them.
-        options: what fsspec's file system is made with, as JSON.
+        options: arguments of fsspec's file system, as JSON.
+
+    Example:
+        >>> parse_location("s3://bucket/vol.zarr", {"anon": True}) / "recon-1"
+        Remote(url='s3://bucket/vol.zarr/recon-1')
     """
 
     url: str
@@ -82,155 +54,118 @@ class Remote:
 
     @property
     def protocol(self) -> str:
-        """What stands before ``://``."""
+        """Protocol of the address: the part before ``://``."""
         return self.url.partition("://")[0].lower()
 
     @property
     def is_archive(self) -> bool:
-        """Whether it is in a zip file, whose members may decode to much more than they take there."""
+        """Whether it is in a zip file, whose members may decode to much more than their stored size."""
         return self.protocol == "zip"
 
     @property
     def lists(self) -> bool:
-        """Whether it can be asked what is there."""
+        """Whether the store can list folders."""
         return self.protocol not in ("http", "https")
 
-    def _parts(self) -> tuple[str, str, str]:
-        """Protocol, path, and what the address is chained to."""
+    @property
+    def url_parts(self) -> tuple[str, str, str]:
+        """Protocol, path, and the address that it is chained to, with ``::`` before it."""
         head, chain, tail = self.url.partition("::")
         protocol, _, path = head.partition("://")
         return protocol, path, chain + tail
 
     def __truediv__(self, name: str) -> "Remote":
-        protocol, path, tail = self._parts()
+        protocol, path, tail = self.url_parts
         joined = "/".join(part for part in (path.rstrip("/"), str(name).strip("/")) if part)
         return Remote(f"{protocol}://{joined}{tail}", self.options)
 
     @property
     def name(self) -> str:
-        """The last part."""
-        return self._parts()[1].rstrip("/").rpartition("/")[2]
+        """Last part of the path."""
+        return self.url_parts[1].rstrip("/").rpartition("/")[2]
 
     @property
     def stem(self) -> str:
-        """The last part without its ending."""
+        """Last part of the path without its suffix."""
         return PurePosixPath(self.name).stem
 
     @property
     def suffix(self) -> str:
-        """The ending of the last part."""
+        """Suffix of the last part of the path."""
         return PurePosixPath(self.name).suffix
 
     @property
     def parent(self) -> "Remote":
-        """The place above; the topmost one is its own."""
-        protocol, path, tail = self._parts()
+        """Location above; the topmost one is its own parent."""
+        protocol, path, tail = self.url_parts
         above = path.rstrip("/").rpartition("/")[0]
         return Remote(f"{protocol}://{above}{tail}", self.options) if above else self
 
     @property
     def parents(self) -> list["Remote"]:
-        """All places above, the nearest first."""
-        found, here = [], self
+        """All locations above, the nearest first."""
+        above, here = [], self
         while here.parent != here:
             here = here.parent
-            found.append(here)
-        return found
+            above.append(here)
+        return above
 
     def __str__(self) -> str:
         return self.hide(self.url)
 
     @property
     def title(self) -> str:
-        """The place, for messages; of the top of an archive, the archive."""
-        _, path, tail = self._parts()
+        """Location for messages; for the top of an archive, the archive."""
+        _, path, tail = self.url_parts
         return str(self) if path or not tail else self.hide(tail.removeprefix("::"))
 
     @property
     def identity(self) -> str:
-        """What tells it from every other place: one address may lead elsewhere by another endpoint. No secrets."""
+        """Text without secrets that differs for every other location, also for the same address at another endpoint."""
         options = {name: value for name, value in json.loads(self.options).items() if name != "anon"}
         return f"{hide_address(self.url)} {json.dumps(redacted({'storage_options': options}), sort_keys=True)}"
 
     def hide(self, text: str) -> str:
-        """A text without what nobody should see: values of secret options, users in addresses, signed queries."""
+        """Return a text without secrets: values of secret options, users in addresses, signed queries."""
         return hidden(text, option_secrets(json.loads(self.options)))
 
     def filesystem(self, asynchronous: bool = False) -> Any:
-        """The file system of fsspec, one for all places like this in this process.
+        """Return the file system of fsspec, which is shared by all similar locations of this process.
 
         Raises:
-            MissingExtraError: what reads such addresses is not installed.
-            CellMapValueError: nothing reads them.
+            MissingExtraError: the library for such addresses is not installed.
+            CellMapValueError: the options do not fit.
         """
-        protocol, path, tail = self._parts()
-        key = (protocol, tail, self.options, asynchronous, path.partition("/")[0] if protocol == "s3" else "")
-        stamp = self.archive_stamp()
-        with _lock:
-            made = _filesystems.get(key)
-            if made is None or made[0] != stamp:
-                wrong = problem_of_archive(self.url)
-                if wrong:
-                    raise MetadataError(wrong)
-                # The listing of an archive that was replaced is dropped, and closed with its last reader.
-                made = _filesystems[key] = stamp, self._filesystem(asynchronous)
-            return made[1]
+        return FILE_SYSTEMS.get(self.url, self.options, asynchronous, self.archive_stamp(), self.hide)
 
     @property
     def archive(self) -> "StorePath | None":
-        """The file behind a chained address, such as the zip file; None for an address that is not chained."""
-        last = self._parts()[2].rpartition("::")[2]
+        """File behind a chained address, such as the zip file; None for an address that is not chained."""
+        last = self.url_parts[2].rpartition("::")[2]
         if not last:
             return None
         return Remote(last, self.options) if "://" in last else Path(last)
 
     def archive_stamp(self) -> bytes:
-        """Return the stamp of an archive on this machine, for each object in it; empty for any other place."""
+        """Return the stamp of the local archive that holds the location; empty for any other location."""
         _, chain, last = self.url.rpartition("::")
         return file_stamp(last) if chain and "://" not in last else b""
 
-    def _filesystem(self, asynchronous: bool) -> Any:
-        import fsspec
-
-        options = json.loads(self.options)
-        last = self.url.rpartition("::")[2]
-        protocol = last.partition("://")[0].lower() if "://" in last else "file"
-        if protocol in ("s3", "s3a"):
-            if self.is_open:
-                options["anon"] = True
-            options["config_kwargs"] = {"max_pool_connections": CONNECTIONS} | options.get("config_kwargs", {})
-        if protocol in ("s3", "s3a", "gs", "gcs"):  # otherwise listings and versions would stay as they were first seen
-            options.setdefault("use_listings_cache", False)
-        if protocol in _EXTRAS and "::" not in self.url:
-            options["asynchronous"] = asynchronous
-        given = {protocol: options} if "::" in self.url else options
-        try:
-            return fsspec.core.url_to_fs(self.url, skip_instance_cache=True, **given)[0]
-        except ImportError as e:
-            extra = _EXTRAS.get(protocol, protocol)
-            raise MissingExtraError(
-                f'{protocol}:// needs a library that is not installed: pip install "cellmap-lightning[{extra}]"'
-            ) from e
-        except (TypeError, ValueError) as e:
-            raise CellMapValueError(self.hide(f"{self}: storage_options do not fit: {e}")) from e
-
     @property
     def is_open(self) -> bool:
-        """Whether it is in a bucket that anybody may read, and nobody said how to read it."""
-        last = self.url.rpartition("::")[2]
-        known = {"anon", "key", "secret", "token", "profile"} & set(json.loads(self.options))
-        return not known and last.partition("://")[2].partition("/")[0] in _OPEN_BUCKETS
+        """Whether it is in a public bucket, and no option sets how to sign requests."""
+        return is_open(self.url, self.options)
 
     @property
     def key(self) -> str:
-        """What the file system calls it."""
-        _, path, tail = self._parts()
-        if tail:
-            return path.strip("/")
-        return str(self.filesystem()._strip_protocol(self.url))
+        """Path in the file system."""
+        from fsspec.core import strip_protocol
+
+        _, path, tail = self.url_parts
+        return path.strip("/") if tail else str(strip_protocol(self.url))
 
     def read(self) -> bytes | None:
-        """The object, or None where there is none.
+        """Return the content of the object, or None if it does not exist.
 
         Raises:
             MetadataError: it cannot be read.
@@ -238,12 +173,12 @@ class Remote:
         return read_all([self])[0]
 
     def exists(self) -> bool:
-        """Whether there is an object, or a node of Zarr, or, where it can be told, a folder."""
+        """Return whether an object, a Zarr node or, if the store can list, a folder exists."""
         if self.name in NODE_FILES:
             return self.read() is not None
         if any(text is not None for text in read_all([self / name for name in NODE_FILES])):
             return True
-        with self._clear():
+        with self.readable_errors():
             try:
                 return bool(self.lists and self.filesystem().exists(self.key))
             except Exception as e:
@@ -252,12 +187,12 @@ class Remote:
                 raise
 
     def is_dir(self) -> bool:
-        """See `exists`."""
+        """Return the same as `exists`."""
         return self.exists()
 
     def children(self) -> list[str]:
-        """Names of the folders in it; where nothing can be listed, those of the classes that its metadata names."""
-        with self._clear():
+        """Return the names of its folders; if the store cannot list, the class names in its metadata."""
+        with self.readable_errors():
             try:
                 entries = self.filesystem().ls(self.key, detail=True) if self.lists else None
             except (FileNotFoundError, NotADirectoryError):
@@ -272,8 +207,8 @@ class Remote:
         return sorted(name for name in names if name[:1] not in ("", "."))
 
     def _class_names(self) -> list[str]:
-        """Names of the classes in the attributes of a crop."""
-        attributes = self._kept_text(".zattrs") or (self._kept_text("zarr.json") or {}).get("attributes")
+        """Return the class names in the attributes of a crop."""
+        attributes = self.attributes()
         block = attributes.get("cellmap") if isinstance(attributes, dict) else None
         annotation = block.get("annotation") if isinstance(block, dict) else None
         names = annotation.get("class_names") if isinstance(annotation, dict) else None
@@ -283,52 +218,56 @@ class Remote:
             raise MetadataError(f"{self}: it lists {len(names)} class_names; at most {MOST_CLASS_NAMES} are read")
         return sorted(str(name) for name in names)
 
-    def _kept_text(self, name: str) -> Any:
-        try:
-            return read_json(self / name)
-        except CellMapError:
-            return None
+    def attributes(self) -> Any:
+        """Return the attributes of the node; None where they cannot be read."""
+        with contextlib.suppress(CellMapError):
+            attributes = read_json(self / ".zattrs")
+            if attributes:
+                return attributes
+        with contextlib.suppress(CellMapError):
+            return (read_json(self / "zarr.json") or {}).get("attributes")
+        return None
 
     @contextlib.contextmanager
-    def _clear(self) -> Iterator[None]:
-        """Whatever a store raises, as an error of ours that hides what it must."""
+    def readable_errors(self) -> Iterator[None]:
+        """Raise the errors of a store as a `MetadataError` without secrets."""
         try:
             yield
         except CellMapError:
             raise
-        except Exception as e:  # stores raise whatever they like
+        except Exception as e:  # stores raise any type
             text = f"{self}: cannot be read ({type(e).__name__}: {e})"
             if isinstance(getattr(e, "cause", e), TypeError) and self.options != "{}":
                 text += f"; do storage_options fit? They have {', '.join(json.loads(self.options))}"
             raise MetadataError(self.hide(text)) from None
 
 
-#: Where data lies.
+#: A local or remote location.
 StorePath = Path | Remote
 
 
 def identity_of(path: StorePath) -> str:
-    """What tells a place from every other one."""
+    """Return a text that differs for every other location."""
     return path.identity if isinstance(path, Remote) else _real_path(str(path))
 
 
 def _real_path(path: str) -> str:
-    """The same as `os.path.realpath`; inside `keeping` each folder on the way is resolved once."""
+    """Return `os.path.realpath`; inside `metadata_cache` each folder on the path is resolved once."""
     above, _, name = path.rpartition("/")
-    known = _folders
-    if known is None or not above or not name or name in (".", ".."):
+    cache = _cache.value
+    if cache is None or not above or not name or name in (".", ".."):
         return os.path.realpath(path)
-    folder = known.get(above)
+    folder = cache.folders.get(above)
     if folder is None:
-        folder = known[above] = _real_path(above)
+        folder = cache.folders[above] = _real_path(above)
     full = f"{folder.rstrip('/')}/{name}"
     return os.path.realpath(full) if os.path.islink(full) else full  # noqa: PTH114  a Path costs more than the call
 
 
 def parse_location(path: "str | Path | Remote", options: Mapping[str, Any] | None = None) -> StorePath:
-    """Return where a path or an address leads: absolute, with ``~`` expanded, also inside a chained address.
+    """Return the location of a path or an address: absolute, with ``~`` expanded, also inside a chained address.
 
-    So the place stays the same after a change of the working directory.
+    So the location stays the same after a change of the working directory.
 
     Args:
         path: the path or the address; ``.zip`` files are read by ``zip://inside::/data/vol.zip``.
@@ -343,12 +282,10 @@ def parse_location(path: "str | Path | Remote", options: Mapping[str, Any] | Non
     protocol = text.partition("://")[0].lower()
     if "://" not in text or (protocol == "file" and "::" not in text):
         return Path(absolute(text))
-    if protocol not in _PROTOCOLS:
-        raise CellMapValueError(
-            f"{text}: addresses that can be read begin with {', '.join(_PROTOCOLS)}, not {protocol}"
-        )
+    if protocol not in PROTOCOLS:
+        raise CellMapValueError(f"{text}: addresses that can be read begin with {', '.join(PROTOCOLS)}, not {protocol}")
     if HIDDEN in text:
-        raise CellMapValueError(f"{text}: its credentials were hidden where it was noted; give the whole address again")
+        raise CellMapValueError(f"{text}: its credentials were hidden where it was saved; give the whole address again")
     return Remote(absolute(text.rstrip("/")), json.dumps(dict(options or {}), sort_keys=True))
 
 
@@ -359,64 +296,60 @@ def absolute(path: str) -> str:
     head, chain, last = path.rpartition("::") if "://" in path else ("", "", path)
     if "://" in last and not last.startswith("file://"):
         return path
-    found = Path(last.removeprefix("file://")).expanduser()
-    return f"{head}{chain}{found if found.is_absolute() else found.absolute()}"
+    local = Path(last.removeprefix("file://")).expanduser()
+    return f"{head}{chain}{local if local.is_absolute() else local.absolute()}"
 
 
 def local_path(path: str | Path) -> Path:
-    """A path of this machine, with ``~`` expanded, for what is not read from elsewhere.
+    """Return a local path, with ``~`` expanded, for data that cannot be remote.
 
     Raises:
-        CellMapValueError: an address was given.
+        CellMapValueError: it is an address.
     """
-    found = parse_location(path)
-    if isinstance(found, Remote):
-        raise CellMapValueError(f"{found}: only a path of this machine will do here")
-    return Path(str(path).removeprefix("file://")).expanduser()  # as it was given, for messages
+    location = parse_location(path)
+    if isinstance(location, Remote):
+        raise CellMapValueError(f"{location}: only a path of this machine will do here")
+    return Path(str(path).removeprefix("file://")).expanduser()  # relative paths stay so, for messages
 
 
 def parts_of(path: str) -> PurePosixPath:
-    """A path or an address as names, to look at them."""
+    """Return the path of a location, without protocol and chained address."""
     head = str(path).partition("::")[0]
     return PurePosixPath(head.partition("://")[2] or head)
 
 
-# ---------------------------------------------------------------------------------------------------- metadata
+class _MetadataCache:
+    """Contents of remote metadata files (None for missing ones), and resolved local folders."""
+
+    def __init__(self) -> None:
+        FILE_SYSTEMS.drop_remote_archives()
+        self.contents: dict[Remote, bytes | None] = {}
+        self.folders: dict[str, str] = {}
 
 
-@contextlib.contextmanager
-def keeping() -> Iterator[None]:
-    """Read each metadata file of a remote store, and resolve each folder, once while the context is open."""
-    global _kept, _folders
-    with _lock:
-        if _kept is None:  # listings of archives elsewhere are read again, as these have no stamps
-            for key in [key for key in _filesystems if "://" in key[1]]:
-                del _filesystems[key]
-        outer, _kept = _kept, {} if _kept is None else _kept
-        outer_folders, _folders = _folders, {} if _folders is None else _folders
-    try:
-        yield
-    finally:
-        with _lock:
-            _kept, _folders = outer, outer_folders
+_cache = SharedContext(_MetadataCache)
+
+
+def metadata_cache() -> contextlib.AbstractContextManager[None]:
+    """Read each metadata file of a remote store, and resolve each local folder, once while the context is open."""
+    return _cache.open()
 
 
 def read_all(places: Sequence[Remote]) -> list[bytes | None]:
-    """Read several small objects at a time; None where there is none.
+    """Return the contents of several small objects, read concurrently; None for those that do not exist.
 
-    Some stores answer "forbidden" for what does not exist, as S3 does where objects may not be listed. A refused object
-    counts as missing where a metadata file of the same node, or of a group above it, can be read.
+    Some stores answer "forbidden" for objects that do not exist, as S3 does where objects may not be listed. A refused
+    object counts as missing if a metadata file of the same node, or of a group above it, can be read.
 
     Raises:
-        MetadataError: one of them cannot be read.
+        MetadataError: an object cannot be read.
     """
-    found: dict[Remote, bytes | None] = {}
-    if _kept is not None:
-        found = {p: _kept[p] for p in places if p in _kept}
-    wanted = [p for p in places if p not in found]
-    if wanted:
-        with wanted[0]._clear():
-            texts, refused = _fetch(wanted)
+    cached = _cache.value.contents if _cache.value is not None else {}
+    contents = {p: cached[p] for p in places if p in cached}
+    requested = [p for p in places if p not in contents]
+    if requested:
+        with requested[0].readable_errors():
+            texts, refused = _fetch(requested)
         for place, error in refused.items():
             if not _readable_around(place):
                 raise MetadataError(
@@ -426,25 +359,24 @@ def read_all(places: Sequence[Remote]) -> list[bytes | None]:
                     )
                 ) from None
             texts[place] = None
-        found |= texts
-        if _kept is not None:
-            _kept.update(texts)
-    return [found[p] for p in places]
+        contents |= texts
+        cached.update(texts)
+    return [contents[p] for p in places]
 
 
 def _fetch(places: Sequence[Remote]) -> tuple[dict[Remote, bytes | None], dict[Remote, Exception]]:
-    """Read objects of one file system, and note which nodes can be read; the errors of those that are forbidden."""
+    """Return contents of objects in one file system, and errors of the forbidden ones; record readable nodes."""
     from cellmap_lightning.io.retrying import DEFAULT_RETRY, ObjectError, tried
 
     fs = places[0].filesystem()
     keys = {p.key: p for p in places}
     began = time.monotonic()
     refused: dict[str, ObjectError] = {}
-    # Of an archive no more is decoded, whatever its directory says; others may not give parts of objects.
+    # In an archive, decoding is bounded, since its directory may be wrong; other stores may not support byte ranges.
     end = MOST_JSON_BYTES + 1 if places[0].is_archive else None
 
     def read(keys: Sequence[str]) -> dict[str, Any]:
-        # Not `cat`, which takes brackets and stars in names for patterns.
+        # Not `cat`, which treats brackets and stars in names as patterns.
         if len(keys) == 1:
             return _one(fs, keys[0], end)
         starts = None if end is None else [0] * len(keys)
@@ -460,7 +392,7 @@ def _fetch(places: Sequence[Remote]) -> tuple[dict[Remote, bytes | None], dict[R
 def _one(fs: Any, key: str, end: int | None) -> dict[str, Any]:
     try:
         return {key: fs.cat_file(key) if end is None else fs.cat_file(key, 0, end)}
-    except Exception as e:  # as `cat` returns them
+    except Exception as e:
         return {key: e}
 
 
@@ -468,12 +400,12 @@ def _readable_around(place: Remote) -> bool:
     """Return True if a metadata file of an object's node, or of a group above it, can be read or recently was."""
     node = place.parent
     for here in (node, *node.parents):
-        if not here._parts()[1]:
+        if not here.url_parts[1]:
             continue
         asked, answer = _readable.get(here, (float("-inf"), False))
         if time.monotonic() - asked > READABLE_SECONDS:
             began = time.monotonic()
-            with here._clear():
+            with here.readable_errors():
                 texts, _ = _fetch([here / name for name in NODE_FILES])
             answer = any(text is not None for text in texts.values())
             _readable[here] = began, answer
@@ -489,15 +421,15 @@ def _is_forbidden(error: Exception) -> bool:
 
 
 def prefetch_metadata(nodes: Sequence[StorePath]) -> None:
-    """Read the metadata of many images at a time, for whoever opens them next, while somebody keeps them."""
+    """Read the metadata of many images concurrently into the `metadata_cache`, if it is open."""
     remote = [node for node in nodes if isinstance(node, Remote)]
-    if _kept is None or not remote:
+    if _cache.value is None or not remote:
         return
     names = ("zarr.json", ".zattrs", ".zgroup")
     read_all([node / name for node in remote for name in names])
     levels = []
     for node in remote:
-        attributes = node._kept_text(".zattrs") or (node._kept_text("zarr.json") or {}).get("attributes", {})
+        attributes = node.attributes()
         block = attributes.get("ome", attributes) if isinstance(attributes, dict) else {}
         with contextlib.suppress(AttributeError, KeyError, TypeError, IndexError):
             levels += [node / str(dataset["path"]) for dataset in block["multiscales"][0]["datasets"]]
@@ -506,21 +438,21 @@ def prefetch_metadata(nodes: Sequence[StorePath]) -> None:
 
 
 def exists(path: StorePath) -> bool:
-    """Whether there is anything at a place.
+    """Return whether a location exists.
 
     Raises:
-        MetadataError: a folder on the way may not be looked into, or the path cannot be one.
+        MetadataError: a folder on the path may not be read, or the path is not valid.
     """
     try:
         return path.exists()
     except CellMapError:
         raise
     except (OSError, ValueError) as e:
-        raise MetadataError(f"{path}: cannot be looked at ({getattr(e, 'strerror', None) or e})") from e
+        raise MetadataError(f"{path}: cannot be examined ({getattr(e, 'strerror', None) or e})") from e
 
 
 def read_json(path: StorePath) -> dict[str, Any] | None:
-    """The object in a JSON file, or None when there is no such file.
+    """Return the object in a JSON file, or None if the file does not exist.
 
     Raises:
         MetadataError: the file cannot be read, is not JSON, or holds something other than an object.
@@ -556,7 +488,7 @@ def _text(path: StorePath) -> bytes | None:
 
 
 def children(path: StorePath) -> list[str]:
-    """Names of the folders in ``path``, such as the classes of a crop; that which lists the images is left out."""
+    """Return the names of the folders in ``path``, such as the classes of a crop, except for `LISTING`."""
     try:
         if isinstance(path, Remote):
             names = path.children()
@@ -565,42 +497,3 @@ def children(path: StorePath) -> list[str]:
     except (OSError, CellMapError):
         return []
     return [name for name in names if name != LISTING]
-
-
-def missing(path: StorePath, what: str) -> CellMapFileNotFoundError:
-    """The error for a path that is not there: how far it exists, and what stands there instead."""
-    if isinstance(path, Remote):
-        return _missing_remote(path, what)
-    found = path
-    while not exists(found) and found != found.parent:
-        found = found.parent
-    text = f"{what} {path} does not exist"
-    if found != path:
-        lost = path.relative_to(found).parts[0]
-        text += f": {found} has no {lost!r}{_instead(lost, children(found))}"
-    return CellMapFileNotFoundError(text)
-
-
-def _missing_remote(path: Remote, what: str) -> CellMapFileNotFoundError:
-    text = f"{what} {path} does not exist"
-    if not path.lists:
-        return CellMapFileNotFoundError(f"{text}: the server has none of {', '.join(NODE_FILES)} there")
-    protocol, inside, tail = path._parts()
-    above = path.parents
-    if tail and inside:  # the archive itself
-        above.append(Remote(f"{protocol}://{tail}", path.options))
-    for place in above:
-        names = children(place)
-        if names:
-            lost = inside.removeprefix(place._parts()[1]).strip("/").partition("/")[0]
-            return CellMapFileNotFoundError(f"{text}: {place.title} has no {lost!r}{_instead(lost, names)}")
-    return CellMapFileNotFoundError(
-        f"{text}: the store has none of {', '.join(NODE_FILES)} there, and nothing may be listed there or above"
-    )
-
-
-def _instead(lost: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(lost, names, 3, 0.5)
-    if close:
-        return f"; did you mean {' or '.join(map(repr, close))}?"
-    return f"; it has {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}" if names else ""

@@ -1,4 +1,4 @@
-"""Stores of zarr-python that read regular files and members of archives, no larger than they may be."""
+"""Zarr stores that read regular files and members of archives, with size limits."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ def open_store(where: StorePath, most: int | None = None) -> Store:
 
     Args:
         where: the array.
-        most: bytes that the file of a chunk or a member of an archive may have; None for any number.
+        most: size limit of chunks in bytes; None for no limit.
     """
     if not isinstance(where, Remote):
         return RegularFileStore(where, read_only=True, most=most)
@@ -36,12 +36,15 @@ def open_store(where: StorePath, most: int | None = None) -> Store:
 
 
 class RegularFileStore(LocalStore):
-    """A folder of this machine, of which only regular files are read.
+    """A store of a local folder that reads only regular files.
 
     Args:
         root: the folder.
         read_only: whether writing is refused.
-        most: bytes that a file may have, other than of metadata; None for any number.
+        most: size limit of chunk files in bytes; None for no limit.
+
+    Example:
+        >>> zarr.open_array(RegularFileStore("/data/a.zarr/s0", read_only=True), mode="r")
     """
 
     def __init__(
@@ -61,11 +64,11 @@ class RegularFileStore(LocalStore):
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """Return a file, or None where there is none or a folder.
+        """Return the content of a file; None if it does not exist or is a folder.
 
         Raises:
             IrregularFileError: it is a FIFO, a device or a socket.
-            LargeFileError: it is larger than it may be.
+            LargeFileError: it exceeds the size limit.
         """
         if not self._is_open:
             await self._open()
@@ -90,7 +93,7 @@ def _read(path: str, most: int | None, byte_range: ByteRequest | None) -> bytes:
 
 
 def _span(size: int, byte_range: ByteRequest | None) -> tuple[int, int]:
-    """First byte and end of a part of a file."""
+    """Return first byte and end of a part of a file."""
     if byte_range is None:
         return 0, size
     if isinstance(byte_range, RangeByteRequest):
@@ -103,13 +106,16 @@ def _span(size: int, byte_range: ByteRequest | None) -> tuple[int, int]:
 
 
 class ArchiveStore(FsspecStore):
-    """A zip file, of whose members no more is decoded than its directory says, and never more than they may have.
+    """A store of a zip file that decodes members only up to the size in its directory and a size limit.
 
     Args:
         fs: its file system, for asynchronous reads.
         archive: its file system, which holds the directory.
-        most: bytes that a member may have, other than of metadata; None for any number.
+        most: size limit of chunks in bytes; None for no limit.
         **settings: see `FsspecStore`.
+
+    Example:
+        >>> store = open_store(parse_location("zip://s0::/data/vol.zip"))
     """
 
     def __init__(self, fs: Any, archive: Any, most: int | None, **settings: Any) -> None:
@@ -122,10 +128,10 @@ class ArchiveStore(FsspecStore):
         return ArchiveStore(self.fs, self._archive, self._most, **settings)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """Return a member, or None where there is none.
+        """Return a member, or None if it does not exist.
 
         Raises:
-            LargeFileError: it is larger than it may be.
+            LargeFileError: it exceeds the size limit.
         """
         try:
             entry = self._archive.info(f"{self.path}/{key}" if self.path else key)
@@ -137,7 +143,7 @@ class ArchiveStore(FsspecStore):
         most = MOST_JSON_BYTES if key.rpartition("/")[2] in _METADATA else self._most
         if most is not None and size > most:
             raise LargeFileError(excess(size, most))
-        if byte_range is None:  # a read without an end would decode all that is stored, whatever the directory says
+        if byte_range is None:  # a read without an end would ignore the size in the directory
             byte_range = RangeByteRequest(0, size)
         elif not isinstance(byte_range, RangeByteRequest):
             byte_range = RangeByteRequest(*_span(size, byte_range))

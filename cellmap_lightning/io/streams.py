@@ -1,4 +1,4 @@
-"""Decoders of gzip, zlib, bz2 and LZMA that stop at a limit: these formats do not store how much they decode to.
+"""Decoders of gzip, zlib, bz2 and LZMA with a size limit: these formats do not store their decoded size.
 
 Deflate expands a byte to 1032 at most, bz2 and LZMA to much more, and a stream may be followed by others. So each is
 decoded with a limit on its output, and a chunk that holds more is an error once the limit is reached.
@@ -14,7 +14,7 @@ from cellmap_lightning.io.integrity import DamagedError, SizeError
 
 #: Bytes that an LZMA decoder may allocate: the highest preset needs 65 MiB, and a header can ask for 4 GiB.
 LZMA_MEMORY = 1 << 28
-#: Bytes that are decoded at a time behind the first stream: what follows a stream is copied by its decoder.
+#: Bytes that are passed at a time after the first stream: a decoder copies the bytes that follow its stream.
 _STEP = 1 << 14
 
 _DECODERS: dict[str, Callable[[], Any]] = {
@@ -23,21 +23,21 @@ _DECODERS: dict[str, Callable[[], Any]] = {
     "bz2": bz2.BZ2Decompressor,
     "lzma": lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, LZMA_MEMORY),
 }
-#: Codecs that are decoded here.
+#: Codecs that `decode_stream` decodes.
 STREAMS = frozenset(_DECODERS)
 _XZ = b"\xfd7zXZ\0"
 
 
 def decode_stream(codec: str, stored: Any, most: int) -> bytes:
-    """Return what a chunk decodes to.
+    """Return the decoded bytes of a chunk.
 
-    Several streams behind each other are decoded as the libraries of the formats do: all of them, except in zlib; zeros
-    between those of gzip are skipped; anything else behind a stream of bz2 or LZMA is ignored.
+    Concatenated streams are decoded as the libraries of the formats do: all of them, except in zlib; zeros between gzip
+    streams are skipped; other bytes after a stream of bz2 or LZMA are ignored.
 
     Args:
         codec: one of `STREAMS`.
         stored: the stored bytes.
-        most: bytes that it may decode to.
+        most: size limit of the result in bytes.
 
     Raises:
         SizeError: it would decode to more.
@@ -71,12 +71,12 @@ def _xz() -> lzma.LZMADecompressor:
 def _decode_one(
     decoder: Any, view: memoryview, at: int, step: int, most: int, parts: list[bytes], total: int
 ) -> tuple[int, int]:
-    """Decode the stream at a byte, and return where it ends and the bytes of all parts so far."""
+    """Decode the stream at a byte, and return its end and the number of bytes decoded so far."""
     while not decoder.eof:
         if at == len(view):
             raise DamagedError(f"it is cut short: its stream does not end in the {len(view)} bytes that are stored")
         piece = view[at : at + step]
-        part = decoder.decompress(piece, most - total + 1)  # one more than there may be shows that there is more
+        part = decoder.decompress(piece, most - total + 1)  # one byte more than allowed, to detect excess
         at, total = at + len(piece), total + len(part)
         if total > most:
             raise SizeError(f"it would decode to more than {most} bytes, which a chunk has at most", total)

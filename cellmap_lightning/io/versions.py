@@ -1,52 +1,53 @@
-"""Versions of objects in stores elsewhere: what their servers say that changes when an object is written again."""
+"""Versions of remote objects: values in the answers of servers that change when an object is written again."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from cellmap_lightning.io.store import CONNECTIONS, Remote
+from cellmap_lightning.io.filesystems import CONNECTIONS
+from cellmap_lightning.io.store import Remote
 
-#: What servers call it: HTTP and S3, Google, and fsspec's own memory.
+#: Names of the version: of HTTP and S3, of Google, and of fsspec's memory file system.
 _NAMES = ("ETag", "etag", "Last-Modified", "LastModified", "VersionId", "generation", "updated", "created")
 
 
 def versions(places: Sequence[Remote]) -> list[str]:
     """Return the version of each object: its entity tag, time and number, as far as the server sends them.
 
-    Objects are asked for concurrently, each with one request for its headers. In an archive, the version is that of the
-    archive. An empty text stands for a server that sends nothing, or refuses such requests.
+    Objects are requested concurrently, each with one request for its headers. In an archive, the version is that of the
+    archive. It is "" where the server sends none, or refuses such requests.
 
     Args:
         places: objects that exist.
 
     Raises:
-        MetadataError: a server does not answer, also when it is asked again.
+        MetadataError: a server does not answer, after retries.
     """
-    found: dict[Remote, str] = {}
+    by_object: dict[Remote, str] = {}
     groups: dict[int, tuple[Any, dict[str, Remote]]] = {}
     objects = [_object_of(place) for place in places]
-    for thing in {thing for thing in objects if thing is not None}:
-        fs = thing.filesystem()
-        groups.setdefault(id(fs), (fs, {}))[1][thing.key] = thing
+    for remote in {remote for remote in objects if remote is not None}:
+        fs = remote.filesystem()
+        groups.setdefault(id(fs), (fs, {}))[1][remote.key] = remote
     for fs, keys in groups.values():
         first = next(iter(keys.values()))
-        with first._clear():
-            answers = _asked_again(fs, list(keys))
-        found |= {keys[key]: _version(answer) for key, answer in answers.items()}
-    return [found[thing] if thing is not None else "" for thing in objects]
+        with first.readable_errors():
+            answers = _with_retries(fs, list(keys))
+        by_object |= {keys[key]: _version(answer) for key, answer in answers.items()}
+    return [by_object[remote] if remote is not None else "" for remote in objects]
 
 
 def _object_of(place: Remote) -> Remote | None:
-    """The object that a server is asked for; None for archives on this machine, whose files have stamps."""
+    """Return the object that is requested; None for local archives, whose files have stamps."""
     archive = place.archive
     if archive is None:
         return place
     return archive if isinstance(archive, Remote) else None
 
 
-def _asked_again(fs: Any, keys: Sequence[str]) -> dict[str, Any]:
-    """Headers or entries of objects; None for those that the server does not describe.
+def _with_retries(fs: Any, keys: Sequence[str]) -> dict[str, Any]:
+    """Return headers or entries of objects; None for those that the server does not describe.
 
     Raises:
         ObjectError: it does not answer.
@@ -55,7 +56,7 @@ def _asked_again(fs: Any, keys: Sequence[str]) -> dict[str, Any]:
 
     def ask(keys: Sequence[str]) -> dict[str, Any]:
         answers = _ask(fs, keys, DEFAULT_RETRY.timeout / 2)
-        # What will not pass, such as a method that is not allowed, is no fault: reading says what is wrong.
+        # A permanent error, such as a method that is not allowed, means no version: reading reports real problems.
         return {
             key: FileNotFoundError(key) if isinstance(answer, Exception) and not passes(answer) else answer
             for key, answer in answers.items()
@@ -70,8 +71,8 @@ def _ask(fs: Any, keys: Sequence[str], seconds: float) -> dict[str, Any]:
     from fsspec.asyn import sync
     from fsspec.implementations.http import HTTPFileSystem
 
-    describe: Callable[[str], Awaitable[Any]] = fs._info
-    if isinstance(fs, HTTPFileSystem):  # whose own method asks twice, and takes every error for a missing file
+    describe: Callable[[str], Awaitable[Any]] = getattr(fs, "_info", fs.info)
+    if isinstance(fs, HTTPFileSystem):  # its method sends two requests, and treats every error as a missing file
         describe = partial(_headers, fs)
 
     async def ask_all() -> list[Any]:
@@ -99,10 +100,10 @@ async def _headers(fs: Any, url: str) -> Mapping[str, Any]:
 def _or_error(ask: Callable[[], Any]) -> Any:
     try:
         return ask()
-    except Exception as e:  # stores raise whatever they like
+    except Exception as e:  # stores raise any type
         return e
 
 
 def _version(answer: Mapping[str, Any] | None) -> str:
-    found = [(name, str(answer[name])) for name in _NAMES if answer.get(name)] if answer is not None else []
-    return repr(found) if found else ""
+    values = [(name, str(answer[name])) for name in _NAMES if answer.get(name)] if answer is not None else []
+    return repr(values) if values else ""

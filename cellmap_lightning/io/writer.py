@@ -1,9 +1,9 @@
-"""Multiscale groups as the field stores them: OME-NGFF 0.4 in Zarr v2, OME-NGFF 0.5 in Zarr v3.
+"""Writing of multiscale groups: OME-NGFF 0.4 in Zarr v2, OME-NGFF 0.5 in Zarr v3.
 
 Two conventions hold everywhere. A ``translation`` is the **centre** of voxel 0, so that a level whose voxels are ``f``
 times as large starts at ``t + s * (f - 1) / 2`` and covers the same physical box as level 0. And a ragged last plane,
-too thin for a window, is **dropped**: the box of a coarse level then ends up to ``f - 1`` fine voxels early, but none
-of its voxels is made of values that are not in the data.
+too thin for a window, is **dropped**: the box of a coarse level then ends up to ``f - 1`` fine voxels early, but every
+voxel is computed from data alone.
 """
 
 import math
@@ -20,6 +20,7 @@ import zarr.codecs
 from numpy.typing import NDArray
 
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.validation import one_of
 
 __all__ = [
     "codec_of",
@@ -43,7 +44,7 @@ _RESERVED = ("multiscales", "ome")
 
 
 def _window_parts(data: NDArray[Any], factors: Sequence[int]) -> list[NDArray[Any]]:
-    """The members of every window, as ``prod(factors)`` strided views of one common shape."""
+    """Return the members of every window, as ``prod(factors)`` strided views of one common shape."""
     if len(factors) != data.ndim or any(f < 1 for f in factors):
         raise CellMapValueError(
             f"factors {tuple(factors)} do not fit an array of shape {data.shape}: one integer >= 1 each"
@@ -58,7 +59,7 @@ def _window_parts(data: NDArray[Any], factors: Sequence[int]) -> list[NDArray[An
 
 
 def _axis_sums(data: NDArray[Any], factors: Sequence[int], wide: np.dtype[Any]) -> NDArray[Any]:
-    """The sum of every window, axis after axis: the first sums run along the rows, and little is left for the last."""
+    """Return the sum of every window, computed axis by axis, so that most of the work runs along whole rows."""
     sums: NDArray[Any] = data
     for axis, factor in enumerate(factors):
         end = sums.shape[axis] // factor * factor
@@ -95,16 +96,17 @@ def downsample_mean(data: NDArray[Any], factors: Sequence[int] = (2, 2, 2)) -> N
         return (total / n).astype(data.dtype)
     if data.dtype.kind not in "iu":
         raise CellMapTypeError(f"cannot average dtype {data.dtype}; integers and floats have a mean")
-    # Half as many bits are enough for any sensible window; eight-byte integers have no wider type to go to.
+    # Sums fit into twice as many bits for any sensible window; there is no integer type wider than eight bytes.
     bits = data.dtype.itemsize * 8
     if bits < 64 and n <= 1 << bits - 1:
         sums = _axis_sums(data, factors, np.dtype(f"{data.dtype.kind}{data.dtype.itemsize * 2}"))
         sums += sums.dtype.type(n // 2)
         if n & n - 1:
             sums //= sums.dtype.type(n)
-        else:  # the same, in a fraction of the time
+        else:  # a shift is several times as fast as a division
             sums >>= sums.dtype.type(n.bit_length() - 1)
         return sums.astype(data.dtype)
+    # Without a wider type: quotients and remainders by n are summed separately, so that nothing overflows.
     quotient = np.zeros(parts[0].shape, data.dtype)
     remainder = np.zeros(parts[0].shape, np.int64)
     for part in parts:
@@ -139,10 +141,11 @@ def downsample_mode(data: NDArray[Any], factors: Sequence[int] = (2, 2, 2)) -> N
     for part in parts[1:]:
         np.minimum(least, part, out=least)
         np.maximum(most, part, out=most)
-    # Nearly all windows of a label volume hold one value; only those on a border are worth sorting.
+    # Nearly all windows of a label volume hold one value; only the others are sorted.
     mixed = np.nonzero(least != most)
     if mixed[0].size:
         members = np.sort(np.stack([part[mixed] for part in parts]), axis=0)
+        # The longest run of equal values wins; of equally long runs the first, which has the smaller value.
         winner = members[0].copy()
         run = np.ones(winner.shape, np.int32)
         longest = run.copy()
@@ -159,17 +162,16 @@ def downsample_mode(data: NDArray[Any], factors: Sequence[int] = (2, 2, 2)) -> N
 
 
 def codec_of(compressor: Compressor | None, zarr_format: int, level: int = 5) -> Any:
-    """What `zarr.create_array` wants for a compressor's name, in the words of each format.
+    """Return the ``compressors`` argument of `zarr.create_array` for the name of a compressor.
 
     Args:
         compressor: its name, or None.
         zarr_format: 2 or 3.
-        level: how hard it tries, from 1 to 9.
+        level: compression level, from 1 to 9.
     """
     if compressor is None:
         return None
-    if compressor not in ("zstd", "lz4", "gzip"):
-        raise CellMapValueError(f"unknown compressor {compressor!r}; one of 'zstd', 'lz4', 'gzip', None")
+    one_of("compressor", compressor, ("zstd", "lz4", "gzip", None))
     if compressor == "gzip":
         return {"id": "gzip", "level": level} if zarr_format == 2 else zarr.codecs.GzipCodec(level=level)
     if zarr_format == 2:
@@ -177,16 +179,11 @@ def codec_of(compressor: Compressor | None, zarr_format: int, level: int = 5) ->
     return zarr.codecs.BloscCodec(cname=compressor, clevel=level, shuffle="shuffle")
 
 
-def _check_format(zarr_format: int) -> None:
-    if zarr_format not in (2, 3):
-        raise CellMapValueError(f"zarr_format is {zarr_format!r}; 2 (OME-NGFF 0.4) or 3 (OME-NGFF 0.5)")
-
-
 def make_room(path: Path, overwrite: bool) -> None:
-    """Remove the Zarr group or array that is at ``path``, if that is wanted.
+    """Remove the Zarr group or array at ``path``, if there is one and ``overwrite`` is set.
 
     Raises:
-        CellMapFileExistsError: something is there, and is not to be removed, or is no Zarr group and no Zarr array.
+        CellMapFileExistsError: ``path`` exists and ``overwrite`` is not set, or it is not a Zarr group or array.
     """
     if not path.exists():
         return
@@ -203,17 +200,17 @@ def make_room(path: Path, overwrite: bool) -> None:
 def write_group(
     path: str | os.PathLike[str], attributes: Mapping[str, Any] | None = None, zarr_format: ZarrFormat = 2
 ) -> None:
-    """Make sure that a Zarr group is at ``path``, and merge ``attributes`` into its own.
+    """Create a Zarr group at ``path`` unless there is one, and merge ``attributes`` into its attributes.
 
     Args:
-        path: Local folder of the group. Its parents are made as folders, but not as groups.
+        path: Local folder of the group. Its parents are created as folders, but not as groups.
         attributes: JSON-like attributes; keys that the group has already are replaced.
         zarr_format: 2 or 3. A group of the other format is an error.
 
     Raises:
         CellMapFileExistsError: If an array, a group of the other format or a file is there.
     """
-    _check_format(zarr_format)
+    one_of("zarr_format", zarr_format, (2, 3))
     path = Path(path)
     group_file = ".zgroup" if zarr_format == 2 else "zarr.json"
     if path.exists() and not path.is_dir():
@@ -223,7 +220,7 @@ def write_group(
             group = zarr.open_group(str(path), mode="r+", zarr_format=zarr_format, use_consolidated=False)
         except (FileNotFoundError, ValueError) as error:
             raise CellMapFileExistsError(
-                f"{path} holds something that is no Zarr v{zarr_format} group ({group_file} of a group expected)"
+                f"{path} is not a Zarr v{zarr_format} group; expected the {group_file} of a group"
             ) from error
         if attributes:
             group.update_attributes(dict(attributes))
@@ -243,7 +240,7 @@ def create_level(
     attributes: dict[str, Any] | None = None,
     fill_value: float = 0,
 ) -> zarr.Array[Any]:
-    """Make the array of a level below a group.
+    """Create the array of a level below a group.
 
     Args:
         path: local folder of the array.
@@ -251,11 +248,11 @@ def create_level(
         dtype: type of a voxel.
         chunks: voxels of a chunk.
         zarr_format: 2 or 3.
-        codec: what compresses, in zarr's own words; one codec, several, or None.
+        codec: one codec, several, or None, as `zarr.create_array` takes them.
         shards: voxels of a shard; Zarr v3 only.
         axes: names of the axes.
         attributes: attributes of the array.
-        fill_value: value of its voxels until they are written.
+        fill_value: value of voxels that are not written.
     """
     v3: dict[str, Any] = {"dimension_names": tuple(axes), "shards": shards} if zarr_format == 3 else {}
     return zarr.create_array(
@@ -283,7 +280,7 @@ def multiscale_attributes(
     unit: str = "nanometer",
     steps: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """The attributes by which a group is a multiscale image with arrays ``s0 .. s{levels - 1}``.
+    """Return the attributes of a multiscale image with arrays ``s0 .. s{levels - 1}``.
 
     Args:
         name: name of the multiscale.
@@ -325,9 +322,9 @@ def multiscale_attributes(
     return {"ome": {"version": "0.5", "multiscales": [multiscale]}}
 
 
-def _per_axis(what: str, values: Sequence[Any], axes: Sequence[str]) -> tuple[Any, ...]:
+def _per_axis(name: str, values: Sequence[Any], axes: Sequence[str]) -> tuple[Any, ...]:
     if len(values) != len(axes):
-        raise CellMapValueError(f"{what} {tuple(values)} has {len(values)} entries; the axes are {', '.join(axes)}")
+        raise CellMapValueError(f"{name} {tuple(values)} has {len(values)} entries; the axes are {', '.join(axes)}")
     return tuple(values)
 
 
@@ -353,8 +350,8 @@ def write_multiscale(
 ) -> None:
     """Write an array and its pyramid as a multiscale group with arrays ``s0 .. s{levels - 1}``.
 
-    The multiscale metadata are written last: a group that has them is whole. Metadata are never consolidated, because
-    a consolidated copy goes stale as soon as somebody adds a class to a parent group.
+    The multiscale metadata are written last: a group that has them is complete. Metadata are never consolidated, since
+    a consolidated copy would be stale as soon as a class is added to a parent group.
 
     Args:
         path: Local folder of the group.
@@ -379,33 +376,16 @@ def write_multiscale(
         CellMapFileExistsError: If ``path`` exists and ``overwrite`` is False, or is not a Zarr node.
         CellMapValueError: If the arguments contradict each other or ``levels`` is more than the shape allows.
         CellMapTypeError: If the dtype has no mean, or no mode.
+
+    Example:
+        >>> write_multiscale("crop1/raw", raw, scale=(8, 8, 8), translation=(4, 4, 4), levels=3)
+        >>> write_multiscale("crop1/mito", labels, scale=(8, 8, 8), translation=(4, 4, 4), mode="mode")
     """
     path = Path(path)
-    _check_format(zarr_format)
-    if data.ndim != len(axes) or len(set(axes)) != len(axes):
-        raise CellMapValueError(
-            f"axes {tuple(axes)} do not name the {data.ndim} axes of an array of shape {data.shape}"
-        )
-    scale = tuple(float(s) for s in _per_axis("scale", scale, axes))
-    translation = tuple(float(t) for t in _per_axis("translation", translation, axes))
-    factors = tuple(int(f) for f in _per_axis("factors", factors, axes))
-    chunks = tuple(int(c) for c in _per_axis("chunks", chunks, axes))
-    if any(not math.isfinite(s) or s <= 0 for s in scale) or not all(map(math.isfinite, translation)):
-        raise CellMapValueError(f"scale {scale} must be positive and, like translation {translation}, finite")
-    if any(c < 1 for c in chunks):
-        raise CellMapValueError(f"chunks {chunks} must be positive")
-    if shards is not None:
-        shards = tuple(int(s) for s in _per_axis("shards", shards, axes))
-        if zarr_format == 2:
-            raise CellMapValueError("shards need zarr_format=3: Zarr v2 has no sharding")
-        if any(s < 1 or s % c for s, c in zip(shards, chunks, strict=True)):
-            raise CellMapValueError(f"shards {shards} must be multiples of chunks {chunks}")
-    if mode not in ("mean", "mode"):
-        raise CellMapValueError(f"mode is {mode!r}; 'mean' for intensities, 'mode' for labels")
-    if levels < 1 or any(n < f ** (levels - 1) for n, f in zip(data.shape, factors, strict=True)):
-        raise CellMapValueError(
-            f"levels is {levels}: shape {data.shape} with factors {factors} does not have that many"
-        )
+    pyramid = _Pyramid(data.shape, scale, translation, levels, factors, axes)
+    chunks, shards = _checked_chunks(chunks, shards, axes, zarr_format)
+    one_of("zarr_format", zarr_format, (2, 3))
+    one_of("mode", mode, ("mean", "mode"))
     reserved = [key for key in _RESERVED if key in (attributes or {})]
     if reserved:
         raise CellMapValueError(
@@ -418,7 +398,8 @@ def write_multiscale(
     array = data
     for level in range(levels):
         if level:
-            array = downsample_mean(array, factors) if mode == "mean" else downsample_mode(array, factors)
+            downsample = downsample_mean if mode == "mean" else downsample_mode
+            array = downsample(array, pyramid.factors)
         target = create_level(
             path / f"s{level}", array.shape, array.dtype, chunks, zarr_format, codec, shards, axes,
             dict(array_attributes(level, array)) if array_attributes else None,
@@ -426,6 +407,57 @@ def write_multiscale(
         target[...] = array
 
     block = multiscale_attributes(
-        path.name if name is None else name, scale, translation, levels, factors, zarr_format, axes, unit
-    )
+        path.name if name is None else name, pyramid.scale, pyramid.translation, levels, pyramid.factors, zarr_format,
+        axes, unit,
+    )  # fmt: skip
     write_group(path, {**(attributes or {}), **block}, zarr_format)
+
+
+class _Pyramid:
+    """The checked geometry of a pyramid; see `write_multiscale` for the arguments."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        scale: Sequence[float],
+        translation: Sequence[float],
+        levels: int,
+        factors: Sequence[int],
+        axes: Sequence[str],
+    ) -> None:
+        if len(shape) != len(axes) or len(set(axes)) != len(axes):
+            raise CellMapValueError(
+                f"axes {tuple(axes)} do not name the {len(shape)} axes of an array of shape {tuple(shape)}"
+            )
+        self.scale = tuple(float(s) for s in _per_axis("scale", scale, axes))
+        self.translation = tuple(float(t) for t in _per_axis("translation", translation, axes))
+        self.factors = tuple(int(f) for f in _per_axis("factors", factors, axes))
+        if any(not math.isfinite(s) or s <= 0 for s in self.scale) or not all(map(math.isfinite, self.translation)):
+            raise CellMapValueError(
+                f"scale {self.scale} must be positive and, like translation {self.translation}, finite"
+            )
+        if levels < 1 or any(n < f ** (levels - 1) for n, f in zip(shape, self.factors, strict=True)):
+            raise CellMapValueError(
+                f"levels is {levels}: shape {tuple(shape)} with factors {self.factors} does not have that many"
+            )
+
+
+def _checked_chunks(
+    chunks: Sequence[int], shards: Sequence[int] | None, axes: Sequence[str], zarr_format: int
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Return the shapes of chunks and shards as integers.
+
+    Raises:
+        CellMapValueError: they are not positive, or do not fit each other or the format.
+    """
+    chunks = tuple(int(c) for c in _per_axis("chunks", chunks, axes))
+    if any(c < 1 for c in chunks):
+        raise CellMapValueError(f"chunks {chunks} must be positive")
+    if shards is None:
+        return chunks, None
+    shards = tuple(int(s) for s in _per_axis("shards", shards, axes))
+    if zarr_format == 2:
+        raise CellMapValueError("shards need zarr_format=3: Zarr v2 has no sharding")
+    if any(s < 1 or s % c for s, c in zip(shards, chunks, strict=True)):
+        raise CellMapValueError(f"shards {shards} must be multiples of chunks {chunks}")
+    return chunks, shards

@@ -1,1 +1,1 @@
-"""Random numbers, threads, buffers and interrupts: what every other layer runs on."""
+"""Random numbers, threads, buffers, interrupts and cache locations, used by every other layer."""

@@ -1,7 +1,7 @@
-"""Memory for batches on the CPU: what a batch that is gone leaves behind is used for the next one of its size.
+"""A memory pool for batches on the CPU: the memory of a released batch is reused for the next one of its size.
 
-Memory that a process asks the system for has to be zeroed page by page when it is first touched, which costs as much as
-writing the batch. A block comes back when nothing refers to it any more: no tensor, no view of one, no NumPy array.
+Newly allocated memory is zeroed by the system page by page when it is first touched, which costs as much as writing the
+batch. A block returns to the pool once nothing refers to it: no tensor, no view of one, no NumPy array.
 """
 
 import ctypes
@@ -14,46 +14,52 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-#: Blocks of one size that wait to be used again: the batch before this one, and one ahead of it.
-WAITING = 2
-#: Bytes below which a block is cheap to make.
+#: Idle blocks of one size in the pool at most: that of the batch before this one, and of one ahead of it.
+MOST_IDLE = 2
+#: Bytes below which an array is allocated as usual.
 SMALL = 1 << 18
 
 
 class Buffers:
-    """Blocks of memory that are used again."""
+    """A pool of reusable memory blocks; thread-safe.
+
+    Example:
+        >>> BUFFERS.empty((2, 1, 64, 64, 64), "float32").shape
+        (2, 1, 64, 64, 64)
+    """
 
     def __init__(self) -> None:
-        self._waiting: dict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
+        self._idle: dict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """An array whose values are not set, C-contiguous."""
-        kind = np.dtype(dtype)
-        nbytes = math.prod(shape) * kind.itemsize
+        """Return a C-contiguous array of uninitialized values."""
+        dtype = np.dtype(dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < SMALL:
-            return np.empty(shape, kind)
+            return np.empty(shape, dtype)
         try:
-            block = self._waiting[nbytes].pop()
+            block = self._idle[nbytes].pop()
         except IndexError:
             block = np.empty(nbytes, np.uint8)
-        # Everything that looks into the memory holds on to this object, and nothing else does.
+        # Every view of the memory refers to this object, so its finalizer runs when the last view is gone.
         holder = (ctypes.c_uint8 * nbytes).from_address(block.ctypes.data)
-        weakref.finalize(holder, self._back, block, os.getpid()).atexit = False
-        return np.frombuffer(memoryview(holder), kind).reshape(shape)
+        weakref.finalize(holder, self._return_block, block, os.getpid()).atexit = False
+        return np.frombuffer(memoryview(holder), dtype).reshape(shape)
 
-    def _back(self, block: npt.NDArray[np.uint8], pid: int) -> None:
-        # May run anywhere and at any time, so that no lock is held here: lists need none.
-        waiting = self._waiting[len(block)]
-        if len(waiting) < WAITING and pid == os.getpid():
-            waiting.append(block)
+    def _return_block(self, block: npt.NDArray[np.uint8], pid: int) -> None:
+        # A finalizer may interrupt any code of any thread, also code that holds a lock, so none is taken here. The
+        # list methods are atomic.
+        idle = self._idle[len(block)]
+        if len(idle) < MOST_IDLE and pid == os.getpid():
+            idle.append(block)
 
     def clear(self) -> None:
-        """Give back to the system what waits."""
-        self._waiting.clear()
+        """Release all idle blocks."""
+        self._idle.clear()
 
 
-#: The blocks of this process.
+#: The pool of this process.
 BUFFERS = Buffers()
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=BUFFERS.clear)  # to write to the parent's would copy them first
+    os.register_at_fork(after_in_child=BUFFERS.clear)  # writing to the parent's pages would copy them

@@ -1,8 +1,8 @@
 """Delivery of Ctrl-C where Python would drop it.
 
 Python prints and drops an exception that is raised in ``__del__``, in the callback of a weak reference or of the
-garbage collector, or in a fork hook. A KeyboardInterrupt that arrives there does not end the program: with threads that
-start and end, and memory that is reused, that happens. It is sent again once the callback has returned.
+garbage collector, or in a fork hook. A KeyboardInterrupt that arrives there does not end the program, which the
+finalizers of threads and buffers make likely. It is sent again once the callback has returned.
 """
 
 import _thread
@@ -16,66 +16,70 @@ from typing import Any
 #: Seconds after which a dropped interrupt is sent again.
 PAUSE = 0.05
 
-_installed = _in_hook = False
-#: True while an interrupt waits to be sent; those that are dropped meanwhile are the same one.
-_waiting = False
-_previous: Any = None
+
+class _State:
+    """State of the hook, for the whole process.
+
+    Attributes:
+        installed: whether the hook was installed.
+        in_hook: whether the main thread is inside the hook.
+        pending: whether an interrupt is about to be sent again; those dropped meanwhile are merged with it.
+        previous: the hook that was installed before.
+    """
+
+    installed = in_hook = pending = False
+    previous: Any = None
 
 
 def install() -> None:
-    """Have KeyboardInterrupts that Python drops in the main thread sent again.
+    """Install the hook that sends dropped KeyboardInterrupts of the main thread again, once per process.
 
-    ``sys.unraisablehook`` is replaced, once in a process; what it receives besides is handed to the hook before it.
+    It replaces ``sys.unraisablehook``; all other exceptions are passed to the hook before it.
     """
-    global _installed, _previous
-    if not _installed and hasattr(signal, "pthread_kill"):
-        _installed, _previous, sys.unraisablehook = True, sys.unraisablehook, _report
-        os.register_at_fork(after_in_child=_forget)
+    if not _State.installed and hasattr(signal, "pthread_kill"):
+        _State.installed, _State.previous, sys.unraisablehook = True, sys.unraisablehook, _report
+        os.register_at_fork(after_in_child=_reset_after_fork)
 
 
-def _forget() -> None:
-    # The child does not have the thread that sends it.
-    global _waiting
-    _waiting = False
+def _reset_after_fork() -> None:
+    _State.pending = False  # the thread that would send it is not in the child
 
 
 def settle() -> None:
     """Wait until an interrupt that was dropped has been sent again.
 
     Raises:
-        KeyboardInterrupt: there was one.
+        KeyboardInterrupt: an interrupt was dropped.
     """
     waited = False
-    while _waiting:
+    while _State.pending:
         waited = True
         time.sleep(PAUSE)
     if waited:
-        time.sleep(PAUSE)  # it may be sent only now
+        time.sleep(PAUSE)  # the flag is cleared just before the signal is sent
 
 
 def _report(unraisable: Any) -> None:
-    global _in_hook, _waiting
-    kind = unraisable.exc_type
-    main = threading.current_thread() is threading.main_thread()
-    if not main or kind is None or not issubclass(kind, KeyboardInterrupt):
-        _previous(unraisable)
+    error = unraisable.exc_type
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or error is None or not issubclass(error, KeyboardInterrupt):
+        _State.previous(unraisable)
         return
-    _in_hook = True
+    _State.in_hook = True
     try:
-        if not _waiting:
-            _waiting = True
+        if not _State.pending:
+            _State.pending = True
             # Not threading.Thread: this thread may hold the locks that starting one takes.
             _thread.start_new_thread(_send, ())
     finally:
-        _in_hook = False  # no instruction follows before which Python handles signals
+        _State.in_hook = False  # last: Python handles no signal between this and the return
 
 
 def _send() -> None:
-    global _waiting
     time.sleep(PAUSE)
-    while _in_hook:
+    while _State.in_hook:
         time.sleep(PAUSE)
-    _waiting = False  # before it is sent, so that it is sent again if it is dropped again
+    _State.pending = False  # before the signal, so that an interrupt that is dropped again is also sent again
     ident = threading.main_thread().ident
     if ident is not None:
-        signal.pthread_kill(ident, signal.SIGINT)  # unlike raise_signal, it also ends what the thread waits for
+        signal.pthread_kill(ident, signal.SIGINT)  # unlike raise_signal, it also interrupts blocking calls

@@ -1,4 +1,4 @@
-"""Random numbers that are functions of where they are used: no state, no order, the same on every machine.
+"""Counter-based random numbers: deterministic functions of seed, purpose and counter, the same on every machine.
 
 The mixing function is the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014, doi:10.1145/2660193.2660195, with the constants of its variant 13).
@@ -12,7 +12,7 @@ import numpy.typing as npt
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _ONE, _TWO = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
-#: What the numbers are drawn for; each purpose has numbers of its own.
+#: Purposes of the numbers; each has a separate stream.
 PLACE, TURN, VALUES, ORDER, AUGMENT, INDEX, HIDE, SHUFFLE = range(8)
 
 
@@ -25,9 +25,9 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def hashes(
     seed: int, purpose: int, counters: Sequence[int] | npt.NDArray[np.int64], count: int
 ) -> npt.NDArray[np.uint64]:
-    """``[len(counters), count]`` independent 64-bit numbers, a function of each (seed, purpose, counter) alone."""
+    """Return ``[len(counters), count]`` independent 64-bit numbers, a function of (seed, purpose, counter) alone."""
     key = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], np.uint64) + _GAMMA)
-    key = _mix(key + np.array([purpose + 1], np.uint64) * _GAMMA)  # arrays wrap round, scalars would warn
+    key = _mix(key + np.array([purpose + 1], np.uint64) * _GAMMA)  # arrays wrap around, scalars would warn
     state = _mix(key + np.asarray(counters, np.int64).astype(np.uint64) * _GAMMA)
     return _mix(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GAMMA)
 
@@ -35,5 +35,7 @@ def hashes(
 def uniforms(
     seed: int, purpose: int, counters: Sequence[int] | npt.NDArray[np.int64], count: int
 ) -> npt.NDArray[np.float64]:
-    """``[len(counters), count]`` independent numbers in [0, 1); see `hashes`."""
-    return (hashes(seed, purpose, counters, count) >> np.uint64(11)).astype(np.float64) / (1 << 53)
+    """Return ``[len(counters), count]`` independent numbers in [0, 1); see `hashes`."""
+    return (hashes(seed, purpose, counters, count) >> np.uint64(11)).astype(np.float64) / (
+        1 << 53
+    )  # the 53 bits of a double

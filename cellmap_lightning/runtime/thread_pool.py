@@ -1,4 +1,4 @@
-"""The threads that read: one pool per collection of datasets and process, made at first use, kept until closed."""
+"""Thread pools for reading: one per process and collection of datasets, started lazily and alive until closed."""
 
 import logging
 import os
@@ -16,93 +16,97 @@ from cellmap_lightning.runtime import interrupts
 log = logging.getLogger(__name__)
 
 THREAD_PREFIX = "cellmap-read"
-#: Seconds that somebody who closes waits for a read that cannot be cancelled any more.
+#: Shutdown timeout for running reads, in seconds.
 PATIENCE = 10.0
-#: Stands for the thread that waits for a task where none does.
-AHEAD = 0
+#: Default number of reading threads for remote data: each waits for one object, and waiting costs nothing.
+REMOTE_WORKERS = 32
+#: In place of the id of the waiting thread, for tasks that no thread waits for.
+_AHEAD = 0
 
 
 class Closeable(Protocol):
-    """What can be closed."""
+    """An object with a ``close`` method."""
 
     def close(self) -> None:
-        """End it."""
-
-
-#: Reading threads of a dataset that lies elsewhere, unless somebody says how many.
-REMOTE_WORKERS = 32
+        """Release all resources."""
 
 
 def default_workers(max_workers: int | None = None, remote: bool = False) -> int:
-    """``max_workers``, else the environment's ``CELLMAP_MAX_WORKERS``, else ``min(4, cpu_count)``.
+    """Return ``max_workers``, else the environment's ``CELLMAP_MAX_WORKERS``, else ``min(4, cpu_count)``.
 
-    Threads that wait for a store elsewhere cost nothing, and each waits for one object: there are 32 of them.
+    The last is `REMOTE_WORKERS` for remote data.
 
     Raises:
         CellMapValueError: the number is not a positive whole number.
     """
-    given: Any = max_workers
-    source = "max_workers"
-    if given is None and os.environ.get("CELLMAP_MAX_WORKERS"):
-        given, source = os.environ["CELLMAP_MAX_WORKERS"], "the environment's CELLMAP_MAX_WORKERS"
-    if given is None:
+    value: Any = max_workers
+    name = "max_workers"
+    if value is None and os.environ.get("CELLMAP_MAX_WORKERS"):
+        value, name = os.environ["CELLMAP_MAX_WORKERS"], "the environment's CELLMAP_MAX_WORKERS"
+    if value is None:
         return REMOTE_WORKERS if remote else min(4, os.cpu_count() or 1)
     try:
-        workers = int(given)
-        if workers != float(given) or workers < 1:
+        workers = int(value)
+        if workers != float(value) or workers < 1:
             raise ValueError
     except (TypeError, ValueError):
-        raise CellMapValueError(f"{source} must be a positive whole number, got {given!r}") from None
+        raise CellMapValueError(f"{name} must be a positive whole number, got {value!r}") from None
     return workers
 
 
-def _enter(threads: "weakref.WeakSet[threading.Thread]") -> None:
-    """In each new thread of a pool; holds no reference to the pool, which could otherwise not be collected."""
+def _register_thread(threads: "weakref.WeakSet[threading.Thread]") -> None:
+    # A function, and not a method: a reference to the pool would keep it from being garbage-collected.
     threads.add(threading.current_thread())
 
 
 def end_threads(threads: Iterable[threading.Thread], doing: str) -> None:
-    """Wait until threads that were told to end have ended; a read that hangs is left behind after `PATIENCE` seconds.
+    """Join threads that are about to end; one with a hanging read is abandoned after `PATIENCE` seconds.
 
     Args:
-        threads: the threads; the calling one is left out, since garbage may be collected in any.
-        doing: what they do, for the log.
+        threads: the threads; the calling thread is skipped, since finalizers may run in any.
+        doing: their activity, for the log.
     """
     deadline = time.monotonic() + PATIENCE
-    left = [thread for thread in threads if thread is not threading.current_thread()]
-    for thread in left:
+    others = [thread for thread in threads if thread is not threading.current_thread()]
+    for thread in others:
         thread.join(max(0.0, deadline - time.monotonic()))
-    hanging = [thread.name for thread in left if thread.is_alive()]
+    hanging = [thread.name for thread in others if thread.is_alive()]
     if hanging:
         log.warning("%s for more than %g s and cannot be interrupted: %s", doing, PATIENCE, ", ".join(hanging))
 
 
-def _each(tasks: list[Callable[[], None]]) -> None:
+def _run_all(tasks: list[Callable[[], None]]) -> None:
     for task in tasks:
         task()
 
 
 class ReadPool:
-    """A `ThreadPoolExecutor` that appears at first use and is the same until `close`.
+    """A `ThreadPoolExecutor` that is created at first use and reused until `close`; thread-safe.
 
-    It never travels: a copy in another process, forked or unpickled, makes its own.
+    Threads are never shared between processes: a forked or unpickled copy starts new ones.
 
     Args:
-        workers: threads.
+        workers: number of threads.
+
+    Example:
+        >>> pool = ReadPool(4)
+        >>> pool.run([lambda: None, lambda: None])
+        >>> pool.close()
     """
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._reset()
+        self.reset()
         _POOLS.add(self)
-        interrupts.install()  # here and not on import: the ends of threads run callbacks in the main thread
+        interrupts.install()  # here, and not on import, since threads that end run callbacks in the main thread
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Forget executor, locks and tasks without touching them, as a forked child must."""
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
-        #: The tasks that are waited for, and the thread that waits.
+        # Unfinished tasks, and the id of the thread that waits for each, or _AHEAD.
         self._queued: dict[Future[Any], int] = {}
-        self._followers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._readers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,40 +117,42 @@ class ReadPool:
 
     @property
     def executor(self) -> ThreadPoolExecutor:
-        """The pool of this process."""
+        """Executor of this process."""
         with self._lock:
             return self._executor_locked()
 
     def _executor_locked(self) -> ThreadPoolExecutor:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(
-                self.workers, THREAD_PREFIX, initializer=_enter, initargs=(self._threads,)
+                self.workers, THREAD_PREFIX, initializer=_register_thread, initargs=(self._threads,)
             )
         return self._executor
 
     def run(self, tasks: Iterable[Callable[[], None]], threads: int | None = None) -> None:
-        """Run the tasks in the pool and wait for them; none of them may itself wait for the pool.
+        """Run tasks in the pool and wait for them; no task may itself wait for the pool.
 
-        The first error is raised as it is, after what had not begun is cancelled and what had begun is finished, so
-        that no task writes to memory that its caller has given up.
+        The first error is raised unchanged, after pending tasks are cancelled and running ones have finished: no task
+        writes to memory that its caller has released.
 
         Args:
-            tasks: what to do.
-            threads: how many threads share it: with one, it is the caller. By default all.
+            tasks: the tasks.
+            threads: number of threads that share the tasks; with 1, the calling thread runs them. By default all.
+
+        Raises:
+            CellMapError: the pool was closed meanwhile.
         """
         tasks = list(tasks)
+        # A caller that is one of the pool's threads would wait for itself.
         if threads == 1 or threading.current_thread() in self._threads:
-            # A caller that is one of the pool's own threads would wait for itself.
-            for task in tasks:
-                task()
+            _run_all(tasks)
             return
         if threads is not None and threads < self.workers:
-            tasks = [partial(_each, tasks[first::threads]) for first in range(threads)]
+            tasks = [partial(_run_all, tasks[first::threads]) for first in range(threads)]
         futures: list[Future[Any]] = []
         try:
             with self._lock:
                 executor = self._executor_locked()
-                futures.extend(executor.submit(task) for task in tasks)  # keeps what was submitted if one fails
+                futures.extend(executor.submit(task) for task in tasks)  # keeps those submitted so far if one fails
                 self._queued.update(dict.fromkeys(futures, threading.get_ident()))
             for future in futures:
                 future.result()
@@ -156,58 +162,58 @@ class ReadPool:
             for future in futures:
                 future.cancel()
             for future in futures:
-                if not future.cancelled():
+                if not future.cancelled():  # `wait` would wait for cancelled ones too, until a thread dequeues them
                     future.exception()
             for future in futures:
                 self._queued.pop(future, None)
 
     def ahead(self, tasks: Iterable[Callable[[], None]]) -> None:
-        """Have tasks done that nobody waits for.
+        """Run tasks in the background.
 
-        An error of theirs is not raised: whoever needs what they do does it again, and meets it.
+        Errors are ignored; the read is repeated (and raises) when its result is needed.
         """
         with self._lock:
             executor = self._executor_locked()
             for task in tasks:
                 future = executor.submit(task)
-                self._queued[future] = AHEAD
-                future.add_done_callback(self._ended)
+                self._queued[future] = _AHEAD
+                future.add_done_callback(self._dequeue)
 
-    def _ended(self, future: Future[Any]) -> None:
+    def _dequeue(self, future: Future[Any]) -> None:
         self._queued.pop(future, None)
 
     def cancel_ahead(self) -> None:
-        """Cancel the tasks `ahead` that have not begun, and wait for the others, for `PATIENCE` seconds at most."""
-        futures = [future for future, thread in list(self._queued.items()) if thread == AHEAD]
+        """Cancel pending tasks of `ahead`, and wait for running ones, for `PATIENCE` seconds at most."""
+        futures = [future for future, thread in list(self._queued.items()) if thread == _AHEAD]
         for future in futures:
             future.cancel()
         wait(futures, PATIENCE)
 
-    def follow(self, follower: Closeable) -> None:
-        """Close this first, when the pool is closed: it reads with the pool's threads."""
-        with self._lock:  # `close` may be going through them
-            self._followers.add(follower)
+    def follow(self, reader: Closeable) -> None:
+        """Register an object that reads with the pool's threads, to be closed before the pool is."""
+        with self._lock:  # `close` may be iterating over them
+            self._readers.add(reader)
 
     def cancel(self, waiting: int | None = None) -> None:
-        """Cancel every task that has not begun; whoever waits for it in `run` gets a `CellMapError`.
+        """Cancel all pending tasks; a `run` that waits for one raises a `CellMapError`.
 
         Args:
-            waiting: only the tasks that this thread waits for.
+            waiting: id of a thread, to cancel only the tasks that it waits for.
         """
         for future, thread in list(self._queued.items()):
             if waiting is None or waiting == thread:
                 future.cancel()
 
     def close(self) -> None:
-        """Cancel what has not begun, finish what has, end the threads and who reads with them. A later use begins anew.
+        """Cancel pending tasks, wait for running ones, close registered readers and end the threads.
 
-        Returns after `PATIENCE` seconds at the latest for each of them, also when a read hangs.
+        A later use starts new threads. Each wait ends after `PATIENCE` seconds, also when a read hangs.
         """
         self.cancel()
         with self._lock:
-            followers = list(self._followers)
-        for follower in followers:
-            follower.close()
+            readers = list(self._readers)
+        for reader in readers:
+            reader.close()
         with self._lock:
             executor, self._executor = self._executor, None
         if executor is not None:
@@ -216,19 +222,24 @@ class ReadPool:
 
 
 class ForkGate:
-    """Keeps a process from forking in the middle of a read.
+    """A lock that keeps a process from forking in the middle of a read.
 
-    The child would inherit the locks of libraries as the reading threads held them, and not the threads: with two
-    threads reading, forked workers of zarr-python 3.1 hang.
+    The child would inherit the locks of libraries as held by the reading threads, but not the threads that release
+    them: with two threads reading, forked workers of zarr-python 3.1 hang. Reads share the lock, and may nest.
+
+    Example:
+        >>> with FORK_GATE:
+        ...     pass  # read
     """
 
-    #: Seconds that a fork waits for reads to end.
+    #: Timeout of a fork that waits for reads, in seconds.
     PATIENCE = 60.0
 
     def __init__(self) -> None:
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Replace all locks and counters, as a forked child must."""
         self._changed = threading.Condition()
         self._reading = 0
         self._forking = False
@@ -236,6 +247,7 @@ class ForkGate:
 
     def __enter__(self) -> None:
         with self._changed:
+            # A nested read must not wait: the fork waits for the outer one.
             while self._forking and not getattr(self._mine, "depth", 0):
                 self._changed.wait()
             self._reading += 1
@@ -248,30 +260,30 @@ class ForkGate:
             self._changed.notify_all()
 
     def before_fork(self) -> None:
-        """Wait until nobody reads, but for the thread that forks."""
+        """Wait until no other thread reads."""
         with self._changed:
             self._forking = True
             mine: int = getattr(self._mine, "depth", 0)
             self._changed.wait_for(lambda: self._reading <= mine, self.PATIENCE)
 
     def after_fork(self) -> None:
-        """In the parent: reads go on."""
+        """Let reads continue in the parent."""
         with self._changed:
             self._forking = False
             self._changed.notify_all()
 
 
-#: Whoever reads, does it inside.
+#: The gate of this process; all reads happen inside it.
 FORK_GATE = ForkGate()
 
 _POOLS: "weakref.WeakSet[ReadPool]" = weakref.WeakSet()
 
 
 def _forget_after_fork() -> None:
-    # The child has neither the threads nor whoever held the lock.
-    FORK_GATE._reset()
+    # The threads that held the locks do not exist in the child.
+    FORK_GATE.reset()
     for pool in list(_POOLS):
-        pool._reset()
+        pool.reset()
 
 
 if hasattr(os, "register_at_fork"):

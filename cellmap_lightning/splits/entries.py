@@ -20,8 +20,9 @@ from cellmap_lightning.errors import (
     CellMapValueError,
 )
 from cellmap_lightning.geometry.lattice import Box
+from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff import OVERRIDE_KEYS, Overrides
-from cellmap_lightning.io.store import local_path, missing
+from cellmap_lightning.io.store import local_path
 from cellmap_lightning.sampling.strategies import check_weight
 
 SPLITS = ("train", "val", "test", "predict")

@@ -19,7 +19,8 @@ from cellmap_lightning.errors import (
     CellMapValueError,
 )
 from cellmap_lightning.geometry.lattice import Box, Lattice, to_vector
-from cellmap_lightning.io.store import Remote, StorePath, children, exists, local_path, missing, parse_location
+from cellmap_lightning.io.missing_paths import missing
+from cellmap_lightning.io.store import Remote, StorePath, children, exists, local_path, parse_location
 
 RAW = "recon-1/em/fibsem-uint8"
 GROUNDTRUTH = "recon-1/labels/groundtruth"

@@ -863,7 +863,7 @@ def test_a_kept_batch_is_never_written_to(volumes):
 
 def test_what_one_can_say_about_the_cache(volumes):
     volume = volumes["v2 /"]
-    for bad, match in (({"cache": "ssd"}, "cache is one of"), ({"cache_bytes": -5}, "cache_bytes must be")):
+    for bad, match in (({"cache": "ssd"}, "cache must be one of"), ({"cache_bytes": -5}, "cache_bytes must be")):
         with pytest.raises(CellMapError, match=match):
             volume.dataset(NAMES[:3], (8, 12, 16), **bad)
     one = volume.dataset(NAMES[:3], (8, 12, 16), cache="none")

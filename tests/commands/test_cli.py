@@ -209,8 +209,11 @@ def test_cross_validation_sweep_over_challenge_folders(volume, tmp_path):
             ["+data.batchsize=4"],
             ["data.batchsize: CellMapDataModule has no argument 'batchsize'; did you mean 'batch_size'?"],
         ),
-        (["experiment=demo", "data.cache=dsk"], ["Error: cache is one of auto, disk, memory, chunks, none, got 'dsk'"]),
-        (["experiment=demo", "data.reader=zar"], ["Error: a reader is one of zarr, tensorstore, got 'zar'"]),
+        (
+            ["experiment=demo", "data.cache=dsk"],
+            ["Error: cache must be one of auto, disk, memory, chunks, none, got 'dsk'"],
+        ),
+        (["experiment=demo", "data.reader=zar"], ["Error: reader must be one of zarr, tensorstore, got 'zar'"]),
         (
             ["experiment=demo", "data.intensity_transforms.contrast=1.5"],
             ["Error: intensity_transforms.contrast must be [lowest, highest], none below 0, got 1.5"],

@@ -1,4 +1,4 @@
-"""Where patches may lie: every position of a crop, on the lattices of its arrays, in the challenge's own geometries."""
+"""Positions of patches in crops, on the lattices of their arrays, also with the geometries of the challenge."""
 
 import csv
 import math
@@ -21,12 +21,12 @@ MANIFEST = Path(__file__).parents[3] / "shared" / "data" / "challenge" / "train_
 
 
 def lattice(shape, step, lower=(0, 0, 0)):
-    """A lattice by its lower edge, which is where crops are cut."""
+    """Return a lattice by its lower edge, at which crops are cut."""
     return Lattice(to_vector(np.add(lower, np.divide(step, 2))), to_vector(step), tuple(shape))
 
 
 def spans(placement, window):
-    """Lower and upper edges of the patch at every position, ``[positions, 3]`` each."""
+    """Return lower and upper edges of the patch at every position, ``[positions, 3]`` each."""
     centers = np.stack([placement.center(i) for i in range(len(placement))])
     return centers - window.extent / 2, centers + window.extent / 2
 
@@ -68,7 +68,7 @@ def test_every_position_exists_first_and_last_included(shape, more, step, lower)
 
 
 def covers(placement, window, grid):
-    """Whether every voxel centre of ``grid`` lies in some tile."""
+    """Return whether every voxel centre of ``grid`` lies in some tile."""
     tiles = [placement.tile(number) for number in range(placement.tile_count)]
     assert all(0 <= tile < len(placement) for tile in tiles)
     centers = np.stack([placement.center(tile) for tile in tiles])
@@ -132,7 +132,7 @@ def test_a_thin_patch_beside_a_coarse_one_leaves_no_slice_out():
     assert covers(placement, target, crop)
 
 
-def test_of_equal_lattices_the_first_is_kept_to_whatever_the_float_noise():
+def test_the_first_of_equal_lattices_is_used_despite_float_noise():
     labels = lattice((50, 50, 50), (8.0, 8.0, 8.0), (4.0, 4.0, 4.0))
     raw = lattice((100, 100, 100), (8.000000000000002,) * 3)
     window = Window((16, 16, 16), (8, 8, 8))
@@ -180,7 +180,7 @@ def test_a_raw_patch_stays_in_its_volume():
     assert (high <= np.asarray(volume.box.upper) + 1e-6).all()
     assert placement.counts == (51, 81, 81)
     narrow = lattice((40, 200, 200), (4.0, 4.0, 4.0))
-    with pytest.raises(CellMapValueError, match="no place for the patch along z"):
+    with pytest.raises(CellMapValueError, match="no position for the patch along z"):
         Placement.plan(crop.box, [target], arrays, False, "crop7", [(context, narrow.box)])
 
 
@@ -231,7 +231,7 @@ def pyramid(step, origin, shape, levels):
 
 
 class Spy:
-    """Notes whether a read goes straight to the patch, as only slices do."""
+    """A source that records whether it was read straight into the patch, as only slices are."""
 
     dtype = np.dtype(np.uint8)
 
@@ -249,7 +249,7 @@ class Spy:
 
 
 def copied_from(center, window, grid, method):
-    """Where a patch is sliced from, or None when it is resampled."""
+    """Return the start of the slice that a patch is, or None when it is resampled."""
     patch = np.empty(window.shape, np.uint8)
     spy = Spy(grid.shape, patch)
     evaluate(spy, patch_map(center, window.shape, window.scale, grid), patch, method=method, fill=0)

@@ -1,4 +1,4 @@
-"""What a patch shows, against other ways to compute it: ramps in world coordinates, slices, integrals of np.interp."""
+"""Resampled patches against independent computations: ramps in world coordinates, slices, integrals of np.interp."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ SIGNED_PERMUTATIONS = [
 
 
 class Voxels:
-    """An array in memory that refuses to be read outside."""
+    """An array in memory that raises on reads outside of it."""
 
     def __init__(self, array):
         self.array, self.dtype, self.shape = array, array.dtype, array.shape[:3]
@@ -131,7 +131,7 @@ def test_labels_are_the_voxel_that_holds_the_centre(scene, depth):
     edges = [
         t + (np.arange(n + 1) - 0.5) * s for t, s, n in zip(lattice.origin, lattice.step, lattice.shape, strict=True)
     ]
-    clear = np.ones(shape, bool)  # away from the edges, where float noise may decide
+    clear = np.ones(shape, bool)  # away from the edges, where float noise may choose the voxel
     expected = np.zeros(shape, np.int32)
     for place in np.ndindex(*shape):
         voxel = []

@@ -67,7 +67,7 @@ def serving(folder: Path, fault="", times=10**9, only="", latency=0.0):
             if fault == "drip":
                 response = web.StreamResponse(headers={"Content-Length": str(len(body))})
                 await response.prepare(request)
-                with suppress(ConnectionError):  # nobody waits for all of it
+                with suppress(ConnectionError):  # the client may close the connection
                     for byte in body:
                         await response.write(bytes([byte]))
                         await asyncio.sleep(0.05)
@@ -88,7 +88,7 @@ def transient():
 
 
 class Control:
-    """What a server of `forbidding` refuses and has been asked for.
+    """Refused and requested objects of a server of `forbidding`.
 
     Attributes:
         asked: number of requests for each path.
@@ -126,7 +126,7 @@ def forbidding(folder: Path):
 
 
 class Described:
-    """What a server of `describing` sends and has been asked for.
+    """Answers and requests of a server of `describing`.
 
     Attributes:
         sends: headers that tell versions of a file apart, of ``ETag`` and ``Last-Modified``.

@@ -51,7 +51,7 @@ class Source:
         return region, store
 
     def right(self, region):
-        """Whether a region holds what is stored, read in two parts so that what was filled is read as well."""
+        """Return whether a region equals the stored voxels, read in two parts, so that cached ones are read too."""
         found = np.empty_like(self.data)
         half = len(found) // 2
         region.read_into((0, 0, 0), found[:half])

@@ -23,7 +23,7 @@ from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.integrity import DamagedError, SizeError
 from cellmap_lightning.io.ngff import Level, read_array
 from cellmap_lightning.io.retrying import RetryPolicy
-from cellmap_lightning.io.store import MOST_JSON_BYTES, keeping, parse_location, read_all, read_json
+from cellmap_lightning.io.store import MOST_JSON_BYTES, metadata_cache, parse_location, read_all, read_json
 from cellmap_lightning.io.streams import LZMA_MEMORY, decode_stream
 from tests.io import bombs
 
@@ -34,7 +34,7 @@ BOXES = ["whole", "part"]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What came of reading all bombs, in a process of their own."""
+    """Return the results of reading all bombs, in a separate process."""
     root = tmp_path_factory.mktemp("bombs")
     for name, (metadata, stored) in bombs.BOMBS.items():
         bombs.write(root / name, metadata, stored())
@@ -49,7 +49,7 @@ def results(tmp_path_factory):
         archive.writestr("a/.zarray", raw)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", ROOT / "tests/io/bombs.py", root],
-        capture_output=True, text=True, timeout=300, cwd=ROOT,
+        check=False, capture_output=True, text=True, timeout=300, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -93,7 +93,7 @@ ENDINGS = {
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("codec", COMPRESS)
 @pytest.mark.parametrize("count", [1, 2, 3000])
-def test_what_follows_a_stream_is_read_as_by_numcodecs(codec, ending, count):
+def test_bytes_after_a_stream_are_read_as_by_numcodecs(codec, ending, count):
     if count == 3000 and codec == "lzma":
         pytest.skip("slow in the library")
     stored = COMPRESS[codec](b"some bytes") * count
@@ -227,9 +227,9 @@ FILTERS = {
 
 @pytest.mark.parametrize("kind", FILTERS)
 def test_filters_cannot_multiply_a_chunk(tmp_path, kind):
-    filters, compressor, said = FILTERS[kind]
+    filters, compressor, message = FILTERS[kind]
     bombs.write(tmp_path / "a", bombs.v2(compressor, filters), b"")
-    with pytest.raises(MetadataError, match=rf"\.zarray: .*{said}"):
+    with pytest.raises(MetadataError, match=rf"\.zarray: .*{message}"):
         read_array(tmp_path / "a")
 
 
@@ -245,7 +245,7 @@ def test_metadata_in_an_archive_is_bounded(tmp_path, size, lying, several):
     place = parse_location(f"zip://a/.zattrs::{tmp_path / 'a.zip'}")
     tracemalloc.start()
     try:
-        with pytest.raises(MetadataError) as caught, keeping():
+        with pytest.raises(MetadataError) as caught, metadata_cache():
             _ = several and read_all([place, place.parent / "zarr.json"]), read_json(place)
         most = tracemalloc.get_traced_memory()[1]
     finally:

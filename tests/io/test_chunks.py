@@ -255,7 +255,7 @@ def test_eight_threads_read_what_one_reads(stored):
         return out
 
     expected = [values("uint16")[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))] for box in boxes]
-    for budget in (0, 3 * 4 * 8 * 6 * 2, 10**6):  # nothing kept, almost nothing, everything
+    for budget in (0, 3 * 4 * 8 * 6 * 2, 10**6):  # nothing cached, almost nothing, everything
         region = chunkwise(level(stored), ChunkCache(budget))
         with ThreadPoolExecutor(8) as pool:
             for got, right in zip(pool.map(run, boxes), expected, strict=True):
@@ -390,7 +390,7 @@ def test_the_budget_holds_under_threads():
     assert not cache._once._coming
 
 
-def test_what_is_shared_cannot_be_written_to():
+def test_shared_chunks_are_read_only():
     cache = ChunkCache()
     chunk = cache.get("a", lambda: np.zeros(3))
     with pytest.raises(ValueError, match="read-only"):

@@ -64,7 +64,7 @@ def write(path, codecs, chunk=(8, 16, 16), dtype="uint16", by="zarr"):
     if by == "zarr":
         zarr.open_array(path, mode="r+", zarr_format=3)[...] = values(dtype)
     else:
-        # In a process of its own: TensorStore does not work in one that was forked from one that used it.
+        # In a separate process: TensorStore does not work in a process forked from one that used it.
         np.save(path.parent / "values.npy", values(dtype))
         code = (
             "import sys, numpy, tensorstore as t; p, v = sys.argv[1:]; t.open({'driver': 'zarr3', 'kvstore': {'driver':"
@@ -279,7 +279,7 @@ def test_a_chunk_that_is_cut_short_inside_of_a_shard_is_an_error(tmp_path, codec
 
 
 @pytest.mark.parametrize(
-    ("codecs", "said"),
+    ("codecs", "message"),
     [
         ([shard([4, 8], [BYTES])], "chunk_shape of a shard should be 3 positive whole numbers"),
         ([shard([4, 8, 0], [BYTES])], "chunk_shape of a shard should be 3 positive whole numbers"),
@@ -290,7 +290,7 @@ def test_a_chunk_that_is_cut_short_inside_of_a_shard_is_an_error(tmp_path, codec
         ([shard([1] * 3, [shard([1] * 3, [shard([1] * 3, [shard([1] * 3, [shard([1] * 3, [BYTES])])])])])], "inside"),
     ],
 )
-def test_malformed_chains_are_refused_with_the_file(tmp_path, codecs, said):
+def test_malformed_chains_are_refused_with_the_file(tmp_path, codecs, message):
     meta = {
         "zarr_format": 3, "node_type": "array", "shape": list(SHAPE), "data_type": "uint16", "codecs": codecs,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [8, 16, 16]}},
@@ -298,4 +298,4 @@ def test_malformed_chains_are_refused_with_the_file(tmp_path, codecs, said):
     (tmp_path / "zarr.json").write_text(json.dumps(meta))
     with pytest.raises(MetadataError, match=r"zarr\.json: ") as caught:
         read_array(tmp_path)
-    assert said in str(caught.value)
+    assert message in str(caught.value)

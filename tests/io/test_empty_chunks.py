@@ -232,7 +232,7 @@ CUT = {
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("how", CUT)
-def test_a_chunk_that_was_cut_at_the_edge_is_an_error_that_says_so(tmp_path, how, dtype, reader):
+def test_a_chunk_cut_at_the_edge_is_a_clear_error(tmp_path, how, dtype, reader):
     zarr_format, more, encode = CUT[how]
     data = VALUES[:, :12, :13].astype(dtype)
     array = zarr.create_array(

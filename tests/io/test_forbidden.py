@@ -135,7 +135,7 @@ def test_a_level_that_is_listed_and_not_there(root, caplog):
 
 
 @pytest.mark.parametrize("path", ["crop1/[mito,pm]", "crop2/[mito]", "crop1/[mito,mit]"])
-def test_what_does_not_exist_is_not_found(root, path):
+def test_missing_objects_are_not_found(root, path):
     with forbidding(root.parent) as (url, _), pytest.raises(CellMapFileNotFoundError, match="does not exist"):
         CellMapDataset(
             f"{url}/volume.zarr/raw",
@@ -230,7 +230,7 @@ def test_credentials_that_expire_are_an_error_and_never_background(root, reader,
         assert (found.read((0, 0, 0), (32, 32, 32)) == expected).all(), "and they can be renewed"
 
 
-def test_what_is_stored_is_asked_for(root):
+def test_existence_of_chunks_is_requested_from_the_store(root):
     chunk(root, "raw", "0/1/0").unlink()
     with forbidding(root.parent) as (url, _):
         reader = ChunkReader(read_multiscale(parse_location(f"{url}/volume.zarr/raw")).finest, "raw", retry_policy=ONCE)
@@ -331,7 +331,7 @@ class RefusalError(Exception):
         (OSError("Input/output error"), False),
     ],
 )
-def test_which_refusals_may_stand_for_missing_objects(error, answer):
+def test_refusals_that_may_stand_for_missing_objects(error, answer):
     assert is_forbidden(error) == answer
 
 

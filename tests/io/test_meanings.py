@@ -1,4 +1,4 @@
-"""What stored predictions mean: recorded by every writer, else decided from the values, for submissions and scores."""
+"""Meaning of stored predictions: recorded by every writer, else inferred from values, for submissions and scores."""
 
 import json
 
@@ -163,7 +163,7 @@ def test_values_decide_where_nothing_is_recorded(tmp_path, caplog, values, kind)
         (np.where(ball(), 3, -2).astype(np.int32), ("probability",)),
     ],
 )
-def test_what_could_mean_several_things_is_an_error_that_names_the_setting(tmp_path, values, settings):
+def test_ambiguous_values_are_an_error_that_names_the_setting(tmp_path, values, settings):
     others(tmp_path, values)
     with pytest.raises(MetadataError) as e:
         submitted(tmp_path)
@@ -201,7 +201,7 @@ def test_settings_that_are_none(setting):
         ({"values": ["mask"]}, "must be one of"),
         ({"values": "scaled", "probability_1": 0}, "probability_1=0; it must be a positive number"),
         ({"values": "scaled", "probability_1": "255"}, "must be a positive number"),
-        ({"values": "mask"}, r"record values=mask \(0 to 1\), and it holds values from 0 to 200"),
+        ({"values": "mask"}, r"record values=mask \(0 to 1\), but it holds values from 0 to 200"),
         ({"values": "probability", "probability_1": 1}, r"record values=probability"),
     ],
 )
@@ -211,7 +211,7 @@ def test_metadata_that_are_wrong(tmp_path, block, match):
         submitted(tmp_path)
 
 
-def test_what_earlier_versions_recorded(tmp_path):
+def test_records_of_earlier_versions(tmp_path):
     others(tmp_path, (ball() * 200).astype(np.uint8), {"class_name": "er", "probability_1": 255})
     np.testing.assert_array_equal(submitted(tmp_path)[...], ball())
     np.testing.assert_array_equal(submitted(tmp_path, threshold=0.8)[...], 0)

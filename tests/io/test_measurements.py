@@ -1,17 +1,13 @@
-"""What is measured of an array and cached is measured again when its source has changed, and only then.
+"""Cached measurements of arrays: repeated when the source has changed, and only then.
 
 The same for each measurement: counts, statistics, foreground indices, and the values of labels.
 """
 
 import base64
-import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import threading
-import time
 from contextlib import closing
 
 import numpy as np
@@ -72,7 +68,7 @@ EXPECTED = {
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """A cache folder of its own for each test, and nothing in memory."""
+    """Use a separate cache folder for each test, and clear the cache in memory."""
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(statistics, "_known", {})
     monkeypatch.setattr(records, "_reported", set())
@@ -128,7 +124,7 @@ def measured(monkeypatch):
     return calls
 
 
-def test_what_was_measured_is_found_again(pair, name, measured, monkeypatch):
+def test_measurements_are_cached(pair, name, measured, monkeypatch):
     for path, expected in zip(pair, EXPECTED[name], strict=True):
         assert MEASUREMENTS[name](of(path)) == expected
     assert measured
@@ -291,7 +287,7 @@ def test_a_damaged_record_is_replaced_with_one_warning(pair, name, damage, own_f
 
 
 def known(image):
-    """What is known without reading, of what a record is kept."""
+    """Return the cached result of a measurement, without reading chunks."""
     return counts.known_foreground(image, image.finest, CODE), statistics.known_statistics(image)
 
 
@@ -418,7 +414,7 @@ def test_two_threads_measure_at_once(pair, name, own_folder, caplog):
 
 @pytest.mark.parametrize("what", ["cache", "volume", "both"])
 def test_folders_that_are_moved(pair, name, what, own_folder, tmp_path, monkeypatch, measured):
-    """A cache goes on where it is; a volume at another place is measured again."""
+    """The cache stays valid; a volume at another path is measured again."""
     assert MEASUREMENTS[name](of(pair[0])) == EXPECTED[name][0]
     monkeypatch.setattr(statistics, "_known", {})
     measured.clear()
@@ -448,7 +444,7 @@ def test_a_record_that_would_be_too_large(pair, name, own_folder, monkeypatch):
     assert MEASUREMENTS[name](of(pair[0])) == EXPECTED[name][1]
 
 
-def test_what_is_written_while_it_is_measured_is_noticed_the_next_time(pair, name, monkeypatch):
+def test_chunks_written_during_a_measurement_invalidate_it(pair, name, monkeypatch):
     from cellmap_lightning.io.chunks import ChunkReader
 
     read = ChunkReader.read
@@ -462,52 +458,3 @@ def test_what_is_written_while_it_is_measured_is_noticed_the_next_time(pair, nam
         patch.setattr(ChunkReader, "read", overtaken)
         MEASUREMENTS[name](of(pair[0]))
     assert MEASUREMENTS[name](of(pair[0])) == EXPECTED[name][1]
-
-
-WRITER = """
-import sys, json
-from cellmap_lightning.io.records import RecordKey, remember
-key = RecordKey("test", ("a",), "volume")
-print("ready", flush=True)
-number = 0
-while True:
-    number += 1
-    remember(key, "stamp", {"writer": int(sys.argv[1]), "number": number, "padding": "x" * 20_000})
-"""
-
-
-def test_writers_that_are_killed_at_any_moment(own_folder):
-    """A reader meets whole records alone, while two processes write one and are killed."""
-    key = records.RecordKey("test", ("a",), "volume")
-    found = []
-    for round_ in range(4):
-        writers = [
-            subprocess.Popen([sys.executable, "-c", WRITER, str(n)], stdout=subprocess.PIPE, text=True)
-            for n in range(2)
-        ]  # fmt: skip
-        for writer in writers:
-            assert writer.stdout.readline() == "ready\n"
-        end = time.monotonic() + 0.1 + 0.03 * round_
-        while time.monotonic() < end:
-            if key.path.exists():
-                found.append(records.recall(key, lambda: "stamp", dict))
-        for writer in writers:
-            writer.kill()
-            writer.wait()
-            writer.stdout.close()
-        assert records.recall(key, lambda: "stamp", dict) is not None
-    assert len(found) > 10
-    assert all(one is not None and len(one["padding"]) == 20_000 for one in found)
-    for draft in own_folder.glob(".*"):
-        os.utime(draft, (1, 1))
-    clear()
-    assert not list(own_folder.iterdir())
-
-
-def test_records_of_the_first_version_are_listed_and_removed(own_folder):
-    own_folder.mkdir()
-    (own_folder / f"{'ab' * 16}.json").write_text(json.dumps({"of": "/data/old", "mean": 1.0}))
-    (own_folder / "notes.json").write_text("mine")
-    assert "1 measurements" in listing()
-    clear()
-    assert [p.name for p in own_folder.iterdir()] == ["notes.json"]

@@ -1,22 +1,17 @@
-"""Metadata of images as other programs write them: units, placement of levels, versions, and what is no image."""
+"""Metadata of images as other programs write them: units, overrides, and placement of levels."""
 
-import json
 import logging
 import shutil
-import zipfile
 
 import numpy as np
 import pytest
-import zarr
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.crops.image import CellMapImage
-from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapValueError, MetadataError
+from cellmap_lightning.errors import CellMapError, MetadataError
 from cellmap_lightning.inspection.report import inspect
 from cellmap_lightning.io.ngff import Overrides, read_multiscale, shared_metadata
 from cellmap_lightning.io.ngff.axes import unit_nm
-from cellmap_lightning.io.ngff.notes import volume_of
-from cellmap_lightning.io.store import parse_location
 from tests.foreign import (
     SEMANTIC,
     annotated,
@@ -25,7 +20,6 @@ from tests.foreign import (
     edit,
     ramp,
     sample,
-    write_group,
     write_image,
     write_pair,
 )
@@ -89,7 +83,7 @@ def test_every_length_that_ome_ngff_allows():
 
 
 @pytest.mark.parametrize("unit", ["second", "lightyear", "Mm", 3])
-def test_what_is_no_length_is_refused(tmp_path, unit):
+def test_units_that_are_not_lengths_are_refused(tmp_path, unit):
     path = write_image(tmp_path / "v", ramp(), unit=unit)
     with pytest.raises(MetadataError, match=r"\.zattrs: axis 'z' has the unit .*, which is not a length .* set unit="):
         read_multiscale(path)
@@ -287,11 +281,11 @@ def test_levels_without_translations(tmp_path, caplog, factors, stored, zarr_for
             got = opened(path, image.levels[k].scale, (2, 2, 2))
             assert got.level.name == str(k)
     (line,) = set(warnings_of(caplog))
-    assert "have no translations of their own" in line
+    assert "have no separate translations" in line
     assert "level_translations=stored" in line
     assert "pyramids whose levels" in str(inspect({"datasets": {"predict": [{"raw": str(path)}]}}, {}, None))
-    kept = read_multiscale(path, Overrides.parse(level_translations="stored"))
-    assert {level.translation for level in kept.levels} == {tuple(origin)}
+    stored = read_multiscale(path, Overrides.parse(level_translations="stored"))
+    assert {level.translation for level in stored.levels} == {tuple(origin)}
 
 
 @pytest.mark.parametrize("level_translations", ["auto", "stored"])
@@ -354,7 +348,7 @@ def test_levels_that_are_placed_and_still_cover_other_boxes(tmp_path, caplog):
     with caplog.at_level(logging.WARNING), shared_metadata():
         opened(path, (4, 4, 4))
     placed, different = warnings_of(caplog)
-    assert "have no translations of their own" in placed
+    assert "have no separate translations" in placed
     assert "level s1 covers" in different
 
 
@@ -402,197 +396,3 @@ def test_the_scale_of_other_axes_does_not_matter(tmp_path):
 
     change_image(path, change)
     assert read_multiscale(path).finest.scale == (8, 8, 8)
-
-
-# ------------------------------------------------------------------------------- versions, and what is no image
-
-
-def early_cosem(image):
-    image.pop("axes")
-    image.pop("version")
-    for level in image["datasets"]:
-        level.pop("coordinateTransformations")
-        level["transform"] = {"axes": ["z", "y", "x"], "scale": [8] * 3, "translate": [0] * 3, "units": ["nm"] * 3}
-
-
-def version_1(image):
-    image.update(version="0.1")
-    image.pop("axes")
-    image["datasets"][0].pop("coordinateTransformations")
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        (version_1, "OME-NGFF 0.1"),
-        (lambda image: image.update(version="0.2", axes=None), "OME-NGFF 0.2"),
-        (lambda image: image.update(version="0.3", axes=["z", "y", "x"]), "OME-NGFF 0.3"),
-        (lambda image: image.update(version="0.6"), "OME-NGFF 0.6"),
-        (lambda image: image.update(version="0.6.dev1", axes=None), "OME-NGFF 0.6.dev1"),
-        (lambda image: image.update(version="1.0"), "OME-NGFF 1.0"),
-        (early_cosem, "early COSEM metadata"),
-        (lambda image: [image.pop("axes"), image.pop("version")], "OME-NGFF 0.1 or 0.2"),
-        (lambda image: [image.update(axes=["z", "y", "x"]), image.pop("version")], "OME-NGFF 0.3"),
-        (lambda image: [image.update(coordinateSystems=[]), image.pop("axes"), image.pop("version")], "OME-NGFF 0.6"),
-    ],
-)
-def test_versions_that_are_not_read_are_named(tmp_path, change, text):
-    path = write_image(tmp_path / "v", ramp())
-    change_image(path, change)
-    with pytest.raises(MetadataError, match=rf"v/\.zattrs: its metadata are {text}.*0\.4 and 0\.5 are read"):
-        read_multiscale(path)
-
-
-def test_version_0_6_in_zarr_3(tmp_path):
-    path = write_image(tmp_path / "v", ramp(), zarr_format=3)
-    edit(path / "zarr.json", lambda c: c["attributes"]["ome"].update(version="0.6"))
-    with pytest.raises(MetadataError, match=r"OME-NGFF 0\.6; 0\.4 and 0\.5 are read"):
-        read_multiscale(path)
-
-
-@pytest.mark.parametrize("zarr_format", FORMATS)
-def test_a_level_instead_of_its_image(tmp_path, zarr_format):
-    path = write_image(tmp_path / "v.zarr" / "em", ramp(), zarr_format=zarr_format)
-    with pytest.raises(MetadataError, match=r"em/s0 is one level of the image .*/em; give its parent"):
-        read_multiscale(path / "s0")
-    raw, target = write_pair(tmp_path / "b", cube(), zarr_format=zarr_format)
-    with pytest.raises(CellMapError, match="give its parent"):
-        dataset(raw + "/s0", target)
-    with pytest.raises(CellMapError, match="give its parent"):
-        dataset(raw, f"{target}/s0")
-
-
-def test_a_level_further_down(tmp_path):
-    path = write_image(tmp_path / "v.zarr" / "em", {"a/s0": ramp()}, levels={"a/s0": ([8] * 3, None)})
-    with pytest.raises(MetadataError, match=r"em/a/s0 is one level of the image .*/em; give its parent, .*/em$"):
-        read_multiscale(path / "a" / "s0")
-
-
-@pytest.mark.parametrize(("file", "other"), [("attributes.json", "N5"), ("info", "Neuroglancer precomputed")])
-def test_other_formats_are_named(tmp_path, file, other):
-    (tmp_path / file).write_text("{}")
-    with pytest.raises(MetadataError, match=f"{file} in it is that of {other}, which is not read"):
-        read_multiscale(tmp_path)
-
-
-@pytest.mark.parametrize("zarr_format", FORMATS)
-@pytest.mark.parametrize(
-    ("attributes", "texts"),
-    [
-        ({"resolution": [8, 4, 4], "offset": [80, 40, 40]}, ["voxel_size=[8, 4, 4]", "translation=[84.0, 42.0, 42.0]"]),
-        ({"resolution": [8, 4, 4]}, ["voxel_size=[8, 4, 4]", "translation=[4.0, 2.0, 2.0]"]),
-        ({"voxel_size": [8, 4, 4], "offset": [0, 0, 0]}, ["voxel_size=[8, 4, 4]"]),
-        ({}, ["set voxel_size=[z, y, x] in nm"]),
-    ],
-)
-def test_plain_arrays(tmp_path, attributes, texts, zarr_format):
-    """As funlib and gunpowder write them: the error says what to set, and with it they are read."""
-    array = zarr.create_array(
-        f"{tmp_path}/v.zarr/raw", shape=(32, 32, 32), chunks=(16,) * 3, dtype="u1", zarr_format=zarr_format,
-        attributes=attributes,
-    )  # fmt: skip
-    array[...] = ramp()
-    with pytest.raises(MetadataError, match="is a plain Zarr array without OME-NGFF metadata") as caught:
-        read_multiscale(f"{tmp_path}/v.zarr/raw")
-    assert all(text in str(caught.value) for text in texts)
-    image = opened(f"{tmp_path}/v.zarr/raw", (8, 4, 4), (32,) * 3, voxel_size=[8, 4, 4], translation=[84, 42, 42])
-    assert image.bounding_box["z"] == [80, 80 + 256]
-    center = {a: sum(sides) / 2 for a, sides in image.bounding_box.items()}
-    assert np.array_equal(image[center].numpy(), ramp())
-
-
-@pytest.mark.parametrize("zarr_format", FORMATS)
-def test_several_images_in_a_group(tmp_path, caplog, zarr_format):
-    path = write_image(tmp_path / "v", {"s0": ramp(), "t0": 255 - ramp()}, zarr_format=zarr_format)
-
-    def several(content):
-        block = content if zarr_format == 2 else content["attributes"]["ome"]
-        first = block["multiscales"][0]
-        other = json.loads(json.dumps(first))
-        first["name"], other["name"], other["datasets"][0]["path"] = "raw", "inverse", "t0"
-        block["multiscales"].append(other)
-
-    edit(image_file(path, zarr_format), several)
-    with caplog.at_level(logging.WARNING):
-        assert opened(path).level.name == "s0"
-    (line,) = warnings_of(caplog)
-    assert "lists 2 images (raw, inverse); the first one is read; set multiscale=<name>" in line
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        assert opened(path, multiscale="inverse").level.name == "t0"
-        assert opened(path, multiscale="raw").level.name == "s0"
-    assert not warnings_of(caplog)
-    with pytest.raises(MetadataError, match="lists no image 'x'; it lists raw, inverse"):
-        opened(path, multiscale="x")
-
-
-def test_an_image_below_is_suggested(tmp_path):
-    write_group(tmp_path / "v.zarr", {"bioformats2raw.layout": 3})
-    write_image(tmp_path / "v.zarr" / "0", ramp())
-    with pytest.raises(MetadataError, match="did you mean one of the images below it: 0"):
-        read_multiscale(tmp_path / "v.zarr")
-
-
-@pytest.mark.parametrize(
-    ("place", "volume"),
-    [
-        ("/data/a.zarr/recon-1/em", "/data/a.zarr"),
-        ("/data/b.n5/em", "/data/b.n5"),
-        ("/data/c/em", "/data/c/em"),
-        ("s3://bucket/x/a.zarr/em", "s3://bucket/x/a.zarr"),
-        ("zip://em::/data/a.zip", "/data/a.zip"),
-    ],
-)
-def test_the_volume_of_an_image(place, volume):
-    assert volume_of(parse_location(place)) == volume
-
-
-def test_zip_archives_are_volumes(tmp_path, caplog):
-    path = write_image(tmp_path / "em", ramp(), unit=None)
-    with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
-        for file in path.rglob("*"):
-            archive.write(file, f"em/{file.relative_to(path)}")
-    with caplog.at_level(logging.WARNING):
-        opened(f"zip://em::{tmp_path}/v.zip")
-    (line,) = warnings_of(caplog)
-    assert line.startswith(f"{tmp_path}/v.zip: no unit")
-
-
-def test_keys_of_entries(tmp_path):
-    raw, target = write_pair(tmp_path, cube())
-    with pytest.raises(CellMapKeyError, match=r"has no 'voxelsize'; it has .*voxel_size"):
-        CellMapDataModule(["mito"], {"shape": [8] * 3, "scale": [8] * 3}, datasets={
-            "train": [{"raw": raw, "gt": target, "voxelsize": [8] * 3}]
-        })  # fmt: skip
-    with pytest.raises(CellMapValueError):
-        CellMapDataModule(["mito"], {"shape": [8] * 3, "scale": [8] * 3}, datasets={}, level_translations="no")
-
-
-@pytest.mark.parametrize("key", ["_ARRAY_DIMENSIONS", "axis_names", "dimension_names"])
-@pytest.mark.parametrize("names", ["xyz", "zyx", "yxz"])
-def test_plain_arrays_with_named_axes(tmp_path, key, names):
-    data = ramp((10, 12, 14))
-    stored = data.transpose(["zyx".index(name) for name in names])
-    options = {"dimension_names": list(names)} if key == "dimension_names" else {"attributes": {key: list(names)}}
-    zarr_format = 3 if key == "dimension_names" else 2
-    array = zarr.create_array(
-        f"{tmp_path}/raw", shape=stored.shape, dtype="u1", chunks=(8, 8, 8), zarr_format=zarr_format, **options
-    )
-    array[...] = stored
-    image = opened(tmp_path / "raw", (8, 8, 8), data.shape, voxel_size=[8, 8, 8])
-    center = {a: sum(sides) / 2 for a, sides in image.bounding_box.items()}
-    assert np.array_equal(image[center].numpy(), data)
-
-
-def test_plain_arrays_of_other_axes_are_refused(tmp_path):
-    zarr.create_array(
-        f"{tmp_path}/raw", shape=(8, 8, 8), dtype="u1", zarr_format=2, attributes={"_ARRAY_DIMENSIONS": ["t", "y", "x"]}
-    )
-    with pytest.raises(MetadataError, match="the axes z, y and x are needed once each"):
-        opened(tmp_path / "raw", voxel_size=[8, 8, 8])
-
-
-@pytest.mark.parametrize("unit", ["lightyear", 3])
-def test_a_voxel_size_makes_any_unit_good(tmp_path, unit):
-    path = write_image(tmp_path / "v", ramp(), unit=unit)
-    assert read_multiscale(path, Overrides.parse(voxel_size=[8, 8, 8])).finest.scale == (8, 8, 8)

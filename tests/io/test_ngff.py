@@ -321,7 +321,7 @@ def test_a_wrong_encoding_is_refused(write, edit, codes):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("axes", ["zyx", "czyx", "tczyx"])
 @pytest.mark.parametrize("common", [None, [{"type": "scale", "scale": None}]])
-def test_what_ome_zarr_models_accepts_is_accepted(write, version, axes, common):
+def test_metadata_accepted_by_ome_zarr_models_is_accepted(write, version, axes, common):
     extra = len(axes) - 3
     data = DATA.reshape([1] * extra + [4, 5, 6])
     if common:
@@ -332,16 +332,16 @@ def test_what_ome_zarr_models_accepts_is_accepted(write, version, axes, common):
     }
     path = write(levels, version=version, axes=axes, common=common)
     oracle = ome_zarr_models.v05.Image if version == "0.5" else ome_zarr_models.v04.Image
-    told = oracle.from_zarr(zarr.open_group(path, mode="r"))
+    group = oracle.from_zarr(zarr.open_group(path, mode="r"))
     image = read_multiscale(path)
-    listed = told.ome_attributes.multiscales[0].datasets
+    listed = group.ome_attributes.multiscales[0].datasets
     assert [d.path for d in listed] == [level.name for level in image.levels]
     assert image.finest.lattice.step == (5.24, 4, 4)
     assert image.finest.lattice.origin == (10, 20, 30)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_ome_zarr_models_writes_is_read(tmp_path, version):
+def test_metadata_written_by_ome_zarr_models_is_read(tmp_path, version):
     from pydantic_zarr import v2, v3
 
     module, arrays = (ome_zarr_models.v05, v3) if version == "0.5" else (ome_zarr_models.v04, v2)

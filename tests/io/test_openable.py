@@ -132,7 +132,7 @@ def nothing_remembered():
 @pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
 @pytest.mark.parametrize("case", REFUSED)
 def test_the_error_names_the_file_and_the_field(tmp_path, case, reader):
-    zarr_format, change, said = REFUSED[case]
+    zarr_format, change, message = REFUSED[case]
     path = put(tmp_path / "s0", zarr_format, change)
     if reader == "tensorstore" and case == "v3 order as text":
         ChunkReader(level(path), reader=reader)
@@ -142,7 +142,7 @@ def test_the_error_names_the_file_and_the_field(tmp_path, case, reader):
     text = str(caught.value)
     assert text.startswith(f"{path}/{'zarr.json' if zarr_format == 3 else '.zarray'}: ")
     if reader == "zarr":
-        assert said in text
+        assert message in text
     assert ("(zarr-python: " if reader == "zarr" else "(TensorStore: ") in text
     assert "object at 0x" not in text
 
@@ -175,7 +175,7 @@ READ = {
 
 
 @pytest.mark.parametrize("case", READ)
-def test_what_zarr_opens_is_not_refused(tmp_path, case):
+def test_arrays_that_zarr_opens_are_not_refused(tmp_path, case):
     ChunkReader(level(put(tmp_path / "s0", *READ[case])))
 
 
@@ -190,7 +190,7 @@ def test_what_zarr_opens_is_not_refused(tmp_path, case):
 )
 @pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in")
 @pytest.mark.filterwarnings("ignore:Combining a `sharding_indexed`")
-def test_what_only_the_other_reader_opens(tmp_path, change, reader, other):
+def test_arrays_that_only_the_other_reader_opens(tmp_path, change, reader, other):
     path = put(tmp_path / "s0", 3, change)
     with pytest.raises(MetadataError, match=rf"; reader={other} reads it$") as caught:
         ChunkReader(level(path), reader=reader)
@@ -351,7 +351,7 @@ process.join(120)
 assert process.exitcode == 0, process.exitcode
 """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-W", "ignore", "-c", program], check=False, capture_output=True, text=True, timeout=120,
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -441,8 +441,8 @@ def differing(folder):
 def test_the_checks_are_those_of_the_readers(tmp_path):
     program = "import sys; from tests.io.test_openable import differing; print(differing(sys.argv[1]))"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120,
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)],
+        check=False, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

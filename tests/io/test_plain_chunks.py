@@ -83,7 +83,7 @@ def test_a_chunk_that_becomes_empty_loses_its_file(tmp_path):
     assert (array[...] == 7).all()
 
 
-def test_who_is_not_read_as_files(tmp_path):
+def test_arrays_that_need_zarr_python(tmp_path):
     plain = make(tmp_path / "a")
     assert PlainChunks.of(plain, LocalStore(tmp_path / "a")) is not None
     assert PlainChunks.of(plain, MemoryStore()) is None
@@ -104,7 +104,7 @@ def test_other_boxes_than_chunks_are_left_to_zarr(tmp_path, box):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "folder", "pipe"])
-def test_what_is_damaged_is_left_to_zarr(tmp_path, damage):
+def test_damaged_chunks_are_left_to_zarr_python(tmp_path, damage):
     array = make(tmp_path / "a")
     array[...] = values("uint8")
     path = tmp_path / "a" / "1" / "0" / "0"

@@ -138,8 +138,8 @@ def test_a_reader_can_be_pickled_and_used_by_many_threads(reader):
             assert (found == values("uint16")).all()
 
 
-def test_what_is_written_later_is_read(reader):
-    """Nothing is kept behind a region's back."""
+def test_chunks_written_later_are_read(reader):
+    """Readers cache no chunks."""
     reader.read((0, 0, 0), SHAPE)
     zarr.open_array(reader.level.path, mode="r+")[:4] = 5
     assert (reader.read((0, 0, 0), (4, 13, 17)) == 5).all()
@@ -177,9 +177,9 @@ def test_tensorstore_does_not_outlive_a_fork(reader):
             assert found.startswith("<class")
 
 
-def test_which_readers_there_are(monkeypatch):
+def test_available_readers(monkeypatch):
     assert [check_reader(name) for name in READERS] == ["zarr", "tensorstore"]
-    with pytest.raises(CellMapError, match="a reader is one of zarr, tensorstore, got 'z5'") as e:
+    with pytest.raises(CellMapError, match="reader must be one of zarr, tensorstore, got 'z5'") as e:
         check_reader("z5")
     assert isinstance(e.value, KeyError)
     monkeypatch.setitem(sys.modules, "tensorstore", None)  # as where it is not installed

@@ -1,4 +1,4 @@
-"""Metadata behind a server that fails at first: it is asked for again, a bounded number of times."""
+"""Metadata on a server that fails at first: requests are retried a bounded number of times."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def opened(folder, fault="", times=0, only=METADATA):
 
 @pytest.mark.parametrize("stored", ["volume", "volume_v3"])
 @pytest.mark.parametrize(("fault", "times"), [("503", 1), ("503", 4), ("429", 2), ("truncated", 1), ("reset", 2)])
-def test_metadata_is_asked_for_again(request, stored, fault, times):
+def test_metadata_requests_are_retried(request, stored, fault, times):
     """Each file once more than it fails; aiohttp itself asks again once after a reset."""
     folder = Path(request.getfixturevalue(stored).path)
     *expected, plain = opened(folder)

@@ -61,7 +61,7 @@ PASSES = ["503", "429", "500", "reset", "truncated"]
 
 
 @pytest.mark.parametrize("fault", PASSES)
-def test_what_passes_is_asked_for_again(stored, through, fault, caplog):
+def test_transient_errors_are_retried(stored, through, fault, caplog):
     COUNTS.reset()
     times = 2 if fault == "reset" else 1  # aiohttp itself asks again once after a reset
     with serving(stored, fault, times=times, only="1.1.1") as (address, asked):
@@ -71,7 +71,7 @@ def test_what_passes_is_asked_for_again(stored, through, fault, caplog):
     assert asked["/0.0.0"] == 1
     assert (COUNTS.retries, COUNTS.failures) == (1, 0), "counted"
     assert [r.levelname for r in caplog.records if f"{stored}/1.1.1: " in r.message] == ["WARNING"]
-    assert "it is asked for again in" in caplog.text
+    assert "retrying in" in caplog.text
 
 
 def test_thousands_of_faults_are_a_few_lines(stored, through, caplog):
@@ -81,7 +81,7 @@ def test_thousands_of_faults_are_a_few_lines(stored, through, caplog):
     for _ in range(4):
         assert (reader.read(*WHOLE) == VALUES).all()
     assert COUNTS.retries >= 32
-    assert sum("is asked for again" in r.message for r in caplog.records) == COUNTS.retries.bit_length()
+    assert sum("retrying in" in r.message for r in caplog.records) == COUNTS.retries.bit_length()
 
 
 LASTS = {
@@ -95,13 +95,13 @@ LASTS = {
 
 
 @pytest.mark.parametrize("fault", LASTS)
-def test_what_lasts_is_an_error_that_says_where(stored, through, fault):
+def test_permanent_errors_name_the_chunk(stored, through, fault):
     """Object, crop, class, array, level, box, attempts: after a bounded number of requests."""
-    attempts, said = LASTS[fault]
+    attempts, expected_text = LASTS[fault]
     retry_policy = RetryPolicy(2 if fault in ("silence", "drip") else 4, 1.0 if fault in ("silence", "drip") else 10.0)
     with serving(stored, fault, only="1.0.1") as (address, asked):
         through(lambda _: FsspecStore.from_url(address, read_only=True))
-        with pytest.raises(ChunkError, match=said) as caught:
+        with pytest.raises(ChunkError, match=expected_text) as caught:
             ChunkReader(level(stored), "crop1/mito", retry_policy=retry_policy).read(*WHOLE)
     text = str(caught.value)
     assert text.startswith(f"crop1/mito: {stored}: voxels z[8:16], y[0:8], x[8:16] could not be read")
@@ -111,7 +111,7 @@ def test_what_lasts_is_an_error_that_says_where(stored, through, fault):
     assert isinstance(caught.value, OSError)
 
 
-def test_what_is_not_there_is_known_by_the_server(stored, through):
+def test_missing_chunks_are_reported_by_the_server(stored, through):
     (stored / "0.1.0").unlink()
     with serving(stored) as (address, asked):
         through(lambda _: FsspecStore.from_url(address, read_only=True))
@@ -300,7 +300,7 @@ def test_a_chunk_that_decodes_to_too_much_is_refused_before_it_does(tmp_path, ki
 
 
 def test_metadata_that_asks_for_too_much_or_for_objects_is_refused(tmp_path, edit):
-    for number, (change, said) in enumerate(
+    for number, (change, expected_text) in enumerate(
         [
             ({"chunks": [10**4, 10**4, 10**3]}, "have 100000000000 bytes; at most"),
             ({"shape": [10**9, 10**9, 10**9]}, "bytes; at most"),
@@ -313,7 +313,7 @@ def test_metadata_that_asks_for_too_much_or_for_objects_is_refused(tmp_path, edi
     ):
         path = write(tmp_path / str(number))
         edit(path / ".zarray", lambda content, change=change: content.update(change))
-        with pytest.raises(MetadataError, match=said):
+        with pytest.raises(MetadataError, match=expected_text):
             read_array(path)
     path = write(tmp_path / "v3", 3)
     edit(path / "zarr.json", lambda c: c["codecs"].append({"name": "numcodecs.pickle"}))

@@ -105,7 +105,7 @@ def test_inodes_count_where_they_last(file, kind, counts, monkeypatch):
         assert others == [status.st_ctime_ns, status.st_mtime_ns, status.st_size]
 
 
-def test_what_is_not_there(file, tmp_path):
+def test_stamps_of_missing_files(file, tmp_path):
     assert file_stamp(str(tmp_path / "no")) == file_stamp(str(file / "below")) == ABSENT
     (tmp_path / "dead").symlink_to("no")
     (tmp_path / "other dead").symlink_to("nowhere")

@@ -19,7 +19,7 @@ STRAY = {
     "empty": GROUP,
     "without attributes": {"zarr_format": 3, "node_type": "group"},
     "consolidated": GROUP | {"consolidated_metadata": {"kind": "inline", "metadata": {}, "must_understand": False}},
-    "other attributes": GROUP | {"attributes": {"written_by": "somebody"}},
+    "other attributes": GROUP | {"attributes": {"written_by": "another program"}},
 }
 READERS = ["zarr", "tensorstore"]
 
@@ -61,7 +61,7 @@ def test_an_image_of_v2_is_read_beside_it(image, stray, where, reader):
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_where_both_versions_are_whole_v3_is_read(image, write, reader):
+def test_zarr_v3_is_preferred_where_both_versions_are_complete(image, write, reader):
     newer = write({"s0": (OTHER, (4, 4, 4), (0, 0, 0))}, name="newer", version="0.5", chunks=(4, 4, 4))
     for part in ("zarr.json", "s0/zarr.json"):
         (image / part).write_bytes((newer / part).read_bytes())

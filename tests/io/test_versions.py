@@ -130,7 +130,7 @@ def test_a_server_that_sends_no_version(pair, server):
 
 
 @pytest.mark.parametrize(("status", "times"), [(503, 1), (503, 4), (429, 2), (500, 3)])
-def test_what_passes_is_asked_for_again(pair, server, status, times):
+def test_transient_errors_are_retried(pair, server, status, times):
     url, control = server
     expected = read_array(parse_location(f"{url}/a/raw/s0")).version
     control.heads()

@@ -1,4 +1,4 @@
-"""Memory for batches: used again when nobody can see it any more, and never before."""
+"""The memory pool: blocks are reused once no view of them is left, and never before."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellmap_lightning.runtime.buffers import BUFFERS, SMALL, WAITING, Buffers
+from cellmap_lightning.runtime.buffers import BUFFERS, MOST_IDLE, SMALL, Buffers
 
 SHAPE = (3, SMALL)
 
@@ -21,15 +21,15 @@ def address(array):
     return array.__array_interface__["data"][0]
 
 
-def waiting(buffers):
-    """Blocks that wait to be used again."""
-    return sum(map(len, buffers._waiting.values()))
+def idle_blocks(buffers):
+    """Return the number of blocks that can be reused."""
+    return sum(map(len, buffers._idle.values()))
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((2, 3), "uint8"), (SHAPE, "uint8"), ((1, 4, 300, 300), "float32"), ((0, 5), "int64")]
 )
-def test_what_is_handed_out(shape, dtype):
+def test_arrays_are_contiguous_and_writable(shape, dtype):
     array = Buffers().empty(shape, dtype)
     assert (array.shape, array.dtype) == (shape, np.dtype(dtype))
     assert array.flags.c_contiguous
@@ -39,65 +39,64 @@ def test_what_is_handed_out(shape, dtype):
 
 
 @pytest.mark.parametrize(
-    ("keep", "see"),
+    ("view_of", "array_of"),
     [
         (lambda a: a, np.asarray),
         (lambda a: a[1:, 5:], np.asarray),
         (lambda a: a.reshape(-1)[::-7], np.asarray),
-        (lambda a: a.view(np.float32), lambda kept: kept.view(np.uint8)),
+        (lambda a: a.view(np.float32), lambda view: view.view(np.uint8)),
         (memoryview, np.asarray),
-        (lambda a: iter(a[1]), lambda kept: np.asarray(list(kept))),
+        (lambda a: iter(a[1]), lambda view: np.asarray(list(view))),
         (torch.from_numpy, np.asarray),
         (lambda a: torch.from_numpy(a)[1:, 5:], np.asarray),
-        (lambda a: torch.from_numpy(a).view(torch.int32), lambda kept: kept.view(torch.uint8)),
+        (lambda a: torch.from_numpy(a).view(torch.int32), lambda view: view.view(torch.uint8)),
         (lambda a: torch.from_numpy(a).numpy(), np.asarray),
         (lambda a: torch.from_numpy(a)[2].numpy()[3:], np.asarray),
-        (lambda a: torch.from_numpy(a).untyped_storage(), lambda kept: torch.empty(0, dtype=torch.uint8).set_(kept)),
-        (lambda a: {"raw": [torch.from_numpy(a).detach()]}, lambda kept: kept["raw"][0]),
+        (lambda a: torch.from_numpy(a).untyped_storage(), lambda view: torch.empty(0, dtype=torch.uint8).set_(view)),
+        (lambda a: {"raw": [torch.from_numpy(a).detach()]}, lambda view: view["raw"][0]),
     ],
 )
-def test_memory_that_somebody_can_see_is_not_used_again(keep, see):
-    """Nor is it forgotten: once nobody sees it, the next batch of its size gets it."""
+def test_memory_is_reused_only_when_no_view_is_left(view_of, array_of):
     buffers = Buffers()
     array = buffers.empty(SHAPE, np.uint8)
     array[...] = 7
     first = address(array)
-    kept = keep(array)
+    view = view_of(array)
     del array
-    others = [buffers.empty(SHAPE, np.uint8) for _ in range(WAITING + 1)]
+    others = [buffers.empty(SHAPE, np.uint8) for _ in range(MOST_IDLE + 1)]
     for other in others:
         assert address(other) != first
         other[...] = 9
-    assert (np.asarray(see(kept)) == 7).all()
-    del kept
-    assert waiting(buffers) == 1
+    assert (np.asarray(array_of(view)) == 7).all()
+    del view
+    assert idle_blocks(buffers) == 1
     assert address(buffers.empty(SHAPE, np.uint8)) == first
 
 
-def test_only_blocks_of_the_same_size_are_used_again():
+def test_only_blocks_of_the_same_size_are_reused():
     buffers = Buffers()
     first = buffers.empty(SHAPE, np.uint8)
     place = address(first)
     del first
     assert address(buffers.empty((3, SMALL - 1), np.uint8)) != place
-    assert address(buffers.empty((3 * SMALL // 4,), np.float32)) == place  # the same bytes, by another name
+    assert address(buffers.empty((3 * SMALL // 4,), np.float32)) == place  # as many bytes of another type
 
 
-def test_waiting_blocks_are_bounded():
+def test_idle_blocks_are_bounded():
     buffers = Buffers()
-    arrays = [buffers.empty(SHAPE, np.uint8) for _ in range(WAITING + 5)]
+    arrays = [buffers.empty(SHAPE, np.uint8) for _ in range(MOST_IDLE + 5)]
     assert len({address(a) for a in arrays}) == len(arrays)
     del arrays
-    assert waiting(buffers) == WAITING
+    assert idle_blocks(buffers) == MOST_IDLE
     buffers.clear()
-    assert waiting(buffers) == 0
+    assert idle_blocks(buffers) == 0
     small = buffers.empty((5,), np.uint8)
     del small
-    assert waiting(buffers) == 0, "small ones are not kept"
+    assert idle_blocks(buffers) == 0, "small blocks are not pooled"
 
 
-def test_a_copy_is_a_copy():
-    """What a queue or a checkpoint pickles has nothing to do with the block."""
+def test_copies_do_not_share_memory_with_the_block():
+    """Such as those that a queue or a checkpoint pickles."""
     buffers = Buffers()
     array = buffers.empty(SHAPE, np.uint8)
     array[...] = 5
@@ -110,7 +109,7 @@ def test_a_copy_is_a_copy():
 def test_threads_never_get_the_same_block():
     buffers = Buffers()
 
-    def work(number):
+    def fill(number):
         for turn in range(40):
             array = buffers.empty(SHAPE, np.uint8)
             array[...] = number
@@ -122,15 +121,15 @@ def test_threads_never_get_the_same_block():
         return True
 
     with ThreadPoolExecutor(6) as pool:
-        assert all(pool.map(work, range(6)))
-    assert waiting(buffers) <= WAITING
+        assert all(pool.map(fill, range(6)))
+    assert idle_blocks(buffers) <= MOST_IDLE
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 
 
 def run_forked(work, seconds=20):
-    """Exit status of a forked child that does some work, None if it hangs."""
+    """Return the exit status of a forked child that runs a function; None if it hangs."""
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     process.join(seconds)
@@ -143,7 +142,7 @@ def run_forked(work, seconds=20):
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_has_memory_of_its_own():
+def test_a_forked_child_does_not_reuse_blocks_of_its_parent():
     BUFFERS.clear()
     mine, spare = BUFFERS.empty(SHAPE, np.uint8), BUFFERS.empty(SHAPE, np.uint8)
     mine[...], spare[...] = 1, 2
@@ -155,9 +154,9 @@ def test_a_forked_child_has_memory_of_its_own():
         other = BUFFERS.empty(SHAPE, np.uint8)
         other[...] = 3
         mine[...] = 4
-        before = waiting(BUFFERS)
-        del mine  # the parent's: its pages would have to be copied before they could be written to
-        assert waiting(BUFFERS) == before
+        before = idle_blocks(BUFFERS)
+        del mine  # of the parent: writing to its pages would copy them
+        assert idle_blocks(BUFFERS) == before
         place = address(other)
         del other
         assert address(BUFFERS.empty(SHAPE, np.uint8)) == place
@@ -171,7 +170,7 @@ def test_a_forked_child_has_memory_of_its_own():
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_while_another_thread_takes_a_block():
-    """The child must not wait for a thread that it does not have."""
+    """The child must not wait for a lock that a thread of the parent holds."""
     held, release = threading.Event(), threading.Event()
 
     def hold():

@@ -1,4 +1,4 @@
-"""A Ctrl-C that arrives inside a callback whose exceptions Python prints and drops ends the program all the same."""
+"""Ctrl-C in callbacks whose exceptions Python prints and drops: it still ends the program."""
 
 import os
 import signal
@@ -32,27 +32,27 @@ def generator():
     finally:
         interrupt()
 
-def go_on():
+def compute():
     print("dropped", flush=True)
-    for _ in range(3000):  # half a minute, far beyond what the interrupt takes
+    for _ in range(3000):  # half a minute, far more than the delay of the interrupt
         time.sleep(0.01)
-    print("went on", flush=True)
+    print("not interrupted", flush=True)
 
 def wait():
     print("dropped", flush=True)
     threading.Event().wait(30)
-    print("went on", flush=True)
+    print("not interrupted", flush=True)
 """
-#: Each has the interrupt arrive inside a callback in the main thread.
+#: Code by which the interrupt arrives inside a callback in the main thread.
 DROPPED = {
-    "a finalizer": "thing = Thing(); weakref.finalize(thing, interrupt); del thing; go_on()",
-    "__del__": "thing = Deleted(); del thing; go_on()",
-    "a generator that is abandoned": "thing = generator(); next(thing); del thing; go_on()",
-    "the callback of a weak reference": "thing = Thing(); r = weakref.ref(thing, interrupt); del thing; go_on()",
-    "the garbage collector": "gc.callbacks.append(interrupt); gc.collect(); gc.callbacks.clear(); go_on()",
-    "a fork": "os.register_at_fork(before=interrupt)\n    if os.fork() == 0: os._exit(0)\n    go_on()",
-    "__del__ before something that waits": "thing = Deleted(); del thing; wait()",
-    "__del__, twice": "thing = [Deleted(), Deleted()]; del thing; go_on()",
+    "a finalizer": "thing = Thing(); weakref.finalize(thing, interrupt); del thing; compute()",
+    "__del__": "thing = Deleted(); del thing; compute()",
+    "an abandoned generator": "thing = generator(); next(thing); del thing; compute()",
+    "the callback of a weak reference": "thing = Thing(); r = weakref.ref(thing, interrupt); del thing; compute()",
+    "the garbage collector": "gc.callbacks.append(interrupt); gc.collect(); gc.callbacks.clear(); compute()",
+    "a fork": "os.register_at_fork(before=interrupt)\n    if os.fork() == 0: os._exit(0)\n    compute()",
+    "__del__ before a blocking call": "thing = Deleted(); del thing; wait()",
+    "__del__, twice": "thing = [Deleted(), Deleted()]; del thing; compute()",
     "__del__ while the command ends": "thing = Deleted(); del thing",
 }
 
@@ -68,15 +68,15 @@ def program(tmp_path, body, *arguments):
 def test_a_command_ends_with_the_first_interrupt(tmp_path, where):
     done = program(tmp_path, f"def job(cfg):\n    {DROPPED[where]}\nrun_command('submit', job)\n", "manifest=none")
     assert done.returncode == 130, (done.stdout, done.stderr)
-    assert "went on" not in done.stdout
+    assert "not interrupted" not in done.stdout
     assert done.stderr == "interrupted\n"
 
 
 def test_other_errors_in_finalizers_are_printed_as_before(tmp_path):
     body = "def wrong():\n    raise OSError('enough')\n"
-    job = "def job(cfg):\n    thing = Thing(); weakref.finalize(thing, wrong); del thing; print('went on')\n"
+    job = "def job(cfg):\n    thing = Thing(); weakref.finalize(thing, wrong); del thing; print('not interrupted')\n"
     done = program(tmp_path, f"{body}{job}run_command('submit', job)\n", "manifest=none")
-    assert (done.returncode, done.stdout) == (0, "went on\n")
+    assert (done.returncode, done.stdout) == (0, "not interrupted\n")
     assert "Exception ignored in" in done.stderr
     assert "OSError: enough" in done.stderr
 
@@ -99,9 +99,9 @@ def test_the_hook_is_installed_once_and_not_by_an_import(tmp_path):
 
 
 def test_an_interrupt_that_is_ignored_stays_ignored(tmp_path):
-    body = "thing = Deleted(); signal.signal(signal.SIGINT, signal.SIG_IGN); del thing; print('went on')"
+    body = "thing = Deleted(); signal.signal(signal.SIGINT, signal.SIG_IGN); del thing; print('not interrupted')"
     done = program(tmp_path, f"def job(cfg):\n    {body}\nrun_command('submit', job)\n", "manifest=none")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "not interrupted\n", "")
 
 
 @pytest.mark.parametrize("where", [where for where in DROPPED if where != "__del__ while the command ends"])
@@ -109,7 +109,7 @@ def test_a_program_that_reads_data_ends_with_the_first_interrupt(tmp_path, where
     body = "from cellmap_lightning.runtime.thread_pool import ReadPool\npool = ReadPool(1)\n"
     done = program(tmp_path, f"{body}if True:\n    {DROPPED[where]}\n")
     assert done.returncode == -signal.SIGINT, (done.stdout, done.stderr)
-    assert "went on" not in done.stdout
+    assert "not interrupted" not in done.stdout
     assert "Exception ignored" not in done.stderr
 
 
@@ -134,7 +134,7 @@ threading.Thread(target=interrupt_the_fork).start()
 try:
     if os.fork() == 0:
         os._exit(0)
-    go_on()
+    compute()
 except KeyboardInterrupt:
     print("ended", flush=True)
     read_on.set()

@@ -1,4 +1,4 @@
-"""Where decoded voxels may be kept: which folder, which file systems, how many bytes."""
+"""Cache locations: the order of folders, network file systems, and budgets."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cellmap_lightning.errors import CellMapError
-from cellmap_lightning.io.store import identity_of, keeping
+from cellmap_lightning.io.store import identity_of, metadata_cache
 from cellmap_lightning.runtime import location
 from cellmap_lightning.runtime.location import (
     MOST_DISK_BYTES,
@@ -26,7 +26,7 @@ from cellmap_lightning.runtime.location import (
 
 Usage = namedtuple("Usage", "total used free")
 MINE = f"regions-{os.getuid()}"
-#: As a machine of a cluster has it: a network home, scratch on a disk, names with spaces and with letters like é.
+#: The mounts of a cluster node: a network home, scratch on a disk, names with spaces and with letters like é.
 MOUNTS = """\
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 23 22 0:21 / /proc rw,nosuid - proc proc rw
@@ -44,7 +44,7 @@ MOUNTS = """\
 
 @pytest.fixture
 def mounts(tmp_path):
-    """A mountinfo file, and the folder under which its mounts lie."""
+    """Return the folder that holds the mounts, and a mountinfo file."""
     root = tmp_path / "root"
     file = tmp_path / "mountinfo"
     file.write_text(MOUNTS.format(root=root), encoding="utf-8")
@@ -55,7 +55,7 @@ def mounts(tmp_path):
 
 @pytest.fixture
 def no_folders(monkeypatch, tmp_path):
-    """No variable that says where; a home of its own."""
+    """Unset all variables with a folder, and set an empty home."""
     for name in ("CELLMAP_CACHE_DIR", "SLURM_TMPDIR", "TMPDIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -75,14 +75,14 @@ def test_the_order_of_folders(no_folders, monkeypatch):
     monkeypatch.setenv("SLURM_TMPDIR", str(root / "slurm"))
     assert region_folder() == root / f"slurm/cellmap_lightning-{MINE}"
     monkeypatch.setenv("SLURM_TMPDIR", str(root / "gone"))
-    assert region_folder() == root / f"tmp/cellmap_lightning-{MINE}", "a folder that is not there is passed over"
-    # Small measurements are worth keeping longer than a job.
+    assert region_folder() == root / f"tmp/cellmap_lightning-{MINE}", "a folder that does not exist is skipped"
+    # Small measurements outlive the job.
     assert cache_folder() == root / "xdg/cellmap_lightning"
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(root / "mine"))
     assert region_folder() == root / "mine" / MINE
     assert cache_folder() == root / "mine"
-    monkeypatch.setenv("CELLMAP_CACHE_DIR", "~/kept")
-    assert region_folder() == root / "home/kept" / MINE
+    monkeypatch.setenv("CELLMAP_CACHE_DIR", "~/cache")
+    assert region_folder() == root / "home/cache" / MINE
 
 
 @pytest.mark.parametrize(
@@ -112,15 +112,15 @@ def test_the_file_system_behind_a_link(mounts, tmp_path):
     assert filesystem(tmp_path, str(tmp_path / "no such file")) == ""
 
 
-def test_the_file_system_of_a_name_that_is_no_text(tmp_path):
-    """Somebody's mount in another encoding is no reason to fail."""
+def test_the_file_system_of_a_name_that_is_not_utf_8(tmp_path):
+    """A mount point in another encoding is not an error."""
     file = tmp_path / "mountinfo"
     file.write_bytes(b"22 1 8:1 / / rw - ext4 /dev/sda1 rw\n23 22 0:9 / /mnt/\xe9\xff rw - nfs4 filer:/ rw\n")
     assert filesystem(tmp_path, str(file)) == "ext4"
     assert filesystem(Path(os.fsdecode(b"/mnt/\xe9\xff/x")), str(file)) == "nfs4"
 
 
-def test_this_machine_says_what_it_has(tmp_path):
+def test_values_of_this_machine(tmp_path):
     assert not on_network(Path("/proc/self"))
     assert filesystem(Path("/proc/self")) == "proc"
     assert filesystem(Path("/")) not in ("", "proc")
@@ -137,9 +137,9 @@ def test_a_network_file_system_is_refused(mounts, monkeypatch, caplog, mode, fol
     monkeypatch.setattr(location, "filesystem", partial(filesystem, mounts=file))
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(root / folder))
     with caplog.at_level(logging.INFO, logger="cellmap_lightning"):
-        found = choose(mode, 1000)
-    assert (found.folder, found.budget) == (None, 1000)
-    assert "memory free" in found.why
+        chosen = choose(mode, 1000)
+    assert (chosen.folder, chosen.budget) == (None, 1000)
+    assert "memory free" in chosen.why
     (record,) = caplog.records
     assert record.levelno == (logging.WARNING if mode == "disk" else logging.INFO)
     assert f"on a network file system ({kind})" in record.getMessage()
@@ -153,30 +153,30 @@ def test_a_disk_of_this_machine_is_taken(mounts, monkeypatch, caplog, folder):
     monkeypatch.setattr(location, "filesystem", partial(filesystem, mounts=file))
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(root / folder))
     with caplog.at_level(logging.INFO, logger="cellmap_lightning"):
-        found = choose("disk", 1000)
-    assert found == Location(root / folder / MINE, 1000, found.why)
+        chosen = choose("disk", 1000)
+    assert chosen == Location(root / folder / MINE, 1000, chosen.why)
     assert caplog.records == []
-    assert found.folder.stat().st_mode & 0o777 == 0o700, "what is kept is nobody else's business"
+    assert chosen.folder.stat().st_mode & 0o777 == 0o700, "other users have no access"
 
 
 def refused(caplog):
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="cellmap_lightning"):
-        found = choose("disk", 1000)
-    assert found.folder is None
+        chosen = choose("disk", 1000)
+    assert chosen.folder is None
     (record,) = caplog.records
     return record.getMessage()
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch, caplog):
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "file"))
-    assert "cannot be made (Not a directory)" in refused(caplog)
+    assert "cannot be created (Not a directory)" in refused(caplog)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can change the owner of a folder")
 def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch, caplog):
-    """Somebody else could exchange the files under a running training."""
+    """Another user could replace files under a running training."""
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path))
     (tmp_path / MINE).mkdir()
     os.chown(tmp_path / MINE, 12345, 12345)
@@ -191,9 +191,9 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch, ca
 
 
 def test_the_budget(tmp_path, monkeypatch):
-    """Half of what is free and at most 200 GB; what older regions hold may be used again; never more than there is."""
+    """Half of the free space and at most 200 GB; space of older regions is reusable; never more than there is."""
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path))
-    for free, given, held, expected in (
+    for free, budget, held, expected in (
         (100, None, 0, 50),
         (100, None, 60, 80),
         (10**12, None, 0, MOST_DISK_BYTES),
@@ -204,7 +204,7 @@ def test_the_budget(tmp_path, monkeypatch):
         (0, None, 0, 0),
     ):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Usage(10**13, 0, free))
-        assert choose("disk", given, held).budget == expected
+        assert choose("disk", budget, held).budget == expected
     monkeypatch.setattr(location, "available_memory", lambda: 1000)
     assert choose("memory", None) == Location(None, 500, choose("memory", None).why)
     assert choose("memory", 300).budget == 300
@@ -214,15 +214,15 @@ def test_arguments():
     for mode in ("auto", "disk", "memory", "chunks", "none"):
         check_mode(mode, None)
         check_mode(mode, 1)
-    with pytest.raises(CellMapError, match="cache is one of auto, disk, memory, chunks, none, got 'ssd'"):
+    with pytest.raises(CellMapError, match="cache must be one of auto, disk, memory, chunks, none, got 'ssd'"):
         check_mode("ssd", None)
     for budget in (0, -1, 1.5, True, "1GB"):
-        with pytest.raises(CellMapError, match="cache_bytes must be a positive whole number of bytes, or null, got"):
+        with pytest.raises(CellMapError, match="cache_bytes must be a whole number of at least 1, got"):
             check_mode("auto", budget)
 
 
-def test_resolved_folders_are_those_of_realpath(tmp_path):
-    """Inside the context and outside, with links at every depth, which are looked at again each time."""
+def test_resolved_paths_equal_realpath(tmp_path):
+    """Inside the cache context and outside, with links at every depth, which are resolved again each time."""
     (tmp_path / "data" / "a" / "s0").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "b").symlink_to("a")
@@ -231,7 +231,7 @@ def test_resolved_folders_are_those_of_realpath(tmp_path):
         tmp_path / p for p in ("data/a/s0", "link/a/s0", "link/b/s0", "link/b/s1", "data/a/none", "link/../data/a")
     ]
     expected = [os.path.realpath(path) for path in paths]
-    with keeping():
+    with metadata_cache():
         assert [identity_of(path) for path in paths] == expected
         assert [identity_of(path) for path in paths] == expected
         (tmp_path / "data" / "a" / "s0").rmdir()

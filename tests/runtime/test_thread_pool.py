@@ -1,4 +1,4 @@
-"""Tasks that a pool does ahead, with nobody waiting for them."""
+"""Background tasks of a thread pool."""
 
 import threading
 import time
@@ -12,25 +12,25 @@ pytestmark = pytest.mark.usefixtures("no_threads_left")
 
 @pytest.fixture
 def pool():
-    found = ReadPool(1)
-    yield found
-    found.close()
+    pool = ReadPool(1)
+    yield pool
+    pool.close()
 
 
-def test_tasks_ahead_are_done_and_their_errors_are_nobodys(pool):
+def test_errors_of_background_tasks_are_ignored(pool):
     done = []
 
     def fail():
         done.append("failed")
-        raise OSError("of a task that nobody waits for")
+        raise OSError("of a background task")
 
     pool.ahead([fail, lambda: done.append("second")])
     pool.run([lambda: done.append("waited for"), lambda: None])
     assert done == ["failed", "second", "waited for"]
 
 
-def after_the_cancelling(pool, go):
-    """Let the first task of a pool end once the last one was cancelled."""
+def release_after_cancelling(pool, go):
+    """Let the first task of a pool end once the last one is cancelled."""
     last = list(pool._queued)[-1]
 
     def wait():
@@ -41,7 +41,7 @@ def after_the_cancelling(pool, go):
     threading.Thread(target=wait, daemon=True).start()
 
 
-def test_what_has_begun_is_waited_for_and_the_rest_is_given_up(pool):
+def test_cancelling_waits_for_running_tasks_and_cancels_pending_ones(pool):
     begun, go, done = threading.Event(), threading.Event(), []
 
     def slow():
@@ -51,14 +51,14 @@ def test_what_has_begun_is_waited_for_and_the_rest_is_given_up(pool):
 
     pool.ahead([slow, lambda: done.append("never")])
     assert begun.wait(120)
-    after_the_cancelling(pool, go)
+    release_after_cancelling(pool, go)
     pool.cancel_ahead()
     assert done == ["slow"]
     pool.run([lambda: done.append("next"), lambda: None])
     assert done == ["slow", "next"]
 
 
-def test_closing_gives_up_what_is_ahead():
+def test_closing_cancels_pending_background_tasks():
     pool, begun, go, done = ReadPool(1), threading.Event(), threading.Event(), []
 
     def slow():
@@ -67,6 +67,6 @@ def test_closing_gives_up_what_is_ahead():
 
     pool.ahead([slow, lambda: done.append("never")])
     assert begun.wait(120)
-    after_the_cancelling(pool, go)
+    release_after_cancelling(pool, go)
     pool.close()
     assert done == []

@@ -3,7 +3,7 @@
 Specifications: https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html,
 https://zarr-specs.readthedocs.io/en/latest/v3/core/v3.0.html.
 
-An array is described without being opened: zarr-python comes in when the first chunk is needed.
+An array is described without being opened: zarr-python is used only when the first chunk is read.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _UNKNOWN = Encoded("", 0, exact=False)
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """What an array's metadata says.
+    """The metadata of an array; docs/data.md lists the supported formats.
 
     Attributes:
         path: the array's folder.
@@ -41,13 +41,13 @@ class ArrayInfo:
         chunks: voxels of the smallest part that can be read by itself (the inner chunk of a shard).
         dtype: the stored type.
         attributes: the array's own attributes.
-        files: voxels of what is stored in one file (the chunk, or the shard).
-        prefix: what stands before a chunk's indices in the name of its file.
-        separator: what stands between them.
-        checksum: of all that the metadata says.
-        encoded: how chunks are stored in a file.
-        codec: what compresses a chunk, such as ``blosc-zstd``; ``none`` where nothing does.
-        document: JSON of the metadata on which opening depends; it does not travel to other processes.
+        files: voxels in one file (the chunk, or the shard).
+        prefix: text before a chunk's indices in the name of its file.
+        separator: text between the indices.
+        checksum: checksum of the metadata.
+        encoded: the stored form of a file.
+        codec: compressor of a chunk, such as ``blosc-zstd``; ``none`` without one.
+        document: JSON of the metadata on which opening depends; it is not pickled.
     """
 
     path: StorePath
@@ -69,28 +69,32 @@ class ArrayInfo:
 
     @property
     def metadata(self) -> StorePath:
-        """The file that describes the array."""
+        """File that describes the array."""
         return self.path / ("zarr.json" if self.zarr_format == 3 else ".zarray")
 
     @cached_property
     def version(self) -> str:
-        """The version of the metadata that a server gives; empty on this machine, and where it gives none.
+        """Version of the metadata on a server; empty for local arrays, and where the server sends none.
 
-        It is asked for once, by the process that needs it first, and travels to others; see `fetch_versions`.
+        It is requested once and pickled with the array; see `fetch_versions`.
 
         Raises:
             MetadataError: the server does not answer.
         """
         return versions([self.metadata])[0] if isinstance(self.metadata, Remote) else ""
 
+    def key(self, index: Sequence[int]) -> str:
+        """Return the name of a chunk or shard in the array's store."""
+        return f"{self.prefix}{self.separator.join(map(str, index))}"
+
     def file(self, index: Sequence[int]) -> str:
-        """Where the chunk or shard with these indices is stored, whether or not it was written."""
-        key = f"{self.prefix}{self.separator.join(map(str, index))}"
+        """Return the path or address of a chunk or shard, whether or not it exists."""
+        key = self.key(index)
         return str(self.path / key) if isinstance(self.path, Remote) else f"{self.path}/{key}"
 
 
 def fetch_versions(arrays: Iterable[ArrayInfo]) -> None:
-    """Ask servers for the versions of many arrays concurrently, so that none is waited for later.
+    """Request the versions of many remote arrays concurrently.
 
     Raises:
         MetadataError: a server does not answer.
@@ -106,7 +110,7 @@ def fetch_versions(arrays: Iterable[ArrayInfo]) -> None:
 
 
 def read_attributes(path: StorePath) -> tuple[dict[str, Any], int] | None:
-    """Attributes and Zarr format of a group or an array, or None when ``path`` is neither."""
+    """Return attributes and Zarr format of a group or an array; None if ``path`` is neither."""
     node = read_json(path / "zarr.json")
     if node is not None:
         attributes = node.get("attributes", {})
@@ -121,14 +125,14 @@ def read_attributes(path: StorePath) -> tuple[dict[str, Any], int] | None:
 
 
 def _describes_image(node: Mapping[str, Any], attributes: Mapping[str, Any]) -> bool:
-    """Whether a ``zarr.json`` describes an array or an image, and not just any group."""
+    """Return whether a ``zarr.json`` describes an array or an image, and not another group."""
     return node.get("node_type") == "array" or "ome" in attributes or "multiscales" in attributes
 
 
 def _attributes_beside(path: StorePath, attributes: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Attributes of the node of Zarr v2 beside a ``zarr.json`` that describes no image; None where v3 is meant.
+    """Return attributes of a Zarr v2 node beside a ``zarr.json`` that describes no image; None where v3 applies.
 
-    Some programs leave such a group behind in a folder of Zarr v2, and it must not hide what the folder holds.
+    Some programs leave such a group in a folder of Zarr v2; it must not hide the array or image there.
     """
     older = read_json(path / ".zattrs")
     if older is not None and ("multiscales" in older or (older and not attributes)):
@@ -137,7 +141,7 @@ def _attributes_beside(path: StorePath, attributes: Mapping[str, Any]) -> dict[s
 
 
 def read_array(path: StorePath) -> ArrayInfo | None:
-    """Describe the array in ``path`` from its metadata, or return None when there is none.
+    """Return the metadata of the array in ``path``, or None if it is not an array.
 
     Raises:
         MetadataError: the metadata is malformed.
@@ -183,12 +187,12 @@ def _array_v3(file: StorePath, path: StorePath, meta: dict[str, Any]) -> ArrayIn
 
 
 def _named(extension: Any) -> Any:
-    """An extension point of Zarr v3, whose name may stand alone."""
+    """Return an extension point of Zarr v3 as an object; its short form is the name alone."""
     return {"name": extension} if isinstance(extension, str) else extension
 
 
 def _short(extension: Any) -> Any:
-    """The name of a data type, which may be written as an object."""
+    """Return the name of a data type, whose long form is an object."""
     return extension.get("name") if isinstance(extension, dict) else extension
 
 
@@ -212,9 +216,9 @@ def _checksum(meta: dict[str, Any]) -> str:
 
 
 def _document(meta: dict[str, Any], chunks: tuple[int, ...]) -> str:
-    """The metadata that decides whether an array can be opened, the same object for all arrays of a kind.
+    """Return the metadata on which opening depends, as the same object for all arrays of a kind.
 
-    Attributes do not matter, and of the shape, which is checked here, only the number of axes does.
+    Attributes are irrelevant, and of the shape, which is checked here, only the number of axes matters.
     """
     kind = {name: value for name, value in meta.items() if name != "attributes"}
     return sys.intern(json.dumps(kind | {"shape": chunks}, sort_keys=True))
@@ -223,20 +227,20 @@ def _document(meta: dict[str, Any], chunks: tuple[int, ...]) -> str:
 def _array(
     file: StorePath, path: StorePath, zarr_format: int, shape: Any, chunks: Any, files: Any, dtype: Any, attributes: Any
 ) -> ArrayInfo:
-    """Check what both formats have in common; where ``chunks`` is None, `files` stands for both."""
+    """Check the fields that both formats share; where ``chunks`` is None, ``files`` stands for both."""
     chunks = files if chunks is None else chunks
-    for what, value in (("shape", shape), ("chunks", chunks), ("chunks", files)):
+    for name, value in (("shape", shape), ("chunks", chunks), ("chunks", files)):
         if isinstance(value, list):
-            check_length(file, f"lengths in {what}", value, MOST_AXES)
+            check_length(file, f"lengths in {name}", value, MOST_AXES)
         good = isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
         if not good:
-            raise MetadataError(f"{file}: {what} should be positive whole numbers, got {value!r}")
+            raise MetadataError(f"{file}: {name} should be positive whole numbers, got {value!r}")
     if not isinstance(attributes, dict):
         raise MetadataError(f"{file}: attributes should be an object, got {attributes!r}")
     if len(shape) != len(chunks) or len(shape) != len(files):
         raise MetadataError(f"{file}: shape {shape} and chunks {list(chunks)} differ in length")
     try:
-        stored = np.dtype(dtype if dtype is not None else "missing")  # numpy takes None for float64
+        stored = np.dtype(dtype if dtype is not None else "missing")  # None would be float64
     except (TypeError, ValueError, SyntaxError) as e:
         raise MetadataError(f"{file}: unknown data type {dtype!r}") from e
     if stored.kind not in "uif" and stored != np.bool_:
@@ -247,7 +251,7 @@ def _array(
     return ArrayInfo(path, zarr_format, tuple(shape), tuple(chunks), stored.newbyteorder("="), attributes, tuple(files))
 
 
-def _check_bytes(file: StorePath, what: str, shape: Sequence[int], dtype: np.dtype[Any], most: int) -> None:
+def _check_bytes(file: StorePath, name: str, shape: Sequence[int], dtype: np.dtype[Any], most: int) -> None:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes > most:
-        raise MetadataError(f"{file}: {what} {list(shape)} of {dtype} have {nbytes} bytes; at most {most} can be read")
+        raise MetadataError(f"{file}: {name} {list(shape)} of {dtype} have {nbytes} bytes; at most {most} can be read")

@@ -25,7 +25,7 @@ UNITS_NM: dict[str, float] = {
     "inch": 2.54e7, "inches": 2.54e7, "foot": 3.048e8, "feet": 3.048e8, "yard": 9.144e8, "yards": 9.144e8,
     "mile": 1.609344e12, "miles": 1.609344e12, "parsec": 3.0856775814913673e25, "parsecs": 3.0856775814913673e25,
 }  # fmt: skip
-#: What stands where there is no unit of length: such an axis is read as one without a unit.
+#: Values that stand for a missing unit.
 _UNITLESS = {"", "pixel", "pixels", "px", "voxel", "voxels", "none", "null", "unitless", "dimensionless", "arbitrary"}
 
 
@@ -51,7 +51,7 @@ def read_axes(
         file: the metadata file, for messages.
         image: an entry of ``multiscales``.
         unit: unit of the spatial axes, in place of the stored ones.
-        needed: whether the unit matters; otherwise any is taken for nm.
+        needed: whether the unit matters; otherwise any other unit is taken for nm.
 
     Returns:
         Names of the stored axes in lower case; the nm in one unit of z, y, x; assumptions.
@@ -59,6 +59,26 @@ def read_axes(
     Raises:
         MetadataError: the axes are malformed, or a unit is not a length.
     """
+    names, stored_units = _names_and_units(file, image)
+    units = dict.fromkeys(AXES, unit) if unit is not None else stored_units
+    known: dict[str, float] = {}
+    for name, value in units.items():
+        factor = unit_nm(value)
+        if factor is not None:
+            known[name] = factor
+        elif needed and not _is_unitless(value):
+            raise MetadataError(
+                f"{file}: axis {name!r} has the unit {value!r}, which is not a length such as nanometer or micrometer; "
+                "set unit=..., or voxel_size=[z, y, x] in nm, for this entry"
+            )
+    # Axes without a unit are read in the unit of the others, if these agree.
+    default = next(iter(known.values())) if len(set(known.values())) == 1 else 1.0
+    z, y, x = (known.get(name, default) for name in AXES)
+    return names, (z, y, x), _missing_units(units, known, default)
+
+
+def _names_and_units(file: StorePath, image: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the names of the stored axes, and the stored units of z, y and x."""
     axes = image.get("axes")
     if isinstance(axes, list):
         check_length(file, "axes", axes, MOST_AXES)
@@ -67,30 +87,29 @@ def read_axes(
     names = [a["name"].lower() for a in axes]
     if len(set(names)) != len(names) or not set(AXES) <= set(names):
         raise MetadataError(f"{file}: the axes z, y and x are needed once each, got {[a['name'] for a in axes]}")
-    given = {name: unit if unit is not None else axes[names.index(name)].get("unit") for name in AXES}
-    known: dict[str, float] = {}
-    for name, value in given.items():
-        factor = unit_nm(value)
-        if factor is not None:
-            known[name] = factor
-        elif needed and value is not None and not (isinstance(value, str) and value.strip().lower() in _UNITLESS):
-            raise MetadataError(
-                f"{file}: axis {name!r} has the unit {value!r}, which is not a length such as nanometer or micrometer; "
-                "set unit=..., or voxel_size=[z, y, x] in nm, for this entry"
-            )
-    notes = []
+    return names, {name: axes[names.index(name)].get("unit") for name in AXES}
+
+
+def _is_unitless(unit: Any) -> bool:
+    return unit is None or (isinstance(unit, str) and unit.strip().lower() in _UNITLESS)
+
+
+def _missing_units(units: dict[str, Any], known: dict[str, float], default: float) -> list[Note]:
+    """Return a note on the axes without a unit of length, if any.
+
+    Args:
+        units: the unit of each axis.
+        known: nm in the units of length among them.
+        default: nm in the unit that is assumed for the other axes.
+    """
     bare = [name for name in AXES if name not in known]
-    assumed = next(iter(known.values())) if len(set(known.values())) == 1 else 1.0
-    if bare:
-        spelt = sorted({repr(given[name]) for name in bare if given[name] is not None})
-        label = f"{assumed:g} nm, the unit of the other axes," if known and assumed != 1 else "nanometre"
-        notes.append(
-            Note(
-                "unit",
-                f"no unit of length for {'axis' if len(bare) == 1 else 'the axes'} {', '.join(bare)}"
-                f"{' (' + ', '.join(spelt) + ')' if spelt else ''}: {label} is assumed; "
-                "set unit=... or voxel_size=[z, y, x] in nm for its entries",
-            )
-        )
-    z, y, x = (known.get(name, assumed) for name in AXES)
-    return names, (z, y, x), notes
+    if not bare:
+        return []
+    names = f"{'axis' if len(bare) == 1 else 'the axes'} {', '.join(bare)}"
+    spelt = sorted({repr(units[name]) for name in bare if units[name] is not None})
+    label = f"{default:g} nm, the unit of the other axes," if known and default != 1 else "nanometre"
+    text = (
+        f"no unit of length for {names}{' (' + ', '.join(spelt) + ')' if spelt else ''}: {label} is assumed; "
+        "set unit=... or voxel_size=[z, y, x] in nm for its entries"
+    )
+    return [Note("unit", text)]

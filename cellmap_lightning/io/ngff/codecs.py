@@ -1,8 +1,8 @@
 """Stored sizes of chunks, derived from the codecs in an array's metadata.
 
 The codecs of a chunk are followed in the order of encoding. Filters, transpositions and checksums change the number of
-bytes in a way that is known beforehand; a compressor does not. What is known about the outermost compressor, and about
-shards, is what `integrity` compares with the stored bytes.
+bytes by a known amount; a compressor does not. `integrity` compares the facts about the outermost compressor and about
+shards with the stored bytes.
 
 Specifications: https://zarr-specs.readthedocs.io/en/latest/v3/core/v3.0.html#codecs,
 https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html,
@@ -21,12 +21,12 @@ from cellmap_lightning.io.integrity import COMPRESSORS, FILTERS, Encoded, Shard
 from cellmap_lightning.io.ngff.limits import MOST_CODECS, check_length
 from cellmap_lightning.io.store import StorePath
 
-#: Chunks of a shard at most, since its index is read whole; and shards inside each other.
+#: Chunks of a shard at most, since its index is read whole; and depth of nested shards.
 MOST_INNER_CHUNKS, MOST_NESTED = 1 << 24, 4
-#: Times that the bytes of a chunk may grow by its filters: uint8 as complex128 have 16 times as many.
+#: Factor by which filters may enlarge a chunk: uint8 as complex128 has 16 times as many bytes.
 MOST_EXPANSION = 16
 
-#: Checksums of four bytes, and the side on which they stand.
+#: Checksums of four bytes, and their default location.
 _CHECKSUMS = {"crc32c": "end", "crc32": "start", "adler32": "start", "fletcher32": "end", "jenkins_lookup3": "end"}
 #: Codecs of Zarr v3 that are not filters or compressors.
 _V3 = frozenset({"bytes", "sharding_indexed", "transpose"})
@@ -40,7 +40,7 @@ def parse_codecs(file: StorePath, codecs: Any, key: str) -> list[Codec]:
     Args:
         file: the metadata file, for messages.
         codecs: the list.
-        key: what the name is stored under: ``id`` in Zarr v2, ``name`` in v3.
+        key: key of the name: ``id`` in Zarr v2, ``name`` in v3.
 
     Raises:
         MetadataError: it is not a list, or has a codec that does not yield numbers of a known size.
@@ -49,9 +49,9 @@ def parse_codecs(file: StorePath, codecs: Any, key: str) -> list[Codec]:
         raise MetadataError(f"{file}: codecs should be a list, got {codecs!r}")
     check_length(file, "codecs", codecs, MOST_CODECS)
     parsed = []
-    for codec in codecs:
-        if isinstance(codec, str) and key == "name":  # the short form of Zarr v3.1
-            codec = {"name": codec}
+    for entry in codecs:
+        # The short form of Zarr v3.1 is the name alone.
+        codec = {"name": entry} if isinstance(entry, str) and key == "name" else entry
         name = codec.get(key) if isinstance(codec, dict) else None
         bare = name.removeprefix("numcodecs.") if isinstance(name, str) else ""
         known = COMPRESSORS | FILTERS | (_V3 if key == "name" else frozenset())
@@ -61,14 +61,14 @@ def parse_codecs(file: StorePath, codecs: Any, key: str) -> list[Codec]:
         settings = codec if key == "id" else codec.get("configuration") or {}
         if not isinstance(settings, dict):
             raise MetadataError(f"{file}: the configuration of the codec {name!r} should be an object")
-        if bare == "lzma" and settings.get("filters"):  # which name the size of what is allocated
+        if bare == "lzma" and settings.get("filters"):  # these determine how much is allocated
             raise MetadataError(f"{file}: the codec {name!r} has filters, as raw LZMA has; only xz and lzma are read")
         parsed.append((bare, settings))
     return parsed
 
 
 def describe_compressors(codecs: Sequence[Codec]) -> str:
-    """Return the names of the compressors among some codecs, such as ``blosc-zstd``; ``none`` where there are none."""
+    """Return the names of the compressors among some codecs, such as ``blosc-zstd``; ``none`` without any."""
     names = [_compressor_name(*codec) for codec in _flat(codecs) if codec[0] in COMPRESSORS]
     return "+".join(names) or "none"
 
@@ -78,7 +78,7 @@ def _compressor_name(name: str, settings: dict[str, Any]) -> str:
 
 
 def _flat(codecs: Sequence[Codec], depth: int = 0) -> list[Codec]:
-    """Codecs with those inside of shards, the innermost first."""
+    """Return all codecs, with those inside of shards in their place."""
     flat: list[Codec] = []
     for name, settings in codecs:
         inner = settings.get("codecs") if name == "sharding_indexed" else None
@@ -113,7 +113,7 @@ class _Chain:
         """Apply a filter, a checksum or a compressor.
 
         Raises:
-            MetadataError: a filter makes too much of a chunk, or its place allows its decoder to.
+            MetadataError: a filter enlarges a chunk too much, or could do so in decoding.
         """
         if name in COMPRESSORS:
             self._compressors.append(Encoded(name, self.nbytes, self.exact))
@@ -129,7 +129,7 @@ class _Chain:
             self._shuffled = True
         else:
             size = _filtered(self._file, name, settings, self.nbytes)
-            if self._compressors and size != self.nbytes:  # its decoder multiplies bytes of which the number is unknown
+            if self._compressors and size != self.nbytes:  # its decoder would enlarge an unknown number of bytes
                 raise MetadataError(
                     f"{self._file}: the codec {name!r} stands after a compressor and changes the number of bytes; "
                     "such filters are read in front of compressors only"
@@ -147,7 +147,7 @@ class _Chain:
 
     @property
     def encoded(self) -> Encoded:
-        """The stored form."""
+        """Stored form after the codecs so far."""
         if self._compressors:
             last = self._compressors[-1]
             return replace(
@@ -160,7 +160,7 @@ class _Chain:
 
 
 def _filtered(file: StorePath, name: str, settings: dict[str, Any], nbytes: int) -> int | None:
-    """Bytes after a filter; None where they are not known."""
+    """Return the bytes after a filter; None where the number is unknown."""
     if name in ("bitround", "transpose", "bytes"):
         return nbytes
     if name == "packbits":
@@ -173,7 +173,7 @@ def _filtered(file: StorePath, name: str, settings: dict[str, Any], nbytes: int)
             after = settings.get("astype") or before
         types = np.dtype(before), np.dtype(after)
         other = next((kind for kind in types if kind.kind not in "biufc"), None)
-        if other is not None:  # such as |V1000000, of which each element has a million bytes
+        if other is not None:  # such as |V1000000, with a million bytes per element
             raise MetadataError(f"{file}: the codec {name!r} has the data type {other.str!r}, which is not a number")
         return nbytes // int(types[0].itemsize) * int(types[1].itemsize)
     except MetadataError:
@@ -186,7 +186,7 @@ def encoding_v2(file: StorePath, filters: Sequence[Codec], compressor: Codec | N
     """Return the stored form of a chunk of Zarr v2.
 
     Raises:
-        MetadataError: a filter makes too much of a chunk.
+        MetadataError: a filter enlarges a chunk too much.
     """
     chain = _Chain(file, nbytes)
     for name, settings in [*filters, *([compressor] if compressor is not None else [])]:
@@ -197,7 +197,7 @@ def encoding_v2(file: StorePath, filters: Sequence[Codec], compressor: Codec | N
 def encoding_v3(
     file: StorePath, codecs: Sequence[Codec], shape: tuple[int, ...], nbytes: int, exact: bool = True, depth: int = 0
 ) -> tuple[Encoded, tuple[int, ...]]:
-    """Return the stored form of a chunk of Zarr v3, and the shape of the smallest part that is stored by itself.
+    """Return the stored form of a chunk of Zarr v3, and the shape of the smallest part that is encoded separately.
 
     Args:
         file: the metadata file, for messages.
@@ -205,13 +205,13 @@ def encoding_v3(
         shape: voxels along each axis.
         nbytes: bytes of its voxels.
         exact: whether that is certain.
-        depth: how many shards it lies in.
+        depth: number of shards around it.
 
     Raises:
-        MetadataError: the settings of a shard are malformed, or a filter makes too much of a chunk.
+        MetadataError: the settings of a shard are malformed, or a filter enlarges a chunk too much.
     """
     chain = _Chain(file, nbytes, exact)
-    axes = tuple(range(len(shape)))  # the array's axis that each axis is after the transpositions so far
+    axes = tuple(range(len(shape)))  # for each axis after the transpositions so far, the array's axis
     part, separate = shape, True
     for name, settings in codecs:
         if name == "transpose":
@@ -226,7 +226,7 @@ def encoding_v3(
         else:
             chain.add(name, settings)
             separate = separate and name == "bytes"
-    # What is encoded around a shard must be decoded whole.
+    # A shard inside of another codec must be decoded whole.
     return chain.encoded, part if separate else shape
 
 
@@ -250,7 +250,7 @@ def _shape(file: StorePath, settings: dict[str, Any], ndim: int) -> tuple[int, .
 def _shard(
     file: StorePath, settings: dict[str, Any], shape: Sequence[int], inner: tuple[int, ...], chain: _Chain, depth: int
 ) -> Shard:
-    """The layout of a shard of some shape, whose voxels the chain has the size of."""
+    """Return the layout of a shard of some shape, whose size is the current one of the chain."""
     if depth >= MOST_NESTED:
         raise MetadataError(f"{file}: more than {MOST_NESTED} shards inside each other cannot be read")
     grid = tuple(-(-n // c) for n, c in zip(shape, inner, strict=True))
@@ -265,11 +265,11 @@ def _shard(
     codecs = parse_codecs(file, settings.get("codecs", ["bytes"]), "name")
     chunk, _ = encoding_v3(file, codecs, inner, nbytes, chain.exact and not rest, depth + 1)
     tail, byte_order, axes = 0, "<", tuple(range(len(grid) + 1))
-    for name, own in parse_codecs(file, settings.get("index_codecs", ["bytes", "crc32c"]), "name"):
+    for name, options in parse_codecs(file, settings.get("index_codecs", ["bytes", "crc32c"]), "name"):
         if name == "transpose":
-            axes = tuple(axes[a] for a in _order(own, len(axes)))
+            axes = tuple(axes[a] for a in _order(options, len(axes)))
         elif name == "bytes":
-            byte_order = ">" if own.get("endian") == "big" else "<"
+            byte_order = ">" if options.get("endian") == "big" else "<"
         elif name in _CHECKSUMS:
             tail += 4
     ordered = axes == tuple(range(len(axes)))

@@ -1,4 +1,4 @@
-"""What the stored integers of a label array mean, from CellMap's annotation attributes.
+"""Encodings of label arrays, from CellMap's annotation attributes.
 
 Attributes: https://github.com/janelia-cellmap/cellmap-schemas.
 """
@@ -13,22 +13,26 @@ import numpy.typing as npt
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.io.ngff.multiscale import Level, Multiscale
 
-#: Stands for unknown voxels in arrays whose encoding has no code for them; no stored label is as small.
+#: Code of unannotated voxels in arrays whose encoding has none; smaller than any stored label.
 UNKNOWN_CODE = -(1 << 62)
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What the stored integers of a label array mean.
+    """The meaning of the stored integers of a label array.
 
     Attributes:
-        absent: value of voxels where the class is not.
-        unknown: value of unannotated voxels, or None where every value is meant.
-        ambiguous: ``unknown`` could also be an instance's id, since nothing on disk rules it out.
-        assumed: what the values were taken for where no metadata says it: ``mask`` (0 and 255) or ``ids`` (without
-            255); a value that contradicts it is an error when it is read. Empty where nothing is assumed.
-        missing: what chunks hold that are not stored: ``absent`` voxels (the fill value); the same, and ``unknown``
-            ones where a file of 0 bytes stands (``empty``); or ``unknown`` ones.
+        absent: value of background voxels.
+        unknown: value of unannotated voxels; None where all voxels are annotated.
+        ambiguous: ``unknown`` could also be an instance's id, by the metadata.
+        assumed: the assumption about values that no metadata describes: ``mask`` (0 and 255) or ``ids`` (without 255);
+            a value that contradicts it is an error when it is read. Empty without an assumption.
+        missing: voxels of missing chunks: ``absent`` (the fill value); ``empty``, the same except that files of 0 bytes
+            hold unannotated voxels; or ``unknown``, unannotated voxels.
+
+    Example:
+        >>> Encoding(absent=0, unknown=255).present(np.array([0, 1, 255]))
+        array([False,  True, False])
     """
 
     absent: int
@@ -39,26 +43,26 @@ class Encoding:
 
     @property
     def empty(self) -> Literal["error", "missing"]:
-        """How chunk files of 0 bytes are read; see `ChunkReader`."""
+        """Treatment of chunk files of 0 bytes; see `ChunkReader`."""
         return "error" if self.missing == "absent" else "missing"
 
     def present(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Return where the class is present, for stored values."""
-        there: npt.NDArray[np.bool_] = stored != self.absent
+        """Return a mask of the voxels where the class is present, from stored values."""
+        present: npt.NDArray[np.bool_] = stored != self.absent
         if self.unknown is not None:
-            there &= stored != self.unknown
-        return there
+            present &= stored != self.unknown
+        return present
 
 
 def annotation_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return CellMap's annotation block in the attributes of a group or an array, empty where there is none."""
+    """Return CellMap's annotation block in the attributes of a group or an array; empty without one."""
     block = attributes.get("cellmap")
     block = block.get("annotation") if isinstance(block, dict) else None
     return block if isinstance(block, dict) else {}
 
 
 def complement_counts(level: Level, image: Multiscale | None = None) -> Mapping[str, Any] | None:
-    """Return the voxels of a level that are not foreground (``absent``, ``unknown``), as its attributes count them.
+    """Return the numbers of voxels of a level that are not foreground (``absent``, ``unknown``), by its attributes.
 
     Args:
         level: the level.
@@ -84,11 +88,11 @@ def _whole(value: Any) -> int:
 def read_encoding(image: Multiscale, level: Level) -> Encoding | None:
     """Read the encoding of a label level, from the attributes of the array, its finest level, or the class group.
 
-    In an instance segmentation, ``complement_counts.unknown`` decides what the code of ``unknown`` is: with 0 it is an
-    instance, with more it is unknown, and without counts it is ambiguous.
+    In an instance segmentation, ``complement_counts.unknown`` determines the meaning of the code of ``unknown``: with 0
+    it is an instance, with more it is unannotated, and without counts it is ambiguous.
 
     Returns:
-        None where no attributes hold an encoding.
+        None where no attributes have an encoding.
 
     Raises:
         MetadataError: the encoding is malformed.
@@ -110,7 +114,7 @@ def read_encoding(image: Multiscale, level: Level) -> Encoding | None:
         raise MetadataError(
             f"{image.path}: the annotation's encoding needs whole numbers for 'absent' and 'unknown', got {codes!r}"
         ) from e
-    # Only the finest level's count says that nothing is unknown: a coarser one may have lost it in the pyramid.
+    # Only the count of the finest level proves that no voxel is unannotated: coarser levels may have lost them.
     if kind.get("type") == "instance_segmentation":
         number = (complement_counts(image.finest, image) or {}).get("unknown")
         if isinstance(number, int) and not isinstance(number, bool):

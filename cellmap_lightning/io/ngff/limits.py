@@ -13,9 +13,9 @@ def check_length(where: object, what: str, values: Sized, most: int) -> None:
 
     Args:
         where: the file or the level, for the message.
-        what: what the list holds.
+        what: name of its entries, for the message.
         values: the list.
-        most: entries that it may have.
+        most: limit of its length.
 
     Raises:
         MetadataError: it is longer.

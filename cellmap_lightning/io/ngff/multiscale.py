@@ -5,17 +5,17 @@ Specifications: https://ngff.openmicroscopy.org/0.4/#multiscale-md, https://ngff
 
 import contextlib
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import AXES, Lattice, Shape, Vector, to_vector
+from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff.arrays import ArrayInfo, read_array, read_attributes
 from cellmap_lightning.io.ngff.axes import read_axes
 from cellmap_lightning.io.ngff.limits import MOST_IMAGES, MOST_LEVELS, check_length
@@ -28,7 +28,16 @@ from cellmap_lightning.io.ngff.transformations import (
     times,
     translations_missing,
 )
-from cellmap_lightning.io.store import Remote, StorePath, children, exists, keeping, missing, parse_location, read_json
+from cellmap_lightning.io.store import (
+    Remote,
+    StorePath,
+    children,
+    exists,
+    metadata_cache,
+    parse_location,
+    read_json,
+)
+from cellmap_lightning.runtime.shared_context import SharedContext
 
 #: Folders between a level and its image at most.
 DEEPEST_LEVEL = 3
@@ -39,15 +48,19 @@ BOX_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of a multiscale image.
+    """One resolution level of a multiscale image.
 
     Attributes:
         path: the array's folder.
         name: its path inside the image, such as ``s0``.
         scale: voxel size in nm (z, y, x).
         translation: centre of voxel 0 in nm (z, y, x).
-        axes: which stored axis is z, y, x.
+        axes: the stored axes that are z, y, x.
         ndim: number of stored axes.
+
+    Example:
+        >>> read_multiscale("jrc_a.zarr/recon-1/em/fibsem-uint8").finest.scale
+        (8.0, 8.0, 8.0)
     """
 
     path: StorePath
@@ -59,7 +72,7 @@ class Level:
 
     @cached_property
     def info(self) -> ArrayInfo | None:
-        """The array's metadata, or None when the image lists a level that is not on disk."""
+        """Metadata of the array; None where the image lists a level that does not exist."""
         info = read_array(self.path)
         if info is not None and len(info.shape) != self.ndim:
             raise MetadataError(
@@ -77,7 +90,7 @@ class Level:
 
     @cached_property
     def lattice(self) -> Lattice:
-        """The voxels in nm.
+        """Voxels in nm.
 
         Raises:
             CellMapFileNotFoundError: the level is not on disk.
@@ -86,7 +99,7 @@ class Level:
 
     @property
     def array(self) -> ArrayInfo:
-        """The array's metadata.
+        """Metadata of the array.
 
         Raises:
             CellMapFileNotFoundError: the level is not on disk.
@@ -96,7 +109,7 @@ class Level:
         return self.info
 
     def zyx(self, stored: Sequence[int]) -> Shape:
-        """Lengths along the stored axes, in the order z, y, x."""
+        """Return values along the stored axes in the order z, y, x."""
         z, y, x = (int(stored[a]) for a in self.axes)
         return z, y, x
 
@@ -109,8 +122,12 @@ class Multiscale:
         path: the group's folder.
         levels: finest first, as listed.
         attributes: the group's attributes.
-        assumed: what reading the metadata had to assume; `notes` adds what the arrays show.
+        assumed: assumptions made when the metadata was read; `notes` adds those about the arrays.
         as_stored: whether ``level_translations=stored`` was set, so that boxes of levels may differ.
+
+    Example:
+        >>> [level.name for level in read_multiscale("jrc_a.zarr/recon-1/em/fibsem-uint8").present]
+        ['s0', 's1', 's2']
     """
 
     path: StorePath
@@ -121,10 +138,10 @@ class Multiscale:
 
     @cached_property
     def present(self) -> tuple[Level, ...]:
-        """The levels that are on disk.
+        """Levels whose arrays exist.
 
         Raises:
-            CellMapFileNotFoundError: none is.
+            CellMapFileNotFoundError: no array exists.
         """
         present = tuple(level for level in self.levels if level.info is not None)
         if not present:
@@ -133,12 +150,12 @@ class Multiscale:
 
     @property
     def finest(self) -> Level:
-        """The finest level on disk."""
+        """Finest level that exists."""
         return self.present[0]
 
     @cached_property
     def notes(self) -> tuple[Note, ...]:
-        """Assumptions about the image, a comparison of the boxes of its levels included.
+        """Assumptions about the image, including a comparison of the boxes of its levels.
 
         Raises:
             CellMapFileNotFoundError: none of its levels is on disk.
@@ -147,23 +164,15 @@ class Multiscale:
         return (*self.assumed, *([different] if different is not None else []))
 
 
-#: Images read while `shared_metadata` is open; None outside.
-_shared: dict[tuple[StorePath, Overrides], Multiscale] | None = None
-_sharing = threading.Lock()
+#: Images read while `shared_metadata` is open.
+_images = SharedContext(dict[tuple[StorePath, Overrides], Multiscale])
 
 
 @contextlib.contextmanager
 def shared_metadata() -> Iterator[None]:
     """Read each image once while the context is open: hundreds of crops lie in the same raw volume."""
-    global _shared
-    with _sharing:
-        outer, _shared = _shared, {} if _shared is None else _shared
-    try:
-        with keeping(), reported_once():
-            yield
-    finally:
-        with _sharing:
-            _shared = outer
+    with _images.open(), metadata_cache(), reported_once():
+        yield
 
 
 def read_multiscale(path: str | StorePath, overrides: Overrides = NO_OVERRIDES) -> Multiscale:
@@ -171,19 +180,19 @@ def read_multiscale(path: str | StorePath, overrides: Overrides = NO_OVERRIDES) 
 
     Args:
         path: the group; with ``overrides.voxel_size`` also a plain Zarr array.
-        overrides: settings that replace what the metadata says.
+        overrides: settings that override the metadata.
 
     Raises:
         CellMapFileNotFoundError: ``path`` does not exist.
-        MetadataError: it holds no multiscale image, or one that breaks the specification.
+        MetadataError: it is not a multiscale image, or violates the specification.
     """
-    shared = _shared
-    if shared is None:
+    images = _images.value
+    if images is None:
         return _read_multiscale(path, overrides)
     key = parse_location(path), overrides
-    image = shared.get(key)
+    image = images.get(key)
     if image is None:
-        image = shared[key] = _read_multiscale(*key)
+        image = images[key] = _read_multiscale(*key)
     return image
 
 
@@ -226,32 +235,23 @@ def _image(
     """Read one entry of ``multiscales``."""
     stored, units, assumed = read_axes(file, image, overrides.unit, overrides.voxel_size is None)
     order = [stored.index(a) for a in AXES]
-    datasets = image.get("datasets")
-    if not isinstance(datasets, list) or not datasets:
-        raise MetadataError(f"{file}: 'datasets' should list the levels, got {datasets!r}")
-    check_length(file, "levels in 'datasets'", datasets, MOST_LEVELS)
-    names, scales, translations = [], [], []
-    for entry in datasets:
-        name = entry.get("path") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not name or ".." in PurePosixPath(name).parts or name.startswith("/"):
-            raise MetadataError(f"{file}: a level's path should be a name inside the image, got {name!r}")
-        scale, translation = level_transformation(f"{file}, level {name!r}", entry, image, len(stored), order)
-        names.append(name)
-        scales.append(times(scale, units))
-        translations.append(times(translation, units))
+    names, scales, translations = _datasets(file, image, len(stored), order)
+    scales = [times(scale, units) for scale in scales]
+    translations = [times(translation, units) for translation in translations]
     check_finest_first(file, names, scales)
     if overrides.voxel_size is not None:
         assumed = []
     else:
         assumed += implausible_voxel_size(scales[0], units)
     if overrides.level_translations == "auto" and translations_missing(scales, translations):
+        # Voxels of coarser levels are means, so that all levels share the lower edge of level 0, and not its centre.
         offsets = [np.subtract(scale, scales[0]) / 2 for scale in scales]
         translations = [to_vector(np.add(translations[0], offset)) for offset in offsets]
         shift = max(float((offset / scales[0]).max()) for offset in offsets)
         assumed.append(
             Note(
                 "levels",
-                "its coarser levels have no translations of their own, though their voxels are larger: they are placed "
+                "its coarser levels have no separate translations, though their voxels are larger: they are placed "
                 "so that all levels cover the same box, as means of voxels do, which moves level "
                 f"{names[-1]} by {shift:g} voxels of level {names[0]}; level_translations=stored reads them as stored",
             )
@@ -265,17 +265,59 @@ def _image(
     return Multiscale(group, levels, attributes, (*notes, *assumed), overrides.level_translations == "stored")
 
 
+def _datasets(
+    file: StorePath, image: dict[str, Any], ndim: int, order: list[int]
+) -> tuple[list[str], list[Vector], list[Vector]]:
+    """Return names, scales and translations of the levels, in the units of the axes."""
+    datasets = image.get("datasets")
+    if not isinstance(datasets, list) or not datasets:
+        raise MetadataError(f"{file}: 'datasets' should list the levels, got {datasets!r}")
+    check_length(file, "levels in 'datasets'", datasets, MOST_LEVELS)
+    names, scales, translations = [], [], []
+    for entry in datasets:
+        name = entry.get("path") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not name or ".." in PurePosixPath(name).parts or name.startswith("/"):
+            raise MetadataError(f"{file}: a level's path should be a name inside the image, got {name!r}")
+        scale, translation = level_transformation(f"{file}, level {name!r}", entry, image, ndim, order)
+        names.append(name)
+        scales.append(scale)
+        translations.append(translation)
+    return names, scales, translations
+
+
 def _plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
-    """Read a Zarr array without a multiscale image around it, or say what to set or give instead.
+    """Read a Zarr array without a multiscale image around it, with the voxel size that is set for it.
 
     Raises:
-        MetadataError: it is a level of an image, or nothing says how large its voxels are.
+        MetadataError: it is a level of an image, or no voxel size is set; the message names the right path or setting.
     """
     path, ndim = array.path, len(array.shape)
     if overrides.voxel_size is not None and ndim >= 3:
         axes = _named_axes(array)
         level = Level(path, path.name, overrides.voxel_size, overrides.translation or (0.0, 0.0, 0.0), axes, ndim)
         return Multiscale(path, (level,), array.attributes)
+    _check_not_in_image(path)
+    text = f"{path} is a plain Zarr array without OME-NGFF metadata"
+    size = next((array.attributes[key] for key in ("resolution", "voxel_size") if key in array.attributes), None)
+    if not _is_vector(size):
+        raise MetadataError(f"{text}: set voxel_size=[z, y, x] in nm, and translation, for its entry")
+    text += f"; its attributes have resolution {size}"
+    offset = array.attributes.get("offset", [0] * 3)
+    if _is_vector(offset):
+        center = [o + s / 2 for o, s in zip(offset, size, strict=True)]
+        text += (
+            f" and offset {offset} (as funlib and gunpowder write them: the corner of voxel 0): set "
+            f"voxel_size={size} and translation={center} for its entry, if these are nm"
+        )
+    raise MetadataError(text)
+
+
+def _check_not_in_image(path: StorePath) -> None:
+    """Check that an array is not part of a multiscale image.
+
+    Raises:
+        MetadataError: it is; the message names the image.
+    """
     inside, above = path.name, path
     for _ in range(DEEPEST_LEVEL):
         above = above.parent
@@ -283,26 +325,17 @@ def _plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
         scales = _multiscales(node[0]) if node is not None else None
         if scales is not None:
             listed = [d.get("path") for s in scales if isinstance(s, dict) for d in s.get("datasets") or () if d]
-            what = "one level" if inside in listed else "an array"
-            raise MetadataError(f"{path} is {what} of the image {above}; give its parent, {above}")
+            part = "one level" if inside in listed else "an array"
+            raise MetadataError(f"{path} is {part} of the image {above}; give its parent, {above}")
         inside = f"{above.name}/{inside}"
-    text = f"{path} is a plain Zarr array without OME-NGFF metadata"
-    size = next((array.attributes[key] for key in ("resolution", "voxel_size") if key in array.attributes), None)
-    if isinstance(size, list) and len(size) == 3 and all(isinstance(v, int | float) for v in size):
-        offset = array.attributes.get("offset", [0] * 3)
-        text += f"; its attributes have resolution {size}"
-        if isinstance(offset, list) and len(offset) == 3 and all(isinstance(v, int | float) for v in offset):
-            center = [o + s / 2 for o, s in zip(offset, size, strict=True)]
-            text += (
-                f" and offset {offset} (as funlib and gunpowder write them: the corner of voxel 0): set "
-                f"voxel_size={size} and translation={center} for its entry, if these are nm"
-            )
-        raise MetadataError(text)
-    raise MetadataError(f"{text}: set voxel_size=[z, y, x] in nm, and translation, for its entry")
+
+
+def _is_vector(value: Any) -> TypeGuard[list[float]]:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)
 
 
 def _named_axes(array: ArrayInfo) -> tuple[int, int, int]:
-    """Which axes of a plain array are z, y and x: by their names where it has any, else the last three.
+    """Return the axes z, y and x of a plain array: by their names if it has any, else the last three.
 
     Names are those of xarray (``_ARRAY_DIMENSIONS``), Zarr v3 (``dimension_names``) and funlib (``axis_names``).
     """
@@ -319,7 +352,7 @@ def _named_axes(array: ArrayInfo) -> tuple[int, int, int]:
 
 
 def _multiscales(attributes: Mapping[str, Any]) -> list[Any] | None:
-    """The list of images in a group's attributes; None where there is none."""
+    """Return the list of images in a group's attributes, or None."""
     ome = attributes.get("ome")
     scales = ome.get("multiscales") if isinstance(ome, dict) else None
     if scales is None:
@@ -328,10 +361,10 @@ def _multiscales(attributes: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _chosen(file: StorePath, scales: list[Any], overrides: Overrides) -> tuple[dict[str, Any], list[Note]]:
-    """The image that is read of those that a group lists.
+    """Return the image to read of those that a group lists.
 
     Raises:
-        MetadataError: none has the name that was asked for.
+        MetadataError: no image has the name that is set.
     """
     images = [scale for scale in scales if isinstance(scale, dict)]
     names = [str(image.get("name", number)) for number, image in enumerate(images)]
@@ -349,7 +382,7 @@ def _chosen(file: StorePath, scales: list[Any], overrides: Overrides) -> tuple[d
 
 
 def _near(group: StorePath) -> str:
-    """What a group without an image holds, for messages: first of all the images below it."""
+    """Return a hint about a group without an image: the images below it, another format, or its children."""
     names = children(group)
     images = [name for name in names[:24] if _multiscales((read_attributes(group / name) or ({}, 0))[0]) is not None]
     if images:
@@ -367,14 +400,14 @@ def _version(attributes: Mapping[str, Any], image: Mapping[str, Any]) -> str | N
 
 
 def _check_version(file: StorePath, version: str | None) -> None:
-    """Refuse versions after those that are read: the same keys mean something else in them."""
+    """Check that the version is not newer than 0.5: later ones use the same keys with other meanings."""
     number = re.match(r"(\d+)\.(\d+)", version or "")
     if number is not None and (int(number[1]), int(number[2])) > (0, 5):
         raise MetadataError(f"{file}: its metadata are OME-NGFF {version}; 0.4 and 0.5 are read")
 
 
 def _unread_version(version: str | None, image: Mapping[str, Any]) -> str | None:
-    """The name of an older metadata format that an image is in; None for those that are read."""
+    """Return the name of an unsupported older metadata format; None for supported ones."""
     datasets = image.get("datasets")
     first = datasets[0] if isinstance(datasets, list) and datasets and isinstance(datasets[0], dict) else {}
     if "transform" in first and "coordinateTransformations" not in first:
@@ -392,7 +425,7 @@ def _unread_version(version: str | None, image: Mapping[str, Any]) -> str | None
 
 
 def _different_boxes(levels: Sequence[Level]) -> Note | None:
-    """A note on levels that do not cover the box of the finest one; a ragged last voxel may be kept or dropped."""
+    """Return a note on a level that does not cover the box of the finest one, apart from a ragged last voxel."""
     first = levels[0].lattice
     for level in levels[1:]:
         lattice = level.lattice

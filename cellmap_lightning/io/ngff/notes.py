@@ -1,22 +1,21 @@
-"""Assumptions that reading an image's metadata makes, reported once per volume."""
+"""Assumptions made when reading the metadata of images, logged once per volume."""
 
 import contextlib
 import logging
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from cellmap_lightning.io.store import StorePath
+from cellmap_lightning.runtime.shared_context import SharedContext
 
 log = logging.getLogger(__name__)
 
 #: Suffixes of folders and archives that hold one volume.
 CONTAINERS = (".zarr", ".n5", ".zip", ".ozx")
 
-#: (place, kind) of what was reported so far, inside `reported_once`; None outside.
-_reported: set[tuple[str, str]] | None = None
-_lock = threading.Lock()
+#: (location, kind) of the notes reported so far, inside `reported_once`.
+_reported = SharedContext(dict[tuple[str, str], object])
 
 
 @dataclass(frozen=True)
@@ -25,24 +24,19 @@ class Note:
 
     Attributes:
         kind: ``unit``, ``scale``, ``levels``, ``boxes`` or ``multiscales``; each kind is reported once per volume.
-        text: the value in the file, how it is read, and the setting that changes it.
+        text: the value in the file, its interpretation, and the setting that changes it.
+
+    Example:
+        >>> report(image.path, image.notes)
     """
 
     kind: str
     text: str
 
 
-@contextlib.contextmanager
-def reported_once() -> Iterator[None]:
+def reported_once() -> contextlib.AbstractContextManager[None]:
     """Report each kind of note once per volume while the context is open; contexts nest."""
-    global _reported
-    with _lock:
-        outer, _reported = _reported, set() if _reported is None else _reported
-    try:
-        yield
-    finally:
-        with _lock:
-            _reported = outer
+    return _reported.open()
 
 
 def report(path: StorePath, notes: Iterable[Note]) -> None:
@@ -59,17 +53,16 @@ def report(path: StorePath, notes: Iterable[Note]) -> None:
 
 
 def first_time(place: str, kind: str) -> bool:
-    """Return whether something was not reported of a place before, inside `reported_once`; always true outside."""
-    with _lock:
-        if _reported is None:
-            return True
-        new = (place, kind) not in _reported
-        _reported.add((place, kind))
-        return new
+    """Return whether a kind of note is new for a location, inside `reported_once`; always True outside."""
+    reported = _reported.value
+    if reported is None:
+        return True
+    token = object()
+    return reported.setdefault((place, kind), token) is token  # atomic: only one of several threads reports it
 
 
 def volume_of(path: StorePath) -> str:
-    """Return the container that an image lies in, such as ``/data/jrc_a.zarr``; without one the image itself."""
+    """Return the container of an image, such as ``/data/jrc_a.zarr``; without one the image itself."""
     head, chain, tail = str(path).partition("::")
     parts = PurePosixPath(head).parts
     for number, part in enumerate(parts):

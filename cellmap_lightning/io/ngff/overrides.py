@@ -1,4 +1,4 @@
-"""Settings that replace or interpret what the metadata of an image says, since data is often read-only."""
+"""Settings that override or interpret the metadata of an image, since data is often read-only."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ import numpy as np
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import Vector, to_vector
 from cellmap_lightning.io.ngff.axes import unit_nm
+from cellmap_lightning.validation import one_of
 
-#: How the levels of a pyramid are placed whose translations are missing or all the same: by the averaging convention
+#: Placement of the levels of a pyramid whose translations are missing or all the same: by the averaging convention
 #: (``auto``), in which every level covers the same box, or as stored.
 LevelTranslations = Literal["auto", "stored"]
 LEVEL_TRANSLATIONS = ("auto", "stored")
@@ -20,7 +21,7 @@ OVERRIDE_KEYS = ("unit", "voxel_size", "translation", "multiscale")
 
 @dataclass(frozen=True)
 class Overrides:
-    """Overrides of the metadata of one image.
+    """Overrides of the metadata of one image; docs/data.md shows the settings.
 
     Attributes:
         unit: unit of all three spatial axes, in place of the stored ones.
@@ -49,12 +50,9 @@ class Overrides:
         """Check the values of one image.
 
         Raises:
-            CellMapError: a value that is not one; the message names the key and what would be right.
+            CellMapError: an invalid value; the message names the key and the valid values.
         """
-        if level_translations not in LEVEL_TRANSLATIONS:
-            raise CellMapValueError(
-                f"level_translations must be one of {', '.join(LEVEL_TRANSLATIONS)}, got {level_translations!r}"
-            )
+        one_of("level_translations", level_translations, LEVEL_TRANSLATIONS)
         if unit is not None and unit_nm(unit) is None:
             raise CellMapValueError(f"unit must be a unit of length such as nanometer or micrometer, got {unit!r}")
         if multiscale is not None and not isinstance(multiscale, str):

@@ -1,7 +1,7 @@
-"""Coordinate transformations of OME-NGFF 0.4 and 0.5: from the steps of a level to its voxel size and place.
+"""Coordinate transformations of OME-NGFF 0.4 and 0.5: voxel sizes and translations of levels.
 
 Specification: https://ngff.openmicroscopy.org/0.4/#trafo-md. A level has one scale and then at most one translation;
-the image's own steps come after them.
+the transformations of the image are applied after them.
 """
 
 import math
@@ -16,7 +16,7 @@ from cellmap_lightning.io.ngff.limits import MOST_TRANSFORMATIONS, check_length
 from cellmap_lightning.io.ngff.notes import Note
 from cellmap_lightning.io.store import StorePath
 
-#: Smallest and largest plausible voxel size, nm, and largest plausible ratio between axes; others are warned of.
+#: Plausible voxel sizes, nm: smallest, largest, and largest ratio between axes. A warning is logged for others.
 SMALLEST_VOXEL, LARGEST_VOXEL, MOST_ANISOTROPIC = 0.05, 1e6, 100.0
 #: Voxels of the first level by which translations may differ and still count as the same.
 SAME_PLACE = 1e-3
@@ -25,28 +25,28 @@ SAME_PLACE = 1e-3
 def level_transformation(
     where: str, entry: dict[str, Any], image: dict[str, Any], ndim: int, order: list[int]
 ) -> tuple[Vector, Vector]:
-    """Return scale and translation (z, y, x) of a level: its own transformations, then those of the image.
+    """Return scale and translation (z, y, x) of a level: its transformations, then those of the image.
 
     Raises:
         MetadataError: they are not one scale and then at most one translation, or not of one number per axis.
     """
     scale, translation = [1.0] * ndim, [0.0] * ndim
-    own, common = _transformations(where, entry), _transformations(where, image)
-    if not any(isinstance(step, dict) and step.get("type") == "scale" for step in own):
+    steps = _transformations(where, entry)
+    if not any(isinstance(step, dict) and step.get("type") == "scale" for step in steps):
         raise MetadataError(f"{where}: its coordinateTransformations have no scale, so its voxels have no size")
-    for step in own + common:
+    for step in steps + _transformations(where, image):
         scale, translation = _compose(where, step, scale, translation)
     z, y, x = order
-    size, place = (scale[z], scale[y], scale[x]), (translation[z], translation[y], translation[x])
-    if not (all(map(math.isfinite, size + place)) and min(size) > 0):
+    size, center = (scale[z], scale[y], scale[x]), (translation[z], translation[y], translation[x])
+    if not (all(map(math.isfinite, size + center)) and min(size) > 0):
         raise MetadataError(
-            f"{where}: scale must be positive and finite, got scale {list(size)}, translation {list(place)} (z, y, x)"
+            f"{where}: scale must be positive and finite, got scale {list(size)}, translation {list(center)} (z, y, x)"
         )
-    return size, place
+    return size, center
 
 
 def _transformations(where: str, node: dict[str, Any]) -> list[Any]:
-    """The transformations of a level or an image, in the order that OME-NGFF 0.4 and 0.5 allow."""
+    """Return the transformations of a level or an image, in the order that OME-NGFF 0.4 and 0.5 allow."""
     steps = node.get("coordinateTransformations") or []
     if not isinstance(steps, list):
         raise MetadataError(f"{where}: 'coordinateTransformations' should be a list, got {steps!r}")
@@ -61,6 +61,7 @@ def _transformations(where: str, node: dict[str, Any]) -> list[Any]:
 
 
 def _compose(where: str, step: Any, scale: list[float], translation: list[float]) -> tuple[list[float], list[float]]:
+    """Return scale and translation followed by one more transformation."""
     kind = step.get("type") if isinstance(step, dict) else None
     if kind == "identity":
         return scale, translation
@@ -83,7 +84,7 @@ def times(a: Vector, b: Vector) -> Vector:
 
 
 def check_finest_first(file: StorePath, names: Sequence[str], scales: Sequence[Vector]) -> None:
-    """Refuse levels that are not listed finest first.
+    """Check that levels are listed finest first.
 
     Raises:
         MetadataError: a level is finer than the one before it.
@@ -97,7 +98,7 @@ def check_finest_first(file: StorePath, names: Sequence[str], scales: Sequence[V
 
 
 def translations_missing(scales: Sequence[Vector], translations: Sequence[Vector]) -> bool:
-    """Return whether all levels have the same translation, or none, although their voxels grow."""
+    """Return whether all levels have the same translation, or none, although their voxel sizes differ."""
     grow = len(scales) > 1 and any(max(np.divide(scale, scales[0])) > 1 + SCALE_TOLERANCE for scale in scales[1:])
     return grow and all(
         (np.abs(np.subtract(t, translations[0])) <= SAME_PLACE * np.asarray(scales[0])).all() for t in translations
@@ -105,10 +106,10 @@ def translations_missing(scales: Sequence[Vector], translations: Sequence[Vector
 
 
 def implausible_voxel_size(scale: Vector, units: Vector) -> list[Note]:
-    """Return a note on a voxel size that is probably not one.
+    """Return a note on a voxel size that is probably wrong, if it is.
 
     Args:
-        scale: of the first level, nm.
+        scale: voxel size of the first level, nm.
         units: nm in one unit of the axes.
     """
     size = " x ".join(f"{s:g}" for s in scale)
