@@ -321,7 +321,7 @@ def test_a_worker_that_is_killed_or_stopped_is_an_error_with_its_crop(root, how)
         for timer in timers:
             timer.start()
         try:
-            with pytest.raises(WorkerError, match=r"a worker process .* which shows volume/crop1; ") as caught:
+            with pytest.raises(WorkerError, match=r"a worker process .* with samples of volume/crop1; ") as caught:
                 for _ in passing:
                     pass
         finally:

@@ -84,7 +84,7 @@ def test_two_ranks_see_the_samples_of_one_and_share_what_they_decode(volume, tmp
     (one,), (first, second) = found[1][2], found[2][2]
     assert [len(lines) for lines in (one, first, second)] == [1, 1, 0]
     for (line,), how in ((one, "ranks: 1, samples of each: 4"), (first, "ranks: 2, samples of each: 2")):
-        assert f"an epoch of 11 samples is 2 global batches of 4 ({how}); 3 samples of it make no complete one" in line
+        assert f"an epoch of 11 samples is 2 global batches of 4 ({how}); the last 3 samples fill no batch" in line
 
 
 @pytest.mark.slow

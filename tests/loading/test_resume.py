@@ -220,7 +220,7 @@ def test_a_plain_loop_goes_on(volume):
             rank.load_state_dict(stopped.state_dict())
         pairs = list(zip(*[idx(rank) for rank in ranks], strict=True))
         assert [i for pair in pairs for i in pair] == whole[2:8]
-        with pytest.raises(CellMapError, match="first is missing"):
+        with pytest.raises(CellMapError, match="lacks first"):
             loader().load_state_dict({"epoch": 1, "samples": 4})
 
 

@@ -111,7 +111,7 @@ def test_two_passes_do_not_share_workers(volume, ahead):
         next(one)
         loader.set_epoch(0)
         assert [bits(b) for b in loader] == expected
-        with pytest.raises(CellMapError, match="another one was begun before this one had ended"):
+        with pytest.raises(CellMapError, match="a second pass was begun before this one ended"):
             next(one)
         loader.close()
 
@@ -173,7 +173,7 @@ def test_an_error_in_a_worker_names_what_is_wrong(volume):
 SCRIPT = """
     import sys
     import torch
-    from cellmap_lightning import CellMapDataLoader, CellMapDataset
+    from cellmap_lightning import CellMapDataLoader, CellMapDataset, IntensityOptions
 
     class Imported:
         def __call__(self, raw):
@@ -183,8 +183,9 @@ SCRIPT = """
     if __name__ == "__main__":
         raw, labels, method = sys.argv[1:]
         spec = {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}
-        with CellMapDataset(raw, labels, ["mito"], {"raw": spec}, {"labels": spec}, raw_value_transforms=Imported(),
-                            is_train=True) as dataset:
+        intensity = IntensityOptions(raw_value_transforms=Imported())
+        arrays = {"raw": spec}, {"labels": spec}
+        with CellMapDataset(raw, labels, ["mito"], *arrays, is_train=True, intensity=intensity) as dataset:
             loader = CellMapDataLoader(dataset, 2, 2, samples_per_epoch=4, multiprocessing_context=method)
             print(sum(float(b["raw"].sum()) for b in loader))
 """

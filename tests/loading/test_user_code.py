@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDataset, CellMapError, CellMapMultiDataset
 from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.callbacks import StreamPrefetch
-from cellmap_lightning.loading.samples import _shuffled
+from cellmap_lightning.loading.samples import permuted
 from cellmap_lightning.training.task import SegmentationTask
 from tests.conftest import CLASSES, INPUTS, TARGETS
 from tests.runs import module, task, trainer
@@ -333,13 +333,13 @@ def test_what_is_no_dataset_is_refused(volume):
     with CellMapMultiDataset(crops(volume)) as source:
         with pytest.raises(CellMapError, match="is empty"):
             CellMapDataLoader(Subset(source, []))
-        with pytest.raises(CellMapError, match="the size of the batches of a Subset are not known"):
+        with pytest.raises(CellMapError, match="the size of batches of a Subset are unknown"):
             CellMapDataLoader(Subset(source, [1])).batch_memory()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 1000])
 def test_the_shuffle_is_a_permutation(length):
-    orders = [[_shuffled(n, length, 3, cycle) for n in range(length)] for cycle in range(3)]
+    orders = [[permuted(n, length, 3, cycle) for n in range(length)] for cycle in range(3)]
     assert all(sorted(order) == list(range(length)) for order in orders)
     assert length < 7 or len({tuple(order) for order in orders}) == 3
     if length == 1000:  # as far from its place as at random: a third of the length
@@ -347,7 +347,7 @@ def test_the_shuffle_is_a_permutation(length):
 
 
 def test_the_shuffle_of_a_huge_dataset_costs_nothing():
-    assert len({_shuffled(n, 10**15, 0, 0) for n in range(100)}) == 100
+    assert len({permuted(n, 10**15, 0, 0) for n in range(100)}) == 100
 
 
 # -- other loaders
