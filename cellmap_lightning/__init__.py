@@ -1,6 +1,6 @@
 """Exact, fast data loading of volume electron microscopy for PyTorch Lightning.
 
-The public names are imported when they are first used, so that a data worker starts without importing Lightning.
+The public names are imported at their first use, so that a worker process starts without importing Lightning.
 """
 
 from importlib import import_module
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from cellmap_lightning.splits.datasplit import CellMapDataSplit
     from cellmap_lightning.splits.options import SplitOptions
 
-_HOMES = {
+#: The modules of the public names.
+_MODULES = {
     "CellMapDataModule": "datamodule",
     "CellMapDataLoader": "loading.dataloader",
     "CellMapDataSplit": "splits.datasplit",
@@ -60,10 +61,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(_MODULES))}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

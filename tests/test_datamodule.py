@@ -360,7 +360,7 @@ def test_a_split_that_was_not_given(volume):
     with module(volume, datasets={"train": [entry]}) as data:
         data.setup("fit")
         data.setup("test")
-        with pytest.raises(KeyError, match="no crops were given for 'val'"):
+        with pytest.raises(KeyError, match="has no crops for 'val'"):
             data.val_dataloader()
 
 

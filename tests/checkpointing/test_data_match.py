@@ -107,7 +107,7 @@ def test_other_classes_are_refused_before_torch_compares_sizes(volume, saved, tm
         ({"input_arrays": {**INPUTS, "wide": COARSE["raw"]}}, r"got \['raw', 'wide'\]"),
         (
             {"input_arrays": {"raw": COARSE["raw"]}, "target_arrays": {"labels": COARSE["labels"]}},
-            r"input 'raw': trained at voxels of \[10.48, 8, 8\] nm, got \[20.96, 16, 16\] nm",
+            r"input 'raw': trained with a voxel size of \[10.48, 8, 8\] nm, got \[20.96, 16, 16\] nm",
         ),
         ({"normalize": "zscore"}, "trained with normalize=dtype invert=False, got normalize=zscore invert=False"),
         ({"normalize": {"range": [0, 200]}}, r"got normalize={range: \[0, 200\]} invert=False"),
@@ -128,7 +128,7 @@ def test_other_inputs_and_values_are_refused(volume, saved, tmp_path, caplog, kw
 def test_another_voxel_size_is_a_warning_where_nothing_is_trained(volume, saved, tmp_path, caplog):
     arrays = {"input_arrays": {"raw": COARSE["raw"]}, "target_arrays": {"labels": COARSE["labels"]}}
     use("validate", volume, saved / "task.ckpt", tmp_path, **arrays)
-    found = [r.getMessage() for r in caplog.records if "trained at voxels of" in r.getMessage()]
+    found = [r.getMessage() for r in caplog.records if "trained with a voxel size of" in r.getMessage()]
     assert [text.partition(": ")[2].partition(":")[0] for text in found] == ["input 'raw'", "target 'labels'"]
 
 
@@ -244,7 +244,11 @@ def test_a_command_names_the_right_order(volume, trained, tmp_path, name):
         ("predict", "writer.classes=[er,mito]", "are those of the data in another order"),
         ("resume", "data.classes=[mito]", "or init_from=... begins a training of other classes"),
         ("resume", "data.classes=[mito,er,pm]", "trained with data.classes=[mito,er]"),
-        ("resume", "patch.scale=[20.96,16,16]", "trained at voxels of [10.48, 8, 8] nm, got [20.96, 16, 16] nm"),
+        (
+            "resume",
+            "patch.scale=[20.96,16,16]",
+            "trained with a voxel size of [10.48, 8, 8] nm, got [20.96, 16, 16] nm",
+        ),
         ("resume", "data.normalize={percentile: [1, 99]}", "got data.normalize={percentile: [1, 99]}"),
         (
             "resume",
@@ -304,7 +308,7 @@ def test_init_from_warns_of_other_values_and_begins_with_other_classes(volume, t
     )  # fmt: skip
     assert code == 0, text
     assert "begins anew, since its size is that of the classes" in text
-    assert "input 'raw': trained at voxels of [10.48, 8, 8] nm, got [20.96, 16, 16] nm" in text
+    assert "input 'raw': trained with a voxel size of [10.48, 8, 8] nm, got [20.96, 16, 16] nm" in text
     assert "trained with data.normalize=dtype data.invert=false, got data.normalize=dtype data.invert=true" in text
 
 
@@ -320,7 +324,7 @@ def test_a_volume_is_inverted_on_purpose(volume, trained, tmp_path):
 def test_a_prediction_at_another_voxel_size_warns(volume, trained, tmp_path):
     code, text = command(volume, tmp_path, "predict", trained, "patch.scale=[20.96,16,16]")
     assert code == 0, text
-    assert text.count("trained at voxels of [10.48, 8, 8] nm, got [20.96, 16, 16] nm") == 2  # input and target
+    assert text.count("trained with a voxel size of [10.48, 8, 8] nm, got [20.96, 16, 16] nm") == 2  # input and target
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_what_a_checkpoint_names_is_not_run(honest, volume, tmp_path, name):
     code, text = predict(volume, tmp_path)
     assert not (tmp_path / "marker").exists(), text
     assert code == 1
-    assert "Error: ckpt=bad.ckpt: the configuration in the checkpoint asks for what could run any code" in text
+    assert "Error: ckpt=bad.ckpt: the configuration in the checkpoint could run any code" in text
     assert "trust_checkpoint=true" in text
     assert f"  {key}" in text, "the key is named"
     assert "Traceback" not in text
@@ -154,7 +154,7 @@ def test_options_of_stores_cannot_lead_credentials_elsewhere(honest, volume, tmp
     given = ["ckpt=bad.ckpt", "out=out.zarr", "trainer=cpu", "data.input_path=s3://mine/vol.zarr"]
     code, text = run_forked(*given, cwd=tmp_path, command="predict")
     assert code == 1
-    assert "data.storage_options: endpoint_url may lead credentials elsewhere; give data.storage_options" in text
+    assert "data.storage_options: endpoint_url could send credentials elsewhere; set data.storage_options" in text
     code, text = predict(volume, tmp_path, "picture=false")
     assert code == 0, f"on this machine they have no effect\n{text}"
 
