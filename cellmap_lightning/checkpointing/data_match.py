@@ -149,6 +149,7 @@ def _differences(
         for name in [name for name in old if name in new]:
             yield from _array_differences(f"{role} {name!r}", old[name], new[name])
     old_rule, new_rule = saved.get("normalize"), now.get("normalize")
+    # The rule is irrelevant if all inputs are stored values or come from user functions.
     normalized = any(spec.get("values", "normalized") == "normalized" for spec in after.values())
     if old_rule is not None and new_rule is not None and old_rule != new_rule and normalized:
         place = "with metadata.normalize=... and metadata.invert=..." if command else "in its entry of datasets"
@@ -207,6 +208,7 @@ def volume_differences(saved: Mapping[str, Any], now: Mapping[str, Any], intende
         now: the same of the datasets that are open.
         intended: paths of volumes that are not compared.
     """
+    # A volume may be opened several times by different rules: one in common is enough.
     rules_now = _rules(now)
     return [
         f"the values of {path} were normalized by ({before[0]}), got ({after[0]}); give normalize and invert of "

@@ -206,7 +206,7 @@ class SideStream:
 
 
 class NothingAhead:
-    """The load of a device without prefetching.
+    """The load of a device without prefetching; see docs/streams.md.
 
     Args:
         device: the device that uses the batches.

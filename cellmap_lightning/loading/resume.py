@@ -10,7 +10,7 @@ from cellmap_lightning.loading.sampler import StreamSampler
 
 
 class Steps(Protocol):
-    """A Trainer's own count of the training batches of an epoch.
+    """A Trainer's own count of the training batches of an epoch; see docs/runs.md.
 
     Attributes:
         done: batches whose step has ended.

@@ -57,7 +57,7 @@ class StreamSampler(DistributedSampler[int]):
 
     @property
     def _rank_and_world(self) -> tuple[int, int]:
-        """Rank and number of processes, read late: a loader may be built before the process group exists."""
+        """The rank and the number of processes, read late: a loader may be built before the process group exists."""
         if self._fixed is not None:
             return self._fixed
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class SampleList(list[Any]):
-    """Finished samples that are parts of one batch, so that `collate` need not copy them.
+    """Finished samples that are parts of one batch, so that `collate` need not copy them; see docs/batches.md.
 
     Args:
         batch: the batch, ``{name: [N, ...]}``.
@@ -64,6 +64,8 @@ def _can_pin(pin: bool) -> bool:
 
 class NumberedSamples(Dataset[Any], ABC):
     """A view of a dataset with as many items as an epoch has samples, numbered through the epochs.
+
+    It is the ``dataset`` of every `CellMapDataLoader`, see docs/batches.md.
 
     Args:
         dataset: the source of samples.
@@ -133,7 +135,7 @@ class NumberedSamples(Dataset[Any], ABC):
 
 
 class Samples(NumberedSamples):
-    """The samples of a dataset of this package.
+    """The samples of a dataset of this package; see docs/batches.md.
 
     Args:
         dataset: the source of samples.
@@ -169,6 +171,7 @@ class Samples(NumberedSamples):
             )
         self.tiles = tiles
         self.strategy = strategy
+        # Random value transforms follow the seed of the loader.
         self._layout = dataclasses.replace(dataset.layout, seed=seed)
         overriding = dataset.overriding_types()
         self.overridden = bool(overriding)
@@ -202,6 +205,7 @@ class Samples(NumberedSamples):
         if not isinstance(samples, CompactRequest):
             return SampleList(self._read(draws).finish())
         worker = get_worker_info()
+        # Batches of a foreign sampler may be larger than a slot; torch transfers them.
         if self.slots is None or worker is None or len(draws) > self.room:
             return self._read(draws)
         if self.slots.finished:
@@ -241,7 +245,7 @@ class WrappedSamples(NumberedSamples):
     """The items of any map-style dataset, such as a `torch.utils.data.Subset` of a dataset of this package.
 
     With ``shuffle`` their order differs in every cycle through all items. Samples of a dataset of this package inside
-    of an item are augmented by the number of the sample, and so differently in every epoch.
+    of an item are augmented by the number of the sample, and so differently in every epoch. See docs/batches.md.
 
     Args:
         dataset: has ``__len__`` and ``__getitem__``.
@@ -280,7 +284,7 @@ class WrappedSamples(NumberedSamples):
         seen: set[int] = set()
 
         def visit(node: Any) -> None:
-            if id(node) in seen:
+            if id(node) in seen:  # objects may refer to each other
                 return
             seen.add(id(node))
             if isinstance(node, SampleSource):
@@ -297,7 +301,7 @@ class WrappedSamples(NumberedSamples):
 
     @property
     def layout(self) -> BatchLayout:
-        """Unknown before a batch is read.
+        """The layout, which is unknown before a batch is read.
 
         Raises:
             CellMapTypeError: always.

@@ -27,7 +27,7 @@ Place = tuple[str, np.dtype[Any], tuple[int, ...], int]
 
 
 class SlotBatch(NamedTuple):
-    """The location of a batch in the slots, sent from a worker to the main process.
+    """The location of a batch in the slots, sent from a worker to the main process; see docs/speed.md.
 
     Attributes:
         worker: the worker that owns the slot.
@@ -91,6 +91,7 @@ class Slots:
         """Return the number of the next slot of a worker, and its memory as arrays. Called in the worker."""
         turn, self._turn = self._turn, self._turn + 1
         memory = self._bytes(worker, turn)
+        # The number is stored beside the batch, so that `take` detects a slot that was overwritten.
         memory[-_ALIGN:].view(np.int64)[0] = turn
         return turn, {name: _array(memory, dtype, shape, at) for name, dtype, shape, at in places}
 

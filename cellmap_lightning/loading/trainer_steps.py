@@ -10,7 +10,7 @@ from cellmap_lightning.loading.dataloader import CellMapDataLoader
 
 
 class HoldsPositions(Protocol):
-    """The part of a data module that resuming needs.
+    """The part of a data module that resuming needs; see docs/runs.md.
 
     Attributes:
         resume_positions: positions from a checkpoint that were not applied yet, one per training loader.
@@ -85,7 +85,7 @@ class TrainingSteps:
 
     @property
     def done(self) -> int:
-        """Batches of this epoch whose step has ended."""
+        """The number of batches of this epoch whose step has ended."""
         return int(self._current.processed)
 
     @property
@@ -106,6 +106,7 @@ class TrainingSteps:
         """Set the count of batches done."""
         current = self._current
         shift = done - current.processed
+        # Lightning's four counters of a batch move together.
         for name in ("ready", "started", "processed", "completed"):
             setattr(current, name, getattr(current, name) + shift)
 

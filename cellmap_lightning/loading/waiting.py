@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class Device(Protocol):
-    """The load of the device that batches are read for.
+    """The load of the device that batches are read for; see docs/streams.md.
 
     Attributes:
         held: seconds that the host was throttled because enough work is queued on the device.
@@ -48,7 +48,7 @@ class WaitTimes:
 
 
 class TimedBatches:
-    """An iterator whose waits are timed; it references no batch that it has returned.
+    """An iterator whose waits are timed; it references no batch that it has returned. See docs/streams.md.
 
     Args:
         batches: the batches.
@@ -65,6 +65,7 @@ class TimedBatches:
     def __next__(self) -> Any:
         began, held = time.perf_counter(), self._device.held
         batch = next(self._batches)
+        # Throttling is no waiting for data.
         took = time.perf_counter() - began - (self._device.held - held)
         self._waiting.batches += 1
         self._waiting.waited += took
