@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
     from cellmap_lightning.errors import CellMapError
     from cellmap_lightning.loading.dataloader import CellMapDataLoader
-    from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter, ImageWriter
+    from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter
+    from cellmap_lightning.prediction.image_writer import ImageWriter
     from cellmap_lightning.sampling.positions import ClassBalancedSampler
     from cellmap_lightning.splits.datasplit import CellMapDataSplit
     from cellmap_lightning.splits.options import SplitOptions
@@ -33,7 +34,7 @@ _MODULES = {
     "CellMapImage": "crops.image",
     "CellMapMultiDataset": "datasets.multidataset",
     "ClassBalancedSampler": "sampling.positions",
-    "ImageWriter": "prediction.dataset_writer",
+    "ImageWriter": "prediction.image_writer",
     "IntensityOptions": "crops.options",
     "LabelOptions": "crops.options",
     "ReadOptions": "crops.options",

@@ -1,5 +1,5 @@
 """`cellmap_data.image_writer`."""
 
-from cellmap_lightning.prediction.dataset_writer import ImageWriter
+from cellmap_lightning.prediction.image_writer import ImageWriter
 
 __all__ = ["ImageWriter"]

@@ -99,7 +99,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(checkpoint, volume, tm
     [
         (["ckpt=nowhere.ckpt"], "there is no such checkpoint"),
         (["ckpt=plain.ckpt"], "carries no configuration ('cellmap_config')"),
-        (["writer.blend=max"], "blend is one of trim, average, gaussian, got 'max'"),
+        (["writer.blend=max"], "blend must be one of trim, average, gaussian, got 'max'"),
         (["data.batchsize=3"], "did you mean 'data.batch_size'?"),
         (["out=???"], "out is required: set it with out=..."),
         (["data=demo"], "the data are those of the checkpoint"),
