@@ -132,8 +132,8 @@ def test_another_voxel_size_is_a_warning_where_nothing_is_trained(volume, saved,
     assert [text.partition(": ")[2].partition(":")[0] for text in found] == ["input 'raw'", "target 'labels'"]
 
 
-def test_a_volume_with_a_rule_of_its_own_keeps_it(volume, tmp_path):
-    """What an entry says counts, not what the module says for the others."""
+def test_volume_with_an_own_rule_keeps_it(volume, tmp_path):
+    """The rule of an entry has precedence over that of the module."""
     gt = f"{volume.path}/recon-1/labels/groundtruth/crop2/[mito,er,pm]"
     own = {"raw": volume.raw_path, "gt": gt, "normalize": {"range": [0, 100]}, "invert": True}
     with module(volume, datasets={"train": [own]}) as data:
@@ -152,7 +152,7 @@ def test_a_volume_with_a_rule_of_its_own_keeps_it(volume, tmp_path):
         use("fit", volume, tmp_path / "task.ckpt", tmp_path, datasets={"train": [other]})
 
 
-def test_what_may_change_does(volume, saved, tmp_path):
+def test_changeable_settings_may_differ(volume, saved, tmp_path):
     """Batch size, crops, seed, patch and validation have nothing to do with what weights mean."""
     gt = f"{volume.path}/recon-1/labels/groundtruth/crop4/[mito,er,pm]"
     patch = {"shape": [8, 16, 16], "scale": [10.48, 8, 8]}
@@ -182,7 +182,7 @@ def test_checkpoints_of_earlier_versions_are_loaded(volume, saved, tmp_path):
     use("validate", volume, tmp_path / "task.ckpt", tmp_path)
 
 
-def test_other_weights_are_refused_in_words(volume, saved, tmp_path):
+def test_mismatched_weights_are_explained(volume, saved, tmp_path):
     """Also where no classes are recorded, as with the data of another package."""
     model = SegmentationTask(nn.Conv3d(1, 3, 5, padding=2), CLASSES)
     text = r"the weights do not fit the model.*network.weight is \[3, 1, 3, 3, 3\], and \[3, 1, 5, 5, 5\] in the model"
@@ -258,9 +258,7 @@ def test_a_command_names_the_right_order(volume, trained, tmp_path, name):
         ("resume", "model.channels=[4,12]", "the weights do not fit the model, whose classes and network must be"),
     ],
 )
-def test_a_command_refuses_what_the_checkpoint_was_not_trained_with(
-    volume, trained, tmp_path, name, argument, expected
-):
+def test_command_refuses_data_unlike_those_of_the_checkpoint(volume, trained, tmp_path, name, argument, expected):
     code, text = command(volume, tmp_path, name, trained, argument)
     assert code == 1, text
     assert expected in text

@@ -1,4 +1,4 @@
-"""Hooks, subclasses, wrappers and loaders of user code get finished batches, whatever the device."""
+"""Hooks, subclasses, wrappers and loaders of user code get finished batches, on any device."""
 
 import logging
 
@@ -95,7 +95,7 @@ def test_hooks_of_the_data_module_count_too(volume, tmp_path, engine):  # noqa: 
     assert all(same(changed(a), b) for a, b in zip(plain, kept.batches, strict=True))
 
 
-def test_a_compact_batch_says_where_the_finished_one_is(volume):
+def test_access_to_a_compact_batch_names_the_finished_one(volume):
     with module(volume) as data:
         data.setup("fit")
         loader = CellMapDataLoader(data.train_dataset, 2, samples_per_epoch=4, finish=False)
@@ -326,7 +326,7 @@ def test_a_wrapper_under_a_trainer(volume, tmp_path):
     assert seen[:8] != seen[8:]
 
 
-def test_what_is_no_dataset_is_refused(volume):
+def test_non_dataset_is_an_error(volume):
     for wrong in ([1, 2], "crops.csv", {"train": []}, 7, iter(())):
         with pytest.raises(CellMapError, match="needs a CellMapDataset, or a dataset with __len__"):
             CellMapDataLoader(wrong)
@@ -415,7 +415,7 @@ def test_monai_loaders(volume):
         assert items == [[0, 1], [2, 3]]
 
 
-def test_the_other_lightning_says_which_import_to_use(volume, tmp_path):
+def test_pytorch_lightning_trainer_error_names_the_import(volume, tmp_path):
     pl = pytest.importorskip("pytorch_lightning")
 
     class Model(pl.LightningModule):
@@ -432,7 +432,7 @@ def test_the_other_lightning_says_which_import_to_use(volume, tmp_path):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator memory is pinned")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pinned_memory_without_an_accelerator(volume, tmp_path, workers):
-    """As with torch's own loader: a warning, and batches all the same."""
+    """As with torch's own loader: a warning, and the batches."""
     with CellMapMultiDataset(crops(volume)) as source:
         expected = list(CellMapDataLoader(source, 2, samples_per_epoch=4))
         with pytest.warns(UserWarning, match="pin_memory=True, and no accelerator is found"):
