@@ -336,7 +336,7 @@ def test_batches_are_copied_ahead_by_the_decision(volume, tmp_path, monkeypatch)
 
     for module_ in ("datamodule", "loading.prefetch", "loading.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{module_}.STREAM_DEVICES", ("cpu",))
-    monkeypatch.setattr("cellmap_lightning.loading.dataloader.NothingAhead", lambda device: ReadAhead())
+    monkeypatch.setattr("cellmap_lightning.loading.dataloader.NoPrefetch", lambda device: ReadAhead())
     monkeypatch.setattr("cellmap_lightning.loading.dataloader.SideStream", Engine)
     ahead, plain = Watch(), Watch()
     with module(volume) as data:

@@ -76,7 +76,7 @@ def engine(monkeypatch):
     Engine.alive.clear()
     for place in ("datamodule", "loading.prefetch", "loading.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{place}.STREAM_DEVICES", ("cpu",))
-    monkeypatch.setattr("cellmap_lightning.loading.dataloader.NothingAhead", lambda device: ReadAhead())
+    monkeypatch.setattr("cellmap_lightning.loading.dataloader.NoPrefetch", lambda device: ReadAhead())
     monkeypatch.setattr("cellmap_lightning.loading.dataloader.SideStream", Engine)
     return Engine
 

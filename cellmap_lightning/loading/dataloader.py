@@ -19,7 +19,7 @@ from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapError, CellMapValueError, WorkerError
 from cellmap_lightning.loading.prefetch import (
     STREAM_DEVICES,
-    NothingAhead,
+    NoPrefetch,
     PrefetchDecision,
     ReadAhead,
     SideStream,
@@ -385,10 +385,10 @@ class CellMapDataLoader(DataLoader[Any]):
 
     def _timed_stream(self, batches: Any) -> tuple[Iterator[Any], Generator[Any, None, None]]:
         """Return the presented batches of a pass with their waits timed, and the stream that they come from."""
-        engine: SideStream | ReadAhead | NothingAhead
+        engine: SideStream | ReadAhead | NoPrefetch
         present_here = True
         if self.decision is None or not self.decision.enabled:
-            engine = NothingAhead(self.device)
+            engine = NoPrefetch(self.device)
             stream = batches()
         else:
             if self.device.type in STREAM_DEVICES:

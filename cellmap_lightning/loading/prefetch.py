@@ -205,7 +205,7 @@ class SideStream:
         return self._idle
 
 
-class NothingAhead:
+class NoPrefetch:
     """The load of a device without prefetching; see docs/streams.md.
 
     Args:

@@ -210,11 +210,11 @@ class Samples(NumberedSamples):
             return self._read(draws)
         if self.slots.finished:
             return self.slots.put(worker.id, self._read(draws).finish())
-        turn, arrays = self.slots.open(worker.id, self.slots.compact_places(len(draws)))
+        number, arrays = self.slots.open(worker.id, self.slots.compact_places(len(draws)))
         arrays.pop("idx")[:] = [d.position for d in draws]
         arrays.pop("sample")[:] = [d.sample for d in draws]
         self.dataset.read_into(draws, arrays)
-        return SlotBatch(worker.id, turn, len(draws))
+        return SlotBatch(worker.id, number, len(draws))
 
     def _read(self, draws: Sequence[Draw]) -> CompactBatch:
         batch: CompactBatch = self.dataset.read(draws, self.pin)

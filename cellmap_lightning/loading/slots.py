@@ -31,13 +31,13 @@ class SlotBatch(NamedTuple):
 
     Attributes:
         worker: the worker that owns the slot.
-        turn: number of batches that the worker wrote before.
+        number: number of the batch among those of the worker, from 0 on.
         samples: samples of a compact batch; 0 for a finished one.
         places: places of the arrays of a finished batch.
     """
 
     worker: int
-    turn: int
+    number: int
     samples: int
     places: tuple[Place, ...] = ()
 
@@ -67,16 +67,16 @@ class Slots:
         self.layout = layout
         self._compact = layout.compact()
         self._places: dict[int, tuple[Place, ...]] = {}
-        self._turn = 0
+        self._number = 0
 
     @staticmethod
     def possible() -> bool:
         """Return True if this system can share memory with processes of any start method."""
         return sys.platform.startswith("linux")
 
-    def _bytes(self, worker: int, turn: int) -> npt.NDArray[np.uint8]:
+    def _bytes(self, worker: int, number: int) -> npt.NDArray[np.uint8]:
         assert self.block.buffer is not None
-        first = (worker * self.count + turn % self.count) * self.nbytes
+        first = (worker * self.count + number % self.count) * self.nbytes
         return np.frombuffer(self.block.buffer, np.uint8, self.nbytes, first)
 
     def compact_places(self, count: int) -> tuple[Place, ...]:
@@ -89,20 +89,20 @@ class Slots:
 
     def open(self, worker: int, places: tuple[Place, ...]) -> tuple[int, dict[str, npt.NDArray[Any]]]:
         """Return the number of the next slot of a worker, and its memory as arrays. Called in the worker."""
-        turn, self._turn = self._turn, self._turn + 1
-        memory = self._bytes(worker, turn)
+        number, self._number = self._number, self._number + 1
+        memory = self._bytes(worker, number)
         # The number is stored beside the batch, so that `take` detects a slot that was overwritten.
-        memory[-_ALIGN:].view(np.int64)[0] = turn
-        return turn, {name: _array(memory, dtype, shape, at) for name, dtype, shape, at in places}
+        memory[-_ALIGN:].view(np.int64)[0] = number
+        return number, {name: _array(memory, dtype, shape, at) for name, dtype, shape, at in places}
 
     def put(self, worker: int, batch: Mapping[str, torch.Tensor]) -> SlotBatch:
         """Copy a finished batch to the next slot of a worker. Called in the worker."""
         arrays = {name: tensor.numpy() for name, tensor in batch.items()}
         places = _consecutive({name: (array.shape, array.dtype) for name, array in arrays.items()})
-        turn, targets = self.open(worker, places)
+        number, targets = self.open(worker, places)
         for name, array in arrays.items():
             targets[name][...] = array
-        return SlotBatch(worker, turn, 0, places)
+        return SlotBatch(worker, number, 0, places)
 
     def take(self, batch: SlotBatch, pin: bool) -> CompactBatch | dict[str, torch.Tensor]:
         """Return a copy of a batch, made in the main process before the next one is requested.
@@ -110,7 +110,7 @@ class Slots:
         Raises:
             CellMapError: the worker has written another batch to the slot since.
         """
-        memory = self._bytes(batch.worker, batch.turn)
+        memory = self._bytes(batch.worker, batch.number)
         out: dict[str, torch.Tensor] = {}
         for name, dtype, shape, at in batch.places or self.compact_places(batch.samples):
             if pin:
@@ -120,10 +120,10 @@ class Slots:
             out[name].numpy()[...] = _array(memory, dtype, shape, at)
         # Read after the copy: a batch that was overwritten meanwhile is noticed too.
         number = int(memory[-_ALIGN:].view(np.int64)[0])
-        if number != batch.turn:
+        if number != batch.number:
             raise CellMapError(
-                f"worker {batch.worker} wrote batch {number} over batch {batch.turn} before it was used; batches must "
-                "be taken from the loader's workers in the order of the requests"
+                f"worker {batch.worker} wrote batch {number} over batch {batch.number} before it was used; batches "
+                "must be taken from the loader's workers in the order of the requests"
             )
         return CompactBatch(out, self.layout) if batch.samples else out
 
