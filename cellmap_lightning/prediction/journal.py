@@ -131,7 +131,7 @@ class Journal:
         self._token = token or new_token()
         write_text(self._settings, sealed({"settings": dict(settings), "token": self._token}))
 
-    def disown(self, classes: Sequence[str]) -> None:
+    def mark_removed(self, classes: Sequence[str]) -> None:
         """Mark the output as being removed: from then on nothing in it is valid.
 
         Args:
@@ -141,7 +141,7 @@ class Journal:
         write_text(self._removed, sealed({"classes": list(classes)}))
 
     @property
-    def disowned(self) -> list[str] | None:
+    def removed_classes(self) -> list[str] | None:
         """The groups of an output whose removal has begun; None for any other output."""
         try:
             return [str(name) for name in unsealed(self._removed.read_text(encoding="utf-8"))["classes"]]

@@ -140,7 +140,7 @@ class PredictionOutput:
         begun = [folder for folder in (self.path, *self.path.absolute().parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._acquire()
-        if overwrite or self.journal.disowned is not None:
+        if overwrite or self.journal.removed_classes is not None:
             self._remove()
         self._settings = plain(settings)
         if self.journal.settings is not None:
@@ -282,7 +282,7 @@ class PredictionOutput:
 
     def _remove(self) -> None:
         """Remove the files of an earlier prediction, and no others."""
-        folder, classes = self.journal.folder, self.journal.disowned
+        folder, classes = self.journal.folder, self.journal.removed_classes
         if classes is None:
             try:
                 if not folder.is_dir() and self.journal.record is None:
@@ -292,7 +292,7 @@ class PredictionOutput:
                 classes = []
         names = [name for name in dict.fromkeys([*classes, *self.classes]) if _can_name(name)]
         # First invalidate the finished blocks. The folder is removed last: it marks the rest as replaceable.
-        self.journal.disown(names)
+        self.journal.mark_removed(names)
         for name in (".zattrs", "zarr.json", ".zgroup", ".zmetadata"):
             (self.path / name).unlink(missing_ok=True)
         for name in (*names, LISTING):
