@@ -1,6 +1,6 @@
 """Exact, fast data loading of volume electron microscopy for PyTorch Lightning.
 
-The public names are imported when they are first used, so that a data worker starts without importing Lightning.
+The public names are imported at their first use, so that a worker process starts without importing Lightning.
 """
 
 from importlib import import_module
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
     from cellmap_lightning.errors import CellMapError
     from cellmap_lightning.loading.dataloader import CellMapDataLoader
-    from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter, ImageWriter
+    from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter
+    from cellmap_lightning.prediction.image_writer import ImageWriter
     from cellmap_lightning.sampling.positions import ClassBalancedSampler
     from cellmap_lightning.splits.datasplit import CellMapDataSplit
     from cellmap_lightning.splits.options import SplitOptions
 
-_HOMES = {
+#: The modules of the public names.
+_MODULES = {
     "CellMapDataModule": "datamodule",
     "CellMapDataLoader": "loading.dataloader",
     "CellMapDataSplit": "splits.datasplit",
@@ -32,7 +34,7 @@ _HOMES = {
     "CellMapImage": "crops.image",
     "CellMapMultiDataset": "datasets.multidataset",
     "ClassBalancedSampler": "sampling.positions",
-    "ImageWriter": "prediction.dataset_writer",
+    "ImageWriter": "prediction.image_writer",
     "IntensityOptions": "crops.options",
     "LabelOptions": "crops.options",
     "ReadOptions": "crops.options",
@@ -60,10 +62,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(_HOMES))}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(_MODULES))}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

@@ -1,4 +1,4 @@
-"""The data of a Trainer: crops of each split, their loaders, and where their batches are finished."""
+"""The data module: crops of each split, their loaders, and the transfer of batches to the device."""
 
 import logging
 import time
@@ -44,10 +44,11 @@ from cellmap_lightning.splits.leakage import Leakage
 from cellmap_lightning.splits.options import SplitOptions
 from cellmap_lightning.splits.rules import SplitRule
 from cellmap_lightning.transforms.intensity import AUTO
+from cellmap_lightning.validation import int_at_least
 
 log = logging.getLogger(__name__)
 
-#: Batches of an epoch when nothing else is said, over all ranks.
+#: Default number of batches per epoch, over all ranks.
 DEFAULT_BATCHES_PER_EPOCH = 1000
 
 _STAGES: dict[str | None, tuple[str, ...]] = {
@@ -58,25 +59,26 @@ _STAGES: dict[str | None, tuple[str, ...]] = {
     None: SPLITS,
 }
 
+#: Maps split, memory of a batch and device to a decision.
 PrefetchPolicy = Callable[[str, BatchMemory, torch.device], PrefetchDecision]
-#: From whether to read into page-locked memory to the samples and batches of a prediction.
+#: Maps ``pin_memory`` to the samples and batches of a prediction.
 PredictionPolicy = Callable[[bool], tuple[NumberedSamples, Iterable[Any]]]
 
 
 def _instantiated(datasets: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The same with every entry that names a ``_target_`` made into what it names."""
+    """Return the datasets with every entry that has a ``_target_`` instantiated, as Hydra itself does."""
     if not isinstance(datasets, Mapping):
         return datasets
 
-    def made(entry: Any) -> Any:
+    def instance(entry: Any) -> Any:
         if isinstance(entry, Mapping) and "_target_" in entry:
-            from hydra.utils import instantiate  # under Hydra this has happened before
+            from hydra.utils import instantiate
 
             return instantiate(entry, _convert_="all")
         return entry
 
     return {
-        split: [made(entry) for entry in entries]
+        split: [instance(entry) for entry in entries]
         if isinstance(entries, Sequence) and not isinstance(entries, str)
         else entries
         for split, entries in datasets.items()
@@ -86,81 +88,91 @@ def _instantiated(datasets: Mapping[str, Any] | None) -> Mapping[str, Any] | Non
 class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
     """Crops of CellMap volumes for `Trainer.fit`, `validate`, `test` and `predict`.
 
-    Datasets are built once per split, when a stage first needs them, and keep their threads through every ``setup`` and
-    ``teardown`` until `close`.
+    Datasets are created once per split, when a stage first needs them, and their threads persist through every
+    ``setup`` and ``teardown`` until `close`.
+
+    Example:
+        >>> data = CellMapDataModule(  # doctest: +SKIP
+        ...     classes=["mito", "er"],
+        ...     input_arrays={"raw": {"shape": [128, 128, 128], "scale": [8, 8, 8]}},
+        ...     target_arrays={"label": {"shape": [128, 128, 128], "scale": [8, 8, 8]}},
+        ...     csv_path="datasplit.csv",
+        ...     batch_size=4,
+        ... )
+        >>> L.Trainer().fit(module, data)  # doctest: +SKIP
 
     Args:
-        classes: the targets' channels, in order; None for raw only.
+        classes: channels of the targets, in order; None for raw only.
         input_arrays: ``{name: {"shape": voxels, "scale": nm}}`` (z, y, x) of the inputs, or one bare description.
         target_arrays: the same for the targets; concentric with the inputs. None for raw only.
-        csv_path: the crops, see `CellMapDataSplit`.
+        csv_path: CSV of the crops, see `CellMapDataSplit`.
         datasets: the crops instead of a CSV, ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also be a
-            `CellMapDataset`, or a mapping whose ``_target_`` makes one.
-        batch_size: samples of a batch, per rank.
-        num_workers: worker processes per loader; the dataset reads with threads of its own, so 0 is the fast way.
+            `CellMapDataset`, or a mapping whose ``_target_`` returns one.
+        batch_size: samples per batch and rank.
+        num_workers: worker processes per loader; the dataset reads with threads, so 0 is usually fastest.
         spatial_transforms: augmentation of the train split, see `SpatialTransforms`.
         intensity_transforms: random blur, contrast, brightness, gamma and noise of the train split, see
             `IntensityTransforms`.
         raw_value_transforms: see `IntensityOptions`.
         target_value_transforms: see `LabelOptions`.
         class_relation_dict: see `LabelOptions`.
-        samples_per_epoch: samples of a training epoch over all ranks.
-        batches_per_epoch: batches of a training epoch instead, over all ranks; 1000 when neither is given.
-        val_samples: tiles to validate on during ``fit``, in which every class that occurs has its share, the same in
-            every epoch and on any number of ranks; None for all. `Trainer.validate` and ``test`` go through all tiles.
+        samples_per_epoch: samples per training epoch over all ranks.
+        batches_per_epoch: batches per training epoch instead, over all ranks; by default 1000.
+        val_samples: tiles to validate on during ``fit``, with a share of every class that occurs, the same in
+            every epoch and on any number of ranks; None for all. `Trainer.validate` and ``test`` use all tiles.
         pad: read crops smaller than a patch, with the raw around them; targets are NaN outside the crop.
-        seed: everything random follows from it and from the number of the sample.
-        normalize: how stored values become an input, see `IntensityOptions`; an entry of ``datasets`` can have its own.
+        seed: seed of everything random, together with the number of the sample.
+        normalize: normalization of stored values, see `IntensityOptions`; an entry of ``datasets`` may override it.
         invert: exchange dark and bright, likewise.
         infer: see `LabelOptions`.
         class_table: see `LabelOptions`.
         label_downsample: see `LabelOptions`.
         unknown: see `LabelOptions`.
         nan_targets: see `LabelOptions`.
-        planes: where patches of two lengths lie, any of ``xy``, ``xz`` and ``yz``.
-        too_coarse: crops whose labels are coarser than asked for: ``drop`` (logged), ``upsample``, or ``error``.
-        max_upsampling: how many times finer than raw's finest level an input may be.
+        planes: orientations of patches with two lengths, any of ``xy``, ``xz`` and ``yz``.
+        too_coarse: crops with labels coarser than requested: ``drop`` (logged), ``upsample``, or ``error``.
+        max_upsampling: largest ratio of raw's finest voxel size to that of an input.
         max_workers: reading threads per split; see `CellMapDataset`.
-        cache: where decoded voxels are kept: ``auto``, ``disk``, ``memory``, ``chunks`` or ``none``; see
-            `CellMapDataset`.
-        cache_bytes: bytes that are kept at most, by all splits together; see `CellMapDataset`.
-        reader: what decodes: ``zarr`` or ``tensorstore``.
-        storage_options: of addresses such as ``s3://bucket/vol.zarr``, see `CellMapDataset`; an entry of ``datasets``
-            can have its own.
+        cache: cache of decoded voxels: ``auto``, ``disk``, ``memory``, ``chunks`` or ``none``; see `CellMapDataset`.
+        cache_bytes: largest size of the cache, for all splits together; see `CellMapDataset`.
+        reader: the decoding library, ``zarr`` or ``tensorstore``.
+        storage_options: options of addresses such as ``s3://bucket/vol.zarr``, see `CellMapDataset`; an entry of
+            ``datasets`` may override them.
         missing_raw: chunks of raw that are not stored: ``auto``, ``error``, ``warn``, ``fill`` or ``mask``; see
             `CellMapDataSplit`.
         missing_labels: chunk files of labels that are missing, or have 0 bytes, although the metadata promise voxels in
             them: ``error`` or ``unknown``; see `CellMapDataset`.
         unannotated_classes: classes that no crop annotates: ``error`` or ``unknown`` (their targets are NaN); see
             `LabelOptions`.
-        level_translations: where levels of a pyramid lie whose translations are missing: ``auto`` or ``stored``; see
+        level_translations: position of pyramid levels without a translation: ``auto`` or ``stored``; see
             `CellMapDataset`.
-        read_attempts: how many times an object is asked for at most; see `CellMapDataset`.
-        read_timeout: seconds after which it is given up, with all attempts.
+        read_attempts: largest number of requests for an object; see `CellMapDataset`.
+        read_timeout: timeout of reading an object, in seconds, over all attempts.
         pin_memory: read into page-locked memory; by default on CUDA devices.
         persistent_workers: see `CellMapDataLoader`.
         prefetch_factor: see `CellMapDataLoader`.
         timeout: see `CellMapDataLoader`.
         multiprocessing_context: see `CellMapDataLoader`.
-        drop_last: leave out an incomplete last training batch.
-        split: which crops validate: ``csv`` (as the CSV says), or by a rule ``random``, ``stratified``, ``by_dataset``,
-            ``leave_one_dataset_out`` or ``kfold``; see `CellMapDataSplit`, as for all that follow. ``seed`` counts.
-        val_fraction: the part of the crops that validates.
-        fold: which fold, or which dataset, validates.
+        drop_last: drop an incomplete last training batch.
+        split: rule that selects the crops to validate on: ``csv`` (column of the CSV), ``random``, ``stratified``,
+            ``by_dataset``, ``leave_one_dataset_out`` or ``kfold``; see `CellMapDataSplit`, as for all below. Depends
+            on ``seed``.
+        val_fraction: fraction of the crops to validate on.
+        fold: the fold, or the dataset, to validate on.
         n_folds: number of folds.
         search_path: the crops instead of a CSV: the folder of the challenge's data.
         manifest: the challenge's list of these crops.
-        only_datasets: names or patterns of the datasets that are wanted.
-        only_crops: names, numbers or patterns of the crops that are wanted.
-        strategy: where training samples come from: ``mix`` (two thirds ``class_balanced``, one third ``foreground``),
+        only_datasets: names or patterns of the datasets to use.
+        only_crops: names, numbers or patterns of the crops to use.
+        strategy: sampling strategy of the training: ``mix`` (two thirds ``class_balanced``, one third ``foreground``),
             ``uniform``, ``per_crop``, ``weighted``, or ``{name: one of them, and its options}``; see `strategies`.
-        balance_datasets: make raw volumes equally likely in training, whatever the number and size of their crops.
-        leakage: annotated crops that are trained on and also validate or test: ``error``, ``warn`` or ``ignore``; see
-            `CellMapDataSplit`.
-        held_out: a manifest of crops that nothing is to be trained on, likewise.
+        balance_datasets: draw from all raw volumes equally often in training, for any number and size of their crops.
+        leakage: reaction to annotated crops in both training and validation or test: ``error``, ``warn`` or
+            ``ignore``; see `CellMapDataSplit`.
+        held_out: a manifest of crops that must not be trained on, likewise.
 
     Raises:
-        CellMapError: the arguments contradict each other. What is wrong with the data is met in ``setup``.
+        CellMapError: the arguments contradict each other. Errors in the data are raised by ``setup``.
     """
 
     def __init__(
@@ -224,7 +236,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
     ) -> None:
         super().__init__()
         if samples_per_epoch is not None and batches_per_epoch is not None:
-            raise CellMapTypeError("samples_per_epoch and batches_per_epoch are two ways to say one thing; give one")
+            raise CellMapTypeError("samples_per_epoch and batches_per_epoch exclude each other; give one of them")
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
@@ -232,10 +244,10 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
             ("batches_per_epoch", batches_per_epoch, 1),
             ("val_samples", val_samples, 1),
         ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise CellMapValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            if value is not None:
+                int_at_least(name, value, least)
         if input_arrays is None:
-            raise CellMapTypeError("input_arrays is needed: {name: {shape: voxels, scale: nm}}")
+            raise CellMapTypeError("input_arrays is missing; give {name: {shape: voxels, scale: nm}}")
         self.classes = parse_classes(classes) if classes is not None else None
         self.input_arrays = parse_inputs(input_arrays)
         self.target_arrays = parse_targets(target_arrays, len(self.classes)) if target_arrays and self.classes else {}
@@ -251,15 +263,16 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         self.timeout = timeout
         self.multiprocessing_context = multiprocessing_context
         self.drop_last = drop_last
-        #: Set by `StreamPrefetch`: from (split, memory, device) to a decision.
+        #: Set by `StreamPrefetch`.
         self.prefetch: PrefetchPolicy | None = None
-        self._said: tuple[int, int] | None = None
-        #: Set by `PredictionWriter`: what `Trainer.predict` reads instead of tiles.
+        #: Set by `PredictionWriter`: the batches of `Trainer.predict`, instead of tiles.
         self.prediction: PredictionPolicy | None = None
-        #: The positions of the training loaders that a checkpoint holds, until these have them.
+        #: Positions of the training loaders from a checkpoint, until they are applied.
         self.resume_positions: list[dict[str, int]] = []
         #: Seconds that steps waited for batches of this module, over all of its loaders.
         self.waiting = WaitTimes()
+        #: Samples of an epoch and of a global batch in the last message about dropped samples.
+        self._reported: tuple[int, int] | None = None
         #: The crops of each split.
         self.crops = CellMapDataSplit(
             csv_path,
@@ -322,7 +335,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         """The Trainer that runs, or ran last.
 
         Raises:
-            CellMapTypeError: when it is set to a Trainer of the package ``pytorch_lightning``.
+            CellMapTypeError: on assignment of a Trainer of the package ``pytorch_lightning``.
         """
         return self._trainer
 
@@ -330,7 +343,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
     def trainer(self, trainer: L.Trainer | None) -> None:
         if type(trainer).__module__.startswith("pytorch_lightning."):
             raise CellMapTypeError(
-                "this Trainer is that of the package pytorch_lightning, whose classes are not those of lightning; use "
+                "the Trainer must be of the package lightning, whose classes are not those of pytorch_lightning; use "
                 "'import lightning as L' (or 'import lightning.pytorch as pl') for Trainer, module and callbacks"
             )
         self._trainer = trainer
@@ -338,48 +351,48 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
     # -- datasets
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the datasets that a stage needs and that do not exist yet; splits without crops are left out.
+        """Create the datasets that a stage needs and that do not exist yet, for splits with crops.
 
         Raises:
-            CellMapError: what is wrong with the data, all crops in one table.
+            CellMapError: the data are invalid; the message has one table of all crops.
         """
-        self.resume_positions = []  # of a run that ended before it began
+        self.resume_positions = []  # left by a run that ended before its first batch
         for split in _STAGES.get(str(getattr(stage, "value", stage)) if stage is not None else None, SPLITS):
             if self.crops.given(split):
-                self.crops[split]
+                self.crops[split]  # created on first access
 
     @property
     def train_dataset(self) -> CellMapMultiDataset:
-        """Crops to train on."""
+        """The crops to train on."""
         return self.crops["train"]
 
     @property
     def val_dataset(self) -> CellMapMultiDataset:
-        """Crops to validate on."""
+        """The crops to validate on."""
         return self.crops["val"]
 
     @property
     def test_dataset(self) -> CellMapMultiDataset:
-        """Crops to test on."""
+        """The crops to test on."""
         return self.crops["test"]
 
     @property
     def predict_dataset(self) -> CellMapMultiDataset:
-        """Volumes to predict."""
+        """The volumes to predict."""
         return self.crops["predict"]
 
     def batch_memory(self, split: str = "train") -> BatchMemory:
-        """The bytes of a batch, known before anything is read.
+        """Return the bytes of a batch, before anything is read.
 
         Raises:
-            CellMapKeyError: there are no crops for that split.
+            CellMapKeyError: the split has no crops.
         """
         return self.crops[split].batch_memory(self.batch_size)
 
     # -- loaders
 
     def train_dataloader(self) -> CellMapDataLoader:
-        """Random samples of the train split."""
+        """Return a loader of random samples of the train split."""
         world = self._world
         if self.samples_per_epoch is not None:
             samples = self.samples_per_epoch
@@ -390,28 +403,33 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
                 f"an epoch of {samples} samples has no complete batch of {self.batch_size} for each of {world} ranks; "
                 "raise samples_per_epoch or batches_per_epoch"
             )
-        self._say_what_is_left_out(samples, world)
+        self._report_dropped(samples, world)
         return self._loader("train", samples)
 
-    def _say_what_is_left_out(self, samples: int, world: int) -> None:
-        """One line, on one rank, until something about it changes: a Trainer can build a loader for every epoch."""
-        together = world * (1 if self.drop_last is False else self.batch_size)
-        left = samples % together
-        if self._said == (samples, together) or not left or not (self.trainer is None or self.trainer.is_global_zero):
+    def _report_dropped(self, samples: int, world: int) -> None:
+        """Log the samples of an epoch that fill no global batch.
+
+        Only on one rank, and only if the numbers have changed: a Trainer may create a loader for every epoch.
+        """
+        size = world * (1 if self.drop_last is False else self.batch_size)
+        dropped = samples % size
+        if not dropped or self._reported == (samples, size):
             return
-        self._said = samples, together
+        if self.trainer is not None and not self.trainer.is_global_zero:
+            return
+        self._reported = samples, size
         log.info(
             "train: an epoch of %d samples is %d global batches of %d (ranks: %d, samples of each: %d); "
-            "%d samples of it make no complete one and are left out",
-            samples, samples // together, together, world, together // world, left,
+            "the last %d samples fill no batch and are dropped",
+            samples, samples // size, size, world, size // world, dropped,
         )  # fmt: skip
 
     def val_dataloader(self) -> CellMapDataLoader:
-        """Tiles of the val split, the same each time: ``val_samples`` of them during ``fit``, otherwise all."""
+        """Return a loader of the tiles of the val split: the same ``val_samples`` during ``fit``, otherwise all."""
         if not self.crops.given("val"):
             raise CellMapKeyError(
-                f"no crops were given for 'val': {self.crops.source} has none; add some (in a CSV with the usage "
-                "'validate'), or train without validation by limit_val_batches=0"
+                f"{self.crops.source} has no crops for 'val'; add some (in a CSV with the usage 'validate'), or train "
+                "without validation by limit_val_batches=0"
             )
         fitting = self._running and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if self.val_samples is None or not fitting:
@@ -419,11 +437,14 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         return self._loader("val", None, self.crops["val"].select_tiles(self.val_samples, self.seed))
 
     def test_dataloader(self) -> CellMapDataLoader:
-        """Tiles that cover the test split."""
+        """Return a loader of tiles that cover the test split."""
         return self._loader("test", None)
 
     def predict_dataloader(self) -> CellMapDataLoader | Stream:
-        """Tiles that cover the volumes to predict, in the order z, y, x; with `PredictionWriter`, its blocks."""
+        """Return a loader of tiles that cover the volumes to predict, in the order z, y, x.
+
+        With `PredictionWriter`, return the patches of its blocks instead.
+        """
         if self.prediction is not None and self._running:
             return Stream(self._loader("predict", None, prediction=self.prediction))
         return self._loader("predict", None, range(self.crops["predict"].tile_count))
@@ -440,15 +461,15 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         pin = device.type == "cuda" if self.pin_memory is None else self.pin_memory
         blocks = None if prediction is None else prediction(pin)
         if self.num_workers == 0:
-            # The dataset reads with threads of its own: what Lightning says about processes would make it slower.
+            # The dataset reads with its own threads: Lightning's advice to add processes would make it slower.
             warnings.filterwarnings("ignore", f".*'{split}_dataloader' does not have many workers")
-        # Only a Trainer that runs passes batches through `transfer_batch_to_device`.
+        # Only a running Trainer passes batches through `transfer_batch_to_device`.
         running = self._running
         streams = running and device.type in STREAM_DEVICES
         if streams and touches_before_transfer(self.trainer, self):
             log.info(
                 "%s: on_before_batch_transfer is overridden, so that batches are finished on the CPU for it and copied "
-                "in the step; on_after_batch_transfer gets them on the device, which is faster", split,
+                "in the step; override on_after_batch_transfer to get them on the device, which is faster", split,
             )  # fmt: skip
             streams = False
         elif self.prefetch is not None and running:
@@ -481,9 +502,9 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         )
 
     def _finishes(self, loader: CellMapDataLoader) -> bool:
-        """Return False for loaders of the Trainer's loop, which hands batches to `transfer_batch_to_device`."""
-        hands_over = self._running and isinstance(getattr(self.trainer, "datamodule", None), CellMapDataModule)
-        return not (hands_over and any(one is loader for one in used_loaders(self.trainer)))
+        """Return False for loaders of the Trainer's loop, which passes batches to `transfer_batch_to_device`."""
+        transfers = self._running and isinstance(getattr(self.trainer, "datamodule", None), CellMapDataModule)
+        return not (transfers and any(used is loader for used in used_loaders(self.trainer)))
 
     @property
     def _running(self) -> bool:
@@ -500,10 +521,10 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
     # -- batches
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch, and finish it there if it travelled compact.
+        """Return a batch on the device, finished there if it was transferred compact.
 
-        Finished here and not in ``on_after_batch_transfer``: a hook of that name on a datamodule would hide the user's
-        own.
+        Finished here and not in ``on_after_batch_transfer``: a hook of that name on a datamodule would replace the
+        module's.
         """
         began = time.perf_counter()
         batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -514,26 +535,26 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         return batch
 
     def _finished(self, batch: CompactBatch) -> Any:
-        # Lightning converts what a loader yields to the precision before it is moved: here it is only float32 by now.
+        # Lightning converts a batch to the Trainer's precision before the transfer, when it was still compact.
         return self.trainer.precision_plugin.convert_input(batch.finish())  # type: ignore[union-attr]
 
     # -- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """How each volume was normalized, and what the channels and values of batches mean; see `data_record`.
+        """Return the normalization of each volume, and the meaning of channels and values; see `data_record`.
 
-        While training also the positions of the training loaders in their streams of samples. Lightning keeps them
-        itself, and does not restore them where ``configure_optimizers`` has had the loaders made.
+        While training also the positions of the training loaders in their streams of samples. Lightning saves them too,
+        but does not restore them if ``configure_optimizers`` had the loaders created.
         """
         affine = {path: list(affine) for path, affine in self.crops.normalization.items()}
         state: dict[str, Any] = {"normalization": affine, RECORD: data_record(self)}
         loaders = training_loaders(self.trainer)
-        if any(isinstance(one.steps, TrainingSteps) and one.steps.data is self for one in loaders):
-            state["positions"] = [one.state_dict() for one in loaders]
+        if any(isinstance(loader.steps, TrainingSteps) and loader.steps.data is self for loader in loaders):
+            state["positions"] = [loader.state_dict() for loader in loaders]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Normalize the volumes of the checkpoint as they were, and resume training at its next sample.
+        """Restore the normalization of the volumes in a checkpoint, and resume training at its next sample.
 
         Raises:
             CellMapValueError: the checkpoint was trained with other classes, inputs or values; see `check_data`.
@@ -542,19 +563,21 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         self.resume_positions = list(state_dict.get("positions", ())) if fitting else []
         affine = state_dict.get("normalization", {})
-        self.crops.restore_normalization({path: (float(o), float(f)) for path, (o, f) in affine.items()})
+        self.crops.restore_normalization(
+            {path: (float(offset), float(factor)) for path, (offset, factor) in affine.items()}
+        )
 
     # -- the end
 
     def on_exception(self, exception: BaseException) -> None:
         """Cancel queued reads and end every thread: Lightning calls no ``teardown`` after this.
 
-        The datasets stay, and so does what they decoded: a later run makes new threads.
+        The datasets and their caches remain; a later run starts new threads.
         """
         self.crops.stop()
 
     def close(self) -> None:
-        """End every thread and drop what is cached. A later use makes new ones."""
+        """End every thread and drop the caches. The module can be used again."""
         self.crops.close()
 
     def __enter__(self) -> "CellMapDataModule":
@@ -564,9 +587,9 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A Trainer takes hold of the copy itself, and cannot always be pickled.
+        # A Trainer cannot always be pickled, and attaches itself to a copy.
         return self.__dict__ | {"_trainer": None}
 
     def __str__(self) -> str:
-        given = [split for split in SPLITS if self.crops.given(split)]
-        return f"CellMapDataModule({self.crops.source}; splits: {', '.join(given)}; classes: {self.classes})"
+        splits = [split for split in SPLITS if self.crops.given(split)]
+        return f"CellMapDataModule({self.crops.source}; splits: {', '.join(splits)}; classes: {self.classes})"

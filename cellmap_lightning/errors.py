@@ -1,12 +1,12 @@
-"""The one family of errors: each is a `CellMapError` and also the builtin that a caller would catch."""
+"""Exceptions of the package: each is a `CellMapError` and also the builtin exception that a caller would catch."""
 
 from cellmap_lightning.redaction import hide_address
 
 
 class CellMapError(Exception):
-    """Base of every error that this package raises about data, metadata, configuration or their combination.
+    """Base class of all errors about data, metadata, configuration or their combination.
 
-    Credentials in addresses are hidden.
+    Credentials in addresses are hidden in the message. See docs/reliability.md.
     """
 
     def __init__(self, *args: object) -> None:
@@ -14,15 +14,15 @@ class CellMapError(Exception):
 
 
 class CellMapValueError(CellMapError, ValueError):
-    """A value that was given, or found in metadata, cannot be right."""
+    """An invalid value of an argument, of a setting or of metadata."""
 
 
 class CellMapTypeError(CellMapError, TypeError):
-    """A value of the wrong kind was given."""
+    """A value of the wrong type, or a call at the wrong time."""
 
 
 class CellMapKeyError(CellMapError, KeyError):
-    """A name that does not exist: an axis, an array, a class, a split."""
+    """An unknown name of an axis, an array, a class or a split."""
 
     def __str__(self) -> str:  # KeyError would print the repr of the message
         return str(self.args[0]) if self.args else ""
@@ -33,11 +33,11 @@ class CellMapIndexError(CellMapError, IndexError):
 
 
 class CellMapFileNotFoundError(CellMapError, FileNotFoundError):
-    """A path that a CSV, a config or a caller names does not exist."""
+    """A path in a CSV, a configuration or an argument that does not exist."""
 
 
 class CellMapFileExistsError(CellMapError, FileExistsError):
-    """Something is already where a volume was to be written."""
+    """An output path that exists already."""
 
 
 class MetadataError(CellMapValueError):
@@ -53,20 +53,20 @@ class EmptyChunkError(ChunkError):
 
 
 class CacheError(CellMapError, OSError):
-    """Decoded voxels that cannot be kept where they were to be kept."""
+    """Decoded voxels that cannot be stored in the cache."""
 
 
 class OutputError(CellMapError, OSError):
-    """A volume that cannot be written: the disk is full, read-only or too small."""
+    """A volume that cannot be written, as on a disk that is full, read-only or too small."""
 
 
 class CellMapMemoryError(CellMapError, MemoryError, RuntimeError):
-    """A batch that cannot fit; also a `RuntimeError`, by which Lightning's tuner knows a batch size as too large."""
+    """A batch that does not fit; also a `RuntimeError`, by which Lightning's tuner detects a too large batch size."""
 
 
 class WorkerError(CellMapError, RuntimeError):
-    """A worker process that ended or does not answer; also a `RuntimeError`, as torch raises."""
+    """A worker process that died or does not respond; also a `RuntimeError`, as torch raises."""
 
 
 class MissingExtraError(CellMapError, ImportError):
-    """An optional library is needed here and is not installed."""
+    """An optional library that is needed and not installed."""

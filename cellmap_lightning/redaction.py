@@ -1,6 +1,6 @@
-"""Credentials, hidden in texts and configurations.
+"""Redaction of credentials in texts and configurations.
 
-Secrets are values of ``storage_options`` whose names say so, users and passwords in addresses, and signed queries.
+Secrets are values of ``storage_options`` with telling names, users and passwords in addresses, and signed queries.
 """
 
 import re
@@ -16,12 +16,13 @@ _NAME = re.compile(
 )
 _USER = re.compile(r"((?:https?|s3a?|gc?s|ftp|abfss?|az|hdfs)://)[^/\s'\"]*@", re.IGNORECASE)
 _QUERY = re.compile(r"\?([^\s'\"?]*=[^\s'\"]*)")
-#: An override of options, other than of open stores: all that follows is hidden.
+#: An override of options, except those of public stores: all text after it is hidden.
 _OPEN = r"(?!(?:null|\{\s*(?:anon:\s*\w+)?\s*\})(?:$|[\s,'\"]))"
 _OVERRIDE = re.compile(
     rf"(storage_options(?!\.anon=)[\w.\[\]]*={_OPEN}|storage_options['\"]?\s*:\s*(?=\{{){_OPEN}).*", re.DOTALL
 )
-#: Characters of the shortest secret that is searched for in texts, and in values of other settings.
+#: Length of the shortest secret that is searched for in texts, and in values of other settings: shorter ones would
+#: match ordinary words.
 _IN_TEXTS, _IN_SETTINGS = 4, 8
 
 
@@ -30,22 +31,22 @@ def hidden(text: str, secrets: Collection[str] = ()) -> str:
 
     Args:
         text: a message or a path.
-        secrets: texts that are hidden as well; see `secrets_of`.
+        secrets: further texts to hide; see `secrets_of`.
     """
     text = hide_address(text)
-    for secret in sorted(secrets, key=len, reverse=True):
+    for secret in sorted(secrets, key=len, reverse=True):  # a secret may contain a shorter one
         if len(secret) >= _IN_TEXTS:
             text = text.replace(secret, HIDDEN)
     return text
 
 
 def hide_overrides(text: str) -> str:
-    """Return a text without what follows ``storage_options=``, as in the overrides of a command line."""
+    """Return a text without the values of ``storage_options=``, as in the overrides of a command line."""
     return _OVERRIDE.sub(rf"\g<1>{HIDDEN}", hide_address(text))
 
 
 def hide_address(text: str) -> str:
-    """Return a text in which addresses have neither a user and a password, nor a query that holds a secret."""
+    """Return a text whose addresses have no user and password, and no query with a secret."""
     if "://" not in text and "?" not in text:
         return text
     return _QUERY.sub(_hide_query, _USER.sub(rf"\g<1>{HIDDEN}@", text))
@@ -61,7 +62,7 @@ def redacted(value: Any, secrets: Collection[str] = ()) -> Any:
 
     Args:
         value: the configuration.
-        secrets: values that are hidden wherever they stand; see `secrets_of`.
+        secrets: values that are hidden at any place; see `secrets_of`.
     """
     return _redacted(value, {secret for secret in secrets if len(secret) >= _IN_SETTINGS}, False)
 
@@ -84,11 +85,11 @@ def _has_options(name: Any) -> bool:
 
 
 def _is_secret(name: Any, value: Any, inside: bool) -> bool:
-    """Tell whether a setting is a secret, by its name: ``inside`` the options of a store, or a dotted name of one."""
+    """Return True if a setting is a secret, by its name ``inside`` the options of a store, or by its dotted name."""
     if value is None or isinstance(value, bool):
         return False
     if _has_options(name) and isinstance(value, str) and not value.startswith("${"):
-        return True  # options that are written as one text
+        return True  # options as one string
     below = str(name).rpartition("storage_options")[2] if _has_options(name) else str(name) if inside else ""
     return bool(_NAME.search(below))
 
@@ -116,7 +117,7 @@ def _secrets(value: Any, inside: bool, secret: bool) -> Iterator[str]:
 
 
 def holds_credentials(config: Any) -> bool:
-    """Tell whether a configuration holds options of a store, other than that it is open, or credentials."""
+    """Return True if a configuration contains credentials, or options of a store other than ``anon=True``."""
     if isinstance(config, Mapping):
         return any(
             (_has_options(name) and bool(item) and item != {"anon": True}) or holds_credentials(item)

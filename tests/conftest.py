@@ -64,7 +64,7 @@ _FAILED = pytest.StashKey[bool]()
 
 @pytest.fixture(autouse=True)
 def a_failed_test_leaves_no_process(request):
-    """What hangs in one test takes no time, memory or descriptor from the next."""
+    """End threads and memory of a test, so that it takes no time, memory or descriptor from the next."""
     if not sys.platform.startswith("linux"):
         yield
         return
@@ -83,9 +83,11 @@ def predicted_memory_is_real():
     def checked(layout, batch):
         finished = finish(layout, batch)
         if isinstance(batch, CompactBatch):
-            said = layout.memory(len(batch.tensors["idx"]))
-            assert {n: t.nbytes for n, t in batch.tensors.items() if n not in ("idx", "sample")} == said.compact.arrays
-            assert {n: t.nbytes for n, t in finished.items() if n != "idx"} == said.arrays
+            memory = layout.memory(len(batch.tensors["idx"]))
+            assert {
+                n: t.nbytes for n, t in batch.tensors.items() if n not in ("idx", "sample")
+            } == memory.compact.arrays
+            assert {n: t.nbytes for n, t in finished.items() if n != "idx"} == memory.arrays
         return finished
 
     with pytest.MonkeyPatch.context() as patch:
@@ -115,7 +117,7 @@ def real_volume() -> Path:
 
 
 def reading_threads() -> list[str]:
-    """Names of the threads that belong to this package; those of tests before, kept by their tracebacks, end first."""
+    """Return the names of the package's threads, after ending those of earlier tests, held by their tracebacks."""
     if _ours():
         gc.collect()  # which takes its time, and is for those alone
     return _ours()

@@ -25,7 +25,7 @@ def started(command, **kwargs) -> Iterator[subprocess.Popen]:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a program that was started in a session of its own, with its descendants, and close its pipes."""
+    """Kill a program that was started in a separate session, with its descendants, and close its pipes."""
     kill(descendants(process.pid))
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # those whose parents have ended are in its group

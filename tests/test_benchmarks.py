@@ -19,7 +19,7 @@ def run(program, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
 
 
-def test_without_a_gpu_gpu_streams_says_so():
+def test_gpu_streams_without_a_gpu_is_an_error():
     done = run("gpu_streams.py")
     assert done.returncode == 2
     assert done.stderr == "There is no CUDA device here, so streams cannot be measured.\n"
@@ -61,7 +61,7 @@ def test_gpu_streams_on_the_cpu(tmp_path):
     }
     assert [r["streams"] for r in sections["streams"]] == [1, 2, 4]
     assert len(sections["memory"]) == 16
-    # What needs a device is named, not forgotten.
+    # Sections that need a device are named.
     assert [text.split(" (")[0] for text in result["left_out"]] == [
         "corruption: the control NotKept",
         "corruption: the control NotAwaited",
@@ -91,7 +91,7 @@ def test_our_loaders_are_measured(tmp_path, implementation):
     assert result["cpu_ms"] > 0
 
 
-def test_what_does_not_fit_is_named(tmp_path):
+def test_case_that_does_not_fit_is_named(tmp_path):
     done = run("gpu_streams.py", "--device", "cpu", "--quick", "--minutes", "0.3", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
@@ -138,7 +138,7 @@ def rows(ratios, regime="equal"):
         ({100: 1.3, 300: 1.4}, "100 MiB is right: prefetch gains from there on, and not below (one side", 100),
     ],
 )
-def test_what_the_figures_say_of_the_threshold(gpu_streams, ratios, start, pays):
+def test_threshold_verdict(gpu_streams, ratios, start, pays):
     assert gpu_streams.threshold_verdict(rows(ratios)).startswith(start)
     assert gpu_streams.pays_from(rows(ratios), "equal") == pays
 
@@ -149,7 +149,7 @@ def test_a_gain_has_to_hold_in_every_round(gpu_streams):
     assert gpu_streams.pays_from(found, "equal") is None
 
 
-def test_a_shortened_hunt_meets_no_target(gpu_streams):
+def test_shortened_search_reaches_no_target(gpu_streams):
     def judged(batches, mismatches):
         real = {"engine": "SideStream", "depth": 1, "batches": batches, "mismatches": mismatches}
         control = {"engine": "NotKept", "depth": 2, "batches": 1000, "mismatches": 5}

@@ -69,7 +69,7 @@ def placed(convention, origin):
 
 
 def write(root, made):
-    """The image, with the files of its own convention or of another; returns its path and what zarr-python reads."""
+    """Write the image with the files of a convention; return its path and the values that zarr-python reads."""
     zarr_format, names = CONVENTIONS[made["convention"]]
     arrays = {"s0": made["data"], "s1": coarse(made["data"])}
     origin = np.zeros(3) if "none" in (made["translations"], made["of raw"]) else np.array([80.0, 0.0, 40.0])
@@ -109,7 +109,7 @@ def write(root, made):
 
 
 def same_names(made):
-    """Whether files of the one convention are named as the other's metadata say."""
+    """Return True if files of one convention have the names in the metadata of the other."""
     (_, a), (_, b) = CONVENTIONS[made["convention"]], CONVENTIONS[made["files"]]
     return a == b
 
@@ -172,12 +172,12 @@ def test_a_sample_is_right_or_setup_is_an_error(made):
 @pytest.mark.slow
 @settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(volumes())
-def test_many_more_of_them(made):
+def test_many_more_conventions(made):
     test_a_sample_is_right_or_setup_is_an_error.hypothesis.inner_test(made)
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
-def test_the_conventions_are_what_their_names_say(tmp_path, convention):
+def test_conventions_match_their_names(tmp_path, convention):
     zarr_format, names = CONVENTIONS[convention]
     path = write_image(tmp_path / "v", np.ones((8, 8, 8), "u1"), zarr_format=zarr_format, chunk_key_encoding=names)
     first = {"v2 flat": "0.0.0", "v2 nested": "0/0/0", "v3": "c/0/0/0", "v3 as v2": "0/0/0"}[convention]

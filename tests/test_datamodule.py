@@ -65,7 +65,7 @@ def test_steps_see_finished_batches(data, tmp_path):
         assert data.batch_memory().total_bytes == batch["raw"].nbytes + batch["labels"].nbytes
 
 
-def test_a_failing_step_leaves_nothing_hanging(volume, tmp_path):
+def test_failing_step_leaves_no_thread(volume, tmp_path):
     class Fails(SegmentationTask):
         def training_step(self, batch, batch_idx):
             raise RuntimeError("the step failed")
@@ -75,13 +75,13 @@ def test_a_failing_step_leaves_nothing_hanging(volume, tmp_path):
         trainer(tmp_path).fit(Fails(nn.Conv3d(1, 3, 1), CLASSES), data)
     assert reading_threads() == []
     train = data.train_dataset
-    trainer(tmp_path).fit(task(), data)  # and it goes on
+    trainer(tmp_path).fit(task(), data)  # and it continues
     assert data.train_dataset is train
     data.close()
     assert reading_threads() == []
 
 
-def test_ctrl_c_cancels_what_is_queued(volume, tmp_path, monkeypatch):
+def test_ctrl_c_cancels_queued_reads(volume, tmp_path, monkeypatch):
     """Lightning ends the process without calling teardown; `on_exception` is what is left."""
 
     class Interrupted(L.Callback):
@@ -94,7 +94,7 @@ def test_ctrl_c_cancels_what_is_queued(volume, tmp_path, monkeypatch):
             pool._queued.update(dict.fromkeys(self.futures, threading.get_ident()))
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("cellmap_lightning.runtime.thread_pool.PATIENCE", 0.2)  # nobody interrupts what reads already
+    monkeypatch.setattr("cellmap_lightning.runtime.thread_pool.PATIENCE", 0.2)  # running reads cannot be interrupted
     hold = threading.Semaphore(1)
     callback = Interrupted()
     data = module(volume, max_workers=2)
@@ -137,7 +137,7 @@ def test_worker_processes_under_a_trainer(volume, tmp_path):
         assert all(torch.equal(a[n].nan_to_num(-1), b[n].nan_to_num(-1)) for n in a)
 
 
-def test_lightning_does_not_ask_for_workers_where_they_would_be_slower(data, tmp_path):
+def test_lightning_does_not_recommend_workers(data, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(tmp_path).fit(task(), data)
@@ -248,7 +248,7 @@ def test_the_tensorboard_logger_has_the_metrics(data, tmp_path):
     assert b"val/dice" in events.read_bytes()
 
 
-def test_a_compiled_network_learns_what_it_learns_otherwise(volume, tmp_path):
+def test_compiled_network_learns_the_same(volume, tmp_path):
     if not torch._dynamo.is_dynamo_supported():
         pytest.skip("dynamo does not know this Python")
     compiled, plain = task(), task()
@@ -265,7 +265,7 @@ def test_a_compiled_network_learns_what_it_learns_otherwise(volume, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
 def test_compact_batches_are_finished_in_the_transfer(volume, tmp_path, precision, monkeypatch):
-    """On an accelerator batches travel compact. The path is the same on a CPU that is said to be one."""
+    """To an accelerator batches are transferred compact; the same path is taken on a CPU declared as one."""
     monkeypatch.setattr("cellmap_lightning.datamodule.STREAM_DEVICES", ("cpu",))
     delivered, seen = [], []
 
@@ -315,7 +315,7 @@ def test_the_thresholds_come_from_arguments_or_the_environment(monkeypatch):
         StreamPrefetch()
 
 
-def test_batches_are_copied_ahead_where_the_decision_says_so(volume, tmp_path, monkeypatch):
+def test_batches_are_copied_ahead_by_the_decision(volume, tmp_path, monkeypatch):
     """A stand-in for the device's copy engine under a real Trainer: order, threads, and what the steps see."""
     log = []
 
@@ -336,7 +336,7 @@ def test_batches_are_copied_ahead_where_the_decision_says_so(volume, tmp_path, m
 
     for module_ in ("datamodule", "loading.prefetch", "loading.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{module_}.STREAM_DEVICES", ("cpu",))
-    monkeypatch.setattr("cellmap_lightning.loading.dataloader.NothingAhead", lambda device: ReadAhead())
+    monkeypatch.setattr("cellmap_lightning.loading.dataloader.NoPrefetch", lambda device: ReadAhead())
     monkeypatch.setattr("cellmap_lightning.loading.dataloader.SideStream", Engine)
     ahead, plain = Watch(), Watch()
     with module(volume) as data:
@@ -355,12 +355,12 @@ def test_batches_are_copied_ahead_where_the_decision_says_so(volume, tmp_path, m
     assert reading_threads() == []
 
 
-def test_a_split_that_was_not_given(volume):
+def test_split_without_crops(volume):
     entry = {"raw": volume.raw_path, "gt": f"{volume.path}/{GT}/crop2/[mito,er,pm]"}
     with module(volume, datasets={"train": [entry]}) as data:
         data.setup("fit")
         data.setup("test")
-        with pytest.raises(KeyError, match="no crops were given for 'val'"):
+        with pytest.raises(KeyError, match="has no crops for 'val'"):
             data.val_dataloader()
 
 
@@ -392,7 +392,7 @@ def test_arguments(volume):
         ("give one", {"samples_per_epoch": 4, "batches_per_epoch": 2}),
         ("batch_size must be a whole number of at least 1, got 0", {"batch_size": 0}),
         ("num_workers must be", {"num_workers": -1}),
-        ("input_arrays is needed", {"input_arrays": None}),
+        ("input_arrays is missing", {"input_arrays": None}),
         ("either as csv_path or as datasets", {"csv_path": "x.csv"}),
         ("too_coarse must be", {"too_coarse": "ignore"}),
     ):
@@ -426,7 +426,7 @@ def test_targets_for_a_softmax_train(volume, tmp_path):
         assert run.predict(model, data)[0].shape == (2, 3, 8, 16, 24)
 
 
-def test_normalization_is_kept_with_the_checkpoint(volume, tmp_path, monkeypatch):
+def test_normalization_is_saved_in_the_checkpoint(volume, tmp_path, monkeypatch):
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "kept"))
     with module(volume, normalize="zscore") as data:
         run = trainer(tmp_path)
@@ -447,7 +447,7 @@ def test_normalization_is_kept_with_the_checkpoint(volume, tmp_path, monkeypatch
             torch.testing.assert_close(next(iter(data.val_dataloader()))["raw"], watch.batches[0]["raw"])
 
 
-def test_entries_of_one_volume_keep_their_own_normalization(volume):
+def test_entries_of_one_volume_may_differ_in_normalization(volume):
     entry = {"raw": volume.raw_path, "gt": f"{volume.path}/{GT}/crop2/[mito,er,pm]"}
     entries = [{**entry, "normalize": {"range": [0, 100]}}, {**entry, "invert": True}]
     with module(volume, datasets={"train": entries}) as data:
@@ -490,7 +490,7 @@ def test_loaders_outside_a_running_trainer_finish_their_batches(data, tmp_path, 
     assert data.prefetch is None  # another Trainer may come without the callback
 
 
-def test_fit_without_validation_crops_says_how(volume, tmp_path):
+def test_fit_without_validation_crops_is_an_error_with_advice(volume, tmp_path):
     entry = {"raw": volume.raw_path, "gt": f"{volume.path}/{GT}/crop2/[mito,er,pm]"}
     with module(volume, datasets={"train": [entry]}) as data:
         with pytest.raises(KeyError, match="or train without validation by limit_val_batches=0"):

@@ -92,7 +92,7 @@ def chunk(root, index="0/0/0", image="raw"):
 @pytest.mark.parametrize("cache", ["none", "memory", "disk"])
 @pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
 def test_a_missing_chunk_of_raw_is_an_error_when_a_sample_shows_it(root, caplog, cache, reader):
-    """In this run and in the next, which finds kept what was decoded; other samples are read."""
+    """In this run and in the next, which reads the cache; other samples are read."""
     chunk(root, "1/1/1").unlink()
     for _ in range(2):
         with dataset(root, cache=cache, reader=reader) as data:
@@ -113,7 +113,7 @@ def test_a_missing_chunk_of_raw_is_an_error_when_a_sample_shows_it(root, caplog,
 
 
 @pytest.mark.parametrize("reader", ["zarr", "tensorstore"])
-def test_missing_raw_warn_reads_the_fill_value_and_says_so(root, caplog, reader):
+def test_missing_raw_warn_reads_the_fill_value_and_warns(root, caplog, reader):
     chunk(root, "1/1/1").unlink()
     with dataset(root, missing_raw="warn", reader=reader) as data:
         assert "with missing_raw=warn they show the fill value" in caplog.text
@@ -123,7 +123,7 @@ def test_missing_raw_warn_reads_the_fill_value_and_says_so(root, caplog, reader)
         assert not sample["labels"].isnan().any()
         assert [r.levelno for r in caplog.records] == [logging.WARNING]
         assert f"chunk {chunk(root, '1/1/1')} is missing" in caplog.text
-    with dataset(root) as data, pytest.raises(ChunkError):  # what was kept as fill is not taken for stored
+    with dataset(root) as data, pytest.raises(ChunkError):  # a cached fill value does not count as stored
         data[position(data, (32, 32, 32))]
 
 
@@ -166,7 +166,7 @@ def test_missing_raw_mask_makes_targets_unknown_there_and_nowhere_else(root, cac
             assert touched
 
 
-def test_off_the_lattice_what_is_interpolated_from_a_hole_is_unknown_too(root):
+def test_interpolation_from_missing_raw_is_unknown_too(root):
     chunk(root, "1/0/1").unlink()
     spec = {"shape": [16, 16, 16], "scale": [10.0, 10.0, 10.0]}
     data = CellMapDataset(
@@ -205,7 +205,7 @@ def test_volumes_to_predict_may_have_holes(root, caplog):
 
 
 def test_a_missing_chunk_of_labels_is_background(root, caplog):
-    """Where nothing contradicts it: no counts promise the voxels."""
+    """If nothing contradicts it: there are no counts of the voxels."""
     edit(root / "crop1" / "mito" / "s0" / ".zattrs", lambda c: c["cellmap"]["annotation"].pop("complement_counts"))
     chunk(root, "0/0/0", "crop1/mito").unlink()
     with dataset(root) as data:
@@ -213,7 +213,7 @@ def test_a_missing_chunk_of_labels_is_background(root, caplog):
     assert "not stored" not in caplog.text
 
 
-def test_what_missing_raw_can_be():
+def test_values_of_missing_raw():
     for value in ("skip", None, True):
         with pytest.raises(CellMapValueError, match="missing_raw must be one of auto, error, warn, fill, mask"):
             CellMapDataSplit(datasets={}, input_arrays={"raw": SPEC}, read=ReadOptions(missing_raw=value))
@@ -222,8 +222,8 @@ def test_what_missing_raw_can_be():
 # -- everything that is wrong, in one report
 
 
-def test_all_that_is_wrong_with_all_crops_is_one_report(root):
-    """Raw and classes of a crop, and all crops: nobody mends one fault only to be shown the next."""
+def test_errors_of_all_crops_are_one_report(root):
+    """One error names the faults of raw and classes of all crops."""
     second = root.parent / "second.zarr"
     shutil.copytree(root, second)
     edit(root / "raw" / ".zattrs", lambda c: c["multiscales"][0]["axes"][0].update(unit="lightyear"))
@@ -238,11 +238,11 @@ def test_all_that_is_wrong_with_all_crops_is_one_report(root):
         split["train"]
     text = str(caught.value)
     assert text.startswith("2 of the 2 crops for 'train' cannot be used")
-    for said in (
+    for expected in (
         "3 things are wrong:", "has the unit 'lightyear'", "mito/s0/.zarray: not valid JSON",
         "data type '|O' is not a number", f"but {second}/crop1/er does not exist",
     ):  # fmt: skip
-        assert said in text, text
+        assert expected in text, text
 
 
 def edit(file, change):
@@ -251,7 +251,7 @@ def edit(file, change):
     file.write_text(json.dumps(content))
 
 
-def test_labels_of_which_nothing_is_known_are_said(root, caplog):
+def test_labels_without_any_annotation_are_reported(root, caplog):
     counts = {"absent": 0, "unknown": 64**3}
     edit(
         root / "crop1" / "mito" / "s0" / ".zattrs",
@@ -273,7 +273,7 @@ def test_stale_consolidated_metadata_hides_nothing(root):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_what_may_not_be_read_is_named(root):
+def test_unreadable_file_is_named(root):
     """As another user: the metadata, a folder, and a chunk."""
     for folder in (root, *root.parents[:-2]):
         folder.chmod(0o755)
@@ -321,22 +321,22 @@ def test_a_worker_that_is_killed_or_stopped_is_an_error_with_its_crop(root, how)
         for timer in timers:
             timer.start()
         try:
-            with pytest.raises(WorkerError, match=r"a worker process .* which shows volume/crop1; ") as caught:
+            with pytest.raises(WorkerError, match=r"a worker process .* with samples of volume/crop1; ") as caught:
                 for _ in passing:
                     pass
         finally:
             for worker in workers:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker, signal.SIGCONT)
-        said = "delivered nothing for 20 s" if how == signal.SIGSTOP else "killed, perhaps for memory"
-        assert said in str(caught.value)
+        expected = "delivered nothing for 20 s" if how == signal.SIGSTOP else "killed, perhaps for memory"
+        assert expected in str(caught.value)
         assert isinstance(caught.value, RuntimeError)
         passing.close()
         assert len(next(iter(loader(data)))["idx"]) == 2, "and the data can be read again"
 
 
 def test_a_killed_worker_is_noticed_without_a_signal(root, monkeypatch):
-    """What torch's handler of SIGCHLD raises is lost where Python runs a finalizer."""
+    """The exception of torch's handler of SIGCHLD is lost while Python runs a finalizer."""
     monkeypatch.setattr("cellmap_lightning.loading.workers.CHECK_INTERVAL", 0.5)
     with dataset(root, is_train=True) as data:
         passing = iter(loader(data, samples_per_epoch=10**6))
@@ -566,7 +566,7 @@ def test_a_read_that_stalls_ends_with_its_deadline_and_the_data_can_be_closed(ro
 # -- security
 
 
-def test_nothing_in_the_package_runs_what_it_reads():
+def test_package_never_executes_data():
     """No eval, no pickle of data, no unsafe YAML, and checkpoints are loaded as weights."""
     package = Path(__file__).parents[1] / "cellmap_lightning"
     for file in package.rglob("*.py"):
@@ -574,9 +574,9 @@ def test_nothing_in_the_package_runs_what_it_reads():
         for word in (" eval(", " exec(", "pickle.load", "yaml.load(", "yaml.unsafe", "allow_pickle=True", "shell=True"):
             assert word not in text, (file, word)
         for at in text.split("torch.load(")[1:]:
-            # Or what the caller of `load_from_checkpoint` has said.
-            said = at.split(")")[0]
-            assert "weights_only=True" in said or "weights_only=weights_only is not False" in said, file
+            # Or the argument of `load_from_checkpoint`.
+            call = at.split(")")[0]
+            assert "weights_only=True" in call or "weights_only=weights_only is not False" in call, file
 
 
 def test_a_level_cannot_lead_out_of_the_store(root):
@@ -586,7 +586,7 @@ def test_a_level_cannot_lead_out_of_the_store(root):
             dataset(root)
 
 
-def test_what_is_kept_is_private(root, tmp_path, monkeypatch):
+def test_cache_files_are_private(root, tmp_path, monkeypatch):
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
     with dataset(root, cache="disk", normalize="zscore", is_train=True) as data:
         data[0]

@@ -35,7 +35,7 @@ pytestmark = [
 ]
 
 
-#: Copied tensors that somebody holds.
+#: Copied tensors that are still referenced.
 ALIVE: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
 
 
@@ -76,13 +76,13 @@ def engine(monkeypatch):
     Engine.alive.clear()
     for place in ("datamodule", "loading.prefetch", "loading.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{place}.STREAM_DEVICES", ("cpu",))
-    monkeypatch.setattr("cellmap_lightning.loading.dataloader.NothingAhead", lambda device: ReadAhead())
+    monkeypatch.setattr("cellmap_lightning.loading.dataloader.NoPrefetch", lambda device: ReadAhead())
     monkeypatch.setattr("cellmap_lightning.loading.dataloader.SideStream", Engine)
     return Engine
 
 
 def settled():
-    """Nothing of the package's is under way; called while Trainer and module are still there."""
+    """Check that no thread or pass of the package runs; called while Trainer and module still exist."""
     gc.collect()
     return [t.name for t in threading.enumerate() if t.name.startswith("cellmap-copy")]
 
@@ -109,7 +109,7 @@ OPTIONS = {
     [*((option, 0, 1) for option in OPTIONS), ("plain", 0, 3), ("plain", 1, 1), ("limits", 1, 3), ("reload", 0, 3)],
 )
 def test_batches_ahead_under_a_trainer(volume, tmp_path, engine, option, workers, depth):
-    """The same batches as without, never more ahead than said, nothing held when a stage ends or is cut short."""
+    """The same batches as without, never more ahead than set, none referenced when a stage ends or is interrupted."""
     seen = []
     for callbacks in ([StreamPrefetch(min_batch_mb=0, depth=depth)], []):
         watch = Watch()
@@ -199,7 +199,7 @@ def test_several_loaders_at_once(volume, tmp_path, engine, ahead):
     assert settled() == []
 
 
-def test_the_tuner_changes_what_is_ahead(volume, tmp_path, engine):
+def test_tuner_changes_prefetched_batches(volume, tmp_path, engine):
     callback = StreamPrefetch(min_batch_mb=0)
     finder = L.pytorch.callbacks.BatchSizeFinder("power", steps_per_trial=1, init_val=2, max_trials=2)
     with module(volume) as data, warnings.catch_warnings():
@@ -305,19 +305,19 @@ def test_persistent_workers_live_through_epochs_and_end_with_the_module(volume, 
     # In a plain loop the workers are the loader's, and end with the data.
     loader = data.train_dataloader()
     next(iter(loader))
-    # Also while somebody holds on to them, as Lightning does after an error in a hook that makes loaders.
+    # Also if they are referenced, as by Lightning after an error in a hook that makes loaders.
     held = loader._iterator
     workers = [w.pid for w in held._workers]
     data.close()
     _gone(workers, "of the loop")
     assert reading_threads() == []
-    next(iter(loader))  # and it can begin anew
+    next(iter(loader))  # and it can be iterated again
     loader.close()
     data.close()
 
 
 def _alive(pids):
-    """What /proc says of the processes that have not ended."""
+    """Return the states of the processes that have not ended, from /proc."""
     found = {}
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -335,7 +335,7 @@ def _gone(pids, which, seconds=120):
 
 
 def test_a_module_that_ran_can_be_pickled(volume, tmp_path):
-    """Threads, passes under way and the Trainer stay behind; the copy delivers the same."""
+    """Threads, running passes and the Trainer are not pickled; the copy delivers the same."""
     with module(volume) as data:
         run = trainer(tmp_path, callbacks=[StreamPrefetch(enabled=True)])
         run.fit(task(), data)
@@ -350,7 +350,7 @@ def test_a_module_that_ran_can_be_pickled(volume, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_with_a_pass_under_way_can_be_pickled(volume, tmp_path, workers):
+def test_loader_with_a_running_pass_can_be_pickled(volume, tmp_path, workers):
     with module(volume, num_workers=workers) as data:
         loader = data.train_dataloader()
         under_way = iter(loader)
@@ -370,7 +370,7 @@ def test_a_loader_with_a_pass_under_way_can_be_pickled(volume, tmp_path, workers
     ("workers", "ahead", "end"),
     [(0, True, "a pass is left"), (0, True, "an error"), (2, False, "an error"), (2, True, "a pass is left")],
 )
-def test_a_program_ends_with_a_pass_under_way(volume, tmp_path, workers, ahead, end):
+def test_program_ends_with_a_running_pass(volume, tmp_path, workers, ahead, end):
     """In silence but for its own error, and the worker processes end too."""
     (tmp_path / "volume.pkl").write_bytes(pickle.dumps(volume))
     program = tmp_path / "program.py"
@@ -403,14 +403,14 @@ def test_a_program_ends_with_a_pass_under_way(volume, tmp_path, workers, ahead, 
     pids = done.stdout.split()
     assert len(pids) == workers
     assert _alive(pids) == {}
-    said = done.stderr.splitlines()
-    assert said[-1:] == (["OSError: enough"] if end == "an error" else [])
-    assert done.stderr.count("Traceback") == len(said[-1:])
-    assert done.returncode == len(said[-1:])
+    errors = done.stderr.splitlines()
+    assert errors[-1:] == (["OSError: enough"] if end == "an error" else [])
+    assert done.stderr.count("Traceback") == len(errors[-1:])
+    assert done.returncode == len(errors[-1:])
 
 
 def test_two_modules_in_turns(volume, tmp_path, engine):
-    """Each has threads of its own, and the end of one is nothing to the other."""
+    """Each has separate threads, and the end of one does not affect the other."""
     with module(volume) as one:
         with module(volume) as two:
             a, b = iter(one.train_dataloader()), iter(two.train_dataloader())
@@ -422,7 +422,7 @@ def test_two_modules_in_turns(volume, tmp_path, engine):
     assert reading_threads() == []
 
 
-def test_a_pass_that_is_under_way_ends_with_the_data(volume):
+def test_running_pass_ends_with_the_data(volume):
     with module(volume) as data:
         under_way = iter(data.train_dataloader())
         next(under_way)
@@ -454,7 +454,7 @@ def test_reading_ahead_on_a_cpu(volume, tmp_path):
 
 
 class Report(L.Callback):
-    """What each rank saw, in a file for each."""
+    """A callback that writes the samples of each rank to a file."""
 
     def on_train_batch_start(self, run, pl_module, batch, batch_idx):
         with (Path(run.default_root_dir) / f"rank{run.global_rank}").open("a") as file:
@@ -567,7 +567,7 @@ def _resources():
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_soak(volume, tmp_path, engine):
-    """200 rounds of setup, fit, teardown, close, each with a module of its own: flat in everything."""
+    """200 rounds of setup, fit, teardown, close, each with a new module: no resource grows."""
     found = []
     for number in range(200):
         with module(volume, batches_per_epoch=2, num_workers=1 if number % 20 == 19 else 0) as data:

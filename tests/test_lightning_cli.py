@@ -1,4 +1,4 @@
-"""What docs/lightning_cli.md shows: its program, with its configuration."""
+"""The program of docs/lightning_cli.md, with its configuration."""
 
 import re
 from pathlib import Path

@@ -33,7 +33,7 @@ SHOWN = {
 
 
 class ThisPython(AsyncKernelManager):
-    """Starts this interpreter, whatever kernel called python3 is installed on the machine."""
+    """A kernel manager that starts this interpreter, not an installed kernel called python3."""
 
     kernel_spec = KernelSpec(
         argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python"

@@ -1,4 +1,4 @@
-"""The wheel, as somebody installs it who has no checkout."""
+"""The wheel, installed without a checkout."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_what_the_wheel_holds(wheel):
+def test_contents_of_the_wheel(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     for path in (ROOT / "configs").rglob("*.yaml"):
@@ -66,7 +66,7 @@ def test_one_version_and_lower_bounds_only():
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text()
 
 
-def test_what_stands_beside_the_package_agrees_with_it():
+def test_files_beside_the_package_agree_with_it():
     read = {p: yaml.safe_load(p.read_text()) for p in (ROOT / ".github").rglob("*.yml")}
     assert read
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())

@@ -1,4 +1,4 @@
-"""What the README shows is what happens: its program runs, its configuration composes, its map names what exists."""
+"""The README: its program runs, its configuration composes, and the files in its map exist."""
 
 import os
 import re

@@ -1,1 +1,1 @@
-"""The data and configuration that checkpoints record, and the checks of both."""
+"""Data and configuration recorded in checkpoints, and their checks."""

@@ -1,4 +1,4 @@
-"""Keep the configuration of a run in its checkpoints."""
+"""A callback that saves the configuration of a run in its checkpoints."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +12,13 @@ START_KEY = "cellmap_start"
 
 
 class CheckpointConfig(L.Callback):
-    """Writes the resolved configuration, as plain containers, into every checkpoint.
+    """A callback that writes the resolved configuration, as plain containers, into every checkpoint.
+
+    `cellmap-train` adds it to every run; see docs/runs.md.
 
     Args:
         config: the configuration.
-        start: how many times the run has been started or resumed. Checkpoints of a later start are newer, also where it
+        start: number of times that the run was started or resumed. Checkpoints of a later start are newer, even if it
             began from an earlier step than others had reached.
     """
 

@@ -1,11 +1,11 @@
 """Comparison of a data module with the data that a checkpoint was trained with.
 
-The state of a `CellMapDataModule` records what the channels and values of its batches mean. Weights that are loaded for
-other channels or values would still run, and give wrong results.
+The state of a `CellMapDataModule` records the meaning of the channels and values of its batches. Weights that are
+loaded for other channels or values would still run, and give wrong results.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, TypeAlias
 
@@ -15,13 +15,14 @@ import torch
 from cellmap_lightning.batches.arrays import InputArray, TargetArray, parse_inputs, parse_targets
 from cellmap_lightning.errors import CellMapError, CellMapValueError
 from cellmap_lightning.transforms.intensity import Normalize, input_transforms
+from cellmap_lightning.validation import first_few
 
 log = logging.getLogger(__name__)
 
 #: Key of the record in the state of a data module.
 RECORD = "trained_on"
 
-#: Why a checkpoint is loaded: to continue its training, to validate, test or predict, or for its weights alone.
+#: Purpose of loading a checkpoint: to continue its training; to validate, test or predict; for its weights alone.
 Purpose: TypeAlias = Literal["resume", "evaluate", "begin"]
 
 
@@ -29,7 +30,7 @@ def data_record(data: Any) -> dict[str, Any]:
     """Return the record of a `CellMapDataModule`, as plain values.
 
     Keys: ``classes``; ``inputs`` and ``targets``, ``{name: {"shape": voxels, "scale": nm, ...}}``; ``normalize``, the
-    rule of the volumes that have none of their own, None where all have one.
+    rule of the volumes without a rule in their entry, None if all entries have one.
     """
     intensity = data.crops.intensity
     default = any(
@@ -60,8 +61,8 @@ def _record(
     def values(name: str) -> dict[str, str]:
         if name not in transforms:
             return {}
-        given = transforms[name]
-        return {"values": "function" if callable(given) else "stored" if given is None else "normalized"}
+        transform = transforms[name]
+        return {"values": "function" if callable(transform) else "stored" if transform is None else "normalized"}
 
     return {
         "classes": list(classes) if classes is not None else None,
@@ -75,9 +76,9 @@ def _record(
 
 
 def recorded(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the record in a checkpoint; None where it has none.
+    """Return the record in a checkpoint; None if it has no record.
 
-    A checkpoint of ``cellmap-train`` that an earlier version of this package wrote has it in its configuration.
+    Checkpoints of ``cellmap-train`` by earlier versions of this package have it in their configuration.
     """
     for state in checkpoint.values():
         if isinstance(state, Mapping) and isinstance(state.get(RECORD), Mapping):
@@ -109,12 +110,12 @@ def check_data(
     Args:
         saved: the record of the checkpoint, see `recorded`.
         now: the record of the data module, see `data_record`.
-        purpose: why the checkpoint is loaded.
+        purpose: purpose of loading the checkpoint.
         where: the checkpoint, for messages.
         command: name settings as on the command line.
 
     Returns:
-        Differences that may be intended, one sentence each.
+        Differences that may be intended, one sentence each, for warnings.
 
     Raises:
         CellMapValueError: the classes are in another order; to resume or to evaluate, also other classes, inputs,
@@ -143,19 +144,17 @@ def _differences(
     before, after = saved.get("inputs") or {}, now.get("inputs") or {}
     if before and after and set(before) != set(after):
         yield "inputs", f"trained with the inputs {list(before)}, got {list(after)}; give input_arrays of these names"
-    targets, given = saved.get("targets") or {}, now.get("targets") or {}
-    for what, a, b in (("input", before, after), ("target", targets, given)):
-        for name in [name for name in a if name in b]:
-            yield from _array_differences(f"{what} {name!r}", a[name], b[name])
-    rule, other = saved.get("normalize"), now.get("normalize")
+    targets_before, targets_after = saved.get("targets") or {}, now.get("targets") or {}
+    for role, old, new in (("input", before, after), ("target", targets_before, targets_after)):
+        for name in [name for name in old if name in new]:
+            yield from _array_differences(f"{role} {name!r}", old[name], new[name])
+    old_rule, new_rule = saved.get("normalize"), now.get("normalize")
+    # The rule is irrelevant if all inputs are stored values or come from user functions.
     normalized = any(spec.get("values", "normalized") == "normalized" for spec in after.values())
-    if rule is not None and other is not None and rule != other and normalized:
-        yield (
-            "values",
-            f"trained with {_setting(rule, command)}, got {_setting(other, command)}; give those of the "
-            "checkpoint, or normalize and invert for a single volume "
-            + ("with metadata.normalize=... and metadata.invert=..." if command else "in its entry of datasets"),
-        )
+    if old_rule is not None and new_rule is not None and old_rule != new_rule and normalized:
+        place = "with metadata.normalize=... and metadata.invert=..." if command else "in its entry of datasets"
+        text = f"trained with {_setting(old_rule, command)}, got {_setting(new_rule, command)}"
+        yield "values", f"{text}; give those of the checkpoint, or normalize and invert for a single volume {place}"
 
 
 def _class_differences(
@@ -167,21 +166,21 @@ def _class_differences(
     if sorted(before) == sorted(after):
         yield "order", f"trained with {old}, got {new}: channels would be exchanged; give the classes in that order"
     elif purpose == "evaluate":
-        part = ", and writer.only" if command else "; only=[...] of PredictionWriter"
-        yield "classes", f"trained with {old}, got {new}; give those of the checkpoint{part} writes some of them"
+        option = ", and writer.only" if command else "; only=[...] of PredictionWriter"
+        yield "classes", f"trained with {old}, got {new}; give those of the checkpoint{option} writes some of them"
     elif purpose == "resume":
         begin = "init_from=... begins a training of" if command else "a new task begins with"
         yield "classes", f"trained with {old}, got {new}; give those of the checkpoint, or {begin} other classes"
 
 
-def _array_differences(what: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _array_differences(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("kind", "channels", "values"):
         if key in before and key in after and before[key] != after[key]:
-            yield key, f"{what}: trained with {key} {before[key]!r}, got {after[key]!r}; give that of the checkpoint"
+            yield key, f"{name}: trained with {key} {before[key]!r}, got {after[key]!r}; give that of the checkpoint"
             return
-    a, b = before.get("scale"), after.get("scale")
-    if a and b and (len(a) != len(b) or not np.allclose(a, b, rtol=1e-6, atol=0)):
-        yield "scale", f"{what}: trained at voxels of {_plain(a)} nm, got {_plain(b)} nm"
+    old, new = before.get("scale"), after.get("scale")
+    if old and new and (len(old) != len(new) or not np.allclose(old, new, rtol=1e-6, atol=0)):
+        yield "scale", f"{name}: trained with a voxel size of {_plain(old)} nm, got {_plain(new)} nm"
 
 
 def _plain(numbers: Sequence[float]) -> list[float]:
@@ -193,7 +192,7 @@ def _classes(names: Sequence[str], command: bool) -> str:
 
 
 def _setting(rule: Mapping[str, Any], command: bool) -> str:
-    """Return a rule of normalization as a user sets it."""
+    """Return a normalization rule in the syntax of the settings."""
     name, invert = rule["rule"], rule["invert"]
     prefix = "data." if command else ""
     span = f"{name}: {_plain([rule['low'], rule['high']])}"
@@ -207,67 +206,71 @@ def volume_differences(saved: Mapping[str, Any], now: Mapping[str, Any], intende
     Args:
         saved: ``{normalization_key: ...}`` of the checkpoint, see `CellMapDataset`.
         now: the same of the datasets that are open.
-        intended: paths of volumes that are left out.
+        intended: paths of volumes that are not compared.
     """
-    rules: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
-    for keys, found in ((saved, rules[0]), (now, rules[1])):
-        for key in keys:
-            path, _, rule = key.rpartition(" Normalize(")
-            found.setdefault(path, []).append(rule.rstrip(")"))
+    # A volume may be opened several times by different rules: one in common is enough.
+    rules_now = _rules(now)
     return [
         f"the values of {path} were normalized by ({before[0]}), got ({after[0]}); give normalize and invert of "
         "its entry as they were"
-        for path, before in rules[0].items()
-        if (after := rules[1].get(path)) and path not in intended and not set(before) & set(after)
+        for path, before in _rules(saved).items()
+        if (after := rules_now.get(path)) and path not in intended and not set(before) & set(after)
     ]
 
 
+def _rules(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return the normalization rules of each volume, by its path."""
+    rules: dict[str, list[str]] = {}
+    for key in keys:
+        path, _, rule = key.rpartition(" Normalize(")
+        rules.setdefault(path, []).append(rule.rstrip(")"))
+    return rules
+
+
 def check_state(state: Mapping[str, Any], data: Any) -> None:
-    """Compare the state of a data module in a checkpoint with the module, when a Trainer or a caller loads it.
+    """Compare the state of a data module in a checkpoint with the module that loads it.
 
     Raises:
         CellMapValueError: see `check_data`; or a volume was normalized by another rule.
     """
     purpose, where = loading(data.trainer)
-    if state.get(RECORD) is None:  # of an earlier version
+    if state.get(RECORD) is None:  # saved by an earlier version
         return
     for warning in check_data(state[RECORD], data_record(data), purpose, where):
         log.warning("%s: %s", where, warning)
     entries = [entry for entries in data.crops.entries.values() for entry in entries]
-    own = {e.input_path for e in entries if e.normalize is not None or e.invert is not None}
-    intended = own if purpose == "evaluate" else set()
-    other = volume_differences(state.get("normalization", {}), data.crops.normalization, intended)
-    if other:
-        raise CellMapValueError("\n".join(f"{where}: {text}" for text in other))
+    with_rule = {e.input_path for e in entries if e.normalize is not None or e.invert is not None}
+    intended = with_rule if purpose == "evaluate" else set()
+    differences = volume_differences(state.get("normalization", {}), data.crops.normalization, intended)
+    if differences:
+        raise CellMapValueError("\n".join(f"{where}: {text}" for text in differences))
 
 
 def loading(trainer: Any) -> tuple[Purpose, str]:
-    """Return why a Trainer loads its checkpoint, and which one."""
+    """Return the purpose for which a Trainer loads its checkpoint, and the name of the checkpoint for messages."""
     stage = getattr(getattr(trainer, "state", None), "fn", None)
     path = getattr(trainer, "ckpt_path", None)
     return "resume" if stage in (None, "fit") else "evaluate", f"checkpoint {path}" if path else "the checkpoint"
 
 
 def check_weights(saved: Mapping[str, Any], module: torch.nn.Module, where: str) -> None:
-    """Compare the sizes of weights in a checkpoint with those of a module.
+    """Compare the shapes of weights in a checkpoint with those of a module.
 
     Raises:
         CellMapValueError: they differ, as for another number of classes or another network.
     """
-    own = module.state_dict()
-    other = [
-        f"{name} is {list(value.shape)}, and {list(own[name].shape)} in the model"
+    weights = module.state_dict()
+    differences = [
+        f"{name} is {list(value.shape)}, and {list(weights[name].shape)} in the model"
         for name, value in saved.items()
-        if isinstance(value, torch.Tensor) and name in own and not _fits(value, own[name])
+        if isinstance(value, torch.Tensor) and name in weights and not _fits(value, weights[name])
     ]
-    if other:
-        more = f"; and {len(other) - 3} more" if len(other) > 3 else ""
+    if differences:
         raise CellMapValueError(
             f"{where}: the weights do not fit the model, whose classes and network must be those of the checkpoint: "
-            + "; ".join(other[:3])
-            + more
+            f"{first_few(differences)}"
         )
 
 
-def _fits(value: torch.Tensor, own: Any) -> bool:
-    return torch.nn.parameter.is_lazy(own) or value.shape == own.shape
+def _fits(saved: torch.Tensor, weight: Any) -> bool:
+    return torch.nn.parameter.is_lazy(weight) or saved.shape == weight.shape

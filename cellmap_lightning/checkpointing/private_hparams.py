@@ -1,4 +1,4 @@
-"""Hyperparameters of a module without the secrets of its ``storage_options``."""
+"""Hyperparameters of a module, saved without the secrets in its ``storage_options``."""
 
 import inspect
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from cellmap_lightning.redaction import redacted
 
 
 class PrivateHyperparameters(HyperparametersMixin):
-    """Lightning's hyperparameters, saved and logged without secrets."""
+    """Lightning's hyperparameters, saved and logged without secrets; see docs/reliability.md."""
 
     def save_hyperparameters(
         self,
@@ -20,8 +20,8 @@ class PrivateHyperparameters(HyperparametersMixin):
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
-        """Save arguments of ``__init__`` as ``hparams``; see Lightning. Secrets are replaced by ``***``."""
-        here = inspect.currentframe()
+        """Save arguments of ``__init__`` as ``hparams``, see Lightning, with secrets replaced by ``***``."""
+        here = inspect.currentframe()  # Lightning reads the arguments from the caller's frame
         super().save_hyperparameters(
             *args, ignore=ignore, frame=frame or (here.f_back if here else None), logger=logger
         )

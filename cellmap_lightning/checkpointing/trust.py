@@ -1,6 +1,6 @@
-"""The classes that the configuration of a checkpoint may name.
+"""The allow-list of classes that the configuration in a checkpoint may name.
 
-Hydra imports and calls whatever a ``_target_`` names. A checkpoint may come from a stranger, so its configuration is
+Hydra imports and calls every ``_target_``. A checkpoint may come from an untrusted source, so its configuration is
 restricted to a short allow-list, which the user can extend.
 """
 
@@ -21,8 +21,8 @@ OWN = (
     "cellmap_lightning.training.networks.ContextNet",
     "cellmap_lightning.transforms.intensity.OnDictionary",
 )
-#: Modules of other packages whose classes of these kinds are trusted: modules below, base classes.
-_KINDS = (
+#: Other packages' trusted classes: the modules that they are in, and their base class.
+_TRUSTED = (
     (("torch.nn.modules",), "torch.nn.Module"),
     (("torch.optim",), "torch.optim.Optimizer"),
     (("torch.optim",), "torch.optim.lr_scheduler.LRScheduler"),
@@ -33,7 +33,7 @@ _KINDS = (
         "torchmetrics.Metric",
     ),
 )  # fmt: skip
-#: Modules in them whose classes load a file or an address, or look up a function, that an argument names.
+#: Modules among them that are not trusted: an argument of their classes names a file, an address or a function.
 _LOADING = ("cell_sam_wrapper", "hovernet", "milmodel", "torchvision_fc", "transchex")
 LOADING = tuple(f"monai.networks.nets.{name}" for name in _LOADING)
 #: Packages from which a name may be imported before its class is checked.
@@ -43,28 +43,26 @@ _HARMLESS_OPTIONS = ("anon", "profile")
 
 
 def check_trusted(config: Any, where: str, trust: Any = (), trust_checkpoint: Any = False) -> None:
-    """Check that the configuration in a checkpoint names trusted classes alone, without importing any other module.
+    """Check that the configuration in a checkpoint names only trusted classes, without importing any other module.
 
     Args:
-        config: plain containers, as they were read.
+        config: the configuration, as plain containers.
         where: the checkpoint, for messages.
-        trust: modules, packages, classes or functions that are trusted besides, by their full names.
+        trust: full names of further trusted modules, packages, classes or functions.
         trust_checkpoint: trust everything.
 
     Raises:
-        CellMapValueError: it names something else, holds an interpolation, or is no plain configuration.
+        CellMapValueError: the configuration names other classes, contains an interpolation, or is not plain.
     """
     if not isinstance(trust_checkpoint, bool):
         raise CellMapValueError(f"trust_checkpoint must be true or false, got {trust_checkpoint!r}")
     if trust_checkpoint:
         return
-    names = _names(trust)
-    faults = [f"  {key}: {fault}" for key, fault in _faults(config, "", names)]
+    faults = [f"  {key}: {fault}" for key, fault in _faults(config, "", _names(trust))]
     if faults:
+        listed = "\n".join(faults)
         raise CellMapValueError(
-            f"{where}: the configuration in the checkpoint asks for what could run any code:\n"
-            + "\n".join(faults)
-            + "\n"
+            f"{where}: the configuration in the checkpoint could run any code:\n{listed}\n"
             "If you trust its author, allow a module or class with trust=[my_package.models], or everything with "
             "trust_checkpoint=true"
         )
@@ -82,20 +80,15 @@ def _names(trust: Any) -> tuple[str, ...]:
 def _faults(node: Any, where: str, trust: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Yield the key and the fault of each part of a configuration that is not trusted."""
     if isinstance(node, Mapping):
-        if "_target_" in node:
-            fault = _target_fault(node["_target_"], trust)
-            if fault is not None:
-                yield f"{where}._target_".lstrip("."), fault
         for key, value in node.items():
             below = f"{where}.{key}".lstrip(".")
-            if not isinstance(key, str | int) or "${" in str(key):
-                yield below, "no plain key"
-            if key == "storage_options" and isinstance(value, Mapping):
-                other = [str(name) for name in value if name not in _HARMLESS_OPTIONS]
-                if other:
-                    yield below, f"{', '.join(other)} may lead credentials elsewhere; give {below} yourself"
+            fault = _key_fault(key, value, below)
+            if fault is not None:
+                yield below, fault
             if key != "_target_":
                 yield from _faults(value, below, trust)
+            elif (fault := _target_fault(value, trust)) is not None:
+                yield below, fault
     elif isinstance(node, list | tuple):
         for number, value in enumerate(node):
             yield from _faults(value, f"{where}[{number}]", trust)
@@ -104,6 +97,17 @@ def _faults(node: Any, where: str, trust: tuple[str, ...]) -> Iterator[tuple[str
             yield where, f"{node!r} would be resolved on this machine"
     elif not isinstance(node, int | float | None):
         yield where, f"a {type(node).__name__} is no value of a configuration"
+
+
+def _key_fault(key: Any, value: Any, where: str) -> str | None:
+    """Return the reason why a key of a configuration is not trusted; None if it is."""
+    if not isinstance(key, str | int) or "${" in str(key):
+        return "no plain key"
+    if key == "storage_options" and isinstance(value, Mapping):
+        other = [str(name) for name in value if name not in _HARMLESS_OPTIONS]
+        if other:
+            return f"{', '.join(other)} could send credentials elsewhere; set {where} yourself"
+    return None
 
 
 def _below(name: str, roots: Sequence[str]) -> bool:
@@ -117,26 +121,27 @@ def _target_fault(target: Any, trust: tuple[str, ...]) -> str | None:
     if not _below(target, (*_ROOTS, *trust)):  # an import would run its module
         return f"{target!r} is not trusted"
     try:
-        found = get_object(target)
-    except Exception as e:  # modules raise what they like
+        imported = get_object(target)
+    except Exception as e:  # the code of a module can raise anything
         return f"{target!r} cannot be imported ({str(e).splitlines()[0]})"
     if target in trust:
         return None
-    module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
+    # A trusted module may import untrusted names, so the module that defines the class counts.
+    module, name = getattr(imported, "__module__", None), getattr(imported, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str):
         return f"{target!r} is no class"
     full = f"{module}.{name}"
-    if _below(full, trust) or (inspect.isclass(found) and _is_listed(found, module, full)):
+    if _below(full, trust) or (inspect.isclass(imported) and _is_listed(imported, module, full)):
         return None
     return f"{target!r} is not trusted" if full == target else f"{target!r}, which is {full}, is not trusted"
 
 
-def _is_listed(found: type, module: str, full: str) -> bool:
+def _is_listed(imported: type, module: str, full: str) -> bool:
     if full in OWN:
         return True
     if _below(module, LOADING):
         return False
-    return any(_below(module, modules) and issubclass(found, _class(base)) for modules, base in _KINDS)
+    return any(_below(module, modules) and issubclass(imported, _class(base)) for modules, base in _TRUSTED)
 
 
 def _class(path: str) -> type:

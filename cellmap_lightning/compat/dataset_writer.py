@@ -15,7 +15,7 @@ from cellmap_lightning.compat.utils.geometry import box_shape, box_union
 from cellmap_lightning.errors import CellMapTypeError
 from cellmap_lightning.loading.dataloader import CellMapDataLoader as DataLoader
 from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter as Writer
-from cellmap_lightning.prediction.dataset_writer import ImageWriter as Writers
+from cellmap_lightning.prediction.image_writer import ImageWriter as Writers
 
 __all__ = ["CellMapDatasetWriter", "CellMapImage", "ImageWriter", "box_shape", "box_union"]
 

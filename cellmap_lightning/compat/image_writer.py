@@ -10,7 +10,7 @@ import torch
 from cellmap_lightning.compat.utils.metadata import create_multiscale_metadata
 from cellmap_lightning.errors import CellMapTypeError
 from cellmap_lightning.geometry.lattice import AXES
-from cellmap_lightning.prediction.dataset_writer import ImageWriter as Writer
+from cellmap_lightning.prediction.image_writer import ImageWriter as Writer
 
 __all__ = ["ImageWriter", "create_multiscale_metadata"]
 

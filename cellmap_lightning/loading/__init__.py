@@ -1,1 +1,1 @@
-"""From samples to batches on the device: samplers, worker processes, prefetching, resuming."""
+"""Data loading, from samples to batches on the device: samplers, worker processes, prefetching, resuming."""

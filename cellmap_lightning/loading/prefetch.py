@@ -1,8 +1,7 @@
-"""Batches ahead of the step: whether it pays, and the copy itself.
+"""Prefetching of batches: the decision, and the copies on a side stream.
 
-A `PrefetchDecision` follows from numbers alone: bytes of a batch, kind of device, its memory, settings. `prefetch`
-carries it out: one thread reads the next batches and queues their copies on a stream of its own, while the step
-computes.
+A `PrefetchDecision` depends on numbers alone: bytes of a batch, type and memory of the device, settings. `prefetch`
+carries it out: one thread reads the next batches and queues their copies on a side stream, while the step computes.
 """
 
 import contextlib
@@ -23,22 +22,22 @@ from cellmap_lightning.batches.memory import BatchMemory
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.runtime.thread_pool import end_threads
 
-#: Kinds of device whose copies can overlap with compute.
+#: Types of device whose copies can overlap with compute.
 STREAM_DEVICES = ("cuda", "xpu")
 _END: Any = object()
 
 
 @dataclass(frozen=True)
 class PrefetchSettings:
-    """What a user may choose.
+    """The settings of prefetching; see docs/streams.md.
 
     Attributes:
-        min_batch_mb: finished MiB from which a stream is used.
-        max_streams: side streams at most.
+        min_batch_mb: smallest size of a finished batch, in MiB, for which a stream is used.
+        max_streams: largest number of side streams.
         depth: batches ahead, or ``"auto"``.
-        memory_fraction: part of the device's memory that batches may take.
-        enabled: ``"auto"``, or True (whatever the size and the device), or False.
-        max_depth: what ``"auto"`` chooses at most.
+        memory_fraction: fraction of the device's memory that batches may take.
+        enabled: ``"auto"``, or True (for any size and device), or False.
+        max_depth: largest depth that ``"auto"`` chooses.
     """
 
     min_batch_mb: float = 100.0
@@ -51,13 +50,13 @@ class PrefetchSettings:
 
 @dataclass(frozen=True)
 class PrefetchDecision:
-    """Whether batches are copied ahead.
+    """The decision about prefetching; see docs/streams.md.
 
     Attributes:
-        enabled: whether they are.
+        enabled: batches are prefetched.
         depth: batches ahead.
-        streams: side streams; 0 where a thread only reads ahead.
-        reason: why, with the numbers.
+        streams: number of side streams; 0 if a thread only reads ahead.
+        reason: the reason, with the numbers.
     """
 
     enabled: bool
@@ -69,21 +68,21 @@ class PrefetchDecision:
 def decide(
     memory: BatchMemory, device_type: str, device_bytes: int | None, settings: PrefetchSettings
 ) -> PrefetchDecision:
-    """Whether to have batches ahead of the step: a function of its arguments alone, the same on every rank.
+    """Decide about prefetching, as a function of the arguments alone, so that all ranks agree.
 
-    On CUDA and XPU devices they are copied on a side stream, from a size on. Elsewhere there is no copy to overlap;
-    ``enabled=True`` has a thread read (and finish) them ahead, ``"auto"`` starts nothing.
+    On CUDA and XPU devices batches of at least ``min_batch_mb`` are copied on a side stream. On other devices there is
+    no copy to overlap; with ``enabled=True`` a thread reads (and finishes) them ahead, ``"auto"`` starts nothing.
 
     Args:
         memory: bytes of a batch.
-        device_type: kind of device, such as ``cuda``.
-        device_bytes: total memory of the device; None where it is not known.
+        device_type: type of device, such as ``cuda``.
+        device_bytes: total memory of the device; None if it is unknown.
         settings: see `PrefetchSettings`.
 
     Returns:
-        The decision. Held in the device's memory are ``depth`` queued batches, the one in use and the one whose memory
-        is freed when its step has run, in the form in which they are queued, and one finished. A queue for training
-        stays full while the Trainer validates in the middle of an epoch: validation has a budget of its own.
+        The decision. The device's memory holds ``depth`` queued batches, the one in use and the one whose memory is
+        freed when its step has run, in the form in which they are queued, and one finished batch. A queue for training
+        stays full while the Trainer validates in the middle of an epoch: validation has a separate budget.
     """
 
     def off(reason: str) -> PrefetchDecision:
@@ -94,7 +93,7 @@ def decide(
     if settings.enabled is False:
         return off("switched off")
     if settings.enabled == "auto" and not copies:
-        return off(f"a {device_type} device has no copies to overlap; enabled=True reads ahead all the same")
+        return off(f"a {device_type} device has no copies to overlap; enabled=True reads ahead in a thread")
     if settings.enabled == "auto" and memory.total_mb < settings.min_batch_mb:
         return off(f"{size}, below the threshold of {settings.min_batch_mb:g} MiB")
     if copies and settings.max_streams < 1:
@@ -104,24 +103,25 @@ def decide(
         return off(f"depth is {depth}")
     # Without a stream batches are finished before they are queued.
     queued = memory.compact.total_bytes if copies else memory.total_bytes
-    room = f"{settings.memory_fraction:.0%} of the {'device' if copies else 'memory'}"
+    share = f"{settings.memory_fraction:.0%} of the {'device' if copies else 'memory'}"
     if device_bytes:
         budget = int(settings.memory_fraction * device_bytes)
-        room += f" is {budget / 2**20:.0f} MiB"
+        share += f" is {budget / 2**20:.0f} MiB"
+        # Besides the queue: one finished batch, the one in use and the one that is freed when its step has run.
         fits = (budget - memory.total_bytes) // queued - 2
         if fits < 1:
-            return off(f"{size}, and {room}: too little for one batch ahead")
+            return off(f"{size}, and {share}: too little for one batch ahead")
         depth = min(depth, fits)
-    why = "switched on" if settings.enabled is True else f"threshold {settings.min_batch_mb:g} MiB"
-    what = f"{queued / 2**20:.1f} MiB travel" if copies else "a thread reads, nothing is copied"
-    return PrefetchDecision(True, depth, int(copies), f"{size} ({why}), {what}, {room}")
+    cause = "switched on" if settings.enabled is True else f"threshold {settings.min_batch_mb:g} MiB"
+    transfer = f"{queued / 2**20:.1f} MiB are copied" if copies else "a thread reads, nothing is copied"
+    return PrefetchDecision(True, depth, int(copies), f"{size} ({cause}), {transfer}, {share}")
 
 
 class ReadAhead:
-    """What `prefetch` does with each batch where nothing is copied to a device.
+    """The engine of `prefetch` if nothing is copied to a device; see docs/streams.md.
 
     Args:
-        prepare: called with each batch in the thread that reads ahead.
+        prepare: called with each batch in the prefetching thread.
     """
 
     held = 0.0
@@ -130,25 +130,25 @@ class ReadAhead:
         self.prepare = prepare
 
     def bind(self) -> None:
-        """Nothing belongs to the thread."""
+        """Do nothing: there is no device to select in the thread."""
 
     def copy(self, batch: Any) -> tuple[Any]:
-        """The batch, prepared."""
+        """Return the prepared batch."""
         return (self.prepare(batch) if self.prepare else batch,)
 
     def acquire(self, batch: Any) -> Any:
-        """The batch."""
+        """Return the batch."""
         return batch
 
     def idle(self) -> bool:
-        """Whoever waits here computes nothing."""
+        """Return True: a CPU is always idle while waiting."""
         return True
 
 
 class SideStream:
-    """What `prefetch` does with each batch for a device: copies it on a stream of its own.
+    """The engine of `prefetch` that copies batches to a device on a side stream; see docs/streams.md.
 
-    `copy` runs in the copying thread, `acquire` in the thread that uses the batch.
+    `copy` runs in the prefetching thread, `acquire` in the thread that uses the batch.
 
     Args:
         device: the device.
@@ -157,13 +157,13 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.Stream(device)
-        #: Seconds that the host was held back, so that it does not run ahead of the device.
+        #: Seconds that the host was throttled, so that it does not run ahead of the device.
         self.held = 0.0
         self._idle = False
         self._before: torch.Event | None = None
 
     def bind(self) -> None:
-        """Make the device current in the calling thread: a new thread would use device 0."""
+        """Select the device in the calling thread: a new thread would use device 0."""
         if self.device.index is not None:
             torch.accelerator.set_device_index(self.device.index)
 
@@ -171,7 +171,7 @@ class SideStream:
         """Queue the copies of a `CompactBatch`, or of the tensors in any collection.
 
         Returns:
-            The batch on the device, and the event that the copies are done.
+            The batch on the device, and the event that marks the end of the copies.
         """
         with self.stream:
             if isinstance(batch, CompactBatch):
@@ -181,18 +181,18 @@ class SideStream:
         return moved, self.stream.record_event()
 
     def acquire(self, batch: Any, copied: torch.Event) -> Any:
-        """Let the current stream wait for the copies, and keep their memory until it has used them."""
+        """Make the current stream wait for the copies, and hold their memory until it has used them."""
         current = torch.accelerator.current_stream(self.device)
         self._idle = current.query()
-        # A host that queues step after step would have a batch in memory for each of them: when it queues a step, the
-        # one before may still run, and those before that have ended.
+        # A host that queues step after step would hold a batch in memory for each of them. So at most two steps are
+        # in flight: when one is queued, the one before may still run, and the earlier ones have ended.
         queued, self._before = self._before, current.record_event()
         if queued is not None:
             began = time.perf_counter()
             queued.synchronize()
             self.held += time.perf_counter() - began
         current.wait_event(copied)
-        # Freed by Python while the step's kernels still run, a block would return to the side stream at once.
+        # Without this, memory that Python frees while the step's kernels still run would be reused by the side stream.
         if isinstance(batch, CompactBatch):
             for tensor in batch.tensors.values():
                 tensor.record_stream(current)
@@ -201,15 +201,15 @@ class SideStream:
         return batch
 
     def idle(self) -> bool:
-        """Whether the device had nothing left to do when the last batch was acquired."""
+        """Return True if the device had no queued work when the last batch was acquired."""
         return self._idle
 
 
-class NothingAhead:
-    """What is known of a device where `prefetch` is not used.
+class NoPrefetch:
+    """The load of a device without prefetching; see docs/streams.md.
 
     Args:
-        device: where the batches are used.
+        device: the device that uses the batches.
     """
 
     held = 0.0
@@ -218,21 +218,24 @@ class NothingAhead:
         self.device = device
 
     def idle(self) -> bool:
-        """Whether the device has nothing left to do; a CPU that asks has not."""
+        """Return True if the device has no queued work; a CPU that asks never has."""
         return self.device.type not in STREAM_DEVICES or bool(torch.accelerator.current_stream(self.device).query())
 
 
 def _begin(threads: list[threading.Thread], engine: Any) -> None:
-    """In the new thread, which holds it as long as it lives: an `_Ahead` that is lost, and so its thread, must end."""
+    """Register the new thread and bind the engine.
+
+    A function and no method: a thread that references its `_Ahead` would prevent the end of an abandoned one.
+    """
     threads.append(threading.current_thread())
     engine.bind()
 
 
 class _Ahead:
-    """The batches ahead, and the thread that gets them.
+    """The queue of batches ahead, and the thread that fills it.
 
-    The thread has one task at a time, the next batch: an interpreter that exits runs what is queued, and that should
-    not be ``depth`` batches. The task that ends queues the next one, if there is room; else whoever takes a batch does.
+    The thread has one task at a time, the next batch: an interpreter that exits still runs all queued tasks, and that
+    should not be ``depth`` batches. Each task queues the next one when it ends, if there is room; else `take` does.
     """
 
     def __init__(self, batches: Iterator[Any], engine: Any, depth: int, cancel: Callable[[int], None] | None) -> None:
@@ -250,11 +253,11 @@ class _Ahead:
         return _END if batch is _END else self._engine.copy(batch)
 
     def queue(self, done: Future[Any] | None = None) -> None:
-        """Have the next batch got, if there is room for it and the last one is there."""
+        """Queue the read of the next batch, if there is room for it and the last read has ended."""
         with self._lock:
             if self._batches is None or len(self._futures) >= self._depth:
                 return
-            last = self._futures[-1] if self._futures else done  # which may have been taken
+            last = self._futures[-1] if self._futures else done  # `done` may have been taken already
             if last is not None and (not last.done() or last.exception() is not None or last.result() is _END):
                 return
             try:
@@ -265,15 +268,15 @@ class _Ahead:
         future.add_done_callback(self.queue)
 
     def take(self) -> Any:
-        """The next batch, or `_END`; an error of the source at its place. Nothing here holds it afterwards.
+        """Return the next batch, or `_END`, or raise the error of the source. The batch is not referenced afterwards.
 
         Raises:
-            CellMapError: there will be none, since the thread is not in this process or the interpreter exits.
+            CellMapError: the thread is in another process, or the interpreter exits.
         """
         if self._pid != os.getpid():
-            raise CellMapError("a pass with batches ahead cannot go on in a forked process; begin one there")
+            raise CellMapError("a pass with prefetched batches cannot continue in a forked process; begin a new one")
         if not self._futures:
-            raise CellMapError("no batch can be read ahead any more: the interpreter exits")
+            raise CellMapError("no batch can be prefetched: the interpreter exits")
         try:
             item = self._futures[0].result()
         finally:
@@ -287,9 +290,9 @@ class _Ahead:
         return batch
 
     def close(self) -> None:
-        """End the thread, after what it is reading now has ended or been cancelled; drop every batch."""
-        if self._pid != os.getpid():  # the thread is not here, and may have held the locks when the process was forked
-            return
+        """End the thread, after its current read has ended or been cancelled; drop every batch."""
+        if self._pid != os.getpid():
+            return  # the thread is in the parent, and may have held the locks during the fork
         with self._lock:
             batches, self._batches = self._batches, None
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -299,25 +302,24 @@ class _Ahead:
         end_threads(self._threads, "a batch is read ahead")
         self._futures.clear()
         if isinstance(batches, Generator):
-            # What it holds ends now and not with the last reference, which a traceback may have.
-            with contextlib.suppress(ValueError):  # a read hangs in it
+            # Closed now and not with the last reference, which a traceback may have.
+            with contextlib.suppress(ValueError):  # it is running: a read hangs
                 batches.close()
 
 
 def prefetch(
     source: Callable[[], Iterable[Any]], engine: Any, depth: int, cancel: Callable[[int], None] | None = None
 ) -> Generator[Any, None, None]:
-    """Yield the batches of ``source`` in order, up to ``depth`` of them got ahead by one thread.
+    """Yield the batches of ``source`` in order, up to ``depth`` of them prefetched by one thread.
 
-    Nothing starts before the first batch is asked for. An error of the source is raised at its place in the order.
-    However the iteration ends, the thread and the batches ahead end with it. A batch that was yielded is held by nobody
-    but its user.
+    Nothing starts before the first batch is requested. An error of the source is raised at its place in the order. The
+    thread and the batches ahead end with the iteration, in every case. Batches that were yielded are not referenced.
 
     Args:
-        source: makes the batches, called in the caller's thread, where worker processes are started.
+        source: returns the batches; called in the caller's thread, where worker processes are started.
         engine: has ``bind()``, ``copy(batch)`` and ``acquire(*copied)``, as `SideStream` and `ReadAhead` have.
         depth: batches ahead.
-        cancel: given the identity of the thread, cancels the reads that it waits for.
+        cancel: cancels the reads that a thread waits for, by its identity.
     """
     ahead = _Ahead(iter(source()), engine, depth, cancel)
     try:

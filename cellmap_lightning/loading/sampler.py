@@ -1,4 +1,4 @@
-"""The order of samples: numbers of one stream, dealt out over ranks."""
+"""The order of samples: a stream of numbers, distributed over ranks."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,35 +10,35 @@ from cellmap_lightning.errors import CellMapError, CellMapValueError
 
 
 class StreamSampler(DistributedSampler[int]):
-    """Numbers of the samples of an epoch that one rank reads: every ``world``-th of the stream.
+    """The numbers of the samples of an epoch that one rank reads: every ``world``-th of the stream.
 
-    The k-th batches of all ranks together are the k-th global batch, whatever their number. While training, numbers go
-    on through the epochs; otherwise each pass is the same.
+    The k-th batches of all ranks together are the k-th global batch, for any number of ranks. While training, numbers
+    continue through the epochs; otherwise each pass is the same.
 
-    It is a `DistributedSampler` so that Lightning leaves it alone, and calls `set_epoch`.
-
-    Its loader begins each pass with `start`. Where something else iterates it, each iteration is a pass: on one rank
-    only, since whatever drives it there would distribute the samples a second time.
+    It is a `DistributedSampler` so that Lightning does not replace it, and calls `set_epoch`. Its loader begins each
+    pass with `start`. If other code iterates it, each iteration is a pass: on one rank only, since a foreign loader
+    on several ranks would distribute the samples a second time. See docs/runs.md.
 
     Attributes:
-        skip: samples at the beginning of the epoch, over all ranks, that the pass under way leaves out.
-        epoch_of: from the epoch that `set_epoch` is given to that of the next pass; set by the loader.
+        skip: samples at the beginning of the epoch, over all ranks, that the running pass omits.
+        epoch_of: maps the argument of `set_epoch` to the epoch of the next pass; set by the loader.
 
     Args:
-        count: samples of an epoch over all ranks.
-        is_train: whether epochs differ. The samples of an epoch that cannot be dealt out evenly are then left out.
-        rank: this process; by default that of `torch.distributed`, else 0.
-        world: processes; likewise, else 1.
+        count: samples per epoch over all ranks.
+        is_train: epochs differ, and the remainder of an epoch that cannot be distributed evenly is dropped.
+        rank: rank of this process; by default that of `torch.distributed`, else 0.
+        world: number of processes; likewise, else 1.
 
     Raises:
-        CellMapValueError: fewer samples than ranks.
+        CellMapValueError: fewer samples than ranks, or a rank outside ``range(world)``.
     """
 
     def __init__(self, count: int, is_train: bool, rank: int | None = None, world: int | None = None) -> None:
-        # The base class would want a dataset to permute; everything that it sets is set here.
+        # The constructor of the base class needs a dataset to permute; its attributes are set here instead.
         if (rank is None) != (world is None) or (world is not None and not 0 <= (rank or 0) < world):
-            raise CellMapValueError(f"rank {rank} is none of {world}")
-        self._given = (rank, world) if rank is not None and world is not None else None
+            span = "given together with world" if world is None or rank is None else f"in [0, {world})"
+            raise CellMapValueError(f"rank must be {span}, got {rank} with world={world}")
+        self._fixed = (rank, world) if rank is not None and world is not None else None
         self.count = count
         self.is_train = is_train
         self.shuffle = False
@@ -52,35 +52,35 @@ class StreamSampler(DistributedSampler[int]):
         self._origin = (0, 0)
         if not len(self):
             raise CellMapValueError(
-                f"{count} samples cannot be dealt out over {self.num_replicas} ranks: at least one for each is needed"
+                f"{count} samples cannot be distributed over {self.num_replicas} ranks; each needs at least one"
             )
 
     @property
-    def _place(self) -> tuple[int, int]:
-        """Rank and number of processes: a loader may be built before the processes find each other."""
-        if self._given is not None:
-            return self._given
+    def _rank_and_world(self) -> tuple[int, int]:
+        """The rank and the number of processes, read late: a loader may be built before the process group exists."""
+        if self._fixed is not None:
+            return self._fixed
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
     @property
     def rank(self) -> int:  # type: ignore[override]
-        """This process."""
-        return self._place[0]
+        """The rank of this process."""
+        return self._rank_and_world[0]
 
     @property
     def num_replicas(self) -> int:  # type: ignore[override]
-        """Processes."""
-        return self._place[1]
+        """The number of processes."""
+        return self._rank_and_world[1]
 
     def _stop(self, skip: int) -> int:
-        """Return the end of an epoch whose first ``skip`` samples are left out."""
+        """Return the end of an epoch whose first ``skip`` samples are omitted."""
         return self.count - (self.count - skip) % self.num_replicas if self.is_train else self.count
 
     def left(self, skip: int) -> int:
-        """Samples of an epoch that this rank reads, when so many over all ranks are left out at its beginning."""
-        rank, world = self._place
+        """Return the samples of an epoch that this rank reads, if the first ``skip`` over all ranks are omitted."""
+        rank, world = self._rank_and_world
         return len(range(skip + rank, self._stop(skip), world))
 
     @property
@@ -89,24 +89,24 @@ class StreamSampler(DistributedSampler[int]):
         return self._next_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass is this epoch."""
+        """Set the epoch of the next pass, as a Trainer or a loop counts it."""
         self._next_epoch = int(epoch) if self.epoch_of is None else self.epoch_of(int(epoch))
 
     def resume_at(self, epoch: int) -> None:
-        """The next pass is this epoch, where a run is resumed."""
+        """Set the epoch of the next pass of a resumed run."""
         self._next_epoch = int(epoch)
 
     def first(self, epoch: int) -> int:
-        """Number of the first sample of an epoch."""
+        """Return the number of the first sample of an epoch."""
         since, sample = self._origin
         return sample + (epoch - since) * self.count if self.is_train else 0
 
     def begin_at(self, epoch: int, first: int) -> None:
-        """Number samples so that this is the first of the epoch: a run goes on whose epochs had another length."""
+        """Set the number of the first sample of an epoch, for a resumed run whose epochs had another length."""
         self._origin = (int(epoch), int(first))
 
     def start(self, skip: int = 0) -> None:
-        """Begin a pass: the epoch that was set, or the one after the last."""
+        """Begin a pass, of the epoch that was set, or of the one after the last."""
         self.epoch = self._next_epoch
         self.skip = skip
         self._next_epoch += 1
@@ -114,18 +114,18 @@ class StreamSampler(DistributedSampler[int]):
 
     def numbers(self) -> Iterator[int]:
         """Return the numbers of the pass that was started last."""
-        rank, world = self._place
+        rank, world = self._rank_and_world
         first = self.first(self.epoch)
         return (first + k for k in range(self.skip + rank, self._stop(self.skip), world))
 
     def __iter__(self) -> Iterator[int]:
         if not self._started:
-            rank, world = self._place
+            rank, world = self._rank_and_world
             if world > 1:
                 raise CellMapError(
                     f"the sampler of a CellMapDataLoader distributes its samples over {world} ranks itself (this is "
                     f"rank {rank}), and is iterated by another loader, which may distribute them again; use the "
-                    "CellMapDataLoader as it is, without accelerator.prepare(loader) or the like, or make it with "
+                    "CellMapDataLoader itself, without accelerator.prepare(loader) or similar, or create it with "
                     "rank=0, world=1"
                 )
             self.start()

@@ -1,4 +1,4 @@
-"""The part of Lightning's Trainer that a data module depends on: its loaders, its count of batches, its hooks."""
+"""The parts of Lightning's Trainer that a data module depends on: its loaders, count of batches and hooks."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -10,7 +10,11 @@ from cellmap_lightning.loading.dataloader import CellMapDataLoader
 
 
 class HoldsPositions(Protocol):
-    """The part of a data module that resuming needs."""
+    """The part of a data module that resuming needs; see docs/runs.md.
+
+    Attributes:
+        resume_positions: positions from a checkpoint that were not applied yet, one per training loader.
+    """
 
     resume_positions: list[dict[str, int]]
 
@@ -19,8 +23,8 @@ def _leaves(node: Any) -> Iterator[Any]:
     if isinstance(node, Mapping):
         node = list(node.values())
     if isinstance(node, list | tuple):
-        for one in node:
-            yield from _leaves(one)
+        for child in node:
+            yield from _leaves(child)
     elif node is not None:
         yield getattr(node, "loader", node)  # of a `Stream`
 
@@ -30,28 +34,28 @@ def used_loaders(trainer: L.Trainer | None) -> list[Any]:
     if trainer is None:
         return []
     stages = (trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders, trainer.predict_dataloaders)
-    return [one for stage in stages for one in _leaves(stage)]
+    return [loader for stage in stages for loader in _leaves(stage)]
 
 
 def training_loaders(trainer: L.Trainer | None) -> list[CellMapDataLoader]:
-    """Return those of this package among the training loaders of a Trainer."""
-    loader = trainer.train_dataloader if trainer is not None else None
-    return [one for one in _leaves(loader) if isinstance(one, CellMapDataLoader)]
+    """Return the training loaders of a Trainer that are of this package."""
+    loaders = trainer.train_dataloader if trainer is not None else None
+    return [loader for loader in _leaves(loaders) if isinstance(loader, CellMapDataLoader)]
 
 
 def touches_before_transfer(trainer: L.Trainer | None, data: L.LightningDataModule) -> bool:
-    """Return whether ``on_before_batch_transfer`` of the module or the data module is user code."""
+    """Return True if ``on_before_batch_transfer`` of the module or the data module is user code."""
     name = "on_before_batch_transfer"
     stock = {getattr(L.LightningModule, name), getattr(L.LightningDataModule, name)}
     module = trainer.lightning_module if trainer is not None else None
-    return any(getattr(getattr(one, name, None), "__func__", None) not in stock for one in (module, data) if one)
+    return any(getattr(getattr(owner, name, None), "__func__", None) not in stock for owner in (module, data) if owner)
 
 
 class Stream:
-    """The batches of a loader, for a Trainer that takes them as they come.
+    """An iterable over the batches of a loader that Lightning does not modify, used for predictions.
 
-    It is no `DataLoader`, which Lightning would take apart to predict and deal out over the ranks in its own way; and
-    it has no length, since a process whose blocks are all finished has no batch.
+    It is no `DataLoader`, which Lightning would rebuild to predict and distribute over the ranks itself; and it has no
+    length, since a process whose blocks are all finished has no batch. See docs/prediction.md.
 
     Args:
         loader: the loader.
@@ -67,9 +71,9 @@ class Stream:
 class TrainingSteps:
     """A Trainer's count of the batches of a training epoch.
 
-    By its count of those whose step has ended the stream of samples continues exactly, also when a signal has a
-    checkpoint saved in the middle of a step. A run that is resumed with another batch size has done another number of
-    batches than the checkpoint says, so that its epoch would end too early or too late.
+    Counting the batches whose step has ended makes resuming exact, also if a signal triggers a checkpoint in the middle
+    of a step. A run that is resumed with another batch size has done another number of batches than the checkpoint
+    records: without correction its epoch would end too early or too late. See docs/runs.md.
 
     Args:
         trainer: the Trainer.
@@ -81,7 +85,7 @@ class TrainingSteps:
 
     @property
     def done(self) -> int:
-        """Batches of this epoch whose step has ended."""
+        """The number of batches of this epoch whose step has ended."""
         return int(self._current.processed)
 
     @property
@@ -98,10 +102,11 @@ class TrainingSteps:
     def _current(self) -> Any:
         return self._trainer.fit_loop.epoch_loop.batch_progress.current
 
-    def go_on_from(self, done: int) -> None:
-        """Count as many batches as done."""
+    def continue_from(self, done: int) -> None:
+        """Set the count of batches done."""
         current = self._current
         shift = done - current.processed
+        # Lightning's four counters of a batch move together.
         for name in ("ready", "started", "processed", "completed"):
             setattr(current, name, getattr(current, name) + shift)
 
@@ -111,7 +116,7 @@ class TrainingSteps:
         loaders = training_loaders(self._trainer)
         if positions and len(positions) != len(loaders):
             raise CellMapValueError(
-                f"the checkpoint was saved with {len(positions)} training loaders, and there are {len(loaders)}; "
+                f"the checkpoint was saved with {len(positions)} training loaders, got {len(loaders)}; "
                 "resume with the loaders of that training"
             )
         for loader, position in zip(loaders, positions, strict=False):

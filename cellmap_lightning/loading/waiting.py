@@ -1,4 +1,4 @@
-"""Seconds that steps wait for their batches, and that bringing these to the device takes."""
+"""Timing of the waits for batches, and of their transfer to the device."""
 
 import time
 from collections.abc import Iterator
@@ -7,28 +7,30 @@ from typing import Any, Protocol
 
 
 class Device(Protocol):
-    """What is known of the device that waits.
+    """The load of the device that batches are read for; see docs/streams.md.
 
     Attributes:
-        held: seconds that the thread was held back because the device has enough to do.
+        held: seconds that the host was throttled because enough work is queued on the device.
     """
 
     held: float
 
     def idle(self) -> bool:
-        """Whether the device had nothing left to do when the last batch came."""
+        """Return True if the device had no queued work when the last batch was acquired."""
 
 
 @dataclass
 class WaitTimes:
-    """Sums, in seconds of the thread that runs the steps; whoever looks takes differences.
+    """Cumulative seconds of the thread that runs the steps; subtract two snapshots for an interval.
+
+    See docs/streams.md.
 
     Attributes:
         batches: batches that were delivered.
-        waited: until the next batch was there.
-        starved: of these, where the device had nothing left to do when it came. A CPU never has.
-        moved: to copy batches to the device and to finish them, where it is this thread that does. Of copies that are
-            only queued, as those of page-locked memory are, it is the queueing.
+        waited: seconds until the next batch was available.
+        starved: the part of ``waited`` during which the device was idle. A CPU is always idle while waiting.
+        moved: seconds to copy batches to the device and to finish them in this thread. Of asynchronous copies, as from
+            page-locked memory, only the queueing counts.
     """
 
     batches: int = 0
@@ -46,12 +48,12 @@ class WaitTimes:
 
 
 class TimedBatches:
-    """An iterator whose waiting is counted; it does not hold what it hands out.
+    """An iterator whose waits are timed; it references no batch that it has returned. See docs/streams.md.
 
     Args:
         batches: the batches.
-        waiting: what is counted up.
-        device: what waits.
+        waiting: the counters to increase.
+        device: the device that uses the batches.
     """
 
     def __init__(self, batches: Iterator[Any], waiting: WaitTimes, device: Device) -> None:
@@ -63,6 +65,7 @@ class TimedBatches:
     def __next__(self) -> Any:
         began, held = time.perf_counter(), self._device.held
         batch = next(self._batches)
+        # Throttling is no waiting for data.
         took = time.perf_counter() - began - (self._device.held - held)
         self._waiting.batches += 1
         self._waiting.waited += took

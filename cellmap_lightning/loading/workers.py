@@ -1,4 +1,4 @@
-"""Worker processes of a loader: how they start, how they end, and whether they are alive."""
+"""Worker processes of a loader: start method, monitoring, failures and shutdown."""
 
 import multiprocessing
 import time
@@ -6,36 +6,65 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cellmap_lightning.datasets.source import SampleSource
-from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.errors import CellMapError, CellMapValueError
 from cellmap_lightning.io.store import Remote
 
-#: Seconds after which workers that deliver nothing are checked.
+#: Interval at which silent workers are checked, in seconds.
 CHECK_INTERVAL = 5.0
-#: The beginning of torch's error where no worker has delivered anything.
+#: The beginning of torch's error if no worker has delivered anything.
 TIMED_OUT = "DataLoader timed out after"
+#: Parts of torch's errors about workers that have ended.
+_DEAD = ("exited unexpectedly", "is killed by signal")
 
 
 def begin_worker(worker: int) -> None:
-    """In a new worker process: one thread for torch, as `DataLoader` itself sets."""
+    """Do nothing in a new worker process: `DataLoader` itself limits torch to one thread there."""
 
 
-def start_method(sources: Sequence[SampleSource], given: Any) -> Any:
-    """How worker processes are started.
+def worker_options(
+    num_workers: int, sources: Sequence[SampleSource], timeout: float, worker_init_fn: Any, context: Any
+) -> dict[str, Any]:
+    """Return the arguments of `torch.utils.data.DataLoader` that concern worker processes.
+
+    Args:
+        num_workers: number of worker processes.
+        sources: the datasets that they read.
+        timeout: seconds after which a worker that delivers nothing is an error.
+        worker_init_fn: called in each worker process.
+        context: the requested start method or context; None for one that is safe.
 
     Raises:
-        CellMapValueError: by a fork, with a reader whose threads would be missing in the child.
+        CellMapValueError: see `start_method`.
+    """
+    if num_workers > 0:
+        # Not None: Lightning would add one that makes every worker import Lightning.
+        worker_init_fn = worker_init_fn or begin_worker
+        context = start_method(sources, context)
+    return {
+        "timeout": timeout if num_workers else 0,
+        "worker_init_fn": worker_init_fn,
+        "multiprocessing_context": context,
+    }
+
+
+def start_method(sources: Sequence[SampleSource], context: Any) -> Any:
+    """Return the multiprocessing context for worker processes; None for the default of the platform.
+
+    Raises:
+        CellMapValueError: ``context`` forks, with a reader whose threads would be missing in the child.
     """
     crops = [crop for source in sources for crop in source.crops]
-    unsafe = any(crop.reader == "tensorstore" for crop in crops)
-    if given is None and not unsafe and not any(isinstance(crop.raw_at, Remote) for crop in crops):
-        return None  # connections to elsewhere stay behind in a fork, and the child opens new ones
-    context = multiprocessing.get_context("forkserver") if given is None else given
+    has_threads = any(crop.reader == "tensorstore" for crop in crops)
+    if context is None:
+        if not has_threads and not any(isinstance(crop.raw_at, Remote) for crop in crops):
+            return None
+        context = "forkserver"  # connections do not survive a fork
     if isinstance(context, str):
         context = multiprocessing.get_context(context)
     method = context.get_start_method()
-    if unsafe and method == "fork":
+    if has_threads and method == "fork":
         raise CellMapValueError(
-            "reader='tensorstore' does not work in forked processes; leave multiprocessing_context out, or say "
+            "reader='tensorstore' does not work in forked processes; leave multiprocessing_context out, or use "
             "'forkserver' or 'spawn'"
         )
     if method == "forkserver":
@@ -51,6 +80,26 @@ def end_workers(iterator: Iterator[Any]) -> None:
         shutdown()
 
 
+def describe_failure(error: RuntimeError, timeout: float) -> tuple[str, str] | None:
+    """Return the failure of a worker process and advice, from an error of torch's; None for any other error.
+
+    Args:
+        error: the error.
+        timeout: seconds that a worker was waited for.
+    """
+    text = str(error)
+    if isinstance(error, CellMapError) or text.startswith("Caught "):  # raised by user code in a worker
+        return None
+    if TIMED_OUT in text:
+        return f"delivered nothing for {timeout:g} s", "set timeout to wait longer"
+    if any(words in text for words in _DEAD):
+        return (
+            "ended unexpectedly: it was killed, perhaps for memory,",
+            f"fewer workers or a smaller batch_size need less ({text.splitlines()[0]})",
+        )
+    return None
+
+
 def watched(iterator: Iterator[Any], timeout: float) -> Iterator[Any]:
     """Return the iterator, with its worker processes checked every few seconds during the wait for a batch.
 
@@ -62,16 +111,16 @@ def watched(iterator: Iterator[Any], timeout: float) -> Iterator[Any]:
         timeout: seconds after which a worker that delivers nothing is an error; 0 waits without limit.
 
     Raises:
-        RuntimeError: torch's, where a worker has ended or the timeout has passed.
+        RuntimeError: torch's, if a worker has ended or the timeout has passed.
     """
     if not timeout or not hasattr(iterator, "_workers"):
         return iterator
-    iterator._timeout = min(timeout, CHECK_INTERVAL)  # type: ignore[attr-defined]
+    vars(iterator)["_timeout"] = min(timeout, CHECK_INTERVAL)  # torch has no public way to shorten it
     return _Watched(iterator, timeout)
 
 
 class _Watched:
-    """An iterator that repeats waits that have timed out early; it keeps no batch that it has returned."""
+    """An iterator that repeats waits that have timed out early; it references no batch that it has returned."""
 
     def __init__(self, iterator: Iterator[Any], timeout: float) -> None:
         self._iterator, self._timeout = iterator, timeout
@@ -85,6 +134,6 @@ class _Watched:
             try:
                 return next(self._iterator)
             except RuntimeError as error:
-                # Errors of the worker's own begin with "Caught", whatever they say of timeouts.
+                # Errors raised by the worker's own code begin with "Caught", even if they mention a timeout.
                 if not str(error).startswith(TIMED_OUT) or time.monotonic() >= end:
                     raise

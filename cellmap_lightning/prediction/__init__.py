@@ -1,1 +1,1 @@
-"""Predictions of whole volumes, written block by block."""
+"""Prediction of whole volumes, written block by block."""

@@ -1,4 +1,4 @@
-"""The blocks of a prediction, put together from what the model says of their patches."""
+"""The assembly of the blocks of a prediction from the values of their patches."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from cellmap_lightning.prediction.quantize import StoredValues
 
 
 class BlockAssembly:
-    """The blocks of one volume, one after the other, as the steps of its plan say.
+    """Assembles the blocks of one volume, one after the other, in the steps of its plan; see docs/prediction.md.
 
     Args:
         plan: the blocks and their patches.
-        values: how voxels are stored.
+        values: the conversion to stored values.
         channels: channels of a patch.
-        memory: where blocks and the sums of overlapping patches take memory from.
+        memory: pools of memory for blocks, and for the sums of overlapping patches.
     """
 
     def __init__(
@@ -30,20 +30,20 @@ class BlockAssembly:
         self._tiling = 0
 
     def begin(self, start: BlockStart) -> None:
-        """A block begins."""
+        """Begin a block."""
         shape, tilings, where = self.plan.grid[start.block][1], len(self.plan.tilings), f"block {start.block}"
         if tilings == 1:
             self._block = StoredBlock(shape, self.channels, self.values, self._block_memory, where)
         else:
             self._block = MeanBlock(shape, self.channels, tilings, self.values, self._block_memory, where)
-        if start.carried:
+        if start.carried:  # the planes that the block above has begun are its first ones
             assert isinstance(self._patches, PatchSum)
             self._patches.into(self._block, shape[0])
         else:
             self._drop_patches()
 
     def add(self, batch: BlockBatch, values: np.ndarray[Any, np.dtype[np.float32]]) -> None:
-        """Add what the model says of a batch, ``[N, C, z, y, x]``.
+        """Add the values of the patches of a batch, ``[N, C, z, y, x]``.
 
         Raises:
             CellMapValueError: see `StoredValues.store`.
@@ -56,7 +56,7 @@ class BlockAssembly:
             self._patches.add(part, value)
 
     def end(self) -> StoredBlock | MeanBlock:
-        """The block is whole; hand it over.
+        """Finish the block and return it.
 
         Raises:
             CellMapValueError: see `StoredValues.store`.
@@ -67,30 +67,31 @@ class BlockAssembly:
         return block
 
     def finish(self) -> None:
-        """There are no more blocks: give back the sums of patches that reach below the last one."""
+        """Release the sums of patches that reach below the last block, as there are no more blocks."""
         self._drop_patches()
 
     def close(self) -> None:
-        """Let go of all memory, of a block that was begun too."""
+        """Drop all memory, including that of an unfinished block."""
         self._block = self._patches = None
         self._block_memory, self._plane_memory = BlockMemory(), BlockMemory()
 
     def _new_patches(self, batch: BlockBatch) -> PatchCopy | PatchSum:
-        """What puts the patches of a tiling together."""
+        """Return the accumulation of the patches of a tiling."""
         assert self._block is not None
         grid, weights = self.plan.grid, self._weights[batch.tiling]
         start, shape = grid.whole_start(batch.block), grid[batch.block][1]
         if weights is None:
             return PatchCopy(start, self._block)
+        # Sums that are carried to blocks below extend to the end of the column.
         planes = grid.first[0] + grid.shape[0] - start[0] if self.plan.carries else shape[0]
-        found = PatchSum(
+        patches = PatchSum(
             start, (planes, *shape[1:]), self.channels, self.plan.tilings[batch.tiling], weights, self._plane_memory
         )
-        found.into(self._block, shape[0])
-        return found
+        patches.into(self._block, shape[0])
+        return patches
 
     def _end_patches(self) -> None:
-        """The block is whole in one plane."""
+        """Finish the block in one plane."""
         if isinstance(self._patches, PatchSum):
             self._patches.end()
 

@@ -1,4 +1,4 @@
-"""What a thread does while its owner goes on: one task at a time, and few waiting."""
+"""A single-threaded background task queue with bounded backlog."""
 
 import logging
 from collections import deque
@@ -9,10 +9,10 @@ log = logging.getLogger(__name__)
 
 
 class BackgroundWriter:
-    """A thread that does what it is given, while the owner prepares the next.
+    """A thread that runs submitted tasks in their order.
 
-    Tasks are done in the order in which they are given; after one that has failed none is done, until its error was
-    met. The thread begins with the first.
+    After a task that has failed no other runs, until its error was raised by a method of this class. The thread starts
+    with the first task. `PredictionWriter` writes its blocks with it, see docs/prediction.md.
     """
 
     def __init__(self) -> None:
@@ -20,26 +20,26 @@ class BackgroundWriter:
         self._tasks: deque[Future[None]] = deque()
         self._failed = False
 
-    def give(self, task: Callable[[], None], most: int = 1) -> Future[None]:
-        """Have a task done.
+    def submit(self, task: Callable[[], None], limit: int = 1) -> Future[None]:
+        """Submit a task, and wait while too many are unfinished.
 
         Args:
-            task: what to do.
-            most: so many tasks may be under way afterwards, this one too; until then it waits. They hold memory.
+            task: the task.
+            limit: largest number of unfinished tasks, including this one: they hold memory.
 
         Returns:
-            The task, for `until`.
+            The task, for `wait_for`.
 
         Raises:
-            Exception: that of a task before; this one is not taken then.
+            Exception: the error of an earlier task; this one is not submitted then.
         """
-        while len(self._tasks) >= most:
+        while len(self._tasks) >= limit:
             self._end_first()
-        given = self._pool.submit(self._do, task)
-        self._tasks.append(given)
-        return given
+        future = self._pool.submit(self._run, task)
+        self._tasks.append(future)
+        return future
 
-    def _do(self, task: Callable[[], None]) -> None:
+    def _run(self, task: Callable[[], None]) -> None:
         if self._failed:
             return
         try:
@@ -49,50 +49,51 @@ class BackgroundWriter:
             raise
 
     def _end_first(self) -> None:
+        """Wait for the first task, and raise its error."""
         first = self._tasks[0]
         try:
             first.result()
         except Exception:
-            if first.done():
+            if first.done():  # otherwise the wait itself was interrupted
                 self._drop()
             raise
         self._tasks.popleft()
 
     def _drop(self) -> None:
-        """Forget everything: what came after an error was not done."""
+        """Drop all tasks: those after one that has failed do not run."""
         for task in self._tasks:
             task.cancel()
         for task in list(self._tasks)[1:]:
             if not task.cancelled():
-                task.exception()
+                task.exception()  # waits for a task that has begun
         self._tasks.clear()
         self._failed = False
 
     def check(self) -> None:
-        """Raise the error of a task that has ended with one; wait for nothing."""
+        """Raise the error of a finished task that has failed, without waiting."""
         while self._tasks and self._tasks[0].done():
             self._end_first()
 
-    def until(self, task: Future[None]) -> None:
+    def wait_for(self, task: Future[None]) -> None:
         """Wait until a task has ended.
 
         Raises:
-            Exception: that of this task, or of one before it.
+            Exception: the error of this task, or of an earlier one.
         """
         while task in self._tasks:
             self._end_first()
 
     def wait(self) -> None:
-        """Wait until nothing is under way.
+        """Wait until all tasks have ended.
 
         Raises:
-            Exception: that of a task, once.
+            Exception: the error of a task, once.
         """
         while self._tasks:
             self._end_first()
 
     def close(self) -> None:
-        """End the thread, after it has done what it was given. An error that nobody has met is logged."""
+        """End the thread after the submitted tasks. An error that was not raised yet is logged."""
         self._pool.shutdown(wait=True)
         for task in self._tasks:
             if not task.cancelled() and (error := task.exception()) is not None:

@@ -1,4 +1,4 @@
-"""A volume as the patches of its blocks: what a prediction reads."""
+"""The patches of the blocks of a volume, in the order in which a prediction reads and computes them."""
 
 import math
 from collections import deque
@@ -16,17 +16,17 @@ from cellmap_lightning.loading.samples import Samples
 from cellmap_lightning.prediction.blending import Part, Tiling
 from cellmap_lightning.prediction.blocks import BlockGrid
 
-#: Batches before a batch is asked for that its chunks are begun to be decoded.
+#: Number of batches whose chunks are decoded ahead.
 AHEAD = 8
 
 
 @dataclass(frozen=True)
 class BlockStart:
-    """A block begins.
+    """The step that begins a block; see docs/prediction.md.
 
     Attributes:
-        block: its number.
-        carried: whether it goes on from the block above it, whose patches that reach into it are not computed again.
+        block: number of the block.
+        carried: the block continues from the block above it, whose patches that reach into it are not computed again.
     """
 
     block: int
@@ -35,12 +35,12 @@ class BlockStart:
 
 @dataclass(frozen=True)
 class BlockBatch:
-    """One batch of a block.
+    """The step that computes one batch of a block; see docs/prediction.md.
 
     Attributes:
         block: number of the block.
-        parts: its patches, in the order of the batch.
-        tiling: which of the plan's tilings.
+        parts: patches, in the order of the batch.
+        tiling: index of the tiling in the plan.
     """
 
     block: int
@@ -50,14 +50,14 @@ class BlockBatch:
 
 @dataclass(frozen=True)
 class BlockEnd:
-    """A block is whole."""
+    """The step that ends a block; see docs/prediction.md."""
 
     block: int
 
 
 @dataclass(frozen=True)
 class BlockSkip:
-    """A block is not computed."""
+    """The step that skips a block; see docs/prediction.md."""
 
     block: int
 
@@ -66,15 +66,15 @@ Step = BlockStart | BlockBatch | BlockEnd | BlockSkip
 
 
 def reaches_below(tilings: Sequence[Tiling]) -> bool:
-    """Whether patches reach over the lower end of a block, so that the block below it can go on from there.
+    """Return True if patches reach over the lower end of a block, so that the block below can reuse their sums.
 
-    With several tilings one after the other the sums of each would have to be kept.
+    Not with several tilings one after the other: the sums of each would have to be stored.
     """
     return len(tilings) == 1 and tilings[0].blend != "trim" and tilings[0].stride[0] < tilings[0].patch[0]
 
 
 def patch_placement(tiling: Tiling, whole: Lattice, window: Window) -> Placement:
-    """The positions that patches of a tiling have: one for each voxel that a patch may start at."""
+    """Return the positions of the patches of a tiling: one for each voxel at which a patch may start."""
     lo, hi = tiling.bounds()
     step = np.asarray(whole.step)
     z, y, x = (b - a + 1 for a, b in zip(lo, hi, strict=True))
@@ -84,20 +84,20 @@ def patch_placement(tiling: Tiling, whole: Lattice, window: Window) -> Placement
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
-    """What one process predicts of a volume: its blocks, in batches.
+    """The blocks of a volume that one process predicts, in batches; see docs/prediction.md.
 
-    Where patches overlap along z, a patch belongs to the block that it begins in. A block right below the one before
-    goes on from there; otherwise patches of blocks above that reach into it are computed again, in their batches.
-    Which patches make a batch follows from the block that they belong to and the batch size alone: a run that goes on
-    computes the same batches.
+    If patches overlap along z, a patch belongs to the block that it begins in. A block directly below the last one
+    continues with its sums; otherwise patches of blocks above that reach into it are computed again, in their batches.
+    The composition of a batch depends only on the block that its patches belong to and on the batch size, so that a
+    resumed run computes the same batches.
 
     Attributes:
         grid: the blocks.
-        tilings: their patches; several where they are computed in several planes, one tiling after the other.
-        batch_size: patches of a batch at most.
+        tilings: their patches; several for predictions in several planes, one tiling after the other.
+        batch_size: largest number of patches in a batch.
         blocks: numbers of the blocks, in their order.
-        start: number of positions before this volume, where one dataset holds several.
-        skips: says which blocks are not computed.
+        start: number of positions before this volume, if one dataset contains several volumes.
+        skips: returns True for the box of a block that is not computed.
         opens: called with the number of each block before anything of it is read.
     """
 
@@ -124,16 +124,16 @@ class BlockPlan:
 
     @property
     def positions(self) -> int:
-        """Positions of its patches, see `patch_placement`; over all tilings."""
+        """The number of positions of its patches over all tilings, see `patch_placement`."""
         return sum(math.prod(counts) for counts in self._counts)
 
     def skipped(self, block: int) -> bool:
-        """Whether a block is not computed."""
+        """Return True if a block is not computed."""
         return self.skips is not None and self.skips(self.grid.box(block))
 
     def steps(self) -> Iterator[Step]:
-        """Everything that happens, one after the other."""
-        above: int | None = None  # what was computed last
+        """Yield the steps of all blocks in their order."""
+        above: int | None = None  # the last computed block
         for block in self.blocks:
             if self.opens is not None:
                 self.opens(block)
@@ -150,19 +150,20 @@ class BlockPlan:
 
     @cached_property
     def carries(self) -> bool:
-        """See `reaches_below`."""
+        """True if a block continues with the sums of the block above it, see `reaches_below`."""
         return reaches_below(self.tilings)
 
     def _batches(self, start: BlockStart, tiling: int) -> Iterator[tuple[Part, ...]]:
-        """The patches of a block."""
+        """Yield the patches of a block in batches."""
         if not self.carries:
             yield from self._cut(
                 self.tilings[tiling].parts(self.grid.whole_start(start.block), self.grid[start.block][1])
             )
             return
-        along, first = self.grid.along[0], self.grid.whole_start(start.block)[0]
-        number = start.block % along
+        first = self.grid.whole_start(start.block)[0]
+        number = start.block % self.grid.along[0]
         if not start.carried:
+            # Whole batches of the blocks above: some models depend on the composition of a batch.
             for above in range(number):
                 if any(hi > first for _, _, hi in self._layers[above]):
                     for parts in self._cut(self._beginning(start.block - number + above)):
@@ -176,34 +177,35 @@ class BlockPlan:
 
     @cached_property
     def _layers(self) -> list[list[tuple[int, int, int]]]:
-        """Where patches are along z, by the block that they begin in; what is above all blocks begins in the first."""
+        """The spans of patches along z, by the block that they begin in; the first block also has those from above."""
         first, length = self.grid.first[0], self.grid.shape[0]
-        found: list[list[tuple[int, int, int]]] = [[] for _ in range(self.grid.along[0])]
+        layers: list[list[tuple[int, int, int]]] = [[] for _ in range(self.grid.along[0])]
         for start, lo, hi in self.tilings[0].along(0, first, first + length):
-            found[(lo - first) // self.grid.block[0]].append((start, lo, hi))
-        return found
+            layers[(lo - first) // self.grid.block[0]].append((start, lo, hi))
+        return layers
 
     def _beginning(self, block: int) -> list[Part]:
-        """The patches that begin in a block, in the order z, y, x."""
+        """Return the patches that begin in a block, in the order z, y, x."""
         start, (_, *shape) = self.grid.whole_start(block), self.grid[block][1]
         rows, columns = (self.tilings[0].along(a, start[a], start[a] + n) for a, n in zip((1, 2), shape, strict=True))
         layers = self._layers[block % self.grid.along[0]]
-        return [Part(*zip(*found, strict=True)) for found in product(layers, rows, columns)]
+        return [Part(*zip(*spans, strict=True)) for spans in product(layers, rows, columns)]
 
     def position(self, part: Part, tiling: int = 0) -> int:
-        """The position of a patch in the dataset: in `patch_placement`, behind those of the tilings before."""
+        """Return the position of a patch in the dataset: in `patch_placement`, after those of earlier tilings."""
+        # In C order over all possible starts of a patch.
         z, y, x = (s - lo for s, lo in zip(part.start, self._lowest[tiling], strict=True))
         counts = self._counts[tiling]
         return self._starts[tiling] + (z * counts[1] + y) * counts[2] + x
 
     def places(self, batch: BlockBatch) -> list[int]:
-        """The positions of a batch."""
+        """Return the positions of the patches of a batch."""
         return [self.position(part, batch.tiling) for part in batch.parts]
 
     def patches(self, block: Shape | None = None) -> int:
-        """Patches of all blocks, computed by one process; with blocks of another shape, if one is given."""
+        """Return the number of patches of all blocks in one process, by default with the blocks of the grid."""
         z, y, x = block or self.grid.block
-        if self.carries:
+        if self.carries:  # blocks of a column count as one
             z = self.grid.shape[0]
         axes = list(zip(self.grid.first, self.grid.shape, (z, y, x), strict=True))
         return sum(
@@ -212,27 +214,28 @@ class BlockPlan:
 
     @property
     def redundancy(self) -> float:
-        """Patches that are computed for each that would be if everything were one block."""
+        """The number of patches, divided by their number if everything were one block."""
         return self.patches() / self.patches(self.grid.shape)
 
     @property
     def computed(self) -> float:
-        """Voxels that the model computes for each that is written."""
+        """The number of voxels that the model computes, divided by the number of written ones."""
         return self.patches() * math.prod(self.tilings[0].patch) / math.prod(self.grid.shape)
 
 
 class PlanBatches:
-    """The positions of each batch of several plans, one plan after the other, as a batch sampler gives them.
+    """A batch sampler of the positions of several plans, one plan after the other; see docs/prediction.md.
 
     Args:
         plans: the plans.
-        ahead: called with the positions of a batch `AHEAD` batches before it is asked for.
+        ahead: called with the positions of a batch `AHEAD` batches before it is requested.
     """
 
     def __init__(self, plans: Sequence[BlockPlan], ahead: Callable[[list[int]], None] | None = None) -> None:
         self.plans, self.ahead = plans, ahead
 
     def __iter__(self) -> Iterator[list[int]]:
+        # The queue delays the batches, so that their chunks are decoded meanwhile.
         coming: deque[list[int]] = deque()
         for positions in self._all():
             if self.ahead is not None:
@@ -250,16 +253,17 @@ class PlanBatches:
 
 
 class PatchSamples(Samples):
-    """Samples that are numbered by their positions.
+    """Samples that are numbered by their positions; see docs/prediction.md.
 
     Args:
-        dataset: a volume whose placement is that of `patch_placement`, or several.
-        seed: of what is random in value transforms.
+        dataset: one or several volumes with the placement of `patch_placement`.
+        seed: seed of random value transforms.
         pin: read into page-locked memory.
     """
 
     def __init__(self, dataset: SampleSource, seed: int = 0, pin: bool = False) -> None:
         super().__init__(dataset, 1, False, seed, pin, range(1))
 
-    def _draw(self, samples: Sequence[int]) -> list[Draw]:
+    def draws(self, samples: Sequence[int]) -> list[Draw]:
+        """Return the samples at these positions."""
         return [Draw(n, n, None) for n in samples]

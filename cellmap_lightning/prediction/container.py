@@ -1,6 +1,6 @@
-"""The root group of an output: it lists the images in it, so that programs which are given the root find them.
+"""The root group of an output, which lists its images, so that viewers that open the root find them.
 
-OME-NGFF has one layout for several images in a container, ``bioformats2raw.layout`` 3: the group ``OME`` names their
+OME-NGFF has one layout for several images in a container, ``bioformats2raw.layout`` 3: the group ``OME`` lists their
 paths, and describes them as OME-XML in the same order. See https://ngff.openmicroscopy.org/0.4/#bf2raw.
 """
 
@@ -19,7 +19,7 @@ from cellmap_lightning.io.writer import ZarrFormat, write_group
 
 _SCHEMA = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 _INSTANCE = "http://www.w3.org/2001/XMLSchema-instance"
-#: What OME-XML calls a type. It has no name for float16.
+#: Names of types in OME-XML, which has none for float16.
 _TYPES = {"float16": "float", "float32": "float", "float64": "double"}
 
 
@@ -31,14 +31,14 @@ def write_container(
     attributes: Mapping[str, Any],
     zarr_format: ZarrFormat = 2,
 ) -> None:
-    """Describe a group of images that have the same voxels, and consolidate the metadata of everything in it.
+    """Write the metadata of a group of images with the same voxels, and consolidate all metadata in it.
 
     Args:
         path: folder of the group.
-        images: names of the images in it, which are written already.
-        lattice: their voxels at full resolution.
+        images: names of the images in it, which must exist.
+        lattice: voxels of the images at full resolution.
         dtype: type of a voxel.
-        attributes: more attributes of the group.
+        attributes: further attributes of the group.
         zarr_format: 2 for OME-NGFF 0.4, 3 for 0.5.
     """
     series: dict[str, Any] = {"series": list(images)}
@@ -52,14 +52,14 @@ def write_container(
     draft.replace(file)
     write_group(path, {**attributes, **layout}, zarr_format)
     with warnings.catch_warnings():
-        # zarr-python warns of the XML file, which is no Zarr node, whenever it lists the group without consolidated
-        # metadata, and of consolidated metadata in Zarr v3, which other programs need not understand.
+        # zarr-python warns about the XML file, which is no Zarr node, when it lists the group without consolidated
+        # metadata, and about consolidated metadata in Zarr v3, which other programs may ignore.
         warnings.simplefilter("ignore")
         zarr.consolidate_metadata(str(path), zarr_format=zarr_format)
 
 
 def ome_xml(images: Sequence[str], lattice: Lattice, dtype: np.dtype[Any]) -> bytes:
-    """Return OME-XML that describes images of the same voxels.
+    """Return OME-XML that describes images with the same voxels.
 
     The ID of an image is ``Image:<path>``: napari-ome-zarr reads the path from it.
     """

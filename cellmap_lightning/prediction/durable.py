@@ -1,4 +1,4 @@
-"""Files that survive a power loss: what was written is flushed to the disk before something else relies on it."""
+"""Durable files: data are flushed to the disk before other files refer to them, and so survive a power loss."""
 
 import contextlib
 import errno
@@ -7,22 +7,22 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-#: From how many files on several are flushed at a time, and how many: the file system then writes its own journal once
-#: for several of them.
-_FEW, THREADS = 4, 16
-#: Errors of file systems, and of kinds of files, that cannot be flushed.
+#: Number of files from which on they are flushed in parallel, and number of threads: the file system then commits its
+#: journal once for several of them.
+_PARALLEL_FROM, THREADS = 4, 16
+#: Errors of file systems, and of types of files, that cannot be flushed.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EISDIR)
 
 
 def flush(paths: Iterable[str]) -> None:
-    """Flush files to the disk, and the entries of their folders. A file that does not exist is left out.
+    """Flush files to the disk, and the entries of their folders. Files that do not exist are skipped.
 
     Raises:
-        OSError: the disk reports an error; what was written there may be lost.
+        OSError: the disk reports an error; the written data may be lost.
     """
     files = list(dict.fromkeys(paths))
     folders = list({os.path.dirname(path) for path in files})  # noqa: PTH120  a Path costs more than the call
-    if len(files) < _FEW:
+    if len(files) < _PARALLEL_FROM:
         for path in (*files, *folders):
             _flush(path)
         return
@@ -50,7 +50,7 @@ def _flush(path: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all, also after a power loss."""
+    """Write a file atomically, also with respect to a power loss."""
     draft = path.with_name(f"{path.name}.draft")
     draft.write_text(text, encoding="utf-8")
     flush([str(draft)])
@@ -59,7 +59,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there, and flush its folder, so that it does not come back after a power loss."""
+    """Remove a file, if it exists, and flush its folder, so that it does not reappear after a power loss."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
         _flush(str(path.parent))

@@ -1,7 +1,7 @@
 """Stamps of the stored chunks that the blocks of a prediction are computed from.
 
-They are compared when a block ends, when the prediction ends, and when it is resumed: voxels that were predicted from
-raw before and after a change would otherwise lie side by side in one output.
+They are compared when a block ends, when the prediction ends, and when it is resumed: otherwise one output could mix
+voxels that were predicted from raw before and after a change.
 """
 
 import hashlib
@@ -23,21 +23,21 @@ from cellmap_lightning.prediction.blending import Tiling
 from cellmap_lightning.prediction.blocks import BlockGrid
 from cellmap_lightning.prediction.skipping import Skipping
 
-#: An array, and start and shape of a box of it.
+#: An array, and the start and the shape of a box of it.
 Read = tuple[ChunkReader, tuple[int, int, int], Shape]
 
-#: Threads that ask a file system for the state of files: on network file systems each call waits.
+#: Threads that read the state of files: on network file systems each call waits.
 THREADS = 16
 
 
 class InputStamps:
-    """The stamps of one volume.
+    """The stamps of the stored chunks of one volume. Thread-safe. See docs/prediction.md.
 
     Args:
         grid: the blocks.
-        tilings: the patches, in each plane.
-        crops: the volume, in each plane.
-        skips: what decides on blocks that are not computed, as it reads too; None for nothing.
+        tilings: the patches, for each plane.
+        crops: the volume, once for each plane.
+        skips: the predicate of skipped blocks, which reads chunks too; None without it.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class InputStamps:
 
     @property
     def metadata(self) -> str:
-        """A hash of what identifies the arrays that are read: where they are, and their metadata."""
+        """A hash of the identity of the arrays that are read: their locations and metadata."""
         readers = [image.reader for crop in self._crops for image in crop.images.values()]
         if self._skips is not None and self._skips.mask is not None:
             readers.append(self._skips.mask)
@@ -57,35 +57,35 @@ class InputStamps:
         return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
     def begin(self, block: int) -> str:
-        """Return the stamp of a block as it is when this is called first, which is before anything of it is read."""
+        """Return the stamp of a block at the first call, which must be before anything of the block is read."""
         with self._lock:
             if block not in self._begun:
                 self._begun[block] = self.of(block)
             return self._begun[block]
 
     def of(self, block: int) -> str:
-        """Return the stamp of a block as it is now: 16 hexadecimal digits."""
-        found = hashlib.blake2b(digest_size=8)
+        """Return the current stamp of a block: 16 hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=8)
         for reader, start, shape in self._reads(block):
-            found.update(reader.stamp(start, shape).to_bytes(8, "little"))
-        return found.hexdigest()
+            digest.update(reader.stamp(start, shape).to_bytes(8, "little"))
+        return digest.hexdigest()
 
     def changed(self, stamps: dict[int, str]) -> int | None:
-        """Return the first of some blocks whose stamp is another one now; None where there is none."""
+        """Return the first block whose stamp has changed; None if all are unchanged."""
         with ThreadPoolExecutor(THREADS) as pool:
             now = pool.map(self.of, stamps)
             return next((block for block, stamp in zip(stamps, now, strict=True) if stamps[block] != stamp), None)
 
     def check(self, block: int) -> None:
-        """Check a block that was read against its stamp from before.
+        """Check that the chunks of a block have not changed since `begin`.
 
         Raises:
-            OutputError: chunks that it was read from have changed since.
+            OutputError: they have changed.
         """
         if self.of(block) != self.begin(block):
             raise OutputError(
-                f"{self.describe(block)}. What is predicted would be a mixture: start again with overwrite=True when "
-                "nothing writes there any more"
+                f"{self.describe(block)}. The prediction would mix both states: start again with overwrite=True when "
+                "no other program writes there"
             )
 
     def check_all(self) -> None:
@@ -95,7 +95,7 @@ class InputStamps:
             self.check(block)
 
     def describe(self, block: int) -> str:
-        """Say which of the files of a block was changed last, for messages."""
+        """Return a sentence about the latest change of the files of a block, for messages."""
         newest: tuple[int, str] = 0, ""
         for reader, start, shape in self._reads(block):
             for index in reader.files(start, shape) if reader.local else ():
@@ -110,7 +110,7 @@ class InputStamps:
         return f"raw has changed since block {block} ({self._grid.box(block)}) was predicted: {where}"
 
     def _reads(self, block: int) -> list[Read]:
-        """The boxes of stored arrays that the patches of a block show, and what decides whether it is skipped."""
+        """Return the boxes of stored arrays that the patches of a block, and the test for skipping it, read."""
         first, (_, shape) = self._grid.whole_start(block), self._grid[block]
         whole = self._grid.whole
         boxes: dict[str, tuple[ChunkReader, Box, int]] = {}
@@ -127,13 +127,13 @@ class InputStamps:
             for name, spec in crop.arrays.inputs.items():
                 window, image = crop.in_volume(spec.window, spec.flat), crop.images[name]
                 box = Box(to_vector(low - window.extent / 2), to_vector(high + window.extent / 2))
-                # Neighbours that are interpolated from, or averaged.
-                more = 2 + math.ceil(np.max(window.scale / np.asarray(image.lattice.step)))
+                # Neighbouring voxels for interpolation or averaging.
+                margin = 2 + math.ceil(np.max(window.scale / np.asarray(image.lattice.step)))
                 key = str(image.level.path)
                 if key in boxes:
-                    box, more = box.union(boxes[key][1]), max(more, boxes[key][2])
-                boxes[key] = image.reader, box, more
+                    box, margin = box.union(boxes[key][1]), max(margin, boxes[key][2])
+                boxes[key] = image.reader, box, margin
         if self._skips is not None and self._skips.mask is not None:
             boxes["mask"] = self._skips.mask, self._grid.box(block), 1
-        found = ((reader, stored_box(reader.level.lattice, box, more)) for reader, box, more in boxes.values())
-        return [(reader, *part) for reader, part in found if part is not None]
+        stored = ((reader, stored_box(reader.level.lattice, box, margin)) for reader, box, margin in boxes.values())
+        return [(reader, *part) for reader, part in stored if part is not None]

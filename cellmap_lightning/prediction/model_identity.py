@@ -1,4 +1,4 @@
-"""Identity of a model and of value transforms, the same in every process and run."""
+"""Identities of models and of value transforms, the same in every process and run."""
 
 import hashlib
 from typing import Any
@@ -13,9 +13,9 @@ def model_fingerprint(module: L.LightningModule) -> str:
     for name, value in module.state_dict().items():
         digest.update(name.encode())
         if isinstance(value, torch.Tensor):
-            plain = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(f"{plain.dtype} {list(value.shape)}".encode())
-            digest.update(plain.view(torch.uint8).numpy().tobytes())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(f"{flat.dtype} {list(value.shape)}".encode())
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     return f"{type(module).__qualname__} {digest.hexdigest()[:16]}"
 
 

@@ -1,7 +1,7 @@
-"""The volumes that a prediction writes: ``<output>/<class>/s0..``, block by block, and their pyramids at the end.
+"""The output of a prediction: volumes ``<output>/<class>/s0..``, written block by block, and their pyramids.
 
-A group has its multiscale metadata once it is whole, as everything that `writer` writes, and the root group lists its
-images once all of them are.
+A group has its multiscale metadata once it is complete, as all groups that `writer` writes, and the root group lists
+its images once all of them are.
 """
 
 import errno
@@ -23,11 +23,7 @@ from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellM
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.io.meanings import prediction_attributes
 from cellmap_lightning.io.store import LISTING
-from cellmap_lightning.io.writer import (
-    ZarrFormat,
-    multiscale_attributes,
-    write_group,
-)
+from cellmap_lightning.io.writer import ZarrFormat, multiscale_attributes, write_group
 from cellmap_lightning.prediction.blocks import BlockGrid
 from cellmap_lightning.prediction.container import write_container
 from cellmap_lightning.prediction.durable import flush, write_text
@@ -48,23 +44,23 @@ def _empty(path: Path) -> bool:
 
 
 def _can_name(name: str) -> bool:
-    """Whether a group of the output can have a name: not that of its list of images, whatever the file system."""
+    """Return True if a name is possible for a group of the output, also on file systems that ignore case."""
     return bool(name) and "/" not in name and not name.startswith(".") and name.upper() != LISTING
 
 
 class PredictionOutput:
-    """Where a prediction goes.
+    """The output of a prediction on disk, its journal and its lock; see docs/prediction.md.
 
     Args:
         path: the output, a Zarr group with one group per class.
         classes: names of the channels.
         grid: the voxels, in blocks.
-        values: how voxels are stored.
+        values: the conversion to stored values.
         chunks: voxels of a chunk.
-        shards: voxels of a shard, for Zarr v3; None for none.
+        shards: voxels of a shard, for Zarr v3; None without shards.
         zarr_format: 2 or 3.
-        levels: levels of the pyramid; None for as many as leave the longest axis 32 voxels.
-        rank: number of this process.
+        levels: number of levels of the pyramid; None for as many as leave the longest axis 32 voxels.
+        rank: rank of this process.
         raw: voxel sizes of raw's levels, which the pyramid follows; see `plan_pyramid`.
 
     Raises:
@@ -84,9 +80,11 @@ class PredictionOutput:
         rank: int = 0,
         raw: Sequence[Sequence[float]] = (),
     ) -> None:
-        bad = [c for c in classes if not _can_name(c)]
-        if bad:
-            raise CellMapValueError(f"{bad} cannot be names of groups")
+        invalid = [name for name in classes if not _can_name(name)]
+        if invalid:
+            raise CellMapValueError(
+                f"classes {invalid} cannot be names of groups; choose names without / and leading ."
+            )
         self.path = Path(path)
         self.classes, self.grid, self.values = tuple(classes), grid, values
         self.chunks, self.shards = chunks, shards
@@ -96,59 +94,59 @@ class PredictionOutput:
         self.journal = Journal(self.path, rank)
         self._lock = OutputLock(self.path)
         self._rank = rank
-        #: Token of the job that writes, as processes other than 0 have first seen it.
+        #: Token of the writing job, as first read by processes other than 0.
         self._owner: str | None = None
         self._settings: dict[str, Any] | None = None
-        #: Folders that did not exist before this process began the output; None where it did not.
+        #: Folders that did not exist before this process began the output; None if it did not begin it.
         self._begun: list[Path] | None = None
         self._levels = OutputLevels(self.path, grid, values, chunks, shards, zarr_format, self.pyramid)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all voxels of all levels, before compression."""
+        """The bytes of all voxels of all levels, before compression."""
         voxels = sum(math.prod(self.pyramid.level_shape(level)) for level in range(self.levels))
         return len(self.classes) * voxels * self.values.dtype.itemsize
 
     # -- the beginning
 
     def open(self, settings: Mapping[str, Any], overwrite: bool = False, check_space: bool = True) -> None:
-        """Make the groups, or find those of the same prediction. One process does it, before the others read.
+        """Create the groups, or open those of the same prediction. Called in one process, before the others read.
 
         From then on the output belongs to this job, until `close`.
 
         Args:
-            settings: what is predicted, plain values; see `Journal.check`.
-            overwrite: replace another prediction that is there.
-            check_space: refuse to begin where the disk has less room than the rest takes without compression.
+            settings: plain values that define the prediction; see `Journal.check`.
+            overwrite: replace another prediction in the output.
+            check_space: raise an error if the disk has less free space than the rest takes without compression.
 
         Raises:
-            CellMapFileExistsError: something else is there, or another job writes there.
-            OutputError: the disk is read-only, or has too little room.
+            CellMapFileExistsError: the path contains something else, or another job writes there.
+            OutputError: the disk is read-only, or has too little free space.
         """
         try:
             with self._clear_errors("cannot be begun"):
                 self._open(settings, overwrite, check_space)
         except BaseException:
-            if self._begun is None:  # otherwise `discard` gives it up
+            if self._begun is None:  # otherwise `discard` releases it
                 self._lock.release()
             raise
 
     def _open(self, settings: Mapping[str, Any], overwrite: bool, check_space: bool) -> None:
         if self.path.exists() and not _empty(self.path) and not self._replaceable(overwrite):
             raise CellMapFileExistsError(
-                f"{self.path} exists and holds no prediction of this package: it is neither added to nor removed; "
-                "choose another output"
+                f"{self.path} exists and contains no prediction of this package, so it is not changed; choose another "
+                "output"
             )
         begun = [folder for folder in (self.path, *self.path.absolute().parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._acquire()
-        if overwrite or self.journal.disowned is not None:
+        if overwrite or self.journal.removed_classes is not None:
             self._remove()
         self._settings = plain(settings)
         if self.journal.settings is not None:
             self.journal.check(settings, {key: settings[key] for key in ("raw metadata",) if key in settings})
             if self.journal.record is not None:
-                self.journal.remove()  # what a kill has left of it
+                self.journal.remove()  # files left by a kill
                 self._remove_tokens()
                 self._lock.release()
                 return
@@ -156,17 +154,17 @@ class PredictionOutput:
             self._sweep()
         else:
             self._begun = begun
-            self.journal.remove()  # blocks that a kill has left of an output that is gone
+            self.journal.remove()  # files left by a kill, of an output that was removed
         self.journal.folder.mkdir(parents=True, exist_ok=True)
         if check_space:
             self._check_space()
         if self.journal.settings is None:
             token = new_token()
             self._create(token)
-            self.journal.begin(settings, token)
+            self.journal.begin(settings, token)  # last: a kill before it leaves an output that is created again
 
     def _replaceable(self, overwrite: bool) -> bool:
-        """Return whether a prediction of this package is there."""
+        """Return True if the output contains a prediction of this package."""
         try:
             return self.journal.folder.is_dir() or self.journal.record is not None
         except CellMapValueError:  # damaged
@@ -175,7 +173,7 @@ class PredictionOutput:
             raise
 
     def _acquire(self) -> None:
-        """Acquire the lock; a finished output is read where nothing can be written, and needs none."""
+        """Acquire the lock, which a finished output on a read-only disk does not need."""
         try:
             self._lock.acquire()
         except CellMapError:
@@ -185,14 +183,14 @@ class PredictionOutput:
                 raise
 
     def close(self) -> None:
-        """Give the output to other jobs."""
+        """Release the output, so that other jobs can write to it."""
         self._lock.release()
 
     def check_owned(self) -> None:
         """Check that the output still belongs to this job.
 
         Raises:
-            OutputError: it was removed, or another job writes there.
+            OutputError: it was removed, or another job has taken it over.
         """
         if self._rank == 0:
             self._lock.check()
@@ -201,40 +199,41 @@ class PredictionOutput:
         if self._owner is None:
             self._owner = owner
         elif owner != self._owner:
-            raise OutputError(f"{self.path} was removed, or taken over by another job; this one stops")
+            raise OutputError(f"{self.path} was removed, or taken over by another job; this job stops")
 
     def _create(self, token: str) -> None:
-        """All groups, and their levels; what a kill has left of an earlier attempt is made anew."""
-        about = self._about_all()
+        """Create all groups and their levels, and replace those that a kill has left of an earlier attempt."""
+        attributes = self._root_attributes()
         (self.path / ".zmetadata").unlink(missing_ok=True)
-        write_group(self.path, {"cellmap": about} if about else {}, self.zarr_format)
+        write_group(self.path, {"cellmap": attributes} if attributes else {}, self.zarr_format)
         for name in self.classes:
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
             write_group(self.path / name, zarr_format=self.zarr_format)
-            attributes = {"cellmap": self._about(name)} if self.values.kind == "labels" else None
+            array_attributes = {"cellmap": self._attributes(name)} if self.values.kind == "labels" else None
             for level in range(self.levels):
-                self._levels.create(name, level, attributes)
+                self._levels.create(name, level, array_attributes)
             write_text(self.path / name / TOKEN, token)
 
     def _check_whole(self) -> None:
-        """Check that the groups are those that the journal speaks of.
+        """Check that the groups belong to the journal, by their tokens.
 
         Raises:
-            CellMapFileExistsError: one was removed, or replaced.
+            CellMapFileExistsError: a group was removed, or replaced.
         """
         file = "zarr.json" if self.zarr_format == 3 else ".zarray"
         for name in self.classes:
             try:
-                found = (self.path / name / TOKEN).read_text(encoding="utf-8")
+                token = (self.path / name / TOKEN).read_text(encoding="utf-8")
             except (OSError, ValueError):
-                found = ""
-            gone = [f"s{level}" for level in range(self.levels) if not (self.path / name / f"s{level}" / file).exists()]
-            if gone or found != self.journal.token:
-                what = f"lacks {gone[0]}" if gone else "was removed or replaced"
+                token = ""
+            names = [f"s{level}" for level in range(self.levels)]
+            missing = [level for level in names if not (self.path / name / level / file).exists()]
+            if missing or token != self.journal.token:
+                change = f"lacks {missing[0]}" if missing else "was removed or replaced"
                 raise CellMapFileExistsError(
-                    f"{self.path / name} {what} since blocks of it were finished, so the prediction cannot be resumed; "
-                    "replace it with overwrite=True"
+                    f"{self.path / name} {change} since blocks of it were finished, so the prediction cannot be "
+                    "resumed; replace it with overwrite=True"
                 )
 
     def _remove_tokens(self) -> None:
@@ -244,11 +243,11 @@ class PredictionOutput:
     def discard(self, alone: bool) -> None:
         """Remove the output if this process began it and no block of it is finished.
 
-        Otherwise it would refuse another prediction although nothing is there. What was there before stays.
+        Otherwise an empty output would block another prediction. Files from before are not removed.
 
         Args:
-            alone: no other process writes to it. Otherwise the folder of the journal stays, by which the next
-                prediction replaces what the others may still write.
+            alone: no other process writes to it. Otherwise the folder of the journal remains, so that the next
+                prediction replaces files that the others may still write.
         """
         if self._begun is None or self.journal.finished:
             return
@@ -258,32 +257,32 @@ class PredictionOutput:
             if alone:
                 self.journal.remove()
         except OSError as e:
-            log.warning("%s: no block was finished, and what was begun cannot be removed (%s)", self.path, e)
+            log.warning("%s: no block was finished, and the unfinished output cannot be removed (%s)", self.path, e)
             return
         if alone:
             self._lock.release()
         for folder in begun if alone else ():
-            with suppress(OSError):  # something else is in it by now
+            with suppress(OSError):  # it contains other files by now
                 folder.rmdir()
-        log.info("%s: no block was finished, so what was begun is removed", self.path)
+        log.info("%s: no block was finished, so the output is removed", self.path)
 
-    def _about_all(self) -> dict[str, Any]:
-        """CellMap's attributes of the root group."""
+    def _root_attributes(self) -> dict[str, Any]:
+        """Return CellMap's attributes of the root group."""
         return {"annotation": {"class_names": list(self.classes)}} if self.values.kind == "labels" else {}
 
-    def _about(self, name: str) -> dict[str, Any]:
-        """CellMap's attributes of labels; of probabilities, what the numbers mean."""
+    def _attributes(self, name: str) -> dict[str, Any]:
+        """Return CellMap's attributes of labels; for probabilities, the meaning of the numbers."""
         if self.values.kind == "labels":
             encoding = {"absent": 0, "present": 1, "unknown": 255}
-            kind = {"type": "semantic_segmentation", "encoding": encoding}
-            return {"annotation": {"class_name": name, "annotation_type": kind}}
+            annotation_type = {"type": "semantic_segmentation", "encoding": encoding}
+            return {"annotation": {"class_name": name, "annotation_type": annotation_type}}
         return prediction_attributes(
             name, "scaled" if self.values.kind == "uint8" else "probability", self.values.dtype
         )
 
     def _remove(self) -> None:
-        """Take away what an earlier prediction has written, and nothing else."""
-        folder, classes = self.journal.folder, self.journal.disowned
+        """Remove the files of an earlier prediction, and no others."""
+        folder, classes = self.journal.folder, self.journal.removed_classes
         if classes is None:
             try:
                 if not folder.is_dir() and self.journal.record is None:
@@ -292,8 +291,8 @@ class PredictionOutput:
             except CellMapValueError:  # damaged
                 classes = []
         names = [name for name in dict.fromkeys([*classes, *self.classes]) if _can_name(name)]
-        # First what says that blocks are done. The folder stays to the end: it marks the rest as replaceable.
-        self.journal.disown(names)
+        # First invalidate the finished blocks. The folder is removed last: it marks the rest as replaceable.
+        self.journal.mark_removed(names)
         for name in (".zattrs", "zarr.json", ".zgroup", ".zmetadata"):
             (self.path / name).unlink(missing_ok=True)
         for name in (*names, LISTING):
@@ -303,13 +302,13 @@ class PredictionOutput:
         folder.mkdir()
 
     def _sweep(self) -> None:
-        """Remove what zarr had not finished writing when it was killed."""
+        """Remove temporary files that zarr had not renamed when it was killed."""
         folders = [self.path, self.path / LISTING]
         for name in self.classes:
             folders += [self.path / name, self.path / name / "s0"]
             for number in self.journal.unfinished:
                 folders += self._folders(name, number)
-            if len(self.journal.finished) == len(self.grid):  # killed while what was left of the pyramid was built
+            if len(self.journal.finished) == len(self.grid):  # killed while the rest of the pyramid was built
                 for level in range(1, self.levels):
                     folders += [Path(folder) for folder, _, _ in os.walk(self.path / name / f"s{level}")]
         for folder in folders:
@@ -317,7 +316,7 @@ class PredictionOutput:
                 path.unlink(missing_ok=True)
 
     def _folders(self, name: str, number: int) -> Iterator[Path]:
-        """Where the files of a block lie, and those of the pyramid that it makes."""
+        """Yield the folders of the chunks of a block, and of the coarser chunks that it determines."""
         for level in range(self.levels):
             units = units_within(self.grid, number, self.pyramid.factors(level), self.shards or self.chunks)
             if units is None:
@@ -327,34 +326,33 @@ class PredictionOutput:
                 yield root / str(z) / str(y)
 
     def _check_space(self) -> None:
-        left = 1 - len(self.journal.finished) / len(self.grid)
-        needed = self.nbytes * left
+        needed = self.nbytes * (1 - len(self.journal.finished) / len(self.grid))
         free = shutil.disk_usage(self.path).free
         if needed > free:
             raise OutputError(
                 f"the prediction takes {needed / 1e9:.3g} GB before compression ({len(self.classes)} classes, "
                 f"{self.values.kind}), and {self.path} has {free / 1e9:.3g} GB left; free some, predict a region, or "
-                "go ahead with check_space=False"
+                "disable this check with check_space=False"
             )
 
     # -- blocks
 
     def array(self, name: str, level: int = 0) -> zarr.Array[Any]:
-        """Return a level of a class."""
+        """Return the array of a level of a class."""
         return self._levels.array(name, level)
 
     def write(self, number: int, stored: npt.NDArray[Any], reached: Sequence[int], stamp: str = "-") -> None:
-        """Write a block, flush it to the disk, and then note in the journal that it is done.
+        """Write a block, flush it to the disk, and then record in the journal that it is done.
 
         Args:
-            number: which.
-            stored: its voxels as they are stored, ``[C, z, y, x]``, see `StoredValues`.
-            reached: how many of each channel reach the threshold.
-            stamp: stamp of what was read for it.
+            number: number of the block.
+            stored: stored values, ``[C, z, y, x]``, see `StoredValues`.
+            reached: number of voxels of each channel that reach the threshold.
+            stamp: stamp of the chunks that were read for it.
 
         Raises:
-            OutputError: the disk is full or read-only; the blocks before are untouched. Or the output does not belong
-                to this job any more.
+            OutputError: the disk is full or read-only, and earlier blocks are unchanged; or the output no longer
+                belongs to this job.
         """
         with self._clear_errors(f"cannot be written to at block {number}"):
             self.check_owned()
@@ -367,7 +365,7 @@ class PredictionOutput:
             self.journal.write("done", number, reached, stamp)
 
     def skip(self, number: int, stamp: str = "-") -> None:
-        """Note in the journal that a block is done of which nothing is written: its voxels are 0.
+        """Record in the journal that a block without written chunks is done: its voxels are 0.
 
         Raises:
             OutputError: see `write`.
@@ -377,7 +375,7 @@ class PredictionOutput:
             self.journal.write("done", number, [0] * len(self.classes), stamp)
 
     def fractions(self) -> dict[str, float]:
-        """The part of the finished voxels of each class that reach the threshold."""
+        """Return the fraction of the finished voxels of each class that reach the threshold."""
         record = self.journal.record
         if record is not None:
             return {name: record["reached"][name] / math.prod(self.grid.shape) for name in self.classes}
@@ -386,7 +384,7 @@ class PredictionOutput:
         return {name: count / max(1, voxels) for name, count in self._reached(notes).items()}
 
     def _reached(self, notes: Mapping[int, Sequence[int]]) -> dict[str, int]:
-        """How many voxels of each class reach the threshold, by what was noted of blocks."""
+        """Return the number of voxels of each class that reach the threshold, from the notes of blocks."""
         counts = [sum(along) for along in zip([0] * len(self.classes), *notes.values(), strict=True)]
         return dict(zip(self.classes, counts, strict=True))
 
@@ -395,21 +393,23 @@ class PredictionOutput:
     def finish(
         self, rank: int, world: int, barrier: Callable[[], None], broadcast: Callable[[bool], bool] = bool
     ) -> bool:
-        """Build what is left of the pyramids, out of core, and describe the groups: every process a part of each level.
+        """Build the rest of the pyramids out of core, and write the metadata of the groups.
 
-        Returns:
-            Whether all blocks are done, so that it could be finished.
+        Every process builds a part of each level.
 
         Args:
-            rank: this process.
-            world: how many there are.
-            barrier: waits for all of them.
-            broadcast: what process 0 gives, to all of them: on a network file system each might see another state, and
-                one that went on alone would wait for the others for ever.
+            rank: rank of this process.
+            world: number of processes.
+            barrier: waits for all processes.
+            broadcast: returns the value of process 0 in all processes: on a network file system each might see another
+                state, and one that continued alone would deadlock.
+
+        Returns:
+            True if all blocks are done, so that the output is finished.
         """
         unit = self.shards or self.chunks
         with self._clear_errors("cannot be finished"):
-            barrier()  # all have written what they had to
+            barrier()  # all blocks are written
             if not broadcast(len(self.journal.finished) == len(self.grid)):
                 return False
             if broadcast(self.journal.record is not None):
@@ -420,15 +420,15 @@ class PredictionOutput:
                 for name, index in islice(tasks, rank, None, world):
                     self._levels.make(level, name, index)
                 barrier()
-            barrier()  # the journal, which ends now, is not read any more
+            barrier()  # no process reads the journal after this
             if rank == 0:
-                self._describe()
+                self._write_metadata()
                 self._lock.release()
             barrier()
             return True
 
-    def _describe(self) -> None:
-        """Write the metadata of the groups, and in those of the root what the journal holds; then end the journal.
+    def _write_metadata(self) -> None:
+        """Write the metadata of the groups, with the record of the journal in the root; then remove the journal.
 
         If the process is killed in between, the next run resumes the prediction and writes them again.
         """
@@ -438,18 +438,18 @@ class PredictionOutput:
             block = multiscale_attributes(
                 name, lattice.step, lattice.origin, self.levels, zarr_format=self.zarr_format, steps=self.pyramid.steps
             )
-            write_group(self.path / name, {"cellmap": self._about(name), **block}, self.zarr_format)
+            write_group(self.path / name, {"cellmap": self._attributes(name), **block}, self.zarr_format)
         notes = self.journal.finished
         record: dict[str, Any] = {
             "settings": self._settings or self.journal.settings,
             "blocks": len(notes),
             "reached": self._reached(notes),
         }
-        read = input_hash(self.journal.inputs)
-        if read is not None:
-            record["input"] = read
+        stamps = input_hash(self.journal.inputs)
+        if stamps is not None:
+            record["input"] = stamps
         record["checksum"] = record_checksum(record)
-        attributes = {"cellmap": {**self._about_all(), "prediction": record}}
+        attributes = {"cellmap": {**self._root_attributes(), "prediction": record}}
         write_container(self.path, self.classes, lattice, self.values.dtype, attributes, self.zarr_format)
         groups = [self.path, *(self.path / name for name in (*self.classes, LISTING))]
         flush(str(file) for group in groups for file in group.iterdir() if file.is_file() and file.name != FILE)
@@ -457,34 +457,38 @@ class PredictionOutput:
         self._remove_tokens()
 
     @contextmanager
-    def _clear_errors(self, what: str) -> Iterator[None]:
+    def _clear_errors(self, problem: str) -> Iterator[None]:
+        """Turn errors of the file system into an `OutputError` that explains them."""
         try:
             yield
         except CellMapError:
             raise
         except OSError as e:
             raise OutputError(
-                f"{self.path} {what}: {why_not_written(e)}. What is finished stays; the same command goes on from there"
+                f"{self.path} {problem}: {write_failure(e)}. Finished blocks remain; run the same command again to "
+                "resume"
             ) from e
 
 
-def why_not_written(error: OSError) -> str:
-    """In words, why a disk refuses."""
+def write_failure(error: OSError) -> str:
+    """Return the reason for a failed write, in words."""
     return {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the quota is used up",
         errno.EROFS: "the disk is read-only",
-        errno.EACCES: "it may not be written to",
-        errno.EPERM: "it may not be written to",
+        errno.EACCES: "permission denied",
+        errno.EPERM: "permission denied",
     }.get(error.errno or 0, str(error))
 
 
 def check_apart(output: Path, raw: Path) -> None:
-    """What is read is never written to.
+    """Check that an output is separate from raw data, which are never written to.
 
     Raises:
-        CellMapValueError: one of them lies in the other.
+        CellMapValueError: one of them is inside of the other.
     """
     a, b = output.absolute(), raw.absolute()
     if a == b or b in a.parents or a in b.parents:
-        raise CellMapValueError(f"the output {output} and the raw volume {raw} must not lie in each other")
+        raise CellMapValueError(
+            f"the output {output} and the raw volume {raw} must not be inside of each other; choose another output"
+        )

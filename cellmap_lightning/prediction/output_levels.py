@@ -1,4 +1,4 @@
-"""The levels of a prediction: whole chunks are written, and coarser levels are made of them."""
+"""The arrays of a prediction, written in whole chunks, and their coarser levels."""
 
 import math
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ from cellmap_lightning.prediction.durable import flush
 from cellmap_lightning.prediction.pyramid import Pyramid, Units, coarser, units_within
 from cellmap_lightning.prediction.quantize import StoredValues
 
-#: Of the compressor. At 5, probabilities of membranes take 5 % less room and six times as long: 32 MB/s on a core.
-EFFORT = 2
+#: Level of zstd. At 5, probabilities of membranes take 5 % less space and six times as long: 32 MB/s per core.
+ZSTD_LEVEL = 2
 
 
 class OutputLevels:
-    """The arrays ``<path>/<class>/s0..`` of a prediction.
+    """The arrays ``<path>/<class>/s0..`` of a prediction; see docs/prediction.md.
 
     Args:
         path: folder of the output.
         grid: the voxels, in blocks.
-        values: how voxels are stored.
+        values: the conversion to stored values.
         chunks: voxels of a chunk.
-        shards: voxels of a shard, for Zarr v3; None for none.
+        shards: voxels of a shard, for Zarr v3; None without shards.
         zarr_format: 2 or 3.
         pyramid: the levels.
     """
@@ -54,8 +54,8 @@ class OutputLevels:
         self._coarser = downsample_mode if values.kind == "labels" else downsample_mean
 
     def create(self, name: str, level: int, attributes: dict[str, Any] | None) -> None:
-        """Create the array of a level, with attributes of its own."""
-        codec = codec_of("zstd", self.zarr_format, EFFORT)
+        """Create the array of a level, with attributes."""
+        codec = codec_of("zstd", self.zarr_format, ZSTD_LEVEL)
         if self.zarr_format == 3:
             codec = [codec, zarr.codecs.Crc32cCodec()]
         create_level(
@@ -64,36 +64,39 @@ class OutputLevels:
         )  # fmt: skip
 
     def array(self, name: str, level: int = 0) -> zarr.Array[Any]:
-        """Return a level of a class."""
+        """Return the array of a level of a class."""
         if (name, level) not in self._arrays:
             path = str(self.path / name / f"s{level}")
             self._arrays[name, level] = zarr.open_array(path, mode="r+", zarr_format=self.zarr_format)
         return self._arrays[name, level]
 
     def _files(self, name: str, level: int) -> PlainChunks:
-        """The chunks of a level in Zarr v2."""
+        """Return the chunk files of a level in Zarr v2."""
         return PlainChunks(self.array(name, level), str(self.path / name / f"s{level}"))
 
     def _coarse(self, name: str, level: int, box: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """A box of a level, from the first voxel of a chunk on and of whole voxels of the next level, made coarser."""
+        """Return the downsampled voxels of a box of a level.
+
+        The box begins at the first voxel of a chunk, and consists of whole voxels of the next level.
+        """
         array, step = self.array(name, level), self.pyramid.steps[level]
         if self.zarr_format == 3 or any(c % f for c, f in zip(self.chunks, step, strict=True)):
             return np.asarray(coarser(np.asarray(array[box]), self._coarser, step))
-        # Chunk by chunk: each stays in the processor's cache from its decoding on.
+        # Chunk by chunk, so that each is downsampled while it is in the processor's cache.
         files = self._files(name, level)
         encoded = Encoded(files.codec.codec_id, math.prod(self.chunks) * self.values.dtype.itemsize)
-        found = np.empty([(p.stop - p.start) // f for p, f in zip(box, step, strict=True)], self.values.dtype)
+        coarse = np.empty([(p.stop - p.start) // f for p, f in zip(box, step, strict=True)], self.values.dtype)
         along = [range(p.start, p.stop, c) for p, c in zip(box, self.chunks, strict=True)]
         for start in product(*along):
             chunk = tuple(slice(a, min(a + c, n)) for a, c, n in zip(start, self.chunks, array.shape, strict=True))
             voxels = files.read(chunk, encoded)
-            if voxels is None:  # nothing but the fill value, or something that zarr-python says
+            if voxels is None:  # only the fill value, or an error that zarr-python reports
                 voxels = np.asarray(array[chunk])
             inside = voxels[tuple(slice(0, p.stop - a) for a, p in zip(start, box, strict=True))]
-            here = tuple(slice((a - p.start) // f, None) for a, p, f in zip(start, box, step, strict=True))
-            target = found[here][tuple(slice(0, n // f) for n, f in zip(inside.shape, step, strict=True))]
+            first = tuple(slice((a - p.start) // f, None) for a, p, f in zip(start, box, step, strict=True))
+            target = coarse[first][tuple(slice(0, n // f) for n, f in zip(inside.shape, step, strict=True))]
             target[...] = coarser(inside, self._coarser, step)
-        return found
+        return coarse
 
     def _put(self, name: str, level: int, units: Units, origin: Sequence[int], data: npt.NDArray[Any]) -> list[str]:
         """Write whole chunks (or shards) of a level, and return their files.
@@ -101,9 +104,9 @@ class OutputLevels:
         Args:
             name: the class.
             level: the level.
-            units: which.
-            origin: the first voxel of ``data``.
-            data: what they are made of, and perhaps more.
+            units: indices of the chunks (or shards).
+            origin: first voxel of ``data``.
+            data: voxels that contain those of the chunks.
         """
         unit = self.shards or self.chunks
         boxes = [
@@ -125,12 +128,12 @@ class OutputLevels:
         return [f"{root}/c/{z}/{y}/{x}" for z, y, x in product(*(range(p.start, p.stop) for p in units))]
 
     def put_block(self, name: str, number: int, data: npt.NDArray[Any]) -> list[str]:
-        """Write a block of a class, and what of the pyramid it makes by itself; return the files."""
+        """Write a block of a class, and the coarser chunks that it determines; return the files."""
         start, _ = self.grid[number]
         files: list[str] = []
         for level in range(self.pyramid.levels):
             units = units_within(self.grid, number, self.pyramid.factors(level), self.shards or self.chunks)
-            if units is None:  # then there are none in coarser levels either
+            if units is None:  # nor are there any in coarser levels
                 break
             if level:
                 data = coarser(data, self._coarser, self.pyramid.steps[level - 1])
@@ -139,7 +142,7 @@ class OutputLevels:
         return files
 
     def make(self, level: int, name: str, index: Shape) -> None:
-        """Make a chunk (or shard) of a level from the level before, and flush it to the disk."""
+        """Compute a chunk (or shard) of a level from the finer level, and flush it to the disk."""
         unit = self.shards or self.chunks
         start = [i * u for i, u in zip(index, unit, strict=True)]
         stop = [min(a + u, n) for a, u, n in zip(start, unit, self.pyramid.level_shape(level), strict=True)]

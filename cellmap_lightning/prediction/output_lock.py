@@ -1,11 +1,11 @@
 """An exclusive lock on an output: one job writes to it at a time, on any machine that sees its file system.
 
-The lock is a file in the output, `FILE`, which holds a token and names the owner. Two mechanisms, since neither is
-enough alone:
+The lock is a file in the output, `FILE`, which contains a token and the owner. It combines two mechanisms, since
+neither is enough alone:
 
-- a lock of the operating system on the file, which ends with its process, however that ends;
+- a lock of the operating system on the file, which ends with its process, also after a crash;
 - a heartbeat, the file's modification time, for file systems that do not share such locks between machines: a file of
-  another machine counts as owned while its time moves, and is taken over where it does not.
+  another machine is owned while its time advances, and otherwise stale and taken over.
 """
 
 import contextlib
@@ -32,35 +32,38 @@ if sys.platform != "win32":
 log = logging.getLogger(__name__)
 
 FILE = ".cellmap-lock"
-#: Seconds between two heartbeats, and without any after which the owner on another machine counts as dead: longer than
-#: NFS caches attributes.
+#: Seconds between heartbeats, and seconds without any after which an owner on another machine is dead: longer than NFS
+#: caches attributes.
 HEARTBEAT, DEAD = 10.0, 75.0
 _BUSY = (errno.EACCES, errno.EAGAIN)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_MOST_BYTES = 4096
-
-#: Files that this process has locked, with their descriptors once they are open.
-_held: dict[str, int] = {}
-_guard = threading.Lock()
+_MAX_BYTES = 4096
 
 
-def _after_fork() -> None:
-    """Close the files in a forked child, which would otherwise keep them locked after the end of its parent."""
-    global _guard
-    _guard = threading.Lock()
-    for fd in _held.values():
-        if fd >= 0:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-    _held.clear()
+class _LockedFiles:
+    """The files that this process has locked, with their descriptors; -1 until they are open."""
+
+    def __init__(self) -> None:
+        self.guard = threading.Lock()
+        self.descriptors: dict[str, int] = {}
+
+    def after_fork(self) -> None:
+        """Close the files in a forked child, which would otherwise stay locked after the end of its parent."""
+        self.guard = threading.Lock()  # another thread may have held the old one during the fork
+        for fd in self.descriptors.values():
+            if fd >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        self.descriptors.clear()
 
 
+_locked = _LockedFiles()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=_locked.after_fork)
 
 
 def _boot() -> str:
-    """Return what names the running kernel, whose locks all of its processes see; empty where it is not known."""
+    """Return the identity of the running kernel, whose processes share their locks; empty if it is unknown."""
     try:
         return boot()
     except OSError:
@@ -68,7 +71,7 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """Return when a process was started, in ticks since the boot; None where there is no such process."""
+    """Return the start time of a process, in ticks since the boot; None if it does not run."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -76,10 +79,10 @@ def _started(pid: int) -> int | None:
 
 
 class OutputLock:
-    """The lock of one output.
+    """The lock of one output; see docs/prediction.md.
 
     Args:
-        output: the folder of the output, which exists when the lock is acquired.
+        output: the folder of the output, which must exist when the lock is acquired.
     """
 
     def __init__(self, output: Path) -> None:
@@ -90,23 +93,25 @@ class OutputLock:
         self._end: weakref.finalize[Any, Any] | None = None
 
     def acquire(self) -> str:
-        """Acquire the lock, and return its new token. Where it is held already, return its token.
+        """Acquire the lock, and return its new token; return the current token if the lock is held already.
 
         Raises:
-            CellMapFileExistsError: another job has it; the message names the owner.
+            CellMapFileExistsError: another job holds it; the message names the owner.
         """
         if self.token is not None and self._pid == os.getpid():
             return self.token
         self._pid = os.getpid()
         self._key = str(self.path.resolve())
-        with _guard:
-            if self._key in _held:
-                raise CellMapFileExistsError(f"{self.path.parent}: this process already writes there")
-            _held[self._key] = -1
+        with _locked.guard:
+            if self._key in _locked.descriptors:
+                raise CellMapFileExistsError(
+                    f"{self.path.parent}: this process already writes there; choose another output"
+                )
+            _locked.descriptors[self._key] = -1
         try:
             self._fd = self._open()
-            with _guard:
-                _held[self._key] = self._fd
+            with _locked.guard:
+                _locked.descriptors[self._key] = self._fd
             self.token = self._sign()
         except BaseException:
             _close(self._fd, self._key)
@@ -119,13 +124,13 @@ class OutputLock:
         return self.token
 
     def _open(self) -> int:
-        """Open and lock the file, and wait for a dead owner on another machine to be known as such."""
+        """Open and lock the file; wait until an owner on another machine proves to be alive or dead."""
         while True:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             try:
                 locked = _lock(fd)
-                there = self._stat()
-                if there is None or there.st_ino != os.fstat(fd).st_ino:  # its owner has just removed it
+                status = self._stat()
+                if status is None or status.st_ino != os.fstat(fd).st_ino:  # a race: its owner has just removed it
                     os.close(fd)
                     continue
                 owner = _read(fd)
@@ -141,19 +146,19 @@ class OutputLock:
                 raise
 
     def _alive(self, fd: int, owner: dict[str, Any] | None, locked: bool) -> bool:
-        """Return whether the owner that a file names still runs, as far as locks of the system do not say."""
+        """Return True if the owner in a file still runs, by other evidence than locks of the system."""
         if owner is None:
             return False
-        if owner.get("boot") == _boot():
+        if owner.get("boot") == _boot():  # on this machine; a process with the same number may be another one
             pid = owner.get("pid")
             return not locked and isinstance(pid, int) and _started(pid) == owner.get("started")
-        log.info("%s: waiting %.0f s to see whether its owner lives (%s)", self.path.parent, DEAD, _described(owner))
+        log.info("%s: waiting %.0f s for a heartbeat of its owner (%s)", self.path.parent, DEAD, _described(owner))
         before, end = os.fstat(fd).st_mtime_ns, time.monotonic() + DEAD
         while time.monotonic() < end:
             time.sleep(min(1.0, DEAD / 10))
-            there = self._stat()
-            if there is None or there.st_mtime_ns != before:
-                return there is not None
+            status = self._stat()
+            if status is None or status.st_mtime_ns != before:
+                return status is not None
         return False
 
     def _stat(self) -> os.stat_result | None:
@@ -175,35 +180,35 @@ class OutputLock:
         return token
 
     def check(self) -> None:
-        """Check that the output still belongs to this job. Where the lock is not held, nothing is checked.
+        """Check that the output still belongs to this job. Do nothing if the lock is not held.
 
         Raises:
             OutputError: the output was removed, or another job has taken it over.
         """
         if self.token is None or self._pid != os.getpid():
             return
-        there, owner = self._stat(), _read(self._fd)
-        if there is None:
+        status, owner = self._stat(), _read(self._fd)
+        if status is None:
             raise OutputError(f"{self.path.parent} was removed, or its lock {FILE}, while this job writes to it")
-        if there.st_ino != os.fstat(self._fd).st_ino or owner is None or owner.get("token") != self.token:
-            with contextlib.suppress(OSError):
-                owner = read_owner(self.path.parent) if there.st_ino != os.fstat(self._fd).st_ino else owner
+        replaced = status.st_ino != os.fstat(self._fd).st_ino
+        if replaced or owner is None or owner.get("token") != self.token:
+            owner = read_owner(self.path.parent) if replaced else owner
             raise OutputError(
-                f"{self.path.parent} was taken over by another job ({_described(owner)}); this one stops, and what it "
-                "wrote since is not complete"
+                f"{self.path.parent} was taken over by another job ({_described(owner)}); this job stops, and its last "
+                "block is incomplete"
             )
 
     def release(self) -> None:
-        """Give the lock up, and remove its file if it is still that of this job."""
+        """Release the lock, and remove its file if it still belongs to this job."""
         if self.token is None:
             return
-        if self._pid != os.getpid():  # that of the parent
+        if self._pid != os.getpid():  # it belongs to the parent
             self.token, self._fd = None, -1
             return
         with contextlib.suppress(OSError):
-            there, owner = self._stat(), _read(self._fd)
-            mine = owner is not None and owner.get("token") == self.token
-            if mine and there is not None and there.st_ino == os.fstat(self._fd).st_ino:
+            status, owner = self._stat(), _read(self._fd)
+            owned = owner is not None and owner.get("token") == self.token
+            if owned and status is not None and status.st_ino == os.fstat(self._fd).st_ino:
                 self.path.unlink()
         self.token, self._fd = None, -1
         if self._end is not None:
@@ -211,14 +216,14 @@ class OutputLock:
 
 
 def _beat(stop: threading.Event, fd: int) -> None:
-    """Renew the time of the file until told to stop."""
+    """Update the modification time of the file until ``stop`` is set."""
     while not stop.wait(HEARTBEAT):
         with contextlib.suppress(OSError):
             os.utime(fd)
 
 
 def _end(pid: int, stop: threading.Event, thread: threading.Thread, fd: int, key: str) -> None:
-    """End the heartbeat and close the file; also for a lock that was dropped without `release`."""
+    """End the heartbeat and close the file, also of a lock that was dropped without `release`."""
     if pid != os.getpid():  # a copy in a forked child, whose descriptors are closed
         return
     stop.set()
@@ -230,18 +235,18 @@ def _end(pid: int, stop: threading.Event, thread: threading.Thread, fd: int, key
 def _close(fd: int, key: str) -> None:
     if fd >= 0:
         os.close(fd)
-    with _guard:
-        _held.pop(key, None)
+    with _locked.guard:
+        _locked.descriptors.pop(key, None)
 
 
 def _lock(fd: int) -> bool | None:
-    """Lock a file; return False where another job has locked it, and None where the system has no such locks."""
+    """Lock a file; return False if another job has locked it, and None if the system does not support locks."""
     if sys.platform == "win32":
         return None
     try:
         if hasattr(fcntl, "F_OFD_SETLK"):
-            # A lock of this descriptor. One of the process would be lost when any other descriptor of the file, such as
-            # that of a program that copies the output, is closed in it.
+            # A lock of the descriptor. A lock of the process would be lost when any other descriptor of the file is
+            # closed in it, such as that of code that copies the output.
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
         else:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -255,24 +260,24 @@ def _lock(fd: int) -> bool | None:
 
 
 def _read(fd: int) -> dict[str, Any] | None:
-    """Return what the file says of its owner; None where it is empty or damaged."""
+    """Return the owner in a lock file; None if it is empty or damaged."""
     try:
-        found = json.loads(os.pread(fd, _MOST_BYTES, 0))
+        owner = json.loads(os.pread(fd, _MAX_BYTES, 0))
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return owner if isinstance(owner, dict) else None
 
 
 def read_owner(output: Path) -> dict[str, Any] | None:
-    """Return what the lock file of an output says of its owner; None where there is none."""
+    """Return the owner in the lock file of an output; None if there is no such file, or it is damaged."""
     try:
-        found = json.loads((output / FILE).read_bytes()[:_MOST_BYTES])
+        owner = json.loads((output / FILE).read_bytes()[:_MAX_BYTES])
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return owner if isinstance(owner, dict) else None
 
 
 def _described(owner: dict[str, Any] | None) -> str:
     if owner is None:
-        return "its lock does not name it"
+        return "owner unknown"
     return f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"

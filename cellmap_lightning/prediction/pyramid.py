@@ -1,4 +1,4 @@
-"""Coarser levels of a volume that is written block by block: their voxels, and what of them follows from one block."""
+"""The coarser levels of a volume that is written block by block, and their chunks that a single block determines."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, Shape, Vector
 from cellmap_lightning.prediction.blocks import BlockGrid
 
 Units = tuple[slice, slice, slice]
-#: Voxels that are made coarser at a time: what they are made of stays in the processor's cache.
+#: Voxels that are downsampled at a time, so that they fit the processor's cache.
 _VOXELS = 1 << 18
 #: A pyramid ends before its longest axis has fewer voxels than this.
 LEAST_LENGTH = 32
@@ -20,11 +20,11 @@ LEAST_LENGTH = 32
 
 @dataclass(frozen=True)
 class Pyramid:
-    """The levels of a volume.
+    """The levels of a volume; see docs/prediction.md.
 
     Attributes:
         shape: voxels of level 0.
-        steps: for each level but the last, how many of its voxels make one of the next, along each axis.
+        steps: for each level except the last, the downsampling factors to the next, along each axis.
     """
 
     shape: Shape
@@ -32,16 +32,16 @@ class Pyramid:
 
     @property
     def levels(self) -> int:
-        """Number of levels, level 0 included."""
+        """The number of levels, including level 0."""
         return 1 + len(self.steps)
 
     def factors(self, level: int) -> Shape:
-        """Voxels of level 0 that make one of a level, along each axis."""
+        """Return the downsampling factors from level 0 to a level."""
         z, y, x = (math.prod(along) for along in zip((1, 1, 1), *self.steps[:level], strict=True))
         return z, y, x
 
     def level_shape(self, level: int) -> Shape:
-        """Voxels of a level. Planes at the end that are too few for one of its voxels are dropped."""
+        """Return the voxels of a level. Remaining planes at the end that do not fill one of its voxels are dropped."""
         z, y, x = (n // f for n, f in zip(self.shape, self.factors(level), strict=True))
         return z, y, x
 
@@ -49,7 +49,7 @@ class Pyramid:
 def plan_pyramid(
     shape: Shape, voxel_size: Sequence[float], levels: int | None = None, raw: Sequence[Sequence[float]] = ()
 ) -> Pyramid:
-    """Choose the levels of a prediction.
+    """Return the levels of a prediction.
 
     They have the voxel sizes of raw's own coarser levels, as long as these are whole multiples of those of the level
     before. After those, each level halves the axes along which voxels are less than twice as long as along the finest
@@ -84,9 +84,10 @@ def plan_pyramid(
 def _steps(shape: Shape, voxel_size: Vector, raw: Sequence[Sequence[float]]) -> Iterator[Shape]:
     """Yield the steps from one level to the next, until no axis can be divided."""
     counts, size = list(shape), np.array(voxel_size)
-    wanted = iter(raw)
+    raw_sizes = iter(raw)
     while True:
-        coarser_size = next(wanted, None)
+        coarser_size = next(raw_sizes, None)
+        # Levels of raw whose voxel size is no multiple of the last one are skipped.
         along = _halved(counts, size) if coarser_size is None else _multiples(np.array(coarser_size) / size)
         z, y, x = (f if n >= f else 1 for n, f in zip(counts, along, strict=True))
         if (z, y, x) != (1, 1, 1):
@@ -98,7 +99,7 @@ def _steps(shape: Shape, voxel_size: Vector, raw: Sequence[Sequence[float]]) -> 
 
 
 def _multiples(ratios: npt.NDArray[np.float64]) -> list[int]:
-    """Round ratios of voxel sizes that are whole numbers; 1 along all axes where they are not."""
+    """Return ratios of voxel sizes, rounded; 1 along all axes if they are not whole numbers."""
     whole = np.rint(ratios)
     if (whole < 1).any() or (np.abs(ratios - whole) > SCALE_TOLERANCE).any():
         return [1, 1, 1]
@@ -112,29 +113,30 @@ def _halved(counts: Sequence[int], size: npt.NDArray[np.float64]) -> list[int]:
 
 
 def units_within(grid: BlockGrid, number: int, factors: Shape, unit: Shape) -> Units | None:
-    """The chunks of a level that are made of the voxels of one block, by their indices; None where there are none.
+    """Return the indices of the chunks of a level that a single block determines; None if there are no such chunks.
 
     Args:
         grid: the blocks.
-        number: the block.
-        factors: how many voxels of the block make one of the level, along each axis; 1 for the block itself.
+        number: number of the block.
+        factors: downsampling factors from the block to the level, along each axis.
         unit: voxels of a chunk or shard, the same at every level.
     """
-    found = []
+    units = []
     for start, length, whole, factor, size in zip(*grid[number], grid.shape, factors, unit, strict=True):
-        if start % factor:
+        if start % factor:  # the first voxel of the level needs voxels of another block
             return None
-        first, end = -(-(start // factor) // size), (start + length) // factor
-        last = -(-end // size) if start + length == whole else end // size
+        first, end = math.ceil(start // factor / size), (start + length) // factor
+        # The last chunk of the volume may be incomplete.
+        last = math.ceil(end / size) if start + length == whole else end // size
         if first >= last:
             return None
-        found.append(slice(first, last))
-    return found[0], found[1], found[2]
+        units.append(slice(first, last))
+    return units[0], units[1], units[2]
 
 
 def units_left(grid: BlockGrid, factors: Shape, unit: Shape) -> list[Shape]:
-    """The chunks of a level that no block makes, by their indices: those that are made of several."""
-    shape = [-(-(n // factor) // size) for n, factor, size in zip(grid.shape, factors, unit, strict=True)]
+    """Return the indices of the chunks of a level that several blocks determine."""
+    shape = [math.ceil(n // factor / size) for n, factor, size in zip(grid.shape, factors, unit, strict=True)]
     left = np.ones(shape, bool)
     for number in range(len(grid)):
         units = units_within(grid, number, factors, unit)
@@ -146,12 +148,12 @@ def units_left(grid: BlockGrid, factors: Shape, unit: Shape) -> list[Shape]:
 def coarser(
     data: npt.NDArray[np.generic], mean: Callable[..., npt.NDArray[np.generic]], step: Shape = (2, 2, 2)
 ) -> npt.NDArray[np.generic]:
-    """The next level of some voxels, a few planes after the other.
+    """Return the next level of some voxels, computed a few planes at a time.
 
     Args:
         data: voxels ``[z, y, x]``.
-        mean: what makes one voxel of several, such as `downsample_mean`.
-        step: how many of them make one, along each axis.
+        mean: the downsampling function, such as `downsample_mean`.
+        step: downsampling factors, along each axis.
     """
     z, y, x = (n // f for n, f in zip(data.shape, step, strict=True))
     out = np.empty((z, y, x), data.dtype)

@@ -1,4 +1,4 @@
-"""What the numbers of a model become in the array that is written."""
+"""The conversion of model outputs to stored values."""
 
 import math
 from typing import Any, Literal, get_args
@@ -7,36 +7,36 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.validation import one_of
 
 Floats = npt.NDArray[np.float32]
 
-#: How values are stored: probabilities as ``round(255 p)``, as they are, or as labels 0 and 1.
+#: Type of stored values: probabilities as ``round(255 p)``, unchanged values, or labels 0 and 1.
 OutputType = Literal["uint8", "float16", "float32", "labels"]
-#: By how much a probability may miss [0, 1]: the noise of half precision.
+#: Tolerated excess of a probability over [0, 1]: the noise of half precision.
 _TOLERANCE = 2e-3
 _BITS_OF_255 = int(np.float32(255).view(np.uint32))
-#: Voxels that are worked on at a time: with what is made of them they stay in the processor's cache.
+#: Voxels that are processed at a time: with their intermediate results they fit the processor's cache.
 PUT_VOXELS = 1 << 17
 
 
 class StoredValues:
-    """How the values of an output are stored, and which of them count as foreground.
+    """The storage type of an output, and the threshold of foreground; see docs/prediction.md.
 
     Args:
         kind: see `OutputType`.
-        threshold: from which value a voxel is 1 with ``labels``, and counted as foreground.
+        threshold: smallest value of foreground, which is 1 with ``labels``.
 
     Attributes:
         dtype: type of a stored voxel.
-        least: the least stored value of a voxel that reaches the threshold, where what is stored tells that.
+        least: smallest stored value of foreground; None if stored values do not determine foreground.
 
     Raises:
-        CellMapValueError: another kind.
+        CellMapValueError: the kind is unknown.
     """
 
     def __init__(self, kind: OutputType = "uint8", threshold: float = 0.5) -> None:
-        if kind not in get_args(OutputType):
-            raise CellMapValueError(f"dtype is one of {', '.join(get_args(OutputType))}, got {kind!r}")
+        one_of("dtype", kind, get_args(OutputType))
         self.kind, self.threshold = kind, threshold
         self.dtype: np.dtype[Any] = np.dtype(np.uint8 if kind == "labels" else kind)
         self.least: float | None = {"labels": 1, "float32": threshold, "float16": None}.get(kind)
@@ -45,15 +45,15 @@ class StoredValues:
         self._scaled: Floats = np.empty(0, np.float32)
 
     def store(self, values: Floats, out: npt.NDArray[Any], where: str) -> None:
-        """Put values where they are stored. One thread at a time.
+        """Convert values, and write them to an array. Not thread-safe.
 
         Args:
-            values: what the model gave, ``[C, z, y, x]``.
-            out: of `dtype`, the same shape, any strides.
-            where: of what, for an error.
+            values: output of the model, ``[C, z, y, x]``.
+            out: array of `dtype` and of the same shape, with any strides.
+            where: name of the block, for messages.
 
         Raises:
-            CellMapValueError: values that are no numbers, or no probabilities where these are stored.
+            CellMapValueError: values are NaN or no probabilities, and the type stores probabilities.
         """
         planes = max(1, PUT_VOXELS // math.prod(values.shape[2:]))
         put = {"uint8": self._put_scaled, "labels": self._put_labels}.get(self.kind, self._put_floats)
@@ -62,11 +62,11 @@ class StoredValues:
                 put(channel[z : z + planes], stored[z : z + planes], where)
 
     def reached(self, stored: npt.NDArray[Any], values: Floats | None = None) -> list[int]:
-        """How many voxels of each channel reach the threshold.
+        """Return the number of voxels of each channel that reach the threshold.
 
         Args:
-            stored: as they are stored, ``[C, z, y, x]``.
-            values: what the model gave; needed where what is stored does not tell, see `least`.
+            stored: stored values, ``[C, z, y, x]``.
+            values: output of the model; needed if `least` is None.
         """
         if self.least is not None:
             channels, least = stored, self.least
@@ -91,7 +91,8 @@ class StoredValues:
         scaled = self._scaled[: values.size].reshape(values.shape)
         with np.errstate(over="ignore"):
             np.multiply(values, np.float32(255), out=scaled)
-        # The bits of a float of at least 0 keep its order as a number; those of any other, and of NaN, are beyond them.
+        # The bits of non-negative floats are ordered as the numbers; those of negative floats and of NaN are larger. So
+        # one comparison of integers finds values outside [0, 255].
         if scaled.view(np.uint32).max() > _BITS_OF_255:
             _check(float(values.min()), float(values.max()), self.kind, where)
             np.clip(scaled, 0, 255, out=scaled)
@@ -99,21 +100,21 @@ class StoredValues:
 
 
 def _check(low: float, high: float, kind: str, where: str) -> None:
-    """Raise where values that end at ``low`` and ``high`` are no probabilities."""
+    """Raise an error if values with minimum ``low`` and maximum ``high`` are no probabilities."""
     if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
-        found = "NaN" if math.isnan(low + high) else f"values from {low:.4g} to {high:.4g}"
+        values = "NaN" if math.isnan(low + high) else f"values from {low:.4g} to {high:.4g}"
         raise CellMapValueError(
-            f"{where}: the model gave {found}, and dtype={kind} stores probabilities from 0 to 1; "
-            "activation='sigmoid' (or 'softmax') makes them of logits, dtype='float32' stores any number"
+            f"{where}: the model returned {values}, and dtype={kind} stores probabilities from 0 to 1; "
+            "activation='sigmoid' (or 'softmax') converts logits, dtype='float32' stores any number"
         )
 
 
 def _least_stored(threshold: float) -> int | None:
-    """The least ``round(255 p)`` of a probability that reaches a threshold, if none that does not is stored as that.
+    """Return the smallest ``round(255 p)`` of probabilities that reach a threshold; None if others are stored so too.
 
-    Rounding keeps the order, so it is enough to look at the two numbers on either side of the threshold.
+    Rounding is monotonic, so it is enough to compare the two numbers on either side of the threshold.
     """
-    reaches = np.float32(threshold)  # as numpy compares float32 with it
+    reaches = np.float32(threshold)  # float32, as numpy converts it to compare
     around = np.array([np.nextafter(reaches, np.float32(-np.inf)), reaches])
     below, least = np.rint(around * np.float32(255)).tolist()
     return int(least) if below < least and below >= 0 and least <= 255 else None

@@ -1,4 +1,4 @@
-"""Which blocks of a prediction need not be computed."""
+"""Detection of blocks without anything to predict."""
 
 from collections.abc import Sequence
 from itertools import pairwise, product
@@ -11,30 +11,30 @@ from cellmap_lightning.io.ngff import read_multiscale
 
 
 class Skipping:
-    """Says of a physical box whether there is anything to predict in it.
+    """A predicate that is True for physical boxes without anything to predict.
 
-    There is nothing where the mask has no voxel above 0 in the box, or where all of raw's voxels in it have one value,
-    as what lies around the imaged volume has.
+    These are boxes in which the mask has no voxel above 0, or in which all voxels of raw have one value, as around the
+    imaged volume. See docs/prediction.md.
 
     Args:
         mask: a multiscale group, read at the coarsest level that is not coarser than the output; None for no mask.
         scale: voxel size of the output, nm.
-        raw: the volume that is predicted; None to look at the mask alone.
+        raw: the volume to predict; None to use the mask alone.
 
     Raises:
-        CellMapFileNotFoundError: there is no such mask.
+        CellMapFileNotFoundError: the mask does not exist.
     """
 
     def __init__(self, mask: str | None, scale: Sequence[float], raw: StoredImage | None) -> None:
         self.raw = raw
-        #: Reads the mask, where there is one.
+        #: Reader of the mask.
         self.mask: ChunkReader | None = None
         if mask is not None:
             self.mask = ChunkReader(choose_level(read_multiscale(mask), scale, "mask"), "mask")
         self._known: dict[Box, bool] = {}
 
     def __call__(self, box: Box) -> bool:
-        """Whether the box is skipped: the same answer each time, found once."""
+        """Return True if the box is skipped; computed once per box, so that all callers agree."""
         if box not in self._known:
             self._known[box] = self._masked(box) or self._empty(box)
         return self._known[box]
@@ -42,21 +42,22 @@ class Skipping:
     def _masked(self, box: Box) -> bool:
         if self.mask is None:
             return False
-        found = stored_box(self.mask.level.lattice, box, 0)
-        if found is None:
+        stored = stored_box(self.mask.level.lattice, box, 0)
+        if stored is None:
             return True
-        parts = _parts(*found, chunk_shape([self.mask]))
-        return not any((self.mask.read(*where) > 0).any() for where in parts)
+        parts = _parts(*stored, chunk_shape([self.mask]))
+        return not any((self.mask.read(*part) > 0).any() for part in parts)
 
     def _empty(self, box: Box) -> bool:
         if self.raw is None:
             return False
-        found = stored_box(self.raw.lattice, box, 0)
-        if found is None:
+        stored = stored_box(self.raw.lattice, box, 0)
+        if stored is None:
             return True
         value = None
-        for where in _parts(*found, self.raw.region.chunks):
-            voxels = self.raw.region.read(*where)
+        # Chunk by chunk: in most blocks the first one has several values.
+        for part in _parts(*stored, self.raw.region.chunks):
+            voxels = self.raw.region.read(*part)
             if value is None:
                 value = voxels.flat[0]
             if (voxels != value).any():
@@ -67,7 +68,7 @@ class Skipping:
 def _parts(
     start: tuple[int, int, int], shape: tuple[int, int, int], chunks: tuple[int, int, int]
 ) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
-    """A box in the parts that lie in one chunk each."""
+    """Return start and shape of the parts of a box that lie in one chunk each."""
     axes = []
     for first, count, chunk in zip(start, shape, chunks, strict=True):
         cuts = [first, *range((first // chunk + 1) * chunk, first + count, chunk), first + count]

@@ -107,7 +107,7 @@ def test_other_classes_are_refused_before_torch_compares_sizes(volume, saved, tm
         ({"input_arrays": {**INPUTS, "wide": COARSE["raw"]}}, r"got \['raw', 'wide'\]"),
         (
             {"input_arrays": {"raw": COARSE["raw"]}, "target_arrays": {"labels": COARSE["labels"]}},
-            r"input 'raw': trained at voxels of \[10.48, 8, 8\] nm, got \[20.96, 16, 16\] nm",
+            r"input 'raw': trained with a voxel size of \[10.48, 8, 8\] nm, got \[20.96, 16, 16\] nm",
         ),
         ({"normalize": "zscore"}, "trained with normalize=dtype invert=False, got normalize=zscore invert=False"),
         ({"normalize": {"range": [0, 200]}}, r"got normalize={range: \[0, 200\]} invert=False"),
@@ -119,7 +119,7 @@ def test_other_classes_are_refused_before_torch_compares_sizes(volume, saved, tm
 )
 def test_other_inputs_and_values_are_refused(volume, saved, tmp_path, caplog, kwargs, text):
     for how in ("fit", "validate"):
-        if how != "fit" and "voxels" in text:
+        if how != "fit" and "voxel size" in text:
             continue
         with pytest.raises(CellMapError, match=text):
             use(how, volume, saved / "foreign.ckpt", tmp_path, **kwargs)
@@ -128,12 +128,12 @@ def test_other_inputs_and_values_are_refused(volume, saved, tmp_path, caplog, kw
 def test_another_voxel_size_is_a_warning_where_nothing_is_trained(volume, saved, tmp_path, caplog):
     arrays = {"input_arrays": {"raw": COARSE["raw"]}, "target_arrays": {"labels": COARSE["labels"]}}
     use("validate", volume, saved / "task.ckpt", tmp_path, **arrays)
-    found = [r.getMessage() for r in caplog.records if "trained at voxels of" in r.getMessage()]
+    found = [r.getMessage() for r in caplog.records if "trained with a voxel size of" in r.getMessage()]
     assert [text.partition(": ")[2].partition(":")[0] for text in found] == ["input 'raw'", "target 'labels'"]
 
 
-def test_a_volume_with_a_rule_of_its_own_keeps_it(volume, tmp_path):
-    """What an entry says counts, not what the module says for the others."""
+def test_volume_with_an_own_rule_keeps_it(volume, tmp_path):
+    """The rule of an entry has precedence over that of the module."""
     gt = f"{volume.path}/recon-1/labels/groundtruth/crop2/[mito,er,pm]"
     own = {"raw": volume.raw_path, "gt": gt, "normalize": {"range": [0, 100]}, "invert": True}
     with module(volume, datasets={"train": [own]}) as data:
@@ -152,7 +152,7 @@ def test_a_volume_with_a_rule_of_its_own_keeps_it(volume, tmp_path):
         use("fit", volume, tmp_path / "task.ckpt", tmp_path, datasets={"train": [other]})
 
 
-def test_what_may_change_does(volume, saved, tmp_path):
+def test_changeable_settings_may_differ(volume, saved, tmp_path):
     """Batch size, crops, seed, patch and validation have nothing to do with what weights mean."""
     gt = f"{volume.path}/recon-1/labels/groundtruth/crop4/[mito,er,pm]"
     patch = {"shape": [8, 16, 16], "scale": [10.48, 8, 8]}
@@ -182,7 +182,7 @@ def test_checkpoints_of_earlier_versions_are_loaded(volume, saved, tmp_path):
     use("validate", volume, tmp_path / "task.ckpt", tmp_path)
 
 
-def test_other_weights_are_refused_in_words(volume, saved, tmp_path):
+def test_mismatched_weights_are_explained(volume, saved, tmp_path):
     """Also where no classes are recorded, as with the data of another package."""
     model = SegmentationTask(nn.Conv3d(1, 3, 5, padding=2), CLASSES)
     text = r"the weights do not fit the model.*network.weight is \[3, 1, 3, 3, 3\], and \[3, 1, 5, 5, 5\] in the model"
@@ -244,7 +244,11 @@ def test_a_command_names_the_right_order(volume, trained, tmp_path, name):
         ("predict", "writer.classes=[er,mito]", "are those of the data in another order"),
         ("resume", "data.classes=[mito]", "or init_from=... begins a training of other classes"),
         ("resume", "data.classes=[mito,er,pm]", "trained with data.classes=[mito,er]"),
-        ("resume", "patch.scale=[20.96,16,16]", "trained at voxels of [10.48, 8, 8] nm, got [20.96, 16, 16] nm"),
+        (
+            "resume",
+            "patch.scale=[20.96,16,16]",
+            "trained with a voxel size of [10.48, 8, 8] nm, got [20.96, 16, 16] nm",
+        ),
         ("resume", "data.normalize={percentile: [1, 99]}", "got data.normalize={percentile: [1, 99]}"),
         (
             "resume",
@@ -254,9 +258,7 @@ def test_a_command_names_the_right_order(volume, trained, tmp_path, name):
         ("resume", "model.channels=[4,12]", "the weights do not fit the model, whose classes and network must be"),
     ],
 )
-def test_a_command_refuses_what_the_checkpoint_was_not_trained_with(
-    volume, trained, tmp_path, name, argument, expected
-):
+def test_command_refuses_data_unlike_those_of_the_checkpoint(volume, trained, tmp_path, name, argument, expected):
     code, text = command(volume, tmp_path, name, trained, argument)
     assert code == 1, text
     assert expected in text
@@ -304,7 +306,7 @@ def test_init_from_warns_of_other_values_and_begins_with_other_classes(volume, t
     )  # fmt: skip
     assert code == 0, text
     assert "is initialized: its size depends on the classes" in text
-    assert "input 'raw': trained at voxels of [10.48, 8, 8] nm, got [20.96, 16, 16] nm" in text
+    assert "input 'raw': trained with a voxel size of [10.48, 8, 8] nm, got [20.96, 16, 16] nm" in text
     assert "trained with data.normalize=dtype data.invert=false, got data.normalize=dtype data.invert=true" in text
 
 
@@ -320,7 +322,7 @@ def test_a_volume_is_inverted_on_purpose(volume, trained, tmp_path):
 def test_a_prediction_at_another_voxel_size_warns(volume, trained, tmp_path):
     code, text = command(volume, tmp_path, "predict", trained, "patch.scale=[20.96,16,16]")
     assert code == 0, text
-    assert text.count("trained at voxels of [10.48, 8, 8] nm, got [20.96, 16, 16] nm") == 2  # input and target
+    assert text.count("trained with a voxel size of [10.48, 8, 8] nm, got [20.96, 16, 16] nm") == 2  # input and target
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from tests.commands.test_cli import run_forked, small
 HANDLER = {"_target_": "logging.FileHandler", "filename": "marker"}
 PATH = {"_target_": "pathlib.Path", "_args_": ["marker"]}
 
-#: What a stranger may write into a checkpoint, by the key below which it stands; each makes a file or a folder.
+#: Malicious parts of a configuration, by their keys; each creates a file or a folder.
 ATTACKS = {
     "a class whose constructor executes": ("task", HANDLER),
     "a function": ("task", {"_target_": "os.makedirs", "name": "marker"}),
@@ -97,14 +97,14 @@ def predict(volume, tmp_path, *more):
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.usefixtures("harmful")
-def test_what_a_checkpoint_names_is_not_run(honest, volume, tmp_path, name):
+def test_untrusted_targets_are_not_run(honest, volume, tmp_path, name):
     key, value = ATTACKS[name]
     attacked(honest, tmp_path / "bad.ckpt", key, value)
     torch.load(tmp_path / "bad.ckpt", weights_only=True)  # the file itself is harmless
     code, text = predict(volume, tmp_path)
     assert not (tmp_path / "marker").exists(), text
     assert code == 1
-    assert "Error: ckpt=bad.ckpt: the configuration in the checkpoint asks for what could run any code" in text
+    assert "Error: ckpt=bad.ckpt: the configuration in the checkpoint could run any code" in text
     assert "trust_checkpoint=true" in text
     assert f"  {key}" in text, "the key is named"
     assert "Traceback" not in text
@@ -112,7 +112,7 @@ def test_what_a_checkpoint_names_is_not_run(honest, volume, tmp_path, name):
 
 
 @pytest.mark.usefixtures("harmful")
-def test_what_the_user_trusts_is_run(honest, volume, tmp_path):
+def test_trusted_targets_are_run(honest, volume, tmp_path):
     attacked(honest, tmp_path / "bad.ckpt", "model", {"_target_": "harmful.Network"})
     for more in (["trust=[other.package]"], ["trust=[harmfu]"], ["trust=[harmful.Networks]"]):
         code, text = predict(volume, tmp_path, *more)
@@ -134,7 +134,7 @@ def test_what_the_user_trusts_is_run(honest, volume, tmp_path):
         ("trust=[a b]", "trust must be a list of modules or classes"),
     ],
 )
-def test_settings_that_are_none(honest, volume, tmp_path, more, match):
+def test_invalid_trust_settings(honest, volume, tmp_path, more, match):
     attacked(honest, tmp_path / "bad.ckpt", "model", None)
     code, text = predict(volume, tmp_path, more)
     assert (code, match in text) == (1, True), text
@@ -143,19 +143,19 @@ def test_settings_that_are_none(honest, volume, tmp_path, more, match):
 @pytest.mark.parametrize("how", ["init_from", "resume"])
 @pytest.mark.parametrize("name", ["a class whose constructor executes", "arguments of the data", "an import"])
 @pytest.mark.usefixtures("harmful")
-def test_training_runs_nothing_that_a_checkpoint_names(honest, volume, tmp_path, name, how):
+def test_training_runs_no_untrusted_target(honest, volume, tmp_path, name, how):
     """Neither key takes more than weights and counts from the checkpoint; what the user configures is created."""
     attacked(honest, tmp_path / "bad.ckpt", *ATTACKS[name])
     run_forked(*small(volume, f"{how}=bad.ckpt", "trainer.max_epochs=2", "hydra.run.dir=out"), cwd=tmp_path)
     assert not (tmp_path / "marker").exists()
 
 
-def test_options_of_stores_cannot_lead_credentials_elsewhere(honest, volume, tmp_path):
+def test_store_options_cannot_send_credentials_elsewhere(honest, volume, tmp_path):
     attacked(honest, tmp_path / "bad.ckpt", "data.storage_options", {"anon": False, "endpoint_url": "http://evil"})
     given = ["ckpt=bad.ckpt", "out=out.zarr", "trainer=cpu", "data.input_path=s3://mine/vol.zarr"]
     code, text = run_forked(*given, cwd=tmp_path, command="predict")
     assert code == 1
-    assert "data.storage_options: endpoint_url may lead credentials elsewhere; give data.storage_options" in text
+    assert "data.storage_options: endpoint_url could send credentials elsewhere; set data.storage_options" in text
     code, text = predict(volume, tmp_path, "picture=false")
     assert code == 0, f"on this machine they have no effect\n{text}"
 
@@ -208,7 +208,7 @@ def test_a_configuration_is_plain(value):
         check_trusted({"x": value}, "ckpt")
 
 
-def test_a_trusted_module_does_not_lend_its_trust_to_what_it_imports():
+def test_names_imported_by_a_trusted_module_are_not_trusted():
     check_trusted({"_target_": "tests.foreign.WORDS"}, "x", trust_checkpoint=True)
     for target, trust in (
         ("tests.checkpointing.test_trust.torch.save", "tests"),

@@ -97,7 +97,7 @@ def test_prediction_resumes_after_ctrl_c(checkpoint, volume, tmp_path):
     [
         (["ckpt=nowhere.ckpt"], "there is no such checkpoint"),
         (["ckpt=plain.ckpt"], "has no configuration ('cellmap_config')"),
-        (["writer.blend=max"], "blend is one of trim, average, gaussian, got 'max'"),
+        (["writer.blend=max"], "blend must be one of trim, average, gaussian, got 'max'"),
         (["data.batchsize=3"], "did you mean 'data.batch_size'?"),
         (["out=???"], "out is required: set it with out=..."),
         (["data=demo"], "the data are those of the checkpoint"),

@@ -95,7 +95,7 @@ def test_ranks_share_the_global_stream(dataset):
     assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in whole]
 
 
-def test_epochs_count_up_at_the_first_batch(dataset):
+def test_epoch_increments_at_the_first_batch(dataset):
     loader = CellMapDataLoader(dataset, 2, samples_per_epoch=4)
     first = [digest(b) for b in loader]
     iter(loader)  # abandoned before its first batch: no epoch
@@ -107,7 +107,7 @@ def test_epochs_count_up_at_the_first_batch(dataset):
     assert [digest(b) for b in CellMapDataLoader(dataset, 2, samples_per_epoch=4)] == first
 
 
-def test_samples_number_on_through_the_epochs(dataset):
+def test_sample_numbers_continue_through_epochs(dataset):
     """Epoch 1 of 4 samples is the second half of an epoch of 8."""
     long = [digest(b) for b in CellMapDataLoader(dataset, 2, samples_per_epoch=8)]
     loader = CellMapDataLoader(dataset, 2, samples_per_epoch=4)
@@ -129,7 +129,7 @@ def test_tiles_cover_every_crop_the_same_each_time(volume):
                 assert max(c[name] for c in centers) + half >= upper[axis] - 1e-6
 
 
-def test_compact_batches_finish_to_the_same(dataset):
+def test_compact_and_finished_batches_agree(dataset):
     finished = [digest(b) for b in CellMapDataLoader(dataset, 2, samples_per_epoch=4)]
     loader = CellMapDataLoader(dataset, 2, samples_per_epoch=4, finish=False)
     compact = list(loader)
@@ -143,7 +143,7 @@ def test_memory_is_that_of_the_real_batch(dataset):
     assert loader.batch_memory().total_bytes == batch["raw"].nbytes + batch["labels"].nbytes
 
 
-def test_a_foreign_sampler_is_followed(dataset):
+def test_foreign_sampler_defines_the_order(dataset):
     """Lightning replaces the sampler for overfit_batches."""
     loader = CellMapDataLoader(dataset, 2, samples_per_epoch=4)
     again = CellMapDataLoader(loader.dataset, 2, sampler=SequentialSampler(loader.dataset))
@@ -151,7 +151,7 @@ def test_a_foreign_sampler_is_followed(dataset):
     assert [digest(b) for b in again] == [digest(b) for b in loader]
 
 
-def test_an_error_while_reading_arrives_and_leaves_nothing_queued(volume, tmp_path):
+def test_read_error_is_raised_and_leaves_nothing_queued(volume, tmp_path):
     import shutil
 
     copy = tmp_path / "broken.zarr"
@@ -176,11 +176,11 @@ def test_fewer_than_all_tiles_are_spread_over_the_crops(volume):
         seen = [i for b in loader for i in b["idx"].tolist()]
         assert len(set(seen)) == 6
         assert {dataset.locate(i)[0].label for i in seen} == {d.label for d in dataset.datasets}
-        with pytest.raises(CellMapError, match="tiles cover everything once"):
+        with pytest.raises(CellMapError, match="the number of tiles, without is_train=True"):
             CellMapDataLoader(dataset, samples_per_epoch=dataset.tile_count + 1, is_train=False)
 
 
-def test_the_seed_is_the_datasets_unless_another_is_given(volume):
+def test_seed_defaults_to_the_datasets(volume):
     with make(volume, seed=7) as seven, make(volume) as zero:
         first = digest(next(iter(CellMapDataLoader(seven, 2))))
         assert first == digest(next(iter(CellMapDataLoader(zero, 2, seed=7))))
@@ -193,21 +193,21 @@ def test_arguments(dataset):
         ({"batch_size": None}, "batch_size must be a whole number"),
         ({"batch_size": 2.5}, "batch_size must be a whole number"),
         ({"samples_per_epoch": 2.9}, "samples_per_epoch must be a whole number"),
-        ({"rank": 5, "world": 2}, "rank 5 is none of 2"),
+        ({"rank": 5, "world": 2}, r"rank must be in \[0, 2\), got 5"),
     ):
         with pytest.raises(CellMapError, match=match):
             CellMapDataLoader(dataset, **kwargs)
     with pytest.raises(CellMapError, match="at least 1, got 0"):
         CellMapDataLoader(dataset, samples_per_epoch=0)
-    with pytest.raises(CellMapError, match="cannot be dealt out over 4 ranks"):
+    with pytest.raises(CellMapError, match="cannot be distributed over 4 ranks"):
         CellMapDataLoader(dataset, samples_per_epoch=2, rank=0, world=4)
     with pytest.raises(
-        TypeError, match="needs a CellMapDataset, or a dataset with __len__ and __getitem__ around one; got list"
+        TypeError, match="must be a CellMapDataset, or a dataset with __len__ and __getitem__ that wraps one, got list"
     ):
         CellMapDataLoader([1, 2])
 
 
-def test_ranks_are_asked_for_when_they_are_needed(dataset, monkeypatch):
+def test_ranks_are_read_late(dataset, monkeypatch):
     """A loader that was built before the processes found each other."""
     loader = CellMapDataLoader(dataset, 2, samples_per_epoch=8)
     assert list(loader.sampler.numbers()) == list(range(8))
@@ -218,7 +218,7 @@ def test_ranks_are_asked_for_when_they_are_needed(dataset, monkeypatch):
     assert len(loader) == 2
 
 
-def test_stream_sampler_deals_out_evenly():
+def test_stream_sampler_distributes_evenly():
     def share(is_train, rank):
         sampler = StreamSampler(10, is_train, rank, 4)
         sampler.start()
@@ -232,7 +232,7 @@ def test_stream_sampler_deals_out_evenly():
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_batch_is_held_by_its_user_alone(dataset, workers):
+def test_loader_keeps_no_reference_to_a_yielded_batch(dataset, workers):
     loader = CellMapDataLoader(dataset, 2, workers, samples_per_epoch=6, finish=False)
     batches = iter(loader)
     for _ in range(2):

@@ -72,7 +72,7 @@ def validate(volume, folder, world):
     return stages, json.loads((folder / "loss.json").read_text()), count
 
 
-def test_no_tile_is_lost_or_counted_twice_and_scores_are_those_of_one_process(volume, tmp_path):
+def test_two_processes_validate_each_tile_once_with_the_scores_of_one(volume, tmp_path):
     (alone, loss, count), (together, loss_of_two, _) = (validate(volume, tmp_path / f"world{n}", n) for n in (1, 2))
     for stage, tiles in (("fit", 5), ("validate", count)):
         assert tiles % 2 == 1, "so that one rank has a batch more"

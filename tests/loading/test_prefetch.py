@@ -39,7 +39,7 @@ def memory(finished_mb):
         (200, "cpu", None, {}, False, 0, "a cpu device has no copies"),
         (200, "cpu", 80_000, {}, False, 0, "a cpu device has no copies"),
         (200, "cpu", None, {"enabled": False}, False, 0, "switched off"),
-        # No stream, but a thread that reads ahead, where somebody asks for it; what waits is finished: 200, not 50.
+        # No stream, but a thread that reads ahead if it is enabled; queued batches are finished: 200, not 50.
         (200, "cpu", None, {"enabled": True}, True, 2, "a thread reads, nothing is copied"),
         (1, "mps", None, {"enabled": True, "depth": 3, "max_streams": 0}, True, 3, "a thread reads"),
         (200, "cpu", 4_000, {"enabled": True, "depth": 3}, True, 1, "20% of the memory is 800 MiB"),
@@ -122,12 +122,12 @@ def test_nothing_starts_before_the_first_batch():
 
 
 class Batch:
-    """Something that can be watched while somebody holds it."""
+    """An object that weak references can observe."""
 
 
 @pytest.mark.parametrize("end", ["used up", "abandoned", "error in the step", "closed", "error in the source"])
 @pytest.mark.parametrize("depth", [1, 3])
-def test_nobody_holds_a_batch_longer_than_its_user(depth, end):
+def test_prefetch_keeps_no_reference_to_a_yielded_batch(depth, end):
     alive = weakref.WeakSet()
 
     def source():
@@ -144,7 +144,7 @@ def test_nobody_holds_a_batch_longer_than_its_user(depth, end):
         for n, batch in enumerate(batches):
             assert batch in alive
             del batch
-            assert len(alive) <= depth + 1  # the one that is being read may be in nobody's hands yet
+            assert len(alive) <= depth + 1  # one may be in the middle of its read
             if n == 4 and end == "abandoned":
                 return None
             if n == 4 and end == "error in the step":
@@ -167,7 +167,7 @@ def test_nobody_holds_a_batch_longer_than_its_user(depth, end):
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_one_batch_is_read_at_a_time(depth):
-    """What an interpreter that exits has to wait for is one batch, not as many as may be ahead."""
+    """An interpreter that exits waits for one batch, not for as many as may be ahead."""
     queued = []
 
     def source():
@@ -192,7 +192,7 @@ def test_an_engine_that_cannot_begin_is_an_error():
         next(prefetch(lambda: range(3), Broken(), 2))
 
 
-def test_what_is_prepared_is_prepared_in_the_thread():
+def test_batches_are_prepared_in_the_prefetching_thread():
     names = set()
 
     def prepare(n):
@@ -236,7 +236,7 @@ def test_an_abandoned_pass_cancels_its_own_reads_and_no_others():
     pool.close()
 
 
-def test_a_read_that_hangs_does_not_hold_up_the_end(monkeypatch, caplog):
+def test_hanging_read_does_not_block_the_end(monkeypatch, caplog):
     monkeypatch.setattr("cellmap_lightning.runtime.thread_pool.PATIENCE", 0.2)
     begun, hang = threading.Event(), threading.Event()
 
@@ -255,7 +255,7 @@ def test_a_read_that_hangs_does_not_hold_up_the_end(monkeypatch, caplog):
     hang.set()
 
 
-def test_an_error_arrives_at_its_place():
+def test_error_is_raised_at_its_place_in_the_order():
     def source():
         yield from (0, 1, 2)
         raise OSError("chunk 3 unreadable")
@@ -277,8 +277,8 @@ def test_abandoned_iterators_leave_no_thread():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_pass_stays_with_its_process():
-    """The thread is not in a forked process: to end the pass there waits for nothing, to go on is an error."""
+def test_pass_cannot_continue_in_a_forked_process():
+    """The thread does not exist in a forked process: ending the pass does not wait, continuing it is an error."""
     ahead = _Ahead(iter(range(9)), Engine(), 2, None)
     ahead.queue()
     assert ahead.take() == 0
@@ -318,7 +318,7 @@ def test_an_interrupt_before_the_pass_is_watched_leaves_no_thread(monkeypatch):
     assert reading_threads() == []
 
 
-def test_a_pass_that_is_lost_takes_its_thread_along():
+def test_abandoned_pass_ends_its_thread():
     ahead = _Ahead(iter(range(9)), Engine(), 2, None)
     ahead.queue()
     ahead.take()
@@ -328,7 +328,7 @@ def test_a_pass_that_is_lost_takes_its_thread_along():
         assert time.monotonic() < end
 
 
-def test_a_pass_is_not_cut_short_in_silence(monkeypatch):
+def test_truncated_pass_is_an_error(monkeypatch):
     """When the interpreter exits nothing can be queued any more, and a thread that trains still runs."""
     ahead = _Ahead(iter(range(9)), Engine(), 1, None)
     ahead.queue()
@@ -343,7 +343,7 @@ def test_a_pass_is_not_cut_short_in_silence(monkeypatch):
     ahead.close()
 
 
-def test_what_the_source_holds_ends_with_the_pass():
+def test_source_is_closed_with_the_pass():
     """Whoever holds on to the traceback of an error, and to the frames in it."""
     ended = []
 
@@ -363,8 +363,8 @@ def test_what_the_source_holds_ends_with_the_pass():
     assert ended == [True]
 
 
-def test_reading_goes_on_while_the_step_computes():
-    """What the thread is for: at the end of a step the next batch has been read. Told by events, not by a clock."""
+def test_reading_continues_while_the_step_computes():
+    """At the end of a step the next batch has been read. Checked by events, not by a clock."""
     read = threading.Event()
 
     def source():
@@ -374,7 +374,7 @@ def test_reading_goes_on_while_the_step_computes():
 
     batches = prefetch(source, Engine(), 1)
     assert next(batches) == 0
-    assert read.wait(120)  # nobody has asked for batch 1 yet
+    assert read.wait(120)  # batch 1 was not requested yet
     batches.close()
 
 
@@ -441,7 +441,7 @@ def test_the_order_of_a_side_stream_copy(torch_log):
     assert torch_log == ["enter side stream", "leave side stream", "record event on side stream"]
     del torch_log[:]
     engine.acquire(batch, event)
-    # Whether the device had run dry is asked before it is made to wait for this very copy.
+    # The device is queried for idleness before it has to wait for this very copy.
     asked, used = ["current stream idle?", "record event on current stream"], ["kept for current", "kept for current"]
     assert torch_log == [*asked, "current stream waits for event", *used]
     assert engine.idle()

@@ -42,11 +42,11 @@ def mismatches(engine, depth, count, nbytes=MB):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_ten_thousand_batches_are_what_they_were(device, depth):
+def test_ten_thousand_batches_are_unchanged(device, depth):
     assert mismatches(SideStream(device), depth, 10_000) == 0
 
 
-def test_the_hunt_finds_memory_that_is_not_kept(device):
+def test_memory_that_is_reused_too_early_is_detected(device):
     """Without it, the test above would prove nothing."""
 
     class NotKept(SideStream):
@@ -59,9 +59,9 @@ def test_the_hunt_finds_memory_that_is_not_kept(device):
 
 @pytest.mark.parametrize("synced", [True, False], ids=["the host waits for each step", "the host runs ahead"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_no_more_memory_than_was_predicted(device, depth, synced):
+def test_memory_stays_within_the_prediction(device, depth, synced):
     """``depth`` queued, one in use, one that is freed when its step has run: also for steps that never wait."""
-    # What the host has dropped is kept until its step has run: `acquire` holds a host back that would run ahead.
+    # Memory that the host has dropped is held until its step has run: `acquire` throttles a host that runs ahead.
     nbytes = 32 * MB
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(device)

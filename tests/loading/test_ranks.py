@@ -84,13 +84,13 @@ def test_two_ranks_see_the_samples_of_one_and_share_what_they_decode(volume, tmp
     (one,), (first, second) = found[1][2], found[2][2]
     assert [len(lines) for lines in (one, first, second)] == [1, 1, 0]
     for (line,), how in ((one, "ranks: 1, samples of each: 4"), (first, "ranks: 2, samples of each: 2")):
-        assert f"an epoch of 11 samples is 2 global batches of 4 ({how}); 3 samples of it make no complete one" in line
+        assert f"an epoch of 11 samples is 2 global batches of 4 ({how}); the last 3 samples fill no batch" in line
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
 def test_a_sweep_of_jobs_of_two_processes(volume, tmp_path, strategy):
-    """What `-m` with trainer.strategy=ddp is refused in favour of."""
+    """The replacement of `-m` with trainer.strategy=ddp, which is an error."""
     given = [
         f"data.csv_path={volume.csv_path}", "data.classes=[mito,er]", "patch.shape=[8,16,16]",
         "patch.scale=[10.48,8,8]", "data.batch_size=2", "data.batches_per_epoch=4", "data.val_samples=4",
@@ -115,7 +115,7 @@ def test_a_sweep_of_jobs_of_two_processes(volume, tmp_path, strategy):
 
 @pytest.mark.slow
 def test_torchrun(volume, tmp_path):
-    """Processes that somebody else starts share one folder, and one stream of samples."""
+    """Processes of an external launcher share one folder, and one stream of samples."""
     done = subprocess.run(
         [
             Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node", "2",

@@ -1,4 +1,4 @@
-"""A run that stops and goes on sees the samples that it would have seen: bit for bit, and each once."""
+"""A resumed run reads the samples of an uninterrupted one: bit for bit, and each once."""
 
 import datetime as dt
 import hashlib
@@ -104,7 +104,7 @@ def whole(volume, tmp_path_factory):
 
 
 def rows():
-    """What stops where: a few of each kind always, the others when there is time."""
+    """Return the interruptions to test: a few of each kind, and all of them in the slow tests."""
     for point, stop, ending in itertools.product(POINTS, (1, 3, 4, 6, 9), ("max_epochs", "max_steps")):
         for workers, ahead in ((0, 0), (0, 2), (2, 0), (2, 2)):
             if workers and (stop, point) not in ((6, "each step"), (9, "validation"), (4, "epoch")):
@@ -115,7 +115,7 @@ def rows():
 
 
 @pytest.mark.parametrize(("point", "stop", "ending", "workers", "ahead"), list(rows()))
-def test_the_stream_goes_on(volume, tmp_path, whole, point, stop, ending, workers, ahead):
+def test_stream_continues(volume, tmp_path, whole, point, stop, ending, workers, ahead):
     ending = EPOCHS * BATCHES if ending == "max_steps" else None
     options = {"num_workers": workers, "ahead": ahead, "point": point, "ending": ending}
     before = run(volume, tmp_path, stop=stop, **options)
@@ -184,7 +184,7 @@ def stream(volume, count):
         return [hashlib.sha256(b["raw"][0].numpy().tobytes()).hexdigest()[:12] for b in loader]
 
 
-def test_a_plain_loop_goes_on(volume):
+def test_plain_loop_continues(volume):
     with module(volume) as data:
         data.setup("fit")
 
@@ -220,11 +220,11 @@ def test_a_plain_loop_goes_on(volume):
             rank.load_state_dict(stopped.state_dict())
         pairs = list(zip(*[idx(rank) for rank in ranks], strict=True))
         assert [i for pair in pairs for i in pair] == whole[2:8]
-        with pytest.raises(CellMapError, match="first is missing"):
+        with pytest.raises(CellMapError, match="lacks first"):
             loader().load_state_dict({"epoch": 1, "samples": 4})
 
 
-def test_ranks_that_do_not_divide_what_is_left(volume):
+def test_ranks_that_do_not_divide_the_remaining_samples(volume):
     """Every rank reads as many batches, so that none waits for another for ever."""
     with module(volume) as data:
         data.setup("fit")
@@ -239,7 +239,7 @@ def test_ranks_that_do_not_divide_what_is_left(volume):
             assert {len(s) for s in seen} == {10 // world}
 
 
-def test_a_checkpoint_for_evaluation_moves_nothing(volume, tmp_path, whole):
+def test_checkpoint_for_evaluation_changes_no_position(volume, tmp_path, whole):
     """`validate(ckpt_path=...)` and a fresh fit on the same module begin at the beginning."""
     run(volume, tmp_path, stop=6)
     seen = Seen()
@@ -295,7 +295,7 @@ def test_weights_and_optimizer_are_those_of_a_run_that_never_stopped(volume, tmp
 
 
 class Written(L.Callback):
-    """What each rank saw, in files, from processes of their own."""
+    """A callback that writes the samples of each rank to a file per process."""
 
     def __init__(self, folder, name):
         self.folder, self.name = folder, name

@@ -34,7 +34,7 @@ class OneCycle(SegmentationTask):
 
 
 class LooksAtLoaders(SegmentationTask):
-    """Has the loaders made in another hook, and takes a batch of its own."""
+    """A module that has the loaders created in another hook, and reads a batch itself."""
 
     def configure_optimizers(self):
         self.trainer.fit_loop.setup_data()
@@ -89,7 +89,7 @@ def test_loaders_that_are_made_before_the_state_is_restored(volume, tmp_path, ki
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_such_loaders_with_another_batch_size(volume, tmp_path, batch):
+def test_early_loaders_with_another_batch_size(volume, tmp_path, batch):
     whole = [i for step in run(volume, tmp_path, LooksAtLoaders) for i in step[0]]
     length = {"samples_per_epoch": 8, "batches_per_epoch": None}
     run(volume, tmp_path, LooksAtLoaders, stop=6)

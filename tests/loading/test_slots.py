@@ -30,7 +30,7 @@ pytestmark = [
 
 
 class Brighter:
-    """A value transform of somebody's own: random, and in Python."""
+    """A value transform of user code: random, and in Python."""
 
     def __call__(self, raw):
         return raw + torch.rand(())
@@ -38,7 +38,7 @@ class Brighter:
 
 @pytest.fixture(params=["compact", "finished", "transformed"])
 def given(request):
-    """How batches travel: as stored, finished in the main process, or finished in the worker."""
+    """The options of batches that are left compact, finished in the main process, or finished in the worker."""
     transforms = {"raw_value_transforms": Brighter()} if request.param == "transformed" else {}
     return {"dataset": transforms, "loader": {"finish": request.param != "compact"}}
 
@@ -66,20 +66,20 @@ def slots_in_memory():
 
 
 @pytest.mark.parametrize(("workers", "factor"), [(1, 1), (3, 2)])
-def test_batches_of_slots_are_those_of_threads(volume, given, workers, factor):
+def test_slots_deliver_the_batches_of_threads(volume, given, workers, factor):
     with make(volume, **given["dataset"]) as dataset:
         options = {"samples_per_epoch": 22, "drop_last": False, **given["loader"]}
         reference = CellMapDataLoader(dataset, 4, **options)
         expected = [[bits(b) for b in reference] for _ in range(2)]
         assert len(expected[0]) == 6
         loader = CellMapDataLoader(dataset, 4, workers, prefetch_factor=factor, **options)
-        kept = [list(loader) for _ in range(2)]  # batches that are kept are not written over
-        assert [[bits(b) for b in epoch] for epoch in kept] == expected
-        last = kept[0][-1]
+        epochs = [list(loader) for _ in range(2)]  # batches that are referenced are not overwritten
+        assert [[bits(b) for b in epoch] for epoch in epochs] == expected
+        last = epochs[0][-1]
         assert len(getattr(last, "tensors", last)["idx"]) == 2
 
 
-def test_a_pass_that_is_abandoned_and_two_at_once(volume):
+def test_abandoned_and_concurrent_passes(volume):
     with make(volume) as dataset:
         expected = [bits(b) for b in CellMapDataLoader(dataset, 2, samples_per_epoch=16)]
         for persistent in (False, True):
@@ -102,7 +102,7 @@ def test_a_pass_that_is_abandoned_and_two_at_once(volume):
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_two_passes_do_not_share_workers(volume, ahead):
-    """The later one has them, complete; who goes on with the earlier one is told, and gets no batch of the other."""
+    """The later pass has them, and is complete; continuing the earlier one is an error."""
     with make(volume) as dataset:
         expected = [bits(b) for b in CellMapDataLoader(dataset, 2, samples_per_epoch=16)]
         decision = PrefetchDecision(ahead, 2, 0, "")
@@ -111,7 +111,7 @@ def test_two_passes_do_not_share_workers(volume, ahead):
         next(one)
         loader.set_epoch(0)
         assert [bits(b) for b in loader] == expected
-        with pytest.raises(CellMapError, match="another one was begun before this one had ended"):
+        with pytest.raises(CellMapError, match="a second pass was begun before this one ended"):
             next(one)
         loader.close()
 
@@ -124,7 +124,7 @@ class Unreadable:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_workers_of_a_pass_end_with_it_whoever_holds_its_traceback(volume, ahead):
+def test_workers_end_with_their_pass_despite_a_held_traceback(volume, ahead):
     with make(volume, raw_value_transforms=Unreadable()) as dataset:
         decision = PrefetchDecision(ahead, 2, 0, "")
         loader = CellMapDataLoader(dataset, 2, 2, samples_per_epoch=16, decision=decision, persistent_workers=False)
@@ -135,7 +135,7 @@ def test_workers_of_a_pass_end_with_it_whoever_holds_its_traceback(volume, ahead
         assert set(multiprocessing.active_children()) <= others
 
 
-def test_slots_are_given_back(volume):
+def test_slots_are_released(volume):
     with make(volume) as dataset:
         left = []
         for _ in range(3):
@@ -148,7 +148,7 @@ def test_slots_are_given_back(volume):
         assert left == left[:1] * 3
 
 
-def test_a_slot_that_was_written_over_is_an_error(volume):
+def test_overwritten_slot_is_an_error(volume):
     with make(volume) as dataset:
         slots = Slots(dataset.layout, 2, workers=1, prefetch_factor=2, finished=True)
         batches = [{"raw": torch.full((2, 1, 8, 16, 24), float(n))} for n in range(5)]
@@ -160,7 +160,7 @@ def test_a_slot_that_was_written_over_is_an_error(volume):
         slots.close()
 
 
-def test_an_error_in_a_worker_names_what_is_wrong(volume):
+def test_error_in_a_worker_names_the_transform(volume):
     def refuse(raw):
         raise ValueError("nothing of the kind")
 
@@ -173,7 +173,7 @@ def test_an_error_in_a_worker_names_what_is_wrong(volume):
 SCRIPT = """
     import sys
     import torch
-    from cellmap_lightning import CellMapDataLoader, CellMapDataset
+    from cellmap_lightning import CellMapDataLoader, CellMapDataset, IntensityOptions
 
     class Imported:
         def __call__(self, raw):
@@ -183,8 +183,9 @@ SCRIPT = """
     if __name__ == "__main__":
         raw, labels, method = sys.argv[1:]
         spec = {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}
-        with CellMapDataset(raw, labels, ["mito"], {"raw": spec}, {"labels": spec}, raw_value_transforms=Imported(),
-                            is_train=True) as dataset:
+        intensity = IntensityOptions(raw_value_transforms=Imported())
+        arrays = {"raw": spec}, {"labels": spec}
+        with CellMapDataset(raw, labels, ["mito"], *arrays, is_train=True, intensity=intensity) as dataset:
             loader = CellMapDataLoader(dataset, 2, 2, samples_per_epoch=4, multiprocessing_context=method)
             print(sum(float(b["raw"].sum()) for b in loader))
 """
@@ -219,7 +220,7 @@ def test_a_fork_waits_for_reads_and_reads_wait_for_a_fork():
         with gate:
             reading.set()
             read_on.wait(120)
-            with gate:  # a read within a read goes on while a fork waits
+            with gate:  # a read within a read continues while a fork waits
                 happened.append("read")
 
     def fork():
@@ -257,7 +258,7 @@ def test_a_thread_that_reads_may_fork():
         pass
 
 
-def test_a_fork_does_not_wait_for_ever():
+def test_fork_has_a_timeout():
     gate = ForkGate()
     gate.PATIENCE = 0.05
     inside, done = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Hooks, subclasses, wrappers and loaders of user code get finished batches, whatever the device."""
+"""Hooks, subclasses, wrappers and loaders of user code get finished batches, on any device."""
 
 import logging
 
@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDataset, CellMapError, CellMapMultiDataset
 from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.callbacks import StreamPrefetch
-from cellmap_lightning.loading.samples import _shuffled
+from cellmap_lightning.loading.samples import permuted
 from cellmap_lightning.training.task import SegmentationTask
 from tests.conftest import CLASSES, INPUTS, TARGETS
 from tests.runs import module, task, trainer
@@ -95,7 +95,7 @@ def test_hooks_of_the_data_module_count_too(volume, tmp_path, engine):  # noqa: 
     assert all(same(changed(a), b) for a, b in zip(plain, kept.batches, strict=True))
 
 
-def test_a_compact_batch_says_where_the_finished_one_is(volume):
+def test_access_to_a_compact_batch_names_the_finished_one(volume):
     with module(volume) as data:
         data.setup("fit")
         loader = CellMapDataLoader(data.train_dataset, 2, samples_per_epoch=4, finish=False)
@@ -326,20 +326,20 @@ def test_a_wrapper_under_a_trainer(volume, tmp_path):
     assert seen[:8] != seen[8:]
 
 
-def test_what_is_no_dataset_is_refused(volume):
+def test_non_dataset_is_an_error(volume):
     for wrong in ([1, 2], "crops.csv", {"train": []}, 7, iter(())):
         with pytest.raises(CellMapError, match="needs a CellMapDataset, or a dataset with __len__"):
             CellMapDataLoader(wrong)
     with CellMapMultiDataset(crops(volume)) as source:
         with pytest.raises(CellMapError, match="is empty"):
             CellMapDataLoader(Subset(source, []))
-        with pytest.raises(CellMapError, match="the size of the batches of a Subset are not known"):
+        with pytest.raises(CellMapError, match="the size of batches of a Subset are unknown"):
             CellMapDataLoader(Subset(source, [1])).batch_memory()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 1000])
 def test_the_shuffle_is_a_permutation(length):
-    orders = [[_shuffled(n, length, 3, cycle) for n in range(length)] for cycle in range(3)]
+    orders = [[permuted(n, length, 3, cycle) for n in range(length)] for cycle in range(3)]
     assert all(sorted(order) == list(range(length)) for order in orders)
     assert length < 7 or len({tuple(order) for order in orders}) == 3
     if length == 1000:  # as far from its place as at random: a third of the length
@@ -347,7 +347,7 @@ def test_the_shuffle_is_a_permutation(length):
 
 
 def test_the_shuffle_of_a_huge_dataset_costs_nothing():
-    assert len({_shuffled(n, 10**15, 0, 0) for n in range(100)}) == 100
+    assert len({permuted(n, 10**15, 0, 0) for n in range(100)}) == 100
 
 
 # -- other loaders
@@ -415,7 +415,7 @@ def test_monai_loaders(volume):
         assert items == [[0, 1], [2, 3]]
 
 
-def test_the_other_lightning_says_which_import_to_use(volume, tmp_path):
+def test_pytorch_lightning_trainer_error_names_the_import(volume, tmp_path):
     pl = pytest.importorskip("pytorch_lightning")
 
     class Model(pl.LightningModule):
@@ -432,7 +432,7 @@ def test_the_other_lightning_says_which_import_to_use(volume, tmp_path):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator memory is pinned")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pinned_memory_without_an_accelerator(volume, tmp_path, workers):
-    """As with torch's own loader: a warning, and batches all the same."""
+    """As with torch's own loader: a warning, and the batches."""
     with CellMapMultiDataset(crops(volume)) as source:
         expected = list(CellMapDataLoader(source, 2, samples_per_epoch=4))
         with pytest.warns(UserWarning, match="pin_memory=True, and no accelerator is found"):

@@ -15,7 +15,7 @@ BLENDS = [("average", 0.25), ("gaussian", 0.5), ("average", 0.75)]
 
 
 def blocks_of(tiling, said, lengths, first=0):
-    """What blocks of some lengths along z become, the first of which begins at a plane."""
+    """Return blocks of some lengths along z, the first one beginning at a plane."""
     memory = BlockMemory()
     shape = (SHAPE[0] - first, *SHAPE[1:])
     total = PatchSum((first, 0, 0), shape, 2, tiling, tiling.weights(), memory)
@@ -45,7 +45,7 @@ class Taken:
 
 
 @pytest.mark.parametrize(("blend", "overlap"), BLENDS)
-def test_no_more_is_held_than_is_counted(blend, overlap):
+def test_memory_estimate_is_not_exceeded(blend, overlap):
     shape, patch = (60, 192, 160), (16, 48, 40)
     tiling, block = Tiling(shape, patch, blend, overlap), Taken((2, *shape))
     whole = np.random.default_rng(0).random((2, *shape), dtype=np.float32)
@@ -66,7 +66,7 @@ def test_no_more_is_held_than_is_counted(blend, overlap):
 
 @pytest.mark.parametrize(("blend", "overlap"), BLENDS)
 @pytest.mark.parametrize("lengths", [[7] * 10, [1, 2, 3, 30, 34], [66, 4], [1] * 70])
-def test_blocks_below_each_other_are_the_volume_cut(blend, overlap, lengths):
+def test_blocks_below_each_other_equal_the_whole_volume(blend, overlap, lengths):
     """Blocks that are shorter than a patch too, in which none begins."""
     tiling = Tiling(SHAPE, PATCH, blend, overlap)
     rng = np.random.default_rng(1)  # each patch says something else of a voxel

@@ -11,7 +11,7 @@ from tests.prediction.test_block_patches import geometries
 
 
 class Counting(BlockMemory):
-    """What is taken and not given back."""
+    """A pool that counts arrays that were not given back."""
 
     def __init__(self):
         super().__init__()
@@ -24,12 +24,12 @@ class Counting(BlockMemory):
 
     def give_back(self, array):
         self.held -= 1
-        array.base.fill(255)  # nobody looks at it afterwards
+        array.base.fill(255)  # it must not be read afterwards
         super().give_back(array)
 
 
 def said(part, patch):
-    """What a model says of a patch: another thing of each voxel in every patch."""
+    """Return the output of a model for a patch, different for each voxel and patch."""
     return np.random.default_rng([s + 50 for s in part.start]).random((2, *patch), dtype=np.float32)
 
 
@@ -67,7 +67,7 @@ def whole(grid, tiling):
 
 
 @pytest.mark.parametrize(("grid", "tiling", "size"), list(geometries()))
-def test_blocks_are_the_mean_of_their_patches_wherever_a_run_begins(grid, tiling, size):
+def test_blocks_are_the_mean_of_their_patches_for_any_start(grid, tiling, size):
     memory = Counting(), Counting()
     once = run(BlockPlan(grid, [tiling], size, range(len(grid))), memory)
     expected = whole(grid, tiling)

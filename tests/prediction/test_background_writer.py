@@ -16,7 +16,7 @@ def behind():
     made.close()
 
 
-def test_tasks_are_done_one_by_one_and_none_waits(behind):
+def test_tasks_run_one_by_one(behind):
     done, go, begun = [], threading.Event(), threading.Event()
 
     def first():
@@ -24,9 +24,9 @@ def test_tasks_are_done_one_by_one_and_none_waits(behind):
         assert go.wait(120)
         done.append(1)
 
-    behind.give(first)
+    behind.submit(first)
     assert begun.wait(120)
-    giving = threading.Thread(target=behind.give, args=(lambda: done.append(2),))
+    giving = threading.Thread(target=behind.submit, args=(lambda: done.append(2),))
     giving.start()
     giving.join(0.05)
     assert giving.is_alive(), "a second task is not taken while the first is under way"
@@ -38,11 +38,11 @@ def test_tasks_are_done_one_by_one_and_none_waits(behind):
 
 def _until(behind, met, other):
     while True:  # `check` may come before the thread has put the error down
-        behind.give(lambda: other.append(1)) if met == "give" else getattr(behind, met)()
+        behind.submit(lambda: other.append(1)) if met == "submit" else getattr(behind, met)()
 
 
-@pytest.mark.parametrize("met", ["check", "wait", "give"])
-def test_an_error_is_met_once_by_whoever_comes_next(behind, met):
+@pytest.mark.parametrize("met", ["check", "wait", "submit"])
+def test_error_is_raised_once_by_the_next_call(behind, met):
     ended = threading.Event()
 
     def breaks():
@@ -51,7 +51,7 @@ def test_an_error_is_met_once_by_whoever_comes_next(behind, met):
         finally:
             ended.set()
 
-    behind.give(breaks)
+    behind.submit(breaks)
     assert ended.wait(120)
     other = []
     with pytest.raises(OSError, match="no room"):
@@ -61,7 +61,7 @@ def test_an_error_is_met_once_by_whoever_comes_next(behind, met):
     behind.wait()
 
 
-def test_closing_ends_what_is_under_way(behind):
+def test_close_waits_for_the_running_task(behind):
     done, begun = [], threading.Event()
 
     def slow():
@@ -69,67 +69,67 @@ def test_closing_ends_what_is_under_way(behind):
         threading.Event().wait(0.05)
         done.append(1)
 
-    behind.give(slow)
+    behind.submit(slow)
     assert begun.wait(120)
     behind.close()
     assert done == [1]
     behind.check()
 
 
-def test_as_many_wait_as_may(behind):
+def test_backlog_is_bounded(behind):
     done, go = [], threading.Event()
-    behind.give(lambda: go.wait(120), 3)
-    tasks = [behind.give(lambda n=n: done.append(n), 3) for n in (1, 2)]
-    giving = threading.Thread(target=behind.give, args=(lambda: done.append(3), 3))
+    behind.submit(lambda: go.wait(120), 3)
+    tasks = [behind.submit(lambda n=n: done.append(n), 3) for n in (1, 2)]
+    giving = threading.Thread(target=behind.submit, args=(lambda: done.append(3), 3))
     giving.start()
     giving.join(0.05)
     assert giving.is_alive(), "three are under way"
     go.set()
     giving.join(120)
-    behind.until(tasks[1])
+    behind.wait_for(tasks[1])
     assert done[:2] == [1, 2]
-    behind.until(tasks[0])  # it has ended long ago
+    behind.wait_for(tasks[0])  # it has ended long ago
     behind.wait()
     assert done == [1, 2, 3]
 
 
-def test_after_an_error_nothing_is_done_until_it_is_met(behind):
+def test_no_task_runs_after_an_error_until_it_is_raised(behind):
     done, go = [], threading.Event()
 
     def breaks():
         assert go.wait(120)
         raise OSError("no room")
 
-    behind.give(breaks, 3)
-    behind.give(lambda: done.append(1), 3)
-    last = behind.give(lambda: done.append(2), 3)
+    behind.submit(breaks, 3)
+    behind.submit(lambda: done.append(1), 3)
+    last = behind.submit(lambda: done.append(2), 3)
     go.set()
     with pytest.raises(OSError, match="no room"):
-        behind.until(last)
+        behind.wait_for(last)
     behind.wait()
     assert not done
-    behind.give(lambda: done.append(3))
+    behind.submit(lambda: done.append(3))
     behind.wait()
     assert done == [3]
 
 
-def test_closing_does_what_was_given():
+def test_close_runs_submitted_tasks():
     behind, done, go = BackgroundWriter(), [], threading.Event()
-    behind.give(lambda: go.wait(120), 2)
-    behind.give(lambda: done.append(1), 2)
+    behind.submit(lambda: go.wait(120), 2)
+    behind.submit(lambda: done.append(1), 2)
     go.set()
     behind.close()
     assert done == [1]
 
 
-def test_an_error_that_nobody_met_is_logged(caplog):
+def test_error_that_was_not_raised_is_logged(caplog):
     behind, go = BackgroundWriter(), threading.Event()
 
     def breaks():
         assert go.wait(120)
         raise OSError("no room")
 
-    behind.give(breaks, 2)
+    behind.submit(breaks, 2)
     go.set()
     behind.close()
     assert [record.getMessage() for record in caplog.records] == ["while the run ended: OSError: no room"]

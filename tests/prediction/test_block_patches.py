@@ -1,4 +1,4 @@
-"""Which patches the blocks of a prediction compute, and in which batches."""
+"""The patches and batches of the blocks of a prediction."""
 
 import itertools
 
@@ -60,7 +60,7 @@ def test_every_block_has_all_its_patches_and_one_process_repeats_none_along_z(gr
 
 
 @pytest.mark.parametrize(("grid", "tiling", "size"), list(geometries()))
-def test_a_run_that_goes_on_anywhere_computes_the_same_batches(grid, tiling, size):
+def test_resumed_plan_has_the_same_batches(grid, tiling, size):
     once = {batch.parts for batch in batches(plan(grid, tiling, size).steps())}
     for number in range(len(grid)):
         again = batches(plan(grid, tiling, size, [number]).steps())
@@ -88,7 +88,7 @@ def cube(block):
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("block", [(10, 10, 10), (7, 40, 40), (40, 5, 9), (3, 20, 20), (14, 40, 20), (40, 40, 40)])
-def test_each_block_is_computed_by_one_process_and_all_have_as_much_to_do(block, world, together):
+def test_blocks_are_distributed_evenly_over_processes(block, world, together):
     grid = cube(block)
     whole = list(range(len(grid)))
     shares = [grid.share(whole, rank, world, together) for rank in range(world)]
@@ -103,7 +103,7 @@ def test_each_block_is_computed_by_one_process_and_all_have_as_much_to_do(block,
     assert sorted(itertools.chain(*shares)) == some
 
 
-def test_a_column_stays_with_one_process_where_there_are_enough():
+def test_columns_are_not_divided_if_there_are_enough():
     grid = cube((10, 20, 20))
     assert grid.share(range(16), 1, 2, True) == [4, 5, 6, 7, 12, 13, 14, 15]
     assert grid.share(range(16), 1, 3, True) == [4, 5, 6, 7, 13]

@@ -38,13 +38,13 @@ def test_more_memory_means_fewer_patches(blend):
 
 
 def test_patches_that_end_where_blocks_do_are_computed_once():
-    """Of 64 voxels 48 are kept: three chunks are four patches."""
+    """48 of 64 voxels are used: three chunks are four patches."""
     found, again = blocks((512, 512, 512))
     assert found == (192, 192, 192)
     assert again == 1
 
 
-def test_where_patches_do_not_matter_blocks_make_chunks_of_the_next_level():
+def test_blocks_of_equal_cost_hold_whole_chunks_of_the_next_level():
     """Patches of one chunk and no context: blocks of any length compute the same."""
     tiling = Tiling((1024, 1024, 1024), UNIT, "trim", 0.0)
 
@@ -57,7 +57,7 @@ def test_where_patches_do_not_matter_blocks_make_chunks_of_the_next_level():
     assert cut((1024, 64, 1024)) == (128, 64, 128)
 
 
-def test_no_block_is_most_of_the_volume_where_a_few_more_patches_share_it_out():
+def test_blocks_are_divided_if_that_costs_few_patches():
     """Two processes could not help each other with a block and its crumbs."""
     for blend in ("trim", "average", "gaussian"):
         found, _ = blocks((512, 512, 512), blend)

@@ -1,4 +1,4 @@
-"""Raw, mask or model that change under a prediction: no output is a mixture, whatever is killed and resumed."""
+"""Raw, mask or model that change during a prediction: no output mixes them, also after kills and restarts."""
 
 import os
 import shutil
@@ -11,10 +11,11 @@ import pytest
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.errors import CellMapFileExistsError, OutputError
 from cellmap_lightning.io.writer import write_multiscale
-from cellmap_lightning.prediction import prediction_writer
+from cellmap_lightning.prediction import job
 from cellmap_lightning.prediction.input_stamps import InputStamps
 from cellmap_lightning.prediction.journal import Journal
-from tests.prediction.test_prediction import (
+from cellmap_lightning.prediction.prediction_writer import PredictionWriter
+from tests.prediction.predictions import (
     SCALE,
     TRANSLATION,
     Convolution,
@@ -84,7 +85,7 @@ def test_raw_that_changed_between_a_stop_and_the_restart(tmp_path, change, blend
     assert contents(out) == contents(tmp_path / "whole.zarr")
 
 
-def test_raw_that_nothing_was_read_of_may_change(tmp_path):
+def test_unread_raw_may_change(tmp_path):
     path, _ = raw_volume(tmp_path, SHAPE)
     out, given = tmp_path / "out.zarr", {"model_id": "m", "check_context": False}
     predict(path, PATCH, out, limit=8, **given)
@@ -121,7 +122,7 @@ def test_a_finished_prediction_of_raw_that_changed(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["scale", "model", "mask", "precision"])
-def test_what_else_may_change_is_named(tmp_path, change):
+def test_changed_model_or_metadata_is_named(tmp_path, change):
     path, _ = raw_volume(tmp_path, SHAPE)
     mask = tmp_path / "mask.zarr" / "m"
     write_multiscale(mask, np.ones(SHAPE, np.uint8), scale=SCALE, translation=TRANSLATION, chunks=(16, 16, 16))
@@ -194,7 +195,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", [*list(WAYS)[:-1], pytest.param("slices", marks=pytest.mark.slow)])
-def test_what_is_not_stamped_does_not_matter(tmp_path, monkeypatch, way):
+def test_unstamped_chunks_do_not_influence_a_block(tmp_path, monkeypatch, way):
     """Other voxels in all chunks that are in no stamp of a block change nothing."""
     path = tmp_path / "raw.zarr" / "em"
     values = np.random.default_rng(0).integers(0, 256, (40, 48, 52)).astype(np.uint8)
@@ -207,13 +208,13 @@ def test_what_is_not_stamped_does_not_matter(tmp_path, monkeypatch, way):
                 stamped.update(reader.level.array.file(index) for index in reader.files(start, shape))
             return super().begin(block)
 
-    monkeypatch.setattr(prediction_writer, "InputStamps", Noting)
+    monkeypatch.setattr(job, "InputStamps", Noting)
     given = {"patch": PATCH, "scale": SCALE, "blend": "trim"} | WAYS[way]
     spec = {"shape": list(given["patch"]), "scale": list(given["scale"])}
     more = {"planes": given["planes"]} if "planes" in given else {}
 
     def run(out):
-        writer = prediction_writer.PredictionWriter(
+        writer = PredictionWriter(
             str(out), given["blend"], classes=["a"], chunks=(8, 8, 16), dtype="float32",
             region={axis: [170.0, 230.0] for axis in "zyx"}, check_context=False,
         )  # fmt: skip
@@ -238,7 +239,7 @@ def test_what_is_not_stamped_does_not_matter(tmp_path, monkeypatch, way):
     assert read(tmp_path / "out.zarr").any()
 
 
-def test_an_output_whose_raw_lies_elsewhere_now(tmp_path):
+def test_moved_raw_is_another_prediction(tmp_path):
     """The same volume at another place is another prediction, by its path."""
     path, _ = raw_volume(tmp_path, SHAPE)
     out, given = tmp_path / "out.zarr", {"model_id": "m", "check_context": False}

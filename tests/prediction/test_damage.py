@@ -40,7 +40,7 @@ CHANGES = [flipped, zeroed, one_bit, ones, random_bytes, rolled]
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(("dtype", "depth"), [("uint8", 0), ("uint16", 0), ("float32", 0), ("uint8", 2)])
-def test_any_part_that_is_damaged_is_noticed(part, change, dtype, depth):
+def test_damage_of_any_part_is_detected(part, change, dtype, depth):
     source = Source(dtype=dtype, depth=depth)
     assert source.run() == COUNT
     at, size = part_of(source.layout, part)
@@ -112,7 +112,7 @@ def test_a_file_of_another_size(size):
 
 
 @pytest.mark.parametrize("done", [0.1, 0.3, 0.5, 0.9])
-def test_a_file_of_which_a_copy_was_cut_short(done):
+def test_truncated_copy_of_a_file(done):
     """The rest are zeros, as after a copy that has reserved its space first."""
     source = Source()
     source.run()
@@ -168,7 +168,7 @@ def test_a_chunk_that_another_process_repairs_is_decoded_once():
     second.close()
 
 
-def test_what_a_process_has_filled_or_checked_is_not_checked_again():
+def test_verified_chunks_are_not_checked_again():
     """Not for each patch: the second pass over a region costs what it did without checksums."""
     source = Source()
     region, store = source.open()

@@ -41,7 +41,7 @@ def writer_of(path, patch, out, classes=("a",), **kwargs):
 
 
 def copy(writer, batch_size=3):
-    """What a program does whose model gives back its input, for every class."""
+    """Write the input as the prediction of every class."""
     count = len(writer.model_classes)
     with writer:
         for batch in writer.loader(batch_size=batch_size):
@@ -168,8 +168,8 @@ def test_channels_and_their_classes(tmp_path):
         for name in "ab":
             assert (read(out, name)[:, 2:] == 5).all()
         for arrays, match in (
-            ({"output": everything[:, :2]}, r"\[1, 3, 4, 4, 8\] was expected, got \[1, 2, 4, 4, 8\]"),
-            ({"output": everything[..., :4]}, "was expected"),
+            ({"output": everything[:, :2]}, r"must be \[1, 3, 4, 4, 8\], got \[1, 2, 4, 4, 8\]"),
+            ({"output": everything[..., :4]}, "shape must be"),
             ({"segmentation": everything}, "'segmentation' is neither the target array 'output' nor"),
             ({"x": everything[:, 0]}, "nothing to write"),
             ({"a": 1.0}, "got a single number"),
@@ -183,7 +183,7 @@ def test_channels_and_their_classes(tmp_path):
         writer_of(path, (4, 4, 8), out, ["c"], model_classes=names)
 
 
-def test_others_read_it(tmp_path):
+def test_other_libraries_read_the_output(tmp_path):
     path, values = raw_volume(tmp_path, (9, 18, 31))
     copy(writer_of(path, (8, 16, 16), tmp_path / "out.zarr" / "crop1"))
     group = zarr.open_group(tmp_path / "out.zarr", mode="r", zarr_format=2)
@@ -196,7 +196,7 @@ def test_others_read_it(tmp_path):
     np.testing.assert_array_equal(tensorstore.open(spec, read=True).result().read().result(), values)
 
 
-def test_what_is_there_is_gone_on_with_or_replaced(tmp_path):
+def test_existing_output_is_continued_or_replaced(tmp_path):
     path, values = raw_volume(tmp_path, (8, 8, 8))
     out, half = tmp_path / "out.zarr", {"output": {a: [0, 4 * s] for a, s in zip(AXES, SCALE, strict=True)}}
     with writer_of(path, (4, 8, 8), out) as writer:
@@ -222,10 +222,10 @@ def test_what_is_there_is_gone_on_with_or_replaced(tmp_path):
     assert (tmp_path / "notes" / "a" / "text").read_text() == "mine"
 
 
-def test_what_cannot_be_is_said_before_anything_is_written(tmp_path):
+def test_invalid_arguments_are_errors_before_writing(tmp_path):
     path, _ = raw_volume(tmp_path, (8, 8, 8))
     spec, out = {"shape": [4, 4, 4], "scale": list(SCALE)}, tmp_path / "out.zarr"
-    with pytest.raises(CellMapValueError, match="must not lie in each other"):
+    with pytest.raises(CellMapValueError, match="must not be inside of each other"):
         writer_of(path, (4, 4, 4), path / "pred")
     with pytest.raises(CellMapValueError, match="use a writer for each"):
         CellMapDatasetWriter(str(path), str(out), ["a"], spec, {"one": spec, "two": spec})
@@ -306,7 +306,7 @@ def test_whole_numbers_are_rounded_and_never_wrapped(tmp_path):
             writer[where] = np.full((4, 4, 4), bad)
 
 
-def test_a_disk_that_refuses_is_named(tmp_path):
+def test_write_error_names_the_path(tmp_path):
     writer = image_writer(tmp_path)
     (tmp_path / "out.zarr").write_text("a file where a folder should be")
     with pytest.raises((OutputError, CellMapFileExistsError), match=r"out\.zarr"):

@@ -12,7 +12,7 @@ from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellM
 from cellmap_lightning.prediction.journal import FOLDER, Journal
 from cellmap_lightning.prediction.output import PredictionOutput
 from tests.checkpointing.test_data_match import command, trained  # noqa: F401
-from tests.prediction.test_prediction import Convolution, Identity, contents, predict, raw_volume, read
+from tests.prediction.predictions import Convolution, Identity, contents, predict, raw_volume, read
 
 pytestmark = pytest.mark.usefixtures("quiet_lightning", "no_threads_left")
 
@@ -102,7 +102,7 @@ def test_raw_that_cannot_be_read(tmp_path):
     assert not out.exists()
 
 
-def test_what_is_finished_stays(tmp_path):
+def test_finished_blocks_remain(tmp_path):
     path, _ = raw_volume(tmp_path, (33, 41, 50))
     out = tmp_path / "out.zarr"
     with pytest.raises(ValueError, match="late"):
@@ -120,7 +120,7 @@ def test_what_is_finished_stays(tmp_path):
     assert contents(out) == contents(tmp_path / "whole.zarr")
 
 
-def test_of_several_volumes_the_finished_ones_stay(tmp_path):
+def test_finished_volumes_remain(tmp_path):
     path, _ = raw_volume(tmp_path, (16, 16, 16))
     other, _ = raw_volume(tmp_path / "more", (16, 16, 16))
     other = other.parent.rename(tmp_path / "raw2.zarr") / "em"
@@ -158,7 +158,7 @@ def test_several_processes(tmp_path):
     assert contents(out) == contents(tmp_path / "whole.zarr")
 
 
-def test_a_block_of_another_process_stays(tmp_path):
+def test_block_of_another_process_remains(tmp_path):
     path, _ = raw_volume(tmp_path, (33, 41, 50))
     whole = predict(path, PATCH, tmp_path / "whole.zarr")._jobs[0].output
     first, second = (
@@ -173,7 +173,7 @@ def test_a_block_of_another_process_stays(tmp_path):
         assert output.journal.settings == {"made by": "hand"}
 
 
-def test_lines_of_an_output_that_is_gone_do_not_count(tmp_path):
+def test_lines_of_a_removed_output_are_ignored(tmp_path):
     """A kill in the middle of replacing a prediction: its settings are gone, and its blocks are still noted."""
     path, _ = raw_volume(tmp_path, (33, 41, 50))
     out = tmp_path / "out.zarr"
@@ -211,9 +211,9 @@ def broken(raw):
     raise RuntimeError("a transform that fails")
 
 
-def test_what_is_removed_is_logged(tmp_path, caplog):
+def test_removal_is_logged(tmp_path, caplog):
     path, _ = raw_volume(tmp_path, (16, 16, 16))
     caplog.set_level(logging.INFO, "cellmap_lightning")
     with pytest.raises(ValueError, match="no"):
         predict(path, PATCH, tmp_path / "out.zarr", Failing(ValueError("no")))
-    assert "out.zarr: no block was finished, so what was begun is removed" in caplog.text
+    assert "out.zarr: no block was finished, so the output is removed" in caplog.text

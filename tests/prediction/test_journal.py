@@ -1,4 +1,4 @@
-"""What a prediction has noted of itself: damaged, half removed, moved or of another output, it never counts as done."""
+"""Journals that are damaged, half removed, moved or of another output, which are never valid."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from tests.prediction.test_output import attributes, contents, finish, killed_at
 
 @pytest.fixture
 def half(tmp_path):
-    """An output of which some blocks are done, as a kill leaves it; and one that is whole."""
+    """An output with some finished blocks, as a kill leaves it; and a complete one."""
     whole, out = tmp_path / "whole" / "out.zarr", tmp_path / "out.zarr"
     output, stored = predict(whole)
     going = new(out)
@@ -49,7 +49,7 @@ def voxels(path):
     return {name: digest for name, digest in contents(path).items() if name.startswith("mito/") and TOKEN not in name}
 
 
-def test_what_was_noted_is_read_again(half):
+def test_notes_round_trip(half):
     out, whole, resume = half
     journal = Journal(out)
     assert journal.finished == {0: [0], 1: [1], 4: [4], 11: [11]}
@@ -75,7 +75,7 @@ def damage(path, how, at):
 
 
 @pytest.mark.parametrize("how", ["cut", "zeroed", "flipped", "exchanged"])
-def test_a_damaged_line_does_not_count(half, how):
+def test_damaged_line_is_ignored(half, how):
     out, _, _ = half
     file = out / FOLDER / "blocks-0.txt"
     content = file.read_bytes()
@@ -100,7 +100,7 @@ def test_with_a_damaged_line_the_prediction_is_completed(half):
 
 
 @pytest.mark.parametrize("how", ["cut", "zeroed", "flipped"])
-def test_damaged_settings_are_an_error_that_says_what_to_do(half, how):
+def test_damaged_settings_are_an_error_with_advice(half, how):
     out, whole, _ = half
     file = out / FOLDER / "settings.json"
     content = file.read_bytes()
@@ -132,7 +132,7 @@ def test_a_damaged_record_is_an_error(tmp_path, kind):
     write(new(out, kind), overwrite=True)
 
 
-def test_lines_of_another_output_do_not_count(half, tmp_path):
+def test_lines_of_another_output_are_ignored(half, tmp_path):
     """Of the output before it was replaced, or of another folder."""
     out, whole, _ = half
     lines = (out / FOLDER / "blocks-0.txt").read_bytes()
@@ -204,7 +204,7 @@ def there(path):
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (("v2", True), ("sharded", False))),
     ],
 )
-def test_a_kill_at_any_moment_of_a_removal(tmp_path, kind, finished):
+def test_kill_during_removal(tmp_path, kind, finished):
     """The same command without overwrite is refused while all is there, and otherwise begins again."""
     before, out, whole = (tmp_path / name / "out.zarr" for name in ("before", "out", "whole"))
     predict(whole, kind, "labels", ("mito", "er"))
@@ -306,6 +306,6 @@ def test_file_systems_that_cannot_flush_are_no_error(tmp_path, monkeypatch):
 def test_a_foreign_folder_of_that_name_is_an_error_and_stays(tmp_path):
     (tmp_path / "out.zarr").mkdir()
     (tmp_path / "out.zarr" / "thesis.txt").write_text("all of it")
-    with pytest.raises(CellMapError, match="holds no prediction of this package"):
+    with pytest.raises(CellMapError, match="contains no prediction of this package"):
         new(tmp_path / "out.zarr").open(settings(), overwrite=True)
     assert [p.name for p in (tmp_path / "out.zarr").iterdir()] == ["thesis.txt"]

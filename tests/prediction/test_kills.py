@@ -190,7 +190,7 @@ def test_killed_at_each_step_of_writing_a_chunk(before, cache_dir, tmp_path, cap
 
 @pytest.mark.parametrize("stride", STRIDES)
 def test_killed_at_any_step_while_another_process_writes(stride, cache_dir, tmp_path):
-    """Which waits for it, takes over its work, and reads what is right."""
+    """The other process waits for it, takes over its work, and reads correct voxels."""
     source = prepared(another_version, cache_dir, tmp_path)
     step = 0
     while True:

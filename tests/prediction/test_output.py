@@ -113,7 +113,7 @@ def test_a_finished_output_is_listed_without_a_warning(tmp_path, kind, dtype, cl
 
 
 @kinds
-def test_the_root_group_says_what_was_predicted(tmp_path, kind, dtype, classes):
+def test_root_group_records_the_prediction(tmp_path, kind, dtype, classes):
     output, stored = predict(tmp_path / "out.zarr", kind, dtype, classes)
     about = attributes(tmp_path / "out.zarr")["cellmap"]
     least = {"uint8": 128, "labels": 1}.get(dtype, 0.5)
@@ -174,7 +174,7 @@ def test_a_finished_output_is_recognised(tmp_path, kind):
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("kind", ["v2", "v3", "sharded"])
-def test_overwrite_replaces_what_was_predicted_and_nothing_else(tmp_path, kind, finished):
+def test_overwrite_replaces_only_the_prediction(tmp_path, kind, finished):
     out, other = tmp_path / "out.zarr", "v3" if kind == "v2" else "v2"
     if finished:
         predict(out, kind, "labels", ("mito", "er"))
@@ -210,7 +210,7 @@ def test_a_group_of_another_kind_is_no_prediction(tmp_path):
         out = tmp_path / f"{number}.zarr"
         zarr.create_group(str(out), zarr_format=2 + number % 2, attributes=about)
         for overwrite in (False, True):
-            with pytest.raises(CellMapFileExistsError, match="holds no prediction of this package"):
+            with pytest.raises(CellMapFileExistsError, match="contains no prediction of this package"):
                 new(out).open(settings(), overwrite)
         assert not (out / FOLDER).exists()
 
@@ -256,7 +256,7 @@ def killed_at(moment, output, run, appends=False):
 @pytest.mark.parametrize(
     ("kind", "dtype", "classes"), [KINDS[0], KINDS[3], pytest.param(*KINDS[5], marks=pytest.mark.slow)]
 )
-def test_a_kill_at_any_moment_of_the_end_leaves_what_can_go_on_or_is_finished(tmp_path, kind, dtype, classes):
+def test_kill_during_finish_leaves_a_resumable_or_finished_output(tmp_path, kind, dtype, classes):
     whole, out = tmp_path / "whole" / "out.zarr", tmp_path / "out.zarr"
     predict(whole, kind, dtype, classes)
     before = tmp_path / "before" / "out.zarr"
@@ -330,7 +330,7 @@ def test_a_block_that_is_marked_as_done_is_stored(tmp_path, kind, dtype, classes
 
 
 @pytest.mark.parametrize("kind", ["v2", "v3"])
-def test_a_kill_at_any_moment_of_an_overwrite_leaves_what_can_be_overwritten(tmp_path, kind):
+def test_kill_during_overwrite_leaves_a_replaceable_output(tmp_path, kind):
     before, out = tmp_path / "before" / "out.zarr", tmp_path / "out.zarr"
     predict(before, kind)
     moment = 1
@@ -352,7 +352,7 @@ def test_a_kill_at_any_moment_of_an_overwrite_leaves_what_can_be_overwritten(tmp
 
 
 @pytest.mark.parametrize("levels", [1, 2])
-def test_the_journal_is_removed_when_no_process_reads_it_any_more(tmp_path, levels):
+def test_journal_is_removed_after_its_last_reader(tmp_path, levels):
     out = tmp_path / "out.zarr"
     output = new(out, levels=levels)
     write(output)

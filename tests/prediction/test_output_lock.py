@@ -63,7 +63,7 @@ def test_another_process_is_refused_and_the_owner_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_does_not_keep_itself_from_its_own_lock(tmp_path):
+def test_process_cannot_lock_an_output_twice(tmp_path):
     first, second = OutputLock(tmp_path), OutputLock(tmp_path)
     token = first.acquire()
     assert first.acquire() == token
@@ -102,7 +102,7 @@ def foreign(folder, **changed):
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_another_machine_lives_while_its_heart_beats(tmp_path, monkeypatch, locks):
+def test_owner_on_another_machine_is_alive_while_its_heartbeat_continues(tmp_path, monkeypatch, locks):
     if not locks:  # a file system without locks
         monkeypatch.setattr(output_lock, "_lock", lambda fd: None)
     foreign(tmp_path)
@@ -119,7 +119,7 @@ def test_another_machine_lives_while_its_heart_beats(tmp_path, monkeypatch, lock
 
 
 @pytest.mark.parametrize("lives", [True, False])
-def test_without_locks_of_the_system_a_process_of_this_machine_is_looked_for(tmp_path, monkeypatch, lives):
+def test_without_system_locks_a_local_owner_is_checked_by_its_process(tmp_path, monkeypatch, lives):
     monkeypatch.setattr(output_lock, "_lock", lambda fd: None)
     with holder(tmp_path) as process:
         process.stdout.readline()
@@ -141,7 +141,7 @@ def test_a_damaged_lock_file_locks_nothing(tmp_path, content):
     lock.release()
 
 
-def test_what_was_taken_away_is_an_error(tmp_path):
+def test_lost_lock_is_an_error(tmp_path):
     def moved(lock):
         lock.path.rename(tmp_path / "elsewhere")
 
@@ -176,7 +176,7 @@ def test_what_was_taken_away_is_an_error(tmp_path):
 @pytest.mark.parametrize("kind", ["v2", "v3", "sharded"])
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_two_jobs_into_one_output(tmp_path, kind, overwrite):
-    """The second is refused, whatever it asks for, and changes nothing; the first is what is written."""
+    """The second job fails with any options, and changes nothing; the output is that of the first."""
     out = tmp_path / "out.zarr"
     first = new(out, kind)
     stored = write(first)
@@ -198,7 +198,7 @@ def test_two_jobs_into_one_output(tmp_path, kind, overwrite):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("how", ["removed", "begun again", "taken over"])
-def test_a_job_whose_output_was_taken_away_stops(tmp_path, rank, how):
+def test_job_stops_when_its_output_is_taken_over(tmp_path, rank, how):
     out = tmp_path / "out.zarr"
     first = new(out)
     first.open(settings())

@@ -1,115 +1,33 @@
-"""A whole volume, predicted: what is written is what the model says, wherever blocks, ranks and kills fall."""
+"""Predictions of whole volumes: the values, resuming, and errors."""
 
-import datetime as dt
-import hashlib
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from itertools import product
-from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
 import zarr
-from lightning.pytorch.strategies import DDPStrategy
 
-from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks import PredictionWriter
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
-from cellmap_lightning.geometry.lattice import AXES
 from cellmap_lightning.io.ngff import read_multiscale
-from cellmap_lightning.io.writer import downsample_mean, downsample_mode, write_multiscale
-from cellmap_lightning.prediction import volumes as predicted
-from cellmap_lightning.prediction.blending import Tiling
-from cellmap_lightning.prediction.blocks import BlockGrid
+from cellmap_lightning.io.writer import downsample_mean, downsample_mode
 from cellmap_lightning.prediction.journal import Journal
-from cellmap_lightning.prediction.output import PredictionOutput
-from tests import processes
-from tests.prediction.test_assembly import Counting
+from tests.prediction.predictions import (
+    SCALE,
+    TRANSLATION,
+    Convolution,
+    Identity,
+    contents,
+    module,
+    predict,
+    raw_volume,
+    read,
+)
 
 pytestmark = pytest.mark.usefixtures("quiet_lightning", "no_threads_left")
-
-SCALE, TRANSLATION = (10.48, 8.0, 8.0), (5.24, 4.0, 2.0)
-
-
-class Identity(L.LightningModule):
-    """Gives back its input, once for each class."""
-
-    def __init__(self, channels=1):
-        super().__init__()
-        self.channels = channels
-        self.batches = 0
-
-    def predict_step(self, batch, batch_idx):
-        self.batches += 1
-        return batch["raw"].repeat(1, self.channels, *[1] * (batch["raw"].ndim - 2))
-
-
-class Convolution(L.LightningModule):
-    """Something whose borders differ from its middle."""
-
-    def __init__(self, channels=2):
-        super().__init__()
-        torch.manual_seed(0)
-        self.network = torch.nn.Sequential(
-            torch.nn.Conv3d(1, 4, 5, padding=2), torch.nn.Conv3d(4, channels, 3, padding=1)
-        )
-
-    def forward(self, x):
-        return self.network(x).sigmoid()
-
-    def predict_step(self, batch, batch_idx):
-        # One by one: what a convolution gives may differ in the last bit with the number of samples.
-        return {"found": torch.cat([self(x[None]) for x in batch["raw"]])}
-
-
-def raw_volume(folder, shape, dtype="uint8", **kwargs):
-    """Random voxels, and where they are."""
-    values = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
-    path = Path(folder) / "raw.zarr" / "em"
-    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(16, 16, 16), **kwargs)
-    return path, values
-
-
-def module(path, patch, classes=("a",), **kwargs):
-    spec = {"shape": list(patch), "scale": list(SCALE)}
-    given = {"datasets": {"predict": [{"raw": str(path)}]}, "batch_size": 3}
-    return CellMapDataModule(list(classes), {"raw": spec}, **(given | kwargs))
-
-
-def predict(path, patch, output, model=None, classes=("a",), world=1, data=None, limit=None, **kwargs):
-    """Run it, or some batches of it; the writer."""
-    given = {"chunks": [8, 8, 16], "block_size_mb": 0.02, "dtype": "float32"}
-    writer = PredictionWriter(str(output), classes=list(classes), **(given | kwargs))
-    strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))
-    run = L.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[writer],
-        default_root_dir=Path(output).parent, limit_predict_batches=limit,
-    )  # fmt: skip
-    with module(path, patch, classes, **(data or {})) as given_data:
-        assert not run.predict(model or Identity(len(classes)), datamodule=given_data)
-    return writer
-
-
-def read(output, name="a", level=0):
-    return zarr.open_array(str(Path(output) / name / f"s{level}"), mode="r")[...]
-
-
-def contents(output, root=True):
-    """Every file of the data, with its bytes; without the root's metadata, they hold nothing of blocks."""
-    of_root = () if root else (".zattrs", ".zmetadata", "zarr.json")
-    return {
-        str(p.relative_to(output)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(Path(output).rglob("*"))
-        if p.is_file() and ".cellmap-prediction" not in p.parts and str(p.relative_to(output)) not in of_root
-    }
 
 
 @pytest.mark.parametrize("shape", [(32, 48, 48), (33, 41, 50), (10, 12, 90)], ids=str)
@@ -308,7 +226,7 @@ def test_a_finished_prediction_is_skipped_and_another_is_refused(tmp_path):
 
 
 class Doubled:
-    """A value transform of somebody's own, written as where it lies in memory."""
+    """A value transform of user code, whose repr has its address."""
 
     def __call__(self, raw):
         return raw.float() / 255 * 2
@@ -326,7 +244,7 @@ def test_a_value_transform_is_the_same_in_the_next_run(tmp_path, make):
         predict(path, (12, 16, 16), tmp_path / "out.zarr", data={"raw_value_transforms": "auto"})
 
 
-def test_whether_everything_is_done_is_said_by_one_process(tmp_path):
+def test_one_process_decides_about_completion(tmp_path):
     """Files that one process sees and another does not, as on a network: none waits where the others do not."""
     path, _ = raw_volume(tmp_path, (16, 16, 16))
     output = predict(path, (12, 16, 16), tmp_path / "out.zarr")._jobs[0].output
@@ -335,15 +253,15 @@ def test_whether_everything_is_done_is_said_by_one_process(tmp_path):
     assert met == ["barrier", True]
 
 
-def test_what_is_no_prediction_is_never_replaced(tmp_path):
+def test_foreign_files_are_never_replaced(tmp_path):
     path, values = raw_volume(tmp_path, (16, 16, 16))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     for overwrite in (False, True):
-        with pytest.raises(CellMapFileExistsError, match="holds no prediction of this package"):
+        with pytest.raises(CellMapFileExistsError, match="contains no prediction of this package"):
             predict(path, (8, 8, 8), tmp_path / "mine", overwrite=overwrite)
         for output in (path, path / "s0" / "x", path.parent):
-            with pytest.raises(CellMapValueError, match="must not lie in each other"):
+            with pytest.raises(CellMapValueError, match="must not be inside of each other"):
                 predict(path, (8, 8, 8), output, overwrite=overwrite)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
     assert np.array_equal(read(path.parent, "em"), values)
@@ -352,15 +270,18 @@ def test_what_is_no_prediction_is_never_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"classes": ("a", "b"), "model": Identity(1)}, r"returned 1 channels, and there are 2 classes: \['a', 'b'\]"),
-        ({"model": Halved()}, r"returned \[\d, 1, 2, 4, 6\], and \[\d, 1, 12, 16, 20\] was expected"),
-        ({"context": 6}, "a context of 6 voxels on either side along z leaves nothing of a patch of 12; at most 5 fit"),
-        ({"overlap": 1.0}, r"overlap must be a part of a patch, in \[0, 1\)"),
+        ({"classes": ("a", "b"), "model": Identity(1)}, r"must return 2 channels, one for each of \['a', 'b'\], got 1"),
+        ({"model": Halved()}, r"must return \[\d, 1, 12, 16, 20\], .*, got \[\d, 1, 2, 4, 6\]; a model"),
+        (
+            {"context": 6},
+            "a context of 6 voxels on either side along z leaves nothing of a patch of 12; give at most 5",
+        ),
+        ({"overlap": 1.0}, r"overlap must be a fraction of a patch, in \[0, 1\)"),
         ({"levels": 9}, "levels must be from 1 to 6"),
-        ({"blend": "max"}, "blend is one of trim, average, gaussian, got 'max'"),
+        ({"blend": "max"}, "blend must be one of trim, average, gaussian, got 'max'"),
         ({"shards": [16, 16, 16]}, "shards need zarr_format=3"),
-        ({"dtype": "uint16"}, "dtype is one of uint8, float16, float32, labels, got 'uint16'"),
-        ({"region": {"z": [0, 10]}}, "a region is {z: "),
+        ({"dtype": "uint16"}, "dtype must be one of uint8, float16, float32, labels, got 'uint16'"),
+        ({"region": {"z": [0, 10]}}, "region must be {z: "),
         (
             {"dtype": "uint8", "data": {"raw_value_transforms": None}},
             "gave values from .* and dtype=uint8 stores",
@@ -395,7 +316,7 @@ def limited(output):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))
 
 
-def test_a_full_disk_leaves_what_is_finished(tmp_path):
+def test_full_disk_leaves_finished_blocks(tmp_path):
     path, _ = raw_volume(tmp_path, (33, 41, 50))
     out = tmp_path / "out.zarr"
     child = os.fork()
@@ -425,12 +346,12 @@ class Late(L.LightningModule):
         return batch["raw"] + (2.0 if batch_idx == self.last else 0.0)
 
 
-def test_an_error_of_the_last_block_is_met_at_the_end(tmp_path):
+def test_error_of_the_last_block_is_raised_at_the_end(tmp_path):
     path, _ = raw_volume(tmp_path, (33, 41, 50))
     counting = Identity()
     predict(path, (12, 16, 20), tmp_path / "whole.zarr", counting, dtype="uint8", model_id="m", check_context=False)
     out = tmp_path / "out.zarr"
-    with pytest.raises(CellMapValueError, match=r"block \d+: the model gave values from .* and dtype=uint8 stores"):
+    with pytest.raises(CellMapValueError, match=r"block \d+: the model returned values from .* and dtype=uint8 stores"):
         predict(path, (12, 16, 20), out, Late(counting.batches - 1), dtype="uint8", model_id="m", check_context=False)
     assert len(Journal(out).finished) == len(Journal(tmp_path / "whole.zarr").finished) - 1
     with pytest.raises(CellMapError):
@@ -466,7 +387,7 @@ def test_wrong_trainers_are_refused(tmp_path):
         predict(path, (8, 8, 8), tmp_path / "out.zarr", data={"datasets": {"predict": [raw, raw]}})
 
 
-def test_a_limit_leaves_the_rest_for_another_time(tmp_path):
+def test_limited_prediction_can_be_resumed(tmp_path):
     path, values = raw_volume(tmp_path, (33, 41, 50))
     out = tmp_path / "out.zarr"
     assert not predict(path, (12, 16, 20), out, limit=8).summary.complete
@@ -474,560 +395,3 @@ def test_a_limit_leaves_the_rest_for_another_time(tmp_path):
         read_multiscale(out / "a")
     assert predict(path, (12, 16, 20), out).summary.complete
     assert np.abs(read(out) - values / 255).max() < 1e-6
-
-
-class Company(L.LightningModule):
-    """A model whose output depends on what else is in its batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def predict_step(self, batch, batch_idx):
-        self.seen += batch["idx"].tolist()
-        return batch["raw"] * (1 + batch["raw"].mean())
-
-
-@pytest.mark.parametrize(("blend", "overlap"), [("trim", 0.25), ("average", 0.25), ("gaussian", 0.5), ("average", 0.7)])
-def test_a_run_that_goes_on_makes_the_same_batches(tmp_path, blend, overlap):
-    path, _ = raw_volume(tmp_path, (70, 41, 50))
-    given = {"blend": blend, "overlap": overlap, "block_size_mb": 0.06, "check_context": False}
-    model = Company()
-    predict(path, (12, 16, 20), tmp_path / "once.zarr", model, **given)
-    once, out = contents(tmp_path / "once.zarr"), tmp_path / "out.zarr"
-    batches = -(-len(model.seen) // 3)
-    for limit, world in ((1, 1), (batches // 7, 1), (batches // 9, 2), (batches // 5, 1)):
-        predict(path, (12, 16, 20), out, Company(), limit=limit, world=world, **given)
-        assert not Journal(out).complete
-    predict(path, (12, 16, 20), out, Company(), **given)
-    assert contents(out) == once
-
-
-@pytest.mark.parametrize("blend", ["average", "gaussian"])
-def test_blocks_below_each_other_share_their_patches(tmp_path, blend):
-    path, _ = raw_volume(tmp_path, (70, 41, 50))
-    model = Company()
-    out, shape, patch = tmp_path / "out.zarr", (70, 41, 50), (12, 16, 20)
-    predict(path, patch, out, model, blend=blend, block_size_mb=0.06)
-    block, tiling = Journal(out).settings["block"], Tiling(shape, patch, blend)
-    assert block[0] < 70 / 3
-    assert block[1] < 41 or block[2] < 50
-    columns = tiling.count(1, 0, 41, block[1]) * tiling.count(2, 0, 50, block[2])
-    assert len(model.seen) == tiling.count(0, 0, 70, 70) * columns
-    assert len(set(model.seen)) == len(tiling.parts((0, 0, 0), shape))
-
-
-@pytest.mark.parametrize(("blend", "limit"), [("trim", 50), ("gaussian", 70)])
-def test_processes_share_out_what_is_left(tmp_path, blend, limit, monkeypatch):
-    # The end would remove the journal; a process that is done still waits for the others.
-    monkeypatch.setattr(PredictionOutput, "finish", lambda _, rank, world, barrier, broadcast: bool(barrier()))
-    path, _ = raw_volume(tmp_path, (70, 41, 50))
-    out, given = tmp_path / "out.zarr", {"blend": blend, "block_size_mb": 0.06}
-    predict(path, (12, 16, 20), out, limit=limit, **given)
-    before = set(Journal(out).finished)
-    lattice = read_multiscale(path).finest.lattice
-    grid = BlockGrid(lattice, (0, 0, 0), (70, 41, 50), tuple(Journal(out).settings["block"]))
-    left = [number for number in range(len(grid)) if number not in before]
-    assert 2 < len(before) < len(grid) - 4
-    predict(path, (12, 16, 20), out, world=2, **given)
-    files = [out / ".cellmap-prediction" / f"blocks-{rank}.txt" for rank in range(2)]
-    done = [{int(n) for n in re.findall(r"done (\d+)", file.read_text())} - before for file in files]
-    assert done == [set(grid.share(left, rank, 2, blend != "trim")) for rank in range(2)]
-    whole = [set(grid.share(range(len(grid)), rank, 2, blend != "trim")) - before for rank in range(2)]
-    assert done != whole, "the blocks of a run that goes on, not those of one that begins"
-    assert abs(len(done[0]) - len(done[1])) <= 1
-
-
-def test_where_small_blocks_cost_much_the_memory_that_helps_is_named(tmp_path, caplog):
-    path, _ = raw_volume(tmp_path, (40, 64, 64))
-    given = {"blend": "gaussian", "chunks": [8, 8, 8], "levels": 1}
-    few = predict(path, (16, 16, 16), tmp_path / "few.zarr", block_size_mb=0.1, **given)
-    said = [r.getMessage() for r in caplog.records if "block_size_mb" in r.getMessage()]
-    found = re.search(
-        r"model computes ([\d.]+) times .* block_size_mb=([\d.]+) would allow .* make it ([\d.]+) times", said[0]
-    )
-    assert float(found[1]) == pytest.approx(few.redundancy, abs=0.01)
-    caplog.clear()
-    more = predict(path, (16, 16, 16), tmp_path / "more.zarr", block_size_mb=float(found[2]), **given)
-    assert float(found[3]) == pytest.approx(more.redundancy, abs=0.01)
-    assert more.redundancy <= 1.25 < 1.5 < few.redundancy
-    assert not [r for r in caplog.records if "block_size_mb" in r.getMessage()]
-    assert contents(tmp_path / "few.zarr", root=False) == contents(tmp_path / "more.zarr", root=False)
-    predict(path, (16, 16, 16), tmp_path / "late.zarr", block_size_mb=0.1, limit=9, **given)
-    caplog.clear()
-    assert predict(path, (16, 16, 16), tmp_path / "late.zarr", block_size_mb=0.1, **given).summary.complete
-    assert not [r for r in caplog.records if "block_size_mb" in r.getMessage()], "other blocks could not go on there"
-
-
-def test_a_block_that_is_skipped_changes_nothing_below_it(tmp_path):
-    path, _ = raw_volume(tmp_path, (64, 32, 32))
-    wanted = np.ones((64, 32, 32), np.uint8)
-    wanted[16:32], wanted[40:48, :16] = 0, 0
-    mask = tmp_path / "mask.zarr"
-    write_multiscale(mask, wanted, scale=SCALE, translation=TRANSLATION, chunks=(16, 16, 16))
-    given = {"blend": "gaussian", "chunks": [8, 16, 16], "block_size_mb": 0.05, "model": Convolution(), "levels": 1}
-    given["classes"] = ("a", "b")
-    predict(path, (12, 16, 20), tmp_path / "whole.zarr", **given)
-    writer = predict(path, (12, 16, 20), tmp_path / "part.zarr", mask=str(mask), **given)
-    whole, part = read(tmp_path / "whole.zarr", "b"), read(tmp_path / "part.zarr", "b")
-    assert 0 < writer.summary.skipped < writer.summary.blocks
-    computed = part != 0
-    assert np.array_equal(part[computed], whole[computed])
-    assert computed[wanted > 0].all()
-    assert not computed[16:32].any()
-
-
-def test_a_real_volume_comes_back_as_it_is(real_volume, tmp_path):
-    path = real_volume / "recon-1" / "em" / "fibsem-uint8"
-    level = read_multiscale(path).finest
-    spec = {"raw": {"shape": [8, 128, 128], "scale": list(level.scale)}}
-    with CellMapDataModule(["a"], spec, datasets={"predict": [{"raw": str(path)}]}, batch_size=4) as data:
-        run = L.Trainer(
-            accelerator="cpu", devices=1, logger=False, callbacks=[PredictionWriter(str(tmp_path / "out.zarr"))],
-            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        )  # fmt: skip
-        run.predict(Identity(), datamodule=data)
-    assert np.array_equal(read(tmp_path / "out.zarr"), zarr.open_array(str(level.path), mode="r")[...])
-    assert read_multiscale(tmp_path / "out.zarr" / "a").finest.lattice.matches(level.lattice)
-
-
-def in_numbers(path):
-    return read(path.parent, path.name).astype(np.float32) / 255
-
-
-class Sided(L.LightningModule):
-    """A model that is the same for no mirrored input: each voxel is that behind it, along every axis."""
-
-    def predict_step(self, batch):
-        x = batch["raw"]
-        for dim in range(2, x.ndim):
-            x = torch.cat([x.narrow(dim, 1, x.shape[dim] - 1), x.narrow(dim, x.shape[dim] - 1, 1)], dim)
-        return {"found": x}
-
-
-def test_mirrored_inputs_are_averaged(tmp_path):
-    path, _ = raw_volume(tmp_path, (20, 24, 28))
-    whole = in_numbers(path)
-
-    def behind(values, axes):
-        for axis in axes:
-            values = np.concatenate([np.delete(values, 0, axis), np.take(values, [-1], axis)], axis)
-        return values
-
-    for tta_flips in ("", "y", "zx", "zyx"):
-        out = tmp_path / f"tta_flips{tta_flips}.zarr"
-        predict(path, (20, 24, 28), out, Sided(), overlap=0, tta_flips=tta_flips)
-        expected = np.mean(
-            [
-                np.flip(behind(np.flip(whole, axes), (0, 1, 2)), axes)
-                for axes in (
-                    tuple(axis for axis, chosen in zip([AXES.index(a) for a in tta_flips], bits, strict=True) if chosen)
-                    for bits in product((0, 1), repeat=len(tta_flips))
-                )
-            ],
-            axis=0,
-        )
-        assert np.abs(read(out) - expected).max() < 1e-6
-    flat = tmp_path / "flat.zarr"
-    predict(path, (1, 24, 28), flat, Sided(), overlap=0, tta_flips="zyx")
-    both = [np.flip(behind(np.flip(whole, axes), (1, 2)), axes) for axes in ((), (1,), (2,), (1, 2))]
-    assert np.abs(read(flat) - np.mean(both, axis=0)).max() < 1e-6
-    with pytest.raises(CellMapFileExistsError, match="tta_flips: 'zyx' is there, now 'zy'"):
-        predict(path, (20, 24, 28), tmp_path / "flipszyx.zarr", Sided(), overlap=0, tta_flips="yz")
-    for wrong in ("w", "xx", [1]):
-        with pytest.raises(CellMapValueError, match="tta_flips are axes"):
-            PredictionWriter(str(tmp_path / "no.zarr"), tta_flips=wrong)
-
-
-class Blur(L.LightningModule):
-    """A model of slices: each pixel is the mean of itself and its two neighbours along the rows."""
-
-    def predict_step(self, batch, batch_idx):
-        assert batch["raw"].ndim == 4
-        x = torch.nn.functional.pad(batch["raw"], (1, 1, 0, 0), mode="replicate")
-        return (x[..., :-2] + x[..., 1:-1] + x[..., 2:]) / 3
-
-
-def isotropic(folder, shape):
-    values = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
-    path = Path(folder) / "iso.zarr" / "em"
-    write_multiscale(path, values, scale=(8, 8, 8), translation=(4, 0, 2), chunks=(16, 16, 16))
-    return path, values.astype(np.float32) / 255
-
-
-@pytest.mark.parametrize("blend", ["trim", "gaussian"])
-def test_slices_in_every_plane_and_their_mean(tmp_path, blend):
-    path, values = isotropic(tmp_path, (21, 34, 40))
-    along = {"xy": 2, "xz": 2, "yz": 1}  # the volume's axis that is a patch's row
-
-    def expected(plane):
-        padded = np.pad(values, [(1, 1) if axis == along[plane] else (0, 0) for axis in range(3)], mode="edge")
-        n = values.shape[along[plane]]
-        return sum(np.take(padded, range(k, k + n), along[plane]) for k in range(3)) / 3
-
-    spec = {"input_arrays": {"raw": {"shape": [16, 20], "scale": [8, 8]}}, "batch_size": 3}
-    given = (
-        {"blend": blend, "block_size_mb": 0.05, "context": 2}
-        if blend == "trim"
-        else {"blend": blend, "block_size_mb": 0.05}
-    )
-    identity = blend == "gaussian"  # whose patches see no further than they reach
-    for planes in (["xz"], ["yz"], ["xy", "xz", "yz"]):
-        out = tmp_path / f"{'-'.join(planes)}.zarr"
-        writer = predict_spec(path, spec | {"planes": planes}, out, Identity() if identity else Blur(), **given)
-        assert writer.summary.complete
-        wanted = values if identity else np.mean([expected(plane) for plane in planes], axis=0)
-        assert np.abs(read(out) - wanted).max() < 1e-6
-    again = predict_spec(path, spec | {"planes": planes}, out, Identity() if identity else Blur(), **given)
-    assert again.summary.written == 0
-    with pytest.raises(CellMapFileExistsError, match="planes: "):
-        predict_spec(path, spec | {"planes": ["xy"]}, out, Identity() if identity else Blur(), **given)
-
-
-def predict_spec(path, data, output, model, world=1, **kwargs):
-    """The same, of arrays that are given whole."""
-    data = {"classes": ["a"], "datasets": {"predict": [{"raw": str(path)}]}} | data
-    writer = PredictionWriter(str(output), **({"chunks": [8, 8, 16], "dtype": "float32"} | kwargs))
-    strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))
-    run = L.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[writer],
-    )  # fmt: skip
-    with CellMapDataModule(**data) as module:
-        run.predict(model, datamodule=module)
-    return writer
-
-
-def test_planes_share_the_chunks_that_their_voxels_are_made_of(tmp_path):
-    """No level has voxels of 11 nm: each plane keeps voxels of its own, made of the same chunks."""
-    path, _ = raw_volume(tmp_path, (40, 50, 60))
-    caches = []
-
-    class Looks(Identity):
-        def predict_step(self, batch, batch_idx):
-            source = writer._source
-            caches.append({id(image.region.cache) for c in source.crops for image in c.images.values()})
-            assert caches[-1] == {id(source._store.chunks)}
-            return super().predict_step(batch, batch_idx)
-
-    writer = PredictionWriter(str(tmp_path / "out.zarr"), classes=["a"], check_context=False)
-    run = L.Trainer(
-        accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    arrays = {"input_arrays": {"raw": {"shape": [16, 16], "scale": [11, 11]}}, "planes": ["xy", "xz", "yz"]}
-    with CellMapDataModule(classes=["a"], datasets={"predict": [{"raw": str(path)}]}, **arrays) as data:
-        run.predict(Looks(), datamodule=data)
-    assert caches
-    assert writer._source._store.chunks.nbytes == 0, "it is given back at the end"
-
-
-def test_what_is_decoded_ahead_is_there_when_it_is_asked_for(tmp_path, monkeypatch):
-    """As many chunks are decoded ahead as lie side by side in a block: both have room."""
-    path = tmp_path / "raw.zarr" / "em"
-    values = np.zeros((256, 256, 512), np.uint8)
-    values[:, ::7] = 3  # so that all chunks have files
-    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(32, 32, 32))
-    monkeypatch.setattr(predicted, "LEAST_CHUNK_BYTES", 1)
-    monkeypatch.setattr("cellmap_lightning.io.chunks.LEAST_CHUNK", 32)
-    writer = PredictionWriter(str(tmp_path / "out.zarr"), chunks=(64, 64, 64), block_size_mb=1000, check_context=False)
-    run = L.Trainer(
-        accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    with module(path, (64, 64, 64), batch_size=8) as data:
-        run.predict(Identity(), datamodule=data)
-    assert writer._source._store.chunks.decoded <= 1.3 * 8 * 8 * 16
-
-
-def test_planes_whose_voxels_differ_have_no_mean(tmp_path):
-    path, _ = raw_volume(tmp_path, (16, 16, 16))
-    data = {"input_arrays": {"raw": {"shape": [8, 8], "scale": [8, 8]}}, "planes": ["xy", "xz"]}
-    with pytest.raises(CellMapValueError, match=r"theirs differ .*xy has \[10.48, 8.0, 8.0\] nm; xz has"):
-        predict_spec(path, data, tmp_path / "out.zarr", Identity())
-    assert not (tmp_path / "out.zarr").exists()
-
-
-def test_several_volumes_in_one_run(tmp_path):
-    volumes = [raw_volume(tmp_path / name, shape) for name, shape in (("one", (20, 24, 28)), ("two", (9, 30, 17)))]
-    paths = []
-    for (path, _), name in zip(volumes, ("jrc_one", "jrc_two"), strict=True):
-        paths.append(path.parent.rename(tmp_path / f"{name}.zarr") / path.name)
-    entries = {"datasets": {"predict": [{"raw": str(path)} for path in paths]}}
-    for world in (1, 2):
-        out = tmp_path / f"out{world}"
-        writer = predict(paths[0], (8, 16, 16), out, data=entries, world=world, levels=1)
-        if world == 1:
-            assert writer.summary.complete
-            assert set(writer.summary.fractions) == {"jrc_one/a", "jrc_two/a"}
-        for path in paths:
-            assert np.abs(read(out / path.parent.stem) - in_numbers(path)).max() < 1e-6
-            lattice = read_multiscale(out / path.parent.stem / "a").finest.lattice
-            assert lattice.matches(read_multiscale(path).finest.lattice)
-    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
-    assert predict(paths[0], (8, 16, 16), out, data=entries, levels=1).summary.written == 0
-    box = {"z": [0, 50], "y": [0, 50], "x": [0, 50]}
-    with pytest.raises(CellMapValueError, match="a region is a part of one volume"):
-        predict(paths[0], (8, 16, 16), tmp_path / "no", data=entries, region=box)
-    (tmp_path / "copy").mkdir()
-    other = shutil.copytree(paths[0].parent, tmp_path / "copy" / "jrc_one.zarr") / "em"
-    entries = {"datasets": {"predict": [{"raw": str(path)} for path in (paths[0], other)]}}
-    with pytest.raises(CellMapValueError, match="would all be written to 'jrc_one'"):
-        predict(paths[0], (8, 16, 16), tmp_path / "no", data=entries)
-
-
-def test_several_volumes_share_the_memory_of_one(tmp_path, monkeypatch):
-    memories = []
-
-    class Noted(Counting):
-        def __init__(self):
-            super().__init__()
-            memories.append(self)
-
-    monkeypatch.setattr("cellmap_lightning.prediction.prediction_writer.BlockMemory", Noted)
-    raw = [raw_volume(tmp_path / name, (20, 24, 28))[0] for name in "abc"]
-    paths = [path.parent.rename(tmp_path / f"{n}.zarr") / path.name for n, path in enumerate(raw)]
-    entries = {"datasets": {"predict": [{"raw": str(path)} for path in paths]}}
-    assert predict(paths[0], (8, 16, 16), tmp_path / "out", data=entries, levels=1, blend="gaussian").summary.complete
-    assert [(m.held, m.most <= most) for m, most in zip(memories, (2, 1), strict=True)] == [(0, True), (0, True)]
-
-
-def hollow(folder):
-    """A volume of which three quarters are empty, and a mask of it, half as fine, of one corner."""
-    values = np.zeros((32, 64, 64), np.uint8)
-    values[:, :32, :32] = np.random.default_rng(0).integers(1, 256, (32, 32, 32))
-    values[:, 32:, 32:] = 7  # as empty as black
-    raw, mask = Path(folder) / "v.zarr" / "em", Path(folder) / "mask.zarr"
-    write_multiscale(raw, values, scale=(8, 8, 8), translation=(4, 4, 4), chunks=(16, 16, 16))
-    wanted = np.zeros((16, 32, 32), np.uint8)
-    wanted[:8, :16, 16:] = 1
-    write_multiscale(mask, wanted, scale=(16, 16, 16), translation=(8, 8, 8), chunks=(16, 16, 16))
-    return raw, mask, values.astype(np.float32) / 255
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_blocks_without_anything_in_them_are_skipped(tmp_path, world):
-    raw, mask, values = hollow(tmp_path)
-    data = {"input_arrays": {"raw": {"shape": [16, 16, 16], "scale": [8, 8, 8]}}, "batch_size": 2}
-    given = {"chunks": [16, 16, 16], "block_size_mb": 0.01, "overlap": 0, "levels": 2}
-    model = Identity()
-    writer = predict_spec(raw, data, tmp_path / "a.zarr", model, world, skip_empty=True, **given)
-    expected = np.zeros_like(values)
-    expected[:, :32, :32] = values[:, :32, :32]
-    assert np.abs(read(tmp_path / "a.zarr") - expected).max() < 1e-6
-    files = [p for p in (tmp_path / "a.zarr" / "a" / "s0").rglob("*") if p.is_file() and p.name[0] != "."]
-    assert len(files) == 8, "nothing is written of what is skipped"
-    if world == 1:
-        assert model.batches == 8
-        assert (writer.summary.blocks, writer.summary.finished, writer.summary.complete) == (32, 32, True)
-        assert writer.summary.skipped == 24
-        assert "24 more were skipped" in str(writer.summary)
-        assert writer.summary.fractions["a"] == pytest.approx((expected >= 0.5).mean())
-        writer = predict_spec(raw, data, tmp_path / "b.zarr", Identity(), mask=str(mask), **given)
-        assert writer.summary.skipped == 28
-        kept = np.zeros_like(values)
-        kept[:16, :32, 32:] = values[:16, :32, 32:]
-        assert np.abs(read(tmp_path / "b.zarr") - kept).max() < 1e-6
-        again = predict_spec(raw, data, tmp_path / "b.zarr", Identity(), mask=str(mask), **given)
-        assert (again.summary.written, again.summary.skipped, again.summary.complete) == (0, 0, True)
-        with pytest.raises(CellMapFileExistsError, match="mask: "):
-            predict_spec(raw, data, tmp_path / "b.zarr", Identity(), **given)
-        with pytest.raises(CellMapError, match="nowhere"):
-            predict_spec(raw, data, tmp_path / "c.zarr", Identity(), mask=str(tmp_path / "nowhere"), **given)
-        outside = predict_spec(raw, data, tmp_path / "d.zarr", Identity(), mask=str(mask), skip_empty=True, **given)
-        assert outside.summary.skipped == 32
-        assert outside.summary.complete
-        assert not read(tmp_path / "d.zarr").any()
-
-
-def test_a_model_that_sees_further_than_the_context_is_named(tmp_path, caplog):
-    path, _ = raw_volume(tmp_path, (24, 32, 32))
-    given = {"classes": ("a", "b"), "model": Convolution()}  # 3 voxels on either side
-    for context, said in ((1, True), (2, True), (4, False)):
-        caplog.clear()
-        predict(path, (16, 16, 16), tmp_path / f"{context}.zarr", context=context, **given)
-        found = "sees further than the context of [" in caplog.text
-        assert found == said, context
-    caplog.clear()
-    predict(path, (16, 16, 16), tmp_path / "quiet.zarr", context=1, check_context=False, **given)
-    assert "sees further" not in caplog.text
-
-
-def test_a_level_that_is_not_there_is_known_before_anything_is_computed(tmp_path):
-    path, _ = raw_volume(tmp_path, (16, 16, 16), levels=2)
-    shutil.rmtree(path / "s0")
-    model = Identity()
-    with pytest.raises(CellMapError, match="s0 are listed but not on disk"):
-        predict(path, (8, 8, 8), tmp_path / "out.zarr", model, data={"max_upsampling": 1.0})
-    assert model.batches == 0
-    assert not (tmp_path / "out.zarr").exists()
-
-
-PROGRAM = """
-import sys, time
-import torch
-import tests.prediction.test_prediction as t
-torch.set_num_threads(1)
-
-class Slow(t.Convolution):
-    def predict_step(self, batch, batch_idx):
-        time.sleep(0.01)
-        return super().predict_step(batch, batch_idx)
-
-path, out, blend, world = sys.argv[1:]
-print("ready", flush=True)
-t.predict(path, (12, 16, 20), out, Slow(), ("a", "b"), blend=blend, dtype="uint8", block_size_mb=0.3, world=int(world))
-"""
-
-
-@pytest.mark.parametrize(
-    ("blend", "world"),
-    [("gaussian", 1), *(pytest.param("trim", world, marks=pytest.mark.slow) for world in (1, 2))],
-)
-def test_killed_at_any_moment_and_run_again_it_leaves_the_same_bytes(tmp_path, blend, world):
-    path, _ = raw_volume(tmp_path, (33, 70, 64))
-    (tmp_path / "program.py").write_text(PROGRAM)
-    rng = np.random.default_rng([world, len(blend)])
-
-    def start(out):
-        command = [sys.executable, "-W", "ignore", tmp_path / "program.py", path, out, blend, str(world)]
-        root = str(Path(__file__).parents[2])
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-        return processes.started(
-            list(map(str, command)), cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    def finished():
-        return len(Journal(out).finished) if out.exists() else 0
-
-    whole, out, done = tmp_path / "whole.zarr", tmp_path / "out.zarr", [0]
-    with start(whole) as process:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    # Blocks after which it is killed, and some time after that.
-    for more in (3,) if blend == "gaussian" else (0, 1, 0, 2):
-        with start(out) as process:
-            process.stdout.readline()
-            end = time.monotonic() + 120
-            while finished() < done[-1] + more and process.poll() is None:
-                assert time.monotonic() < end
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.1))
-        done.append(finished())
-    assert done == sorted(done)
-    assert done[-1] >= 3
-    with start(out) as process:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    assert contents(out) == contents(whole)
-
-
-MEMORY = """
-import sys, threading, time
-from pathlib import Path
-import torch
-import tests.prediction.test_prediction as t
-torch.set_num_threads(1)
-path, out = sys.argv[1:]
-
-def own():  # what belongs to this process and to no file
-    return sum(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon"))
-
-def run(n):
-    t.predict(
-        f"{path}/{n}/raw.zarr/em", (32, 32, 32), f"{out}/{n}.zarr", t.Identity(), blend="gaussian",
-        overlap=0.25, chunks=[32, 32, 32], block_size_mb=2, levels=2,
-    )
-
-run("small")
-before, most, going = own(), 0, True
-
-def watch():
-    global most
-    while going:
-        most = max(most, own())
-        time.sleep(0.003)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-run("large")
-going = False
-watcher.join()
-print("peak", most - before)
-"""
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_volume(tmp_path):
-    for name, shape in (("small", (48, 64, 64)), ("large", (128, 320, 320))):
-        raw_volume(tmp_path / name, shape)
-    (tmp_path / "program.py").write_text(MEMORY)
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", tmp_path / "program.py", tmp_path, tmp_path], cwd=root, capture_output=True,
-        text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    peak = int(done.stdout.split("peak")[1]) * 1024
-    assert read(tmp_path / "large.zarr").nbytes > 50e6
-    assert peak < 25e6, "after a small volume a large one takes hardly more, and far less than its own 52 MB"
-
-
-@pytest.mark.parametrize(
-    ("given", "kept"),
-    [({}, "chunks"), ({"cache": "disk"}, "disk"), ({"num_workers": 1}, "auto"), ({"cache": "memory"}, "memory")],
-)
-def test_a_volume_of_this_machine_is_not_copied_to_the_cache(tmp_path, monkeypatch, given, kept):
-    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
-    path, values = raw_volume(tmp_path, (33, 41, 50))
-    writer = predict(path, (12, 16, 20), tmp_path / "out.zarr", data=given)
-    np.testing.assert_allclose(read(tmp_path / "out.zarr"), values / 255, rtol=1e-6)
-    assert writer._source.cache == kept
-    copied = [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size > values.nbytes // 2]
-    assert bool(copied) == (kept in ("disk", "auto"))
-
-
-@pytest.mark.parametrize("cache", ["auto", "disk"])
-def test_chunks_are_decoded_before_they_are_asked_for(tmp_path, cache):
-    values = np.random.default_rng(0).integers(0, 256, (64, 64, 64 * 14)).astype(np.uint8)
-    path = tmp_path / "raw.zarr" / "em"  # 14 chunks in a row, and a patch in each
-    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(64, 64, 64))
-    found = []
-
-    class Slow(Identity):
-        def predict_step(self, batch, batch_idx):
-            deadline = time.monotonic() + 120
-            while batch_idx == 0 and decoded() < 9 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            found.append(decoded())
-            return super().predict_step(batch, batch_idx)
-
-    def decoded():
-        store = writer._source._store
-        return store.chunks.decoded if cache == "auto" else store.decoded
-
-    writer = PredictionWriter(str(tmp_path / "out.zarr"), overlap=0.0)
-    run = L.Trainer(
-        accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    with module(path, (64, 64, 64), batch_size=1, cache=cache) as data:
-        run.predict(Slow(), datamodule=data)
-    assert found[0] >= 9  # without anything ahead: 2, the batch and the one that the Trainer fetches before it
-    np.testing.assert_array_equal(read(tmp_path / "out.zarr"), values)
-
-
-def test_a_damaged_chunk_is_named_when_it_is_needed_and_what_is_before_it_stays(tmp_path):
-    path, values = raw_volume(tmp_path, (16, 16, 320))
-    damaged = path / "s0" / "0" / "0" / "17"
-    stored = damaged.read_bytes()
-    damaged.write_bytes(stored[:20])
-    given = {"overlap": 0.0, "chunks": (16, 16, 16), "block_size_mb": 0.01, "dtype": "uint8"}
-    with pytest.raises(CellMapError, match=r"(?s)x\[272:288\].*cut short"):
-        predict(path, (16, 16, 16), tmp_path / "out.zarr", data={"batch_size": 1, "read_attempts": 1}, **given)
-    done = len(Journal(tmp_path / "out.zarr").finished)
-    assert 12 <= done <= 17
-    damaged.write_bytes(stored)
-    writer = predict(path, (16, 16, 16), tmp_path / "out.zarr", data={"batch_size": 1}, **given)
-    assert writer.summary.written == 20 - done
-    np.testing.assert_array_equal(read(tmp_path / "out.zarr"), values)

@@ -19,7 +19,7 @@ from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.writer import write_multiscale
 from cellmap_lightning.prediction.journal import FOLDER, Journal
 from cellmap_lightning.splits.manifests import find_crops
-from tests.prediction.test_prediction import Identity, contents, read
+from tests.prediction.predictions import Identity, contents, read
 from tests.prediction.test_pyramid import next_level
 
 pytestmark = pytest.mark.usefixtures("quiet_lightning", "no_threads_left")
@@ -126,7 +126,7 @@ def test_a_region_has_levels_by_its_own_shape(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "scale", "factors"), [((30, 80, 90), SERIAL, (1, 2, 2)), ((40, 80, 90), FIB, (3, 3, 3))]
 )
-def test_a_run_that_goes_on_ends_with_the_same_levels(tmp_path, blend, world, shape, scale, factors):
+def test_resumed_run_has_the_same_levels(tmp_path, blend, world, shape, scale, factors):
     path, _ = raw_volume(tmp_path, shape, scale, factors, 2)
     given = {"blend": blend, "overlap": 0.25, "classes": ("a", "b"), "levels": 4}
     run(path, tmp_path / "once.zarr", scale, **given)

@@ -19,7 +19,7 @@ from cellmap_lightning.prediction.quantize import StoredValues
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 CASES = [
     ((64, 64, 64), (32, 32, 32), (8, 8, 8)),
-    ((61, 50, 47), (24, 16, 48), (8, 8, 8)),  # blocks of which a coarse chunk needs several
+    ((61, 50, 47), (24, 16, 48), (8, 8, 8)),  # a coarse chunk needs several blocks
     ((61, 50, 47), (10, 25, 15), (10, 25, 15)),  # starts that cannot be halved
     ((61, 50, 47), (15, 25, 21), (5, 5, 7)),  # and chunks of the next level that would fit in such a block
     ((9, 40, 33), (9, 40, 33), (8, 8, 8)),
@@ -97,7 +97,7 @@ def test_serial_sections_become_isotropic():
         ((64, 64, 64), FIB, raw_sizes(FIB, (1, 2, 2)), 8),
     ],
 )
-def test_as_many_levels_as_are_wanted(shape, size, raw, most):
+def test_number_of_levels_can_be_set(shape, size, raw, most):
     for levels in range(1, most + 1):
         planned = plan_pyramid(shape, size, levels, raw)
         assert planned.levels == levels

@@ -1,4 +1,4 @@
-"""What numbers become in the array that is written, and which of them count as foreground."""
+"""The conversion of numbers to stored values, and the counts of foreground."""
 
 import numpy as np
 import pytest
@@ -66,13 +66,13 @@ def test_half_precision_may_miss_by_its_noise():
     [(np.nan, "NaN"), (1.01, "values from 0 to 1.01"), (-0.5, "values from -0.5 to 0.2"),
      (np.inf, "values from 0 to inf"), (3e38, "values from 0 to (inf|3e.38)"), (-np.inf, "values from -inf to 0.2")],
 )  # fmt: skip
-def test_what_is_no_probability_is_not_stored(kind, bad, said):
+def test_non_probabilities_are_not_stored(kind, bad, said):
     values = np.array([0.0, bad, 0.2], np.float32).reshape(1, 1, 1, 3)
-    with pytest.raises(CellMapValueError, match=f"block 7: the model gave {said}, and dtype={kind} stores"):
+    with pytest.raises(CellMapValueError, match=f"block 7: the model returned {said}, and dtype={kind} stores"):
         StoredValues(kind).store(values, np.empty(values.shape, np.uint8), "block 7")
 
 
-def test_numbers_that_half_precision_cannot_say():
+def test_numbers_beyond_half_precision():
     values = np.array([0.0, 1e5], np.float32).reshape(1, 1, 1, 2)
     with pytest.raises(CellMapValueError, match="it: 100000 is too large for float16"):
         StoredValues("float16").store(values, np.empty(values.shape, np.float16), "it")
@@ -84,6 +84,6 @@ def test_numbers_that_half_precision_cannot_say():
     assert stored.reached(out, values) == [1]
 
 
-def test_another_kind():
-    with pytest.raises(CellMapValueError, match="dtype is one of uint8, float16, float32, labels, got 'int8'"):
+def test_unknown_kind_is_an_error():
+    with pytest.raises(CellMapValueError, match="dtype must be one of uint8, float16, float32, labels, got 'int8'"):
         StoredValues("int8")

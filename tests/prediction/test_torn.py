@@ -91,7 +91,7 @@ def test_pages_that_never_reached_the_disk(lost):
         assert source.run() == 0
 
 
-def test_data_is_flushed_before_what_counts_as_synced():
+def test_data_is_flushed_before_it_is_marked_as_synced():
     source = Source()
     region, store = source.open()
     assert source.right(region)
@@ -123,7 +123,7 @@ def test_a_chunk_that_is_replaced_during_a_sync(monkeypatch):
     assert source.run() == 1
 
 
-def test_a_disk_that_does_not_take_what_is_flushed(caplog):
+def test_disk_that_fails_to_flush(caplog):
     source = Source()
     region, store = source.open()
     assert source.right(region)
@@ -205,7 +205,7 @@ def test_no_space_is_reserved_in_another_file(caplog):
 
 
 @pytest.mark.parametrize("byte", [0, 1, 2, 0x5A, 0xFF])
-def test_damaged_notes_of_reserved_space(byte, monkeypatch):
+def test_damaged_record_of_reserved_space(byte, monkeypatch):
     """Space is reserved again before anything is written there."""
     source = Source()
     region, store = source.open()
@@ -248,8 +248,8 @@ def test_files_of_an_earlier_format(name):
 
 
 @pytest.mark.parametrize("name", ["notes.region", "0123.region", f"{'g' * 40}.region", f"{1:040x}.region"])
-def test_what_is_no_region_file_is_not_evicted(name, cache_dir):
-    """A folder with such a name, or a file of somebody else."""
+def test_foreign_files_are_not_evicted(name, cache_dir):
+    """A folder with such a name, or a foreign file."""
     source = Source()
     source.run()
     folder = RegionFolder(source.file.parent)

@@ -255,7 +255,7 @@ def test_only_tiles_are_marked(stored):
         tile = batch["labels"][0]
         assert tile.isnan().sum() > alone.isnan().sum()
         assert torch.equal(tile[~tile.isnan()], alone[~tile.isnan()])
-        with pytest.raises(CellMapError, match="tiles are gone through without is_train"):
+        with pytest.raises(CellMapError, match="tiles need is_train=False"):
             CellMapDataLoader(dataset, tiles=[0])
         with pytest.raises(IndexError, match="tile 99999 is none of its"):
             next(iter(CellMapDataLoader(dataset, is_train=False, tiles=[99999])))
