@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.batches.arrays import ArraySet, InputArray, TargetArray
-from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.cache.region import Region
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.class_index import Foreground
 from cellmap_lightning.crops.crop_labels import CropLabels, with_margin
 from cellmap_lightning.crops.image import StoredImage

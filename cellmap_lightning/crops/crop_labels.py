@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from cellmap_lightning.batches.arrays import TargetArray
 from cellmap_lightning.cache.patches import Patches
-from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.cache.region import Region
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.class_index import Foreground, foreground_index
 from cellmap_lightning.crops.class_tiles import tiles_with
 from cellmap_lightning.crops.counts import foreground, known_foreground, unknown_in_metadata

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.cache.patches import Patches, Resampled, reached
-from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.cache.region import Region
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.image import MissingRaw, StoredImage, choose_level
 from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.errors import CellMapValueError
@@ -93,8 +94,8 @@ class RawInputs:
 
     @property
     def cached(self) -> bool:
-        """Whether decoded voxels have a place in the cache."""
-        return self.regions[0].kept
+        """True if decoded voxels are cached."""
+        return self.regions[0].is_cached
 
     def in_store(self, store: RegionStore) -> "RawInputs":
         """Return the same inputs with decoded voxels cached in another store; `place` them before reading."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.batches.arrays import ArraySet, ArraySpecs, BatchLayout
-from cellmap_lightning.cache.region import RegionStore
+from cellmap_lightning.batches.arrays import ArraySet, ArraySpecs
+from cellmap_lightning.batches.layout import BatchLayout
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions

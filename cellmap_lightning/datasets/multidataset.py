@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.cache.region import RegionStore
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.datasets.source import SampleSource, overrides_items
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError

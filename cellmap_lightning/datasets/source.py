@@ -15,10 +15,12 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cellmap_lightning.batches.arrays import BatchLayout, InputArray, TargetArray
+from cellmap_lightning.batches.arrays import InputArray, TargetArray
 from cellmap_lightning.batches.compact_batch import CompactBatch
+from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.batches.memory import BatchMemory
-from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.cache.region import Region
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.crops.remote_arrays import fetch_counted, fetch_read
 from cellmap_lightning.datasets.requests import Request, current_request, requesting
@@ -393,7 +395,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
     @property
     def kept(self) -> bool:
         """Whether everything that is read has a place where it is kept once it was decoded."""
-        return all(region.kept for crop in self.crops for region in crop.regions)
+        return all(region.is_cached for crop in self.crops for region in crop.regions)
 
     def batch_memory(self, batch_size: int = 1) -> BatchMemory:
         """The bytes of a batch of ``batch_size`` samples, known before anything is read."""

@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
-from cellmap_lightning.batches.arrays import BatchLayout
+from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, Shape

@@ -551,9 +551,11 @@ SCRIPT = """
         resource.setrlimit(resource.RLIMIT_FSIZE, (given["limit"], given["limit"]))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     from cellmap_lightning import CellMapDataset
+    from cellmap_lightning.crops.options import ReadOptions
     spec = {"shape": [8, 12, 16], "scale": [8, 8, 8]}
     with CellMapDataset(
-        given["raw"], given["target"], given["classes"], {"raw": spec}, {"target": spec}, cache="disk", pad=True
+        given["raw"], given["target"], given["classes"], {"raw": spec}, {"target": spec},
+        read=ReadOptions(cache="disk", pad=True),
     ) as dataset:
         batch = dataset.read(dataset.draw(range(dataset.tile_count), False, 0)).tensors
         again = dataset.read(dataset.draw(range(dataset.tile_count), False, 0)).tensors
@@ -628,7 +630,7 @@ def test_on_a_network_file_system_voxels_are_kept_in_memory(volumes, tmp_path, m
 
 def test_what_does_not_fit_is_said_with_numbers(volumes, caplog):
     volume = volumes[24]
-    for is_train, how in ((True, "read from the source each time"), (False, "kept chunk by chunk in memory")):
+    for is_train, how in ((True, "read from the source each time"), (False, "cached chunk by chunk in memory")):
         caplog.clear()
         with (
             volume.dataset(NAMES, (8, 12, 16), cache="disk", cache_bytes=100_000, is_train=is_train) as dataset,

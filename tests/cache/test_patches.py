@@ -9,7 +9,7 @@ import zarr
 
 from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.cache.patches import Patches, Resampled, reached, stored_box
-from cellmap_lightning.cache.region import RegionStore
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.geometry.lattice import Lattice, patch_map
 from cellmap_lightning.geometry.placement import Placement, Window
@@ -131,7 +131,7 @@ def test_off_the_lattice_patches_are_boxes_of_what_was_evaluated_once(tmp_path, 
     assert patches.region is not patches.source.region
     turns = [None, *SIGNED_PERMUTATIONS[1::5]]
     compare(patches, data, turns, rounding=True)
-    assert patches.region.kept
+    assert patches.region.is_cached
     assert store.decoded > 0
     store.close()
 

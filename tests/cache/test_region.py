@@ -21,7 +21,8 @@ import zarr
 
 from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.cache.mapped import EMPTY, FILLED, SYNCED
-from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.cache.region import Region
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.errors import CacheError, ChunkError
 from cellmap_lightning.io.chunks import ChunkReader
@@ -690,7 +691,7 @@ def test_what_goes_beyond_the_budget_is_not_kept_and_is_right(mode, ordered, cap
         for region in regions:
             np.testing.assert_array_equal(whole(region), region.decode.data)
     for region, keeps in zip(regions, store.mapped, strict=True):
-        assert region.kept == keeps
+        assert region.is_cached == keeps
         assert len(region.decode.boxes) == len(set(region.decode.boxes)) or not keeps
     store.close()
 

@@ -554,7 +554,8 @@ MOUNTED = """
     from pathlib import Path
     import numpy as np
     from cellmap_lightning.io.chunks import ChunkReader
-    from cellmap_lightning.cache.region import Region, RegionStore
+    from cellmap_lightning.cache.region import Region
+    from cellmap_lightning.cache.region_store import RegionStore
 
     free, data = int(sys.argv[1]), np.random.default_rng(0).integers(0, 255, (64, 64, 64)).astype(np.uint8)
 

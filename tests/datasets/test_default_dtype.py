@@ -11,7 +11,7 @@ from torch import nn
 
 import cellmap_lightning
 from cellmap_lightning import CellMapDataLoader, CellMapImage
-from cellmap_lightning.batches.arrays import BatchLayout
+from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.callbacks import StreamPrefetch
 from cellmap_lightning.compat.transforms import augment
 from cellmap_lightning.crops.options import ReadOptions

@@ -111,7 +111,7 @@ def test_labels_for_a_softmax(crop):
     expected = np.where(a == 1, 1, np.where(b == 1, 2, np.where((a == 255) | (b == 255), -1, 0)))
     assert labels.dtype == torch.int64
     np.testing.assert_array_equal(labels[0].numpy(), expected)
-    with pytest.raises(CellMapError, match="ignore_index must be a whole number that is no class"):
+    with pytest.raises(CellMapError, match="ignore_index must be a whole number outside the classes"):
         crop.dataset(["a", "b"], target={"kind": "labels", "ignore_index": 2})
 
 
@@ -455,8 +455,8 @@ def test_the_data_is_never_written_to(crop, tmp_path):
         ({"kind": "semantic"}, "kind must be one of binary, labels, instances, ids, affinities, sdt, got 'semantic'"),
         ({"kind": "affinities"}, "affinities need offsets"),
         ({"kind": "affinities", "offsets": [[0, 0, 0]]}, "affinities need offsets"),
-        ({"kind": "sdt"}, "sdt needs nm"),
-        ({"kind": "sdt", "nm": -1}, "sdt needs nm"),
+        ({"kind": "sdt"}, r"nm \(the distance that an sdt scales to 1\) must be a number above 0"),
+        ({"kind": "sdt", "nm": -1}, r"nm \(the distance that an sdt scales to 1\) must be a number above 0"),
         ({"kind": "binary", "nm": 3}, "has no 'nm': for kind 'binary' it has no options"),
         ({"kinds": "binary"}, "did you mean 'kind'"),
     ],

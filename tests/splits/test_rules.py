@@ -393,7 +393,7 @@ def test_what_a_csv_cannot_say_is_logged(volume, tmp_path, caplog):
     crops = split(datasets={"train": [entry, entry | {"invert": True}]}, classes=["mito"])
     with caplog.at_level(logging.WARNING):
         crops.write_csv(tmp_path / "split.csv")
-    assert "does not say how these are normalized and inverted: datasets.train[1]" in caplog.text
+    assert "has no columns for normalize and invert, which are set for datasets.train[1]" in caplog.text
 
 
 def test_filters(folder):
