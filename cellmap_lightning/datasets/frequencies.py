@@ -9,7 +9,8 @@ from cellmap_lightning.datasets.source import Draw, SampleSource
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import FloatArray
 from cellmap_lightning.runtime.rng import PLACE, uniforms
-from cellmap_lightning.sampling.strategies import NUMBERS, Strategy, parse_strategy
+from cellmap_lightning.sampling.strategies import parse_strategy
+from cellmap_lightning.sampling.strategy import NUMBERS, Strategy
 
 #: Samples that are read at a time.
 _TOGETHER = 16

@@ -29,9 +29,11 @@ from cellmap_lightning.geometry.lattice import AXES, FloatArray, Shape
 from cellmap_lightning.runtime.location import CacheMode
 from cellmap_lightning.runtime.rng import PLACE, uniforms
 from cellmap_lightning.runtime.thread_pool import FORK_GATE, Closeable, ReadPool
+from cellmap_lightning.sampling.class_strategies import ClassBalanced
+from cellmap_lightning.sampling.crop_strategies import PerCrop, Uniform
 from cellmap_lightning.sampling.crop_table import CropTable
 from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
-from cellmap_lightning.sampling.strategies import NUMBERS, ClassBalanced, PerCrop, Strategy, Uniform
+from cellmap_lightning.sampling.strategy import NUMBERS, Strategy
 from cellmap_lightning.sampling.tiles import TileOrder, stratified
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 

@@ -19,7 +19,7 @@ from cellmap_lightning.datasets.source import Draw, SampleSource
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.loading.slots import SlotBatch, Slots
 from cellmap_lightning.runtime.rng import SHUFFLE, hashes
-from cellmap_lightning.sampling.strategies import Strategy
+from cellmap_lightning.sampling.strategy import Strategy
 
 log = logging.getLogger(__name__)
 

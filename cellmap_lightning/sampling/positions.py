@@ -6,8 +6,9 @@ from typing import Any, Protocol
 from torch.utils.data import Sampler
 
 from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.sampling.class_strategies import ClassBalanced
 from cellmap_lightning.sampling.crop_table import CropTable
-from cellmap_lightning.sampling.strategies import ClassBalanced, Strategy
+from cellmap_lightning.sampling.strategy import Strategy
 
 #: Positions that are drawn at a time.
 _TOGETHER = 1024

@@ -22,7 +22,7 @@ from cellmap_lightning.errors import (
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.ngff import OVERRIDE_KEYS, Overrides
 from cellmap_lightning.io.store import local_path, missing
-from cellmap_lightning.sampling.strategies import check_weight
+from cellmap_lightning.sampling.strategy import check_weight
 
 SPLITS = ("train", "val", "test", "predict")
 _USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}

@@ -27,7 +27,8 @@ from cellmap_lightning.crops.options import LabelOptions, ReadOptions
 from cellmap_lightning.datasets.frequencies import class_frequencies
 from cellmap_lightning.io.writer import write_group, write_multiscale
 from cellmap_lightning.runtime.rng import PLACE, uniforms
-from cellmap_lightning.sampling.strategies import NUMBERS, Chooser, parse_strategy
+from cellmap_lightning.sampling.strategies import parse_strategy
+from cellmap_lightning.sampling.strategy import NUMBERS, Chooser
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.options import SplitOptions
 from tests.make import make_dataset
@@ -445,7 +446,7 @@ def test_errors(volume, tmp_path):
         ({"name": "foreground", "classes": {"mito": -1}}, "weight of 'mito' must be a number of at least 0, got -1"),
         ({"name": "weighted", "weights": {"crop11": 1}}, "crop 'crop11' does not exist; did you mean 'crop1'"),
         ({"name": "weighted", "weights": {"crop1": "x"}}, "weight of 'crop1' must be a number of at least 0, got 'x'"),
-        ({"name": "weighted", "weights": [1, 2]}, "2 weights were given for 1 crops"),
+        ({"name": "weighted", "weights": [1, 2]}, "weights must have one value for each of the 1 crops, got 2"),
         ({"name": "weighted", "weights": [0]}, "every crop has the weight 0"),
         ({"name": "mix", "parts": {"mix": 1}}, "a mix cannot be a part of a mix"),
         ({"name": "mix", "parts": {"uniform": 0}}, "every part has the share 0"),
