@@ -44,7 +44,7 @@ def look(target: TargetPath, classes: Sequence[str], overrides: Overrides = NO_O
     for name in wanted:
         voxels[name] = None
         try:
-            image = read_multiscale(target.found(name), overrides)
+            image = read_multiscale(target.existing(name), overrides)
             lattice = image.finest.lattice
             voxels[name] = counted_in_metadata(image)
         except CellMapError:

@@ -137,7 +137,7 @@ def test_a_copy_that_was_completed_is_looked_at_again(tmp_path, monkeypatch):
     shutil.rmtree(root / "raw")
     write_multiscale(root / "raw", RAW, scale=SCALE, translation=(4, 4, 4), chunks=(CHUNK,) * 3)
     (root / "raw" / "s0" / "2" / "2" / "2").unlink()
-    monkeypatch.setattr("cellmap_lightning.crops.missing_raw._SHARED", -1)
+    monkeypatch.setattr("cellmap_lightning.crops.missing_raw._PROBE_LIFETIME", -1)
     with opened(root) as data:
         assert data.crop.raw.missing == "error"
 

@@ -461,7 +461,7 @@ def test_a_window_far_from_zero_is_resolved(tmp_path, dtype):
 
 def test_what_lies_outside_must_be_sayable(tmp_path):
     raw = np.full((4, 4, 4), 9, np.uint8)
-    with pytest.raises(CellMapError, match="makes 0 of the stored value -100, which uint8 cannot say"):
+    with pytest.raises(CellMapError, match="maps the stored value -100 to 0, which uint8 cannot represent"):
         plain(tmp_path, raw, normalize={"range": [-100, 200]}, pad=True)
     plain(tmp_path, raw, normalize={"range": [-100, 200]})
 
