@@ -103,7 +103,7 @@ def advice(trainer: L.Trainer) -> list[str]:
         said.append("cache=auto keeps what was decoded, cache=none decodes it again for every patch")
     elif dataset.cache == "chunks":
         said.append("cache=auto keeps all that was decoded, cache=chunks decodes again what does not fit into memory")
-    elif not dataset.kept:
+    elif not dataset.is_cached:
         said.append("the cache is too small for these crops (cache_bytes, or CELLMAP_CACHE_DIR on a larger disk)")
     else:
         said.append("voxels are decoded when they are first read, so that later epochs wait less")

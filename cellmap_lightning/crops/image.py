@@ -341,7 +341,7 @@ class CellMapImage:
         self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
         check_chunk_names(self.level.array, target_class)
         self.region = StoredImage(self.level, cache if cache is not None else ChunkCache(), target_class).region
-        #: Where patches may lie.
+        #: The positions of patches.
         self.placement = Placement.plan(
             self.image.finest.lattice.box,
             [self.window],

@@ -60,7 +60,7 @@ def listed_crops(manifest: str | Path, crops: str | int | Sequence[str | int] = 
     for row in manifest_rows(manifest):
         rows.setdefault((row.dataset, row.crop), []).append(row)
     wanted = None if crops == "test" else [crops] if isinstance(crops, str | int) else list(crops)
-    kept = Filter(None, wanted).kept(list(rows))
+    kept = Filter(None, wanted).matches(list(rows))
     return [ChallengeCrop(*key, tuple(rows[key])) for key, keep in zip(rows, kept, strict=True) if keep]
 
 

@@ -881,6 +881,6 @@ def test_quarter_turns_are_copies(volumes):
         dataset.prepare()
         place = dataset.placement.place(len(dataset) // 2)
         for turn in (rotation("z", 90), rotation("x", 180), rotation("y", 270)):
-            assert dataset.missing("raw", place, turn) is not None
-            assert dataset.missing("target", place, turn) is not None
-        assert dataset.missing("raw", place, rotation("z", 45)) is None
+            assert dataset.crop.missing("raw", place, turn) is not None
+            assert dataset.crop.missing("target", place, turn) is not None
+        assert dataset.crop.missing("raw", place, rotation("z", 45)) is None

@@ -214,7 +214,7 @@ def test_manifests_that_cannot_be_read(tmp_path):
     ):
         with pytest.raises(CellMapError, match=match):
             listed_crops(manifest(tmp_path, *rows))
-    with pytest.raises(CellMapError, match="only_crops: nothing is called '8'"):
+    with pytest.raises(CellMapError, match="only_crops: '8' matches nothing"):
         listed_crops(manifest(tmp_path, good), [8])
     assert [crop.name for crop in listed_crops(manifest(tmp_path, good), 7)] == ["crop7"]
 

@@ -142,7 +142,7 @@ def test_the_report_of_what_was_drawn_and_read(volume, strategy):
             else:
                 assert row.expected_voxels is None
             if strategy == "foreground":
-                assert row.kept == 1
+                assert row.shown_if_drawn == 1
         lines = str(found).splitlines()
         assert len(lines) == 2 + len(CLASSES)
         assert lines[0].startswith(strategy)

@@ -88,7 +88,7 @@ def test_all_bad_rows_in_one_table(write):
         "line 101  the usage 'trian' should be one of train, val,",
         "line 201  a bracket of classes needs quotes around its path",
         "line 251  the raw path is empty",
-        "line 261  the target path is empty; only crops for 'predict' may go without, not 'val'",
+        "line 261  the target path is empty; only crops for 'predict' need none, not 'val'",
     ):
         assert part in text
 

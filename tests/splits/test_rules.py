@@ -197,20 +197,20 @@ def test_the_split_of_these_names_stays_what_it_is():
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"split": "stratifed"}, "split is one of csv, random, .*, got 'stratifed'; did you mean 'stratified'?"),
-        ({"split": "csv"}, "split=csv is no rule"),
+        ({"split": "stratifed"}, "split must be one of csv, random, .*, got 'stratifed'; did you mean 'stratified'?"),
+        ({"split": "csv"}, "split=csv is not a rule"),
         ({"split": "random", "val_fraction": 1}, "val_fraction must be a number between 0 and 1, got 1"),
         ({"split": "random", "val_fraction": 0.0}, "val_fraction must be a number between 0 and 1, got 0.0"),
         ({"split": "random", "val_fraction": "0.1"}, "val_fraction must be a number between 0 and 1, got '0.1'"),
-        ({"split": "kfold", "fold": 5}, "fold 5 is out of range: n_folds=5 makes the folds 0 to 4"),
-        ({"split": "kfold", "fold": -1}, "fold must be at least 0, got -1"),
-        ({"split": "kfold", "fold": 1.5}, "fold must be a whole number, got 1.5"),
-        ({"split": "kfold", "n_folds": 1}, "n_folds must be at least 2, got 1"),
-        ({"split": "kfold", "n_folds": 9}, "n_folds=9 needs 9 crops that do not overlap at least, and there are 4"),
-        ({"split": "by_dataset"}, "split=by_dataset needs 2 datasets at least, and there is 1: d0"),
+        ({"split": "kfold", "fold": 5}, r"fold must be in \[0, 5\) with n_folds=5, got 5"),
+        ({"split": "kfold", "fold": -1}, "fold must be a whole number of at least 0, got -1"),
+        ({"split": "kfold", "fold": 1.5}, "fold must be a whole number of at least 0, got 1.5"),
+        ({"split": "kfold", "n_folds": 1}, "n_folds must be a whole number of at least 2, got 1"),
+        ({"split": "kfold", "n_folds": 9}, "n_folds=9 needs at least 9 crops that do not overlap, got 4"),
+        ({"split": "by_dataset"}, "split=by_dataset needs at least 2 datasets, got 1: d0"),
         (
             {"split": "leave_one_dataset_out"},
-            "leave_one_dataset_out needs two datasets at least, and there is d0",
+            "leave_one_dataset_out needs at least two datasets, got d0",
         ),
     ],
 )
@@ -220,13 +220,13 @@ def test_what_cannot_be_had(kwargs, match):
 
 
 def test_a_dataset_that_is_not_there_cannot_be_left_out():
-    with pytest.raises(IndexError, match=r"fold 3 is out of range: .* numbers the 3 datasets d0, d1, d2 from 0 to 2"):
+    with pytest.raises(IndexError, match=r"fold must be in \[0, 3\) with .* the datasets d0, d1, d2, got 3"):
         assign(apart(4, datasets=3), "leave_one_dataset_out", fold=3)
 
 
 def test_one_group_cannot_be_divided():
     box = Box((0, 0, 0), (2, 2, 2))
-    with pytest.raises(ValueError, match="random needs 2 crops that do not overlap at least, and there is 1: d/a"):
+    with pytest.raises(ValueError, match="random needs at least 2 crops that do not overlap, got 1: d/a"):
         assign([Crop("d/a", "d", box=box), Crop("d/b", "d", box=box)], "random")
 
 
@@ -405,8 +405,8 @@ def test_filters(folder):
     assert kept(only_datasets=["*_a"], only_crops=[1, "crop2"]) == ["jrc_a/crop1", "jrc_a/crop2"]
     assert kept(only_crops=["jrc_a/crop1", "jrc_b/crop[45]"]) == ["jrc_a/crop1", "jrc_b/crop4", "jrc_b/crop5"]
     for kwargs, match in (
-        ({"only_datasets": ["jrc_c"]}, "only_datasets: nothing is called 'jrc_c'; did you mean 'jrc_"),
-        ({"only_crops": [7]}, "only_crops: nothing is called '7'; there are jrc_a/crop1, jrc_a/crop2"),
+        ({"only_datasets": ["jrc_c"]}, "only_datasets: 'jrc_c' matches nothing; did you mean 'jrc_"),
+        ({"only_crops": [7]}, "only_crops: '7' matches nothing; there are jrc_a/crop1, jrc_a/crop2"),
         ({"only_crops": []}, "only_crops is an empty list"),
         ({"only_crops": "crop1"}, "only_crops must be a list of names or patterns, got 'crop1'"),
     ):
@@ -475,7 +475,7 @@ def test_errors_of_sources(folder, volume, tmp_path):
         split(volume.csv_path, search_path=folder)
     with pytest.raises(TypeError, match="manifest needs search_path too"):
         split(volume.csv_path, manifest="x.csv")
-    with pytest.raises(ValueError, match="search_path does not say which crops validate: choose a rule"):
+    with pytest.raises(ValueError, match="search_path does not define which crops validate; choose a rule"):
         split(search_path=folder)
     with pytest.raises(FileNotFoundError, match="has no 'dta'; did you mean 'data'"):
         split(search_path=tmp_path / "dta", split="random")
@@ -487,7 +487,7 @@ def test_errors_of_sources(folder, volume, tmp_path):
         split(search_path=folder, split="random", classes=["golgi"])
     (folder / "jrc_b").mkdir()
     (folder / "jrc_b" / "jrc_b.zarr").symlink_to(volume.path)
-    with pytest.raises(ValueError, match="the dataset jrc_b is there twice"):
+    with pytest.raises(ValueError, match="the dataset jrc_b exists twice"):
         split(search_path=folder, split="random")
     ready = CellMapDataset(
         volume.raw_path,
