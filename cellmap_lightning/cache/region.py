@@ -219,7 +219,7 @@ class Region:
     def missing(self, start: tuple[int, int, int], shape: Shape) -> list[Shape] | None:
         """Return the chunks of a box that must be filled before reading it is a copy; None if they are not cached.
 
-        Indices count from the array's first voxel whatever the cache, which may change before the chunks are filled.
+        Indices count from the array's first voxel in all cache modes, since the mode may change before they are filled.
         """
         mapped = self.attached()
         if mapped is not None:
@@ -269,7 +269,7 @@ class Region:
             once.end(key)
 
     def attached(self) -> Mapped | None:
-        """Return the mapping; None if there is none."""
+        """Return the mapping; None without one."""
         mapped, store = self.mapped, self.store  # copies, since another thread may be closing the store
         if mapped is None and store is not None:
             mapped = store.attach(self)

@@ -300,7 +300,7 @@ class Crop:
 
     @property
     def target_window(self) -> Window:
-        """A patch of the first target, along its own axes."""
+        """A patch of the first target, along the patch's axes."""
         return self.windows[next(iter(self.arrays.targets))]
 
     # -- measurements

@@ -176,7 +176,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         return Draw(sample, self._offsets[crop] + placement.tile(local), None, placement.advance(local))
 
     def tile_order(self) -> TileOrder:
-        """Return all tiles, in an order of which every prefix is spread over all crops."""
+        """Return all tiles, in an order with every prefix spread over all crops."""
         return TileOrder([crop.placement.tiles_along for crop in self.crops])
 
     def select_tiles(self, count: int, seed: int) -> Sequence[int]:

@@ -1,7 +1,7 @@
 """Orders of the tiles of an evaluation: all tiles, or a subset stratified by class.
 
-All orders are deterministic and low-discrepancy: strides by about the golden ratio around a circle, each of which
-falls into one of the largest gaps left by the previous ones, so that every prefix of an order is spread evenly.
+All orders are deterministic and low-discrepancy: strides by about the golden ratio around a circle, in which each
+place falls into one of the largest gaps between the previous ones, so that every prefix of an order is spread evenly.
 """
 
 import math
@@ -67,7 +67,7 @@ def halved(number: int, grid: Shape) -> int:
 
 
 class TileOrder(Sequence[int]):
-    """All tiles of several crops, in an order of which every part is spread over the crops and inside each crop.
+    """All tiles of several crops, in an order with every part spread over the crops and inside each crop.
 
     Tiles are computed on access, since a list of all of them may be too large.
 

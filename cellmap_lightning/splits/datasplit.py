@@ -130,7 +130,7 @@ class CellMapDataSplit:
 
         Raises:
             CellMapKeyError: the split does not exist, or has no crops.
-            CellMapValueError: crops cannot be used, all of which the message lists; or every crop was dropped.
+            CellMapValueError: crops cannot be used, which the message lists; or every crop was dropped.
         """
         if split not in SPLITS:
             raise CellMapKeyError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
@@ -303,7 +303,7 @@ class CellMapDataSplit:
             )
         if dataset.is_train != (split == "train"):
             raise CellMapValueError(
-                f"{dataset.label} was made with is_train={dataset.is_train}, and stands in {split!r}"
+                f"{dataset.label} was made with is_train={dataset.is_train}, and is listed for {split!r}"
             )
         if inputs != expected:
             raise CellMapValueError(f"{dataset.label} was made with the inputs {inputs}, not {expected}")

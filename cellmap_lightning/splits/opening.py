@@ -1,4 +1,4 @@
-"""Concurrent opening of crops, each of which reads many small files and, on network file systems, mostly waits."""
+"""Concurrent opening of crops: each reads many small files and, on network file systems, mostly waits."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

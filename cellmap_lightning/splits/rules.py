@@ -77,7 +77,7 @@ def assign(
         crops: the annotated crops.
         split: ``random`` (by a hash of seed and name), ``stratified`` (the same, then improved until val has
             ``val_fraction`` of the crops of each class), ``by_dataset`` (random, whole datasets), ``kfold``
-            (``n_folds`` stratified parts, of which ``fold`` is for validation), ``leave_one_dataset_out`` (the dataset
+            (``n_folds`` stratified parts; part ``fold`` is for validation), ``leave_one_dataset_out`` (the dataset
             with number ``fold`` in alphabetical order is for validation).
         val_fraction: share of the crops for validation.
         fold: see ``split``.

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def write_csv(entries: Mapping[str, Sequence[CropRecord]], path: str | Path) -> None:
-    """Write the crops of every split as a CSV of ``usage, raw, target``, with absolute paths and entries' own settings.
+    """Write the crops of every split as a CSV of ``usage, raw, target``, with absolute paths and settings of entries.
 
     Args:
         entries: the crops of each split.
