@@ -340,7 +340,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         """
         self.resume_positions = []  # of a run that ended before it began
         for split in _STAGES.get(str(getattr(stage, "value", stage)) if stage is not None else None, SPLITS):
-            if self.crops.given(split):
+            if self.crops.has_crops(split):
                 self.crops[split]
 
     @property
@@ -403,7 +403,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
 
     def val_dataloader(self) -> CellMapDataLoader:
         """Tiles of the val split, the same each time: ``val_samples`` of them during ``fit``, otherwise all."""
-        if not self.crops.given("val"):
+        if not self.crops.has_crops("val"):
             raise CellMapKeyError(
                 f"no crops were given for 'val': {self.crops.source} has none; add some (in a CSV with the usage "
                 "'validate'), or train without validation by limit_val_batches=0"
@@ -563,5 +563,5 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         return self.__dict__ | {"_trainer": None}
 
     def __str__(self) -> str:
-        given = [split for split in SPLITS if self.crops.given(split)]
+        given = [split for split in SPLITS if self.crops.has_crops(split)]
         return f"CellMapDataModule({self.crops.source}; splits: {', '.join(given)}; classes: {self.classes})"

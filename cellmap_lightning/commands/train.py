@@ -74,7 +74,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: Ending) -> float | None:
         elif cfg.init_from is not None:  # a resumed run has weights
             _begin_from(unresolved, data, task)
         trainer = progress.trainer = _trainer(cfg, CheckpointConfig(plain, start))
-        validates = data.crops.given("val") and trainer.limit_val_batches != 0
+        validates = data.crops.has_crops("val") and trainer.limit_val_batches != 0
         if trainer.is_global_zero:
             _prepare_folder(cfg, folder, plain, data)
         untrained = None

@@ -78,7 +78,7 @@ class CellMapDataSplit(DataSplit):
         self.validation_datasets = self._all("val")
 
     def _all(self, split: str) -> list[CellMapDataset]:
-        return list(self[split].datasets) if self.given(split) else []  # type: ignore[arg-type]
+        return list(self[split].datasets) if self.has_crops(split) else []  # type: ignore[arg-type]
 
     def _open(self, entry: CropRecord, split: str, plane: str) -> CellMapDataset:
         if entry.target_path is None and self.classes is not None:

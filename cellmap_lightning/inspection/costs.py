@@ -66,7 +66,7 @@ def costs(settings: Mapping[str, Any], device_bytes: int, deep: bool) -> Costs:
         CellMapError: the configuration does not fit the data.
     """
     with CellMapDataModule(**settings) as data:
-        given = [split for split in SPLITS if data.crops.given(split)]
+        given = [split for split in SPLITS if data.crops.has_crops(split)]
         sets = {split: data.crops[split] for split in given}
         memory = data.batch_memory(given[0])
         regions = {r.digest(): r.layout.nbytes for s in sets.values() for crop in s.crops for r in crop.regions}

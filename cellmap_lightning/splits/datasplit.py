@@ -121,7 +121,7 @@ class CellMapDataSplit:
                 self._entries = self._division.divide(self._listed)
             return self._entries
 
-    def given(self, split: str) -> bool:
+    def has_crops(self, split: str) -> bool:
         """Return True if a split has crops."""
         return bool(self.entries.get(split))
 

@@ -466,7 +466,7 @@ def test_classes_that_cannot_be_on_both_sides_are_named(volume, caplog):
     crops = [("crop1", "mito,ves"), ("crop3", "mito,ecs")]
     entries = [{"raw": volume.raw_path, "gt": f"{volume.path}/{GT}/{crop}/[{names}]"} for crop, names in crops]
     with caplog.at_level(logging.WARNING):
-        assert split(datasets={"train": entries}, split="random", classes=["mito", "ves", "ecs"]).given("val")
+        assert split(datasets={"train": entries}, split="random", classes=["mito", "ves", "ecs"]).has_crops("val")
     assert "split=random: no crop for train holds" in caplog.text
 
 
@@ -499,7 +499,7 @@ def test_errors_of_sources(folder, volume, tmp_path):
         read=ReadOptions(pad=True),
     )
     with pytest.raises(TypeError, match=r"datasets.train\[0\]: a dataset that was made with is_train=True cannot be"):
-        split(datasets={"train": [ready]}, split="random", classes=["mito"]).given("val")
+        split(datasets={"train": [ready]}, split="random", classes=["mito"]).has_crops("val")
 
 
 def test_raw_alone_is_divided_by_volume(folder):
