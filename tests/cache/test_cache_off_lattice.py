@@ -109,7 +109,7 @@ def as_floats(stored):
 @pytest.mark.parametrize("spatial", SPATIAL)
 @pytest.mark.parametrize("how", CLOSE)
 def test_off_the_lattice_samples_are_those_of_the_direct_evaluation(tmp_path, how, spatial):
-    """Evaluated once on the patches' lattice and kept, or for each patch where that cannot be."""
+    """Resampled once to the patches' lattice and cached, or evaluated for each patch where that is not possible."""
     volume = off_lattice(tmp_path, how, dtype=np.uint16 if how == "another" else np.uint8)
     shape = (10, 12, 8)
 
@@ -180,7 +180,7 @@ TABLE = 'part,1\nother,2\nwhole,100,"1, 2"\n'
 
 @pytest.mark.parametrize("spatial", ["straight", "mirrored and transposed", "rotated"])
 @pytest.mark.parametrize("step", [8.0, 2.62])
-def test_what_is_implied_is_kept_as_well(tmp_path, step, spatial):
+def test_implied_voxels_are_cached_too(tmp_path, step, spatial):
     """Of classes that are only read for it, on the lattice and off it."""
     (tmp_path / "table.csv").write_text(TABLE)
     rng = np.random.default_rng(9)
@@ -249,7 +249,7 @@ def test_ids_off_the_lattice(tmp_path, spatial):
 
 
 def test_ids_of_a_crop_that_is_thinner_than_a_voxel_of_the_patches(tmp_path):
-    """Where no voxel centre lies in it, nobody says that there is no instance."""
+    """Without a voxel centre inside, the crop is unannotated and not background."""
     volume = Volume(tmp_path / "volume.zarr").add_raw(np.full((40, 20, 20), 9, np.uint8))
     volume.add("a", np.full((1, 20, 20), 5, np.uint8), (2.5, 8.0, 8.0), (3.9, 0.0, 0.0))
     with volume.dataset(["a"], (4, 8, 8), target={"kind": "instances"}) as dataset:

@@ -84,7 +84,7 @@ def read_all(volume, step=8.0, classes=("a", "b"), **kwargs):
 
 
 @pytest.mark.parametrize("step", [8.0, 8.9])
-def test_only_what_changed_is_decoded_again(large, step):
+def test_only_stale_chunks_are_decoded_again(large, step):
     """A chunk of raw, a chunk of one class; where voxels are resampled, the blocks that are made of it."""
     decoded, count = read_all(large, step)
     assert decoded == count > 10
@@ -216,7 +216,7 @@ def test_an_array_that_was_written_again_in_other_chunks(large):
     assert 0 < decoded < count
 
 
-def test_a_source_that_went_away_is_an_error_and_not_what_is_kept(large):
+def test_a_removed_source_is_an_error_despite_the_cache(large):
     with large.dataset(["a", "b"], (16, 24, 20), cache="disk") as dataset:
         dataset[0]
     for file in (large.root / "raw" / "s0").rglob("*"):

@@ -1,4 +1,4 @@
-"""Stores that are closed while threads read from them: right voxels, or one error that says so; nothing is leaked."""
+"""Stores that are closed during reads: correct voxels or a specific error, and no leaks."""
 
 import contextlib
 import fcntl

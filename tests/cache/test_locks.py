@@ -141,7 +141,7 @@ def another_holds_quickly(path):
         process.join()
 
 
-def test_a_child_that_is_forked_while_a_thread_asks_for_a_lock(tmp_path):
+def test_fork_while_a_thread_waits_for_a_lock(tmp_path):
     locks = Locks(str(tmp_path / "locks"))
     held, release = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Patches of kept voxels against the direct evaluation of plain arrays, and rotations about one axis against any."""
+"""Patches of cached regions, compared with the direct evaluation of plain arrays."""
 
 import itertools
 import sys
@@ -104,7 +104,7 @@ def test_on_the_lattice_patches_are_boxes_in_the_48_turns(tmp_path, dtype, pad):
 @pytest.mark.parametrize("step", [(2.62, 8.0, 8.0), (1.7, 5.24, 8.0), (8.0, 8.0, 6.1)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 @pytest.mark.parametrize("pad", [False, True])
-def test_off_the_lattice_patches_are_boxes_of_what_was_evaluated_once(tmp_path, step, dtype, pad):
+def test_off_the_lattice_patches_are_slices_of_a_resampled_array(tmp_path, step, dtype, pad):
     level, data = stored(tmp_path, dtype, (70, 50, 44), step)
     window = Window((30 if pad else 8, 12, 16), (8, 8, 8))
     patches, store = patches_of(level, window, pad, turned=True)
@@ -119,7 +119,7 @@ def test_off_the_lattice_patches_are_boxes_of_what_was_evaluated_once(tmp_path, 
 
 @pytest.mark.parametrize("step", [(8.0, 8.0, 8.0), (2.62, 8.0, 8.0)])
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_patches_that_are_turned_by_any_angle_are_evaluated_from_what_is_stored(tmp_path, step, dtype):
+def test_patches_rotated_by_any_angle_are_evaluated_from_stored_voxels(tmp_path, step, dtype):
     level, data = stored(tmp_path, dtype, (70, 50, 44), step)
     patches, store = patches_of(level, Window((8, 12, 16), (8, 8, 8)), True, roaming=True)
     turns = [rotation("z", 33), rotation("x", -70.1), rotation("y", 12) @ rotation("z", 200), rotation("z", 90)]
@@ -138,7 +138,7 @@ def test_coarser_patches_of_anisotropic_voxels(tmp_path, scale):
     store.close()
 
 
-def test_a_crop_inside_the_volume_keeps_only_what_it_can_touch(tmp_path):
+def test_a_crop_caches_only_the_part_of_the_volume_it_can_touch(tmp_path):
     level, data = stored(tmp_path, "uint8")
     lattice = level.lattice
     inner = Lattice(tuple(np.add(lattice.origin, 16 * 8.0)), lattice.step, (14, 12, 13)).box
@@ -168,7 +168,7 @@ def test_chunks_that_are_missing_are_those_of_the_patch(tmp_path):
     assert patches.missing((0, 0, 0), None) is None, "it is not kept"
 
 
-def test_chunks_that_are_kept_one_by_one_can_be_decoded_first(tmp_path):
+def test_single_cached_chunks_can_be_decoded_ahead(tmp_path):
     level, data = stored(tmp_path, "uint8", (130, 130, 130))
     patches, store = patches_of(level, Window((10, 10, 10), (8, 8, 8)), mode="chunks")
     assert sorted(patches.missing((60, 0, 60), None)) == [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]
@@ -185,7 +185,7 @@ def test_chunks_that_are_kept_one_by_one_can_be_decoded_first(tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [("memory", "chunks"), ("chunks", "memory"), ("memory", "none")])
-def test_a_chunk_is_the_same_one_however_it_is_kept(tmp_path, before, after):
+def test_chunk_indices_are_the_same_in_all_cache_modes(tmp_path, before, after):
     """A crop in the middle of an array; its dataset is closed and used again between asking and filling."""
     level, data = stored(tmp_path, "uint8", (130, 130, 200))
     inner = Lattice(tuple(np.add(level.lattice.origin, 70 * 8.0)), level.lattice.step, (50, 50, 100)).box
@@ -218,7 +218,7 @@ def test_positions_that_are_no_whole_number_of_voxels_apart_are_evaluated(tmp_pa
     compare(patches, data, [None, np.diag([-1.0, 1, 1])], rounding=True)
 
 
-def test_what_is_resampled_follows_from_where_its_source_lies(tmp_path):
+def test_the_identity_of_a_resampled_array_depends_on_its_lattice(tmp_path):
     """Not only from the voxels: a translation that was corrected is another array."""
     level, _ = stored(tmp_path, "uint8", (70, 50, 44), (2.62, 8.0, 8.0))
     window = Window((8, 12, 16), (8, 8, 8))
@@ -239,7 +239,7 @@ def test_what_is_resampled_follows_from_where_its_source_lies(tmp_path):
 @pytest.mark.parametrize("scale", [(2.7, 3.9, 4.1), (8.9, 8.1, 8.0), (12.0, 16.0, 12.4)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "float32", "float64"])
 def test_a_resampled_voxel_has_the_same_bits_in_any_box(dtype, scale):
-    """Else patches would depend on whether blocks are kept, or evaluated for each patch."""
+    """Otherwise patches would depend on whether blocks are cached or evaluated for each patch."""
     rng = np.random.default_rng(0)
     data = rng.integers(0, 250, (60, 50, 44)).astype(dtype)
     if data.dtype.kind == "f":
@@ -267,7 +267,7 @@ def test_a_resampled_voxel_has_the_same_bits_in_any_box(dtype, scale):
         assert part.tobytes() == np.ascontiguousarray(expected).tobytes()
 
 
-def test_the_stamp_of_a_block_is_that_of_all_it_was_made_of(tmp_path):
+def test_the_stamp_of_a_block_covers_all_its_sources(tmp_path):
     """Also of the neighbours that interpolate at its border."""
     level, data = stored(tmp_path, "uint8", (70, 40, 40), (2.62, 8.0, 8.0), (0.0, 0.0, 0.0))
     window = Window((4, 8, 8), (8, 8, 8))

@@ -1,4 +1,4 @@
-"""Decoded voxels are what is stored, wherever they are kept, whoever fills them, and whatever happens meanwhile."""
+"""Regions equal stored voxels in all cache modes, with several threads, and while sources change."""
 
 import itertools
 import json
@@ -91,7 +91,7 @@ BOXES = [((0, 0, 0), SHAPE), ((3, 5, 7), (9, 11, 16)), ((13, 2, 24), (8, 8, 8)),
     [("uint8", 0), ("int8", 0), ("uint16", 0), ("int16", 0), ("float16", 0), ("uint32", 0), ("float32", 0),
      ("int64", 0), ("float64", 0), ("uint8", 2), ("uint8", 4), ("uint8", 6), ("uint8", 8)],
 )  # fmt: skip
-def test_a_box_is_what_is_stored_however_it_is_laid(mode, dtype, depth):
+def test_boxes_equal_stored_voxels_for_any_strides(mode, dtype, depth):
     """Bit for bit, in the 48 orders of the axes."""
     data = values(dtype, depth=depth)
     region = region_of(Array(data), data)
@@ -111,7 +111,7 @@ def test_a_box_is_what_is_stored_however_it_is_laid(mode, dtype, depth):
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 63, 64, 65, 128, 250, 256])
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float16", "float32"])
-def test_rows_of_any_length_are_turned_round(width, dtype):
+def test_rows_of_any_length_are_mirrored(width, dtype):
     data = values(dtype, (9, 3, 260))
     region = region_of(Array(data), data)
     store = planned("memory", [region])
@@ -124,7 +124,7 @@ def test_rows_of_any_length_are_turned_round(width, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_only_what_is_wanted_is_kept_and_the_rest_can_be_read(mode):
+def test_only_the_limited_box_is_cached_and_the_rest_is_readable(mode):
     data = values("uint16")
     region = region_of(Array(data), data)
     region.limit((3, 10, -5), (11, 30, 33))
@@ -175,7 +175,7 @@ def test_threads_decode_every_chunk_once(stored, mode):
     store.close()
 
 
-def test_what_a_run_decoded_the_next_one_finds(stored):
+def test_a_later_run_reuses_decoded_chunks(stored):
     path, data = stored
     region, store = opened(path)
     assert (whole(region) == data).all()
@@ -203,7 +203,7 @@ def test_a_store_that_was_closed_can_be_used_again(stored):
         store.close()
 
 
-def test_a_failure_is_not_kept(stored):
+def test_failures_are_not_cached(stored):
     path, data = stored
     chunk = path / "1" / "1" / "1"
     content, stat = chunk.read_bytes(), chunk.stat()
@@ -273,7 +273,7 @@ def test_a_chunk_that_was_removed_holds_the_fill_value(stored):
     store.close()
 
 
-def test_what_is_written_while_it_is_decoded_is_noticed_the_next_time(stored):
+def test_a_write_during_decoding_makes_the_chunk_stale(stored):
     """The stamp is taken before the voxels."""
     path, data = stored
     region, store = opened(path)
@@ -365,7 +365,7 @@ def test_every_way_to_name_chunks_is_watched(tmp_path, layout):
 
 
 @pytest.mark.parametrize(("flag", "decoded"), [(FILLED, COUNT), (SYNCED, 0)])
-def test_what_the_machine_wrote_before_it_stopped(stored, flag, decoded):
+def test_only_synced_chunks_are_valid_after_a_restart(stored, flag, decoded):
     """What was in its memory may be lost; what was synced is on the disk."""
     path, data = stored
     region, store = opened(path)

@@ -186,7 +186,7 @@ def killed_before_the_flag(path, mode, region, store):
 @pytest.mark.parametrize("kill", [killed_while_decoding, killed_before_the_flag])
 @pytest.mark.parametrize("mode", ["disk", "memory"])
 @pytest.mark.parametrize("again", [False, True], ids=["first", "replaced"])
-def test_who_comes_after_a_process_that_was_killed_reads_what_is_right(stored, kill, mode, again):
+def test_reads_after_a_killed_process_are_correct(stored, kill, mode, again):
     """Also where the chunk was being replaced, because what is stored had changed."""
     path, data = stored
     region, store = opened(path, mode)
@@ -205,7 +205,7 @@ def test_who_comes_after_a_process_that_was_killed_reads_what_is_right(stored, k
     store.close()
 
 
-def test_who_waits_for_a_process_that_is_killed_does_its_work(stored):
+def test_a_waiting_process_takes_over_from_a_killed_one(stored):
     path, data = stored
     region, store = opened(path)
     mine, theirs = FORK.Pipe()
@@ -229,7 +229,7 @@ def test_who_waits_for_a_process_that_is_killed_does_its_work(stored):
 
 @pytest.mark.parametrize("mode", ["disk", "memory"])
 def test_a_fork_in_the_middle_of_a_fill(stored, mode):
-    """The child has neither the thread that decodes nor its locks; the parent goes on."""
+    """The child has neither the decoding thread nor its locks; the parent continues."""
     path, data = stored
     region, store = opened(path, mode)
     started, release = threading.Event(), threading.Event()

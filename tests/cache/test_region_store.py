@@ -56,7 +56,7 @@ def three(store, ordered, sizes=(16, 32, 48)):
 
 @pytest.mark.parametrize("mode", ["disk", "memory"])
 @pytest.mark.parametrize("ordered", [True, False])
-def test_what_goes_beyond_the_budget_is_not_kept_and_is_right(mode, ordered, caplog):
+def test_arrays_beyond_the_budget_are_not_cached_and_correct(mode, ordered, caplog):
     first = three(RegionStore("none"), True)
     budget = first[0].layout.nbytes + first[2].layout.nbytes
     store = RegionStore(mode, budget)
@@ -78,7 +78,7 @@ def test_what_goes_beyond_the_budget_is_not_kept_and_is_right(mode, ordered, cap
     store.close()
 
 
-def test_an_array_of_several_crops_is_kept_once():
+def test_an_array_of_several_crops_is_cached_once():
     data = values("uint8")
     regions = [region_of(Array(data), data) for _ in range(3)]
     store = RegionStore("memory", regions[0].layout.nbytes)
@@ -91,7 +91,7 @@ def test_an_array_of_several_crops_is_kept_once():
 
 
 def test_regions_of_earlier_runs_make_room(cache_dir):
-    """The longest unused first, and only as much as is needed; not what is wanted now, nor what somebody uses."""
+    """Least recently used first, only as much as needed, and neither planned regions nor those in use."""
     data = values("uint8", (40, 64, 65))
 
     def run(keys, budget=None, close=True):
@@ -129,7 +129,7 @@ def test_regions_of_earlier_runs_make_room(cache_dir):
     assert there() == names[region.digest()], "everything else had to go"
 
 
-def test_nothing_goes_while_there_is_room(cache_dir):
+def test_nothing_is_evicted_below_the_budget(cache_dir):
     data = values("uint8")
     for key in "abc":
         store = RegionStore("disk")
@@ -140,7 +140,7 @@ def test_nothing_goes_while_there_is_room(cache_dir):
     assert len(list(cache_dir.rglob("*.region"))) == 3
 
 
-def test_what_another_collection_is_going_to_read_does_not_go(cache_dir):
+def test_regions_of_other_collections_are_not_evicted(cache_dir):
     """Two collections of one process; the first has planned, and not read yet, what an earlier run left."""
     data = values("uint8", (40, 64, 65))
 
@@ -167,7 +167,7 @@ def test_what_another_collection_is_going_to_read_does_not_go(cache_dir):
     val.close()
 
 
-def test_the_folder_of_another_user_stops_nobody_else(cache_dir, caplog):
+def test_a_folder_of_another_user_is_no_obstacle(cache_dir, caplog):
     if os.getuid() != 0:
         pytest.skip("only root can give a folder away")
     (cache_dir / f"regions-{os.getuid()}").mkdir(parents=True)

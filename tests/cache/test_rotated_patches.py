@@ -59,7 +59,7 @@ KINDS = ["uint8", "uint16", "int32", "float32", "float32 nan"]
     [*itertools.product(KINDS, ["linear", "nearest"]), *((f"packed {n}", "nearest") for n in (2, 4, 6, 8))],
 )
 @pytest.mark.parametrize("coarse", [False, True])
-def test_about_one_axis_a_patch_is_what_it_is_about_any(dtype, method, coarse):
+def test_rotations_about_one_axis_equal_the_general_path(dtype, method, coarse):
     """The neighbours that lie along the axis are shared; nothing else differs from the general road."""
     rng = np.random.default_rng([len(dtype), coarse])
     about = 0
@@ -138,7 +138,7 @@ def test_a_rotation_reads_only_the_box_it_needs():
         assert max(source.read_shape[1:]) <= 20 * 2**0.5 + 5
 
 
-def test_what_turns_about_no_axis_of_the_array_takes_the_general_road():
+def test_rotations_about_no_axis_use_the_general_path():
     lattice = Lattice((0.0, 0.0, 0.0), (8.0, 8.0, 8.0), (20, 20, 20))
     amap = patch_map(np.full(3, 80.0), (5, 5, 5), np.full(3, 8.0), lattice, rotation("z", 20) @ rotation("x", 30))
     out = np.full((5, 5, 5), 7, np.uint8)
@@ -174,7 +174,7 @@ def test_slices_inside_across_and_outside(turn, depth):
         np.testing.assert_array_equal(out[voxel], padded[tuple(index)])
 
 
-def test_what_is_no_box_has_no_slices():
+def test_maps_that_are_not_aligned_have_no_slices():
     lattice = Lattice((0.0, 0.0, 0.0), (4.0, 4.0, 4.0), (20, 20, 20))
     for center, scale, turn in (
         (40.0, 4.01, None),

@@ -28,7 +28,7 @@ def look_into(block, queue):
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_a_block_is_seen_by_processes_however_they_are_started(method):
+def test_blocks_are_shared_with_forked_and_spawned_processes(method):
     context = multiprocessing.get_context(method)
     block = SharedBlock(10000)
     memory = np.frombuffer(block.buffer, np.uint8)

@@ -1,4 +1,4 @@
-"""Memory and files that processes share: locks, flags that count or do not, files that are somebody else's."""
+"""Region files: layout, ownership, validity of flags, eviction and full disks."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def reopened(folder, layout=LAYOUT, key=KEY, name=""):
 
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 6, 8])
-def test_the_parts_of_a_region_lie_on_pages_of_their_own(itemsize):
+def test_the_parts_of_a_region_are_on_separate_pages(itemsize):
     rng = np.random.default_rng(itemsize)
     for _ in range(100):
         shape = tuple(rng.integers(1, 300, 3).tolist())
@@ -153,7 +153,7 @@ def write_by_hand(folder, head, flag, size=LAYOUT.nbytes):
         ({"format": 1}, SYNCED, False),
     ],
 )
-def test_which_flags_count(folder, changes, flag, counts):
+def test_valid_flags_after_a_restart(folder, changes, flag, counts):
     folder.path(KEY).touch()
     write_by_hand(folder, header(**({"inode": folder.path(KEY).stat().st_ino} | changes)), flag)
     mapped = folder.attach(KEY, LAYOUT)
@@ -209,7 +209,7 @@ def test_a_region_that_is_in_use_is_not_cut_when_another_layout_has_its_key(fold
 
 
 @pytest.mark.parametrize("name", ["crop1: 3 classes", "ü" * 2000, "体" * 1000, "\U0001f9e0" * 500, 'a"\\\n' * 400])
-def test_a_region_says_what_it_holds(folder, name):
+def test_a_region_file_has_a_description(folder, name):
     folder.attach(KEY, LAYOUT, name)
     found = folder.name(folder.path(KEY))
     assert len(found) >= min(len(name), 50)
@@ -217,7 +217,7 @@ def test_a_region_says_what_it_holds(folder, name):
     assert folder.name(folder.path(OTHER)) == ""
 
 
-def test_what_was_filled_is_on_disk_after_sync(folder):
+def test_filled_chunks_are_on_disk_after_sync(folder):
     mapped = folder.attach(KEY, LAYOUT)
     put(mapped, (0, 0, 0), 3)
     put(mapped, (1, 1, 1), 4, SYNCED)
@@ -246,7 +246,7 @@ def make(folder, keys):
         age(folder, key, 1000 - number)
 
 
-def test_the_longest_unused_go_first(folder):
+def test_least_recently_used_regions_are_evicted_first(folder):
     keys = [f"{n:040x}" for n in (0xB << 150, 0xA << 150, 0xD << 150, 0xC << 150)]
     make(folder, keys)
     assert [path.stem for path, _, _ in folder.files()] == keys
@@ -263,7 +263,7 @@ def test_the_longest_unused_go_first(folder):
     assert (folder.folder / "locks").exists()
 
 
-def test_nothing_goes_that_a_process_uses(folder):
+def test_regions_in_use_are_not_evicted(folder):
     keys = [f"{n << 130:040x}" for n in range(1, 5)]
     make(folder, keys)
     mine, theirs = FORK.Pipe()
@@ -297,7 +297,7 @@ def test_nothing_goes_that_a_process_uses(folder):
 
 
 def test_a_failed_attach_uses_nothing(folder):
-    """What nobody has mapped can go."""
+    """Regions that no process has mapped can be evicted."""
     folder.attach(KEY, LAYOUT)
     folder.release(KEY)
     folder.path(KEY).chmod(0o644)
@@ -306,7 +306,7 @@ def test_a_failed_attach_uses_nothing(folder):
     assert folder.evict(10**9, set()) > 0
 
 
-def test_a_region_that_somebody_removed_is_made_anew(folder):
+def test_a_removed_region_file_is_created_again(folder):
     mapped = folder.attach(KEY, LAYOUT)
     put(mapped, (0, 0, 0), 5)
     folder.path(KEY).unlink()
@@ -317,7 +317,7 @@ def test_a_region_that_somebody_removed_is_made_anew(folder):
 # -- room
 
 
-def test_a_region_that_cannot_be_made_leaves_nothing_behind(folder):
+def test_a_failed_creation_leaves_no_file(folder):
     """Here because files may not be so large."""
     queue = FORK.SimpleQueue()
 
@@ -399,7 +399,7 @@ MOUNTED = """
         fill(free)
     for region in regions:
         out = np.empty(data.shape, np.uint8)
-        for start in (48, 0, 16, 32):  # twice, so that what is kept is read as well
+        for start in (48, 0, 16, 32):  # twice, so that the cache is read as well
             region.read_into((start, 0, 0), out[start : start + 16])
         assert (out == data).all()
         out[...] = 0
@@ -412,7 +412,7 @@ MOUNTED = """
 
 def can_mount():
     try:
-        return subprocess.run(["unshare", "-rm", "true"], capture_output=True, timeout=120).returncode == 0
+        return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False, timeout=120).returncode == 0
     except OSError:
         return False
 
@@ -422,15 +422,14 @@ def can_mount():
     ("free", "size"), [*((n, "4m") for n in (0, 1, 2, 3, 5, 66, 70, 140, -1)), (-1, "4m,nr_inodes=3")]
 )
 def test_a_disk_that_fills_up_does_not_end_the_process(tmp_path, free, size):
-    """Filled by somebody else after the plan, to so many pages: what does not fit is read again, one line says so.
-
-    Or it has room, and not for another file.
-    """
+    """Another program fills the disk after the plan: voxels that do not fit are read again, with one log line."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(MOUNTED))
     mount = f"mount -t tmpfs -o size={size} none /mnt && exec {sys.executable} {script} {free}"
     env = {**os.environ, "CELLMAP_CACHE_DIR": "/mnt/cache", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount], env=env, capture_output=True, check=False, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout[:5]) == (0, "right"), done.stderr
     full = 0 <= free < 140 or "inodes" in size
     assert len(done.stderr.splitlines()) == full, done.stderr

@@ -1,4 +1,4 @@
-"""What stored labels mean: by their metadata, by their values where no metadata say it, or by a setting."""
+"""Encodings of labels: from metadata, from values without metadata, or from a setting."""
 
 import json
 import logging
@@ -206,7 +206,7 @@ def test_values_are_read_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "stored", [cube(255), cube(7, "i4"), objects(300, "u4"), np.zeros((32,) * 3, "u1"), cube(300, "u2") - 1 + 1]
 )
-def test_which_values_there_are(tmp_path, stored, zarr_format):
+def test_summary_of_label_values(tmp_path, stored, zarr_format):
     path = write_image(tmp_path / "labels", stored, zarr_format=zarr_format)
     seen = set(np.unique(stored).tolist())
     found = label_values(read_multiscale(path).finest, "")
@@ -308,7 +308,7 @@ def test_a_setting_for_each_crop(tmp_path):
     [("none", CellMapValueError), (2.5, CellMapValueError), (True, CellMapValueError), ({3: 255}, CellMapTypeError),
      ({"mito": "x"}, CellMapValueError)],
 )  # fmt: skip
-def test_what_unknown_can_be(tmp_path, unknown, error):
+def test_values_of_unknown(tmp_path, unknown, error):
     raw, target = write_pair(tmp_path, cube())
     with pytest.raises(error, match="unknown must be"):
         dataset(raw, target, unknown=unknown)
@@ -334,7 +334,7 @@ def test_counts_of_unknown_voxels_decide_instances(tmp_path, number, zarr_format
 
 @pytest.mark.parametrize("most", [100, 254])
 def test_instances_within_the_code_are_not_ambiguous(tmp_path, most):
-    """In a type that could hold more: real unknown voxels stay unknown, whatever is set."""
+    """In a type that could hold more: unknown voxels stay unknown regardless of the setting."""
     stored = objects(most)
     stored[31] = 255
     raw, target = write_pair(tmp_path, stored, attributes=annotated(INSTANCE))

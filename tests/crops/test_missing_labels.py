@@ -51,7 +51,7 @@ def lose(level, what):
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("zarr_format", FORMATS)
 @pytest.mark.parametrize("what", ["all", "half", "one"])
-def test_chunks_that_the_counts_promise(tmp_path, what, zarr_format, reader):
+def test_missing_chunks_with_declared_voxels(tmp_path, what, zarr_format, reader):
     stored = cube()
     stored[0] = 255
     raw, target = write_pair(
@@ -100,7 +100,7 @@ def test_missing_chunks_are_unknown_in_other_kinds(tmp_path, kind, encoding):
 
 @pytest.mark.parametrize("zarr_format", FORMATS)
 @pytest.mark.parametrize("stored", [np.zeros((32,) * 3, "u1"), cube(), cube(1, "u1", 32) * (ramp() % 2).astype("u1")])
-def test_chunks_that_nothing_promises_are_background(tmp_path, stored, zarr_format):
+def test_missing_chunks_without_declared_voxels_are_background(tmp_path, stored, zarr_format):
     """Of an array that is sparse: chunks of background are not written, with counts and without."""
     stored = stored.copy()
     stored[16:] = 0
@@ -147,7 +147,7 @@ def test_counts_that_are_out_of_date_are_a_warning(tmp_path, caplog):
     assert "out of date" in caplog.text
 
 
-def test_what_missing_labels_can_be(tmp_path):
+def test_values_of_missing_labels(tmp_path):
     raw, target = write_pair(tmp_path, cube())
     with pytest.raises(CellMapValueError, match="missing_labels must be one of error, unknown, got 'skip'"):
         dataset(raw, target, missing_labels="skip")
@@ -155,7 +155,7 @@ def test_what_missing_labels_can_be(tmp_path):
         CellMapDataModule(["mito"], {"shape": [8] * 3, "scale": [8] * 3}, datasets={}, missing_labels="x")
 
 
-def test_a_fill_value_that_is_foreground_promises_nothing(tmp_path):
+def test_a_foreground_fill_value_declares_no_voxels(tmp_path):
     """Chunks that are not stored are then full of the class, which the counts say too."""
     stored = np.ones((32,) * 3, "u1")
     raw, target = write_pair(
@@ -249,7 +249,7 @@ def test_an_empty_level_is_a_warning(tmp_path, caplog):
         remove_chunks(tmp_path / "v.zarr" / "crop1" / "mito" / "s1")
 
 
-def test_a_class_that_unknown_misspells(tmp_path):
+def test_a_misspelled_class_in_unknown(tmp_path):
     raw, target = write_pair(tmp_path, cube())
     array = {"shape": [16] * 3, "scale": [8] * 3}
     entries = {"train": [{"raw": raw, "gt": target}]}

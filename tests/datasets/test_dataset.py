@@ -32,7 +32,7 @@ def first_voxel(array_path, corner):
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_a_sample_is_what_zarr_holds_there(volume, number):
+def test_samples_equal_voxels_read_by_zarr(volume, number):
     """Raw and labels of a position, against slices of the stored arrays at the same nanometres.
 
     Crop 4 lies on the voxels of the level that is read; crop 2 half a voxel beside them along y, where the linear
@@ -120,7 +120,7 @@ def test_not_annotated_is_nan_and_annotated_but_absent_is_zero(volume):
 
 
 def test_unknown_voxels_are_nan(volume):
-    """Somewhere a class is stored as 255, in voxels that nobody annotated."""
+    """Unannotated voxels of a class are stored as 255."""
     for name, classes in volume.annotated.items():
         for c in classes:
             path = f"{volume.path}/recon-1/labels/groundtruth/{name}/{c}"
@@ -365,14 +365,14 @@ def test_a_window_far_from_zero_is_resolved(tmp_path, dtype):
         torch.testing.assert_close(dataset[0]["raw"], expected)
 
 
-def test_what_lies_outside_must_be_sayable(tmp_path):
+def test_the_fill_value_must_be_representable(tmp_path):
     raw = np.full((4, 4, 4), 9, np.uint8)
     with pytest.raises(CellMapError, match="maps the stored value -100 to 0, which uint8 cannot represent"):
         plain(tmp_path, raw, normalize={"range": [-100, 200]}, pad=True)
     plain(tmp_path, raw, normalize={"range": [-100, 200]})
 
 
-def test_transforms_get_no_nan_no_shared_memory_and_seeds_of_their_own(tmp_path, monkeypatch):
+def test_transforms_get_no_nan_no_shared_memory_and_separate_seeds(tmp_path, monkeypatch):
     raw = np.full((4, 4, 4), 9, np.float32)
     raw[1, 1, 1] = np.nan
     with plain(tmp_path, raw, raw_value_transforms=lambda v: v.mul_(2) - v.mean()) as dataset:
@@ -392,7 +392,7 @@ def test_transforms_get_no_nan_no_shared_memory_and_seeds_of_their_own(tmp_path,
     assert elsewhere == []
 
 
-def test_crops_that_would_be_treated_alike_must_be_alike(volume):
+def test_crops_with_different_settings_cannot_join(volume):
     one = CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS)
     mirror = {"mirror": {"axes": {"x": 1}}}
     other = {"raw_value_transforms": None, "nan_targets": False, "seed": 9, "spatial_transforms": mirror}

@@ -40,7 +40,7 @@ def test_one_executor_until_close(volume, no_threads_left):
     dataset.close()
 
 
-def test_the_executor_is_made_once_by_many_threads(dataset):
+def test_concurrent_threads_create_one_executor(dataset):
     found = []
     barrier = threading.Barrier(8)
 
@@ -54,8 +54,8 @@ def test_the_executor_is_made_once_by_many_threads(dataset):
     assert len(set(map(id, found))) == 1
 
 
-def test_eight_threads_read_what_one_reads(volume):
-    """Nothing is kept on shared objects while a sample is read."""
+def test_eight_threads_read_the_same_as_one(volume):
+    """Reads store no state on shared objects."""
     with CellMapDataset(
         volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, is_train=True,
         spatial_transforms={"mirror": {"axes": {"x": 0.5}}, "rotate": {"axes": {"z": [-180, 180]}}},
@@ -76,7 +76,7 @@ def test_eight_threads_read_what_one_reads(volume):
         assert not wrong
 
 
-def test_a_pickled_dataset_reads_the_same_and_has_its_own_threads(dataset):
+def test_a_pickled_dataset_reads_the_same_with_separate_threads(dataset):
     dataset[0]
     copy = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(copy[1]["raw"], dataset[1]["raw"])
@@ -114,7 +114,7 @@ def test_one_line_is_logged(volume, caplog):
 
 
 def test_closing_while_others_read(volume):
-    """They are told so, or read on with new threads; nothing else, and nothing hangs."""
+    """Readers get an error, or continue with new threads; nothing else happens, and nothing hangs."""
     dataset = CellMapDataset(
         volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, read=ReadOptions(max_workers=2)
     )

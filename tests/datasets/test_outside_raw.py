@@ -1,4 +1,4 @@
-"""Crops that are partly outside of raw: targets are unknown there, and the part is reported once."""
+"""Crops partly outside of raw: targets are unknown there, and the share is reported once."""
 
 import logging
 

@@ -105,7 +105,7 @@ def test_turned_by_any_angle_few_corners_miss_it(volume):
         assert shown.float().mean() > 0.97
 
 
-def test_voxels_that_nobody_annotated_are_never_aimed_at(volume):
+def test_patches_are_never_centred_on_unannotated_voxels(volume):
     """Half of er in crop2 is marked unknown."""
     with make(volume, "foreground", crops={2: "er"}, classes=["er"]) as dataset:
         index = dataset.crop_table.index(0, 0)

@@ -1,4 +1,4 @@
-"""Where samples come from: the shares that each strategy promises, and that nothing but seed and number decides."""
+"""Sampling strategies: expected shares of crops and classes, and determinism by seed and number."""
 
 import csv
 import logging
@@ -49,7 +49,7 @@ def test_crops_and_classes_come_as_often_as_expected(volume, strategy):
             assert own.max() < len(d.placement)
 
 
-def test_what_each_strategy_promises(volume):
+def test_expected_shares_of_each_strategy(volume):
     with make(volume) as dataset:
         volumes, held = dataset.crop_table.volumes, dataset.crop_table.counts > 0
         assert held.tolist() == [
@@ -83,7 +83,7 @@ def test_what_each_strategy_promises(volume):
 
 
 @pytest.mark.parametrize("strategy", ["class_balanced", "foreground", "mix"])
-def test_the_report_of_what_was_drawn_and_read(volume, strategy):
+def test_the_report_of_class_frequencies(volume, strategy):
     with make(volume, strategy) as dataset:
         found = class_frequencies(dataset, 500)
         for row in found.rows:
@@ -148,7 +148,7 @@ def test_another_process_draws_the_same(volume, tmp_path):
     assert done.stdout.strip() == str(expected)
 
 
-def test_nothing_is_counted_where_no_strategy_asks(volume, monkeypatch):
+def test_voxels_are_counted_only_if_a_strategy_needs_counts(volume, monkeypatch):
     """mito_mem of crop5 has lost its attributes, so its voxels would have to be counted."""
     asked = []
     real = counts.foreground
@@ -256,7 +256,7 @@ def test_balanced_volumes(tmp_path, strategy):
         assert abs(dataset.strategy.crop_chances[::2].sum() - 0.5) > 0.005
 
 
-def test_where_no_class_has_a_voxel_the_mix_goes_by_volume_and_says_so(tmp_path, caplog):
+def test_without_class_voxels_the_mix_samples_by_volume(tmp_path, caplog):
     for classes, name in (((), "raw"), (("a",), "absent")):
         caplog.clear()
         with (
@@ -371,7 +371,7 @@ def test_the_datamodule_draws_its_training_by_it(volume):
         CellMapDataModule(["mito"], strategy="forground", **common)
 
 
-def test_choices_at_the_ends_of_the_interval():
+def test_choices_at_the_ends_of_the_unit_interval():
     """What has no weight is never chosen, first, last or between, in the last row as in the first."""
     weights = np.array([[0, 1, 0, 3, 0]] * 48, float)
     choose = Chooser(weights)

@@ -108,7 +108,7 @@ def test_all_bad_crops_in_one_table(write):
     assert "line 4  volume/crop2: the bracket [mito,gogli] names 'gogli', which is neither" in str(caught.value)
 
 
-def test_unannotated_crops_are_left_out_and_said(write, caplog):
+def test_unannotated_crops_are_left_out_and_logged(write, caplog):
     rows = [THREE.format("train", 2), f'train,volume.zarr/{RAW},"volume.zarr/{GT}/crop2/[nuc]"']
     with caplog.at_level(logging.WARNING):
         assert len(split(write(*rows))["train"].datasets) == 1

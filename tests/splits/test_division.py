@@ -90,7 +90,7 @@ def test_a_csv_and_a_mapping_are_pooled_and_the_rest_stays(volume):
     assert seen == {"datasets.train[0]", "datasets.val[0]", "datasets.val[1]"}
 
 
-def test_what_is_written_reads_as_the_same_split(folder, tmp_path, monkeypatch):
+def test_a_written_csv_gives_the_same_split(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     crops = split(search_path="data", split="stratified", val_fraction=0.3)
     crops.write_csv("run/split.csv")
@@ -104,14 +104,14 @@ def test_what_is_written_reads_as_the_same_split(folder, tmp_path, monkeypatch):
     assert all(Path(path).is_absolute() for row in rows[1:] for path in row[1:])
 
 
-def test_the_same_names_are_divided_alike_wherever_they_lie(folder, tmp_path):
+def test_the_same_names_are_divided_alike_in_any_folder(folder, tmp_path):
     other = tmp_path / "elsewhere"
     shutil.copytree(folder, other, symlinks=True)
     one, two = (split(search_path=root, split="stratified", val_fraction=0.3) for root in (folder, other))
     assert where(one) == where(two)
 
 
-def test_what_a_csv_cannot_say_is_logged(volume, tmp_path, caplog):
+def test_settings_without_a_csv_column_are_logged(volume, tmp_path, caplog):
     entry = {"raw": volume.raw_path, "gt": f"{volume.path}/{GT}/crop1/[mito]"}
     crops = split(datasets={"train": [entry, entry | {"invert": True}]}, classes=["mito"])
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""Which crops validate: the rules on random crops and on real ones, and all the ways to name crops."""
+"""Rules of division, on random crops and on real ones."""
 
 import itertools
 from collections import Counter
@@ -46,7 +46,7 @@ numbers = {"seed": st.integers(0, 99), "val_fraction": st.floats(0.05, 0.6), "ru
 
 @settings(max_examples=150, deadline=None)
 @given(crops=random_crops(), data=st.data(), **numbers)
-def test_a_split_follows_from_seed_and_names_whatever_the_order(crops, data, rule, seed, val_fraction):
+def test_a_split_depends_on_seed_and_names_but_not_on_order(crops, data, rule, seed, val_fraction):
     kwargs = {"seed": seed, "val_fraction": val_fraction, "n_folds": 2}
     usages = attempt(crops, rule, **kwargs)
     order = data.draw(st.permutations(range(len(crops))))
@@ -94,7 +94,7 @@ def lost(groups, in_val):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(crops=random_crops(), rule=st.sampled_from(["random", "stratified"]), seed=st.integers(0, 99))
-def test_every_class_that_two_crops_hold_is_in_val_and_what_can_stay_in_train_does(crops, rule, seed):
+def test_classes_of_two_crops_are_in_val_and_stay_in_train(crops, rule, seed):
     usages = attempt(crops, rule, seed=seed, val_fraction=0.3)
     if isinstance(usages, str):
         return
@@ -162,7 +162,7 @@ def test_another_crop_leaves_most_of_a_random_split_as_it_was():
     assert sum(a != b for a, b in zip(before, after[:100], strict=True)) <= 2
 
 
-def test_the_split_of_these_names_stays_what_it_is():
+def test_golden_split_of_fixed_names():
     """A split that moved with a new release would put crops that a network was trained on into validation."""
     crops = apart(12, lambda n: ("mito", "er") if n % 3 else ("mito",), datasets=3)
     expected = {
@@ -196,7 +196,7 @@ def test_the_split_of_these_names_stays_what_it_is():
         ),
     ],
 )
-def test_what_cannot_be_had(kwargs, match):
+def test_invalid_and_impossible_splits_are_errors(kwargs, match):
     with pytest.raises(CellMapError, match=match):
         assign(apart(4), **kwargs)
 
