@@ -121,6 +121,7 @@ class BatchLayout:
             out[name] = value.squeeze(1) if spec.slices_as_channels else _drop_thin(value, spec.window)
         for name, target in self.targets.items():
             value = target.kind.finish(stored[name])
+            # Value transforms apply per class, which only these kinds have as channels.
             if target.kind.name in ("binary", "ids"):
                 for index, transform in self.target_transforms.items():
                     what = f"target value transform of {self.classes[index]!r}"

@@ -195,6 +195,7 @@ class Region:
         mapped = self.attached()
         if mapped is None:
             return None
+        # Scalars instead of arrays: this runs once per array and sample.
         lo, hi = self._lo, self._hi
         a0, a1, a2 = start[0] - lo[0], start[1] - lo[1], start[2] - lo[2]
         b0, b1, b2 = a0 + shape[0], a1 + shape[1], a2 + shape[2]
@@ -233,6 +234,7 @@ class Region:
 
     def _missing(self, mapped: Mapped, start: tuple[int, int, int], shape: Shape) -> list[Shape]:
         """Return the chunks of a box that are not ready, by their index in the mapping."""
+        # Chunks of the box, in the grid of the mapping, which begins at the chunk of the first cached voxel.
         spans = [
             slice(max(0, a // c - lo // c), max(0, -(-(a + n) // c) - lo // c))
             for a, n, c, lo in zip(start, shape, self.chunks, self._lo, strict=True)

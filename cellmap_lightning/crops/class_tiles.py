@@ -51,6 +51,7 @@ def tiles_with(
     no_tiles = np.zeros(0, np.int64)
     if counted_in_metadata(image) == 0:
         return no_tiles
+    # Axes along which every patch holds the whole crop do not limit the voxel size.
     pitch = np.where(placement.held, np.inf, placement.step * placement.stride)
     limit = np.maximum(pitch / 2, window.scale)
     small = [level for level in image.present if (np.asarray(level.scale) <= limit).all()]

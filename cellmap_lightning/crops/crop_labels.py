@@ -185,6 +185,7 @@ class CropLabels:
             shape, dtype = (len(self.classes), *window.shape), stack.dtype
         else:
             shape, dtype = (*window.shape, stack.depth_out), np.dtype(np.uint8)
+        # Read in place if the stored form is the compact form, as for binary targets.
         same = shape == out.shape and dtype == out.dtype
         stored = out if same else np.empty(shape, dtype)
         if isinstance(stack, IdStack):

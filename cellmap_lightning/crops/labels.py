@@ -243,6 +243,7 @@ class BitStack:
             plane: matrix from the patch's axes to the volume's; None if they are the same.
             roaming: patches are rotated by other than quarter turns.
         """
+        # Without downsampling, a single group aligned with the patches is sliced; everything else is resampled.
         sources = [group.region for group in self.groups]
         if self.downsample == "stored" and len(self.groups) == 1:
             group = self.groups[0]
@@ -283,6 +284,7 @@ class BitStack:
             else:
                 _vote(group.region, amap, part, self.downsample)
             if number:
+                # Groups hold different classes, whose bits are 0 in the other groups.
                 whole |= part
         if self.implications:
             self.implications.apply(whole)

@@ -200,6 +200,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
                     possible.append(np.arange(offset, offset + crop.placement.tile_count))
                 elif len(tiles):
                     located.append(offset + np.asarray(tiles))
+            # Crops in which the class may be anywhere are only used if it was not located in any crop.
             if located or possible:
                 strata.append(np.concatenate(located or possible))
         return stratified(strata, self.tile_order(), count, seed)
@@ -334,9 +335,11 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
     def read_into(self, draws: Sequence[Draw], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Read samples into the arrays of a compact batch, ``{name: [N, ...]}``."""
         self.prepare()
+        # One job copies one array of one sample. Chunks are decoded first, each once even if several samples need it,
+        # so that jobs never wait for each other.
         jobs: list[Callable[[], None]] = []
         fills: dict[tuple[int, Shape], Callable[[], None]] = {}
-        work = 0
+        work = 0  # bytes to copy, or the equivalent of computations
         specs: dict[str, InputArray | TargetArray] = {**self.layout.inputs, **self.layout.targets}
         for row, draw in enumerate(draws):
             crop, local = self.locate(draw.position)

@@ -170,6 +170,7 @@ class Foreground(ByClass):
             return self._others.places(u, turns)
         classes = self._choose_class(0, u[:, Column.CLASS])
         crops = self._choose_crop(classes, u[:, Column.CROP])
+        # Crops without an indexed voxel of the class keep this random position.
         places = Places(crops, self.table.in_crop(crops, u[:, Column.POSITION]), classes)
         centred = u[:, Column.CENTRED] < self.fraction
         self._centre(places, np.flatnonzero(centred).tolist(), u, turns)

@@ -79,7 +79,7 @@ class CropTable:
         index = self._indices.get((crop, number))
         if index is None:
             if not self._indices:
-                fetch_read(self.crops)
+                fetch_read(self.crops)  # versions of remote arrays, requested together
             source = self.crops[crop]
             index = self._indices[crop, number] = source.foreground_index(self.classes[number])
             if not len(index):

@@ -176,6 +176,7 @@ class CellMapDataSplit:
         datasets: list[CellMapDataset] = []
         problems: list[tuple[CropRecord, CellMapError]] = []
         dropped: list[tuple[CropRecord, CellMapError]] = []
+        # All crops are opened before an error is raised, so that one message lists all problems.
         for entry, result in zip(entries, self._opened(entries, split), strict=True):
             if not isinstance(result, CellMapError):
                 datasets += result

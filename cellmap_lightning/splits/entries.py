@@ -153,6 +153,7 @@ def _row(cells: list[str], where: str, folder: Path, targets: bool) -> tuple[str
     split = _USAGES.get(cells[0].lower())
     if split is None:
         raise CellMapValueError(f"the usage {cells[0]!r} should be one of {', '.join(_USAGES)}")
+    # A comma inside an unquoted bracket splits it into several cells.
     if any(cell.rpartition("/")[2].startswith("[") and "]" not in cell.rpartition("/")[2] for cell in cells):
         raise CellMapValueError('a bracket of classes needs quotes around its path: "…/crop1/[mito,er]"')
     if len(cells) == 5:

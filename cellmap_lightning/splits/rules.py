@@ -141,6 +141,7 @@ def together(crops: Sequence[Crop], whole_datasets: bool = False) -> list[list[i
             parent[i] = i = parent[parent[i]]
         return i
 
+    # Boxes are only comparable within a dataset, so that pairs are compared per dataset.
     by_dataset: dict[str, list[int]] = {}
     first: dict[str, int] = {}
     for i, crop in enumerate(crops):
@@ -276,6 +277,7 @@ class _Parts:
                 current = part[group]
                 others = np.array([other for other in order if part[other] != current], np.int64)
                 targets = np.array([p for p in range(len(self.shares)) if p != current], np.int64)
+                # For each option: the group's new part, and what comes back in exchange (nothing for a move).
                 target = np.concatenate([targets, part[others]])
                 back = np.concatenate([np.zeros((len(targets), self.holds.shape[1]), np.int64), self.holds[others]])
                 weight = np.concatenate([np.zeros(len(targets), np.int64), self.size[others]])
@@ -286,7 +288,7 @@ class _Parts:
                 new_size[:, current] += weight - self.size[group]
                 new_size[rows, target] += self.size[group] - weight
                 costs = self._costs(new_held, new_size)
-                choice = int(np.lexsort(costs.T[::-1])[0])
+                choice = int(np.lexsort(costs.T[::-1])[0])  # lexsort takes the most important key last
                 if tuple(costs[choice]) < cost:
                     if choice >= len(targets):
                         part[others[choice - len(targets)]] = current

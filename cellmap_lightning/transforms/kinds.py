@@ -123,6 +123,7 @@ class Labels(TargetKind):
         for index in range(self.classes):
             known = compact[..., 2 * (index // 8) + 1] & (1 << (index % 8))
             out.masked_fill_(known == 0, self.ignore_index)
+        # From last to first, so that the first listed class that is present wins.
         for index in reversed(range(self.classes)):
             present = compact[..., 2 * (index // 8)] & (1 << (index % 8))
             out.masked_fill_(present != 0, index + 1)
@@ -266,6 +267,7 @@ class SignedDistance(TargetKind):
 
             inside, outside = nearest(known & ~present), nearest(present)
             distance = np.where(present[inner], inside, -outside)
+            # An unknown voxel closer than the boundary could be of either kind, and then the distance would differ.
             uncertain = nearest(~known) < np.minimum(np.abs(distance), self.nm)
             value = np.clip(distance / self.nm, -1, 1)
             value[uncertain | ~known[inner]] = np.nan

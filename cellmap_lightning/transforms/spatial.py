@@ -132,7 +132,7 @@ def rotation(axis: str, degrees: float) -> FloatArray:
     angle = math.radians(degrees)
     quarter = round(degrees / 90)
     # Quarter turns are exact, so that they are permutations of the voxels.
-    c, s = (
+    c, s = (  # cosine and sine
         (math.cos(angle), math.sin(angle))
         if degrees != quarter * 90
         else ((1, 0), (0, 1), (-1, 0), (0, -1))[quarter % 4]
