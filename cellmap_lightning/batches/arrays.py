@@ -19,7 +19,7 @@ _RESERVED = ("idx", "sample")
 
 @dataclass(frozen=True, eq=False)
 class InputArray:
-    """An input of a model.
+    """An input of a model; see docs/batches.md.
 
     Attributes:
         window: shape and scale of its patch. The first scale of a flat patch is a placeholder: a slice is as thick as
@@ -40,7 +40,7 @@ class InputArray:
 
 @dataclass(frozen=True, eq=False)
 class TargetArray:
-    """A target of a model.
+    """A target of a model; see docs/batches.md.
 
     Attributes:
         window: shape and scale of its patch; see `InputArray`.
@@ -183,7 +183,7 @@ def parse_classes(classes: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class ArraySet:
-    """The arrays of each sample.
+    """The arrays of each sample; see docs/batches.md.
 
     Attributes:
         inputs: the inputs.

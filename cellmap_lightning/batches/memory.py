@@ -11,7 +11,7 @@ from cellmap_lightning.errors import CellMapMemoryError
 
 @dataclass(frozen=True)
 class FormMemory:
-    """Bytes of one form of a batch.
+    """Bytes of one form of a batch; see docs/batches.md.
 
     Attributes:
         arrays: bytes of each input and target; ``idx`` is not counted.

@@ -110,7 +110,7 @@ def complain(folder: Path, error: OSError) -> None:
 
 
 class Mapped:
-    """Chunks and voxels of a region, mapped into the memory of this process.
+    """Chunks and voxels of a region, mapped into the memory of this process; see docs/reliability.md.
 
     Attributes:
         flags: uint8 ``[grid]``; see the module's docstring.

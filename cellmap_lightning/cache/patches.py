@@ -33,7 +33,7 @@ BLOCK = 64
 
 
 class Patches:
-    """Patches of one array at the positions of a crop.
+    """Patches of one array at the positions of a crop; see docs/reliability.md.
 
     Args:
         region: the stored voxels.
@@ -164,7 +164,7 @@ class Source(Protocol):
 
 
 class Resampled:
-    """An array resampled to the lattice of the patches, block by block on demand.
+    """An array resampled to the lattice of the patches, block by block on demand; see docs/reliability.md.
 
     Args:
         source: the stored array.

@@ -35,7 +35,7 @@ def boot() -> str:
 
 
 class SharedBlock:
-    """Anonymous shared memory.
+    """Anonymous shared memory; see docs/reliability.md.
 
     On Linux it is a memfd, which is freed when the last process that uses it has exited, even if it was killed.
     Elsewhere it is shared with forked processes only.
@@ -76,7 +76,7 @@ class SharedBlock:
 
 
 class Arena:
-    """Regions of a collection in one block of shared memory.
+    """Regions of a collection in one block of shared memory; see docs/reliability.md.
 
     Args:
         nbytes: size of the block.
@@ -110,7 +110,7 @@ class Arena:
 
 
 class RegionFolder:
-    """Regions on disk, each in a memory-mapped file named by the digest of its content.
+    """Regions on disk, each in a memory-mapped file named by the digest of its content; see docs/reliability.md.
 
     Args:
         folder: folder of the files, private to this user.

@@ -47,7 +47,7 @@ LEAST_OUTSIDE = 1e-6
 
 
 class Crop:
-    """One raw volume and one annotated crop of it, the part of a `CellMapDataset` that reads.
+    """One raw volume and one annotated crop of it, the part of a `CellMapDataset` that reads; see docs/data.md.
 
     Args:
         input_path: the raw multiscale group.

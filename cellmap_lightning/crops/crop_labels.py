@@ -32,7 +32,7 @@ class TooCoarseError(CellMapValueError):
 
 
 class CropLabels:
-    """Labels of one crop, readable without raw.
+    """Labels of one crop, readable without raw; see docs/targets.md.
 
     Args:
         label: name of the crop, for messages.

@@ -174,7 +174,7 @@ class BitGroup:
 
 
 class BitStack:
-    """Presence of the annotated classes of a crop at the resolution of one target.
+    """Presence of the annotated classes of a crop at the resolution of one target; see docs/targets.md.
 
     Args:
         images: the multiscale label image of each class that is read.
@@ -368,7 +368,7 @@ def _vote(region: Region, amap: AffineMap, out: np.ndarray[Any, Any], rule: Down
 
 
 class IdStack:
-    """Instance ids of the annotated classes of a crop, -1 where unannotated.
+    """Instance ids of the annotated classes of a crop, -1 where unannotated; see docs/targets.md.
 
     Args:
         images: the multiscale label image of each annotated class.

@@ -24,7 +24,7 @@ from cellmap_lightning.transforms.spatial import SpatialTransforms
 
 
 class RawInputs:
-    """The inputs of a crop.
+    """The inputs of a crop; see docs/transforms.md.
 
     Args:
         image: the raw image.

@@ -45,7 +45,7 @@ class ClassFrequency:
 
 @dataclass(frozen=True)
 class ClassFrequencies:
-    """Result of `class_frequencies`; its text is a table.
+    """Result of `class_frequencies`; its text is a table; see docs/sampling.md.
 
     Attributes:
         strategy: description of the strategy.

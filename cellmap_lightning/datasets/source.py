@@ -43,7 +43,7 @@ BYTES_PER_THREAD = 16 << 20
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """Description of one sample: its position and augmentation.
+    """Description of one sample: its position and augmentation; see docs/batches.md.
 
     Attributes:
         sample: its number in the stream.
@@ -428,7 +428,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         self._pool.close()
 
     def close(self) -> None:
-        """Stop, and release the cache; both are created again on the next use."""
+        """Stop and release the cache; threads and cache are created again on the next use."""
         self.stop()
         self._store.close()
 

@@ -16,7 +16,7 @@ MOST_FAVOURED = 8.0
 
 
 class ByClass(Strategy):
-    """A class, and then a crop that holds voxels of it."""
+    """A class, and then a crop that holds voxels of it; see docs/sampling.md."""
 
     def check(self) -> None:
         """See `Strategy`."""

@@ -19,7 +19,7 @@ FEW_CROPS = 0.05
 
 
 class ByCrop(Strategy):
-    """A crop by its weight, and any position in it."""
+    """A crop by its weight, and any position in it; see docs/sampling.md."""
 
     @abstractmethod
     def _weights(self) -> FloatArray:

@@ -16,7 +16,7 @@ from cellmap_lightning.io.store import parts_of, prefetch_metadata
 
 @dataclass(frozen=True)
 class CropMetadata:
-    """Content of a crop according to its metadata.
+    """Content of a crop according to its metadata; see docs/data.md.
 
     Attributes:
         voxels: foreground voxels of each annotated class at its finest level; None if the metadata have no count.

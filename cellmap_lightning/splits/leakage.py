@@ -52,7 +52,7 @@ class PlacedCrop:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Two crops of two splits that share voxels.
+    """Two crops of two splits that share voxels; see docs/data.md.
 
     Attributes:
         trained: the crop for training.

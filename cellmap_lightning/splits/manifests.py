@@ -29,7 +29,7 @@ _COLUMNS = ("crop_name", "dataset", "class_label", "voxel_size", "translation", 
 
 @dataclass(frozen=True)
 class ListedCrop:
-    """A crop found in a folder or listed by a manifest.
+    """A crop found in a folder or listed by a manifest; see docs/data.md.
 
     Attributes:
         where: its source, for messages.
@@ -97,7 +97,7 @@ def _volumes(root: str | Path, options: Mapping[str, Any] | None = None) -> dict
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """A class of a crop in a manifest.
+    """A class of a crop in a manifest; see docs/data.md.
 
     Attributes:
         dataset: name of the dataset.

@@ -28,7 +28,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Crop:
-    """A crop as seen by a rule.
+    """A crop as seen by a rule; see docs/data.md.
 
     Attributes:
         name: its name, such as ``jrc_hela-2/crop1``; crops with the same name stay in the same split.

@@ -106,7 +106,7 @@ def is_range(value: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """Normalization of a batch by the offset and factor of each sample's crop.
+    """Normalization of a batch by the offset and factor of each sample's crop; see docs/transforms.md.
 
     Attributes:
         starts: first position of each crop, int64 ``[K]``.

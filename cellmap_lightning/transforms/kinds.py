@@ -81,7 +81,7 @@ class TargetKind(ABC):
 
 
 class Binary(TargetKind):
-    """1 where a class is present, 0 where it is absent, NaN where unannotated."""
+    """1 where a class is present, 0 where it is absent, NaN where unannotated; see docs/targets.md."""
 
     name = "binary"
 
@@ -131,7 +131,7 @@ class Labels(TargetKind):
 
 
 class Instances(TargetKind):
-    """The stored instance id of each class, 0 where it is absent, -1 where unannotated."""
+    """The stored instance id of each class, 0 where it is absent, -1 where unannotated; see docs/targets.md."""
 
     name = "instances"
     reads = "ids"
@@ -149,7 +149,7 @@ class Instances(TargetKind):
 
 
 class StoredIds(Instances):
-    """The stored id of each class as float32, 0 where it is absent, NaN where unannotated.
+    """The stored id of each class as float32, 0 where it is absent, NaN where unannotated; see docs/targets.md.
 
     Value transforms are applied to it. Ids above 2^24 are rounded.
     """
