@@ -411,7 +411,7 @@ def test_unreadable_levels_leave_the_class_possible_everywhere(sparse, caplog):
     with sparse_module(sparse) as data:
         assert data.val_dataset.crops[1].class_tiles["a"] is None
         assert len(data.val_dataset.select_tiles(16, 0)) == 16
-    assert "sparse/crop2/a: not looked at" in caplog.text
+    assert "sparse/crop2/a: cannot be read" in caplog.text
 
 
 def test_crops_without_targets_have_tiles_too(stored):
