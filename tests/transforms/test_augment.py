@@ -82,7 +82,7 @@ def test_the_last_bit_depends_on_neither_threads_nor_the_other_samples(name):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"constrast": [1, 1]}, "has no 'constrast'; it has blur, contrast"),
+        ({"constrast": [1, 1]}, "has no 'constrast'; did you mean 'contrast'"),
         ({"contrast": 1.5}, r"contrast must be \[lowest, highest\], none below 0, got 1.5"),
         ({"noise": [0.2, 0.1]}, "noise must be"),
         ({"gamma": [-1, 1]}, "none below 0"),
