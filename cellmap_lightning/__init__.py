@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cellmap_lightning.batches.arrays import batch_memory
+    from cellmap_lightning.batches.layout import batch_memory
     from cellmap_lightning.crops.image import CellMapImage
     from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
     from cellmap_lightning.datamodule import CellMapDataModule
@@ -39,7 +39,7 @@ _MODULES = {
     "LabelOptions": "crops.options",
     "ReadOptions": "crops.options",
     "SplitOptions": "splits.options",
-    "batch_memory": "batches.arrays",
+    "batch_memory": "batches.layout",
 }
 
 __all__ = [

@@ -358,7 +358,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         """
         self.resume_positions = []  # left by a run that ended before its first batch
         for split in _STAGES.get(str(getattr(stage, "value", stage)) if stage is not None else None, SPLITS):
-            if self.crops.given(split):
+            if self.crops.has_crops(split):
                 self.crops[split]  # created on first access
 
     @property
@@ -426,7 +426,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
 
     def val_dataloader(self) -> CellMapDataLoader:
         """Return a loader of the tiles of the val split: the same ``val_samples`` during ``fit``, otherwise all."""
-        if not self.crops.given("val"):
+        if not self.crops.has_crops("val"):
             raise CellMapKeyError(
                 f"{self.crops.source} has no crops for 'val'; add some (in a CSV with the usage 'validate'), or train "
                 "without validation by limit_val_batches=0"
@@ -591,5 +591,5 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         return self.__dict__ | {"_trainer": None}
 
     def __str__(self) -> str:
-        splits = [split for split in SPLITS if self.crops.given(split)]
+        splits = [split for split in SPLITS if self.crops.has_crops(split)]
         return f"CellMapDataModule({self.crops.source}; splits: {', '.join(splits)}; classes: {self.classes})"

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import zarr
 
-from cellmap_lightning.batches.arrays import BatchLayout
 from cellmap_lightning.batches.compact_batch import CompactBatch
+from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.demo.synthetic import SyntheticVolume, write_volume
 from tests import processes
 

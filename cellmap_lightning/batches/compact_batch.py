@@ -1,4 +1,4 @@
-"""The compact form of a batch: what travels between processes and to the device, before it is finished."""
+"""The compact form of a batch, in which it is sent between processes and to the device before it is finished."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, Protocol
@@ -9,7 +9,7 @@ from cellmap_lightning.errors import CellMapTypeError
 
 
 class Layout(Protocol):
-    """Makes the finished form of a batch; see `BatchLayout`."""
+    """The part of a `BatchLayout` that a compact batch uses."""
 
     def finish(self, batch: Any) -> dict[str, torch.Tensor]: ...  # noqa: D102
 
@@ -17,22 +17,22 @@ class Layout(Protocol):
 class CompactRequest(list[int]):
     """Numbers of samples that are requested as a compact batch; a plain list requests finished samples.
 
-    `CellMapDataLoader` sends these to its dataset. A loader that others build around the same dataset or sampler sends
-    plain lists, and therefore gets finished samples.
+    `CellMapDataLoader` passes these to its dataset. Other loaders around the same dataset or sampler pass plain lists,
+    and therefore get finished samples.
     """
 
 
 class CompactBatch:
     """A batch in its stored types, opaque to user code: inputs as stored, binary targets as bits.
 
-    `CellMapDataModule` finishes it when it is on the device. Access by key raises an error: stored integers must not be
-    taken for training data.
+    `CellMapDataModule` finishes it on the device. Access by key raises an error, since stored integers must not be
+    mistaken for training data. See docs/batches.md.
 
     Args:
         tensors: each input ``[N, 1, z, y, x]``, each target (binary: uint8 ``[N, z, y, x, 2 * ceil(classes / 8)]``),
             ``idx`` int64 ``[N]`` (positions) and ``sample`` int64 ``[N]`` (numbers of the samples, which seed random
             value transforms).
-        layout: makes the finished batch; None while it travels between processes.
+        layout: converts to the finished form; None after transfer between processes.
     """
 
     __slots__ = ("__weakref__", "layout", "tensors")
@@ -56,7 +56,7 @@ class CompactBatch:
         return CompactBatch({name: function(tensor) for name, tensor in self.tensors.items()}, self.layout)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "CompactBatch":
-        """Return the batch on a device, where it is copied asynchronously from page-locked memory."""
+        """Return the batch on a device; from page-locked memory it is copied asynchronously."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "CompactBatch":
@@ -80,7 +80,7 @@ class CompactBatch:
         raise CellMapTypeError(
             "this batch is compact: it holds stored values, not training data, until it is on the device; the finished "
             "batch is available in on_after_batch_transfer and in the steps. In a loop without "
-            "Trainer, CellMapDataLoader yields finished batches, and loader.layout.finish(batch) makes one of this"
+            "Trainer, CellMapDataLoader yields finished batches, and loader.layout.finish(batch) converts this one"
         )
 
     def __getitem__(self, key: Any) -> NoReturn:

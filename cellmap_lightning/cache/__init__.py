@@ -1,1 +1,1 @@
-"""Decoded voxels, cached in memory, in shared memory or on disk."""
+"""Caches of decoded voxels: in process memory, in shared memory or on disk."""

@@ -1,4 +1,4 @@
-"""Decoded chunks in the memory of one process, the least recently used dropped first."""
+"""An LRU cache of decoded chunks in the memory of one process."""
 
 import os
 import weakref
@@ -10,38 +10,43 @@ from typing import Any
 from cellmap_lightning.cache.locks import SingleFlight
 from cellmap_lightning.geometry.resample import AnyArray
 
-#: Bytes of decoded chunks that a process keeps of arrays that are too large to be kept whole.
+#: Bytes of decoded chunks that a process caches for arrays too large to be cached whole.
 DEFAULT_CHUNK_BYTES = 2 << 30
 
 _caches: "weakref.WeakSet[ChunkCache]" = weakref.WeakSet()
 
 
-def _start_empty() -> None:
-    """In a forked child: a lock may have been held, and the threads that were decoding are gone."""
+def _reset_after_fork() -> None:
+    """Empty the caches of a forked child: locks may have been held, and the decoding threads do not exist there."""
     for cache in list(_caches):
-        cache._after_fork()
+        cache.after_fork()
 
 
-# Here and not at the first use in the child, where several threads may come first at once.
+# Registered at import: at the first use in the child, several threads could race.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_empty)
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 class ChunkCache:
-    """Decoded chunks in the memory of this process, the least recently used dropped first.
+    """A thread-safe LRU cache of decoded chunks in the memory of this process.
 
-    A copy in another process starts empty.
+    A copy in another process starts empty. Concurrent requests for a chunk decode it once.
 
     Args:
-        budget: bytes to keep. A chunk larger than that is handed out and not kept.
+        budget: limit in bytes. A chunk larger than that is returned and not cached.
+
+    Example:
+        >>> cache = ChunkCache(1 << 20)
+        >>> cache.get("chunk 0", lambda: np.zeros((4, 4, 4)))  # doctest: +SKIP
     """
 
     def __init__(self, budget: int = DEFAULT_CHUNK_BYTES) -> None:
         self.budget = budget
-        self._after_fork()
+        self.after_fork()
         _caches.add(self)
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
+        """Empty the cache and replace its lock, as needed in a forked child."""
         self._once = SingleFlight()
         self._chunks: OrderedDict[Hashable, AnyArray] = OrderedDict()
         self.nbytes = 0
@@ -54,19 +59,18 @@ class ChunkCache:
         self.__init__(**state)  # type: ignore[misc]
 
     def get(self, key: Hashable, decode: Callable[[], AnyArray]) -> AnyArray:
-        """The chunk of that key, decoded now if it is not kept. It is shared: copy from it, never write to it."""
-        ready = self._kept(key)
-        if ready is not None:  # the fast path: cached already
-            return ready
+        """Return the chunk of a key, decoded now if it is not cached. It is shared: copy from it, never write to it."""
+        chunk = self._cached(key)
+        if chunk is not None:  # the fast path, without a lock
+            return chunk
         once = self._once
-        kept = once.begin(key, lambda: self._kept(key))
-        if kept is not None:
-            found: AnyArray = kept
-            return found
+        chunk = once.begin(key, lambda: self._cached(key))
+        if chunk is not None:
+            return chunk
         try:
             chunk = decode()
             chunk.setflags(write=False)
-            with once._lock:
+            with once.lock:
                 self.decoded += 1
                 if chunk.nbytes <= self.budget:
                     self._chunks[key] = chunk
@@ -80,15 +84,15 @@ class ChunkCache:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._chunks
 
-    def _kept(self, key: Hashable) -> AnyArray | None:
+    def _cached(self, key: Hashable) -> AnyArray | None:
         chunk = self._chunks.get(key)
         if chunk is not None:
-            with suppress(KeyError):  # another thread may just have dropped it
+            with suppress(KeyError):  # another thread may just have evicted it
                 self._chunks.move_to_end(key)
         return chunk
 
     def clear(self) -> None:
-        """Drop everything."""
-        with self._once._lock:
+        """Evict everything."""
+        with self._once.lock:
             self._chunks.clear()
             self.nbytes = 0

@@ -1,4 +1,4 @@
-"""Locks between processes, and work that the threads of one process do once."""
+"""Locks between processes, and single-flight execution among the threads of one."""
 
 import contextlib
 import errno
@@ -9,40 +9,42 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import TypeVar
 
 from cellmap_lightning.errors import CacheError
 
 if sys.platform != "win32":
     import fcntl
 
-#: Where the locks on whole regions that are in use begin; chunks have those below.
+_T = TypeVar("_T")
+
+#: Number of the first lock on a whole region in use; smaller numbers lock chunks.
 IN_USE = 1 << 61
-#: The error of a read that goes on after its dataset was closed.
+#: Message of a read that is still running when its dataset is closed.
 CLOSED = "the dataset was closed while it was read"
 
 
 class NoRoomError(CacheError):
-    """There is no room for a region, or no way to lock it."""
+    """Disk space for a region, or a lock on it, is not available."""
 
 
 def inode_of(status: os.stat_result) -> tuple[int, int]:
-    """Return device and number of a file, which tell it from every other file of this machine."""
+    """Return device and inode number, which identify a file on this machine."""
     return status.st_dev, status.st_ino
 
 
 def reopen(path: str, inode: tuple[int, int]) -> int:
-    """Open the memory behind the descriptor of a process, which may be another one.
+    """Open the shared memory behind a file descriptor of this or another process.
 
     Args:
-        path: of the descriptor, below ``/proc``.
-        inode: of the memory; the number of a descriptor that was closed may belong to another file now.
+        path: path of the descriptor below ``/proc``.
+        inode: device and inode of the memory. A closed descriptor's number may since have been reused for another file.
 
     Raises:
         CacheError: the descriptor was closed.
     """
     with contextlib.suppress(OSError):
-        if inode_of(os.stat(path)) == inode:  # noqa: PTH116  asked before opening: a device may be behind it
+        if inode_of(os.stat(path)) == inode:  # noqa: PTH116  checked before opening: opening a device has effects
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             if inode_of(os.fstat(fd)) == inode:
                 return fd
@@ -51,13 +53,13 @@ def reopen(path: str, inode: tuple[int, int]) -> int:
 
 
 class Locks:
-    """Locks on the bytes of one file, between processes and the threads of each; one file descriptor per process.
+    """Advisory locks on the bytes of one file, between processes and between the threads of each.
 
-    The descriptor stays open until `close` was called and no thread uses it any more.
+    Each process has one file descriptor, which stays open until `close` was called and no thread uses it any more.
 
     Args:
         path: the file.
-        inode: of the file, if it is the memory behind a descriptor, see `reopen`.
+        inode: device and inode, if the path is that of a descriptor; see `reopen`.
     """
 
     def __init__(self, path: str, inode: tuple[int, int] | None = None) -> None:
@@ -68,8 +70,8 @@ class Locks:
         _all_locks.add(self)
 
     def after_fork(self) -> None:
-        """Begin without users, as in a forked child: the threads that held something are gone."""
-        #: Guards what follows, and tells of locks that are free.
+        """Reset the state of the threads, as needed in a forked child, where they do not exist."""
+        #: Guards the next three, and is notified when a lock is released.
         self._changed = threading.Condition(threading.Lock())
         self._held: set[int] = set()
         self._users = 0
@@ -81,13 +83,14 @@ class Locks:
 
     @contextlib.contextmanager
     def _descriptor(self) -> Iterator[int]:
-        """Open the file, and keep it open meanwhile, also when another thread closes the locks."""
+        """Yield the open file, which stays open meanwhile even if another thread closes the locks."""
         pid = os.getpid()
         with self._changed:
             if self._closed:
                 raise CacheError(CLOSED)
             if self._opened is None or self._opened[0] != pid:
-                # Not shared with the parent: its locks are gone when any descriptor of the file is closed in a process.
+                # A forked child opens the file again: closing any descriptor of a file in a process releases all POSIX
+                # locks that the process holds on it, so descriptors must not be shared.
                 self._opened = pid, self._open()
             fd = self._opened[1]
             self._users += 1
@@ -131,7 +134,7 @@ class Locks:
 
     @contextlib.contextmanager
     def _alone(self, number: int) -> Iterator[None]:
-        """Keep the other threads of this process out, which the system does not."""
+        """Exclude the other threads of this process, which POSIX locks do not."""
         with self._changed:
             while number in self._held:
                 self._changed.wait()
@@ -147,9 +150,9 @@ class Locks:
                 self._changed.notify_all()
 
     def _wait(self, fd: int, command: int, number: int) -> None:
-        """Lock a byte as soon as no other process holds it."""
+        """Lock a byte, waiting with exponential backoff while another process holds it."""
         pause = 0.0005
-        # Not the waiting kind: the kernel would take threads that wait for each other's chunks for a deadlock.
+        # Polling instead of F_SETLKW: the kernel would report threads that wait for each other's chunks as a deadlock.
         while not self._lock(fd, command | fcntl.LOCK_NB, number):
             if self._closed:
                 raise CacheError(CLOSED)
@@ -157,7 +160,7 @@ class Locks:
             pause = min(2 * pause, 0.02)
 
     def _lock(self, fd: int, command: int, number: int) -> bool:
-        """Lock or release a byte; return False where another process holds it."""
+        """Lock or release a byte; return False if another process holds it."""
         try:
             fcntl.lockf(fd, command, 1, number)
         except OSError as e:
@@ -167,16 +170,16 @@ class Locks:
         return True
 
     def use(self, number: int) -> None:
-        """Mark a region as used by this process, until as many calls of `drop`, or the end of the process."""
+        """Mark a region as used by this process, until `drop` was called as often or the process ends."""
         with self._descriptor() as fd:
             self._wait(fd, fcntl.LOCK_SH, IN_USE + number)
             with self._changed:
                 self._used[number] += 1
 
     def drop(self, number: int) -> None:
-        """Take back one call of `use`."""
+        """Undo one call of `use`."""
         with self._changed:
-            if self._used[number] <= 0:  # the parent of a forked process uses it
+            if self._used[number] <= 0:  # marked by the parent of a forked process
                 del self._used[number]
                 return
         with self._descriptor() as fd, self._changed:
@@ -187,8 +190,8 @@ class Locks:
 
     @contextlib.contextmanager
     def unused(self, number: int) -> Iterator[bool]:
-        """Yield whether no process uses a region; none begins to meanwhile."""
-        if number in self._used:  # the system does not keep a process from its own locks
+        """Yield True if no process uses a region, and prevent others from starting to use it meanwhile."""
+        if number in self._used:  # POSIX locks do not exclude the process that holds them
             yield False
             return
         with self._descriptor() as fd:
@@ -200,7 +203,7 @@ class Locks:
                     self._lock(fd, fcntl.LOCK_UN, IN_USE + number)
 
     def close(self) -> None:
-        """Refuse further locks, and close the file once no thread uses it; may be called again."""
+        """Refuse further locks and close the file once no thread uses it; may be called repeatedly."""
         with self._changed:
             self._closed = True
             self._close_unused()
@@ -220,22 +223,31 @@ if hasattr(os, "register_at_fork"):
 
 
 class SingleFlight:
-    """Single-flight execution: the first thread does a piece of work, and others that need it wait for the result."""
+    """Single-flight execution: one thread does a piece of work while others that need it wait for the result.
+
+    Example:
+        >>> result = once.begin(key, lambda: cache.get(key))
+        >>> if result is None:
+        ...     try:
+        ...         result = cache[key] = compute()
+        ...     finally:
+        ...         once.end(key)  # doctest: +SKIP
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._coming: dict[Hashable, threading.Event] = {}
 
-    def begin(self, key: Hashable, found: Callable[[], Any]) -> Any:
-        """What was found, or None, after which the caller must do the work and call `end`.
+    def begin(self, key: Hashable, lookup: Callable[[], _T | None]) -> _T | None:
+        """Return the result of ``lookup``; None makes the caller responsible for the work and for calling `end`.
 
         Args:
-            key: the piece.
-            found: looks whether it is done, and may not wait.
+            key: identity of the work.
+            lookup: returns the result if it exists, else None; called with the lock held, so it must not block.
         """
         while True:
-            with self._lock:
-                result = found()
+            with self.lock:
+                result = lookup()
                 if result is not None:
                     return result
                 coming = self._coming.get(key)
@@ -245,7 +257,7 @@ class SingleFlight:
             coming.wait()
 
     def end(self, key: Hashable) -> None:
-        """The work is done, or has failed: the next one may try."""
-        with self._lock:
+        """Report that the work is done or has failed, and release the threads that wait for it."""
+        with self.lock:
             done = self._coming.pop(key)
         done.set()

@@ -1,14 +1,14 @@
-"""One region in memory that processes share: its parts, and how a chunk is written, checked and synced.
+"""The layout of one region in shared memory, and how its chunks are written, verified and synced.
 
-A region lies in its mapping as ``header | flags | stamps | checksums | reserved | voxels``, each part on pages of its
-own. A chunk is written in this order: its flag is cleared, then come its voxels, its stamp and its checksum, and its
-flag is set. The writer holds a lock (see `locks`), which the system releases when a process dies.
+A region is stored as ``header | flags | stamps | checksums | reserved | voxels``, each part on separate pages. A chunk
+is written in this order: clear its flag, write its voxels, stamp and checksum, set its flag. The writer holds a lock
+(see `locks`), which the operating system releases when a process dies.
 
-- The *stamp* says which files the voxels were decoded from, so that a source that changed is noticed.
+- The *stamp* identifies the version of the files that the voxels were decoded from, so that stale chunks are detected.
 - The *checksum* covers the region's key, the chunk's index, its stamp and its voxels. A process verifies it before it
-  uses a chunk that it has not decoded itself, so that no damaged page and no mixture of pages of different ages counts.
-- The *flag* is `FILLED` once the chunk is complete; it counts on the boot of the machine that wrote it, while the pages
-  are in memory. It becomes `SYNCED` after everything else was flushed to disk, and counts after a restart as well.
+  uses a chunk that it has not decoded itself, which detects damaged pages and mixtures of pages of different ages.
+- The *flag* is `FILLED` once the chunk is complete, which is valid until the machine restarts, while pages are in
+  memory. It becomes `SYNCED` after everything else was flushed to disk, which is valid after a restart as well.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 _PAGE = mmap.PAGESIZE
 HEADER = 4096
 EMPTY, FILLED, SYNCED = 0, 1, 2
-#: Marks a plane of chunks whose space on disk is reserved; a damaged byte is hardly ever this one.
+#: Mark of a plane of chunks whose space on disk is reserved: an arbitrary value that damage rarely produces.
 _RESERVED = 0xA5
-#: Bytes whose checksum is computed at a time: they stay in the processor's cache, and release the GIL once.
+#: Bytes per checksum call: small enough for the CPU cache, large enough to release the GIL.
 _SLAB = 1 << 20
 
 
@@ -53,10 +53,10 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a region lies in its mapping.
+    """Layout of a region in its mapping.
 
     Attributes:
-        shape: voxels.
+        shape: voxels along z, y, x.
         grid: chunks along z, y, x.
         itemsize: bytes of a voxel.
     """
@@ -67,10 +67,8 @@ class Layout:
 
     @property
     def room(self) -> Shape:
-        """Voxels along each axis that memory is laid out for.
-
-        Rows, or planes, a power of two apart would fall on the same few lines of the processor's cache.
-        """
+        """Allocated voxels along z, y, x: the shape, padded against cache-line conflicts."""
+        # Rows or planes a power of two apart would compete for the same few lines of the CPU cache.
         z, y, x = self.shape
         if x * self.itemsize % 256 == 0:
             x += max(1, 64 // self.itemsize)
@@ -80,7 +78,7 @@ class Layout:
 
     @property
     def parts(self) -> Parts:
-        """Where the parts begin, each on a page of its own."""
+        """Offsets of the parts, each rounded up to a page."""
         count, starts = int(np.prod(self.grid)), [HEADER]
         for size in (count, 8 * count, 4 * count, self.grid[0], int(np.prod(self.room)) * self.itemsize):
             starts.append(-(-(starts[-1] + size) // _PAGE) * _PAGE)
@@ -93,7 +91,7 @@ class Layout:
 
 
 def number_of(key: str) -> int:
-    """Return the number of a region's lock."""
+    """Return the lock number of a region."""
     return int(key[:14], 16)
 
 
@@ -101,7 +99,7 @@ _complained: set[Path] = set()
 
 
 def complain(folder: Path, error: OSError) -> None:
-    """Log, once per folder, that there is no room."""
+    """Log once per folder that the disk is full."""
     if folder not in _complained:
         _complained.add(folder)
         log.warning(
@@ -112,28 +110,28 @@ def complain(folder: Path, error: OSError) -> None:
 
 
 class Mapped:
-    """A region's chunks and voxels in the memory of this process.
+    """Chunks and voxels of a region, mapped into the memory of this process; see docs/reliability.md.
 
     Attributes:
-        flags: uint8 ``[grid]``; see the module.
+        flags: uint8 ``[grid]``; see the module's docstring.
         stamps: uint64 ``[grid]``.
         checksums: uint32 ``[grid]``.
         voxels: uint8 ``[z, y, x, bytes]``.
-        ready: bool ``[grid]``, chunks that this process has filled or verified.
-        complete: whether all are.
-        full: whether there was no room for a chunk.
-        decoded: chunks that this process filled.
-        once: keeps its threads from filling a chunk twice.
+        ready: bool ``[grid]``, True for chunks that this process has filled or verified.
+        complete: True if all are ready.
+        full: True once a chunk did not fit on the disk.
+        decoded: number of chunks that this process filled.
+        once: prevents two threads from filling the same chunk.
 
     Args:
-        buffer: the memory.
+        buffer: the mapped memory.
         at: first byte of the region.
-        layout: its parts.
-        path: the file that is mapped, if it is one.
-        key: identifies the content.
+        layout: shape of the region and its chunks.
+        path: the mapped file; None for shared memory.
+        key: digest that identifies the content.
         locks: exclude other processes while a chunk is written.
-        name: of the content, for log lines.
-        inode: device and number of the file.
+        name: name of the content, for log lines.
+        inode: device and inode of the file.
     """
 
     def __init__(
@@ -166,20 +164,21 @@ class Mapped:
         self._damaged = 0
 
     def fill(self, index: Shape, start: Sequence[int], shape: Shape, stamp: int, decode: Callable[[], Any]) -> bool:
-        """Make a chunk hold the voxels of a stamp, decoded if they are not there; return False if there is no room.
+        """Fill a chunk with the voxels of a stamp, unless it holds them already; return False if the disk is full.
 
         Args:
             index: the chunk.
             start: its first voxel in the mapping.
             shape: its voxels.
-            stamp: of the source, as it was before ``decode`` is called.
-            decode: returns the voxels.
+            stamp: stamp of the source, taken before ``decode`` is called.
+            decode: function that returns the voxels.
         """
         place = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+        # First without a lock: most chunks are filled already, by another process or an earlier run.
         if not (self._claimed(index, stamp) and self._intact(index, place, stamp)):
             try:
                 with self.lock(index):
-                    # Another process may have filled it meanwhile, or been writing when the checksum was computed.
+                    # Checked again: another process may have filled it, or was writing during the first check.
                     claimed = self._claimed(index, stamp)
                     if not (claimed and self._intact(index, place, stamp)):
                         if claimed:
@@ -198,11 +197,11 @@ class Mapped:
         return True
 
     def _claimed(self, index: Shape, stamp: int) -> bool:
-        """Return whether a chunk is filled from a source with this stamp, by its flag and stamp alone."""
+        """Return True if a chunk is marked as filled from a source with this stamp."""
         return int(self.flags[index]) in (FILLED, SYNCED) and int(self.stamps[index]) == stamp
 
     def _intact(self, index: Shape, place: tuple[slice, ...], stamp: int) -> bool:
-        """Return whether a chunk's checksum is that of its voxels and of the stamp."""
+        """Return True if the checksum of a chunk matches its voxels and stamp."""
         target, checksum = self.voxels[place], self._seed(index, stamp)
         for part in _slabs(target):
             checksum = zlib.crc32(np.ascontiguousarray(target[part]).data, checksum)
@@ -211,7 +210,7 @@ class Mapped:
     def _write(self, index: Shape, place: tuple[slice, ...], stamp: int, voxels: npt.NDArray[Any]) -> None:
         """Write a chunk's voxels, stamp and checksum.
 
-        The checksum is that of the voxels that are given, not of those in the mapping.
+        The checksum is computed from the argument and not from the mapping, so that a failed write is detected.
         """
         target, checksum = self.voxels[place], self._seed(index, stamp)
         for part in _slabs(target):
@@ -222,7 +221,7 @@ class Mapped:
         self.checksums[index] = checksum
 
     def _seed(self, index: Shape, stamp: int) -> int:
-        """Return the checksum of what a chunk's voxels belong to."""
+        """Return the start value of a chunk's checksum: that of its key, index and stamp."""
         return zlib.crc32(f"{self.key} {index[0]} {index[1]} {index[2]} {stamp}".encode())
 
     def _report_damage(self, index: Shape) -> None:
@@ -235,28 +234,28 @@ class Mapped:
             )  # fmt: skip
 
     def lock(self, index: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-        """Hold the lock of a chunk."""
+        """Return a context manager that holds the lock of a chunk."""
         if self.locks is None:
             return contextlib.nullcontext()
         flat = int(np.ravel_multi_index(tuple(index), self.layout.grid))
         return self.locks.hold((number_of(self.key) + 1_000_003 * flat) % IN_USE)
 
     def reserve(self, planes: tuple[int, int], row: int) -> None:
-        """Make sure that there is room for some planes of chunks before they are written to.
+        """Reserve disk space for a plane of chunks before it is written to.
 
-        A full disk would otherwise end the process in the middle of a write.
+        On a full disk, writing to unreserved space of a mapping would kill the process (SIGBUS).
 
         Args:
-            planes: first and last plane of voxels.
-            row: which plane of chunks this is.
+            planes: first plane of voxels, and the one after the last.
+            row: index of the plane of chunks.
 
         Raises:
-            NoRoomError: there is none.
+            NoRoomError: the disk is full, or the file was removed.
         """
         if self.path is None or self.locks is None or self._reserved[row] == _RESERVED:
             return
         size = int(np.prod(self.layout.room[1:])) * self.layout.itemsize
-        # Held so that what a file system without reservations does instead, writing zeros, meets no voxels.
+        # Locked, since file systems without reservations write zeros instead, which must not overwrite voxels.
         with self.locks.hold((number_of(self.key) + 7 * row + 3) % IN_USE):
             if self._reserved[row] == _RESERVED:
                 return
@@ -273,15 +272,16 @@ class Mapped:
             self._reserved[row] = _RESERVED
 
     def sync(self) -> None:
-        """Write to disk what is filled, so that it counts after a restart of the machine."""
+        """Flush filled chunks to disk, so that they are valid after a restart of the machine."""
         if self.path is None:
             return
-        done = self.flags == FILLED
-        if not done.any():
+        filled = self.flags == FILLED
+        if not filled.any():
             return
         try:
+            # The voxels must reach the disk before the flags that declare them valid.
             self._buffer.flush()
-            self.flags[done & (self.flags == FILLED)] = SYNCED
+            self.flags[filled & (self.flags == FILLED)] = SYNCED
             self._buffer.flush(0, self._first)
         except OSError as e:
             log.warning(
@@ -290,6 +290,6 @@ class Mapped:
 
 
 def _slabs(voxels: npt.NDArray[Any]) -> Iterator[slice]:
-    """Return consecutive planes of an array, about `_SLAB` bytes of them at a time."""
+    """Return slices of consecutive planes of an array, about `_SLAB` bytes each."""
     step = max(1, _SLAB // max(1, voxels[0].nbytes))
     return (slice(first, first + step) for first in range(0, len(voxels), step))

@@ -1,7 +1,7 @@
-"""Patches of one array at the positions of a crop: copied where they are boxes of it, evaluated where they are not.
+"""Patches of one array at the positions of a crop: sliced if aligned to the array's grid, resampled otherwise.
 
-An array whose voxels do not lie where patches ask for them (a step of 2.62 nm, patches of 8 nm) is evaluated once on
-the lattice of the patches, anchored at the first position, and kept: patches are boxes of that.
+An array whose voxels are not aligned with the patches (a step of 2.62 nm, patches of 8 nm) is resampled once to the
+lattice of the patches, anchored at the first position, and cached: patches are slices of the resampled array.
 """
 
 from collections.abc import Callable
@@ -26,23 +26,26 @@ from cellmap_lightning.geometry.lattice import (
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.geometry.resample import AnyArray, Slices, copy_slices, slices
 
-#: Where a patch lies: its map to the lattice of an array.
+#: Function from the lattice of an array to the map from a patch's voxels to it.
 MapTo = Callable[[Lattice], AffineMap]
-#: Voxels along an axis of a block that is evaluated at a time.
+#: Voxels along each axis of a block that is resampled at a time.
 BLOCK = 64
 
 
 class Patches:
-    """Patches of one array at the positions of a crop.
+    """Patches of one array at the positions of a crop; see docs/reliability.md.
 
     Args:
         region: the stored voxels.
-        lattice: where they are.
-        window: shape and scale of a patch, along its own axes.
+        lattice: their lattice.
+        window: shape and scale of a patch, along the patch's axes.
         placement: the positions.
-        source: what is stored, for patches that are no box.
-        plane: how the patch's own axes lie in the volume; None where they are its axes.
-        computed: patches are never boxes of the region.
+        source: the stored array, for patches that are not slices.
+        plane: matrix from the patch's axes to the volume's; None if they are the same.
+        computed: patches are never slices of the region.
+
+    Attributes:
+        sliced: True if unrotated patches are slices of the region.
     """
 
     def __init__(
@@ -61,32 +64,32 @@ class Patches:
         whole = np.rint(ratio)
         fits = np.abs(ratio - whole) * np.maximum(np.subtract(placement.counts, 1), 1) < LATTICE_TOLERANCE
         fits |= np.equal(placement.counts, 1)
-        #: Voxels from one position to the next; None where that is no whole number.
+        #: Voxels from one position to the next; None if that is not a whole number.
         self._steps = tuple(int(n) for n in whole) if fits.all() and not computed else None
         self._cuts: dict[bytes | None, Slices | None] = {}
         self.sliced = self.cut(plane) is not None
 
     def cut(self, turn: FloatArray | None) -> Slices | None:
-        """The box of the patch at the first position, or None where it is none. Worked out once for each turn."""
+        """Return the slices of the patch at the first position, cached per turn; None if the patch is not a slice."""
         if self._steps is None:
             return None
         key = None if turn is None else turn.tobytes()
         if key not in self._cuts:
             amap = patch_map(self.placement.first, self.window.shape, self.window.scale, self.lattice, turn)
-            found = slices(amap)
-            if found is None:
-                return None  # there are as many of these as samples
-            self._cuts[key] = found
+            cut = slices(amap)
+            if cut is None:
+                return None  # not cached: rotations by random angles never repeat
+            self._cuts[key] = cut
         return self._cuts[key]
 
     def start(self, cut: Slices, place: tuple[int, int, int]) -> tuple[int, int, int]:
-        """First voxel of the box at a place of the placement's grid."""
+        """Return the first voxel of the slices at a place of the placement's grid."""
         assert self._steps is not None
         (a, b, c), (i, j, k), (z, y, x) = cut.start, self._steps, place
         return a + i * z, b + j * y, c + k * x
 
     def missing(self, place: tuple[int, int, int], turn: FloatArray | None) -> list[Shape] | None:
-        """The chunks that must be filled before a patch is a mere copy; None where it never is."""
+        """Return the chunks that must be filled before a patch is a copy; None if it never is."""
         cut = self.cut(turn)
         if cut is None:
             return None
@@ -105,7 +108,7 @@ class Patches:
             place: along z, y, x.
             out: ``[z, y, x, ...]``, the window's shape.
             turn: see `geometry.patch_map`.
-            fill: value of the voxels outside the array.
+            fill: value of voxels outside the array.
         """
         cut = self.cut(turn)
         if cut is None:
@@ -118,14 +121,14 @@ class Patches:
 def reached(
     placement: Placement, window: Window, lattice: Lattice, turned: bool, roaming: bool
 ) -> tuple[list[int], list[int]]:
-    """Corners, in voxels of an array, of all that the patches of a crop can touch.
+    """Return the corners, in voxels of an array, of the box that the patches of a crop can touch.
 
     Args:
         placement: the positions.
         window: a patch, along the axes of the volume.
         lattice: the array.
-        turned: the axes of patches may be exchanged.
-        roaming: patches may be turned by any angle, or are computed.
+        turned: axes of patches may be permuted.
+        roaming: patches may be rotated by any angle, or are resampled.
     """
     half = window.extent / 2
     if roaming:
@@ -135,7 +138,7 @@ def reached(
     box = placement.centers
     lower = (np.subtract(box.lower, half) - lattice.box.lower) / lattice.step
     upper = (np.add(box.upper, half) - lattice.box.lower) / lattice.step
-    # Neighbours that an interpolant needs, where it is one.
+    # Voxels beyond the border that interpolation needs, unless patches are exact slices.
     exact = np.abs(lower - np.rint(lower)) < LATTICE_TOLERANCE
     more = np.where(exact & (not roaming), 0, 2 + np.ceil(window.scale.max() / np.asarray(lattice.step)))
     lo = np.floor(lower + LATTICE_TOLERANCE) - more
@@ -144,34 +147,34 @@ def reached(
 
 
 class Source(Protocol):
-    """What is stored, however it is put together."""
+    """A stored array, or a combination of several, that patches are evaluated from."""
 
     @property
     def lattices(self) -> list[Lattice]:
-        """Where its voxels are."""
+        """Lattices of the stored arrays."""
 
     def evaluate(self, where: "MapTo", out: AnyArray, fill: float) -> None:
-        """Write a patch, straight from what is stored."""
+        """Write a patch to ``out``, evaluated from the stored voxels."""
 
     def stamp(self, box: Box) -> int:
-        """A number that changes when what is stored in a physical box does."""
+        """Return a number that changes when the voxels stored in a physical box do."""
 
     def identity(self) -> tuple[object, ...]:
-        """What its voxels follow from."""
+        """Return everything that the voxels depend on."""
 
 
 class Resampled:
-    """An array on the lattice of the patches, evaluated block by block when it is needed.
+    """An array resampled to the lattice of the patches, block by block on demand; see docs/reliability.md.
 
     Args:
-        source: what is stored.
-        limits: its physical box: no voxel has its centre outside it.
+        source: the stored array.
+        limits: its physical box, which holds the centres of all resampled voxels.
         window: a patch, along the axes of the volume.
         placement: the positions.
         dtype: type of a voxel, or of its bytes.
         depth: bytes of a voxel; 0 for one value of the type.
-        cache: where blocks are kept that have no other place.
-        name: what people call it.
+        cache: cache of single blocks, used without a mapping.
+        name: name in messages.
     """
 
     def __init__(
@@ -187,7 +190,7 @@ class Resampled:
     ) -> None:
         self.source = source
         anchor = placement.first - window.extent / 2
-        # The first and the last voxel whose centre is inside, counted from the anchor.
+        # First and last voxel whose centre lies inside the limits, counted from the anchor.
         lower = np.subtract(limits.lower, anchor) / window.scale - 0.5
         upper = np.subtract(limits.upper, anchor) / window.scale - 0.5
         first, last = np.ceil(lower - LATTICE_TOLERANCE), np.floor(upper + LATTICE_TOLERANCE)
@@ -202,7 +205,7 @@ class Resampled:
         )  # fmt: skip
 
     def patches(self, window: Window, placement: Placement, plane: FloatArray | None) -> Patches:
-        """Its patches; see `Patches`."""
+        """Return the patches of the resampled array; see `Patches`."""
         return Patches(self.region, self.lattice, window, placement, self.source, plane, computed=self._empty)
 
     def _box(self, start: tuple[int, int, int], shape: Shape) -> Box:
@@ -219,12 +222,18 @@ class Resampled:
         return self.source.stamp(self._box(start, shape))
 
     def _identity(self) -> tuple[object, ...]:
-        # The number counts the ways in which they were ever evaluated: what others left behind is not mixed in.
+        # The version of the resampling: bumped when results change, so that stale caches are not reused.
         return "resampled", 2, self.lattice, *self.source.lattices, self.source.identity()
 
 
 def stored_box(lattice: Lattice, box: Box, more: int) -> tuple[tuple[int, int, int], Shape] | None:
-    """Start and shape, in voxels of an array, of what a physical box and some voxels around it hold of it."""
+    """Return start and shape, in voxels of an array, of a physical box with a margin; None if they do not intersect.
+
+    Args:
+        lattice: lattice of the array.
+        box: the box, nm.
+        more: margin in voxels.
+    """
     lower = np.floor((np.asarray(box.lower) - lattice.box.lower) / lattice.step).astype(int) - more
     upper = np.ceil((np.asarray(box.upper) - lattice.box.lower) / lattice.step).astype(int) + more
     lo, hi = np.maximum(lower, 0).tolist(), np.minimum(upper, lattice.shape).tolist()

@@ -1,4 +1,4 @@
-"""Memory and files that processes share: anonymous blocks, and the folder of region files."""
+"""Shared memory: anonymous blocks, and the folder of memory-mapped region files."""
 
 import contextlib
 import itertools
@@ -25,23 +25,23 @@ FORMAT = 2
 _SUFFIX = ".region"
 _KEY = re.compile("[0-9a-f]{40}")
 
-#: One for each folder and process: closing one of two descriptors would give back the locks of both.
+#: One per folder and process: closing one of two descriptors of a file would release the POSIX locks of both.
 _locks: dict[str, Locks] = {}
 
 
 def boot() -> str:
-    """Names this machine since it was started."""
+    """Return the id of the machine's current boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class SharedBlock:
-    """Memory without a file that worker processes see too.
+    """Anonymous shared memory; see docs/reliability.md.
 
-    On Linux it is an anonymous file, whose memory is given back when the last process that uses it has ended, however
-    it ended. Elsewhere it is shared with forked processes alone.
+    On Linux it is a memfd, which is freed when the last process that uses it has exited, even if it was killed.
+    Elsewhere it is shared with forked processes only.
 
     Args:
-        nbytes: bytes; those that are never written take no memory.
+        nbytes: size; pages that are never written take no memory.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -60,7 +60,7 @@ class SharedBlock:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if not state["path"]:
-            raise CacheError("shared memory travels to processes that were not forked on Linux only")
+            raise CacheError("shared memory cannot be sent to processes that were not forked, except on Linux")
         self.nbytes, self.path, self.inode, self._fd = state["nbytes"], state["path"], state["inode"], -1
         fd = reopen(self.path, self.inode)
         try:
@@ -69,25 +69,25 @@ class SharedBlock:
             os.close(fd)
 
     def close(self) -> None:
-        """Give the memory back, as soon as nobody looks at it any more."""
+        """Release the memory once the last reference is gone."""
         self.buffer = None
         if self._fd >= 0:
             self._end()
 
 
 class Arena:
-    """The regions of a collection in one shared block of memory.
+    """Regions of a collection in one block of shared memory; see docs/reliability.md.
 
     Args:
-        nbytes: bytes.
+        nbytes: size of the block.
     """
 
     def __init__(self, nbytes: int) -> None:
         self._block = SharedBlock(nbytes)
         self._locked = SharedBlock(1) if self._block.path else None
-        self._begin()
+        self._open_locks()
 
-    def _begin(self) -> None:
+    def _open_locks(self) -> None:
         self._locks = Locks(self._locked.path, self._locked.inode) if self._locked is not None else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,14 +95,14 @@ class Arena:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._begin()
+        self._open_locks()
 
-    def attach(self, key: str, layout: Layout, at: int, name: str = "") -> Mapped:
+    def attach(self, key: str, layout: Layout, offset: int, name: str = "") -> Mapped:
         """Return the region that begins at a byte of the arena."""
-        return Mapped(self._block.buffer, at, layout, None, key, self._locks, name)
+        return Mapped(self._block.buffer, offset, layout, None, key, self._locks, name)
 
     def close(self) -> None:
-        """Release the memory once the last reference is gone; threads that still read get a `CacheError`."""
+        """Release the memory once the last reference is gone; running reads raise a `CacheError`."""
         if self._locks is not None and self._locked is not None:
             self._locks.close()
             self._locked.close()
@@ -110,10 +110,10 @@ class Arena:
 
 
 class RegionFolder:
-    """The regions on disk, each a file named by what it holds.
+    """Regions on disk, each in a memory-mapped file named by the digest of its content; see docs/reliability.md.
 
     Args:
-        folder: where they are; it belongs to this user.
+        folder: folder of the files, private to this user.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -129,20 +129,20 @@ class RegionFolder:
         self.__init__(**state)  # type: ignore[misc]
 
     def path(self, key: str) -> Path:
-        """The file of a region."""
+        """Return the file of a region."""
         return self.folder / f"{key}{_SUFFIX}"
 
     def attach(self, key: str, layout: Layout, name: str = "") -> Mapped:
-        """Map a region, made if it is not there.
+        """Map a region, and create its file if needed.
 
         Args:
-            key: names what it holds, for good.
-            layout: how it lies in the file.
-            name: says to people what it holds.
+            key: digest of the content.
+            layout: layout in the file.
+            name: human-readable description, stored in the header.
 
         Raises:
             CacheError: the file belongs to another user.
-            NoRoomError: it cannot be made.
+            NoRoomError: the file cannot be created.
         """
         path, used = self.path(key), False
         try:
@@ -153,21 +153,21 @@ class RegionFolder:
         except OSError as e:
             if used:
                 self.locks.drop(number_of(key))
-            if isinstance(e, CacheError):  # also where there is no room
+            if isinstance(e, CacheError):  # including NoRoomError
                 raise
             with contextlib.suppress(OSError):
                 if path.stat().st_size != layout.nbytes:
-                    path.unlink()  # nothing is in it yet
+                    path.unlink()  # no chunk was written yet
             raise NoRoomError(e.errno, e.strerror, str(path)) from e
         return Mapped(buffer, 0, layout, str(path), key, self.locks, name, inode)
 
     def complain(self, error: OSError) -> None:
-        """Say once that there is no room."""
+        """Log once that the disk is full."""
         complain(self.folder, error)
 
     def _open(self, path: Path, key: str, layout: Layout, name: str) -> tuple[mmap.mmap, tuple[int, int]]:
-        """Map a file, made or replaced where it does not hold this region; also its device and number."""
-        _allow_files()
+        """Return the mapping of a region's file, created or replaced if needed, and its device and inode."""
+        _raise_file_limit()
         header = {"format": FORMAT, "key": key, "shape": layout.shape, "grid": layout.grid, "bytes": layout.itemsize}
         expected = json.loads(json.dumps(header))
         for attempt in range(2):
@@ -177,72 +177,72 @@ class RegionFolder:
                 if status.st_uid != os.getuid() or status.st_mode & 0o077:
                     raise CacheError(
                         f"{path} belongs to another user, or others may read or write it; remove it, or set "
-                        "CELLMAP_CACHE_DIR to a folder of your own"
+                        "CELLMAP_CACHE_DIR to a private folder"
                     )
-                known = _read_header(os.pread(fd, HEADER, 0))
-                ours = known is not None and {k: known.get(k) for k in expected} == expected
+                stored = _read_header(os.pread(fd, HEADER, 0))
+                matches = stored is not None and {k: stored.get(k) for k in expected} == expected
                 other_size = status.st_size not in (0, layout.nbytes)
-                if attempt == 0 and (other_size or (known is not None and not ours)):
-                    path.unlink()  # never cut short: another process may have it mapped
+                if attempt == 0 and (other_size or (stored is not None and not matches)):
+                    path.unlink()  # never truncated: another process may have it mapped
                     continue
-                os.utime(fd)
+                os.utime(fd)  # the time of the last use, by which files are evicted
                 now = {"boot": boot(), "inode": status.st_ino}
-                current = ours and known is not None and {k: known.get(k) for k in now} == now
+                current = matches and stored is not None and {k: stored.get(k) for k in now} == now
                 if not current:
-                    # All but the voxels is written at once, and a copy of a file may have holes.
+                    # Everything before the voxels must have disk space, and a copied file may be sparse.
                     os.posix_fallocate(fd, 0, layout.parts.voxels)
                     os.ftruncate(fd, layout.nbytes)
                 buffer = mmap.mmap(fd, layout.nbytes)
             finally:
                 os.close(fd)
             if not current:
-                # What was in the memory of a machine that stopped may or may not have reached the disk.
-                self._reset(buffer, layout, keep=SYNCED if ours else EMPTY)
+                # After a restart, only synced chunks are sure to have reached the disk.
+                self._reset(buffer, layout, keep=SYNCED if matches else EMPTY)
                 text = json.dumps(header | now | {"name": name[:200]}).encode()
                 buffer[:HEADER] = text.ljust(HEADER, b"\0")
             return buffer, inode_of(status)
-        raise CacheError(f"{path} is not what this version writes, and cannot be replaced")
+        raise CacheError(f"{path} was not written by this version and cannot be replaced; remove it")
 
     @staticmethod
     def _reset(buffer: mmap.mmap, layout: Layout, keep: int) -> None:
-        """Clear the flags that do not count any more, and what is known about reserved space."""
+        """Clear all flags but one value, and all marks of reserved space."""
         parts = layout.parts
         flags = np.frombuffer(buffer, np.uint8, parts.stamps - parts.flags, parts.flags)
         flags[flags != keep] = EMPTY
         np.frombuffer(buffer, np.uint8, parts.voxels - parts.reserved, parts.reserved)[:] = 0
 
     def release(self, key: str) -> None:
-        """This process does not use a region any more."""
+        """Mark a region as no longer used by this process."""
         self.locks.drop(number_of(key))
 
     def files(self) -> list[tuple[Path, int, float]]:
-        """Path, bytes on disk and time of the last use of each region, the longest unused first."""
-        found = []
+        """Return path, bytes on disk and time of the last use of each region, least recently used first."""
+        files = []
         for path in self.folder.glob(f"*{_SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):
                 status = path.lstat()
                 if _KEY.fullmatch(path.stem) and stat.S_ISREG(status.st_mode):
-                    found.append((path, status.st_blocks * 512, status.st_mtime))
-        return sorted(found, key=lambda entry: entry[2])
+                    files.append((path, status.st_blocks * 512, status.st_mtime))
+        return sorted(files, key=lambda entry: entry[2])
 
     def name(self, path: Path) -> str:
-        """What a region holds, for people; empty where it does not say."""
+        """Return the human-readable description in a region's header; empty without one."""
         try:
             with path.open("rb") as file:
-                known = _read_header(file.read(HEADER))
+                header = _read_header(file.read(HEADER))
         except OSError:
             return ""
-        return str(known.get("name", "")) if known is not None else ""
+        return str(header.get("name", "")) if header is not None else ""
 
     def evict(self, need: int, keep: set[str]) -> int:
-        """Remove regions that no process uses, the longest unused first, until so many bytes are free.
+        """Remove regions that no process uses, least recently used first, until enough bytes are free.
 
         Args:
-            need: bytes.
-            keep: keys of those that stay.
+            need: bytes to free.
+            keep: keys of regions that must stay.
 
         Returns:
-            The bytes that were removed.
+            The bytes that were freed.
         """
         removed = 0
         for path, size, _ in self.files():
@@ -259,20 +259,21 @@ class RegionFolder:
 
 
 def _read_header(buffer: mmap.mmap | bytes) -> dict[str, Any] | None:
+    """Return the header of a region file; None if it is not one."""
     try:
-        known = json.loads(buffer[:HEADER].rstrip(b"\0"))
+        header = json.loads(buffer[:HEADER].rstrip(b"\0"))
     except (ValueError, RecursionError):
         return None
-    return known if isinstance(known, dict) and "boot" in known else None
+    return header if isinstance(header, dict) and "boot" in header else None
 
 
-_mapped = itertools.count(1)
+_mappings = itertools.count(1)
 
 
-def _allow_files() -> None:
-    """Each mapping holds a file descriptor: hundreds of crops need more than the usual 1024."""
-    wanted = 2 * next(_mapped) + 512
+def _raise_file_limit() -> None:
+    """Raise the limit of open files: each mapping holds a descriptor, and hundreds of crops exceed the usual 1024."""
+    needed = 2 * next(_mappings) + 512
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted and soft != resource.RLIM_INFINITY:
+    if soft < needed and soft != resource.RLIM_INFINITY:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (2 * wanted if hard == resource.RLIM_INFINITY else hard, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (2 * needed if hard == resource.RLIM_INFINITY else hard, hard))

@@ -127,6 +127,6 @@ def _cache_hint(dataset: SampleSource) -> str:
         return "cache=auto keeps what was decoded, cache=none decodes it again for every patch"
     if dataset.cache == "chunks":
         return "cache=auto keeps all that was decoded, cache=chunks decodes again what does not fit into memory"
-    if not dataset.kept:
+    if not dataset.is_cached:
         return "the cache is too small for these crops (cache_bytes, or CELLMAP_CACHE_DIR on a larger disk)"
     return "voxels are decoded when they are first read, so that later epochs wait less"

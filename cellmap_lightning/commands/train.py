@@ -86,7 +86,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         elif cfg.init_from is not None:  # a resumed run has weights
             _initialize_weights(unresolved, data, task)
         trainer = progress.trainer = _trainer(cfg, CheckpointConfig(stored, start))
-        validates = data.crops.given("val") and trainer.limit_val_batches != 0
+        validates = data.crops.has_crops("val") and trainer.limit_val_batches != 0
         if trainer.is_global_zero:
             _prepare_folder(cfg, progress.folder, stored, data)
         untrained = None

@@ -98,7 +98,7 @@ class CellMapDataSplit(DataSplit):
         return self._validation_datasets
 
     def _all(self, split: str) -> list[CellMapDataset]:
-        return list(self[split].datasets) if self.given(split) else []  # type: ignore[arg-type]
+        return list(self[split].datasets) if self.has_crops(split) else []  # type: ignore[arg-type]
 
     def _open(self, entry: CropRecord, split: str, plane: str) -> CellMapDataset:
         if entry.target_path is None and self.classes is not None:

@@ -1,1 +1,1 @@
-"""One annotated crop: its raw volume, its label arrays and what is measured of them."""
+"""One annotated crop: its raw volume, its label arrays, and their measurements."""

@@ -1,4 +1,4 @@
-"""Where the foreground of a class is: an index of a label image, built once from the chunks that exist, and kept."""
+"""Foreground indices: samples of the foreground voxels of one class, built once from the stored chunks and cached."""
 
 import base64
 import math
@@ -23,84 +23,82 @@ from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.runtime.rng import INDEX, uniforms
 from cellmap_lightning.runtime.thread_pool import FORK_GATE, ReadPool
 
-#: Voxels that are kept of a block of chunks at most, and of a whole index, as long as it has fewer blocks: a few KB.
+#: Limits of the sampled voxels of one block of chunks, and of a whole index of fewer blocks: a few KB.
 MOST_OF_A_BLOCK, MOST_OF_ALL = 256, 4096
-#: Blocks that are read at most, if any of them has foreground: spread over all that are stored.
+#: Limit of the blocks that are read if any of them has foreground, spread over all stored blocks.
 MOST_BLOCKS = 4096
 
 Voxels = npt.NDArray[np.int32]
+#: Counts, numbers of sampled voxels, and sampled voxels of a `Foreground`.
+Parts = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Voxels]
+_EMPTY: Parts = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int32))
 
 
 @dataclass(frozen=True, eq=False)
 class Foreground:
-    """Foreground voxels of one class in one crop: how many there are in each block, and some of them.
+    """Foreground voxels of one class in one crop: their number in each block, and a sample of them; see `pick`.
 
-    A block is chosen by its number of foreground voxels, and then one of those that were kept of it. So every voxel is
-    as likely as every other, except that of a block with many of them only those that were kept can be met, and of an
-    image of more than `MOST_BLOCKS` blocks only those that were read.
+    A block is chosen by its number of foreground voxels, then one of its sampled voxels. All voxels are equally likely,
+    except that only sampled voxels of a block, and only the `MOST_BLOCKS` blocks that were read, can be chosen.
 
     Attributes:
-        lattice: of the level that was looked at.
-        counts: ``[blocks]``, foreground voxels of each block that has any.
-        kept: ``[blocks]``, how many of them were kept.
-        voxels: ``[kept.sum(), 3]``, these (z, y, x).
+        lattice: lattice of the level.
+        counts: ``[blocks]``, foreground voxels of each block with any.
+        sampled: ``[blocks]``, number of sampled voxels of each block.
+        voxels: ``[sampled.sum(), 3]``, the sampled voxels (z, y, x).
     """
 
     lattice: Lattice
     counts: npt.NDArray[np.int64]
-    kept: npt.NDArray[np.int64]
+    sampled: npt.NDArray[np.int64]
     voxels: Voxels
 
     def __len__(self) -> int:
-        """Foreground voxels of the level."""
+        """Return the number of foreground voxels of the level."""
         return int(self.counts.sum())
 
     @property
     def weights(self) -> FloatArray:
-        """``[kept]``, how many voxels of the level each kept one stands for."""
-        return np.repeat(self.counts / self.kept, self.kept)
+        """``[voxels]``, number of voxels of the level that each sampled voxel represents."""
+        return np.repeat(self.counts / self.sampled, self.sampled)
 
     @cached_property
-    def _until(self) -> FloatArray:
-        """Where the part of [0, 1) ends that each kept voxel stands for, so that one number picks block and voxel."""
+    def _cumulative(self) -> FloatArray:
+        """Cumulative probabilities of the sampled voxels, so that one number picks block and voxel."""
         ends: FloatArray = np.cumsum(self.weights) / len(self)
         return ends
 
     def pick(self, u: float) -> tuple[int, int, int]:
-        """The voxel (z, y, x) for a number in [0, 1)."""
-        found = min(int(self._until.searchsorted(u, "right")), len(self.voxels) - 1)
-        z, y, x = self.voxels[found].tolist()
+        """Return the voxel (z, y, x) that a number in [0, 1) chooses."""
+        index = min(int(self._cumulative.searchsorted(u, "right")), len(self.voxels) - 1)
+        z, y, x = self.voxels[index].tolist()
         return z, y, x
 
 
 def foreground_index(
     levels: Sequence[Level], encoding: Encoding, pool: ReadPool, label: str, retry_policy: RetryPolicy = DEFAULT_RETRY
 ) -> Foreground:
-    """The index of the first level that has foreground, from the cache folder or built and kept there.
+    """Return the index of the first level with foreground, from the cache folder or built and cached there.
 
-    Chunks that were never written are not read. What the attributes call absent or unknown is no foreground.
+    Chunks that were never written are not read. Absent and unknown voxels are not foreground.
 
     Args:
-        levels: the level that patches read, then the finer ones: a thin structure may be gone from a coarse one.
-        encoding: what their values mean.
-        pool: threads to read with.
-        label: what messages call it, such as ``crop12/mito``.
-        retry_policy: how long an object is tried for.
+        levels: the level that patches read, then finer ones: a thin structure may be missing in a coarse level.
+        encoding: meaning of stored values.
+        pool: reading threads.
+        label: name in messages, such as ``crop12/mito``.
+        retry_policy: retries and timeouts of reads.
 
     Raises:
-        ChunkError: a chunk that cannot be read.
+        ChunkError: a chunk cannot be read.
         MetadataError: stored values that the encoding does not explain.
     """
-    found = Foreground(levels[0].lattice, *_nothing())
+    index = Foreground(levels[0].lattice, *_EMPTY)
     for level in levels:
-        found = _index(level, encoding, pool, label, retry_policy)
-        if len(found):
+        index = _index(level, encoding, pool, label, retry_policy)
+        if len(index):
             break
-    return found
-
-
-def _nothing() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Voxels]:
-    return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3), np.int32)
+    return index
 
 
 def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str, retry_policy: RetryPolicy) -> Foreground:
@@ -111,25 +109,24 @@ def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str, retry_p
     if cached is not None:
         return Foreground(level.lattice, *cached)
     with FORK_GATE:
-        found = Foreground(level.lattice, *_build(reader, files, encoding, pool))
+        index = Foreground(level.lattice, *_build(reader, files, encoding, pool))
     blocks = np.ceil(np.divide(reader.shape, chunk_shape([reader])))
     if blocks.prod() <= MOST_BLOCKS:  # otherwise not every block was read
-        compare_counts(level, encoding, len(found), label)
-    remember(key, stamp, _packed(found))
-    return found
+        compare_counts(level, encoding, len(index), label)
+    remember(key, stamp, _packed(index))
+    return index
 
 
-def _build(
-    reader: ChunkReader, files: Iterable[tuple[int, int, int]], encoding: Encoding, pool: ReadPool
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Voxels]:
+def _build(reader: ChunkReader, files: Iterable[tuple[int, int, int]], encoding: Encoding, pool: ReadPool) -> Parts:
+    """Return counts, numbers of sampled voxels, and sampled voxels of all blocks with foreground."""
     block = chunk_shape([reader])
     z, y, x = (-(-n // b) for n, b in zip(reader.shape, block, strict=True))
     grid = z, y, x
-    numbers = _written(reader, files, block, grid)
+    numbers = _stored_blocks(reader, files, block, grid)
     if len(numbers) < math.prod(grid):
-        # What no file holds is all fill value: one voxel of it tells whether that is foreground.
-        hole = next(n for n in range(math.prod(grid)) if n not in numbers)
-        start = np.multiply(np.unravel_index(hole, grid), block).tolist()
+        # Blocks without a file are all fill value: one voxel shows whether that is foreground.
+        empty = next(n for n in range(math.prod(grid)) if n not in numbers)
+        start = np.multiply(np.unravel_index(empty, grid), block).tolist()
         if encoding.present(stored_labels(reader, encoding, (start[0], start[1], start[2]), (1, 1, 1))).any():
             numbers = range(math.prod(grid))
     order = np.array(sorted(numbers), np.int64)
@@ -137,7 +134,7 @@ def _build(
     most = min(MOST_OF_A_BLOCK, max(1, MOST_OF_ALL // max(1, len(first))))
     blocks: dict[int, tuple[int, Voxels]] = {}
 
-    def look(number: int) -> None:
+    def read_block(number: int) -> None:
         start = np.multiply(np.unravel_index(number, grid), block).tolist()
         shape = np.minimum(block, np.subtract(reader.shape, start)).tolist()
         present = np.flatnonzero(encoding.present(stored_labels(reader, encoding, tuple(start), tuple(shape))))
@@ -149,36 +146,38 @@ def _build(
     batch = 4 * pool.workers  # so that the queue stays short and the bar moves
     title = f"looking for foreground: {reader.label}"
     with tqdm(total=len(first), desc=title, unit="block", disable=None, leave=False, delay=1) as bar:
-        # The rest only if these have none.
+        # The remaining blocks are read only if the first ones have no foreground.
         for part in (order[first], np.delete(order, first)):
-            for at in range(0, 0 if blocks else len(part), batch):
-                some = part[at : at + batch].tolist()
-                pool.run([partial(look, number) for number in some])
+            for offset in range(0, 0 if blocks else len(part), batch):
+                some = part[offset : offset + batch].tolist()
+                pool.run([partial(read_block, number) for number in some])
                 bar.update(len(some))
     if not blocks:
-        return _nothing()
-    found = [blocks[number] for number in sorted(blocks)]  # threads end in any order
+        return _EMPTY
+    ordered = [blocks[number] for number in sorted(blocks)]  # deterministic, although threads finish in any order
     return (
-        np.array([count for count, _ in found], np.int64),
-        np.array([len(voxels) for _, voxels in found], np.int64),
-        np.concatenate([voxels for _, voxels in found]),
+        np.array([count for count, _ in ordered], np.int64),
+        np.array([len(voxels) for _, voxels in ordered], np.int64),
+        np.concatenate([voxels for _, voxels in ordered]),
     )
 
 
-def _written(reader: ChunkReader, files: Iterable[tuple[int, int, int]], block: Shape, grid: Shape) -> Collection[int]:
-    """Numbers of the blocks that a file holds part of."""
+def _stored_blocks(
+    reader: ChunkReader, files: Iterable[tuple[int, int, int]], block: Shape, grid: Shape
+) -> Collection[int]:
+    """Return the numbers of the blocks that overlap a stored file."""
     size = reader.level.zyx(reader.level.array.files)
-    found: set[int] = set()
+    numbers: set[int] = set()
     for file in files:
         spans = [
             range(i * f // b, min(-(-(i + 1) * f // b), n)) for i, f, b, n in zip(file, size, block, grid, strict=True)
         ]
-        found.update((z * grid[1] + y) * grid[2] + x for z, y, x in product(*spans))
-    return found
+        numbers.update((z * grid[1] + y) * grid[2] + x for z, y, x in product(*spans))
+    return numbers
 
 
 def _spread(count: int, most: int, number: int) -> npt.NDArray[np.int64]:
-    """Which ``most`` of ``count`` things are taken: one of each of as many equal runs, chosen by a hash of a number."""
+    """Return a stratified sample of ``most`` of ``count`` indices: one per equal run, chosen by a hash of a number."""
     if count <= most:
         return np.arange(count)
     u = uniforms(0, INDEX, [number], most)[0]
@@ -187,21 +186,28 @@ def _spread(count: int, most: int, number: int) -> npt.NDArray[np.int64]:
     return chosen
 
 
-def _packed(found: Foreground) -> dict[str, object]:
-    parts: dict[str, npt.NDArray[Any]] = {"counts": found.counts, "kept": found.kept, "voxels": found.voxels}
+def _packed(index: Foreground) -> dict[str, object]:
+    """Return an index as JSON-compatible content of the cache folder."""
+    # "kept" is the name in files of earlier versions.
+    parts: dict[str, npt.NDArray[Any]] = {"counts": index.counts, "kept": index.sampled, "voxels": index.voxels}
     return {key: base64.b64encode(part.tobytes()).decode() for key, part in parts.items()}
 
 
-def _unpacked(content: Mapping[str, Any], shape: Shape) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Voxels]:
-    """Return what `_packed` was given.
+def _unpacked(content: Mapping[str, Any], shape: Shape) -> Parts:
+    """Return the arrays of an index from the content of the cache folder.
 
     Raises:
-        ValueError: it cannot be the index of an array of that shape.
+        ValueError: the content cannot be the index of an array of that shape.
     """
     parts = [base64.b64decode(content[key], validate=True) for key in ("counts", "kept", "voxels")]
-    counts, kept = np.frombuffer(parts[0], np.int64), np.frombuffer(parts[1], np.int64)
+    counts, sampled = np.frombuffer(parts[0], np.int64), np.frombuffer(parts[1], np.int64)
     voxels: Voxels = np.frombuffer(parts[2], np.int32).reshape(-1, 3)
-    fits = len(counts) == len(kept) and (kept >= 1).all() and (counts >= kept).all() and kept.sum() == len(voxels)
+    fits = (
+        len(counts) == len(sampled)
+        and (sampled >= 1).all()
+        and (counts >= sampled).all()
+        and sampled.sum() == len(voxels)
+    )
     if not fits or (voxels < 0).any() or (voxels >= shape).any():
         raise ValueError(f"{len(counts)} blocks and {len(voxels)} voxels do not fit each other or the array")
-    return counts, kept, voxels
+    return counts, sampled, voxels

@@ -1,4 +1,4 @@
-"""In which tiles a class is seen, by the coarse levels of its labels: a look at the whole crop that reads little."""
+"""Tiles that contain a class, found from coarse pyramid levels of its labels."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ IntArray = npt.NDArray[np.int64]
 
 log = logging.getLogger(__name__)
 
-#: Voxels of the largest level that is looked at.
+#: Voxels of the largest level that is read.
 MAX_VOXELS = 1 << 23
 
 
@@ -32,26 +32,26 @@ def tiles_with(
     label: str,
     retry_policy: RetryPolicy = DEFAULT_RETRY,
 ) -> IntArray | None:
-    """Numbers of the tiles of a crop in which a class is seen, each by the first tile that covers it.
+    """Return the numbers of the tiles of a crop that contain a class, each voxel counted for the first tile with it.
 
-    The coarsest level whose voxels are no larger than half a tile is looked at; where the class is not seen there, as
-    thin structures may not be, the next finer one, up to `MAX_VOXELS`. Tiles that have only a little of the class may
-    be missing.
+    The coarsest level with voxels no larger than half a tile is read; if it has no foreground, as may happen with thin
+    structures, the next finer one, up to `MAX_VOXELS`. Tiles with few voxels of the class may be missing.
 
     Args:
         image: the labels of the class.
-        encoding: what the values of a level mean.
+        encoding: function from a level to the meaning of its values.
         placement: the tiles.
         window: a patch, along the axes of the volume.
-        label: what messages call it.
-        retry_policy: how long an object is tried for.
+        label: name in messages.
+        retry_policy: retries and timeouts of reads.
 
     Returns:
-        None where the class may be anywhere in the crop.
+        Numbers of tiles; None if the class may be anywhere in the crop.
     """
-    nowhere = np.zeros(0, np.int64)
+    no_tiles = np.zeros(0, np.int64)
     if counted_in_metadata(image) == 0:
-        return nowhere
+        return no_tiles
+    # Axes along which every patch holds the whole crop do not limit the voxel size.
     pitch = np.where(placement.held, np.inf, placement.step * placement.stride)
     limit = np.maximum(pitch / 2, window.scale)
     small = [level for level in image.present if (np.asarray(level.scale) <= limit).all()]
@@ -65,20 +65,20 @@ def tiles_with(
             if present.any():
                 return _tiles(present, level, placement, window)
     except CellMapError as error:
-        # A level that nothing else reads must not end a run that can do without this look.
-        log.warning("%s: not looked at, so validation tiles are chosen without it: %s", label, error)
+        # Nothing else may need this level, so that an error must not end the run.
+        log.warning("%s: cannot be read, so validation tiles are chosen without it: %s", label, error)
         return None
-    return nowhere
+    return no_tiles
 
 
 def _tiles(present: np.ndarray[Any, Any], level: Level, placement: Placement, window: Window) -> IntArray:
-    """Numbers of the tiles that cover the centres of some voxels."""
-    places = []
+    """Return the numbers of the tiles that cover the centres of the voxels in a mask."""
+    tiles_along = []
     for axis in range(3):
         centers = level.lattice.origin[axis] + level.lattice.step[axis] * np.arange(present.shape[axis], dtype=float)
-        place, first = np.unique(placement.tiles_at(axis, centers, float(window.extent[axis])), return_index=True)
+        tiles, first = np.unique(placement.tiles_at(axis, centers, float(window.extent[axis])), return_index=True)
         present = np.logical_or.reduceat(present, first, axis=axis)
-        places.append(place)
-    z, y, x = (place[index] for place, index in zip(places, np.nonzero(present), strict=True))
-    found: IntArray = (z * placement.tiles_along[1] + y) * placement.tiles_along[2] + x
-    return found
+        tiles_along.append(tiles)
+    z, y, x = (tiles[index] for tiles, index in zip(tiles_along, np.nonzero(present), strict=True))
+    numbers: IntArray = (z * placement.tiles_along[1] + y) * placement.tiles_along[2] + x
+    return numbers

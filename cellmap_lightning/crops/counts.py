@@ -1,4 +1,4 @@
-"""How many voxels of each class there are: from the metadata where it says so, else counted once."""
+"""Voxel counts of each class: from the metadata if they have them, else counted once and cached."""
 
 import logging
 from itertools import product
@@ -24,14 +24,14 @@ def counted_in_metadata(image: Multiscale, level: Level | None = None) -> int | 
 
 
 def unknown_in_metadata(image: Multiscale) -> int:
-    """Voxels of the finest level that nobody annotated, by its ``complement_counts``; 0 where it does not say."""
+    """Return the unannotated voxels of the finest level, by its ``complement_counts``; 0 without these."""
     counts = complement_counts(image.finest, image)
     number = counts.get("unknown", 0) if counts else 0
     return number if isinstance(number, int) else 0
 
 
 def unknown_share(image: Multiscale) -> float | None:
-    """The part of the finest level that nobody annotated, by its ``complement_counts``; None where it does not say."""
+    """Return the unannotated share of the finest level, by its ``complement_counts``; None without these."""
     counts = complement_counts(image.finest, image)
     number = counts.get("unknown", 0) if counts else None
     return number / int(np.prod(image.finest.array.shape)) if isinstance(number, int) else None
@@ -40,48 +40,48 @@ def unknown_share(image: Multiscale) -> float | None:
 def foreground(
     image: Multiscale, encoding: Encoding, pool: ReadPool, label: str, retry_policy: RetryPolicy = DEFAULT_RETRY
 ) -> int:
-    """Foreground voxels of the finest level, counted if the metadata does not say. The count is kept outside the data.
+    """Return the foreground voxels of the finest level, from the metadata or counted; counts are cached elsewhere.
 
     Args:
         image: a label image.
-        encoding: what its values mean.
-        pool: threads to read with; the caller is none of them.
-        label: what messages call it.
-        retry_policy: how long an object is tried for.
+        encoding: meaning of its values.
+        pool: reading threads, which must not include the caller.
+        label: name in messages.
+        retry_policy: retries and timeouts of reads.
     """
     known = known_foreground(image, image.finest, encoding)
     return known if known is not None else count_foreground(image.finest, encoding, pool, label, retry_policy)
 
 
 def known_foreground(image: Multiscale, level: Level, encoding: Encoding) -> int | None:
-    """Foreground voxels of a level by its metadata or an earlier count; None where voxels would have to be read."""
-    known = counted_in_metadata(image, level)
-    if known is not None:
-        return known
+    """Return the foreground voxels of a level from its metadata or a cached count; None if they must be counted."""
+    declared = counted_in_metadata(image, level)
+    if declared is not None:
+        return declared
     return recall(key_of(level, "foreground", encoding), lambda: stamp_of(ChunkReader(level).stored()), count_in)
 
 
 def count_foreground(
     level: Level, encoding: Encoding, pool: ReadPool, label: str, retry_policy: RetryPolicy = DEFAULT_RETRY
 ) -> int:
-    """Read a level of labels and count its foreground voxels; the count is kept outside the data."""
+    """Count the foreground voxels of a level of labels, and cache the count in the cache folder."""
     reader = ChunkReader(level, label, retry_policy=retry_policy, empty=encoding.empty)
-    stamp = stamp_of(reader.stored())  # taken first: what is written meanwhile is noticed the next time
+    stamp = stamp_of(reader.stored())  # taken first, so that a write during the count makes the count stale
     corners = list(product(*(range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True))))
-    found: list[int] = []
+    counts: list[int] = []
 
     def count(start: tuple[int, int, int]) -> None:
         z, y, x = (min(c, n - o) for c, n, o in zip(reader.chunks, reader.shape, start, strict=True))
         stored = stored_labels(reader, encoding, start, (z, y, x))
-        found.append(int(np.count_nonzero(encoding.present(stored))))
+        counts.append(int(np.count_nonzero(encoding.present(stored))))
 
-    log.info("%s: no complement_counts say how many voxels there are: %d chunks are counted once", label, len(corners))
+    log.info("%s: no complement_counts in the metadata; the voxels of %d chunks are counted once", label, len(corners))
     batch = 4 * pool.workers  # so that the queue stays short and the bar moves
     with tqdm(total=len(corners), desc=f"counting {label}", unit="chunk", disable=None, leave=False) as bar:
         for first in range(0, len(corners), batch):
             part = corners[first : first + batch]
             pool.run([lambda c=corner: count(c) for corner in part])  # type: ignore[misc]
             bar.update(len(part))
-    remember(key_of(level, "foreground", encoding), stamp, {"voxels": sum(found)})
-    compare_counts(level, encoding, sum(found), label)
-    return sum(found)
+    remember(key_of(level, "foreground", encoding), stamp, {"voxels": sum(counts)})
+    compare_counts(level, encoding, sum(counts), label)
+    return sum(counts)

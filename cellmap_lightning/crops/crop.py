@@ -1,4 +1,4 @@
-"""One raw volume and one annotated crop of it: where patches may lie, and how each array of a sample is read."""
+"""One raw volume and one annotated crop of it: the positions of patches, and the reading of each array of a sample."""
 
 import dataclasses
 import logging
@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.batches.arrays import ArraySet, InputArray, TargetArray
-from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.cache.region import Region
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.class_index import Foreground
 from cellmap_lightning.crops.crop_labels import CropLabels, with_margin
 from cellmap_lightning.crops.image import StoredImage
@@ -41,44 +42,44 @@ from cellmap_lightning.transforms.spatial import SpatialTransforms
 
 log = logging.getLogger(__name__)
 
-#: Part of a crop outside of raw from which it is reported.
+#: Smallest share of a crop outside of raw that is reported.
 LEAST_OUTSIDE = 1e-6
 
 
 class Crop:
-    """One raw volume and one annotated crop of it.
+    """One raw volume and one annotated crop of it, the part of a `CellMapDataset` that reads; see docs/data.md.
 
     Args:
         input_path: the raw multiscale group.
         target_path: the label groups, ``".../crop1/[mito,er]"``; None for raw only.
-        arrays: the inputs, targets and classes that are asked for.
+        arrays: the requested inputs, targets and classes.
         spatial: the spatial augmentation.
-        is_train: positions for training, where no patch is needed to cover the edges of the crop.
-        plane: where flat patches lie: ``xy``, ``xz`` or ``yz``.
-        read: how voxels are read and cached.
-        label_options: what labels mean.
-        intensity: how the values of raw are normalized.
-        raw_transforms: of each input, what its values get instead; see `batches.BatchLayout`.
+        is_train: True for training, in which patches need not cover the edges of the crop.
+        plane: plane of flat patches: ``xy``, ``xz`` or ``yz``.
+        read: options of reading and caching.
+        label_options: options of the meaning of labels.
+        intensity: options of normalization.
+        raw_transforms: value transform of each input; see `BatchLayout`.
 
     Attributes:
-        label: its name, for messages.
-        raw_at: where raw lies.
+        label: name in messages.
+        raw_at: location of raw.
         raw: the inputs.
         labels: the label arrays.
         box: the annotated box, or the whole volume; nm.
-        placement: where patches may lie.
+        placement: positions of patches.
         pool: the reading threads.
-        store: where decoded voxels are cached.
-        volume: voxels of the crop at the resolution asked for, by which crops are weighed against each other.
-        without_folder: names in the bracket that have no folder, with ``unannotated_classes="unknown"``.
-        weight: how often it is drawn beside other crops by the strategy `weighted`; None if not set.
-        half: half the edge lengths of the part that every target holds, along the patch's own axes, nm.
+        store: cache of decoded voxels.
+        volume: voxels of the crop at the targets' resolution, by which strategies weigh crops.
+        without_folder: names in the bracket without a folder, if ``unannotated_classes="unknown"``.
+        weight: relative weight of the crop in the strategy ``weighted``; None if not set.
+        half: half the edge lengths of the box that all targets share, along the patch's axes, nm.
 
     Raises:
         CellMapFileNotFoundError: a path or a class of the bracket does not exist.
-        TooCoarseError: the labels are coarser than asked for.
+        TooCoarseError: the labels are coarser than a target.
         NotAnnotatedError: none of the classes is in the bracket.
-        CellMapError: anything else that is wrong with the metadata, or does not fit the arguments.
+        CellMapError: other problems with the metadata, or a mismatch with the arguments.
     """
 
     def __init__(
@@ -106,16 +107,15 @@ class Crop:
         with shared_metadata():
             images, implications = self._open(label_options)
         self.plane = Plane.parse(plane, arrays.specs)
-        #: A patch of each array, along its own axes.
+        #: A patch of each array, along the patch's axes.
         self.windows = {
             name: self.plane.thicken(spec.window, images.raw.finest.scale) if spec.flat else spec.window
             for name, spec in arrays.specs.items()
         }
         world = self._world
-        what = f"{self.label}: raw" if self.target_path else "raw"
-        self.raw = RawInputs(
-            images.raw, input_path, {name: world[name] for name in arrays.inputs}, what, read, intensity, self.store
-        )
+        raw_label = f"{self.label}: raw" if self.target_path else "raw"
+        windows = {name: world[name] for name in arrays.inputs}
+        self.raw = RawInputs(images.raw, input_path, windows, raw_label, read, intensity, self.store)
         self.labels = CropLabels(
             self.label, images.labels, arrays.classes, arrays.targets, world, implications, read, label_options,
             self.store,
@@ -124,8 +124,8 @@ class Crop:
         if read.pad:
             self.raw.check_fill(self.label, raw_transforms.values())
         self.placement = self._plan()
-        self._place()
-        self._raw_ends = self._find_where_raw_ends()
+        self.place()
+        self._partly_outside = self._levels_partly_outside()
         shown = arrays.targets or arrays.inputs
         scale = np.max([world[n].scale for n in shown], axis=0)
         self.volume = float(np.prod(self.box.extent / scale))
@@ -184,28 +184,29 @@ class Crop:
             pad,
             self.label,
             [] if pad else [(world[name], self.raw.box) for name in inputs],
-            # An evaluation shows every voxel of every target; where a larger one leaves the crop, it is unknown.
+            # An evaluation shows every voxel of every target; the part of a larger target outside the crop is unknown.
             cover=pad and not self.is_train,
         )
 
-    def _place(self) -> None:
+    def place(self) -> None:
+        """Plan how each array is read at each position."""
         world, axis = self._world, self.plane.turn(None)
         self.raw.place(self.windows, world, self.placement, axis, self.spatial)
         self.labels.place(self.windows, world, self.placement, axis, bool(self.spatial.rotate))
 
-    def _find_where_raw_ends(self) -> list[Lattice]:
-        """Return the lattices of raw that the crop is partly outside of, where targets are unknown; report the part."""
-        ends: list[Lattice] = []
+    def _levels_partly_outside(self) -> list[Lattice]:
+        """Return the lattices of raw that the crop is partly outside of, where targets are unknown; log the share."""
+        lattices: list[Lattice] = []
         worst: tuple[float, Level] | None = None
         if not self.arrays.targets:
-            return ends
+            return lattices
         for level in self.raw.distinct_levels:
             lattice, box = level.lattice, self.box
             slack = LATTICE_TOLERANCE * np.asarray(lattice.step)
             lower, upper = lattice.box.lower - slack, lattice.box.upper + slack
             if (lower <= box.lower).all() and (upper >= box.upper).all():
                 continue
-            ends.append(lattice)
+            lattices.append(lattice)
             inside = np.minimum(box.upper, lattice.box.upper) - np.maximum(box.lower, lattice.box.lower)
             part = 1 - float(np.prod(np.clip(inside / box.extent, 0, 1)))
             if worst is None or part > worst[0]:
@@ -216,7 +217,7 @@ class Crop:
                 "%s: %.3g %% of the crop (%s) lies outside of raw (%s, level %s: %s): targets are unknown there",
                 self.label, 100 * part, self.box, self.raw_at, level.name, level.lattice.box,
             )  # fmt: skip
-        return ends
+        return lattices
 
     def _report(self) -> None:
         absent = [c for c in self.arrays.classes if c not in self.annotated]
@@ -230,7 +231,7 @@ class Crop:
             len(self.placement),
             self.pool.workers,
         )
-        if first_time(f"{self.target_path}", "encodings"):  # and not once more for each plane
+        if first_time(f"{self.target_path}", "encodings"):  # only once for several planes
             self.labels.encodings.report()
 
     def in_volume(self, window: Window, flat: bool = False) -> Window:
@@ -240,12 +241,11 @@ class Crop:
         return self.plane.in_volume(window)
 
     def placed(self, placement: Placement, chunk_bytes: int | None = None) -> "Crop":
-        """Return the raw volume with its inputs around other centres, in a store of its own, without targets.
+        """Return the raw volume with its inputs at other positions, with a separate cache and without targets.
 
         Args:
-            placement: where they may lie; inputs reach over the border of the volume if it says so.
-            chunk_bytes: limit, in bytes, of a cache of the chunks decoded last; by default decoded voxels are cached
-                as here.
+            placement: the positions, which may reach over the border of the volume.
+            chunk_bytes: limit in bytes of a cache of single chunks; by default the same cache mode as here.
         """
         other = copy(self)
         for name in ("class_counts", "class_tiles"):
@@ -261,7 +261,7 @@ class Crop:
         other.raw = self.raw.in_store(other.store)
         other.labels = copy(self.labels)
         other.labels.stacks = {}
-        other._place()
+        other.place()
         return other
 
     def share(self, pool: ReadPool, store: RegionStore) -> None:
@@ -270,7 +270,7 @@ class Crop:
         self.pool, self.store = pool, store
         self.raw.share(store)
 
-    # -- what it is
+    # -- properties
 
     @property
     def is_remote(self) -> bool:
@@ -279,7 +279,7 @@ class Crop:
 
     @property
     def reader(self) -> Reader:
-        """What decodes chunks."""
+        """Library that decodes chunks."""
         return self.read_options.reader
 
     @property
@@ -314,14 +314,14 @@ class Crop:
 
     @property
     def target_window(self) -> Window:
-        """A patch of the first target, along its own axes."""
+        """A patch of the first target, along the patch's axes."""
         return self.windows[next(iter(self.arrays.targets))]
 
     # -- measurements
 
     @cached_property
     def class_counts(self) -> dict[str, float]:
-        """Foreground voxels of each annotated class, at the first target's resolution; `CropLabels.class_counts`."""
+        """Foreground voxels of each annotated class at the first target's scale; see `CropLabels.class_counts`."""
         return self.labels.class_counts(self.pool, self.target_window) if self.annotated else {}
 
     @property
@@ -335,13 +335,13 @@ class Crop:
 
     @cached_property
     def class_tiles(self) -> dict[str, npt.NDArray[np.int64] | None]:
-        """Tiles of the first target in which each annotated class is seen; see `tiles_with`."""
+        """Tiles of the first target that contain each annotated class; see `tiles_with`."""
         return self.labels.class_tiles(self.pool, self.placement, self.plane.in_volume(self.target_window))
 
     # -- reading
 
     def missing(self, name: str, place: Shape, turn: FloatArray | None) -> list[tuple[Region, Shape]] | None:
-        """Return the chunks to decode before an array of a sample is copied; None where the array is computed."""
+        """Return the chunks to decode before an array of a sample is copied; None if the array is computed."""
         turn = self.plane.turn(turn)
         target = self.arrays.targets.get(name)
         if target is not None and target.kind.computed:
@@ -358,7 +358,7 @@ class Crop:
         """Estimate the work of computing an array of a sample, in copies of it, to divide the work among threads."""
         cached, target = self.raw.cached, self.arrays.targets.get(name)
         if not cached and self.read_options.reader == "zarr":
-            return 0  # zarr-python decodes the chunks of a box in threads of its own
+            return 0  # zarr-python decodes the chunks of a box in its own threads
         about_one_axis = turn is not None and bool((np.abs(turn) == 1).any())
         return 2 if about_one_axis and cached and not (target is not None and target.kind.computed) else 16
 
@@ -377,11 +377,11 @@ class Crop:
         Args:
             name: an input or a target.
             place: the sample's place in the placement's grid (z, y, x).
-            turn: see `geometry.patch_map`; along the patch's own axes.
+            turn: see `geometry.patch_map`; along the patch's axes.
             out: ``[1, z, y, x]`` of the batch's type for an input, one sample of its compact form for a target.
             spec: the array as the batch has it.
-            transform: of an input, what its values get afterwards; see `batches.BatchLayout`.
-            advance: of a tile, see `Placement.advance`.
+            transform: value transform of an input; see `BatchLayout`.
+            advance: distance to the previous tile; see `Placement.advance`.
 
         Raises:
             ChunkError: a chunk cannot be read.
@@ -394,20 +394,20 @@ class Crop:
         wide = with_margin(window, spec.kind.margin)
         self.labels.read_into(name, place, turn, out, spec.kind, wide, self._hidden(place, wide, turn))
         if advance is not None:
-            # The voxels whose centres lie before the end of the tile before.
+            # Voxels whose centres lie in the previous tile are unknown here, so that no voxel is evaluated twice.
             before = np.ceil(window.shape - advance[list(self.plane.axes)] / window.scale - 0.5 - LATTICE_TOLERANCE)
             spec.kind.forget(out, before.clip(0).astype(int).tolist())
 
     def _hidden(self, place: Shape, window: Window, turn: FloatArray | None) -> list[npt.NDArray[np.bool_] | None]:
-        """Where targets are unknown since raw is not stored, or ends."""
+        """Return masks of voxels in which targets are unknown, since raw is not stored or the volume ends."""
         masked = self.raw.missing == "mask"
-        if not masked and not self._raw_ends:
+        if not masked and not self._partly_outside:
             return []
         center = self.placement.first + self.placement.step * place
         hidden = self.raw.not_stored(center, window, turn) if masked else []
         return hidden + [
             outside(patch_map(center, window.shape, window.scale, lattice, turn), lattice.shape)
-            for lattice in self._raw_ends
+            for lattice in self._partly_outside
         ]
 
     def __repr__(self) -> str:

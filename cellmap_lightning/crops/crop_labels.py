@@ -1,4 +1,4 @@
-"""The label arrays of a crop: which classes are annotated where, how they are read, and what is measured of them."""
+"""Labels of a crop: the annotated classes, the reading of targets, and measurements of classes."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from cellmap_lightning.batches.arrays import TargetArray
 from cellmap_lightning.cache.patches import Patches
-from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.cache.region import Region
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.class_index import Foreground, foreground_index
 from cellmap_lightning.crops.class_tiles import tiles_with
 from cellmap_lightning.crops.counts import foreground, known_foreground, unknown_in_metadata
@@ -27,11 +28,11 @@ from cellmap_lightning.transforms.kinds import UNKNOWN_ID, TargetKind
 
 
 class TooCoarseError(CellMapValueError):
-    """The labels of a crop are coarser than what is asked for."""
+    """The labels of a crop are coarser than a target."""
 
 
 class CropLabels:
-    """The labels of one crop, readable without raw.
+    """Labels of one crop, readable without raw; see docs/targets.md.
 
     Args:
         label: name of the crop, for messages.
@@ -39,19 +40,19 @@ class CropLabels:
         classes: the classes of the targets.
         targets: the target arrays.
         windows: a patch of each target, along the axes of the volume.
-        implications: what is known by implication.
-        read: how arrays are read.
-        options: what labels mean.
-        store: where decoded voxels are cached.
+        implications: implications between classes.
+        read: options of reading and caching.
+        options: options of the meaning of labels.
+        store: cache of decoded voxels.
 
     Attributes:
         annotated: the classes that are annotated here.
-        encodings: how the values of each class are read.
-        stacks: for each target, the arrays that it is read from.
+        encodings: encodings of the classes.
+        stacks: the stored arrays of each target.
 
     Raises:
         TooCoarseError: the labels are coarser than a target, and that is an error.
-        CellMapError: an encoding or a level that cannot be read.
+        CellMapError: an encoding or a level cannot be read.
     """
 
     def __init__(
@@ -83,15 +84,9 @@ class CropLabels:
             else:
                 annotated = {c: image for c, image in images.items() if c in classes}
                 self.stacks[name] = IdStack(
-                    annotated,
-                    classes,
-                    windows[name],
-                    store.chunks,
-                    label,
-                    self.encodings,
-                    read.reader,
+                    annotated, classes, windows[name], store.chunks, label, self.encodings, read.reader,
                     read.retry_policy,
-                )
+                )  # fmt: skip
         self.id_dtype = id_dtype(images)
 
     @cached_property
@@ -112,9 +107,8 @@ class CropLabels:
                 axis = int(ratio.argmax())
                 raise TooCoarseError(
                     f"{self.label}: the labels of {name!r} ({level.scale[axis]:g} nm along {AXES[axis]} at their "
-                    "finest level) "
-                    f"are {ratio[axis]:.3g}x coarser than the {finest[axis]:g} nm asked for; use a coarser scale, or "
-                    "too_coarse=upsample"
+                    f"finest level) are {ratio[axis]:.3g}x coarser than the {finest[axis]:g} nm asked for; use a "
+                    "coarser scale, or too_coarse=upsample"
                 )
 
     # -- reading
@@ -142,14 +136,14 @@ class CropLabels:
         axis: FloatArray | None,
         rotated: bool,
     ) -> None:
-        """Plan where each target is read at each position.
+        """Plan how each target is read at each position.
 
         Args:
-            windows: a patch of each target, along its own axes.
+            windows: a patch of each target, along the patch's axes.
             straight: the same along the axes of the volume.
             placement: the positions.
-            axis: how the patch's axes lie in the volume.
-            rotated: patches are turned by other than quarter turns.
+            axis: matrix from the patch's axes to the volume's; None if they are the same.
+            rotated: patches are rotated by other than quarter turns.
         """
         for name, stack in self.stacks.items():
             margin = self.targets[name].kind.margin
@@ -157,7 +151,7 @@ class CropLabels:
             stack.place(window, upright, placement, axis, rotated)
 
     def patches(self, name: str) -> list[Patches]:
-        """Return where a target is read; after `place`."""
+        """Return the patches of a target; after `place`."""
         stack = self.stacks[name]
         if isinstance(stack, IdStack):
             return stack.patches
@@ -181,9 +175,9 @@ class CropLabels:
             place: the sample's place in the placement's grid (z, y, x).
             turn: see `geometry.patch_map`.
             out: one sample of the target's compact form.
-            kind: what the target holds.
+            kind: content and encoding of the target.
             window: its patch, with the margin of its kind.
-            hidden: ``[z, y, x]`` of that patch, where it is unknown whatever is annotated.
+            hidden: masks ``[z, y, x]`` of that patch, in which the target is unknown regardless of annotations.
         """
         stack = self.stacks[name]
         shape: tuple[int, ...]
@@ -191,6 +185,7 @@ class CropLabels:
             shape, dtype = (len(self.classes), *window.shape), stack.dtype
         else:
             shape, dtype = (*window.shape, stack.depth_out), np.dtype(np.uint8)
+        # Read in place if the stored form is the compact form, as for binary targets.
         same = shape == out.shape and dtype == out.dtype
         stored = out if same else np.empty(shape, dtype)
         if isinstance(stack, IdStack):
@@ -214,8 +209,8 @@ class CropLabels:
     def class_counts(self, pool: ReadPool, window: Window) -> dict[str, float]:
         """Count the foreground voxels of each annotated class, scaled to the resolution of a patch.
 
-        From the metadata's ``complement_counts``; where these are missing the voxels are counted once, and the count is
-        cached in the cache folder, never in the data.
+        Counts are those of ``complement_counts`` in the metadata. Without these the voxels are counted once, and the
+        count is cached in the cache folder, never in the data.
         """
         counts = {}
         for name in self.annotated:
@@ -228,7 +223,7 @@ class CropLabels:
     def background_counts(self, counts: Mapping[str, float], window: Window) -> dict[str, float]:
         """Return the voxels where each annotated class is absent, scaled like `class_counts`.
 
-        Unknown voxels are left out where the metadata give their number.
+        Unknown voxels are left out if the metadata have their number.
         """
         background = {}
         for name, count in counts.items():
@@ -239,7 +234,7 @@ class CropLabels:
 
     @property
     def counted(self) -> bool:
-        """True if `class_counts` needs no voxel to be read."""
+        """True if `class_counts` reads no voxels."""
         images = {name: self.images[name] for name in self.annotated}
         codes = self.encodings
         return all(known_foreground(i, i.finest, codes.of(n, i, i.finest)) is not None for n, i in images.items())
@@ -247,8 +242,8 @@ class CropLabels:
     def foreground_index(self, name: str, pool: ReadPool, scale: FloatArray) -> Foreground:
         """Return an index of the foreground of a class.
 
-        It is of the level that patches of this voxel size read, or of the next finer one that has any foreground. With
-        ``label_downsample`` other than ``stored`` patches are made from the finest level, which is then used.
+        Its level is that of patches of this voxel size, or the next finer one with any foreground. With
+        ``label_downsample`` other than ``stored`` it is the finest level, from which patches are computed.
         """
         image, label = self.images[name], f"{self.label}/{name}"
         chosen = choose_level(image, scale.tolist(), label) if self._stored_levels else image.finest
@@ -259,15 +254,15 @@ class CropLabels:
     def class_tiles(
         self, pool: ReadPool, placement: Placement, window: Window
     ) -> dict[str, npt.NDArray[np.int64] | None]:
-        """Return the tiles in which each annotated class is seen; see `tiles_with`."""
+        """Return the tiles that contain each annotated class; see `tiles_with`."""
         tiles: dict[str, npt.NDArray[np.int64] | None] = {}
 
-        def look_for(name: str) -> None:
+        def find_tiles(name: str) -> None:
             image, label = self.images[name], f"{self.label}/{name}"
             code = partial(self.encodings.of, name, image)
             tiles[name] = tiles_with(image, code, placement, window, label, self._retry_policy)
 
-        pool.run([partial(look_for, name) for name in self.annotated])
+        pool.run([partial(find_tiles, name) for name in self.annotated])
         return tiles
 
 
@@ -278,5 +273,5 @@ def with_margin(window: Window, margin: Shape) -> Window:
 
 
 def _per_stored_voxel(image: Multiscale, window: Window) -> float:
-    """Voxels of a patch in one of the finest level."""
+    """Return the ratio of a voxel's volume at the finest level to that of a patch's voxel."""
     return float(np.prod(image.finest.scale) / np.prod(window.scale))

@@ -1,4 +1,4 @@
-"""How the stored integers of a crop's label arrays are read: by their metadata, by a setting, or by their values."""
+"""Encodings of a crop's label arrays: from their metadata, from a setting, or from their values."""
 
 import logging
 from collections.abc import Mapping
@@ -14,25 +14,26 @@ from cellmap_lightning.io.declared_counts import check_declared_counts, warn_of_
 from cellmap_lightning.io.label_values import CODE, LabelValues, label_values
 from cellmap_lightning.io.ngff import UNKNOWN_CODE, Encoding, Level, Multiscale, read_encoding
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
+from cellmap_lightning.validation import one_of
 
 log = logging.getLogger(__name__)
 
-#: The code of unknown voxels in arrays whose metadata leave it open: decided by the values (``metadata``), a stored
-#: value, or None where every value is meant.
+#: Code of unknown voxels in arrays whose metadata do not define it: decided by the values (``metadata``), a stored
+#: value, or None if no value means unknown.
 Code = int | None | Literal["metadata"]
-#: The same for all classes, or ``{class: code}``; for classes that it does not name that of ``"*"``, else ``metadata``.
+#: One code for all classes, or ``{class: code}``, in which other classes have the code of ``"*"``, else ``metadata``.
 Unknown = Code | Mapping[str, Code]
-#: What chunks of labels are that have 0 bytes, or are missing although the metadata promise voxels in them.
+#: Policy for label chunks that have 0 bytes, or are missing although the metadata declare voxels in them.
 MissingLabels = Literal["error", "unknown"]
-MISSING_LABELS = ("error", "unknown")
+MISSING_LABELS: tuple[MissingLabels, ...] = ("error", "unknown")
 
 
 def check_unknown(value: Any) -> Unknown:
-    """Return the setting ``unknown`` if it is one.
+    """Check the setting ``unknown`` and return it.
 
     Raises:
-        CellMapValueError: a code that is none.
-        CellMapTypeError: a mapping whose keys are not names of classes.
+        CellMapValueError: an invalid code.
+        CellMapTypeError: a mapping with keys that are not names of classes.
     """
     codes = value if isinstance(value, Mapping) else {"": value}
     for name, code in codes.items():
@@ -45,26 +46,28 @@ def check_unknown(value: Any) -> Unknown:
 
 
 def check_missing_labels(value: Any) -> MissingLabels:
-    """Return the policy of that name.
+    """Check the setting ``missing_labels`` and return it.
 
     Raises:
-        CellMapValueError: there is none.
+        CellMapValueError: it is not a policy.
     """
-    if value not in MISSING_LABELS:
-        raise CellMapValueError(f"missing_labels must be one of {', '.join(MISSING_LABELS)}, got {value!r}")
-    policy: MissingLabels = value
+    policy: MissingLabels = one_of("missing_labels", value, MISSING_LABELS)
     return policy
 
 
 class LabelEncodings:
-    """Encodings of the label arrays of one crop, each decided once.
+    """Encodings of the label arrays of one crop, each decided once; see docs/targets.md.
 
     Args:
         label: name of the crop, for messages.
         unknown: see `Unknown`.
         missing_labels: see `MissingLabels`.
-        thorough: compare counts with voxels also in large arrays.
-        retry_policy: retries and deadlines of the reads.
+        thorough: compare declared counts with voxels in large arrays too.
+        retry_policy: retries and timeouts of reads.
+
+    Attributes:
+        decided: for each class whose metadata do not define its encoding, how it is read, in words.
+        explicit: classes to which the setting ``unknown`` does not apply, with the code of their metadata.
     """
 
     def __init__(
@@ -77,39 +80,37 @@ class LabelEncodings:
     ) -> None:
         self.label, self.unknown, self.missing_labels = label, unknown, missing_labels
         self.thorough, self.retry_policy = thorough, retry_policy
-        #: How each class is read whose metadata leave it open, in words.
         self.decided: dict[str, str] = {}
-        #: Classes to which the setting ``unknown`` does not apply, with the code of their metadata.
         self.explicit: dict[str, int | None] = {}
-        self._known: dict[tuple[str, str], Encoding] = {}
+        self._encodings: dict[tuple[str, str], Encoding] = {}
 
     def of(self, name: str, image: Multiscale, level: Level) -> Encoding:
         """Return the encoding of a level of a class.
 
         Raises:
-            MetadataError: the encoding is malformed, the values are ambiguous, the chunks are named otherwise than the
-                metadata say, or are missing where the metadata promise voxels.
+            MetadataError: the encoding is malformed, the values are ambiguous, or chunks are misnamed, or missing where
+                the metadata declare voxels.
             ChunkError: a chunk cannot be read.
         """
         key = name, level.name
-        encoding = self._known.get(key)
+        encoding = self._encodings.get(key)
         if encoding is None:
             has_first = check_chunk_names(level.array, f"{self.label}/{name}")
             encoding = self._decide(name, image, level)
-            encoding = self._known[key] = self._checked(name, image, level, encoding, has_first)
+            encoding = self._encodings[key] = self._checked(name, image, level, encoding, has_first)
         return encoding
 
     def report(self) -> None:
-        """Log what was decided, one line; and one where a setting does not apply."""
+        """Log the decided encodings in one line, and the classes to which a setting does not apply in another."""
         if self.decided:
             listed = "; ".join(f"{name}: {text}" for name, text in self.decided.items())
             log.info("%s: labels whose metadata have no encoding are read by their values: %s", self.label, listed)
         if self.explicit:
             listed = ", ".join(f"{name} {code}" for name, code in self.explicit.items())
-            named = isinstance(self.unknown, Mapping)
+            per_class = isinstance(self.unknown, Mapping)
             log.log(
-                logging.WARNING if named else logging.INFO,
-                "%s: unknown=%s does not apply to classes whose metadata say what is unknown: %s",
+                logging.WARNING if per_class else logging.INFO,
+                "%s: unknown=%s does not apply to classes whose metadata define the code of unknown voxels: %s",
                 self.label, self.unknown, listed,
             )  # fmt: skip
 
@@ -123,6 +124,7 @@ class LabelEncodings:
         return self.unknown.get(name, self.unknown.get("*", "metadata"))
 
     def _decide(self, name: str, image: Multiscale, level: Level) -> Encoding:
+        """Return the encoding of present, absent and unknown voxels."""
         dtype = level.array.dtype
         if dtype.kind == "b":
             return Encoding(0, None)
@@ -139,7 +141,7 @@ class LabelEncodings:
         return replace(declared, ambiguous=False)
 
     def _by_values(self, name: str, level: Level) -> Encoding:
-        """Decide the encoding of an array that has no metadata for it."""
+        """Decide the encoding of an array without metadata for it, by its values."""
         label = f"{self.label}/{name}"
         values = label_values(level, label, CODE, self.retry_policy, self._empty)
         if values.negative is not None:
@@ -164,7 +166,7 @@ class LabelEncodings:
         assert declared.unknown is not None
         label = f"{self.label}/{name}"
         values = label_values(level, label, declared.unknown, self.retry_policy, self._empty)
-        if not (values.above and values.code):  # the code is no id, or does not occur
+        if not (values.above and values.code):  # the code cannot be an id, or does not occur
             if code not in ("metadata", declared.unknown):
                 self.explicit[name] = declared.unknown
             return replace(declared, ambiguous=not values.complete)
@@ -178,25 +180,25 @@ class LabelEncodings:
         return Encoding(declared.absent, code)
 
     def _checked(self, name: str, image: Multiscale, level: Level, encoding: Encoding, has_first: bool) -> Encoding:
-        """Return the encoding with the meaning of missing chunks."""
+        """Return the encoding, completed by the meaning of missing chunks, after a check of declared counts."""
         thorough = self.thorough or self.missing_labels == "unknown"
         if self.missing_labels == "unknown":
             code = UNKNOWN_CODE if encoding.unknown is None else encoding.unknown
             encoding = replace(encoding, missing="empty", unknown=code)
         label = f"{self.label}/{name}"
-        wrong = check_declared_counts(level, encoding, label, thorough, self.retry_policy, has_first, image)
+        problem = check_declared_counts(level, encoding, label, thorough, self.retry_policy, has_first, image)
         if not has_first and level != image.finest:
             warn_of_empty_level(level, image, label)
-        if wrong is None:
+        if problem is None:
             return encoding
         if self.missing_labels == "error":
-            raise MetadataError(wrong)
-        log.warning("%s; missing_labels=unknown", wrong.rpartition(";")[0])
+            raise MetadataError(problem)
+        log.warning("%s; missing_labels=unknown", problem.rpartition(";")[0])
         return replace(encoding, missing="unknown")
 
 
 def _averaged(values: LabelValues, level: Level) -> str:
-    """A hint where the values look like those of an averaged mask."""
+    """Return a hint if the values look like those of an averaged mask; else an empty text."""
     return (
         f". If {level.name} was made by averaging a mask of 0 and {CODE}, label_downsample=majority reads the finest "
         "level instead"

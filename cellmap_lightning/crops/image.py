@@ -1,4 +1,4 @@
-"""One multiscale array, read as patches of a fixed size and resolution."""
+"""Multiscale images: choice of a level, stored voxels, and patches of a fixed size and resolution."""
 
 import itertools
 import logging
@@ -31,86 +31,85 @@ from cellmap_lightning.io.chunks import ChunkReader, Reader, chunk_shape
 from cellmap_lightning.io.ngff import Level, LevelTranslations, Multiscale, Overrides, read_multiscale, report
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy, power_of_two
 from cellmap_lightning.io.store import identity_of
+from cellmap_lightning.validation import one_of
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
-#: What becomes of samples that show raw of which a chunk is not stored: an ``error``, or fill values, which are logged
-#: each time (``warn``) or once (``fill``), and beneath which targets are unknown (``mask``); ``auto`` is ``mask`` or
-#: ``error``, by the copy.
+#: Policy for samples that show raw chunks that are not stored: an ``error``; or fill values, which are logged each time
+#: (``warn``), logged once (``fill``), or combined with unknown targets (``mask``). ``auto`` is ``mask`` for a partial
+#: copy, else ``error``.
 MissingRaw = Literal["auto", "error", "warn", "fill", "mask"]
-MISSING_RAW = ("auto", "error", "warn", "fill", "mask")
+MISSING_RAW: tuple[MissingRaw, ...] = ("auto", "error", "warn", "fill", "mask")
 ADVICE = (
-    "Fetch it again; or, if it was left out because it holds nothing but the fill value, say missing_raw=warn; "
+    "Fetch it again; or, if it was left out because it only holds the fill value, set missing_raw=warn; "
     "missing_raw=mask makes targets there unknown"
 )
 ADVICE_EMPTY = (
-    "Fetch it again; or, if it stands for the fill value, say missing_raw=warn; missing_raw=mask makes targets there "
-    "unknown"
+    "Fetch it again; or, if it stands for the fill value, set missing_raw=warn; "
+    "missing_raw=mask makes targets there unknown"
 )
-#: Chunks of a crop that are looked for when it is opened.
+#: Limit of the chunks of a crop whose existence is checked when it is opened.
 MOST_COUNTED = 1 << 14
-#: How many times finer than the finest stored level a patch may be before it is refused.
+#: Largest ratio of the finest stored voxel size to that of a patch; larger ones are refused.
 MAX_UPSAMPLING = 2.0
 
 
 def check_missing_raw(value: Any) -> MissingRaw:
-    """The policy of that name.
+    """Check the setting ``missing_raw`` and return it.
 
     Raises:
-        CellMapValueError: there is none.
+        CellMapValueError: it is not a policy.
     """
-    if value not in MISSING_RAW:
-        raise CellMapValueError(f"missing_raw must be one of {', '.join(MISSING_RAW)}, got {value!r}")
-    found: MissingRaw = value
-    return found
+    policy: MissingRaw = one_of("missing_raw", value, MISSING_RAW)
+    return policy
 
 
 def choose_level(
     image: Multiscale, scale: Sequence[float], what: str = "", max_upsampling: float | None = None
 ) -> Level:
-    """The coarsest level that is not coarser than ``scale`` (within 1 %) on any axis, else the finest.
+    """Return the coarsest level that is not coarser than ``scale`` (within 1 %) on any axis, else the finest.
 
     Args:
         image: the multiscale image.
-        scale: the voxel size asked for, nm (z, y, x).
-        what: what messages call the image.
-        max_upsampling: how many times finer than the finest level ``scale`` may be; None for any.
+        scale: the requested voxel size, nm (z, y, x).
+        what: name of the image in messages.
+        max_upsampling: largest ratio of the finest level's voxel size to ``scale``; None for no limit.
 
     Raises:
-        CellMapValueError: ``scale`` is finer than that; the message has the ratio per axis.
+        CellMapValueError: ``scale`` is finer; the message has the ratio per axis.
     """
     name = f"{what}: " if what else ""
 
     def fits(level: Level) -> bool:
-        return all(s <= asked * (1 + SCALE_TOLERANCE) for s, asked in zip(level.scale, scale, strict=True))
+        return all(s <= requested * (1 + SCALE_TOLERANCE) for s, requested in zip(level.scale, scale, strict=True))
 
     def size(level: Level) -> float:
         return float(np.prod(level.scale))
 
-    fine = [level for level in image.present if fits(level)]
-    if fine:
-        level = max(fine, key=size)
-        lost = [m for m in image.levels if m.info is None and fits(m) and size(m) > size(level)]
-        if lost:
+    fitting = [level for level in image.present if fits(level)]
+    if fitting:
+        level = max(fitting, key=size)
+        better = [m for m in image.levels if m.info is None and fits(m) and size(m) > size(level)]
+        if better:
             log.warning(
                 "%s%s lists level %s, which is not on disk; the finer level %s is read instead of it",
-                name, image.path, lost[-1].name, level.name,
+                name, image.path, better[-1].name, level.name,
             )  # fmt: skip
         return level
     level = min(image.present, key=size)
     ratios = np.divide(level.scale, scale)
     if max_upsampling is not None and ratios.max() > max_upsampling * (1 + SCALE_TOLERANCE):
-        gone = [m.name for m in image.levels if m.info is None]
+        absent = [m.name for m in image.levels if m.info is None]
         raise CellMapValueError(
             f"{name}{image.path}: the scale {[float(s) for s in scale]} nm is "
             + ", ".join(
                 f"{r:.3g}x finer along {a}" for a, r in zip(AXES, ratios, strict=True) if r > 1 + SCALE_TOLERANCE
             )
             + f" than its finest level {level.name} ({list(level.scale)} nm); at most {max_upsampling:g}x is allowed"
-            + (f". Levels {', '.join(gone)} are listed but not on disk" if gone else "")
+            + (f". Levels {', '.join(absent)} are listed but not on disk" if absent else "")
         )
     log.info(
         "%s%s has no level as fine as %s nm; %s (%s nm) is upsampled",
@@ -120,15 +119,18 @@ def choose_level(
 
 
 class StoredImage:
-    """The stored voxels of one level of raw.
+    """Stored voxels of one level of raw, a `Source` of patches.
 
     Args:
         level: the level.
-        cache: where decoded chunks are kept that have no other place.
-        label: what messages call it.
+        cache: cache of single chunks, used without a mapping.
+        label: name in messages.
         reader: see `chunks.Reader`.
-        retry_policy: how long an object is tried for.
-        missing: see `MissingRaw`; None where it is no matter, as in labels.
+        retry_policy: retries and timeouts of reads.
+        missing: see `MissingRaw`; None for labels, in which missing chunks are normal.
+
+    Attributes:
+        quiet: True once missing chunks were reported, so that they are not reported again.
     """
 
     def __init__(
@@ -146,10 +148,8 @@ class StoredImage:
             level, label, reader, retry_policy, "missing" if missing in ("warn", "fill", "mask") else "error"
         )
         self.missing = missing
-        #: Chunks of which it is known whether they are stored.
-        self._stores: dict[tuple[int, ...], bool] = {}
-        self._said = 0
-        #: Whether chunks that are not stored were reported, and are not reported again.
+        self._is_stored: dict[tuple[int, ...], bool] = {}
+        self._missing_reads = 0
         self.quiet = False
         self._reporter: dict[str, object] = {}
         self.region = Region(
@@ -158,10 +158,10 @@ class StoredImage:
         )  # fmt: skip
 
     def _decode(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
-        """The voxels of a box.
+        """Return the voxels of a box.
 
         Raises:
-            ChunkError: a chunk could not be read, or is missing where that is an error.
+            ChunkError: a chunk cannot be read, or is missing and that is an error.
         """
         try:
             voxels = self.reader.read(start, shape)
@@ -173,31 +173,31 @@ class StoredImage:
         if missed and self.missing in ("error", "auto"):
             raise ChunkError(self._missing_text(missed, start, shape) + f". {ADVICE}")
         for _ in missed:
-            self._said += 1
-            if power_of_two(self._said) and self._reports():
+            self._missing_reads += 1
+            if power_of_two(self._missing_reads) and self._is_reporting():
                 log.warning(
                     "%s and reads as the fill value (times that this happened: %d)",
-                    self._missing_text(missed, start, shape), self._said,
+                    self._missing_text(missed, start, shape), self._missing_reads,
                 )  # fmt: skip
         return voxels
 
-    def _reports(self) -> bool:
-        """Return whether missing chunks are reported now; with ``fill`` once, by the first of several threads."""
+    def _is_reporting(self) -> bool:
+        """Return True if missing chunks are reported now; with ``fill`` only for the first of several threads."""
         if self.quiet or self.missing != "fill":
             return not self.quiet
-        this = object()
-        return self._reporter.setdefault("first", this) is this  # atomic
+        token = object()
+        return self._reporter.setdefault("first", token) is token  # setdefault is atomic: one thread wins the race
 
     def _missing_text(self, missed: Sequence[tuple[int, ...]], start: tuple[int, int, int], shape: Shape) -> str:
         part = self.reader.common(missed[0], start, shape)
         more = f" and {len(missed) - 1} more of the box" if len(missed) > 1 else ""
         file = self.level.array.file(missed[0])
         empty = self.reader.local and self.reader.is_empty(missed[0])
-        what = "is empty (0 bytes)" if empty else "is missing"
-        return f"{self.reader.where(*part)} are not stored: chunk {file}{more} {what}; {self.reader.box(*part)}"
+        state = "is empty (0 bytes)" if empty else "is missing"
+        return f"{self.reader.where(*part)} are not stored: chunk {file}{more} {state}; {self.reader.box(*part)}"
 
     def count_missing(self) -> tuple[int, int] | None:
-        """How many chunks of what can be read here are missing, and of how many; None where counting takes too long."""
+        """Return the missing chunks and all chunks of the box that patches can touch; None if that takes too long."""
         start, shape = self.region.extent
         files = list(itertools.islice(self.reader.files(start, shape), MOST_COUNTED + 1))
         if not self.reader.local or len(files) > MOST_COUNTED:
@@ -205,19 +205,22 @@ class StoredImage:
         return sum(not self.stored(index) for index in files), len(files)
 
     def stored(self, index: tuple[int, ...]) -> bool:
-        """Return whether a chunk or shard is stored, asked for once."""
-        found = self._stores.get(index)
-        if found is None:
-            found = self._stores[index] = self.reader.stores(index)
-        return found
+        """Return True if a chunk or shard is stored, looked up once."""
+        is_stored = self._is_stored.get(index)
+        if is_stored is None:
+            is_stored = self._is_stored[index] = self.reader.stores(index)
+        return is_stored
 
     def missing_mask(self, amap: AffineMap) -> npt.NDArray[np.bool_] | None:
-        """Where a patch shows raw that is not stored, or is interpolated from it; None where it nowhere does.
+        """Return a mask of a patch's voxels that show, or are interpolated from, raw that is not stored.
 
         Args:
-            amap: from the patch's voxels to those of the level.
+            amap: map from the patch's voxels to those of the level.
+
+        Returns:
+            bool ``[z, y, x]``; None if all is stored.
         """
-        # Half of what is averaged, and the neighbours of an interpolant.
+        # Half the width of the averaged box: linear resampling to a coarser scale reads that far from a voxel's centre.
         reach = np.maximum(np.abs(amap.matrix).sum(axis=1) - 1, 0) / 2
         corners = np.array(list(itertools.product(*((0, n - 1) for n in amap.shape)))) @ amap.matrix.T + amap.offset
         low = np.floor(corners.min(axis=0) - reach + LATTICE_TOLERANCE).astype(int)
@@ -231,65 +234,70 @@ class StoredImage:
             return None
         size = np.asarray(self.level.zyx(self.level.array.files))
         first = lo // size
-        grid = np.zeros((hi - 1) // size - first + 1, np.bool_)
+        missing_chunks = np.zeros((hi - 1) // size - first + 1, np.bool_)
         for index in files:
-            grid[tuple(self.level.zyx(index) - first)] = True
+            missing_chunks[tuple(self.level.zyx(index) - first)] = True
         points = np.moveaxis(np.indices(amap.shape), 0, -1) @ amap.matrix.T + amap.offset
         ends = np.floor(points - reach + LATTICE_TOLERANCE), np.ceil(points + reach - LATTICE_TOLERANCE)
-        found: npt.NDArray[np.bool_] = np.zeros(amap.shape, np.bool_)
+        mask: npt.NDArray[np.bool_] = np.zeros(amap.shape, np.bool_)
+        # The box of voxels that contribute to a point is smaller than a chunk: its corners reach all of its chunks.
         for corner in itertools.product((0, 1), repeat=3):
             voxel = np.stack([ends[side][..., axis] for axis, side in enumerate(corner)], axis=-1).astype(int)
             inside = ((voxel >= lo) & (voxel < hi)).all(axis=-1)
             z, y, x = np.moveaxis(np.where(inside[..., None], voxel, lo) // size - first, -1, 0)
-            found |= inside & grid[z, y, x]
-        return found
+            mask |= inside & missing_chunks[z, y, x]
+        return mask
 
     def evaluate(self, where: MapTo, out: AnyArray, fill: float) -> None:
-        """Write a linear patch to ``out``."""
+        """Write a patch to ``out``, linearly interpolated."""
         evaluate(self.region, where(self.lattice), out, method="linear", fill=fill)
 
     @property
     def lattices(self) -> list[Lattice]:
-        """Where its voxels are."""
+        """The lattice of its voxels, in a list."""
         return [self.lattice]
 
     def stamp(self, box: Box) -> int:
-        """See `ChunkReader.stamp`; of a physical box and the neighbours that interpolate at its border."""
-        found = stored_box(self.lattice, box, 2)
-        return self.reader.stamp(*found) if found is not None else 1
+        """Return the stamp of a physical box and of the neighbours used for interpolation; see `ChunkReader.stamp`."""
+        voxels = stored_box(self.lattice, box, 2)
+        return self.reader.stamp(*voxels) if voxels is not None else 1
 
     def identity(self) -> tuple[object, ...]:
-        """See `ChunkReader.identity`; and whether what is kept may hold fill values of missing chunks."""
+        """Return the reader's identity, and whether cached voxels may be fill values of missing chunks."""
         return "raw", self.missing == "error", *self.reader.identity()
 
 
 class CellMapImage:
-    """Patches of one OME-NGFF image, at any centre, on a lattice of the caller's resolution.
+    """Patches of one OME-NGFF image, at any centre and resolution.
 
     Args:
         path: the multiscale group.
-        target_class: what the image shows, for messages (``raw``, ``mito``).
+        target_class: name of the content, for messages (``raw``, ``mito``).
         target_scale: voxel size of a patch in nm (z, y, x).
         target_voxel_shape: voxels of a patch (z, y, x).
-        pad: allow images smaller than a patch: positions then hold the whole image instead of lying inside it.
-        pad_value: value of the voxels outside the image.
-        interpolation: ``nearest`` (labels) or ``linear`` (raw) where a patch does not fall on the stored voxels;
-            linear is the mean over the patch's voxel when that is coarser than the level read.
+        pad: allow images smaller than a patch: patches then contain the whole image instead of lying inside it.
+        pad_value: value of voxels outside the image.
+        interpolation: ``nearest`` (labels) or ``linear`` (raw) if a patch is not aligned with the stored voxels;
+            linear is the mean over the patch's voxel if that is coarser than the level.
         axis_order: the order of axes in ``target_scale``, ``target_voxel_shape`` and the patches: a permutation of
             ``zyx``.
-        max_upsampling: how many times finer than the finest level ``target_scale`` may be.
-        cache: decoded chunks to share with other images; by default the image keeps its own.
+        max_upsampling: largest ratio of the finest level's voxel size to ``target_scale``.
+        cache: chunk cache shared with other images; by default a new one.
         unit: unit of the axes in place of the stored one, such as ``micrometer``.
         voxel_size: voxel size of the finest level in place of the stored one, nm (z, y, x).
         translation: centre of voxel 0 of the finest level in place of the stored one, nm (z, y, x).
         multiscale: name of the image to read where the group lists several.
-        level_translations: where levels lie whose translations are missing or all the same: ``auto`` (all levels cover
-            the same box) or ``stored``.
+        level_translations: treatment of missing or equal translations of levels: ``auto`` (all levels cover the same
+            box) or ``stored``.
 
     Raises:
-        CellMapFileNotFoundError: there is no such image, or none of its levels is on disk.
-        MetadataError: its metadata breaks the specification.
-        CellMapValueError: the scale is too fine for it, or it is smaller than a patch and ``pad`` is off.
+        CellMapFileNotFoundError: the image does not exist, or none of its levels is on disk.
+        MetadataError: its metadata violate the specification.
+        CellMapValueError: the scale is too fine, or the image is smaller than a patch and ``pad`` is off.
+
+    Example:
+        >>> image = CellMapImage("jrc_a.zarr/recon-1/em/fibsem-uint8", "raw", [8, 8, 8], [64, 64, 64])
+        >>> patch = image[image.get_center(0)]  # doctest: +SKIP
     """
 
     def __init__(
@@ -333,7 +341,7 @@ class CellMapImage:
         self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
         check_chunk_names(self.level.array, target_class)
         self.region = StoredImage(self.level, cache if cache is not None else ChunkCache(), target_class).region
-        #: Where patches may lie.
+        #: The positions of patches.
         self.placement = Placement.plan(
             self.image.finest.lattice.box,
             [self.window],
@@ -354,21 +362,21 @@ class CellMapImage:
 
     @property
     def sampling_box(self) -> dict[str, list[float]]:
-        """Lowest and highest centre of a patch: ``{axis: [lower, upper]}`` in nm."""
+        """Lowest and highest centre of a patch: ``{axis: [lower, upper]}``, nm."""
         return self.placement.centers.as_dict()
 
     def __len__(self) -> int:
-        """Number of positions."""
+        """Return the number of positions."""
         return len(self.placement)
 
     def get_center(self, index: int) -> dict[str, float]:
-        """Centre of the patch at a position, ``{axis: nm}``.
+        """Return the centre of the patch at a position, ``{axis: nm}``.
 
         Raises:
-            CellMapIndexError: there is no such position.
+            CellMapIndexError: the position does not exist.
         """
         if not -len(self) <= index < len(self):
-            raise CellMapIndexError(f"{self.path}: position {index} of {len(self)}")
+            raise CellMapIndexError(f"{self.path}: position must be in [{-len(self)}, {len(self)}), got {index}")
         return dict(zip(AXES, self.placement.center(index % len(self)).tolist(), strict=True))
 
     def read_into(self, center: FloatArray, out: AnyArray, turn: FloatArray | None = None) -> None:
@@ -377,8 +385,7 @@ class CellMapImage:
         evaluate(self.region, amap, out, method=self.interpolation, fill=self.pad_value)
 
     def __getitem__(self, center: Mapping[str, float]) -> "torch.Tensor":
-        """The patch whose physical box is centred on ``center`` (``{axis: nm}``), float32, in ``axis_order``."""
-        # torch is needed only to hand out what a caller of this method asks for.
+        """Return the patch centred on ``center`` (``{axis: nm}``) as float32, in ``axis_order``."""
         import torch
 
         out = np.empty(self.window.shape, np.float32)

@@ -1,4 +1,4 @@
-"""The label arrays of a crop, read together: presence of all classes as bits, or their ids."""
+"""Stored label arrays of a crop, read together: presence of all classes as bits, or instance ids."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.kinds import UNKNOWN_ID, signed
 from cellmap_lightning.transforms.targets import pack, packed_bytes
 
-#: How labels are made coarser: the stored level, or from the finest one the majority of its voxels, or any of them.
+#: Downsampling of labels: the stored level, or the majority, or any, of the finest level's voxels.
 Downsample = Literal["stored", "majority", "any"]
 DOWNSAMPLE = ("stored", "majority", "any")
 
@@ -38,10 +38,10 @@ def label_members(
     downsample: Downsample,
     encodings: LabelEncodings,
 ) -> list[Member]:
-    """Position, name, level and encoding of each class that is read.
+    """Return position, name, level and encoding of each class that is read.
 
     Raises:
-        CellMapError: a level or an encoding that cannot be read; the message names the class.
+        CellMapError: a level or an encoding cannot be read; the message names the class.
     """
     members = []
     for name, image in images.items():
@@ -53,7 +53,8 @@ def label_members(
             )
             encoding = encodings.of(name, image, level)
             if level != image.finest and read_encoding(image, level) is None:
-                encodings.of(name, image, image.finest)  # voxels are counted there, which must not fail later
+                # Voxels are counted at the finest level: decided now, so that an error is raised at setup.
+                encodings.of(name, image, image.finest)
             members.append((order.index(name), name, level, encoding))
         except CellMapError as e:
             if f"{label}/{name}" not in str(e):
@@ -65,20 +66,20 @@ def label_members(
 def stored_labels(
     reader: ChunkReader, encoding: Encoding, start: tuple[int, int, int], shape: Shape, begun: Any = None
 ) -> AnyArray:
-    """Stored integers of a box; for ``begun`` see `ChunkReader.read`.
+    """Read the stored integers of a box; for ``begun`` see `ChunkReader.read`.
 
     Raises:
-        MetadataError: they are not whole numbers, or it cannot be told whether a value is an id or means unknown.
+        MetadataError: values are not whole numbers, or the encoding is ambiguous or does not explain them.
     """
     stored = read_labels(reader, start, shape, begun)
     where = f"{reader.label}: {reader.level.path}"
     if stored.dtype.kind == "i":
-        odd = (stored < 0) & (stored != encoding.absent)
+        unexplained = (stored < 0) & (stored != encoding.absent)
         if encoding.unknown is not None:
-            odd &= stored != encoding.unknown
-        if odd.any():
+            unexplained &= stored != encoding.unknown
+        if unexplained.any():
             raise MetadataError(
-                f"{where} holds the negative label {int(stored[odd][0])}, which its "
+                f"{where} holds the negative label {int(stored[unexplained][0])}, which its "
                 f"encoding does not explain (absent {encoding.absent}, unknown {encoding.unknown})"
             )
     if encoding.ambiguous and encoding.unknown is not None and (stored > encoding.unknown).any():
@@ -87,6 +88,7 @@ def stored_labels(
             f"{encoding.unknown} means unknown or is an instance: its attributes have no complement_counts.unknown. "
             f"Set unknown={encoding.unknown} or unknown=null for this crop or class"
         )
+    # The encoding was assumed from a part of the values: a contradicting value makes it ambiguous.
     if encoding.assumed and ((stored == CODE) if encoding.assumed == "ids" else (stored != 0) & (stored != CODE)).any():
         raise MetadataError(
             f"{where} holds {CODE} beside other ids, and no metadata say whether it means unknown or is an id: set "
@@ -100,7 +102,7 @@ def stored_labels(
 def _without_missing(
     reader: ChunkReader, encoding: Encoding, start: tuple[int, int, int], stored: AnyArray
 ) -> AnyArray:
-    """Stored labels of a box, with the code of unknown voxels where chunks are missing."""
+    """Return the stored labels of a box, with the code of unknown voxels in missing chunks."""
     z, y, x = stored.shape
     missed = reader.missed(start, (z, y, x), stored)
     if encoding.missing == "empty":
@@ -119,15 +121,15 @@ def _without_missing(
 
 
 class BitGroup:
-    """The classes of a crop that share one lattice, as one array of packed voxels.
+    """Classes of a crop that share a lattice, as one array of packed voxels.
 
     Args:
         members: position, name, level and encoding of each class.
         depth: bytes of a packed voxel.
-        cache: where decoded chunks are kept that have no other place.
-        label: what messages call the crop.
+        cache: cache of single chunks, used without a mapping.
+        label: name of the crop in messages.
         reader: see `chunks.Reader`.
-        retry_policy: how long an object is tried for.
+        retry_policy: retries and timeouts of reads.
     """
 
     def __init__(
@@ -153,7 +155,8 @@ class BitGroup:
         )  # fmt: skip
 
     def decode(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
-        """The packed voxels of a box."""
+        """Return the packed voxels of a box."""
+        # Reads of all classes are started first, so that they overlap.
         begun = [reader.begin(start, shape) for _, reader, _ in self.members]
         stored = (
             (index, stored_labels(reader, encoding, start, shape, ahead), encoding.absent, encoding.unknown)
@@ -162,28 +165,28 @@ class BitGroup:
         return pack(stored, shape, self.depth)
 
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
-        """See `ChunkReader.stamp`, of all classes."""
+        """Return one stamp of all classes; see `ChunkReader.stamp`."""
         return mixed(reader.stamp(start, shape) for _, reader, _ in self.members)
 
     def identity(self) -> tuple[object, ...]:
-        """What the voxels follow from."""
+        """Return everything that the voxels depend on."""
         return "bits", *((index, reader.identity(), encoding) for index, reader, encoding in self.members)
 
 
 class BitStack:
-    """Presence of the annotated classes of a crop at the resolution of one target.
+    """Presence of the annotated classes of a crop at the resolution of one target; see docs/targets.md.
 
     Args:
         images: the multiscale label image of each class that is read.
-        implications: the classes, and what follows from them.
-        count: classes that are asked for, the first of those that are read.
+        implications: the classes that are read, and their implications.
+        count: number of requested classes, the first of those that are read.
         window: the target's patch in the volume's directions, from which the level follows.
-        cache: where decoded chunks are kept that have no other place.
-        label: what messages call the crop.
+        cache: cache of single chunks, used without a mapping.
+        label: name of the crop in messages.
         downsample: see `Downsample`.
-        encodings: how its arrays are read; by default as their metadata and values say.
+        encodings: encodings of its arrays; by default from their metadata and values.
         reader: see `chunks.Reader`.
-        retry_policy: how long an object is tried for.
+        retry_policy: retries and timeouts of reads.
     """
 
     def __init__(
@@ -225,21 +228,22 @@ class BitStack:
 
     @property
     def lattices(self) -> list[Lattice]:
-        """Their lattices; one, unless classes of the crop differ."""
+        """The lattices of these levels, each once; one unless classes of the crop differ."""
         return [group.lattice for group in self.groups]
 
     def place(
         self, window: Window, straight: Window, placement: Placement, plane: FloatArray | None, roaming: bool
     ) -> None:
-        """Say where patches are read; see `Patches`.
+        """Plan how patches are read; see `Patches`.
 
         Args:
-            window: a patch, along its own axes.
+            window: a patch, along the patch's axes.
             straight: the same along the axes of the volume.
             placement: the positions.
-            plane: how the patch's axes lie in the volume.
-            roaming: patches are turned by other than quarter turns.
+            plane: matrix from the patch's axes to the volume's; None if they are the same.
+            roaming: patches are rotated by other than quarter turns.
         """
+        # Without downsampling, a single group aligned with the patches is sliced; everything else is resampled.
         sources = [group.region for group in self.groups]
         if self.downsample == "stored" and len(self.groups) == 1:
             group = self.groups[0]
@@ -255,21 +259,22 @@ class BitStack:
         box = self.lattices[0].box
         for lattice in self.lattices[1:]:
             box = box.union(lattice.box)
-        again = Resampled(self, box, straight, placement, np.dtype(np.uint8), self.depth_out, self.cache, self.label)
-        self.patches = again.patches(window, placement, plane)
-        self.regions = [again.region] if self.patches.sliced else []
+        dtype = np.dtype(np.uint8)
+        resampled = Resampled(self, box, straight, placement, dtype, self.depth_out, self.cache, self.label)
+        self.patches = resampled.patches(window, placement, plane)
+        self.regions = [resampled.region] if self.patches.sliced else []
         if roaming or not self.patches.sliced:
             self.regions += sources
 
     def _decode(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
-        """The packed voxels of a box of the only lattice, with what they imply."""
+        """Return the packed voxels of a box, with implied ones; only for a single lattice."""
         packed = self.groups[0].decode(start, shape)
         if self.implications:
             self.implications.apply(packed)
         return packed[..., : self.depth_out]
 
     def evaluate(self, where: MapTo, out: AnyArray, fill: float) -> None:
-        """Write a packed patch to ``out`` ``[z, y, x, bytes]``; zero where nothing is known."""
+        """Write a packed patch to ``out`` ``[z, y, x, bytes]``; 0 where unannotated."""
         whole = out if self.depth == self.depth_out else np.empty((*out.shape[:3], self.depth), np.uint8)
         for number, group in enumerate(self.groups):
             amap = where(group.lattice)
@@ -279,6 +284,7 @@ class BitStack:
             else:
                 _vote(group.region, amap, part, self.downsample)
             if number:
+                # Groups hold different classes, whose bits are 0 in the other groups.
                 whole |= part
         if self.implications:
             self.implications.apply(whole)
@@ -286,22 +292,22 @@ class BitStack:
             out[...] = whole[..., : self.depth_out]
 
     def stamp(self, box: Box) -> int:
-        """See `ChunkReader.stamp`, of all classes in a physical box."""
-        found = ((group, stored_box(group.lattice, box, 1)) for group in self.groups)
-        return mixed(group.stamp(*part) for group, part in found if part is not None)
+        """Return one stamp of all classes in a physical box; see `ChunkReader.stamp`."""
+        boxes = ((group, stored_box(group.lattice, box, 1)) for group in self.groups)
+        return mixed(group.stamp(*voxels) for group, voxels in boxes if voxels is not None)
 
     def identity(self) -> tuple[object, ...]:
-        """What the voxels follow from."""
+        """Return everything that the voxels depend on."""
         groups = [group.identity() for group in self.groups]
         return "labels", self.downsample, self.depth_out, self.implications.identity, groups
 
 
 class _Nearest:
-    """The nearest voxels of a region.
+    """A region as a `Source` with nearest-neighbour interpolation.
 
     Args:
         region: the region.
-        lattice: where its voxels are.
+        lattice: its lattice.
     """
 
     def __init__(self, region: Region, lattice: Lattice) -> None:
@@ -315,23 +321,31 @@ class _Nearest:
         evaluate(self.region, where(self.lattice), out, method="nearest", fill=fill)
 
     def stamp(self, box: Box) -> int:
-        found = stored_box(self.lattice, box, 1)
-        return self.region.stamp(*found) if found is not None and self.region.stamp is not None else 1
+        voxels = stored_box(self.lattice, box, 1)
+        return self.region.stamp(*voxels) if voxels is not None and self.region.stamp is not None else 1
 
     def identity(self) -> tuple[object, ...]:
         return self.region.identity() if self.region.identity is not None else ()
 
 
 def mixed(stamps: Iterable[int]) -> int:
-    """One stamp of several."""
-    found = 0
+    """Return one stamp that changes when any of several does; never 0."""
+    combined = 0
     for stamp in stamps:
-        found = (found * 0x100000001B3 ^ stamp) & 0xFFFFFFFFFFFFFFFF
-    return found or 1
+        combined = (combined * 0x100000001B3 ^ stamp) & 0xFFFFFFFFFFFFFFFF  # as in the FNV-1 hash
+    return combined or 1
 
 
 def _vote(region: Region, amap: AffineMap, out: np.ndarray[Any, Any], rule: Downsample) -> None:
-    """Each output voxel from all the stored voxels that it covers; present bits in even bytes, known ones in odd."""
+    """Downsample packed voxels: each output voxel is decided by the stored voxels that it covers.
+
+    Args:
+        region: the stored voxels.
+        amap: map from the patch's voxels to those of the region.
+        out: ``[z, y, x, bytes]``, present bits in even bytes, known bits in odd ones.
+        rule: ``majority`` or ``any``.
+    """
+    # An output voxel is sampled at as many evenly spaced points as it covers stored voxels along each axis.
     parts = np.maximum(np.ceil(np.linalg.norm(amap.matrix, axis=0) - 1e-3), 1).astype(int)
     votes = np.zeros((*out.shape[:3], 8 * out.shape[3]), np.uint32)
     sample = np.empty(out.shape, np.uint8)
@@ -354,17 +368,17 @@ def _vote(region: Region, amap: AffineMap, out: np.ndarray[Any, Any], rule: Down
 
 
 class IdStack:
-    """Instance ids of the annotated classes of a crop, unknown ones as -1.
+    """Instance ids of the annotated classes of a crop, -1 where unannotated; see docs/targets.md.
 
     Args:
         images: the multiscale label image of each annotated class.
-        classes: the classes that are asked for.
+        classes: the requested classes.
         window: see `BitStack`.
         cache: see `BitStack`.
         label: see `BitStack`.
-        encodings: how its arrays are read; by default as their metadata and values say.
+        encodings: encodings of its arrays; by default from their metadata and values.
         reader: see `chunks.Reader`.
-        retry_policy: how long an object is tried for.
+        retry_policy: retries and timeouts of reads.
     """
 
     def __init__(
@@ -410,21 +424,21 @@ class IdStack:
     def place(
         self, window: Window, straight: Window, placement: Placement, plane: FloatArray | None, roaming: bool
     ) -> None:
-        """Say where patches are read; see `BitStack.place`."""
+        """Plan how patches are read; see `BitStack.place`."""
         self.patches, self.regions = [], []
         for region, lattice in zip(self._stored, self.lattices, strict=True):
             source = _Nearest(region, lattice)
             patches = Patches(region, lattice, window, placement, source, plane)
             self.regions.append(region)
             if not patches.sliced:
-                again = Resampled(source, lattice.box, straight, placement, self.dtype, 0, self.cache, self.label)
-                patches = again.patches(window, placement, plane)
+                resampled = Resampled(source, lattice.box, straight, placement, self.dtype, 0, self.cache, self.label)
+                patches = resampled.patches(window, placement, plane)
                 if patches.sliced:
-                    self.regions[-1:] = [again.region, region] if roaming else [again.region]
+                    self.regions[-1:] = [resampled.region, region] if roaming else [resampled.region]
             self.patches.append(patches)
 
     def read_into(self, place: tuple[int, int, int], out: AnyArray, turn: FloatArray | None) -> None:
-        """Write the ids at a place to ``out`` ``[C, z, y, x]``; -1 where nothing is known. See `Patches`."""
+        """Write the ids at a place to ``out`` ``[C, z, y, x]``; -1 where unannotated. See `Patches`."""
         if len(self.members) < len(out):
             out[...] = UNKNOWN_ID
         for patches, (index, _, _, _) in zip(self.patches, self.members, strict=True):
@@ -432,19 +446,21 @@ class IdStack:
 
 
 class _IdDecoder:
-    """Stored ids with unknown as -1 and absent as 0."""
+    """Decoder of stored ids, with -1 for unknown and 0 for absent voxels."""
 
     def __init__(self, reader: ChunkReader, encoding: Encoding, dtype: np.dtype[Any]) -> None:
         self.reader, self.encoding, self.dtype = reader, encoding, dtype
 
     def identity(self) -> tuple[object, ...]:
-        """What the ids follow from."""
+        """Return everything that the ids depend on."""
         return "ids", self.reader.identity(), self.encoding, str(self.dtype)
 
     def __call__(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
         stored = stored_labels(self.reader, self.encoding, start, shape)
         if stored.dtype == np.uint64 and (stored > np.iinfo(np.int64).max).any():
-            raise CellMapValueError(f"{self.reader.label}: {self.reader.level.path} holds ids above 2^63 - 1")
+            raise CellMapValueError(
+                f"{self.reader.label}: {self.reader.level.path} holds ids above 2^63 - 1; ids must fit into int64"
+            )
         ids = stored.astype(self.dtype)
         if self.encoding.absent != 0:
             ids[stored == self.encoding.absent] = 0
@@ -454,6 +470,6 @@ class _IdDecoder:
 
 
 def id_dtype(images: Mapping[str, Multiscale]) -> np.dtype[Any]:
-    """The signed type that holds the ids of all these images."""
+    """Return the signed type that holds the ids of all images."""
     kinds = [signed(image.finest.array.dtype) for image in images.values()]
     return max(kinds, key=lambda k: k.itemsize, default=np.dtype(np.int16))

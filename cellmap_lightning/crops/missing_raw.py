@@ -1,4 +1,4 @@
-"""Chunks of raw that are not stored: counted when a crop is opened, and the policy that follows from them."""
+"""Missing chunks of raw: counted when a crop is opened, to choose and report the policy."""
 
 import logging
 import math
@@ -18,36 +18,35 @@ _CONSEQUENCE = {
     "fill": "they show the fill value",
     "mask": "they show the fill value, and targets there are unknown",
 }
-#: Chunks along each axis of a volume that are looked for, to tell a partial copy from a whole one.
-_LOOKS = 3
-#: Which of them are stored, and when this was looked up, of the volume of which a crop was opened last.
-_LOOKED: dict[str, tuple[float, dict[tuple[int, ...], bool]]] = {}
-#: Seconds for which the answer is used.
-_SHARED = 60.0
+#: Chunks along each axis of a volume that are probed, to distinguish a partial copy from a whole one.
+_PROBES = 3
+#: Time and result of the probes, of the volume of the crop that was opened last.
+_probed: dict[str, tuple[float, dict[tuple[int, ...], bool]]] = {}
+#: Seconds for which results are reused.
+_PROBE_LIFETIME = 60.0
 
 
 def resolve(label: str, images: Iterable[StoredImage], policy: MissingRaw, crop: Box | None) -> MissingRaw:
-    """Return the policy that applies to a crop, after a report of the chunks of raw that are not stored.
+    """Report missing chunks of raw, and return the policy that applies to a crop.
 
-    ``auto`` is ``mask`` where raw is visibly a partial copy, in which chunks exist only around crops, and otherwise
-    ``error``. Chunks are counted where that is quick.
+    ``auto`` becomes ``mask`` if raw is a partial copy, in which chunks exist only around crops, and otherwise
+    ``error``. Chunks are only counted if that is fast.
 
     Args:
         label: name of the crop.
         images: the images of raw.
         policy: the policy that was set.
-        crop: where labels lie; None where there are none, and nothing could be masked.
+        crop: box of the labels; None without labels, when nothing can be masked.
     """
-    holes = [(image, *(image.count_missing() or (0, 0))) for image in {i.level.path: i for i in images}.values()]
-    holes = [entry for entry in holes if entry[1]]
+    distinct = {image.level.path: image for image in images}.values()
+    incomplete = [(image, *counts) for image in distinct if (counts := image.count_missing()) and counts[0]]
     if policy == "auto":
-        partial = bool(holes) and crop is not None and all(_is_partial(image, crop) for image, _, _ in holes)
-        policy = "mask" if partial else "error"
-        if partial and crop is not None:
-            for image, missing, files in holes:
+        if crop is not None and incomplete and all(_is_partial(image, crop) for image, _, _ in incomplete):
+            for image, missing, files in incomplete:
                 _report_partial(label, image, missing, files, crop)
-            return policy
-    for image, missing, files in holes:
+            return "mask"
+        policy = "error"
+    for image, missing, files in incomplete:
         log.warning(
             "%s: %d of the %d chunks of raw that it can show are not stored (%s); with missing_raw=%s %s",
             label, missing, files, image.level.path, policy, _CONSEQUENCE[policy],
@@ -57,7 +56,7 @@ def resolve(label: str, images: Iterable[StoredImage], policy: MissingRaw, crop:
 
 
 def _within(image: StoredImage, crop: Box) -> tuple[Shape, Shape] | None:
-    """Return the first voxel and the shape of the part of raw that a crop covers; None where it covers nothing."""
+    """Return the first voxel and the shape of the part of raw that a crop covers; None if it covers nothing."""
     lattice = image.lattice
     parts = []
     for low, high, start, step, count in zip(
@@ -73,33 +72,34 @@ def _within(image: StoredImage, crop: Box) -> tuple[Shape, Shape] | None:
 
 
 def _is_partial(image: StoredImage, crop: Box) -> bool:
-    """Return whether all chunks that touch a crop are stored, and of evenly spaced ones elsewhere fewer than half."""
+    """Return True if all chunks that touch a crop are stored, but fewer than half of evenly spaced ones elsewhere."""
     within = _within(image, crop)
     if within is None:
         return False
-    own = set(image.reader.files(*within))
-    if not all(image.stored(index) for index in own):
+    inside = set(image.reader.files(*within))
+    if not all(image.stored(index) for index in inside):
         return False
-    elsewhere = [there for index, there in _looks(image).items() if index not in own]
+    elsewhere = [is_stored for index, is_stored in _probe(image).items() if index not in inside]
     return sum(elsewhere) < len(elsewhere) / 2
 
 
-def _looks(image: StoredImage) -> dict[tuple[int, ...], bool]:
-    """Return which of evenly spaced chunks of a volume are stored; crops that are opened together share the answer."""
+def _probe(image: StoredImage) -> dict[tuple[int, ...], bool]:
+    """Return for evenly spaced chunks of a volume whether each is stored; crops opened together share the result."""
     path, now = str(image.level.path), time.monotonic()
-    known = _LOOKED.get(path)
-    if known is not None and now - known[0] < _SHARED:
-        return known[1]
+    cached = _probed.get(path)
+    if cached is not None and now - cached[0] < _PROBE_LIFETIME:
+        return cached[1]
     info = image.level.array
     grid = [-(-n // f) for n, f in zip(info.shape, info.files, strict=True)]
-    along = [sorted({round(i * (n - 1) / (_LOOKS - 1)) for i in range(_LOOKS)}) for n in grid]
-    found = {index: image.stored(index) for index in product(*along)}
-    _LOOKED.clear()  # the crops of a volume follow each other
-    _LOOKED[path] = now, found
-    return found
+    along = [sorted({round(i * (n - 1) / (_PROBES - 1)) for i in range(_PROBES)}) for n in grid]
+    result = {index: image.stored(index) for index in product(*along)}
+    _probed.clear()  # one volume is enough: its crops are opened one after the other
+    _probed[path] = now, result
+    return result
 
 
 def _report_partial(label: str, image: StoredImage, missing: int, files: int, crop: Box) -> None:
+    """Log that raw is a partial copy, and the padding with which the challenge's tool fetches the rest."""
     image.quiet = True
     # A warning for the first crop of a volume.
     level = logging.WARNING if first_time(str(image.level.path), "partial copy") else logging.INFO

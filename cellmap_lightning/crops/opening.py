@@ -1,4 +1,4 @@
-"""Opening the images of a crop: the metadata of raw and of each class that is read."""
+"""Opening of a crop: the metadata of raw and of each class that is read."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ class CropImages:
     Attributes:
         raw: the raw image.
         labels: the label image of each class that is read and annotated.
-        absent: names in the bracket that have no folder, where these are tolerated.
+        absent: names in the bracket without a folder, if these are tolerated.
     """
 
     raw: Multiscale
@@ -49,42 +49,42 @@ def open_images(
         raw_path: the raw image.
         target_path: the label images; None for raw only.
         classes: the classes of the targets.
-        read: these, and those that imply something about them.
-        overrides: what replaces the metadata of raw and of labels.
+        read: the classes to read: these, and those that imply something about them.
+        overrides: replacements for the metadata of raw and of labels.
         tolerant: names in the bracket may have no folder.
 
     Raises:
         NotAnnotatedError: none of ``read`` is annotated.
-        CellMapError: what is wrong with one image, or a list of all that is wrong.
+        CellMapError: the problem with one image, or a list of all problems.
     """
     paths: dict[str, StorePath] = {"raw": raw_path}
     absent: list[str] = []
     if target_path is not None:
         known = list(dict.fromkeys((*classes, *read)))
         if tolerant:
-            absent += target_path.strange(known)
+            absent += target_path.unknown_names(known)
         else:
             target_path.check_names(known)
-        wanted = [name for name in read if name in target_path.names]
-        if not wanted:
+        annotated = [name for name in read if name in target_path.names]
+        if not annotated:
             raise NotAnnotatedError(
                 f"{label}: none of the classes {list(classes)} is annotated in it; it has {list(target_path.names)}"
             )
-        groups = {f"class {name}": target_path.of(name) for name in wanted}
+        groups = {f"class {name}": target_path.of(name) for name in annotated}
         prefetch_metadata(list(groups.values()))
         paths |= groups
     images: dict[str, Multiscale] = {}
     problems: list[CellMapError] = []
-    for what, path in paths.items():
+    for key, path in paths.items():
         try:
-            image = read_multiscale(path, overrides[what != "raw"])
-            _ = image.finest.lattice
+            image = read_multiscale(path, overrides[key != "raw"])
+            _ = image.finest.lattice  # raises if the metadata have no usable geometry
             report(image.path, image.notes)
-            images[what] = image
+            images[key] = image
         except CellMapError as e:
-            missing = _missing_class(target_path, what)
+            missing = _missing_class(target_path, key)
             if missing is not None and tolerant:
-                absent.append(what.removeprefix("class "))
+                absent.append(key.removeprefix("class "))
             else:
                 problems.append(missing or e)
     if len(problems) == 1:
@@ -94,23 +94,23 @@ def open_images(
             f"{label}: {len(problems)} things are wrong:" + "".join(f"\n    - {e}" for e in problems)
         )
     raw = images.pop("raw")
-    for what, image in images.items():
+    for key, image in images.items():
         unknown, voxels = unknown_in_metadata(image), math.prod(image.finest.array.shape)
         if unknown == voxels:
-            log.warning("%s, %s: by its metadata all %d voxels are unknown", label, what, voxels)
-    return CropImages(raw, {what.removeprefix("class "): image for what, image in images.items()}, tuple(absent))
+            log.warning("%s, %s: by its metadata all %d voxels are unknown", label, key, voxels)
+    return CropImages(raw, {key.removeprefix("class "): image for key, image in images.items()}, tuple(absent))
 
 
-def _missing_class(target_path: TargetPath | None, what: str) -> CellMapError | None:
-    """Return the error for a class that does not exist, which lists those that do; None where it exists.
+def _missing_class(target_path: TargetPath | None, key: str) -> CellMapError | None:
+    """Return the error for a class that does not exist, which lists those that do; None if it exists.
 
     Raises:
         CellMapFileNotFoundError: the crop as a whole does not exist.
     """
-    if target_path is None or what == "raw":
+    if target_path is None or key == "raw":
         return None
     try:
-        target_path.found(what.removeprefix("class "))
+        target_path.existing(key.removeprefix("class "))
     except CellMapError as e:
         if not exists(target_path.crop):
             raise

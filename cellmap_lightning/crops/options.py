@@ -1,6 +1,5 @@
-"""Options of a crop: how its voxels are read, what its labels mean, and the values of raw."""
+"""Options of a crop: reading and caching, meaning of labels, and normalization of raw."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -10,48 +9,49 @@ from cellmap_lightning.crops.encodings import MissingLabels, Unknown, check_miss
 from cellmap_lightning.crops.image import MAX_UPSAMPLING, MissingRaw, check_missing_raw
 from cellmap_lightning.crops.labels import DOWNSAMPLE, Downsample
 from cellmap_lightning.crops.unannotated import UnannotatedClasses, check_unannotated_classes
-from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapTypeError
 from cellmap_lightning.io.chunks import Reader, check_reader
 from cellmap_lightning.io.ngff import LevelTranslations, Overrides
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.runtime.location import CacheMode, check_mode
 from cellmap_lightning.transforms.augment import IntensityTransforms
 from cellmap_lightning.transforms.intensity import AUTO, Normalize
+from cellmap_lightning.validation import did_you_mean, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How the voxels of raw and labels are read and cached.
+    """Options of reading and caching the voxels of raw and labels; see docs/configuration.md.
 
     Attributes:
-        pad: read crops smaller than a patch: the raw around them where the volume has it (0 outside), targets NaN
-            outside the crop.
+        pad: allow crops smaller than a patch: patches show the raw around them (0 outside the volume), and targets are
+            NaN outside the crop.
         max_workers: reading threads; by default the environment's ``CELLMAP_MAX_WORKERS``, else ``min(4, cpu_count)``.
-        cache: where decoded voxels are cached: ``disk`` (shared by all processes of the machine, and found again by the
-            next run), ``memory``, ``chunks`` (in the memory of each process, those that were decoded last), ``none``,
-            or ``auto``: on disk unless that is a network file system.
-        cache_bytes: limit of the cache in bytes, for all datasets of the process; by default half of what is free
+        cache: location of the cache of decoded voxels: ``disk`` (shared by all processes of the machine, and reused by
+            later runs), ``memory``, ``chunks`` (in each process, the chunks used last), ``none``, or ``auto``: on disk
+            unless that is a network file system.
+        cache_bytes: limit of the cache in bytes, for all datasets of the process; by default half of the free space
             there, on disk at most 200 GB, and 2 GiB of ``chunks``.
-        reader: what decodes: ``zarr``, or ``tensorstore`` (from the extra ``fast``).
-        missing_raw: samples that show raw of which a chunk is not stored: ``error``, ``warn`` (they show the fill
-            value), ``fill`` (the same, reported once), ``mask`` (so they do, and targets there are unknown), or
-            ``auto``: ``mask`` where raw is visibly a partial copy, in which chunks exist only around crops, as
-            `csc fetch-data` leaves it, and otherwise ``error``.
-        max_upsampling: how many times finer than raw's finest level an input may be.
+        reader: decoding library: ``zarr``, or ``tensorstore`` (from the extra ``fast``).
+        missing_raw: policy for samples that show raw chunks that are not stored: ``error``, ``warn`` (they show the
+            fill value), ``fill`` (the same, logged once), ``mask`` (the same, with unknown targets there), or ``auto``:
+            ``mask`` if raw is a partial copy, in which chunks exist only around crops, as `csc fetch-data` makes it,
+            else ``error``.
+        max_upsampling: largest ratio of the voxel size of raw's finest level to that of an input.
         read_attempts: attempts to read an object, the first included.
         read_timeout: seconds for one object, all attempts together.
-        storage_options: of addresses such as ``s3://bucket/vol.zarr``: what fsspec's file system is made with, as
+        storage_options: arguments of fsspec's file system for addresses such as ``s3://bucket/vol.zarr``, as
             ``{anon: true}``, ``{profile: lab}`` or ``{endpoint_url: ...}``.
         unit: unit of the axes in place of the stored one, such as ``micrometer``: of raw and labels alike, or
             ``{raw: ..., gt: ...}``, as for the next three.
         voxel_size: voxel size of the finest level in place of the stored one, nm (z, y, x).
         translation: centre of voxel 0 of the finest level in place of the stored one, nm (z, y, x).
         multiscale: name of the image to read where a group lists several.
-        level_translations: where levels lie whose translations are missing or all the same: ``auto`` (all levels cover
-            the same box) or ``stored``.
+        level_translations: treatment of missing or equal translations of levels: ``auto`` (all levels cover the same
+            box) or ``stored``.
 
     Raises:
-        CellMapError: a value that is not one of these.
+        CellMapError: an invalid value.
     """
 
     pad: bool = False
@@ -78,12 +78,12 @@ class ReadOptions:
 
     @cached_property
     def retry_policy(self) -> RetryPolicy:
-        """Retries and deadlines of reads."""
+        """Retries and timeouts of reads."""
         return RetryPolicy(self.read_attempts, self.read_timeout)
 
     @cached_property
     def overrides(self) -> tuple[Overrides, Overrides]:
-        """What replaces the metadata of raw and of labels."""
+        """Replacements for the metadata of raw and of labels."""
         return Overrides.pair(
             self.level_translations,
             unit=self.unit,
@@ -95,28 +95,28 @@ class ReadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelOptions:
-    """What stored labels mean, and what becomes of them in targets.
+    """Options of the meaning of stored labels and of targets; see docs/targets.md.
 
     Attributes:
         target_value_transforms: None, or a callable ``[z, y, x] -> [z, y, x]`` on 0, 1 and NaN: one for all, a list, or
             ``{class: callable}``.
         class_relation_dict: ``{class: [classes that exclude it]}``: where one of these is present and the class itself
-            is not known, it is 0.
-        infer: what is known by implication, any of ``subset`` and ``superset``; see `Implications`.
+            is unknown, it is 0.
+        infer: rules of implication, any of ``subset`` and ``superset``; see `Implications`.
         class_table: the classes and their parts; by default those of the CellMap Segmentation Challenge.
-        label_downsample: how labels are made coarser: ``stored`` (the level on disk), or from the finest level the
-            ``majority`` of the voxels, or ``any`` of them, for thin structures that a pyramid loses.
-        unknown: code of unknown voxels in label arrays whose metadata leave it open: ``metadata`` (decided by the
-            values, where they decide it), a stored value, or None where every value is meant; or ``{class: code}``.
-        missing_labels: chunks of labels that are missing although ``complement_counts`` promise voxels in them:
-            ``error``, or ``unknown`` (they are NaN). Any other chunk of labels that is missing is absent.
-        unannotated_classes: classes that no crop of the train split annotates, and those in brackets of target paths
-            that have no folder: ``error``, or ``unknown`` (targets are NaN, and one warning names them).
+        label_downsample: downsampling of labels: ``stored`` (the level on disk), or ``majority`` or ``any`` of the
+            finest level's voxels, the last for thin structures that a pyramid loses.
+        unknown: code of unknown voxels in label arrays whose metadata do not define it: ``metadata`` (decided by the
+            values, if they are unambiguous), a stored value, or None if no value means unknown; or ``{class: code}``.
+        missing_labels: policy for label chunks that are missing although ``complement_counts`` declare voxels in them:
+            ``error``, or ``unknown`` (they are NaN). Other missing label chunks are absent voxels.
+        unannotated_classes: policy for classes that no crop of the train split annotates, and for those in brackets of
+            target paths without a folder: ``error``, or ``unknown`` (targets are NaN, and one warning names them).
         nan_targets: NaN where a target is unknown; otherwise 0, with a boolean ``<name>_mask`` beside the target.
-        too_coarse: ``error`` when labels are coarser than a target asks for, or ``upsample``; in a split also ``drop``.
+        too_coarse: ``error`` if labels are coarser than a target, or ``upsample``; in a split also ``drop``.
 
     Raises:
-        CellMapError: a value that is not one of these.
+        CellMapError: an invalid value.
     """
 
     target_value_transforms: Any = None
@@ -134,26 +134,23 @@ class LabelOptions:
         check_unknown(self.unknown)
         check_missing_labels(self.missing_labels)
         check_unannotated_classes(self.unannotated_classes)
-        if self.label_downsample not in DOWNSAMPLE:
-            raise CellMapValueError(
-                f"label_downsample must be one of {', '.join(DOWNSAMPLE)}, got {self.label_downsample!r}"
-            )
+        one_of("label_downsample", self.label_downsample, DOWNSAMPLE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntensityOptions:
-    """How stored values of raw become the values of inputs.
+    """Options of the values of inputs; see docs/transforms.md.
 
     Attributes:
-        raw_value_transforms: ``"auto"`` (normalized as the next two say), None (stored values as float32), a callable
+        raw_value_transforms: ``"auto"`` (normalized by the next two), None (stored values as float32), a callable
             ``[1, z, y, x] -> [1, z, y, x]``, a list of these, or one per input.
-        normalize: how ``"auto"`` maps stored values: ``dtype`` (the type's range to [0, 1]), ``{range: [lo, hi]}``,
-            ``{percentile: [lo, hi]}`` or ``zscore`` of the volume; linear, nothing is clipped.
-        invert: exchange dark and bright after that.
+        normalize: linear map of stored values by ``"auto"``, without clipping: ``dtype`` (the type's range to [0, 1]),
+            ``{range: [lo, hi]}``, ``{percentile: [lo, hi]}`` or ``zscore`` of the volume.
+        invert: exchange dark and bright after normalization.
         intensity_transforms: see `IntensityTransforms`; applied while training, to normalized raw.
 
     Raises:
-        CellMapError: a value that is not one of these.
+        CellMapError: an invalid value.
     """
 
     raw_value_transforms: Any = AUTO
@@ -169,18 +166,18 @@ class IntensityOptions:
         """The rule of ``normalize`` and ``invert``.
 
         Raises:
-            CellMapError: ``normalize`` is no rule.
+            CellMapError: ``normalize`` is not a rule.
         """
         return Normalize.parse(self.normalize, self.invert)
 
 
 class CropOptions(NamedTuple):
-    """All options of a crop.
+    """All options of a crop; see docs/configuration.md.
 
     Attributes:
-        read: how voxels are read and cached.
-        labels: what stored labels mean.
-        intensity: how stored values of raw become the values of inputs.
+        read: reading and caching of voxels.
+        labels: meaning of stored labels.
+        intensity: values of inputs.
     """
 
     read: ReadOptions
@@ -192,8 +189,8 @@ class CropOptions(NamedTuple):
         """Group options by their names.
 
         Raises:
-            CellMapTypeError: an option that does not exist.
-            CellMapError: a value that is not one of its option.
+            CellMapTypeError: an option does not exist.
+            CellMapError: a value of an option is invalid.
         """
         groups: list[Any] = []
         for kind in (ReadOptions, LabelOptions, IntensityOptions):
@@ -201,6 +198,5 @@ class CropOptions(NamedTuple):
             groups.append(kind(**{name: options.pop(name) for name in names if name in options}))
         for name in options:
             known = [field.name for group in groups for field in fields(group)]
-            close = difflib.get_close_matches(name, known, 1)
-            raise CellMapTypeError(f"unexpected option {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise CellMapTypeError(f"unexpected option {name!r}{did_you_mean(name, known)}")
         return cls(*groups)

@@ -1,4 +1,4 @@
-"""Flat patches: the plane of the volume that they lie in."""
+"""Planes of flat (two-dimensional) patches in a volume."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ _AXES = {"xy": (0, 1, 2), "xz": (1, 0, 2), "yz": (2, 0, 1)}
 
 
 class Plane:
-    """How the axes of patches lie in the volume.
+    """The orientation of a patch's axes in the volume; see docs/transforms.md.
 
     Args:
         name: ``xy``; or ``xz`` or ``yz``, whose rows run along z.
@@ -30,11 +30,11 @@ class Plane:
 
     @classmethod
     def parse(cls, name: Any, arrays: Mapping[str, Any]) -> "Plane":
-        """The plane of that name.
+        """Create a plane from its name.
 
         Raises:
-            CellMapKeyError: there is none.
-            CellMapValueError: an array has three lengths, so that it lies in the volume's own directions.
+            CellMapKeyError: the name is not that of a plane.
+            CellMapValueError: an array has three lengths, and is therefore aligned with the volume's axes.
         """
         if name not in _AXES:
             raise CellMapKeyError(f"a plane is one of {', '.join(_AXES)}, got {name!r}")
@@ -44,17 +44,17 @@ class Plane:
         return cls(name)
 
     def thicken(self, window: Window, stored: tuple[float, float, float]) -> Window:
-        """A flat window with the thickness of the volume's finest voxels, but no thinner than its own pixels."""
+        """Return a flat window as thick as the volume's finest voxels, but no thinner than its pixels are wide."""
         thickness = max(stored[self.axes[0]], float(window.scale[1:].min()))
         return Window(window.shape, [thickness, *window.scale[1:].tolist()])
 
     def in_volume(self, window: Window) -> Window:
-        """The window along the volume's z, y and x."""
-        place = [self.axes.index(axis) for axis in range(3)]
-        return Window([window.shape[i] for i in place], [float(window.scale[i]) for i in place])
+        """Return the window along the volume's z, y and x."""
+        order = [self.axes.index(axis) for axis in range(3)]
+        return Window([window.shape[i] for i in order], [float(window.scale[i]) for i in order])
 
     def turn(self, turn: FloatArray | None) -> FloatArray | None:
-        """The turn of a patch, from its own directions to the volume's."""
+        """Return the matrix from a patch's axes to the volume's, including its rotation; None for the identity."""
         if self._matrix is None:
             return turn
         return self._matrix if turn is None else self._matrix @ turn

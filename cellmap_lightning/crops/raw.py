@@ -1,4 +1,4 @@
-"""Raw as the inputs of a crop: the level and the patches of each input, and the values that fill the outside."""
+"""Inputs of a crop from raw: the level and patches of each input, and the fill value outside the volume."""
 
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.cache.patches import Patches, Resampled, reached
-from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.cache.region import Region
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.image import MissingRaw, StoredImage, choose_level
 from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.errors import CellMapValueError
@@ -24,26 +24,26 @@ from cellmap_lightning.transforms.spatial import SpatialTransforms
 
 
 class RawInputs:
-    """The inputs of a crop.
+    """The inputs of a crop; see docs/transforms.md.
 
     Args:
         image: the raw image.
         path: its path, for messages and checkpoints.
         windows: a patch of each input, along the axes of the volume.
-        label: what messages call raw.
-        read: how it is read.
-        intensity: how its values are normalized.
-        store: where decoded voxels are cached.
+        label: name of raw in messages.
+        read: options of reading and caching.
+        intensity: options of normalization.
+        store: cache of decoded voxels.
 
     Attributes:
         levels: the level that each input is read from.
-        images: the stored voxels of these.
+        images: the stored voxels of each input.
         affine: offset and factor that normalize stored values.
-        patches: where each input is read, after `place`.
+        patches: patches of each input, after `place`.
         regions: the arrays that are read, after `place`.
 
     Raises:
-        CellMapError: an input is too fine, or the metadata do not fit the files.
+        CellMapError: an input is too fine, or the metadata do not match the files.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class RawInputs:
         }
         for level in self.distinct_levels:
             check_chunk_names(level.array, label)
-        self._store = store
-        self.images = {name: self._stored(level, store.chunks) for name, level in self.levels.items()}
+        self._chunk_cache = store.chunks
+        self.images = self._open_images()
         self.patches: dict[str, Patches] = {}
         self.regions: list[Region] = []
         self._fills: dict[float, float] = {}
@@ -78,8 +78,12 @@ class RawInputs:
         #: Identifies this volume and rule in checkpoints, which hold no credentials.
         self.normalization_key = hide_address(f"{path} {rule}")
 
-    def _stored(self, level: Level, chunks: ChunkCache) -> StoredImage:
-        return StoredImage(level, chunks, self.label, self.read.reader, self.read.retry_policy, self.missing)
+    def _open_images(self) -> dict[str, StoredImage]:
+        read, cache = self.read, self._chunk_cache
+        return {
+            name: StoredImage(level, cache, self.label, read.reader, read.retry_policy, self.missing)
+            for name, level in self.levels.items()
+        }
 
     @property
     def distinct_levels(self) -> list[Level]:
@@ -93,22 +97,28 @@ class RawInputs:
 
     @property
     def cached(self) -> bool:
-        """Whether decoded voxels have a place in the cache."""
-        return self.regions[0].kept
+        """True if decoded voxels are cached."""
+        return self.regions[0].is_cached
 
     def in_store(self, store: RegionStore) -> "RawInputs":
         """Return the same inputs with decoded voxels cached in another store; `place` them before reading."""
         other = copy(self)
-        other._store = store
-        other.images = {name: other._stored(level, store.chunks) for name, level in self.levels.items()}
-        for name, image in other.images.items():
-            image.quiet = self.images[name].quiet  # it was reported already
+        other.reopen(store)
         return other
 
+    def reopen(self, store: RegionStore) -> None:
+        """Replace the images by new ones that are cached in another store."""
+        quiet = {name: image.quiet for name, image in self.images.items()}
+        self._chunk_cache = store.chunks
+        self.images = self._open_images()
+        for name, image in self.images.items():
+            image.quiet = quiet[name]  # missing chunks were reported already
+
     def share(self, store: RegionStore) -> None:
-        """Cache chunks that have no other place in the store of a collection."""
-        self._store = store
-        for image in self.images.values():  # of which a resampled array may be made that is cached elsewhere
+        """Cache single chunks in the store of a collection."""
+        self._chunk_cache = store.chunks
+        # Also images without a region in the store's plan, which feed resampled arrays.
+        for image in self.images.values():
             image.region.cache = store.chunks
 
     def set_missing(self, policy: MissingRaw) -> None:
@@ -125,14 +135,14 @@ class RawInputs:
         axis: FloatArray | None,
         spatial: SpatialTransforms,
     ) -> None:
-        """Plan where each input is read at each position, and which part of the volume that can touch.
+        """Plan how each input is read at each position, and the part of the volume that patches can touch.
 
         Args:
-            windows: a patch of each input, along its own axes.
+            windows: a patch of each input, along the patch's axes.
             straight: the same along the axes of the volume.
             placement: the positions.
-            axis: how the patch's axes lie in the volume.
-            spatial: how patches are turned.
+            axis: matrix from the patch's axes to the volume's; None if they are the same.
+            spatial: the spatial augmentation.
         """
         rotated, turned = bool(spatial.rotate), bool(spatial.transpose)
         self.patches, self.regions = {}, []
@@ -142,51 +152,53 @@ class RawInputs:
             image.region.limit(*reached(placement, upright, image.lattice, turned, rotated or not patches.sliced))
             regions = [image.region]
             if not patches.sliced:
-                # Off the lattice of raw. Without rotation all patches are slices of one resampled array.
-                box, region, chunks = image.lattice.box, image.region, self._store.chunks
-                again = Resampled(image, box, upright, placement, region.dtype, 0, chunks, region.name)
-                patches = again.patches(window, placement, axis)
+                # Not aligned with the lattice of raw: without rotation all patches are slices of one resampled array.
+                box, region = image.lattice.box, image.region
+                resampled = Resampled(
+                    image, box, upright, placement, region.dtype, 0, self._chunk_cache, region.name
+                )  # fmt: skip
+                patches = resampled.patches(window, placement, axis)
                 if patches.sliced:
-                    again.region.limit(*reached(placement, upright, again.lattice, turned, rotated))
-                    regions = [again.region, image.region] if rotated else [again.region]
+                    resampled.region.limit(*reached(placement, upright, resampled.lattice, turned, rotated))
+                    regions = [resampled.region, image.region] if rotated else [resampled.region]
             self.patches[name] = patches
             self.regions += regions
 
     def fill(self, transform: Any) -> float:
-        """Return the value outside the volume: what is normalized to 0, as nearly as the stored type can hold it."""
-        wanted = self.affine[0] if isinstance(transform, str) else 0.0
-        if wanted not in self._fills:
-            value = wanted
+        """Return the fill value outside the volume: the stored value closest to the one that is normalized to 0."""
+        zero = self.affine[0] if isinstance(transform, str) else 0.0
+        if zero not in self._fills:
+            value = zero
             if self.dtype.kind in "iu":
                 info = np.iinfo(self.dtype)
                 value = min(max(round(value), int(info.min)), int(info.max))
-            self._fills[wanted] = value
-        return self._fills[wanted]
+            self._fills[zero] = value
+        return self._fills[zero]
 
     def check_fill(self, label: str, transforms: Iterable[Any]) -> None:
-        """Check that the value outside the volume is normalized to 0.
+        """Check that the fill value outside the volume is normalized to 0.
 
         Raises:
             CellMapValueError: the stored type cannot hold such a value.
         """
         offset, factor = self.affine
-        left = abs((self.fill(AUTO) - offset) * factor)
+        error = abs((self.fill(AUTO) - offset) * factor)
         # Rounding a z-score's mean to a whole number is harmless; a value beyond the type is not.
-        if AUTO in transforms and self.dtype.kind in "iu" and left > max(0.01, abs(factor)):
+        if AUTO in transforms and self.dtype.kind in "iu" and error > max(0.01, abs(factor)):
             raise CellMapValueError(
-                f"{label}: normalize makes 0 of the stored value {offset:g}, which {self.dtype} cannot say, "
-                "so that what lies outside the volume cannot be 0; use a range inside the type, or pad=False"
+                f"{label}: normalize maps the stored value {offset:g} to 0, which {self.dtype} cannot represent, "
+                "so that voxels outside the volume cannot be 0; use a range inside the type, or pad=False"
             )
 
     def read_into(
         self, name: str, place: Shape, turn: FloatArray | None, out: np.ndarray[Any, Any], transform: Any
     ) -> None:
-        """Write an input of one sample to ``out`` ``[z, y, x]``; ``transform`` is what its values get afterwards."""
+        """Write an input of one sample to ``out`` ``[z, y, x]``; ``transform`` is its value transform."""
         fill = self.fill(transform)
         if out.dtype == self.dtype:
             self.patches[name].read_into(place, out, turn, fill)
             return
-        # Crops of different types travel as float32, rounded as they were stored.
+        # Crops of different stored types are batched as float32, rounded as in their stored type.
         stored = np.empty(out.shape, self.dtype)
         self.patches[name].read_into(place, stored, turn, fill)
         out[...] = stored
@@ -194,14 +206,14 @@ class RawInputs:
     def not_stored(
         self, center: FloatArray, window: Window, turn: FloatArray | None
     ) -> list[npt.NDArray[np.bool_] | None]:
-        """Return where a patch shows raw that is not stored, for each input; see `StoredImage.unseen`."""
+        """Return a mask of a patch's voxels of raw that are not stored, per input; see `StoredImage.missing_mask`."""
         images = self.images.values()
         return [
             image.missing_mask(patch_map(center, window.shape, window.scale, image.lattice, turn)) for image in images
         ]
 
     def bytes_under(self, extent: FloatArray) -> int:
-        """Return the bytes of the decoded chunks that a box touches at most.
+        """Return an upper limit of the bytes of the decoded chunks that a box touches.
 
         Args:
             extent: edge lengths of the box, nm (z, y, x).

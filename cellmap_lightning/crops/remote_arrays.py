@@ -1,4 +1,4 @@
-"""Versions of the remote arrays of many crops, requested together instead of one by one where they are needed."""
+"""Versions of the remote arrays of many crops, requested together instead of one by one on use."""
 
 from collections.abc import Iterable
 
@@ -17,7 +17,7 @@ def fetch_read(crops: Iterable[Crop]) -> None:
 
 
 def fetch_counted(crops: Iterable[Crop]) -> None:
-    """Request the versions of all label arrays whose voxels are counted, since their metadata has no counts.
+    """Request the versions of all label arrays whose voxels must be counted, since their metadata have no counts.
 
     Raises:
         MetadataError: a server does not answer.

@@ -1,4 +1,4 @@
-"""The bracket form of a target path: ``.../crop1/[mito,er]``."""
+"""Target paths in bracket form: ``.../crop1/[mito,er]``."""
 
 import difflib
 import re
@@ -18,13 +18,17 @@ _NO_SLASH = re.compile(r"(?:(?<=\.zarr)|(?<=\.n5))(?=\[[^\[\]/]*\](?:/|$))")
 
 @dataclass(frozen=True)
 class TargetPath:
-    """Where the label images of a crop lie.
+    """The path of the label images of a crop.
 
     Attributes:
-        before: path up to the class's name.
+        before: path before the bracket.
         names: the annotated classes.
-        after: path below the class's name, mostly empty.
+        after: path after the bracket, usually empty.
         options: ``storage_options`` of an address.
+
+    Example:
+        >>> TargetPath.parse("jrc_a.zarr/crop1/[mito,er]").names
+        ('mito', 'er')
     """
 
     before: str
@@ -34,27 +38,24 @@ class TargetPath:
 
     @classmethod
     def parse(cls, path: str, options: Mapping[str, Any] | None = None) -> "TargetPath":
-        """Read ``.../crop1/[mito,er]``, ``.../crop1/[mito,er]/suffix``, or ``.../crop1/mito`` for one class.
+        """Parse ``.../crop1/[mito,er]``, ``.../crop1/[mito,er]/suffix``, or ``.../crop1/mito`` for one class.
 
-        The slash may be missing where the bracket follows a container, as in ``crop1.zarr[mito,er]``.
-
-        The classes are the last part of the path that is a bracket as a whole; other brackets belong to names of
-        folders, as in ``[2024] mito/jrc_a.zarr/crop1/[mito,er]``, and so do those before a Zarr container.
+        The classes are the last part of the path that consists of a bracket; other brackets belong to names of folders,
+        as in ``[2024] mito/jrc_a.zarr/crop1/[mito,er]``, and so do those before a Zarr container.
 
         Raises:
             CellMapValueError: the bracket is malformed, empty, or names a class twice.
         """
-        given = tuple(sorted((options or {}).items()))
+        items = tuple(sorted((options or {}).items()))
         head, chain, archive = path.partition("::") if "://" in path else (path, "", "")  # zip://inside::/data/vol.zip
         before, inside, after = _split(head)
         if inside is None:
             before, _, name = head.rstrip("/").rpartition("/")
-            return cls((before or ".") + chain + archive, (name,), "", given)
+            return cls((before or ".") + chain + archive, (name,), "", items)
         names = tuple(name.strip() for name in inside.split(","))
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if not all(names) or twice:
+        if not all(names) or len(set(names)) < len(names):
             raise CellMapValueError(f"target path {path!r}: each class should be named once, got [{inside}]")
-        return cls(before.rstrip("/") + chain + archive, names, after.strip("/"), given)
+        return cls(before.rstrip("/") + chain + archive, names, after.strip("/"), items)
 
     def __str__(self) -> str:
         head, chain, archive = self.before.partition("::")
@@ -62,33 +63,33 @@ class TargetPath:
 
     @property
     def label(self) -> str:
-        """What messages call the crop, such as ``jrc_hela-2/crop1``."""
+        """Name of the crop in messages, such as ``jrc_hela-2/crop1``."""
         crop = parts_of(self.before)
         volume = next((p.stem for p in crop.parents if p.suffix in (".zarr", ".n5")), None)
         return f"{volume}/{crop.name}" if volume else crop.name
 
     @property
     def crop(self) -> StorePath:
-        """Where the crop lies."""
+        """Location of the crop."""
         return parse_location(self.before, dict(self.options))
 
     def of(self, name: str) -> StorePath:
-        """Where the label image of a class lies, whether or not it is there."""
+        """Return the location of the label image of a class, which may not exist."""
         return self.crop / name / self.after if self.after else self.crop / name
 
     def without(self, names: Collection[str]) -> "TargetPath":
         """Return the same path without some of the classes."""
         return replace(self, names=tuple(name for name in self.names if name not in names))
 
-    def strange(self, known: Collection[str]) -> list[str]:
+    def unknown_names(self, known: Collection[str]) -> list[str]:
         """Return the names in the bracket that are neither known nor those of label images in the crop.
 
         Args:
             known: the classes that are read.
         """
-        unknown = [name for name in self.names if name not in known]
-        there = children(self.crop) if unknown else []
-        return [n for n in unknown if n not in there and not exists(self.of(n)) and exists(self.crop)]
+        unread = [name for name in self.names if name not in known]
+        stored = children(self.crop) if unread else []
+        return [n for n in unread if n not in stored and not exists(self.of(n)) and exists(self.crop)]
 
     def check_names(self, known: Collection[str]) -> None:
         """Check that the names in the bracket are those of classes.
@@ -99,20 +100,20 @@ class TargetPath:
         Raises:
             CellMapFileNotFoundError: a name is neither among them nor that of a label image in the crop.
         """
-        for name in self.strange(known):
-            there = children(self.crop)
-            close = difflib.get_close_matches(name.lower(), [*known, *there], 1, 0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(there) or 'no classes'}"
+        for name in self.unknown_names(known):
+            stored = children(self.crop)
+            close = difflib.get_close_matches(name.lower(), [*known, *stored], 1, 0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(stored) or 'no classes'}"
             raise CellMapFileNotFoundError(
                 f"{self.label}: the bracket [{','.join(self.names)}] names {name!r}, which is neither one of the "
                 f"classes {', '.join(known)} nor in {self.crop}{hint}"
             )
 
-    def found(self, name: str) -> StorePath:
-        """The label image of a class.
+    def existing(self, name: str) -> StorePath:
+        """Return the location of the label image of a class, after a check that it exists.
 
         Raises:
-            CellMapFileNotFoundError: it does not exist; the message lists what does.
+            CellMapFileNotFoundError: it does not exist; the message lists the existing ones.
         """
         path = self.of(name)
         if exists(path):
@@ -126,14 +127,14 @@ class TargetPath:
 
 
 def _split(path: str) -> tuple[str, str | None, str]:
-    """The parts of a target path before, in and after its bracket of classes; None in it where there is no bracket.
+    """Return the parts of a target path before, in and after its bracket of classes; the middle is None without one.
 
     Raises:
-        CellMapValueError: a bracket of classes that is not closed, or not a part of the path by itself.
+        CellMapValueError: the bracket of classes is not closed, or not a part of the path by itself.
     """
     path = _NO_SLASH.sub("/", path)
     parts = path.rstrip("/").split("/")
-    # BackgroundWriter a bracket of classes there is no container, which would lie in one of the classes.
+    # A container cannot lie inside a class, so that brackets before the last container are not brackets of classes.
     first = max((i for i, part in enumerate(parts) if part.endswith((".zarr", ".n5"))), default=-1) + 1
     brackets = [i for i in range(first, len(parts)) if _BRACKET.fullmatch(parts[i])]
     last = parts[-1]

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.batches.arrays import ArraySet, ArraySpecs, BatchLayout
-from cellmap_lightning.cache.region import RegionStore
+from cellmap_lightning.batches.arrays import ArraySet, ArraySpecs
+from cellmap_lightning.batches.layout import BatchLayout
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
@@ -25,28 +26,28 @@ from cellmap_lightning.transforms.targets import class_transforms
 
 
 class CellMapDataset(SampleSource):
-    """Patches of one raw volume and of the labels of one annotated crop in it.
+    """A dataset of patches of one raw volume and of the labels of one annotated crop in it.
 
     Args:
         input_path: the raw multiscale group.
-        target_path: the label groups, ``".../crop1/[mito,er]"``; a class outside the bracket is not annotated in this
+        target_path: the label groups, ``".../crop1/[mito,er]"``; a class outside the bracket is unannotated in this
             crop. None for raw only.
         classes: the targets' channels, in order. None for raw only.
-        input_arrays: ``{name: {"shape": voxels, "scale": nm}}`` (z, y, x) of the inputs, or one bare description.
+        input_arrays: ``{name: {"shape": voxels, "scale": nm}}`` (z, y, x) of the inputs, or one bare specification.
         target_arrays: the same for the targets; concentric with the inputs.
         spatial_transforms: see `SpatialTransforms`; applied while training.
         is_train: draw samples at random and augment them.
-        seed: everything random follows from it and from the number of the sample.
-        plane: where flat patches lie: ``xy``, ``xz`` or ``yz``.
-        read: how voxels are read and cached.
-        labels: what stored labels mean.
-        intensity: how stored values of raw become the values of inputs.
+        seed: random seed; each sample is a function of the seed and its number.
+        plane: plane of flat patches: ``xy``, ``xz`` or ``yz``.
+        read: options of reading and caching.
+        labels: options of the meaning of stored labels.
+        intensity: options of normalization and intensity augmentation.
 
     Raises:
         CellMapFileNotFoundError: a path or a class of the bracket does not exist.
-        TooCoarseError: the labels are coarser than asked for.
+        TooCoarseError: the labels are coarser than a target.
         NotAnnotatedError: none of ``classes`` is in the bracket.
-        CellMapError: anything else that is wrong with the arguments, the metadata, or their combination.
+        CellMapError: other problems with the arguments, the metadata, or their combination.
 
     Example:
         >>> dataset = CellMapDataset(
@@ -72,7 +73,7 @@ class CellMapDataset(SampleSource):
     ) -> None:
         read, labels, intensity = read or ReadOptions(), labels or LabelOptions(), intensity or IntensityOptions()
         if labels.too_coarse == "drop":
-            raise CellMapValueError("too_coarse must be 'error' or 'upsample', got 'drop', which is for splits")
+            raise CellMapValueError("too_coarse must be 'error' or 'upsample', got 'drop', which only splits support")
         arrays = ArraySet.parse(input_arrays, target_arrays, classes, target_path is not None)
         spatial = SpatialTransforms(spatial_transforms)
         spatial.check({name: spec.window for name, spec in arrays.specs.items()})
@@ -120,7 +121,7 @@ class CellMapDataset(SampleSource):
 
     @property
     def annotated(self) -> tuple[str, ...]:
-        """The classes that are annotated here."""
+        """The classes that are annotated in the crop."""
         return self.crop.annotated
 
     @property
@@ -140,7 +141,7 @@ class CellMapDataset(SampleSource):
 
     @property
     def placement(self) -> Placement:
-        """Where patches may lie."""
+        """The positions of patches."""
         return self.crop.placement
 
     @property
@@ -160,7 +161,7 @@ class CellMapDataset(SampleSource):
 
     @property
     def weight(self) -> float | None:
-        """How often the crop is drawn beside others by the strategy `weighted`; None if not set."""
+        """Relative weight of the crop in the strategy ``weighted``; None if not set."""
         return self.crop.weight
 
     @property

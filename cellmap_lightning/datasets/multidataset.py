@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.cache.region import RegionStore
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.datasets.source import SampleSource, overrides_items
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
@@ -20,18 +20,21 @@ log = logging.getLogger(__name__)
 
 
 class CellMapMultiDataset(SampleSource):
-    """Crops that share classes and arrays, with one pool of threads and one cache for all of them.
+    """A dataset over many crops with the same classes and arrays, which share one thread pool and one cache.
 
     Args:
         datasets: the crops, all with the same classes, arrays and value transforms.
-
-        strategy: where random samples come from: ``mix``, ``uniform``, ``per_crop``, ``weighted``, ``class_balanced``
-            or ``foreground``, or ``{name: one of them, and its options}``; see `strategies`.
-        balance_datasets: make raw volumes equally likely, whatever the number and size of their crops.
+        strategy: sampling strategy: ``mix``, ``uniform``, ``per_crop``, ``weighted``, ``class_balanced`` or
+            ``foreground``, or ``{name: one of them, and its options}``; see docs/sampling.md.
+        balance_datasets: make raw volumes equally likely, regardless of the number and size of their crops.
 
     Raises:
-        CellMapValueError: there is none, or they differ in what they deliver.
+        CellMapValueError: there are no datasets, or they have different classes, arrays or options.
         CellMapKeyError: a strategy, or a crop or class that it names, does not exist.
+
+    Example:
+        >>> dataset = CellMapMultiDataset([crop1, crop2], strategy="class_balanced")
+        >>> batch = dataset.read(dataset.draw(range(4), shuffle=True, seed=0)).finish()  # doctest: +SKIP
     """
 
     def __init__(
@@ -45,9 +48,9 @@ class CellMapMultiDataset(SampleSource):
         self._datasets = tuple(datasets)
         first = self._datasets[0]
         for other in self._datasets[1:]:
-            for what, a, b in _compared(first, other):
+            for name, a, b in _shared_settings(first, other):
                 if a != b:
-                    raise CellMapValueError(f"{other.label} and {first.label} differ in their {what}: {b} and {a}")
+                    raise CellMapValueError(f"{other.label} and {first.label} differ in their {name}: {b} and {a}")
         crops = [dataset.crop for dataset in self._datasets]
         dtypes = {crop.raw_dtype for crop in crops}
         layout = dataclasses.replace(
@@ -89,7 +92,7 @@ class CellMapMultiDataset(SampleSource):
         return self._datasets
 
     def set_affine(self, affine: Mapping[str, tuple[float, float]]) -> None:
-        """Normalize what is named by other offsets and factors, ``{normalization_key: (offset, factor)}``."""
+        """Replace offsets and factors of the normalization, ``{normalization_key: (offset, factor)}``."""
         for dataset in self._datasets:
             key = dataset.crop.raw.normalization_key
             if key in affine:
@@ -97,15 +100,15 @@ class CellMapMultiDataset(SampleSource):
         self._scale()
 
     def annotated_in(self) -> dict[str, int]:
-        """In how many crops each class is annotated."""
+        """Return the number of crops in which each class is annotated."""
         return {c: sum(c in crop.annotated for crop in self.crops) for c in self.classes}
 
     def __repr__(self) -> str:
         return f"CellMapMultiDataset({len(self._datasets)} crops, {len(self)} positions)"
 
 
-def _compared(first: CellMapDataset, other: CellMapDataset) -> list[tuple[str, Any, Any]]:
-    """Return what two datasets must share, as names and the values of both."""
+def _shared_settings(first: CellMapDataset, other: CellMapDataset) -> list[tuple[str, Any, Any]]:
+    """Return the settings that two datasets must share: their names, and the values of both."""
     a, b = first.layout, other.layout
     return [
         ("classes", a.classes, b.classes),
@@ -119,7 +122,7 @@ def _compared(first: CellMapDataset, other: CellMapDataset) -> list[tuple[str, A
         ("raw_value_transforms", a.raw_transforms, b.raw_transforms),
         ("target_value_transforms", a.target_transforms, b.target_transforms),
         ("cache", first.cache, other.cache),
-        # Of chunks that pass by, crops may need different numbers.
+        # Crops may need chunk caches of different sizes.
         ("cache_bytes", first.cache != "chunks" and first.cache_bytes, other.cache != "chunks" and other.cache_bytes),
     ]
 

@@ -1,4 +1,4 @@
-"""The sample that a loader requests while it calls ``__getitem__`` of user code."""
+"""Thread-local requests, by which a loader passes a sample's number through ``__getitem__`` of user code."""
 
 import threading
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ class Request:
     """A sample of the stream.
 
     Attributes:
-        sample: its number, which decides its augmentation.
+        sample: its number, from which its augmentation follows.
         seed: the loader's seed.
-        source: the dataset that the number was drawn from; None where user code chooses the position.
-        draw: the `Draw` of that dataset.
+        source: the dataset that it was drawn from; None if user code chooses the position.
+        draw: `Draw` of that dataset.
     """
 
     sample: int
@@ -28,13 +28,13 @@ _local = threading.local()
 
 
 def current_request() -> Request | None:
-    """Return the request of the calling thread, if a loader is calling."""
+    """Return the current request of the calling thread; None outside of a loader's call."""
     return getattr(_local, "request", None)
 
 
 @contextmanager
 def requesting(request: Request) -> Iterator[None]:
-    """Make a request the current one of the calling thread."""
+    """Make a request the current one of the calling thread, within a ``with`` block."""
     before = current_request()
     _local.request = request
     try:

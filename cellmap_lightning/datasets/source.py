@@ -1,4 +1,4 @@
-"""Samples of crops: positions, draws, batches, and the threads that read them."""
+"""The base of datasets: positions and tiles of crops, random draws, and reading of batches."""
 
 import bisect
 import dataclasses
@@ -15,10 +15,12 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cellmap_lightning.batches.arrays import BatchLayout, InputArray, TargetArray
+from cellmap_lightning.batches.arrays import InputArray, TargetArray
 from cellmap_lightning.batches.compact_batch import CompactBatch
+from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.batches.memory import BatchMemory
-from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.cache.region import Region
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.crops.remote_arrays import fetch_counted, fetch_read
 from cellmap_lightning.datasets.requests import Request, current_request, requesting
@@ -27,26 +29,28 @@ from cellmap_lightning.geometry.lattice import AXES, FloatArray, Shape
 from cellmap_lightning.runtime.location import CacheMode
 from cellmap_lightning.runtime.rng import PLACE, uniforms
 from cellmap_lightning.runtime.thread_pool import FORK_GATE, Closeable, ReadPool
+from cellmap_lightning.sampling.class_strategies import ClassBalanced
+from cellmap_lightning.sampling.crop_strategies import PerCrop, Uniform
 from cellmap_lightning.sampling.crop_table import CropTable
 from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
-from cellmap_lightning.sampling.strategies import NUMBERS, ClassBalanced, PerCrop, Strategy, Uniform
+from cellmap_lightning.sampling.strategy import NUMBERS, Strategy
 from cellmap_lightning.sampling.tiles import TileOrder, stratified
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 
-#: Bytes to copy, or as much other work, from which another thread is worth its price.
+#: Bytes to copy, or an equivalent amount of work, that justify another thread.
 BYTES_PER_THREAD = 16 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """One sample, described: where it is read and how it is turned.
+    """Description of one sample: its position and augmentation; see docs/batches.md.
 
     Attributes:
         sample: its number in the stream.
-        position: which position of the source.
-        turn: see `geometry.patch_map`.
-        advance: of a tile, see `Placement.advance`: targets are unknown where the tiles before it cover them. None for
-            what is no tile.
+        position: its position in the source.
+        turn: matrix of its rotation and mirroring; see `geometry.patch_map`.
+        advance: for a tile, the distance to the previous tiles, which cover the voxels before it; see
+            `Placement.advance`. None for other samples.
     """
 
     sample: int
@@ -56,22 +60,22 @@ class Draw:
 
 
 def _fill(region: Region, index: Shape) -> None:
-    """Fill a chunk, while nobody forks."""
+    """Fill a chunk, while forks are blocked."""
     with FORK_GATE:
         region.fill(index)
 
 
 class SampleSource(Dataset[dict[str, torch.Tensor]]):
-    """Positions in crops that can be read as samples, one by one or as batches.
+    """Samples of crops, read one by one or as batches; see docs/batches.md.
 
     Args:
         crops: the crops.
-        layout: how its batches are laid out.
+        layout: layout of batches.
         seed: seed of everything random.
         is_train: draw samples at random and augment them.
         spatial: the spatial augmentation.
         pool: the reading threads.
-        store: where decoded voxels are cached.
+        store: cache of decoded voxels.
     """
 
     def __init__(
@@ -114,7 +118,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
 
     @cached_property
     def strategy(self) -> Strategy:
-        """Where random samples come from; of a crop alone, any position in it."""
+        """Sampling strategy; for a single crop, any position in it."""
         return PerCrop().bind(self.crop_table)
 
     @cached_property
@@ -128,16 +132,16 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         return self.layout.classes
 
     def __len__(self) -> int:
-        """Number of positions."""
+        """Return the number of positions."""
         return self._offsets[-1]
 
     def locate(self, position: int) -> tuple[Crop, int]:
-        """The crop that holds a position, and the position inside it."""
+        """Return the crop that holds a position, and the position inside it."""
         number, local = self._split(position)
         return self.crops[number], local
 
     def _split(self, position: int) -> tuple[int, int]:
-        """The number of the crop that holds a position, and the position inside it."""
+        """Return the number of the crop that holds a position, and the position inside it."""
         index = int(position)
         if not -len(self) <= index < len(self):
             raise CellMapIndexError(f"{self}: position {index} is outside its {len(self)} positions")
@@ -146,68 +150,69 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         return number, index - self._offsets[number]
 
     def get_center(self, position: int) -> dict[str, float]:
-        """Centre of the patches at a position, ``{axis: nm}``.
+        """Return the centre of the patches at a position, ``{axis: nm}``.
 
         Raises:
-            CellMapIndexError: there is no such position.
+            CellMapIndexError: the position does not exist.
         """
-        dataset, local = self.locate(position)
-        return dict(zip(AXES, dataset.placement.center(local).tolist(), strict=True))
+        crop, local = self.locate(position)
+        return dict(zip(AXES, crop.placement.center(local).tolist(), strict=True))
 
     @property
     def tile_count(self) -> int:
-        """Number of patches that together cover every crop."""
+        """Number of tiles: patches that together cover every crop."""
         return self._tile_offsets[-1]
 
     def tile(self, number: int) -> int:
-        """Position of one of the patches that together cover every crop."""
+        """Return the position of a tile."""
         return self._tile(number, number).position
 
     def _tile(self, sample: int, number: int) -> Draw:
-        """A tile as a sample."""
+        """Return a tile as a sample."""
         if not 0 <= number < self.tile_count:
-            raise CellMapIndexError(f"{self}: tile {number} is none of its {self.tile_count}")
+            raise CellMapIndexError(f"{self}: tile must be in [0, {self.tile_count}), got {number}")
         crop = bisect.bisect_right(self._tile_offsets, number) - 1
         placement, local = self.crops[crop].placement, number - self._tile_offsets[crop]
         return Draw(sample, self._offsets[crop] + placement.tile(local), None, placement.advance(local))
 
     def tile_order(self) -> TileOrder:
-        """All tiles, in an order of which every beginning is spread over all crops."""
-        return TileOrder([dataset.placement.tiles_along for dataset in self.crops])
+        """Return all tiles, in an order with every prefix spread over all crops."""
+        return TileOrder([crop.placement.tiles_along for crop in self.crops])
 
     def select_tiles(self, count: int, seed: int) -> Sequence[int]:
-        """Tiles in which every class that occurs has its share, a function of the crops and the seed; see `stratified`.
+        """Return tiles stratified by class, a function of the crops and the seed; see `stratified`.
 
-        Coarse levels of the labels are read for it, once.
+        Classes are located once, in coarse levels of the labels.
         """
         if count >= self.tile_count:
             return self.tile_order()
         strata = []
         with tqdm(total=len(self.crops), unit="crop", disable=None, leave=False, delay=1) as bar:
-            bar.set_description("looking where classes are")
-            for dataset in self.crops if self.classes else ():
-                dataset.class_tiles  # noqa: B018  read once, and kept
+            bar.set_description("locating classes")
+            for crop in self.crops if self.classes else ():
+                crop.class_tiles  # noqa: B018  a cached property
                 bar.update()
         for name in self.classes:
-            seen, anywhere = [], []
-            for offset, dataset in zip(self._tile_offsets, self.crops, strict=False):
-                tiles = dataset.class_tiles.get(name, ())
+            located, possible = [], []
+            for offset, crop in zip(self._tile_offsets, self.crops, strict=False):
+                tiles = crop.class_tiles.get(name, ())
                 if tiles is None:
-                    anywhere.append(np.arange(offset, offset + dataset.placement.tile_count))
+                    possible.append(np.arange(offset, offset + crop.placement.tile_count))
                 elif len(tiles):
-                    seen.append(offset + np.asarray(tiles))
-            if seen or anywhere:
-                strata.append(np.concatenate(seen or anywhere))
+                    located.append(offset + np.asarray(tiles))
+            # Crops in which the class may be anywhere are only used if it was not located in any crop.
+            if located or possible:
+                strata.append(np.concatenate(located or possible))
         return stratified(strata, self.tile_order(), count, seed)
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        """The finished sample at a position: a batch of one without its first axis.
+        """Return the finished sample at a position: a batch of one without its first axis.
 
-        While training it is augmented as sample ``position`` of the first epoch would be; where a loader requests it
-        for a sample of its stream, as that sample.
+        In training it has the augmentation of sample ``position`` of the first epoch, or that of the stream's sample
+        for which a loader requests it.
 
         Raises:
-            CellMapIndexError: there is no such position.
+            CellMapIndexError: the position does not exist.
         """
         self.locate(position)
         position = int(position) % len(self)
@@ -219,8 +224,8 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         number, local = self._split(position)
         member = self._overriding(number)
         if member is not None:
-            own = dataclasses.replace(draw, position=local)
-            with requesting(Request(request.sample, request.seed, member, own)):
+            local_draw = dataclasses.replace(draw, position=local)
+            with requesting(Request(request.sample, request.seed, member, local_draw)):
                 sample = member[local]
             return sample | {"idx": torch.tensor(position, dtype=torch.int64, device="cpu")}
         batch = self.read([draw])
@@ -228,41 +233,40 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         return {name: value[0] for name, value in batch.finish().items()}
 
     def overriding_types(self) -> list[str]:
-        """Names of the classes of user code, among this dataset and its parts, that override ``__getitem__``."""
+        """Return the names of user-defined classes, of this dataset and its parts, that override ``__getitem__``."""
         return [type(self).__name__] if overrides_items(self) else []
 
     def _overriding(self, number: int) -> "SampleSource | None":
-        """The dataset of a crop, if a subclass of user code has its own ``__getitem__``."""
+        """Return the dataset of a crop if it is a subclass of user code that overrides ``__getitem__``."""
         return None
 
     def set_random_state(self, seed: int | None = None, state: Any = None) -> "SampleSource":
-        """Do nothing: samples follow from ``seed`` and their numbers alone.
+        """Do nothing, since samples are a function of ``seed`` and their numbers alone.
 
-        MONAI's loaders call this (the interface of ``monai.transforms.Randomizable``), and would otherwise search every
-        attribute for something random.
+        MONAI's loaders call this (the interface of ``monai.transforms.Randomizable``), and would otherwise search all
+        attributes for random transforms.
         """
         return self
 
     def draw(self, samples: Sequence[int], shuffle: bool, seed: int, strategy: Strategy | None = None) -> list[Draw]:
-        """Describe samples by their numbers: a function of (seed, number) alone.
+        """Describe samples by their numbers, as a function of (seed, number) alone.
 
         Args:
             samples: their numbers.
-            shuffle: draw a crop and a position in it for each; otherwise sample ``n`` is tile ``n``, with targets that
-                are unknown where the tiles before it cover them. What is drawn is also augmented, if the dataset is for
-                training.
-            seed: what everything random follows from.
-            strategy: where they come from; by default as `strategy` says.
+            shuffle: draw crop and position of each sample at random, with augmentation if the dataset is for training;
+                otherwise sample ``n`` is tile ``n``, with unknown targets where previous tiles cover it.
+            seed: random seed.
+            strategy: sampling strategy; by default `strategy`.
         """
         if not shuffle:
             return [self._tile(n, n) for n in samples]
         turns = self.spatial.turns(seed, samples) if self.is_train else [None] * len(samples)
-        found = (strategy or self.strategy).places(uniforms(seed, PLACE, samples, NUMBERS), turns)
-        positions = self._firsts[found.crops] + found.positions
-        return [Draw(n, at, turn) for n, at, turn in zip(samples, positions.tolist(), turns, strict=True)]
+        places = (strategy or self.strategy).places(uniforms(seed, PLACE, samples, NUMBERS), turns)
+        positions = (self._firsts[places.crops] + places.positions).tolist()
+        return [Draw(n, position, turn) for n, position, turn in zip(samples, positions, turns, strict=True)]
 
     def get_crop_class_matrix(self) -> npt.NDArray[np.bool_]:
-        """``[crops, classes]``, whether a crop holds voxels of a class: by its counts, not by what is listed."""
+        """Return bool ``[crops, classes]``, True if a crop holds voxels of a class, by counts and not by listing."""
         return self.crop_table.counts > 0
 
     @property
@@ -298,11 +302,11 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
     def get_weighted_sampler(
         self, batch_size: int = 1, rng: torch.Generator | None = None, samples_per_epoch: int | None = None
     ) -> PositionSampler:
-        """Random positions, each class as often as every other; see `ClassBalancedSampler`.
+        """Return a sampler of random positions with every class equally often; see `ClassBalancedSampler`.
 
         Args:
-            batch_size: positions of an epoch when ``samples_per_epoch`` says nothing, as in cellmap-data.
-            rng: gives the seed; by default the dataset's own seed is used, and no generator.
+            batch_size: positions of an epoch without ``samples_per_epoch``, as in cellmap-data.
+            rng: its initial seed is the sampler's; by default the dataset's seed is.
             samples_per_epoch: positions of an epoch.
         """
         return ClassBalancedSampler(self, samples_per_epoch or batch_size, _seed(rng, self.seed))
@@ -310,11 +314,11 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
     def get_subset_random_sampler(
         self, num_samples: int, weighted: bool = True, rng: torch.Generator | None = None
     ) -> PositionSampler:
-        """As many random positions, in each pass others.
+        """Return a sampler of random positions, different ones in each pass.
 
         Args:
-            num_samples: how many.
-            weighted: each class as often as every other; otherwise every voxel as often as every other.
+            num_samples: positions of a pass.
+            weighted: every class equally often; otherwise every voxel equally often.
             rng: see `get_weighted_sampler`.
         """
         strategy = ClassBalanced() if weighted else Uniform()
@@ -331,9 +335,11 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
     def read_into(self, draws: Sequence[Draw], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Read samples into the arrays of a compact batch, ``{name: [N, ...]}``."""
         self.prepare()
+        # One job copies one array of one sample. Chunks are decoded first, each once even if several samples need it,
+        # so that jobs never wait for each other.
         jobs: list[Callable[[], None]] = []
         fills: dict[tuple[int, Shape], Callable[[], None]] = {}
-        work = 0
+        work = 0  # bytes to copy, or the equivalent of computations
         specs: dict[str, InputArray | TargetArray] = {**self.layout.inputs, **self.layout.targets}
         for row, draw in enumerate(draws):
             crop, local = self.locate(draw.position)
@@ -349,59 +355,59 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         with FORK_GATE:
             if fills:
                 self._pool.run(fills.values())
-            # Handing a small copy to another thread costs more than the copy: as many threads as the work pays for.
+            # Passing a small copy to another thread costs more than the copy, so that threads grow with the work.
             self._pool.run(jobs, threads=max(1, -(-work // BYTES_PER_THREAD)))
 
     def decode_ahead(self, positions: Sequence[int]) -> None:
-        """Have what some samples are cut from decoded by the dataset's threads, before they are read; wait for nothing.
+        """Start decoding the chunks of some samples in the dataset's threads, and return immediately.
 
-        Where nothing is kept there is nothing to do. What goes wrong is said when they are read.
+        Without a cache this does nothing. Errors are raised when the samples are read.
         """
         self.prepare()
         fills: dict[tuple[int, Shape], Callable[[], None]] = {}
         for position in positions:
-            dataset, local = self.locate(position)
-            place = dataset.placement.place(local)
+            crop, local = self.locate(position)
+            place = crop.placement.place(local)
             for name in self.layout.inputs:
-                for region, index in dataset.missing(name, place, None) or ():
+                for region, index in crop.missing(name, place, None) or ():
                     fills[id(region), index] = partial(_fill, region, index)
         if fills:
             self._pool.ahead(fills.values())
 
     def cancel_ahead(self) -> None:
-        """Give up what was begun by `decode_ahead`."""
+        """Cancel the work started by `decode_ahead`."""
         self._pool.cancel_ahead()
 
     def prepare(self) -> None:
-        """Decide where decoded voxels are kept, before the first read and before worker processes are started."""
+        """Plan the cache; must be called before the first read and before worker processes are started."""
         if not self._store.planned:
-            if self._store.mode not in ("none", "chunks"):  # which find nothing again
+            if self._store.mode not in ("none", "chunks"):  # these two modes reuse nothing across processes
                 fetch_read(self.crops)
             regions = [region for crop in self.crops for region in crop.regions]
             self._store.plan(regions, not self.is_train, str(self))
 
     @property
     def cache(self) -> CacheMode:
-        """Where decoded voxels are kept."""
+        """Location of the cache of decoded voxels."""
         return self._store.mode
 
     @property
     def cache_bytes(self) -> int | None:
-        """Bytes that are kept of them at most, if something was said."""
+        """Limit of the cache in bytes; None for the default."""
         return self._store.budget
 
     @property
-    def kept(self) -> bool:
-        """Whether everything that is read has a place where it is kept once it was decoded."""
-        return all(region.kept for crop in self.crops for region in crop.regions)
+    def is_cached(self) -> bool:
+        """True if everything that is read is cached once it was decoded."""
+        return all(region.is_cached for crop in self.crops for region in crop.regions)
 
     def batch_memory(self, batch_size: int = 1) -> BatchMemory:
-        """The bytes of a batch of ``batch_size`` samples, known before anything is read."""
+        """Return the bytes of a batch of ``batch_size`` samples, computed before anything is read."""
         return self.layout.memory(batch_size)
 
     @property
     def executor(self) -> ThreadPoolExecutor:
-        """The threads that read: made at first use, the same until `close`, shared by the crops of a collection."""
+        """The reading threads: created at first use, the same until `close`, shared by the crops of a collection."""
         return self._pool.executor
 
     @property
@@ -410,19 +416,19 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         return self._pool.workers
 
     def follow(self, reader: Closeable) -> None:
-        """Close this first, when the dataset is stopped or closed."""
+        """Register a reader to close first when the dataset is stopped or closed."""
         self._pool.follow(reader)
 
     def cancel(self, waiting: int | None = None) -> None:
-        """Cancel the reads that have not begun, by default all, else those that a thread waits for."""
+        """Cancel the reads that have not started, by default all, else those that a thread waits for."""
         self._pool.cancel(waiting)
 
     def stop(self) -> None:
-        """Cancel the reads that have not begun, end the threads and the passes of loaders; keep what is decoded."""
+        """Cancel the reads that have not started, and end the threads and the passes of loaders; the cache stays."""
         self._pool.close()
 
     def close(self) -> None:
-        """Stop, and drop what is cached. A later use starts anew."""
+        """Stop and release the cache; threads and cache are created again on the next use."""
         self.stop()
         self._store.close()
 
@@ -438,5 +444,5 @@ def _seed(rng: torch.Generator | None, otherwise: int) -> int:
 
 
 def overrides_items(dataset: SampleSource) -> bool:
-    """Return whether a subclass of user code has its own ``__getitem__``."""
+    """Return True if a subclass of user code overrides ``__getitem__``."""
     return type(dataset).__getitem__ is not SampleSource.__getitem__

@@ -65,7 +65,7 @@ def listed_crops(manifest: str | Path, crops: str | int | Sequence[str | int] = 
     for row in manifest_rows(manifest):
         rows.setdefault((row.dataset, row.crop), []).append(row)
     patterns = None if crops == "test" else [crops] if isinstance(crops, str | int) else list(crops)
-    selected = Filter(None, patterns).kept(list(rows))
+    selected = Filter(None, patterns).matches(list(rows))
     return [ChallengeCrop(*key, tuple(rows[key])) for key, use in zip(rows, selected, strict=True) if use]
 
 

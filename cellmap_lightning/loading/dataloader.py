@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from cellmap_lightning.batches.arrays import BatchLayout
 from cellmap_lightning.batches.compact_batch import CompactBatch, CompactRequest
+from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.batches.memory import BatchMemory, check_fits, device_memory
 from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapError, CellMapValueError, WorkerError

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from cellmap_lightning.batches.arrays import BatchLayout
 from cellmap_lightning.batches.compact_batch import CompactBatch, CompactRequest
+from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.datasets.requests import Request, requesting
 from cellmap_lightning.datasets.source import Draw, SampleSource
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.loading.slots import SlotBatch, Slots
 from cellmap_lightning.runtime.rng import SHUFFLE, hashes
-from cellmap_lightning.sampling.strategies import Strategy
+from cellmap_lightning.sampling.strategy import Strategy
 from cellmap_lightning.validation import int_at_least
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cellmap_lightning.batches.arrays import BatchLayout
 from cellmap_lightning.batches.compact_batch import CompactBatch
+from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.cache.shared_memory import SharedBlock
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.runtime.buffers import BUFFERS

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from cellmap_lightning.batches.arrays import BatchLayout
+from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, Shape
 from cellmap_lightning.prediction.blending import Tiling

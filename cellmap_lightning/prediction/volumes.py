@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cellmap_lightning.batches.arrays import BatchLayout
-from cellmap_lightning.cache.region import RegionStore
+from cellmap_lightning.batches.layout import BatchLayout
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapValueError

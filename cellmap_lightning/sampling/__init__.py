@@ -1,1 +1,1 @@
-"""The crop, position and tile of each sample."""
+"""Sampling: strategies that choose crop and position of each sample, and orders of tiles."""

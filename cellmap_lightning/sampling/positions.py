@@ -1,16 +1,17 @@
-"""Samplers of positions, under the names that users of cellmap-data know."""
+"""Samplers of positions for plain PyTorch data loaders, named as in cellmap-data."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from torch.utils.data import Sampler
 
-from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.sampling.class_strategies import ClassBalanced
 from cellmap_lightning.sampling.crop_table import CropTable
-from cellmap_lightning.sampling.strategies import ClassBalanced, Strategy
+from cellmap_lightning.sampling.strategy import Strategy
+from cellmap_lightning.validation import int_at_least
 
-#: Positions that are drawn at a time.
-_TOGETHER = 1024
+#: Positions drawn per call.
+_BLOCK = 1024
 
 
 class DrawsPositions(Protocol):
@@ -18,7 +19,7 @@ class DrawsPositions(Protocol):
 
     @property
     def tile_count(self) -> int:
-        """Number of patches that together cover every crop."""
+        """Number of tiles, which together cover every crop."""
 
     @property
     def strategy(self) -> Strategy:
@@ -33,19 +34,22 @@ class DrawsPositions(Protocol):
 
 
 class PositionSampler(Sampler[int]):
-    """Random positions of a dataset, by a strategy; each pass goes on where the last one ended.
+    """Random positions of a dataset, drawn by a strategy; each pass continues the stream of the previous one.
 
-    For a `torch.utils.data.DataLoader` over the dataset itself. A `CellMapDataLoader` that is given one takes its
-    dataset's samples by its strategy, its number and its seed.
+    For a `torch.utils.data.DataLoader` over the dataset. A `CellMapDataLoader` with this sampler uses its strategy,
+    number of samples and seed instead of the sampler.
 
     Args:
         dataset: a `CellMapDataset` or `CellMapMultiDataset`.
-        samples_per_epoch: positions of a pass; by default as many as tiles cover every crop once.
-        seed: what everything random follows from.
-        strategy: which crops, and where in them; by default as the dataset's own.
+        samples_per_epoch: positions of a pass; by default the number of tiles.
+        seed: random seed.
+        strategy: strategy that chooses crops and positions; by default the dataset's.
 
     Raises:
         CellMapValueError: ``samples_per_epoch`` is not positive.
+
+    Example:
+        >>> loader = DataLoader(dataset, batch_size=4, sampler=PositionSampler(dataset, 1000))  # doctest: +SKIP
     """
 
     def __init__(
@@ -56,23 +60,21 @@ class PositionSampler(Sampler[int]):
         strategy: Strategy | None = None,
     ) -> None:
         count = dataset.tile_count if samples_per_epoch is None else samples_per_epoch
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise CellMapValueError(f"samples_per_epoch must be a whole number of at least 1, got {count!r}")
         self.dataset = dataset
-        self.samples_per_epoch = count
+        self.samples_per_epoch = int_at_least("samples_per_epoch", count, 1)
         self.seed = seed
         self.strategy = dataset.strategy if strategy is None else strategy.bind(dataset.crop_table)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass is this epoch."""
+        """Set the epoch of the next pass."""
         self.epoch = int(epoch)
 
     def __iter__(self) -> Iterator[int]:
         first = self.epoch * self.samples_per_epoch
         self.epoch += 1
-        for start in range(first, first + self.samples_per_epoch, _TOGETHER):
-            numbers = range(start, min(start + _TOGETHER, first + self.samples_per_epoch))
+        for start in range(first, first + self.samples_per_epoch, _BLOCK):
+            numbers = range(start, min(start + _BLOCK, first + self.samples_per_epoch))
             yield from (draw.position for draw in self.dataset.draw(numbers, True, self.seed, self.strategy))
 
     def __len__(self) -> int:
@@ -80,15 +82,18 @@ class PositionSampler(Sampler[int]):
 
 
 class ClassBalancedSampler(PositionSampler):
-    """Every class that has voxels anywhere as often as every other; see `strategies.ClassBalanced`.
+    """Positions that show every class with voxels equally often; see `ClassBalanced`.
 
     Args:
         dataset: a `CellMapDataset` or `CellMapMultiDataset`.
-        samples_per_epoch: positions of a pass; by default as many as tiles cover every crop once.
-        seed: what everything random follows from.
+        samples_per_epoch: positions of a pass; by default the number of tiles.
+        seed: random seed.
 
     Raises:
         CellMapValueError: nothing is annotated.
+
+    Example:
+        >>> loader = DataLoader(dataset, batch_size=4, sampler=ClassBalancedSampler(dataset, 1000))  # doctest: +SKIP
     """
 
     def __init__(self, dataset: DrawsPositions, samples_per_epoch: int | None = None, seed: int = 42) -> None:

@@ -1,7 +1,7 @@
-"""Which tiles an evaluation goes through, and in which order: all of them, or a few in which every class has its share.
+"""Orders of the tiles of an evaluation: all tiles, or a subset stratified by class.
 
-Nothing here is random: orders are strides around a circle by about its golden section, each of which lands in one of
-the largest gaps that the others have left, so that every beginning of an order is spread evenly.
+All orders are deterministic and low-discrepancy: strides by about the golden ratio around a circle, in which each
+place falls into one of the largest gaps between the previous ones, so that every prefix of an order is spread evenly.
 """
 
 import math
@@ -18,15 +18,15 @@ from cellmap_lightning.runtime.rng import ORDER, hashes
 
 IntArray = npt.NDArray[np.int64]
 
-#: How far from the golden section a stride is looked for.
-_AROUND = 64
+#: Largest difference between the golden ratio and the stride.
+_SEARCH_RADIUS = 64
 
 
 def golden_stride(count: int) -> int:
-    """The stride that visits each of ``count`` places of a circle once, as evenly at every moment as there is one.
+    """Return the stride that visits each of ``count`` places of a circle once, in the most even order.
 
-    Of the numbers around the golden section of ``count`` that share no factor with it, that whose continued fraction
-    has the smallest largest term: by such a term the gaps between the places visited can differ.
+    Among the numbers around the golden ratio of ``count`` that are coprime to it, this is the one whose continued
+    fraction has the smallest maximal term, which bounds the ratio of the gaps between the visited places.
     """
     middle = round(count * (math.sqrt(5) - 1) / 2)
 
@@ -37,17 +37,20 @@ def golden_stride(count: int) -> int:
             a, b = b, a % b
         return (largest if a == 1 else math.inf), abs(stride - middle)
 
-    return min(range(max(1, middle - _AROUND), min(count, middle + _AROUND) + 1), key=unevenness)
+    return min(range(max(1, middle - _SEARCH_RADIUS), min(count, middle + _SEARCH_RADIUS) + 1), key=unevenness)
 
 
 def halved(number: int, grid: Shape) -> int:
-    """The ``number``-th tile of a grid that is halved along its longest axis again and again.
+    """Return a tile of a grid by its number in k-d order: the grid is halved repeatedly along its longest axis.
 
-    Numbers that are near each other are tiles that are near each other, so that what is spread over the numbers is
-    spread over the grid.
+    Tiles with close numbers are close to each other, so that tiles spread over the numbers are spread over the grid.
+
+    Args:
+        number: number in k-d order.
+        grid: tiles along z, y, x.
 
     Returns:
-        Its number in the order z, y, x.
+        The tile's number in the order z, y, x.
     """
     lower, shape = [0, 0, 0], list(grid)
     while max(shape) > 1:
@@ -64,12 +67,16 @@ def halved(number: int, grid: Shape) -> int:
 
 
 class TileOrder(Sequence[int]):
-    """All tiles of several crops, in an order of which every part is spread over the crops and inside each of them.
+    """All tiles of several crops, in an order with every part spread over the crops and inside each crop.
 
-    A tile is worked out when it is asked for: there may be more of them than memory should hold.
+    Tiles are computed on access, since a list of all of them may be too large.
 
     Args:
         grids: tiles along z, y and x of each crop.
+
+    Example:
+        >>> TileOrder([(1, 2, 4)])[:4]
+        [0, 3, 4, 7]
     """
 
     def __init__(self, grids: Sequence[Shape]) -> None:
@@ -85,31 +92,31 @@ class TileOrder(Sequence[int]):
     @overload
     def __getitem__(self, index: slice) -> list[int]: ...
     def __getitem__(self, index: int | slice) -> int | list[int]:
-        """The tile at a place of the order, its number counted through the crops."""
+        """Return the tile at an index of the order, numbered through all crops."""
         if isinstance(index, slice):
             return [self[n] for n in range(len(self))[index]]
-        at = range(len(self))[index] * self._stride % len(self)
-        crop = bisect_right(self._offsets, at) - 1
-        return self._offsets[crop] + halved(at - self._offsets[crop], self._grids[crop])
+        number = range(len(self))[index] * self._stride % len(self)
+        crop = bisect_right(self._offsets, number) - 1
+        return self._offsets[crop] + halved(number - self._offsets[crop], self._grids[crop])
 
 
 def _walk(tiles: Sequence[int] | IntArray, seed: int, number: int) -> Iterator[int]:
-    """All of them, spread, from a place that the seed decides."""
+    """Return all tiles in a low-discrepancy order that starts at a random place."""
     start = int(hashes(seed, ORDER, [number], 1)[0, 0])
     stride = 1 if isinstance(tiles, TileOrder) else golden_stride(len(tiles))
     return (int(tiles[(start + n * stride) % len(tiles)]) for n in range(len(tiles)))
 
 
 def stratified(strata: Sequence[IntArray], everything: TileOrder, count: int, seed: int) -> list[int]:
-    """Tiles of which each stratum has its share, as far as it goes, and all tiles together have one as well.
+    """Select tiles with an equal share, as far as possible, of each stratum and of all tiles together.
 
-    Strata take turns, the smallest first, so that every beginning is shared out too.
+    Strata take turns, the smallest first, so that every prefix of the selection is stratified as well.
 
     Args:
-        strata: numbers of the tiles of each, none empty.
+        strata: numbers of the tiles of each stratum, not empty.
         everything: all tiles.
-        count: how many, at most all.
-        seed: where in each stratum to begin.
+        count: number of tiles to select, at most all.
+        seed: seed of the first tile of each stratum.
     """
     order = sorted(range(len(strata)), key=lambda index: len(strata[index]))
     walks = [*(_walk(strata[index], seed, index) for index in order), _walk(everything, seed, len(strata))]

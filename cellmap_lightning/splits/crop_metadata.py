@@ -1,4 +1,4 @@
-"""What a crop holds, by its metadata: known before it is opened, and without reading a voxel."""
+"""Crop metadata (classes, voxel counts, box), read before a crop is opened and without reading voxels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from cellmap_lightning.io.store import exists, parts_of, prefetch_metadata
 
 @dataclass(frozen=True)
 class CropMetadata:
-    """What the metadata of a crop says.
+    """Content of a crop according to its metadata; see docs/data.md.
 
     Attributes:
-        voxels: foreground voxels of each annotated class at its finest level; None where nothing says how many.
-        box: the box of all of them in nm; None where it cannot be told.
-        scale: the coarsest of their finest voxel sizes along each axis, nm; None likewise.
+        voxels: foreground voxels of each annotated class at its finest level; None if the metadata have no count.
+        box: the box of all classes, nm; None if unknown.
+        scale: the coarsest of the classes' finest voxel sizes along each axis, nm; None if unknown.
     """
 
     voxels: Mapping[str, int | None]
@@ -30,27 +30,29 @@ class CropMetadata:
 
     @property
     def classes(self) -> frozenset[str]:
-        """The classes that have voxels here, or may have: those whose count is not 0."""
+        """The classes that have, or may have, voxels in the crop: those with a count other than 0."""
         return frozenset(name for name, count in self.voxels.items() if count != 0)
 
 
-def look(
+def read_crop_metadata(
     target: TargetPath, classes: Sequence[str], overrides: Overrides = NO_OVERRIDES, tolerant: bool = False
 ) -> CropMetadata:
-    """What a crop holds of these classes. What cannot be read counts as listed: opening it will say what is wrong.
+    """Read the metadata of some classes of a crop.
+
+    A class that cannot be read is listed without a count; the error is raised when the crop is opened.
 
     Args:
         target: the labels of the crop.
         classes: the classes.
         overrides: settings that replace metadata.
-        tolerant: a class without a folder is not annotated.
+        tolerant: a class without a folder is unannotated.
     """
     voxels: dict[str, int | None] = {}
     box: Box | None = None
     scale: Vector | None = None
-    wanted = [name for name in classes if name in target.names]
-    prefetch_metadata([target.of(name) for name in wanted])
-    for name in wanted:
+    annotated = [name for name in classes if name in target.names]
+    prefetch_metadata([target.of(name) for name in annotated])
+    for name in annotated:
         voxels[name] = None
         try:
             path = target.of(name)
@@ -69,16 +71,16 @@ def look(
 
 
 def dataset_and_crop(input_path: str, target: TargetPath | None) -> tuple[str, str]:
-    """Dataset of a crop, and its path inside it; both without what depends on where the data was put.
+    """Return the dataset of a crop, and the crop's path inside it; both independent of where the data are stored.
 
     The dataset is the name of the Zarr container, or else of the deepest folder that holds raw and target.
     """
-    own = parts_of(target.before) if target else parts_of(input_path)
-    for parent in own.parents if target else (own, *own.parents):
+    path = parts_of(target.before) if target else parts_of(input_path)
+    for parent in path.parents if target else (path, *path.parents):
         if parent.suffix in (".zarr", ".n5"):
-            return parent.stem, own.relative_to(parent).as_posix()
+            return parent.stem, path.relative_to(parent).as_posix()
     raw = parts_of(input_path)
     if target is None:
         return raw.name, raw.name
-    shared = [a for a, b in zip(raw.parts, own.parts, strict=False) if a == b]
-    return PurePosixPath(*shared).name if shared else raw.name, own.name
+    shared = [a for a, b in zip(raw.parts, path.parts, strict=False) if a == b]
+    return PurePosixPath(*shared).name if shared else raw.name, path.name

@@ -1,7 +1,6 @@
-"""The datasets of each split."""
+"""Datasets of the splits train, val, test and predict."""
 
 import contextlib
-import difflib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -25,12 +24,13 @@ from cellmap_lightning.splits.opening import for_all
 from cellmap_lightning.splits.options import SplitOptions
 from cellmap_lightning.splits.summary import class_table, write_csv
 from cellmap_lightning.transforms.spatial import SpatialTransforms
+from cellmap_lightning.validation import did_you_mean
 
 log = logging.getLogger(__name__)
 
 
 class CellMapDataSplit:
-    """Datasets of each split, built when they are first needed, and kept.
+    """Datasets of each split, created at first use and cached.
 
     Args:
         csv_path: a CSV without or with a header, of 5 columns ``usage, zarr, raw dataset, zarr, target dataset`` or of
@@ -38,25 +38,30 @@ class CellMapDataSplit:
             to the CSV's folder. Usages: train, val (or validate), test, predict. With a header, more columns may
             follow: ``weight`` (of the crop, for the strategy ``weighted``), ``unknown``, ``unit``, ``voxel_size``,
             ``translation`` and ``multiscale`` (see `ReadOptions`), written as in YAML, empty for the default.
-        datasets: instead of it, ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also have ``normalize``,
-            ``invert`` and ``weight``, and ``unknown``, ``unit``, ``voxel_size``, ``translation`` and ``multiscale``, or
-            be a `CellMapDataset`.
+        datasets: the crops instead of a CSV: ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also have
+            ``normalize``, ``invert``, ``weight``, ``unknown``, ``unit``, ``voxel_size``, ``translation`` and
+            ``multiscale``, or be a `CellMapDataset`.
         search_path: the crops instead of a CSV: the folder of the challenge's data, see `manifests.find_crops`.
         classes: the targets' channels; None for raw only.
         input_arrays: see `CellMapDataset`.
-        target_arrays: see there.
+        target_arrays: see `CellMapDataset`.
         spatial_transforms: applied to the train split.
         seed: see `CellMapDataset`.
-        options: which crops are in which split.
-        read: how voxels are read and cached. Volumes to predict are not refused for missing chunks, which most programs
-            leave out where a volume is empty: ``missing_raw`` of ``error`` and ``auto`` is ``warn`` there.
-        labels: what stored labels mean; ``too_coarse`` is by default ``drop``: such crops are left out (logged).
-        intensity: how stored values of raw become the values of inputs; intensity transforms are applied to the train
-            split.
+        options: options of the splits and of sampling.
+        read: options of reading and caching. Volumes for prediction are not refused for missing chunks, which most
+            programs omit where a volume is empty: ``missing_raw`` of ``error`` and ``auto`` is ``warn`` there.
+        labels: options of the meaning of stored labels; ``too_coarse`` is by default ``drop``: such crops are left out,
+            which is logged.
+        intensity: options of the values of inputs; intensity transforms are applied to the train split.
 
     Raises:
         CellMapFileNotFoundError: the CSV, manifest or folder does not exist.
-        CellMapValueError: rows that cannot be read, all of them in one table.
+        CellMapValueError: rows are invalid; the message lists all of them.
+
+    Example:
+        >>> patch = {"shape": [64, 64, 64], "scale": [8, 8, 8]}
+        >>> split = CellMapDataSplit("crops.csv", None, None, ["mito", "er"], {"raw": patch}, {"labels": patch})
+        >>> split["train"], split["val"]  # doctest: +SKIP
     """
 
     def __init__(
@@ -79,11 +84,11 @@ class CellMapDataSplit:
         self.intensity = intensity or IntensityOptions()
         manifest = self.options.manifest
         _check_source(self.options, csv_path=csv_path, datasets=datasets, search_path=search_path)
-        SpatialTransforms(spatial_transforms)  # refused here, once, and not crop by crop
+        SpatialTransforms(spatial_transforms)  # checked once here instead of for each crop
         self.classes = parse_classes(classes) if classes is not None else None
         self.seed = seed
         self.input_arrays, self.target_arrays, self.spatial_transforms = input_arrays, target_arrays, spatial_transforms
-        #: Where the crops come from, for messages.
+        #: Source of the crops, for messages.
         self.source = "datasets" if datasets is not None else str(csv_path or manifest or search_path)
         self._division = Division(self.source, self.options, self.classes, target_arrays, self.labels, seed)
         storage = self.read.storage_options
@@ -92,13 +97,13 @@ class CellMapDataSplit:
                 crops = find_crops(search_path, storage)
             else:
                 crops = read_manifest(manifest, search_path, storage)
-            listed = {"train": self._listed(crops)}
+            listed = {"train": self._records(crops)}
         else:
             annotated = self.classes is not None
             listed = read_csv(csv_path, annotated) if csv_path is not None else read_mapping(datasets or {})
-        self._given = {split: [self._with_options(e) for e in entries] for split, entries in listed.items()}
+        self._listed = {split: [self._with_options(e) for e in entries] for split, entries in listed.items()}
         if self.classes is None:
-            self._given = {name: _volumes(name, entries) for name, entries in self._given.items()}
+            self._listed = {name: _volumes(name, entries) for name, entries in self._listed.items()}
         self._entries: dict[str, list[CropRecord]] | None = None
         self._built: dict[str, CellMapMultiDataset] = {}
         self._affine: dict[str, tuple[float, float]] = {}
@@ -107,26 +112,26 @@ class CellMapDataSplit:
 
     @property
     def entries(self) -> Mapping[str, list[CropRecord]]:
-        """The crops of each split. A rule divides them at first use, which reads metadata.
+        """The crops of each split, divided by the rule at first use, which reads metadata.
 
         Raises:
-            CellMapError: the crops cannot be divided like this, or none fits a filter.
+            CellMapError: the rule cannot divide these crops, or none matches a filter.
         """
         with self._lock:
             if self._entries is None:
-                self._entries = self._division.divide(self._given)
+                self._entries = self._division.divide(self._listed)
             return self._entries
 
-    def given(self, split: str) -> bool:
-        """Whether there are entries for a split."""
+    def has_crops(self, split: str) -> bool:
+        """Return True if a split has crops."""
         return bool(self.entries.get(split))
 
     def __getitem__(self, split: str) -> CellMapMultiDataset:
-        """The dataset of a split, the same object each time.
+        """Return the dataset of a split, the same object each time.
 
         Raises:
-            CellMapKeyError: there is no such split, or nothing was given for it.
-            CellMapValueError: crops that cannot be used, all of them in one table; or every crop was dropped.
+            CellMapKeyError: the split does not exist, or has no crops.
+            CellMapValueError: crops cannot be used, which the message lists; or every crop was dropped.
         """
         if split not in SPLITS:
             raise CellMapKeyError(f"there is no split {split!r}; there are {', '.join(SPLITS)}")
@@ -137,30 +142,30 @@ class CellMapDataSplit:
 
     @property
     def built(self) -> Mapping[str, CellMapMultiDataset]:
-        """The datasets that exist so far."""
+        """The datasets that were created so far."""
         return dict(self._built)
 
     def _check_unknown(self) -> None:
-        """Refuse classes in the setting ``unknown`` that no crop has, as after a typo.
+        """Check that the classes in the setting ``unknown`` are annotated in some crop, to catch typos.
 
         Raises:
-            CellMapKeyError: there is one.
+            CellMapKeyError: a class is not.
         """
-        entries = [entry for entries in self._given.values() for entry in entries]
+        entries = [entry for entries in self._listed.values() for entry in entries]
         settings = [self.labels.unknown, *(entry.metadata.get("unknown") for entry in entries)]
         named = {name for setting in settings if isinstance(setting, Mapping) for name in setting} - {"*"}
         if not named:
             return
         known = set(self.classes or ())
         for entry in entries:
-            with contextlib.suppress(CellMapError):  # opening it says what is wrong
+            with contextlib.suppress(CellMapError):  # raised when the crop is opened
                 known |= set(entry.target.names) if entry.target is not None else set()
         for name in sorted(named - known):
-            close = difflib.get_close_matches(name, sorted(known), 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; they have {', '.join(sorted(known))}"
+            hint = did_you_mean(name, sorted(known), f"; they have {', '.join(sorted(known))}")
             raise CellMapKeyError(f"unknown names the class {name!r}, which no crop annotates{hint}")
 
     def _build(self, split: str) -> CellMapMultiDataset:
+        """Create the dataset of a split, after a report of the crops that cannot be used."""
         entries = self.entries.get(split, [])
         if not entries:
             usage = "validate" if split == "val" else split
@@ -172,6 +177,7 @@ class CellMapDataSplit:
         datasets: list[CellMapDataset] = []
         problems: list[tuple[CropRecord, CellMapError]] = []
         dropped: list[tuple[CropRecord, CellMapError]] = []
+        # All crops are opened before an error is raised, so that one message lists all problems.
         for entry, result in zip(entries, self._opened(entries, split), strict=True):
             if not isinstance(result, CellMapError):
                 datasets += result
@@ -204,29 +210,30 @@ class CellMapDataSplit:
         return multi
 
     def _opened(self, entries: Sequence[CropRecord], split: str) -> list[list[CellMapDataset] | CellMapError]:
-        """The datasets of each entry, or what is wrong with it."""
+        """Return the datasets of each entry, or the error of opening it."""
 
-        def opened(entry: CropRecord) -> list[CellMapDataset] | CellMapError:
+        def open_entry(entry: CropRecord) -> list[CellMapDataset] | CellMapError:
             try:
                 if entry.dataset:
-                    return [self._own(entry.dataset, split)]
+                    return [self._checked(entry.dataset, split)]
                 return [self._open(entry, split, plane) for plane in self.options.planes]
             except CellMapError as e:
                 return e
 
-        return for_all(opened, entries, f"opening {split}")
+        return for_all(open_entry, entries, f"opening {split}")
 
     def _with_options(self, entry: CropRecord) -> CropRecord:
+        """Return an entry with the common options that it does not set itself."""
         options = self.read.storage_options if entry.storage_options is None else entry.storage_options
         metadata = {"level_translations": self.read.level_translations, **entry.metadata}
-        own, common = metadata.get("unknown"), self.labels.unknown
-        if isinstance(own, Mapping):  # classes that it does not name are as everywhere
-            everywhere = common if isinstance(common, Mapping) else {"*": common}
-            metadata["unknown"] = {**everywhere, **own}
+        entry_unknown, common = metadata.get("unknown"), self.labels.unknown
+        if isinstance(entry_unknown, Mapping):  # the common setting still applies to classes that it does not name
+            common_codes = common if isinstance(common, Mapping) else {"*": common}
+            metadata["unknown"] = {**common_codes, **entry_unknown}
         return replace(entry, storage_options=options, metadata=metadata)
 
-    def _listed(self, crops: Sequence[ListedCrop]) -> list[CropRecord]:
-        """Entries of crops that a folder or a manifest names, with the classes that are read."""
+    def _records(self, crops: Sequence[ListedCrop]) -> list[CropRecord]:
+        """Return the entries of crops of a folder or a manifest, with the classes that are read."""
         if self.classes is None:
             return [CropRecord(crop.where, raw) for raw, crop in {crop.raw: crop for crop in crops}.items()]
         entries = []
@@ -256,9 +263,10 @@ class CellMapDataSplit:
     # -- one crop
 
     def _open(self, entry: CropRecord, split: str, plane: str) -> CellMapDataset:
+        """Return the dataset of an entry, with its settings in place of the common ones."""
         training = split == "train"
         if split != "predict" and self.classes is not None and entry.target_path is None:
-            raise CellMapValueError(f"a crop for {split!r} needs a target; only those for 'predict' may go without")
+            raise CellMapValueError(f"a crop for {split!r} needs a target; only those for 'predict' need none")
         changes = {key: value for key, value in entry.metadata.items() if key != "unknown"}
         if entry.storage_options is not None:
             changes["storage_options"] = entry.storage_options
@@ -269,8 +277,8 @@ class CellMapDataSplit:
             labels = replace(labels, unknown=entry.metadata["unknown"])
         if labels.too_coarse == "drop":
             labels = replace(labels, too_coarse="error")
-        own = {"normalize": entry.normalize, "invert": entry.invert}
-        intensity = replace(intensity, **{key: value for key, value in own.items() if value is not None})
+        settings = {"normalize": entry.normalize, "invert": entry.invert}
+        intensity = replace(intensity, **{key: value for key, value in settings.items() if value is not None})
         dataset = CellMapDataset(
             entry.input_path,
             None if split == "predict" else entry.target_path,
@@ -288,20 +296,19 @@ class CellMapDataSplit:
         dataset.crop.weight = entry.weight
         return dataset
 
-    def _own(self, dataset: CellMapDataset, split: str) -> CellMapDataset:
-        """A dataset that was given ready-made, if it delivers what is asked for."""
-        inputs = parse_inputs(self.input_arrays or {})
-        given, wanted = list(dataset.layout.inputs), list(inputs)
+    def _checked(self, dataset: CellMapDataset, split: str) -> CellMapDataset:
+        """Return an existing dataset, after a check that its classes, usage and inputs match."""
+        inputs, expected = list(dataset.layout.inputs), list(parse_inputs(self.input_arrays or {}))
         if dataset.layout.targets and dataset.layout.classes != tuple(self.classes or ()):
             raise CellMapValueError(
                 f"{dataset.label} was made for the classes {list(dataset.classes)}, not {list(self.classes or ())}"
             )
         if dataset.is_train != (split == "train"):
             raise CellMapValueError(
-                f"{dataset.label} was made with is_train={dataset.is_train}, and stands in {split!r}"
+                f"{dataset.label} was made with is_train={dataset.is_train}, and is listed for {split!r}"
             )
-        if given != wanted:
-            raise CellMapValueError(f"{dataset.label} was made with the inputs {given}, not {wanted}")
+        if inputs != expected:
+            raise CellMapValueError(f"{dataset.label} was made with the inputs {inputs}, not {expected}")
         return dataset
 
     def _check_classes(self, split: str, multi: CellMapMultiDataset) -> None:
@@ -325,11 +332,11 @@ class CellMapDataSplit:
 
     @property
     def normalization(self) -> dict[str, tuple[float, float]]:
-        """Offset and factor of every volume and rule that was opened, ``{normalization_key: (offset, factor)}``."""
+        """Offset and factor of every volume and rule opened so far, ``{normalization_key: (offset, factor)}``."""
         return {crop.raw.normalization_key: crop.raw.affine for multi in self._built.values() for crop in multi.crops}
 
     def restore_normalization(self, affine: Mapping[str, tuple[float, float]]) -> None:
-        """Normalize these volumes as they were before, now and when they are opened."""
+        """Use these offsets and factors for volumes that are open, and for those opened later."""
         self._affine.update(affine)
         for multi in self._built.values():
             multi.set_affine(self._affine)
@@ -340,7 +347,7 @@ class CellMapDataSplit:
             dataset.close()
 
     def stop(self) -> None:
-        """Stop every dataset: end threads and passes, keep what is decoded."""
+        """Stop every dataset: end threads and passes of loaders; the cache stays."""
         for dataset in self._built.values():
             dataset.stop()
 
@@ -355,30 +362,30 @@ def _check_source(options: SplitOptions, **sources: Any) -> None:
     """Check that the crops come from one source.
 
     Raises:
-        CellMapTypeError: there are several or none.
+        CellMapTypeError: several sources are set, or none.
         CellMapValueError: a folder is given without a rule that divides its crops.
     """
-    given = [name for name, value in sources.items() if value is not None]
+    set_sources = [name for name, value in sources.items() if value is not None]
     if options.manifest is not None and sources["search_path"] is None:
         raise CellMapTypeError("manifest needs search_path too: the folder that holds its datasets")
-    if len(given) != 1:
+    if len(set_sources) != 1:
         raise CellMapTypeError(
             "give the crops either as csv_path or as datasets or as search_path; got "
-            + (" and ".join(given) or "none of them")
+            + (" and ".join(set_sources) or "none of them")
         )
     if options.split == "csv" and sources["search_path"] is not None:
         raise CellMapValueError(
-            "search_path does not say which crops validate: choose a rule, such as split=stratified, "
-            "by_dataset or kfold"
+            "search_path does not define which crops validate; choose a rule, such as split=stratified, by_dataset or "
+            "kfold"
         )
 
 
 def _volumes(split: str, entries: list[CropRecord]) -> list[CropRecord]:
-    """Each raw volume once: without classes, what a row names is the whole volume and no crop of it."""
-    found = {
+    """Return each raw volume once: without classes, an entry is a whole volume and not a crop of it."""
+    volumes = {
         (e.input_path, str(e.normalize), e.invert, str(e.metadata)) if e.dataset is None else e.where: e
         for e in entries
     }
-    if len(found) < len(entries):
-        log.info("%s: %d crops without classes are %d raw volumes", split, len(entries), len(found))
-    return list(found.values())
+    if len(volumes) < len(entries):
+        log.info("%s: %d crops without classes are %d raw volumes", split, len(entries), len(volumes))
+    return list(volumes.values())

@@ -2,16 +2,16 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
 
 import numpy as np
 
 from cellmap_lightning.batches.arrays import ArraySpecs, parse_targets
 from cellmap_lightning.crops.options import LabelOptions
+from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, FloatArray
-from cellmap_lightning.splits.crop_metadata import CropMetadata, dataset_and_crop, look
+from cellmap_lightning.splits.crop_metadata import CropMetadata, dataset_and_crop, read_crop_metadata
 from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.splits.manifests import Filter
 from cellmap_lightning.splits.opening import for_all
@@ -23,18 +23,18 @@ log = logging.getLogger(__name__)
 
 
 class Division:
-    """Division of crops into splits.
+    """Division of crops into splits; see docs/data.md.
 
     Args:
-        source: where the crops come from, for messages.
+        source: source of the crops, for messages.
         options: the filters and the rule.
-        classes: the classes that are asked for; None for raw only.
-        target_arrays: the targets, of which the voxel sizes count.
-        labels: what labels mean.
+        classes: the requested classes; None for raw only.
+        target_arrays: the targets, whose voxel sizes decide which crops are too coarse.
+        labels: options of the meaning of labels.
         seed: seed of the rule.
 
     Raises:
-        CellMapError: a filter that is none.
+        CellMapError: an invalid filter.
     """
 
     def __init__(
@@ -48,41 +48,30 @@ class Division:
     ) -> None:
         self.source, self.options, self.classes = source, options, classes
         self._target_arrays, self._labels = target_arrays, labels
-        self._rule: dict[str, Any] = {
-            "val_fraction": options.val_fraction, "fold": options.fold, "n_folds": options.n_folds, "seed": seed
-        }  # fmt: skip
+        self._seed = seed
         self._filter = Filter(options.only_datasets, options.only_crops)
-        self._holdings: dict[tuple[str, str | None], CropMetadata | None] = {}
+        self._metadata: dict[tuple[str, str | None], CropMetadata | None] = {}
 
     def read_classes(self, annotated: Sequence[str]) -> tuple[str, ...]:
-        """Return the classes that are asked for, and those that imply something about them."""
+        """Return the requested classes, and those that imply something about them."""
         labels = self._labels
         return Implications(
             self.classes or (), annotated, labels.infer, labels.class_table, labels.class_relation_dict
         ).read
 
-    def divide(self, given: Mapping[str, list[CropRecord]]) -> dict[str, list[CropRecord]]:
+    def divide(self, listed: Mapping[str, list[CropRecord]]) -> dict[str, list[CropRecord]]:
         """Return the crops of each split, by the filters and by the rule.
 
         Args:
-            given: the crops as the CSV, or ``datasets``, has them.
+            listed: the crops of each split in the CSV, or ``datasets``.
 
         Raises:
-            CellMapError: the crops cannot be divided like this, or none fits a filter.
+            CellMapError: the rule cannot divide these crops, or none matches a filter.
         """
-        given = dict(given)
-        if self._filter:
-            annotated = [(split, entry) for split in ("train", "val", "test") for entry in given.get(split, [])]
-            kept = self._filter.kept([_named(entry) for _, entry in annotated])
-            given = {"predict": given["predict"]} if "predict" in given else {}
-            for (split, entry), wanted in zip(annotated, kept, strict=True):
-                if wanted:
-                    given.setdefault(split, []).append(entry)
-            if not any(kept):
-                raise CellMapValueError(f"no crop of {self.source} is left by only_datasets and only_crops")
+        splits = self._filtered(listed)
         if self.options.split == "csv":
-            return given
-        pool = [*given.get("train", []), *given.get("val", [])]
+            return splits
+        pool = [*splits.get("train", []), *splits.get("val", [])]
         for entry in pool:
             if entry.dataset is not None:
                 raise CellMapTypeError(
@@ -94,80 +83,87 @@ class Division:
                 f"split={self.options.split} divides the crops for train and val, and {self.source} has none"
             )
         usages = self._usages(pool)
-        rest = {split: entries for split, entries in given.items() if split not in ("train", "val")}
+        rest = {split: entries for split, entries in splits.items() if split not in ("train", "val")}
         divided = {
             split: [entry for entry, usage in zip(pool, usages, strict=True) if usage == split]
             for split in ("train", "val")
         }
         return {**{split: entries for split, entries in divided.items() if entries}, **rest}
 
+    def _filtered(self, listed: Mapping[str, list[CropRecord]]) -> dict[str, list[CropRecord]]:
+        """Return the crops of each split that match the filters; crops for ``predict`` are not filtered."""
+        if not self._filter:
+            return dict(listed)
+        annotated = [(split, entry) for split in ("train", "val", "test") for entry in listed.get(split, [])]
+        matches = self._filter.matches([_dataset_and_name(entry) for _, entry in annotated])
+        if not any(matches):
+            raise CellMapValueError(f"no crop of {self.source} is left by only_datasets and only_crops")
+        splits = {"predict": listed["predict"]} if "predict" in listed else {}
+        for (split, entry), is_match in zip(annotated, matches, strict=True):
+            if is_match:
+                splits.setdefault(split, []).append(entry)
+        return splits
+
     def _usages(self, pool: Sequence[CropRecord]) -> list[str]:
-        """``train`` or ``val`` for each entry."""
-        holdings = self.metadata(pool)
+        """Return ``train`` or ``val`` for each entry."""
         names = _names(pool)
-        crops, counted = [], []
-        for index, (entry, holding, (dataset, name)) in enumerate(zip(pool, holdings, names, strict=True)):
-            if self.classes is not None and (holding is None or not holding.voxels or self._too_coarse(holding)):
-                continue  # it will be dropped, or refused, when it is opened: no rule should count on it
-            known = holding or CropMetadata({})
-            asked = known.classes.intersection(self.classes or ())
-            crops.append(Crop(name, dataset, asked, known.box or entry.box))
-            counted.append(index)
+        crops, usable = [], []
+        for index, (entry, known, (dataset, name)) in enumerate(zip(pool, self.metadata(pool), names, strict=True)):
+            if self.classes is not None and (known is None or not known.voxels or self._too_coarse(known)):
+                continue  # dropped or refused when it is opened, so that the rule must not rely on it
+            metadata = known or CropMetadata({})
+            classes = metadata.classes.intersection(self.classes or ())
+            crops.append(Crop(name, dataset, classes, metadata.box or entry.box))
+            usable.append(index)
         usages = ["train"] * len(pool)
         if not crops:
             return usages
         if len(crops) < len(pool):
             log.warning(
-                "split=%s counts on %d of the %d crops: the others annotate none of the classes, or too coarsely",
+                "split=%s divides %d of the %d crops: the others annotate none of the classes, or too coarsely",
                 self.options.split, len(crops), len(pool),
             )  # fmt: skip
-        chosen = assign(crops, self.options.split, **self._rule)
-        for index, usage in zip(counted, chosen, strict=True):
+        options = self.options
+        assigned = assign(
+            crops, options.split, val_fraction=options.val_fraction, fold=options.fold, n_folds=options.n_folds,
+            seed=self._seed,
+        )  # fmt: skip
+        for index, usage in zip(usable, assigned, strict=True):
             usages[index] = usage
-        in_val, in_train = missing_classes(crops, chosen)
-        if in_val or in_train:
-            log.warning(
-                "split=%s: %s",
-                self.options.split,
-                "; ".join(
-                    f"no crop for {split} holds {', '.join(missing)}"
-                    for split, missing in (("val", in_val), ("train", in_train))
-                    if missing
-                ),
-            )
+        missing = zip(("val", "train"), missing_classes(crops, assigned), strict=True)
+        texts = [f"no crop for {split} holds {', '.join(names)}" for split, names in missing if names]
+        if texts:
+            log.warning("split=%s: %s", options.split, "; ".join(texts))
         return usages
 
     def metadata(self, entries: Sequence[CropRecord]) -> list[CropMetadata | None]:
-        """What each entry holds by its metadata; None where there is no target, or none that can be told."""
+        """Return the metadata of each entry, read once; None without a target, or if its path is malformed."""
 
         def key(entry: CropRecord) -> tuple[str, str | None]:
             return entry.input_path, entry.target_path if entry.dataset is None else entry.where
 
         tolerant = self._labels.unannotated_classes == "unknown"
 
-        def looked(entry: CropRecord) -> CropMetadata | None:
-            try:
-                target = entry.target if self.classes is not None else None
-            except CellMapError:
-                return None  # opening it will say what is wrong
+        def read(entry: CropRecord) -> CropMetadata | None:
+            target = _target_of(entry) if self.classes is not None else None
             if target is None:
                 return None
-            return look(target, self.read_classes(target.names), entry.overrides[1], tolerant)
+            return read_crop_metadata(target, self.read_classes(target.names), entry.overrides[1], tolerant)
 
-        new = list({key(entry): entry for entry in entries if key(entry) not in self._holdings}.values())
-        for entry, holding in zip(new, for_all(looked, new, "looking at crops"), strict=True):
-            self._holdings[key(entry)] = holding
-        return [self._holdings[key(entry)] for entry in entries]
+        new = list({key(entry): entry for entry in entries if key(entry) not in self._metadata}.values())
+        for entry, metadata in zip(new, for_all(read, new, "reading metadata of crops"), strict=True):
+            self._metadata[key(entry)] = metadata
+        return [self._metadata[key(entry)] for entry in entries]
 
-    def _too_coarse(self, holding: CropMetadata) -> bool:
-        """Whether a crop will be dropped for its resolution; of flat patches that is known once raw is open."""
-        asked = self._finest
-        if self._labels.too_coarse != "drop" or asked is None or holding.scale is None:
+    def _too_coarse(self, metadata: CropMetadata) -> bool:
+        """Return True if a crop will be dropped for its resolution; for flat patches this is decided on opening."""
+        finest = self._finest_scale
+        if self._labels.too_coarse != "drop" or finest is None or metadata.scale is None:
             return False
-        return bool((np.divide(holding.scale, asked) > 1 + SCALE_TOLERANCE).any())
+        return bool((np.divide(metadata.scale, finest) > 1 + SCALE_TOLERANCE).any())
 
     @property
-    def _finest(self) -> FloatArray | None:
+    def _finest_scale(self) -> FloatArray | None:
         arrays = self._target_arrays
         targets = parse_targets(arrays, len(self.classes or ())) if arrays and self.classes else {}
         if not targets or any(spec.flat for spec in targets.values()):
@@ -176,27 +172,28 @@ class Division:
         return scales
 
 
-def _named(entry: CropRecord) -> tuple[str, str]:
-    """Dataset of an entry, and the name of its crop."""
-    dataset, inside = _place(entry)
+def _dataset_and_name(entry: CropRecord) -> tuple[str, str]:
+    """Return the dataset of an entry, and the name of its crop."""
+    dataset, inside = dataset_and_crop(entry.input_path, _target_of(entry))
     return dataset, PurePosixPath(inside).name
 
 
 def _names(entries: Sequence[CropRecord]) -> list[tuple[str, str]]:
-    """Dataset and full name of each: ``jrc_hela-2/crop1``, or its whole path where that would name another crop too."""
-    places = [_place(entry) for entry in entries]
-    called: dict[tuple[str, str], set[str]] = {}
-    for dataset, inside in places:
-        called.setdefault((dataset, PurePosixPath(inside).name), set()).add(inside)
-    return [
-        (dataset, f"{dataset}/{PurePosixPath(inside).name if len(called[dataset, Path(inside).name]) == 1 else inside}")
-        for dataset, inside in places
-    ]
+    """Return dataset and full name of each entry: ``jrc_hela-2/crop1``, or the whole path if that is ambiguous."""
+    locations = [dataset_and_crop(entry.input_path, _target_of(entry)) for entry in entries]
+    paths: dict[tuple[str, str], set[str]] = {}
+    for dataset, inside in locations:
+        paths.setdefault((dataset, PurePosixPath(inside).name), set()).add(inside)
+    names = []
+    for dataset, inside in locations:
+        name = PurePosixPath(inside).name
+        names.append((dataset, f"{dataset}/{name if len(paths[dataset, name]) == 1 else inside}"))
+    return names
 
 
-def _place(entry: CropRecord) -> tuple[str, str]:
+def _target_of(entry: CropRecord) -> TargetPath | None:
+    """Return the target of an entry; None if it is malformed, which raises an error when the crop is opened."""
     try:
-        target = entry.target
+        return entry.target
     except CellMapError:
-        target = None  # opening it will say what is wrong
-    return dataset_and_crop(entry.input_path, target)
+        return None

@@ -1,4 +1,4 @@
-"""The crops that a CSV or a configuration names, entry by entry."""
+"""Records of crops, read from a CSV or from the mapping ``datasets``."""
 
 import csv
 import io
@@ -23,11 +23,12 @@ from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff import OVERRIDE_KEYS, Overrides
 from cellmap_lightning.io.store import local_path
-from cellmap_lightning.sampling.strategies import check_weight
+from cellmap_lightning.sampling.strategy import check_weight
+from cellmap_lightning.validation import did_you_mean
 
 SPLITS = ("train", "val", "test", "predict")
 _USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}
-#: What an entry may say of its metadata, and as a column of a CSV.
+#: Keys of an entry, and columns of a CSV, that replace metadata.
 METADATA_KEYS = ("unknown", *OVERRIDE_KEYS)
 _COLUMNS = ("weight", *METADATA_KEYS)
 _ENTRY_KEYS = ("raw", "gt", "normalize", "invert", "weight", *METADATA_KEYS, "storage_options")
@@ -35,19 +36,19 @@ _ENTRY_KEYS = ("raw", "gt", "normalize", "invert", "weight", *METADATA_KEYS, "st
 
 @dataclass(frozen=True)
 class CropRecord:
-    """One crop of a split.
+    """One crop of a split; see docs/data.md.
 
     Attributes:
-        where: where it was named, for messages.
+        where: location of its entry, for messages.
         input_path: the raw multiscale group.
         target_path: the label groups in bracket form, or None.
-        dataset: a dataset that was given ready-made.
-        normalize: how its raw is normalized, when not as the others.
-        invert: whether it is inverted, when not as the others.
-        box: where it lies, in nm, if that was said where it was named.
-        weight: how often it is drawn by the strategy ``weighted``.
-        storage_options: see `CellMapDataset`.
-        metadata: what replaces its metadata, ``{key: value}``, the keys among `METADATA_KEYS`; see `CellMapDataset`.
+        dataset: an existing dataset instead of paths.
+        normalize: normalization of its raw; None for the common one.
+        invert: inversion of its raw; None for the common one.
+        box: its box in nm, if the source lists it.
+        weight: relative weight in the strategy ``weighted``.
+        storage_options: see `ReadOptions`.
+        metadata: replacements for its metadata, ``{key: value}`` with keys of `METADATA_KEYS`; see `ReadOptions`.
     """
 
     where: str
@@ -66,13 +67,13 @@ class CropRecord:
         """Overrides of the metadata of its raw image and of its labels.
 
         Raises:
-            CellMapError: a value that is not one.
+            CellMapError: an invalid value.
         """
         return Overrides.pair(**{key: value for key, value in self.metadata.items() if key != "unknown"})
 
     @property
     def target(self) -> TargetPath | None:
-        """Where its labels lie.
+        """Path of its labels.
 
         Raises:
             CellMapValueError: the bracket is malformed.
@@ -83,31 +84,24 @@ class CropRecord:
 
 
 def table_of(rows: Sequence[tuple[CropRecord, CellMapError]]) -> str:
-    """One line per crop: where it was named, and what is wrong."""
+    """Return one line per crop: the location of its entry, and its error."""
     width = max(len(entry.where) for entry, _ in rows)
     return "\n".join(f"  {entry.where:<{width}}  {error}" for entry, error in rows)
 
 
 def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecord]]:
-    """Entries of a CSV per split; see `CellMapDataSplit`.
+    """Read the entries of a CSV per split; see `CellMapDataSplit`.
 
     Args:
         path: the file.
-        targets: whether crops need a target, unless they are for ``predict``.
+        targets: True if crops need a target, except those for ``predict``.
 
     Raises:
-        CellMapFileNotFoundError: there is no such file.
-        CellMapValueError: rows that cannot be read, all of them in one table.
+        CellMapFileNotFoundError: the file does not exist.
+        CellMapValueError: rows are invalid; the message lists all of them.
     """
     file = local_path(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise missing(file, "the CSV of crops") from None
-    except IsADirectoryError:
-        raise CellMapFileNotFoundError(f"the CSV of crops {file} is a folder") from None
-    except UnicodeDecodeError as e:
-        raise CellMapValueError(f"{file} is not a text file ({e})") from None
+    text = _read_text(file)
     entries: dict[str, list[CropRecord]] = {}
     problems: list[tuple[CropRecord, CellMapError]] = []
     first: bool = True
@@ -127,9 +121,9 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecor
         where = f"{file.name}, line {reader.line_num}"
         try:
             split, entry = _row(cells[: len(cells) - len(options)], where, file.parent, targets)
-            given = dict(zip(options, cells[len(cells) - len(options) :], strict=True))
-            weight = _weight(given.pop("weight", ""))
-            metadata = {key: _value(key, cell) for key, cell in given.items() if cell}
+            values = dict(zip(options, cells[len(cells) - len(options) :], strict=True))
+            weight = _weight(values.pop("weight", ""))
+            metadata = {key: _value(key, cell) for key, cell in values.items() if cell}
             entry = replace(entry, weight=weight, metadata=_checked(metadata))
             entries.setdefault(split, []).append(entry)
         except CellMapError as e:
@@ -143,10 +137,24 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecor
     return entries
 
 
+def _read_text(file: Path) -> str:
+    """Return the text of the CSV, without a byte order mark."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise missing(file, "the CSV of crops") from None
+    except IsADirectoryError:
+        raise CellMapFileNotFoundError(f"the CSV of crops {file} is a folder") from None
+    except UnicodeDecodeError as e:
+        raise CellMapValueError(f"{file} is not a text file ({e})") from None
+
+
 def _row(cells: list[str], where: str, folder: Path, targets: bool) -> tuple[str, CropRecord]:
+    """Return the split and the record of a row, without its optional columns."""
     split = _USAGES.get(cells[0].lower())
     if split is None:
         raise CellMapValueError(f"the usage {cells[0]!r} should be one of {', '.join(_USAGES)}")
+    # A comma inside an unquoted bracket splits it into several cells.
     if any(cell.rpartition("/")[2].startswith("[") and "]" not in cell.rpartition("/")[2] for cell in cells):
         raise CellMapValueError('a bracket of classes needs quotes around its path: "…/crop1/[mito,er]"')
     if len(cells) == 5:
@@ -161,12 +169,12 @@ def _row(cells: list[str], where: str, folder: Path, targets: bool) -> tuple[str
     if not raw:
         raise CellMapValueError("the raw path is empty")
     if not target and targets and split != "predict":
-        raise CellMapValueError(f"the target path is empty; only crops for 'predict' may go without, not {split!r}")
+        raise CellMapValueError(f"the target path is empty; only crops for 'predict' need none, not {split!r}")
     return split, CropRecord(where, _anchor(raw, folder), _anchor(target, folder) if target else None)
 
 
 def _value(key: str, cell: str) -> Any:
-    """The value of a cell, written as in YAML: ``null``, ``255``, ``[8, 8, 8]``, ``{raw: micrometer}``."""
+    """Return the value of a cell, written as in YAML: ``null``, ``255``, ``[8, 8, 8]``, ``{raw: micrometer}``."""
     try:
         return yaml.safe_load(cell)
     except yaml.YAMLError as e:
@@ -174,18 +182,18 @@ def _value(key: str, cell: str) -> Any:
 
 
 def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, if its values are ones that `CellMapDataset` takes."""
-    found = dict(metadata)
-    if isinstance(found.get("unknown"), float) and found["unknown"].is_integer():
-        found["unknown"] = int(found["unknown"])  # as pandas writes a column with gaps
-    if "unknown" in found:
-        found["unknown"] = check_unknown(found["unknown"])
-    _ = CropRecord("", metadata=found).overrides
-    return found
+    """Return replacements of metadata, after a check of their values."""
+    checked = dict(metadata)
+    if isinstance(checked.get("unknown"), float) and checked["unknown"].is_integer():
+        checked["unknown"] = int(checked["unknown"])  # pandas writes whole numbers of a column with gaps as floats
+    if "unknown" in checked:
+        checked["unknown"] = check_unknown(checked["unknown"])
+    _ = CropRecord("", metadata=checked).overrides  # raises for invalid values
+    return checked
 
 
 def _weight(cell: str) -> float | None:
-    """The last cell of a row under a header that says ``weight``; empty where the crop has none of its own."""
+    """Return the value of a cell in the column ``weight``; None if it is empty."""
     try:
         value = float(cell) if cell else None
     except ValueError:
@@ -194,28 +202,30 @@ def _weight(cell: str) -> float | None:
 
 
 def _join(zarr: str, inside: str) -> str:
+    """Return the path of a group inside a container; empty if either is."""
     return f"{zarr.rstrip('/')}/{inside.strip('/')}" if zarr and inside else ""
 
 
 def _anchor(path: str, folder: Path) -> str:
-    """A relative path, seen from the file that names it."""
+    """Return a relative path relative to the folder of the CSV; other paths are unchanged."""
     if "://" in path or path.startswith("~"):
         return path
     return str(folder / path)
 
 
 def read_mapping(datasets: Mapping[str, Any]) -> dict[str, list[CropRecord]]:
-    """Entries of ``{split: [{"raw": path, "gt": path}, ...]}`` per split.
+    """Read the entries of ``{split: [{"raw": path, "gt": path}, ...]}`` per split.
 
     Raises:
         CellMapKeyError: an unknown split, or an unknown or missing key of an entry.
-        CellMapTypeError: an entry that is none.
+        CellMapTypeError: an invalid entry.
     """
     entries: dict[str, list[CropRecord]] = {}
     for name, items in datasets.items():
         split = _USAGES.get(str(name))
         if split is None:
-            raise CellMapKeyError(f"datasets has the split {name!r}; there are {', '.join(SPLITS)}")
+            hint = did_you_mean(name, _USAGES, f"; there are {', '.join(SPLITS)}")
+            raise CellMapKeyError(f"datasets has the split {name!r}{hint}")
         if items is None:
             continue
         if isinstance(items, Mapping | str) or not isinstance(items, Sequence):
@@ -226,6 +236,7 @@ def read_mapping(datasets: Mapping[str, Any]) -> dict[str, list[CropRecord]]:
 
 
 def _entry(item: Any, where: str) -> CropRecord:
+    """Return the record of an entry of ``datasets``."""
     if isinstance(item, CellMapDataset):
         return CropRecord(where, item.input_path, dataset=item)
     if not isinstance(item, Mapping):
@@ -233,31 +244,30 @@ def _entry(item: Any, where: str) -> CropRecord:
     older = {"input_path": "raw", "raw_path": "raw", "target_path": "gt", "gt_path": "gt", "ground_truth_path": "gt"}
     unknown = [key for key in item if key not in _ENTRY_KEYS and key not in older]
     if unknown:
-        raise CellMapKeyError(f"{where} has no {unknown[0]!r}; it has {', '.join(_ENTRY_KEYS)}")
-    found: dict[str, Any] = {}
+        hint = did_you_mean(unknown[0], _ENTRY_KEYS, f"; it has {', '.join(_ENTRY_KEYS)}")
+        raise CellMapKeyError(f"{where} has no {unknown[0]!r}{hint}")
+    values: dict[str, Any] = {}
     for key, value in item.items():
         name = older.get(str(key), str(key))
-        if name in found:
+        if name in values:
             raise CellMapTypeError(f"{where}: {name} is given twice")
-        found[name] = value
-    if not found.get("raw"):
+        values[name] = value
+    if not values.get("raw"):
         raise CellMapKeyError(f"{where} needs 'raw', the path of the raw multiscale group")
     return CropRecord(
         where,
-        str(found["raw"]),
-        str(found["gt"]) if found.get("gt") else None,
-        None,
-        found.get("normalize"),
-        found.get("invert"),
-        check_weight(found["weight"], f"{where}: weight") if found.get("weight") is not None else None,
-        None,
-        found.get("storage_options"),
-        _located(where, {key: found[key] for key in METADATA_KEYS if key in found}),
+        str(values["raw"]),
+        str(values["gt"]) if values.get("gt") else None,
+        normalize=values.get("normalize"),
+        invert=values.get("invert"),
+        weight=check_weight(values["weight"], f"{where}: weight") if values.get("weight") is not None else None,
+        storage_options=values.get("storage_options"),
+        metadata=_checked_in(where, {key: values[key] for key in METADATA_KEYS if key in values}),
     )
 
 
-def _located(where: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """See `_checked`; errors name the entry."""
+def _checked_in(where: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return checked replacements of metadata; errors name the entry."""
     try:
         return _checked(metadata)
     except CellMapError as e:

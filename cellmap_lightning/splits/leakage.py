@@ -1,4 +1,4 @@
-"""Crops that are trained on and also validate or test, wholly or in part."""
+"""Leakage: crops for training that are also used, wholly or in part, for validation or test."""
 
 import logging
 import os
@@ -14,12 +14,13 @@ from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.geometry.lattice import Box, to_vector
 from cellmap_lightning.io.store import StorePath, parts_of
 from cellmap_lightning.splits.manifests import manifest_rows
+from cellmap_lightning.validation import one_of
 
 log = logging.getLogger(__name__)
 
 Leakage: TypeAlias = Literal["error", "warn", "ignore"]
 
-#: Lengths, nm, below which two edges are the same.
+#: Tolerance, in nm, within which two edges are the same.
 _TOLERANCE = 1e-3
 
 
@@ -27,21 +28,20 @@ def check_leakage_rule(rule: str) -> None:
     """Check the setting ``leakage``.
 
     Raises:
-        CellMapKeyError: it is not one of its values.
+        CellMapKeyError: the value is invalid.
     """
-    if rule not in get_args(Leakage):
-        raise CellMapKeyError(f"leakage must be one of {', '.join(get_args(Leakage))}, got {rule!r}")
+    one_of("leakage", rule, get_args(Leakage), CellMapKeyError)
 
 
 @dataclass(frozen=True)
 class PlacedCrop:
-    """A crop and its place.
+    """A crop and its location.
 
     Attributes:
-        name: its name, for messages.
+        name: name in messages.
         volume: identity of the raw volume.
         box: the crop, nm.
-        labels: identity of the group of its labels; None without labels.
+        labels: identity of its label group; None without labels.
     """
 
     name: str
@@ -52,13 +52,13 @@ class PlacedCrop:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Two crops of two splits that share voxels.
+    """Two crops of two splits that share voxels; see docs/data.md.
 
     Attributes:
-        trained: the crop that is trained on.
-        other: the crop that validates or tests.
-        same: they are the same crop, or the same box of the same volume.
-        box: the part that they share, nm.
+        trained: the crop for training.
+        other: the crop for validation or test.
+        same: True if they are the same crop, or the same box of the same volume.
+        box: their intersection, nm.
     """
 
     trained: PlacedCrop
@@ -68,7 +68,7 @@ class Overlap:
 
     @property
     def part(self) -> float:
-        """The shared part of the crop that validates or tests."""
+        """The share of the crop for validation or test that overlaps."""
         return float(np.prod(self.box.extent) / np.prod(self.other.box.extent))
 
     def __str__(self) -> str:
@@ -80,15 +80,15 @@ class Overlap:
 
 
 def identity(path: StorePath) -> str:
-    """Return the same text for the same place, whichever links or relative parts lead to it."""
+    """Return a canonical path, with links and relative parts resolved."""
     return os.path.realpath(path) if isinstance(path, Path) else str(path).rstrip("/")
 
 
 def volume_identity(path: StorePath) -> str:
-    """Return the identity of a raw volume: of its folder ``em`` where it lies in one, which other versions share."""
-    own = identity(path)
-    parent = parts_of(own).parent
-    return str(parent) if parent.name == "em" else own
+    """Return the identity of a raw volume: that of its folder ``em`` if it has one, which other versions share."""
+    volume = identity(path)
+    parent = parts_of(volume).parent
+    return str(parent) if parent.name == "em" else volume
 
 
 def overlaps(trained: Iterable[PlacedCrop], others: Sequence[PlacedCrop]) -> list[Overlap]:
@@ -99,17 +99,17 @@ def overlaps(trained: Iterable[PlacedCrop], others: Sequence[PlacedCrop]) -> lis
         by_volume.setdefault(other.volume, []).append(other)
         if other.labels is not None:
             by_labels.setdefault(other.labels, []).append(other)
-    found: dict[tuple[PlacedCrop, PlacedCrop], Overlap] = {}
+    pairs: dict[tuple[PlacedCrop, PlacedCrop], Overlap] = {}
     for crop in trained:
         for other in by_labels.get(crop.labels or "", ()):
-            found[crop, other] = Overlap(crop, other, True, crop.box)
+            pairs[crop, other] = Overlap(crop, other, True, crop.box)
         for other in by_volume.get(crop.volume, ()):
             lower, upper = np.maximum(crop.box.lower, other.box.lower), np.minimum(crop.box.upper, other.box.upper)
-            if (crop, other) not in found and bool((upper - lower > _TOLERANCE).all()):
+            if (crop, other) not in pairs and bool((upper - lower > _TOLERANCE).all()):
                 corners = [crop.box.lower, crop.box.upper], [other.box.lower, other.box.upper]
                 same = bool(np.abs(np.subtract(*corners)).max() <= _TOLERANCE)
-                found[crop, other] = Overlap(crop, other, same, Box(to_vector(lower), to_vector(upper)))
-    return list(found.values())
+                pairs[crop, other] = Overlap(crop, other, same, Box(to_vector(lower), to_vector(upper)))
+    return list(pairs.values())
 
 
 def held_out_crops(manifest: str | Path, volumes: Iterable[tuple[str, str]]) -> list[PlacedCrop]:
@@ -117,8 +117,8 @@ def held_out_crops(manifest: str | Path, volumes: Iterable[tuple[str, str]]) -> 
 
     Args:
         manifest: see `manifest_rows`.
-        volumes: name of the dataset and identity of the raw volume of what is trained on; of other datasets the
-            manifest's crops are left out.
+        volumes: dataset name and raw volume identity of the crops for training; the manifest's crops of other datasets
+            are left out.
     """
     boxes: dict[tuple[str, str], Box] = {}
     for row in manifest_rows(manifest):
@@ -135,40 +135,40 @@ def held_out_crops(manifest: str | Path, volumes: Iterable[tuple[str, str]]) -> 
 def check_leakage(
     split: str, built: Mapping[str, CellMapMultiDataset], rule: Leakage, held_out: str | Path | None = None
 ) -> None:
-    """Compare a split with those that it should share no crop with.
+    """Check that a split shares no crops with the splits that it must be disjoint from.
 
     Args:
         split: the split that was built last.
         built: the datasets of the splits that exist.
-        rule: see `CellMapDataSplit`.
-        held_out: likewise.
+        rule: see `SplitOptions`.
+        held_out: see `SplitOptions`.
 
     Raises:
-        CellMapValueError: annotated crops of the train split also validate or test.
+        CellMapValueError: annotated crops of the train split are also in the validation or test split.
     """
     if rule == "ignore" or "train" not in built or split == "predict":
         return
     trained = _placed(built["train"])
     others = {name: _placed(built[name]) for name in built if name in ("val", "test") and split in ("train", name)}
     if split == "train" and held_out is not None:
-        named = [(crop.name.partition("/")[0], crop.volume) for crop in trained]
-        others["held_out"] = held_out_crops(held_out, named)
+        volumes = [(crop.name.partition("/")[0], crop.volume) for crop in trained]
+        others["held_out"] = held_out_crops(held_out, volumes)
     for name, crops in others.items():
-        found = overlaps(trained, crops)
-        same = [pair for pair in found if pair.same and pair.trained.labels is not None]
+        pairs = overlaps(trained, crops)
+        same = [pair for pair in pairs if pair.same and pair.trained.labels is not None]
         if same and rule == "error":
             listed = "".join(f"\n  {pair}" for pair in same)
             raise CellMapValueError(
                 f"{len(same)} crops for 'train' are also for {name!r}, whose scores would not show how the model "
                 f"generalises; leave them out of one of the two, or set leakage=warn:{listed}"
             )
-        if found:
-            log.warning("crops for 'train' overlap crops for %r:%s", name, "".join(f"\n  {pair}" for pair in found))
+        if pairs:
+            log.warning("crops for 'train' overlap crops for %r:%s", name, "".join(f"\n  {pair}" for pair in pairs))
 
 
 def _placed(dataset: CellMapMultiDataset) -> list[PlacedCrop]:
-    """Return the crops of a dataset and their places, each once."""
-    found = (
+    """Return the crops of a dataset and their locations, each once."""
+    placed = (
         PlacedCrop(
             crop.label,
             volume_identity(crop.raw_at),
@@ -177,4 +177,4 @@ def _placed(dataset: CellMapMultiDataset) -> list[PlacedCrop]:
         )
         for crop in dataset.crops
     )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(placed))

@@ -1,4 +1,4 @@
-"""Crops as the CellMap Segmentation Challenge lays them out in folders, and as its manifest lists them."""
+"""Crops of the CellMap Segmentation Challenge, found by its folder layout or listed by its manifests."""
 
 import csv
 import difflib
@@ -21,6 +21,7 @@ from cellmap_lightning.errors import (
 from cellmap_lightning.geometry.lattice import Box, Lattice, to_vector
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.store import Remote, StorePath, children, exists, local_path, parse_location
+from cellmap_lightning.validation import first_few
 
 RAW = "recon-1/em/fibsem-uint8"
 GROUNDTRUTH = "recon-1/labels/groundtruth"
@@ -29,14 +30,14 @@ _COLUMNS = ("crop_name", "dataset", "class_label", "voxel_size", "translation", 
 
 @dataclass(frozen=True)
 class ListedCrop:
-    """A crop that a folder or a manifest names.
+    """A crop found in a folder or listed by a manifest; see docs/data.md.
 
     Attributes:
-        where: where it was named, for messages.
+        where: its source, for messages.
         raw: the raw multiscale group.
         folder: the group of its classes.
         classes: the classes that it annotates.
-        box: where it lies, in nm, if the manifest says so.
+        box: its box in nm, if the manifest lists it.
     """
 
     where: str
@@ -47,29 +48,29 @@ class ListedCrop:
 
 
 def find_crops(root: str | Path, options: Mapping[str, Any] | None = None) -> list[ListedCrop]:
-    """Every crop below ``root``, in ``<dataset>/<dataset>.zarr`` or ``<dataset>.zarr``, sorted by name.
+    """Find all crops below ``root``, in ``<dataset>/<dataset>.zarr`` or ``<dataset>.zarr``, sorted by name.
 
     Raises:
-        CellMapFileNotFoundError: there is no such folder, or no crop in it.
-        CellMapValueError: a dataset is there twice.
+        CellMapFileNotFoundError: the folder does not exist, or has no crops.
+        CellMapValueError: a dataset exists twice.
     """
     volumes = _volumes(root, options)
-    found = []
+    crops = []
     for volume in volumes.values():
         labels = volume / GROUNDTRUTH
         for crop in sorted((name for name in children(labels) if name.startswith("crop")), key=_natural):
             classes = tuple(children(labels / crop))
             where = f"search_path, {volume.stem}/{crop}"
-            found.append(ListedCrop(where, str(volume / RAW), str(labels / crop), classes))
-    if not found:
-        has = (
+            crops.append(ListedCrop(where, str(volume / RAW), str(labels / crop), classes))
+    if not crops:
+        content = (
             f"none in {_some(list(volumes))}" if volumes else f"it has {_some(children(parse_location(root, options)))}"
         )
         raise CellMapFileNotFoundError(
             f"search_path {root} holds no crops: they are looked for in <dataset>/<dataset>.zarr/{GROUNDTRUTH}/crop* "
-            f"and <dataset>.zarr/{GROUNDTRUTH}/crop*; {has}"
+            f"and <dataset>.zarr/{GROUNDTRUTH}/crop*; {content}"
         )
-    return found
+    return crops
 
 
 def _root(root: str | Path, options: Mapping[str, Any] | None = None) -> StorePath:
@@ -78,7 +79,7 @@ def _root(root: str | Path, options: Mapping[str, Any] | None = None) -> StorePa
 
 
 def _volumes(root: str | Path, options: Mapping[str, Any] | None = None) -> dict[str, StorePath]:
-    """The volume of each dataset below a folder; nothing where it cannot be asked what is in it."""
+    """Return the volume of each dataset below a folder; none for a remote store that cannot list its content."""
     folder = _root(root, options)
     if isinstance(folder, Remote) and not folder.lists:
         return {}
@@ -90,20 +91,20 @@ def _volumes(root: str | Path, options: Mapping[str, Any] | None = None) -> dict
         if not exists(volume):
             continue
         if volume.stem in volumes:
-            raise CellMapValueError(f"the dataset {volume.stem} is there twice: {volumes[volume.stem]} and {volume}")
+            raise CellMapValueError(f"the dataset {volume.stem} exists twice: {volumes[volume.stem]} and {volume}")
         volumes[volume.stem] = volume
     return volumes
 
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """A class of a crop, as a manifest lists it.
+    """A class of a crop in a manifest; see docs/data.md.
 
     Attributes:
         dataset: name of the dataset.
-        crop: name of the crop; ``crop234`` where the manifest says 234.
+        crop: name of the crop; ``crop234`` for the number 234.
         name: name of the class.
-        lattice: its voxels.
+        lattice: lattice of its voxels.
     """
 
     dataset: str
@@ -113,18 +114,18 @@ class ManifestRow:
 
 
 def manifest_rows(path: str | Path) -> list[ManifestRow]:
-    """The rows of a manifest such as ``train_crop_manifest.csv`` or ``test_crop_manifest.csv``.
+    """Read the rows of a manifest such as ``train_crop_manifest.csv`` or ``test_crop_manifest.csv``.
 
     Args:
         path: a CSV with the columns ``crop_name, dataset, class_label, voxel_size, translation, shape``; lists are
             ``[z;y;x]``, lengths nm, and a translation is the centre of voxel 0.
 
     Raises:
-        CellMapFileNotFoundError: there is no such file.
-        CellMapValueError: it is no manifest, or has rows that cannot be read, or lists a class of a crop twice.
+        CellMapFileNotFoundError: the file does not exist.
+        CellMapValueError: it is not a manifest, has invalid rows, or lists a class of a crop twice.
     """
     file = local_path(path)
-    found: dict[tuple[str, str, str], ManifestRow] = {}
+    rows: dict[tuple[str, str, str], ManifestRow] = {}
     for number, row in enumerate(_table(file, _COLUMNS), 2):
         crop = row["crop_name"] or ""
         key = (row["dataset"] or "", f"crop{crop}" if crop.isdigit() else crop, row["class_label"] or "")
@@ -134,21 +135,22 @@ def manifest_rows(path: str | Path) -> list[ManifestRow]:
             step, origin, size = (to_vector(_numbers(row[name])) for name in _COLUMNS[3:])
             if min(step) <= 0 or any(n < 1 or n != int(n) for n in size):
                 raise ValueError(f"voxel_size {list(step)} and shape {list(size)} must be positive, a shape whole")
-            found_row = ManifestRow(*key, Lattice(origin, step, (int(size[0]), int(size[1]), int(size[2]))))
-            if found.setdefault(key, found_row) != found_row:
+            manifest_row = ManifestRow(*key, Lattice(origin, step, (int(size[0]), int(size[1]), int(size[2]))))
+            if rows.setdefault(key, manifest_row) != manifest_row:
                 raise ValueError(f"{'/'.join(key)} is listed before, with other voxels")
         except ValueError as e:
             raise CellMapValueError(f"{file.name}, line {number} cannot be read: {e}") from None
-    return list(found.values())
+    return list(rows.values())
 
 
 def _table(file: Path, columns: Sequence[str]) -> list[dict[str, str | None]]:
+    """Read the rows of a CSV with these columns."""
     try:
         rows = list(csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines()))
     except FileNotFoundError:
         raise missing(file, "the manifest") from None
     except (IsADirectoryError, UnicodeDecodeError) as e:
-        raise CellMapValueError(f"the manifest {file} is no text file ({e})") from None
+        raise CellMapValueError(f"the manifest {file} is not a text file ({e})") from None
     lacking = [name for name in columns if not rows or name not in rows[0]]
     if lacking:
         raise CellMapValueError(
@@ -159,10 +161,10 @@ def _table(file: Path, columns: Sequence[str]) -> list[dict[str, str | None]]:
 
 
 def raw_of(root: str | Path, datasets: Iterable[str]) -> dict[str, str]:
-    """The raw volume of each dataset, in the challenge's folders below ``root``.
+    """Return the raw volume of each dataset, in the challenge's folders below ``root``.
 
     Raises:
-        CellMapFileNotFoundError: there is no such folder, or a dataset is not in it.
+        CellMapFileNotFoundError: the folder does not exist, or a dataset is not in it.
     """
     volumes = _volumes(root)
     absent = [name for name in datasets if name not in volumes]
@@ -174,17 +176,17 @@ def raw_of(root: str | Path, datasets: Iterable[str]) -> dict[str, str]:
 
 
 def read_manifest(path: str | Path, root: str | Path, options: Mapping[str, Any] | None = None) -> list[ListedCrop]:
-    """The crops of a manifest, sorted by name.
+    """Read the crops of a manifest, sorted by name.
 
     Args:
         path: one row per crop and class, see `manifest_rows`; or one per crop with the columns ``crop_number,
-            collection, alignment, crop_url, em_url`` (``manifest.csv``), whose classes are those of its folder.
+            collection, alignment, crop_url, em_url`` (``manifest.csv``), with the classes in its folder.
         root: the folder of the datasets, see `find_crops`.
-        options: see `CellMapDataset`'s ``storage_options``.
+        options: see ``storage_options`` of `ReadOptions`.
 
     Raises:
-        CellMapFileNotFoundError: there is no such file, or no such folder.
-        CellMapValueError: it is no manifest, or has rows that cannot be read.
+        CellMapFileNotFoundError: the file or the folder does not exist.
+        CellMapValueError: it is not a manifest, or has invalid rows.
     """
     file = local_path(path)
     volumes, nested = _volumes(root, options), _root(root, options)
@@ -196,10 +198,10 @@ def read_manifest(path: str | Path, root: str | Path, options: Mapping[str, Any]
         key, box = (row.dataset, row.crop), row.lattice.box
         classes.setdefault(key, []).append(row.name)
         boxes[key] = boxes[key].union(box) if key in boxes else box
-    found = []
+    crops = []
     for dataset, crop in sorted(classes, key=lambda key: (key[0], _natural(key[1]))):
         volume = volumes.get(dataset, nested / dataset / f"{dataset}.zarr")
-        found.append(
+        crops.append(
             ListedCrop(
                 f"{file.name}, {dataset}/{crop}",
                 str(volume / RAW),
@@ -208,24 +210,25 @@ def read_manifest(path: str | Path, root: str | Path, options: Mapping[str, Any]
                 boxes[dataset, crop],
             )
         )
-    return found
+    return crops
 
 
 def _listed_by_number(file: Path, volumes: dict[str, StorePath], nested: StorePath) -> list[ListedCrop]:
-    """The crops of a ``manifest.csv``, which names no classes."""
-    found = []
+    """Read the crops of a ``manifest.csv``, which does not list classes."""
+    crops = []
     rows = _table(file, ("crop_number", "collection", "alignment", "crop_url", "em_url"))
     for row in sorted(rows, key=lambda row: (row["collection"] or "", _natural(row["crop_number"] or ""))):
         dataset, crop = row["collection"] or "", f"crop{row['crop_number']}"
         volume = volumes.get(dataset, nested / dataset / f"{dataset}.zarr")
         folder = volume / GROUNDTRUTH / crop
-        found.append(
+        crops.append(
             ListedCrop(f"{file.name}, {dataset}/{crop}", str(volume / RAW), str(folder), tuple(children(folder)))
         )
-    return found
+    return crops
 
 
 def _numbers(text: str | None) -> list[float]:
+    """Parse ``[z;y;x]``."""
     values = [float(part) for part in (text or "").strip().strip("[]").split(";")]
     if len(values) != 3 or not np.isfinite(values).all():
         raise ValueError(f"three numbers [z;y;x] are needed, got {text!r}")
@@ -233,13 +236,13 @@ def _numbers(text: str | None) -> list[float]:
 
 
 def _natural(name: str) -> tuple[float, str]:
-    """crop9 comes before crop10."""
+    """Return a key for natural sorting, in which crop9 comes before crop10."""
     digits = re.search(r"\d+$", name)
     return (float(digits[0]) if digits else math.inf, name)
 
 
 class Filter:
-    """Which crops are wanted, by dataset and by crop.
+    """A filter of crops by dataset and by name; see docs/data.md.
 
     Args:
         only_datasets: names or patterns such as ``jrc_mus-*``; None for all.
@@ -247,8 +250,8 @@ class Filter:
             these; None for all.
 
     Raises:
-        CellMapTypeError: not a list of names.
-        CellMapValueError: an empty list.
+        CellMapTypeError: the value is not a list of names.
+        CellMapValueError: the list is empty.
     """
 
     def __init__(self, only_datasets: Sequence[Any] | None, only_crops: Sequence[Any] | None) -> None:
@@ -256,12 +259,12 @@ class Filter:
         self.crops = self._patterns("only_crops", only_crops)
 
     @staticmethod
-    def _patterns(what: str, given: Sequence[Any] | None) -> list[str] | None:
-        if given is None:
+    def _patterns(what: str, values: Sequence[Any] | None) -> list[str] | None:
+        if values is None:
             return None
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise CellMapTypeError(f"{what} must be a list of names or patterns, got {given!r}")
-        patterns = [str(part) for part in given]
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise CellMapTypeError(f"{what} must be a list of names or patterns, got {values!r}")
+        patterns = [str(value) for value in values]
         if not patterns:
             raise CellMapValueError(f"{what} is an empty list, so that no crop is left; null is for all")
         return patterns
@@ -269,38 +272,41 @@ class Filter:
     def __bool__(self) -> bool:
         return self.datasets is not None or self.crops is not None
 
-    def kept(self, names: Sequence[tuple[str, str]]) -> list[bool]:
-        """Whether each crop, (dataset, name of the crop) is wanted.
+    def matches(self, crops: Sequence[tuple[str, str]]) -> list[bool]:
+        """Return for each crop, (dataset, name), True if it matches the filters.
 
         Raises:
-            CellMapKeyError: a pattern that fits none, or nothing that fits both lists.
+            CellMapKeyError: a pattern matches no crop.
         """
-        keep = [True] * len(names)
+        is_match = [True] * len(crops)
         if self.datasets is not None:
-            self._check("only_datasets", self.datasets, [[dataset] for dataset, _ in names])
-            keep = [any(fnmatchcase(dataset, p) for p in self.datasets) for dataset, _ in names]
+            self._check("only_datasets", self.datasets, [[dataset] for dataset, _ in crops])
+            is_match = [any(fnmatchcase(dataset, p) for p in self.datasets) for dataset, _ in crops]
         if self.crops is not None:
-            called = [_called(*pair) if wanted else [] for pair, wanted in zip(names, keep, strict=True)]
-            self._check("only_crops", self.crops, called)
-            keep = [any(fnmatchcase(name, p) for p in self.crops for name in own) for own in called]
-        return keep
+            # Patterns of crops must match within the datasets that are left.
+            aliases = [_aliases(*crop) if left else [] for crop, left in zip(crops, is_match, strict=True)]
+            self._check("only_crops", self.crops, aliases)
+            is_match = [any(fnmatchcase(name, p) for p in self.crops for name in names) for names in aliases]
+        return is_match
 
     @staticmethod
-    def _check(what: str, patterns: Sequence[str], called: Sequence[Sequence[str]]) -> None:
-        known = list(dict.fromkeys(name for own in called for name in own))
+    def _check(what: str, patterns: Sequence[str], aliases: Sequence[Sequence[str]]) -> None:
+        """Check that each pattern matches one of the names that crops have."""
+        known = list(dict.fromkeys(name for names in aliases for name in names))
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in known):
                 close = difflib.get_close_matches(pattern, known, 3, 0.5)
-                full = list(dict.fromkeys(own[-1] for own in called if own))
+                full = list(dict.fromkeys(names[-1] for names in aliases if names))
                 hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {_some(full)}"
-                raise CellMapKeyError(f"{what}: nothing is called {pattern!r}; {hint}")
+                raise CellMapKeyError(f"{what}: {pattern!r} matches nothing; {hint}")
 
 
-def _called(dataset: str, crop: str) -> list[str]:
-    """What a crop may be called."""
+def _aliases(dataset: str, crop: str) -> list[str]:
+    """Return the names by which a crop can be selected, the full name last."""
     number = crop.removeprefix("crop")
     return [crop, *([number] if number.isdigit() else []), f"{dataset}/{crop}"]
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") if names else "nothing"
+    """Return at most twelve names, for messages."""
+    return first_few(names, 12) if names else "nothing"

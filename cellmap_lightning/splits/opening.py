@@ -1,4 +1,4 @@
-"""Opening many crops at a time: each comes from many small files, and on network file systems most of it is waiting."""
+"""Concurrent opening of crops: each reads many small files and, on network file systems, mostly waits."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +9,14 @@ from tqdm import tqdm
 from cellmap_lightning.io.ngff import shared_metadata
 from cellmap_lightning.runtime.thread_pool import REMOTE_WORKERS
 
-#: Crops that are opened at a time.
+#: Number of crops that are opened at a time.
 OPENERS = 8
 _E = TypeVar("_E")
 _T = TypeVar("_T")
 
 
 def for_all(work: Callable[[_E], _T], entries: Sequence[_E], what: str, unit: str = "crop") -> list[_T]:
-    """Return the result for each entry, several of them computed at a time."""
+    """Apply a function to each entry in several threads, with a progress bar; return the results in order."""
     if not entries:
         return []
     with (
@@ -37,5 +37,5 @@ def for_all(work: Callable[[_E], _T], entries: Sequence[_E], what: str, unit: st
 
 
 def _openers(entries: Sequence[Any]) -> int:
-    """Number of crops that are opened at a time; remote ones only cost a thread that waits."""
+    """Return the number of crops that are opened at a time; more for remote ones, whose threads only wait."""
     return REMOTE_WORKERS if any("://" in getattr(entry, "input_path", "") for entry in entries) else OPENERS

@@ -1,4 +1,4 @@
-"""Options of a split: which crops are for training, validation and test, and how training samples are drawn."""
+"""Options of the splits: division of crops into training, validation and test, and sampling of training data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,29 +13,29 @@ from cellmap_lightning.splits.rules import SplitRule, check_split
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions:
-    """Which crops are for training, validation and test, and how training samples are drawn.
+    """Options of the division of crops into splits, and of the sampling of the train split; see docs/data.md.
 
     Attributes:
-        split: ``csv``: each crop is for what the CSV, or ``datasets``, gives. Otherwise its crops for train and val are
-            divided by a rule, see `splits.assign`: ``random``, ``stratified``, ``by_dataset``,
-            ``leave_one_dataset_out`` or ``kfold``; those for test and predict stay.
-        val_fraction: the part of these crops that validates; ``kfold`` and ``leave_one_dataset_out`` have their own.
-        fold: which fold, or which dataset in alphabetical order, validates.
+        split: ``csv``: the usages in the CSV, or in ``datasets``. Otherwise its crops for train and val are divided by
+            a rule, see `rules.assign`: ``random``, ``stratified``, ``by_dataset``, ``leave_one_dataset_out`` or
+            ``kfold``; those for test and predict stay.
+        val_fraction: the share of these crops for validation; not used by ``kfold`` and ``leave_one_dataset_out``.
+        fold: number of the fold, or of the dataset in alphabetical order, for validation.
         n_folds: number of folds of ``kfold``.
         manifest: the challenge's list of the crops under ``search_path``, see `manifests.read_manifest`; by default,
-            those that exist.
-        only_datasets: names or patterns of the datasets whose crops are wanted for train, val and test.
-        only_crops: likewise names, numbers or patterns of the crops, see `manifests.Filter`.
-        planes: of flat patches, a dataset in each.
-        strategy: where the samples of the train split come from, see `CellMapMultiDataset`.
-        balance_datasets: see there.
+            all crops that exist.
+        only_datasets: names or patterns of the datasets used for train, val and test.
+        only_crops: names, numbers or patterns of the crops used for them, see `manifests.Filter`.
+        planes: planes of flat patches; each crop has a dataset per plane.
+        strategy: sampling strategy of the train split, see `CellMapMultiDataset`.
+        balance_datasets: see `CellMapMultiDataset`.
         leakage: annotated crops of the train split that also validate or test: ``error``, ``warn`` or ``ignore``.
-            Crops that overlap in part are warned of unless it is ``ignore``.
+            Crops that overlap in part are logged as a warning unless it is ``ignore``.
         held_out: a manifest of crops that must not be trained on, such as the challenge's
-            ``test_crop_manifest.csv``; ``leakage`` holds for them too.
+            ``test_crop_manifest.csv``; ``leakage`` applies to them too.
 
     Raises:
-        CellMapError: a value that is not one of these.
+        CellMapError: an invalid value.
     """
 
     split: SplitRule = "csv"

@@ -1,1 +1,1 @@
-"""What happens to a sample: where it is read (spatial), what its values become (intensity, targets)."""
+"""Spatial and intensity augmentation, normalization of raw, and encoding of targets."""

@@ -1,4 +1,4 @@
-"""What the stored values of raw become."""
+"""Normalization of raw, and value transforms of inputs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +18,12 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Normalize:
-    """The rule by which stored values become an input.
+    """A rule of normalization; see docs/transforms.md.
 
     Attributes:
         rule: ``dtype``, ``range``, ``percentile`` or ``zscore``.
-        low: what becomes 0: a stored value, or a percentile.
-        high: what becomes 1, likewise.
+        low: stored value, or percentile, that is mapped to 0.
+        high: stored value, or percentile, that is mapped to 1.
         invert: exchange dark and bright.
     """
 
@@ -34,10 +34,14 @@ class Normalize:
 
     @classmethod
     def parse(cls, value: Any, invert: Any = False) -> "Normalize":
-        """Read ``dtype``, ``zscore``, ``{range: [lo, hi]}`` or ``{percentile: [lo, hi]}``.
+        """Parse ``dtype``, ``zscore``, ``{range: [lo, hi]}`` or ``{percentile: [lo, hi]}``.
 
         Raises:
-            CellMapValueError: it is none of these.
+            CellMapValueError: the value is none of these.
+
+        Example:
+            >>> Normalize.parse({"range": [0, 200]})
+            Normalize(rule='range', low=0.0, high=200.0, invert=False)
         """
         if not isinstance(invert, bool):
             raise CellMapValueError(f"invert must be true or false, got {invert!r}")
@@ -45,8 +49,7 @@ class Normalize:
             return cls(value, invert=invert)
         if isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in ("range", "percentile"):
             (rule, span), *_ = value.items()
-            good = isinstance(span, Sequence) and len(span) == 2 and all(map(_finite, span))
-            if good and span[0] < span[1] and (rule == "range" or 0 <= span[0] < span[1] <= 100):
+            if is_range(span) and span[0] < span[1] and (rule == "range" or 0 <= span[0] < span[1] <= 100):
                 return cls(rule, float(span[0]), float(span[1]), invert)
         raise CellMapValueError(
             "normalize must be dtype, zscore, {range: [lowest, highest]} in stored values, or {percentile: "
@@ -55,14 +58,19 @@ class Normalize:
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether the values of the volume have to be looked at."""
+        """True if the rule depends on the values of the volume."""
         return self.rule in ("percentile", "zscore")
 
     def affine(self, dtype: np.dtype[Any], statistics: Statistics | None, where: str = "") -> tuple[float, float]:
-        """Offset and factor: ``(stored - offset) * factor`` is the input.
+        """Return offset and factor: ``(stored - offset) * factor`` is the input.
+
+        Args:
+            dtype: the stored type.
+            statistics: statistics of the volume, if the rule needs them.
+            where: name of the volume in messages.
 
         Raises:
-            CellMapValueError: the volume has a single value, so that nothing can be told apart by it.
+            CellMapValueError: the volume has a single value, which cannot be scaled.
         """
         if self.rule == "dtype":
             info = np.iinfo(dtype) if dtype.kind in "iu" else None
@@ -82,17 +90,23 @@ class Normalize:
         factor = 1.0 / (high - low)
         if not self.invert:
             return low, factor
-        # One minus it; of a z-score, its negative.
+        # One minus the value, or the negative of a z-score.
         return (low if self.rule == "zscore" else high), -factor
 
 
-def _finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Return True for a finite number that is not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_range(value: Any) -> bool:
+    """Return True for ``[lowest, highest]``: two finite numbers in ascending order."""
+    return isinstance(value, Sequence) and len(value) == 2 and all(map(is_finite, value)) and value[0] <= value[1]
 
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """Offset and factor of the crop that each sample comes from.
+    """Normalization of a batch by the offset and factor of each sample's crop; see docs/transforms.md.
 
     Attributes:
         starts: first position of each crop, int64 ``[K]``.
@@ -110,7 +124,7 @@ class Scaling:
 
     @classmethod
     def of(cls, starts: Sequence[int], affine: Sequence[tuple[float, float]]) -> "Scaling":
-        """One entry per crop; one for all where they agree."""
+        """Create from one entry per crop; equal entries are merged to one."""
         if len(set(affine)) == 1:
             starts, affine = [0], affine[:1]
         offsets, factors = zip(*affine, strict=True)
@@ -122,21 +136,21 @@ class Scaling:
 
     @classmethod
     def none(cls) -> "Scaling":
-        """Stored values as they are."""
+        """Create the identity, which keeps stored values."""
         return cls.of([0], [(0.0, 1.0)])
 
     def __call__(self, raw: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Normalize a batch: float32 from ``[N, ...]`` stored values and ``[N]`` positions."""
-        # Near a large offset float32 cannot tell the values of wide types apart.
+        """Normalize stored values ``[N, ...]`` of samples at positions ``[N]`` to float32."""
+        # Near a large offset, float32 cannot distinguish the values of wide types.
         wide = (raw.dtype.itemsize > 2 and raw.dtype != torch.float32) or self._far
         if len(self.starts) == 1 and raw.device.type == "cpu":
-            kind = np.float64 if wide else np.float32
-            value = BUFFERS.empty(tuple(raw.shape), kind)
-            offset, factor = kind(self.offsets.item()), kind(self.factors.item())
-            if offset == 0:  # the same bits, in one pass
-                np.multiply(raw.numpy(), factor, out=value, dtype=kind, casting="unsafe")
+            dtype = np.float64 if wide else np.float32
+            value = BUFFERS.empty(tuple(raw.shape), dtype)
+            offset, factor = dtype(self.offsets.item()), dtype(self.factors.item())
+            if offset == 0:  # bit-identical, in one pass
+                np.multiply(raw.numpy(), factor, out=value, dtype=dtype, casting="unsafe")
             else:
-                np.subtract(raw.numpy(), offset, out=value, dtype=kind, casting="unsafe")
+                np.subtract(raw.numpy(), offset, out=value, dtype=dtype, casting="unsafe")
                 np.multiply(value, factor, out=value)
             return torch.from_numpy(value.astype(np.float32, copy=False))
         working = torch.float64 if wide else torch.float32
@@ -150,13 +164,16 @@ class Scaling:
 
 
 def input_transforms(transforms: Any, inputs: Sequence[str], what: str) -> dict[str, Any]:
-    """Transform of each input: ``"auto"`` (normalize), None, or a callable; from one for all or ``{input: ...}``.
+    """Return the transform of each input: ``"auto"`` (normalize), None, or a callable.
 
-    A list is a chain of callables.
+    Args:
+        transforms: one for all inputs, or ``{input: transform}``; a list is a chain of callables.
+        inputs: names of the inputs.
+        what: the argument, for messages.
 
     Raises:
-        CellMapKeyError: an input that does not exist.
-        CellMapValueError: something that is none of these.
+        CellMapKeyError: an input does not exist.
+        CellMapValueError: an invalid transform.
     """
     if isinstance(transforms, Mapping):
         unknown = [name for name in transforms if name not in inputs]
@@ -177,12 +194,16 @@ def _check(transform: Any, what: str) -> Any:
 def _callable(transform: Any, what: str) -> Callable[..., Any]:
     if not callable(transform):
         raise CellMapValueError(f"{what}: {transform!r} in the list cannot be called")
-    found: Callable[..., Any] = transform
-    return found
+    function: Callable[..., Any] = transform
+    return function
 
 
 class Chain:
-    """Callables one after the other; two chains of the same callables are equal.
+    """Callables applied one after the other; chains of the same callables are equal.
+
+    Example:
+        >>> Chain([torch.neg, torch.abs])(torch.tensor([1.0]))
+        tensor([1.])
 
     Args:
         transforms: the callables.
@@ -198,18 +219,18 @@ class Chain:
         return hash(tuple(map(id, self.transforms)))
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        """Apply them in order."""
+        """Apply the callables in order."""
         for transform in self.transforms:
             value = transform(value)
         return value
 
 
 def seed_own_generator(transform: Any, seed: int) -> None:
-    """Seed the generator that a transform keeps for itself, if it has MONAI's method for that.
+    """Seed the random generator that a transform holds, if it has MONAI's method for that.
 
     Args:
         transform: a callable; one with ``set_random_state(seed=...)`` is seeded, and so is each part of a `Chain`.
-        seed: any whole number that is not negative.
+        seed: a whole number of at least 0.
     """
     if isinstance(transform, Chain):
         for number, part in enumerate(transform.transforms):
@@ -219,11 +240,14 @@ def seed_own_generator(transform: Any, seed: int) -> None:
 
 
 class OnDictionary:
-    """A transform of dictionaries, such as MONAI's ``RandGaussianNoised(keys="raw")``, as one of a tensor.
+    """Adapter of a transform of dictionaries, such as MONAI's ``RandGaussianNoised(keys="raw")``, to tensors.
 
     Args:
-        transform: from ``{key: tensor}`` to a mapping that holds ``key``.
-        key: the name under which it finds the tensor.
+        transform: callable from ``{key: tensor}`` to a mapping that holds ``key``.
+        key: key of the tensor in the dictionary.
+
+    Example:
+        >>> transform = OnDictionary(RandGaussianNoised(keys="raw"))  # doctest: +SKIP
     """
 
     def __init__(self, transform: Callable[..., Any], key: str = "raw") -> None:
@@ -237,10 +261,10 @@ class OnDictionary:
         return hash((id(self.transform), self.key))
 
     def set_random_state(self, seed: int) -> None:
-        """Seed the generator of the transform, if it has one of its own."""
+        """Seed the random generator of the transform, if it has one."""
         seed_own_generator(self.transform, seed)
 
     def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        """Apply it."""
+        """Apply the transform to a tensor."""
         result: torch.Tensor = self.transform({self.key: value})[self.key]
         return result

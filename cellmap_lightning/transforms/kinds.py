@@ -1,8 +1,8 @@
-"""What a target array holds: presence, class numbers, instance ids, affinities or distances.
+"""Kinds of targets: presence, class numbers, instance ids, affinities and distances.
 
-Each kind says how it travels (compact), what it becomes (finished), and how much it must see around the patch. Presence
-travels as bits (see `targets`), ids in the signed type one size above the widest stored one, so that -1 can say unknown
-without taking an id away (negative ids are refused).
+Each kind defines its compact form, its finished form, and the halo that it reads around the patch. Presence is
+transferred as bits (see `targets`), ids in the signed type one size above the widest stored one, so that -1 means
+unknown without a conflict with an id (negative ids are refused).
 """
 
 import math
@@ -16,24 +16,25 @@ import torch
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError, MissingExtraError
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.placement import Window
-from cellmap_lightning.transforms.targets import packed_bytes, unpack
+from cellmap_lightning.transforms.targets import packed_bytes, set_bits, unpack, unpack_class
+from cellmap_lightning.validation import positive_number
 
 UNKNOWN_ID = -1
 
 
 class TargetKind(ABC):
-    """What a target array holds.
+    """The content of a target array; see docs/targets.md.
 
     Attributes:
-        name: the word for it in a configuration.
+        name: value of ``kind`` in a configuration.
         reads: ``bits`` (packed presence) or ``ids``.
         options: the other keys of its specification.
-        margin: voxels that are read on every side of the patch, and cropped when it is encoded.
+        margin: halo, in voxels, that is read on every side of the patch and cropped when it is encoded.
         channels: channels of the finished target.
         dtype: type of the finished target.
-        computed: it is computed from what is read, and not a copy of it.
-        unknown: what stands in its compact form where nobody says.
-        channels_first: whether its compact form is ``[channels, z, y, x]``, else ``[z, y, x, bytes]``.
+        computed: True if it is computed from the stored labels, False if it is a copy of them.
+        unknown: value of unannotated voxels in its compact form.
+        channels_first: True if its compact form is ``[channels, z, y, x]``, else ``[z, y, x, bytes]``.
     """
 
     unknown: ClassVar[float] = 0
@@ -52,23 +53,23 @@ class TargetKind(ABC):
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What tells it from another kind."""
+        """All that it depends on, for comparison."""
         return (self.name,)
 
     def compact(self, id_dtype: np.dtype[Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Shape (of one sample) and type in which it travels."""
+        """Return shape (of one sample) and type of its compact form."""
         return (*self.window.shape, packed_bytes(self.classes)), np.dtype(np.uint8)
 
     def encode(self, stored: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
-        """Write what was read, margin included, to its compact form. Kinds without a margin are read in place."""
+        """Write the labels that were read, with the margin, to the compact form; kinds without margin skip this."""
         raise NotImplementedError
 
     def forget(self, compact: np.ndarray[Any, Any], counts: Sequence[int]) -> None:
-        """Make the first voxels along z, y and x of the compact form of a sample unknown. In place.
+        """Mark the first voxels along z, y and x of a sample's compact form as unknown, in place.
 
         Args:
             compact: one sample, see `compact`.
-            counts: how many along each axis, at most those of the patch.
+            counts: voxels along each axis, at most those of the patch.
         """
         voxels = np.moveaxis(compact, 0, -1) if self.channels_first else compact
         for axis, count in enumerate(counts):
@@ -76,11 +77,11 @@ class TargetKind(ABC):
 
     @abstractmethod
     def finish(self, compact: torch.Tensor) -> torch.Tensor:
-        """``[N, channels, z, y, x]`` from the compact form of a batch, on the device where it is."""
+        """Convert the compact form of a batch to ``[N, channels, z, y, x]``, on its device."""
 
 
 class Binary(TargetKind):
-    """1 where a class is present, 0 where it is not, NaN where nobody says."""
+    """1 where a class is present, 0 where it is absent, NaN where unannotated; see docs/targets.md."""
 
     name = "binary"
 
@@ -92,10 +93,10 @@ class Binary(TargetKind):
 class Labels(TargetKind):
     """One number per voxel, for a softmax: 0 background, ``i + 1`` class ``i``, the first listed class that is present.
 
-    Where no class is known to be present and one of them is not known, it is the ignore index.
+    Voxels in which no class is known to be present and some class is unannotated have the ignore index.
 
     Args:
-        ignore_index: number of the voxels that nobody annotated fully.
+        ignore_index: number of incompletely annotated voxels.
     """
 
     name = "labels"
@@ -106,7 +107,7 @@ class Labels(TargetKind):
         super().__init__(window, classes)
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or 0 <= ignore_index <= classes:
             raise CellMapValueError(
-                f"ignore_index must be a whole number that is no class (0 to {classes} are), got {ignore_index!r}"
+                f"ignore_index must be a whole number outside the classes' 0 to {classes}, got {ignore_index!r}"
             )
         self.ignore_index = ignore_index
         self.channels = 1
@@ -117,11 +118,12 @@ class Labels(TargetKind):
         return self.name, self.ignore_index
 
     def finish(self, compact: torch.Tensor) -> torch.Tensor:
-        """Number the classes."""
+        """Convert the bits to class numbers."""
         out = torch.zeros(compact.shape[:-1], dtype=torch.int64, device=compact.device)
         for index in range(self.classes):
             known = compact[..., 2 * (index // 8) + 1] & (1 << (index % 8))
             out.masked_fill_(known == 0, self.ignore_index)
+        # From last to first, so that the first listed class that is present wins.
         for index in reversed(range(self.classes)):
             present = compact[..., 2 * (index // 8)] & (1 << (index % 8))
             out.masked_fill_(present != 0, index + 1)
@@ -129,7 +131,7 @@ class Labels(TargetKind):
 
 
 class Instances(TargetKind):
-    """The stored id of each class's instance, 0 where there is none, -1 where nobody says."""
+    """The stored instance id of each class, 0 where it is absent, -1 where unannotated; see docs/targets.md."""
 
     name = "instances"
     reads = "ids"
@@ -138,16 +140,16 @@ class Instances(TargetKind):
     dtype = torch.int64
 
     def compact(self, id_dtype: np.dtype[Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Ids, in a signed type."""
+        """Return the shape of ids, and their signed type."""
         return (self.classes, *self.window.shape), id_dtype
 
     def finish(self, compact: torch.Tensor) -> torch.Tensor:
-        """Widen the ids."""
+        """Convert the ids to int64."""
         return compact.to(torch.int64)
 
 
 class StoredIds(Instances):
-    """The stored id of each class as float32, 0 where there is none, NaN where unannotated.
+    """The stored id of each class as float32, 0 where it is absent, NaN where unannotated; see docs/targets.md.
 
     Value transforms are applied to it. Ids above 2^24 are rounded.
     """
@@ -156,7 +158,7 @@ class StoredIds(Instances):
     dtype = torch.float32
 
     def finish(self, compact: torch.Tensor) -> torch.Tensor:
-        """Convert the ids."""
+        """Convert the ids to float32."""
         return compact.to(torch.float32).masked_fill_(compact == UNKNOWN_ID, float("nan"))
 
 
@@ -176,10 +178,7 @@ class Affinities(TargetKind):
 
     def __init__(self, window: Window, classes: int, offsets: Sequence[Sequence[int]] = ()) -> None:
         super().__init__(window, classes)
-        good = len(offsets) > 0 and all(
-            isinstance(o, Sequence) and len(o) == 3 and all(isinstance(n, int) for n in o) and any(o) for o in offsets
-        )
-        if not good:
+        if len(offsets) == 0 or not all(_is_offset(offset) for offset in offsets):
             raise CellMapValueError(
                 f"affinities need offsets: a list of neighbours [z, y, x] in whole voxels, not [0, 0, 0]; "
                 f"got {offsets!r}"
@@ -195,7 +194,7 @@ class Affinities(TargetKind):
         return self.name, self.offsets
 
     def compact(self, id_dtype: np.dtype[Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Bits, as for presence, of every channel."""
+        """Return the shape of bits, packed as for presence, of every channel."""
         return (*self.window.shape, packed_bytes(self.channels)), np.dtype(np.uint8)
 
     def encode(self, stored: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
@@ -203,16 +202,13 @@ class Affinities(TargetKind):
         out[...] = 0
         inner = tuple(slice(m, m + n) for m, n in zip(self.margin, self.window.shape, strict=True))
         for c in range(self.classes):
-            here = stored[c][inner]
+            ids = stored[c][inner]
             for k, offset in enumerate(self.offsets):
-                moved = zip(self.margin, offset, self.window.shape, strict=True)
-                there = stored[c][tuple(slice(m + o, m + o + n) for m, o, n in moved)]
-                known = (here != UNKNOWN_ID) & (there != UNKNOWN_ID)
-                same = known & (here == there) & (here != 0)
-                index = c * len(self.offsets) + k
-                byte, bit = 2 * (index // 8), np.uint8(1 << (index % 8))
-                out[..., byte] |= same.view(np.uint8) * bit
-                out[..., byte + 1] |= known.view(np.uint8) * bit
+                shifted = zip(self.margin, offset, self.window.shape, strict=True)
+                neighbours = stored[c][tuple(slice(m + o, m + o + n) for m, o, n in shifted)]
+                known = (ids != UNKNOWN_ID) & (neighbours != UNKNOWN_ID)
+                same = known & (ids == neighbours) & (ids != 0)
+                set_bits(out, c * len(self.offsets) + k, same, known)
 
     def finish(self, compact: torch.Tensor) -> torch.Tensor:
         """Unpack the bits."""
@@ -220,14 +216,13 @@ class Affinities(TargetKind):
 
 
 class SignedDistance(TargetKind):
-    """Distance to the boundary of a class in units of ``nm``, positive inside, bounded to [-1, 1].
+    """Signed distance to the boundary of a class in units of ``nm``, positive inside, clipped to [-1, 1].
 
-    Inside it is the distance from the voxel's centre to the nearest centre outside, outside it is the negative
-    distance to the nearest centre inside. NaN where an unknown voxel is nearer than that, so that it could be
-    otherwise.
+    Inside it is the distance from the voxel's centre to the nearest centre outside, outside the negative distance to
+    the nearest centre inside. NaN where an unknown voxel is nearer than that, since it could be nearest of either kind.
 
     Args:
-        nm: the distance that becomes 1.
+        nm: the distance that is scaled to 1.
     """
 
     computed = True
@@ -238,9 +233,7 @@ class SignedDistance(TargetKind):
 
     def __init__(self, window: Window, classes: int, nm: float = 0.0) -> None:
         super().__init__(window, classes)
-        if isinstance(nm, bool) or not isinstance(nm, int | float) or not math.isfinite(nm) or nm <= 0:
-            raise CellMapValueError(f"sdt needs nm, the distance that becomes 1, as a positive number; got {nm!r}")
-        self.nm = float(nm)
+        self.nm = positive_number("nm (the distance that an sdt scales to 1)", nm)
         z, y, x = (math.ceil(self.nm / s) if n > 1 else 0 for s, n in zip(window.scale, window.shape, strict=True))
         self.margin = (z, y, x)
 
@@ -250,11 +243,11 @@ class SignedDistance(TargetKind):
         return self.name, self.nm
 
     def compact(self, id_dtype: np.dtype[Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Distances."""
+        """Return the shape of distances, and float32."""
         return (self.classes, *self.window.shape), np.dtype(np.float32)
 
     def encode(self, stored: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
-        """Measure the distances."""
+        """Compute the distances."""
         try:
             from scipy.ndimage import distance_transform_edt
         except ImportError:
@@ -263,26 +256,25 @@ class SignedDistance(TargetKind):
             ) from None
         inner = tuple(slice(m, m + n) for m, n in zip(self.margin, self.window.shape, strict=True))
         for index in range(self.classes):
-            bit = np.uint8(1 << (index % 8))
-            present = (stored[..., 2 * (index // 8)] & bit) != 0
-            known = (stored[..., 2 * (index // 8) + 1] & bit) != 0
+            present, known = unpack_class(stored, index)
 
-            def nearest(where: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-                """Distance of every voxel of the patch to the nearest one of these, nm."""
-                if not where.any():
+            def nearest(mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+                """Return the distance of every voxel of the patch to the nearest voxel of a mask, nm."""
+                if not mask.any():
                     return np.full(self.window.shape, np.inf)
-                found: np.ndarray[Any, Any] = distance_transform_edt(~where, sampling=self.window.scale)[inner]
-                return found
+                distances: np.ndarray[Any, Any] = distance_transform_edt(~mask, sampling=self.window.scale)[inner]
+                return distances
 
             inside, outside = nearest(known & ~present), nearest(present)
             distance = np.where(present[inner], inside, -outside)
-            unsure = nearest(~known) < np.minimum(np.abs(distance), self.nm)
+            # An unknown voxel closer than the boundary could be of either kind, and then the distance would differ.
+            uncertain = nearest(~known) < np.minimum(np.abs(distance), self.nm)
             value = np.clip(distance / self.nm, -1, 1)
-            value[unsure | ~known[inner]] = np.nan
+            value[uncertain | ~known[inner]] = np.nan
             out[index] = value
 
     def finish(self, compact: torch.Tensor) -> torch.Tensor:
-        """They are what they are."""
+        """Return the distances, which need no decoding."""
         return compact
 
 
@@ -292,7 +284,7 @@ KINDS: Mapping[str, type[TargetKind]] = {
 
 
 def make_kind(where: str, window: Window, classes: int, spec: Mapping[str, Any]) -> TargetKind:
-    """The kind of a target from its specification.
+    """Create the kind of a target from its specification.
 
     Args:
         where: the argument, for messages.
@@ -302,7 +294,7 @@ def make_kind(where: str, window: Window, classes: int, spec: Mapping[str, Any])
 
     Raises:
         CellMapKeyError: an unknown kind, or a key that this kind does not have.
-        CellMapValueError: a value that cannot be one.
+        CellMapValueError: an invalid value of an option.
     """
     name = spec.get("kind", "binary")
     kind = KINDS.get(name) if isinstance(name, str) else None
@@ -311,16 +303,21 @@ def make_kind(where: str, window: Window, classes: int, spec: Mapping[str, Any])
     options = {key: value for key, value in spec.items() if key != "kind"}
     for key in options:
         if key not in kind.options:
-            has = f"it has {', '.join(kind.options)}" if kind.options else "it has no options"
-            raise CellMapKeyError(f"{where} has no {key!r}: for kind {name!r} {has}")
+            options_text = f"it has {', '.join(kind.options)}" if kind.options else "it has no options"
+            raise CellMapKeyError(f"{where} has no {key!r}: for kind {name!r} {options_text}")
     try:
         return kind(window, classes, **options)
     except CellMapValueError as e:
         raise CellMapValueError(f"{where}: {e}") from None
 
 
+def _is_offset(offset: Any) -> bool:
+    """Return True for three whole numbers that are not all 0."""
+    return isinstance(offset, Sequence) and len(offset) == 3 and all(isinstance(n, int) for n in offset) and any(offset)
+
+
 def signed(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The signed integer type that holds every value of ``dtype``, and -1; int64 at most."""
+    """Return the signed integer type that holds every value of ``dtype`` and -1; int64 at most."""
     if dtype.kind == "i":
         return dtype
     if dtype.kind == "f":

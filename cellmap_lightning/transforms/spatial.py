@@ -1,8 +1,8 @@
-"""Where a sample is read: mirrors, axis permutations and rotations, as one orthogonal matrix per sample.
+"""Spatial augmentation: mirrors, axis permutations and rotations, as one orthogonal matrix per sample.
 
-The matrix takes directions in the patch to directions in the volume, in nm, order z, y, x: the patch's voxel at ``p``
-(nm from its centre) shows the volume at ``centre + matrix @ p``. It becomes part of the one affine map of the read, so
-nothing is turned afterwards, and anisotropic patches stay right.
+The matrix maps directions in the patch to directions in the volume, in nm, order z, y, x: the patch's voxel at ``p``
+(nm from its centre) shows the volume at ``centre + matrix @ p``. It is part of the affine map of the read, so that
+patches are not rotated after reading, and anisotropic patches are correct.
 """
 
 import math
@@ -16,25 +16,26 @@ from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, FloatArray
 from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.runtime.rng import TURN, uniforms
+from cellmap_lightning.transforms.intensity import is_finite, is_range
 
-#: For a rotation about the first, content moves from the second towards the third (right-handed in x, y, z).
+#: Rotation about an axis moves content from the first of these axes towards the second (right-handed in x, y, z).
 _PLANES = {"z": ("x", "y"), "x": ("y", "z"), "y": ("z", "x")}
 
 
 class SpatialTransforms:
-    """Random mirrors, axis permutations and rotations.
+    """Random mirrors, axis permutations and rotations; see docs/transforms.md.
 
     Args:
         config: any of
             ``mirror: {axes: {x: 0.5}}``, the probability of a flip per axis;
             ``transpose: {axes: [x, y]}``, a random permutation of these axes;
             ``rotate: {axes: {z: [-180, 180]}}``, a uniform angle in degrees about the axis, right-handed: 90 degrees
-            about z moves what lies along x to y.
-            They act in this order on the content: mirror, transpose, rotate (about x, then y, then z).
+            about z moves content from x to y.
+            They are applied to the content in this order: mirror, transpose, rotate (about x, then y, then z).
 
     Raises:
         CellMapKeyError: an unknown transform or axis.
-        CellMapValueError: a probability outside [0, 1], or a range that is none.
+        CellMapValueError: a probability outside [0, 1], or an invalid range.
     """
 
     def __init__(self, config: Mapping[str, Any] | None) -> None:
@@ -44,7 +45,7 @@ class SpatialTransforms:
             raise CellMapKeyError(f"spatial_transforms has no {sorted(unknown)}; it has mirror, transpose and rotate")
         self.mirror: dict[str, float] = {}
         for axis, p in _axes("mirror", config.get("mirror"), Mapping).items():
-            if not _number(p) or not 0 <= p <= 1:
+            if not is_finite(p) or not 0 <= p <= 1:
                 raise CellMapValueError(
                     f"spatial_transforms.mirror: the probability for {axis} must be in [0, 1], got {p!r}"
                 )
@@ -52,8 +53,7 @@ class SpatialTransforms:
         self.transpose: list[str] = list(_axes("transpose", config.get("transpose"), Sequence))
         self.rotate: dict[str, tuple[float, float]] = {}
         for axis, span in _axes("rotate", config.get("rotate"), Mapping).items():
-            good = isinstance(span, Sequence) and len(span) == 2 and all(map(_number, span)) and span[0] <= span[1]
-            if not good:
+            if not is_range(span):
                 raise CellMapValueError(
                     f"spatial_transforms.rotate: the angles about {axis} must be [lowest, highest] degrees, "
                     f"got {span!r}"
@@ -76,7 +76,7 @@ class SpatialTransforms:
         return bool(self.mirror or self.transpose or self.rotate)
 
     def check(self, windows: Mapping[str, Window]) -> None:
-        """Refuse what would turn the only slice of a two-dimensional patch out of its plane.
+        """Check that the single slice of a two-dimensional patch stays in its plane.
 
         Raises:
             CellMapValueError: a rotation about an axis in the plane of a patch with a single slice, or a permutation
@@ -93,21 +93,21 @@ class SpatialTransforms:
                 if AXES[thin] in self.transpose and len(self.transpose) > 1:
                     raise CellMapValueError(
                         f"spatial_transforms.transpose: exchanging {AXES[thin]} would turn the single slice of "
-                        f"{name!r} "
-                        f"(shape {list(window.shape)}) out of its plane; leave {AXES[thin]} out"
+                        f"{name!r} (shape {list(window.shape)}) out of its plane; leave {AXES[thin]} out"
                     )
 
     def turns(self, seed: int, samples: Sequence[int] | npt.NDArray[np.int64]) -> list[FloatArray | None]:
-        """The matrix of each sample, a function of (seed, sample) alone; None where nothing is drawn at all."""
+        """Return the matrix of each sample, a function of (seed, sample) alone; None without any transform."""
         if not self:
             return [None] * len(samples)
         return [self._turn(u) for u in uniforms(seed, TURN, samples, 3 + len(self.transpose) + 3)]
 
     def _turn(self, u: FloatArray) -> FloatArray:
+        """Return the matrix of a sample from its random numbers."""
         flips = tuple(bool(value < self.mirror.get(axis, 0)) for axis, value in zip(AXES, u.tolist(), strict=False))
         count = len(self.transpose)
         order = tuple(sorted(range(count), key=u[3 : 3 + count].tolist().__getitem__))
-        # There are 48 of these at most.
+        # Cached: there are at most 48 combinations of mirrors and permutations.
         matrix = self._turns.get((flips, order))
         if matrix is None:
             matrix = np.diag([-1.0 if flip else 1.0 for flip in flips])
@@ -116,7 +116,7 @@ class SpatialTransforms:
                 permuted = np.eye(3)
                 permuted[rows] = np.eye(3)[[rows[i] for i in order]]
                 matrix = permuted @ matrix
-            # What moves the content forwards takes the patch's directions back.
+            # The content moves by the matrix, so that directions in the patch map to the volume by its inverse.
             matrix = self._turns[flips, order] = matrix.T
         if not self.rotate:
             return matrix
@@ -128,11 +128,11 @@ class SpatialTransforms:
 
 
 def rotation(axis: str, degrees: float) -> FloatArray:
-    """Matrix (order z, y, x) that turns content by an angle about an axis, right-handed: z, 90 moves x to y."""
+    """Return the matrix (order z, y, x) of a right-handed rotation of content: 90 degrees about z moves x to y."""
     angle = math.radians(degrees)
     quarter = round(degrees / 90)
-    # Quarter turns are exact, so that they stay permutations of the voxels.
-    c, s = (
+    # Quarter turns are exact, so that they are permutations of the voxels.
+    c, s = (  # cosine and sine
         (math.cos(angle), math.sin(angle))
         if degrees != quarter * 90
         else ((1, 0), (0, 1), (-1, 0), (0, -1))[quarter % 4]
@@ -143,12 +143,8 @@ def rotation(axis: str, degrees: float) -> FloatArray:
     return out
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _axes(name: str, config: Any, kind: type) -> Any:
-    """The ``axes`` of one transform, checked."""
+    """Return the ``axes`` of a transform, after a check."""
     empty: Any = {} if kind is Mapping else []
     if config is None:
         return empty

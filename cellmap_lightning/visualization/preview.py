@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cellmap_lightning.batches.arrays import BatchLayout
+from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.datasets.source import Draw, SampleSource
 from cellmap_lightning.errors import CellMapKeyError

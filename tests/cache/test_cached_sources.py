@@ -1,4 +1,4 @@
-"""Decoded voxels that are cached between runs are those of the source as it is: files, links and archives."""
+"""Detection of stale caches between runs, for files, links and archives."""
 
 import gc
 import os
@@ -157,8 +157,8 @@ def test_folders_of_chunks_that_lead_round_in_a_circle(pair):
     assert len(reader.stored()) < 100
 
 
-def test_what_stays_of_an_array_keeps_its_stamp(pair):
-    """Each box has the stamp of its own chunks."""
+def test_unchanged_chunks_keep_their_stamps(pair):
+    """The stamp of a box depends on its chunks only."""
     reader = ChunkReader(read_multiscale(pair[0]).finest)
     boxes = [((0, 0, 0), (8, 8, 8)), ((0, 0, 8), (8, 8, 8)), ((0, 0, 4), (1, 1, 8))]
     before = [reader.stamp(*box) for box in boxes]
@@ -172,7 +172,7 @@ def test_what_stays_of_an_array_keeps_its_stamp(pair):
 
 @pytest.mark.parametrize("form", ["raw", "file://raw", "zip://raw::v.zip", "zip://raw::file://v.zip", "~/raw",
                                   "zip://raw::~/v.zip"])  # fmt: skip
-def test_a_relative_address_is_that_of_the_folder_it_was_given_in(pair, form, tmp_path, monkeypatch):
+def test_relative_paths_are_relative_to_the_folder_of_the_csv(pair, form, tmp_path, monkeypatch):
     for folder in pair:
         packed(folder, folder.parent / "v.zip")
     found = []

@@ -1,4 +1,4 @@
-"""Stores that are closed while threads read from them: right voxels, or one error that says so; nothing is leaked."""
+"""Stores that are closed during reads: correct voxels or a specific error, and no leaks."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,8 @@ import pytest
 
 from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.cache.locks import CLOSED, Locks
-from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.cache.region import Region
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.cache.shared_memory import SharedBlock
 from cellmap_lightning.errors import CacheError
 
@@ -411,7 +412,7 @@ def test_a_region_keeps_no_mapping_of_a_store_that_was_closed(mode):
 
     store.attach = interrupted
     assert outcome(region) in ("right", CLOSED)
-    assert region._mapped is None
+    assert region.mapped is None
     store.plan([region], False, "test")
     assert outcome(region) == "right"
     assert store.decoded == (COUNT if mode == "memory" else 0)

@@ -1,4 +1,4 @@
-"""Patches of kept voxels against the direct evaluation of plain arrays, and rotations about one axis against any."""
+"""Patches of cached regions, compared with the direct evaluation of plain arrays."""
 
 import itertools
 import sys
@@ -9,34 +9,14 @@ import zarr
 
 from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.cache.patches import Patches, Resampled, reached, stored_box
-from cellmap_lightning.cache.region import RegionStore
+from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.geometry.lattice import Lattice, patch_map
 from cellmap_lightning.geometry.placement import Placement, Window
-from cellmap_lightning.geometry.resample import copy_slices, evaluate, slices
-from cellmap_lightning.geometry.rotation import gather, gather_about_axis
+from cellmap_lightning.geometry.resample import evaluate
 from cellmap_lightning.io.ngff import Level
 from cellmap_lightning.transforms.spatial import rotation
-
-SIGNED_PERMUTATIONS = [
-    np.eye(3)[list(p)] * np.asarray(signs)
-    for p in itertools.permutations(range(3))
-    for signs in itertools.product((1.0, -1.0), repeat=3)
-]
-
-
-class Voxels:
-    """A plain array."""
-
-    def __init__(self, array):
-        self.array, self.dtype, self.shape = array, array.dtype, array.shape[:3]
-
-    def read(self, start, shape):
-        assert all(a >= 0 and n > 0 and a + n <= m for a, n, m in zip(start, shape, self.shape, strict=True))
-        return self.array[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
-
-    def read_into(self, start, out):
-        out[...] = self.read(start, out.shape[:3])
+from tests.cache.plain_voxels import SIGNED_PERMUTATIONS, Voxels
 
 
 def direct(array, lattice, center, window, turn, method, fill):
@@ -124,7 +104,7 @@ def test_on_the_lattice_patches_are_boxes_in_the_48_turns(tmp_path, dtype, pad):
 @pytest.mark.parametrize("step", [(2.62, 8.0, 8.0), (1.7, 5.24, 8.0), (8.0, 8.0, 6.1)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 @pytest.mark.parametrize("pad", [False, True])
-def test_off_the_lattice_patches_are_boxes_of_what_was_evaluated_once(tmp_path, step, dtype, pad):
+def test_off_the_lattice_patches_are_slices_of_a_resampled_array(tmp_path, step, dtype, pad):
     level, data = stored(tmp_path, dtype, (70, 50, 44), step)
     window = Window((30 if pad else 8, 12, 16), (8, 8, 8))
     patches, store = patches_of(level, window, pad, turned=True)
@@ -132,14 +112,14 @@ def test_off_the_lattice_patches_are_boxes_of_what_was_evaluated_once(tmp_path, 
     assert patches.region is not patches.source.region
     turns = [None, *SIGNED_PERMUTATIONS[1::5]]
     compare(patches, data, turns, rounding=True)
-    assert patches.region.kept
+    assert patches.region.is_cached
     assert store.decoded > 0
     store.close()
 
 
 @pytest.mark.parametrize("step", [(8.0, 8.0, 8.0), (2.62, 8.0, 8.0)])
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_patches_that_are_turned_by_any_angle_are_evaluated_from_what_is_stored(tmp_path, step, dtype):
+def test_patches_rotated_by_any_angle_are_evaluated_from_stored_voxels(tmp_path, step, dtype):
     level, data = stored(tmp_path, dtype, (70, 50, 44), step)
     patches, store = patches_of(level, Window((8, 12, 16), (8, 8, 8)), True, roaming=True)
     turns = [rotation("z", 33), rotation("x", -70.1), rotation("y", 12) @ rotation("z", 200), rotation("z", 90)]
@@ -158,7 +138,7 @@ def test_coarser_patches_of_anisotropic_voxels(tmp_path, scale):
     store.close()
 
 
-def test_a_crop_inside_the_volume_keeps_only_what_it_can_touch(tmp_path):
+def test_a_crop_caches_only_the_part_of_the_volume_it_can_touch(tmp_path):
     level, data = stored(tmp_path, "uint8")
     lattice = level.lattice
     inner = Lattice(tuple(np.add(lattice.origin, 16 * 8.0)), lattice.step, (14, 12, 13)).box
@@ -188,7 +168,7 @@ def test_chunks_that_are_missing_are_those_of_the_patch(tmp_path):
     assert patches.missing((0, 0, 0), None) is None, "it is not kept"
 
 
-def test_chunks_that_are_kept_one_by_one_can_be_decoded_first(tmp_path):
+def test_single_cached_chunks_can_be_decoded_ahead(tmp_path):
     level, data = stored(tmp_path, "uint8", (130, 130, 130))
     patches, store = patches_of(level, Window((10, 10, 10), (8, 8, 8)), mode="chunks")
     assert sorted(patches.missing((60, 0, 60), None)) == [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]
@@ -205,7 +185,7 @@ def test_chunks_that_are_kept_one_by_one_can_be_decoded_first(tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [("memory", "chunks"), ("chunks", "memory"), ("memory", "none")])
-def test_a_chunk_is_the_same_one_however_it_is_kept(tmp_path, before, after):
+def test_chunk_indices_are_the_same_in_all_cache_modes(tmp_path, before, after):
     """A crop in the middle of an array; its dataset is closed and used again between asking and filling."""
     level, data = stored(tmp_path, "uint8", (130, 130, 200))
     inner = Lattice(tuple(np.add(level.lattice.origin, 70 * 8.0)), level.lattice.step, (50, 50, 100)).box
@@ -238,7 +218,7 @@ def test_positions_that_are_no_whole_number_of_voxels_apart_are_evaluated(tmp_pa
     compare(patches, data, [None, np.diag([-1.0, 1, 1])], rounding=True)
 
 
-def test_what_is_resampled_follows_from_where_its_source_lies(tmp_path):
+def test_the_identity_of_a_resampled_array_depends_on_its_lattice(tmp_path):
     """Not only from the voxels: a translation that was corrected is another array."""
     level, _ = stored(tmp_path, "uint8", (70, 50, 44), (2.62, 8.0, 8.0))
     window = Window((8, 12, 16), (8, 8, 8))
@@ -259,7 +239,7 @@ def test_what_is_resampled_follows_from_where_its_source_lies(tmp_path):
 @pytest.mark.parametrize("scale", [(2.7, 3.9, 4.1), (8.9, 8.1, 8.0), (12.0, 16.0, 12.4)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "float32", "float64"])
 def test_a_resampled_voxel_has_the_same_bits_in_any_box(dtype, scale):
-    """Else patches would depend on whether blocks are kept, or evaluated for each patch."""
+    """Otherwise patches would depend on whether blocks are cached or evaluated for each patch."""
     rng = np.random.default_rng(0)
     data = rng.integers(0, 250, (60, 50, 44)).astype(dtype)
     if data.dtype.kind == "f":
@@ -287,7 +267,7 @@ def test_a_resampled_voxel_has_the_same_bits_in_any_box(dtype, scale):
         assert part.tobytes() == np.ascontiguousarray(expected).tobytes()
 
 
-def test_the_stamp_of_a_block_is_that_of_all_it_was_made_of(tmp_path):
+def test_the_stamp_of_a_block_covers_all_its_sources(tmp_path):
     """Also of the neighbours that interpolate at its border."""
     level, data = stored(tmp_path, "uint8", (70, 40, 40), (2.62, 8.0, 8.0), (0.0, 0.0, 0.0))
     window = Window((4, 8, 8), (8, 8, 8))
@@ -331,175 +311,6 @@ def test_an_array_that_holds_no_voxel_centre_is_outside_everywhere(tmp_path, thi
         out, direct(data, image.lattice, placement.first + placement.step * (0, 3, 3), window, None, "linear", 9)
     )
     assert (out == 5).any(axis=(1, 2)).sum() == planes
-
-
-# -- rotations about one axis
-
-
-def scene(rng, dtype, coarse):
-    """A plain array, and a patch that is turned about one axis, somewhere in it, across its border, or outside."""
-    shape = tuple(int(rng.integers(1, 20)) for _ in range(3))
-    if rng.random() < 0.3:
-        shape = tuple(1 if rng.random() < 0.4 else n for n in shape)
-    step = rng.choice([2.62, 4.0, 5.24, 8.0], 3)
-    patch = tuple(int(n) for n in rng.integers(1, 12, 3))
-    axis = str(rng.choice(list("zyx")))
-    turn = rotation(axis, rng.uniform(-180, 180)) @ np.diag(rng.choice([-1.0, 1.0], 3))
-    if rng.random() < 0.4:
-        turn = turn @ np.eye(3)[rng.permutation(3)]
-    theirs = "zyx".index(axis)
-    mine = int(np.abs(turn[theirs]).argmax())
-    if coarse:
-        scale = step * rng.uniform(0.5, 3, 3)
-        scale[mine] = step[theirs] * rng.uniform(0.3, 1)
-    else:
-        scale = np.full(3, step.min()) * rng.choice([rng.uniform(0.3, 1), 1.0])
-    lattice = Lattice(tuple(rng.uniform(-1e4, 1e4, 3)), tuple(step), shape)
-    center = np.asarray(lattice.origin) + step * (rng.uniform(-0.4, 1.4, 3) * shape - 0.5)
-    if dtype.startswith("packed"):
-        array = rng.integers(0, 256, (*shape, int(dtype[-1])), np.uint8)
-    elif dtype.startswith("float"):
-        array = rng.normal(size=shape).astype("float32")
-        if dtype.endswith("nan"):
-            array[tuple(int(rng.integers(n)) for n in shape)] = rng.choice([np.nan, np.inf])
-    else:
-        array = rng.integers(0, np.iinfo(dtype).max, shape, dtype=dtype, endpoint=True)
-    return array, patch_map(center, patch, scale, lattice, turn), (mine, theirs)
-
-
-KINDS = ["uint8", "uint16", "int32", "float32", "float32 nan"]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "method"),
-    [*itertools.product(KINDS, ["linear", "nearest"]), *((f"packed {n}", "nearest") for n in (2, 4, 6, 8))],
-)
-@pytest.mark.parametrize("coarse", [False, True])
-def test_about_one_axis_a_patch_is_what_it_is_about_any(dtype, method, coarse):
-    """The neighbours that lie along the axis are shared; nothing else differs from the general road."""
-    rng = np.random.default_rng([len(dtype), coarse])
-    about = 0
-    for _ in range(250):
-        array, amap, _ = scene(rng, dtype, coarse)
-        if amap.separable() is not None:
-            continue
-        expected, out = (np.full((*amap.shape, *array.shape[3:]), 77, array.dtype) for _ in range(2))
-        fill = 0 if dtype.startswith("packed") else 3
-        gather(Voxels(array), amap, expected, method, fill)
-        if not gather_about_axis(Voxels(array), amap, out, method, fill):
-            assert dtype == "float32 nan"
-            evaluate(Voxels(array), amap, out, method=method, fill=fill)
-        else:
-            about += 1
-        if method == "nearest":
-            assert out.tobytes() == expected.tobytes()
-        elif array.dtype.kind == "f":
-            np.testing.assert_allclose(out, expected, atol=1e-5)
-        else:
-            assert np.abs(out.astype(np.int64) - expected).max() <= (array.dtype.itemsize == 2)
-    assert about > (50 if dtype == "float32 nan" else 150)
-
-
-def test_along_the_axis_a_coarse_voxel_is_the_exact_mean():
-    """As it is where nothing is turned: first the means along the axis, then a rotation of these."""
-    rng = np.random.default_rng(5)
-    compared = 0
-    for _ in range(120):
-        array, amap, (mine, theirs) = scene(rng, "float32", True)
-        stretched = amap.matrix.copy()
-        factor = rng.uniform(1.2, 3) / np.abs(stretched[theirs, mine])
-        stretched[theirs, mine] *= factor
-        amap = type(amap)(stretched, amap.offset, amap.shape)
-        if amap.separable() is not None:
-            continue
-        out, expected = np.full(amap.shape, 77, "float32"), np.full(amap.shape, 77, "float32")
-        assert gather_about_axis(Voxels(array), amap, out, "linear", 3)
-        # The means, as an array whose voxels are those of the patch along the axis.
-        along = np.eye(3)
-        along[theirs, theirs] = stretched[theirs, mine]
-        shape = list(array.shape)
-        shape[theirs] = amap.shape[mine]
-        offset = np.zeros(3)
-        offset[theirs] = amap.offset[theirs]
-        means = np.full(shape, np.nan)
-        evaluate(
-            Voxels(array.astype(float)), type(amap)(along, offset, tuple(shape)), means, method="linear", fill=np.nan
-        )
-        matrix, offset = stretched.copy(), amap.offset.copy()
-        matrix[theirs, mine], offset[theirs] = 1, 0
-        hidden = np.isnan(means)
-        wide = np.full(amap.shape, 77.0)
-        gather(Voxels(np.where(hidden, 0, means)), type(amap)(matrix, offset, amap.shape), wide, "linear", 3)
-        expected[...] = wide
-        lost = np.moveaxis(hidden, theirs, 0).reshape(amap.shape[mine], -1).all(axis=1)
-        np.moveaxis(expected, mine, 0)[lost] = 3
-        np.testing.assert_allclose(out, expected, atol=2e-5)
-        compared += 1
-    assert compared > 100
-
-
-def test_a_rotation_reads_only_the_box_it_needs():
-    class Watched(Voxels):
-        def read(self, start, shape):
-            self.read_shape = shape
-            return super().read(start, shape)
-
-    source = Watched(np.zeros((100, 100, 100), np.uint8))
-    lattice = Lattice((0.0, 0.0, 0.0), (8.0, 8.0, 8.0), (100, 100, 100))
-    amap = patch_map(np.full(3, 400.0), (10, 20, 20), np.full(3, 8.0), lattice, rotation("z", 45))
-    out = np.empty((10, 20, 20), np.uint8)
-    for method in ("nearest", "linear"):
-        assert gather_about_axis(source, amap, out, method, 0)
-        assert source.read_shape[0] <= 11
-        assert max(source.read_shape[1:]) <= 20 * 2**0.5 + 5
-
-
-def test_what_turns_about_no_axis_of_the_array_takes_the_general_road():
-    lattice = Lattice((0.0, 0.0, 0.0), (8.0, 8.0, 8.0), (20, 20, 20))
-    amap = patch_map(np.full(3, 80.0), (5, 5, 5), np.full(3, 8.0), lattice, rotation("z", 20) @ rotation("x", 30))
-    out = np.full((5, 5, 5), 7, np.uint8)
-    assert not gather_about_axis(Voxels(np.zeros((20, 20, 20), np.uint8)), amap, out, "linear", 0)
-    assert (out == 7).all(), "nothing was written"
-
-
-# -- slices
-
-
-@pytest.mark.parametrize("turn", SIGNED_PERMUTATIONS)
-@pytest.mark.parametrize("depth", [0, 2, 6])
-def test_slices_inside_across_and_outside(turn, depth):
-    rng = np.random.default_rng(3)
-    array = rng.integers(0, 256, (9, 10, 11, *([depth] if depth else [])), np.uint8)
-    lattice = Lattice((3.0, -5.0, 100.0), (4.0, 4.0, 4.0), (9, 10, 11))
-    shape = (3, 6, 8)
-    lower = np.subtract(lattice.origin, 2)
-    size = np.asarray(shape)[np.abs(turn).argmax(axis=1)]
-    padded = np.pad(array, [(20, 20)] * 3 + [(0, 0)] * bool(depth), constant_values=5)
-    for start in [(0, 0, 0), (2, 3, 1), (-2, 3, 4), (6, 9, 10), (-20, 0, 0), (0, 0, 12), (-1, -1, -1)]:
-        center = lower + 4 * (np.asarray(start) + size / 2)
-        cut = slices(patch_map(center, shape, np.full(3, 4.0), lattice, turn))
-        assert cut.start == start
-        assert cut.shape(shape) == tuple(size.tolist())
-        out = np.full((*shape, *array.shape[3:]), 77, np.uint8)
-        copy_slices(Voxels(array), cut, cut.start, out, 5)
-        expected = padded[tuple(slice(20 + a, 20 + a + n) for a, n in zip(start, size.tolist(), strict=True))]
-        np.testing.assert_array_equal(cut.view(out), expected)
-        voxel = tuple(int(rng.integers(n)) for n in shape)
-        world = center + turn @ ((np.asarray(voxel) - (np.asarray(shape) - 1) / 2) * 4)
-        index = np.rint((world - lattice.origin) / 4).astype(int) + 20
-        np.testing.assert_array_equal(out[voxel], padded[tuple(index)])
-
-
-def test_what_is_no_box_has_no_slices():
-    lattice = Lattice((0.0, 0.0, 0.0), (4.0, 4.0, 4.0), (20, 20, 20))
-    for center, scale, turn in (
-        (40.0, 4.01, None),
-        (40.3, 4.0, None),
-        (40.0, 8.0, None),
-        (40.0, 4.0, rotation("z", 1)),
-    ):
-        assert slices(patch_map(np.full(3, center), (5, 5, 5), np.full(3, scale), lattice, turn)) is None
-    assert slices(patch_map(np.full(3, 40.0), (5, 5, 5), np.full(3, 4.0), lattice)).plain
 
 
 if not sys.platform.startswith("linux"):

@@ -1,13 +1,9 @@
-"""Memory and files that processes share: locks, flags that count or do not, files that are somebody else's."""
+"""Region files: layout, ownership, validity of flags, eviction and full disks."""
 
-import contextlib
 import json
 import math
-import multiprocessing
 import os
-import pickle
 import resource
-import signal
 import subprocess
 import sys
 import textwrap
@@ -19,31 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellmap_lightning.cache.locks import Locks, NoRoomError, SingleFlight
+from cellmap_lightning.cache.locks import NoRoomError
 from cellmap_lightning.cache.mapped import EMPTY, FILLED, SYNCED, Layout
-from cellmap_lightning.cache.shared_memory import Arena, RegionFolder, SharedBlock, boot
+from cellmap_lightning.cache.shared_memory import RegionFolder, boot
 from cellmap_lightning.errors import CacheError
+from tests.cache.region_files import FORK, KEY, LAYOUT, OTHER, put
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes share memory so on Linux only"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
-KEY, OTHER = "0123456789abcdef" * 2 + "01234567", "fedcba9876543210" * 2 + "fedcba98"
-LAYOUT = Layout((10, 12, 14), (2, 3, 2), 2)
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
 def folder(tmp_path):
     return RegionFolder(tmp_path / "regions")
-
-
-def put(mapped, index, value, flag=FILLED):
-    """Fill a chunk of a mapping by hand: of 5 x 4 x 7 voxels."""
-    place = tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, (5, 4, 7), strict=True))
-    mapped.voxels[place] = value
-    mapped.stamps[index] = 99
-    mapped.flags[index] = flag
 
 
 def reopened(folder, layout=LAYOUT, key=KEY, name=""):
@@ -55,7 +41,7 @@ def reopened(folder, layout=LAYOUT, key=KEY, name=""):
 
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 6, 8])
-def test_the_parts_of_a_region_lie_on_pages_of_their_own(itemsize):
+def test_the_parts_of_a_region_are_on_separate_pages(itemsize):
     rng = np.random.default_rng(itemsize)
     for _ in range(100):
         shape = tuple(rng.integers(1, 300, 3).tolist())
@@ -88,174 +74,6 @@ def test_chunks_of_a_mapping_do_not_touch(folder):
     numbers = 1 + np.arange(12).reshape(2, 3, 2).repeat(5, 0).repeat(4, 1).repeat(7, 2)
     np.testing.assert_array_equal(other.voxels[..., 0], numbers)
     np.testing.assert_array_equal(other.voxels[..., 1], numbers)
-
-
-# -- locks
-
-
-def hold_until_told(path, number, pipe):
-    with Locks(path).hold(number):
-        pipe.send("held")
-        pipe.recv()
-
-
-@contextlib.contextmanager
-def another_holds(path, number):
-    """Another process holds a lock; yields its process and what ends it."""
-    mine, theirs = FORK.Pipe()
-    process = FORK.Process(target=hold_until_told, args=(path, number, theirs))
-    process.start()
-    assert mine.poll(120)
-    assert mine.recv() == "held"
-    try:
-        yield process, mine
-    finally:
-        if process.is_alive():
-            process.kill()
-        process.join()
-
-
-def gets(locks, number, within):
-    """Whether a lock is had within so many seconds."""
-    found = threading.Event()
-
-    def take():
-        with locks.hold(number):
-            found.set()
-
-    thread = threading.Thread(target=take, daemon=True)
-    thread.start()
-    return found.wait(within), thread
-
-
-def test_a_process_waits_for_the_lock_of_another(tmp_path):
-    path = str(tmp_path / "locks")
-    with another_holds(path, 5) as (_, pipe):
-        locks = Locks(path)
-        had, _ = gets(locks, 6, 20)
-        assert had, "another chunk's lock is free"
-        had, thread = gets(locks, 5, 0.1)
-        assert not had
-        pipe.send("go on")
-        thread.join(120)
-        assert not thread.is_alive()
-    assert (tmp_path / "locks").stat().st_mode & 0o777 == 0o600
-
-
-def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path):
-    path = str(tmp_path / "locks")
-    with another_holds(path, 5) as (process, _):
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        had, _ = gets(Locks(path), 5, 20)
-    assert had
-
-
-def cross(path, mine, theirs, barrier, queue):
-    """Hold one lock while a thread asks for another one, which the other process holds meanwhile."""
-    locks = Locks(path)
-
-    def ask():
-        with locks.hold(theirs):
-            return True
-
-    with ThreadPoolExecutor(1) as pool:
-        with locks.hold(mine):
-            barrier.wait(120)
-            asked = pool.submit(ask)
-            time.sleep(0.05)
-        queue.put(asked.result(120))
-
-
-def test_threads_that_wait_for_each_others_chunks_are_no_deadlock(tmp_path):
-    """The kernel sees processes: it would refuse the wait with EDEADLK."""
-    barrier, queue = FORK.Barrier(2), FORK.Queue()
-    path = str(tmp_path / "locks")
-    processes = [FORK.Process(target=cross, args=(path, a, b, barrier, queue)) for a, b in ((1, 2), (2, 1))]
-    [p.start() for p in processes]
-    assert [queue.get(timeout=120) for _ in processes] == [True, True]
-    [p.join(120) for p in processes]
-    assert [p.exitcode for p in processes] == [0, 0]
-
-
-def test_a_forked_child_holds_none_of_its_parents_locks(tmp_path):
-    """And closing its copy of the parent's file gives none of the parent's back."""
-    locks = Locks(str(tmp_path / "locks"))
-    queue = FORK.Queue()
-
-    def child():
-        had, _ = gets(locks, 5, 0.1)
-        locks.close()
-        queue.put(had)
-
-    with locks.hold(5):
-        process = FORK.Process(target=child)
-        process.start()
-        assert queue.get(timeout=120) is False
-        process.join(120)
-        with pytest.raises(AssertionError), another_holds_quickly(locks.path):
-            pytest.fail("the parent's lock is gone")
-
-
-@contextlib.contextmanager
-def another_holds_quickly(path):
-    mine, theirs = FORK.Pipe()
-    process = FORK.Process(target=hold_until_told, args=(path, 5, theirs))
-    process.start()
-    try:
-        assert mine.poll(0.2)
-        yield
-    finally:
-        process.kill()
-        process.join()
-
-
-def test_a_child_that_is_forked_while_a_thread_asks_for_a_lock(tmp_path):
-    locks = Locks(str(tmp_path / "locks"))
-    held, release = threading.Event(), threading.Event()
-
-    def hold():
-        with locks._changed:
-            held.set()
-            release.wait(120)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait(120)
-    process = FORK.Process(target=lambda: locks.use(7))
-    process.start()
-    process.join(120)
-    alive = process.is_alive()
-    process.kill()
-    release.set()
-    thread.join()
-    process.join()
-    assert not alive
-
-
-def test_work_is_done_once_and_again_after_a_failure():
-    once, done, running = SingleFlight(), [], []
-    barrier = threading.Barrier(6)
-
-    def run(number):
-        barrier.wait(120)
-        if once.begin("a", lambda: done[0] if done else None) is not None:
-            return "found"
-        try:
-            running.append(number)
-            time.sleep(0.01)
-            if len(running) == 1:
-                raise ValueError
-            done.append(number)
-            return "made"
-        except ValueError:
-            return "failed"
-        finally:
-            once.end("a")
-
-    with ThreadPoolExecutor(6) as pool:
-        assert sorted(pool.map(run, range(6))) == ["failed", *["found"] * 4, "made"]
-    assert once._coming == {}
 
 
 # -- files
@@ -335,7 +153,7 @@ def write_by_hand(folder, head, flag, size=LAYOUT.nbytes):
         ({"format": 1}, SYNCED, False),
     ],
 )
-def test_which_flags_count(folder, changes, flag, counts):
+def test_valid_flags_after_a_restart(folder, changes, flag, counts):
     folder.path(KEY).touch()
     write_by_hand(folder, header(**({"inode": folder.path(KEY).stat().st_ino} | changes)), flag)
     mapped = folder.attach(KEY, LAYOUT)
@@ -391,7 +209,7 @@ def test_a_region_that_is_in_use_is_not_cut_when_another_layout_has_its_key(fold
 
 
 @pytest.mark.parametrize("name", ["crop1: 3 classes", "ü" * 2000, "体" * 1000, "\U0001f9e0" * 500, 'a"\\\n' * 400])
-def test_a_region_says_what_it_holds(folder, name):
+def test_a_region_file_has_a_description(folder, name):
     folder.attach(KEY, LAYOUT, name)
     found = folder.name(folder.path(KEY))
     assert len(found) >= min(len(name), 50)
@@ -399,7 +217,7 @@ def test_a_region_says_what_it_holds(folder, name):
     assert folder.name(folder.path(OTHER)) == ""
 
 
-def test_what_was_filled_is_on_disk_after_sync(folder):
+def test_filled_chunks_are_on_disk_after_sync(folder):
     mapped = folder.attach(KEY, LAYOUT)
     put(mapped, (0, 0, 0), 3)
     put(mapped, (1, 1, 1), 4, SYNCED)
@@ -428,7 +246,7 @@ def make(folder, keys):
         age(folder, key, 1000 - number)
 
 
-def test_the_longest_unused_go_first(folder):
+def test_least_recently_used_regions_are_evicted_first(folder):
     keys = [f"{n:040x}" for n in (0xB << 150, 0xA << 150, 0xD << 150, 0xC << 150)]
     make(folder, keys)
     assert [path.stem for path, _, _ in folder.files()] == keys
@@ -445,7 +263,7 @@ def test_the_longest_unused_go_first(folder):
     assert (folder.folder / "locks").exists()
 
 
-def test_nothing_goes_that_a_process_uses(folder):
+def test_regions_in_use_are_not_evicted(folder):
     keys = [f"{n << 130:040x}" for n in range(1, 5)]
     make(folder, keys)
     mine, theirs = FORK.Pipe()
@@ -479,7 +297,7 @@ def test_nothing_goes_that_a_process_uses(folder):
 
 
 def test_a_failed_attach_uses_nothing(folder):
-    """What nobody has mapped can go."""
+    """Regions that no process has mapped can be evicted."""
     folder.attach(KEY, LAYOUT)
     folder.release(KEY)
     folder.path(KEY).chmod(0o644)
@@ -488,7 +306,7 @@ def test_a_failed_attach_uses_nothing(folder):
     assert folder.evict(10**9, set()) > 0
 
 
-def test_a_region_that_somebody_removed_is_made_anew(folder):
+def test_a_removed_region_file_is_created_again(folder):
     mapped = folder.attach(KEY, LAYOUT)
     put(mapped, (0, 0, 0), 5)
     folder.path(KEY).unlink()
@@ -499,7 +317,7 @@ def test_a_region_that_somebody_removed_is_made_anew(folder):
 # -- room
 
 
-def test_a_region_that_cannot_be_made_leaves_nothing_behind(folder):
+def test_a_failed_creation_leaves_no_file(folder):
     """Here because files may not be so large."""
     queue = FORK.SimpleQueue()
 
@@ -554,7 +372,8 @@ MOUNTED = """
     from pathlib import Path
     import numpy as np
     from cellmap_lightning.io.chunks import ChunkReader
-    from cellmap_lightning.cache.region import Region, RegionStore
+    from cellmap_lightning.cache.region import Region
+    from cellmap_lightning.cache.region_store import RegionStore
 
     free, data = int(sys.argv[1]), np.random.default_rng(0).integers(0, 255, (64, 64, 64)).astype(np.uint8)
 
@@ -580,7 +399,7 @@ MOUNTED = """
         fill(free)
     for region in regions:
         out = np.empty(data.shape, np.uint8)
-        for start in (48, 0, 16, 32):  # twice, so that what is kept is read as well
+        for start in (48, 0, 16, 32):  # twice, so that the cache is read as well
             region.read_into((start, 0, 0), out[start : start + 16])
         assert (out == data).all()
         out[...] = 0
@@ -593,7 +412,7 @@ MOUNTED = """
 
 def can_mount():
     try:
-        return subprocess.run(["unshare", "-rm", "true"], capture_output=True, timeout=120).returncode == 0
+        return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False, timeout=120).returncode == 0
     except OSError:
         return False
 
@@ -603,104 +422,16 @@ def can_mount():
     ("free", "size"), [*((n, "4m") for n in (0, 1, 2, 3, 5, 66, 70, 140, -1)), (-1, "4m,nr_inodes=3")]
 )
 def test_a_disk_that_fills_up_does_not_end_the_process(tmp_path, free, size):
-    """Filled by somebody else after the plan, to so many pages: what does not fit is read again, one line says so.
-
-    Or it has room, and not for another file.
-    """
+    """Another program fills the disk after the plan: voxels that do not fit are read again, with one log line."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(MOUNTED))
     mount = f"mount -t tmpfs -o size={size} none /mnt && exec {sys.executable} {script} {free}"
     env = {**os.environ, "CELLMAP_CACHE_DIR": "/mnt/cache", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount], env=env, capture_output=True, check=False, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout[:5]) == (0, "right"), done.stderr
     full = 0 <= free < 140 or "inodes" in size
     assert len(done.stderr.splitlines()) == full, done.stderr
     if full:
         assert "no room for decoded voxels in /mnt/cache/" in done.stderr
-
-
-# -- memory
-
-
-def look_into(block, queue):
-    memory = np.frombuffer(block.buffer, np.uint8)
-    queue.put(memory[:4].tolist())
-    memory[0] = 9
-
-
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_a_block_is_seen_by_processes_however_they_are_started(method):
-    context = multiprocessing.get_context(method)
-    block = SharedBlock(10000)
-    memory = np.frombuffer(block.buffer, np.uint8)
-    memory[:4] = [1, 2, 3, 4]
-    queue = context.Queue()
-    process = context.Process(target=look_into, args=(block, queue))
-    process.start()
-    assert queue.get(timeout=120) == [1, 2, 3, 4]
-    process.join(60)
-    assert memory[0] == 9
-
-
-def shared_memory():
-    """What this process has of blocks: open files, and mappings."""
-    found = []
-    for file in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the folder itself, while it was listed
-            found.append(str(file.readlink()))
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    return sum("memfd:cellmap" in f for f in found), sum("memfd:cellmap" in m for m in maps)
-
-
-def test_nothing_of_a_block_is_left_after_it_is_closed():
-    before = shared_memory()
-    block = SharedBlock(1 << 20)
-    copy = pickle.loads(pickle.dumps(block))
-    array = np.frombuffer(block.buffer, np.uint8)
-    assert shared_memory()[1] == before[1] + 2
-    block.close()
-    copy.close()
-    assert shared_memory()[1] == before[1] + 1
-    assert array[0] == 0, "who still looks at it may"
-    del array
-    assert shared_memory() == before
-
-
-@pytest.mark.parametrize("closed", [True, False])
-def test_nothing_of_an_arena_is_left(closed):
-    """Closed or forgotten."""
-    before = shared_memory()
-    for _ in range(3):
-        arena = Arena(LAYOUT.nbytes)
-        mapped = arena.attach(KEY, LAYOUT, 0)
-        with mapped.lock((0, 0, 0)):
-            put(mapped, (0, 0, 0), 3)
-        if closed:
-            arena.close()
-        del arena, mapped
-        assert shared_memory() == before
-
-
-def test_an_arena_after_a_forgotten_one_locks_its_own_file():
-    """Both may have had the same file descriptor."""
-    forgotten = Arena(LAYOUT.nbytes)
-    with forgotten.attach(KEY, LAYOUT, 0).lock((0, 0, 0)):
-        pass
-    del forgotten
-    arena = Arena(LAYOUT.nbytes)
-    mine, theirs = FORK.Pipe()
-
-    def child():
-        mapped = arena.attach(KEY, LAYOUT, 0)
-        theirs.send("begins")
-        with mapped.lock((0, 0, 0)):
-            theirs.send("has it")
-
-    with arena.attach(KEY, LAYOUT, 0).lock((0, 0, 0)):
-        process = FORK.Process(target=child)
-        process.start()
-        assert mine.recv() == "begins"
-        assert not mine.poll(0.1)
-    assert mine.poll(120)
-    process.join(120)
-    arena.close()

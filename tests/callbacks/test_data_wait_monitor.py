@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from cellmap_lightning import CellMapDataLoader, datamodule
-from cellmap_lightning.batches.arrays import BatchLayout
+from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.callbacks import DataWaitMonitor, StreamPrefetch, data_wait_monitor
 from cellmap_lightning.loading import dataloader, waiting
 from cellmap_lightning.training.task import SegmentationTask

@@ -192,13 +192,13 @@ def test_cross_validation_sweep_over_challenge_folders(volume, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["data.split=stratifed"], ["Error: split is one of csv, random,", "did you mean 'stratified'?"]),
+        (["data.split=stratifed"], ["Error: split must be one of csv, random,", "did you mean 'stratified'?"]),
         (
             ["data.split=kfold", "data.n_folds=6"],
-            ["n_folds=6 needs 6 crops that do not overlap", "there are 5"],
+            ["n_folds=6 needs at least 6 crops that do not overlap, got 5"],
         ),
-        (["data.split=kfold", "data.fold=5"], ["fold 5 is out of range: n_folds=5 makes the folds 0 to 4"]),
-        (["data.only_crops=[crop9]"], ["only_crops: nothing is called 'crop9'; did you mean 'crop"]),
+        (["data.split=kfold", "data.fold=5"], ["fold must be in [0, 5) with n_folds=5, got 5"]),
+        (["data.only_crops=[crop9]"], ["only_crops: 'crop9' matches nothing; did you mean 'crop"]),
         ([], ["data.classes is required: set it with data.classes=...", "data.csv_path is required"]),
         (["data.batchsize=4"], ["Could not override 'data.batchsize'", "did you mean 'data.batch_size'?"]),
         (["trainer.max_epoch=4"], ["Key 'max_epoch'", "did you mean 'trainer.max_epochs'?"]),

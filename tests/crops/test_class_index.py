@@ -1,4 +1,4 @@
-"""The index of foreground: what is in it, what is read for it, and when it is made again."""
+"""Foreground indices: content, reads, and invalidation."""
 
 import logging
 import os
@@ -82,7 +82,7 @@ def test_a_large_class_is_picked_evenly_from_a_bounded_index(tmp_path, pool):
     rng = np.random.default_rng(0)
     picked = np.array([found.pick(u) for u in rng.random(20_000)])
     for axis, length in enumerate((128, 128, 70)):
-        # The mean of a uniform choice, within four standard deviations of the draws and of the choice of what is kept.
+        # The mean of a uniform choice, within four standard deviations of the draws and of the choice of the sample.
         error = 4 * length / 12**0.5 * (20_000**-0.5 + len(found.voxels) ** -0.5)
         assert abs(picked[:, axis].mean() - (length - 1) / 2) < error
     assert (
@@ -122,7 +122,7 @@ def test_a_fill_value_that_is_foreground_counts(tmp_path, pool):
     assert len(foreground_index(image.present, code, pool, "a")) == 64**3
 
 
-def test_kept_and_made_again_when_a_chunk_changes(tmp_path, pool, reads):
+def test_a_changed_chunk_makes_the_cached_index_stale(tmp_path, pool, reads):
     image = write(tmp_path, blob())
     first = foreground_index(image.present, CODE, pool, "a")
     assert len(reads) == 2

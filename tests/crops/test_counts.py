@@ -39,7 +39,7 @@ def test_from_the_metadata_scaled_to_the_resolution_asked_for(make, tmp_path):
     assert not (tmp_path / "kept").exists()
 
 
-def test_counted_once_and_kept_outside_the_data(make, tmp_path, caplog):
+def test_counts_are_cached_outside_the_data(make, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "cellmap_lightning.crops.counts"):
         dataset, foreground = make("without", False)
         with dataset:

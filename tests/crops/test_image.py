@@ -1,4 +1,4 @@
-"""The public image: which level it reads, where its patches may lie, and what they show."""
+"""`CellMapImage`: choice of a level, positions and content of patches."""
 
 import logging
 import pickle
@@ -68,7 +68,7 @@ def test_boxes_and_positions(path):
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "linear"])
-def test_a_patch_is_float32_and_what_is_stored(path, interpolation):
+def test_patches_are_float32_and_equal_stored_voxels(path, interpolation):
     image = CellMapImage(path, "raw", (5.24, 4, 4), (8, 6, 4), interpolation=interpolation)
     for index in (0, 1, len(image) // 2, len(image) - 1):
         z, y, x = np.unravel_index(index, image.placement.counts)
@@ -167,7 +167,7 @@ def test_a_missing_level_is_announced(write, caplog):
     assert caplog.text == ""
 
 
-def test_missing_fine_levels_are_told_when_the_scale_is_refused(write):
+def test_the_error_of_a_fine_scale_lists_missing_levels(write):
     path = str(write(pyramid(absent=[0, 1])))
     with pytest.raises(
         CellMapValueError, match=r"4x finer along z, .*finest level s2 .*Levels s0, s1 are listed but not"
@@ -236,7 +236,7 @@ def test_images_share_a_cache_and_travel_without_it(path):
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 @pytest.mark.parametrize("axes", ["xyz", "czyx"])
-def test_whatever_is_stored_patches_are_zyx(write, version, axes):
+def test_patches_are_zyx_for_any_stored_order(write, version, axes):
     order = ["zyx".index(a) for a in axes if a != "c"]
     data, scale, place = RAW.transpose(order), np.asarray((5.24, 4, 4))[order], np.asarray((1.0, 2, 3))[order]
     if "c" in axes:

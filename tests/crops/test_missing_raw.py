@@ -1,4 +1,4 @@
-"""Raw of which only the chunks around crops were fetched, and volumes to predict that are stored sparsely."""
+"""Partial copies of raw with chunks only around crops, and sparsely stored volumes for prediction."""
 
 import logging
 import pickle
@@ -75,7 +75,7 @@ def test_a_partial_copy_is_masked(tmp_path, caplog, place, cache):
     stored = zarr.open_array(str(root / "raw" / "s0"), mode="r")[tuple(box)]
     inside = tuple(slice(s.start - a, s.start - a + n) for s, a, n in zip(box, low, stored.shape, strict=True))
     np.testing.assert_array_equal(sample["raw"].squeeze()[inside], stored)
-    # Targets are known where the crop is, all of which was fetched, and nowhere else.
+    # Targets are known exactly inside the crop, which was fetched completely.
     known = ~sample["labels"].squeeze().isnan()
     crop = tuple(slice(max(0, a - b), max(0, a - b + 32)) for a, b in zip(start, low, strict=True))
     assert known[crop].all()
@@ -129,7 +129,7 @@ def test_other_gaps_stay_errors(tmp_path, caplog, missing, dropped):
     assert "partial copy" not in caplog.text
 
 
-def test_a_copy_that_was_completed_is_looked_at_again(tmp_path, monkeypatch):
+def test_a_completed_copy_is_probed_again(tmp_path, monkeypatch):
     """Crops that are opened together share what was looked up; later it is looked up again."""
     root = fetched(tmp_path / "v.zarr")
     with opened(root) as data:
@@ -137,13 +137,13 @@ def test_a_copy_that_was_completed_is_looked_at_again(tmp_path, monkeypatch):
     shutil.rmtree(root / "raw")
     write_multiscale(root / "raw", RAW, scale=SCALE, translation=(4, 4, 4), chunks=(CHUNK,) * 3)
     (root / "raw" / "s0" / "2" / "2" / "2").unlink()
-    monkeypatch.setattr("cellmap_lightning.crops.missing_raw._SHARED", -1)
+    monkeypatch.setattr("cellmap_lightning.crops.missing_raw._PROBE_LIFETIME", -1)
     with opened(root) as data:
         assert data.crop.raw.missing == "error"
 
 
 @pytest.mark.parametrize("policy", ["error", "warn", "fill", "mask"])
-def test_a_policy_that_is_set_is_kept(tmp_path, policy):
+def test_an_explicit_policy_is_not_changed(tmp_path, policy):
     with opened(fetched(tmp_path / "v.zarr"), missing_raw=policy) as data:
         assert data.crop.raw.missing == policy
         if policy == "error":
@@ -185,7 +185,7 @@ def test_many_crops_of_a_volume_are_reported_in_full_once(tmp_path, caplog):
 
 @pytest.mark.parametrize("stored", [0, 1, 5])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_a_writer_reads_what_is_not_stored_as_fill(tmp_path, caplog, stored, dtype):
+def test_prediction_reads_missing_chunks_as_fill_value(tmp_path, caplog, stored, dtype):
     """A prediction in which most chunks are zeros, which are not stored, is predicted from again."""
     values = np.zeros((48, 48, 48), dtype)
     for number in range(stored):

@@ -1,4 +1,4 @@
-"""Brackets in paths: classes in the last part, and folders with names like that."""
+"""Target paths: brackets of classes, and brackets in names of folders."""
 
 import shutil
 

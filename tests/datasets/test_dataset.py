@@ -1,7 +1,3 @@
-import logging
-import pickle
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +8,7 @@ from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.crops.crop_labels import TooCoarseError
 from cellmap_lightning.crops.opening import NotAnnotatedError
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
-from tests.conftest import CLASSES, INPUTS, TARGETS, reading_threads
+from tests.conftest import CLASSES, INPUTS, TARGETS
 from tests.make import make_dataset
 
 
@@ -36,7 +32,7 @@ def first_voxel(array_path, corner):
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_a_sample_is_what_zarr_holds_there(volume, number):
+def test_samples_equal_voxels_read_by_zarr(volume, number):
     """Raw and labels of a position, against slices of the stored arrays at the same nanometres.
 
     Crop 4 lies on the voxels of the level that is read; crop 2 half a voxel beside them along y, where the linear
@@ -124,7 +120,7 @@ def test_not_annotated_is_nan_and_annotated_but_absent_is_zero(volume):
 
 
 def test_unknown_voxels_are_nan(volume):
-    """Somewhere a class is stored as 255, in voxels that nobody annotated."""
+    """Unannotated voxels of a class are stored as 255."""
     for name, classes in volume.annotated.items():
         for c in classes:
             path = f"{volume.path}/recon-1/labels/groundtruth/{name}/{c}"
@@ -257,96 +253,6 @@ def test_get_center_of_idx(dataset):
         assert dataset.get_center(index) == dataset.get_center(int(index))
 
 
-def test_one_executor_until_close(volume, no_threads_left):
-    dataset = CellMapDataset(
-        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, read=ReadOptions(max_workers=3)
-    )
-    assert reading_threads() == []
-    first = dataset.executor
-    dataset[0]
-    assert dataset.executor is first
-    assert 1 <= len(reading_threads()) <= 3
-    assert all(name.startswith("cellmap") for name in reading_threads())
-    dataset.close()
-    assert reading_threads() == []
-    dataset[0]
-    assert dataset.executor is not first
-    dataset.close()
-
-
-def test_the_executor_is_made_once_by_many_threads(dataset):
-    found = []
-    barrier = threading.Barrier(8)
-
-    def ask():
-        barrier.wait()
-        found.append(dataset.executor)
-
-    threads = [threading.Thread(target=ask) for _ in range(8)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    assert len(set(map(id, found))) == 1
-
-
-def test_eight_threads_read_what_one_reads(volume):
-    """Nothing is kept on shared objects while a sample is read."""
-    with CellMapDataset(
-        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, is_train=True,
-        spatial_transforms={"mirror": {"axes": {"x": 0.5}}, "rotate": {"axes": {"z": [-180, 180]}}},
-    ) as dataset:  # fmt: skip
-        picked = list(range(0, len(dataset), max(1, len(dataset) // 40)))
-        serial = {i: dataset[i] for i in picked}
-        wrong = []
-
-        def read(order):
-            for i in order:
-                sample = dataset[i]
-                if not all(torch.equal(sample[n].nan_to_num(-1), serial[i][n].nan_to_num(-1)) for n in sample):
-                    wrong.append(i)
-
-        threads = [threading.Thread(target=read, args=(picked[k:] + picked[:k],)) for k in range(8)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
-        assert not wrong
-
-
-def test_a_pickled_dataset_reads_the_same_and_has_its_own_threads(dataset):
-    dataset[0]
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert torch.equal(copy[1]["raw"], dataset[1]["raw"])
-    assert copy.executor is not dataset.executor
-    copy.close()
-
-
-def test_workers_from_argument_and_environment(volume, monkeypatch):
-    def make(**kwargs):
-        return make_dataset(volume.raw_path, input_arrays=INPUTS, **kwargs)
-
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
-    assert make().max_workers == 4
-    monkeypatch.setenv("CELLMAP_MAX_WORKERS", "7")
-    assert make().max_workers == 7
-    assert make(max_workers=2).max_workers == 2
-    monkeypatch.setenv("CELLMAP_MAX_WORKERS", "many")
-    with pytest.raises(CellMapError, match="CELLMAP_MAX_WORKERS must be a positive whole number, got 'many'"):
-        make()
-
-
-def test_a_single_worker_is_enough(volume):
-    with CellMapDataset(
-        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, read=ReadOptions(max_workers=1)
-    ) as dataset:
-        dataset.read(dataset.draw(range(8), shuffle=True, seed=0))
-
-
-def test_one_line_is_logged(volume, caplog):
-    with caplog.at_level(logging.INFO, "cellmap_lightning.crops.crop"):
-        CellMapDataset(volume.raw_path, crop(volume, 2, "mito,er"), CLASSES, INPUTS, TARGETS)
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "cellmap_lightning.crops.crop"]
-    for part in ("volume/crop2", "annotated ['mito', 'er']", "not annotated ['pm']", "positions", "workers"):
-        assert part in line
-
-
 def bad(volume, error, match, **changes):
     given = {
         "input_path": volume.raw_path,
@@ -459,14 +365,14 @@ def test_a_window_far_from_zero_is_resolved(tmp_path, dtype):
         torch.testing.assert_close(dataset[0]["raw"], expected)
 
 
-def test_what_lies_outside_must_be_sayable(tmp_path):
+def test_the_fill_value_must_be_representable(tmp_path):
     raw = np.full((4, 4, 4), 9, np.uint8)
-    with pytest.raises(CellMapError, match="makes 0 of the stored value -100, which uint8 cannot say"):
+    with pytest.raises(CellMapError, match="maps the stored value -100 to 0, which uint8 cannot represent"):
         plain(tmp_path, raw, normalize={"range": [-100, 200]}, pad=True)
     plain(tmp_path, raw, normalize={"range": [-100, 200]})
 
 
-def test_transforms_get_no_nan_no_shared_memory_and_seeds_of_their_own(tmp_path, monkeypatch):
+def test_transforms_get_no_nan_no_shared_memory_and_separate_seeds(tmp_path, monkeypatch):
     raw = np.full((4, 4, 4), 9, np.float32)
     raw[1, 1, 1] = np.nan
     with plain(tmp_path, raw, raw_value_transforms=lambda v: v.mul_(2) - v.mean()) as dataset:
@@ -486,7 +392,7 @@ def test_transforms_get_no_nan_no_shared_memory_and_seeds_of_their_own(tmp_path,
     assert elsewhere == []
 
 
-def test_crops_that_would_be_treated_alike_must_be_alike(volume):
+def test_crops_with_different_settings_cannot_join(volume):
     one = CellMapDataset(volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS)
     mirror = {"mirror": {"axes": {"x": 1}}}
     other = {"raw_value_transforms": None, "nan_targets": False, "seed": 9, "spatial_transforms": mirror}
@@ -494,39 +400,3 @@ def test_crops_that_would_be_treated_alike_must_be_alike(volume):
         two = make_dataset(volume.raw_path, crop(volume, 3), CLASSES, INPUTS, TARGETS, **{name: value})
         with pytest.raises(CellMapError, match=f"differ in their {name}"):
             CellMapMultiDataset([one, two])
-
-
-def test_closing_while_others_read(volume):
-    """They are told so, or read on with new threads; nothing else, and nothing hangs."""
-    dataset = CellMapDataset(
-        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, read=ReadOptions(max_workers=2)
-    )
-    stop, wrong = threading.Event(), []
-
-    def read():
-        while not stop.is_set():
-            try:
-                dataset[0]
-            except CellMapError as e:
-                if "closed while it was read" not in str(e):
-                    wrong.append(e)
-            except BaseException as e:
-                wrong.append(e)
-
-    threads = [threading.Thread(target=read) for _ in range(3)]
-    [t.start() for t in threads]
-    for _ in range(30):
-        dataset.close()
-    stop.set()
-    [t.join(120) for t in threads]
-    dataset.close()
-    assert wrong == []
-    assert not any(t.is_alive() for t in threads)
-
-
-def test_a_task_of_the_pool_may_read(volume):
-    """With one thread it would wait for itself."""
-    with CellMapDataset(
-        volume.raw_path, crop(volume, 2), CLASSES, INPUTS, TARGETS, read=ReadOptions(max_workers=1)
-    ) as dataset:
-        assert torch.equal(dataset.executor.submit(lambda: dataset[0]).result(120)["raw"], dataset[0]["raw"])

@@ -11,7 +11,7 @@ from torch import nn
 
 import cellmap_lightning
 from cellmap_lightning import CellMapDataLoader, CellMapImage
-from cellmap_lightning.batches.arrays import BatchLayout
+from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.callbacks import StreamPrefetch
 from cellmap_lightning.compat.transforms import augment
 from cellmap_lightning.crops.options import ReadOptions
@@ -222,7 +222,7 @@ def test_every_tensor_names_its_dtype_and_device():
     assert found == {}
 
 
-def test_that_rule_sees_what_is_not_named():
+def test_unnamed_classes_count_for_leave_one_out():
     assert unnamed("torch.zeros(3)\ntorch.ones(3, dtype=torch.int64)\ntorch.Generator()") == [1, 2, 3]
     assert unnamed("self.register_buffer('a', torch.ones(3))") == [1]
     assert unnamed("torch.ones(3, dtype=d, device=e)\nself.add_state('a', torch.ones(3, dtype=d))") == []

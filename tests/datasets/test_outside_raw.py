@@ -1,4 +1,4 @@
-"""Crops that are partly outside of raw: targets are unknown there, and the part is reported once."""
+"""Crops partly outside of raw: targets are unknown there, and the share is reported once."""
 
 import logging
 
@@ -101,7 +101,7 @@ def test_crops_inside_raw_are_as_they_were(tmp_path, caplog, inside):
     raw = ramp((48,) * 3)
     paths = write_pair(tmp_path, cube(), raw=raw, translation=inside, attributes=annotated(SEMANTIC))
     with caplog.at_level(logging.WARNING), dataset(*paths, pad=True) as data:
-        assert data.crop._raw_ends == []
+        assert data.crop._partly_outside == []
         assert not data[0]["labels"].isnan().any()
     assert "outside of raw" not in caplog.text
 

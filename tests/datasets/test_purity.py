@@ -1,4 +1,4 @@
-"""Sample ``g`` is a function of (seed, g): the same bits however it is read, and by whomever."""
+"""Sample ``g`` is a function of (seed, g): bit-identical for all readers, loaders and processes."""
 
 import hashlib
 import itertools
@@ -36,7 +36,7 @@ MIRRORED = {"mirror": {"axes": {"x": 0.5, "y": 0.5, "z": 0.5}}, "transpose": {"a
 
 
 def own_noise(value):
-    """A value transform of somebody who uses every generator that there is."""
+    """A value transform of user code that uses every random generator."""
     drawn = torch.randn(value.shape) + random.random() + torch.from_numpy(np.random.normal(size=value.shape))  # noqa: NPY002
     return value.to(torch.float32) + drawn
 
@@ -128,7 +128,7 @@ def threads_of_torch():
 
 @pytest.fixture(scope="module")
 def references(volume, tmp_path_factory):
-    """What the plainest way of reading delivers: one thread, nothing kept, an empty cache folder, sample by sample."""
+    """Reference samples: one thread, no cache, an empty cache folder, sample by sample."""
     found = {}
     for name in SETS:
         with pytest.MonkeyPatch.context() as patch, open_set_in(patch, volume, name, tmp_path_factory) as dataset:
@@ -215,7 +215,7 @@ def test_neither_batches_nor_the_order_of_reading_count(volume, references, name
         numbers = list(reference)
         random.Random(0).shuffle(numbers)
         assert {n: digest(loader.dataset[n]) for n in numbers} == reference
-        # And an order of somebody else's, in the batches of somebody else.
+        # And with the order and the batches of another loader.
         batches = [numbers[:3], numbers[3:4], numbers[4:11], numbers[11:]]
         found = [one_by_one(b) for b in CellMapDataLoader(loader.dataset, batch_sampler=batches)]
         assert found == [[reference[n] for n in batch] for batch in batches]

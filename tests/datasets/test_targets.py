@@ -1,4 +1,4 @@
-"""What targets say, against what is stored, computed here in another way."""
+"""Values of targets, compared with an independent computation from stored labels."""
 
 import json
 
@@ -111,7 +111,7 @@ def test_labels_for_a_softmax(crop):
     expected = np.where(a == 1, 1, np.where(b == 1, 2, np.where((a == 255) | (b == 255), -1, 0)))
     assert labels.dtype == torch.int64
     np.testing.assert_array_equal(labels[0].numpy(), expected)
-    with pytest.raises(CellMapError, match="ignore_index must be a whole number that is no class"):
+    with pytest.raises(CellMapError, match="ignore_index must be a whole number outside the classes"):
         crop.dataset(["a", "b"], target={"kind": "labels", "ignore_index": 2})
 
 
@@ -135,7 +135,7 @@ def test_affinities(crop):
     for channel, offset in enumerate(offsets):
         there = stored[tuple(slice(3 + o, 3 + o + n) for o, n in zip(offset, SHAPE, strict=True))]
         expected = ((here == there) & (here != 0)).astype(float)
-        expected[(here == 255) | (there == 255)] = NAN  # outside the crop nobody knows
+        expected[(here == 255) | (there == 255)] = NAN  # unannotated outside the crop
         np.testing.assert_array_equal(found[channel], expected)
     memory = batch_memory(
         {"shape": SHAPE, "scale": SCALE},
@@ -161,7 +161,7 @@ def test_signed_distances(crop):
     )
     known = ~np.isnan(found)
     np.testing.assert_allclose(found[known], np.clip(expected[known] / 200, -1, 1), atol=1e-6)
-    # Beyond the crop nobody knows: a voxel is sure where it is nearer to a boundary than to the border.
+    # Unannotated outside the crop: a voxel is certain if it is nearer to a boundary than to the border.
     border = distance_transform_edt(np.pad(np.ones(SHAPE, bool), 1), sampling=SCALE)[1:-1, 1:-1, 1:-1]
     np.testing.assert_array_equal(known, border >= np.minimum(np.abs(expected), 200))
 
@@ -228,7 +228,7 @@ def test_float_labels(crop, tmp_path):
 
 @pytest.mark.parametrize("rule", ["stored", "majority", "any"])
 def test_coarser_labels(crop, rule):
-    """A line one voxel thick is lost in a pyramid of modes, and kept by `any`."""
+    """A line one voxel thick is lost in a pyramid of modes, and preserved by `any`."""
     stored = np.zeros(SHAPE, np.uint8)
     stored[:, 7, :] = 1
     stored[0:2, 12:14, 0:4] = [[[1, 1, 255, 255], [1, 1, 255, 0]], [[1, 0, 255, 0], [0, 0, 0, 0]]]
@@ -395,7 +395,7 @@ def test_normalization_of_a_volume(crop, monkeypatch, tmp_path):
     with crop.dataset(["a"], normalize={"percentile": [1, 99]}, invert=True) as dataset:
         expected = 1 - (values - low) / (high - low)
         torch.testing.assert_close(dataset[0]["raw"][0], torch.from_numpy(expected).float(), atol=1e-5, rtol=1e-5)
-    # What lies outside the volume becomes 0, whatever the rule.
+    # Voxels outside the volume are 0 for every rule.
     for rule, invert in (("dtype", True), ("zscore", False), ({"range": [50, 200]}, True)):
         big = {"shape": [20, 20, 24], "scale": SCALE}
         with CellMapDataset(
@@ -455,8 +455,8 @@ def test_the_data_is_never_written_to(crop, tmp_path):
         ({"kind": "semantic"}, "kind must be one of binary, labels, instances, ids, affinities, sdt, got 'semantic'"),
         ({"kind": "affinities"}, "affinities need offsets"),
         ({"kind": "affinities", "offsets": [[0, 0, 0]]}, "affinities need offsets"),
-        ({"kind": "sdt"}, "sdt needs nm"),
-        ({"kind": "sdt", "nm": -1}, "sdt needs nm"),
+        ({"kind": "sdt"}, r"nm \(the distance that an sdt scales to 1\) must be a number above 0"),
+        ({"kind": "sdt", "nm": -1}, r"nm \(the distance that an sdt scales to 1\) must be a number above 0"),
         ({"kind": "binary", "nm": 3}, "has no 'nm': for kind 'binary' it has no options"),
         ({"kinds": "binary"}, "did you mean 'kind'"),
     ],

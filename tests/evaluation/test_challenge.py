@@ -215,7 +215,7 @@ def test_unreadable_manifests(tmp_path):
     ):
         with pytest.raises(CellMapError, match=match):
             listed_crops(manifest(tmp_path, *rows))
-    with pytest.raises(CellMapError, match="only_crops: nothing is called '8'"):
+    with pytest.raises(CellMapError, match="only_crops: '8' matches nothing"):
         listed_crops(manifest(tmp_path, good), [8])
     assert [crop.name for crop in listed_crops(manifest(tmp_path, good), 7)] == ["crop7"]
 

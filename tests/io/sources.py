@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from cellmap_lightning.cache.chunk_cache import ChunkCache
-from cellmap_lightning.cache.region import Region, RegionStore
+from cellmap_lightning.cache.region import Region
+from cellmap_lightning.cache.region_store import RegionStore
 
 SHAPE, CHUNKS = (20, 24, 40), (10, 12, 20)
 COUNT = 8

@@ -222,7 +222,7 @@ def test_a_fork_reads_while_the_parents_threads_are_decoding(stored):
 
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    with cache._once._lock:  # held by a thread that the child does not have
+    with cache._once.lock:  # held by a thread that the child does not have
         process = context.Process(target=child, args=(queue,))
         process.start()
     process.join(120)

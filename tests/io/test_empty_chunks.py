@@ -166,7 +166,7 @@ def test_empty_chunks_of_raw_follow_missing_raw(root, reader, cache, caplog):
         with pytest.raises(EmptyChunkError) as caught:
             data[0]
         assert "it is empty: 0 bytes are stored" in str(caught.value)
-        assert "say missing_raw=warn; missing_raw=mask makes targets there unknown" in str(caught.value)
+        assert "set missing_raw=warn; missing_raw=mask makes targets there unknown" in str(caught.value)
     for policy in ("warn", "mask"):
         caplog.clear()
         with caplog.at_level(logging.WARNING), dataset(root, reader=reader, missing_raw=policy, cache=cache) as data:

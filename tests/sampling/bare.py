@@ -1,4 +1,4 @@
-"""Volumes as large as one likes, without chunks but for the voxels that their counts promise."""
+"""Volumes of any size without chunks, except for the voxels that their counts declare."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where samples come from: the shares that each strategy promises, and that nothing but seed and number decides."""
+"""Sampling strategies: expected shares of crops and classes, and determinism by seed and number."""
 
 import csv
 import logging
@@ -12,70 +12,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from cellmap_lightning import (
-    CellMapDataLoader,
     CellMapDataModule,
     CellMapDataset,
     CellMapError,
     CellMapMultiDataset,
-    ClassBalancedSampler,
 )
 from cellmap_lightning.crops import counts
 from cellmap_lightning.crops.options import LabelOptions, ReadOptions
 from cellmap_lightning.datasets.frequencies import class_frequencies
-from cellmap_lightning.io.writer import write_group, write_multiscale
-from cellmap_lightning.runtime.rng import PLACE, uniforms
-from cellmap_lightning.sampling.strategies import NUMBERS, Chooser, parse_strategy
+from cellmap_lightning.sampling.strategies import parse_strategy
+from cellmap_lightning.sampling.strategy import Chooser
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.options import SplitOptions
-from tests.make import make_dataset
 from tests.sampling.bare import write_bare
+from tests.sampling.sampled_crops import CLASSES, CROPS, MANY, SPEC, chi_square, make, places, share
 
 MANIFEST = Path(__file__).parents[3] / "shared" / "data" / "challenge" / "train_crop_manifest.csv"
-CLASSES = ["mito", "er", "nuc", "pm"]
-SPEC = {"shape": [8, 16, 16], "scale": [10.48, 8, 8]}
-CROPS = {1: "mito,er,nuc", 2: "mito,er,nuc,pm", 3: "pm,mito,er", 5: "mito"}
 STRATEGIES = ["uniform", "per_crop", "weighted", "class_balanced", "foreground", "mix"]
-MANY = 4000
-
-
-def make(volume, strategy="mix", spec=SPEC, classes=CLASSES, crops=CROPS, balance=False, **kwargs):
-    return CellMapMultiDataset(
-        [
-            make_dataset(
-                volume.raw_path,
-                f"{volume.path}/recon-1/labels/groundtruth/crop{n}/[{names}]",
-                classes,
-                {"raw": spec},
-                {"labels": spec},
-                is_train=True,
-                read=ReadOptions(pad=True),
-                **kwargs,
-            )
-            for n, names in crops.items()
-        ],
-        strategy,
-        balance,
-    )
-
-
-def places(dataset, count=MANY, seed=0):
-    return dataset.strategy.places(uniforms(seed, PLACE, range(count), NUMBERS), [None] * count)
-
-
-def share(chosen, choices):
-    return np.bincount(chosen, minlength=choices) / len(chosen)
-
-
-def chi_square(found, expected, count):
-    """Below 4 standard deviations of what chance alone gives."""
-    there = expected > 0
-    assert not found[~there].any()
-    statistic = count * ((found - expected)[there] ** 2 / expected[there]).sum()
-    freedom = max(1, there.sum() - 1)
-    assert statistic < freedom + 4 * (2 * freedom) ** 0.5, (found, expected)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -94,7 +49,7 @@ def test_crops_and_classes_come_as_often_as_expected(volume, strategy):
             assert own.max() < len(d.placement)
 
 
-def test_what_each_strategy_promises(volume):
+def test_expected_shares_of_each_strategy(volume):
     with make(volume) as dataset:
         volumes, held = dataset.crop_table.volumes, dataset.crop_table.counts > 0
         assert held.tolist() == [
@@ -128,7 +83,7 @@ def test_what_each_strategy_promises(volume):
 
 
 @pytest.mark.parametrize("strategy", ["class_balanced", "foreground", "mix"])
-def test_the_report_of_what_was_drawn_and_read(volume, strategy):
+def test_the_report_of_class_frequencies(volume, strategy):
     with make(volume, strategy) as dataset:
         found = class_frequencies(dataset, 500)
         for row in found.rows:
@@ -141,7 +96,7 @@ def test_the_report_of_what_was_drawn_and_read(volume, strategy):
             else:
                 assert row.expected_voxels is None
             if strategy == "foreground":
-                assert row.kept == 1
+                assert row.shown_if_drawn == 1
         lines = str(found).splitlines()
         assert len(lines) == 2 + len(CLASSES)
         assert lines[0].startswith(strategy)
@@ -193,113 +148,7 @@ def test_another_process_draws_the_same(volume, tmp_path):
     assert done.stdout.strip() == str(expected)
 
 
-TURNS = {
-    "straight": None,
-    "quarter turns": {"mirror": {"axes": {"x": 0.5, "z": 0.5}}, "transpose": {"axes": ["x", "y"]}},
-}
-
-
-@pytest.mark.parametrize("turns", TURNS)
-@pytest.mark.parametrize("jitter", [0, 0.5, 1])
-@pytest.mark.parametrize("shape", [[8, 16, 16], [1, 24, 24], [7, 9, 11]])
-def test_the_voxel_is_in_its_patch(volume, shape, jitter, turns):
-    """Every one: read, not computed."""
-    spec = {"shape": shape, "scale": [10.48, 8, 8]}
-    options = {"name": "foreground", "jitter": jitter}
-    with make(volume, options, spec, spatial_transforms=TURNS[turns]) as dataset:
-        count = 150
-        draws = dataset.draw(range(count), True, 0)
-        found = dataset.strategy.places(uniforms(0, PLACE, range(count), NUMBERS), [d.turn for d in draws])
-        target = dataset.layout.finish(dataset.read(draws))["labels"].reshape(count, len(CLASSES), -1)
-        assert set(found.classes) == {0, 1, 2, 3}
-        assert (target[torch.arange(count), torch.from_numpy(found.classes)] == 1).any(dim=1).all()
-
-
-def test_slices_in_each_plane_hold_it_too(volume):
-    spec = {"shape": [24, 24], "scale": [8, 8]}
-    for plane in ("xy", "xz", "yz"):
-        with make(volume, "foreground", spec, plane=plane, crops={2: "mito,er"}, classes=["mito", "er"]) as dataset:
-            draws = dataset.draw(range(60), True, 0)
-            target = dataset.layout.finish(dataset.read(draws))["labels"].reshape(60, 2, -1)
-            found = places(dataset, 60)
-            assert (target[torch.arange(60), torch.from_numpy(found.classes)] == 1).any(dim=1).all()
-
-
-def test_the_voxel_is_anywhere_in_its_patch_with_jitter_1_and_in_its_middle_with_0(volume):
-    """In a crop that is much larger than the patch, so that few patches have to be moved."""
-    spec = {"shape": [4, 8, 8], "scale": [10.48, 8, 8]}
-    for jitter, low, high in ((0, 0.99, 1.01), (1, 0.4, 0.75)):
-        options = {"name": "foreground", "classes": "nuc", "jitter": jitter}
-        with make(volume, options, spec, crops={2: "nuc"}, classes=["nuc"]) as dataset:
-            target = dataset.layout.finish(dataset.read(dataset.draw(range(200), True, 0)))["labels"]
-            middle = target[:, 0, 1:3, 3:5, 3:5] == 1
-            shown = middle.flatten(1).any(dim=1).float().mean()
-            assert shown >= low if jitter == 0 else shown > 0.5
-            assert shown <= high or jitter == 1
-
-
-@pytest.mark.parametrize("jitter", [0, 1])
-@pytest.mark.parametrize(
-    "turns", [{}, {"rotate": {"axes": {"z": [-180, 180], "y": [-40, 40]}}, "transpose": {"axes": ["x", "z"]}}]
-)
-def test_the_only_voxel_is_nowhere_outside_its_patch(tmp_path, turns, jitter):
-    """By geometry, along the patch's own axes; of a class of one voxel, so that no neighbour stands in for it."""
-    stored = np.zeros((48, 48, 48), np.uint8)
-    stored[20, 25, 22] = 1
-    write_group(tmp_path / "v.zarr")
-    for name in ("raw", "crop1/a"):
-        write_multiscale(
-            tmp_path / "v.zarr" / name, stored, scale=(8, 8, 8), translation=(0, 0, 0), levels=1, chunks=(16, 16, 16)
-        )
-    spec = {"shape": [5, 8, 12], "scale": [8, 8, 8]}
-    crop = CellMapDataset(
-        tmp_path / "v.zarr/raw",
-        f"{tmp_path}/v.zarr/crop1/[a]",
-        ["a"],
-        {"raw": spec},
-        {"labels": spec},
-        is_train=True,
-        spatial_transforms=turns,
-    )
-    with CellMapMultiDataset([crop], {"name": "foreground", "jitter": jitter}) as dataset:
-        offsets = []
-        for draw in dataset.draw(range(400), True, 0):
-            away = np.multiply(8, (20, 25, 22)) - crop.placement.center(draw.position)
-            offsets.append(away if draw.turn is None else draw.turn.T @ away)
-    reach = np.abs(offsets) / (np.multiply(8, spec["shape"]) / 2)
-    assert reach.max() <= 1 + 1e-9
-    if jitter:
-        assert (reach.max(axis=0) > 0.75).all()  # and it is anywhere in it
-    else:
-        assert (np.linalg.norm(offsets, axis=1) <= 8 * 3**0.5 / 2 + 1e-9).all()  # as near the middle as positions allow
-
-
-def test_turned_by_any_angle_few_corners_miss_it(volume):
-    turns = {"rotate": {"axes": {"z": [-180, 180]}}}
-    with make(volume, "foreground", spatial_transforms=turns) as dataset:
-        count = 300
-        draws = dataset.draw(range(count), True, 0)
-        found = dataset.strategy.places(uniforms(0, PLACE, range(count), NUMBERS), [d.turn for d in draws])
-        target = dataset.layout.finish(dataset.read(draws))["labels"].reshape(count, len(CLASSES), -1)
-        shown = (target[torch.arange(count), torch.from_numpy(found.classes)] == 1).any(dim=1)
-        assert shown.float().mean() > 0.97
-
-
-def test_voxels_that_nobody_annotated_are_never_aimed_at(volume):
-    """Half of er in crop2 is marked unknown."""
-    with make(volume, "foreground", crops={2: "er"}, classes=["er"]) as dataset:
-        index = dataset.crop_table.index(0, 0)
-        crop = dataset.crops[0]
-        stored = crop.label_images["er"]
-        level = next(m for m in stored.present if m.lattice == index.lattice)
-        import zarr
-
-        values = np.asarray(zarr.open_array(level.path, mode="r")[:])
-        assert (values == 255).any()
-        assert set(values[tuple(index.voxels.T)].tolist()) <= set(np.unique(values).tolist()) - {0, 255}
-
-
-def test_nothing_is_counted_where_no_strategy_asks(volume, monkeypatch):
+def test_voxels_are_counted_only_if_a_strategy_needs_counts(volume, monkeypatch):
     """mito_mem of crop5 has lost its attributes, so its voxels would have to be counted."""
     asked = []
     real = counts.foreground
@@ -407,7 +256,7 @@ def test_balanced_volumes(tmp_path, strategy):
         assert abs(dataset.strategy.crop_chances[::2].sum() - 0.5) > 0.005
 
 
-def test_where_no_class_has_a_voxel_the_mix_goes_by_volume_and_says_so(tmp_path, caplog):
+def test_without_class_voxels_the_mix_samples_by_volume(tmp_path, caplog):
     for classes, name in (((), "raw"), (("a",), "absent")):
         caplog.clear()
         with (
@@ -445,7 +294,7 @@ def test_errors(volume, tmp_path):
         ({"name": "foreground", "classes": {"mito": -1}}, "weight of 'mito' must be a number of at least 0, got -1"),
         ({"name": "weighted", "weights": {"crop11": 1}}, "crop 'crop11' does not exist; did you mean 'crop1'"),
         ({"name": "weighted", "weights": {"crop1": "x"}}, "weight of 'crop1' must be a number of at least 0, got 'x'"),
-        ({"name": "weighted", "weights": [1, 2]}, "2 weights were given for 1 crops"),
+        ({"name": "weighted", "weights": [1, 2]}, "weights must have one value for each of the 1 crops, got 2"),
         ({"name": "weighted", "weights": [0]}, "every crop has the weight 0"),
         ({"name": "mix", "parts": {"mix": 1}}, "a mix cannot be a part of a mix"),
         ({"name": "mix", "parts": {"uniform": 0}}, "every part has the share 0"),
@@ -522,68 +371,7 @@ def test_the_datamodule_draws_its_training_by_it(volume):
         CellMapDataModule(["mito"], strategy="forground", **common)
 
 
-# ------------------------------------------------------------------------------------------------ cellmap-data's names
-
-
-def test_class_balanced_sampler(volume):
-    with make(volume, "uniform") as dataset:
-        sampler = ClassBalancedSampler(dataset, samples_per_epoch=400, seed=1)
-        assert len(sampler) == 400
-        first, second = list(sampler), list(sampler)
-        assert first != second  # each pass has others
-        assert list(ClassBalancedSampler(dataset, 400, 1)) == first
-        assert list(ClassBalancedSampler(dataset, 400, 2)) != first
-        crops = np.array([dataset.crops.index(dataset.locate(p)[0]) for p in first])
-        chi_square(
-            share(crops, len(CROPS)), parse_strategy("class_balanced").bind(dataset.crop_table).crop_chances, 400
-        )
-        # Torch's own loader over the dataset, and ours, meet the same positions.
-        plain = [int(b["idx"]) for b in DataLoader(dataset, sampler=ClassBalancedSampler(dataset, 6, 1))]
-        loader = CellMapDataLoader(dataset, 2, sampler=ClassBalancedSampler(dataset, 6, 1))
-        ours = [i for b in loader for i in b["idx"].tolist()]
-        assert plain == ours == first[:6]
-        again = CellMapDataLoader(loader.dataset, 2, sampler=ClassBalancedSampler(dataset, 6, 2), shuffle=False)
-        assert [i for b in again for i in b["idx"].tolist()] == list(ClassBalancedSampler(dataset, 6, 2))
-        with pytest.raises(CellMapError, match="samples_per_epoch must be a whole number of at least 1, got 0"):
-            ClassBalancedSampler(dataset, 0)
-        with make(volume, crops={1: "mito"}) as other, pytest.raises(CellMapError, match="draws positions of"):
-            CellMapDataLoader(other, 2, sampler=ClassBalancedSampler(dataset, 6))
-
-
-def test_worker_processes_draw_the_same(volume):
-    with make(volume, "mix") as dataset:
-        here = [b["idx"].tolist() for b in CellMapDataLoader(dataset, 2, samples_per_epoch=8)]
-        there = [b["idx"].tolist() for b in CellMapDataLoader(dataset, 2, 2, samples_per_epoch=8)]
-        assert here == there
-
-
-def test_the_other_names(volume):
-    with make(volume, "uniform") as dataset:
-        assert dataset.get_crop_class_matrix().dtype == bool
-        assert dataset.get_crop_class_matrix().shape == (len(CROPS), len(CLASSES))
-        assert dataset.datasets[0].get_crop_class_matrix().tolist() == [[True, True, False, False]]
-        tiles = dataset.validation_indices
-        assert tiles == [dataset.tile(n) for n in range(dataset.tile_count)]
-        fg, bg = dataset.class_counts, dataset.background_counts
-        assert dataset.class_weights == {c: bg[c] / fg[c] for c in CLASSES}
-        mito = dataset.crops[0]
-        assert fg["mito"] > mito.class_counts["mito"] > 0
-        assert mito.class_counts["mito"] + mito.background_counts["mito"] == pytest.approx(mito.volume)
-        assert dataset.datasets[0].class_weights["nuc"] == 1  # annotated, and not there
-        unknown = dataset.crops[1]
-        assert unknown.class_counts["er"] + unknown.background_counts["er"] < unknown.volume
-        weighted = dataset.get_weighted_sampler(4)
-        assert len(list(weighted)) == 4
-        assert len(dataset.get_weighted_sampler(4, samples_per_epoch=9)) == 9
-        subset = list(dataset.get_subset_random_sampler(300, weighted=False, rng=torch.Generator().manual_seed(5)))
-        assert len(subset) == 300
-        assert subset == list(dataset.get_subset_random_sampler(300, False, torch.Generator().manual_seed(5)))
-        crops = np.array([dataset.crops.index(dataset.locate(p)[0]) for p in subset])
-        chi_square(share(crops, len(CROPS)), dataset.strategy.crop_chances, 300)
-        assert len(list(dataset.get_subset_random_sampler(7))) == 7
-
-
-def test_choices_at_the_ends_of_the_interval():
+def test_choices_at_the_ends_of_the_unit_interval():
     """What has no weight is never chosen, first, last or between, in the last row as in the first."""
     weights = np.array([[0, 1, 0, 3, 0]] * 48, float)
     choose = Chooser(weights)

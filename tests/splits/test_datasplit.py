@@ -88,7 +88,7 @@ def test_all_bad_rows_in_one_table(write):
         "line 101  the usage 'trian' should be one of train, val,",
         "line 201  a bracket of classes needs quotes around its path",
         "line 251  the raw path is empty",
-        "line 261  the target path is empty; only crops for 'predict' may go without, not 'val'",
+        "line 261  the target path is empty; only crops for 'predict' need none, not 'val'",
     ):
         assert part in text
 
@@ -108,7 +108,7 @@ def test_all_bad_crops_in_one_table(write):
     assert "line 4  volume/crop2: the bracket [mito,gogli] names 'gogli', which is neither" in str(caught.value)
 
 
-def test_unannotated_crops_are_left_out_and_said(write, caplog):
+def test_unannotated_crops_are_left_out_and_logged(write, caplog):
     rows = [THREE.format("train", 2), f'train,volume.zarr/{RAW},"volume.zarr/{GT}/crop2/[nuc]"']
     with caplog.at_level(logging.WARNING):
         assert len(split(write(*rows))["train"].datasets) == 1

@@ -1,4 +1,4 @@
-"""Crops that are trained on and validate as well, and names in brackets that are those of no class."""
+"""Leakage between training and validation, and names in brackets that are not classes."""
 
 import csv
 import logging

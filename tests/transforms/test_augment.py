@@ -18,7 +18,7 @@ def change(config, raw, samples=(5, 6, 7), seed=1, number=0):
     return IntensityTransforms(config)(raw, seed, samples, number, SCALE)
 
 
-def test_each_change_is_what_it_says():
+def test_each_intensity_transform_equals_its_definition():
     raw = patch()
     torch.testing.assert_close(change({"contrast": [2, 2]}, raw), (raw - 0.5) * 2 + 0.5)
     torch.testing.assert_close(change({"brightness": [-0.25, -0.25]}, raw), raw - 0.25)
@@ -82,14 +82,14 @@ def test_the_last_bit_depends_on_neither_threads_nor_the_other_samples(name):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"constrast": [1, 1]}, "has no 'constrast'; it has blur, contrast"),
+        ({"constrast": [1, 1]}, "has no 'constrast'; did you mean 'contrast'"),
         ({"contrast": 1.5}, r"contrast must be \[lowest, highest\], none below 0, got 1.5"),
         ({"noise": [0.2, 0.1]}, "noise must be"),
         ({"gamma": [-1, 1]}, "none below 0"),
         ({"brightness": [0, float("inf")]}, "brightness must be"),
     ],
 )
-def test_what_is_no_range_is_refused(config, message):
+def test_invalid_ranges_are_refused(config, message):
     with pytest.raises((KeyError, ValueError), match=message):
         IntensityTransforms(config)
 

@@ -54,9 +54,15 @@ def test_every_device_unpacks_to_the_same_bits(classes):
     here = unpack(torch.from_numpy(packed), classes)
     elsewhere = torch.from_numpy(packed).as_subclass(Elsewhere)
     real_empty, real_arange = torch.empty, torch.arange
+
+    def without_device(function):
+        def call(*args, device=None, **options):
+            return function(*args, **options)
+
+        return call
+
     try:
-        torch.empty = lambda *a, device=None, **k: real_empty(*a, **k)
-        torch.arange = lambda *a, device=None, **k: real_arange(*a, **k)
+        torch.empty, torch.arange = without_device(real_empty), without_device(real_arange)
         there = unpack(elsewhere, classes)
     finally:
         torch.empty, torch.arange = real_empty, real_arange

@@ -1,4 +1,4 @@
-"""Functions of other libraries as value transforms: a sample depends on the seed and its number alone."""
+"""Value transforms of other libraries are reproducible: samples depend on seed and number alone."""
 
 import pickle
 
@@ -58,7 +58,7 @@ def test_a_sample_follows_from_its_number(volume, make):
         assert type(samples[0]) is torch.Tensor
 
 
-def test_parts_of_a_list_have_draws_of_their_own(volume):
+def test_transforms_of_a_chain_have_different_seeds(volume):
     with dataset(volume, [scaled, noise()]) as one, dataset(volume, [scaled, noise(), noise()]) as two:
         with dataset(volume, scaled) as none:
             plain = none[0]["raw"]
