@@ -39,7 +39,7 @@ class _Chosen(Samples):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def _draw(self, samples: Sequence[int]) -> list[Draw]:
+    def draws(self, samples: Sequence[int]) -> list[Draw]:
         # What is random follows from the number, of which the place among the positions is the remainder.
         turns = self.dataset.spatial.turns(self.seed, samples) if self.dataset.is_train else [None] * len(samples)
         places = [self.positions[n % len(self)] for n in samples]

@@ -135,6 +135,7 @@ class LabelOptions:
         check_missing_labels(self.missing_labels)
         check_unannotated_classes(self.unannotated_classes)
         one_of("label_downsample", self.label_downsample, DOWNSAMPLE)
+        one_of("too_coarse", self.too_coarse, ("error", "upsample", "drop"))
 
 
 @dataclass(frozen=True, kw_only=True)

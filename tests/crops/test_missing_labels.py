@@ -61,7 +61,7 @@ def test_missing_chunks_with_declared_voxels(tmp_path, what, zarr_format, reader
     level = tmp_path / "v.zarr" / "crop1" / "mito" / "s0"
     lose(level, what)
     left = {"all": 0, "half": 4, "one": 7}[what]
-    with pytest.raises(MetadataError, match=f"complement_counts promise 5120 .* {left} of its 8 chunk files") as e:
+    with pytest.raises(MetadataError, match=f"complement_counts declare 5120 .* {left} of its 8 chunk files") as e:
         dataset(raw, target, reader=reader)
     assert "missing_labels=unknown" in str(e.value)
     found = sample(raw, target, reader=reader, missing_labels="unknown")["labels"]
@@ -118,18 +118,18 @@ def test_a_large_array_is_compared_when_its_voxels_are_counted(tmp_path, caplog,
     stored = cube()
     raw, target = write_pair(tmp_path, stored, array_attributes=annotated(SEMANTIC, counts_of(stored)))
     lose(tmp_path / "v.zarr" / "crop1" / "mito" / "s0", "half")
-    with dataset(raw, target) as data, pytest.raises(MetadataError, match=r"promise 4096 .* hold 2048"):
+    with dataset(raw, target) as data, pytest.raises(MetadataError, match=r"declare 4096 .* hold 2048"):
         data.crop.foreground_index("mito")
     array = {"shape": [16] * 3, "scale": [8] * 3}
     entries = {"train": [{"raw": raw, "gt": target}]}
     with CellMapDataModule(["mito"], array, array, datasets=entries, strategy="foreground") as data:
         data.setup("fit")
-        with pytest.raises(MetadataError, match=r"promise 4096 .* hold 2048"):
+        with pytest.raises(MetadataError, match=r"declare 4096 .* hold 2048"):
             next(iter(data.train_dataloader()))
     with dataset(raw, target, missing_labels="unknown") as data:
         assert len(data.crop.foreground_index("mito")) == 2048
     found = inspect({"datasets": {"train": [{"raw": raw, "gt": target}]}}, {}, None, deep=True)
-    assert "complement_counts promise 4096" in str(found)
+    assert "complement_counts declare 4096" in str(found)
 
 
 def test_counts_that_are_out_of_date_are_a_warning(tmp_path, caplog):
@@ -143,7 +143,7 @@ def test_counts_that_are_out_of_date_are_a_warning(tmp_path, caplog):
     )  # fmt: skip
     with dataset(raw, target) as data, caplog.at_level(logging.WARNING):
         assert len(data.crop.foreground_index("mito")) == int(stored.sum())
-    assert "complement_counts say 2768 voxels of the class" in caplog.text
+    assert "complement_counts declare 2768 voxels of the class" in caplog.text
     assert "out of date" in caplog.text
 
 
@@ -164,7 +164,7 @@ def test_a_foreground_fill_value_declares_no_voxels(tmp_path):
     assert not (tmp_path / "v.zarr" / "crop1" / "mito" / "s0" / "0").exists()
     assert sample(raw, target)["labels"].min() == 1
     edit(tmp_path / "v.zarr" / "crop1" / "mito" / "s0" / ".zarray", lambda c: c.update(fill_value=None))
-    with pytest.raises(MetadataError, match="promise 32768"):
+    with pytest.raises(MetadataError, match="declare 32768"):
         dataset(raw, target)
 
 
@@ -197,7 +197,7 @@ def test_counts_in_other_places_and_types(tmp_path, where, number):
     raw, target = write_pair(tmp_path, stored, **options)
     sample(raw, target)
     lose(tmp_path / "v.zarr" / "crop1" / "mito" / "s0", "half")
-    with pytest.raises(MetadataError, match="complement_counts promise 4096"):
+    with pytest.raises(MetadataError, match="complement_counts declare 4096"):
         dataset(raw, target)
 
 
@@ -232,7 +232,7 @@ def test_a_shard_without_some_of_its_chunks(tmp_path, caplog):
     )  # fmt: skip
     with caplog.at_level(logging.WARNING), dataset(raw, target):
         pass
-    assert "promise 4096 voxels that are not absent, and its shards hold 2048" in caplog.text
+    assert "declare 4096 voxels that are not absent, but its shards hold 2048" in caplog.text
 
 
 def test_an_empty_level_is_a_warning(tmp_path, caplog):
