@@ -222,7 +222,7 @@ class PredictionWriter(L.Callback):
             job, crops = planner.plan(self.output / name if len(volumes) > 1 else self.output, name, planes)
             self._jobs.append(job)
             placed += crops
-        source = volumes_source(placed, data.predict_dataset.layout, data.seed)
+        self._source = source = volumes_source(placed, data.predict_dataset.layout, data.seed)
         self._model_output = ModelOutput(
             names, array, spec.window.shape, source.layout, options.key, options.activation, options.tta_flips
         )

@@ -168,7 +168,7 @@ def test_raw_that_changes_while_it_is_predicted(tmp_path, when, workers):
     model = Identity()
     predict(path, PATCH, tmp_path / "before.zarr", model, **given)
     at = 0 if when == "in its block" else model.batches - 1
-    text = rf"raw has changed since block \d+ .* predicted: {first_chunk(path)}.*mixture"
+    text = rf"raw has changed since block \d+ .* predicted: {first_chunk(path)}.*would mix both"
     with pytest.raises(OutputError, match=text):
         predict(path, PATCH, out, Rewriting(first_chunk(path), at), **given)
     if when == "in its block":

@@ -284,7 +284,7 @@ def test_a_block_that_was_not_written_whole_is_not_done(tmp_path, kind, fault, m
         else:
             flush = durable._flush
             patch.setattr(durable, "_flush", lambda path: fails() if Path(path).is_dir() else flush(path))
-        with pytest.raises(OutputError, match=r"cannot be written to at block 1.*the same command goes on"):
+        with pytest.raises(OutputError, match=r"cannot be written to at block 1.*run the same command again"):
             output.write(1, block, [1])
     assert set(output.journal.finished) == {0}
     output.write(1, block, [1])

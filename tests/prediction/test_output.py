@@ -370,7 +370,9 @@ def test_several_processes_finish_it_together(tmp_path, kind, monkeypatch):
     meeting, said, results = threading.Barrier(world, timeout=120), {}, {}
     describing = []
     monkeypatch.setattr(
-        PredictionOutput, "_describe", lambda self, real=PredictionOutput._describe: describing.append(1) or real(self)
+        PredictionOutput,
+        "_write_metadata",
+        lambda self, real=PredictionOutput._write_metadata: describing.append(1) or real(self),
     )
 
     def run(rank):

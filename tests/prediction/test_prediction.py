@@ -284,7 +284,7 @@ def test_foreign_files_are_never_replaced(tmp_path):
         ({"region": {"z": [0, 10]}}, "region must be {z: "),
         (
             {"dtype": "uint8", "data": {"raw_value_transforms": None}},
-            "gave values from .* and dtype=uint8 stores",
+            "returned values from .* and dtype=uint8 stores",
         ),
     ],
     ids=lambda v: "" if isinstance(v, dict) else v[:20],
@@ -325,7 +325,7 @@ def test_full_disk_leaves_finished_blocks(tmp_path):
             torch.set_num_threads(1)  # the threads of the parent are not there
             predict(path, (12, 16, 20), out, Breaking(out, 9), model_id="m")
         except OutputError as e:
-            os._exit(7 if "What is finished stays" in str(e) else 8)
+            os._exit(7 if "Finished blocks remain" in str(e) else 8)
         finally:
             os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

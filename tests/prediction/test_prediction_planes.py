@@ -58,7 +58,7 @@ def test_mirrored_inputs_are_averaged(tmp_path):
         return values
 
     for tta_flips in ("", "y", "zx", "zyx"):
-        out = tmp_path / f"tta_flips{tta_flips}.zarr"
+        out = tmp_path / f"flips{tta_flips}.zarr"
         predict(path, (20, 24, 28), out, Sided(), overlap=0, tta_flips=tta_flips)
         expected = np.mean(
             [
