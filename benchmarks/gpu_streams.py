@@ -647,13 +647,13 @@ def threshold_verdict(rows):
     """What the measured sizes say about the threshold, for batches that travel compact, as they do."""
     sizes = sorted({r["finished_mib"] for r in rows if r["form"] == "compact"})
     if not sizes:
-        return "nothing was measured, so nothing is said"
+        return "no measurements"
     parts = []
-    for regime in REGIMES:
+    for regime, description in REGIMES.items():
         if regime not in {r["regime"] for r in rows}:
             continue
         size = pays_from(rows, regime)
-        parts.append(f"{REGIMES[regime].title}: " + (f"from {size} MiB" if size is not None else "at no size"))
+        parts.append(f"{description.title}: " + (f"from {size} MiB" if size is not None else "at no size"))
     compact = [r for r in rows if r["form"] == "compact"]
     gains = {r["finished_mib"] for r in compact if r["off_over_on"]["median"] >= TARGET and r["off_over_on"]["low"] > 1}
     losses = {r["finished_mib"] for r in compact if r["off_over_on"]["median"] < 1 / TARGET}

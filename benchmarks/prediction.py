@@ -430,8 +430,8 @@ def main():
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
     rows = [
-        f"{args.rounds} rounds in {time.time() - began:.0f} s on {os.cpu_count()} cores ({platform.machine()}), load "
-        f"at the end {os.getloadavg()[2]:.1f}; block_size_mb={args.block_size_mb:g}", "", *report(figures, args),
+        (f"{args.rounds} rounds in {time.time() - began:.0f} s on {os.cpu_count()} cores ({platform.machine()}), load "
+         f"at the end {os.getloadavg()[2]:.1f}; block_size_mb={args.block_size_mb:g}"), "", *report(figures, args),
     ]  # fmt: skip
     print("\n".join(rows))
     if args.report:

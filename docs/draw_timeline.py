@@ -107,7 +107,7 @@ def bar(axes: Axes, row: float, start: float, end: float, color: str, text: str 
     """A bar with a number in it, if there is room."""
     axes.barh(row, end - start, left=start, height=height, color=color, edgecolor="white", linewidth=1)
     if text:
-        dark = color in (STEP,)
+        dark = color == STEP
         axes.text(
             (start + end) / 2, row, text, ha="center", va="center", fontsize=10, color="white" if dark else "black"
         )
@@ -124,8 +124,8 @@ def rows(axes: Axes, names: list[str]) -> None:
 
 def draw_measured(axes: Axes, spans: list[Span], ahead: bool, end: float) -> None:
     """What the threads did, in milliseconds."""
-    for kind, start, stop, number in spans:
-        start, stop = 1e3 * start, 1e3 * stop
+    for kind, begun, ended, number in spans:
+        start, stop = 1e3 * begun, 1e3 * ended
         if kind == "wait":
             # Without a thread, the main thread reads while it waits for the batch.
             if ahead and stop - start > 0.004 * end:

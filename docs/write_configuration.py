@@ -33,7 +33,7 @@ callbacks:
 ```
 
 On the command line, `~callbacks` and `~logger` leave a group out. `ckpt`, `resume` and `init_from` take any path;
-another value with `=`, brackets or blanks in it needs quotes of its own inside those of the shell: `"name='a=b'"`. In a
+another value with `=`, brackets or blanks in it needs its own quotes inside those of the shell: `"name='a=b'"`. In a
 file, an option of a group is chosen in its defaults, `- override /model: unet_small`, and not by `model: unet_small`.
 
 With LightningCLI instead of Hydra: [lightning_cli.md](lightning_cli.md).

@@ -89,7 +89,7 @@ class DataWaitMonitor(L.Callback):
     def _mark(self, trainer: L.Trainer) -> None:
         """Store the counters and the time at the start of a step."""
         waiting = _waiting(trainer)
-        # A copy: the data module goes on counting in the same object.
+        # A copy: the data module continues to count in the same object.
         self._before = dataclasses.replace(waiting) if waiting is not None else WaitTimes()
         self._since = time.perf_counter()
 

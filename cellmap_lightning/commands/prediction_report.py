@@ -67,7 +67,7 @@ def _errors_only() -> Iterator[None]:
 
 
 def _picture(cfg: DictConfig, writer: Any, classes: Sequence[str], crops: Path) -> str:
-    """Draw a prediction; return the path of the picture, or why there is none."""
+    """Draw a prediction; return the path of the picture, or the reason why it is missing."""
     picture: Path = writer.output.with_name(f"{writer.output.stem}.png")
     replaced: Any = OmegaConf.to_container(cfg.metadata, resolve=True)
     # The picture shows raw as it is stored.

@@ -24,7 +24,7 @@ _CPU = torch.device("cpu")
 
 
 class _Chosen(Samples):
-    """Samples at positions that somebody else's sampler gives, each numbered on: see `_Numbered`.
+    """Samples at positions from a third-party sampler, numbered by `_Numbered`.
 
     Args:
         dataset: where they are.
@@ -40,7 +40,7 @@ class _Chosen(Samples):
         return len(self.positions)
 
     def draws(self, samples: Sequence[int]) -> list[Draw]:
-        # What is random follows from the number, of which the place among the positions is the remainder.
+        # Randomness is a function of the number; its remainder is the index among the positions.
         turns = self.dataset.spatial.turns(self.seed, samples) if self.dataset.is_train else [None] * len(samples)
         places = [self.positions[n % len(self)] for n in samples]
         return [Draw(n, int(at), turn) for n, at, turn in zip(samples, places, turns, strict=True)]
@@ -66,6 +66,48 @@ class _Numbered(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
+
+
+def _samples_of_an_epoch(
+    batch_size: int, iterations: int | None, samples: int | None, batches: int | None
+) -> int | None:
+    """Return the samples of an epoch from ``iterations_per_epoch`` and its newer names; None if none is given.
+
+    Raises:
+        CellMapTypeError: several are given.
+    """
+    given = [n for n in (iterations, samples, batches) if n is not None]
+    if len(given) > 1:
+        raise CellMapTypeError("samples_per_epoch and batches_per_epoch both give the length of an epoch; give one")
+    if iterations is not None:
+        # Logged, since programs that hide warnings would not notice an epoch of another length.
+        log.warning(
+            "iterations_per_epoch=%d counts samples, as in cellmap-data of 2026: an epoch has %d batches of %d; as "
+            "batches, which it counted in 2025, give batches_per_epoch=%d, and otherwise samples_per_epoch=%d",
+            iterations, -(-iterations // batch_size), batch_size, iterations, iterations,
+        )  # fmt: skip
+    if batches is not None:
+        return batches * batch_size
+    return given[0] if given else None
+
+
+def _chosen_positions(
+    dataset: Any,
+    source: SampleSource,
+    sampler: Any,
+    count: int | None,
+    is_train: bool,
+    rng: torch.Generator | None,
+    seed: int,
+    pin: bool,
+) -> dict[str, Any]:
+    """Return ``dataset`` and ``sampler`` of a loader over a subset, or of one with a third-party sampler."""
+    positions = list(dataset.indices) if isinstance(dataset, Subset) else None
+    chosen = _Chosen(source, positions, pin)
+    if sampler is None:
+        order = torch.Generator("cpu").manual_seed(seed & 0x7FFFFFFFFFFFFFFF) if rng is None else rng
+        sampler = RandomSampler(chosen, num_samples=count, generator=order) if is_train else range(len(chosen))
+    return {"dataset": chosen, "sampler": _Numbered(sampler, len(chosen))}
 
 
 class CellMapDataLoader(DataLoader):
@@ -104,20 +146,7 @@ class CellMapDataLoader(DataLoader):
         **kwargs: Any,
     ) -> None:
         kwargs = check_loader_arguments(kwargs)
-        given = [n for n in (iterations_per_epoch, samples_per_epoch, batches_per_epoch) if n is not None]
-        if len(given) > 1:
-            raise CellMapTypeError("samples_per_epoch and batches_per_epoch both say how long an epoch is; give one")
-        if iterations_per_epoch is not None:
-            # Logged, since programs that hide warnings would not notice an epoch of another length.
-            log.warning(
-                "iterations_per_epoch=%d counts samples, as in cellmap-data of 2026: an epoch has %d batches of %d; as "
-                "batches, which it counted in 2025, give batches_per_epoch=%d, and otherwise samples_per_epoch=%d",
-                iterations_per_epoch, -(-iterations_per_epoch // batch_size), batch_size, iterations_per_epoch,
-                iterations_per_epoch,
-            )  # fmt: skip
-        count = given[0] if given else None
-        if batches_per_epoch is not None:
-            count = batches_per_epoch * batch_size
+        count = _samples_of_an_epoch(batch_size, iterations_per_epoch, samples_per_epoch, batches_per_epoch)
         source = dataset.dataset if isinstance(dataset, Subset) else dataset
         if not isinstance(source, SampleSource):
             raise CellMapTypeError(f"CellMapDataLoader needs a CellMapDataset, got {type(source).__name__}")
@@ -127,31 +156,28 @@ class CellMapDataLoader(DataLoader):
             sampler = sampler()
         if weighted_sampler and is_train and sampler is None:
             if isinstance(dataset, Subset):
-                log.warning("weighted_sampler=True: a subset is drawn from evenly, since its positions are given")
+                log.warning("weighted_sampler=True: positions of a subset are drawn uniformly, since they are given")
             else:
                 sampler = ClassBalancedSampler(source, count or source.tile_count, seed)
         self._sampler = sampler
         if isinstance(sampler, ClassBalancedSampler) and sampler.by_strategy is not None:
             sampler = sampler.by_strategy
         pin = kwargs.pop("pin_memory", False) or target.type == "cuda"
-        own = sampler is None or isinstance(sampler, PositionSampler)
-        if isinstance(dataset, Subset) or not own:
-            positions = list(dataset.indices) if isinstance(dataset, Subset) else None
-            chosen = _Chosen(source, positions, pin)
-            if sampler is None:
-                order = torch.Generator("cpu").manual_seed(seed & 0x7FFFFFFFFFFFFFFF) if rng is None else rng
-                sampler = RandomSampler(chosen, num_samples=count, generator=order) if is_train else range(len(chosen))
-            what: Any = {"dataset": chosen, "sampler": _Numbered(sampler, len(chosen))}
+        source_options: dict[str, Any]
+        if isinstance(dataset, Subset) or not (sampler is None or isinstance(sampler, PositionSampler)):
+            source_options = _chosen_positions(dataset, source, sampler, count, is_train, rng, seed, pin)
         else:
-            what = {"dataset": source, "sampler": sampler, "samples_per_epoch": count, "seed": seed, "pin_memory": pin}
             if not is_train and count is not None:
-                what["samples_per_epoch"] = min(count, source.tile_count)
+                count = min(count, source.tile_count)
+            source_options = {
+                "dataset": source, "sampler": sampler, "samples_per_epoch": count, "seed": seed, "pin_memory": pin
+            }  # fmt: skip
         super().__init__(
             batch_size=batch_size,
             num_workers=num_workers,
             is_train=is_train,
             finish=target.type == "cpu",
-            **{"drop_last": False, **what, **kwargs},
+            **{"drop_last": False, **source_options, **kwargs},
         )
         self.classes, self.is_train, self.rng = list(source.classes), is_train, rng
         self.iterations_per_epoch = iterations_per_epoch
@@ -182,7 +208,7 @@ class CellMapDataLoader(DataLoader):
         }
 
     def refresh(self) -> None:
-        """Have the sampler choose anew, if it does so when it is asked; each pass of others is a new draw anyway."""
+        """Refresh a sampler that has a method for it; other samplers draw again in each pass."""
         refresh = getattr(self._sampler, "refresh", None)
         if refresh is not None:
             refresh()

@@ -167,8 +167,8 @@ class CellMapDataset(OlderAttributes, Dataset):
         """Names of the classes, in the order of the targets' channels."""
         return list(self.layout.classes)
 
-    def _again(self, **changed: Any) -> None:
-        """Make it anew with other arguments."""
+    def rebuild(self, **changed: Any) -> None:
+        """Build the dataset again with some arguments changed."""
         arguments = self._arguments | changed
         self.close()
         self.__dict__.clear()  # what was computed goes too
@@ -176,15 +176,15 @@ class CellMapDataset(OlderAttributes, Dataset):
 
     def set_raw_value_transforms(self, transforms: Callable[..., Any] | None) -> None:
         """Exchange the transform of raw."""
-        self._again(raw_value_transforms=transforms)
+        self.rebuild(raw_value_transforms=transforms)
 
     def set_target_value_transforms(self, transforms: Any) -> None:
         """Exchange the transform of targets."""
-        self._again(target_value_transforms=transforms)
+        self.rebuild(target_value_transforms=transforms)
 
     def set_spatial_transforms(self, transforms: Mapping[str, Any] | None) -> None:
         """Exchange mirrors, transpositions and rotations."""
-        self._again(spatial_transforms=transforms)
+        self.rebuild(spatial_transforms=transforms)
 
     @property
     def bounding_box(self) -> dict[str, list[float]]:
@@ -207,7 +207,7 @@ class CellMapDataset(OlderAttributes, Dataset):
 
     @property
     def target_sources(self) -> dict[str, CellMapImage | EmptyImage]:
-        """An image of each class, for the first target; the classes that nobody annotated are empty."""
+        """An image of each class, for the first target; unannotated classes are empty."""
         found: dict[str, CellMapImage | EmptyImage] = {}
         spec = next(iter(self.target_arrays.values()), None)
         for name in self.classes if spec is not None and self.target_path is not None else ():
@@ -241,7 +241,7 @@ class CellMapDataset(OlderAttributes, Dataset):
         return [int(n) for n in np.ravel_multi_index(grid, self.placement.counts).ravel()]
 
     def verify(self) -> bool:
-        """Whether there is a position: there always is, since the constructor refuses a crop without any."""
+        """Return True: the constructor refuses a crop without a position."""
         return len(self) > 0
 
     def to(self, device: str | torch.device, non_blocking: bool = True) -> "CellMapDataset":

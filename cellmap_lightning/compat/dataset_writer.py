@@ -127,7 +127,7 @@ def _with_thin_axes(
     Args:
         arrays: a sample, or a batch.
         inputs: descriptions of the inputs in it.
-        lead: axes before those in space, of which the last one is the channel.
+        lead: axes before those in space, the last one being the channel.
     """
     found = dict(arrays)
     for name, spec in inputs.items():

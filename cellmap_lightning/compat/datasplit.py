@@ -68,7 +68,7 @@ class CellMapDataSplit(DataSplit):
                 "classes by position in 2025 is given by name"
             )
         if datasets is not None and dataset_dict is not None:
-            raise CellMapTypeError("datasets and dataset_dict both say which crops there are; give one of them")
+            raise CellMapTypeError("datasets and dataset_dict both list the crops; give one of them")
         given = datasets if datasets is not None else dataset_dict
         super().__init__(
             csv_path,
@@ -195,7 +195,7 @@ class CellMapDataSplit(DataSplit):
         key = "target_arrays" if type == "target" else "input_arrays"
         datasets = self.train_datasets if usage == "train" else self.validation_datasets
         setattr(self, key, dict(arrays))
-        self._changed(datasets, lambda d: d._again(**{key: arrays}))
+        self._changed(datasets, lambda d: d.rebuild(**{key: arrays}))
 
     def to(self, device: str | torch.device, non_blocking: bool = True) -> "CellMapDataSplit":
         """Has no effect: the loader's device counts."""

@@ -60,11 +60,11 @@ class CellMapMultiDataset(MultiDataset):
         return Counts(found, found, self._summed(whole))
 
     def verify(self) -> bool:
-        """Whether there is a position."""
+        """Return True if there is a position."""
         return len(self) > 0
 
-    def _again(self, change: Callable[[CellMapDataset], None]) -> None:
-        """Change every crop, and join them anew."""
+    def rebuild(self, change: Callable[[CellMapDataset], None]) -> None:
+        """Change every crop, and join them again."""
         datasets, arrays = list(self.datasets), (self.input_arrays, self.target_arrays)
         classes = self.classes
         self.close()
@@ -76,15 +76,15 @@ class CellMapMultiDataset(MultiDataset):
 
     def set_raw_value_transforms(self, transforms: Callable[..., Any] | None) -> None:
         """Exchange the transform of raw."""
-        self._again(lambda dataset: dataset.set_raw_value_transforms(transforms))
+        self.rebuild(lambda dataset: dataset.set_raw_value_transforms(transforms))
 
     def set_target_value_transforms(self, transforms: Any) -> None:
         """Exchange the transform of targets."""
-        self._again(lambda dataset: dataset.set_target_value_transforms(transforms))
+        self.rebuild(lambda dataset: dataset.set_target_value_transforms(transforms))
 
     def set_spatial_transforms(self, transforms: Mapping[str, Any] | None) -> None:
         """Exchange mirrors, transpositions and rotations."""
-        self._again(lambda dataset: dataset.set_spatial_transforms(transforms))
+        self.rebuild(lambda dataset: dataset.set_spatial_transforms(transforms))
 
     def to(self, device: str | torch.device, non_blocking: bool = True) -> "CellMapMultiDataset":
         """Has no effect: the loader's device counts."""

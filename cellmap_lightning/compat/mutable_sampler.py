@@ -21,7 +21,7 @@ class MutableSubsetRandomSampler(Sampler[int]):
         self.refresh()
 
     def refresh(self) -> None:
-        """Ask for positions anew."""
+        """Draw new positions."""
         given = self.indices_generator
         self.indices: list[int] = list(given() if callable(given) else given)
 

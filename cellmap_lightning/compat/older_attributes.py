@@ -33,7 +33,7 @@ class OlderAttributes:
 
     @property
     def has_data(self) -> bool:
-        """Whether there is a position."""
+        """Return True if there is a position."""
         return len(self) > 0  # type: ignore[arg-type]
 
     @property

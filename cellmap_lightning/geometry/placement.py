@@ -98,7 +98,7 @@ class Placement:
             arrays: every array that is read, with the window that it is read by.
             pad: allow boxes smaller than a window.
             label: name of the box, for messages.
-            limits: further boxes, each of which must contain its window at every position (raw volumes).
+            limits: further boxes; each must contain its window at every position (raw volumes).
             cover: only the smallest of ``windows`` must lie inside, so that it reaches the edges.
 
         Raises:

@@ -76,7 +76,7 @@ class RecordKey:
 
 
 def sealed(content: Mapping[str, Any]) -> str:
-    """Return the JSON text of a mapping, with the SHA-256 checksum of its own content before it.
+    """Return the JSON text of a mapping, with the SHA-256 checksum of the content before it.
 
     Args:
         content: values that `json` can write; its keys are texts.

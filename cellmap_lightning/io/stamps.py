@@ -3,7 +3,7 @@
 Time and size alone do not show that a file was replaced: ``rsync -a``, ``cp -p``, ``tar`` and container layers preserve
 the modification time, and all chunks without compression have one size. Inode and change time are set by the kernel and
 cannot be copied. The device number is ignored, since it differs between mounts; so is the inode on FUSE file systems
-(sshfs, rclone, gcsfuse), many of which assign new inodes at each mount.
+(sshfs, rclone, gcsfuse), which often assign new inodes at each mount.
 """
 
 import hashlib

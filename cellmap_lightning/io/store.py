@@ -24,7 +24,7 @@ from cellmap_lightning.runtime.shared_context import SharedContext
 MOST_JSON_BYTES = 1 << 24
 #: Class names in the attributes of a crop at most.
 MOST_CLASS_NAMES = 10_000
-#: Metadata files, any of which makes a folder a Zarr node.
+#: Metadata files; any of them makes a folder a Zarr node.
 NODE_FILES = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 #: The group in which OME-NGFF lists the images of a container; it is neither an image nor a class.
 LISTING = "OME"

@@ -89,7 +89,7 @@ class MeanBlock:
     Args:
         shape: voxels of the block.
         channels: number of channels.
-        tilings: number of tilings, each of which puts each voxel once.
+        tilings: number of tilings; each puts each voxel once.
         values: the conversion to stored values.
         memory: pool of memory, used until `release`.
         where: name of the block, for messages.

@@ -86,7 +86,7 @@ class PredictionWriter(L.Callback):
         shards: voxels of a shard; Zarr v3 only.
         levels: levels of the pyramid; by default as many as leave the longest axis 32 voxels. They have the voxel sizes
             of raw's levels, and beyond those the finest axes are halved first; see `plan_pyramid`.
-        block_size_mb: memory in MiB for two blocks, one of which is written while the other is computed, with the sums
+        block_size_mb: memory in MiB for two blocks (one is written while the other is computed), with the sums
             of overlapping patches. Blocks are whole chunks. Small blocks compute patches twice: a warning names the
             size that would help.
         check_space: raise an error if the disk has less free space than the rest takes without compression.

@@ -47,7 +47,9 @@ def members(cls: type, package: str) -> dict[str, dict[str, str] | None]:
         source = (
             inspect.getsource(base) if base.__module__ in INSPECTED or base.__module__.startswith("cellmap") else ""
         )
-        for names in re.findall(r"^ +((?:self\.\w+(?:: [^=\n]+)?(?:, | = ))*self\.\w+)(?:: [^=\n]+)? = ", source, re.M):
+        for names in re.findall(
+            r"^ +((?:self\.\w+(?:: [^=\n]+)?(?:, | = ))*self\.\w+)(?:: [^=\n]+)? = ", source, re.MULTILINE
+        ):
             for name in re.findall(r"self\.([a-z]\w*)", names):
                 found.setdefault(name, None)
     return found

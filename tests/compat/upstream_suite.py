@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PLUGIN = Path(__file__).with_name("upstream_plugin.py")
 #: A private name that a file imports: without it, only the tests that use it fail.
-PRIVATE = re.compile(r"^from (cellmap_lightning\.compat[\w.]*) import (_\w+)$", re.M)
+PRIVATE = re.compile(r"^from (cellmap_lightning\.compat[\w.]*) import (_\w+)$", re.MULTILINE)
 
 
 def prepare(source: str | Path, revision: str, folder: Path) -> None:

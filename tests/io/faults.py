@@ -32,7 +32,7 @@ class FaultyStore(WrapperStore):
 
 
 @contextmanager
-def serving(folder: Path, fault="", times=10**9, only="", latency=0.0):
+def serving(folder: Path, fault="", times=10**9, only="", latency=0.0):  # noqa: C901  one branch per fault
     """Serve a folder on loopback, with a fault for the first requests of the objects whose path ends so.
 
     Each request takes ``latency`` seconds at least.

@@ -6,7 +6,7 @@ BoxDict = Mapping[str, Sequence[float]]
 
 
 def box_intersection(a: BoxDict, b: BoxDict) -> dict[str, tuple[float, float]] | None:
-    """What two boxes share along the axes that both have; None where that is nothing."""
+    """Return the intersection of two boxes along their common axes; None if it is empty."""
     shared = {axis: (max(a[axis][0], b[axis][0]), min(a[axis][1], b[axis][1])) for axis in a if axis in b}
     return shared if shared and all(lower < upper for lower, upper in shared.values()) else None
 

@@ -37,12 +37,12 @@ def split_target_path(path: str) -> tuple[str, list[str]]:
 def is_array_2D(  # noqa: N802  the name that scripts know
     array_info: Mapping[str, Any] | None, summary: Callable[..., Any] | None = None
 ) -> Any:
-    """Whether a description has a shape of two numbers; of several, by name or as ``summary`` sums up."""
+    """Return True if a description has a shape of two numbers; of several, by name or as ``summary`` sums up."""
     return _asked(array_info, lambda shape: len(shape) == 2, summary)
 
 
 def array_has_singleton_dim(array_info: Mapping[str, Any] | None, summary: bool = True) -> Any:
-    """Whether a description has an axis of length 1; of several, whether any has, or with ``summary=False`` by name."""
+    """Return True if a description, or any of several, has an axis of length 1; by name with ``summary=False``."""
     return _asked(array_info, lambda shape: 1 in shape, any if summary else None)
 
 

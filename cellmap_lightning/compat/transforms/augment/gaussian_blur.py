@@ -1,3 +1,5 @@
 """`cellmap_data.transforms.augment.gaussian_blur`."""
 
-from cellmap_lightning.compat.transforms.augment.values import GaussianBlur as GaussianBlur
+from cellmap_lightning.compat.transforms.augment.values import GaussianBlur
+
+__all__ = ["GaussianBlur"]

@@ -1,3 +1,5 @@
 """`cellmap_data.transforms.augment.nan_to_num`."""
 
-from cellmap_lightning.compat.transforms.augment.values import NaNtoNum as NaNtoNum
+from cellmap_lightning.compat.transforms.augment.values import NaNtoNum
+
+__all__ = ["NaNtoNum"]
