@@ -274,7 +274,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         #: Samples of an epoch and of a global batch in the last message about dropped samples.
         self._reported: tuple[int, int] | None = None
         #: The crops of each split.
-        self.crops = CellMapDataSplit(
+        self.splits = CellMapDataSplit(
             csv_path,
             _instantiated(datasets),
             search_path,
@@ -358,28 +358,28 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         """
         self.resume_positions = []  # left by a run that ended before its first batch
         for split in _STAGES.get(str(getattr(stage, "value", stage)) if stage is not None else None, SPLITS):
-            if self.crops.has_crops(split):
-                self.crops[split]  # created on first access
+            if self.splits.has_crops(split):
+                self.splits[split]  # created on first access
 
     @property
     def train_dataset(self) -> CellMapMultiDataset:
         """The crops to train on."""
-        return self.crops["train"]
+        return self.splits["train"]
 
     @property
     def val_dataset(self) -> CellMapMultiDataset:
         """The crops to validate on."""
-        return self.crops["val"]
+        return self.splits["val"]
 
     @property
     def test_dataset(self) -> CellMapMultiDataset:
         """The crops to test on."""
-        return self.crops["test"]
+        return self.splits["test"]
 
     @property
     def predict_dataset(self) -> CellMapMultiDataset:
         """The volumes to predict."""
-        return self.crops["predict"]
+        return self.splits["predict"]
 
     def batch_memory(self, split: str = "train") -> BatchMemory:
         """Return the bytes of a batch, before anything is read.
@@ -387,7 +387,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         Raises:
             CellMapKeyError: the split has no crops.
         """
-        return self.crops[split].batch_memory(self.batch_size)
+        return self.splits[split].batch_memory(self.batch_size)
 
     # -- loaders
 
@@ -426,15 +426,15 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
 
     def val_dataloader(self) -> CellMapDataLoader:
         """Return a loader of the tiles of the val split: the same ``val_samples`` during ``fit``, otherwise all."""
-        if not self.crops.has_crops("val"):
+        if not self.splits.has_crops("val"):
             raise CellMapKeyError(
-                f"{self.crops.source} has no crops for 'val'; add some (in a CSV with the usage 'validate'), or train "
+                f"{self.splits.source} has no crops for 'val'; add some (in a CSV with the usage 'validate'), or train "
                 "without validation by limit_val_batches=0"
             )
         fitting = self._running and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if self.val_samples is None or not fitting:
             return self._loader("val", None)
-        return self._loader("val", None, self.crops["val"].select_tiles(self.val_samples, self.seed))
+        return self._loader("val", None, self.splits["val"].select_tiles(self.val_samples, self.seed))
 
     def test_dataloader(self) -> CellMapDataLoader:
         """Return a loader of tiles that cover the test split."""
@@ -447,7 +447,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         """
         if self.prediction is not None and self._running:
             return Stream(self._loader("predict", None, prediction=self.prediction))
-        return self._loader("predict", None, range(self.crops["predict"].tile_count))
+        return self._loader("predict", None, range(self.splits["predict"].tile_count))
 
     def _loader(
         self,
@@ -456,7 +456,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         tiles: Sequence[int] | None = None,
         prediction: PredictionPolicy | None = None,
     ) -> CellMapDataLoader:
-        dataset = self.crops[split]
+        dataset = self.splits[split]
         device, decision = self._device, None
         pin = device.type == "cuda" if self.pin_memory is None else self.pin_memory
         blocks = None if prediction is None else prediction(pin)
@@ -546,7 +546,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         While training also the positions of the training loaders in their streams of samples. Lightning saves them too,
         but does not restore them if ``configure_optimizers`` had the loaders created.
         """
-        affine = {path: list(affine) for path, affine in self.crops.normalization.items()}
+        affine = {path: list(affine) for path, affine in self.splits.normalization.items()}
         state: dict[str, Any] = {"normalization": affine, RECORD: data_record(self)}
         loaders = training_loaders(self.trainer)
         if any(isinstance(loader.steps, TrainingSteps) and loader.steps.data is self for loader in loaders):
@@ -563,7 +563,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         self.resume_positions = list(state_dict.get("positions", ())) if fitting else []
         affine = state_dict.get("normalization", {})
-        self.crops.restore_normalization(
+        self.splits.restore_normalization(
             {path: (float(offset), float(factor)) for path, (offset, factor) in affine.items()}
         )
 
@@ -574,11 +574,11 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
 
         The datasets and their caches remain; a later run starts new threads.
         """
-        self.crops.stop()
+        self.splits.stop()
 
     def close(self) -> None:
         """End every thread and drop the caches. The module can be used again."""
-        self.crops.close()
+        self.splits.close()
 
     def __enter__(self) -> "CellMapDataModule":
         return self
@@ -591,5 +591,5 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         return self.__dict__ | {"_trainer": None}
 
     def __str__(self) -> str:
-        splits = [split for split in SPLITS if self.crops.has_crops(split)]
-        return f"CellMapDataModule({self.crops.source}; splits: {', '.join(splits)}; classes: {self.classes})"
+        splits = [split for split in SPLITS if self.splits.has_crops(split)]
+        return f"CellMapDataModule({self.splits.source}; splits: {', '.join(splits)}; classes: {self.classes})"

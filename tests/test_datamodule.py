@@ -432,7 +432,7 @@ def test_normalization_is_saved_in_the_checkpoint(volume, tmp_path, monkeypatch)
         run = trainer(tmp_path)
         run.fit(task(), data)
         run.save_checkpoint(tmp_path / "x.ckpt")
-        ((key, (mean, factor)),) = data.crops.normalization.items()
+        ((key, (mean, factor)),) = data.splits.normalization.items()
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert tuple(saved["CellMapDataModule"]["normalization"][key]) == (mean, factor)
     # A run that would measure something else normalizes as the checkpoint says, if the rule is the same.
@@ -443,7 +443,7 @@ def test_normalization_is_saved_in_the_checkpoint(volume, tmp_path, monkeypatch)
         watch = Watch()
         with module(volume, normalize=rule) as data:
             trainer(tmp_path, callbacks=[watch]).validate(task(), data, ckpt_path=tmp_path / "y.ckpt", verbose=False)
-            assert set(data.crops.normalization.values()) == expected
+            assert set(data.splits.normalization.values()) == expected
             torch.testing.assert_close(next(iter(data.val_dataloader()))["raw"], watch.batches[0]["raw"])
 
 

@@ -32,10 +32,10 @@ def data_record(data: Any) -> dict[str, Any]:
     Keys: ``classes``; ``inputs`` and ``targets``, ``{name: {"shape": voxels, "scale": nm, ...}}``; ``normalize``, the
     rule of the volumes without a rule in their entry, None if all entries have one.
     """
-    intensity = data.crops.intensity
+    intensity = data.splits.intensity
     default = any(
         entry.dataset is None and (entry.normalize is None or entry.invert is None)
-        for entries in data.crops.entries.values()
+        for entries in data.splits.entries.values()
         for entry in entries
     )
     transforms = input_transforms(intensity.raw_value_transforms, list(data.input_arrays), "raw_value_transforms")
@@ -238,10 +238,10 @@ def check_state(state: Mapping[str, Any], data: Any) -> None:
         return
     for warning in check_data(state[RECORD], data_record(data), purpose, where):
         log.warning("%s: %s", where, warning)
-    entries = [entry for entries in data.crops.entries.values() for entry in entries]
+    entries = [entry for entries in data.splits.entries.values() for entry in entries]
     with_rule = {e.input_path for e in entries if e.normalize is not None or e.invert is not None}
     intended = with_rule if purpose == "evaluate" else set()
-    differences = volume_differences(state.get("normalization", {}), data.crops.normalization, intended)
+    differences = volume_differences(state.get("normalization", {}), data.splits.normalization, intended)
     if differences:
         raise CellMapValueError("\n".join(f"{where}: {text}" for text in differences))
 

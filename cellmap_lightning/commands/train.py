@@ -86,7 +86,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         elif cfg.init_from is not None:  # a resumed run has weights
             _initialize_weights(unresolved, data, task)
         trainer = progress.trainer = _trainer(cfg, CheckpointConfig(stored, start))
-        validates = data.crops.has_crops("val") and trainer.limit_val_batches != 0
+        validates = data.splits.has_crops("val") and trainer.limit_val_batches != 0
         if trainer.is_global_zero:
             _prepare_folder(cfg, progress.folder, stored, data)
         untrained = None
@@ -166,9 +166,9 @@ def _prepare_folder(cfg: DictConfig, folder: Path, stored: Any, data: CellMapDat
     if metrics.exists():  # Lightning's logger would delete it
         metrics.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
     OmegaConf.save(OmegaConf.create(stored), folder / "config.yaml")
-    data.crops.write_csv(folder / "split.csv")
-    if data.crops.options.split != "csv":
-        print(f"\ncrops that hold each class, and its voxels in them\n{data.crops.table()}\n", flush=True)
+    data.splits.write_csv(folder / "split.csv")
+    if data.splits.options.split != "csv":
+        print(f"\ncrops that hold each class, and its voxels in them\n{data.splits.table()}\n", flush=True)
 
 
 def _not_measured(monitor: str, trainer: Any) -> CellMapKeyError:

@@ -70,7 +70,7 @@ def compute_costs(settings: Mapping[str, Any], device_bytes: int, deep: bool) ->
         CellMapError: the configuration does not fit the data.
     """
     with CellMapDataModule(**settings) as data:
-        splits = {split: data.crops[split] for split in SPLITS if data.crops.has_crops(split)}
+        splits = {split: data.splits[split] for split in SPLITS if data.splits.has_crops(split)}
         memory = data.batch_memory(next(iter(splits)))
         location = _cache_location(settings)
         # Crops and splits may share a region, which is cached once.

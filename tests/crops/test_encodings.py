@@ -294,13 +294,13 @@ def test_a_setting_for_each_crop(tmp_path):
     for given in ({"datasets": {"train": entries}}, {"csv_path": str(csv)}, {"csv_path": str(again)}):
         with CellMapDataModule(**common, **given) as data:
             data.setup("fit")
-            found = [int(np.nansum(d[0]["labels"])) for d in data.crops["train"].datasets]
+            found = [int(np.nansum(d[0]["labels"])) for d in data.splits["train"].datasets]
             assert found == [seen, CUBE, seen - int((many == 255).sum())]
-            data.crops.write_csv(again)
+            data.splits.write_csv(again)
     assert "unknown" in again.read_text().splitlines()[0]
     with CellMapDataModule(**common, unknown=None, datasets={"train": entries}) as data:
         data.setup("fit")  # an entry's own comes before that of all
-        assert int(np.nansum(data.crops["train"].datasets[2][0]["labels"])) == seen - 2
+        assert int(np.nansum(data.splits["train"].datasets[2][0]["labels"])) == seen - 2
 
 
 @pytest.mark.parametrize(

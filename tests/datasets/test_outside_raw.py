@@ -139,7 +139,7 @@ def test_it_is_reported_once_for_all_planes(tmp_path, caplog):
         caplog.at_level(logging.INFO, "cellmap_lightning"),
     ):
         data.setup("fit")
-        assert len(data.crops["train"].datasets) == 3
+        assert len(data.splits["train"].datasets) == 3
     assert sum("lies outside of raw" in r.message for r in caplog.records) == 1
     assert sum("have no encoding" in r.message for r in caplog.records) == 1
 

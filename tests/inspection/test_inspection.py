@@ -431,7 +431,7 @@ def test_crops_of_the_challenge_take_seconds(tmp_path):
     assert len(report.crops) == 289
     assert report.proposal.scale == (8, 8, 8)
     assert report.refused is None
-    assert report.costs.crops["train"] > 200
+    assert report.costs.splits["train"] > 200
     assert sum(len(crop.classes) for crop in report.crops) == sum(len(crop[-1]) for crop in crops.values())
     assert spent < 60, spent  # of a processor, about 20 s on the machine that this was written on
 

@@ -196,7 +196,7 @@ def test_overrides_of_an_entry(tmp_path):
         arrays = {"classes": ["mito"], "input_arrays": {"raw": array}, "target_arrays": {"labels": array}}
         with CellMapDataModule(**arrays, **given) as data:
             data.setup("fit")
-            (crop,) = data.crops["train"].datasets
+            (crop,) = data.splits["train"].datasets
             assert crop.box.as_dict()["z"] == [36, 36 + 256]
             assert np.array_equal(np.asarray(crop[0]["labels"])[0], right["labels"], equal_nan=True)
             text = str(inspect({**given, **arrays}, {"shape": [32] * 3, "scale": [8] * 3}, None))
@@ -299,7 +299,7 @@ def test_the_setting_reaches_raw_and_labels(tmp_path, level_translations):
     given = {"datasets": {"train": [dict(zip(("raw", "gt"), paths, strict=True))]}}
     with CellMapDataModule(["mito"], array, array, **given, level_translations=level_translations) as data:
         data.setup("fit")
-        (crop,) = data.crops["train"].datasets
+        (crop,) = data.splits["train"].datasets
         (level,) = crop.levels.values()
         expected = (2.0, 2.0, 2.0) if level_translations == "auto" else (0.0, 0.0, 0.0)
         assert level.translation == expected
