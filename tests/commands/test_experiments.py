@@ -41,6 +41,7 @@ def test_csc_all_2d(volume, tmp_path):
     assert saved["state_dict"]["network.model.0.conv.unit0.conv.weight"].ndim == 4
 
 
+@pytest.mark.slow
 def test_multiscale_context(volume, tmp_path):
     small = [f"model.{part}.{key}" for part in ("network", "context") for key in ("channels=[4,8]", "strides=[2]")]
     _, saved = finished(
@@ -51,6 +52,7 @@ def test_multiscale_context(volume, tmp_path):
     assert any(name.startswith("network.context.") for name in saved["state_dict"])
 
 
+@pytest.mark.slow
 def test_self_supervised_pretraining_and_finetuning(volume, tmp_path):
     raw = f"{volume.path}/recon-1/em/fibsem-uint8"
     (tmp_path / "volumes.csv").write_text(f"train,{raw}\nvalidate,{raw}\n")

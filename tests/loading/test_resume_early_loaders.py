@@ -130,7 +130,7 @@ class BothOneCycle(OneCycle, Both):
 
 
 @pytest.mark.parametrize("kind", [Both, BothOneCycle])
-@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("attached", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "lengths", [(5, 3), pytest.param((3, 5), marks=pytest.mark.slow), pytest.param((5, 2), marks=pytest.mark.slow)]
 )

@@ -200,8 +200,7 @@ def there(path):
     ("kind", "finished"),
     [
         ("v2", False),
-        ("v3", True),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("v2", True), ("sharded", False))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("v3", True), ("v2", True), ("sharded", False))),
     ],
 )
 def test_kill_during_removal(tmp_path, kind, finished):

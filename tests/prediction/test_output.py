@@ -254,7 +254,7 @@ def killed_at(moment, output, run, appends=False):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "classes"), [KINDS[0], KINDS[3], pytest.param(*KINDS[5], marks=pytest.mark.slow)]
+    ("kind", "dtype", "classes"), [KINDS[0], *(pytest.param(*KINDS[n], marks=pytest.mark.slow) for n in (3, 5))]
 )
 def test_kill_during_finish_leaves_a_resumable_or_finished_output(tmp_path, kind, dtype, classes):
     whole, out = tmp_path / "whole" / "out.zarr", tmp_path / "out.zarr"

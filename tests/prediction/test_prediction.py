@@ -54,8 +54,8 @@ def test_an_identity_is_reproduced_by_weighted_means(tmp_path, shape, blend, ove
 
 
 @pytest.mark.parametrize(("blend", "mode"), [("average", "constant"), ("gaussian", "gaussian")])
-@pytest.mark.parametrize("overlap", [0.25, 0.5, 0.6])
-@pytest.mark.parametrize("shape", [(33, 41, 50), (10, 40, 64)], ids=str)
+@pytest.mark.parametrize("overlap", [0.25, pytest.param(0.5, marks=pytest.mark.slow), 0.6])
+@pytest.mark.parametrize("shape", [pytest.param((33, 41, 50), marks=pytest.mark.slow), (10, 40, 64)], ids=str)
 def test_weighted_means_are_those_of_monai(tmp_path, blend, mode, overlap, shape):
     from monai.inferers import sliding_window_inference
 
