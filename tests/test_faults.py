@@ -383,7 +383,7 @@ def test_the_timeout_is_on_by_default(root):
 def test_a_fork_with_an_unsafe_reader_is_refused_with_advice(root):
     with (
         dataset(root, is_train=True, reader="tensorstore") as data,
-        pytest.raises(CellMapValueError, match="leave multiprocessing_context out, or say 'forkserver' or 'spawn'"),
+        pytest.raises(CellMapValueError, match="leave multiprocessing_context out, or use 'forkserver' or 'spawn'"),
     ):
         loader(data, multiprocessing_context="fork")
 

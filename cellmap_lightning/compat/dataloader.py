@@ -37,7 +37,8 @@ class _Chosen(Samples):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def _draw(self, samples: Sequence[int]) -> list[Draw]:
+    def draws(self, samples: Sequence[int]) -> list[Draw]:
+        """Return the samples at the chosen positions."""
         # What is random follows from the number, of which the place among the positions is the remainder.
         turns = self.dataset.spatial.turns(self.seed, samples) if self.dataset.is_train else [None] * len(samples)
         places = [self.positions[n % len(self)] for n in samples]

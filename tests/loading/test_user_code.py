@@ -328,7 +328,7 @@ def test_a_wrapper_under_a_trainer(volume, tmp_path):
 
 def test_non_dataset_is_an_error(volume):
     for wrong in ([1, 2], "crops.csv", {"train": []}, 7, iter(())):
-        with pytest.raises(CellMapError, match="needs a CellMapDataset, or a dataset with __len__"):
+        with pytest.raises(CellMapError, match="must be a CellMapDataset, or a dataset with __len__"):
             CellMapDataLoader(wrong)
     with CellMapMultiDataset(crops(volume)) as source:
         with pytest.raises(CellMapError, match="is empty"):
