@@ -9,7 +9,14 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDataset, CellMapError, CellMapMultiDataset
+from cellmap_lightning import (
+    CellMapDataLoader,
+    CellMapDataModule,
+    CellMapDataset,
+    CellMapError,
+    CellMapMultiDataset,
+    ReadOptions,
+)
 from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.callbacks import StreamPrefetch
 from cellmap_lightning.loading.samples import permuted
@@ -182,7 +189,7 @@ def crops(volume, kind=CellMapDataset, numbers=(2, 3, 4)):
     return [
         kind(
             volume.raw_path, f"{volume.path}/recon-1/labels/groundtruth/crop{n}/[mito,er]", CLASSES, INPUTS, TARGETS,
-            spatial_transforms=TURNS, is_train=True, pad=True,
+            spatial_transforms=TURNS, is_train=True, read=ReadOptions(pad=True),
         )
         for n in numbers
     ]  # fmt: skip
@@ -229,7 +236,7 @@ def _module_crops(volume, kind):
     return [
         kind(
             volume.raw_path, f"{volume.path}/recon-1/labels/groundtruth/crop{n}/[mito,er,pm]", CLASSES, INPUTS, TARGETS,
-            spatial_transforms=TURNS, is_train=True, pad=True,
+            spatial_transforms=TURNS, is_train=True, read=ReadOptions(pad=True),
         )
         for n in (2, 3)
     ]  # fmt: skip
@@ -384,7 +391,7 @@ def test_samples_are_not_distributed_twice(volume, monkeypatch):
         loader = CellMapDataLoader(source, 2, samples_per_epoch=8)
         assert len(list(loader)) == 2
         rebuilt = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn)
-        with pytest.raises(CellMapError, match=r"over 2 ranks itself \(this is rank 1\).*make it with rank=0, world=1"):
+        with pytest.raises(CellMapError, match=r"over 2 ranks itself \(this is rank 1\).*create it with rank=0, world=1"):
             next(iter(rebuilt))
         alone = CellMapDataLoader(source, 2, samples_per_epoch=8, rank=0, world=1)
         rebuilt = DataLoader(alone.dataset, batch_sampler=alone.batch_sampler, collate_fn=alone.collate_fn)
