@@ -603,4 +603,4 @@ def test_the_table_of_faults_names_tests_that_exist():
     named = re.findall(r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`", text)
     assert len(named) > 40
     for file, name in named:
-        assert re.search(rf"^def {name}\(", (tests / file).read_text(), re.M), (file, name)
+        assert re.search(rf"^def {name}\(", (tests / file).read_text(), re.MULTILINE), (file, name)

@@ -111,8 +111,8 @@ def test_access_to_a_compact_batch_names_the_finished_one(volume):
             lambda b: b["raw"],
             lambda b: b.items(),
             lambda b: {**b},
-            lambda b: list(b),
-            lambda b: len(b),
+            list,
+            len,
             lambda b: "raw" in b,
             lambda b: b.get("labels"),
             lambda b: b.update(raw=1),
@@ -391,7 +391,7 @@ def test_samples_are_not_distributed_twice(volume, monkeypatch):
         loader = CellMapDataLoader(source, 2, samples_per_epoch=8)
         assert len(list(loader)) == 2
         rebuilt = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn)
-        with pytest.raises(CellMapError, match=r"over 2 ranks itself \(this is rank 1\).*create it with rank=0, world=1"):
+        with pytest.raises(CellMapError, match=r"over 2 ranks itself \(this is rank 1\).*with rank=0, world=1"):
             next(iter(rebuilt))
         alone = CellMapDataLoader(source, 2, samples_per_epoch=8, rank=0, world=1)
         rebuilt = DataLoader(alone.dataset, batch_sampler=alone.batch_sampler, collate_fn=alone.collate_fn)
