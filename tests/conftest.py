@@ -173,12 +173,12 @@ def write(tmp_path):
             datasets.append({"path": level, "coordinateTransformations": steps})
             if data is None:
                 continue  # listed, and not on disk
-            data = np.asarray(data)
+            values = np.asarray(data)
             more = {"dimension_names": list(axes)} if v3 else {}
             stored = group.create_array(
-                level, shape=data.shape, dtype=data.dtype, chunks=array.get("chunks", data.shape), **more
+                level, shape=values.shape, dtype=values.dtype, chunks=array.get("chunks", values.shape), **more
             )
-            stored[...] = data
+            stored[...] = values
         kinds = {"c": "channel", "t": "time"}
         described = []
         for a in axes:

@@ -11,8 +11,8 @@ from cellmap_lightning.splits.options import SplitOptions
 def grouped(defaults, options):
     """The options with those of each group in its dataclass; `defaults` are the groups without any."""
     options = dict(options)
-    for name, group in defaults.items():
-        group = options.pop(name, group)
+    for name, default in defaults.items():
+        group = options.pop(name, default)
         changes = {f.name: options.pop(f.name) for f in fields(group) if f.name in options}
         options[name] = replace(group, **changes)
     return options

@@ -40,6 +40,7 @@ class _Chosen(Samples):
         return len(self.positions)
 
     def draws(self, samples: Sequence[int]) -> list[Draw]:
+        """Return the samples at the chosen positions."""
         # Randomness is a function of the number; its remainder is the index among the positions.
         turns = self.dataset.spatial.turns(self.seed, samples) if self.dataset.is_train else [None] * len(samples)
         places = [self.positions[n % len(self)] for n in samples]

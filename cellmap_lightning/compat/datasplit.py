@@ -118,7 +118,7 @@ class CellMapDataSplit(DataSplit):
             quiet=True,
         )
 
-    def _own(self, dataset: Any, split: str) -> Any:
+    def _checked(self, dataset: Any, split: str) -> Any:
         return dataset  # whether it augments is its own affair here
 
     def _together(self, split: str) -> CellMapMultiDataset:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cellmap_lightning.geometry.lattice import Lattice, patch_map
-from cellmap_lightning.geometry.resample import _gather, _gather_about, copy_slices, evaluate, slices
+from cellmap_lightning.geometry.resample import copy_slices, evaluate, slices
+from cellmap_lightning.geometry.rotation import gather, gather_about_axis
 from cellmap_lightning.transforms.spatial import rotation
 from tests.cache.plain_voxels import SIGNED_PERMUTATIONS, Voxels
 
@@ -69,8 +70,8 @@ def test_rotations_about_one_axis_equal_the_general_path(dtype, method, coarse):
             continue
         expected, out = (np.full((*amap.shape, *array.shape[3:]), 77, array.dtype) for _ in range(2))
         fill = 0 if dtype.startswith("packed") else 3
-        _gather(Voxels(array), amap, expected, method, fill)
-        if not _gather_about(Voxels(array), amap, out, method, fill):
+        gather(Voxels(array), amap, expected, method, fill)
+        if not gather_about_axis(Voxels(array), amap, out, method, fill):
             assert dtype == "float32 nan"
             evaluate(Voxels(array), amap, out, method=method, fill=fill)
         else:
@@ -97,7 +98,7 @@ def test_along_the_axis_a_coarse_voxel_is_the_exact_mean():
         if amap.separable() is not None:
             continue
         out, expected = np.full(amap.shape, 77, "float32"), np.full(amap.shape, 77, "float32")
-        assert _gather_about(Voxels(array), amap, out, "linear", 3)
+        assert gather_about_axis(Voxels(array), amap, out, "linear", 3)
         # The means, as an array whose voxels are those of the patch along the axis.
         along = np.eye(3)
         along[theirs, theirs] = stretched[theirs, mine]
@@ -113,7 +114,7 @@ def test_along_the_axis_a_coarse_voxel_is_the_exact_mean():
         matrix[theirs, mine], offset[theirs] = 1, 0
         hidden = np.isnan(means)
         wide = np.full(amap.shape, 77.0)
-        _gather(Voxels(np.where(hidden, 0, means)), type(amap)(matrix, offset, amap.shape), wide, "linear", 3)
+        gather(Voxels(np.where(hidden, 0, means)), type(amap)(matrix, offset, amap.shape), wide, "linear", 3)
         expected[...] = wide
         lost = np.moveaxis(hidden, theirs, 0).reshape(amap.shape[mine], -1).all(axis=1)
         np.moveaxis(expected, mine, 0)[lost] = 3
@@ -133,7 +134,7 @@ def test_a_rotation_reads_only_the_box_it_needs():
     amap = patch_map(np.full(3, 400.0), (10, 20, 20), np.full(3, 8.0), lattice, rotation("z", 45))
     out = np.empty((10, 20, 20), np.uint8)
     for method in ("nearest", "linear"):
-        assert _gather_about(source, amap, out, method, 0)
+        assert gather_about_axis(source, amap, out, method, 0)
         assert source.read_shape[0] <= 11
         assert max(source.read_shape[1:]) <= 20 * 2**0.5 + 5
 
@@ -142,7 +143,7 @@ def test_rotations_about_no_axis_use_the_general_path():
     lattice = Lattice((0.0, 0.0, 0.0), (8.0, 8.0, 8.0), (20, 20, 20))
     amap = patch_map(np.full(3, 80.0), (5, 5, 5), np.full(3, 8.0), lattice, rotation("z", 20) @ rotation("x", 30))
     out = np.full((5, 5, 5), 7, np.uint8)
-    assert not _gather_about(Voxels(np.zeros((20, 20, 20), np.uint8)), amap, out, "linear", 0)
+    assert not gather_about_axis(Voxels(np.zeros((20, 20, 20), np.uint8)), amap, out, "linear", 0)
     assert (out == 7).all(), "nothing was written"
 
 

@@ -178,7 +178,7 @@ def test_zip_archives_are_volumes(tmp_path, caplog):
 
 def test_keys_of_entries(tmp_path):
     raw, target = write_pair(tmp_path, cube())
-    with pytest.raises(CellMapKeyError, match=r"has no 'voxelsize'; it has .*voxel_size"):
+    with pytest.raises(CellMapKeyError, match=r"has no 'voxelsize'; did you mean 'voxel_size'"):
         CellMapDataModule(["mito"], {"shape": [8] * 3, "scale": [8] * 3}, datasets={
             "train": [{"raw": raw, "gt": target, "voxelsize": [8] * 3}]
         })  # fmt: skip

@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from cellmap_lightning.inspection.kept import clear, listing
 
+from cellmap_lightning.inspection.cached_files import clear, listing
 from cellmap_lightning.io.records import DamagedRecordError, RecordKey, recall, sealed, unsealed
 
 CONTENTS = [

@@ -335,7 +335,7 @@ def test_a_wrapper_under_a_trainer(volume, tmp_path):
 
 def test_non_dataset_is_an_error(volume):
     for wrong in ([1, 2], "crops.csv", {"train": []}, 7, iter(())):
-        with pytest.raises(CellMapError, match="dataset must be a CellMapDataset, or a dataset with __len__"):
+        with pytest.raises(CellMapError, match="must be a CellMapDataset, or a dataset with __len__"):
             CellMapDataLoader(wrong)
     with CellMapMultiDataset(crops(volume)) as source:
         with pytest.raises(CellMapError, match="is empty"):
@@ -391,9 +391,7 @@ def test_samples_are_not_distributed_twice(volume, monkeypatch):
         loader = CellMapDataLoader(source, 2, samples_per_epoch=8)
         assert len(list(loader)) == 2
         rebuilt = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn)
-        with pytest.raises(
-            CellMapError, match=r"over 2 ranks itself \(this is rank 1\).*create it with rank=0, world=1"
-        ):
+        with pytest.raises(CellMapError, match=r"over 2 ranks itself \(this is rank 1\).*with rank=0, world=1"):
             next(iter(rebuilt))
         alone = CellMapDataLoader(source, 2, samples_per_epoch=8, rank=0, world=1)
         rebuilt = DataLoader(alone.dataset, batch_sampler=alone.batch_sampler, collate_fn=alone.collate_fn)
