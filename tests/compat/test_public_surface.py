@@ -60,7 +60,7 @@ def shortest(lines):
 
 def documented():
     """Return the names in the table of what is missing."""
-    text = GUIDE.read_text(encoding="utf-8").partition("## What there is not")[2].partition("\n## ")[0]
+    text = GUIDE.read_text(encoding="utf-8").partition("## Not provided")[2].partition("\n## ")[0]
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `")]
     return sorted(name for row in rows for name in re.findall(r"`([^`]+)`", row[0]))
 
