@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cellmap_lightning.loading.dataloader import CellMapDataLoader
     from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter
     from cellmap_lightning.prediction.image_writer import ImageWriter
-    from cellmap_lightning.sampling.positions import ClassBalancedSampler
+    from cellmap_lightning.sampling.torch_samplers import ClassBalancedSampler
     from cellmap_lightning.splits.datasplit import CellMapDataSplit
     from cellmap_lightning.splits.options import SplitOptions
 
@@ -33,7 +33,7 @@ _MODULES = {
     "CellMapError": "errors",
     "CellMapImage": "crops.image",
     "CellMapMultiDataset": "datasets.multidataset",
-    "ClassBalancedSampler": "sampling.positions",
+    "ClassBalancedSampler": "sampling.torch_samplers",
     "ImageWriter": "prediction.image_writer",
     "IntensityOptions": "crops.options",
     "LabelOptions": "crops.options",

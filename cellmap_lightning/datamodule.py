@@ -43,7 +43,7 @@ from cellmap_lightning.splits.entries import SPLITS
 from cellmap_lightning.splits.leakage import Leakage
 from cellmap_lightning.splits.options import SplitOptions
 from cellmap_lightning.splits.rules import SplitRule
-from cellmap_lightning.transforms.intensity import AUTO
+from cellmap_lightning.transforms.normalization import AUTO
 from cellmap_lightning.validation import int_at_least
 
 log = logging.getLogger(__name__)
@@ -132,21 +132,21 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         planes: orientations of patches with two lengths, any of ``xy``, ``xz`` and ``yz``.
         too_coarse: crops with labels coarser than requested: ``drop`` (logged), ``upsample``, or ``error``.
         max_upsampling: largest ratio of raw's finest voxel size to that of an input.
-        max_workers: reading threads per split; see `CellMapDataset`.
-        cache: cache of decoded voxels: ``auto``, ``disk``, ``memory``, ``chunks`` or ``none``; see `CellMapDataset`.
-        cache_bytes: largest size of the cache, for all splits together; see `CellMapDataset`.
+        max_workers: reading threads per split; see `ReadOptions`.
+        cache: cache of decoded voxels: ``auto``, ``disk``, ``memory``, ``chunks`` or ``none``; see `ReadOptions`.
+        cache_bytes: largest size of the cache, for all splits together; see `ReadOptions`.
         reader: the decoding library, ``zarr`` or ``tensorstore``.
-        storage_options: options of addresses such as ``s3://bucket/vol.zarr``, see `CellMapDataset`; an entry of
+        storage_options: options of addresses such as ``s3://bucket/vol.zarr``, see `ReadOptions`; an entry of
             ``datasets`` may override them.
         missing_raw: chunks of raw that are not stored: ``auto``, ``error``, ``warn``, ``fill`` or ``mask``; see
-            `CellMapDataSplit`.
+            `ReadOptions`.
         missing_labels: chunk files of labels that are missing, or have 0 bytes, although the metadata promise voxels in
-            them: ``error`` or ``unknown``; see `CellMapDataset`.
+            them: ``error`` or ``unknown``; see `LabelOptions`.
         unannotated_classes: classes that no crop annotates: ``error`` or ``unknown`` (their targets are NaN); see
             `LabelOptions`.
         level_translations: position of pyramid levels without a translation: ``auto`` or ``stored``; see
-            `CellMapDataset`.
-        read_attempts: largest number of requests for an object; see `CellMapDataset`.
+            `ReadOptions`.
+        read_attempts: largest number of requests for an object; see `ReadOptions`.
         read_timeout: timeout of reading an object, in seconds, over all attempts.
         pin_memory: read into page-locked memory; by default on CUDA devices.
         persistent_workers: see `CellMapDataLoader`.

@@ -532,7 +532,7 @@ def test_soak_with_faults(root, monkeypatch):
             draws = data.draw(range(first, first + 8), True, 0)
             batch = data.read(draws).tensors
             for row, draw in enumerate(draws):
-                z, y, x = data.placement.place(draw.position)
+                z, y, x = data.placement.grid_index(draw.position)
                 assert (np.asarray(batch["raw"])[row, 0] == RAW[z : z + 8, y : y + 8, x : x + 8]).all()
             if first % 1000 == 0:
                 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

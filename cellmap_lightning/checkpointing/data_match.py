@@ -14,7 +14,7 @@ import torch
 
 from cellmap_lightning.batches.arrays import InputArray, TargetArray, parse_inputs, parse_targets
 from cellmap_lightning.errors import CellMapError, CellMapValueError
-from cellmap_lightning.transforms.intensity import Normalize, input_transforms
+from cellmap_lightning.transforms.normalization import Normalize, input_transforms
 from cellmap_lightning.validation import first_few
 
 log = logging.getLogger(__name__)

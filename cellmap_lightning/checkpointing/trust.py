@@ -19,7 +19,7 @@ OWN = (
     "cellmap_lightning.training.task.SegmentationTask",
     "cellmap_lightning.training.reconstruction.ReconstructionTask",
     "cellmap_lightning.training.networks.ContextNet",
-    "cellmap_lightning.transforms.intensity.OnDictionary",
+    "cellmap_lightning.transforms.normalization.OnDictionary",
 )
 #: Other packages' trusted classes: the modules that they are in, and their base class.
 _TRUSTED = (

@@ -16,7 +16,7 @@ from cellmap_lightning.errors import CellMapIndexError, CellMapTypeError
 from cellmap_lightning.loading.dataloader import CellMapDataLoader as DataLoader
 from cellmap_lightning.loading.prefetch import PrefetchDecision, PrefetchSettings, decide
 from cellmap_lightning.loading.samples import Samples
-from cellmap_lightning.sampling.positions import PositionSampler
+from cellmap_lightning.sampling.torch_samplers import PositionSampler
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from cellmap_lightning.crops.options import LabelOptions
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.splits.datasplit import CellMapDataSplit as DataSplit
 from cellmap_lightning.splits.entries import CropRecord
-from cellmap_lightning.transforms.intensity import AUTO
+from cellmap_lightning.transforms.normalization import AUTO
 
 __all__ = ["Binarize", "CellMapDataSplit", "CellMapDataset", "CellMapMultiDataset", "CellMapSubset", "NaNtoNum"]
 

@@ -10,15 +10,15 @@ from torch.utils.data import Sampler
 
 from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.sampling import positions
+from cellmap_lightning.sampling import torch_samplers
 
 
 class ClassBalancedSampler(Sampler[int]):
     """Random positions, each class as often as every other.
 
-    Positions of a dataset of this package come from `sampling.positions.ClassBalancedSampler`. Any other dataset that
-    has a length and ``get_crop_class_matrix()`` is drawn from as in cellmap-data: each sample is of a crop that holds
-    the class with the fewest samples so far.
+    Positions of a dataset of this package come from `sampling.torch_samplers.ClassBalancedSampler`. For any other
+    dataset with a length and ``get_crop_class_matrix()`` they are drawn as in cellmap-data: each sample is of a crop
+    that holds the class with the fewest samples so far.
 
     Args:
         dataset: the dataset.
@@ -36,9 +36,9 @@ class ClassBalancedSampler(Sampler[int]):
     def __init__(self, dataset: Any, samples_per_epoch: int | None = None, seed: int = 42) -> None:
         self.dataset = dataset
         self.rng = np.random.default_rng(seed)
-        self.by_strategy: positions.ClassBalancedSampler | None = None
+        self.by_strategy: torch_samplers.ClassBalancedSampler | None = None
         if isinstance(dataset, SampleSource):
-            self.by_strategy = positions.ClassBalancedSampler(dataset, samples_per_epoch, seed)
+            self.by_strategy = torch_samplers.ClassBalancedSampler(dataset, samples_per_epoch, seed)
             self.samples_per_epoch = len(self.by_strategy)
         else:
             self.samples_per_epoch = samples_per_epoch or len(dataset)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from cellmap_lightning.transforms.intensity import seed_own_generator
+from cellmap_lightning.transforms.normalization import seed_own_generator
 
 
 class OnFloats:

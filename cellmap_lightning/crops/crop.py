@@ -124,7 +124,7 @@ class Crop:
         if read.pad:
             self.raw.check_fill(self.label, raw_transforms.values())
         self.placement = self._plan()
-        self.place()
+        self.plan_reads()
         self._partly_outside = self._levels_partly_outside()
         shown = arrays.targets or arrays.inputs
         scale = np.max([world[n].scale for n in shown], axis=0)
@@ -188,7 +188,7 @@ class Crop:
             cover=pad and not self.is_train,
         )
 
-    def place(self) -> None:
+    def plan_reads(self) -> None:
         """Plan how each array is read at each position."""
         world, axis = self._world, self.plane.turn(None)
         self.raw.place(self.windows, world, self.placement, axis, self.spatial)
@@ -261,7 +261,7 @@ class Crop:
         other.raw = self.raw.in_store(other.store)
         other.labels = copy(self.labels)
         other.labels.stacks = {}
-        other.place()
+        other.plan_reads()
         return other
 
     def share(self, pool: ReadPool, store: RegionStore) -> None:

@@ -14,8 +14,8 @@ from cellmap_lightning.io.chunks import Reader, check_reader
 from cellmap_lightning.io.ngff import LevelTranslations, Overrides
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.runtime.location import CacheMode, check_mode
-from cellmap_lightning.transforms.augment import IntensityTransforms
-from cellmap_lightning.transforms.intensity import AUTO, Normalize
+from cellmap_lightning.transforms.intensity import IntensityTransforms
+from cellmap_lightning.transforms.normalization import AUTO, Normalize
 from cellmap_lightning.validation import did_you_mean, one_of
 
 

@@ -19,7 +19,7 @@ from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.ngff import Level, Multiscale
 from cellmap_lightning.io.statistics import statistics
 from cellmap_lightning.redaction import hide_address
-from cellmap_lightning.transforms.intensity import AUTO
+from cellmap_lightning.transforms.normalization import AUTO
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 
 

@@ -19,8 +19,8 @@ from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.geometry.placement import Placement
 from cellmap_lightning.io.ngff import Level
 from cellmap_lightning.runtime.thread_pool import ReadPool
-from cellmap_lightning.transforms.augment import IntensityTransforms
-from cellmap_lightning.transforms.intensity import Scaling, input_transforms
+from cellmap_lightning.transforms.intensity import IntensityTransforms
+from cellmap_lightning.transforms.normalization import Scaling, input_transforms
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.transforms.targets import class_transforms
 

@@ -107,7 +107,7 @@ def class_frequencies(
     bound = dataset.strategy if strategy is None else parse_strategy(strategy).bind(dataset.crop_table)
     seed = dataset.seed if seed is None else seed
     numbers = range(samples)
-    places = bound.places(uniforms(seed, PLACE, numbers, NUMBERS), [None] * samples)
+    places = bound.choose(uniforms(seed, PLACE, numbers, NUMBERS), [None] * samples)
     positions = (np.asarray(dataset.first_positions)[places.crops] + places.positions).tolist()
     shown, voxels = [], []
     for start in numbers[::_BATCH]:

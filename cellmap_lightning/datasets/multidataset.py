@@ -14,7 +14,7 @@ from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.runtime.thread_pool import ReadPool
 from cellmap_lightning.sampling.crop_table import CropTable
 from cellmap_lightning.sampling.strategies import parse_strategy
-from cellmap_lightning.transforms.intensity import Scaling
+from cellmap_lightning.transforms.normalization import Scaling
 
 log = logging.getLogger(__name__)
 

@@ -32,9 +32,9 @@ from cellmap_lightning.runtime.thread_pool import FORK_GATE, Closeable, ReadPool
 from cellmap_lightning.sampling.class_strategies import ClassBalanced
 from cellmap_lightning.sampling.crop_strategies import PerCrop, Uniform
 from cellmap_lightning.sampling.crop_table import CropTable
-from cellmap_lightning.sampling.positions import ClassBalancedSampler, PositionSampler
 from cellmap_lightning.sampling.strategy import NUMBERS, Strategy
 from cellmap_lightning.sampling.tiles import TileOrder, stratified
+from cellmap_lightning.sampling.torch_samplers import ClassBalancedSampler, PositionSampler
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 
 #: Bytes to copy, or an equivalent amount of work, that justify another thread.
@@ -261,7 +261,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         if not shuffle:
             return [self._tile(n, n) for n in samples]
         turns = self.spatial.turns(seed, samples) if self.is_train else [None] * len(samples)
-        places = (strategy or self.strategy).places(uniforms(seed, PLACE, samples, NUMBERS), turns)
+        places = (strategy or self.strategy).choose(uniforms(seed, PLACE, samples, NUMBERS), turns)
         positions = (self._firsts[places.crops] + places.positions).tolist()
         return [Draw(n, position, turn) for n, position, turn in zip(samples, positions, turns, strict=True)]
 
@@ -343,7 +343,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         specs: dict[str, InputArray | TargetArray] = {**self.layout.inputs, **self.layout.targets}
         for row, draw in enumerate(draws):
             crop, local = self.locate(draw.position)
-            place = crop.placement.place(local)
+            place = crop.placement.grid_index(local)
             for name, array in arrays.items():
                 out, transform = array[row], self.layout.raw_transforms.get(name)
                 spec = specs[name]
@@ -367,7 +367,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         fills: dict[tuple[int, Shape], Callable[[], None]] = {}
         for position in positions:
             crop, local = self.locate(position)
-            place = crop.placement.place(local)
+            place = crop.placement.grid_index(local)
             for name in self.layout.inputs:
                 for region, index in crop.missing(name, place, None) or ():
                     fills[id(region), index] = partial(_fill, region, index)

@@ -132,7 +132,7 @@ class Placement:
     def __len__(self) -> int:
         return math.prod(self.counts)
 
-    def place(self, index: int) -> tuple[int, int, int]:
+    def grid_index(self, index: int) -> tuple[int, int, int]:
         """Return the grid coordinates (z, y, x) of position ``index``."""
         rest, x = divmod(index, self.counts[2])
         z, y = divmod(rest, self.counts[1])
@@ -140,7 +140,7 @@ class Placement:
 
     def center(self, index: int) -> FloatArray:
         """Return the centre of position ``index`` in nm (z, y, x)."""
-        return self.first + self.step * self.place(index)
+        return self.first + self.step * self.grid_index(index)
 
     def index(self, place: Sequence[int]) -> int:
         """Return the position at grid coordinates (z, y, x)."""

@@ -1,4 +1,4 @@
-"""Reading of chunks: they are opened, checked and decoded here, and in no other module."""
+"""Reading of chunks: opened, checked and decoded here; local files of Zarr v2 by `plain_chunks`."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""A fast path for local chunk files of Zarr v2, without zarr-python's pipeline, which costs more than the codec.
+"""Reading and writing of local chunk files of Zarr v2, without zarr-python's pipeline, which costs more than the codec.
 
 Format: https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html.
 """

@@ -181,7 +181,7 @@ def tried(
             return contents
         pause, seconds = _pause(attempt), time.monotonic() - began
         is_last = attempt == retry_policy.attempts or seconds + pause > retry_policy.timeout
-        if is_last or not all(map(passes, errors.values())):
+        if is_last or not all(map(is_transient, errors.values())):
             COUNTS.add("failures")
             key, error = next(iter(errors.items()))
             raise ObjectError(key, attempt, seconds, error) from error
@@ -331,7 +331,7 @@ class RetryingStore(WrapperStore[Store]):
                     return await read()
             except Exception as e:  # stores raise any type
                 pause = _pause(attempt)
-                if attempt == self._retry_policy.attempts or not passes(e) or clock() + pause >= end:
+                if attempt == self._retry_policy.attempts or not is_transient(e) or clock() + pause >= end:
                     COUNTS.add("failures")
                     raise ObjectError(key, attempt, clock() - began, e) from e
                 number = COUNTS.add("retries")
@@ -407,7 +407,7 @@ def _is_local(store: Store) -> bool:
     return isinstance(inner, LocalStore)
 
 
-def passes(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Return whether an error is transient."""
     if isinstance(error, PermissionError):
         return False

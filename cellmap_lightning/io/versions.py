@@ -52,13 +52,13 @@ def _with_retries(fs: Any, keys: Sequence[str]) -> dict[str, Any]:
     Raises:
         ObjectError: it does not answer.
     """
-    from cellmap_lightning.io.retrying import DEFAULT_RETRY, passes, tried
+    from cellmap_lightning.io.retrying import DEFAULT_RETRY, is_transient, tried
 
     def ask(keys: Sequence[str]) -> dict[str, Any]:
         answers = _ask(fs, keys, DEFAULT_RETRY.timeout / 2)
         # A permanent error, such as a method that is not allowed, means no version: reading reports real problems.
         return {
-            key: FileNotFoundError(key) if isinstance(answer, Exception) and not passes(answer) else answer
+            key: FileNotFoundError(key) if isinstance(answer, Exception) and not is_transient(answer) else answer
             for key, answer in answers.items()
         }
 

@@ -31,7 +31,7 @@ from cellmap_lightning.loading.samples import NumberedSamples, WrappedSamples, c
 from cellmap_lightning.loading.slots import SlotBatch, Slots
 from cellmap_lightning.loading.waiting import TimedBatches, WaitTimes
 from cellmap_lightning.loading.workers import describe_failure, end_workers, watched, worker_options
-from cellmap_lightning.sampling.positions import PositionSampler
+from cellmap_lightning.sampling.torch_samplers import PositionSampler
 from cellmap_lightning.validation import int_at_least
 
 
@@ -96,7 +96,7 @@ class CellMapDataLoader(DataLoader[Any]):
         persistent_workers: leave worker processes running between epochs; by default if there are any.
         prefetch_factor: batches ahead per worker process.
         timeout: seconds after which a worker that delivers nothing is an error; 0 waits without limit. Reads of single
-            objects have a shorter timeout, see `CellMapDataset`.
+            objects have a shorter timeout, see `ReadOptions`.
         multiprocessing_context: start method of worker processes; by default one that is safe with the reader.
         worker_init_fn: called in each worker process.
         sampler: replaces the loader's own, as Lightning does for ``overfit_batches``; or a `PositionSampler`, such as

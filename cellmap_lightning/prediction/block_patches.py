@@ -198,7 +198,7 @@ class BlockPlan:
         counts = self._counts[tiling]
         return self._starts[tiling] + (z * counts[1] + y) * counts[2] + x
 
-    def places(self, batch: BlockBatch) -> list[int]:
+    def choose(self, batch: BlockBatch) -> list[int]:
         """Return the positions of the patches of a batch."""
         return [self.position(part, batch.tiling) for part in batch.parts]
 
@@ -249,7 +249,7 @@ class PlanBatches:
         for plan in self.plans:
             for step in plan.steps():
                 if isinstance(step, BlockBatch):
-                    yield plan.places(step)
+                    yield plan.choose(step)
 
 
 class PatchSamples(Samples):

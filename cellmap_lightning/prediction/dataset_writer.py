@@ -215,7 +215,7 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
     def _start(self, idx: int) -> Shape:
         """Return the first voxel of the patch at a position, as an index of the array."""
         crop, local = self._dataset.locate(idx)
-        z, y, x = (a + b for a, b in zip(crop.placement.place(local), self._lowest, strict=True))
+        z, y, x = (a + b for a, b in zip(crop.placement.grid_index(local), self._lowest, strict=True))
         return z, y, x
 
     # -- reading

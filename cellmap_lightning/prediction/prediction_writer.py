@@ -265,7 +265,7 @@ class PredictionWriter(L.Callback):
             raise CellMapValueError(f"batch {batch_idx}: the blocks have only {batch_idx} batches")
         job, step = self._next
         self._next = None
-        positions = job.plan.places(step)
+        positions = job.plan.choose(step)
         if batch["idx"].tolist() != positions:
             raise CellMapValueError(
                 f"batch {batch_idx} holds the patches {batch['idx'].tolist()}, and those of block {step.block} that "

@@ -17,7 +17,7 @@ from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.io.store import parts_of
 from cellmap_lightning.runtime.location import on_network
 from cellmap_lightning.runtime.thread_pool import ReadPool
-from cellmap_lightning.transforms.intensity import Scaling
+from cellmap_lightning.transforms.normalization import Scaling
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 
 #: Smallest size of the cache of decoded raw chunks while blocks are predicted.

@@ -9,7 +9,7 @@ import numpy as np
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import FloatArray
 from cellmap_lightning.sampling.crop_strategies import BySize
-from cellmap_lightning.sampling.strategy import Chooser, Column, Places, Strategy, Turns, check_known, check_weight
+from cellmap_lightning.sampling.strategy import Choices, Chooser, Column, Strategy, Turns, check_known, check_weight
 
 #: Upper limit of how many times as often as the commonest class `Foreground` centres patches on a rare one.
 MOST_FAVOURED = 8.0
@@ -78,11 +78,11 @@ class ClassBalanced(ByClass):
         chances: FloatArray = exists / exists.sum()
         return chances
 
-    def places(self, u: FloatArray, turns: Turns) -> Places:
+    def choose(self, u: FloatArray, turns: Turns) -> Choices:
         """See `Strategy`."""
         classes = self._choose_class(0, u[:, Column.CLASS])
         crops = self._choose_crop(classes, u[:, Column.CROP])
-        return Places(crops, self.table.in_crop(crops, u[:, Column.POSITION]), classes)
+        return Choices(crops, self.table.in_crop(crops, u[:, Column.POSITION]), classes)
 
 
 class Foreground(ByClass):
@@ -164,26 +164,26 @@ class Foreground(ByClass):
         """See `Strategy`."""
         return None
 
-    def places(self, u: FloatArray, turns: Turns) -> Places:
+    def choose(self, u: FloatArray, turns: Turns) -> Choices:
         """See `Strategy`."""
         if self.fraction == 0:
-            return self._others.places(u, turns)
+            return self._others.choose(u, turns)
         classes = self._choose_class(0, u[:, Column.CLASS])
         crops = self._choose_crop(classes, u[:, Column.CROP])
         # Crops without an indexed voxel of the class keep this random position.
-        places = Places(crops, self.table.in_crop(crops, u[:, Column.POSITION]), classes)
+        places = Choices(crops, self.table.in_crop(crops, u[:, Column.POSITION]), classes)
         centred = u[:, Column.CENTRED] < self.fraction
         self._centre(places, np.flatnonzero(centred).tolist(), u, turns)
         if centred.all():
             return places
-        other = self._others.places(u, turns)
-        return Places(
+        other = self._others.choose(u, turns)
+        return Choices(
             np.where(centred, places.crops, other.crops),
             np.where(centred, places.positions, other.positions),
             np.where(centred, places.classes, other.classes),
         )
 
-    def _centre(self, places: Places, samples: Sequence[int], u: FloatArray, turns: Turns) -> None:
+    def _centre(self, places: Choices, samples: Sequence[int], u: FloatArray, turns: Turns) -> None:
         """Move the patches of some samples to a voxel of their class, in place; others and absent classes stay."""
         rows, points, matrices = [], [], []
         for row in samples:

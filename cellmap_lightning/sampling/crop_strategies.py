@@ -10,7 +10,7 @@ import numpy as np
 
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import FloatArray
-from cellmap_lightning.sampling.strategy import Chooser, Column, Places, Strategy, Turns, check_known, check_weight
+from cellmap_lightning.sampling.strategy import Choices, Chooser, Column, Strategy, Turns, check_known, check_weight
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ class ByCrop(Strategy):
     def _choose(self) -> Chooser:
         return Chooser(self.crop_chances[None])
 
-    def places(self, u: FloatArray, turns: Turns) -> Places:
+    def choose(self, u: FloatArray, turns: Turns) -> Choices:
         """See `Strategy`."""
         crops = self._choose(0, u[:, Column.CROP])
-        return Places(crops, self.table.in_crop(crops, u[:, Column.POSITION]), np.full(len(u), -1))
+        return Choices(crops, self.table.in_crop(crops, u[:, Column.POSITION]), np.full(len(u), -1))
 
 
 class Uniform(ByCrop):

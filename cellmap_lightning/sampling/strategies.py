@@ -17,7 +17,7 @@ from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapV
 from cellmap_lightning.geometry.lattice import FloatArray
 from cellmap_lightning.sampling.class_strategies import ByClass, ClassBalanced, Foreground
 from cellmap_lightning.sampling.crop_strategies import BySize, PerCrop, Uniform, Weighted
-from cellmap_lightning.sampling.strategy import Chooser, Column, Places, Strategy, Turns, check_known, check_weight
+from cellmap_lightning.sampling.strategy import Choices, Chooser, Column, Strategy, Turns, check_known, check_weight
 
 log = logging.getLogger(__name__)
 
@@ -102,14 +102,14 @@ class Mix(Strategy):
         """See `Strategy`."""
         return self.crop_chances if all(part.even_chances is not None for part, _ in self._used) else None
 
-    def places(self, u: FloatArray, turns: Turns) -> Places:
+    def choose(self, u: FloatArray, turns: Turns) -> Choices:
         """See `Strategy`."""
         chosen = self._choose_part(0, u[:, Column.PART])
-        places = Places(*(np.empty(len(u), np.int64) for _ in range(3)))
+        places = Choices(*(np.empty(len(u), np.int64) for _ in range(3)))
         for number, (part, _) in enumerate(self._used):
             rows = np.flatnonzero(chosen == number)
             if len(rows):
-                part_places = part.places(u[rows], [turns[row] for row in rows.tolist()])
+                part_places = part.choose(u[rows], [turns[row] for row in rows.tolist()])
                 places.crops[rows], places.positions[rows] = part_places.crops, part_places.positions
                 places.classes[rows] = part_places.classes
         return places

@@ -35,7 +35,7 @@ NUMBERS = Column.JITTER + 3
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class Choices:
     """Crops and positions of ``n`` samples.
 
     Attributes:
@@ -105,7 +105,7 @@ class Strategy(ABC):
         self.crop_chances  # noqa: B018
 
     @abstractmethod
-    def places(self, u: FloatArray, turns: Turns) -> Places:
+    def choose(self, u: FloatArray, turns: Turns) -> Choices:
         """Return crop and position of each sample, a function of its row alone.
 
         Args:

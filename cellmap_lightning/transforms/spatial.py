@@ -16,7 +16,7 @@ from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, FloatArray
 from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.runtime.rng import TURN, uniforms
-from cellmap_lightning.transforms.intensity import is_finite, is_range
+from cellmap_lightning.transforms.normalization import is_finite, is_range
 
 #: Rotation about an axis moves content from the first of these axes towards the second (right-handed in x, y, z).
 _PLANES = {"z": ("x", "y"), "x": ("y", "z"), "y": ("z", "x")}

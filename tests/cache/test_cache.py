@@ -356,7 +356,7 @@ def test_quarter_turns_are_copies(volumes):
     volume = volumes["v2 /"]
     with volume.dataset(NAMES[:3], (8, 12, 16), spatial_transforms=SPATIAL["rotated about z"]) as dataset:
         dataset.prepare()
-        place = dataset.placement.place(len(dataset) // 2)
+        place = dataset.placement.grid_index(len(dataset) // 2)
         for turn in (rotation("z", 90), rotation("x", 180), rotation("y", 270)):
             assert dataset.crop.missing("raw", place, turn) is not None
             assert dataset.crop.missing("target", place, turn) is not None

@@ -28,7 +28,7 @@ from cellmap_lightning.compat.utils import (
     torch_max_value,
 )
 from cellmap_lightning.errors import CellMapIndexError, CellMapTypeError, CellMapValueError
-from cellmap_lightning.transforms.intensity import Chain
+from cellmap_lightning.transforms.normalization import Chain
 
 pytestmark = pytest.mark.usefixtures("no_threads_left")
 

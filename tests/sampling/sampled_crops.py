@@ -36,8 +36,8 @@ def make(volume, strategy="mix", spec=SPEC, classes=CLASSES, crops=CROPS, balanc
     )
 
 
-def places(dataset, count=MANY, seed=0):
-    return dataset.strategy.places(uniforms(seed, PLACE, range(count), NUMBERS), [None] * count)
+def choose(dataset, count=MANY, seed=0):
+    return dataset.strategy.choose(uniforms(seed, PLACE, range(count), NUMBERS), [None] * count)
 
 
 def share(chosen, choices):

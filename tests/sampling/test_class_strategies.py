@@ -11,7 +11,7 @@ from cellmap_lightning import (
 from cellmap_lightning.io.writer import write_group, write_multiscale
 from cellmap_lightning.runtime.rng import PLACE, uniforms
 from cellmap_lightning.sampling.strategy import NUMBERS
-from tests.sampling.sampled_crops import CLASSES, make, places
+from tests.sampling.sampled_crops import CLASSES, choose, make
 
 TURNS = {
     "straight": None,
@@ -29,7 +29,7 @@ def test_the_voxel_is_in_its_patch(volume, shape, jitter, turns):
     with make(volume, options, spec, spatial_transforms=TURNS[turns]) as dataset:
         count = 150
         draws = dataset.draw(range(count), True, 0)
-        found = dataset.strategy.places(uniforms(0, PLACE, range(count), NUMBERS), [d.turn for d in draws])
+        found = dataset.strategy.choose(uniforms(0, PLACE, range(count), NUMBERS), [d.turn for d in draws])
         target = dataset.layout.finish(dataset.read(draws))["labels"].reshape(count, len(CLASSES), -1)
         assert set(found.classes) == {0, 1, 2, 3}
         assert (target[torch.arange(count), torch.from_numpy(found.classes)] == 1).any(dim=1).all()
@@ -41,7 +41,7 @@ def test_slices_in_each_plane_hold_it_too(volume):
         with make(volume, "foreground", spec, plane=plane, crops={2: "mito,er"}, classes=["mito", "er"]) as dataset:
             draws = dataset.draw(range(60), True, 0)
             target = dataset.layout.finish(dataset.read(draws))["labels"].reshape(60, 2, -1)
-            found = places(dataset, 60)
+            found = choose(dataset, 60)
             assert (target[torch.arange(60), torch.from_numpy(found.classes)] == 1).any(dim=1).all()
 
 
@@ -99,7 +99,7 @@ def test_turned_by_any_angle_few_corners_miss_it(volume):
     with make(volume, "foreground", spatial_transforms=turns) as dataset:
         count = 300
         draws = dataset.draw(range(count), True, 0)
-        found = dataset.strategy.places(uniforms(0, PLACE, range(count), NUMBERS), [d.turn for d in draws])
+        found = dataset.strategy.choose(uniforms(0, PLACE, range(count), NUMBERS), [d.turn for d in draws])
         target = dataset.layout.finish(dataset.read(draws))["labels"].reshape(count, len(CLASSES), -1)
         shown = (target[torch.arange(count), torch.from_numpy(found.classes)] == 1).any(dim=1)
         assert shown.float().mean() > 0.97

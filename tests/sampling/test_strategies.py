@@ -27,7 +27,7 @@ from cellmap_lightning.sampling.strategy import Chooser
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.options import SplitOptions
 from tests.sampling.bare import write_bare
-from tests.sampling.sampled_crops import CLASSES, CROPS, MANY, SPEC, chi_square, make, places, share
+from tests.sampling.sampled_crops import CLASSES, CROPS, MANY, SPEC, chi_square, choose, make, share
 
 MANIFEST = Path(__file__).parents[3] / "shared" / "data" / "challenge" / "train_crop_manifest.csv"
 STRATEGIES = ["uniform", "per_crop", "weighted", "class_balanced", "foreground", "mix"]
@@ -36,7 +36,7 @@ STRATEGIES = ["uniform", "per_crop", "weighted", "class_balanced", "foreground",
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_crops_and_classes_come_as_often_as_expected(volume, strategy):
     with make(volume, strategy) as dataset:
-        found, used = places(dataset), dataset.strategy
+        found, used = choose(dataset), dataset.strategy
         assert used.crop_chances.sum() == pytest.approx(1)
         chi_square(share(found.crops, len(CROPS)), used.crop_chances, MANY)
         if used.class_chances.any():
@@ -251,7 +251,7 @@ def test_balanced_volumes(tmp_path, strategy):
     with bare(tmp_path, [64, 128, 64, 64, 200], strategy, foreground=there, raws=2, balance=True) as dataset:
         chances = dataset.strategy.crop_chances
         assert chances[::2].sum() == pytest.approx(0.5)
-        chi_square(share(places(dataset).crops, 5), chances, MANY)
+        chi_square(share(choose(dataset).crops, 5), chances, MANY)
     with bare(tmp_path / "not", [64, 128, 64, 64, 200], strategy, foreground=there, raws=2) as dataset:
         assert abs(dataset.strategy.crop_chances[::2].sum() - 0.5) > 0.005
 

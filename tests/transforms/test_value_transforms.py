@@ -8,7 +8,7 @@ from monai import transforms as monai
 from torch import nn
 
 from cellmap_lightning.crops.options import IntensityOptions
-from cellmap_lightning.transforms.intensity import OnDictionary
+from cellmap_lightning.transforms.normalization import OnDictionary
 from tests.conftest import CLASSES, INPUTS, TARGETS
 from tests.make import make_dataset
 from tests.runs import GT, Watch, module, task, trainer
