@@ -34,6 +34,7 @@ def test_csc_mito_3d(volume, tmp_path):
     assert "class weights (inverse_sqrt): mito" in text
 
 
+@pytest.mark.slow
 def test_csc_all_2d(volume, tmp_path):
     challenge(volume, tmp_path)
     more = ["patch.shape=[1,32,32]", "patch.scale=[10.48,8,8]", "data.classes=[mito,er,pm]", "data.val_fraction=0.4"]

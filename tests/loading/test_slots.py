@@ -135,6 +135,7 @@ def test_workers_end_with_their_pass_despite_a_held_traceback(volume, ahead):
         assert set(multiprocessing.active_children()) <= others
 
 
+@pytest.mark.slow
 def test_slots_are_released(volume):
     with make(volume) as dataset:
         left = []
