@@ -34,7 +34,7 @@ class ChunkFiles:
 
     @property
     def local(self) -> bool:
-        """Whether chunks are files of this machine, or of a file system mounted on it."""
+        """True if chunks are files of this machine, or of a file system mounted on it."""
         return not isinstance(self.level.path, Remote)
 
     @property

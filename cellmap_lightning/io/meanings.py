@@ -53,7 +53,7 @@ class Meaning:
 
     @property
     def is_labels(self) -> bool:
-        """Whether values are labels, which cannot be interpolated."""
+        """True if values are labels, which cannot be interpolated."""
         return self.kind in ("mask", "ids")
 
     def least(self, threshold: float) -> float:

@@ -59,12 +59,12 @@ class Remote:
 
     @property
     def is_archive(self) -> bool:
-        """Whether it is in a zip file, whose members may decode to much more than their stored size."""
+        """True if it is in a zip file, whose members may decode to much more than their stored size."""
         return self.protocol == "zip"
 
     @property
     def lists(self) -> bool:
-        """Whether the store can list folders."""
+        """True if the store can list folders."""
         return self.protocol not in ("http", "https")
 
     @property
@@ -153,7 +153,7 @@ class Remote:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is in a public bucket, and no option sets how to sign requests."""
+        """True if it is in a public bucket, and no option sets how to sign requests."""
         return is_open(self.url, self.options)
 
     @property
