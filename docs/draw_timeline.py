@@ -58,7 +58,7 @@ class Recorder:
 
 
 def reading(loader: Iterable[Any], recorder: Recorder) -> Iterator[Any]:
-    """The loader's batches; whoever asks for one is recorded as reading."""
+    """The loader's batches; the thread that requests one is recorded as reading."""
     batches = iter(loader)
     for number in range(BATCHES):
         yield recorder.record("read", number, partial(next, batches))

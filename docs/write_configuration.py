@@ -76,14 +76,14 @@ def rows(text: str, prefix: str = "") -> Iterator[tuple[str, str, str]]:
             if name in ("hydra", "defaults"):
                 continue
             line = key.start_mark.line
-            said = "" if line <= top else comment_of(lines, line)
+            comment = "" if line <= top else comment_of(lines, line)
             if isinstance(value, yaml.MappingNode) and not value.flow_style and value.value:
-                yield from walk(value, f"{name}.", said)
+                yield from walk(value, f"{name}.", comment)
                 continue
             last = lines[value.end_mark.line][value.end_mark.column :] if value.end_mark.line < len(lines) else ""
             beside = re.match(r"\s+#\s*(.*)", last)
             source = text[value.start_mark.index : value.end_mark.index].strip()
-            yield prefix + name, source or "null", " ".join(filter(None, (above, said, beside[1] if beside else "")))
+            yield prefix + name, source or "null", " ".join(filter(None, (above, comment, beside[1] if beside else "")))
             above = ""
 
     yield from walk(yaml.compose(text), "", "")
@@ -97,8 +97,8 @@ def escaped(text: str) -> str:
 def table(text: str, prefix: str = "") -> str:
     """The rows of a file."""
     out = ["| key | default | |", "|---|---|---|"]
-    for key, default, said in rows(text, prefix):
-        out.append(f"| `{key}` | `{default.replace('|', chr(92) + '|')}` | {escaped(said)} |")
+    for key, default, comment in rows(text, prefix):
+        out.append(f"| `{key}` | `{default.replace('|', chr(92) + '|')}` | {escaped(comment)} |")
     return "\n".join(out)
 
 

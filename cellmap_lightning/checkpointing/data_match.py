@@ -204,7 +204,7 @@ def volume_differences(saved: Mapping[str, Any], now: Mapping[str, Any], intende
     """Return the volumes that a checkpoint normalized by another rule, one sentence each.
 
     Args:
-        saved: ``{normalization_key: ...}`` of the checkpoint, see `CellMapDataset`.
+        saved: ``{normalization_key: ...}`` of the checkpoint, see `RawInputs`.
         now: the same of the datasets that are open.
         intended: paths of volumes that are not compared.
     """

@@ -108,7 +108,7 @@ class ClassBalancedSampler(Sampler[int]):
         elif sizes is not None and hasattr(self.dataset, "datasets"):
             if crop >= len(sizes):
                 raise CellMapValueError(
-                    f"ClassBalancedSampler: crop {crop} is none of the {len(sizes)} of cumulative_sizes; "
+                    f"ClassBalancedSampler: crop {crop} is out of range for {len(sizes)} cumulative_sizes; "
                     "get_crop_class_matrix() needs one row for each dataset"
                 )
             first, end = (int(sizes[crop - 1]) if crop else 0), int(sizes[crop])

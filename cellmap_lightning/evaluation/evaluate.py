@@ -93,7 +93,7 @@ def evaluate(
         crops: folder of the crops, ``recon-1/labels/groundtruth``.
         classes: names of the classes.
         threshold: probability from which a voxel is positive.
-        unknown: the stored value of unannotated voxels, if the metadata do not define it; see `CellMapDataset`.
+        unknown: the stored value of unannotated voxels, if the metadata do not define it; see `LabelOptions`.
         values: the meaning of the stored values of the prediction, see `meaning_of`.
 
     Raises:

@@ -64,7 +64,7 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
         target_bounds: ``{target array: {axis: [lower, upper]}}`` in nm: the voxels whose centres are at least ``lower``
             and below ``upper``, so that bounds at the edges of voxels, and bounds that cellmap-data computes from the
             ``translation`` of voxels, select the same ones. Outside of the volume, raw is 0. None for the whole volume.
-        raw_value_transforms: see `CellMapDataset`, with another default: as in cellmap-data, None returns stored
+        raw_value_transforms: see `IntensityOptions`, with another default: as in cellmap-data, None returns stored
             values. A model that was trained on data with this package's default needs ``"auto"``.
         axis_order: ``zyx``.
         context: not used, as in cellmap-data.
@@ -75,7 +75,7 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
         model_classes: the channels of the model's output, if it has more than ``classes``.
         dtype: type of a voxel.
         values: meaning of the values, see `ImageWriter`.
-        max_workers: reading threads, see `CellMapDataset`.
+        max_workers: reading threads, see `ReadOptions`.
         raw_path: older name of ``input_path``.
 
     Attributes:

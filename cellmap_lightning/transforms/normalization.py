@@ -37,7 +37,7 @@ class Normalize:
         """Parse ``dtype``, ``zscore``, ``{range: [lo, hi]}`` or ``{percentile: [lo, hi]}``.
 
         Raises:
-            CellMapValueError: the value is none of these.
+            CellMapValueError: the value is not one of these.
 
         Example:
             >>> Normalize.parse({"range": [0, 200]})

@@ -30,7 +30,6 @@ from tests.cache.annotated_volume import (
     blocks,
     chunks_of,
     digest,
-    fill_up,
 )
 
 pytestmark = [
@@ -43,21 +42,6 @@ TURNS = [
     for p in itertools.permutations(range(3))
     for signs in itertools.product((1.0, -1.0), repeat=3)
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    """A cache of the test's own."""
-    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture(scope="module")
-def volumes(tmp_path_factory):
-    """The same voxels in each kind of store; the first also with more classes."""
-    root = tmp_path_factory.mktemp("stores")
-    made = {name: fill_up(Volume(root / f"{n}.zarr", **how), 3) for n, (name, how) in enumerate(STORAGE.items())}
-    return made | {n: fill_up(Volume(root / f"classes{n}.zarr"), n) for n in (1, 8, 11, 24)}
 
 
 def box_of(array, first, shape, turn, outside):

@@ -21,33 +21,16 @@ from cellmap_lightning.io.writer import write_multiscale
 from cellmap_lightning.runtime import thread_pool as pool_module
 from tests.cache.annotated_volume import (
     NAMES,
-    STORAGE,
     Volume,
     blocks,
     chunks_of,
     digest,
-    fill_up,
 )
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="decoded voxels are shared so on Linux only"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    """A cache of the test's own."""
-    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture(scope="module")
-def volumes(tmp_path_factory):
-    """The same voxels in each kind of store; the first also with more classes."""
-    root = tmp_path_factory.mktemp("stores")
-    made = {name: fill_up(Volume(root / f"{n}.zarr", **how), 3) for n, (name, how) in enumerate(STORAGE.items())}
-    return made | {n: fill_up(Volume(root / f"classes{n}.zarr"), n) for n in (1, 8, 11, 24)}
 
 
 def overwrite(path, box, value):

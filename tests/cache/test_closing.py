@@ -33,13 +33,6 @@ DATA = np.random.default_rng(2).integers(1, 256, SHAPE, np.uint8)
 COUNT = 16
 
 
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    """A cache of the test's own."""
-    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def decode(start, shape):
     return DATA[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
 

@@ -25,11 +25,6 @@ def direct(array, lattice, center, window, turn, method, fill):
     return out
 
 
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
-
-
 # -- patches of raw
 
 

@@ -49,13 +49,6 @@ TURNS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    """A cache of the test's own."""
-    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def planned(mode, regions):
     """A store in one of MODES."""
     if mode == "nothing planned":
@@ -138,14 +131,6 @@ def test_only_the_limited_box_is_cached_and_the_rest_is_readable(mode):
     if mode in ("disk", "memory"):
         assert store.decoded == 2 * 2 * 3, "the chunks that hold some of it"
     store.close()
-
-
-@pytest.fixture
-def stored(tmp_path):
-    """A Zarr array, and its voxels."""
-    data = values("uint8", (100, 130, 150))
-    zarr.create_array(tmp_path / "a", data=data, chunks=(32, 64, 64), zarr_format=2, chunk_key_encoding=V2)
-    return tmp_path / "a", data
 
 
 # -- what is decoded, and how often

@@ -12,16 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zarr
 
 from cellmap_lightning.cache.mapped import EMPTY
 from tests.cache.regions import (
     COUNT,
     FORK,
-    V2,
     opened,
     random_box,
-    values,
     whole,
 )
 
@@ -29,21 +26,6 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes share voxels so on Linux only"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    """A cache of the test's own."""
-    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def stored(tmp_path):
-    """A Zarr array, and its voxels."""
-    data = values("uint8", (100, 130, 150))
-    zarr.create_array(tmp_path / "a", data=data, chunks=(32, 64, 64), zarr_format=2, chunk_key_encoding=V2)
-    return tmp_path / "a", data
 
 
 # -- processes

@@ -6,13 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-import zarr
 
 from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.errors import CacheError
 from tests.cache.regions import (
     GRID,
-    V2,
     Array,
     opened,
     region_of,
@@ -25,21 +23,6 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes share voxels so on Linux only"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    """A cache of the test's own."""
-    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def stored(tmp_path):
-    """A Zarr array, and its voxels."""
-    data = values("uint8", (100, 130, 150))
-    zarr.create_array(tmp_path / "a", data=data, chunks=(32, 64, 64), zarr_format=2, chunk_key_encoding=V2)
-    return tmp_path / "a", data
 
 
 # -- the budget

@@ -12,12 +12,6 @@ from cellmap_lightning.geometry.rotation import gather, gather_about_axis
 from cellmap_lightning.transforms.spatial import rotation
 from tests.cache.plain_voxels import SIGNED_PERMUTATIONS, Voxels
 
-
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
-
-
 # -- rotations about one axis
 
 

@@ -217,7 +217,7 @@ def test_a_rare_class_is_half_of_the_samples_of_any_dataset(foreign, last):
     ("foreign", "message"),
     [
         (Foreign(np.zeros((3, 2))), "no active classes"),
-        (Foreign(np.eye(3), sizes=[5, 5]), "crop 2 is none of the 2"),
+        (Foreign(np.eye(3), sizes=[5, 5]), "crop 2 is out of range for 2"),
         (Foreign(np.eye(2), sizes=[0, 5]), "crop 0 has the positions 0 to 0 of 5"),
     ],
     ids=["no class", "fewer sizes than rows", "a crop without positions"],

@@ -26,11 +26,9 @@ STRIDES = [23, pytest.param(1, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    """A cache of the test's own; voxels are written plane by plane, so that a chunk can be half written."""
-    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
+def plane_by_plane(monkeypatch):
+    """Voxels are written plane by plane, so that a chunk can be half written."""
     monkeypatch.setattr(mapped, "_SLAB", 1)
-    return tmp_path / "cache"
 
 
 def killed(work, step, only=None):

@@ -29,13 +29,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def cache_dir(tmp_path, monkeypatch):
-    """A cache of the test's own."""
-    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def small(changed, depth=0):
     """A region of few pages, before and after a change of some chunks: the source and both contents of the file."""
     source = Source((8, 16, 32), (8, 16, 16), "uint16" if not depth else "uint8", depth)
