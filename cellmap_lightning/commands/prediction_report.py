@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from cellmap_lightning.commands.predict_config import groundtruth
 from cellmap_lightning.errors import MissingExtraError
 from cellmap_lightning.evaluation.csc_evaluation import Predicted, Scoring, csc_table, evaluate_csc, write_csc_csv
-from cellmap_lightning.evaluation.evaluate import draw, evaluate, table, write_csv
+from cellmap_lightning.evaluation.evaluate import evaluate
 from cellmap_lightning.evaluation.overview import draw_prediction
+from cellmap_lightning.evaluation.score_files import draw, table, write_csv
 from cellmap_lightning.io.store import parse_location
 
 _NOT_CSC = "These are scores of voxels, crop by crop, not the challenge's score; metric=csc gives that."

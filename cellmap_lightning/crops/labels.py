@@ -396,18 +396,10 @@ class IdStack:
         self.label = label
         self.dtype = id_dtype(images)
         self.members = label_members(images, classes, window, label, "stored", encodings or LabelEncodings(label))
-        self._stored = []
-        for _, name, level, encoding in self.members:
-            decoder = _IdDecoder(
-                ChunkReader(level, f"{label}/{name}", reader, retry_policy, encoding.empty), encoding, self.dtype
-            )
-            key = ("ids", identity_of(level.path), encoding, str(self.dtype))
-            self._stored.append(
-                Region(
-                    decoder.reader.shape, chunk_shape([decoder.reader]), self.dtype, decoder, cache, key,
-                    stamp=decoder.reader.stamp, identity=decoder.identity, name=f"{label}/{name}",
-                )
-            )  # fmt: skip
+        self._stored = [
+            id_region(level, encoding, self.dtype, f"{label}/{name}", cache, reader, retry_policy)
+            for _, name, level, encoding in self.members
+        ]
         self.patches: list[Patches] = []
         self.regions: list[Region] = []
 
@@ -467,6 +459,34 @@ class _IdDecoder:
         if self.encoding.unknown is not None:
             ids[stored == self.encoding.unknown] = UNKNOWN_ID
         return ids
+
+
+def id_region(
+    level: Level,
+    encoding: Encoding,
+    dtype: np.dtype[Any],
+    label: str,
+    cache: ChunkCache,
+    reader: Reader = "zarr",
+    retry_policy: RetryPolicy = DEFAULT_RETRY,
+) -> Region:
+    """Return the ids of one label array: 0 where the class is absent, -1 where it is unannotated.
+
+    Args:
+        level: the stored array.
+        encoding: the meaning of its values.
+        dtype: a signed type that holds its ids, see `id_dtype`.
+        label: name of crop and class, for messages.
+        cache: cache of single chunks, used without a mapping.
+        reader: see `chunks.Reader`.
+        retry_policy: retries and timeouts of reads.
+    """
+    decoder = _IdDecoder(ChunkReader(level, label, reader, retry_policy, encoding.empty), encoding, dtype)
+    key = ("ids", identity_of(level.path), encoding, str(dtype))
+    return Region(
+        decoder.reader.shape, chunk_shape([decoder.reader]), dtype, decoder, cache, key,
+        stamp=decoder.reader.stamp, identity=decoder.identity, name=label,
+    )  # fmt: skip
 
 
 def id_dtype(images: Mapping[str, Multiscale]) -> np.dtype[Any]:

@@ -1,78 +1,66 @@
-"""Voxel scores of a written prediction over annotated voxels: Dice, IoU, precision and recall of each crop."""
+"""Scores of a written prediction over the annotated voxels of each crop that it covers."""
 
-import csv
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from cellmap_lightning.crops.encodings import Unknown
-from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
-from cellmap_lightning.datasets.dataset import CellMapDataset
-from cellmap_lightning.errors import CellMapKeyError, MissingExtraError
+from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError
+from cellmap_lightning.evaluation.instance_scores import (
+    INSTANCE_METRICS,
+    InstanceScore,
+    NoInstancesError,
+    crop_overlaps,
+    instance_score,
+)
+from cellmap_lightning.evaluation.pairs import CropPair
+from cellmap_lightning.evaluation.surface_scores import SURFACE_METRICS, SurfaceScore, surface_score
+from cellmap_lightning.evaluation.voxel_scores import METRICS, Score, voxel_score
 from cellmap_lightning.geometry.lattice import Lattice
-from cellmap_lightning.io.meanings import ValuesSetting, meaning_of
+from cellmap_lightning.io.meanings import ValuesSetting
 from cellmap_lightning.io.ngff import read_multiscale
-from cellmap_lightning.loading.dataloader import CellMapDataLoader
+from cellmap_lightning.splits.entries import read_csv
+from cellmap_lightning.validation import did_you_mean, first_few
 
 log = logging.getLogger(__name__)
 
-METRICS = ("dice", "iou", "precision", "recall")
-#: Shape of the blocks that are compared at a time, voxels.
-_PATCH = (64, 64, 64)
+#: Groups of scores: of voxels, of surfaces in nm, and of objects.
+SCORES = ("voxels", "surface", "instances")
 
 
 @dataclass(frozen=True)
-class Score:
-    """Voxel counts of one class in one crop, at the voxel size of the prediction.
+class CropScore:
+    """Scores of one class in one crop; see docs/evaluation.md.
 
     Attributes:
         crop: name of the crop.
         name: name of the class.
-        known: annotated voxels.
-        tp: true positives.
-        fp: false positives.
-        fn: false negatives.
+        voxels: voxel counts and scores.
+        surface: surface distances, if they were asked for.
+        instances: scores of objects, likewise, and where the annotation has instances.
+        trained: True if the crop was trained on; None if unknown.
 
     Example:
-        >>> Score("crop1", "mito", known=100, tp=30, fp=10, fn=10).dice
-        0.75
+        >>> [s.voxels.dice for s in evaluate(Path("pred.zarr"), crops, ["mito"])]
     """
 
     crop: str
     name: str
-    known: int
-    tp: int
-    fp: int
-    fn: int
+    voxels: Score
+    surface: SurfaceScore | None = None
+    instances: InstanceScore | None = None
+    trained: bool | None = None
 
-    @property
-    def dice(self) -> float:
-        """2 tp / (2 tp + fp + fn); NaN where the class occurs in neither, likewise for the other scores."""
-        return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
-
-    @property
-    def iou(self) -> float:
-        """Intersection over union, tp / (tp + fp + fn)."""
-        return _ratio(self.tp, self.tp + self.fp + self.fn)
-
-    @property
-    def precision(self) -> float:
-        """Fraction of the predicted voxels that are positive, tp / (tp + fp)."""
-        return _ratio(self.tp, self.tp + self.fp)
-
-    @property
-    def recall(self) -> float:
-        """Fraction of the positive voxels that are predicted, tp / (tp + fn)."""
-        return _ratio(self.tp, self.tp + self.fn)
-
-
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else math.nan
+    def values(self) -> dict[str, float]:
+        """Return every score by name; NaN for undefined ones."""
+        voxels = {metric: float(getattr(self.voxels, metric)) for metric in METRICS}
+        surface = asdict(self.surface) if self.surface else dict.fromkeys(SURFACE_METRICS, math.nan)
+        instances = asdict(self.instances) if self.instances else dict.fromkeys(INSTANCE_METRICS, math.nan)
+        return voxels | surface | instances
 
 
 def evaluate(
@@ -82,7 +70,9 @@ def evaluate(
     threshold: float = 0.5,
     unknown: Unknown = "metadata",
     values: ValuesSetting = "auto",
-) -> list[Score]:
+    scores: Sequence[str] = ("voxels",),
+    trained: Collection[Path] | None = None,
+) -> list[CropScore]:
     """Compute the scores of a prediction in every crop that it covers.
 
     Annotations are resampled to the voxels of the prediction, like targets of a training at that voxel size.
@@ -90,24 +80,44 @@ def evaluate(
 
     Args:
         output: the prediction, with one group per class.
-        crops: folder of the crops, ``recon-1/labels/groundtruth``.
+        crops: folder of the crops, ``recon-1/labels/groundtruth``, or of a single crop.
         classes: names of the classes.
         threshold: probability from which a voxel is positive.
         unknown: the stored value of unannotated voxels, if the metadata do not define it; see `LabelOptions`.
         values: the meaning of the stored values of the prediction, see `meaning_of`.
+        scores: some of `SCORES`. Voxels are always scored. ``instances`` of annotations without instances are an error
+            if all of them have none.
+        trained: folders of the crops that were trained on, to mark them; None if unknown. See `trained_crops`.
 
     Raises:
         CellMapKeyError: the prediction covers no crop that annotates any of the classes.
+        NoInstancesError: objects are to be scored, and no annotation has instances.
     """
-    scores = [
-        _compare(output / name, crop, name, threshold, unknown, values)
+    pairs = [
+        CropPair(output / name, crop, name, threshold, unknown, values)
         for crop, name in annotated_classes(output, crops, classes)
     ]
-    if not scores:
+    if not pairs:
         raise CellMapKeyError(
             f"nothing to evaluate {output} with: no crop in {crops} lies in it and annotates any of {list(classes)}"
         )
-    return scores
+    results: list[CropScore] = []
+    without: list[NoInstancesError] = []
+    for pair in pairs:
+        instances = None
+        if "instances" in scores:
+            try:
+                instances = instance_score(crop_overlaps(pair))
+            except NoInstancesError as e:
+                without.append(e)
+        surface = surface_score(pair) if "surface" in scores else None
+        is_trained = pair.crop.resolve() in trained if trained is not None else None
+        results.append(CropScore(pair.crop.name, pair.name, voxel_score(pair), surface, instances, is_trained))
+    if len(without) == len(pairs):
+        raise without[0]
+    for error in without:
+        log.info("objects are not scored: %s", error)
+    return results
 
 
 def annotated_classes(
@@ -117,12 +127,12 @@ def annotated_classes(
 
     Args:
         output: the prediction, with one group per class; a class without a group is yielded.
-        crops: folder of the crops.
+        crops: folder of the crops, or of a single crop.
         classes: names of the classes.
         pattern: glob pattern of the names of crops.
     """
     outside = set()
-    for crop in sorted(p for p in crops.glob(pattern) if p.is_dir()):
+    for crop in crop_folders(crops, classes, pattern):
         for name in classes:
             if not is_group(crop / name):
                 continue
@@ -135,6 +145,53 @@ def annotated_classes(
         log.info("not evaluated, since the prediction does not cover them: %s", ", ".join(sorted(outside)))
 
 
+def trained_crops(path: Path) -> set[Path]:
+    """Return the folders of the crops for training.
+
+    Args:
+        path: the folder of a run, which has a ``split.csv``, or a CSV of crops, see docs/data.md.
+
+    Raises:
+        CellMapError: there is no such file, or it cannot be read.
+    """
+    entries = read_csv(path / "split.csv" if path.is_dir() else path)
+    return {Path(entry.target_path).parent.resolve() for entry in entries.get("train", []) if entry.target_path}
+
+
+def crop_folders(crops: Path, classes: Sequence[str], pattern: str = "*") -> list[Path]:
+    """Return the folders of crops in a folder, which may be a crop itself."""
+    if any(is_group(crops / name) for name in classes):
+        return [crops]
+    return sorted(p for p in crops.glob(pattern) if p.is_dir())
+
+
+def check_prediction(output: Path, classes: Sequence[str] | None) -> list[str]:
+    """Return the classes of a prediction that are to be scored, after a check.
+
+    Args:
+        output: the prediction, with one group per class.
+        classes: the requested classes; None for all of them.
+
+    Raises:
+        CellMapFileNotFoundError: there is no prediction.
+        CellMapKeyError: a class was not predicted.
+    """
+    if not output.is_dir():
+        raise CellMapFileNotFoundError(
+            f"the prediction {output} does not exist; give the Zarr group that has a class each"
+        )
+    present = sorted(p.name for p in output.iterdir() if p.is_dir() and is_group(p))
+    if not present:
+        raise CellMapFileNotFoundError(f"the prediction {output} has no group per class")
+    for name in classes or ():
+        if name not in present:
+            raise CellMapKeyError(
+                f"the prediction {output} has no class {name!r}; it has {first_few(present, 12)}"
+                + did_you_mean(name, present)
+            )
+    return list(classes or present)
+
+
 def is_group(path: Path) -> bool:
     """Return whether a folder is a Zarr group of either format."""
     return any((path / file).is_file() for file in (".zattrs", "zarr.json"))
@@ -145,82 +202,3 @@ def covers(prediction: Lattice, crop: Lattice) -> bool:
     slack = np.asarray(prediction.step) / 2
     lower, upper = np.subtract(prediction.box.lower, slack), np.add(prediction.box.upper, slack)
     return bool((crop.box.lower >= lower).all() and (crop.box.upper <= upper).all())
-
-
-def _compare(group: Path, crop: Path, name: str, threshold: float, unknown: Unknown, values: ValuesSetting) -> Score:
-    """Count voxels block by block, with the prediction as the raw of a dataset at its voxel size."""
-    image = read_multiscale(group)
-    level, least = image.finest, meaning_of(image, f"{group}", values).least(threshold)
-    window = {"shape": list(_PATCH), "scale": list(level.scale)}
-    known = tp = fp = fn = 0
-    with CellMapDataset(
-        str(group), f"{crop}/[{name}]", [name], {"prediction": window}, {"labels": window},
-        # Empty chunks of a prediction are not stored.
-        read=ReadOptions(pad=True, max_workers=1, cache="none", missing_raw="warn"),
-        labels=LabelOptions(too_coarse="upsample", unknown=unknown),
-        intensity=IntensityOptions(raw_value_transforms=None),
-    ) as dataset:  # fmt: skip
-        # Where tiles overlap, the loader sets the labels of all but one to NaN, so that every voxel is counted once.
-        for batch in CellMapDataLoader(dataset, is_train=False, rank=0, world=1):
-            truth = batch["labels"]
-            predicted = batch["prediction"] >= least
-            annotated = ~torch.isnan(truth)
-            positive = truth == 1
-            known += int(annotated.sum())
-            tp += int((predicted & positive).sum())
-            fp += int((predicted & annotated & ~positive).sum())
-            fn += int((~predicted & positive).sum())
-    return Score(crop.name, name, known, tp, fp, fn)
-
-
-def write_csv(scores: Sequence[Score], path: Path) -> None:
-    """Write one row per crop and class; undefined scores are empty."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["crop", "class", "annotated_voxels", "tp", "fp", "fn", *METRICS])
-        for score in scores:
-            values = [getattr(score, metric) for metric in METRICS]
-            cells = ["" if math.isnan(v) else f"{v:.6f}" for v in values]
-            writer.writerow([score.crop, score.name, score.known, score.tp, score.fp, score.fn, *cells])
-
-
-def table(scores: Sequence[Score]) -> str:
-    """Return the scores as a table in text."""
-    width = max(len(s.crop) for s in scores) + 2, max(5, *(len(s.name) for s in scores)) + 2
-    lines = ["crop".ljust(width[0]) + "class".ljust(width[1]) + "".join(f"{m:>11}" for m in METRICS)]
-    for score in scores:
-        values = "".join(f"{getattr(score, m):>11.3f}" for m in METRICS)
-        lines.append(score.crop.ljust(width[0]) + score.name.ljust(width[1]) + values)
-    return "\n".join(lines)
-
-
-def draw(scores: Sequence[Score], path: Path) -> None:
-    """Draw one heat map per score, crops against classes, with the numbers.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise MissingExtraError('pictures need matplotlib: pip install "cellmap-lightning[train]"') from e
-    crops = list(dict.fromkeys(s.crop for s in scores))
-    names = list(dict.fromkeys(s.name for s in scores))
-    size = (1.5 + len(METRICS) * (0.7 + 0.6 * len(names)), 1.3 + 0.35 * len(crops))
-    figure = Figure(figsize=size, layout="constrained")
-    for number, metric in enumerate(METRICS):
-        values = np.full((len(crops), len(names)), np.nan)
-        for score in scores:
-            values[crops.index(score.crop), names.index(score.name)] = getattr(score, metric)
-        axes = figure.add_subplot(1, len(METRICS), number + 1)
-        axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axes.set_title(metric)
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        axes.set_yticks(range(len(crops)), crops if number == 0 else [""] * len(crops))
-        for row, column in np.argwhere(~np.isnan(values)).tolist():
-            value = values[row, column]
-            axes.text(
-                column, row, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                color="black" if value > 0.6 else "white",
-            )  # fmt: skip
-    figure.savefig(path, dpi=150)

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.crops.image import CellMapImage, choose_level
-from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
-from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.evaluation.evaluate import covers, is_group
-from cellmap_lightning.geometry.lattice import AXES, LATTICE_TOLERANCE, FloatArray, Lattice, Shape
+from cellmap_lightning.evaluation.pairs import Annotation
+from cellmap_lightning.geometry.lattice import (
+    AXES,
+    EDGE_TOLERANCE,
+    LATTICE_TOLERANCE,
+    Box,
+    FloatArray,
+    Lattice,
+    Shape,
+)
 from cellmap_lightning.io.meanings import meaning_of
 from cellmap_lightning.io.ngff import Overrides, read_multiscale
 from cellmap_lightning.training.report import class_rank
@@ -112,7 +119,7 @@ def samples_of(
         masks = _masks(output, classes, whole, whole.box.center, threshold)
         if shape != lattice.shape and _raw_is_affordable(raw, whole, metadata):
             samples.append(_sample(raw, whole, whole.box.center, masks, None, "whole prediction", metadata))
-    places = list(islice(_annotated_places(output, classes, lattice, shape, crops), _PLACES))
+    places = list(islice(_annotated_places(classes, lattice, shape, crops), _PLACES))
     if not places:
         patch = Lattice(lattice.origin, lattice.step, shape)
         centers = _densest_places(masks, lattice, shape)
@@ -165,9 +172,7 @@ def _raw_is_affordable(raw: str, whole: Lattice, metadata: Mapping[str, Any]) ->
     return voxels <= _RAW
 
 
-def _annotated_places(
-    output: Path, classes: Sequence[str], lattice: Lattice, most: Shape, crops: Path | None
-) -> Iterator[_Place]:
+def _annotated_places(classes: Sequence[str], lattice: Lattice, most: Shape, crops: Path | None) -> Iterator[_Place]:
     """Yield the place with the most annotated classes of each crop that the prediction covers."""
     if crops is None or not crops.is_dir():
         return
@@ -179,21 +184,29 @@ def _annotated_places(
         room = np.floor(np.min([one.box.extent for one in labels], axis=0) / lattice.step + LATTICE_TOLERANCE)
         z, y, x = np.clip(room, 1, most).astype(int).tolist()
         patch = Lattice(lattice.origin, lattice.step, (z, y, x))
-        window = {"shape": list(patch.shape), "scale": list(patch.step)}
-        with CellMapDataset(
-            str(output / classes[0]), f"{crop}/[{','.join(annotated)}]", list(classes), {"prediction": window},
-            {"labels": window},
-            read=ReadOptions(pad=True, cache="none", missing_raw="warn"),
-            labels=LabelOptions(too_coarse="upsample"), intensity=IntensityOptions(raw_value_transforms=None),
-        ) as dataset:  # fmt: skip
-            ranked = []
-            for number in range(0, dataset.tile_count, max(1, dataset.tile_count // _CANDIDATES)):
-                position = dataset.tile(number)
-                ranked.append((class_rank((dataset[position]["labels"] == 1).numpy()), position))
-            best = max(ranked)[1]
-            target = dataset[best]["labels"].numpy().reshape(len(classes), *patch.shape)
-            center = dataset.get_center(best)
-        yield _Place(crop.name, patch, np.array([center[axis] for axis in AXES]), target)
+        annotations = {name: Annotation(crop, name, lattice.step) for name in annotated}
+        ranked = []
+        starts = _tile_starts(annotations[annotated[0]].box, lattice, patch.shape)
+        for start in starts[:: max(1, len(starts) // _CANDIDATES)]:
+            target = np.full((len(classes), *patch.shape), np.nan, np.float32)
+            for name, annotation in annotations.items():
+                ids = annotation.read(lattice, start, patch.shape)
+                target[classes.index(name)] = np.where(ids < 0, np.nan, ids > 0)
+            ranked.append((class_rank(target == 1), start, target))
+        _, start, target = max(ranked, key=lambda row: row[:2])
+        center = np.asarray(lattice.origin) + (np.add(start, np.subtract(patch.shape, 1) / 2)) * lattice.step
+        yield _Place(crop.name, patch, center, target)
+
+
+def _tile_starts(box: Box, lattice: Lattice, shape: Shape) -> list[Shape]:
+    """Return the first voxels of the patches that tile a box; the last ones along each axis end with it."""
+    first = np.ceil((np.asarray(box.lower) - lattice.origin) / lattice.step - EDGE_TOLERANCE).astype(int)
+    end = np.floor((np.asarray(box.upper) - lattice.origin) / lattice.step - EDGE_TOLERANCE).astype(int) + 1
+    along = [
+        sorted({min(start, max(low, high - size)) for start in range(low, max(high, low + 1), size)})
+        for low, high, size in zip(first.tolist(), end.tolist(), shape, strict=True)
+    ]
+    return [(z, y, x) for z, y, x in product(*along)]
 
 
 def _densest_places(masks: Masks | None, lattice: Lattice, shape: Shape) -> list[FloatArray]:

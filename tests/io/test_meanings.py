@@ -227,4 +227,4 @@ def test_scores_of_masks(tmp_path, stored, setting):
     write_multiscale(truth, ball().astype(np.uint8), scale=STEP, translation=(0, 0, 0))
     others(tmp_path, stored(ball()))
     (score,) = evaluate(there(tmp_path), tmp_path / "crops", ["er"], values=setting)
-    assert (score.dice, score.tp) == (1, ball().sum())
+    assert (score.voxels.dice, score.voxels.tp) == (1, ball().sum())

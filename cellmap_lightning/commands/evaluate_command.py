@@ -1,0 +1,109 @@
+"""The command ``cellmap-evaluate``."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cellmap_lightning.commands.program import run_command
+from cellmap_lightning.errors import CellMapFileExistsError, CellMapKeyError, CellMapValueError
+from cellmap_lightning.validation import one_of
+
+_METRICS = ("voxels", "surface", "instances")
+
+
+def main() -> Any:
+    """Run ``cellmap-evaluate``: compare predictions with annotated crops."""
+    return run_command("evaluate", lambda configs: _evaluate(configs[0]))
+
+
+def _evaluate(cfg: DictConfig) -> None:
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings.pop("hydra", None)
+    metrics = _metrics(settings["metric"])
+    threshold = settings["threshold"]
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
+        raise CellMapValueError(f"threshold must be a probability above 0 and at most 1, got {threshold!r}")
+    from cellmap_lightning.evaluation.evaluate import check_prediction, crop_folders
+
+    prediction, truth = Path(settings["prediction"]), Path(settings["truth"])
+    classes = check_prediction(prediction, settings["classes"])
+    if not truth.is_dir():
+        raise CellMapKeyError(f"truth={truth} does not exist; give the folder of the annotated crops, or of one crop")
+    if truth.resolve() in (prediction.resolve(), prediction.resolve().parent):
+        raise CellMapValueError(f"truth={truth} is the prediction itself; give the folder of the annotated crops")
+    if not crop_folders(truth, classes):
+        raise CellMapKeyError(f"truth={truth} holds no crops: no folder in it has a group per class")
+    out = Path(settings["out"] or prediction.with_name(f"{prediction.stem}-scores"))
+    out = out.with_suffix("") if out.suffix in (".csv", ".json", ".png") else out
+    files = [out.with_name(out.name + ending) for ending in (".csv", ".json", ".png", "-worst.png")]
+    there = [file for file in files if file.exists()]
+    if there and not settings["overwrite"]:
+        raise CellMapFileExistsError(f"{there[0]} exists; set overwrite=true to replace it, or another out=...")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if metrics == ("csc",):
+        _evaluate_challenge(settings, prediction, truth, classes, files[0])
+    else:
+        _evaluate_crops(settings, prediction, truth, classes, metrics, files)
+
+
+def _metrics(setting: Any) -> tuple[str, ...]:
+    """Return the groups of scores; ``("csc",)`` for the challenge's score."""
+    names = [setting] if isinstance(setting, str) else list(setting or [])
+    if names in (["all"], ["csc"]):
+        return _METRICS if names == ["all"] else ("csc",)
+    if not names:
+        raise CellMapValueError(f"metric must name {', '.join(_METRICS)}, all or csc, got {setting!r}")
+    for name in names:
+        one_of("metric", name, (*_METRICS, "all", "csc"))
+        if name in ("all", "csc"):
+            raise CellMapValueError(f"metric={name} stands alone, got {names}")
+    return tuple(names)
+
+
+def _evaluate_crops(
+    settings: dict[str, Any],
+    prediction: Path,
+    truth: Path,
+    classes: list[str],
+    metrics: tuple[str, ...],
+    files: list[Path],
+) -> None:
+    from cellmap_lightning.evaluation import evaluate, score_files
+    from cellmap_lightning.evaluation.error_picture import draw_worst
+    from cellmap_lightning.evaluation.instance_scores import NoInstancesError
+
+    trained = evaluate.trained_crops(Path(settings["trained"])) if settings["trained"] else None
+
+    def score(names: tuple[str, ...]) -> list[evaluate.CropScore]:
+        return evaluate.evaluate(
+            prediction, truth, classes, settings["threshold"], settings["unknown"], settings["values"], names, trained
+        )
+
+    try:
+        scores = score(metrics)
+    except NoInstancesError as error:
+        if settings["metric"] != "all":
+            raise
+        print(f"objects are not scored: {error}")
+        scores = score(tuple(name for name in metrics if name != "instances"))
+    score_files.write_csv(scores, files[0])
+    score_files.write_json(scores, files[1])
+    score_files.draw(scores, files[2])
+    draw_worst(
+        scores, prediction, truth, files[3], settings["threshold"], settings["unknown"], settings["values"],
+        settings["raw"],
+    )  # fmt: skip
+    print(f"\n{score_files.table(scores)}\n")
+    print("\n".join(str(file) for file in files))
+
+
+def _evaluate_challenge(
+    settings: dict[str, Any], prediction: Path, truth: Path, classes: list[str], file: Path
+) -> None:
+    from cellmap_lightning.evaluation.csc_evaluation import Predicted, Scoring, csc_table, evaluate_csc, write_csc_csv
+
+    scoring = Scoring(settings["threshold"], values=settings["values"], unknown=settings["unknown"])
+    score = evaluate_csc([Predicted(prediction, truth, tuple(classes))], scoring)
+    write_csc_csv(score, file)
+    print(f"\n{csc_table(score)}\n\n{file}")

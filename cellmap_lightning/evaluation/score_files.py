@@ -1,0 +1,117 @@
+"""Files of scores: CSV, JSON, a table in text and a heat map."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cellmap_lightning.errors import MissingExtraError
+from cellmap_lightning.evaluation.evaluate import CropScore
+from cellmap_lightning.evaluation.instance_scores import INSTANCE_METRICS
+from cellmap_lightning.evaluation.surface_scores import SURFACE_METRICS
+from cellmap_lightning.evaluation.voxel_scores import METRICS
+
+#: Columns of the table and of the heat map: voxel scores, and the most used ones of surfaces and objects.
+_SHOWN = (*METRICS, "hausdorff_nm", "surface_distance_nm", "f1_50", "ap", "panoptic_quality", "voi_split", "voi_merge")
+_HEAT = (*METRICS, "f1_50", "ap", "panoptic_quality")
+_COUNTS = ("objects", "predicted", "matched")
+_TRAINED = {True: "train", False: "held out", None: ""}
+
+
+def write_csv(scores: Sequence[CropScore], path: Path) -> None:
+    """Write one row per crop and class; undefined scores are empty."""
+    columns = _columns(scores, (*METRICS, *SURFACE_METRICS, *INSTANCE_METRICS))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["crop", "class", "usage", "annotated_voxels", "tp", "fp", "fn", *columns])
+        for score in scores:
+            values, voxels = score.values(), score.voxels
+            cells = [_cell(column, values[column]) for column in columns]
+            usage = _TRAINED[score.trained]
+            writer.writerow([score.crop, score.name, usage, voxels.known, voxels.tp, voxels.fp, voxels.fn, *cells])
+
+
+def _cell(column: str, value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return f"{value:.0f}" if column in _COUNTS else f"{value:.6f}"
+
+
+def write_json(scores: Sequence[CropScore], path: Path) -> None:
+    """Write a list with an object per crop and class; undefined and infinite scores are null."""
+    rows = [
+        {
+            "crop": score.crop, "class": score.name, "trained": score.trained, "annotated_voxels": score.voxels.known,
+            **{name: value if math.isfinite(value) else None for name, value in score.values().items()},
+        }
+        for score in scores
+    ]  # fmt: skip
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def _columns(scores: Sequence[CropScore], names: Sequence[str]) -> list[str]:
+    """Return the names of the scores that are defined for any crop; voxel scores always."""
+    values = [score.values() for score in scores]
+    return [name for name in names if name in METRICS or any(not math.isnan(row[name]) for row in values)]
+
+
+def table(scores: Sequence[CropScore]) -> str:
+    """Return the scores as a table in text."""
+    columns = _columns(scores, _SHOWN)
+    crops = [score.crop + " *" * bool(score.trained) for score in scores]
+    width = max(map(len, [*crops, "crop"])) + 2, max(5, *(len(s.name) for s in scores)) + 2
+    titles = [_title(column) for column in columns]
+    widths = [max(11, len(title) + 2) for title in titles]
+    head = "".join(f"{title:>{w}}" for title, w in zip(titles, widths, strict=True))
+    lines = ["crop".ljust(width[0]) + "class".ljust(width[1]) + head]
+    for crop, score in zip(crops, scores, strict=True):
+        values = score.values()
+        cells = "".join(f"{_number(c, values[c]):>{w}}" for c, w in zip(columns, widths, strict=True))
+        lines.append(crop.ljust(width[0]) + score.name.ljust(width[1]) + cells)
+    if any(score.trained for score in scores):
+        lines.append("* trained on")
+    return "\n".join(lines)
+
+
+def _title(column: str) -> str:
+    return {"surface_distance_nm": "surface_nm", "panoptic_quality": "pq"}.get(column, column)
+
+
+def _number(column: str, value: float) -> str:
+    return f"{value:.1f}" if column.endswith("_nm") else f"{value:.3f}"
+
+
+def draw(scores: Sequence[CropScore], path: Path) -> None:
+    """Draw one heat map per score, crops against classes, with the numbers.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise MissingExtraError('pictures need matplotlib: pip install "cellmap-lightning[train]"') from e
+    metrics = _columns(scores, _HEAT)
+    crops = list(dict.fromkeys(s.crop for s in scores))
+    names = list(dict.fromkeys(s.name for s in scores))
+    size = (1.5 + len(metrics) * (0.7 + 0.6 * len(names)), 1.3 + 0.35 * len(crops))
+    figure = Figure(figsize=size, layout="constrained")
+    for number, metric in enumerate(metrics):
+        values = np.full((len(crops), len(names)), np.nan)
+        for score in scores:
+            values[crops.index(score.crop), names.index(score.name)] = score.values()[metric]
+        axes = figure.add_subplot(1, len(metrics), number + 1)
+        axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axes.set_title(_title(metric))
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(crops)), crops if number == 0 else [""] * len(crops))
+        for row, column in np.argwhere(~np.isnan(values)).tolist():
+            value = values[row, column]
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                color="black" if value > 0.6 else "white",
+            )  # fmt: skip
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,84 @@
+"""``cellmap-evaluate`` from the command line."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from cellmap_lightning.io.writer import write_multiscale
+from tests.commands.test_cli import run_forked
+
+POSITION = {"scale": (8, 4, 4), "translation": (0, 0, 0)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two crops with instances of a class, and a prediction that is right in the first and empty in the second."""
+    truth = np.zeros((8, 16, 40), np.uint8)
+    truth[2:6, 2:8, 2:8], truth[2:6, 8:14, 8:14], truth[1:4, 1:4, 25:30], truth[2:6, 8:14, 30:36] = 1, 2, 3, 4
+    annotation = {"type": "instance_segmentation", "encoding": {"absent": 0, "unknown": 255}}
+    for name, part in (("crop1", slice(0, 20)), ("crop2", slice(20, 40))):
+        (tmp_path / "crops" / name).mkdir(parents=True)
+        write_multiscale(
+            tmp_path / "crops" / name / "mito", truth[:, :, part], scale=(8, 4, 4), translation=(0, 0, 4 * part.start),
+            attributes={"cellmap": {"annotation": {"class_name": "mito", "annotation_type": annotation}}},
+        )  # fmt: skip
+    predicted = np.where(np.arange(40) < 20, truth, 0).astype(np.uint8)
+    attributes = {"cellmap": {"prediction": {"class_name": "mito", "values": "ids"}}}
+    write_multiscale(tmp_path / "pred.zarr" / "mito", predicted, **POSITION, attributes=attributes)
+    (tmp_path / "split.csv").write_text(f'train,raw.zarr/em,"{tmp_path}/crops/crop1/[mito]"\n')
+    return tmp_path
+
+
+def evaluate(folder, *arguments, truth="crops"):
+    return run_forked(f"truth={truth}", *arguments, cwd=folder, command="evaluate")
+
+
+def test_scores_are_printed_and_written(folder):
+    code, text = evaluate(folder, "prediction=pred.zarr", "trained=split.csv")
+    assert code == 0, text
+    assert "crop1 *" in text
+    assert "* trained on" in text
+    rows = list(csv.DictReader((folder / "pred-scores.csv").read_text().splitlines()))
+    assert [row["crop"] for row in rows] == ["crop1", "crop2"]
+    assert [row["usage"] for row in rows] == ["train", "held out"]
+    assert [float(row["dice"]) for row in rows] == [1, 0]
+    assert [float(row["f1_50"]) for row in rows] == [1, 0]
+    assert float(rows[0]["hausdorff_nm"]) == 0
+    assert rows[1]["hausdorff_nm"] == "inf"
+    first, second = json.loads((folder / "pred-scores.json").read_text())
+    assert (first["panoptic_quality"], second["hausdorff_nm"], second["trained"]) == (1, None, False)
+    for name in ("pred-scores.png", "pred-scores-worst.png"):
+        assert (folder / name).stat().st_size > 5000
+    code, text = evaluate(folder, "prediction=pred.zarr")
+    assert code == 1
+    assert "pred-scores.csv exists; set overwrite=true to replace it, or another out=..." in text
+
+
+def test_a_single_crop_and_the_challenge_score(folder):
+    code, text = evaluate(folder, "prediction=pred.zarr", "metric=csc", "out=csc", truth="crops/crop1")
+    assert code == 0, text
+    assert (folder / "csc.csv").is_file()
+    assert "overall" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prediction=nothing.zarr"], "the prediction nothing.zarr does not exist"),
+        (["prediction=pred.zarr", "classes=[mitto]"], "has no class 'mitto'; it has mito; did you mean 'mito'?"),
+        (["prediction=pred.zarr", "truth=nothing"], "truth=nothing does not exist"),
+        (["prediction=pred.zarr", "metric=dise"], "metric must be one of voxels, surface, instances, all, csc"),
+        (["prediction=pred.zarr", "metric=[all,voxels]"], "metric=all stands alone"),
+        (["prediction=pred.zarr", "threshold=0"], "threshold must be a probability above 0"),
+        (["prediction=pred.zarr", "trained=nothing.csv"], "nothing.csv"),
+        (["prediction=pred.zarr", "truth=pred.zarr"], "is the prediction itself"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(folder, arguments, message):
+    truth = [] if any("truth" in argument for argument in arguments) else ["truth=crops"]
+    code, text = run_forked(*truth, *arguments, cwd=folder, command="evaluate")
+    assert code == 1, text
+    assert message in text
+    assert "Traceback" not in text
