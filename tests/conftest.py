@@ -26,17 +26,18 @@ from tests import processes
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Where Python is told not to write compiled modules beside their source, they go to a folder of this run: otherwise each
-# process that a test starts compiles Lightning again, which takes several seconds.
+# Where Python is told not to write compiled modules beside their source, they go to a folder of this run: otherwise
+# each process that a test starts compiles Lightning again, which takes several seconds.
 if sys.dont_write_bytecode and sys.pycache_prefix is None:
     sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="compiled-")
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # neither in the processes of xdist, which start after this
 
-    @atexit.register
-    def remove_compiled(folder=sys.pycache_prefix, owner=os.getpid()):
+    def _remove_compiled(folder, owner):
         if os.getpid() == owner:  # and not a fork
             shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(_remove_compiled, sys.pycache_prefix, os.getpid())
 
 
 INPUTS = {"raw": {"shape": [8, 16, 24], "scale": [10.48, 8, 8]}}

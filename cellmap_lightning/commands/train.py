@@ -85,6 +85,8 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
             check_checkpoint(checkpoint, data, task, "resume", "resume")
         elif cfg.init_from is not None:  # a resumed run has weights
             _initialize_weights(unresolved, data, task)
+        count = sum(p.numel() for p in task.parameters())
+        log.info("%s: %s parameters", type(getattr(task, "network", task)).__name__, f"{count:,}")
         trainer = progress.trainer = _trainer(cfg, CheckpointConfig(stored, start))
         validates = data.splits.has_crops("val") and trainer.limit_val_batches != 0
         if trainer.is_global_zero:
