@@ -110,12 +110,29 @@ def choose_level(
             )
             + f" than its finest level {level.name} ({list(level.scale)} nm); at most {max_upsampling:g}x is allowed"
             + (f". Levels {', '.join(absent)} are listed but not on disk" if absent else "")
+            + _scale_hint(scale, level.scale)
         )
     log.info(
         "%s%s has no level as fine as %s nm; %s (%s nm) is upsampled",
         name, image.path, list(scale), level.name, list(level.scale),
     )  # fmt: skip
     return level
+
+
+def _scale_hint(scale: Sequence[float], stored: Sequence[float]) -> str:
+    """Return the end of a message about a scale that fits in another order or unit, or nothing."""
+
+    def fits(values: Sequence[float]) -> bool:
+        return bool(np.all(np.divide(values, stored) > 1 / 1.5) and np.all(np.divide(values, stored) < 16))
+
+    for text, values in (
+        ("the order is z, y, x", list(scale)[::-1]),
+        ("the unit is nm", [s * 1000 for s in scale]),
+        ("the order is z, y, x and the unit nm", [s * 1000 for s in scale][::-1]),
+    ):
+        if fits(values):
+            return f". If {text}, it would be {[round(float(v), 6) for v in values]}"
+    return ""
 
 
 class StoredImage:

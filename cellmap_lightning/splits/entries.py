@@ -106,7 +106,7 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecor
     problems: list[tuple[CropRecord, CellMapError]] = []
     first: bool = True
     options: list[str] = []
-    reader = csv.reader(io.StringIO(text), skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text), skipinitialspace=True, delimiter=_delimiter(text))
     for row in reader:
         cells = [cell.strip() for cell in row]
         if not any(cells) or cells[0].startswith("#"):
@@ -135,6 +135,14 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecor
     if not entries:
         raise CellMapValueError(f"{file} names no crops: rows of 'usage, raw, target' are needed")
     return entries
+
+
+def _delimiter(text: str) -> str:
+    """Return the character between the cells: a comma, or the semicolon or tab of a spreadsheet's export."""
+    lines = (line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
+    # Not inside quotes, where a bracket has commas.
+    first = "".join(next(lines, "").split('"')[::2])
+    return next((c for c in ";\t" if c in first and "," not in first), ",")
 
 
 def _read_text(file: Path) -> str:
