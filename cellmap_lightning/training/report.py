@@ -24,6 +24,7 @@ _FILES = {
     "split.csv": "the crops of each split",
     "metrics.csv": "losses and scores per step and epoch",
     "curves.png": "the same, drawn",
+    "scores.json": "the scores of the final validation",
     "samples.png": "raw, target and prediction",
 }
 
