@@ -33,7 +33,7 @@ HALF = {
 SAMPLES = list(range(3, 15))
 
 
-def patches(count=len(SAMPLES), shape=(9, 21, 17)):
+def patches(count=12, shape=(9, 21, 17)):
     return torch.from_numpy(np.random.default_rng(0).random((count, 1, *shape), np.float32))
 
 
