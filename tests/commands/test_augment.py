@@ -63,7 +63,7 @@ def test_transforms_of_an_experiment_take_precedence():
     for key in ("contrast", "brightness", "noise"):
         assert both["intensity_transforms"][key] == alone["intensity_transforms"][key]
     assert both["spatial_transforms"]["transpose"] == {"axes": ["x", "y", "z"]}
-    assert both["intensity_transforms"]["gamma"] == [0.9, 1.1]
+    assert both["intensity_transforms"]["gamma"] == [0.95, 1.05]
 
 
 @pytest.mark.parametrize("content", [{"intensity_transforms": {"noise": [0, 1]}}, {"noise": [0, 1]}, {}])
