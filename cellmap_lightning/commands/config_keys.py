@@ -63,7 +63,7 @@ def check_known(cfg: DictConfig, name: str) -> None:
         name: the command.
 
     Raises:
-        CellMapKeyError: nothing reads a key, or an experiment lacks its ``@package`` line.
+        CellMapKeyError: nothing reads a key, or an experiment or augmentation lacks its ``@package`` line.
         CellMapTypeError: an entry of callbacks or logger has no ``_target_``.
     """
     schema, groups = _schema(name)
@@ -72,6 +72,11 @@ def check_known(cfg: DictConfig, name: str) -> None:
         raise CellMapKeyError(
             f"the experiment sets experiment.{next(iter(config['experiment'] or ['...']))} and so on, which nothing "
             "reads: the first line of its file must be '# @package _global_'"
+        )
+    if "augment" in config:
+        raise CellMapKeyError(
+            f"the augmentation sets augment.{next(iter(config['augment'] or ['...']))} and so on, which nothing reads: "
+            "the first line of its file must be '# @package data'"
         )
     interpolations = [value for _, value in flat_keys(config) if isinstance(value, str) and "${" in value]
     unread = [path for path in _unknown_keys(config, schema) if not _is_referred_to(path, interpolations)]

@@ -133,6 +133,7 @@ def describe_transforms(turn: FloatArray | None, layout: BatchLayout) -> str:
     words = ["not turned"] if turn is None else _describe_turn(turn)
     if layout.augment:
         words += [f"{name} {low:g} to {high:g}" for name, (low, high) in layout.augment.ranges.items()]
+        words += [f"{name} {effect.probability:.0%}" for name, effect in layout.augment.effects.items()]
     return ", ".join(words)
 
 

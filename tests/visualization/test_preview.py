@@ -23,7 +23,7 @@ AUGMENTED = {
         "transpose": {"axes": ["y", "x"]},
         "rotate": {"axes": {"z": [-180, 180]}},
     },
-    "intensity_transforms": {"noise": [0.01, 0.05]},
+    "intensity_transforms": {"noise": [0.01, 0.05], "cutout": {"probability": 0.25, "size": [20, 80]}},
 }
 
 
@@ -44,7 +44,7 @@ def test_preview_shows_the_batches_of_training_step(volume, tmp_path, quiet_ligh
             assert np.array_equal(one.sample.raw, raw[row, 0].numpy())
             assert np.array_equal(one.sample.target, labels[row].numpy(), equal_nan=True)
             assert one.sample.header.startswith(f"sample {6 * epoch + row}")
-            assert "noise 0.01 to 0.05" in one.sample.header
+            assert "noise 0.01 to 0.05, cutout 25%" in one.sample.header
 
 
 def test_validation_tiles_are_shown_in_order(volume):
