@@ -15,8 +15,8 @@ from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.lattice import LATTICE_TOLERANCE, SCALE_TOLERANCE, Box, Lattice, Shape, Vector
 from cellmap_lightning.io.chunk_names import check_chunk_names
-from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, read_multiscale
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.statistics import Statistics, known_statistics, statistics
 from cellmap_lightning.io.store import exists
 from cellmap_lightning.runtime.thread_pool import ReadPool
@@ -386,7 +386,7 @@ def _absent_chunks(facts: CropFacts, scale: Vector) -> tuple[int, int] | None:
         level = choose_level(read_multiscale(facts.raw, _overrides(facts)[0]), scale)
         lower, upper = (tuple(sides) for sides in zip(*facts.box.values(), strict=True))
         stored = stored_box(level.lattice, Box(lower, upper), 0)
-        return ChunkReader(level).absent(*stored) if stored is not None else None
+        return open_reader(level).absent(*stored) if stored is not None else None
     except CellMapError:
         return None  # reported as a problem of the volume
 

@@ -11,9 +11,10 @@ import numpy as np
 from cellmap_lightning.errors import EmptyChunkError, MetadataError
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
-from cellmap_lightning.io.chunks import ChunkReader, Empty
+from cellmap_lightning.io.array_reader import ArrayReader, Empty
 from cellmap_lightning.io.measurements import key_of, stamp_of
 from cellmap_lightning.io.ngff import Level
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.records import recall, remember
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 
@@ -71,13 +72,13 @@ def label_values(
         label: name of the crop and class, for messages.
         code: the value that may stand for unannotated voxels.
         retry_policy: retries and timeouts of the reads.
-        empty: how chunk files of 0 bytes are read; see `ChunkReader`.
+        empty: how chunk files of 0 bytes are read; see `ArrayReader`.
 
     Raises:
         ChunkError: a chunk cannot be read.
         MetadataError: the labels are not whole numbers.
     """
-    reader = ChunkReader(level, label, retry_policy=retry_policy, empty=empty)
+    reader = open_reader(level, label, retry_policy=retry_policy, empty=empty)
     files = reader.stored()
     key, stamp = key_of(level, "values", code, MOST_VOXELS, empty), stamp_of(files)
     cached = recall(key, lambda: stamp, _parsed)
@@ -96,7 +97,7 @@ def _parsed(content: Mapping[str, Any]) -> LabelValues:
     return LabelValues(**content)
 
 
-def _read(reader: ChunkReader, files: list[tuple[int, int, int]], code: int) -> LabelValues:
+def _read(reader: ArrayReader, files: list[tuple[int, int, int]], code: int) -> LabelValues:
     level = reader.level
     size = level.zyx(level.array.files)
     grid = [-(-n // f) for n, f in zip(reader.shape, size, strict=True)]
@@ -117,8 +118,8 @@ def _read(reader: ChunkReader, files: list[tuple[int, int, int]], code: int) -> 
     return values
 
 
-def read_labels(reader: ChunkReader, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
-    """Read the labels of a box as integers; for ``begun`` see `ChunkReader.read`.
+def read_labels(reader: ArrayReader, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
+    """Read the labels of a box as integers; for ``begun`` see `ArrayReader.read`.
 
     Raises:
         ChunkError: a chunk cannot be read.

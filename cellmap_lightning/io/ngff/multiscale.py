@@ -37,6 +37,7 @@ from cellmap_lightning.io.store import (
     parse_location,
     read_json,
 )
+from cellmap_lightning.io.stored_array import ArraySource, StoredArray
 from cellmap_lightning.runtime.shared_context import SharedContext
 
 #: Folders between a level and its image at most.
@@ -57,6 +58,7 @@ class Level:
         translation: centre of voxel 0 in nm (z, y, x).
         axes: the stored axes that are z, y, x.
         ndim: number of stored axes.
+        source: the array, if it is not a Zarr array.
 
     Example:
         >>> read_multiscale("jrc_a.zarr/recon-1/em/fibsem-uint8").finest.scale
@@ -69,11 +71,12 @@ class Level:
     translation: Vector
     axes: tuple[int, int, int]
     ndim: int
+    source: ArraySource | None = field(default=None, repr=False, compare=False)
 
     @cached_property
-    def info(self) -> ArrayInfo | None:
+    def info(self) -> StoredArray | None:
         """Metadata of the array; None where the image lists a level that does not exist."""
-        info = read_array(self.path)
+        info = self.source if self.source is not None else read_array(self.path)
         if info is not None and len(info.shape) != self.ndim:
             raise MetadataError(
                 f"{self.path}: the array has {len(info.shape)} axes {list(info.shape)}, the image's "
@@ -98,7 +101,7 @@ class Level:
         return Lattice(self.translation, self.scale, self.zyx(self.array.shape))
 
     @property
-    def array(self) -> ArrayInfo:
+    def array(self) -> StoredArray:
         """Metadata of the array.
 
         Raises:
