@@ -29,7 +29,8 @@ from cellmap_lightning.geometry.resample import AnyArray, Method, evaluate
 from cellmap_lightning.io.array_reader import chunk_shape
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.chunks import Reader
-from cellmap_lightning.io.ngff import Level, LevelTranslations, Multiscale, Overrides, read_multiscale, report
+from cellmap_lightning.io.images import read_image
+from cellmap_lightning.io.ngff import Level, LevelTranslations, Multiscale, Overrides, report
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy, power_of_two
 from cellmap_lightning.io.store import identity_of
@@ -336,9 +337,7 @@ class CellMapImage:
         self.pad = pad
         self.pad_value = pad_value
         self.interpolation: Method = interpolation
-        self.image = read_multiscale(
-            path, Overrides.parse(unit, voxel_size, translation, multiscale, level_translations)
-        )
+        self.image = read_image(path, Overrides.parse(unit, voxel_size, translation, multiscale, level_translations))
         report(self.image.path, self.image.notes)
         self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
         check_chunk_names(self.level.array, target_class)

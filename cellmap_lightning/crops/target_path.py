@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
+from cellmap_lightning.io.images import image_children, image_exists
 from cellmap_lightning.io.missing_paths import missing
-from cellmap_lightning.io.store import StorePath, children, exists, parse_location, parts_of
+from cellmap_lightning.io.store import StorePath, parse_location, parts_of
 
 #: A part of a path that is a bracket of classes.
 _BRACKET = re.compile(r"\[[^\[\]]*\]")
@@ -88,8 +89,8 @@ class TargetPath:
             known: the classes that are read.
         """
         unread = [name for name in self.names if name not in known]
-        stored = children(self.crop) if unread else []
-        return [n for n in unread if n not in stored and not exists(self.of(n)) and exists(self.crop)]
+        stored = image_children(self.crop) if unread else []
+        return [n for n in unread if n not in stored and not image_exists(self.of(n)) and image_exists(self.crop)]
 
     def check_names(self, known: Collection[str]) -> None:
         """Check that the names in the bracket are those of classes.
@@ -101,7 +102,7 @@ class TargetPath:
             CellMapFileNotFoundError: a name is neither among them nor that of a label image in the crop.
         """
         for name in self.unknown_names(known):
-            stored = children(self.crop)
+            stored = image_children(self.crop)
             close = difflib.get_close_matches(name.lower(), [*known, *stored], 1, 0.5)
             hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(stored) or 'no classes'}"
             raise CellMapFileNotFoundError(
@@ -116,13 +117,13 @@ class TargetPath:
             CellMapFileNotFoundError: it does not exist; the message lists the existing ones.
         """
         path = self.of(name)
-        if exists(path):
+        if image_exists(path):
             return path
-        if not exists(self.crop):
+        if not image_exists(self.crop):
             raise missing(self.crop, f"{self.label}: crop")
         raise CellMapFileNotFoundError(
             f"{self.label}: class {name!r} is in the bracket of the target path, but {path} does not exist; "
-            f"{self.crop} has {', '.join(children(self.crop)) or 'no classes'}"
+            f"{self.crop} has {', '.join(image_children(self.crop)) or 'no classes'}"
         )
 
 

@@ -7,7 +7,7 @@ from cellmap_lightning.cache.patches import stored_box
 from cellmap_lightning.crops.image import StoredImage, choose_level
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.array_reader import ArrayReader, chunk_shape
-from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.readers import open_reader
 
 
@@ -31,7 +31,7 @@ class Skipping:
         #: Reader of the mask.
         self.mask: ArrayReader | None = None
         if mask is not None:
-            self.mask = open_reader(choose_level(read_multiscale(mask), scale, "mask"), "mask")
+            self.mask = open_reader(choose_level(read_image(mask), scale, "mask"), "mask")
         self._known: dict[Box, bool] = {}
 
     def __call__(self, box: Box) -> bool:

@@ -10,7 +10,8 @@ from cellmap_lightning.crops.counts import counted_in_metadata
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.lattice import Box, Vector, to_vector
-from cellmap_lightning.io.ngff import NO_OVERRIDES, Overrides, read_multiscale
+from cellmap_lightning.io.images import read_image
+from cellmap_lightning.io.ngff import NO_OVERRIDES, Overrides
 from cellmap_lightning.io.store import exists, parts_of, prefetch_metadata
 
 
@@ -60,7 +61,7 @@ def read_crop_metadata(
                 if tolerant:
                     del voxels[name]
                 continue
-            image = read_multiscale(path, overrides)
+            image = read_image(path, overrides)
             lattice = image.finest.lattice
             voxels[name] = counted_in_metadata(image)
         except CellMapError:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.io.ngff.multiscale import Level, Multiscale
+from cellmap_lightning.io.ngff.levels import Level, Multiscale
 
 #: Code of unannotated voxels in arrays whose encoding has none; smaller than any stored label.
 UNKNOWN_CODE = -(1 << 62)
