@@ -16,6 +16,8 @@ _CLASSES = {
     "hdf5": "Hdf5Format",
     "tiff": "TiffFormat",
     "mrc": "MrcFormat",
+    "n5": "N5Format",
+    "precomputed": "PrecomputedFormat",
     "slices": "SlicesFormat",
 }
 

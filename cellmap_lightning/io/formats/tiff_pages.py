@@ -1,6 +1,7 @@
 """Voxels of TIFF pages: mapped into memory if they are not compressed, else decoded tile by tile or strip by strip."""
 
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,20 @@ class Page:
     tables: Any
 
 
+class _PageErrors(logging.Handler):
+    """The errors that tifffile logs about pages that it leaves out, as in files that are cut off."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Collect a message."""
+        text = record.getMessage()
+        if "page offset" in text:
+            self.texts.append(text)
+
+
 class TiffPages:
     """An open TIFF file, with the pages of all resolutions of its first image read.
 
@@ -56,6 +71,8 @@ class TiffPages:
             raise MissingExtraError(
                 f'{path}: TIFF files need tifffile: pip install "cellmap-lightning[tiff]"'
             ) from None
+        log, errors = logging.getLogger("tifffile"), _PageErrors()
+        log.addHandler(errors)
         try:
             self.tiff = tifffile.TiffFile(path)
         except (tifffile.TiffFileError, ValueError, OSError) as e:
@@ -63,11 +80,15 @@ class TiffPages:
         try:
             self.levels = self.tiff.series[0].levels
             self.pages = [[self._page(path, page) for page in level.pages] for level in self.levels]
+            if errors.texts:
+                raise ValueError(errors.texts[0])
         except (tifffile.TiffFileError, ValueError, OSError, IndexError, KeyError, TypeError) as e:
             self.close()
             if isinstance(e, MetadataError):
                 raise
             raise MetadataError(f"{path}: not a whole TIFF file ({e}); copy or write it again") from e
+        finally:
+            log.removeHandler(errors)
 
     def _page(self, path: str, page: Any) -> Page | None:
         if page is None:
@@ -144,6 +165,8 @@ class TiffArray(FormatArray):
         )  # fmt: skip
         pages = [page for page in tiff.pages[number] if page is not None]
         end = max((o + n for page in pages for o, n in zip(page.offsets, page.counts, strict=True)), default=0)
+        if self.offset is not None:
+            end = max(end, self.offset + series.nbytes)
         size = path.stat().st_size
         if end > size:
             raise MetadataError(f"{path}: is cut off: its pages end at byte {end}, the file at {size}; copy it again")

@@ -29,7 +29,6 @@ from cellmap_lightning.io.ngff.transformations import (
     translations_missing,
 )
 from cellmap_lightning.io.store import (
-    Remote,
     StorePath,
     children,
     exists,
@@ -198,14 +197,11 @@ def _chosen(file: StorePath, scales: list[Any], overrides: Overrides) -> tuple[d
 
 
 def _near(group: StorePath) -> str:
-    """Return a hint about a group without an image: the images below it, another format, or its children."""
+    """Return a hint about a group without an image: the images below it, or its children."""
     names = children(group)
     images = [name for name in names[:24] if listed_images((read_attributes(group / name) or ({}, 0))[0]) is not None]
     if images:
         return f"; did you mean one of the images below it: {', '.join(images[:12])}?"
-    for file, other in (("attributes.json", "N5"), ("info", "Neuroglancer precomputed")):
-        if not isinstance(group, Remote) and (group / file).is_file():
-            return f"; {file} in it is that of {other}, which is not read: convert it to OME-Zarr"
     return f"; it holds {', '.join(names[:12])}" if names else ""
 
 

@@ -8,6 +8,12 @@ from tests.io.formats import writers
 
 #: Voxel size for formats that store none.
 SIZE = Overrides(voxel_size=(8.0, 4.0, 4.0))
+BLOSC = {"type": "blosc", "cname": "zstd", "clevel": 3, "shuffle": 1}
+SEGMENTATION = {"encoding": "compressed_segmentation", "compressed_segmentation_block_size": [8, 8, 8]}
+SHARDS = {
+    "@type": "neuroglancer_uint64_sharded_v1", "preshift_bits": 1, "minishard_bits": 1, "shard_bits": 1,
+    "hash": "identity",
+}  # fmt: skip
 
 
 class TestNpy(FormatConformance):
@@ -86,3 +92,47 @@ class TestTiffSlices(FormatConformance):
 class TestMrc(FormatConformance):
     dtype = "int16"
     write = staticmethod(writers.mrc)
+
+
+class TestN5(FormatConformance):
+    write = staticmethod(writers.n5)
+
+
+class TestN5Raw(FormatConformance):
+    dtype = "uint16"
+    write = staticmethod(partial(writers.n5, compression={"type": "raw"}))
+
+
+class TestN5Zlib(FormatConformance):
+    write = staticmethod(partial(writers.n5, compression={"type": "gzip", "useZlib": True}))
+
+
+class TestN5Blosc(FormatConformance):
+    dtype = "float32"
+    write = staticmethod(partial(writers.n5, compression=BLOSC))
+
+
+class TestN5Bzip2(FormatConformance):
+    dtype = "int16"
+    write = staticmethod(partial(writers.n5, compression={"type": "bzip2"}))
+
+
+class TestN5Xz(FormatConformance):
+    write = staticmethod(partial(writers.n5, compression={"type": "xz"}))
+
+
+class TestN5Zstd(FormatConformance):
+    write = staticmethod(partial(writers.n5, compression={"type": "zstd"}))
+
+
+class TestPrecomputed(FormatConformance):
+    write = staticmethod(writers.precomputed)
+
+
+class TestPrecomputedSegmentation(FormatConformance):
+    dtype = "uint64"
+    write = staticmethod(partial(writers.precomputed, offset=(5, 10, 20), **SEGMENTATION))
+
+
+class TestPrecomputedShards(FormatConformance):
+    write = staticmethod(partial(writers.precomputed, sharding=SHARDS))

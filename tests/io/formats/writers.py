@@ -4,6 +4,7 @@ import h5py
 import imageio.v3 as imageio
 import mrcfile
 import numpy as np
+import tensorstore
 import tifffile
 import zarr
 
@@ -80,3 +81,36 @@ def mrc(path, voxels, size=(8, 4, 4)):
         file.set_data(voxels.astype(np.int16))
         file.voxel_size = tuple(10 * s for s in reversed(size))
     return path / "volume.mrc"
+
+
+def n5(path, voxels, size=(8, 4, 4), compression=None, block=(32, 32, 16)):
+    store = tensorstore.open(
+        {
+            "driver": "n5", "kvstore": {"driver": "file", "path": str(path / "volume.n5" / "raw")},
+            "metadata": {
+                "dimensions": list(voxels.shape[::-1]), "blockSize": list(block), "dataType": str(voxels.dtype),
+                "compression": compression or {"type": "gzip"},
+                "axes": ["x", "y", "z"], "units": ["nm"] * 3, "resolution": list(size[::-1]),
+            },
+        },
+        create=True,
+    ).result()  # fmt: skip
+    store[...] = voxels.T
+    return path / "volume.n5" / "raw"
+
+
+def precomputed(path, voxels, size=(8, 4, 4), offset=(0, 0, 0), **scale):
+    """A volume of Neuroglancer, with an offset in voxels (z, y, x)."""
+    store = tensorstore.open(
+        {
+            "driver": "neuroglancer_precomputed", "kvstore": {"driver": "file", "path": str(path / "volume")},
+            "multiscale_metadata": {"data_type": str(voxels.dtype), "num_channels": 1, "type": "image"},
+            "scale_metadata": {
+                "size": list(voxels.shape[::-1]), "resolution": list(size[::-1]), "voxel_offset": list(offset[::-1]),
+                "chunk_size": [32, 32, 16], "encoding": "raw", **scale,
+            },
+        },
+        create=True,
+    ).result()  # fmt: skip
+    store[..., 0] = voxels.T
+    return path / "volume"
