@@ -1,6 +1,7 @@
-"""OME-NGFF multiscale images, 0.4 (Zarr v2) and 0.5 (Zarr v3), read from their JSON.
+"""OME-NGFF multiscale images, 0.4 (Zarr v2), 0.5 and 0.6 (Zarr v3), read from their JSON.
 
-Specifications: https://ngff.openmicroscopy.org/0.4/#multiscale-md, https://ngff.openmicroscopy.org/0.5/#multiscale-md.
+Specifications: https://ngff.openmicroscopy.org/0.4/#multiscale-md, https://ngff.openmicroscopy.org/0.5/#multiscale-md,
+https://ngff.openmicroscopy.org/0.6/.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff.arrays import read_array, read_attributes
 from cellmap_lightning.io.ngff.axes import read_axes
+from cellmap_lightning.io.ngff.coordinate_systems import intrinsic_system, place_level
 from cellmap_lightning.io.ngff.levels import Level, Multiscale
 from cellmap_lightning.io.ngff.limits import MOST_IMAGES, MOST_LEVELS, check_length
 from cellmap_lightning.io.ngff.notes import Note, reported_once
@@ -111,7 +113,7 @@ def _read_multiscale(group: StorePath, overrides: Overrides) -> Multiscale:
         old = _unread_version(version, image)
         if old is None:
             raise
-        raise MetadataError(f"{file}: its metadata are {old}; OME-NGFF 0.4 and 0.5 are read. {e}") from e
+        raise MetadataError(f"{file}: its metadata are {old}; OME-NGFF 0.4, 0.5 and 0.6 are read. {e}") from e
 
 
 def _image(
@@ -123,9 +125,23 @@ def _image(
     notes: list[Note],
 ) -> Multiscale:
     """Read one entry of ``multiscales``."""
-    stored, units, assumed = read_axes(file, image, overrides.unit, overrides.voxel_size is None)
-    order = [stored.index(a) for a in AXES]
-    names, scales, translations = _datasets(file, image, len(stored), order)
+    if overrides.axes is not None:
+        raise MetadataError(f"{file}: OME-NGFF images name their axes; leave axes={overrides.axes} out")
+    is_placed = "coordinateSystems" in image  # OME-NGFF 0.6
+    entries = _datasets(file, image) if is_placed else []
+    system, others = intrinsic_system(file, image, [entry for _, entry in entries]) if is_placed else (image, [])
+    stored, units, assumed = read_axes(file, system, overrides.unit, overrides.voxel_size is None)
+    assumed += others
+    z, y, x = (stored.index(a) for a in AXES)
+    axes: list[tuple[tuple[int, int, int], int]]
+    if is_placed:
+        names = [name for name, _ in entries]
+        placed = [place_level(file, entry, (z, y, x), len(stored)) for _, entry in entries]
+        scales, translations = [level[0] for level in placed], [level[1] for level in placed]
+        axes = [level[2:] for level in placed]
+    else:
+        names, scales, translations = _placements(file, image, len(stored), [z, y, x])
+        axes = [((z, y, x), len(stored))] * len(names)
     scales = [times(scale, units) for scale in scales]
     translations = [times(translation, units) for translation in translations]
     check_finest_first(file, names, scales)
@@ -149,25 +165,33 @@ def _image(
     if overrides.voxel_size is not None or overrides.translation is not None:
         scales, translations = overrides.place(scales, translations)
     levels = tuple(
-        Level(group / name, name, s, t, (order[0], order[1], order[2]), len(stored))
-        for name, s, t in zip(names, scales, translations, strict=True)
+        Level(group / name, name, s, t, *order)
+        for name, s, t, order in zip(names, scales, translations, axes, strict=True)
     )
     return Multiscale(group, levels, attributes, (*notes, *assumed), overrides.level_translations == "stored")
 
 
-def _datasets(
-    file: StorePath, image: dict[str, Any], ndim: int, order: list[int]
-) -> tuple[list[str], list[Vector], list[Vector]]:
-    """Return names, scales and translations of the levels, in the units of the axes."""
+def _datasets(file: StorePath, image: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return name and entry of each level."""
     datasets = image.get("datasets")
     if not isinstance(datasets, list) or not datasets:
         raise MetadataError(f"{file}: 'datasets' should list the levels, got {datasets!r}")
     check_length(file, "levels in 'datasets'", datasets, MOST_LEVELS)
-    names, scales, translations = [], [], []
+    levels = []
     for entry in datasets:
         name = entry.get("path") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name or ".." in PurePosixPath(name).parts or name.startswith("/"):
             raise MetadataError(f"{file}: a level's path should be a name inside the image, got {name!r}")
+        levels.append((name, entry))
+    return levels
+
+
+def _placements(
+    file: StorePath, image: dict[str, Any], ndim: int, order: list[int]
+) -> tuple[list[str], list[Vector], list[Vector]]:
+    """Return names, scales and translations of the levels, in the units of the axes."""
+    names, scales, translations = [], [], []
+    for name, entry in _datasets(file, image):
         scale, translation = level_transformation(f"{file}, level {name!r}", entry, image, ndim, order)
         names.append(name)
         scales.append(scale)
@@ -212,10 +236,10 @@ def _version(attributes: Mapping[str, Any], image: Mapping[str, Any]) -> str | N
 
 
 def _check_version(file: StorePath, version: str | None) -> None:
-    """Check that the version is not newer than 0.5: later ones use the same keys with other meanings."""
+    """Check that the version is not newer than 0.6: later ones use the same keys with other meanings."""
     number = re.match(r"(\d+)\.(\d+)", version or "")
-    if number is not None and (int(number[1]), int(number[2])) > (0, 5):
-        raise MetadataError(f"{file}: its metadata are OME-NGFF {version}; 0.4 and 0.5 are read")
+    if number is not None and (int(number[1]), int(number[2])) > (0, 6):
+        raise MetadataError(f"{file}: its metadata are OME-NGFF {version}; 0.4, 0.5 and 0.6 are read")
 
 
 def _unread_version(version: str | None, image: Mapping[str, Any]) -> str | None:
@@ -227,8 +251,6 @@ def _unread_version(version: str | None, image: Mapping[str, Any]) -> str | None
     if version is not None and re.match(r"0\.[123]($|\D)", version):
         return f"OME-NGFF {version}"
     axes = image.get("axes")
-    if "coordinateSystems" in image:
-        return "OME-NGFF 0.6 ('coordinateSystems')"
     if isinstance(axes, list) and axes and all(isinstance(axis, str) for axis in axes):
         return "OME-NGFF 0.3 (names of axes without types)"
     if version is None and "axes" not in image:
