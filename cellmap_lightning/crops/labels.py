@@ -75,6 +75,8 @@ def stored_labels(
     """
     stored = read_labels(reader, start, shape, begun)
     where = f"{reader.label}: {reader.level.path}"
+    if encoding.ids is not None:
+        stored = encoding.ids.decode(stored, where)
     if stored.dtype.kind == "i":
         unexplained = (stored < 0) & (stored != encoding.absent)
         if encoding.unknown is not None:

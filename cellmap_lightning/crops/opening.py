@@ -78,7 +78,7 @@ def open_images(
     problems: list[CellMapError] = []
     for key, path in paths.items():
         try:
-            image = read_image(path, overrides[key != "raw"])
+            image = _read(key, path, target_path, overrides)
             _ = image.finest.lattice  # raises if the metadata have no usable geometry
             report(image.path, image.notes)
             images[key] = image
@@ -100,6 +100,15 @@ def open_images(
         if unknown == voxels:
             log.warning("%s, %s: by its metadata all %d voxels are unknown", label, key, voxels)
     return CropImages(raw, {key.removeprefix("class "): image for key, image in images.items()}, tuple(absent))
+
+
+def _read(
+    key: str, path: StorePath, target_path: TargetPath | None, overrides: tuple[Overrides, Overrides]
+) -> Multiscale:
+    """Return the image of raw or of a class; see `open_images`."""
+    if target_path is None or key == "raw":
+        return read_image(path, overrides[0])
+    return target_path.read(key.removeprefix("class "), overrides[1])
 
 
 def _missing_class(target_path: TargetPath | None, key: str) -> CellMapError | None:

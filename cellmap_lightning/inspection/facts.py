@@ -274,7 +274,7 @@ def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFac
         try:
             if tolerant and not image_exists(target.of(name)):
                 continue
-            image = read_image(target.of(name), overrides)
+            image = target.read(name, overrides)
             encoding = encodings.of(name, image, image.finest)
             classes[name] = ClassFacts(
                 voxels=known_foreground(image, image.finest, encoding),
@@ -365,7 +365,7 @@ class _ForegroundCount:
 
 def _with_loss(of_class: ClassFacts, name: str, crop: CropFacts, scale: Vector, count: _ForegroundCount) -> ClassFacts:
     """Return the facts of a class with the part of its foreground that the level read at a scale has lost."""
-    image = read_image(TargetPath.parse(crop.target).of(name), _overrides(crop)[1])
+    image = TargetPath.parse(crop.target).read(name, _overrides(crop)[1])
     level = choose_level(image, scale)
     try:
         fine, coarse = count(name, image, image.finest), count(name, image, level)

@@ -1,7 +1,7 @@
 """Multiscale images and their levels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import Lattice, Shape, Vector
+from cellmap_lightning.io.label_ids import LabelIds
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff.arrays import read_array
 from cellmap_lightning.io.ngff.notes import Note
@@ -32,6 +33,7 @@ class Level:
         axes: the stored axes that are z, y, x.
         ndim: number of stored axes.
         source: the array, if it is not a Zarr array.
+        ids: meaning of the ids of a label map for one of its classes; None for any other array.
 
     Example:
         >>> read_multiscale("jrc_a.zarr/recon-1/em/fibsem-uint8").finest.scale
@@ -45,6 +47,7 @@ class Level:
     axes: tuple[int, int, int]
     ndim: int
     source: ArraySource | None = field(default=None, repr=False, compare=False)
+    ids: LabelIds | None = field(default=None, repr=False)
 
     @cached_property
     def info(self) -> StoredArray | None:
@@ -128,6 +131,18 @@ class Multiscale:
     def finest(self) -> Level:
         """Finest level that exists."""
         return self.present[0]
+
+    def with_ids(self, ids: LabelIds) -> "Multiscale":
+        """Return the image as that of one class of a label map.
+
+        Args:
+            ids: meaning of its ids for the class.
+        """
+        levels = []
+        for level in self.levels:
+            levels.append(replace(level, ids=ids))
+            vars(levels[-1])["info"] = level.info  # read already
+        return replace(self, levels=tuple(levels))
 
     @cached_property
     def notes(self) -> tuple[Note, ...]:
