@@ -39,7 +39,7 @@ def image_exists(path: StorePath) -> bool:
         return True
     from cellmap_lightning.io.formats.registry import find_format
 
-    return not isinstance(path, Remote) and find_format(path) is not None
+    return find_format(path) is not None
 
 
 def image_children(path: StorePath) -> list[str]:
