@@ -26,9 +26,12 @@ from cellmap_lightning.geometry.lattice import (
 )
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.geometry.resample import AnyArray, Method, evaluate
+from cellmap_lightning.io.array_reader import chunk_shape
 from cellmap_lightning.io.chunk_names import check_chunk_names
-from cellmap_lightning.io.chunks import ChunkReader, Reader, chunk_shape
-from cellmap_lightning.io.ngff import Level, LevelTranslations, Multiscale, Overrides, read_multiscale, report
+from cellmap_lightning.io.chunks import Reader
+from cellmap_lightning.io.images import read_image
+from cellmap_lightning.io.ngff import Level, LevelTranslations, Multiscale, Overrides, report
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy, power_of_two
 from cellmap_lightning.io.store import identity_of
 from cellmap_lightning.validation import one_of
@@ -161,7 +164,7 @@ class StoredImage:
     ) -> None:
         self.level = level
         self.lattice = level.lattice
-        self.reader = ChunkReader(
+        self.reader = open_reader(
             level, label, reader, retry_policy, "missing" if missing in ("warn", "fill", "mask") else "error"
         )
         self.missing = missing
@@ -275,7 +278,7 @@ class StoredImage:
         return [self.lattice]
 
     def stamp(self, box: Box) -> int:
-        """Return the stamp of a physical box and of the neighbours used for interpolation; see `ChunkReader.stamp`."""
+        """Return the stamp of a physical box and of the neighbours used for interpolation; see `ArrayReader.stamp`."""
         voxels = stored_box(self.lattice, box, 2)
         return self.reader.stamp(*voxels) if voxels is not None else 1
 
@@ -351,9 +354,7 @@ class CellMapImage:
         self.pad = pad
         self.pad_value = pad_value
         self.interpolation: Method = interpolation
-        self.image = read_multiscale(
-            path, Overrides.parse(unit, voxel_size, translation, multiscale, level_translations)
-        )
+        self.image = read_image(path, Overrides.parse(unit, voxel_size, translation, multiscale, level_translations))
         report(self.image.path, self.image.notes)
         self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
         check_chunk_names(self.level.array, target_class)
