@@ -9,10 +9,10 @@ WHOLE = (26, 36, 40)
 NAMES = [spec["kind"] for spec in EVERY]
 
 
-@pytest.mark.parametrize("radius", [14.0, 40.0])
+@pytest.mark.parametrize("radius", [9.0, 14.0, 40.0])
 @pytest.mark.parametrize("spec", EVERY, ids=NAMES)
 def test_a_patch_equals_the_crop_of_a_larger_patch(spec, radius):
-    ids = blobs(1, WHOLE, 40 if radius == 14 else 8, radius)
+    ids = blobs(1, WHOLE, 8 if radius == 40 else 60, radius)
     ids[4:6, 20:24, 8:14] = -1
     _, large = computed(spec, ids, (0, 0, 0), WHOLE)
     assert np.isfinite(large).mean() > 0.2
