@@ -86,8 +86,8 @@ def write_samples(
 
     Args:
         source: the samples to choose from.
-        predict: from a finished batch of one sample to values of the target ``[1, channels, z, y, x]`` on any device, or
-            to None.
+        predict: from a finished batch of one sample to values of the target ``[1, channels, z, y, x]`` on any device,
+            or to None.
         path: the PNG to write.
         title: a line at the top.
         count: samples at most.
