@@ -22,7 +22,7 @@ from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.io.store import identity_of
 from cellmap_lightning.transforms.implied import Implications
-from cellmap_lightning.transforms.kinds import UNKNOWN_ID, signed
+from cellmap_lightning.transforms.kinds.kind import UNKNOWN_ID, signed
 from cellmap_lightning.transforms.targets import pack, packed_bytes
 
 #: Downsampling of labels: the stored level, or the majority, or any, of the finest level's voxels.

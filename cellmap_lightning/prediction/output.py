@@ -21,10 +21,10 @@ import zarr.codecs
 
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.geometry.lattice import Shape
-from cellmap_lightning.io.meanings import prediction_attributes
 from cellmap_lightning.io.store import LISTING
 from cellmap_lightning.io.writer import ZarrFormat, multiscale_attributes, write_group
 from cellmap_lightning.prediction.blocks import BlockGrid
+from cellmap_lightning.prediction.channels import Targets, channel_attributes
 from cellmap_lightning.prediction.container import write_container
 from cellmap_lightning.prediction.durable import flush, write_text
 from cellmap_lightning.prediction.journal import Journal, input_hash, new_token, plain, record_checksum
@@ -62,6 +62,7 @@ class PredictionOutput:
         levels: number of levels of the pyramid; None for as many as leave the longest axis 32 voxels.
         rank: rank of this process.
         raw: voxel sizes of raw's levels, which the pyramid follows; see `plan_pyramid`.
+        targets: descriptions of channels; see `channels`.
 
     Raises:
         CellMapValueError: the arguments contradict each other.
@@ -79,6 +80,7 @@ class PredictionOutput:
         levels: int | None = None,
         rank: int = 0,
         raw: Sequence[Sequence[float]] = (),
+        targets: Targets | None = None,
     ) -> None:
         invalid = [name for name in classes if not _can_name(name)]
         if invalid:
@@ -87,6 +89,7 @@ class PredictionOutput:
             )
         self.path = Path(path)
         self.classes, self.grid, self.values = tuple(classes), grid, values
+        self.targets = targets or {}
         self.chunks, self.shards = chunks, shards
         self.pyramid = plan_pyramid(grid.shape, grid.whole.step, levels, raw)
         self.levels = self.pyramid.levels
@@ -271,14 +274,8 @@ class PredictionOutput:
         return {"annotation": {"class_names": list(self.classes)}} if self.values.kind == "labels" else {}
 
     def _attributes(self, name: str) -> dict[str, Any]:
-        """Return CellMap's attributes of labels; for probabilities, the meaning of the numbers."""
-        if self.values.kind == "labels":
-            encoding = {"absent": 0, "present": 1, "unknown": 255}
-            annotation_type = {"type": "semantic_segmentation", "encoding": encoding}
-            return {"annotation": {"class_name": name, "annotation_type": annotation_type}}
-        return prediction_attributes(
-            name, "scaled" if self.values.kind == "uint8" else "probability", self.values.dtype
-        )
+        """Return CellMap's attributes of a channel."""
+        return channel_attributes(name, self.values, self.targets.get(name))
 
     def _remove(self) -> None:
         """Remove the files of an earlier prediction, and no others."""
