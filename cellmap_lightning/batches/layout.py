@@ -111,7 +111,7 @@ class BatchLayout:
         """
         if not isinstance(batch, CompactBatch):
             return dict(batch)
-        stored = batch.tensors
+        stored = batch.gathered().tensors
         samples = stored["sample"]
         out: dict[str, torch.Tensor] = {}
         for name, spec in self.inputs.items():
