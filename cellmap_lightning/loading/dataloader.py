@@ -157,7 +157,7 @@ class CellMapDataLoader(DataLoader[Any]):
         samples = number_samples(dataset, samples_per_epoch, is_train, seed, pin_memory, tiles, strategy)
         if resident is not None and num_workers > 0:
             raise CellMapValueError(
-                f"resident needs num_workers=0, since only one process uses a device, got {num_workers}"
+                f"resident needs num_workers=0, since one process uses the device, got num_workers={num_workers}"
             )
         if resident is not None and isinstance(samples, Samples) and not samples.overridden:
             samples.resident = ResidentReader(samples.dataset, resident, samples.pin)
