@@ -14,6 +14,7 @@ from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.resident.device_cache import DeviceCache
 from cellmap_lightning.resident.gather import gather
 from cellmap_lightning.resident.region import DeviceRegion
+from cellmap_lightning.runtime.buffers import BUFFERS
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ def _gathered(rows: ArrayRows, count: int, cache: DeviceCache) -> torch.Tensor:
     """Return one array of a batch on the device."""
     if not rows.described:
         return rows.voxels.to(cache.device, non_blocking=True)
-    out = torch.empty((count, *rows.shape), dtype=rows.dtype, device=cache.device)
+    out = _empty((count, *rows.shape), rows.dtype, cache.device)
     voxels = rows.voxels.to(cache.device, non_blocking=True)
     for number, row in enumerate(rows.read):
         out[row].copy_(voxels[number])
@@ -114,6 +115,13 @@ def _gathered(rows: ArrayRows, count: int, cache: DeviceCache) -> torch.Tensor:
             assert description.kind is not None
             description.kind.forget(sample, description.before)
     return out
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return uninitialized memory: of the device's allocator, or on a CPU of earlier batches."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(BUFFERS.empty(shape, torch.empty((), dtype=dtype, device="cpu").numpy().dtype))
 
 
 def _write(piece: Piece, held: DeviceRegion, out: torch.Tensor) -> None:
