@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from cellmap_lightning.batches.memory import BatchMemory
 from cellmap_lightning.crops.pieces import described_regions
 from cellmap_lightning.datasets.source import SampleSource
+from cellmap_lightning.resident.gather import GATHER_BYTES
 from cellmap_lightning.runtime.location import CacheMode
 
 #: Types of device whose memory is not that of the host, so that ``cache=auto`` uses it.
@@ -59,7 +60,8 @@ def decide_resident(
     """Decide about regions on the device, as a function of the arguments alone.
 
     ``cache=device`` holds the crops that fit. ``cache=auto`` does so on a CUDA or XPU device that holds all of them.
-    The default budget is half of the device's memory without the batches: ``depth + 2`` compact and one finished.
+    The default budget is half of the device's memory without the batches, ``depth + 2`` compact and one finished, and
+    without the temporary memory of a gather.
 
     Args:
         request: see `ResidentRequest`.
@@ -83,7 +85,7 @@ def decide_resident(
     elif device_bytes is None:
         return off(f"the memory of a {device_type} device is unknown; set device_cache_bytes")
     else:
-        batches = (depth + 2) * memory.compact.total_bytes + memory.total_bytes
+        batches = (depth + 2) * memory.compact.total_bytes + memory.total_bytes + GATHER_BYTES
         budget, origin = max(0, int(DEFAULT_SHARE * device_bytes) - batches), "half of the memory without batches"
     room = max(0, budget - request.others)
     sizes = f"{request.needed / 1e9:.3g} GB of voxels, and {room / 1e9:.3g} GB are free ({origin})"

@@ -17,8 +17,9 @@ from cellmap_lightning.resident.region import DeviceRegion
 
 #: Points that are resampled at a time on a device, and on a CPU, where they stay in its cache.
 SLAB_POINTS, CPU_SLAB_POINTS = 1 << 21, 1 << 16
-#: Bytes of temporary memory per point of a slab: coordinates, neighbours, weights and sums.
-POINT_BYTES = 128
+#: Limit of the temporary memory of a gather on a device: 192 bytes per point, of coordinates, neighbours, weights and
+#: sums.
+GATHER_BYTES = 192 * SLAB_POINTS
 
 
 def gather(piece: Piece, held: DeviceRegion, out: torch.Tensor) -> None:
