@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 #: Batches during which a crop stays after its last use. With crops picked at random, replacing one that is in use by
 #: another would upload chunks for each sample, more than the sample itself. It also covers batches that are described
-#: and not gathered yet.
+#: and not gathered yet, whose regions would otherwise be held beyond the limit.
 IDLE_BATCHES = 256
 
 
@@ -117,7 +117,8 @@ class DeviceCache:
             return False
         for crop in removed:
             del self._crops[crop]
-        self._release(free)
+        # Not released: batches that were described before still hold them, until they are gathered.
+        self.nbytes -= sum(self._regions.pop(digest).nbytes for digest in free)
         return True
 
     def _allocate(self, regions: Mapping[str, Region]) -> bool:
@@ -139,15 +140,6 @@ class DeviceCache:
         self._regions |= allocated
         self.nbytes += sum(held.nbytes for held in allocated.values())
         return True
-
-    def _release(self, digests: Iterable[str]) -> None:
-        """Release regions, after the device has used them."""
-        if self._last is not None:
-            self._last.synchronize()
-        for digest in list(digests):
-            held = self._regions.pop(digest)
-            self.nbytes -= held.nbytes
-            held.release()
 
     @contextmanager
     def queueing(self) -> Iterator[None]:
@@ -171,9 +163,11 @@ class DeviceCache:
         if self._pid != os.getpid():
             return
         with self._lock:
-            self._release(self._regions)
+            for held in self._regions.values():
+                held.release()
+            self._regions.clear()
             self._crops.clear()
-            self._reported = False
+            self.nbytes, self._reported = 0, False
 
     def __repr__(self) -> str:
         return f"DeviceCache({self.device}, {self.nbytes / 1e9:.2f} of {self.budget / 1e9:.2f} GB)"

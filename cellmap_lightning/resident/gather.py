@@ -30,6 +30,9 @@ def gather(piece: Piece, held: DeviceRegion, out: torch.Tensor) -> None:
         held: its region on the device, with the chunks that the patch needs.
         out: ``[z, y, x]`` of the region's type on the same device, with a last axis of bytes for voxels of several.
     """
+    if out.device.type != "cpu":
+        # Without this, memory of a region that makes room would be reused by another stream while this one reads it.
+        held.voxels.record_stream(torch.accelerator.current_stream(out.device))
     items = out.view(held.item)
     if held.region.depth and held.region.item_bytes == held.item.itemsize:
         items = items[..., 0]  # a voxel of several bytes is moved as one number
