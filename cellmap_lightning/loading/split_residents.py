@@ -94,7 +94,7 @@ class SplitResidents:
         if not decision.enabled:
             return None
         self._needed[split] = request.needed
-        if self.cache is None or self.cache.device != device:
+        if self.cache is None or self.cache.device != device or self.cache.is_foreign:
             if self.cache is not None:
                 self.cache.close()
             self.cache = DeviceCache(device, decision.budget)

@@ -59,6 +59,11 @@ class DeviceCache:
         self._last: torch.Event | None = None
         self._pid = os.getpid()
 
+    @property
+    def is_foreign(self) -> bool:
+        """True in a process that was forked from the one that uses the device."""
+        return self._pid != os.getpid()
+
     def __getstate__(self) -> dict[str, Any]:
         raise CellMapError("a device cache cannot be sent to another process; use num_workers=0")
 
@@ -76,7 +81,7 @@ class DeviceCache:
         Raises:
             CellMapError: the process was forked from the one that uses the device.
         """
-        if self._pid != os.getpid():
+        if self.is_foreign:
             raise CellMapError("a device cache cannot be used in a forked process; use num_workers=0")
         with self._lock:
             self._batches += 1
@@ -160,7 +165,7 @@ class DeviceCache:
 
     def close(self) -> None:
         """Release all memory. The cache can be used again; batches that were not gathered before cannot."""
-        if self._pid != os.getpid():
+        if self.is_foreign:
             return
         with self._lock:
             for held in self._regions.values():
