@@ -111,7 +111,7 @@ class BatchLayout:
         """
         if not isinstance(batch, CompactBatch):
             return dict(batch)
-        stored = batch.tensors
+        stored = batch.gathered().tensors
         samples = stored["sample"]
         reference = next(iter(self.inputs.values())).window
         out: dict[str, torch.Tensor] = {}

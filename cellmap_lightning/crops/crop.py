@@ -392,13 +392,20 @@ class Crop:
             return
         window = self.windows[name]
         wide = with_margin(window, spec.kind.margin)
-        self.labels.read_into(name, place, turn, out, spec.kind, wide, self._hidden(place, wide, turn))
+        self.labels.read_into(name, place, turn, out, spec.kind, wide, self.hidden(place, wide, turn))
         if advance is not None:
-            # Voxels whose centres lie in the previous tile are unknown here, so that no voxel is evaluated twice.
-            before = np.ceil(window.shape - advance[list(self.plane.axes)] / window.scale - 0.5 - LATTICE_TOLERANCE)
-            spec.kind.forget(out, before.clip(0).astype(int).tolist())
+            spec.kind.forget(out, self.voxels_before(window, advance))
 
-    def _hidden(self, place: Shape, window: Window, turn: FloatArray | None) -> list[npt.NDArray[np.bool_] | None]:
+    def voxels_before(self, window: Window, advance: FloatArray) -> list[int]:
+        """Return the voxels along each axis of a patch that the previous tile covers; see `Placement.advance`.
+
+        Voxels whose centres lie in it are unknown in the targets, so that no voxel is evaluated twice.
+        """
+        before = np.ceil(window.shape - advance[list(self.plane.axes)] / window.scale - 0.5 - LATTICE_TOLERANCE)
+        counts: list[int] = before.clip(0).astype(int).tolist()
+        return counts
+
+    def hidden(self, place: Shape, window: Window, turn: FloatArray | None) -> list[npt.NDArray[np.bool_] | None]:
         """Return masks of voxels in which targets are unknown, since raw is not stored or the volume ends."""
         masked = self.raw.missing == "mask"
         if not masked and not self._partly_outside:

@@ -256,7 +256,7 @@ class BitStack:
                 group.lattice.shape, group.chunks, np.dtype(np.uint8), self._decode, self.cache, key, self.depth_out,
                 group.stamp, self.identity, f"{self.label}: {len(group.members)} classes",
             )  # fmt: skip
-            patches = Patches(region, group.lattice, window, placement, _Nearest(region, group.lattice), plane)
+            patches = Patches(region, group.lattice, window, placement, Nearest(region, group.lattice), plane)
             if patches.sliced:
                 self.patches, self.regions = patches, [region]
                 return
@@ -306,7 +306,7 @@ class BitStack:
         return "labels", self.downsample, self.depth_out, self.implications.identity, groups
 
 
-class _Nearest:
+class Nearest:
     """A region as a `Source` with nearest-neighbour interpolation.
 
     Args:
@@ -319,16 +319,20 @@ class _Nearest:
 
     @property
     def lattices(self) -> list[Lattice]:
+        """The lattice of its voxels, in a list."""
         return [self.lattice]
 
     def evaluate(self, where: MapTo, out: AnyArray, fill: float) -> None:
+        """Write a patch to ``out``: the nearest voxels."""
         evaluate(self.region, where(self.lattice), out, method="nearest", fill=fill)
 
     def stamp(self, box: Box) -> int:
+        """Return the stamp of a physical box; see `ChunkReader.stamp`."""
         voxels = stored_box(self.lattice, box, 1)
         return self.region.stamp(*voxels) if voxels is not None and self.region.stamp is not None else 1
 
     def identity(self) -> tuple[object, ...]:
+        """Return everything that the voxels depend on."""
         return self.region.identity() if self.region.identity is not None else ()
 
 
@@ -423,7 +427,7 @@ class IdStack:
         """Plan how patches are read; see `BitStack.place`."""
         self.patches, self.regions = [], []
         for region, lattice in zip(self._stored, self.lattices, strict=True):
-            source = _Nearest(region, lattice)
+            source = Nearest(region, lattice)
             patches = Patches(region, lattice, window, placement, source, plane)
             self.regions.append(region)
             if not patches.sliced:

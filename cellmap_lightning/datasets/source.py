@@ -358,6 +358,16 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
             # Passing a small copy to another thread costs more than the copy, so that threads grow with the work.
             self._pool.run(jobs, threads=max(1, -(-work // BYTES_PER_THREAD)))
 
+    def crop_number(self, position: int) -> int:
+        """Return the number of the crop that holds a position."""
+        return self._split(position)[0]
+
+    def run(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Run jobs in the dataset's threads, while forks are blocked; raise the first error of any."""
+        if jobs:
+            with FORK_GATE:
+                self._pool.run(jobs)
+
     def decode_ahead(self, positions: Sequence[int]) -> None:
         """Start decoding the chunks of some samples in the dataset's threads, and return immediately.
 

@@ -21,7 +21,7 @@ from cellmap_lightning.geometry.resample import evaluate
 from cellmap_lightning.io.meanings import ValuesSetting, meaning_of
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.readers import open_reader
-from cellmap_lightning.transforms.kinds import UNKNOWN_ID
+from cellmap_lightning.transforms.kinds.kind import UNKNOWN_ID
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]

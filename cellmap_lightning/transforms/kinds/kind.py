@@ -88,16 +88,15 @@ class TargetKind(ABC):
         """Write the labels that were read, with the margin, to the compact form; kinds without margin skip this."""
         raise NotImplementedError
 
-    def forget(self, compact: np.ndarray[Any, Any], counts: Sequence[int]) -> None:
+    def forget(self, compact: "np.ndarray[Any, Any] | torch.Tensor", counts: Sequence[int]) -> None:
         """Mark the first voxels along z, y and x of a sample's compact form as unknown, in place.
 
         Args:
             compact: one sample, see `compact`.
             counts: voxels along each axis, at most those of the patch.
         """
-        voxels = np.moveaxis(compact, 0, -1) if self.channels_first else compact
-        for axis, count in enumerate(counts):
-            voxels[(slice(None),) * axis + (slice(count),)] = self.unknown
+        for axis, count in enumerate(counts, start=int(self.channels_first)):
+            compact[(slice(None),) * axis + (slice(count),)] = self.unknown
 
     @abstractmethod
     def finish(self, compact: torch.Tensor) -> torch.Tensor:
