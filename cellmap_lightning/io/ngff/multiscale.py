@@ -57,6 +57,7 @@ class Level:
         translation: centre of voxel 0 in nm (z, y, x).
         axes: the stored axes that are z, y, x.
         ndim: number of stored axes.
+        channel: index along the stored axes that are not spatial; None where these have length 1.
 
     Example:
         >>> read_multiscale("jrc_a.zarr/recon-1/em/fibsem-uint8").finest.scale
@@ -69,6 +70,7 @@ class Level:
     translation: Vector
     axes: tuple[int, int, int]
     ndim: int
+    channel: int | None = None
 
     @cached_property
     def info(self) -> ArrayInfo | None:
@@ -79,7 +81,7 @@ class Level:
                 f"{self.path}: the array has {len(info.shape)} axes {list(info.shape)}, the image's "
                 f"metadata has {self.ndim}"
             )
-        if info is not None:
+        if info is not None and self.channel is None:
             other = [n for i, n in enumerate(info.shape) if i not in self.axes]
             if any(n != 1 for n in other):
                 raise MetadataError(
