@@ -92,7 +92,7 @@ class ArrayReader(ChunkFiles, ABC):
 
     def _box(self, start: tuple[int, int, int], shape: Shape) -> tuple[slice | int, ...]:
         """Return the index of a box along the stored axes."""
-        box: list[slice | int] = [0] * self.level.ndim
+        box: list[slice | int] = [self.level.channel or 0] * self.level.ndim
         for axis, first, count in zip(self.level.axes, start, shape, strict=True):
             box[axis] = slice(first, first + count)
         return tuple(box)

@@ -26,7 +26,8 @@ from cellmap_lightning.prediction.input_stamps import InputStamps
 from cellmap_lightning.prediction.journal import input_hash
 from cellmap_lightning.prediction.model_identity import model_fingerprint, transform_name
 from cellmap_lightning.prediction.options import PredictionOptions
-from cellmap_lightning.prediction.output import PredictionOutput, check_apart
+from cellmap_lightning.prediction.output import PredictionOutput
+from cellmap_lightning.prediction.output_checks import check_apart
 from cellmap_lightning.prediction.quantize import StoredValues
 from cellmap_lightning.prediction.skipping import Skipping
 from cellmap_lightning.prediction.volumes import output_windows, passes_by, passing_bytes

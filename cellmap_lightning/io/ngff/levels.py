@@ -34,6 +34,7 @@ class Level:
         ndim: number of stored axes.
         source: the array, if it is not a Zarr array.
         ids: meaning of the ids of a label map for one of its classes; None for any other array.
+        channel: index along the stored axes that are not spatial; None where these have length 1.
 
     Example:
         >>> read_multiscale("jrc_a.zarr/recon-1/em/fibsem-uint8").finest.scale
@@ -48,6 +49,7 @@ class Level:
     ndim: int
     source: ArraySource | None = field(default=None, repr=False, compare=False)
     ids: LabelIds | None = field(default=None, repr=False)
+    channel: int | None = None
 
     @cached_property
     def info(self) -> StoredArray | None:
@@ -58,7 +60,7 @@ class Level:
                 f"{self.path}: the array has {len(info.shape)} axes {list(info.shape)}, the image's "
                 f"metadata has {self.ndim}"
             )
-        if info is not None:
+        if info is not None and self.channel is None:
             other = [n for i, n in enumerate(info.shape) if i not in self.axes]
             if any(n != 1 for n in other):
                 raise MetadataError(
