@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import cc3d
 import numpy as np
@@ -156,7 +157,7 @@ def test_the_same_bytes_for_any_blocks_and_processes(tmp_path, probabilities):
     assert results[0] == results[1] == results[2]
 
 
-class InterruptedError_(Exception):
+class InterruptionError(Exception):
     pass
 
 
@@ -169,7 +170,7 @@ class Interrupting(SerialScheduler):
     def run(self, step, numbers):
         for item in super().run(step, numbers):
             if self.left == 0:
-                raise InterruptedError_
+                raise InterruptionError
             self.left -= 1
             yield item
 
@@ -180,7 +181,7 @@ def test_an_interrupted_segmentation_resumes_with_the_same_bytes(tmp_path, proba
     options, storage = SegmentationOptions("components", fill_holes=True), StorageOptions(chunks=CHUNK, block=(32,) * 3)
     run(source, tmp_path / "whole.zarr", options, storage)
     out = tmp_path / "o.zarr"
-    with pytest.raises(InterruptedError_):
+    with pytest.raises(InterruptionError):
         run(source, out, options, storage, Interrupting(steps))
     counted = Counting()
     _, _summary = run(source, out, options, storage, counted)
