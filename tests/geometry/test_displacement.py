@@ -34,6 +34,13 @@ def test_control_points_are_uniform_up_to_the_magnitude():
     np.testing.assert_allclose(controls.mean(axis=0), 0, atol=0.2)
 
 
+def test_content_moves_by_a_fifth_of_the_magnitude():
+    """The root mean square; the weights of a cubic spline have a mean square sum of 0.479 along each axis."""
+    one = Displacement(5, (30, 30, 30), (1.0, 1.0, 1.0))
+    points = np.moveaxis(np.indices((40, 40, 40)), 0, -1) * 10.0
+    np.testing.assert_allclose(spline(one, points).std(), 0.479**1.5 / np.sqrt(3), rtol=0.1)
+
+
 def test_indices_are_those_of_the_formula():
     one = Displacement(3, (40.0, 50.0, 60.0), (15.0, 20.0, 20.0))
     matrix = np.array([[1.1, 0.2, 0], [-0.3, 0.9, 0.1], [0, 0.2, 1.2]])
