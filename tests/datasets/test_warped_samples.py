@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import numpy as np
 import pytest
+import zarr
 
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.writer import write_multiscale
@@ -149,6 +151,34 @@ def test_targets_with_a_margin_are_of_the_same_map(ball):
     known = ~np.isnan(labels) & ~np.isnan(near)
     assert known.any()
     assert ((near > 0) == (labels == 1))[known].all()
+
+
+@pytest.mark.parametrize("name", ["elastic", "slip", "misalign"])
+def test_targets_are_unknown_where_raw_is_not_stored(tmp_path, ball, name):
+    """With ``missing_raw=mask``, exactly where raw is interpolated from a chunk that is missing."""
+    shutil.copytree(ball, tmp_path / "v.zarr")
+    raw = zarr.open_array(ball / "raw" / "s0", mode="r")[...]
+    write_multiscale(tmp_path / "v.zarr" / "cut", raw, scale=STEP, translation=STEP / 2, chunks=(12, 12, 12))
+    (tmp_path / "v.zarr" / "cut" / "s0" / "2" / "2" / "2").unlink()
+    with make_dataset(
+        tmp_path / "v.zarr" / "cut", f"{tmp_path}/v.zarr/crop/[ball]", ["ball"], {"raw": FINE}, {"labels": FINE},
+        is_train=True, seed=2, spatial_transforms=WARPS[name], normalize={"range": [0, 1]}, cache="none",
+        missing_raw="mask",
+    ) as dataset:  # fmt: skip
+        draws, batch = samples(dataset, 30)
+        holes = 0
+        for row, draw in enumerate(draws):
+            world = points(dataset, draw, FINE)
+            inside = ((world > np.asarray(CROP.lower) + 0.01) & (world < np.asarray(CROP.upper) - 0.01)).all(axis=-1)
+            index = (world - STEP / 2) / STEP
+            hole = ((index > 23) & (index < 36)).all(
+                axis=-1
+            )  # between voxels 24 to 35 of the chunk and their neighbours
+            border = (np.abs(index - 23) < 1e-3).any(axis=-1) | (np.abs(index - 36) < 1e-3).any(axis=-1)
+            unknown = np.isnan(batch["labels"][row, 0].numpy())
+            np.testing.assert_array_equal(unknown[inside & ~border], hole[inside & ~border])
+            holes += (hole & inside).sum()
+        assert holes > 100
 
 
 def test_off_the_lattice_and_on_it_show_the_same(ball):
