@@ -103,10 +103,20 @@ def test_inputs_and_targets_show_one_map(ball, name):
                 np.testing.assert_array_equal(values[:, ~border], np.broadcast_to(~inside, values.shape)[:, ~border])
 
 
-@pytest.mark.parametrize("name", WARPS)
+#: Transforms by which patches reach many voxels beyond their box.
+WIDE = {
+    "far zoom": {"zoom": [0.3, 0.35]},
+    "far shear": {"shear": {"axes": {"zx": [-3, 3]}}},
+    "far elastic": {"elastic": {"spacing": 500, "magnitude": 200}},
+    "far slip": {"slip": {"probability": 0.5, "max_shift": 150, "thickness": 10}},
+    "far misalign": {"misalign": {"probability": 0.5, "max_shift": 20, "rotate": 90, "thickness": 10}},
+}
+
+
+@pytest.mark.parametrize("name", [*WARPS, *WIDE])
 def test_a_cache_holds_all_that_is_read(ball, name):
     """The cached part of raw follows from the bounds of the map: what is outside would be decoded for each sample."""
-    with opened(ball, WARPS[name], cache="memory", pad=True) as dataset:
+    with opened(ball, (WARPS | WIDE)[name], cache="memory") as dataset:
         ends = [sorted({0, n - 1}) for n in dataset.crop.placement.counts]
         boxes = []
         for patches in dataset.crop.raw.patches.values():

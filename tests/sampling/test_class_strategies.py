@@ -39,7 +39,7 @@ def test_the_voxel_is_in_its_patch(volume, shape, jitter, turns):
 def test_the_voxel_is_in_its_zoomed_and_sheared_patch(volume, jitter):
     """Unless a magnified patch at the border of the crop does not reach it."""
     spec = {"shape": [8, 16, 16], "scale": [10.48, 8, 8]}
-    transforms = {"zoom": [0.4, 0.9], "shear": {"axes": {"zx": [-0.5, 0.5]}}, "rotate": {"axes": {"z": [-180, 180]}}}
+    transforms = {"zoom": [1.3, 2.5], "shear": {"axes": {"zx": [-0.5, 0.5]}}, "rotate": {"axes": {"z": [-180, 180]}}}
     with make(volume, {"name": "foreground", "jitter": jitter}, spec, spatial_transforms=transforms) as dataset:
         turns = np.stack(dataset.spatial.turns(0, range(300)))
         rng, geometry = np.random.default_rng(0), dataset.crop_table.geometry
