@@ -181,7 +181,8 @@ def check(volume, references, name, threads=1, reader="zarr", cache="auto", worl
         if room:  # the ranks share it one after another
             how["resident"] = DeviceCache("cpu", room)
         samples, batches = passes(dataset, world=world, **how)
-        assert not room or 0 < how["resident"].nbytes <= room
+        # Displaced samples are evaluated on the host, and may leave nothing on the device.
+        assert not room or int(name != "warped") <= how["resident"].nbytes <= room
     assert samples == references[name][0]
     assert batches == references[name][1][world]
 
