@@ -145,7 +145,7 @@ def describe_transforms(turn: FloatArray | None, layout: BatchLayout, warp: Warp
     if warp is not None:
         for one in warp.sections:
             what = "stacks of sections" if one.lasting else "sections"
-            words.append(f"{what} displaced up to {one.max_shift:g} nm along {AXES[one.axis]}")
+            words.append(f"{what} across {AXES[one.axis]} displaced up to {one.max_shift:g} nm")
     if layout.augment:
         words += [f"{name} {low:g} to {high:g}" for name, (low, high) in layout.augment.ranges.items()]
         words += [f"{name} {effect.probability:.0%}" for name, effect in layout.augment.effects.items()]
@@ -153,11 +153,13 @@ def describe_transforms(turn: FloatArray | None, layout: BatchLayout, warp: Warp
 
 
 def _describe_turn(turn: FloatArray) -> list[str]:
-    # The matrix is a stretch along axes of the volume, after an orthogonal matrix (its polar decomposition).
+    # The matrix is an orthogonal one with a stretch along axes of the volume, or of the patch (polar decompositions).
     u, sizes, v = np.linalg.svd(turn)
-    stretch, turn = (u * sizes) @ u.T, u @ v
-    zoom = 1 / np.diag(stretch)  # the content is magnified where the patch shows less of the volume
+    turn = u @ v
+    stretches = [(u * sizes) @ u.T, (v.T * sizes) @ v]
+    stretch = next((s for s in stretches if np.abs(s - np.diag(np.diag(s))).max() < 1e-6), stretches[0])
     is_zoom = np.abs(stretch - np.diag(np.diag(stretch))).max() < 1e-6
+    zoom = 1 / np.diag(stretch)  # the content is magnified where the patch shows less of the volume
     # The orthogonal one is the nearest signed permutation (transposition and mirrors) and the rotation that is left.
     nearest = np.abs(turn).argmax(axis=0)
     signs = np.sign(turn[nearest, range(3)]).astype(int)
