@@ -9,7 +9,7 @@ import yaml
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 PAGE = HERE / "configuration.md"
-COMMANDS = ("train", "predict", "submit", "inspect")
+COMMANDS = ("train", "predict", "segment", "submit", "inspect")
 
 HEAD = """\
 # Configuration

@@ -145,7 +145,9 @@ class DaskScheduler:
 
 
 @contextlib.contextmanager
-def scheduler(name: SchedulerName = "processes", processes: int = 1, address: str | None = None) -> Iterator[Scheduler]:
+def open_scheduler(
+    name: SchedulerName = "processes", processes: int = 1, address: str | None = None
+) -> Iterator[Scheduler]:
     """Open a scheduler; its processes end with the context.
 
     Args:
