@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from cellmap_lightning.commands.submit_instances import InstanceMethods, Methods
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.evaluation.challenge import INSTANCE_CLASSES, listed_crops
 from cellmap_lightning.evaluation.evaluate import is_group
@@ -21,7 +22,7 @@ from cellmap_lightning.evaluation.numbering import (
     remove_small,
 )
 from cellmap_lightning.evaluation.prediction_labels import check_covers, prediction_labels, stored_meaning
-from cellmap_lightning.io.meanings import ValuesSetting, check_values, prediction_attributes
+from cellmap_lightning.io.meanings import Meaning, ValuesSetting, check_values, prediction_attributes
 from cellmap_lightning.io.writer import codec_of, create_level, make_room, write_group
 from cellmap_lightning.splits.manifests import ManifestRow
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 #: Chunk shape of the submission, voxels.
 _CHUNK = (64, 64, 64)
+_IDS = Meaning("ids")
 
 
 def submit(
@@ -39,7 +41,7 @@ def submit(
     crops: str | int | Sequence[str | int] = "test",
     threshold: float = 0.5,
     instance_classes: Sequence[str] = INSTANCE_CLASSES,
-    instances: str | Numbering | None = None,
+    instances: str | Numbering | Methods | None = None,
     min_volume: float | Mapping[str, float] = 0,
     values: ValuesSetting = "auto",
     allow_missing: bool = False,
@@ -55,7 +57,8 @@ def submit(
         threshold: probability from which a voxel is positive.
         instance_classes: classes whose objects are numbered; the others are written as 0 and 1.
         instances: function that numbers the objects of a boolean volume ``[z, y, x]``, or its name as
-            ``package.module.function``; by default `components`. Stored ids are used unchanged.
+            ``package.module.function``; by default `components`. Stored ids are used unchanged. Or ``{class: options}``
+            with the options of a segmentation method, see `InstanceMethods`, and `components` for other classes.
         min_volume: minimum volume of an object, nm³, for all ``instance_classes`` or as ``{class: nm³}``. Smaller
             objects are removed.
         values: the meaning of stored values; a kind takes precedence over the metadata, see `meaning_of`.
@@ -75,19 +78,24 @@ def submit(
     out = Path(out)
     if out.suffix != ".zarr":
         raise CellMapValueError(f"out={out}: the name of a submission must end with .zarr")
-    number = numbering(instances)
+    methods = InstanceMethods(instances if isinstance(instances, Mapping) else {}, instance_classes, out)
+    number = numbering(None if isinstance(instances, Mapping) else instances)
     values, min_volume = check_values(values), check_min_volume(min_volume)
     rows, missing = _predicted_rows(Path(predictions), Path(manifest), crops, allow_missing)
     meanings = []
     for row, path in rows:  # everything is checked before anything is written
         check_covers(row, path)
-        meanings.append(stored_meaning(row, path, values))
+        methods.check(row, path, values)
+        meanings.append(stored_meaning(row, path, values) if row.name not in methods else _IDS)
     make_room(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_group(out)
     for (row, path), meaning in zip(rows, meanings, strict=True):
         numbered = row.name in instance_classes
-        labels = prediction_labels(row, path, threshold, number if numbered else None, meaning)
+        if row.name in methods:
+            labels = methods.labels(row, path, values)
+        else:
+            labels = prediction_labels(row, path, threshold, number if numbered else None, meaning)
         if numbered:
             labels = remove_small(labels, min_voxels(min_volume, row.name, float(np.prod(row.lattice.step))))
             labels = labels.astype(np.min_scalar_type(int(labels.max())))

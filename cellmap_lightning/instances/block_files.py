@@ -1,6 +1,7 @@
 """Intermediate files of a segmentation: arrays of one block, written atomically and compressed."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.errors import OutputError
-from cellmap_lightning.prediction.durable import write_bytes
 
 Arrays = dict[str, npt.NDArray[Any]]
 #: Labels consist of long runs, for which the fastest level compresses about as much as others.
@@ -31,8 +31,8 @@ class BlockFiles:
         """Return the file of a block."""
         return self.folder / f"{self.kind}-{number:010d}.npz"
 
-    def write(self, number: int, arrays: Arrays) -> None:
-        """Write the arrays of a block, and flush them to the disk."""
+    def write(self, number: int, arrays: Arrays) -> str:
+        """Write the arrays of a block atomically; return the file, which is not flushed to the disk yet."""
         stored: Arrays = {}
         for name, array in arrays.items():
             flat = np.ascontiguousarray(array).reshape(-1)
@@ -41,7 +41,11 @@ class BlockFiles:
             stored[f"{name}.dtype"] = np.array(array.dtype.str)
         content = io.BytesIO()
         np.savez(content, **stored)  # type: ignore[arg-type]
-        write_bytes(self.path(number), content.getvalue())
+        path = self.path(number)
+        draft = path.with_name(f"{path.name}.{os.getpid()}")  # another process may repeat the step
+        draft.write_bytes(content.getvalue())
+        draft.replace(path)
+        return str(path)
 
     def read(self, number: int, *names: str) -> Arrays:
         """Return arrays of a block, all if no names are given.

@@ -100,8 +100,7 @@ class BlockTasks:
         faces = _planes(numbers, inside) | measures.as_arrays()
         faces["objects"] = np.array([objects])
         faces["touching"] = _touching(block, objects) if background else np.empty((0, 2), np.uint32)
-        self.files("labels").write(number, {"labels": block})
-        self.files("faces").write(number, faces)
+        flush([self.files("labels").write(number, {"labels": block}), self.files("faces").write(number, faces)])
         return [objects, background]
 
     def _with_halo(self, start: Shape, shape: Shape) -> tuple[Shape, Shape, Slices]:
@@ -146,7 +145,7 @@ class BlockTasks:
                 touching.append(_with_block(pairs[mixed], other))
         none = np.empty((0, 3), np.int64)
         rows = {"same": np.concatenate([none, *same]), "touching": np.concatenate([none, *touching])}
-        self.files("pairs").write(number, rows)
+        flush([self.files("pairs").write(number, rows)])
         return [len(rows["same"])]
 
     def _objects(self, number: int) -> int:

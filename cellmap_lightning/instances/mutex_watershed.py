@@ -78,7 +78,7 @@ def mutex_watershed(
     affinities: Floats,
     offsets: Offsets,
     threshold: float = 0.5,
-    strides: Sequence[int] = (1, 1, 1),
+    strides: Sequence[int] = (2, 2, 2),
     mask: Mask | None = None,
 ) -> Labels:
     """Divide the foreground of affinities into objects.

@@ -49,7 +49,8 @@ class SegmentationOptions:
         seed_depth: the smallest distance of a seed to the background, nm.
         merge_threshold: mean affinity above which ``agglomeration`` merges fragments.
         strides: distances, in voxels, of those whose repulsive edges ``mutex_watershed`` uses.
-        halo: margin of a block that is segmented and not written, nm; None for 32 voxels. ``components`` needs none.
+        halo: margin of a block that is segmented and not written, nm; None for 32 voxels, or for affinities 16 and
+            twice the longest offset. ``components`` needs none.
         overlap: intersection over union, on both sides of a face, above which the objects of two blocks are joined.
         min_volume: minimum volume of an object, nm³.
         max_volume: maximum volume of an object, nm³; None without limit.
@@ -66,7 +67,7 @@ class SegmentationOptions:
     seed_distance: float | None = None
     seed_depth: float = 0.0
     merge_threshold: float = 0.5
-    strides: Sequence[int] = (1, 1, 1)
+    strides: Sequence[int] = (2, 2, 2)
     halo: float | None = None
     overlap: float = 0.5
     min_volume: float = 0.0
@@ -145,7 +146,7 @@ class StorageOptions:
     levels: int | None = None
     ids: IdType = "auto"
     block: Sequence[int] | None = None
-    block_size_mb: float = 1024
+    block_size_mb: float = 3072
     overwrite: bool = False
     check_space: bool = True
 

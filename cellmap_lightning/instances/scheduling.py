@@ -21,6 +21,8 @@ SchedulerName = Literal["processes", "dask"]
 _AHEAD = 2
 #: Repetitions of a step on Dask whose worker has ended.
 _RETRIES = 3
+#: Seconds that a Dask scheduler has to answer.
+_TIMEOUT = 20
 
 
 class Scheduler(Protocol):
@@ -102,7 +104,7 @@ class DaskScheduler:
                 self._cluster = distributed.LocalCluster(
                     n_workers=processes, threads_per_worker=1, dashboard_address=None
                 )
-            self._client = distributed.Client(address if address is not None else self._cluster)
+            self._client = distributed.Client(address if address is not None else self._cluster, timeout=_TIMEOUT)
         except (OSError, ValueError) as e:
             raise OutputError(f"address={address}: no Dask scheduler answers ({e}); check that it runs") from e
 
@@ -145,7 +147,9 @@ class DaskScheduler:
 
 
 @contextlib.contextmanager
-def scheduler(name: SchedulerName = "processes", processes: int = 1, address: str | None = None) -> Iterator[Scheduler]:
+def open_scheduler(
+    name: SchedulerName = "processes", processes: int = 1, address: str | None = None
+) -> Iterator[Scheduler]:
     """Open a scheduler; its processes end with the context.
 
     Args:

@@ -14,14 +14,14 @@ from cellmap_lightning.instances.options import InputKind, Method, SegmentationO
 from cellmap_lightning.instances.source import SegmentationSource
 from cellmap_lightning.instances.watershed import Floats, Mask, distance_watershed
 
-#: Voxels of the halo, where it is not given.
-_HALO = 32
+#: Voxels of the halo, where it is not given; of affinities at least, and in units of the longest offset.
+_HALO, _HALO_AFFINITIES, _OFFSETS = 32, 16, 2
 #: Bytes of memory per segmented voxel of each method, and per channel; measured by benchmarks/segmentation.py.
 _BYTES: dict[Method, tuple[int, int]] = {
     "components": (24, 0),
-    "watershed": (56, 0),
-    "mutex_watershed": (56, 16),
-    "agglomeration": (72, 12),
+    "watershed": (40, 0),
+    "mutex_watershed": (70, 20),
+    "agglomeration": (40, 8),
 }
 
 
@@ -63,8 +63,8 @@ class BlockSegmenter:
         threshold = options.threshold
         if threshold is None:
             threshold = 0.0 if source.kind == "distance" else 0.5
-        z, y, x = (math.ceil(options.halo / s - 1e-6) if options.halo is not None else _HALO for s in size)
-        halo = (1, 1, 1) if method == "components" else (max(1, z), max(1, y), max(1, x))
+        z, y, x = _halo(options, source)
+        halo = (1, 1, 1) if method == "components" else (z, y, x)
         smoothing = longest if options.smoothing is None else options.smoothing
         seed_distance = 4 * longest if options.seed_distance is None else options.seed_distance
         return cls(method, source.kind, threshold, size, source.offsets, smoothing, seed_distance, halo, options)
@@ -130,3 +130,13 @@ class BlockSegmenter:
                 values, self.offsets, self.voxel_size, self.threshold, options.merge_threshold, **seeds
             )
         return agglomerate_boundaries(values, self.voxel_size, self.threshold, options.merge_threshold, **seeds)
+
+
+def _halo(options: SegmentationOptions, source: SegmentationSource) -> Shape:
+    """Return the voxels of the halo of a method with a reach."""
+    halo = []
+    for axis, size in enumerate(source.lattice.step):
+        longest = max((abs(offset[axis]) for offset in source.offsets), default=0)
+        least = max(_HALO_AFFINITIES, _OFFSETS * longest) if source.offsets else _HALO
+        halo.append(least if options.halo is None else max(1, math.ceil(options.halo / size - 1e-6)))
+    return halo[0], halo[1], halo[2]

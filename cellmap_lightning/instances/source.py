@@ -70,8 +70,12 @@ class SegmentationSource:
             ChunkError: a chunk cannot be read.
             CellMapValueError: values are NaN.
         """
-        channels = [self._values(reader, start, shape) for reader in self.readers]
-        return np.stack(channels) if self.kind == "affinities" else channels[0]
+        if self.kind != "affinities":
+            return self._values(self.readers[0], start, shape)
+        values = np.empty((len(self.readers), *shape), np.float32)
+        for channel, reader in enumerate(self.readers):
+            values[channel] = self._values(reader, start, shape)
+        return values
 
     def _values(self, reader: ChunkReader, start: Shape, shape: Shape) -> Floats:
         stored = reader.read(start, shape)

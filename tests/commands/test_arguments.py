@@ -109,6 +109,7 @@ def test_optional_groups_can_be_removed(volume, tmp_path, more):
         ("train", ["my_configs/experiment/mito.yaml"], "--config-dir my_configs experiment=mito"),
         ("train", ["nonsense"], "'cellmap-train --cfg job' prints every key"),
         ("preview", ["crops.csv"], "did you mean data.csv_path=crops.csv?"),
+        ("segment", ["p.zarr"], "did you mean input=p.zarr?"),
         ("submit", ["predictions"], "'cellmap-submit --cfg job' prints every key"),
         ("train", ["name=a=b"], "name=a=b cannot be read (mismatched input '=' expecting <EOF>)"),
         ("train", ["name=a(b"], "\"name='a(b'\""),

@@ -2,6 +2,7 @@
 
 import inspect
 import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import hydra
@@ -99,7 +100,8 @@ def composed(name, *overrides):
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"), [("predict", {"data", "trainer", "writer"}), ("submit", set()), ("inspect", {"data"})]
+    ("name", "targets"),
+    [("predict", {"data", "trainer", "writer"}), ("segment", set()), ("submit", set()), ("inspect", {"data"})],
 )
 def test_other_commands_match_signatures(name, targets):
     nodes = dict(target_nodes(composed(name)))
@@ -117,6 +119,20 @@ def test_submit_settings_match_its_signature():
     assert keys_of_submit == set(inspect.signature(submit).parameters)
 
 
+def test_segment_settings_match_its_signature():
+    from cellmap_lightning.commands.segment import segment
+    from cellmap_lightning.instances.options import SegmentationOptions, StorageOptions
+
+    config = composed("segment")
+    parameters = {name.replace("class_name", "class") for name in inspect.signature(segment).parameters} - {"options"}
+    defaults = {field.name: field.default for field in fields(SegmentationOptions)}
+    assert set(config) - {"hydra"} == parameters | set(defaults)
+    for name, default in defaults.items():
+        assert config[name] == (list(default) if isinstance(default, tuple) else default), name
+    storage = {field.name: field.default for field in fields(StorageOptions) if field.name != "overwrite"}
+    assert config["storage"] == {k: list(v) if isinstance(v, tuple) else v for k, v in storage.items()}
+
+
 ROOT = Path(__file__).parents[2]
 WRITER = runpy.run_path(str(ROOT / "docs" / "write_configuration.py"))
 
@@ -125,7 +141,7 @@ def test_configuration_page_is_up_to_date():
     assert WRITER["PAGE"].read_text(encoding="utf-8") == WRITER["page"](), "run python docs/write_configuration.py"
 
 
-@pytest.mark.parametrize("name", ["train", "predict", "submit", "inspect"])
+@pytest.mark.parametrize("name", ["train", "predict", "segment", "submit", "inspect"])
 def test_configuration_page_has_every_key(name):
     page = WRITER["page"]()
     keys = [key for key, value in flat_keys(composed(name)) if not isinstance(value, dict)]

@@ -1,0 +1,75 @@
+"""The job of ``cellmap-segment``: the objects of a prediction, as a Zarr group, a list and a picture."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cellmap_lightning.commands.signals import ExitOnSignal
+from cellmap_lightning.errors import CellMapValueError, MissingExtraError
+from cellmap_lightning.instances.options import InputKind, SegmentationOptions, StorageOptions
+from cellmap_lightning.instances.picture import draw_objects
+from cellmap_lightning.instances.scheduling import SchedulerName, open_scheduler
+from cellmap_lightning.instances.source import open_source
+from cellmap_lightning.instances.volume import SegmentationSummary, VolumeSegmentation
+from cellmap_lightning.io.meanings import ValuesSetting, check_values
+from cellmap_lightning.io.store import local_path
+
+log = logging.getLogger(__name__)
+
+
+def segment(
+    input: str,  # noqa: A002  the key of the command
+    out: str | Path,
+    class_name: str | None = None,
+    *,
+    kind: InputKind | None = None,
+    offsets: Sequence[Sequence[int]] | None = None,
+    channels: Sequence[str] | None = None,
+    values: ValuesSetting = "auto",
+    storage: Mapping[str, Any] | None = None,
+    scheduler: SchedulerName = "processes",
+    processes: int = 1,
+    address: str | None = None,
+    picture: bool = True,
+    overwrite: bool = False,
+    **options: Any,
+) -> SegmentationSummary:
+    """Segment one class of a prediction.
+
+    Args:
+        input: see `open_source`, as ``class_name`` to ``values``.
+        out: the Zarr group to write.
+        class_name: the class.
+        kind: the kind of the prediction.
+        offsets: the offsets of affinities.
+        channels: the groups of the channels of affinities.
+        values: the meaning of stored values.
+        storage: fields of `StorageOptions`.
+        scheduler: see `open_scheduler`, as ``processes`` and ``address``.
+        processes: number of processes on this machine.
+        address: address of a Dask scheduler.
+        picture: draw ``<out>.png`` beside the output.
+        overwrite: replace another segmentation in the output.
+        options: fields of `SegmentationOptions`.
+
+    Raises:
+        CellMapError: a setting, the input or the output is invalid; see `VolumeSegmentation`.
+
+    Example:
+        >>> segment("prediction.zarr", "segmentation.zarr", "mito", method="watershed")  # doctest: +SKIP
+    """
+    path = local_path(out)
+    if path.suffix != ".zarr":
+        raise CellMapValueError(f"out={out}: the name of a segmentation must end with .zarr")
+    source = open_source(input, class_name, kind, offsets, channels, check_values(values))
+    files = StorageOptions(overwrite=overwrite, **(storage or {}))
+    volume = VolumeSegmentation(source, path, SegmentationOptions(**options), files)
+    with ExitOnSignal(lambda: "the same command continues"), open_scheduler(scheduler, processes, address) as opened:
+        summary = volume.run(opened)
+    if picture:
+        try:
+            draw_objects(source, summary.labels, path.with_suffix(".png"), summary.objects)
+        except MissingExtraError as e:
+            log.warning("%s: no picture is drawn: %s", path, e)
+    return summary

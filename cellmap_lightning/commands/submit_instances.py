@@ -1,0 +1,96 @@
+"""Methods of instance segmentation for classes of a submission."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.evaluation.numbering import Labels
+from cellmap_lightning.evaluation.prediction_labels import prediction_labels
+from cellmap_lightning.instances.libraries import library
+from cellmap_lightning.instances.options import SegmentationOptions
+from cellmap_lightning.instances.segmenter import BlockSegmenter
+from cellmap_lightning.instances.source import SegmentationSource, open_source
+from cellmap_lightning.instances.volume import VolumeSegmentation
+from cellmap_lightning.io.meanings import Meaning, ValuesSetting
+from cellmap_lightning.splits.manifests import ManifestRow
+from cellmap_lightning.validation import one_of
+
+#: Options of `SegmentationOptions`, and the keys of `open_source`, for each class.
+Methods = Mapping[str, Mapping[str, Any]]
+_SOURCE = ("kind", "offsets", "channels")
+
+
+class InstanceMethods:
+    """The methods by which some classes of a submission are segmented.
+
+    A prediction is segmented at its own voxel size, out of core and restartable, in
+    ``<out>-instances/<dataset>/<crop>/<class>.zarr``; its ids are those of the nearest voxel in the submission.
+
+    Args:
+        methods: the options of each class.
+        classes: the classes whose objects are numbered.
+        out: the submission.
+
+    Raises:
+        CellMapValueError: a class is not one of them, or an option is invalid.
+
+    Example:
+        >>> methods = InstanceMethods({"mito": {"method": "watershed"}}, ["mito", "nuc"], Path("submission.zarr"))
+        >>> "nuc" in methods
+        False
+    """
+
+    def __init__(self, methods: Methods, classes: Sequence[str], out: Path) -> None:
+        self._folder = out.with_name(f"{out.stem}-instances")
+        self._options: dict[str, SegmentationOptions] = {}
+        self._source: dict[str, dict[str, Any]] = {}
+        known = [field.name for field in fields(SegmentationOptions)]
+        for name, settings in methods.items():
+            one_of("instances", name, classes)
+            if not isinstance(settings, Mapping):
+                raise CellMapValueError(
+                    f"instances.{name} must be a mapping such as {{method: watershed}}, got {settings!r}"
+                )
+            for key in settings:
+                one_of(f"instances.{name}", key, [*known, *_SOURCE])
+            self._source[name] = {key: settings[key] for key in _SOURCE if key in settings}
+            self._options[name] = SegmentationOptions(**{key: settings[key] for key in settings if key in known})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._options
+
+    def _open(self, row: ManifestRow, path: Path, values: ValuesSetting) -> SegmentationSource:
+        return open_source(str(path.parent), row.name, values=values, **self._source[row.name])
+
+    def check(self, row: ManifestRow, path: Path, values: ValuesSetting) -> None:
+        """Check that the method of a class reads its prediction. Do nothing for other classes.
+
+        Raises:
+            CellMapError: it does not.
+        """
+        if row.name in self:
+            BlockSegmenter.of(self._open(row, path, values), self._options[row.name])
+
+    def labels(self, row: ManifestRow, path: Path, values: ValuesSetting) -> Labels:
+        """Return the objects of a prediction on the voxels of a manifest.
+
+        Objects that consist of several parts there are numbered part by part, as the challenge's scorer does
+        (26-connected components of equal ids).
+
+        Args:
+            row: the voxels and the class.
+            path: the prediction.
+            values: see `meaning_of`.
+        """
+        out = self._folder / row.dataset / row.crop / f"{row.name}.zarr"
+        summary = VolumeSegmentation(self._open(row, path, values), out, self._options[row.name]).run()
+        ids = prediction_labels(row, summary.labels, 0.5, _unchanged, Meaning("ids"))
+        return np.asarray(library("cc3d").connected_components(np.ascontiguousarray(ids), connectivity=26))
+
+
+def _unchanged(numbers: Labels) -> Labels:
+    return numbers

@@ -1,0 +1,199 @@
+"""The command cellmap-segment, and methods of instances in cellmap-submit."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+import zarr
+from scipy import ndimage
+
+from cellmap_lightning.commands.segment import segment
+from cellmap_lightning.commands.submit import submit
+from cellmap_lightning.errors import CellMapError, CellMapValueError, MissingExtraError
+from cellmap_lightning.instances.libraries import library
+from cellmap_lightning.instances.scheduling import open_scheduler
+from tests.commands.test_cli import run_forked
+from tests.evaluation.test_challenge import manifest, row
+from tests.instances.volumes import OFFSETS, affinities_of, f1, probability_of, touching_spheres, write_prediction
+from tests.processes import descendants
+
+SMALL = ["storage.chunks=[16,16,16]", "storage.block=[32,32,32]"]
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return touching_spheres((48, 48, 64))
+
+
+@pytest.fixture
+def prediction(truth, tmp_path):
+    return write_prediction(tmp_path / "p.zarr", probability_of(truth), kind="scaled")
+
+
+def test_the_command_writes_labels_list_and_picture(prediction, truth, tmp_path):
+    arguments = ["input=p.zarr", "out=s.zarr", "class=mito", "method=watershed", *SMALL]
+    code, text = run_forked(*arguments, cwd=tmp_path, command="segment")
+    assert code == 0, text
+    labels = zarr.open_array(str(tmp_path / "s.zarr" / "mito" / "s0"), mode="r")[...]
+    assert f1(labels, truth) >= 0.95
+    assert f"{labels.max()} objects" in text
+    assert len((tmp_path / "s-objects.csv").read_text().splitlines()) == labels.max() + 1
+    assert (tmp_path / "s.png").stat().st_size > 10_000
+    code, text = run_forked(*arguments, cwd=tmp_path, command="segment")
+    assert code == 0, text
+    assert "finished before" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["class=mitos"], "it has no class 'mitos'; did you mean 'mito'?"),
+        (["class=mito", "method=watersheds"], "method must be one of components, watershed"),
+        (["class=mito", "method=mutex_watershed"], "method=mutex_watershed needs affinities"),
+        (["class=mito", "out=segmentation"], "out=segmentation: the name of a segmentation must end with .zarr"),
+        (["class=mito", "scheduler=slurm"], "scheduler must be one of processes, dask"),
+        (["class=mito", "processes=0"], "processes must be a whole number of at least 1"),
+        (["class=mito", "address=tcp://localhost:1"], "only Dask has one; set scheduler=dask"),
+        (["class=mito", "tresholds=0.5"], "threshold"),
+        (["input=nothing.zarr", "class=mito"], "input=nothing.zarr: it does not exist"),
+    ],
+)
+def test_errors_are_one_sentence(prediction, tmp_path, arguments, message):
+    code, text = run_forked("input=p.zarr", "out=s.zarr", *arguments, *SMALL, cwd=tmp_path, command="segment")
+    assert code == 1, text
+    assert message in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_channels_in_groups_are_affinities(truth, tmp_path):
+    values = affinities_of(truth)
+    for channel, name in enumerate("zyxabc"):
+        path = write_prediction(tmp_path / "p.zarr", values[channel], name, kind="scaled")
+    settings = {"storage": {"chunks": (16, 16, 16), "block": (48, 48, 64)}, "picture": False}
+    summary = segment(
+        str(path), tmp_path / "s.zarr", "z", kind="affinities", channels=list("zyxabc"), offsets=OFFSETS, **settings
+    )
+    labels = zarr.open_array(str(summary.labels / "s0"), mode="r")[...]
+    assert f1(labels, truth, 30) >= 0.95
+
+
+def test_signed_distances_are_segmented(truth, tmp_path):
+    distance = np.full(truth.shape, -8.0, np.float32)
+    for number, box in enumerate(ndimage.find_objects(truth), 1):
+        if box is not None:
+            here = ndimage.distance_transform_edt(np.pad(truth[box] == number, 1))[1:-1, 1:-1, 1:-1]
+            distance[box][here > 0] = 8 * here[here > 0]
+    stored = np.rint(128 + np.clip(distance / 64, -1, 1) * 127).astype(np.uint8)
+    for name, values, attributes in (("f.zarr", distance, {}), ("u.zarr", stored, {"nm": 64})):
+        path = write_prediction(tmp_path / name, values, attributes={"kind": "sdt", **attributes})
+        summary = segment(str(path), tmp_path / f"s-{name}", "mito", picture=False, storage={"chunks": (16, 16, 16)})
+        labels = zarr.open_array(str(summary.labels / "s0"), mode="r")[...]
+        assert f1(labels, truth) >= 0.95, name
+
+
+def test_a_missing_library_is_a_sentence(monkeypatch):
+    import sys
+
+    for module, package in (("bioimage_cpp", "bioimage-cpp"), ("cc3d", "connected-components-3d"), ("scipy", "scipy")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(
+            MissingExtraError, match=rf"needs {package}: pip install \"cellmap-lightning\[instances\]\""
+        ):
+            library(module)
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(MissingExtraError, match=r"cellmap-lightning\[dask\]"), open_scheduler("dask"):
+        pass
+
+
+# -- submissions
+
+
+@pytest.fixture
+def crop(truth, tmp_path):
+    folder = tmp_path / "predictions" / "jrc_a.zarr"
+    folder.mkdir(parents=True)
+    write_prediction(folder / "crop7", probability_of(truth), kind="scaled")
+    return manifest(tmp_path, row(7, "mito", (8.0, 8.0, 8.0), (4.0, 4.0, 4.0), truth.shape))
+
+
+def test_submissions_segment_classes_by_their_methods(crop, truth, tmp_path):
+    arguments = tmp_path / "predictions", crop, tmp_path / "s.zarr"
+    submit(*arguments)
+    assert f1(zarr.open_array(str(tmp_path / "s.zarr" / "crop7" / "mito"), mode="r")[...], truth) < 0.2
+    settings = {"mito": {"method": "watershed", "seed_distance": 32}}
+    submit(*arguments, instances=settings, overwrite=True)
+    assert f1(zarr.open_array(str(tmp_path / "s.zarr" / "crop7" / "mito"), mode="r")[...], truth) >= 0.95
+    assert (tmp_path / "s-instances" / "jrc_a" / "crop7" / "mito.zarr" / "mito" / "s0").is_dir()
+
+
+def test_submissions_segment_from_the_command_line(crop, truth, tmp_path):
+    overrides = [f"manifest={crop}", "out=s.zarr", "instances={mito: {method: watershed}}"]
+    code, text = run_forked(*overrides, cwd=tmp_path, command="submit")
+    assert code == 0, text
+    assert f1(zarr.open_array(str(tmp_path / "s.zarr" / "crop7" / "mito"), mode="r")[...], truth) >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("instances", "message"),
+    [
+        ({"mitos": {"method": "watershed"}}, "did you mean 'mito'"),
+        ({"mito": {"methods": "watershed"}}, "did you mean 'method'"),
+        ({"mito": "watershed"}, r"instances.mito must be .*\{method: watershed\}"),
+        ({"mito": {"method": "watersheds"}}, "did you mean 'watershed'"),
+        ({"mito": {"method": "agglomeration"}}, "needs affinities or boundary"),
+    ],
+)
+def test_invalid_methods_of_submissions(crop, tmp_path, instances, message):
+    with pytest.raises(CellMapValueError, match=message):
+        submit(tmp_path / "predictions", crop, tmp_path / "s.zarr", instances=instances)
+    assert not (tmp_path / "s.zarr").exists()
+
+
+# -- Dask
+
+
+@pytest.mark.slow
+def test_a_dask_worker_that_is_killed_is_replaced(prediction, tmp_path):
+    """A worker that ends in the middle costs the blocks that it had begun; the bytes are the same."""
+    import threading
+
+    settings = {"method": "watershed", "halo": 192.0, "picture": False}
+    storage = {"chunks": (16, 16, 16), "block": (16, 16, 16)}
+    whole = segment(str(prediction), tmp_path / "whole.zarr", "mito", storage=storage, **settings)
+    from cellmap_lightning.instances.options import SegmentationOptions, StorageOptions
+    from cellmap_lightning.instances.source import open_source
+    from cellmap_lightning.instances.volume import VolumeSegmentation
+
+    volume = VolumeSegmentation(
+        open_source(str(prediction), "mito"), tmp_path / "o.zarr", SegmentationOptions("watershed", halo=192.0),
+        StorageOptions(**storage),
+    )  # fmt: skip
+    killed = []
+
+    def kill_worker(journal, pids):
+        while not journal.exists() or journal.read_text().count("labelled") < 4:
+            time.sleep(0.02)
+        os.kill(pids[0], 9)
+        killed.append(pids[0])
+
+    with open_scheduler("dask", 2) as opened:
+        pids = list(opened._client.run(os.getpid).values())
+        assert set(pids) <= descendants(os.getpid())
+        journal = tmp_path / "o.zarr" / ".cellmap-segmentation" / "blocks-0.txt"
+        thread = threading.Thread(target=kill_worker, args=(journal, pids))
+        thread.start()
+        summary = volume.run(opened)
+        thread.join(60)
+    assert len(killed) == 1
+    assert summary.objects == whole.objects
+    a, b = (zarr.open_array(str(s.labels / "s0"), mode="r")[...] for s in (whole, summary))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_an_address_at_which_nothing_answers(tmp_path):
+    pytest.importorskip("distributed")
+    for address in ("tcp://127.0.0.1:1", "nonsense://x", "tcp://127.0.0.1:99999"):
+        with pytest.raises(CellMapError, match="no Dask scheduler answers"), open_scheduler("dask", 1, address):
+            pass
