@@ -18,6 +18,7 @@ from cellmap_lightning.errors import (
 from cellmap_lightning.geometry.lattice import Lattice, Shape
 from cellmap_lightning.instances.mutex_watershed import check_offsets
 from cellmap_lightning.instances.options import InputKind
+from cellmap_lightning.instances.predicted_channels import channels_of, target_of
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting, meaning_of
 from cellmap_lightning.io.ngff import Level, Multiscale, read_attributes, read_multiscale
@@ -27,6 +28,8 @@ from cellmap_lightning.prediction.journal import FOLDER
 from cellmap_lightning.validation import did_you_mean, one_of
 
 Floats = npt.NDArray[np.float32]
+#: Keys of attributes about the values of a prediction.
+_NOTES = ("kind", "offsets", "offset", "nm", "zero", "range")
 #: Names of kinds in attributes.
 _NAMES: dict[str, InputKind] = {
     "probability": "probability", "scaled": "probability", "binary": "probability", "multiclass": "probability",
@@ -121,7 +124,10 @@ def open_source(
     root = parse_location(location)
     if not exists(root):
         raise CellMapFileNotFoundError(f"input={location}: it does not exist; give the output of cellmap-predict")
-    path, name = _class_group(root, class_name)
+    described = class_name is not None and channels is None and not exists(root / class_name)
+    if described and root.name != class_name:
+        channels = channels_of(root, str(class_name), kind, _NAMES) or None
+    path, name = (root / channels[0], str(class_name)) if described and channels else _class_group(root, class_name)
     groups = [path] if channels is None else [_child(root, channel) for channel in channels]
     _check_finished(root, path)
     try:
@@ -129,6 +135,8 @@ def open_source(
     except CellMapError as e:
         raise MetadataError(f"{path} cannot be read, or its prediction is not finished: {e}") from e
     notes = _notes(images[0])
+    if "offset" in notes:
+        notes["offsets"] = [_notes(image).get("offset") for image in images]
     levels = [level for image in images for level in _channels(image)]
     kind = kind or _kind(notes, images[0], len(levels), values)
     where = f"input={location}, class={name}"
@@ -199,9 +207,9 @@ def _notes(image: Multiscale) -> dict[str, Any]:
     for attributes in (array.attributes if array is not None else {}, image.attributes):
         block = attributes.get("cellmap")
         block = block if isinstance(block, Mapping) else {}
-        for part in (block, block.get("prediction"), block.get("target")):
+        for part in (block, block.get("prediction"), block.get("target"), target_of(attributes)):
             if isinstance(part, Mapping):
-                notes.update({key: part[key] for key in ("kind", "offsets", "nm", "zero") if part.get(key) is not None})
+                notes.update({key: part[key] for key in _NOTES if part.get(key) is not None})
     return notes
 
 
@@ -256,6 +264,9 @@ def _distance_scale(notes: Mapping[str, Any], dtype: np.dtype[Any]) -> tuple[flo
     Floats are nm. Whole numbers are ``nm`` at the largest value of the type, and 0 in its middle.
     """
     limit = notes.get("nm")
+    if notes.get("range") == [-1, 1] and isinstance(limit, int | float):  # as cellmap-predict stores it
+        middle = 0.0 if dtype.kind == "f" else np.iinfo(dtype).max / 2
+        return float(limit) / (middle or 1.0), middle
     if dtype.kind == "f" or isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
         return 1.0, 0.0
     top = np.iinfo(dtype).max
