@@ -145,6 +145,12 @@ def annotated_classes(
         log.info("not evaluated, since the prediction does not cover them: %s", ", ".join(sorted(outside)))
 
 
+def annotated_crops(crops: Path, name: str, prediction: Lattice) -> list[Path]:
+    """Return the folders of the crops that annotate a class and lie in a prediction, sorted by name."""
+    folders = [folder for folder in crop_folders(crops, [name]) if is_group(folder / name)]
+    return [f for f in folders if covers(prediction, read_multiscale(f / name).finest.lattice)]
+
+
 def trained_crops(path: Path) -> set[Path]:
     """Return the folders of the crops for training.
 

@@ -124,6 +124,12 @@ def instance_score(overlaps: Overlaps) -> InstanceScore:
     )  # fmt: skip
 
 
+def matches(overlaps: Overlaps) -> tuple[int, int, int]:
+    """Return the matched pairs at an IoU of 0.5, the annotated objects and the predicted ones."""
+    score = instance_score(overlaps)
+    return score.matched, score.objects, score.predicted
+
+
 def _one_to_one(pairs: Ids, iou: Floats) -> Floats:
     """Return the IoU of the matched pairs.
 

@@ -16,7 +16,7 @@ from cellmap_lightning.crops.image import choose_level
 from cellmap_lightning.crops.labels import id_dtype, id_region
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.evaluation.numbering import Numbering
-from cellmap_lightning.geometry.lattice import EDGE_TOLERANCE, FloatArray, Lattice, Shape, box_map
+from cellmap_lightning.geometry.lattice import EDGE_TOLERANCE, Box, FloatArray, Lattice, Shape, box_map
 from cellmap_lightning.geometry.resample import evaluate
 from cellmap_lightning.io.meanings import ValuesSetting, meaning_of
 from cellmap_lightning.io.ngff import read_multiscale
@@ -89,6 +89,18 @@ class Annotation:
         return ids.astype(np.int64)
 
 
+def voxels_inside(lattice: Lattice, box: Box) -> tuple[Shape, Shape]:
+    """Return the first voxel whose centre lies in a box, and their number along each axis; 0 where there are none."""
+    lower = np.subtract(box.lower, lattice.origin) / lattice.step
+    upper = np.subtract(box.upper, lattice.origin) / lattice.step
+    first = np.clip(np.ceil(lower - EDGE_TOLERANCE), 0, lattice.shape).astype(int)
+    # A centre on the upper edge belongs to the next box.
+    end = np.clip(np.ceil(upper - EDGE_TOLERANCE), first, lattice.shape).astype(int)
+    a, b, c = first.tolist()
+    z, y, x = (end - first).tolist()
+    return (a, b, c), (z, y, x)
+
+
 class CropPair:
     """A class of a crop: its annotation, and a prediction that covers the crop; see docs/evaluation.md.
 
@@ -134,14 +146,7 @@ class CropPair:
         self.voxel_size = self._lattice.step
         self.annotation = Annotation(crop, name, self.voxel_size, unknown)
         box = self.annotation.box
-        lower = np.subtract(box.lower, self._lattice.origin) / self.voxel_size
-        upper = np.subtract(box.upper, self._lattice.origin) / self.voxel_size
-        first = np.clip(np.ceil(lower - EDGE_TOLERANCE), 0, self._lattice.shape).astype(int)
-        # A centre on the upper edge belongs to the next crop.
-        end = np.clip(np.ceil(upper - EDGE_TOLERANCE), first, self._lattice.shape).astype(int)
-        self._first: tuple[int, int, int] = (int(first[0]), int(first[1]), int(first[2]))
-        z, y, x = (end - first).tolist()
-        self.shape: Shape = (z, y, x)
+        self._first, self.shape = voxels_inside(self._lattice, box)
         if 0 in self.shape:
             raise CellMapValueError(
                 f"{self.label}: no voxel centre of the prediction {prediction} lies in the crop's {box}; predict with "
