@@ -103,9 +103,6 @@ class CellMapMultiDataset(SampleSource):
         """Return the number of crops in which each class is annotated."""
         return {c: sum(c in crop.annotated for crop in self.crops) for c in self.classes}
 
-    def __repr__(self) -> str:
-        return f"CellMapMultiDataset({len(self._datasets)} crops, {len(self)} positions)"
-
 
 def _shared_settings(first: CellMapDataset, other: CellMapDataset) -> list[tuple[str, Any, Any]]:
     """Return the settings that two datasets must share: their names, and the values of both."""

@@ -234,6 +234,9 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         batch.layout = dataclasses.replace(self.layout, seed=request.seed)
         return {name: value[0] for name, value in batch.finish().items()}
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.crops)} crops, {len(self)} positions)"
+
     def overriding_types(self) -> list[str]:
         """Return the names of user-defined classes, of this dataset and its parts, that override ``__getitem__``."""
         return [type(self).__name__] if overrides_items(self) else []
