@@ -84,9 +84,10 @@ class BlockTasks:
     # -- label
 
     def label(self, number: int) -> list[int]:
-        """Segment a block; return the numbers of its objects and of its components of the background."""
+        """Segment a block; return the numbers of its objects and of its components of the background, and a stamp."""
         start, shape = self.grid[number]
         lower, extent, core = self._with_halo(start, shape)
+        stamp = self.source.stamp(lower, extent)  # before it is read, so that a later change is noticed
         labels = self.segmenter(self.source.read(lower, extent))
         margin = _widened(core, labels.shape)
         inside = tuple(slice(c.start - m.start, c.stop - m.start) for c, m in zip(core, margin, strict=True))
@@ -101,7 +102,12 @@ class BlockTasks:
         faces["objects"] = np.array([objects])
         faces["touching"] = _touching(block, objects) if background else np.empty((0, 2), np.uint32)
         flush([self.files("labels").write(number, {"labels": block}), self.files("faces").write(number, faces)])
-        return [objects, background]
+        return [objects, background, stamp]
+
+    def stamp(self, number: int) -> int:
+        """Return the stamp of the stored files that a block is segmented from."""
+        lower, extent, _ = self._with_halo(*self.grid[number])
+        return self.source.stamp(lower, extent)
 
     def _with_halo(self, start: Shape, shape: Shape) -> tuple[Shape, Shape, Slices]:
         """Return the first voxel and the shape of what is read for a block, and the block inside of it."""

@@ -80,6 +80,11 @@ class SegmentationSource:
             values[channel] = self._values(reader, start, shape)
         return values
 
+    def stamp(self, start: Shape, shape: Shape) -> int:
+        """Return a number (63 bits) that changes when the stored files of a box do; see `ChunkReader.stamp`."""
+        total = sum(n * reader.stamp(start, shape) for n, reader in enumerate(self.readers, 1))
+        return total & (1 << 63) - 1
+
     def _values(self, reader: ChunkReader, start: Shape, shape: Shape) -> Floats:
         stored = reader.read(start, shape)
         if self.meaning is None:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cellmap_lightning.errors import CellMapError, CellMapValueError, OutputError
+from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.instances.block_tasks import BlockTasks
 from cellmap_lightning.instances.joining import BlockNumbers, id_type, join_objects
 from cellmap_lightning.instances.objects import write_objects
@@ -141,6 +141,7 @@ class VolumeSegmentation:
             f"{output.path}: {self._segmenter.method} of {list(self._grid.shape)} voxels, in {len(self._grid)} blocks "
             f"of {list(self._grid.block)} with a halo of {list(self._segmenter.halo)}"
         )
+        self._check_input()
         stored = output.stored()
         if stored is None:
             self._step(scheduler, "labelled", tasks.label, report)
@@ -160,6 +161,19 @@ class VolumeSegmentation:
         output.finish(0, 1, lambda: None)
         report(f"{output.path}: {len(measures)} objects")
         return self._summary(len(measures), resumed)
+
+    def _check_input(self) -> None:
+        """Check that the input of blocks that were segmented before has not changed.
+
+        Raises:
+            CellMapFileExistsError: it has.
+        """
+        for number, notes in self._output.journal.reached("labelled").items():
+            if self._tasks.stamp(number) != notes[2]:
+                raise CellMapFileExistsError(
+                    f"{self._output.path}: {self._source.path} has changed since block {number} was segmented, so the "
+                    "segmentation cannot be resumed; replace it with overwrite=True"
+                )
 
     def _step(
         self,

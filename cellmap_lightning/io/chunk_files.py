@@ -53,7 +53,8 @@ class ChunkFiles:
         return itertools.product(*self._spans(start, shape))
 
     def _spans(self, start: tuple[int, int, int], shape: Shape) -> list[range]:
-        spans = [range(1)] * self.level.ndim
+        channel = self.level.channel or 0
+        spans = [range(channel // n, channel // n + 1) for n in self.level.array.files]
         for axis, first, count in zip(self.level.axes, start, shape, strict=True):
             size = self.level.array.files[axis]
             spans[axis] = range(first // size, -(-(first + count) // size))
