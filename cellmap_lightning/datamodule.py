@@ -113,8 +113,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         batch_size: samples per batch and rank.
         num_workers: worker processes per loader; the dataset reads with threads, so 0 is usually fastest.
         spatial_transforms: augmentation of the train split, see `SpatialTransforms`.
-        intensity_transforms: random blur, contrast, brightness, gamma and noise of the train split, see
-            `IntensityTransforms`.
+        intensity_transforms: random changes of normalized raw of the train split, see `IntensityTransforms`.
         raw_value_transforms: see `IntensityOptions`.
         target_value_transforms: see `LabelOptions`.
         class_relation_dict: see `LabelOptions`.

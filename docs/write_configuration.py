@@ -86,7 +86,9 @@ def rows(text: str, prefix: str = "") -> Iterator[tuple[str, str, str]]:
             yield prefix + name, source or "null", " ".join(filter(None, (above, comment, beside[1] if beside else "")))
             above = ""
 
-    yield from walk(yaml.compose(text), "", "")
+    content = yaml.compose(text)
+    if content is not None:  # a file of comments alone
+        yield from walk(content, "", "")
 
 
 def escaped(text: str) -> str:
@@ -123,8 +125,12 @@ def page() -> str:
                 continue
             for option, content in options.items():
                 parts.append(f"`{group.name}={option}`")
+                if not any(rows(content)):
+                    parts[-1] += " sets nothing.\n"
+                    continue
+                package = re.match(r"# @package (\w+)", content)
                 parts[-1] += derived(content) + ":\n"
-                parts.append(table(content, f"{group.name}.") + "\n")
+                parts.append(table(content, f"{package[1] if package else group.name}.") + "\n")
     return "\n".join(parts)
 
 

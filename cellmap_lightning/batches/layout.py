@@ -26,7 +26,7 @@ from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.runtime.buffers import BUFFERS
 from cellmap_lightning.runtime.rng import VALUES, hashes
 from cellmap_lightning.transforms.intensity import IntensityTransforms
-from cellmap_lightning.transforms.kinds import signed
+from cellmap_lightning.transforms.kinds.kind import signed
 from cellmap_lightning.transforms.normalization import AUTO, Scaling, seed_own_generator
 from cellmap_lightning.validation import int_at_least
 
@@ -113,14 +113,18 @@ class BatchLayout:
             return dict(batch)
         stored = batch.gathered().tensors
         samples = stored["sample"]
+        reference = next(iter(self.inputs.values())).window
         out: dict[str, torch.Tensor] = {}
         for name, spec in self.inputs.items():
             value = self._finish_input(name, stored[name], stored["idx"], samples, len(out))
             if self.augment:
-                value = self.augment(value, self.seed, samples.tolist(), len(out), spec.window.scale.tolist())
+                scale = spec.window.scale.tolist()
+                value = self.augment(value, self.seed, samples.tolist(), len(out), scale, reference)
+                # Only floating-point raw can be infinite, of which effects may make NaN.
+                value = _without_nan(value) if stored[name].is_floating_point() else value
             out[name] = value.squeeze(1) if spec.slices_as_channels else _drop_thin(value, spec.window)
         for name, target in self.targets.items():
-            value = target.kind.finish(stored[name])
+            value = target.kind.finish(self._hide(target, stored[name], samples, reference))
             # Value transforms apply per class, which only these kinds have as channels.
             if target.kind.name in ("binary", "ids"):
                 for index, transform in self.target_transforms.items():
@@ -133,6 +137,19 @@ class BatchLayout:
             out[name] = value
         out["idx"] = stored["idx"]
         return out
+
+    def _hide(
+        self, target: TargetArray, compact: torch.Tensor, samples: torch.Tensor, reference: Window
+    ) -> torch.Tensor:
+        """Return the compact form of a target, unknown in missing sections if the augmentation asks for it."""
+        if not self.augment:
+            return compact
+        hidden = self.augment.hidden(self.seed, samples.tolist(), target.window, reference, compact.device)
+        if hidden is None:
+            return compact
+        if not target.kind.channels_first:
+            hidden = hidden.movedim(1, -1)
+        return compact.masked_fill(hidden, target.kind.unknown)
 
     def _finish_input(
         self, name: str, raw: torch.Tensor, positions: torch.Tensor, samples: torch.Tensor, number: int

@@ -23,7 +23,7 @@ WARM_UP = 3
 class DataWaitMonitor(L.Callback):
     """Logs, per training step, the seconds of waiting for its batch and of copying and finishing it.
 
-    The metrics are ``data/wait_s`` and ``data/copy_s``, in the progress bar and the logger. Both are seconds of the
+    The metrics are ``data/wait_s`` and ``data/copy_s``, in the logger. Both are seconds of the
     thread that runs the steps. The device loses less if it has queued work during a wait, or if a copy is asynchronous.
     The hint therefore counts only waits after which the device was idle.
 
@@ -71,8 +71,8 @@ class DataWaitMonitor(L.Callback):
         step = self._step
         if step is None:
             return
-        pl_module.log("data/wait_s", step.waited, prog_bar=True, batch_size=1)
-        pl_module.log("data/copy_s", step.moved, prog_bar=True, batch_size=1)
+        pl_module.log("data/wait_s", step.waited, batch_size=1)
+        pl_module.log("data/copy_s", step.moved, batch_size=1)
         self._steps += 1
         if self._steps > 0:  # after the warm-up
             self._seconds += time.perf_counter() - self._since

@@ -19,7 +19,7 @@ from cellmap_lightning.redaction import hide_overrides
 #: Keys whose values are paths, which are quoted if the grammar refuses them: ``epoch=0-step=3.ckpt``.
 PATHS = ("ckpt", "resume", "init_from")
 #: Groups that a command does not need.
-_OPTIONAL = ("callbacks", "logger", "experiment")
+_OPTIONAL = ("augment", "callbacks", "logger", "experiment")
 #: The keys for a path without a key, by command and suffix.
 _KEYS_OF_PATHS = {
     "train": {".ckpt": "resume={0} or init_from={0}", ".csv": "data.csv_path={0}"},

@@ -11,6 +11,8 @@ from cellmap_lightning.commands.resolvers import CONFIGS
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.validation import did_you_mean
 
+_TRAINING_GROUPS = ("model", "task", "trainer", "callbacks", "logger", "experiment")
+
 
 def flat_keys(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every key of a configuration of plain containers, joined by dots, and its value."""
@@ -61,7 +63,7 @@ def check_known(cfg: DictConfig, name: str) -> None:
         name: the command.
 
     Raises:
-        CellMapKeyError: nothing reads a key, or an experiment lacks its ``@package`` line.
+        CellMapKeyError: nothing reads a key, or an experiment or augmentation lacks its ``@package`` line.
         CellMapTypeError: an entry of callbacks or logger has no ``_target_``.
     """
     schema, groups = _schema(name)
@@ -70,6 +72,11 @@ def check_known(cfg: DictConfig, name: str) -> None:
         raise CellMapKeyError(
             f"the experiment sets experiment.{next(iter(config['experiment'] or ['...']))} and so on, which nothing "
             "reads: the first line of its file must be '# @package _global_'"
+        )
+    if "augment" in config:
+        raise CellMapKeyError(
+            f"the augmentation sets augment.{next(iter(config['augment'] or ['...']))} and so on, which nothing reads: "
+            "the first line of its file must be '# @package data'"
         )
     interpolations = [value for _, value in flat_keys(config) if isinstance(value, str) and "${" in value]
     unread = [path for path in _unknown_keys(config, schema) if not _is_referred_to(path, interpolations)]
@@ -80,12 +87,24 @@ def check_known(cfg: DictConfig, name: str) -> None:
     _check_groups_of_targets(config)
 
 
+def training_data(cfg: DictConfig) -> DictConfig:
+    """Return a configuration without what only a training reads, such as its network.
+
+    `cellmap-preview` and `cellmap-inspect` take the experiments and files of `cellmap-train`, and read their data.
+    """
+    OmegaConf.resolve(cfg.data)
+    unread = {*_TRAINING_GROUPS, *_schema("train")[0]} - {"data", "patch", "seed"}
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in unread])
+
+
 def _schema(name: str) -> tuple[dict[str, Any], list[str]]:
     """Return the keys of a command's own configuration, and the groups in its defaults list."""
     own: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=False)
     groups = [key for entry in own.pop("defaults", []) if isinstance(entry, dict) for key in entry]
     schema = {key: value for key, value in own.items() if key != "hydra"}
     schema |= {group: None for group in groups if " " not in group}  # with a blank: "override /group"
+    if name in ("preview", "inspect"):
+        schema = _schema("train")[0] | schema
     return schema, groups
 
 

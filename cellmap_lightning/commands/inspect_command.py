@@ -3,8 +3,10 @@
 import logging
 from typing import Any
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from cellmap_lightning.commands.config_keys import training_data
 from cellmap_lightning.commands.messages import quieten
 from cellmap_lightning.commands.program import run_command
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
@@ -26,8 +28,7 @@ def _prepare(cfg: DictConfig) -> DictConfig:
             raise CellMapValueError(f"{name} must be true or false, got {cfg[name]!r}")
     if cfg.device_gb is not None:
         positive_number("device_gb (GiB)", cfg.device_gb)
-    config = OmegaConf.create(OmegaConf.to_container(cfg))
-    assert isinstance(config, DictConfig)
+    config = training_data(cfg)
     if OmegaConf.is_missing(config.data, "csv_path"):
         config.data.csv_path = None
     config.input_path = config.data.pop("input_path")
@@ -57,7 +58,8 @@ def _inspect(configs: list[DictConfig]) -> None:
     from cellmap_lightning.batches.memory import gpu_memory
     from cellmap_lightning.inspection.report import inspect, refuse
 
-    data: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    target = cfg.data.pop("_target_")  # its arguments may be made by targets themselves, as the demo's volume is
+    data: Any = {"_target_": target, **instantiate(cfg.data, _convert_="all")}
     patch: Any = OmegaConf.to_container(cfg.patch, resolve=True)
     device_bytes = int(cfg.device_gb * 2**30) if cfg.device_gb is not None else gpu_memory() or 16 << 30
     report = inspect(data, patch, cfg.input_path, cfg.deep, device_bytes)

@@ -1,7 +1,9 @@
 """Error messages of commands, and filters of the messages of libraries."""
 
 import logging
+import shutil
 import sys
+import textwrap
 import warnings
 from typing import NoReturn
 
@@ -10,6 +12,21 @@ from cellmap_lightning.commands.private_run import hide
 
 class Stopped(SystemExit):
     """Exit of a command whose error has been printed."""
+
+
+class TerminalFormatter(logging.Formatter):
+    """A formatter that wraps long lines at the width of the terminal, if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        text = super().format(record)
+        if not sys.stdout.isatty():
+            return text
+        width = shutil.get_terminal_size().columns
+        return "\n".join(
+            textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+            for line in text.split("\n")
+        )
 
 
 #: Printed messages.

@@ -1,11 +1,14 @@
 """The command ``cellmap-preview``."""
 
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from cellmap_lightning.commands.config_keys import training_data
 from cellmap_lightning.commands.messages import quieten
 from cellmap_lightning.commands.program import run_command
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
@@ -14,7 +17,7 @@ from cellmap_lightning.validation import one_of
 
 def main() -> Any:
     """Run ``cellmap-preview``: draw batches exactly as a training step receives them."""
-    return run_command("preview", _preview)
+    return run_command("preview", _preview, lambda cfg: [training_data(cfg)])
 
 
 def _preview(configs: list[DictConfig]) -> None:
@@ -32,5 +35,9 @@ def _preview(configs: list[DictConfig]) -> None:
         previews = collect(getattr(data, f"{cfg.split}_dataloader")(), cfg.samples, cfg.epoch, cfg.serve)
         title = f"{cfg.split}, epoch {cfg.epoch}, seed {cfg.seed}"
         files = write(previews, data.classes or (), out, title, cfg.overlay, cfg.html)
-    print("\n\n".join(f"{p.sample.header}\n  {p.napari}\n  {p.neuroglancer}" for p in previews))
-    print("\n" + "\n".join(map(str, files)))
+    links = out.with_name(f"{out.stem}-links.txt")
+    links.write_text("\n\n".join(f"{p.sample.header}\n{p.napari}\n{p.neuroglancer}" for p in previews) + "\n")
+    width = shutil.get_terminal_size().columns
+    for preview in previews:
+        print("\n".join(textwrap.wrap(preview.sample.header, width, subsequent_indent="    ")))
+    print("\n" + "\n".join(map(str, (*files, links))))

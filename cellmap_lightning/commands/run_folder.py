@@ -13,8 +13,8 @@ from cellmap_lightning.validation import first_few
 
 #: Files that show that a run has started; its configuration and its log alone do not.
 _RESULTS = ("*.ckpt", "checkpoints/*.ckpt", "metrics.csv", "metrics.*.csv")
-#: Pictures, which a later run may not write again.
-_PICTURES = ("curves.png", "samples.png")
+#: Pictures and scores, which a later run may not write again.
+_PICTURES = ("curves.png", "samples.png", "scores.json")
 
 
 def results_in(folder: Path) -> list[Path]:
@@ -43,17 +43,17 @@ class KeepRuns(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the folder of a single run."""
-        folder = _folder(config, "hydra.run.dir")
+        folder = hydra_folder(config, "hydra.run.dir")
         _check(config, folder, results_in(folder))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the folders of the jobs of a sweep."""
-        folder = _folder(config, "hydra.sweep.dir")
+        folder = hydra_folder(config, "hydra.sweep.dir")
         jobs = sorted(path for path in folder.glob("*") if path.is_dir())
         _check(config, folder, [result for job in jobs for result in results_in(job)])
 
 
-def _folder(config: DictConfig, key: str) -> Path:
+def hydra_folder(config: DictConfig, key: str) -> Path:
     """Return the folder in a key of Hydra's configuration."""
     hydra = HydraConfig.instance()
     previous = hydra.cfg

@@ -26,6 +26,7 @@ from cellmap_lightning.commands.pictures import attempt, draw_samples, scores_of
 from cellmap_lightning.commands.private_run import without_secrets
 from cellmap_lightning.commands.run_folder import how_to_continue, remove_run, results_in
 from cellmap_lightning.commands.signals import ExitOnSignal
+from cellmap_lightning.commands.sweep_table import write_scores
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.training import report
 from cellmap_lightning.training.checkpoints import check_checkpoint, check_exists, load_weights, saved_checkpoints
@@ -85,6 +86,8 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
             check_checkpoint(checkpoint, data, task, "resume", "resume")
         elif cfg.init_from is not None:  # a resumed run has weights
             _initialize_weights(unresolved, data, task)
+        count = sum(p.numel() for p in task.parameters())
+        log.info("%s: %s parameters", type(getattr(task, "network", task)).__name__, f"{count:,}")
         trainer = progress.trainer = _trainer(cfg, CheckpointConfig(stored, start))
         validates = data.splits.has_crops("val") and trainer.limit_val_batches != 0
         if trainer.is_global_zero:
@@ -136,6 +139,7 @@ def _report(cfg: DictConfig, folder: Path, trainer: Any, task: Any, untrained: M
         print("\nvalidation\n" + report.score_table(scores, untrained, list(cfg.data.classes or ())))
     elif metric is not None:  # the scores of each class stayed in the processes of ddp_spawn and ddp_fork
         print(f"\nvalidation\n{cfg.monitor} {float(metric):.3f}")
+    write_scores(folder, cfg.monitor, None if metric is None else float(metric), scores or {})
     print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder)))
 
 

@@ -221,7 +221,7 @@ class Crop:
 
     def _report(self) -> None:
         absent = [c for c in self.arrays.classes if c not in self.annotated]
-        log.info(
+        log.debug(  # of one crop; a collection logs one line of all
             "%s: inputs %s; targets %s; annotated %s; not annotated %s; %d positions; %d workers",
             self.label,
             ", ".join(f"{n} {list(self.windows[n].shape)} at {level.name}" for n, level in self.raw.levels.items()),

@@ -24,7 +24,7 @@ from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.io.ngff import Level, Multiscale
 from cellmap_lightning.runtime.thread_pool import ReadPool
 from cellmap_lightning.transforms.implied import Implications
-from cellmap_lightning.transforms.kinds import UNKNOWN_ID, TargetKind
+from cellmap_lightning.transforms.kinds.kind import UNKNOWN_ID, TargetKind
 
 
 class TooCoarseError(CellMapValueError):

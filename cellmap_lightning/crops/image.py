@@ -26,9 +26,12 @@ from cellmap_lightning.geometry.lattice import (
 )
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.geometry.resample import AnyArray, Method, evaluate
+from cellmap_lightning.io.array_reader import chunk_shape
 from cellmap_lightning.io.chunk_names import check_chunk_names
-from cellmap_lightning.io.chunks import ChunkReader, Reader, chunk_shape
-from cellmap_lightning.io.ngff import Level, LevelTranslations, Multiscale, Overrides, read_multiscale, report
+from cellmap_lightning.io.chunks import Reader
+from cellmap_lightning.io.images import read_image
+from cellmap_lightning.io.ngff import Level, LevelTranslations, Multiscale, Overrides, report
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy, power_of_two
 from cellmap_lightning.io.store import identity_of
 from cellmap_lightning.validation import one_of
@@ -110,12 +113,29 @@ def choose_level(
             )
             + f" than its finest level {level.name} ({list(level.scale)} nm); at most {max_upsampling:g}x is allowed"
             + (f". Levels {', '.join(absent)} are listed but not on disk" if absent else "")
+            + _scale_hint(scale, level.scale)
         )
     log.info(
         "%s%s has no level as fine as %s nm; %s (%s nm) is upsampled",
         name, image.path, list(scale), level.name, list(level.scale),
     )  # fmt: skip
     return level
+
+
+def _scale_hint(scale: Sequence[float], stored: Sequence[float]) -> str:
+    """Return the end of a message about a scale that fits in another order or unit, or nothing."""
+
+    def fits(values: Sequence[float]) -> bool:
+        return bool(np.all(np.divide(values, stored) > 1 / 1.5) and np.all(np.divide(values, stored) < 16))
+
+    for text, values in (
+        ("the order is z, y, x", list(scale)[::-1]),
+        ("the unit is nm", [s * 1000 for s in scale]),
+        ("the order is z, y, x and the unit nm", [s * 1000 for s in scale][::-1]),
+    ):
+        if fits(values):
+            return f". If {text}, it would be {[round(float(v), 6) for v in values]}"
+    return ""
 
 
 class StoredImage:
@@ -144,7 +164,7 @@ class StoredImage:
     ) -> None:
         self.level = level
         self.lattice = level.lattice
-        self.reader = ChunkReader(
+        self.reader = open_reader(
             level, label, reader, retry_policy, "missing" if missing in ("warn", "fill", "mask") else "error"
         )
         self.missing = missing
@@ -258,7 +278,7 @@ class StoredImage:
         return [self.lattice]
 
     def stamp(self, box: Box) -> int:
-        """Return the stamp of a physical box and of the neighbours used for interpolation; see `ChunkReader.stamp`."""
+        """Return the stamp of a physical box and of the neighbours used for interpolation; see `ArrayReader.stamp`."""
         voxels = stored_box(self.lattice, box, 2)
         return self.reader.stamp(*voxels) if voxels is not None else 1
 
@@ -334,9 +354,7 @@ class CellMapImage:
         self.pad = pad
         self.pad_value = pad_value
         self.interpolation: Method = interpolation
-        self.image = read_multiscale(
-            path, Overrides.parse(unit, voxel_size, translation, multiscale, level_translations)
-        )
+        self.image = read_image(path, Overrides.parse(unit, voxel_size, translation, multiscale, level_translations))
         report(self.image.path, self.image.notes)
         self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
         check_chunk_names(self.level.array, target_class)

@@ -14,13 +14,15 @@ from cellmap_lightning.errors import CellMapError, CellMapValueError, MetadataEr
 from cellmap_lightning.geometry.lattice import AffineMap, Box, FloatArray, Lattice, Shape
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.geometry.resample import AnyArray, evaluate
-from cellmap_lightning.io.chunks import ChunkReader, Reader, chunk_shape
+from cellmap_lightning.io.array_reader import ArrayReader, chunk_shape
+from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.label_values import CODE, read_labels
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, read_encoding
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.io.store import identity_of
 from cellmap_lightning.transforms.implied import Implications
-from cellmap_lightning.transforms.kinds import UNKNOWN_ID, signed
+from cellmap_lightning.transforms.kinds.kind import UNKNOWN_ID, signed
 from cellmap_lightning.transforms.targets import pack, packed_bytes
 
 #: Downsampling of labels: the stored level, or the majority, or any, of the finest level's voxels.
@@ -64,15 +66,17 @@ def label_members(
 
 
 def stored_labels(
-    reader: ChunkReader, encoding: Encoding, start: tuple[int, int, int], shape: Shape, begun: Any = None
+    reader: ArrayReader, encoding: Encoding, start: tuple[int, int, int], shape: Shape, begun: Any = None
 ) -> AnyArray:
-    """Read the stored integers of a box; for ``begun`` see `ChunkReader.read`.
+    """Read the stored integers of a box; for ``begun`` see `ArrayReader.read`.
 
     Raises:
         MetadataError: values are not whole numbers, or the encoding is ambiguous or does not explain them.
     """
     stored = read_labels(reader, start, shape, begun)
     where = f"{reader.label}: {reader.level.path}"
+    if encoding.ids is not None:
+        stored = encoding.ids.decode(stored, where)
     if stored.dtype.kind == "i":
         unexplained = (stored < 0) & (stored != encoding.absent)
         if encoding.unknown is not None:
@@ -100,7 +104,7 @@ def stored_labels(
 
 
 def _without_missing(
-    reader: ChunkReader, encoding: Encoding, start: tuple[int, int, int], stored: AnyArray
+    reader: ArrayReader, encoding: Encoding, start: tuple[int, int, int], stored: AnyArray
 ) -> AnyArray:
     """Return the stored labels of a box, with the code of unknown voxels in missing chunks."""
     z, y, x = stored.shape
@@ -144,7 +148,7 @@ class BitGroup:
         self.lattice: Lattice = members[0][2].lattice
         self.depth = depth
         self.members = [
-            (index, ChunkReader(level, f"{label}/{name}", reader, retry_policy, code.empty), code)
+            (index, open_reader(level, f"{label}/{name}", reader, retry_policy, code.empty), code)
             for index, name, level, code in members
         ]
         self.chunks = chunk_shape([reader for _, reader, _ in self.members])
@@ -165,7 +169,7 @@ class BitGroup:
         return pack(stored, shape, self.depth)
 
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
-        """Return one stamp of all classes; see `ChunkReader.stamp`."""
+        """Return one stamp of all classes; see `ArrayReader.stamp`."""
         return mixed(reader.stamp(start, shape) for _, reader, _ in self.members)
 
     def identity(self) -> tuple[object, ...]:
@@ -292,7 +296,7 @@ class BitStack:
             out[...] = whole[..., : self.depth_out]
 
     def stamp(self, box: Box) -> int:
-        """Return one stamp of all classes in a physical box; see `ChunkReader.stamp`."""
+        """Return one stamp of all classes in a physical box; see `ArrayReader.stamp`."""
         boxes = ((group, stored_box(group.lattice, box, 1)) for group in self.groups)
         return mixed(group.stamp(*voxels) for group, voxels in boxes if voxels is not None)
 
@@ -444,7 +448,7 @@ class IdStack:
 class _IdDecoder:
     """Decoder of stored ids, with -1 for unknown and 0 for absent voxels."""
 
-    def __init__(self, reader: ChunkReader, encoding: Encoding, dtype: np.dtype[Any]) -> None:
+    def __init__(self, reader: ArrayReader, encoding: Encoding, dtype: np.dtype[Any]) -> None:
         self.reader, self.encoding, self.dtype = reader, encoding, dtype
 
     def identity(self) -> tuple[object, ...]:
@@ -485,7 +489,7 @@ def id_region(
         reader: see `chunks.Reader`.
         retry_policy: retries and timeouts of reads.
     """
-    decoder = _IdDecoder(ChunkReader(level, label, reader, retry_policy, encoding.empty), encoding, dtype)
+    decoder = _IdDecoder(open_reader(level, label, reader, retry_policy, encoding.empty), encoding, dtype)
     key = ("ids", identity_of(level.path), encoding, str(dtype))
     return Region(
         decoder.reader.shape, chunk_shape([decoder.reader]), dtype, decoder, cache, key,

@@ -47,12 +47,13 @@ class ReadOptions:
         storage_options: arguments of fsspec's file system for addresses such as ``s3://bucket/vol.zarr``, as
             ``{anon: true}``, ``{profile: lab}`` or ``{endpoint_url: ...}``.
         unit: unit of the axes in place of the stored one, such as ``micrometer``: of raw and labels alike, or
-            ``{raw: ..., gt: ...}``, as for the next three.
+            ``{raw: ..., gt: ...}``, as for the next three and ``axes``.
         voxel_size: voxel size of the finest level in place of the stored one, nm (z, y, x).
         translation: centre of voxel 0 of the finest level in place of the stored one, nm (z, y, x).
         multiscale: name of the image to read where a group lists several.
         level_translations: treatment of missing or equal translations of levels: ``auto`` (all levels cover the same
             box) or ``stored``.
+        axes: names of the stored axes, one letter each, such as ``xyz``; for arrays that are not OME-NGFF images.
 
     Raises:
         CellMapError: an invalid value.
@@ -74,6 +75,7 @@ class ReadOptions:
     translation: Any = None
     multiscale: Any = None
     level_translations: LevelTranslations = "auto"
+    axes: Any = None
 
     def __post_init__(self) -> None:
         check_mode(self.cache, self.cache_bytes)
@@ -97,6 +99,7 @@ class ReadOptions:
             voxel_size=self.voxel_size,
             translation=self.translation,
             multiscale=self.multiscale,
+            axes=self.axes,
         )
 
 

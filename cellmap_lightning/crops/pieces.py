@@ -14,7 +14,7 @@ from cellmap_lightning.crops.labels import IdStack, Nearest
 from cellmap_lightning.geometry.lattice import AffineMap, FloatArray, Shape, patch_map
 from cellmap_lightning.geometry.resample import Method, Slices, slices
 from cellmap_lightning.geometry.rotation import gathered_box, is_gathered
-from cellmap_lightning.transforms.kinds import UNKNOWN_ID, TargetKind
+from cellmap_lightning.transforms.kinds.kind import UNKNOWN_ID, TargetKind
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,8 @@ _ONE, _TWO = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 #: Purposes of the numbers; each has a separate stream.
 PLACE, TURN, VALUES, ORDER, AUGMENT, INDEX, HIDE, SHUFFLE = range(8)
+#: First of the purposes of intensity effects: effect ``n`` uses ``EFFECT + 2 * n`` and the next one.
+EFFECT = 1000
 
 
 def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -11,6 +11,7 @@ import torch
 
 from cellmap_lightning.checkpointing.checkpoint_config import START_KEY
 from cellmap_lightning.checkpointing.data_match import Purpose, check_data, check_weights, data_record, recorded
+from cellmap_lightning.checkpointing.unreadable import unreadable
 from cellmap_lightning.datamodule import CellMapDataModule
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.training.restorable import RestorableTask
@@ -150,7 +151,9 @@ def read_checkpoint(path: Path, setting: str) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises what its readers raise
-        raise CellMapValueError(f"{setting}={path} cannot be read: {str(e).splitlines()[0]}") from e
+        with path.open("rb") as file:
+            first = file.read(8)
+        raise CellMapValueError(f"{setting}={path} {unreadable(first, e)}") from e
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CellMapValueError(f"{setting}={path} is not a checkpoint of Lightning: it has no 'state_dict'")
     return checkpoint
@@ -167,6 +170,10 @@ def check_exists(path: Path, setting: str, hint: str = "") -> None:
     Raises:
         CellMapFileNotFoundError: it does not; the message lists the checkpoints beside it.
     """
+    if path.is_dir():
+        inside = [*sorted(path.glob("*.ckpt")), *sorted(path.glob("checkpoints/*.ckpt"))]
+        advice = f"did you mean {' or '.join(map(str, inside[:3]))}?" if inside else "it holds no checkpoints"
+        raise CellMapFileNotFoundError(f"{setting}={path} is a folder; {advice}{hint}")
     if not path.is_file():
         others = ", ".join(map(str, sorted(path.parent.glob("*.ckpt")))) or "none"
         raise CellMapFileNotFoundError(

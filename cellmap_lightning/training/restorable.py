@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 from cellmap_lightning.checkpointing.data_match import check_data, check_weights, data_record, loading, recorded
 from cellmap_lightning.checkpointing.trust import check_trusted
+from cellmap_lightning.checkpointing.unreadable import unreadable
 from cellmap_lightning.datamodule import CellMapDataModule
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 
@@ -105,10 +106,19 @@ def _read(source: Any, weights_only: bool | None) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except Exception as e:  # torch raises what its readers raise
-        raise CellMapValueError(f"{source} cannot be read: {str(e).splitlines()[0]}") from e
+        raise CellMapValueError(f"{source} {unreadable(_first_bytes(source), e)}") from e
     if not isinstance(checkpoint, dict):
         raise CellMapValueError(f"{source} is not a checkpoint of Lightning")
     return checkpoint
+
+
+def _first_bytes(source: Any) -> bytes:
+    """Return the first bytes of a file or of an open file."""
+    if hasattr(source, "read"):
+        source.seek(0)
+        return bytes(source.read(8))
+    with fsspec.open(str(source), "rb") as file:
+        return bytes(file.read(8))
 
 
 def _arguments(checkpoint: dict[str, Any], cls: type, missing: Sequence[str], where: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_wait_is_logged_per_step(volume, tmp_path, clock, monkeypatch):
         logger = CSVLogger(tmp_path, "", "")
         run = trainer(tmp_path, logger=logger, callbacks=[DataWaitMonitor()], log_every_n_steps=1, limit_val_batches=0)
         run.fit(task(), data)
-        assert {"data/wait_s", "data/copy_s"} <= set(run.progress_bar_metrics)
+        assert {"data/wait_s", "data/copy_s"} <= set(run.logged_metrics)
         waits = [float(row["data/wait_s"]) for row in rows(tmp_path) if row["data/wait_s"]]
         copies = [float(row["data/copy_s"]) for row in rows(tmp_path) if row["data/copy_s"]]
     assert len(waits) == len(copies) == 6

@@ -103,8 +103,9 @@ def composed(name, *overrides):
 )
 def test_other_commands_match_signatures(name, targets):
     nodes = dict(target_nodes(composed(name)))
-    assert set(nodes) == targets
-    for where, node in nodes.items():
+    assert targets <= set(nodes)
+    for where in targets:  # those of a training are checked with its configuration
+        node = nodes[where]
         # The command itself reads data.input_path; the other arguments of the data are those of the checkpoint.
         check_target(where, {key: value for key, value in node.items() if key != "input_path"})
 

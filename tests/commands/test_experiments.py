@@ -1,5 +1,7 @@
 """A few training steps of each experiment."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,6 +34,37 @@ def test_csc_mito_3d(volume, tmp_path):
     text, saved = finished(tmp_path, "experiment=csc_mito_3d", *SMALL, *NET, *PATCH, "data.val_fraction=0.4")
     assert saved["cellmap_config"]["data"]["classes"] == ["mito"]
     assert "class weights (inverse_sqrt): mito" in text
+
+
+@pytest.mark.parametrize("command", ["preview", "inspect"])
+@pytest.mark.parametrize("source", ["the file of the README", "experiment=csc_mito_3d", "experiment=demo"])
+def test_preview_and_inspect_take_experiments(volume, tmp_path, command, source):
+    arguments = [source, f"data.csv_path={volume.csv_path}", *PATCH, *NET, "trainer=cpu", "name=mine"]
+    if source == "the file of the README":
+        text = (Path(__file__).parents[2] / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+        (tmp_path / "my_configs" / "experiment").mkdir(parents=True)
+        (tmp_path / "my_configs" / "experiment" / "mito.yaml").write_text(text)
+        arguments[0] = "experiment=mito"
+        arguments = ["--config-dir", "my_configs", *arguments]
+    elif "csc" in source:
+        challenge(volume, tmp_path)
+        arguments.remove(f"data.csv_path={volume.csv_path}")
+    code, text = run_forked(*arguments, *(["samples=2"] if command == "preview" else []), cwd=tmp_path, command=command)
+    assert code == 0, text
+    assert not (tmp_path / "runs").exists()
+    if command == "preview":
+        assert "[HYDRA]" not in text
+        assert max(map(len, text.splitlines())) <= 80
+        assert (tmp_path / "preview-links.txt").read_text().count("neuroglancer") == 2
+    else:
+        assert "Costs of" in text
+
+
+@pytest.mark.parametrize("command", ["preview", "inspect"])
+def test_preview_and_inspect_refuse_unknown_keys(volume, tmp_path, command):
+    code, text = run_forked(f"data.csv_path={volume.csv_path}", "+monitr=val/dice", cwd=tmp_path, command=command)
+    assert code == 1
+    assert "did you mean 'monitor'?" in text
 
 
 @pytest.mark.slow

@@ -154,6 +154,23 @@ def test_a_scale_more_than_twice_as_fine_is_refused(path):
     assert choose_level(read_multiscale(path), (0.1, 0.1, 0.1)).name == "s0", "without a limit anything goes"
 
 
+@pytest.mark.parametrize(
+    ("scale", "hint"),
+    [
+        ((4, 4, 40), "If the order is z, y, x, it would be [40.0, 4.0, 4.0]"),
+        ((0.04, 0.004, 0.004), "If the unit is nm, it would be [40.0, 4.0, 4.0]"),
+        ((0.004, 0.004, 0.04), "If the order is z, y, x and the unit nm, it would be [40.0, 4.0, 4.0]"),
+        ((4, 4, 4), ""),
+        ((0.5, 0.5, 0.5), ""),
+    ],
+)
+def test_a_scale_in_another_order_or_unit_is_suspected(write, scale, hint):
+    path = write({"s0": (np.zeros((4, 8, 8), np.uint8), (40, 4, 4), None)})
+    with pytest.raises(CellMapValueError, match="finer along") as e:
+        choose_level(read_multiscale(path), scale, "raw", 2.0)
+    assert (hint in str(e.value)) if hint else ("it would be" not in str(e.value))
+
+
 def test_a_missing_level_is_announced(write, caplog):
     path = str(write(pyramid(absent=[1])))
     with caplog.at_level(logging.WARNING):

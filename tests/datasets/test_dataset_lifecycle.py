@@ -106,7 +106,7 @@ def test_a_single_worker_is_enough(volume):
 
 
 def test_one_line_is_logged(volume, caplog):
-    with caplog.at_level(logging.INFO, "cellmap_lightning.crops.crop"):
+    with caplog.at_level(logging.DEBUG, "cellmap_lightning.crops.crop"):
         CellMapDataset(volume.raw_path, crop(volume, 2, "mito,er"), CLASSES, INPUTS, TARGETS)
     (line,) = [r.getMessage() for r in caplog.records if r.name == "cellmap_lightning.crops.crop"]
     for part in ("volume/crop2", "annotated ['mito', 'er']", "not annotated ['pm']", "positions", "workers"):

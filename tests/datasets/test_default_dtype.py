@@ -15,14 +15,28 @@ from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.callbacks import StreamPrefetch
 from cellmap_lightning.compat.transforms import augment
 from cellmap_lightning.crops.options import ReadOptions
+from cellmap_lightning.training.heads import kind_of
 from cellmap_lightning.training.masked import DiceScore, MeanOverSamples, one_against_all
 from cellmap_lightning.training.reconstruction import ReconstructionTask
-from cellmap_lightning.visualization.preview import by_class
+from cellmap_lightning.visualization.display import display
 from tests.conftest import CLASSES, INPUTS, TARGETS
 from tests.make import make_dataset
 from tests.runs import GT, Watch, module, task, trainer
 
-VALUES = {"blur": [4, 9], "contrast": [0.7, 1.3], "brightness": [-0.1, 0.1], "gamma": [0.7, 1.4], "noise": [0.01, 0.05]}
+VALUES = {
+    "blur": [4, 9], "contrast": [0.7, 1.3], "brightness": [-0.1, 0.1], "gamma": [0.7, 1.4], "noise": [0.01, 0.05],
+    "low_resolution": {"probability": 0.7, "voxel_size": [16, 40]},
+    "motion_blur": {"probability": 0.7, "length": [16, 40]},
+    "match_histogram": {"probability": 0.7, "quantiles": [0.1, 0.5, 0.9]},
+    "section_contrast": {"probability": 0.7},
+    "dark_section": {"probability": 0.3},
+    "stripes": {"probability": 0.7, "amplitude": [0.1, 0.3], "width": [10, 40]},
+    "poisson": {"probability": 0.7, "counts": [10, 100]},
+    "salt_pepper": {"probability": 0.7, "fraction": [0, 0.2]},
+    "cutnoise": {"probability": 0.7, "size": [20, 60], "std": [0.1, 0.3]},
+    "cutout": {"probability": 0.7, "size": [20, 60]},
+    "missing_section": {"probability": 0.2, "unknown": True},
+}  # fmt: skip
 SPATIAL = {"mirror": {"axes": {"z": 0.5, "y": 0.5, "x": 0.5}}, "rotate": {"axes": {"z": [-90, 90]}}}
 KINDS = {
     "binary": {},
@@ -125,7 +139,8 @@ def test_nor_do_patches_scores_and_hidden_blocks(volume, name):
             found.append(
                 {
                     "against": against, "wanted": wanted, "mean": mean.compute(), "seen": seen, "mask": mask,
-                    "numbered": by_class(target[0], 3), "blur": older(x), "patch": image[image.get_center(0)],
+                    "numbered": display(kind_of(target, CLASSES), target[0]).masks, "blur": older(x),
+                    "patch": image[image.get_center(0)],
                     **metric.compute(),
                 }
             )  # fmt: skip

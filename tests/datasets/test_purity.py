@@ -33,6 +33,20 @@ KINDS = {
     "near": {"kind": "sdt", "nm": 50},
 }
 VALUES = {"blur": [0, 9], "contrast": [0.7, 1.3], "brightness": [-0.1, 0.1], "gamma": [0.7, 1.4], "noise": [0, 0.1]}
+#: Every intensity effect, and targets that are unknown in missing sections.
+EFFECTS = {
+    "low_resolution": {"probability": 0.5, "voxel_size": [8, 40]},
+    "motion_blur": {"probability": 0.5, "length": [0, 40]},
+    "match_histogram": {"probability": 0.5, "quantiles": [[0.1, 0.2, 0.7], [0.0, 0.9]]},
+    "section_contrast": {"probability": 0.5},
+    "dark_section": {"probability": 0.2},
+    "stripes": {"probability": 0.5, "amplitude": [0, 0.3], "width": [10, 40]},
+    "poisson": {"probability": 0.5, "counts": [10, 100]},
+    "salt_pepper": {"probability": 0.5, "fraction": [0, 0.2]},
+    "cutnoise": {"probability": 0.5, "size": [20, 60], "std": [0.1, 0.3]},
+    "cutout": {"probability": 0.5, "size": [20, 60]},
+    "missing_section": {"probability": 0.3, "unknown": True},
+}
 MIRRORED = {"mirror": {"axes": {"x": 0.5, "y": 0.5, "z": 0.5}}, "transpose": {"axes": ["x", "y"]}}
 
 
@@ -78,7 +92,7 @@ def open_set(volume, name, threads=1, reader="zarr", cache="none", seed=SEED):
                 seed=seed,
                 read=ReadOptions(pad=True, max_workers=threads, reader=reader, cache=cache),
                 labels=LabelOptions(too_coarse="upsample"),
-                intensity=IntensityOptions(intensity_transforms=VALUES),
+                intensity=IntensityOptions(intensity_transforms=VALUES | EFFECTS),
                 **SETS[name],
             )
             for crop, has in (("crop1", ["mito", "er"]), ("crop2", CLASSES), ("crop3", CLASSES))

@@ -23,7 +23,7 @@ AUGMENTED = {
         "transpose": {"axes": ["y", "x"]},
         "rotate": {"axes": {"z": [-180, 180]}},
     },
-    "intensity_transforms": {"noise": [0.01, 0.05]},
+    "intensity_transforms": {"noise": [0.01, 0.05], "cutout": {"probability": 0.25, "size": [20, 80]}},
 }
 
 
@@ -44,7 +44,7 @@ def test_preview_shows_the_batches_of_training_step(volume, tmp_path, quiet_ligh
             assert np.array_equal(one.sample.raw, raw[row, 0].numpy())
             assert np.array_equal(one.sample.target, labels[row].numpy(), equal_nan=True)
             assert one.sample.header.startswith(f"sample {6 * epoch + row}")
-            assert "noise 0.01 to 0.05" in one.sample.header
+            assert "noise 0.01 to 0.05, cutout 25%" in one.sample.header
 
 
 def test_validation_tiles_are_shown_in_order(volume):
@@ -103,7 +103,8 @@ def test_command_writes_a_sheet_and_a_page(volume, tmp_path):
     ]
     code, text = run_forked(*settings, "samples=3", "html=true", "out=see/it.png", cwd=tmp_path, command="preview")
     assert code == 0, text
-    assert text.count("neuroglancer") == text.count("napari.run()") == 3
+    links = (tmp_path / "see" / "it-links.txt").read_text()
+    assert links.count("neuroglancer") == links.count("napari.run()") == 3
     with Image.open(tmp_path / "see" / "it.png") as picture:
         assert picture.width > 900
     page = Page(tmp_path / "see" / "it.html")

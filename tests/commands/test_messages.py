@@ -1,0 +1,36 @@
+"""Lines on the terminal."""
+
+import logging
+import os
+import pty
+import sys
+
+import pytest
+
+from cellmap_lightning.commands.messages import TerminalFormatter
+
+
+def record(text):
+    return logging.LogRecord("x", logging.INFO, "x.py", 1, text, (), None)
+
+
+def test_without_a_terminal_lines_are_not_wrapped():
+    assert TerminalFormatter("%(message)s").format(record("word " * 100)) == "word " * 100
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_lines_fit_the_terminal(monkeypatch, columns):
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb"):
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.setenv("COLUMNS", str(columns))
+        path = "/" + "folder/" * 20
+        text = TerminalFormatter("%(levelname)s %(message)s").format(record(f"{'word ' * 100}\nsecond {path}"))
+        lines = text.split("\n")
+        assert all(len(line) <= columns or path in line for line in lines)
+        assert path in text, "a path is not broken, so that it can be copied"
+        assert [line for line in lines if not line.startswith("    ")] == [
+            lines[0],
+            next(x for x in lines if "second" in x),
+        ]
