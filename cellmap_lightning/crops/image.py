@@ -16,7 +16,6 @@ from cellmap_lightning.geometry.lattice import (
     AXES,
     LATTICE_TOLERANCE,
     SCALE_TOLERANCE,
-    AffineMap,
     Box,
     FloatArray,
     Lattice,
@@ -26,6 +25,7 @@ from cellmap_lightning.geometry.lattice import (
 )
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.geometry.resample import AnyArray, Method, evaluate
+from cellmap_lightning.geometry.sample_map import VoxelMap
 from cellmap_lightning.io.array_reader import chunk_shape
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.chunks import Reader
@@ -231,7 +231,7 @@ class StoredImage:
             is_stored = self._is_stored[index] = self.reader.stores(index)
         return is_stored
 
-    def missing_mask(self, amap: AffineMap) -> npt.NDArray[np.bool_] | None:
+    def missing_mask(self, amap: VoxelMap) -> npt.NDArray[np.bool_] | None:
         """Return a mask of a patch's voxels that show, or are interpolated from, raw that is not stored.
 
         Args:
@@ -242,9 +242,9 @@ class StoredImage:
         """
         # Half the width of the averaged box: linear resampling to a coarser scale reads that far from a voxel's centre.
         reach = np.maximum(np.abs(amap.matrix).sum(axis=1) - 1, 0) / 2
-        corners = np.array(list(itertools.product(*((0, n - 1) for n in amap.shape)))) @ amap.matrix.T + amap.offset
-        low = np.floor(corners.min(axis=0) - reach + LATTICE_TOLERANCE).astype(int)
-        high = np.ceil(corners.max(axis=0) + reach - LATTICE_TOLERANCE).astype(int)
+        lowest, highest = amap.bounds()
+        low = np.floor(lowest - reach + LATTICE_TOLERANCE).astype(int)
+        high = np.ceil(highest + reach - LATTICE_TOLERANCE).astype(int)
         lo, hi = np.maximum(low, 0), np.minimum(high + 1, self.lattice.shape)
         if bool(np.any(lo >= hi)):
             return None
@@ -257,7 +257,7 @@ class StoredImage:
         missing_chunks = np.zeros((hi - 1) // size - first + 1, np.bool_)
         for index in files:
             missing_chunks[tuple(self.level.zyx(index) - first)] = True
-        points = np.moveaxis(np.indices(amap.shape), 0, -1) @ amap.matrix.T + amap.offset
+        points = amap.points()
         ends = np.floor(points - reach + LATTICE_TOLERANCE), np.ceil(points + reach - LATTICE_TOLERANCE)
         mask: npt.NDArray[np.bool_] = np.zeros(amap.shape, np.bool_)
         # The box of voxels that contribute to a point is smaller than a chunk: its corners reach all of its chunks.

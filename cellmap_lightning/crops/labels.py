@@ -11,9 +11,10 @@ from cellmap_lightning.cache.region import Region
 from cellmap_lightning.crops.encodings import LabelEncodings
 from cellmap_lightning.crops.image import choose_level
 from cellmap_lightning.errors import CellMapError, CellMapValueError, MetadataError
-from cellmap_lightning.geometry.lattice import AffineMap, Box, FloatArray, Lattice, Shape
+from cellmap_lightning.geometry.lattice import Box, FloatArray, Lattice, Shape
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.geometry.resample import AnyArray, evaluate
+from cellmap_lightning.geometry.sample_map import VoxelMap, Warp
 from cellmap_lightning.io.array_reader import ArrayReader, chunk_shape
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.label_values import CODE, read_labels
@@ -245,7 +246,7 @@ class BitStack:
             straight: the same along the axes of the volume.
             placement: the positions.
             plane: matrix from the patch's axes to the volume's; None if they are the same.
-            roaming: patches are rotated by other than quarter turns.
+            roaming: patches may be other than slices: rotated by any angle, zoomed, sheared or displaced.
         """
         # Without downsampling, a single group aligned with the patches is sliced; everything else is resampled.
         sources = [group.region for group in self.groups]
@@ -344,7 +345,7 @@ def mixed(stamps: Iterable[int]) -> int:
     return combined or 1
 
 
-def _vote(region: Region, amap: AffineMap, out: np.ndarray[Any, Any], rule: Downsample) -> None:
+def _vote(region: Region, amap: VoxelMap, out: np.ndarray[Any, Any], rule: Downsample) -> None:
     """Downsample packed voxels: each output voxel is decided by the stored voxels that it covers.
 
     Args:
@@ -359,8 +360,7 @@ def _vote(region: Region, amap: AffineMap, out: np.ndarray[Any, Any], rule: Down
     sample = np.empty(out.shape, np.uint8)
     for part in np.ndindex(*parts):
         shift = (np.asarray(part) + 0.5) / parts - 0.5
-        moved = AffineMap(amap.matrix, amap.offset + amap.matrix @ shift, amap.shape, amap.first)
-        evaluate(region, moved, sample, method="nearest", fill=0)
+        evaluate(region, amap.shifted(shift), sample, method="nearest", fill=0)
         votes += np.unpackbits(sample, axis=-1, bitorder="little")
     votes = votes.reshape(*out.shape[:3], -1, 2, 8)
     present, known = votes[..., 0, :], votes[..., 1, :]
@@ -437,12 +437,14 @@ class IdStack:
                     self.regions[-1:] = [resampled.region, region] if roaming else [resampled.region]
             self.patches.append(patches)
 
-    def read_into(self, place: tuple[int, int, int], out: AnyArray, turn: FloatArray | None) -> None:
+    def read_into(
+        self, place: tuple[int, int, int], out: AnyArray, turn: FloatArray | None, warp: Warp | None = None
+    ) -> None:
         """Write the ids at a place to ``out`` ``[C, z, y, x]``; -1 where unannotated. See `Patches`."""
         if len(self.members) < len(out):
             out[...] = UNKNOWN_ID
         for patches, (index, _, _, _) in zip(self.patches, self.members, strict=True):
-            patches.read_into(place, out[index], turn, UNKNOWN_ID)
+            patches.read_into(place, out[index], turn, UNKNOWN_ID, warp)
 
 
 class _IdDecoder:

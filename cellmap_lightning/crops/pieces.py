@@ -67,7 +67,9 @@ class Description:
 def describe(
     crop: Crop, name: str, place: Shape, turn: FloatArray | None, transform: Any, advance: FloatArray | None
 ) -> Description | None:
-    """Describe one array of one sample; None where it must be read: computed kinds, floats, masked voxels.
+    """Describe one array of one sample without displacement.
+
+    None where it must be read: computed kinds, floats, masked voxels.
 
     Args:
         crop: the crop.
@@ -83,7 +85,7 @@ def describe(
         piece = _piece(crop.raw.patches[name], place, turn, crop.raw.fill(transform))
         return Description((piece,)) if piece is not None else None
     window = crop.windows[name]
-    if not _is_stored(target.kind) or any(mask is not None for mask in crop.hidden(place, window, turn)):
+    if not _is_stored(target.kind) or any(mask is not None for mask in crop.hidden(place, window, turn, None)):
         return None
     stack = crop.labels.stacks[name]
     channels: Sequence[int | None] = [None]
@@ -108,7 +110,7 @@ def described_regions(crop: Crop) -> list[Region]:
     for part in patches:
         if part.sliced:
             regions[id(part.region)] = part.region
-        if isinstance(part.source, StoredImage | Nearest) and (crop.spatial.rotate or not part.sliced):
+        if isinstance(part.source, StoredImage | Nearest) and (crop.spatial.roaming or not part.sliced):
             regions[id(part.source.region)] = part.source.region
     return list(regions.values())
 

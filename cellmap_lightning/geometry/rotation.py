@@ -33,6 +33,12 @@ def sub_points(matrix: FloatArray, method: Method) -> npt.NDArray[np.int64]:
 # ------------------------------------------------------------------------------- rotations about one axis
 
 
+def moved_as_one(box: AnyArray, out: AnyArray) -> tuple[AnyArray, AnyArray]:
+    """Return voxels and output with the bytes of a voxel as one number, if there is such an integer."""
+    item = _ITEMS.get(box.shape[3]) if box.ndim == 4 else None
+    return (box, out) if item is None else (box.view(item)[..., 0], out.view(item)[..., 0])
+
+
 def gather_about_axis(source: Source, amap: AffineMap, out: AnyArray, method: Method, fill: float) -> bool:
     """Write a patch that is rotated about one of its axes.
 
@@ -63,9 +69,7 @@ def gather_about_axis(source: Source, amap: AffineMap, out: AnyArray, method: Me
     if view.shape[2] != line.inside.stop - line.inside.start:
         out[...] = fill
         view = view[:, :, line.inside]
-    item = _ITEMS.get(box.shape[3]) if box.ndim == 4 else None
-    if item is not None:  # a voxel of several bytes is moved as one number
-        box, view = box.view(item)[..., 0], view.view(item)[..., 0]
+    box, view = moved_as_one(box, view)
     # With the axis of rotation last, whole runs of voxels are gathered instead of single ones.
     box = np.ascontiguousarray(np.moveaxis(box, array_axis, 2))
     rows = box.reshape(box.shape[0] * box.shape[1], *box.shape[2:])

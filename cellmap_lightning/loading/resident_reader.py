@@ -76,7 +76,7 @@ class ResidentReader:
         self, name: str, draw: Draw, number: int, held: Held | None
     ) -> tuple[Description, list[DeviceRegion]] | None:
         """Describe one array of a sample, with the region of each piece; None where it is read on the host."""
-        if held is None:
+        if held is None or draw.warp is not None:  # displaced samples are evaluated on the host
             return None
         crop, local = self.source.locate(draw.position)
         place = crop.placement.grid_index(local)

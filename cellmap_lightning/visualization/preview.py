@@ -16,6 +16,7 @@ from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.datasets.source import Draw, SampleSource
 from cellmap_lightning.errors import CellMapKeyError
 from cellmap_lightning.geometry.lattice import AXES, Box, FloatArray, to_vector
+from cellmap_lightning.geometry.sample_map import Warp
 from cellmap_lightning.loading.dataloader import CellMapDataLoader
 from cellmap_lightning.loading.samples import Samples
 from cellmap_lightning.validation import did_you_mean, int_at_least
@@ -93,7 +94,7 @@ def show(
         box = Box(to_vector(center - extent / 2), to_vector(center + extent / 2))
         facts = [f"sample {draws[row].sample}"] if draws else []
         facts += [crop.label, f"box {_box_text(box)} nm"]
-        facts += [describe_transforms(turn, layout)] if draws else []
+        facts += [describe_transforms(turn, layout, draws[row].warp)] if draws else []
         raw = batch[input_name][row, 0]
         has_target = target_name is not None and not notes
         kind = layout.targets[target_name].kind if target_name else None
@@ -129,14 +130,22 @@ def sheet_sample(
     return SheetSample(image, masks.get("target"), masks.get("prediction"), scale, header, pictures)
 
 
-def describe_transforms(turn: FloatArray | None, layout: BatchLayout) -> str:
+def describe_transforms(turn: FloatArray | None, layout: BatchLayout, warp: Warp | None = None) -> str:
     """Return in words how a patch is oriented in the volume and which intensity transforms apply to it.
 
     Args:
         turn: matrix from the patch's directions to the volume's.
         layout: has the intensity transforms; only their ranges are named, not the values drawn for a sample.
+        warp: the displacement; None for none.
     """
     words = ["not turned"] if turn is None else _describe_turn(turn)
+    if warp is not None and warp.displacement is not None:
+        magnitude = max(warp.displacement.magnitude)
+        words.append(f"elastic up to {magnitude:g} nm")
+    if warp is not None:
+        for one in warp.sections:
+            what = "stacks of sections" if one.lasting else "sections"
+            words.append(f"{what} displaced up to {one.max_shift:g} nm along {AXES[one.axis]}")
     if layout.augment:
         words += [f"{name} {low:g} to {high:g}" for name, (low, high) in layout.augment.ranges.items()]
         words += [f"{name} {effect.probability:.0%}" for name, effect in layout.augment.effects.items()]
@@ -144,7 +153,12 @@ def describe_transforms(turn: FloatArray | None, layout: BatchLayout) -> str:
 
 
 def _describe_turn(turn: FloatArray) -> list[str]:
-    # Split the matrix into the nearest signed permutation (transposition and mirrors) and the rotation that is left.
+    # The matrix is a stretch along axes of the volume, after an orthogonal matrix (its polar decomposition).
+    u, sizes, v = np.linalg.svd(turn)
+    stretch, turn = (u * sizes) @ u.T, u @ v
+    zoom = 1 / np.diag(stretch)  # the content is magnified where the patch shows less of the volume
+    is_zoom = np.abs(stretch - np.diag(np.diag(stretch))).max() < 1e-6
+    # The orthogonal one is the nearest signed permutation (transposition and mirrors) and the rotation that is left.
     nearest = np.abs(turn).argmax(axis=0)
     signs = np.sign(turn[nearest, range(3)]).astype(int)
     permutation = np.zeros((3, 3))
@@ -163,6 +177,14 @@ def _describe_turn(turn: FloatArray) -> list[str]:
     if angle > 0.01:
         fixed = [AXES[i] for i in range(3) if abs(rotation[i, i] - 1) < 1e-6]
         words.append(f"rotated by {angle:.1f}°" + (f" about {fixed[0]}" if fixed else ""))
+    if is_zoom and np.ptp(zoom) < 1e-6:
+        words += [f"zoomed {zoom[0]:.2f} times"] if abs(zoom[0] - 1) > 1e-6 else []
+    elif is_zoom:
+        words.append(
+            "zoomed " + " ".join(f"{axis} {factor:.2f}" for axis, factor in zip(AXES, zoom, strict=True)) + " times"
+        )
+    else:
+        words.append(f"sheared, by {1 / sizes[0]:.2f} to {1 / sizes[-1]:.2f} times")
     return words or ["not turned"]
 
 

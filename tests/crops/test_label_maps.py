@@ -8,6 +8,7 @@ from cellmap_lightning.crops.options import LabelOptions, ReadOptions
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.inspection.facts import read_crop_facts
+from cellmap_lightning.io.label_ids import ids_of
 from cellmap_lightning.splits.entries import read_csv, read_mapping
 from tests.foreign import write_image
 from tests.io.formats import writers
@@ -75,6 +76,9 @@ def test_facts_of_a_label_map(paths, ids):
         "mito": "id 1 or 5 of a label map", "er": "id 2 of a label map"
     }  # fmt: skip
     assert all(of_class.wrong is None for of_class in facts.classes.values())
+    # Counts of the whole array tell nothing about a class; those that were counted before may be known.
+    for name, values in (("mito", (1, 5)), ("er", (2,))):
+        assert facts.classes[name].voxels in (None, np.isin(ids, values).sum())
 
 
 def test_instances_of_a_label_map(paths, ids):
@@ -83,6 +87,17 @@ def test_instances_of_a_label_map(paths, ids):
         labels = dataset[0]["labels"].numpy()[0]
     stored = ids[:8, :16, :16]
     np.testing.assert_array_equal(labels, np.where(stored == 255, labels[stored == 255][0], np.isin(stored, (1, 5))))
+
+
+@pytest.mark.parametrize("value", [3, -1, 300])
+def test_ids_that_appear_later(value):
+    """An array that is too large to be read whole at setup is checked when it is read."""
+    meaning = ids_of(((1, "mito"), (255, "unknown")), "mito")
+    stored = np.array([[[0, 1, 255]]], np.int64)
+    np.testing.assert_array_equal(meaning.decode(stored, "crop1/mito"), [[[0, 1, 255]]])
+    stored[0, 0, 0] = value
+    with pytest.raises(MetadataError, match=rf"crop1/mito holds the id {value}, which its label map does not list"):
+        meaning.decode(stored, "crop1/mito")
 
 
 @pytest.mark.parametrize("gone", [(1,), (2, 5), (1, 2)])

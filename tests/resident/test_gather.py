@@ -139,17 +139,24 @@ def test_slices_in_any_plane(tmp_path, plane):
             same(finished(dataset, reader, draws), dataset.read(draws).finish())
 
 
-def test_crops_smaller_than_a_patch_at_the_border(tmp_path):
-    """Raw is filled outside the volume, and targets outside the crop."""
+LATTICE = {"mirror": {"axes": dict.fromkeys("zyx", 0.5)}, "transpose": {"axes": ["z", "x"]}}
+
+
+@pytest.mark.parametrize("spatial", [LATTICE, TURN], ids=["boxes", "rotated"])
+@pytest.mark.parametrize("kind", [{}, {"kind": "instances"}], ids=["bits", "ids"])
+def test_crops_smaller_than_a_patch_at_the_border(tmp_path, kind, spatial):
+    """Raw is filled outside the volume, with what is normalized to 0, and targets outside the crop are unknown."""
     volume = Volume(tmp_path).add_raw(raw_of("uint16")).add("a", np.ones((4, 6, 8), "u1"), origin=(0, 304, 0))
-    for spatial in ({"mirror": {"axes": dict.fromkeys("zyx", 0.5)}, "transpose": {"axes": ["z", "x"]}}, TURN):
-        with volume.dataset(["a"], (12, 12, 12), is_train=True, spatial_transforms=spatial, cache="memory") as dataset:
-            reader, draws = reader_of(dataset), dataset.draw(range(24), True, 0)
-            assert described(reader.read(draws)) == {"raw": 24, "target": 24}
-            found = finished(dataset, reader, draws)
-            same(found, dataset.read(draws).finish())
-            assert found["target"].isnan().any()
-            assert (found["raw"] == 0).any()
+    with volume.dataset(
+        ["a"], (12, 12, 12), is_train=True, spatial_transforms=spatial, cache="memory", target=kind,
+        raw_value_transforms="auto", normalize={"range": [40000, 65000]},
+    ) as dataset:  # fmt: skip
+        reader, draws = reader_of(dataset), dataset.draw(range(24), True, 0)
+        assert described(reader.read(draws)) == {"raw": 24, "target": 24}
+        found = finished(dataset, reader, draws)
+        same(found, dataset.read(draws).finish())
+        assert (found["target"] == -1).any() if kind else found["target"].isnan().any()
+        assert (found["raw"] == 0).sum() > 1000
 
 
 def test_samples_with_hidden_targets_are_read_on_the_host(tmp_path):

@@ -84,6 +84,10 @@ def test_box_contains_the_turned_patch(volume):
         (rotation("z", 30), "rotated by 30.0° about z"),
         (rotation("z", 30) @ np.diag([-1.0, 1, 1]), "mirrored along z, rotated by 30.0° about z"),
         (rotation("z", 90), "axes z y x show z x y, mirrored along"),
+        (np.diag([0.5, 0.5, 0.5]), "zoomed 2.00 times"),
+        (np.diag([1, 0.5, 1.25]) @ rotation("z", 30), "rotated by 30.0° about z, zoomed z 1.00 y 2.00 x 0.80 times"),
+        (np.diag([1, 0.5, 0.5]) @ np.diag([1.0, -1, 1]), "mirrored along y, zoomed z 1.00 y 2.00 x 2.00 times"),
+        (np.array([[1, 0, 0], [0, 1, 0], [-0.2, 0, 1.0]]), "rotated by 5.7° about y, sheared, by 0.90 to 1.10 times"),
     ],
 )
 def test_describe_transforms(volume, turn, words):

@@ -68,7 +68,10 @@ class Hdf5Format:
         array.inside = inside
         notes = []
         if array.is_contiguous and nbytes > _LARGE:
-            text = f"the dataset {inside} has no chunks, so that patches are read in short runs: store it with chunks"
+            text = (
+                f"the dataset {inside} has no chunks, so that patches are read in short runs: convert it with "
+                "cellmap-convert, or store it with chunks"
+            )
             notes.append(Note("access", text))
         size, translation = _voxels(container / inside, attributes, len(array.shape), axes)
         level = FormatLevel(inside, array, axes, size or (1.0, 1.0, 1.0), translation)

@@ -60,8 +60,8 @@ class TiffFormat:
         chunk = math.prod(arrays[0].chunks) * arrays[0].dtype.itemsize
         if arrays[0].offset is None and chunk >= _LARGE_PAGE:
             text = (
-                f"its compressed pieces have {chunk >> 20} MiB, all of which are decoded for each patch in them: store "
-                "it in compressed tiles or as OME-Zarr"
+                f"its compressed pieces have {chunk >> 20} MiB, all of which are decoded for each patch in them: "
+                "convert it with cellmap-convert, or store it in tiles"
             )
             notes.append(Note("access", text))
         return FormatVolume(tuple(levels), size is not None, unit, notes=tuple(notes))

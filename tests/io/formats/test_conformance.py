@@ -48,6 +48,12 @@ class TestTiff(FormatConformance):
     write = staticmethod(writers.tiff)
 
 
+class TestTiffBigEndian(FormatConformance):
+    overrides = SIZE
+    dtype = "uint16"
+    write = staticmethod(partial(writers.tiff, byteorder=">"))
+
+
 class TestTiffStrips(FormatConformance):
     overrides = SIZE
     dtype = "uint16"
