@@ -224,3 +224,17 @@ def test_rows_of_both_kinds_in_one_batch(volume):
             same(finished(dataset, reader, draws), expected)
             assert reader.cache.nbytes <= budget
         assert {0, 8} < seen
+
+
+def test_batches_that_were_read_before_the_first_was_gathered(volume):
+    """Both stage the chunks that they show; they are uploaded once, and either order is right."""
+    with open_set(volume, "boxes of a level") as dataset:
+        draws = dataset.draw(range(8), True, 3)
+        expected = dataset.read(draws).tensors
+        reader = reader_of(dataset)
+        first, second = reader.read(draws), reader.read(draws)
+        for batch in (second, first):
+            found = batch.gathered().tensors
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+            uploaded = reader.cache.uploaded
+        assert uploaded == sum(voxels.nbytes for *_, voxels in reader_of(dataset).read(draws)._staged)
