@@ -11,6 +11,7 @@ from cellmap_lightning.cache.region import Region
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.crops.labels import IdStack, Nearest
+from cellmap_lightning.geometry.exact_means import Means, plan_means
 from cellmap_lightning.geometry.lattice import AffineMap, FloatArray, Shape, patch_map
 from cellmap_lightning.geometry.resample import Method, Slices, slices
 from cellmap_lightning.geometry.rotation import gathered_box, is_gathered
@@ -31,6 +32,7 @@ class Piece:
         amap: map from the patch's voxels to those of the region; None for a box.
         method: ``linear`` for raw, ``nearest`` for labels.
         channel: position of the class, for ids; None for all channels.
+        means: exact means in place of the map.
     """
 
     region: Region
@@ -42,6 +44,7 @@ class Piece:
     amap: AffineMap | None = None
     method: Method = "nearest"
     channel: int | None = None
+    means: Means | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +69,7 @@ def describe(
 ) -> Description | None:
     """Describe one array of one sample without displacement.
 
-    None where it must be read: computed kinds, exact means, masked voxels.
+    None where it must be read: computed kinds, floats, masked voxels.
 
     Args:
         crop: the crop.
@@ -133,12 +136,18 @@ def _piece(
     if cut is not None:
         return _copied(source.region, cut, cut.start, window.shape, fill, channel)
     method: Method = "linear" if isinstance(source, StoredImage) else "nearest"
-    if not is_gathered(amap, method):
-        return None
-    dtype = source.region.dtype
+    shape, dtype = source.region.shape, source.region.dtype
     if method == "linear" and (dtype.kind not in "iu" or dtype.itemsize > 4):
         return None  # of floats, those that are not finite need a search of the box
-    low, high = gathered_box(amap, source.region.shape)
+    if not is_gathered(amap, method):
+        plan = plan_means(amap, shape)
+        if plan is None:
+            return Piece(source.region, fill, (0, 0, 0), (0, 0, 0), amap=amap, method=method, channel=channel)
+        extent = _shape(np.subtract(plan.high, plan.low))
+        return Piece(
+            source.region, fill, _shape(plan.low), extent, amap=amap, method=method, channel=channel, means=plan
+        )
+    low, high = gathered_box(amap, shape)
     return Piece(
         source.region, fill, _shape(low), _shape(np.subtract(high, low)), amap=amap, method=method, channel=channel
     )

@@ -47,14 +47,14 @@ def gather_about_axis(source: Source, amap: AffineMap, out: AnyArray, method: Me
     Returns:
         False where the map is no such rotation, or where a stored value is not finite; nothing is written then.
     """
-    axes = _axis_of_rotation(amap)
+    axes = axis_of_rotation(amap)
     if axes is None:
         return False
     patch_axis, array_axis, step = axes
-    line = _sample_line(
+    line = sample_line(
         amap.offset[array_axis] + step * np.arange(out.shape[patch_axis]), step, source.shape[array_axis], method
     )
-    plane = _Plane.of(amap, patch_axis, array_axis, source)
+    plane = Plane.of(amap, patch_axis, array_axis, source.shape)
     if line is None or 0 in plane.size:
         out[...] = fill
         return True
@@ -83,7 +83,7 @@ def gather_about_axis(source: Source, amap: AffineMap, out: AnyArray, method: Me
     return True
 
 
-def _axis_of_rotation(amap: AffineMap) -> tuple[int, int, float] | None:
+def axis_of_rotation(amap: AffineMap) -> tuple[int, int, float] | None:
     """Return the patch axis and the array axis that a rotation leaves in place, and the step along them."""
     size = np.asarray(amap.shape, float)
     for patch_axis in range(3):
@@ -98,7 +98,7 @@ def _axis_of_rotation(amap: AffineMap) -> tuple[int, int, float] | None:
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
     """Sampling along the axis of rotation.
 
     Attributes:
@@ -116,7 +116,7 @@ class _Line:
     band: Band | None = None
 
 
-def _sample_line(points: FloatArray, step: float, count: int, method: Method) -> _Line | None:
+def sample_line(points: FloatArray, step: float, count: int, method: Method) -> Line | None:
     """Return the sampling at some points of an axis of ``count`` voxels; None where none lies in the array."""
     nearest = nearest_index(points, count)
     hits = np.flatnonzero(nearest >= 0 if method == "nearest" else is_inside(points, count))
@@ -128,13 +128,13 @@ def _sample_line(points: FloatArray, step: float, count: int, method: Method) ->
         band = Band.of(np.clip(points[hits], -0.5, count - 0.5), abs(step), count)
         index = band.copies
         if index is None:
-            return _Line(inside, *band.used, band=band)
+            return Line(inside, *band.used, band=band)
     assert index is not None
-    return _Line(inside, int(index.min()), int(index.max()) + 1, index)
+    return Line(inside, int(index.min()), int(index.max()) + 1, index)
 
 
 @dataclass(frozen=True)
-class _Plane:
+class Plane:
     """The map of a rotation across its axis, and the part of the array that it needs.
 
     Attributes:
@@ -152,7 +152,7 @@ class _Plane:
     size: tuple[int, ...]
 
     @classmethod
-    def of(cls, amap: AffineMap, patch_axis: int, array_axis: int, source: Source) -> "_Plane":
+    def of(cls, amap: AffineMap, patch_axis: int, array_axis: int, shape: Sequence[int]) -> "Plane":
         """Return the plane across an axis of rotation."""
         patch_axes = [i for i in range(3) if i != patch_axis]
         array_axes = [i for i in range(3) if i != array_axis]
@@ -160,7 +160,7 @@ class _Plane:
         rows, columns = (amap.shape[i] for i in patch_axes)
         corners = np.array([(-0.5, -0.5), (-0.5, columns), (rows, -0.5), (rows, columns)]).T
         first, size = [], []
-        counts = tuple(source.shape[i] for i in array_axes)
+        counts = tuple(shape[i] for i in array_axes)
         for reached, count in zip(matrix @ corners + offset[:, None], counts, strict=True):
             low = min(max(math.floor(reached.min()) - 1, 0), count)
             high = min(max(math.ceil(reached.max()) + 2, 0), count)
@@ -219,7 +219,7 @@ class _Plane:
 
 
 def _fill_plane(
-    plane: _Plane, rows: AnyArray, line: _Line, out: AnyArray, method: Method, fill: float, stored: np.dtype[Any]
+    plane: Plane, rows: AnyArray, line: Line, out: AnyArray, method: Method, fill: float, stored: np.dtype[Any]
 ) -> None:
     """Write the patch slab by slab from rows of voxels along the axis of rotation, which is the last of ``out``."""
     parts = sub_points(plane.matrix, method)
@@ -339,7 +339,7 @@ def is_gathered(amap: AffineMap, method: Method) -> bool:
     Maps along the axes and rotations about an axis have the exact mean over an output voxel, `gather` that of points.
     """
     averages = bool((sub_points(amap.matrix, method) > 1).any())
-    return not averages or (amap.separable() is None and _axis_of_rotation(amap) is None)
+    return not averages or (amap.separable() is None and axis_of_rotation(amap) is None)
 
 
 def gathered_box(amap: AffineMap, shape: Sequence[int]) -> tuple[list[int], list[int]]:

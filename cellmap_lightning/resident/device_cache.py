@@ -160,8 +160,7 @@ class DeviceCache:
     def upload(self, staged: Iterable[tuple[DeviceRegion, tuple[int, int, int], torch.Tensor]]) -> None:
         """Copy chunks to the device; inside `queueing`."""
         for held, chunk, voxels in staged:
-            held.upload(chunk, voxels)
-            self.uploaded += voxels.nbytes
+            self.uploaded += held.upload(chunk, voxels)
 
     def close(self) -> None:
         """Release all memory. The cache can be used again; batches that were not gathered before cannot."""

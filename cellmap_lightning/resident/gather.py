@@ -5,6 +5,7 @@ in the order of the host's, so that results agree up to rounding.
 """
 
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,9 @@ from cellmap_lightning.crops.pieces import Piece
 from cellmap_lightning.geometry.lattice import EDGE_TOLERANCE, AffineMap, Shape
 from cellmap_lightning.geometry.rotation import sub_points
 from cellmap_lightning.geometry.source import compute_type
+from cellmap_lightning.resident.means import CPU_SLAB_POINTS, SLAB_POINTS, write_means
 from cellmap_lightning.resident.region import DeviceRegion
 
-#: Points that are resampled at a time on a device, and on a CPU, where they stay in its cache.
-SLAB_POINTS, CPU_SLAB_POINTS = 1 << 21, 1 << 16
 #: Limit of the temporary memory of a gather on a device: 192 bytes per point, of coordinates, neighbours, weights and
 #: sums.
 GATHER_BYTES = 192 * SLAB_POINTS
@@ -41,6 +41,12 @@ def gather(piece: Piece, held: DeviceRegion, out: torch.Tensor) -> None:
         _copy(piece, held, items, fill)
     elif 0 in piece.shape:
         items.fill_(fill)
+    elif piece.means is not None:
+        stored = held.region.dtype
+        box = held.voxels[_inside(piece.low, piece.shape, held)].view(getattr(torch, stored.name))
+        values = torch.empty(items.shape, dtype=_real(stored), device=items.device)
+        write_means(box, piece.means, values, piece.fill, values.dtype)
+        _store(values, items, stored)
     else:
         _resample(piece, piece.amap, held, items, fill)
 
@@ -155,7 +161,7 @@ def _write_linear(
 ) -> None:
     """Write the mean of the interpolant over the sub-points of each output voxel, rounded to the stored type."""
     stored = held.region.dtype
-    real = torch.float32 if compute_type(stored) is np.float32 else torch.float64
+    real = _real(stored)
     total: torch.Tensor | None = None
     for part in np.ndindex(*parts):
         shift = tuple((p + 0.5) / n - 0.5 for p, n in zip(part, parts, strict=True))
@@ -163,10 +169,20 @@ def _write_linear(
         values = _trilinear(flat, first, strides, piece.shape, points, stored, real)
         total = values if total is None else total.add_(values)
     assert total is not None
+    _store(total.div_(float(np.prod(parts))), slab, stored)
+
+
+def _real(stored: "np.dtype[Any]") -> torch.dtype:
+    """Return the type to interpolate in."""
+    return torch.float32 if compute_type(stored) is np.float32 else torch.float64
+
+
+def _store(values: torch.Tensor, out: torch.Tensor, stored: "np.dtype[Any]") -> None:
+    """Write values to items, rounded and clipped to the range of the stored type."""
     info = np.iinfo(stored)
-    total = total.div_(float(np.prod(parts))).round_().clamp_(info.min, info.max)
+    rounded = values.round_().clamp_(info.min, info.max)
     # Through a wider signed type, whose lowest bits are those of the stored type.
-    slab.copy_(total.to(torch.int64 if stored.itemsize > 2 else torch.int32))
+    out.copy_(rounded.to(torch.int64 if stored.itemsize > 2 else torch.int32))
 
 
 def _trilinear(
@@ -175,7 +191,7 @@ def _trilinear(
     strides: tuple[int, int, int],
     shape: Shape,
     points: torch.Tensor,
-    stored: "np.dtype[np.generic]",
+    stored: "np.dtype[Any]",
     real: torch.dtype,
 ) -> torch.Tensor:
     """Return the trilinear interpolant of a box at some points; see `geometry.rotation`.

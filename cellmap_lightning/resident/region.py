@@ -67,14 +67,15 @@ class DeviceRegion:
         staged = torch.from_numpy(items[..., 0] if self.region.depth in ITEMS else items)
         return staged.pin_memory() if pin else staged
 
-    def upload(self, chunk: Shape, staged: torch.Tensor) -> None:
-        """Copy the voxels of a chunk to the device; asynchronously from page-locked memory."""
+    def upload(self, chunk: Shape, staged: torch.Tensor) -> int:
+        """Copy the voxels of a chunk to the device, asynchronously from page-locked memory; return the bytes copied."""
         if self._ready[chunk]:
-            return  # staged twice, by batches that were read before the first of them was gathered
+            return 0  # staged twice, by batches that were read before the first of them was gathered
         start, shape = self.region.chunk_box(chunk)
         box = tuple(slice(a - lo, a - lo + n) for a, n, lo in zip(start, shape, self.low, strict=True))
         self.voxels[box].copy_(staged, non_blocking=True)
         self._ready[chunk] = True
+        return staged.nbytes
 
     def release(self) -> None:
         """Drop the voxels."""

@@ -1,11 +1,15 @@
 """The decision about regions on the device, from numbers alone."""
 
+import pickle
+
 import pytest
+import torch
 
 from cellmap_lightning.batches.memory import BatchMemory, FormMemory
 from cellmap_lightning.loading.prefetch import PrefetchSettings, decide
 from cellmap_lightning.loading.resident_decision import ResidentRequest, resident_bytes, resident_text
 from cellmap_lightning.loading.resident_reader import ResidentReader
+from cellmap_lightning.loading.split_residents import SplitResidents
 from cellmap_lightning.resident.device_cache import DeviceCache
 from cellmap_lightning.resident.gather import GATHER_BYTES
 from tests.resident.datasets import SETS, open_set
@@ -78,3 +82,31 @@ def test_the_bytes_are_those_that_are_held(volume, name):
         assert all(rows.described for rows in batch._arrays.values()) or name in (
             "rotated and averaged", "averaged about z", "quarter turns",
         )  # fmt: skip
+
+
+def test_splits_share_the_budget(volume):
+    """What one split needs is not free for another, and is free again when it no longer uses the device."""
+    device, cpu = torch.device("cpu"), "cpu"
+    with (
+        open_set(volume, "boxes of a level", cache="device") as first,
+        open_set(volume, "boxes of a level", train=False, cache="device") as second,
+    ):
+        residents = SplitResidents(10_000_000)
+        request = residents.request("val", second, 0, False)
+        assert (request.others, request.needed) == (0, resident_bytes(second))
+        cache = residents.of("val", second, 2, device, request, None)
+        assert cache.device.type == cpu
+        request = residents.request("train", first, 0, False)
+        assert request.others == resident_bytes(second)
+        assert residents.of("train", first, 2, device, request, None) is cache
+        assert residents.request("val", second, 0, False).others == resident_bytes(first)
+        off = residents.request("train", first, 2, False)
+        assert off.obstacle == "num_workers=2, and one process uses the device; set num_workers=0"
+        assert residents.of("train", first, 2, device, off, None) is None
+        assert residents.request("val", second, 0, False).others == 0
+        assert "on_before_batch_transfer" in residents.request("train", first, 0, True).obstacle
+        assert "predicted" in residents.request("predict", first, 0, False).obstacle
+        copy = pickle.loads(pickle.dumps(residents))
+        assert (copy.cache, copy.limit) == (None, 10_000_000)
+        residents.close()
+        assert cache.nbytes == 0

@@ -13,12 +13,12 @@ from tests.resident.datasets import COMPUTED, KINDS, SETS, described, finished, 
 #: Of 48 samples, those that are gathered: raw, targets of bits, ids.
 GATHERED = {
     "boxes of a level": (48, 48, 48),
-    "boxes of resampled voxels": (24, 24, 24),  # with x and y exchanged, the voxels differ
+    "boxes of resampled voxels": (48, 24, 24),  # with x and y exchanged, bits of two lattices
     "rotated about z": (48, 48, 48),
     "rotated by any angle": (48, 48, 48),
     "rotated and averaged": (48, 0, 48),  # classes of two lattices
-    "averaged about z": (0, 0, 48),  # an exact mean along z
-    "quarter turns": (0, 48, 48),  # the same, between voxels that are no cubes
+    "averaged about z": (48, 0, 48),
+    "quarter turns": (48, 48, 48),
 }
 
 
@@ -139,17 +139,55 @@ def test_slices_in_any_plane(tmp_path, plane):
             same(finished(dataset, reader, draws), dataset.read(draws).finish())
 
 
-def test_crops_smaller_than_a_patch_at_the_border(tmp_path):
-    """Raw is filled outside the volume, and targets outside the crop."""
+LATTICE = {"mirror": {"axes": dict.fromkeys("zyx", 0.5)}, "transpose": {"axes": ["z", "x"]}}
+
+
+@pytest.mark.parametrize("spatial", [LATTICE, TURN], ids=["boxes", "rotated"])
+@pytest.mark.parametrize("kind", [{}, {"kind": "instances"}], ids=["bits", "ids"])
+def test_crops_smaller_than_a_patch_at_the_border(tmp_path, kind, spatial):
+    """Raw is filled outside the volume, with what is normalized to 0, and targets outside the crop are unknown."""
     volume = Volume(tmp_path).add_raw(raw_of("uint16")).add("a", np.ones((4, 6, 8), "u1"), origin=(0, 304, 0))
-    for spatial in ({"mirror": {"axes": dict.fromkeys("zyx", 0.5)}, "transpose": {"axes": ["z", "x"]}}, TURN):
-        with volume.dataset(["a"], (12, 12, 12), is_train=True, spatial_transforms=spatial, cache="memory") as dataset:
-            reader, draws = reader_of(dataset), dataset.draw(range(24), True, 0)
-            assert described(reader.read(draws)) == {"raw": 24, "target": 24}
-            found = finished(dataset, reader, draws)
-            same(found, dataset.read(draws).finish())
-            assert found["target"].isnan().any()
-            assert (found["raw"] == 0).any()
+    with volume.dataset(
+        ["a"], (12, 12, 12), is_train=True, spatial_transforms=spatial, cache="memory", target=kind,
+        raw_value_transforms="auto", normalize={"range": [40000, 65000]},
+    ) as dataset:  # fmt: skip
+        reader, draws = reader_of(dataset), dataset.draw(range(24), True, 0)
+        assert described(reader.read(draws)) == {"raw": 24, "target": 24}
+        found = finished(dataset, reader, draws)
+        same(found, dataset.read(draws).finish())
+        assert (found["target"] == -1).any() if kind else found["target"].isnan().any()
+        assert (found["raw"] == 0).sum() > 1000
+
+
+def test_samples_with_hidden_targets_are_read_on_the_host(tmp_path):
+    """Where raw ends inside of the crop, targets are unknown: only samples that show this are read."""
+    volume = Volume(tmp_path).add_raw(raw_of("uint8")).add("a", np.ones((40, 44, 40), "u1"), origin=(0, 0, 160))
+    with volume.dataset(["a"], (9, 9, 9), is_train=True, spatial_transforms=TURN, cache="memory") as dataset:
+        reader, draws = reader_of(dataset), dataset.draw(range(32), True, 0)
+        counts = described(reader.read(draws))
+        assert counts["raw"] == 32
+        assert 4 < counts["target"] < 28
+        found = finished(dataset, reader, draws)
+        same(found, dataset.read(draws).finish())
+        assert found["target"].isnan().any()
+
+
+ABOUT_Z = {"mirror": {"axes": {"y": 0.5}}, "rotate": {"axes": {"z": [-180, 180]}}}
+QUARTERS = {"rotate": {"axes": {"z": [90, 90], "x": [90, 90]}}}
+
+
+@pytest.mark.parametrize("spatial", [ABOUT_Z, QUARTERS], ids=["about z", "quarter turns"])
+@pytest.mark.parametrize("scale", [(16, 16, 16), (20, 8, 13), (8, 24, 8)])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32"])
+def test_exact_means(tmp_path, dtype, scale, spatial):
+    """Patches that are coarser than raw, at the border of the volume too."""
+    volume = Volume(tmp_path).add_raw(raw_of(dtype)).add("a", np.ones(SHAPE, "u1"))
+    with volume.dataset(
+        ["a"], (9, 11, 12), scale, is_train=True, spatial_transforms=spatial, cache="memory"
+    ) as dataset:
+        reader, draws = reader_of(dataset), dataset.draw(range(12), True, 0)
+        assert described(reader.read(draws))["raw"] == 12
+        same(finished(dataset, reader, draws), dataset.read(draws).finish())
 
 
 def test_every_turn_of_the_lattice(tmp_path):
@@ -186,3 +224,17 @@ def test_rows_of_both_kinds_in_one_batch(volume):
             same(finished(dataset, reader, draws), expected)
             assert reader.cache.nbytes <= budget
         assert {0, 8} < seen
+
+
+def test_batches_that_were_read_before_the_first_was_gathered(volume):
+    """Both stage the chunks that they show; they are uploaded once, and either order is right."""
+    with open_set(volume, "boxes of a level") as dataset:
+        draws = dataset.draw(range(8), True, 3)
+        expected = dataset.read(draws).tensors
+        reader = reader_of(dataset)
+        first, second = reader.read(draws), reader.read(draws)
+        for batch in (second, first):
+            found = batch.gathered().tensors
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+            uploaded = reader.cache.uploaded
+        assert uploaded == sum(voxels.nbytes for *_, voxels in reader_of(dataset).read(draws)._staged)
