@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from cellmap_lightning.errors import CellMapKeyError, CellMapValueError, MissingExtraError
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError, missing_extra
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.transforms.targets import packed_bytes, set_bits, unpack, unpack_class
@@ -251,9 +251,7 @@ class SignedDistance(TargetKind):
         try:
             from scipy.ndimage import distance_transform_edt
         except ImportError:
-            raise MissingExtraError(
-                'targets of kind sdt need scipy: pip install "cellmap-lightning[targets]"'
-            ) from None
+            raise missing_extra("targets", "targets of kind sdt need scipy") from None
         inner = tuple(slice(m, m + n) for m, n in zip(self.margin, self.window.shape, strict=True))
         for index in range(self.classes):
             present, known = unpack_class(stored, index)
