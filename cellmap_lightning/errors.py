@@ -70,3 +70,20 @@ class WorkerError(CellMapError, RuntimeError):
 
 class MissingExtraError(CellMapError, ImportError):
     """An optional library that is needed and not installed."""
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra; the working directory is a clone of the repository."""
+    return f'pip install -e ".[{extra}]"'
+
+
+def missing_extra(extra: str, what: str, alternative: str = "") -> MissingExtraError:
+    """Return the error about a library that is not installed.
+
+    Args:
+        extra: the extra of the package that contains the library, such as ``train``.
+        what: the feature and the library that it needs, such as ``"pictures need matplotlib"``.
+        alternative: what works without the library, such as ``"metric=voxels"``.
+    """
+    ending = f", or {alternative}" if alternative else ""
+    return MissingExtraError(f"{what}, which is not installed; in a clone: {install_command(extra)}{ending}")

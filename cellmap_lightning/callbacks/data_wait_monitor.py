@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 
 from cellmap_lightning.datasets.source import SampleSource
-from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.errors import CellMapValueError, install_command
 from cellmap_lightning.loading.prefetch import PrefetchDecision
 from cellmap_lightning.loading.waiting import WaitTimes
 from cellmap_lightning.validation import int_at_least
@@ -118,7 +118,7 @@ def advice(trainer: L.Trainer) -> list[str]:
     if dataset.max_workers < cores:
         hints.append(f"max_workers={cores} instead of {dataset.max_workers} decodes in more threads")
     if any(crop.reader == "zarr" for crop in dataset.crops):
-        hints.append('reader=tensorstore decodes faster (pip install "cellmap-lightning[fast]")')
+        hints.append(f"reader=tensorstore decodes faster ({install_command('fast')})")
     return hints
 
 

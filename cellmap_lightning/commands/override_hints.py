@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from cellmap_lightning.commands.config_keys import flat_keys
 from cellmap_lightning.commands.resolvers import CONFIGS
+from cellmap_lightning.errors import install_command
 from cellmap_lightning.validation import did_you_mean
 
 
@@ -28,7 +29,7 @@ def override_hints(name: str, arguments: list[str]) -> list[str]:
     hints = []
     slurm = any("submitit" in a or a.endswith("=slurm_ddp") for a in arguments)
     if slurm and not find_spec("submitit"):
-        hints.append('Jobs through Slurm need pip install "cellmap-lightning[slurm]".')
+        hints.append(f"Jobs through Slurm need the extra slurm: {install_command('slurm')}")
     if "-m" in arguments[1:] and not arguments[0].startswith("-"):
         hints.append(f"-m comes first: cellmap-{name} -m {' '.join(a for a in arguments if a != '-m')}")
     return hints + _key_hints(name, overrides, [*(key for key, _ in flat_keys(config)), *groups])

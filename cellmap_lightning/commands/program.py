@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cellmap_lightning.commands.arguments import check_groups, prepare_arguments
 from cellmap_lightning.commands.config_keys import check_known, check_missing, rename_voxel_sizes
 from cellmap_lightning.commands.config_values import check_model_shape, check_targets
+from cellmap_lightning.commands.help_text import register_help, version_text
 from cellmap_lightning.commands.messages import Stopped, stop
 from cellmap_lightning.commands.override_hints import override_hints
 from cellmap_lightning.commands.private_run import contain_secrets, protect_logs, protect_run
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # At import: launchers such as submitit unpickle the job in a new process, which imports this module and no other one.
 register_resolvers()
+register_help()
 
 
 def run_command(
@@ -50,6 +52,9 @@ def run_command(
     Raises:
         SystemExit: the command failed or was interrupted.
     """
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        print(version_text())
+        return None
     started = False
 
     def run(cfg: DictConfig) -> Any:

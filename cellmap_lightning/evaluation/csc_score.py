@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.errors import CellMapValueError, MissingExtraError
+from cellmap_lightning.errors import CellMapValueError, missing_extra
 
 Labels = npt.NDArray[Any]
 
@@ -224,9 +224,7 @@ def _components(prediction: Labels) -> tuple[Labels, int]:
     try:
         import cc3d
     except ImportError as e:
-        raise MissingExtraError(
-            'metric=csc needs connected-components-3d: pip install "cellmap-lightning[challenge]"'
-        ) from e
+        raise missing_extra("challenge", "metric=csc needs connected-components-3d") from e
     components, count = cc3d.connected_components(np.ascontiguousarray(prediction), return_N=True)
     return components, int(count)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.errors import CellMapTypeError, CellMapValueError, MissingExtraError
+from cellmap_lightning.errors import CellMapTypeError, CellMapValueError, missing_extra
 
 Labels = npt.NDArray[Any]
 #: From a boolean volume ``[z, y, x]`` to numbers of the same shape.
@@ -25,7 +25,7 @@ def components(present: Labels) -> Labels:
     try:
         from scipy import ndimage
     except ImportError as e:
-        raise MissingExtraError('components need scipy: pip install "cellmap-lightning[targets]"') from e
+        raise missing_extra("targets", "components need scipy") from e
     numbers: Labels = ndimage.label(present, structure=np.ones((3, 3, 3), bool))[0]
     return numbers
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellmap_lightning.errors import MissingExtraError
+from cellmap_lightning.errors import missing_extra
 from cellmap_lightning.evaluation.evaluate import CropScore
 from cellmap_lightning.evaluation.instance_scores import INSTANCE_METRICS
 from cellmap_lightning.evaluation.surface_scores import SURFACE_METRICS
@@ -93,7 +93,7 @@ def draw(scores: Sequence[CropScore], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise MissingExtraError('pictures need matplotlib: pip install "cellmap-lightning[train]"') from e
+        raise missing_extra("train", "pictures need matplotlib") from e
     metrics = _columns(scores, _HEAT)
     crops = list(dict.fromkeys(s.crop for s in scores))
     names = list(dict.fromkeys(s.name for s in scores))

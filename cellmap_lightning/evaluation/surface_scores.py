@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.errors import MissingExtraError
+from cellmap_lightning.errors import missing_extra
 from cellmap_lightning.evaluation.pairs import CropPair, Mask
 
 Points = npt.NDArray[np.float64]
@@ -82,9 +82,7 @@ def surface_distances(predicted: Points, annotated: Points) -> SurfaceScore:
     try:
         from scipy.spatial import KDTree
     except ImportError:
-        raise MissingExtraError(
-            'surface distances need scipy: pip install "cellmap-lightning[targets]", or metric=voxels'
-        ) from None
+        raise missing_extra("targets", "surface distances need scipy", "set metric=voxels") from None
     there = KDTree(annotated).query(predicted)[0]
     back = KDTree(predicted).query(annotated)[0]
     return SurfaceScore(

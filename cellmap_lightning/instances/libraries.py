@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from cellmap_lightning.errors import MissingExtraError
+from cellmap_lightning.errors import missing_extra
 
 _PACKAGES = {"bioimage_cpp": "bioimage-cpp", "cc3d": "connected-components-3d", "scipy": "scipy"}
 
@@ -18,6 +18,4 @@ def library(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as e:
         package = _PACKAGES[module.partition(".")[0]]
-        raise MissingExtraError(
-            f'instance segmentation needs {package}: pip install "cellmap-lightning[instances]"'
-        ) from e
+        raise missing_extra("instances", f"instance segmentation needs {package}") from e

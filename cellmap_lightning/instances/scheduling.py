@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, Protocol
 
-from cellmap_lightning.errors import CellMapValueError, MissingExtraError, OutputError
+from cellmap_lightning.errors import CellMapValueError, OutputError, missing_extra
 from cellmap_lightning.validation import int_at_least, one_of
 
 Step = Callable[[int], list[int]]
@@ -97,7 +97,7 @@ class DaskScheduler:
         try:
             distributed: Any = importlib.import_module("distributed")
         except ImportError as e:
-            raise MissingExtraError('scheduler=dask needs distributed: pip install "cellmap-lightning[dask]"') from e
+            raise missing_extra("dask", "scheduler=dask needs distributed") from e
         self._cluster: Any = None
         try:
             if address is None:

@@ -15,7 +15,7 @@ from cellmap_lightning.errors import (
     CellMapKeyError,
     ChunkError,
     EmptyChunkError,
-    MissingExtraError,
+    missing_extra,
 )
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
@@ -53,9 +53,7 @@ def check_reader(name: Any) -> Reader:
         try:
             import tensorstore  # noqa: F401
         except ImportError:
-            raise MissingExtraError(
-                'reader=tensorstore needs TensorStore: pip install "cellmap-lightning[fast]"'
-            ) from None
+            raise missing_extra("fast", "reader=tensorstore needs TensorStore") from None
     return reader
 
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from cellmap_lightning.errors import CellMapValueError, MetadataError, MissingExtraError
+from cellmap_lightning.errors import CellMapValueError, MetadataError, MissingExtraError, missing_extra
 from cellmap_lightning.io.files import problem_of_archive
 
 #: The extra that installs the library for each protocol.
@@ -90,10 +90,9 @@ def _create(url: str, options: str, asynchronous: bool, hide: Callable[[str], st
     try:
         return fsspec.core.url_to_fs(url, skip_instance_cache=True, **arguments)[0]
     except ImportError as e:
-        extra = EXTRAS.get(protocol, protocol)
-        raise MissingExtraError(
-            f'{protocol}:// needs a library that is not installed: pip install "cellmap-lightning[{extra}]"'
-        ) from e
+        if protocol in EXTRAS:
+            raise missing_extra(EXTRAS[protocol], f"{protocol}:// needs a library") from e
+        raise MissingExtraError(hide(f"{protocol}:// needs a library that is not installed: {e}")) from e
     except (TypeError, ValueError) as e:
         raise CellMapValueError(hide(f"{hide(url)}: storage_options do not fit: {e}")) from e
 

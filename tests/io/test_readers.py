@@ -183,7 +183,7 @@ def test_available_readers(monkeypatch):
         check_reader("z5")
     assert isinstance(e.value, KeyError)
     monkeypatch.setitem(sys.modules, "tensorstore", None)  # as where it is not installed
-    with pytest.raises(MissingExtraError, match=r'pip install "cellmap-lightning\[fast\]"') as e:
+    with pytest.raises(MissingExtraError, match=r'pip install -e "\.\[fast\]"') as e:
         check_reader("tensorstore")
     assert isinstance(e.value, ImportError)
     assert check_reader("zarr") == "zarr"

@@ -270,7 +270,7 @@ def test_missing_matplotlib_names_the_extra(monkeypatch, tmp_path):
         lambda: training_curves(tmp_path / "metrics.csv"),
         lambda: outline_paths(np.ones((2, 2))),
     ):
-        with pytest.raises(MissingExtraError, match=r'pip install "cellmap-lightning\[train\]"'):
+        with pytest.raises(MissingExtraError, match=r'pip install -e "\.\[train\]"'):
             call()
 
 

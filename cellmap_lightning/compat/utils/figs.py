@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cellmap_lightning.errors import MissingExtraError
+from cellmap_lightning.errors import missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def get_fig_dict(
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle
     except ImportError as e:
-        raise MissingExtraError('pictures need matplotlib: pip install "cellmap-lightning[train]"') from e
+        raise missing_extra("train", "pictures need matplotlib") from e
     rows = len(input_data) if batch_size is None else min(batch_size, len(input_data))
     low, high = clim if clim is not None else (None, None)
     found = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.errors import CellMapFileNotFoundError, MetadataError, MissingExtraError
+from cellmap_lightning.errors import CellMapFileNotFoundError, MetadataError, missing_extra
 from cellmap_lightning.geometry.lattice import AXES, Vector
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
@@ -107,7 +107,7 @@ def _opened(path: str) -> Any:
     try:
         import h5py
     except ImportError:
-        raise MissingExtraError(f'{path}: HDF5 files need h5py: pip install "cellmap-lightning[hdf5]"') from None
+        raise missing_extra("hdf5", f"{path}: HDF5 files need h5py") from None
     try:
         return h5py.File(path, "r", locking=False)
     except OSError as e:

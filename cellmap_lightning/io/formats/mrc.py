@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.errors import MetadataError, MissingExtraError
+from cellmap_lightning.errors import MetadataError, missing_extra
 from cellmap_lightning.geometry.lattice import to_vector
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
@@ -69,7 +69,7 @@ def _opened(path: str) -> Any:
     try:
         import mrcfile
     except ImportError:
-        raise MissingExtraError(f'{path}: MRC files need mrcfile: pip install "cellmap-lightning[mrc]"') from None
+        raise missing_extra("mrc", f"{path}: MRC files need mrcfile") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # such as a header that does not fit the file

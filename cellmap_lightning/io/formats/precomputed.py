@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.errors import MetadataError, MissingExtraError
+from cellmap_lightning.errors import MetadataError, missing_extra
 from cellmap_lightning.geometry.lattice import Vector, to_vector
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
@@ -43,9 +43,7 @@ class PrecomputedFormat:
         try:
             import tensorstore  # noqa: F401
         except ImportError:
-            raise MissingExtraError(
-                f'{path}: precomputed volumes need TensorStore: pip install "cellmap-lightning[precomputed]"'
-            ) from None
+            raise missing_extra("precomputed", f"{path}: precomputed volumes need TensorStore") from None
         info = read_json(path / INFO) or {}
         scales = info["scales"]
         if not isinstance(scales, list) or not scales or not all(isinstance(scale, dict) for scale in scales):

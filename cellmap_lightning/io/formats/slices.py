@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.errors import MetadataError, MissingExtraError
+from cellmap_lightning.errors import MetadataError, missing_extra
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
 from cellmap_lightning.io.formats.tiff_pages import TiffPages
@@ -167,7 +167,7 @@ def _png(file: Path) -> Any:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
-        raise MissingExtraError(f'{file}: PNG files need Pillow: pip install "cellmap-lightning[png]"') from None
+        raise missing_extra("png", f"{file}: PNG files need Pillow") from None
     try:
         return Image.open(file, formats=["PNG"])
     except (UnidentifiedImageError, OSError) as e:

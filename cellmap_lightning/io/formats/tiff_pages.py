@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.errors import MetadataError, MissingExtraError
+from cellmap_lightning.errors import MetadataError, missing_extra
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
 from cellmap_lightning.io.formats.volume import FormatArray
@@ -68,9 +68,7 @@ class TiffPages:
         try:
             import tifffile
         except ImportError:
-            raise MissingExtraError(
-                f'{path}: TIFF files need tifffile: pip install "cellmap-lightning[tiff]"'
-            ) from None
+            raise missing_extra("tiff", f"{path}: TIFF files need tifffile") from None
         log, errors = logging.getLogger("tifffile"), _PageErrors()
         log.addHandler(errors)
         try:

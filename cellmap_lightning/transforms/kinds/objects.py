@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.errors import MissingExtraError
+from cellmap_lightning.errors import missing_extra
 from cellmap_lightning.geometry.lattice import FloatArray, Shape
 from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.transforms.kinds.kind import UNKNOWN_ID
@@ -24,9 +24,7 @@ def ndimage() -> Any:
     try:
         import scipy.ndimage
     except ImportError:
-        raise MissingExtraError(
-            'targets that are computed from distances or objects need scipy: pip install "cellmap-lightning[targets]"'
-        ) from None
+        raise missing_extra("targets", "targets that are computed from distances or objects need scipy") from None
     return scipy.ndimage
 
 

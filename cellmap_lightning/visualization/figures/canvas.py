@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.errors import MissingExtraError
+from cellmap_lightning.errors import missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,9 +36,7 @@ def needs_matplotlib() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise MissingExtraError(
-            'Figures need matplotlib, which is not installed: pip install "cellmap-lightning[train]".'
-        ) from error
+        raise missing_extra("train", "figures need matplotlib") from error
 
 
 @contextmanager

@@ -236,5 +236,5 @@ def test_a_library_that_is_not_installed(tmp_path, module, write, extra):
     program = BLOCKED.format(module=module, path=str(write(tmp_path, VOXELS)))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("MissingExtraError")
-    assert f'pip install "cellmap-lightning[{extra}]"' in done.stdout
+    assert f'pip install -e ".[{extra}]"' in done.stdout
     assert done.stdout.count("\n") == 1
