@@ -1,5 +1,6 @@
 """The texts of ``--help`` and ``--version``."""
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def command_help(header: str, choices: Any, sources: Any) -> str:
     """
     folders = [Path(source["path"]) for source in sources if source["schema"] == "file"]
     lines = [
-        f"  {group}: {', '.join(options)}"
+        textwrap.fill(f"  {group}: {', '.join(options)}", 100, subsequent_indent="    ")
         for group in sorted(choices)
         if "/" not in group and (options := sorted(set(_options(group, folders))))
     ]

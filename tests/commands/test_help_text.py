@@ -17,7 +17,9 @@ from tests.command_lines import composed, shell_commands
 
 ROOT = Path(__file__).parents[2]
 ALL = ["augment", "callbacks", "data", "experiment", "logger", "model", "task", "trainer"]
-GROUPS = {"train": ALL, "preview": ALL, "inspect": ALL, "predict": ["data", "trainer"], "evaluate": [], "submit": []}
+GROUPS = {"train": ALL, "preview": ALL, "inspect": ALL, "predict": ["data", "trainer"]} | {
+    name: [] for name in ("segment", "evaluate", "tune", "submit", "convert")
+}
 
 
 def shown(name, *arguments, cwd):
@@ -50,7 +52,8 @@ def test_help(name, tmp_path):
     examples = [line for line in lines[3:6] if line.startswith(f"  cellmap-{name} ")]
     assert len(examples) == 3
     assert max(map(len, lines)) <= 130
-    groups = {m[1]: m[2].split(", ") for line in lines[6:] if (m := re.fullmatch(r"  (\w+): (.*)", line))}
+    unwrapped = re.sub(r",\n    ", ", ", "\n".join(lines[6:])).splitlines()
+    groups = {m[1]: m[2].split(", ") for line in unwrapped if (m := re.fullmatch(r"  (\w+): (.*)", line))}
     assert sorted(groups) == GROUPS[name]
     for group, options in groups.items():
         assert options == sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
