@@ -32,7 +32,7 @@ class Piece:
         amap: map from the patch's voxels to those of the region; None for a box.
         method: ``linear`` for raw, ``nearest`` for labels.
         channel: position of the class, for ids; None for all channels.
-        means: exact means in place of the map.
+        means: sums along the axes in place of the map.
     """
 
     region: Region
@@ -139,7 +139,7 @@ def _piece(
     shape, dtype = source.region.shape, source.region.dtype
     if method == "linear" and (dtype.kind not in "iu" or dtype.itemsize > 4):
         return None  # of floats, those that are not finite need a search of the box
-    if not is_gathered(amap, method):
+    if method == "linear" and not is_gathered(amap):
         plan = plan_means(amap, shape)
         if plan is None:
             return Piece(source.region, fill, (0, 0, 0), (0, 0, 0), amap=amap, method=method, channel=channel)

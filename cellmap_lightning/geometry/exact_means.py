@@ -1,4 +1,4 @@
-"""Plans of patches that are exact means over output voxels: along the axes of the array, and rotated about one of them.
+"""Plans of patches that are sums along axes: of maps along the axes of the array, and of rotations about one of them.
 
 They hold the small arrays of neighbours and weights, so that voxels can be summed elsewhere, such as on a device, as
 `interpolation.weighted_sums` and `rotation.gather_about_axis` do here.
@@ -55,7 +55,7 @@ class AboutAxis:
     high: tuple[int, ...]
 
 
-#: A plan of exact means.
+#: A plan of interpolated voxels, or of exact means over output voxels where these are coarser than the array.
 Means = AlongAxes | AboutAxis
 
 

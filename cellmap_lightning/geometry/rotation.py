@@ -333,13 +333,9 @@ def _nearest(box: AnyArray, points: FloatArray) -> AnyArray:
     return voxels
 
 
-def is_gathered(amap: AffineMap, method: Method) -> bool:
-    """Return True if `gather` computes the patch of a map, up to rounding; False where another path averages exactly.
-
-    Maps along the axes and rotations about an axis have the exact mean over an output voxel, `gather` that of points.
-    """
-    averages = bool((sub_points(amap.matrix, method) > 1).any())
-    return not averages or (amap.separable() is None and axis_of_rotation(amap) is None)
+def is_gathered(amap: AffineMap) -> bool:
+    """Return True if `gather` computes the patch of a map: neither along the axes nor rotated about one of them."""
+    return amap.separable() is None and axis_of_rotation(amap) is None
 
 
 def gathered_box(amap: AffineMap, shape: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -20,6 +20,14 @@ SETS = {
     "averaged about z": (BETWEEN, {"rotate": {"axes": {"z": [-180, 180]}}}),
     "quarter turns": (STORED, {"rotate": {"axes": {"z": [90, 90], "x": [90, 90]}}}),
 }
+#: Also affine, and a displacement, which is evaluated on the host.
+ZOOMED = {"zoom": [0.7, 1.4]}
+SHEARED = {"zoom": {"axes": {"y": [0.8, 1.6]}}, "shear": {"axes": {"zx": [-0.3, 0.3]}}}
+SETS |= {
+    "zoomed": (STORED, ZOOMED),
+    "zoomed and sheared": (COARSE, SHEARED),
+    "deformed": (STORED, {"elastic": {"spacing": 60, "magnitude": 4}}),
+}
 KINDS = {"binary": {}, "numbers": {"kind": "labels"}, "ids": {"kind": "instances"}, "stored": {"kind": "ids"}}
 COMPUTED = {"pairs": {"kind": "affinities", "offsets": [[1, 0, 0]]}, "near": {"kind": "sdt", "nm": 30}}
 
