@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_streams.py
 
-One command, within 8 minutes on its own clock: what does not fit is named as left out. Needs a CUDA device and this
-checkout on the path, and neither zarr nor Lightning. It writes a JSON and, where matplotlib is there, a PNG; elsewhere
-``--plot-json FILE`` draws the PNG from the JSON. ``--device cpu`` runs the same code without a stream, to test this
-program: its figures say nothing about streams.
+One command, within 8 minutes on its own clock: what does not fit is named as left out. ``--minutes 3.5`` measures fewer
+sizes for a shorter time each. Needs a CUDA device and this checkout on the path, and neither zarr nor Lightning. It
+writes a JSON and, where matplotlib is there, a PNG; elsewhere ``--plot-json FILE`` draws the PNG from the JSON.
+``--device cpu`` runs the same code without a stream, to test this program: its figures say nothing about streams.
 
 - **Corruption**: patterned batches, checked on the device by a step that drops its input at once, 10,000 for each
   depth. The same hunt with a part of the engine left out has to find something, or it would prove nothing.
@@ -41,6 +41,8 @@ from cellmap_lightning.transforms.targets import packed_bytes, unpack
 
 MIB = 2**20
 SIZES = (10, 30, 100, 300, 1000, 2000)  # MiB of a finished batch
+#: With less time than this, fewer sizes on both sides of the threshold and shorter measurements cover each claim.
+SHORT_MINUTES, SHORT_SIZES = 6, (10, 100, 300, 1000)
 FORMS = ("compact", "finished")
 MODES = ("resident", "on", "off", "original")
 CLASSES, SAMPLES, PLANES, ROWS = 8, 4, 16, 64
@@ -472,16 +474,26 @@ def fits_in_memory(backend, case, batches):
     return held + 2 * case.memory.total_bytes < 0.8 * device and 2 * held < 0.8 * host
 
 
-def steps_for(step_s, most):
+def steps_for(step_s, most, seconds=0.5):
     """Steps of one measurement: about half a second of them."""
-    return max(4, min(most, int(0.5 / step_s)))
+    return max(4, min(most, int(seconds / step_s)))
 
 
-def overlap(backend, clock, sizes, pool, most_rounds, most_steps):
-    """What a step takes, for each form, size and regime; in each round each mode is measured once."""
+def overlap(backend, clock, sizes, pool, most_rounds, most_steps, measured=0.5):
+    """What a step takes, for each form, size and regime; in each round each mode is measured once.
+
+    Args:
+        backend: the device.
+        clock: the time that is left.
+        sizes: of finished batches, MiB.
+        pool: the threads that read.
+        most_rounds: rounds at most.
+        most_steps: steps of a measurement at most.
+        measured: seconds of a measurement, about.
+    """
     rows = []
     ahead = len(FORMS) * len(sizes) * len(REGIMES)
-    for form, size in itertools.product(FORMS, sizes):
+    for size, form in itertools.product(sizes, FORMS):
         what = f"{size} MiB, {form}"
         if clock.left("overlap") <= 0:
             clock.leave_out("overlap", what)
@@ -495,7 +507,7 @@ def overlap(backend, clock, sizes, pool, most_rounds, most_steps):
                 ahead -= 1
                 seconds = regime.seconds(case.read_s, case.copy_s, key)
                 longest = seconds + 3 * (case.read_s + case.copy_s)
-                steps = steps_for(longest, most_steps)
+                steps = steps_for(longest, most_steps, measured)
                 # Where the host does not wait, every step may have its batch on the device.
                 if not fits_in_memory(backend, case, steps + 8):
                     clock.leave_out("overlap", f"{what}, {key}", "too little memory")
@@ -830,7 +842,8 @@ def main():
         print(f"Note: {NO_STREAMS}.")
     # What is kept back is for writing, drawing and the longest single measurement.
     clock = Clock(60 * args.minutes - 20, {"corruption": 0.22, "memory": 0.15, "streams": 0.1, "overlap": 0.53})
-    sizes = (1, 2) if args.quick else SIZES
+    short = args.minutes < SHORT_MINUTES
+    sizes = (1, 2) if args.quick else SHORT_SIZES if short else SIZES
     few = sizes[-1:] if args.quick else (100, 1000)
     rounds, steps = (2, 4) if args.quick else (args.rounds, 40)
     pool = ReadPool(default_workers())
@@ -840,7 +853,7 @@ def main():
             "corruption": corruption(backend, clock, *((200, 1 << 14) if args.quick else (10_000, 1 << 20))),
             "memory": memory(backend, clock, few, pool),
             "streams": streams(backend, clock, few, pool, rounds, steps),
-            "overlap": overlap(backend, clock, sizes, pool, rounds, steps),
+            "overlap": overlap(backend, clock, sizes, pool, rounds, steps, 0.2 if short else 0.5),
         }
     finally:
         pool.close()

@@ -17,7 +17,7 @@ import numpy as np
 #: Samples of an epoch, where a loader needs a number: more than a measurement draws.
 MANY = 1_000_000
 
-AUGMENTS = ("none", "mirror", "rotate")
+AUGMENTS = ("none", "mirror", "rotate", "elastic")
 
 
 class NotSupported(Exception):  # noqa: N818
@@ -32,7 +32,8 @@ class Work:
         volume: as `data.describe` gives it.
         patch: voxels a side.
         augment: ``none``; ``mirror``: half of the samples mirrored along each axis, and the axes permuted; ``rotate``:
-            any angle about z, and mirrored.
+            any angle about z, and mirrored; ``elastic``: the same, and displaced by up to 6 voxels by control points
+            that are 32 voxels apart.
         classes: how many of the volume's classes.
         crops: how many of the volume's crops.
         workers: worker processes.
@@ -77,6 +78,11 @@ class Work:
             "none": None,
             "mirror": {"mirror": mirror, "transpose": {"axes": ["x", "y", "z"]}},
             "rotate": {"mirror": mirror, "rotate": {"axes": {"z": [-180, 180]}}},
+            "elastic": {
+                "mirror": mirror,
+                "rotate": {"axes": {"z": [-180, 180]}},
+                "elastic": {"spacing": 32 * self.volume["scale"], "magnitude": 6 * self.volume["scale"]},
+            },
         }[self.augment]
 
     def only(self, augments=AUGMENTS, workers=False, crops=False):
@@ -412,6 +418,7 @@ def monai(work):
     from monai.data import CacheDataset, DataLoader
     from monai.transforms import (
         Compose,
+        Rand3DElasticd,
         RandFlipd,
         RandRotate90d,
         RandRotated,
@@ -441,7 +448,64 @@ def monai(work):
     if work.augment == "rotate":
         # The patch itself is turned, its corners filled from its border: turning a larger one would cost more.
         steps.append(RandRotated(keys, range_x=math.pi, prob=1, mode=("bilinear", "nearest"), padding_mode="border"))
+    if work.augment == "elastic":
+        # Its smoothing and magnitude are those of its documentation's example; rotation and displacement are one
+        # resampling.
+        steps.append(
+            Rand3DElasticd(
+                keys, sigma_range=(5, 8), magnitude_range=(100, 200), rotate_range=(math.pi, 0, 0), prob=1,
+                mode=("bilinear", "nearest"), padding_mode="border",
+            )
+        )  # fmt: skip
     # By default it would copy the whole crop for each sample.
     dataset = CacheDataset([crop], Compose(steps), progress=False, copy_cache=False)
     sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=MANY)
     return Source(forever(DataLoader(dataset, batch_size=work.batch, sampler=sampler, num_workers=work.workers)))
+
+
+# TorchIO
+
+
+@implementation(
+    "torchio",
+    "TorchIO",
+    needs=("torch.utils.data", "zarr", "torchio"),
+    packages=("torchio", "torch", "numpy", "zarr"),
+    keeps=True,
+)
+def torchio(work):
+    import torch
+    import torchio as tio
+    import zarr
+
+    work.only(augments=("none", "elastic"))
+    raw_path, *label_paths = _array_paths(work)
+    box = tuple(slice(o, o + work.volume["crop_size"]) for o in work.volume["crops"][0]["offset"])
+    raw = torch.from_numpy(zarr.open_array(raw_path, mode="r")[box][None])
+    labels = torch.from_numpy(np.stack([zarr.open_array(path, mode="r")[...] for path in label_paths]))
+    steps = []
+    if work.augment == "elastic":
+        # As many control points as patches of 64 voxels have of ours, with the two outermost fixed. Rotation and
+        # displacement are a resampling each.
+        points = max(4, work.patch // 32 + 3)
+        steps = [
+            tio.RandomFlip((0, 1, 2), flip_probability=0.5),
+            tio.RandomAffine(scales=0, degrees=(180, 0, 0), default_pad_value="mean"),
+            tio.RandomElasticDeformation(points, max_displacement=6),
+        ]
+    transform = tio.Compose(steps)
+
+    class Patches(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            numbers = np.random.default_rng(work.seed)
+            side = work.volume["crop_size"] - work.patch + 1
+            while True:
+                z, y, x = (int(numbers.integers(side)) for _ in range(3))
+                cut = (slice(None), *(slice(c, c + work.patch) for c in (z, y, x)))
+                subject = tio.Subject(
+                    raw=tio.ScalarImage(tensor=raw[cut].float() / 255), labels=tio.LabelMap(tensor=labels[cut])
+                )
+                moved = transform(subject)
+                yield {"raw": moved.raw.data, "labels": moved.labels.data.float()}
+
+    return Source(iter(torch.utils.data.DataLoader(Patches(), batch_size=work.batch)))

@@ -121,7 +121,7 @@ def check(batch, work, compact):
     grey = raw.float() / (255 if compact else 1)
     # Where a peer turns its patch out of what it has read, it says NaN.
     unknown = bool(grey.isnan().any())
-    if unknown and work.augment != "rotate":
+    if unknown and work.augment not in ("rotate", "elastic"):
         raise ValueError("raw has NaN")
     grey = grey[~grey.isnan()]
     if not (0.2 < float(grey.mean()) < 0.8 and float(grey.min()) >= 0 and float(grey.max()) <= 1):

@@ -28,7 +28,9 @@ from cellmap_lightning.io.ngff import LevelTranslations
 from cellmap_lightning.io.retrying import DEFAULT_RETRY
 from cellmap_lightning.loading.dataloader import WORKER_TIMEOUT, CellMapDataLoader
 from cellmap_lightning.loading.prefetch import STREAM_DEVICES, PrefetchDecision
+from cellmap_lightning.loading.resident_decision import ResidentRequest
 from cellmap_lightning.loading.samples import NumberedSamples
+from cellmap_lightning.loading.split_residents import SplitResidents
 from cellmap_lightning.loading.trainer_steps import (
     Stream,
     TrainingSteps,
@@ -59,8 +61,8 @@ _STAGES: dict[str | None, tuple[str, ...]] = {
     None: SPLITS,
 }
 
-#: Maps split, memory of a batch and device to a decision.
-PrefetchPolicy = Callable[[str, BatchMemory, torch.device], PrefetchDecision]
+#: Maps split, memory of a batch, device and request for regions on it to a decision.
+PrefetchPolicy = Callable[[str, BatchMemory, torch.device, ResidentRequest], PrefetchDecision]
 #: Maps ``pin_memory`` to the samples and batches of a prediction.
 PredictionPolicy = Callable[[bool], tuple[NumberedSamples, Iterable[Any]]]
 
@@ -132,8 +134,10 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         too_coarse: crops with labels coarser than requested: ``drop`` (logged), ``upsample``, or ``error``.
         max_upsampling: largest ratio of raw's finest voxel size to that of an input.
         max_workers: reading threads per split; see `ReadOptions`.
-        cache: cache of decoded voxels: ``auto``, ``disk``, ``memory``, ``chunks`` or ``none``; see `ReadOptions`.
+        cache: cache of decoded voxels: ``auto``, ``device``, ``disk``, ``memory``, ``chunks`` or ``none``; see
+            `ReadOptions`.
         cache_bytes: largest size of the cache, for all splits together; see `ReadOptions`.
+        device_cache_bytes: largest size of the voxels on the device, likewise.
         reader: the decoding library, ``zarr`` or ``tensorstore``.
         storage_options: options of addresses such as ``s3://bucket/vol.zarr``, see `ReadOptions`; an entry of
             ``datasets`` may override them.
@@ -206,6 +210,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         max_workers: int | None = None,
         cache: CacheMode = "auto",
         cache_bytes: int | None = None,
+        device_cache_bytes: int | None = None,
         reader: Reader = "zarr",
         storage_options: Mapping[str, Any] | None = None,
         missing_raw: MissingRaw = "auto",
@@ -272,6 +277,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         self.waiting = WaitTimes()
         #: Samples of an epoch and of a global batch in the last message about dropped samples.
         self._reported: tuple[int, int] | None = None
+        #: Voxels on the device, shared by the loaders of all splits.
+        self.residents = SplitResidents(device_cache_bytes)
         #: The crops of each split.
         self.splits = CellMapDataSplit(
             csv_path,
@@ -301,6 +308,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
                 max_workers=max_workers,
                 cache=cache,
                 cache_bytes=cache_bytes,
+                device_cache_bytes=device_cache_bytes,
                 reader=reader,
                 missing_raw=missing_raw,
                 max_upsampling=max_upsampling,
@@ -465,14 +473,19 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         # Only a running Trainer passes batches through `transfer_batch_to_device`.
         running = self._running
         streams = running and device.type in STREAM_DEVICES
-        if streams and touches_before_transfer(self.trainer, self):
+        touched = streams and touches_before_transfer(self.trainer, self)
+        if touched:
             log.info(
                 "%s: on_before_batch_transfer is overridden, so that batches are finished on the CPU for it and copied "
                 "in the step; override on_after_batch_transfer to get them on the device, which is faster", split,
             )  # fmt: skip
             streams = False
-        elif self.prefetch is not None and running:
-            decision = self.prefetch(split, dataset.batch_memory(self.batch_size), device)
+        resident = None
+        if running:
+            request = self.residents.request(split, dataset, self.num_workers, touched)
+            if self.prefetch is not None and not touched:
+                decision = self.prefetch(split, dataset.batch_memory(self.batch_size), device, request)
+            resident = self.residents.of(split, dataset, self.batch_size, device, request, decision)
         steps = None
         if running and split == "train" and self.trainer is not None:
             steps = TrainingSteps(self.trainer, self)
@@ -497,6 +510,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
             timeout=self.timeout,
             multiprocessing_context=self.multiprocessing_context,
             tiles=tiles,
+            resident=resident,
             batch_sampler=blocks[1] if blocks is not None else None,
         )
 
@@ -569,15 +583,17 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
     # -- the end
 
     def on_exception(self, exception: BaseException) -> None:
-        """Cancel queued reads and end every thread: Lightning calls no ``teardown`` after this.
+        """Cancel queued reads, end every thread and free the device: Lightning calls no ``teardown`` after this.
 
-        The datasets and their caches remain; a later run starts new threads.
+        The datasets and their caches on the host remain; a later run starts new threads.
         """
         self.splits.stop()
+        self.residents.close()
 
     def close(self) -> None:
         """End every thread and drop the caches. The module can be used again."""
         self.splits.close()
+        self.residents.close()
 
     def __enter__(self) -> "CellMapDataModule":
         return self

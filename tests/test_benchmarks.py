@@ -172,3 +172,62 @@ def test_gpu_streams_on_a_gpu(tmp_path):
     (path,) = tmp_path.glob("*.json")
     controls = [r for r in json.loads(path.read_text())["sections"]["corruption"] if r["engine"] != "SideStream"]
     assert len(controls) == 2
+
+
+def test_gpu_training_without_a_gpu_is_an_error():
+    done = run("gpu_training.py")
+    assert done.returncode == 2
+    assert done.stderr == "There is no CUDA device here, so trainings on one cannot be measured.\n"
+    assert done.stdout == ""
+
+
+@pytest.mark.slow
+def test_gpu_training_on_the_cpu(tmp_path):
+    """All of its code, and a result that does not pass for one of a GPU."""
+    done = run("gpu_training.py", "--device", "cpu", "--seconds", "60", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("gpu_training-*-cpu-no-gpu.json")
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    result = json.loads(path.read_text())
+    assert result["says_something_about_a_gpu"] is False
+    assert result["verdicts"] == {}
+    sections = result["sections"]
+    for row in sections["memory"]:
+        assert row["counted_mib"] == row["predicted_mib"] >= row["uploaded_mib"] > 0
+    assert len(sections["loader"]) == 4
+    assert {(r["edge"], r["spatial"], r["network"]) for r in sections["training"]} == {
+        (edge, spatial, network)
+        for edge in (16, 24)
+        for spatial in ("mirrored", "rotated")
+        for network in ("U-Net", "one layer")
+    }
+    for row in sections["training"]:
+        assert set(row["modes"]) == {"batch", "off", "ahead", "device", "device ahead"}
+        assert row["device_cache_mib"] > 0
+        assert all(found["steps_per_s"] > 0 for found in row["modes"].values())
+
+
+def trained(share, edge=64):
+    modes = {mode: {"steps_per_s": 10 * share} for mode in ("off", "ahead", "device", "device ahead")}
+    return {"edge": edge, "network": "U-Net", "modes": {"batch": {"steps_per_s": 10}} | modes}
+
+
+def held(over, left=0):
+    return {"held_mib": 1000, "predicted_mib": 1000, "most_mib": 3000 * over, "limit_mib": 3000, "left_mib": left}
+
+
+@pytest.mark.parametrize(
+    ("memory", "training", "met"),
+    [
+        ([held(1)], [trained(1), trained(0.96, 96)], (True, True)),
+        ([held(1), held(1.1)], [trained(1), trained(0.9, 96)], (False, False)),
+        ([held(1, left=100)], [trained(1)], (False, True)),
+    ],
+)
+def test_verdicts_on_trainings(monkeypatch, memory, training, met):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_training
+
+    found = gpu_training.judge({"memory": memory, "training": training})
+    assert (found["memory"]["met"], found["training"]["met"]) == met
+    assert gpu_training.judge({"memory": [], "training": []}) == {}

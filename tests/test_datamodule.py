@@ -498,10 +498,10 @@ def test_fit_without_validation_crops_is_an_error_with_advice(volume, tmp_path):
         trainer(tmp_path, limit_val_batches=0).fit(task(), data)
 
 
-@pytest.mark.parametrize("kind", [{"kind": "sdt", "nm": 50}, {"kind": "instances"}])
+@pytest.mark.parametrize("kind", ["instances", "ids"])
 def test_the_example_task_refuses_what_it_cannot_train(volume, tmp_path, kind):
-    match = f"kind binary or labels here, got {kind['kind']}"
-    target = {"labels": {**TARGETS["labels"], **kind}}
+    match = f"the target 'labels' has the kind {kind}, which SegmentationTask does not train; use one of binary, labels"
+    target = {"labels": {**TARGETS["labels"], "kind": kind}}
     with module(volume, target_arrays=target) as data, pytest.raises(CellMapError, match=match):
         trainer(tmp_path).fit(task(), data)
 

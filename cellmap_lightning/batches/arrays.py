@@ -8,7 +8,8 @@ import numpy as np
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.placement import Window
-from cellmap_lightning.transforms.kinds import KINDS, TargetKind, make_kind
+from cellmap_lightning.transforms.kinds.kind import TargetKind
+from cellmap_lightning.transforms.kinds.registry import KINDS, make_kind
 from cellmap_lightning.validation import did_you_mean
 
 #: ``{name: {"shape": [z, y, x] voxels, "scale": [z, y, x] nm}}``, or a single bare specification.

@@ -41,6 +41,10 @@ class CompactBatch:
         self.tensors = dict(tensors)
         self.layout = layout
 
+    def gathered(self) -> "CompactBatch":
+        """Return the batch with all of its tensors; see `ResidentBatch`."""
+        return self
+
     def finish(self) -> dict[str, torch.Tensor]:
         """Return the finished batch, on the device of the tensors.
 

@@ -26,7 +26,7 @@ from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.runtime.buffers import BUFFERS
 from cellmap_lightning.runtime.rng import VALUES, hashes
 from cellmap_lightning.transforms.intensity import IntensityTransforms
-from cellmap_lightning.transforms.kinds import signed
+from cellmap_lightning.transforms.kinds.kind import signed
 from cellmap_lightning.transforms.normalization import AUTO, Scaling, seed_own_generator
 from cellmap_lightning.validation import int_at_least
 
@@ -111,7 +111,7 @@ class BatchLayout:
         """
         if not isinstance(batch, CompactBatch):
             return dict(batch)
-        stored = batch.tensors
+        stored = batch.gathered().tensors
         samples = stored["sample"]
         reference = next(iter(self.inputs.values())).window
         out: dict[str, torch.Tensor] = {}

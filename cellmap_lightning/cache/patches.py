@@ -14,7 +14,6 @@ from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.cache.region import Region
 from cellmap_lightning.geometry.lattice import (
     LATTICE_TOLERANCE,
-    AffineMap,
     Box,
     FloatArray,
     Lattice,
@@ -25,9 +24,10 @@ from cellmap_lightning.geometry.lattice import (
 )
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.geometry.resample import AnyArray, Slices, copy_slices, slices
+from cellmap_lightning.geometry.sample_map import VoxelMap, Warp, sample_map
 
 #: Function from the lattice of an array to the map from a patch's voxels to it.
-MapTo = Callable[[Lattice], AffineMap]
+MapTo = Callable[[Lattice], VoxelMap]
 #: Voxels along each axis of a block that is resampled at a time.
 BLOCK = 64
 
@@ -88,9 +88,11 @@ class Patches:
         (a, b, c), (i, j, k), (z, y, x) = cut.start, self._steps, place
         return a + i * z, b + j * y, c + k * x
 
-    def missing(self, place: tuple[int, int, int], turn: FloatArray | None) -> list[Shape] | None:
+    def missing(
+        self, place: tuple[int, int, int], turn: FloatArray | None, warp: Warp | None = None
+    ) -> list[Shape] | None:
         """Return the chunks that must be filled before a patch is a copy; None if it never is."""
-        cut = self.cut(turn)
+        cut = self.cut(turn) if warp is None else None
         if cut is None:
             return None
         start = self.start(cut, place)
@@ -101,7 +103,14 @@ class Patches:
             return []
         return self.region.missing((lo[0], lo[1], lo[2]), (hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2]))
 
-    def read_into(self, place: tuple[int, int, int], out: AnyArray, turn: FloatArray | None, fill: float) -> None:
+    def read_into(
+        self,
+        place: tuple[int, int, int],
+        out: AnyArray,
+        turn: FloatArray | None,
+        fill: float,
+        warp: Warp | None = None,
+    ) -> None:
         """Write the patch at a place of the placement's grid to ``out``.
 
         Args:
@@ -109,17 +118,24 @@ class Patches:
             out: ``[z, y, x, ...]``, the window's shape.
             turn: see `geometry.patch_map`.
             fill: value of voxels outside the array.
+            warp: the displacement along the patch's axes; None for none.
         """
-        cut = self.cut(turn)
+        cut = self.cut(turn) if warp is None else None
         if cut is None:
             center = self.placement.first + self.placement.step * place
-            self.source.evaluate(partial(patch_map, center, self.window.shape, self.window.scale, turn=turn), out, fill)
+            where = partial(sample_map, center, self.window.shape, self.window.scale, turn=turn, warp=warp)
+            self.source.evaluate(where, out, fill)
         else:
             copy_slices(self.region, cut, self.start(cut, place), out, fill)
 
 
 def reached(
-    placement: Placement, window: Window, lattice: Lattice, turned: bool, roaming: bool
+    placement: Placement,
+    window: Window,
+    lattice: Lattice,
+    turned: bool,
+    roaming: bool,
+    extended: FloatArray | None = None,
 ) -> tuple[list[int], list[int]]:
     """Return the corners, in voxels of an array, of the box that the patches of a crop can touch.
 
@@ -129,8 +145,10 @@ def reached(
         lattice: the array.
         turned: axes of patches may be permuted.
         roaming: patches may be rotated by any angle, or are resampled.
+        extended: half the edge lengths of the box that an unrotated patch can show, nm, where zoom, shear or
+            displacements change it.
     """
-    half = window.extent / 2
+    half = window.extent / 2 if extended is None else extended
     if roaming:
         half = np.full(3, float(np.linalg.norm(half)))
     elif turned:
@@ -140,7 +158,9 @@ def reached(
     upper = (np.add(box.upper, half) - lattice.box.lower) / lattice.step
     # Voxels beyond the border that interpolation needs, unless patches are exact slices.
     exact = np.abs(lower - np.rint(lower)) < LATTICE_TOLERANCE
-    more = np.where(exact & (not roaming), 0, 2 + np.ceil(window.scale.max() / np.asarray(lattice.step)))
+    more = np.where(
+        exact & (not roaming and extended is None), 0, 2 + np.ceil(window.scale.max() / np.asarray(lattice.step))
+    )
     lo = np.floor(lower + LATTICE_TOLERANCE) - more
     hi = np.ceil(upper - LATTICE_TOLERANCE) + more
     return lo.astype(int).tolist(), hi.astype(int).tolist()

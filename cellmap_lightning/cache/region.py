@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.cache.mapped import Layout, Mapped
@@ -112,11 +113,21 @@ class Region:
         return self._lo, (z, y, x)
 
     @property
+    def item_bytes(self) -> int:
+        """Bytes of a voxel."""
+        return max(1, self.depth) * self.dtype.itemsize
+
+    @property
+    def extent_bytes(self) -> int:
+        """Bytes of the voxels of the box that is cached."""
+        return math.prod(self.extent[1]) * self.item_bytes
+
+    @property
     def layout(self) -> Layout:
         """Layout of the cached box in a mapping."""
         _, shape = self.extent
         gz, gy, gx = (-(-b // c) - a // c for a, b, c in zip(self._lo, self._hi, self.chunks, strict=True))
-        return Layout(shape, (gz, gy, gx), max(1, self.depth) * self.dtype.itemsize)
+        return Layout(shape, (gz, gy, gx), self.item_bytes)
 
     @property
     def _first_chunk(self) -> Shape:
@@ -127,10 +138,10 @@ class Region:
     @property
     def chunk_bytes(self) -> int:
         """Bytes of a decoded chunk."""
-        return math.prod(self.chunks) * max(1, self.depth) * self.dtype.itemsize
+        return math.prod(self.chunks) * self.item_bytes
 
-    def _chunk(self, index: Shape) -> tuple[tuple[int, int, int], Shape]:
-        """Return start and shape of the part of a chunk inside the cached box."""
+    def chunk_box(self, index: Shape) -> tuple[tuple[int, int, int], Shape]:
+        """Return start and shape of the part of a chunk inside the cached box, by its index in `layout`."""
         starts, shape = [], []
         for i, c, lo, hi in zip(index, self.chunks, self._lo, self._hi, strict=True):
             first = (lo // c + i) * c
@@ -234,16 +245,22 @@ class Region:
 
     def _missing(self, mapped: Mapped, start: tuple[int, int, int], shape: Shape) -> list[Shape]:
         """Return the chunks of a box that are not ready, by their index in the mapping."""
-        # Chunks of the box, in the grid of the mapping, which begins at the chunk of the first cached voxel.
+        return self.chunks_not_in(mapped.ready, start, shape)
+
+    def chunks_not_in(
+        self, ready: npt.NDArray[np.bool_], start: tuple[int, int, int], shape: Shape
+    ) -> list[tuple[int, int, int]]:
+        """Return the chunks of a box that are False in ``ready`` (bool, `Layout.grid`)."""
+        # The grid begins at the chunk of the first cached voxel.
         spans = [
             slice(max(0, a // c - lo // c), max(0, -(-(a + n) // c) - lo // c))
             for a, n, c, lo in zip(start, shape, self.chunks, self._lo, strict=True)
         ]
-        ready = mapped.ready[tuple(spans)]
-        if ready.all():
+        of_box = ready[tuple(spans)]
+        if of_box.all():
             return []
         z, y, x = (span.start for span in spans)
-        return [(i + z, j + y, k + x) for i, j, k in np.argwhere(~ready).tolist()]
+        return [(i + z, j + y, k + x) for i, j, k in np.argwhere(~of_box).tolist()]
 
     def fill(self, index: Shape) -> None:
         """Decode and cache a chunk returned by `missing`."""
@@ -262,7 +279,7 @@ class Region:
         if once.begin(key, lambda: True if mapped.ready[index] or mapped.full else None):
             return bool(mapped.ready[index])
         try:
-            start, shape = self._chunk(index)
+            start, shape = self.chunk_box(index)
             offset = [a - lo for a, lo in zip(start, self._lo, strict=True)]
             # The stamp is taken before the voxels: a write in between makes the chunk stale, and never wrong.
             stamp = self.stamp(start, shape) if self.stamp is not None else 1

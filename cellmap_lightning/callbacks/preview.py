@@ -14,8 +14,9 @@ from cellmap_lightning.datasets.source import Draw
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError
 from cellmap_lightning.loading.dataloader import CellMapDataLoader
 from cellmap_lightning.loading.samples import Samples
-from cellmap_lightning.training.model_forward import class_probabilities, first_line, names_in
+from cellmap_lightning.training.model_forward import first_line, names_in, predicted_values
 from cellmap_lightning.validation import int_at_least, one_of
+from cellmap_lightning.visualization.display import prediction_title
 from cellmap_lightning.visualization.figures.canvas import as_pixels
 from cellmap_lightning.visualization.figures.sheet import contact_sheet
 from cellmap_lightning.visualization.preview import show
@@ -128,13 +129,13 @@ class BatchPreview(L.Callback):
         layout = loader.layout
         inputs = names_in(layout.inputs, self.input_name or getattr(pl_module, "input_name", None))
         targets = names_in(layout.targets, self.target_name or getattr(pl_module, "target_name", None))
-        predicted = self._predicted(pl_module, samples, inputs, len(layout.classes))
         target = targets[0] if targets else None
+        predicted = self._predicted(pl_module, samples, inputs, len(layout.classes), target)
         previews = show(loader.source, layout, samples, _draws(loader), predicted, inputs[0], target)
         title = f"{self.split}, epoch {trainer.current_epoch}, step {trainer.global_step}"
         figure = contact_sheet(
             [preview.sample for preview in previews], layout.classes, title=title, max_rows=self.samples,
-            overlay=self.overlay,
+            overlay=self.overlay, predicted=prediction_title(layout.targets[target].kind if target else None),
         )  # fmt: skip
         self._log(trainer, figure)
 
@@ -159,13 +160,18 @@ class BatchPreview(L.Callback):
         figure.savefig(path)
 
     def _predicted(
-        self, pl_module: L.LightningModule, batch: Mapping[str, Any], names: Sequence[str], classes: int
+        self,
+        pl_module: L.LightningModule,
+        batch: Mapping[str, Any],
+        names: Sequence[str],
+        classes: int,
+        target: str | None,
     ) -> torch.Tensor | None:
         if not self.predictions or not classes:
             return None
         try:
             with _evaluation_mode(pl_module, pl_module.device):
-                return class_probabilities(pl_module, batch, names, classes)
+                return predicted_values(pl_module, batch, names, classes, target)
         except Exception as error:
             self._warn("the pictures show no predictions", error)
             return None

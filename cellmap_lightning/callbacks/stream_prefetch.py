@@ -11,6 +11,7 @@ import torch
 from cellmap_lightning.batches.memory import BatchMemory, device_memory
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.loading.prefetch import PrefetchDecision, PrefetchSettings, decide
+from cellmap_lightning.loading.resident_decision import ResidentRequest, resident_text
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class StreamPrefetch(L.Callback):
 
     The decision is made per loader when it is built, from sizes alone (see `prefetch.decide`), so that it is the same
     on every rank. On a CPU or MPS device nothing is prefetched, unless ``enabled=True`` starts a thread that reads
-    ahead.
+    ahead. With it, ``cache=auto`` uses the memory of a CUDA device that holds the voxels of all crops, see
+    `resident_decision.decide_resident`.
 
     Args:
         min_batch_mb: size of a finished batch, MiB, from which a side stream is used; by default the environment
@@ -110,12 +112,16 @@ class StreamPrefetch(L.Callback):
         if getattr(datamodule, "prefetch", None) == self._decide:  # not the policy of another callback
             datamodule.prefetch = None
 
-    def _decide(self, split: str, memory: BatchMemory, device: torch.device) -> PrefetchDecision:
-        decision = decide(memory, device.type, device_memory(device), self.settings)
+    def _decide(
+        self, split: str, memory: BatchMemory, device: torch.device, request: ResidentRequest | None = None
+    ) -> PrefetchDecision:
+        decision = decide(memory, device.type, device_memory(device), self.settings, request)
         if self.decisions.get(split) != decision:
             state = "off"
             if decision.enabled:
                 state = f"on, {decision.depth} ahead {'on a stream' if decision.streams else 'in a thread'}"
             log.info("stream prefetch for %s: %s, %s", split, state, decision.reason)
+            if request is not None:
+                log.info("%s", resident_text(split, decision.resident))
         self.decisions[split] = decision
         return decision

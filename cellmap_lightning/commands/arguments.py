@@ -26,6 +26,7 @@ _KEYS_OF_PATHS = {
     "predict": {".ckpt": "ckpt={0}", ".zarr": "data.input_path={0}"},
     "inspect": {".csv": "data.csv_path={0}", ".zarr": "data.input_path={0}"},
     "preview": {".csv": "data.csv_path={0}"},
+    "convert": {".tif": "input={0}", ".h5": "input={0}/<dataset>", ".zarr": "output={0}"},
     "submit": {".csv": "manifest={0}", ".zarr": "out={0}"},
 }
 

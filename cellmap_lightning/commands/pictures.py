@@ -9,7 +9,7 @@ import torch
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.training import report
-from cellmap_lightning.training.model_forward import class_probabilities, first_line, names_in
+from cellmap_lightning.training.model_forward import first_line, names_in, predicted_values
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def draw_samples(task: Any, data: CellMapDataModule, path: Path, title: str) -> 
         nonlocal failed
         if not failed:
             try:
-                return class_probabilities(task, batch, names, classes)
+                return predicted_values(task, batch, names, classes, target)
             except Exception as error:
                 failed = True
                 log.warning("%s shows no predictions: %s", path.name, first_line(error))

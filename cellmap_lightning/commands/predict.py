@@ -52,7 +52,7 @@ def run(cfg: DictConfig, task: Any = None) -> str | None:
         return None
     report = str(writer.output)  # the counts of blocks are in the log, which the command shows
     if writer.summary.complete:
-        report += describe_prediction(cfg, writer, writer.only or writer.classes or data.classes or ())
+        report += describe_prediction(cfg, writer, data.classes or writer.names)
     return report
 
 

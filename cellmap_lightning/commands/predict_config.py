@@ -12,7 +12,8 @@ from cellmap_lightning.checkpointing.trust import check_trusted
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.evaluation.challenge import ChallengeCrop, listed_crops
 from cellmap_lightning.geometry.lattice import Box
-from cellmap_lightning.io.ngff import read_attributes, read_multiscale
+from cellmap_lightning.io.images import read_image
+from cellmap_lightning.io.ngff import read_attributes
 from cellmap_lightning.io.store import StorePath, children, exists, parse_location
 from cellmap_lightning.redaction import HIDDEN
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, raw_of
@@ -223,7 +224,7 @@ def region_box(region: Any, input_path: str, options: Mapping[str, Any] | None =
     for group in (crop / name for name in children(crop)):
         if read_attributes(group) is None:
             continue
-        class_box = read_multiscale(group).finest.lattice.box
+        class_box = read_image(group).finest.lattice.box
         box = class_box if box is None else box.union(class_box)
     if box is None:
         raise CellMapKeyError(f"region={region}: {crop} holds no multiscale group")

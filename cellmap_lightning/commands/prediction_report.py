@@ -25,11 +25,16 @@ def describe_prediction(cfg: DictConfig, writer: Any, classes: Sequence[str]) ->
     Args:
         cfg: the configuration of the prediction, see `effective_config`.
         writer: the `PredictionWriter` that has written it.
-        classes: the predicted classes.
+        classes: the classes of the data; those that were predicted are drawn and scored.
 
     Returns:
         Paragraphs with the files and scores.
     """
+    classes = writer.classes or [name for name in writer.names if name in classes]
+    if writer.only:
+        classes = [name for name in classes if name in writer.only]
+    if not classes:
+        return f"\n\nno picture and no scores: {', '.join(writer.names)} are not probabilities of classes"
     crops = _local_crops(cfg)
     if crops is None:
         return f"\n\nno picture{' and no scores' * bool(cfg.evaluate)}: raw and its crops are not on this machine"

@@ -31,14 +31,21 @@ def run_folder_name(name: Any) -> str:
     return f"torchrun-{torchrun}" if torchrun != "none" else f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
 
 
-def _channels(targets: Any, classes: Any, name: str | None = None) -> int:
-    """Return the number of output channels of a network for a target, by default the first target."""
-    first = (targets or {}).get(name or "") or next(iter((targets or {}).values()), None) or {}
+def _channels(targets: Any, classes: Any, name: Any = None) -> int:
+    """Return the number of output channels of a network for one or several targets, by default the first target."""
+    from cellmap_lightning.batches.arrays import parse_targets
+    from cellmap_lightning.errors import CellMapError
+
+    specs: Any = OmegaConf.to_container(targets, resolve=True) if OmegaConf.is_config(targets) else targets or {}
     count = len(classes or [None])  # without classes the network maps raw to raw: one channel
-    kind = first.get("kind", "binary")
-    if kind == "labels":
-        return count + 1  # a softmax has a channel for the background
-    return count * len(first["offsets"]) if kind == "affinities" else count
+    names = list(name) if OmegaConf.is_list(name) or isinstance(name, list) else [name]
+    if not specs or not classes:
+        return count
+    try:
+        arrays = parse_targets(specs, count)
+    except CellMapError:  # the data module raises it, with the name of the setting
+        return count
+    return sum((arrays.get(n) or next(iter(arrays.values()))).kind.outputs for n in names)
 
 
 def _classes(path: str, group: str | None = None) -> list[str]:

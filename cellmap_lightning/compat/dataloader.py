@@ -42,9 +42,9 @@ class _Chosen(Samples):
     def draws(self, samples: Sequence[int]) -> list[Draw]:
         """Return the samples at the chosen positions."""
         # Randomness is a function of the number; its remainder is the index among the positions.
-        turns = self.dataset.spatial.turns(self.seed, samples) if self.dataset.is_train else [None] * len(samples)
-        places = [self.positions[n % len(self)] for n in samples]
-        return [Draw(n, int(at), turn) for n, at, turn in zip(samples, places, turns, strict=True)]
+        places = [int(self.positions[n % len(self)]) for n in samples]
+        draws: list[Draw] = self.dataset.augmented(samples, places, self.seed)
+        return draws
 
 
 class _Numbered(Sampler[int]):

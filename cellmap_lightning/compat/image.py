@@ -15,8 +15,8 @@ from cellmap_lightning.crops.image import CellMapImage as Image
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, FloatArray
 from cellmap_lightning.geometry.resample import AnyArray, Method
-from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import read_encoding
+from cellmap_lightning.io.readers import open_reader
 
 __all__ = ["CellMapImage", "box_shape"]
 
@@ -118,7 +118,7 @@ class CellMapImage(Image):
         Nothing is written to the data.
         """
         finest = self.image.finest
-        encoding, reader = read_encoding(self.image, finest), ChunkReader(finest, self.target_class)
+        encoding, reader = read_encoding(self.image, finest), open_reader(finest, self.target_class)
         count = 0
         for corner in itertools.product(*(range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True))):
             z, y, x = (min(c, n - a) for a, c, n in zip(corner, reader.chunks, reader.shape, strict=True))

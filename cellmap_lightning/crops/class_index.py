@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from cellmap_lightning.crops.labels import stored_labels
 from cellmap_lightning.geometry.lattice import FloatArray, Lattice, Shape
-from cellmap_lightning.io.chunks import ChunkReader, chunk_shape
+from cellmap_lightning.io.array_reader import ArrayReader, chunk_shape
 from cellmap_lightning.io.declared_counts import compare_counts
 from cellmap_lightning.io.measurements import key_of, stamp_of
 from cellmap_lightning.io.ngff import Encoding, Level
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.records import recall, remember
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.runtime.rng import INDEX, uniforms
@@ -102,7 +103,7 @@ def foreground_index(
 
 
 def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str, retry_policy: RetryPolicy) -> Foreground:
-    reader = ChunkReader(level, label, retry_policy=retry_policy, empty=encoding.empty)
+    reader = open_reader(level, label, retry_policy=retry_policy, empty=encoding.empty)
     files = reader.stored()
     key, stamp = key_of(level, "index", encoding, MOST_OF_A_BLOCK, MOST_OF_ALL, MOST_BLOCKS), stamp_of(files)
     cached = recall(key, lambda: stamp, lambda content: _unpacked(content, reader.shape))
@@ -117,7 +118,7 @@ def _index(level: Level, encoding: Encoding, pool: ReadPool, label: str, retry_p
     return index
 
 
-def _build(reader: ChunkReader, files: Iterable[tuple[int, int, int]], encoding: Encoding, pool: ReadPool) -> Parts:
+def _build(reader: ArrayReader, files: Iterable[tuple[int, int, int]], encoding: Encoding, pool: ReadPool) -> Parts:
     """Return counts, numbers of sampled voxels, and sampled voxels of all blocks with foreground."""
     block = chunk_shape([reader])
     z, y, x = (-(-n // b) for n, b in zip(reader.shape, block, strict=True))
@@ -163,7 +164,7 @@ def _build(reader: ChunkReader, files: Iterable[tuple[int, int, int]], encoding:
 
 
 def _stored_blocks(
-    reader: ChunkReader, files: Iterable[tuple[int, int, int]], block: Shape, grid: Shape
+    reader: ArrayReader, files: Iterable[tuple[int, int, int]], block: Shape, grid: Shape
 ) -> Collection[int]:
     """Return the numbers of the blocks that overlap a stored file."""
     size = reader.level.zyx(reader.level.array.files)

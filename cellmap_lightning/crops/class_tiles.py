@@ -12,8 +12,8 @@ from cellmap_lightning.crops.counts import counted_in_metadata
 from cellmap_lightning.crops.labels import stored_labels
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.placement import Placement, Window
-from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 
 IntArray = npt.NDArray[np.int64]
@@ -60,7 +60,7 @@ def tiles_with(
             if math.prod(level.array.shape) > MAX_VOXELS:
                 return None
             code = encoding(level)
-            reader = ChunkReader(level, label, retry_policy=retry_policy, empty=code.empty)
+            reader = open_reader(level, label, retry_policy=retry_policy, empty=code.empty)
             present = code.present(stored_labels(reader, code, (0, 0, 0), reader.shape))
             if present.any():
                 return _tiles(present, level, placement, window)

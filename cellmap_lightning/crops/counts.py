@@ -7,10 +7,10 @@ import numpy as np
 from tqdm import tqdm
 
 from cellmap_lightning.crops.labels import stored_labels
-from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.declared_counts import compare_counts, declared_foreground
 from cellmap_lightning.io.measurements import count_in, key_of, stamp_of
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, complement_counts
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.records import recall, remember
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.runtime.thread_pool import ReadPool
@@ -58,14 +58,14 @@ def known_foreground(image: Multiscale, level: Level, encoding: Encoding) -> int
     declared = counted_in_metadata(image, level)
     if declared is not None:
         return declared
-    return recall(key_of(level, "foreground", encoding), lambda: stamp_of(ChunkReader(level).stored()), count_in)
+    return recall(key_of(level, "foreground", encoding), lambda: stamp_of(open_reader(level).stored()), count_in)
 
 
 def count_foreground(
     level: Level, encoding: Encoding, pool: ReadPool, label: str, retry_policy: RetryPolicy = DEFAULT_RETRY
 ) -> int:
     """Count the foreground voxels of a level of labels, and cache the count in the cache folder."""
-    reader = ChunkReader(level, label, retry_policy=retry_policy, empty=encoding.empty)
+    reader = open_reader(level, label, retry_policy=retry_policy, empty=encoding.empty)
     stamp = stamp_of(reader.stored())  # taken first, so that a write during the count makes the count stale
     corners = list(product(*(range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True))))
     counts: list[int] = []

@@ -29,10 +29,9 @@ from cellmap_lightning.geometry.lattice import (
     FloatArray,
     Lattice,
     Shape,
-    outside,
-    patch_map,
 )
 from cellmap_lightning.geometry.placement import Placement, Window
+from cellmap_lightning.geometry.sample_map import Warp, outside, sample_map
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.ngff import Level, Multiscale, first_time, shared_metadata
 from cellmap_lightning.io.store import Remote, parse_location, parts_of
@@ -192,7 +191,7 @@ class Crop:
         """Plan how each array is read at each position."""
         world, axis = self._world, self.plane.turn(None)
         self.raw.place(self.windows, world, self.placement, axis, self.spatial)
-        self.labels.place(self.windows, world, self.placement, axis, bool(self.spatial.rotate))
+        self.labels.place(self.windows, world, self.placement, axis, self.spatial.roaming)
 
     def _levels_partly_outside(self) -> list[Lattice]:
         """Return the lattices of raw that the crop is partly outside of, where targets are unknown; log the share."""
@@ -340,7 +339,9 @@ class Crop:
 
     # -- reading
 
-    def missing(self, name: str, place: Shape, turn: FloatArray | None) -> list[tuple[Region, Shape]] | None:
+    def missing(
+        self, name: str, place: Shape, turn: FloatArray | None, warp: Warp | None = None
+    ) -> list[tuple[Region, Shape]] | None:
         """Return the chunks to decode before an array of a sample is copied; None if the array is computed."""
         turn = self.plane.turn(turn)
         target = self.arrays.targets.get(name)
@@ -348,19 +349,24 @@ class Crop:
             return None
         chunks: list[tuple[Region, Shape]] = []
         for patches in self.labels.patches(name) if target is not None else [self.raw.patches[name]]:
-            part = patches.missing(place, turn)
+            part = patches.missing(place, turn, warp)
             if part is None:
                 return None
             chunks += [(patches.region, index) for index in part]
         return chunks
 
-    def relative_cost(self, name: str, turn: FloatArray | None) -> int:
+    def relative_cost(self, name: str, turn: FloatArray | None, warp: Warp | None = None) -> int:
         """Estimate the work of computing an array of a sample, in copies of it, to divide the work among threads."""
         cached, target = self.raw.cached, self.arrays.targets.get(name)
         if not cached and self.read_options.reader == "zarr":
             return 0  # zarr-python decodes the chunks of a box in its own threads
-        about_one_axis = turn is not None and bool((np.abs(turn) == 1).any())
-        return 2 if about_one_axis and cached and not (target is not None and target.kind.computed) else 16
+        if not cached or (target is not None and target.kind.computed):
+            return 16
+        if warp is not None and warp.displacement is not None:
+            return 4
+        used = np.zeros((3, 3), np.bool_) if turn is None else turn != 0
+        about_one_axis = (used & (used.sum(axis=0) == 1) & (used.sum(axis=1, keepdims=True) == 1)).any()
+        return 2 if about_one_axis else 16
 
     def read_array(
         self,
@@ -371,6 +377,7 @@ class Crop:
         spec: InputArray | TargetArray,
         transform: Any = None,
         advance: FloatArray | None = None,
+        warp: Warp | None = None,
     ) -> None:
         """Write one array of one sample to its place in a compact batch.
 
@@ -382,31 +389,42 @@ class Crop:
             spec: the array as the batch has it.
             transform: value transform of an input; see `BatchLayout`.
             advance: distance to the previous tile; see `Placement.advance`.
+            warp: the displacement along the patch's axes; None for none.
 
         Raises:
             ChunkError: a chunk cannot be read.
         """
         turn = self.plane.turn(turn)
         if isinstance(spec, InputArray):
-            self.raw.read_into(name, place, turn, out[0], transform)
+            self.raw.read_into(name, place, turn, out[0], transform, warp)
             return
         window = self.windows[name]
         wide = with_margin(window, spec.kind.margin)
-        self.labels.read_into(name, place, turn, out, spec.kind, wide, self._hidden(place, wide, turn))
+        hidden = self.hidden(place, wide, turn, warp)
+        self.labels.read_into(name, place, turn, out, spec.kind, wide, hidden, warp)
         if advance is not None:
-            # Voxels whose centres lie in the previous tile are unknown here, so that no voxel is evaluated twice.
-            before = np.ceil(window.shape - advance[list(self.plane.axes)] / window.scale - 0.5 - LATTICE_TOLERANCE)
-            spec.kind.forget(out, before.clip(0).astype(int).tolist())
+            spec.kind.forget(out, self.voxels_before(window, advance))
 
-    def _hidden(self, place: Shape, window: Window, turn: FloatArray | None) -> list[npt.NDArray[np.bool_] | None]:
+    def voxels_before(self, window: Window, advance: FloatArray) -> list[int]:
+        """Return the voxels along each axis of a patch that the previous tile covers; see `Placement.advance`.
+
+        Voxels whose centres lie in it are unknown in the targets, so that no voxel is evaluated twice.
+        """
+        before = np.ceil(window.shape - advance[list(self.plane.axes)] / window.scale - 0.5 - LATTICE_TOLERANCE)
+        counts: list[int] = before.clip(0).astype(int).tolist()
+        return counts
+
+    def hidden(
+        self, place: Shape, window: Window, turn: FloatArray | None, warp: Warp | None
+    ) -> list[npt.NDArray[np.bool_] | None]:
         """Return masks of voxels in which targets are unknown, since raw is not stored or the volume ends."""
         masked = self.raw.missing == "mask"
         if not masked and not self._partly_outside:
             return []
         center = self.placement.first + self.placement.step * place
-        hidden = self.raw.not_stored(center, window, turn) if masked else []
+        hidden = self.raw.not_stored(center, window, turn, warp) if masked else []
         return hidden + [
-            outside(patch_map(center, window.shape, window.scale, lattice, turn), lattice.shape)
+            outside(sample_map(center, window.shape, window.scale, lattice, turn, warp), lattice.shape)
             for lattice in self._partly_outside
         ]
 

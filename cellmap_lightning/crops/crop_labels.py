@@ -21,10 +21,11 @@ from cellmap_lightning.crops.options import LabelOptions, ReadOptions
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, SCALE_TOLERANCE, Box, FloatArray, Lattice, Shape
 from cellmap_lightning.geometry.placement import Placement, Window
+from cellmap_lightning.geometry.sample_map import Warp
 from cellmap_lightning.io.ngff import Level, Multiscale
 from cellmap_lightning.runtime.thread_pool import ReadPool
 from cellmap_lightning.transforms.implied import Implications
-from cellmap_lightning.transforms.kinds import UNKNOWN_ID, TargetKind
+from cellmap_lightning.transforms.kinds.kind import UNKNOWN_ID, TargetKind
 
 
 class TooCoarseError(CellMapValueError):
@@ -134,7 +135,7 @@ class CropLabels:
         straight: Mapping[str, Window],
         placement: Placement,
         axis: FloatArray | None,
-        rotated: bool,
+        roaming: bool,
     ) -> None:
         """Plan how each target is read at each position.
 
@@ -143,12 +144,12 @@ class CropLabels:
             straight: the same along the axes of the volume.
             placement: the positions.
             axis: matrix from the patch's axes to the volume's; None if they are the same.
-            rotated: patches are rotated by other than quarter turns.
+            roaming: patches may be other than slices: rotated by any angle, zoomed, sheared or displaced.
         """
         for name, stack in self.stacks.items():
             margin = self.targets[name].kind.margin
             window, upright = (with_margin(w[name], margin) for w in (windows, straight))
-            stack.place(window, upright, placement, axis, rotated)
+            stack.place(window, upright, placement, axis, roaming)
 
     def patches(self, name: str) -> list[Patches]:
         """Return the patches of a target; after `place`."""
@@ -167,6 +168,7 @@ class CropLabels:
         kind: TargetKind,
         window: Window,
         hidden: Sequence[npt.NDArray[np.bool_] | None] = (),
+        warp: Warp | None = None,
     ) -> None:
         """Write a target of one sample to its place in a compact batch.
 
@@ -178,6 +180,7 @@ class CropLabels:
             kind: content and encoding of the target.
             window: its patch, with the margin of its kind.
             hidden: masks ``[z, y, x]`` of that patch, in which the target is unknown regardless of annotations.
+            warp: the displacement along the patch's axes; None for none.
         """
         stack = self.stacks[name]
         shape: tuple[int, ...]
@@ -189,9 +192,9 @@ class CropLabels:
         same = shape == out.shape and dtype == out.dtype
         stored = out if same else np.empty(shape, dtype)
         if isinstance(stack, IdStack):
-            stack.read_into(place, stored, turn)
+            stack.read_into(place, stored, turn, warp)
         else:
-            self.patches(name)[0].read_into(place, stored, turn, 0)
+            self.patches(name)[0].read_into(place, stored, turn, 0, warp)
         for mask in hidden:
             if mask is not None and isinstance(stack, IdStack):
                 stored[:, mask] = UNKNOWN_ID

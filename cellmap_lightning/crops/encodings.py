@@ -11,7 +11,8 @@ from cellmap_lightning.errors import CellMapTypeError, CellMapValueError, Metada
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.chunks import Empty
 from cellmap_lightning.io.declared_counts import check_declared_counts, warn_of_empty_level
-from cellmap_lightning.io.label_values import CODE, LabelValues, label_values
+from cellmap_lightning.io.label_ids import UNANNOTATED, LabelIds, unlisted_text
+from cellmap_lightning.io.label_values import CODE, LabelValues, label_values, stored_ids
 from cellmap_lightning.io.ngff import UNKNOWN_CODE, Encoding, Level, Multiscale, read_encoding
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.validation import one_of
@@ -125,6 +126,8 @@ class LabelEncodings:
 
     def _decide(self, name: str, image: Multiscale, level: Level) -> Encoding:
         """Return the encoding of present, absent and unknown voxels."""
+        if level.ids is not None:
+            return self._by_map(name, level, level.ids)
         dtype = level.array.dtype
         if dtype.kind == "b":
             return Encoding(0, None)
@@ -139,6 +142,15 @@ class LabelEncodings:
         if code not in ("metadata", declared.unknown):
             self.explicit[name] = declared.unknown
         return replace(declared, ambiguous=False)
+
+    def _by_map(self, name: str, level: Level, ids: LabelIds) -> Encoding:
+        """Return the encoding of a class of a label map, after a check that the map lists all stored ids."""
+        label = f"{self.label}/{name}"
+        unlisted = ids.unlisted(np.array(stored_ids(level, label, self.retry_policy, self._empty)))
+        if unlisted:
+            raise MetadataError(unlisted_text(f"{label}: {level.path}", unlisted))
+        self.decided[name] = f"id {' or '.join(map(str, ids.present))} of a label map"
+        return Encoding(0, UNANNOTATED if ids.unknown else None, ids=ids)
 
     def _by_values(self, name: str, level: Level) -> Encoding:
         """Decide the encoding of an array without metadata for it, by its values."""

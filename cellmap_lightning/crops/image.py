@@ -16,7 +16,6 @@ from cellmap_lightning.geometry.lattice import (
     AXES,
     LATTICE_TOLERANCE,
     SCALE_TOLERANCE,
-    AffineMap,
     Box,
     FloatArray,
     Lattice,
@@ -26,9 +25,13 @@ from cellmap_lightning.geometry.lattice import (
 )
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.geometry.resample import AnyArray, Method, evaluate
+from cellmap_lightning.geometry.sample_map import VoxelMap
+from cellmap_lightning.io.array_reader import chunk_shape
 from cellmap_lightning.io.chunk_names import check_chunk_names
-from cellmap_lightning.io.chunks import ChunkReader, Reader, chunk_shape
-from cellmap_lightning.io.ngff import Level, LevelTranslations, Multiscale, Overrides, read_multiscale, report
+from cellmap_lightning.io.chunks import Reader
+from cellmap_lightning.io.images import read_image
+from cellmap_lightning.io.ngff import Level, LevelTranslations, Multiscale, Overrides, report
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy, power_of_two
 from cellmap_lightning.io.store import identity_of
 from cellmap_lightning.validation import one_of
@@ -161,7 +164,7 @@ class StoredImage:
     ) -> None:
         self.level = level
         self.lattice = level.lattice
-        self.reader = ChunkReader(
+        self.reader = open_reader(
             level, label, reader, retry_policy, "missing" if missing in ("warn", "fill", "mask") else "error"
         )
         self.missing = missing
@@ -228,7 +231,7 @@ class StoredImage:
             is_stored = self._is_stored[index] = self.reader.stores(index)
         return is_stored
 
-    def missing_mask(self, amap: AffineMap) -> npt.NDArray[np.bool_] | None:
+    def missing_mask(self, amap: VoxelMap) -> npt.NDArray[np.bool_] | None:
         """Return a mask of a patch's voxels that show, or are interpolated from, raw that is not stored.
 
         Args:
@@ -239,9 +242,9 @@ class StoredImage:
         """
         # Half the width of the averaged box: linear resampling to a coarser scale reads that far from a voxel's centre.
         reach = np.maximum(np.abs(amap.matrix).sum(axis=1) - 1, 0) / 2
-        corners = np.array(list(itertools.product(*((0, n - 1) for n in amap.shape)))) @ amap.matrix.T + amap.offset
-        low = np.floor(corners.min(axis=0) - reach + LATTICE_TOLERANCE).astype(int)
-        high = np.ceil(corners.max(axis=0) + reach - LATTICE_TOLERANCE).astype(int)
+        lowest, highest = amap.bounds()
+        low = np.floor(lowest - reach + LATTICE_TOLERANCE).astype(int)
+        high = np.ceil(highest + reach - LATTICE_TOLERANCE).astype(int)
         lo, hi = np.maximum(low, 0), np.minimum(high + 1, self.lattice.shape)
         if bool(np.any(lo >= hi)):
             return None
@@ -254,7 +257,7 @@ class StoredImage:
         missing_chunks = np.zeros((hi - 1) // size - first + 1, np.bool_)
         for index in files:
             missing_chunks[tuple(self.level.zyx(index) - first)] = True
-        points = np.moveaxis(np.indices(amap.shape), 0, -1) @ amap.matrix.T + amap.offset
+        points = amap.points()
         ends = np.floor(points - reach + LATTICE_TOLERANCE), np.ceil(points + reach - LATTICE_TOLERANCE)
         mask: npt.NDArray[np.bool_] = np.zeros(amap.shape, np.bool_)
         # The box of voxels that contribute to a point is smaller than a chunk: its corners reach all of its chunks.
@@ -275,7 +278,7 @@ class StoredImage:
         return [self.lattice]
 
     def stamp(self, box: Box) -> int:
-        """Return the stamp of a physical box and of the neighbours used for interpolation; see `ChunkReader.stamp`."""
+        """Return the stamp of a physical box and of the neighbours used for interpolation; see `ArrayReader.stamp`."""
         voxels = stored_box(self.lattice, box, 2)
         return self.reader.stamp(*voxels) if voxels is not None else 1
 
@@ -351,9 +354,7 @@ class CellMapImage:
         self.pad = pad
         self.pad_value = pad_value
         self.interpolation: Method = interpolation
-        self.image = read_multiscale(
-            path, Overrides.parse(unit, voxel_size, translation, multiscale, level_translations)
-        )
+        self.image = read_image(path, Overrides.parse(unit, voxel_size, translation, multiscale, level_translations))
         report(self.image.path, self.image.notes)
         self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
         check_chunk_names(self.level.array, target_class)

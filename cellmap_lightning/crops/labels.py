@@ -11,16 +11,19 @@ from cellmap_lightning.cache.region import Region
 from cellmap_lightning.crops.encodings import LabelEncodings
 from cellmap_lightning.crops.image import choose_level
 from cellmap_lightning.errors import CellMapError, CellMapValueError, MetadataError
-from cellmap_lightning.geometry.lattice import AffineMap, Box, FloatArray, Lattice, Shape
+from cellmap_lightning.geometry.lattice import Box, FloatArray, Lattice, Shape
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.geometry.resample import AnyArray, evaluate
-from cellmap_lightning.io.chunks import ChunkReader, Reader, chunk_shape
+from cellmap_lightning.geometry.sample_map import VoxelMap, Warp
+from cellmap_lightning.io.array_reader import ArrayReader, chunk_shape
+from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.label_values import CODE, read_labels
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, read_encoding
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.io.store import identity_of
 from cellmap_lightning.transforms.implied import Implications
-from cellmap_lightning.transforms.kinds import UNKNOWN_ID, signed
+from cellmap_lightning.transforms.kinds.kind import UNKNOWN_ID, signed
 from cellmap_lightning.transforms.targets import pack, packed_bytes
 
 #: Downsampling of labels: the stored level, or the majority, or any, of the finest level's voxels.
@@ -64,15 +67,17 @@ def label_members(
 
 
 def stored_labels(
-    reader: ChunkReader, encoding: Encoding, start: tuple[int, int, int], shape: Shape, begun: Any = None
+    reader: ArrayReader, encoding: Encoding, start: tuple[int, int, int], shape: Shape, begun: Any = None
 ) -> AnyArray:
-    """Read the stored integers of a box; for ``begun`` see `ChunkReader.read`.
+    """Read the stored integers of a box; for ``begun`` see `ArrayReader.read`.
 
     Raises:
         MetadataError: values are not whole numbers, or the encoding is ambiguous or does not explain them.
     """
     stored = read_labels(reader, start, shape, begun)
     where = f"{reader.label}: {reader.level.path}"
+    if encoding.ids is not None:
+        stored = encoding.ids.decode(stored, where)
     if stored.dtype.kind == "i":
         unexplained = (stored < 0) & (stored != encoding.absent)
         if encoding.unknown is not None:
@@ -100,7 +105,7 @@ def stored_labels(
 
 
 def _without_missing(
-    reader: ChunkReader, encoding: Encoding, start: tuple[int, int, int], stored: AnyArray
+    reader: ArrayReader, encoding: Encoding, start: tuple[int, int, int], stored: AnyArray
 ) -> AnyArray:
     """Return the stored labels of a box, with the code of unknown voxels in missing chunks."""
     z, y, x = stored.shape
@@ -144,7 +149,7 @@ class BitGroup:
         self.lattice: Lattice = members[0][2].lattice
         self.depth = depth
         self.members = [
-            (index, ChunkReader(level, f"{label}/{name}", reader, retry_policy, code.empty), code)
+            (index, open_reader(level, f"{label}/{name}", reader, retry_policy, code.empty), code)
             for index, name, level, code in members
         ]
         self.chunks = chunk_shape([reader for _, reader, _ in self.members])
@@ -165,7 +170,7 @@ class BitGroup:
         return pack(stored, shape, self.depth)
 
     def stamp(self, start: tuple[int, int, int], shape: Shape) -> int:
-        """Return one stamp of all classes; see `ChunkReader.stamp`."""
+        """Return one stamp of all classes; see `ArrayReader.stamp`."""
         return mixed(reader.stamp(start, shape) for _, reader, _ in self.members)
 
     def identity(self) -> tuple[object, ...]:
@@ -241,7 +246,7 @@ class BitStack:
             straight: the same along the axes of the volume.
             placement: the positions.
             plane: matrix from the patch's axes to the volume's; None if they are the same.
-            roaming: patches are rotated by other than quarter turns.
+            roaming: patches may be other than slices: rotated by any angle, zoomed, sheared or displaced.
         """
         # Without downsampling, a single group aligned with the patches is sliced; everything else is resampled.
         sources = [group.region for group in self.groups]
@@ -252,7 +257,7 @@ class BitStack:
                 group.lattice.shape, group.chunks, np.dtype(np.uint8), self._decode, self.cache, key, self.depth_out,
                 group.stamp, self.identity, f"{self.label}: {len(group.members)} classes",
             )  # fmt: skip
-            patches = Patches(region, group.lattice, window, placement, _Nearest(region, group.lattice), plane)
+            patches = Patches(region, group.lattice, window, placement, Nearest(region, group.lattice), plane)
             if patches.sliced:
                 self.patches, self.regions = patches, [region]
                 return
@@ -292,7 +297,7 @@ class BitStack:
             out[...] = whole[..., : self.depth_out]
 
     def stamp(self, box: Box) -> int:
-        """Return one stamp of all classes in a physical box; see `ChunkReader.stamp`."""
+        """Return one stamp of all classes in a physical box; see `ArrayReader.stamp`."""
         boxes = ((group, stored_box(group.lattice, box, 1)) for group in self.groups)
         return mixed(group.stamp(*voxels) for group, voxels in boxes if voxels is not None)
 
@@ -302,7 +307,7 @@ class BitStack:
         return "labels", self.downsample, self.depth_out, self.implications.identity, groups
 
 
-class _Nearest:
+class Nearest:
     """A region as a `Source` with nearest-neighbour interpolation.
 
     Args:
@@ -315,16 +320,20 @@ class _Nearest:
 
     @property
     def lattices(self) -> list[Lattice]:
+        """The lattice of its voxels, in a list."""
         return [self.lattice]
 
     def evaluate(self, where: MapTo, out: AnyArray, fill: float) -> None:
+        """Write a patch to ``out``: the nearest voxels."""
         evaluate(self.region, where(self.lattice), out, method="nearest", fill=fill)
 
     def stamp(self, box: Box) -> int:
+        """Return the stamp of a physical box; see `ChunkReader.stamp`."""
         voxels = stored_box(self.lattice, box, 1)
         return self.region.stamp(*voxels) if voxels is not None and self.region.stamp is not None else 1
 
     def identity(self) -> tuple[object, ...]:
+        """Return everything that the voxels depend on."""
         return self.region.identity() if self.region.identity is not None else ()
 
 
@@ -336,7 +345,7 @@ def mixed(stamps: Iterable[int]) -> int:
     return combined or 1
 
 
-def _vote(region: Region, amap: AffineMap, out: np.ndarray[Any, Any], rule: Downsample) -> None:
+def _vote(region: Region, amap: VoxelMap, out: np.ndarray[Any, Any], rule: Downsample) -> None:
     """Downsample packed voxels: each output voxel is decided by the stored voxels that it covers.
 
     Args:
@@ -351,8 +360,7 @@ def _vote(region: Region, amap: AffineMap, out: np.ndarray[Any, Any], rule: Down
     sample = np.empty(out.shape, np.uint8)
     for part in np.ndindex(*parts):
         shift = (np.asarray(part) + 0.5) / parts - 0.5
-        moved = AffineMap(amap.matrix, amap.offset + amap.matrix @ shift, amap.shape, amap.first)
-        evaluate(region, moved, sample, method="nearest", fill=0)
+        evaluate(region, amap.shifted(shift), sample, method="nearest", fill=0)
         votes += np.unpackbits(sample, axis=-1, bitorder="little")
     votes = votes.reshape(*out.shape[:3], -1, 2, 8)
     present, known = votes[..., 0, :], votes[..., 1, :]
@@ -419,7 +427,7 @@ class IdStack:
         """Plan how patches are read; see `BitStack.place`."""
         self.patches, self.regions = [], []
         for region, lattice in zip(self._stored, self.lattices, strict=True):
-            source = _Nearest(region, lattice)
+            source = Nearest(region, lattice)
             patches = Patches(region, lattice, window, placement, source, plane)
             self.regions.append(region)
             if not patches.sliced:
@@ -429,18 +437,20 @@ class IdStack:
                     self.regions[-1:] = [resampled.region, region] if roaming else [resampled.region]
             self.patches.append(patches)
 
-    def read_into(self, place: tuple[int, int, int], out: AnyArray, turn: FloatArray | None) -> None:
+    def read_into(
+        self, place: tuple[int, int, int], out: AnyArray, turn: FloatArray | None, warp: Warp | None = None
+    ) -> None:
         """Write the ids at a place to ``out`` ``[C, z, y, x]``; -1 where unannotated. See `Patches`."""
         if len(self.members) < len(out):
             out[...] = UNKNOWN_ID
         for patches, (index, _, _, _) in zip(self.patches, self.members, strict=True):
-            patches.read_into(place, out[index], turn, UNKNOWN_ID)
+            patches.read_into(place, out[index], turn, UNKNOWN_ID, warp)
 
 
 class _IdDecoder:
     """Decoder of stored ids, with -1 for unknown and 0 for absent voxels."""
 
-    def __init__(self, reader: ChunkReader, encoding: Encoding, dtype: np.dtype[Any]) -> None:
+    def __init__(self, reader: ArrayReader, encoding: Encoding, dtype: np.dtype[Any]) -> None:
         self.reader, self.encoding, self.dtype = reader, encoding, dtype
 
     def identity(self) -> tuple[object, ...]:
@@ -481,7 +491,7 @@ def id_region(
         reader: see `chunks.Reader`.
         retry_policy: retries and timeouts of reads.
     """
-    decoder = _IdDecoder(ChunkReader(level, label, reader, retry_policy, encoding.empty), encoding, dtype)
+    decoder = _IdDecoder(open_reader(level, label, reader, retry_policy, encoding.empty), encoding, dtype)
     key = ("ids", identity_of(level.path), encoding, str(dtype))
     return Region(
         decoder.reader.shape, chunk_shape([decoder.reader]), dtype, decoder, cache, key,

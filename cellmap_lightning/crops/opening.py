@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from cellmap_lightning.crops.counts import unknown_in_metadata
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError, CellMapValueError
-from cellmap_lightning.io.ngff import Multiscale, Overrides, read_multiscale, report
-from cellmap_lightning.io.store import StorePath, exists, prefetch_metadata
+from cellmap_lightning.io.images import image_exists, read_image
+from cellmap_lightning.io.ngff import Multiscale, Overrides, report
+from cellmap_lightning.io.store import StorePath, prefetch_metadata
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def open_images(
     problems: list[CellMapError] = []
     for key, path in paths.items():
         try:
-            image = read_multiscale(path, overrides[key != "raw"])
+            image = _read(key, path, target_path, overrides)
             _ = image.finest.lattice  # raises if the metadata have no usable geometry
             report(image.path, image.notes)
             images[key] = image
@@ -101,6 +102,15 @@ def open_images(
     return CropImages(raw, {key.removeprefix("class "): image for key, image in images.items()}, tuple(absent))
 
 
+def _read(
+    key: str, path: StorePath, target_path: TargetPath | None, overrides: tuple[Overrides, Overrides]
+) -> Multiscale:
+    """Return the image of raw or of a class; see `open_images`."""
+    if target_path is None or key == "raw":
+        return read_image(path, overrides[0])
+    return target_path.read(key.removeprefix("class "), overrides[1])
+
+
 def _missing_class(target_path: TargetPath | None, key: str) -> CellMapError | None:
     """Return the error for a class that does not exist, which lists those that do; None if it exists.
 
@@ -112,7 +122,7 @@ def _missing_class(target_path: TargetPath | None, key: str) -> CellMapError | N
     try:
         target_path.existing(key.removeprefix("class "))
     except CellMapError as e:
-        if not exists(target_path.crop):
+        if not image_exists(target_path.crop):
             raise
         return e
     return None

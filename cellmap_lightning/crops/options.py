@@ -16,7 +16,7 @@ from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.runtime.location import CacheMode, check_mode
 from cellmap_lightning.transforms.intensity import IntensityTransforms
 from cellmap_lightning.transforms.normalization import AUTO, Normalize
-from cellmap_lightning.validation import did_you_mean, one_of
+from cellmap_lightning.validation import did_you_mean, int_at_least, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,13 @@ class ReadOptions:
         max_workers: reading threads; by default the environment's ``CELLMAP_MAX_WORKERS``, else ``min(4, cpu_count)``.
         cache: location of the cache of decoded voxels: ``disk`` (shared by all processes of the machine, and reused by
             later runs), ``memory``, ``chunks`` (in each process, the chunks used last), ``none``, or ``auto``: on disk
-            unless that is a network file system.
+            unless that is a network file system. ``device`` is ``auto`` with the crops that fit on the device of the
+            Trainer as well, from which batches are gathered there; ``auto`` does this if it is a CUDA device that holds
+            all crops; see docs/device.md.
         cache_bytes: limit of the cache in bytes, for all datasets of the process; by default half of the free space
             there, on disk at most 200 GB, and 2 GiB of ``chunks``.
+        device_cache_bytes: limit of the voxels on the device in bytes, for all splits; by default half of its memory
+            without that of the batches.
         reader: decoding library: ``zarr``, or ``tensorstore`` (from the extra ``fast``).
         missing_raw: policy for samples that show raw chunks that are not stored: ``error``, ``warn`` (they show the
             fill value), ``fill`` (the same, logged once), ``mask`` (the same, with unknown targets there), or ``auto``:
@@ -43,12 +47,13 @@ class ReadOptions:
         storage_options: arguments of fsspec's file system for addresses such as ``s3://bucket/vol.zarr``, as
             ``{anon: true}``, ``{profile: lab}`` or ``{endpoint_url: ...}``.
         unit: unit of the axes in place of the stored one, such as ``micrometer``: of raw and labels alike, or
-            ``{raw: ..., gt: ...}``, as for the next three.
+            ``{raw: ..., gt: ...}``, as for the next three and ``axes``.
         voxel_size: voxel size of the finest level in place of the stored one, nm (z, y, x).
         translation: centre of voxel 0 of the finest level in place of the stored one, nm (z, y, x).
         multiscale: name of the image to read where a group lists several.
         level_translations: treatment of missing or equal translations of levels: ``auto`` (all levels cover the same
             box) or ``stored``.
+        axes: names of the stored axes, one letter each, such as ``xyz``; for arrays that are not OME-NGFF images.
 
     Raises:
         CellMapError: an invalid value.
@@ -58,6 +63,7 @@ class ReadOptions:
     max_workers: int | None = None
     cache: CacheMode = "auto"
     cache_bytes: int | None = None
+    device_cache_bytes: int | None = None
     reader: Reader = "zarr"
     missing_raw: MissingRaw = "auto"
     max_upsampling: float = MAX_UPSAMPLING  # finer patches hold no more information
@@ -69,9 +75,12 @@ class ReadOptions:
     translation: Any = None
     multiscale: Any = None
     level_translations: LevelTranslations = "auto"
+    axes: Any = None
 
     def __post_init__(self) -> None:
         check_mode(self.cache, self.cache_bytes)
+        if self.device_cache_bytes is not None:
+            int_at_least("device_cache_bytes", self.device_cache_bytes, 1)
         check_reader(self.reader)
         check_missing_raw(self.missing_raw)
         _ = self.retry_policy, self.overrides
@@ -90,6 +99,7 @@ class ReadOptions:
             voxel_size=self.voxel_size,
             translation=self.translation,
             multiscale=self.multiscale,
+            axes=self.axes,
         )
 
 

@@ -13,8 +13,9 @@ from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.image import MissingRaw, StoredImage, choose_level
 from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.geometry.lattice import FloatArray, Shape, patch_map
+from cellmap_lightning.geometry.lattice import FloatArray, Shape
 from cellmap_lightning.geometry.placement import Placement, Window
+from cellmap_lightning.geometry.sample_map import Warp, sample_map
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.ngff import Level, Multiscale
 from cellmap_lightning.io.statistics import statistics
@@ -145,22 +146,27 @@ class RawInputs:
             spatial: the spatial augmentation.
         """
         rotated, turned = bool(spatial.rotate), bool(spatial.transpose)
+        directions = np.eye(3) if axis is None else np.abs(axis)
         self.patches, self.regions = {}, []
         for name, image in self.images.items():
             window, upright = windows[name], straight[name]
             patches = Patches(image.region, image.lattice, window, placement, image, axis)
-            image.region.limit(*reached(placement, upright, image.lattice, turned, rotated or not patches.sliced))
+            half = spatial.extended(window.extent / 2)
+            extended = None if half is None else directions @ half
+            roaming = rotated or not patches.sliced
+            image.region.limit(*reached(placement, upright, image.lattice, turned, roaming, extended))
             regions = [image.region]
             if not patches.sliced:
-                # Not aligned with the lattice of raw: without rotation all patches are slices of one resampled array.
+                # Not aligned with the lattice of raw: unless patches are rotated or displaced, all are slices of one
+                # resampled array.
                 box, region = image.lattice.box, image.region
                 resampled = Resampled(
                     image, box, upright, placement, region.dtype, 0, self._chunk_cache, region.name
                 )  # fmt: skip
                 patches = resampled.patches(window, placement, axis)
                 if patches.sliced:
-                    resampled.region.limit(*reached(placement, upright, resampled.lattice, turned, rotated))
-                    regions = [resampled.region, image.region] if rotated else [resampled.region]
+                    resampled.region.limit(*reached(placement, upright, resampled.lattice, turned, rotated, extended))
+                    regions = [resampled.region, image.region] if spatial.roaming else [resampled.region]
             self.patches[name] = patches
             self.regions += regions
 
@@ -191,25 +197,32 @@ class RawInputs:
             )
 
     def read_into(
-        self, name: str, place: Shape, turn: FloatArray | None, out: np.ndarray[Any, Any], transform: Any
+        self,
+        name: str,
+        place: Shape,
+        turn: FloatArray | None,
+        out: np.ndarray[Any, Any],
+        transform: Any,
+        warp: Warp | None = None,
     ) -> None:
         """Write an input of one sample to ``out`` ``[z, y, x]``; ``transform`` is its value transform."""
         fill = self.fill(transform)
         if out.dtype == self.dtype:
-            self.patches[name].read_into(place, out, turn, fill)
+            self.patches[name].read_into(place, out, turn, fill, warp)
             return
         # Crops of different stored types are batched as float32, rounded as in their stored type.
         stored = np.empty(out.shape, self.dtype)
-        self.patches[name].read_into(place, stored, turn, fill)
+        self.patches[name].read_into(place, stored, turn, fill, warp)
         out[...] = stored
 
     def not_stored(
-        self, center: FloatArray, window: Window, turn: FloatArray | None
+        self, center: FloatArray, window: Window, turn: FloatArray | None, warp: Warp | None = None
     ) -> list[npt.NDArray[np.bool_] | None]:
         """Return a mask of a patch's voxels of raw that are not stored, per input; see `StoredImage.missing_mask`."""
         images = self.images.values()
         return [
-            image.missing_mask(patch_map(center, window.shape, window.scale, image.lattice, turn)) for image in images
+            image.missing_mask(sample_map(center, window.shape, window.scale, image.lattice, turn, warp))
+            for image in images
         ]
 
     def bytes_under(self, extent: FloatArray) -> int:

@@ -7,11 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
+from cellmap_lightning.io.images import image_children, image_exists, read_image
+from cellmap_lightning.io.label_ids import class_names, ids_of, parse_label_map
 from cellmap_lightning.io.missing_paths import missing
-from cellmap_lightning.io.store import StorePath, children, exists, parse_location, parts_of
+from cellmap_lightning.io.ngff import NO_OVERRIDES, Multiscale, Overrides
+from cellmap_lightning.io.store import StorePath, parse_location, parts_of
 
 #: A part of a path that is a bracket of classes.
 _BRACKET = re.compile(r"\[[^\[\]]*\]")
+#: A label map in braces at the end of a path.
+_MAP = re.compile(r"/?\{([^{}]*:[^{}]*)\}$")
 #: The place of a slash between a container and its bracket of classes.
 _NO_SLASH = re.compile(r"(?:(?<=\.zarr)|(?<=\.n5))(?=\[[^\[\]/]*\](?:/|$))")
 
@@ -25,6 +30,7 @@ class TargetPath:
         names: the annotated classes.
         after: path after the bracket, usually empty.
         options: ``storage_options`` of an address.
+        label_map: ids and names of a label map, in which all classes share one array; else empty.
 
     Example:
         >>> TargetPath.parse("jrc_a.zarr/crop1/[mito,er]").names
@@ -35,10 +41,13 @@ class TargetPath:
     names: tuple[str, ...]
     after: str
     options: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
+    label_map: tuple[tuple[int, str], ...] = ()
 
     @classmethod
     def parse(cls, path: str, options: Mapping[str, Any] | None = None) -> "TargetPath":
         """Parse ``.../crop1/[mito,er]``, ``.../crop1/[mito,er]/suffix``, or ``.../crop1/mito`` for one class.
+
+        A label map is the path of its array and its ids, as in ``.../crop1/labels/{1:mito,2:er,255:unknown}``.
 
         The classes are the last part of the path that consists of a bracket; other brackets belong to names of folders,
         as in ``[2024] mito/jrc_a.zarr/crop1/[mito,er]``, and so do those before a Zarr container.
@@ -48,6 +57,12 @@ class TargetPath:
         """
         items = tuple(sorted((options or {}).items()))
         head, chain, archive = path.partition("::") if "://" in path else (path, "", "")  # zip://inside::/data/vol.zip
+        in_braces = _MAP.search(head)
+        if in_braces is not None:
+            pairs = [part.partition(":") for part in in_braces[1].split(",")]
+            label_map = parse_label_map({key.strip(): name.strip() for key, _, name in pairs})
+            before = head[: in_braces.start()].rstrip("/")
+            return cls(before + chain + archive, class_names(label_map), "", items, label_map)
         before, inside, after = _split(head)
         if inside is None:
             before, _, name = head.rstrip("/").rpartition("/")
@@ -59,6 +74,8 @@ class TargetPath:
 
     def __str__(self) -> str:
         head, chain, archive = self.before.partition("::")
+        if self.label_map:
+            return f"{head}/{{{','.join(f'{i}:{name}' for i, name in self.label_map)}}}{chain}{archive}"
         return f"{head}/[{','.join(self.names)}]{f'/{self.after}' if self.after else ''}{chain}{archive}"
 
     @property
@@ -75,7 +92,22 @@ class TargetPath:
 
     def of(self, name: str) -> StorePath:
         """Return the location of the label image of a class, which may not exist."""
+        if self.label_map:
+            return self.crop
         return self.crop / name / self.after if self.after else self.crop / name
+
+    def read(self, name: str, overrides: Overrides = NO_OVERRIDES) -> Multiscale:
+        """Read the metadata of the label image of a class.
+
+        Args:
+            name: the class.
+            overrides: settings that override the metadata.
+
+        Raises:
+            CellMapError: it cannot be read; see `read_image`.
+        """
+        image = read_image(self.of(name), overrides)
+        return image.with_ids(ids_of(self.label_map, name)) if self.label_map else image
 
     def without(self, names: Collection[str]) -> "TargetPath":
         """Return the same path without some of the classes."""
@@ -88,8 +120,8 @@ class TargetPath:
             known: the classes that are read.
         """
         unread = [name for name in self.names if name not in known]
-        stored = children(self.crop) if unread else []
-        return [n for n in unread if n not in stored and not exists(self.of(n)) and exists(self.crop)]
+        stored = image_children(self.crop) if unread else []
+        return [n for n in unread if n not in stored and not image_exists(self.of(n)) and image_exists(self.crop)]
 
     def check_names(self, known: Collection[str]) -> None:
         """Check that the names in the bracket are those of classes.
@@ -101,7 +133,7 @@ class TargetPath:
             CellMapFileNotFoundError: a name is neither among them nor that of a label image in the crop.
         """
         for name in self.unknown_names(known):
-            stored = children(self.crop)
+            stored = image_children(self.crop)
             close = difflib.get_close_matches(name.lower(), [*known, *stored], 1, 0.5)
             hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(stored) or 'no classes'}"
             raise CellMapFileNotFoundError(
@@ -116,13 +148,13 @@ class TargetPath:
             CellMapFileNotFoundError: it does not exist; the message lists the existing ones.
         """
         path = self.of(name)
-        if exists(path):
+        if image_exists(path):
             return path
-        if not exists(self.crop):
+        if not image_exists(self.crop):
             raise missing(self.crop, f"{self.label}: crop")
         raise CellMapFileNotFoundError(
             f"{self.label}: class {name!r} is in the bracket of the target path, but {path} does not exist; "
-            f"{self.crop} has {', '.join(children(self.crop)) or 'no classes'}"
+            f"{self.crop} has {', '.join(image_children(self.crop)) or 'no classes'}"
         )
 
 

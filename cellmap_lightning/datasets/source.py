@@ -26,6 +26,7 @@ from cellmap_lightning.crops.remote_arrays import fetch_counted, fetch_read
 from cellmap_lightning.datasets.requests import Request, current_request, requesting
 from cellmap_lightning.errors import CellMapIndexError
 from cellmap_lightning.geometry.lattice import AXES, FloatArray, Shape
+from cellmap_lightning.geometry.sample_map import Warp
 from cellmap_lightning.runtime.location import CacheMode
 from cellmap_lightning.runtime.rng import PLACE, uniforms
 from cellmap_lightning.runtime.thread_pool import FORK_GATE, Closeable, ReadPool
@@ -48,15 +49,17 @@ class Draw:
     Attributes:
         sample: its number in the stream.
         position: its position in the source.
-        turn: matrix of its rotation and mirroring; see `geometry.patch_map`.
+        turn: matrix of its affine augmentation; see `geometry.patch_map`.
         advance: for a tile, the distance to the previous tiles, which cover the voxels before it; see
             `Placement.advance`. None for other samples.
+        warp: its displacement along the patch's axes; None for none.
     """
 
     sample: int
     position: int
     turn: FloatArray | None
     advance: FloatArray | None = None
+    warp: Warp | None = None
 
 
 def _fill(region: Region, index: Shape) -> None:
@@ -219,8 +222,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         request = current_request() or Request(position, self.seed)
         draw = request.draw
         if draw is None or request.source is not self or draw.position != position:
-            turn = self.spatial.turns(request.seed, [request.sample])[0] if self.is_train else None
-            draw = Draw(request.sample, position, turn)
+            (draw,) = self.augmented([request.sample], [position], request.seed)
         number, local = self._split(position)
         member = self._overriding(number)
         if member is not None:
@@ -263,7 +265,21 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         turns = self.spatial.turns(seed, samples) if self.is_train else [None] * len(samples)
         places = (strategy or self.strategy).choose(uniforms(seed, PLACE, samples, NUMBERS), turns)
         positions = (self._firsts[places.crops] + places.positions).tolist()
-        return [Draw(n, position, turn) for n, position, turn in zip(samples, positions, turns, strict=True)]
+        return self._draws(samples, positions, turns, seed)
+
+    def augmented(self, samples: Sequence[int], positions: Sequence[int], seed: int) -> list[Draw]:
+        """Describe samples at some positions, with augmentation if the dataset is for training."""
+        turns = self.spatial.turns(seed, samples) if self.is_train else [None] * len(samples)
+        return self._draws(samples, positions, turns, seed)
+
+    def _draws(
+        self, samples: Sequence[int], positions: Sequence[int], turns: Sequence[FloatArray | None], seed: int
+    ) -> list[Draw]:
+        warps = self.spatial.warps(seed, samples) if self.is_train else [None] * len(samples)
+        return [
+            Draw(sample, position, turn, warp=warp)
+            for sample, position, turn, warp in zip(samples, positions, turns, warps, strict=True)
+        ]
 
     def get_crop_class_matrix(self) -> npt.NDArray[np.bool_]:
         """Return bool ``[crops, classes]``, True if a crop holds voxels of a class, by counts and not by listing."""
@@ -347,9 +363,11 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
             for name, array in arrays.items():
                 out, transform = array[row], self.layout.raw_transforms.get(name)
                 spec = specs[name]
-                jobs.append(partial(crop.read_array, name, place, draw.turn, out, spec, transform, draw.advance))
-                missing = crop.missing(name, place, draw.turn)
-                work += out.nbytes * (1 if missing is not None else crop.relative_cost(name, draw.turn))
+                jobs.append(
+                    partial(crop.read_array, name, place, draw.turn, out, spec, transform, draw.advance, draw.warp)
+                )
+                missing = crop.missing(name, place, draw.turn, draw.warp)
+                work += out.nbytes * (1 if missing is not None else crop.relative_cost(name, draw.turn, draw.warp))
                 for region, index in missing or ():
                     fills[id(region), index] = partial(region.fill, index)
         with FORK_GATE:
@@ -357,6 +375,16 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
                 self._pool.run(fills.values())
             # Passing a small copy to another thread costs more than the copy, so that threads grow with the work.
             self._pool.run(jobs, threads=max(1, -(-work // BYTES_PER_THREAD)))
+
+    def crop_number(self, position: int) -> int:
+        """Return the number of the crop that holds a position."""
+        return self._split(position)[0]
+
+    def run(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Run jobs in the dataset's threads, while forks are blocked; raise the first error of any."""
+        if jobs:
+            with FORK_GATE:
+                self._pool.run(jobs)
 
     def decode_ahead(self, positions: Sequence[int]) -> None:
         """Start decoding the chunks of some samples in the dataset's threads, and return immediately.

@@ -33,10 +33,10 @@ from cellmap_lightning.evaluation.numbering import (
     remove_small,
 )
 from cellmap_lightning.evaluation.prediction_labels import prediction_labels, stored_meaning
-from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.label_values import read_labels
 from cellmap_lightning.io.meanings import ValuesSetting, check_values
 from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.splits.manifests import ManifestRow
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _annotated(crop: Path, name: str, unknown: Unknown) -> tuple[Labels, Labels 
     image = read_multiscale(crop / name)
     level = image.finest
     encoding = LabelEncodings(crop.name, unknown).of(name, image, level)
-    reader = ChunkReader(level, f"{crop.name}/{name}", empty=encoding.empty)
+    reader = open_reader(level, f"{crop.name}/{name}", empty=encoding.empty)
     stored = read_labels(reader, (0, 0, 0), reader.shape)
     truth = np.where(encoding.present(stored), stored, 0)
     if encoding.unknown is None:

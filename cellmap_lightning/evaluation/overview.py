@@ -27,6 +27,7 @@ from cellmap_lightning.geometry.lattice import (
     Lattice,
     Shape,
 )
+from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.meanings import meaning_of
 from cellmap_lightning.io.ngff import Overrides, read_multiscale
 from cellmap_lightning.training.report import class_rank
@@ -165,7 +166,7 @@ def _masks(output: Path, classes: Sequence[str], patch: Lattice, center: FloatAr
 
 def _raw_is_affordable(raw: str, whole: Lattice, metadata: Mapping[str, Any]) -> bool:
     """Return whether raw has a level that is coarse enough to read the whole of it for the overview."""
-    level = choose_level(read_multiscale(raw, Overrides.parse(**metadata)), whole.step, "raw")
+    level = choose_level(read_image(raw, Overrides.parse(**metadata)), whole.step, "raw")
     voxels = math.prod(whole.box.extent / level.lattice.step)
     if voxels > _RAW:
         log.info("%s has no level that is coarse enough for the overview, which is left out", raw)

@@ -18,10 +18,10 @@ from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.evaluation.numbering import Numbering
 from cellmap_lightning.geometry.lattice import EDGE_TOLERANCE, FloatArray, Lattice, Shape, box_map
 from cellmap_lightning.geometry.resample import evaluate
-from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.meanings import ValuesSetting, meaning_of
 from cellmap_lightning.io.ngff import read_multiscale
-from cellmap_lightning.transforms.kinds import UNKNOWN_ID
+from cellmap_lightning.io.readers import open_reader
+from cellmap_lightning.transforms.kinds.kind import UNKNOWN_ID
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -129,7 +129,7 @@ class CropPair:
         image = read_multiscale(prediction)
         self.meaning = meaning_of(image, f"{prediction}", values)
         # Empty chunks of a prediction are not stored.
-        self._reader = ChunkReader(image.finest, f"{prediction}", empty="missing")
+        self._reader = open_reader(image.finest, f"{prediction}", empty="missing")
         self._lattice = image.finest.lattice
         self.voxel_size = self._lattice.step
         self.annotation = Annotation(crop, name, self.voxel_size, unknown)

@@ -157,6 +157,26 @@ class AffineMap:
         begin = self.first[axis] if self.first is not None else 0
         return np.arange(begin, begin + self.shape[axis])
 
+    def points(self) -> FloatArray:
+        """Return the array indices of the voxel centres, ``[z, y, x, 3]``; for patches without `first`."""
+        points: FloatArray = np.moveaxis(np.indices(self.shape), 0, -1) @ self.matrix.T + self.offset
+        return points
+
+    def bounds(self, margin: float = 0.0) -> tuple[FloatArray, FloatArray]:
+        """Return the lowest and the highest array index of the voxel centres along each axis.
+
+        Args:
+            margin: voxels of the patch by which the box of its voxel centres is grown; 0.5 for the voxels' edges.
+        """
+        # An affine map takes its extremes at the corners.
+        corners = np.array(np.meshgrid(*((-margin, n - 1 + margin) for n in self.shape), indexing="ij")).reshape(3, -1)
+        ends = self.matrix @ corners + self.offset[:, None]
+        return ends.min(axis=1), ends.max(axis=1)
+
+    def shifted(self, shift: FloatArray) -> "AffineMap":
+        """Return the map of points beside the voxel centres, at ``shift`` voxels from them."""
+        return AffineMap(self.matrix, self.offset + self.matrix @ shift, self.shape, self.first)
+
     def separable(self) -> tuple[tuple[int, int, int], FloatArray] | None:
         """Return array axis and step of each patch axis, or None unless the rotation is a multiple of 90 degrees."""
         axes = np.abs(self.matrix).argmax(axis=0)
@@ -200,21 +220,3 @@ def box_map(inner: Lattice, first: Shape, shape: Shape, lattice: Lattice) -> Aff
     """
     matrix = np.diag(np.divide(inner.step, lattice.step))
     return AffineMap(matrix, np.subtract(inner.origin, lattice.origin) / lattice.step, shape, first)
-
-
-def outside(amap: AffineMap, shape: Shape) -> npt.NDArray[np.bool_] | None:
-    """Return which voxels of a patch have their centres outside of an array; None where none has.
-
-    Args:
-        amap: from the patch's voxels to those of the array.
-        shape: voxels of the array.
-    """
-    limit = np.asarray(shape) - 0.5 + EDGE_TOLERANCE
-    corners = np.array(np.meshgrid(*((0, n - 1) for n in amap.shape), indexing="ij")).reshape(3, -1)
-    ends = amap.matrix @ corners + amap.offset[:, None]
-    # An affine map takes its extremes at the corners: if these are inside, so is every voxel.
-    if (ends >= -0.5 - EDGE_TOLERANCE).all() and (ends <= limit[:, None]).all():
-        return None
-    points = np.moveaxis(np.indices(amap.shape), 0, -1) @ amap.matrix.T + amap.offset
-    beyond: npt.NDArray[np.bool_] = np.any((points < -0.5 - EDGE_TOLERANCE) | (points > limit), axis=-1)
-    return beyond

@@ -1,7 +1,8 @@
 """Resampling of patches: each output voxel is evaluated once, from the stored voxels.
 
-Three code paths, selected by the affine map. A lattice map of step 1 (shifts, flips, axis permutations) is a copy of
-slices, bit for bit. A map along the axes is a weighted sum of few neighbours per axis. Any other map gathers points.
+The map selects one of four code paths. An affine map of step 1 onto the lattice (shifts, flips, axis permutations) is a
+copy of slices, bit for bit. A map along the axes is a weighted sum of few neighbours per axis. Any other affine map
+gathers points, and so does a smooth displacement. Displaced sections are boxes of the patch, each with its map.
 
 Raw is the linear interpolant of the stored voxels. Where the patch is coarser than the array, it is the mean of that
 interpolant over the output voxel's box: antialiased, and still exact on linear functions. Within half a voxel of the
@@ -16,12 +17,15 @@ import numpy as np
 from cellmap_lightning.geometry.interpolation import nearest_index, weighted_sums
 from cellmap_lightning.geometry.lattice import LATTICE_TOLERANCE, AffineMap, FloatArray, Shape
 from cellmap_lightning.geometry.rotation import gather, gather_about_axis
+from cellmap_lightning.geometry.sample_map import SampleMap, VoxelMap
 from cellmap_lightning.geometry.source import AnyArray, Method, Source, read_box
+from cellmap_lightning.geometry.spline_gather import gather_spline
+from cellmap_lightning.geometry.spline_map import SplineMap
 
 __all__ = ["AnyArray", "Method", "Slices", "Source", "copy_slices", "evaluate", "slices"]
 
 
-def evaluate(source: Source, amap: AffineMap, out: AnyArray, *, method: Method, fill: float) -> None:
+def evaluate(source: Source, amap: VoxelMap, out: AnyArray, *, method: Method, fill: float) -> None:
     """Write the patch of ``amap`` to ``out``.
 
     Args:
@@ -31,6 +35,13 @@ def evaluate(source: Source, amap: AffineMap, out: AnyArray, *, method: Method, 
         method: ``linear`` for raw, ``nearest`` for labels.
         fill: value of the voxels whose centre lies outside the array.
     """
+    if isinstance(amap, SampleMap):
+        for box, piece in amap.pieces():
+            if isinstance(piece, SplineMap):
+                gather_spline(source, piece, out[box], method, fill)
+            else:
+                evaluate(source, piece, out[box], method=method, fill=fill)
+        return
     along_axes = amap.separable()
     if along_axes is None:
         if not gather_about_axis(source, amap, out, method, fill):

@@ -24,13 +24,19 @@ _ITEMS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SLAB_POINTS = 1 << 18
 
 
-def _sub_points(matrix: FloatArray, method: Method) -> npt.NDArray[np.int64]:
+def sub_points(matrix: FloatArray, method: Method) -> npt.NDArray[np.int64]:
     """Return the sub-points per axis over which an output voxel is averaged; 1 unless it is coarser than the array."""
     extent = np.linalg.norm(matrix, axis=0)  # of an output voxel along its own axes, in array voxels
     return np.where((extent > 1 + SCALE_TOLERANCE) & (method == "linear"), np.ceil(extent), 1).astype(int)
 
 
 # ------------------------------------------------------------------------------- rotations about one axis
+
+
+def moved_as_one(box: AnyArray, out: AnyArray) -> tuple[AnyArray, AnyArray]:
+    """Return voxels and output with the bytes of a voxel as one number, if there is such an integer."""
+    item = _ITEMS.get(box.shape[3]) if box.ndim == 4 else None
+    return (box, out) if item is None else (box.view(item)[..., 0], out.view(item)[..., 0])
 
 
 def gather_about_axis(source: Source, amap: AffineMap, out: AnyArray, method: Method, fill: float) -> bool:
@@ -63,9 +69,7 @@ def gather_about_axis(source: Source, amap: AffineMap, out: AnyArray, method: Me
     if view.shape[2] != line.inside.stop - line.inside.start:
         out[...] = fill
         view = view[:, :, line.inside]
-    item = _ITEMS.get(box.shape[3]) if box.ndim == 4 else None
-    if item is not None:  # a voxel of several bytes is moved as one number
-        box, view = box.view(item)[..., 0], view.view(item)[..., 0]
+    box, view = moved_as_one(box, view)
     # With the axis of rotation last, whole runs of voxels are gathered instead of single ones.
     box = np.ascontiguousarray(np.moveaxis(box, array_axis, 2))
     rows = box.reshape(box.shape[0] * box.shape[1], *box.shape[2:])
@@ -218,7 +222,7 @@ def _fill_plane(
     plane: _Plane, rows: AnyArray, line: _Line, out: AnyArray, method: Method, fill: float, stored: np.dtype[Any]
 ) -> None:
     """Write the patch slab by slab from rows of voxels along the axis of rotation, which is the last of ``out``."""
-    parts = _sub_points(plane.matrix, method)
+    parts = sub_points(plane.matrix, method)
     dtype = compute_type(stored)
     height = max(1, _SLAB_POINTS // 4 // (out.shape[1] * out.shape[2]))
     for row in range(0, out.shape[0], height):
@@ -249,18 +253,16 @@ def _fill_plane(
 def gather(source: Source, amap: AffineMap, out: AnyArray, method: Method, fill: float) -> None:
     """Write a patch under any map, slab by slab."""
     shape = np.asarray(out.shape[:3])
-    parts = _sub_points(amap.matrix, method)
-    corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in shape], indexing="ij")).reshape(3, -1)
-    reached = amap.matrix @ corners + amap.offset[:, None]
-    low = np.clip(np.floor(reached.min(axis=1)).astype(int) - 1, 0, source.shape)
-    high = np.clip(np.ceil(reached.max(axis=1)).astype(int) + 2, 0, source.shape)
-    if (high <= low).any():
+    parts = sub_points(amap.matrix, method)
+    low, high = gathered_box(amap, source.shape)
+    if any(a >= b for a, b in zip(low, high, strict=True)):
         out[...] = fill
         return
-    box = read_box(source, low.tolist(), high.tolist())
+    box = read_box(source, low, high)
     offset = amap.offset - low
     # The array's edges, in indices of the box that was read.
-    limits = np.stack([-0.5 - low - EDGE_TOLERANCE, np.asarray(source.shape) - 0.5 - low + EDGE_TOLERANCE])
+    limits = np.stack([-0.5 - np.asarray(low), np.subtract(source.shape, 0.5) - low])
+    limits += np.array([[-EDGE_TOLERANCE], [EDGE_TOLERANCE]])
     planes = max(1, _SLAB_POINTS // int(shape[1] * shape[2]))
     for z in range(0, int(shape[0]), planes):
         slab = out[z : z + planes]
@@ -329,3 +331,26 @@ def _nearest(box: AnyArray, points: FloatArray) -> AnyArray:
         base = base * box.shape[axis] + np.clip(index, 0, box.shape[axis] - 1)
     voxels: AnyArray = flat[base]
     return voxels
+
+
+def is_gathered(amap: AffineMap, method: Method) -> bool:
+    """Return True if `gather` computes the patch of a map, up to rounding; False where another path averages exactly.
+
+    Maps along the axes and rotations about an axis have the exact mean over an output voxel, `gather` that of points.
+    """
+    averages = bool((sub_points(amap.matrix, method) > 1).any())
+    return not averages or (amap.separable() is None and _axis_of_rotation(amap) is None)
+
+
+def gathered_box(amap: AffineMap, shape: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the first voxel, and the one after the last, that a patch needs of an array; equal where it needs none.
+
+    Args:
+        amap: from the patch's voxels to those of the array.
+        shape: voxels of the array.
+    """
+    corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in amap.shape], indexing="ij")).reshape(3, -1)
+    reached = amap.matrix @ corners + amap.offset[:, None]
+    low = np.clip(np.floor(reached.min(axis=1)).astype(int) - 1, 0, shape)
+    high = np.clip(np.ceil(reached.max(axis=1)).astype(int) + 2, 0, shape)
+    return low.tolist(), np.maximum(low, high).tolist()

@@ -15,10 +15,10 @@ from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.lattice import LATTICE_TOLERANCE, SCALE_TOLERANCE, Box, Lattice, Shape, Vector
 from cellmap_lightning.io.chunk_names import check_chunk_names
-from cellmap_lightning.io.chunks import ChunkReader
-from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, read_multiscale
+from cellmap_lightning.io.images import image_exists, read_image
+from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.statistics import Statistics, known_statistics, statistics
-from cellmap_lightning.io.store import exists
 from cellmap_lightning.runtime.thread_pool import ReadPool
 from cellmap_lightning.splits.crop_metadata import dataset_and_crop
 from cellmap_lightning.splits.entries import CropRecord
@@ -225,7 +225,7 @@ def read_volume_facts(
     def read(path: str) -> VolumeFacts:
         name = dataset_and_crop(path, None)[0]
         try:
-            image = read_multiscale(path, (overrides or {}).get(path, NO_OVERRIDES))
+            image = read_image(path, (overrides or {}).get(path, NO_OVERRIDES))
             box = image.finest.lattice.box
             for level in image.present:
                 check_chunk_names(level.array)
@@ -272,9 +272,9 @@ def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFac
     raw_overrides, overrides = _overrides(facts)
     for name in target.names:
         try:
-            if tolerant and not exists(target.of(name)):
+            if tolerant and not image_exists(target.of(name)):
                 continue
-            image = read_multiscale(target.of(name), overrides)
+            image = target.read(name, overrides)
             encoding = encodings.of(name, image, image.finest)
             classes[name] = ClassFacts(
                 voxels=known_foreground(image, image.finest, encoding),
@@ -295,7 +295,7 @@ def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFac
     box = reduce(Box.union, boxes)
     facts = replace(facts, levels=_levels(images[0]), box=box.as_dict())
     try:
-        raw = read_multiscale(facts.raw, raw_overrides).finest.lattice
+        raw = read_image(facts.raw, raw_overrides).finest.lattice
     except CellMapError:
         return facts  # reported as a problem of the volume
     return _beside_raw(facts, images[0].finest.lattice, box, raw)
@@ -365,7 +365,7 @@ class _ForegroundCount:
 
 def _with_loss(of_class: ClassFacts, name: str, crop: CropFacts, scale: Vector, count: _ForegroundCount) -> ClassFacts:
     """Return the facts of a class with the part of its foreground that the level read at a scale has lost."""
-    image = read_multiscale(TargetPath.parse(crop.target).of(name), _overrides(crop)[1])
+    image = TargetPath.parse(crop.target).read(name, _overrides(crop)[1])
     level = choose_level(image, scale)
     try:
         fine, coarse = count(name, image, image.finest), count(name, image, level)
@@ -383,10 +383,10 @@ def _absent_chunks(facts: CropFacts, scale: Vector) -> tuple[int, int] | None:
     """Return the number of absent and of all files of raw under a crop, at the level that is read at a scale."""
     assert facts.box is not None
     try:
-        level = choose_level(read_multiscale(facts.raw, _overrides(facts)[0]), scale)
+        level = choose_level(read_image(facts.raw, _overrides(facts)[0]), scale)
         lower, upper = (tuple(sides) for sides in zip(*facts.box.values(), strict=True))
         stored = stored_box(level.lattice, Box(lower, upper), 0)
-        return ChunkReader(level).absent(*stored) if stored is not None else None
+        return open_reader(level).absent(*stored) if stored is not None else None
     except CellMapError:
         return None  # reported as a problem of the volume
 

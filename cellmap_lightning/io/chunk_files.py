@@ -16,6 +16,7 @@ from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.io.ngff import ArrayInfo, Level
 from cellmap_lightning.io.stamps import file_stamp, stamped_size
 from cellmap_lightning.io.store import Remote, identity_of
+from cellmap_lightning.io.stored_array import StoredArray
 
 
 class ChunkFiles:
@@ -95,10 +96,12 @@ class ChunkFiles:
         if not self.local:
             grid = [range(-(-n // f)) for n, f in zip(info.shape, info.files, strict=True)]
             return dict.fromkeys(map(self.level.zyx, itertools.product(*grid)), self.archive_stamp)
-        stamps = {}
-        for index, entry in list_files(info):
-            stamp = file_stamp(entry.path) if not entry.is_dir() else None
-            if stamp is not None and stamped_size(stamp) != 0:
+        stamps, by_file = {}, dict[str, bytes]()
+        for index, file in list_files(info):
+            stamp = by_file.get(file)
+            if stamp is None:  # many chunks may lie in one file
+                stamp = by_file[file] = file_stamp(file)
+            if stamped_size(stamp) != 0:
                 stamps[self.level.zyx(index)] = stamp
         return stamps
 
@@ -128,7 +131,8 @@ class ChunkFiles:
         """
         info = self.level.array
         if self.local:
-            stamps = [file_stamp(info.file(index)) for index in self.files(start, shape)]
+            files = dict.fromkeys(info.file(index) for index in self.files(start, shape))
+            stamps = [file_stamp(file) for file in files]
         else:
             stamps = [self.archive_stamp]
             if not stamps[0]:
@@ -149,22 +153,28 @@ def array_identity(level: Level) -> tuple[object, ...]:
     return identity_of(info.path), info.checksum, version, level.axes
 
 
-def list_files(info: ArrayInfo) -> Iterator[tuple[tuple[int, ...], "os.DirEntry[str]"]]:
-    """Yield index along the stored axes, and directory entry, of everything that is named as a chunk file is."""
+def list_files(info: StoredArray) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yield index along the stored axes, and path, of all that is named as a chunk file is, except for folders."""
+    if not isinstance(info, ArrayInfo):
+        grid = [range(-(-n // f)) for n, f in zip(info.shape, info.files, strict=True)]
+        yield from ((index, file) for index in itertools.product(*grid) if os.path.lexists(file := info.file(index)))
+        return
     root, ndim = str(info.path), len(info.shape)
     if info.separator == ".":
         for entry in _scan(root):
             parts = entry.name.removeprefix(info.prefix).split(".")
-            if entry.name.startswith(info.prefix) and len(parts) == ndim and all(map(str.isdigit, parts)):
-                yield tuple(map(int, parts)), entry
+            is_named = entry.name.startswith(info.prefix) and len(parts) == ndim and all(map(str.isdigit, parts))
+            if is_named and not entry.is_dir():
+                yield tuple(map(int, parts)), entry.path
         return
 
-    def below(folder: str, index: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], "os.DirEntry[str]"]]:
+    def below(folder: str, index: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
         for entry in _scan(folder):
             if entry.name.isdigit():
                 # The depth is bounded, since links may form a cycle.
                 if len(index) == ndim - 1:
-                    yield (*index, int(entry.name)), entry
+                    if not entry.is_dir():
+                        yield (*index, int(entry.name)), entry.path
                 else:
                     yield from below(entry.path, (*index, int(entry.name)))
 

@@ -18,6 +18,7 @@ from typing import Any
 from cellmap_lightning.errors import CellMapError, MetadataError
 from cellmap_lightning.io.ngff.arrays import ArrayInfo
 from cellmap_lightning.io.store import NODE_FILES, Remote, StorePath, read_json
+from cellmap_lightning.io.stored_array import StoredArray
 
 #: Entries of a folder that are compared: all names of one writer follow the same convention.
 MOST_ENTRIES = 256
@@ -36,7 +37,7 @@ Style = tuple[str, str]
 Listing = Callable[[str], Iterable[tuple[str, bool]]]
 
 
-def check_chunk_names(info: ArrayInfo, label: str = "") -> bool:
+def check_chunk_names(info: StoredArray, label: str = "") -> bool:
     """Compare the names of an array's files with its metadata.
 
     For local arrays and archives, some entries are listed of the array's folder and of those on the path to the first
@@ -48,12 +49,14 @@ def check_chunk_names(info: ArrayInfo, label: str = "") -> bool:
         label: name of the crop and class, for messages.
 
     Returns:
-        Whether the first chunk exists; False for arrays that are not listed.
+        Whether the first chunk exists; False for arrays that are not listed. Always True for other formats than Zarr.
 
     Raises:
         MetadataError: there are chunk files with other names, beyond the array, or of an interrupted copy; the message
             has an example and the metadata that fit.
     """
+    if not isinstance(info, ArrayInfo):
+        return True
     if isinstance(info.path, Remote):
         if info.path.protocol not in _LISTED:
             _check_elsewhere(info, label)

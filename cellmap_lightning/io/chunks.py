@@ -4,7 +4,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import zarr
@@ -17,12 +17,13 @@ from cellmap_lightning.errors import (
     EmptyChunkError,
     MissingExtraError,
 )
-from cellmap_lightning.geometry.lattice import AXES, Box, Shape, to_vector
+from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
+from cellmap_lightning.io.array_reader import ArrayReader, Empty, chunk_shape
 from cellmap_lightning.io.bounded import bounded, decode_bounded
-from cellmap_lightning.io.chunk_files import ChunkFiles, is_empty_file
+from cellmap_lightning.io.chunk_files import is_empty_file
 from cellmap_lightning.io.integrity import EmptyError, SizeError, check_file, problem_of
-from cellmap_lightning.io.ngff import Level
+from cellmap_lightning.io.ngff import ArrayInfo, Level
 from cellmap_lightning.io.openable import READERS, Reader, check_openable
 from cellmap_lightning.io.plain_chunks import PlainChunks
 from cellmap_lightning.io.retrying import (
@@ -33,17 +34,11 @@ from cellmap_lightning.io.retrying import (
     described,
     is_forbidden,
 )
-from cellmap_lightning.io.store import Remote
 from cellmap_lightning.io.stores import open_store
 from cellmap_lightning.io.tensorstore_driver import open_tensorstore
 from cellmap_lightning.validation import one_of
 
 __all__ = ["READERS", "ChunkReader", "Empty", "Reader", "check_reader", "chunk_shape"]
-
-#: Treatment of chunk files of 0 bytes: an error, or missing chunks, which hold the fill value.
-Empty = Literal["error", "missing"]
-#: Voxels along an axis that are decoded together at least.
-LEAST_CHUNK = 64
 
 
 def check_reader(name: Any) -> Reader:
@@ -64,8 +59,8 @@ def check_reader(name: Any) -> Reader:
     return reader
 
 
-class ChunkReader(ChunkFiles):
-    """A reader of boxes of one stored array, in the order z, y, x; thread-safe.
+class ChunkReader(ArrayReader):
+    """A reader of boxes of one Zarr array, in the order z, y, x; thread-safe.
 
     The array is opened at the first read, once per process: a pickled or forked reader opens it again.
 
@@ -94,16 +89,13 @@ class ChunkReader(ChunkFiles):
         empty: Empty = "error",
     ) -> None:
         info = level.array
+        assert isinstance(info, ArrayInfo)
         check_openable(info, reader)
-        super().__init__(level)
-        self.label = label
+        super().__init__(level, label)
+        self.info = info
         self.reader: Reader = reader
         self.retry_policy = retry_policy
         self.empty: Empty = empty
-        self.shape: Shape = level.zyx(info.shape)
-        self.chunks: Shape = level.zyx(info.chunks)
-        # Booleans are read as 0 and 1.
-        self.dtype: np.dtype[Any] = np.dtype(np.uint8) if info.dtype == np.bool_ else info.dtype
         # The open array, with the process and the stamp of its archive, for which alone it is valid.
         self._opened: tuple[tuple[int, bytes], Any] | None = None
         self._plain_chunks: tuple[Any, PlainChunks | None] | None = None
@@ -126,11 +118,7 @@ class ChunkReader(ChunkFiles):
         opened, key = self._opened, (os.getpid(), self.archive_stamp)
         if opened is None or opened[0] != key:
             use_tensorstore = self.reader == "tensorstore"
-            array = (
-                open_tensorstore(self.level.array, self.label or str(self.level.path))
-                if use_tensorstore
-                else self._zarr()
-            )
+            array = open_tensorstore(self.info, self.label or str(self.level.path)) if use_tensorstore else self._zarr()
             opened = self._opened = key, array
         return opened[1]
 
@@ -144,14 +132,14 @@ class ChunkReader(ChunkFiles):
         return plain[1]
 
     def _store(self) -> RetryingStore:
-        info = self.level.array
+        info = self.info
         return RetryingStore(
             open_store(info.path, info.encoded.most_stored), info.encoded, self.retry_policy, str(info.path),
             info.metadata.name, self.empty,
         )  # fmt: skip
 
     def _zarr(self, store: RetryingStore | None = None) -> "zarr.Array[Any]":
-        info = self.level.array
+        info = self.info
         zarr_format: Any = 3 if info.zarr_format == 3 else 2
         return bounded(zarr.open_array(store or self._store(), mode="r", zarr_format=zarr_format), info.encoded)
 
@@ -167,12 +155,6 @@ class ChunkReader(ChunkFiles):
             raise
         except Exception:  # raised again by `read`, with the place
             return None
-
-    def _box(self, start: tuple[int, int, int], shape: Shape) -> tuple[slice | int, ...]:
-        box: list[slice | int] = [0] * self.level.ndim
-        for axis, first, count in zip(self.level.axes, start, shape, strict=True):
-            box[axis] = slice(first, first + count)
-        return tuple(box)
 
     def read(self, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
         """Return the decoded voxels of a box inside the array, in native byte order.
@@ -202,39 +184,15 @@ class ChunkReader(ChunkFiles):
                 f"{self.where(start, shape)} could not be read: {detail}{note}; {self.box(start, shape)}"
             ) from e
 
-    @property
-    def name(self) -> str:
-        """Label and path of the array, for messages."""
-        return f"{self.label}: {self.level.path}" if self.label else str(self.level.path)
-
-    def _hide(self, text: str) -> str:
-        """Return a text without the credentials of a remote array."""
-        return self.level.path.hide(text) if isinstance(self.level.path, Remote) else text
-
-    def where(self, start: tuple[int, int, int], shape: Shape) -> str:
-        """Return label, array and voxels of a box, for messages."""
-        voxels = ", ".join(f"{a}[{o}:{o + n}]" for a, o, n in zip(AXES, start, shape, strict=True))
-        return f"{self.name}: voxels {voxels}"
-
-    def box(self, start: tuple[int, int, int], shape: Shape) -> str:
-        """Return level and physical box of some voxels, for messages."""
-        low = np.add(self.level.lattice.box.lower, np.multiply(start, self.level.scale))
-        high = low + np.multiply(shape, self.level.scale)
-        box = Box(to_vector(low), to_vector(high))
-        return f"level {self.level.name}, {box}"
-
     def _read(self, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
-        level = self.level
         if self.reader == "tensorstore":
             stored = self._by_tensorstore(start, shape, begun)
         else:
             array, box = self._open(), self._box(start, shape)
             plain = self._plain(array)
-            chunk = plain.read(box, level.array.encoded) if plain is not None else None
+            chunk = plain.read(box, self.info.encoded) if plain is not None else None
             stored = chunk if chunk is not None else np.asarray(array[box])
-        order = sorted(level.axes)  # of the spatial axes as stored
-        out = stored.transpose([order.index(a) for a in level.axes])
-        return np.ascontiguousarray(out, dtype=self.dtype)
+        return self._in_order(stored)
 
     def _by_tensorstore(self, start: tuple[int, int, int], shape: Shape, begun: Any) -> AnyArray:
         """Return the stored voxels of a box, read with TensorStore.
@@ -268,7 +226,7 @@ class ChunkReader(ChunkFiles):
             return True
         empty = self._first_empty(start, shape) if not isinstance(error, TimeoutError) else None
         if empty is not None and self.empty == "error":
-            raise ObjectError(self.level.array.key(empty), 1, 0.0, EmptyError()) from error
+            raise ObjectError(self.info.key(empty), 1, 0.0, EmptyError()) from error
         return empty is not None
 
     def _check_files(self, start: tuple[int, int, int], shape: Shape) -> None:
@@ -277,7 +235,7 @@ class ChunkReader(ChunkFiles):
         Raises:
             ObjectError: a file that is not regular, or too large.
         """
-        info = self.level.array
+        info = self.info
         for index in self.files(start, shape):
             problem = problem_of(info.file(index), info.encoded.most_stored)
             if problem is not None:
@@ -297,13 +255,13 @@ class ChunkReader(ChunkFiles):
             ObjectError: a remote store does not answer.
         """
         if self.local:
-            return is_empty_file(self.level.array.file(index))
-        content = sync(self._guard().content(self.level.array.key(index)))
+            return is_empty_file(self.info.file(index))
+        content = sync(self._guard().content(self.info.key(index)))
         return content is not None and not len(content)
 
     def _cut_at_the_edge(self, start: tuple[int, int, int], shape: Shape, error: Exception) -> str:
         """Return a note for an error, where a chunk at the array's edge has the size of its part inside the array."""
-        info = self.level.array
+        info = self.info
         index = next(iter(self.files(start, shape)))
         inside = [min(f, n - i * f) for f, n, i in zip(info.files, info.shape, index, strict=True)]
         if info.encoded.shard is not None or tuple(inside) == info.files:
@@ -326,12 +284,12 @@ class ChunkReader(ChunkFiles):
         if isinstance(error, TimeoutError):
             return None
         try:
-            content = sync(self._guard().content(self.level.array.key(index)))
+            content = sync(self._guard().content(self.info.key(index)))
         except ObjectError:
             return None
         if content is None:
             return None
-        stored, encoded = memoryview(content.to_bytes()), self.level.array.encoded
+        stored, encoded = memoryview(content.to_bytes()), self.info.encoded
         try:
             check_file(stored, encoded)
             if encoded.codec and encoded.exact and not encoded.opaque:
@@ -359,7 +317,7 @@ class ChunkReader(ChunkFiles):
 
     def _part(self, key: str, start: tuple[int, int, int], shape: Shape) -> tuple[tuple[int, int, int], Shape]:
         """Return the part of a box that an object of the store holds; the whole box where that is not a chunk."""
-        index = next((index for index in self.files(start, shape) if key == self.level.array.key(index)), None)
+        index = next((index for index in self.files(start, shape) if key == self.info.key(index)), None)
         return self.common(index, start, shape) if index is not None else (start, shape)
 
     def missed(
@@ -377,7 +335,7 @@ class ChunkReader(ChunkFiles):
         if self.reader == "tensorstore":  # does not report missing chunks
             return [index for index in self._uniform(start, shape, voxels) if not self.stores(index)]
         names = self._guard().missed
-        return [index for index in self.files(start, shape) if self.level.array.key(index) in names]
+        return [index for index in self.files(start, shape) if self.info.key(index) in names]
 
     def _uniform(self, start: tuple[int, int, int], shape: Shape, voxels: AnyArray | None) -> Iterator[tuple[int, ...]]:
         """Yield the chunks or shards whose part of a box has a single value, which may be the fill value."""
@@ -397,10 +355,10 @@ class ChunkReader(ChunkFiles):
             ChunkError: the store does not answer.
         """
         if self.local:
-            file = self.level.array.file(index)
+            file = self.info.file(index)
             return os.path.lexists(file) and not is_empty_file(file)
         try:
-            answer: bool = sync(self._guard().stores(self.level.array.key(index)))
+            answer: bool = sync(self._guard().stores(self.info.key(index)))
         except ObjectError as e:
             raise ChunkError(
                 self._hide(f"{self.name}: the store does not answer whether a chunk is stored: {e}")
@@ -417,12 +375,3 @@ class ChunkReader(ChunkFiles):
         if beside is None or beside[0] != pid:
             beside = self._beside = pid, self._store()
         return beside[1]
-
-
-def chunk_shape(readers: list[ChunkReader]) -> Shape:
-    """Return the shape that is decoded at a time from arrays of one shape: whole chunks, and at least `LEAST_CHUNK`."""
-    chunks = np.max([reader.chunks for reader in readers], axis=0)
-    # Each read has a fixed overhead, so tiny chunks are read several at a time.
-    chunks = chunks * -(-LEAST_CHUNK // np.minimum(chunks, LEAST_CHUNK))
-    z, y, x = np.minimum(chunks, readers[0].shape).tolist()
-    return z, y, x

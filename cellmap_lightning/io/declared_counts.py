@@ -15,10 +15,10 @@ import numpy as np
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.io.chunk_files import is_empty_file, list_files
 from cellmap_lightning.io.chunk_names import has_objects
-from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.label_values import read_labels
 from cellmap_lightning.io.measurements import count_in, key_of
-from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, complement_counts
+from cellmap_lightning.io.ngff import ArrayInfo, Encoding, Level, Multiscale, complement_counts
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.records import recall, remember
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.io.stamps import digest_of
@@ -181,7 +181,7 @@ def compare_counts(level: Level, encoding: Encoding, counted: int, label: str, i
 
 def _files(level: Level) -> Iterator[tuple[int, ...]]:
     """Return indices along the stored axes of the chunk or shard files that exist and are not empty."""
-    return (index for index, entry in list_files(level.array) if not is_empty_file(entry.path))
+    return (index for index, file in list_files(level.array) if not is_empty_file(file))
 
 
 def _is_empty(level: Level) -> bool:
@@ -221,7 +221,9 @@ def _voxels(level: Level, index: tuple[int, ...]) -> int:
 
 
 def _fill_value(level: Level) -> object:
-    """Return the value of voxels in missing chunks; 0 for null, which zarr reads as 0."""
+    """Return the value of voxels in missing chunks; 0 for null, which zarr reads as 0, and in all other formats."""
+    if not isinstance(level.array, ArrayInfo):
+        return 0
     content = read_json(level.array.metadata) or {}
     value = content.get("fill_value")
     return 0 if value is None else value
@@ -231,7 +233,7 @@ def _count(
     level: Level, files: Sequence[tuple[int, ...]], encoding: Encoding, label: str, retry_policy: RetryPolicy
 ) -> int:
     """Return the voxels that are not absent in the files that exist; the count is cached outside the data."""
-    reader = ChunkReader(level, label, retry_policy=retry_policy, empty=encoding.empty)
+    reader = open_reader(level, label, retry_policy=retry_policy, empty=encoding.empty)
     stamp = digest_of([sorted(files), *sorted(reader.stored().items())])
     key = key_of(level, "not absent", encoding.absent, encoding.empty)
     cached = recall(key, lambda: stamp, count_in)

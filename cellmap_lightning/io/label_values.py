@@ -11,14 +11,17 @@ import numpy as np
 from cellmap_lightning.errors import EmptyChunkError, MetadataError
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
-from cellmap_lightning.io.chunks import ChunkReader, Empty
+from cellmap_lightning.io.array_reader import ArrayReader, Empty
 from cellmap_lightning.io.measurements import key_of, stamp_of
 from cellmap_lightning.io.ngff import Level
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.records import recall, remember
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 
 #: Voxels that are read of an array at most; of a larger array, evenly spaced chunks.
 MOST_VOXELS = 1 << 27
+#: Different ids of a label map at most.
+MOST_IDS = 1 << 16
 #: The code that CellMap's default encoding gives to unannotated voxels, and image editors to masks.
 CODE = 255
 
@@ -71,13 +74,13 @@ def label_values(
         label: name of the crop and class, for messages.
         code: the value that may stand for unannotated voxels.
         retry_policy: retries and timeouts of the reads.
-        empty: how chunk files of 0 bytes are read; see `ChunkReader`.
+        empty: how chunk files of 0 bytes are read; see `ArrayReader`.
 
     Raises:
         ChunkError: a chunk cannot be read.
         MetadataError: the labels are not whole numbers.
     """
-    reader = ChunkReader(level, label, retry_policy=retry_policy, empty=empty)
+    reader = open_reader(level, label, retry_policy=retry_policy, empty=empty)
     files = reader.stored()
     key, stamp = key_of(level, "values", code, MOST_VOXELS, empty), stamp_of(files)
     cached = recall(key, lambda: stamp, _parsed)
@@ -88,6 +91,47 @@ def label_values(
     return values
 
 
+def stored_ids(
+    level: Level, label: str, retry_policy: RetryPolicy = DEFAULT_RETRY, empty: Empty = "error"
+) -> list[int]:
+    """Return the different values of an array, sorted: of a large one, those of evenly spaced chunks.
+
+    Args:
+        level: the array.
+        label: name of the crop and class, for messages.
+        retry_policy: retries and timeouts of the reads.
+        empty: how chunk files of 0 bytes are read; see `ArrayReader`.
+
+    Raises:
+        ChunkError: a chunk cannot be read.
+        MetadataError: the labels are not whole numbers.
+    """
+    reader = open_reader(level, label, retry_policy=retry_policy, empty=empty)
+    files = reader.stored()
+    key, stamp = key_of(level, "ids", MOST_VOXELS, MOST_IDS, empty), stamp_of(files)
+    cached = recall(key, lambda: stamp, lambda content: list(map(int, content["ids"])))
+    if cached is not None:
+        return cached
+    ids: set[int] = set()
+    for file in _chosen(reader, list(files)):
+        for start, shape in reader.chunks_of(file):
+            ids.update(map(int, np.unique(read_labels(reader, start, shape))))
+        if len(ids) > MOST_IDS:  # not a label map
+            break
+    remember(key, stamp, {"ids": sorted(ids)})
+    return sorted(ids)
+
+
+def _chosen(reader: ArrayReader, files: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Return all files of an array, or as many evenly spaced ones as have `MOST_VOXELS`."""
+    size = reader.level.zyx(reader.level.array.files)
+    most = max(1, MOST_VOXELS // math.prod(min(f, n) for f, n in zip(size, reader.shape, strict=True)))
+    chosen = sorted(files)
+    if len(chosen) > most:
+        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).round().astype(int)]
+    return chosen
+
+
 def _parsed(content: Mapping[str, Any]) -> LabelValues:
     for name in LabelValues.__dataclass_fields__:
         types = (int, type(None)) if name == "negative" else (bool,)
@@ -96,7 +140,7 @@ def _parsed(content: Mapping[str, Any]) -> LabelValues:
     return LabelValues(**content)
 
 
-def _read(reader: ChunkReader, files: list[tuple[int, int, int]], code: int) -> LabelValues:
+def _read(reader: ArrayReader, files: list[tuple[int, int, int]], code: int) -> LabelValues:
     level = reader.level
     size = level.zyx(level.array.files)
     grid = [-(-n // f) for n, f in zip(reader.shape, size, strict=True)]
@@ -106,10 +150,8 @@ def _read(reader: ChunkReader, files: list[tuple[int, int, int]], code: int) -> 
         absent = next(index for index in itertools.product(*map(range, grid)) if index not in existing)
         z, y, x = (i * f for i, f in zip(absent, size, strict=True))
         values |= _values(read_labels(reader, (z, y, x), (1, 1, 1)), code)
-    most = max(1, MOST_VOXELS // math.prod(min(f, n) for f, n in zip(size, reader.shape, strict=True)))
-    chosen = sorted(files)
-    if len(chosen) > most:
-        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).round().astype(int)]
+    chosen = _chosen(reader, files)
+    if len(chosen) < len(files):
         values |= LabelValues(complete=False)
     for file in chosen:
         for start, shape in reader.chunks_of(file):
@@ -117,8 +159,8 @@ def _read(reader: ChunkReader, files: list[tuple[int, int, int]], code: int) -> 
     return values
 
 
-def read_labels(reader: ChunkReader, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
-    """Read the labels of a box as integers; for ``begun`` see `ChunkReader.read`.
+def read_labels(reader: ArrayReader, start: tuple[int, int, int], shape: Shape, begun: Any = None) -> AnyArray:
+    """Read the labels of a box as integers; for ``begun`` see `ArrayReader.read`.
 
     Raises:
         ChunkError: a chunk cannot be read.

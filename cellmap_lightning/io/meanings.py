@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.errors import CellMapValueError, MetadataError
-from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, read_encoding
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.validation import one_of
 
 log = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ class _Range:
 
 def _read_range(level: Level, name: str) -> _Range:
     """Read the range of the values of an array, chunk by chunk."""
-    reader = ChunkReader(level, name, empty="missing")
+    reader = open_reader(level, name, empty="missing")
     most = max(1, _MOST_VOXELS // math.prod(level.array.files))
     files = sorted(reader.stored())
     if len(files) > most:

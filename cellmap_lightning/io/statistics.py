@@ -10,9 +10,10 @@ import numpy as np
 
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import Shape
-from cellmap_lightning.io.chunks import ChunkReader
+from cellmap_lightning.io.array_reader import ArrayReader
 from cellmap_lightning.io.measurements import key_of
 from cellmap_lightning.io.ngff import Level, Multiscale
+from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.records import RecordKey, recall, remember
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.io.stamps import digest_of
@@ -77,7 +78,7 @@ def statistics(image: Multiscale, retry_policy: RetryPolicy = DEFAULT_RETRY) -> 
 
 def _cached_or_measured(level: Level, retry_policy: RetryPolicy) -> Statistics:
     key, boxes = _measurement(level)
-    reader = ChunkReader(level, retry_policy=retry_policy, empty="missing")
+    reader = open_reader(level, retry_policy=retry_policy, empty="missing")
     stamp = _stamp(reader, boxes)
     measured = _cached(key, lambda: stamp)
     if measured is None:
@@ -92,7 +93,7 @@ def known_statistics(image: Multiscale) -> Statistics | None:
     level = _measured_level(image)
     key, boxes = _measurement(level)
     with _lock:
-        return _cached(key, lambda: _stamp(ChunkReader(level), boxes))
+        return _cached(key, lambda: _stamp(open_reader(level), boxes))
 
 
 def _measured_level(image: Multiscale) -> Level:
@@ -116,7 +117,7 @@ def _measurement(level: Level) -> tuple[RecordKey, list[_Box]]:
     return key_of(level, "statistics", ENOUGH_VOXELS, _LEAST_VOXELS), boxes
 
 
-def _stamp(reader: ChunkReader, boxes: Sequence[_Box]) -> str:
+def _stamp(reader: ArrayReader, boxes: Sequence[_Box]) -> str:
     """Return the stamp of the chunks that are read."""
     return digest_of(reader.stamp(*box) for box in boxes)
 
@@ -138,7 +139,7 @@ def _parsed(content: Mapping[str, Any]) -> Statistics:
     return Statistics(mean, std, quantiles)
 
 
-def _measure(reader: ChunkReader, boxes: Sequence[_Box]) -> Statistics:
+def _measure(reader: ArrayReader, boxes: Sequence[_Box]) -> Statistics:
     parts = []
     for box in boxes:
         chunk = reader.read(*box).ravel()

@@ -25,6 +25,20 @@ def open_tensorstore(info: ArrayInfo, label: str) -> Any:
     """
     import tensorstore
 
+    check_process(label)
+    driver = "zarr3" if info.zarr_format == 3 else "zarr"
+    return tensorstore.open({"driver": driver, "kvstore": kvstore(info.path)}, open=True, read=True).result()
+
+
+def check_process(label: str) -> None:
+    """Check that TensorStore works in this process, and record that it is used.
+
+    Args:
+        label: name of the array, for messages.
+
+    Raises:
+        ChunkError: it was used before this process was forked; its threads do not survive that.
+    """
     if _processes - {os.getpid()}:
         raise ChunkError(
             f"{label}: TensorStore was used in the process that this one was forked from, "
@@ -32,11 +46,9 @@ def open_tensorstore(info: ArrayInfo, label: str) -> Any:
             "'spawn', or use reader='zarr'"
         )
     _processes.add(os.getpid())
-    driver = "zarr3" if info.zarr_format == 3 else "zarr"
-    return tensorstore.open({"driver": driver, "kvstore": _kvstore(info.path)}, open=True, read=True).result()
 
 
-def _kvstore(path: StorePath) -> dict[str, Any]:
+def kvstore(path: StorePath) -> dict[str, Any]:
     """Return TensorStore's JSON specification of the store that holds an array.
 
     Raises:

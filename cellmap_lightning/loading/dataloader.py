@@ -25,12 +25,14 @@ from cellmap_lightning.loading.prefetch import (
     SideStream,
     prefetch,
 )
+from cellmap_lightning.loading.resident_reader import ResidentReader
 from cellmap_lightning.loading.resume import Steps, StreamPosition
 from cellmap_lightning.loading.sampler import StreamSampler
-from cellmap_lightning.loading.samples import NumberedSamples, WrappedSamples, collate, number_samples
+from cellmap_lightning.loading.samples import NumberedSamples, Samples, WrappedSamples, collate, number_samples
 from cellmap_lightning.loading.slots import SlotBatch, Slots
 from cellmap_lightning.loading.waiting import TimedBatches, WaitTimes
 from cellmap_lightning.loading.workers import describe_failure, end_workers, watched, worker_options
+from cellmap_lightning.resident.device_cache import DeviceCache
 from cellmap_lightning.sampling.torch_samplers import PositionSampler
 from cellmap_lightning.validation import int_at_least
 
@@ -104,6 +106,8 @@ class CellMapDataLoader(DataLoader[Any]):
         batch_sampler: likewise, as Lightning does to predict.
         shuffle: accepted for compatibility with torch; the order follows from ``is_train``.
         tiles: the tiles to iterate over, in this order, such as ``range(dataset.tile_count)``.
+        resident: voxels on a device, from which batches are gathered there; see docs/device.md. Other datasets than
+            those of this package, and those with ``__getitem__`` of user code, do not use it.
 
     Raises:
         CellMapValueError: the arguments contradict each other.
@@ -137,6 +141,7 @@ class CellMapDataLoader(DataLoader[Any]):
         batch_sampler: Iterable[list[int]] | None = None,
         shuffle: bool | None = None,
         tiles: Sequence[int] | None = None,
+        resident: DeviceCache | None = None,
     ) -> None:
         strategy = None
         if isinstance(sampler, PositionSampler):
@@ -150,6 +155,12 @@ class CellMapDataLoader(DataLoader[Any]):
         if shuffle is not None and shuffle != is_train and sampler is None and batch_sampler is None:
             raise CellMapValueError(f"shuffle={shuffle} contradicts is_train={is_train}, from which the order follows")
         samples = number_samples(dataset, samples_per_epoch, is_train, seed, pin_memory, tiles, strategy)
+        if resident is not None and num_workers > 0:
+            raise CellMapValueError(
+                f"resident needs num_workers=0, since one process uses the device, got num_workers={num_workers}"
+            )
+        if resident is not None and isinstance(samples, Samples) and not samples.overridden:
+            samples.resident = ResidentReader(samples.dataset, resident, samples.pin)
         slots = num_workers > 0 and Slots.possible() and not samples.overridden
         options: dict[str, Any] = {
             "num_workers": num_workers,

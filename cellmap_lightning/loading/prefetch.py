@@ -5,13 +5,14 @@ carries it out: one thread reads the next batches and queues their copies on a s
 """
 
 import contextlib
+import dataclasses
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.batches.memory import BatchMemory
 from cellmap_lightning.errors import CellMapError
+from cellmap_lightning.loading.resident_decision import ResidentDecision, ResidentRequest, decide_resident
 from cellmap_lightning.runtime.thread_pool import end_threads
 
 #: Types of device whose copies can overlap with compute.
@@ -57,18 +59,43 @@ class PrefetchDecision:
         depth: batches ahead.
         streams: number of side streams; 0 if a thread only reads ahead.
         reason: the reason, with the numbers.
+        resident: the decision about regions on the device.
     """
 
     enabled: bool
     depth: int
     streams: int
     reason: str
+    resident: ResidentDecision = field(default_factory=ResidentDecision)
 
 
 def decide(
+    memory: BatchMemory,
+    device_type: str,
+    device_bytes: int | None,
+    settings: PrefetchSettings,
+    request: ResidentRequest | None = None,
+) -> PrefetchDecision:
+    """Decide about prefetching and regions on the device, as a function of the arguments alone: all ranks agree.
+
+    Args:
+        memory: bytes of a batch.
+        device_type: type of device, such as ``cuda``.
+        device_bytes: total memory of the device; None if it is unknown.
+        settings: see `PrefetchSettings`.
+        request: see `decide_resident`; None without regions on the device.
+    """
+    decision = _decide_prefetch(memory, device_type, device_bytes, settings)
+    if request is None:
+        return decision
+    resident = decide_resident(request, memory, decision.depth, device_type, device_bytes)
+    return dataclasses.replace(decision, resident=resident)
+
+
+def _decide_prefetch(
     memory: BatchMemory, device_type: str, device_bytes: int | None, settings: PrefetchSettings
 ) -> PrefetchDecision:
-    """Decide about prefetching, as a function of the arguments alone, so that all ranks agree.
+    """Decide about prefetching.
 
     On CUDA and XPU devices batches of at least ``min_batch_mb`` are copied on a side stream. On other devices there is
     no copy to overlap; with ``enabled=True`` a thread reads (and finishes) them ahead, ``"auto"`` starts nothing.

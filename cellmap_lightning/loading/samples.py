@@ -18,6 +18,7 @@ from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.datasets.requests import Request, requesting
 from cellmap_lightning.datasets.source import Draw, SampleSource
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
+from cellmap_lightning.loading.resident_reader import ResidentReader
 from cellmap_lightning.loading.slots import SlotBatch, Slots
 from cellmap_lightning.runtime.rng import SHUFFLE, hashes
 from cellmap_lightning.sampling.strategy import Strategy
@@ -173,10 +174,15 @@ class Samples(NumberedSamples):
         self.strategy = strategy
         # Random value transforms follow the seed of the loader.
         self._layout = dataclasses.replace(dataset.layout, seed=seed)
+        #: Reads what is on a device; set by the loader that uses one.
+        self.resident: ResidentReader | None = None
         overriding = dataset.overriding_types()
         self.overridden = bool(overriding)
         if self.overridden:
             _announce(" and ".join(overriding))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"resident": None}
 
     @property
     def sources(self) -> Sequence[SampleSource]:
@@ -204,6 +210,10 @@ class Samples(NumberedSamples):
         draws = self.draws(samples)
         if not isinstance(samples, CompactRequest):
             return SampleList(self._read(draws).finish())
+        if self.resident is not None:
+            batch = self.resident.read(draws)
+            batch.layout = self._layout
+            return batch
         worker = get_worker_info()
         # Batches of a foreign sampler may be larger than a slot; torch transfers them.
         if self.slots is None or worker is None or len(draws) > self.room:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapError, CellMapValueError
+from cellmap_lightning.io.ngff import Level
 from cellmap_lightning.io.store import Remote
 
 #: Interval at which silent workers are checked, in seconds.
@@ -54,7 +55,7 @@ def start_method(sources: Sequence[SampleSource], context: Any) -> Any:
         CellMapValueError: ``context`` forks, with a reader whose threads would be missing in the child.
     """
     crops = [crop for source in sources for crop in source.crops]
-    has_threads = any(crop.reader == "tensorstore" for crop in crops)
+    has_threads = any(crop.reader == "tensorstore" or not all(map(_forks, crop.read_levels)) for crop in crops)
     if context is None:
         if not has_threads and not any(isinstance(crop.raw_at, Remote) for crop in crops):
             return None
@@ -64,13 +65,18 @@ def start_method(sources: Sequence[SampleSource], context: Any) -> Any:
     method = context.get_start_method()
     if has_threads and method == "fork":
         raise CellMapValueError(
-            "reader='tensorstore' does not work in forked processes; leave multiprocessing_context out, or use "
-            "'forkserver' or 'spawn'"
+            "TensorStore (reader='tensorstore', precomputed volumes) does not work in forked processes; leave "
+            "multiprocessing_context out, or use 'forkserver' or 'spawn'"
         )
     if method == "forkserver":
         # Imported once, in the process that workers are forked from.
         context.set_forkserver_preload(["cellmap_lightning.datasets.dataset"])
     return context
+
+
+def _forks(level: Level) -> bool:
+    """Return whether an array can be read in a process that was forked after an earlier read."""
+    return level.source is None or level.source.forks
 
 
 def end_workers(iterator: Iterator[Any]) -> None:

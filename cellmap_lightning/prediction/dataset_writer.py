@@ -29,7 +29,7 @@ from cellmap_lightning.prediction.blending import Tiling
 from cellmap_lightning.prediction.block_patches import patch_placement
 from cellmap_lightning.prediction.blocks import centred_voxels, output_lattice, parse_region
 from cellmap_lightning.prediction.image_writer import AnyArray, ImageWriter, as_numbers, check_axes, with_lead
-from cellmap_lightning.prediction.output import check_apart
+from cellmap_lightning.prediction.output_checks import check_apart
 from cellmap_lightning.prediction.volumes import volumes_source
 
 log = logging.getLogger(__name__)

@@ -51,8 +51,13 @@ def _flush(path: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically, also with respect to a power loss."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically, also with respect to a power loss."""
     draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_bytes(content)
     flush([str(draft)])
     draft.replace(path)
     flush([str(path)])

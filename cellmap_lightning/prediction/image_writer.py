@@ -23,7 +23,7 @@ from cellmap_lightning.io.meanings import Kind, WrittenMeaning, check_kind, pred
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.writer import codec_of, create_level, make_room, multiscale_attributes, write_group
 from cellmap_lightning.prediction.blocks import parse_region
-from cellmap_lightning.prediction.output import write_failure
+from cellmap_lightning.prediction.output_checks import write_failure
 
 AnyArray = npt.NDArray[Any]
 

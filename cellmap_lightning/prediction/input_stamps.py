@@ -18,13 +18,13 @@ from cellmap_lightning.cache.patches import stored_box
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.errors import OutputError
 from cellmap_lightning.geometry.lattice import Box, Shape, to_vector
-from cellmap_lightning.io.chunks import ChunkReader
+from cellmap_lightning.io.array_reader import ArrayReader
 from cellmap_lightning.prediction.blending import Tiling
 from cellmap_lightning.prediction.blocks import BlockGrid
 from cellmap_lightning.prediction.skipping import Skipping
 
 #: An array, and the start and the shape of a box of it.
-Read = tuple[ChunkReader, tuple[int, int, int], Shape]
+Read = tuple[ArrayReader, tuple[int, int, int], Shape]
 
 #: Threads that read the state of files: on network file systems each call waits.
 THREADS = 16
@@ -113,7 +113,7 @@ class InputStamps:
         """Return the boxes of stored arrays that the patches of a block, and the test for skipping it, read."""
         first, (_, shape) = self._grid.whole_start(block), self._grid[block]
         whole = self._grid.whole
-        boxes: dict[str, tuple[ChunkReader, Box, int]] = {}
+        boxes: dict[str, tuple[ArrayReader, Box, int]] = {}
         for crop, tiling in zip(self._crops, self._tilings, strict=True):
             along = [
                 [start for start, _, _ in tiling.along(axis, a, a + n)]

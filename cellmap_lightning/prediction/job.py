@@ -21,11 +21,13 @@ from cellmap_lightning.prediction.assembly import BlockAssembly
 from cellmap_lightning.prediction.blending import Tiling
 from cellmap_lightning.prediction.block_patches import AHEAD, BlockPlan, patch_placement, reaches_below
 from cellmap_lightning.prediction.blocks import BlockGrid, block_shape, output_lattice, voxels_of
+from cellmap_lightning.prediction.channels import Targets
 from cellmap_lightning.prediction.input_stamps import InputStamps
 from cellmap_lightning.prediction.journal import input_hash
 from cellmap_lightning.prediction.model_identity import model_fingerprint, transform_name
 from cellmap_lightning.prediction.options import PredictionOptions
-from cellmap_lightning.prediction.output import PredictionOutput, check_apart
+from cellmap_lightning.prediction.output import PredictionOutput
+from cellmap_lightning.prediction.output_checks import check_apart
 from cellmap_lightning.prediction.quantize import StoredValues
 from cellmap_lightning.prediction.skipping import Skipping
 from cellmap_lightning.prediction.volumes import output_windows, passes_by, passing_bytes
@@ -66,6 +68,7 @@ class JobPlanner:
         module: the model.
         classes: the classes to write.
         spec: the array whose patches the model returns.
+        targets: descriptions of channels; see `channels`.
 
     Attributes:
         outputs: the outputs, also one whose planning has failed.
@@ -78,10 +81,11 @@ class JobPlanner:
         module: L.LightningModule,
         classes: Sequence[str],
         spec: InputArray | TargetArray,
+        targets: Targets,
     ) -> None:
         self.outputs: list[PredictionOutput] = []
         self._options, self._trainer, self._module = options, trainer, module
-        self._classes, self._spec = tuple(classes), spec
+        self._classes, self._spec, self._targets = tuple(classes), spec, targets
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._data = data
         self._memory = BlockMemory(), BlockMemory()
@@ -112,7 +116,7 @@ class JobPlanner:
         grid = BlockGrid(whole, first, shape, cut(options.block_size_mb))
         output = PredictionOutput(
             path, self._classes, grid, values, options.chunks, options.shards, options.zarr_format, options.levels,
-            trainer.global_rank, raw.scales,
+            trainer.global_rank, raw.scales, self._targets,
         )  # fmt: skip
         self.outputs.append(output)
         skips = self._skipping(crops[0], whole)
@@ -199,7 +203,9 @@ class JobPlanner:
         options, grid, layout = self._options, output.grid, self._data.predict_dataset.layout
         lattice, crop, tiling = grid.lattice, crops[0], tilings[0]
         inputs = {name: [list(spec.window.shape), spec.window.scale.tolist()] for name, spec in layout.inputs.items()}
+        targets = {name: dict(target) for name, target in self._targets.items()}
         return {
+            **({"targets": targets} if targets else {}),
             "model": options.model_id or model_fingerprint(self._module),
             "precision": str(self._trainer.precision),
             "activation": options.activation,

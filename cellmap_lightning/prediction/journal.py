@@ -1,4 +1,4 @@
-"""The journal of a prediction, which makes killed runs resumable and identifies finished ones.
+"""The journal of a prediction or segmentation, which makes killed runs resumable and identifies finished ones.
 
 The journal of an unfinished prediction is a folder beside its data. ``settings.json`` contains the settings and a
 random token of the output: another prediction to the same output is an error that names the differences. Each process
@@ -28,7 +28,9 @@ from cellmap_lightning.io.records import DamagedRecordError, sealed, unsealed
 from cellmap_lightning.prediction.durable import remove, write_text
 
 FOLDER = ".cellmap-prediction"
-_LINE = re.compile(r"((begun|done) (\d{10}) ([0-9a-f]{16}|-)((?: \d+)*)) ([0-9a-f]{8})\.")
+#: The keys of the record of a finished output, beside an optional ``input``.
+_RECORD = {"prediction": ("settings", "blocks", "reached"), "segmentation": ("settings", "blocks", "objects")}
+_LINE = re.compile(r"((begun|done|labelled|joined) (\d{10}) ([0-9a-f]{16}|-)((?: \d+)*)) ([0-9a-f]{8})\.")
 #: Files with the attributes of a group, in Zarr v2 and v3, and True if they are nested in it.
 _ATTRIBUTES = {".zattrs": False, "zarr.json": True}
 
@@ -39,10 +41,12 @@ class Journal:
     Args:
         output: folder of the output.
         rank: rank of this process, which has a separate file to append to.
+        work: the kind of the output, ``prediction`` or ``segmentation``.
     """
 
-    def __init__(self, output: Path, rank: int = 0) -> None:
-        self.folder = output / FOLDER
+    def __init__(self, output: Path, rank: int = 0, work: str = "prediction") -> None:
+        self.work = work
+        self.folder = output / f".cellmap-{work}"
         self._settings = self.folder / "settings.json"
         self._removed = self.folder / "removed.json"
         self._log = self.folder / f"blocks-{rank}.txt"
@@ -64,18 +68,18 @@ class Journal:
         for name, nested in _ATTRIBUTES.items():
             try:
                 content = json.loads((self.folder.parent / name).read_text(encoding="utf-8"))
-                stored = (content["attributes"] if nested else content)["cellmap"]["prediction"]
+                stored = (content["attributes"] if nested else content)["cellmap"][self.work]
                 if not isinstance(stored["settings"], dict):
                     continue
-                record = {key: stored[key] for key in ("settings", "blocks", "reached")}
+                record = {key: stored[key] for key in _RECORD[self.work]}
                 record |= {"input": stored["input"]} if "input" in stored else {}
                 checksum = stored.get("checksum")
             except (OSError, ValueError, LookupError, TypeError):
                 continue
             if checksum is not None and checksum != record_checksum(record):
                 raise CellMapValueError(
-                    f"{self.folder.parent / name}: the record of a finished prediction is damaged (its checksum does "
-                    "not match); overwrite=True starts over"
+                    f"{self.folder.parent / name}: the record of a finished {self.work} is damaged (its checksum "
+                    "does not match); overwrite=True starts over"
                 )
             return record
         return None
@@ -96,7 +100,7 @@ class Journal:
             return None
         except (ValueError, KeyError, OSError) as e:
             raise CellMapValueError(
-                f"{self._settings} is damaged, or of an earlier version of this package ({e}), so that the prediction "
+                f"{self._settings} is damaged, or of an earlier version of this package ({e}), so that the {self.work} "
                 "cannot be resumed; overwrite=True starts over"
             ) from e
         return content
@@ -180,12 +184,12 @@ class Journal:
             lines = "\n".join(f"  {key}: {stored.get(key)!r} is there, now {current.get(key)!r}" for key in differ)
             unfinished = "" if self.finished else " without a finished block"
             raise CellMapFileExistsError(
-                f"{self.folder.parent} contains another prediction{unfinished}, so this one cannot be resumed there:\n"
+                f"{self.folder.parent} contains another {self.work}{unfinished}, so this one cannot be resumed there:\n"
                 f"{lines}\nchoose another output, or replace it with overwrite=True"
             )
 
     def _lines(self, word: str) -> dict[int, tuple[str, list[int]]]:
-        """Return stamp and notes of each block with a valid line ``begun`` or ``done``."""
+        """Return stamp and notes of each block with a valid line that begins with a word."""
         begun = self._begun()
         if begun is None:
             return {}
@@ -209,6 +213,10 @@ class Journal:
             return {number: [] for number in range(record["blocks"])}
         return {number: notes for number, (_, notes) in self._lines("done").items()}
 
+    def reached(self, word: str) -> dict[int, list[int]]:
+        """Return the notes of the blocks of which a step is finished, ``labelled`` or ``joined``."""
+        return {number: notes for number, (_, notes) in self._lines(word).items()}
+
     @property
     def inputs(self) -> dict[int, str]:
         """The stamps of the chunks that were read for finished blocks; ``-`` if they were not recorded."""
@@ -225,7 +233,14 @@ class Journal:
         return self.record is not None
 
     def write(self, word: str, number: int, notes: Sequence[int] = (), stamp: str = "-") -> None:
-        """Append a line about a block that is ``begun`` or ``done``, with the stamp of its chunks and notes."""
+        """Append a line about a block, with the stamp of its chunks and notes.
+
+        Args:
+            word: ``begun`` or ``done``; of a segmentation also ``labelled`` and ``joined``.
+            number: number of the block.
+            notes: whole numbers.
+            stamp: stamp of the chunks that were read for it.
+        """
         line = " ".join([word, f"{number:010d}", stamp, *(str(n) for n in notes)])
         text = f"\n{line} {_checksum(line, self.token)}.\n"
         handle = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

@@ -30,6 +30,7 @@ class ModelOutput:
         key: key of the tensor in a mapping; by default its only entry.
         activation: activation, for models that return logits.
         tta_flips: test-time augmentation: axes of the patch over whose mirrored versions the mean is taken.
+        signed: positions of channels from -1 to 1, which are converted to [0, 1].
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class ModelOutput:
         key: str | None = None,
         activation: Activation | None = None,
         tta_flips: str = "",
+        signed: Sequence[int] = (),
     ) -> None:
         self.names, self.array, self.shape, self.layout = names, array, shape, layout
         self.key, self.activation, self.tta_flips = key, activation, tta_flips
+        self.signed = list(signed)
 
     def values(self, outputs: Any, count: int, patch: Shape) -> torch.Tensor:
         """Return the values of patches, float32 ``[N, C, z, y, x]`` along the axes of the volume.
@@ -80,6 +83,9 @@ class ModelOutput:
         values = outputs.detach().to(torch.float32)
         if self.activation is not None:
             values = values.sigmoid() if self.activation == "sigmoid" else values.softmax(1)
+        if self.signed:
+            values = values.clone()  # the output belongs to the model
+            values[:, self.signed] = (values[:, self.signed] + 1) / 2
         # In every plane, rows and columns of a flat patch follow the volume's axes in their order.
         return values.reshape(count, channels, *patch)
 

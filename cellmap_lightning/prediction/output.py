@@ -21,13 +21,14 @@ import zarr.codecs
 
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.geometry.lattice import Shape
-from cellmap_lightning.io.meanings import prediction_attributes
 from cellmap_lightning.io.store import LISTING
 from cellmap_lightning.io.writer import ZarrFormat, multiscale_attributes, write_group
 from cellmap_lightning.prediction.blocks import BlockGrid
+from cellmap_lightning.prediction.channels import Targets, channel_attributes
 from cellmap_lightning.prediction.container import write_container
 from cellmap_lightning.prediction.durable import flush, write_text
 from cellmap_lightning.prediction.journal import Journal, input_hash, new_token, plain, record_checksum
+from cellmap_lightning.prediction.output_checks import write_failure
 from cellmap_lightning.prediction.output_levels import OutputLevels
 from cellmap_lightning.prediction.output_lock import FILE, OutputLock, read_owner
 from cellmap_lightning.prediction.pyramid import plan_pyramid, units_left, units_within
@@ -62,10 +63,14 @@ class PredictionOutput:
         levels: number of levels of the pyramid; None for as many as leave the longest axis 32 voxels.
         rank: rank of this process.
         raw: voxel sizes of raw's levels, which the pyramid follows; see `plan_pyramid`.
+        targets: descriptions of channels; see `channels`.
 
     Raises:
         CellMapValueError: the arguments contradict each other.
     """
+
+    #: The kind of the output, in its journal and in messages.
+    work = "prediction"
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class PredictionOutput:
         levels: int | None = None,
         rank: int = 0,
         raw: Sequence[Sequence[float]] = (),
+        targets: Targets | None = None,
     ) -> None:
         invalid = [name for name in classes if not _can_name(name)]
         if invalid:
@@ -87,11 +93,12 @@ class PredictionOutput:
             )
         self.path = Path(path)
         self.classes, self.grid, self.values = tuple(classes), grid, values
+        self.targets = targets or {}
         self.chunks, self.shards = chunks, shards
         self.pyramid = plan_pyramid(grid.shape, grid.whole.step, levels, raw)
         self.levels = self.pyramid.levels
         self.zarr_format: ZarrFormat = zarr_format
-        self.journal = Journal(self.path, rank)
+        self.journal = Journal(self.path, rank, self.work)
         self._lock = OutputLock(self.path)
         self._rank = rank
         #: Token of the writing job, as first read by processes other than 0.
@@ -134,7 +141,7 @@ class PredictionOutput:
     def _open(self, settings: Mapping[str, Any], overwrite: bool, check_space: bool) -> None:
         if self.path.exists() and not _empty(self.path) and not self._replaceable(overwrite):
             raise CellMapFileExistsError(
-                f"{self.path} exists and contains no prediction of this package, so it is not changed; choose another "
+                f"{self.path} exists and contains no {self.work} of this package, so it is not changed; choose another "
                 "output"
             )
         begun = [folder for folder in (self.path, *self.path.absolute().parents) if not folder.exists()]
@@ -210,10 +217,19 @@ class PredictionOutput:
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
             write_group(self.path / name, zarr_format=self.zarr_format)
-            array_attributes = {"cellmap": self._attributes(name)} if self.values.kind == "labels" else None
-            for level in range(self.levels):
-                self._levels.create(name, level, array_attributes)
+            self._create_levels(name)
             write_text(self.path / name / TOKEN, token)
+
+    def _create_levels(self, name: str) -> None:
+        """Create the arrays of a group."""
+        attributes = {"cellmap": self._attributes(name)} if self.values.kind == "labels" else None
+        for level in range(self.levels):
+            self._levels.create(name, level, attributes)
+
+    @property
+    def _created(self) -> bool:
+        """True if the arrays of the groups exist."""
+        return True
 
     def _check_whole(self) -> None:
         """Check that the groups belong to the journal, by their tokens.
@@ -227,12 +243,12 @@ class PredictionOutput:
                 token = (self.path / name / TOKEN).read_text(encoding="utf-8")
             except (OSError, ValueError):
                 token = ""
-            names = [f"s{level}" for level in range(self.levels)]
+            names = [f"s{level}" for level in range(self.levels if self._created else 0)]
             missing = [level for level in names if not (self.path / name / level / file).exists()]
             if missing or token != self.journal.token:
                 change = f"lacks {missing[0]}" if missing else "was removed or replaced"
                 raise CellMapFileExistsError(
-                    f"{self.path / name} {change} since blocks of it were finished, so the prediction cannot be "
+                    f"{self.path / name} {change} since blocks of it were finished, so the {self.work} cannot be "
                     "resumed; replace it with overwrite=True"
                 )
 
@@ -271,14 +287,8 @@ class PredictionOutput:
         return {"annotation": {"class_names": list(self.classes)}} if self.values.kind == "labels" else {}
 
     def _attributes(self, name: str) -> dict[str, Any]:
-        """Return CellMap's attributes of labels; for probabilities, the meaning of the numbers."""
-        if self.values.kind == "labels":
-            encoding = {"absent": 0, "present": 1, "unknown": 255}
-            annotation_type = {"type": "semantic_segmentation", "encoding": encoding}
-            return {"annotation": {"class_name": name, "annotation_type": annotation_type}}
-        return prediction_attributes(
-            name, "scaled" if self.values.kind == "uint8" else "probability", self.values.dtype
-        )
+        """Return CellMap's attributes of a channel."""
+        return channel_attributes(name, self.values, self.targets.get(name))
 
     def _remove(self) -> None:
         """Remove the files of an earlier prediction, and no others."""
@@ -330,7 +340,7 @@ class PredictionOutput:
         free = shutil.disk_usage(self.path).free
         if needed > free:
             raise OutputError(
-                f"the prediction takes {needed / 1e9:.3g} GB before compression ({len(self.classes)} classes, "
+                f"the {self.work} takes {needed / 1e9:.3g} GB before compression ({len(self.classes)} classes, "
                 f"{self.values.kind}), and {self.path} has {free / 1e9:.3g} GB left; free some, predict a region, or "
                 "disable this check with check_space=False"
             )
@@ -438,23 +448,28 @@ class PredictionOutput:
             block = multiscale_attributes(
                 name, lattice.step, lattice.origin, self.levels, zarr_format=self.zarr_format, steps=self.pyramid.steps
             )
-            write_group(self.path / name, {"cellmap": self._attributes(name), **block}, self.zarr_format)
+            write_group(self.path / name, self._image_attributes(name, block), self.zarr_format)
         notes = self.journal.finished
-        record: dict[str, Any] = {
-            "settings": self._settings or self.journal.settings,
-            "blocks": len(notes),
-            "reached": self._reached(notes),
-        }
+        settings = self._settings or self.journal.settings
+        record: dict[str, Any] = {"settings": settings, "blocks": len(notes), **self._counts(notes)}
         stamps = input_hash(self.journal.inputs)
         if stamps is not None:
             record["input"] = stamps
         record["checksum"] = record_checksum(record)
-        attributes = {"cellmap": {**self._root_attributes(), "prediction": record}}
+        attributes = {"cellmap": {**self._root_attributes(), self.work: record}}
         write_container(self.path, self.classes, lattice, self.values.dtype, attributes, self.zarr_format)
         groups = [self.path, *(self.path / name for name in (*self.classes, LISTING))]
         flush(str(file) for group in groups for file in group.iterdir() if file.is_file() and file.name != FILE)
         self.journal.remove()
         self._remove_tokens()
+
+    def _image_attributes(self, name: str, multiscale: dict[str, Any]) -> dict[str, Any]:
+        """Return the attributes of the group of a class."""
+        return {"cellmap": self._attributes(name), **multiscale}
+
+    def _counts(self, notes: Mapping[int, Sequence[int]]) -> dict[str, Any]:
+        """Return what the record of the finished output counts, from the notes of its blocks."""
+        return {"reached": self._reached(notes)}
 
     @contextmanager
     def _clear_errors(self, problem: str) -> Iterator[None]:
@@ -468,27 +483,3 @@ class PredictionOutput:
                 f"{self.path} {problem}: {write_failure(e)}. Finished blocks remain; run the same command again to "
                 "resume"
             ) from e
-
-
-def write_failure(error: OSError) -> str:
-    """Return the reason for a failed write, in words."""
-    return {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the quota is used up",
-        errno.EROFS: "the disk is read-only",
-        errno.EACCES: "permission denied",
-        errno.EPERM: "permission denied",
-    }.get(error.errno or 0, str(error))
-
-
-def check_apart(output: Path, raw: Path) -> None:
-    """Check that an output is separate from raw data, which are never written to.
-
-    Raises:
-        CellMapValueError: one of them is inside of the other.
-    """
-    a, b = output.absolute(), raw.absolute()
-    if a == b or b in a.parents or a in b.parents:
-        raise CellMapValueError(
-            f"the output {output} and the raw volume {raw} must not be inside of each other; choose another output"
-        )

@@ -34,11 +34,12 @@ from cellmap_lightning.prediction.block_patches import (
     Step,
 )
 from cellmap_lightning.prediction.blocks import parse_region
+from cellmap_lightning.prediction.channels import check_flips, described_channels, signed_positions
 from cellmap_lightning.prediction.job import JobPlanner, PredictionJob
 from cellmap_lightning.prediction.model_output import Activation, ModelOutput
 from cellmap_lightning.prediction.options import PredictionOptions, parse_flips, parse_lengths
 from cellmap_lightning.prediction.output import PredictionOutput
-from cellmap_lightning.prediction.quantize import OutputType
+from cellmap_lightning.prediction.quantize import OutputType, StoredValues
 from cellmap_lightning.prediction.summary import Summary
 from cellmap_lightning.prediction.volumes import volumes_of, volumes_source
 
@@ -71,14 +72,16 @@ class PredictionWriter(L.Callback):
             patches (sliding window). See `blending`.
         overlap: part of a patch that it shares with the next one, per axis or for all.
         zarr_format: 2 writes OME-NGFF 0.4, 3 writes OME-NGFF 0.5, with checksums.
-        dtype: ``uint8`` stores probabilities as ``round(255 p)``; ``float16`` and ``float32`` the output of the model;
-            ``labels`` 1 from ``threshold`` on, else 0.
+        dtype: ``uint8`` stores probabilities as ``round(255 p)``, and values v from -1 to 1, such as signed distances,
+            as ``round(255 (v + 1) / 2)``; ``float16`` and ``float32`` the output of the model; ``labels`` 1 from
+            ``threshold`` on, else 0.
         overwrite: replace another prediction at ``output``. Anything else at that path is an error.
         threshold: see ``dtype``; also the threshold of foreground in the summary.
         context: for ``trim``, output voxels (halo) on either side that are discarded, instead of ``overlap``.
         region: the box to predict, ``{z: [lower, upper], y: .., x: ..}`` in nm; None for the whole volume. Patches
             include the raw around it.
-        classes: names of the channels; by default the datamodule's classes.
+        classes: names of the channels; by default those that the module's ``output_channels`` gives, else the
+            datamodule's classes.
         only: those of them to write; None for all.
         key: key of the tensor in a mapping; by default its only entry.
         activation: ``sigmoid`` or ``softmax`` (over channels), for models that return logits.
@@ -102,6 +105,7 @@ class PredictionWriter(L.Callback):
 
     Attributes:
         summary: the summary of the last prediction.
+        names: the channels that it writes.
         redundancy: number of patches that are computed, divided by their number if everything were one block.
 
     Raises:
@@ -162,6 +166,7 @@ class PredictionWriter(L.Callback):
         self.classes, self.only = classes, only
         self.check_context = bool(check_context)
         self.summary = Summary()
+        self.names: list[str] = []
         self.redundancy = 1.0
         self._jobs: list[PredictionJob] = []
         self._outputs: list[PredictionOutput] = []
@@ -185,13 +190,13 @@ class PredictionWriter(L.Callback):
         trainer.predict_loop.return_predictions = False
         datamodule.prediction = partial(self._plan, trainer, pl_module)
 
-    def _channel_names(self, data: Any) -> list[str]:
-        """Return the names of the model's channels.
+    def _channel_names(self, data: Any, described: Sequence[str]) -> list[str]:
+        """Return the names of the model's channels: as given, as the model describes them, else the classes.
 
         Raises:
             CellMapValueError: they are unknown, or in another order than the datamodule's.
         """
-        names = self.classes if self.classes is not None else data.classes
+        names = self.classes if self.classes is not None else described or data.classes
         if not names:
             raise CellMapValueError("the classes of the channels are unknown; give PredictionWriter classes=[...]")
         if data.classes is not None and list(names) != list(data.classes) and set(names) == set(data.classes):
@@ -208,14 +213,17 @@ class PredictionWriter(L.Callback):
         volumes = volumes_of(data.predict_dataset.crops)
         if len(volumes) > 1 and options.region is not None:
             raise CellMapValueError(f"a region needs a single volume to predict, got {len(volumes)}")
-        names = self._channel_names(data)
-        written = list(self.only) if self.only is not None else names
+        targets = described_channels(pl_module)
+        names = self._channel_names(data, list(targets))
+        targets = {name: targets[name] for name in names if name in targets and name not in (data.classes or ())}
+        self.names = written = list(self.only) if self.only is not None else names
         if not written or not set(written) <= set(names):
             raise CellMapKeyError(f"only={written} must name some of the channels {names}")
         self._written_channels = [names.index(name) for name in written]
         array, spec = next(iter({**data.target_arrays, **data.input_arrays}.items()))
 
-        planner = JobPlanner(options, trainer, pl_module, written, spec)
+        check_flips(options.tta_flips, written, targets)
+        planner = JobPlanner(options, trainer, pl_module, written, spec, targets)
         self._jobs, self._outputs = [], planner.outputs
         placed: list[Crop] = []
         for name, planes in volumes.items():
@@ -224,8 +232,9 @@ class PredictionWriter(L.Callback):
             placed += crops
         self._source = source = volumes_source(placed, data.predict_dataset.layout, data.seed)
         self._model_output = ModelOutput(
-            names, array, spec.window.shape, source.layout, options.key, options.activation, options.tta_flips
-        )
+            names, array, spec.window.shape, source.layout, options.key, options.activation, options.tta_flips,
+            signed_positions(names, targets, StoredValues(options.dtype, options.threshold)),
+        )  # fmt: skip
         self._background = BackgroundWriter()
         self._bar = tqdm(
             total=sum(len(job.plan.blocks) for job in self._jobs), desc="predicting", unit="block",

@@ -6,8 +6,9 @@ from itertools import pairwise, product
 from cellmap_lightning.cache.patches import stored_box
 from cellmap_lightning.crops.image import StoredImage, choose_level
 from cellmap_lightning.geometry.lattice import Box
-from cellmap_lightning.io.chunks import ChunkReader, chunk_shape
-from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.array_reader import ArrayReader, chunk_shape
+from cellmap_lightning.io.images import read_image
+from cellmap_lightning.io.readers import open_reader
 
 
 class Skipping:
@@ -28,9 +29,9 @@ class Skipping:
     def __init__(self, mask: str | None, scale: Sequence[float], raw: StoredImage | None) -> None:
         self.raw = raw
         #: Reader of the mask.
-        self.mask: ChunkReader | None = None
+        self.mask: ArrayReader | None = None
         if mask is not None:
-            self.mask = ChunkReader(choose_level(read_multiscale(mask), scale, "mask"), "mask")
+            self.mask = open_reader(choose_level(read_image(mask), scale, "mask"), "mask")
         self._known: dict[Box, bool] = {}
 
     def __call__(self, box: Box) -> bool:

@@ -15,9 +15,10 @@ from cellmap_lightning.validation import int_at_least, one_of
 log = logging.getLogger(__name__)
 
 #: Cache decoded voxels on disk or in memory as fits the machine (``auto``), on a disk of this machine, in memory, only
-#: the most recent chunks in the memory of each process, or not at all.
-CacheMode = Literal["auto", "disk", "memory", "chunks", "none"]
-CACHE_MODES = ("auto", "disk", "memory", "chunks", "none")
+#: the most recent chunks in the memory of each process, or not at all; ``device`` is ``auto`` here, and adds the memory
+#: of the device that trains.
+CacheMode = Literal["auto", "device", "disk", "memory", "chunks", "none"]
+CACHE_MODES = ("auto", "device", "disk", "memory", "chunks", "none")
 #: Default of the bytes on disk at most.
 MOST_DISK_BYTES = 200 * 10**9
 #: File systems shared by several machines: memory maps of their files are slow, and not coherent between machines.
@@ -84,7 +85,7 @@ def choose(mode: CacheMode, budget: int | None, held: int = 0) -> Location:
         budget: bytes; by default half of the free space, on disk at most 200 GB.
         held: bytes of files in the folder that can be reused or evicted.
     """
-    if mode in ("auto", "disk"):
+    if mode in ("auto", "device", "disk"):
         folder = region_folder()
         refusal = _refusal(folder)
         if refusal is None:

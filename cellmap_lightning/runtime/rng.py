@@ -14,6 +14,8 @@ _ONE, _TWO = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 #: Purposes of the numbers; each has a separate stream.
 PLACE, TURN, VALUES, ORDER, AUGMENT, INDEX, HIDE, SHUFFLE = range(8)
+#: Purposes of spatial transforms beside `TURN`; the last two are of a sample's control points and sections.
+STRETCH, ELASTIC, SLIP, MISALIGN, CONTROLS, SECTIONS = range(16, 22)
 #: First of the purposes of intensity effects: effect ``n`` uses ``EFFECT + 2 * n`` and the next one.
 EFFECT = 1000
 

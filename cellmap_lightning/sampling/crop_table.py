@@ -120,10 +120,18 @@ class _Geometry:
         """
         step, first, counts = self.step[crops], self.first[crops], self.counts[crops]
         # The nearest position is up to half a step away: the offset leaves that much room inside the patch.
-        reserve = np.einsum("nij,ni->nj", np.abs(turns), step / 2)
+        reserve = np.einsum("nji,ni->nj", np.abs(_inverses(turns)), step / 2)
         reach = np.maximum(np.minimum(np.abs(offsets) * self.half[crops], self.half[crops] - reserve), 0)
         centers = points - np.einsum("nij,nj->ni", turns, np.sign(offsets) * reach)
-        # A patch that is clipped to the first or last position still holds the point, since the point is in the crop.
+        # A patch that is clipped to the first or last position still holds the point, since the point is in the crop;
+        # unless it is zoomed in.
         z, y, x = np.clip(np.rint((centers - first) / step), 0, counts - 1).astype(np.int64).T
         positions: Whole = (z * counts[:, 1] + y) * counts[:, 2] + x
         return positions
+
+
+def _inverses(turns: FloatArray) -> FloatArray:
+    """Return the inverse of each matrix; that of a rotation is its transpose, without rounding."""
+    transposed = np.swapaxes(turns, 1, 2)
+    error = np.abs(turns @ transposed - np.eye(3)).max(axis=(1, 2), keepdims=True)
+    return np.where(error < 1e-9, transposed, np.linalg.inv(turns))

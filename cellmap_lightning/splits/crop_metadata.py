@@ -10,8 +10,9 @@ from cellmap_lightning.crops.counts import counted_in_metadata
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.lattice import Box, Vector, to_vector
-from cellmap_lightning.io.ngff import NO_OVERRIDES, Overrides, read_multiscale
-from cellmap_lightning.io.store import exists, parts_of, prefetch_metadata
+from cellmap_lightning.io.images import image_exists
+from cellmap_lightning.io.ngff import NO_OVERRIDES, Overrides
+from cellmap_lightning.io.store import parts_of, prefetch_metadata
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,11 @@ def read_crop_metadata(
     for name in annotated:
         voxels[name] = None
         try:
-            path = target.of(name)
-            if not exists(path):
+            if not image_exists(target.of(name)):
                 if tolerant:
                     del voxels[name]
                 continue
-            image = read_multiscale(path, overrides)
+            image = target.read(name, overrides)
             lattice = image.finest.lattice
             voxels[name] = counted_in_metadata(image)
         except CellMapError:

@@ -20,6 +20,7 @@ from cellmap_lightning.errors import (
     CellMapValueError,
 )
 from cellmap_lightning.geometry.lattice import Box
+from cellmap_lightning.io.label_ids import parse_label_map
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff import OVERRIDE_KEYS, Overrides
 from cellmap_lightning.io.store import local_path
@@ -30,8 +31,8 @@ SPLITS = ("train", "val", "test", "predict")
 _USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}
 #: Keys of an entry, and columns of a CSV, that replace metadata.
 METADATA_KEYS = ("unknown", *OVERRIDE_KEYS)
-_COLUMNS = ("weight", *METADATA_KEYS)
-_ENTRY_KEYS = ("raw", "gt", "normalize", "invert", "weight", *METADATA_KEYS, "storage_options")
+_COLUMNS = ("weight", "labels", *METADATA_KEYS)
+_ENTRY_KEYS = ("raw", "gt", "labels", "normalize", "invert", "weight", *METADATA_KEYS, "storage_options")
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecor
             split, entry = _row(cells[: len(cells) - len(options)], where, file.parent, targets)
             values = dict(zip(options, cells[len(cells) - len(options) :], strict=True))
             weight = _weight(values.pop("weight", ""))
+            labels = _value("labels", values.pop("labels", "") or "null")
+            entry = replace(entry, target_path=with_labels(entry.target_path, labels))
             metadata = {key: _value(key, cell) for key, cell in values.items() if cell}
             entry = replace(entry, weight=weight, metadata=_checked(metadata))
             entries.setdefault(split, []).append(entry)
@@ -265,13 +268,40 @@ def _entry(item: Any, where: str) -> CropRecord:
     return CropRecord(
         where,
         str(values["raw"]),
-        str(values["gt"]) if values.get("gt") else None,
+        _target_in(where, str(values["gt"]) if values.get("gt") else None, values.get("labels")),
         normalize=values.get("normalize"),
         invert=values.get("invert"),
         weight=check_weight(values["weight"], f"{where}: weight") if values.get("weight") is not None else None,
         storage_options=values.get("storage_options"),
         metadata=_checked_in(where, {key: values[key] for key in METADATA_KEYS if key in values}),
     )
+
+
+def with_labels(target_path: str | None, labels: Any) -> str | None:
+    """Return a target path with a label map ``{id: class}``, or the path itself without one.
+
+    Raises:
+        CellMapError: an invalid map, or a path that names classes itself.
+    """
+    if labels is None:
+        return target_path
+    label_map = parse_label_map(labels)
+    if target_path is None or "[" in target_path.rpartition("/")[2] or target_path.endswith("}"):
+        raise CellMapValueError(
+            f"labels={dict(label_map)} needs a target path without a bracket of classes, that of the array with the "
+            f"ids, got {target_path!r}"
+        )
+    head, chain, archive = target_path.partition("::") if "://" in target_path else (target_path, "", "")
+    return f"{head.rstrip('/')}/{{{','.join(f'{i}:{name}' for i, name in label_map)}}}{chain}{archive}"
+
+
+def _target_in(where: str, target_path: str | None, labels: Any) -> str | None:
+    """Return a target path with its label map; errors name the entry."""
+    try:
+        return with_labels(target_path, labels)
+    except CellMapError as e:
+        e.args = (f"{where}: {e}",)
+        raise
 
 
 def _checked_in(where: str, metadata: Mapping[str, Any]) -> dict[str, Any]:

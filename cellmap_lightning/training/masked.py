@@ -14,9 +14,12 @@ from torchmetrics import Metric
 
 from cellmap_lightning.errors import CellMapValueError
 
+#: Loss of each channel, and a mask of the channels that count.
+Channels = tuple[Tensor, Tensor]
 
-def _per_class(value: Tensor) -> Tensor:
-    """Return the sum over all but the class axis, ``[N, C, ...] -> [C]``."""
+
+def per_channel(value: Tensor) -> Tensor:
+    """Return the sum over all but the channel axis, ``[N, C, ...] -> [C]``."""
     return value.sum(dim=[0, *range(2, value.ndim)])
 
 
@@ -31,6 +34,32 @@ def mean_over_present(value: Tensor, present: Tensor) -> Tensor:
     return (value * present).sum() / present.sum().clamp(min=1)
 
 
+def channel_mean(loss: Tensor, known: Tensor, weight: Tensor | None = None) -> Channels:
+    """Return the mean of each channel over the known voxels, by default of the same weight."""
+    counts = per_channel(known.to(loss.dtype) if weight is None else weight)
+    value = per_channel(loss * known) / torch.where(counts > 0, counts, 1)
+    return value, counts > 0
+
+
+def bce(logits: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> Channels:
+    """Return the binary cross entropy of logits; ``pos_weight`` ``[C]`` is the weight of a positive voxel."""
+    known, wanted = known_and_target(target)
+    weight = pos_weight.reshape(-1, *[1] * (logits.ndim - 2)) if pos_weight is not None else None
+    loss = binary_cross_entropy_with_logits(logits, wanted, reduction="none", pos_weight=weight)
+    return channel_mean(loss, known)
+
+
+def dice(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Channels:
+    """Return the soft Dice loss, pooled over the batch; channels without positive voxels do not count.
+
+    ``1 - (2 |pt| + smooth) / (|p| + |t| + smooth)``.
+    """
+    known, wanted = known_and_target(target)
+    probability = torch.sigmoid(logits) * known
+    both, sums = per_channel(probability * wanted), per_channel(probability) + per_channel(wanted)
+    return 1 - (2 * both + smooth) / (sums + smooth), per_channel(wanted) > 0
+
+
 def masked_bce(logits: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> Tensor:
     """Return the binary cross entropy of ``[N, C, ...]`` logits against 1, 0 and NaN.
 
@@ -42,12 +71,7 @@ def masked_bce(logits: Tensor, target: Tensor, pos_weight: Tensor | None = None)
     Returns:
         Mean over the annotated voxels of each class, then over the classes that have any.
     """
-    logits = logits.float()  # sums over a patch overflow half precision
-    known, wanted = known_and_target(target.float())
-    weight = pos_weight.reshape(-1, *[1] * (logits.ndim - 2)) if pos_weight is not None else None
-    loss = binary_cross_entropy_with_logits(logits, wanted, reduction="none", pos_weight=weight)
-    counts = _per_class(known.to(loss.dtype))
-    return mean_over_present(_per_class(loss * known) / counts.clamp(min=1), counts > 0)
+    return mean_over_present(*bce(logits.float(), target.float(), pos_weight))  # sums overflow half precision
 
 
 def masked_dice(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
@@ -62,11 +86,7 @@ def masked_dice(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
         Mean of ``1 - (2 |pt| + smooth) / (|p| + |t| + smooth)`` over the classes that have positive voxels in the
         batch.
     """
-    logits = logits.float()
-    known, wanted = known_and_target(target.float())
-    probability = torch.sigmoid(logits) * known
-    both, sums = _per_class(probability * wanted), _per_class(probability) + _per_class(wanted)
-    return mean_over_present(1 - (2 * both + smooth) / (sums + smooth), _per_class(wanted) > 0)
+    return mean_over_present(*dice(logits.float(), target.float(), smooth))
 
 
 def masked_cross_entropy(logits: Tensor, target: Tensor, known: Tensor) -> Tensor:
@@ -153,10 +173,10 @@ class DiceScore(Metric):
             )
         known, wanted = known_and_target(target)
         predicted, positive = (logits > self.threshold) & known, wanted > 0.5
-        self.tp = self.tp + _per_class(predicted & positive)
-        self.predicted = self.predicted + _per_class(predicted)
-        self.positive = self.positive + _per_class(positive)
-        self.known = self.known + _per_class(known)
+        self.tp = self.tp + per_channel(predicted & positive)
+        self.predicted = self.predicted + per_channel(predicted)
+        self.positive = self.positive + per_channel(positive)
+        self.known = self.known + per_channel(known)
 
     def compute(self) -> dict[str, Tensor]:
         """Compute the scores of each class, ``[C]``.

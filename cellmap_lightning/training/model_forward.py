@@ -9,7 +9,10 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 
 from cellmap_lightning.errors import CellMapError, CellMapTypeError
+from cellmap_lightning.training.deep_supervision import scales_of
+from cellmap_lightning.training.heads import split_output
 from cellmap_lightning.training.masked import probabilities
+from cellmap_lightning.training.task import SegmentationTask
 
 
 def precision_of(module: L.LightningModule) -> Precision:
@@ -46,20 +49,7 @@ def class_probabilities(
         CellMapTypeError: the module has no forward, or none of its outputs has a channel per class and these voxels.
         Exception: any error of the module's forward.
     """
-    if type(module).forward in (torch.nn.Module.forward, L.LightningModule.forward):
-        raise CellMapTypeError(f"{type(module).__name__} has no forward")
-    moved = {name: value.to(module.device) for name, value in batch.items()}
-    moved = precision_of(module).convert_input(moved)
-    with inference_at_precision(module):
-        # There is no convention of Lightning for forward: it may take the inputs or the batch.
-        try:
-            outputs = module(*(moved[name] for name in names))
-        except Exception as error:
-            try:
-                outputs = module(moved)
-            except Exception:
-                raise error from None  # the first call is the more likely signature
-    raw = moved[names[0]]
+    outputs, raw = _forward(module, batch, names)
     for logits in _tensors(outputs):
         if (
             logits.is_floating_point()
@@ -73,6 +63,57 @@ def class_probabilities(
         f"{type(module).__name__}: forward must return logits {[len(raw), classes, *raw.shape[2:]]}, or one channel "
         f"more with the background first, got {got}"
     )
+
+
+def predicted_values(
+    module: L.LightningModule,
+    batch: Mapping[str, torch.Tensor],
+    names: Sequence[str],
+    classes: int,
+    target: str | None,
+) -> torch.Tensor:
+    """Return the values that a module predicts for a target: of a `SegmentationTask` those of its head.
+
+    Args:
+        module: the module, in evaluation mode.
+        batch: finished arrays, ``[N, ...]``.
+        names: inputs of the module.
+        classes: number of classes.
+        target: name of the target; of other modules the probabilities of classes are taken.
+
+    Returns:
+        ``[N, channels, ...]``, float32.
+
+    Raises:
+        CellMapTypeError: see `class_probabilities`.
+    """
+    heads = module.heads if isinstance(module, SegmentationTask) else ()
+    position = next((i for i, head in enumerate(heads) if head.name == target), None)
+    if position is None:
+        return class_probabilities(module, batch, names, classes)
+    outputs, raw = _forward(module, batch, names)
+    parts = split_output(scales_of(outputs, raw.ndim)[0], heads)
+    return heads[position].values(parts[position].to(torch.float32))
+
+
+def _forward(
+    module: L.LightningModule, batch: Mapping[str, torch.Tensor], names: Sequence[str]
+) -> tuple[Any, torch.Tensor]:
+    """Return the output of a module's forward, and its first input."""
+    if type(module).forward in (torch.nn.Module.forward, L.LightningModule.forward):
+        raise CellMapTypeError(f"{type(module).__name__} has no forward")
+    moved = {name: value.to(module.device) for name, value in batch.items()}
+    moved = precision_of(module).convert_input(moved)
+    with inference_at_precision(module):
+        # There is no convention of Lightning for forward: it may take the inputs or the batch.
+        try:
+            outputs = module(*(moved[name] for name in names))
+        except Exception as error:
+            try:
+                outputs = module(moved)
+            except Exception:
+                raise error from None  # the first call is the more likely signature
+    return outputs, moved[names[0]]
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:

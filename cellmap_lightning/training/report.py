@@ -11,9 +11,10 @@ import torch
 
 from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.geometry.lattice import AXES
+from cellmap_lightning.visualization.display import Display, display, display_prediction, prediction_title
 from cellmap_lightning.visualization.figures.curves import training_curves
 from cellmap_lightning.visualization.figures.sheet import SheetSample, contact_sheet
-from cellmap_lightning.visualization.preview import by_class
+from cellmap_lightning.visualization.preview import sheet_sample
 
 #: Tiles that are read to find those with the most classes.
 _CANDIDATES = 24
@@ -62,13 +63,13 @@ class _Tile:
     Attributes:
         position: of the tile in the source.
         sample: its finished sample.
-        target: 1, 0 or NaN per class, ``[C, ...]``; None where the target has no outlines.
+        target: how the target is drawn; None without one.
         rank: see `class_rank`.
     """
 
     position: int
     sample: Mapping[str, torch.Tensor]
-    target: torch.Tensor | None
+    target: Display | None
     rank: tuple[int, float]
 
 
@@ -86,7 +87,8 @@ def write_samples(
 
     Args:
         source: the samples to choose from.
-        predict: from a finished batch of one sample to probabilities ``[1, C, z, y, x]`` on any device, or to None.
+        predict: from a finished batch of one sample to values of the target ``[1, channels, z, y, x]`` on any device,
+            or to None.
         path: the PNG to write.
         title: a line at the top.
         count: samples at most.
@@ -103,13 +105,15 @@ def write_samples(
     for tile in _spread(source, tiles, count, input_name):
         prediction = predict({name: value[None] for name, value in tile.sample.items()}) if predict else None
         rows.append(_sheet_sample(source, tile, prediction, input_name, target_name))
-    contact_sheet(rows, list(source.classes), path=path, title=title)
+    kind = source.layout.targets[target_name].kind if target_name is not None else None
+    contact_sheet(rows, list(source.classes), path=path, title=title, predicted=prediction_title(kind))
 
 
 def _read_tile(source: SampleSource, position: int, target_name: str | None) -> _Tile:
     sample = source[position]
-    target = by_class(sample[target_name], len(source.classes)) if target_name else None
-    return _Tile(position, sample, target, class_rank((target == 1).numpy()) if target is not None else (0, 0.0))
+    target = display(source.layout.targets[target_name].kind, sample[target_name]) if target_name else None
+    rank = class_rank((target.masks > 0.5).numpy()) if target is not None else (0, 0.0)
+    return _Tile(position, sample, target, rank)
 
 
 def class_rank(present: npt.NDArray[np.bool_]) -> tuple[int, float]:
@@ -154,13 +158,12 @@ def _sheet_sample(
             target = None
     center = source.get_center(tile.position)
     position = ", ".join(f"{axis} {center[axis]:.0f}" for axis in AXES)
-    return SheetSample(
-        raw=tile.sample[input_name][0].numpy(),
-        target=None if target is None else target.numpy(),
-        prediction=None if prediction is None else prediction[0].float().cpu().numpy(),
-        scale=tuple(window.scale.tolist()),
-        header=f"{source.locate(tile.position)[0].label}, centre {position} nm",
-    )
+    kind = source.layout.targets[target_name].kind if target_name is not None else None
+    displays = {} if target is None else {"target": target}
+    if prediction is not None:
+        displays["prediction"] = display_prediction(kind, prediction[0], len(source.classes))
+    header = f"{source.locate(tile.position)[0].label}, centre {position} nm"
+    return sheet_sample(tile.sample[input_name][0], displays, tuple(window.scale.tolist()), header)
 
 
 def describe_run(folder: Path) -> list[str]:

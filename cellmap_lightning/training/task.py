@@ -1,25 +1,20 @@
 """Segmentation as an example of a task; any LightningModule can take its place."""
 
-import functools
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
-from cellmap_lightning.training.masked import (
-    DiceScore,
-    MeanOverSamples,
-    masked_bce,
-    masked_cross_entropy,
-    masked_dice,
-    one_against_all,
-    probabilities,
-)
+from cellmap_lightning.training.deep_supervision import over_scales, scales_of
+from cellmap_lightning.training.head_scores import Scorers, dice_by_class, epoch_scores, loggable
+from cellmap_lightning.training.heads import Head, check_shapes, describe_channels, kind_of, make_heads, split_output
+from cellmap_lightning.training.masked import MeanOverSamples, probabilities
 from cellmap_lightning.training.restorable import RestorableTask
+from cellmap_lightning.transforms.kinds.kind import TargetKind
 from cellmap_lightning.validation import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -43,7 +38,7 @@ def build_optimizers(
         CellMapValueError: one of them refuses its arguments.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-3)
+    optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-3)
     built = _build("optimizer", optimizer, parameters)
     return {"optimizer": built, "lr_scheduler": _build("scheduler", scheduler, built)} if scheduler else built
 
@@ -52,7 +47,7 @@ def _build(name: str, factory: Callable[..., Any], argument: Any) -> Any:
     try:
         return factory(argument)
     except (TypeError, ValueError) as e:
-        keywords = getattr(factory, "keywords", {})  # of a functools.partial
+        keywords = getattr(factory, "keywords", {})  # of a partial
         raise CellMapValueError(f"the {name} cannot be created{f' with {keywords}' if keywords else ''}: {e}") from e
 
 
@@ -74,33 +69,32 @@ def select_array(kind: str, name: str | None, names: Sequence[str]) -> str:
     return names[0]
 
 
-def loggable(name: str) -> str:
-    """Return a class name as part of a metric name, with the characters that every logger accepts.
-
-    MLflow accepts letters, digits, ``_ . - / :`` and spaces, and keeps metrics as files, so that one must not be the
-    folder of another.
-    """
-    return re.sub(r"[^\w. -]", "_", name)
-
-
 class SegmentationTask(RestorableTask):
-    """Segmentation with binary targets (1, 0, NaN), or with targets of kind ``labels`` and a background channel.
+    """Segmentation with one or several targets of any kind that a network can predict; see docs/targets.md.
+
+    The channels of the network, the activation, the loss and the scores follow from the kinds of the targets. With
+    several targets the network has the sum of their channels, in the order of ``target_name``.
 
     Args:
-        network: from ``[N, 1, z, y, x]`` (or ``[N, 1, y, x]``) to logits with a channel per class; for targets of
-            kind ``labels`` with one more, the background, which comes first. With several inputs it is called with
-            each of them as an argument.
-        classes: names of the channels.
+        network: from ``[N, 1, z, y, x]`` (or ``[N, 1, y, x]``) to logits with the channels of the targets: one per
+            class for presence, and one more, the background, which comes first, for targets of kind ``labels``. With
+            several inputs it is called with each of them as an argument. A network with deep supervision returns a
+            list of outputs, the one of full resolution first, or MONAI's stacked tensor.
+        classes: names of the classes.
         optimizer: from parameters to an optimizer; by default AdamW with a learning rate of 1e-3.
         scheduler: from an optimizer to a scheduler that steps each epoch, or None.
-        dice_weight: weight of the Dice term beside cross entropy, from 0 to 1.
-        class_weights: weight of a positive voxel in the cross entropy: ``none``; ``pos_weight``, the ratio of
-            negative to positive voxels; ``inverse_sqrt``, its square root; or ``{class: weight}``. Measured on
+        dice_weight: weight of the Dice term beside cross entropy, from 0 to 1, for kinds that are probabilities; None
+            for 0.5. It is not combined with ``loss``.
+        class_weights: weight of a positive voxel in the cross entropy of binary targets: ``none``; ``pos_weight``, the
+            ratio of negative to positive voxels; ``inverse_sqrt``, its square root; or ``{class: weight}``. Measured on
             ``weight_batches`` batches of the train split, bounded to [0.1, 50] and printed.
         weight_batches: batches on which class weights are measured.
         input_name: the input of the batch, or a list with the inputs of the network in order; by default the only
             one.
-        target_name: the target of the batch; by default the only one.
+        target_name: the target of the batch, or a list of targets; by default the only one.
+        loss: losses by name and weight, such as ``{bce: 1, dice: 1}`` or ``{focal: {weight: 1, gamma: 2}}``; with
+            several targets ``{target: {loss: weight}}``. See `losses`. By default cross entropy and Dice, and for
+            distances, descriptors and vectors the mean squared error.
 
     Raises:
         CellMapValueError: ``dice_weight`` or ``class_weights`` is invalid.
@@ -117,20 +111,27 @@ class SegmentationTask(RestorableTask):
         classes: Sequence[str],
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
-        dice_weight: float = 0.5,
+        dice_weight: float | None = None,
         class_weights: str | Mapping[str, float] = "none",
         weight_batches: int = 8,
         input_name: str | Sequence[str] | None = None,
-        target_name: str | None = None,
+        target_name: str | Sequence[str] | None = None,
+        loss: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.classes = tuple(classes)
         self.optimizer = optimizer
         self.scheduler = scheduler
-        if not isinstance(dice_weight, int | float) or not 0 <= dice_weight <= 1:
+        if dice_weight is not None and (not isinstance(dice_weight, int | float) or not 0 <= dice_weight <= 1):
             raise CellMapValueError(f"dice_weight must be in [0, 1], got {dice_weight!r}")
-        self.dice_weight = dice_weight
+        if dice_weight is not None and loss is not None:
+            raise CellMapValueError(
+                f"dice_weight={dice_weight} and loss={dict(loss)} are both given; leave dice_weight out, or give the "
+                "weights of bce and dice in loss"
+            )
+        self.dice_weight = 0.5 if dice_weight is None else dice_weight
+        self.loss = loss
         if isinstance(class_weights, str):
             if class_weights not in _WEIGHT_RULES:
                 raise CellMapValueError(
@@ -144,59 +145,94 @@ class SegmentationTask(RestorableTask):
         self.class_weights = class_weights
         self.weight_batches = weight_batches
         self.input_name = input_name if input_name is None or isinstance(input_name, str) else tuple(input_name)
-        self.target_name = target_name
+        self.target_name = target_name if target_name is None or isinstance(target_name, str) else tuple(target_name)
         self.register_buffer("pos_weight", torch.ones(len(self.classes), dtype=torch.float32))
         #: Per stage (val, test) and class that occurred last: Dice, and that of the best constant predictor.
         self.scores: dict[str, dict[str, dict[str, float]]] = {}
-        self.val_dice = DiceScore(self.classes)
-        self.test_dice = DiceScore(self.classes)
         self.val_loss = MeanOverSamples()
         self.test_loss = MeanOverSamples()
+        self._heads: tuple[Head, ...] = ()
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return logits of finished inputs."""
-        out: Tensor = self.network(*inputs)
-        return out
+    def forward(self, *inputs: Tensor) -> Any:
+        """Return the output of the network for finished inputs."""
+        return self.network(*inputs)
 
-    def _parts(self, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Return the inputs and the target of a batch."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        self._check_kind(data, ("binary", "labels"))
-        name = select_array("target", self.target_name, list(getattr(data, "target_arrays", [])))
-        return self._inputs(batch), batch[name]
+    # -- targets
+
+    def setup(self, stage: str) -> None:
+        """Create the heads of the targets that the data module has.
+
+        Raises:
+            CellMapError: a target cannot be trained, or its loss is invalid; see `make_heads`.
+        """
+        self._heads = ()
+        arrays = getattr(self._data, "target_arrays", None) or {}
+        chosen = self.target_name is not None or len(arrays) == 1
+        if chosen and set(self._target_names) <= set(arrays):
+            self._set_heads({name: arrays[name].kind for name in self._target_names})
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The parts of the output, one per target; empty before the first batch."""
+        return self._heads
+
+    def output_channels(self) -> list[dict[str, Any]] | None:
+        """Return a description of each channel that `predict_step` returns; None where the targets are unknown.
+
+        Each has a unique ``name``, its ``class``, its ``kind`` and the numbers of the kind, ``range`` and whether it is
+        ``directional``.
+        """
+        return describe_channels(self._heads) if self._heads else None
+
+    @property
+    def _data(self) -> Any:
+        return getattr(self._trainer, "datamodule", None)
+
+    @property
+    def _target_names(self) -> tuple[str, ...]:
+        if isinstance(self.target_name, tuple):
+            return self.target_name
+        return (select_array("target", self.target_name, list(getattr(self._data, "target_arrays", []))),)
+
+    def _set_heads(self, kinds: Mapping[str, TargetKind]) -> None:
+        self._heads = make_heads(kinds, self.classes, self.loss, self.dice_weight)
+        self.val_scores = Scorers(self._heads).to(self.device)
+        self.test_scores = Scorers(self._heads).to(self.device)
+
+    def _parts(self, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the inputs and the targets of a batch."""
+        targets = [batch[name] for name in self._target_names]
+        if not self._heads:  # data of another package, whose targets have no specification
+            kinds = [kind_of(target, self.classes) for target in targets]
+            self._set_heads(dict(zip(self._target_names, kinds, strict=True)))
+        return self._inputs(batch), targets
 
     def _inputs(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
         if isinstance(self.input_name, tuple):
             return [batch[name] for name in self.input_name]
-        data: Any = getattr(self.trainer, "datamodule", None)
-        return [batch[select_array("input", self.input_name, list(getattr(data, "input_arrays", [])))]]
+        return [batch[select_array("input", self.input_name, list(getattr(self._data, "input_arrays", [])))]]
 
-    def _check_kind(self, data: Any, kinds: Sequence[str]) -> None:
-        targets = getattr(data, "target_arrays", {})
-        target = targets.get(select_array("target", self.target_name, list(targets))) if targets else None
-        if target is not None and target.kind.name not in kinds:
-            raise CellMapValueError(
-                f"SegmentationTask needs a target of kind {' or '.join(kinds)} here, got {target.kind.name}; select "
-                "another with target_name, or write another task"
-            )
-
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the weighted sum of cross entropy and Dice over the annotated voxels.
+    def losses(self, output: Any, targets: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the loss of each target over the annotated voxels.
 
         Args:
-            logits: ``[N, C, ...]``, or for integer targets ``[N, 1 + C, ...]`` with the background first.
-            target: ``[N, C, ...]`` of 1, 0 and NaN, or ``[N, 1, ...]`` integers for classes that exclude each other.
+            output: of the network: logits ``[N, C, ...]``, or several scales of it; see `deep_supervision`.
+            targets: ``[N, C, ...]`` with NaN where unannotated, or ``[N, 1, ...]`` integers for classes that exclude
+                each other, in the order of the heads.
+
+        Raises:
+            CellMapValueError: the channels or voxels of the output are not those of the targets.
         """
-        if not target.is_floating_point():
-            known = (target >= 0) & (target <= len(self.classes))
-            total = (1 - self.dice_weight) * masked_cross_entropy(logits, target, known)
-            if self.dice_weight:
-                total = total + self.dice_weight * masked_dice(*one_against_all(logits, target, known))
-            return total
-        total = (1 - self.dice_weight) * masked_bce(logits, target, self.pos_weight)
-        if self.dice_weight:
-            total = total + self.dice_weight * masked_dice(logits, target)
-        return total
+        scales = scales_of(output, targets[0].ndim)
+        check_shapes(scales[0], targets, self._heads)
+        parts = zip(*(split_output(scale, self._heads) for scale in scales), strict=True)
+        return {
+            head.name: over_scales(partial(self._loss, head), list(part), target)
+            for head, part, target in zip(self._heads, parts, targets, strict=True)
+        }
+
+    def _loss(self, head: Head, output: Tensor, target: Tensor) -> Tensor:
+        return head.loss(output, target, self.pos_weight if head.kind.name == "binary" else None)
 
     # -- steps
 
@@ -204,7 +240,12 @@ class SegmentationTask(RestorableTask):
         """Measure the class weights once, before training."""
         if self.class_weights == "none":
             return
-        self._check_kind(getattr(self.trainer, "datamodule", None), ("binary",))  # a softmax has no positive voxels
+        kinds = {head.name: head.kind.name for head in self._heads}
+        if kinds and "binary" not in kinds.values():  # a softmax has no positive voxels
+            raise CellMapValueError(
+                f"class_weights={self.class_weights!r} need a target of kind binary, got {kinds}; use "
+                "class_weights=none"
+            )
         if isinstance(self.class_weights, str):
             weights = self._measured_weights(self.class_weights)
         else:
@@ -217,7 +258,7 @@ class SegmentationTask(RestorableTask):
 
     def _measured_weights(self, rule: str) -> Tensor:
         """Return the ratio of negative to positive voxels in a few batches; 1 for a class that does not occur."""
-        data: Any = getattr(self.trainer, "datamodule", None)
+        data = self._data
         if data is None:
             raise CellMapValueError(f"class_weights={rule!r} needs the Trainer to run with a CellMapDataModule")
         positive = known = torch.zeros(len(self.classes), dtype=torch.float64, device="cpu")
@@ -228,7 +269,8 @@ class SegmentationTask(RestorableTask):
         loader = CellMapDataLoader(
             source, batch_size, samples_per_epoch=self.weight_batches * batch_size, seed=data.seed, rank=0, world=1
         )
-        name = select_array("target", self.target_name, list(data.target_arrays))
+        binary = [head.name for head in self._heads if head.kind.name == "binary"]
+        name = binary[0] if binary else self._target_names[0]
         for batch in loader:
             target = batch[name]
             axes = [0, *range(2, target.ndim)]
@@ -238,61 +280,65 @@ class SegmentationTask(RestorableTask):
         return (ratio if rule == "pos_weight" else ratio.sqrt()).to(torch.float32)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of a batch, logged as ``train/loss``."""
-        x, y = self._parts(batch)
-        loss = self.loss(self(*x), y)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(y))
+        """Return the loss of a batch, logged as ``train/loss``; of several targets each as ``train/<target>_loss``."""
+        x, targets = self._parts(batch)
+        losses = self.losses(self(*x), targets)
+        loss = torch.stack(list(losses.values())).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(targets[0]))
+        if len(losses) > 1:
+            for name, value in losses.items():
+                self.log(f"train/{loggable(name)}_loss", value, batch_size=len(targets[0]))
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Add the loss and the counts of a batch."""
-        self._evaluate(self.val_dice, self.val_loss, batch)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Add the loss and the counts of a batch."""
-        self._evaluate(self.test_dice, self.test_loss, batch)
+        self._evaluate("test", batch)
 
-    def _evaluate(self, dice: DiceScore, loss: MeanOverSamples, batch: Mapping[str, Tensor]) -> None:
-        x, y = self._parts(batch)
-        logits = self(*x)
-        if y.is_floating_point():
-            dice.update(logits, y)
-        else:
-            dice.update(*one_against_all(logits, y, (y >= 0) & (y <= len(self.classes))))
-        loss.update(self.loss(logits, y), len(y))
+    def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+        x, targets = self._parts(batch)
+        output = scales_of(self(*x), targets[0].ndim)[0]
+        loss = torch.stack(list(self.losses(output, targets).values())).sum()
+        getattr(self, f"{stage}_scores").update(self._heads, split_output(output, self._heads), targets)
+        getattr(self, f"{stage}_loss").update(loss, len(targets[0]))
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss``, ``val/dice`` and ``val/dice_<class>``."""
-        self._report("val", self.val_dice, self.val_loss)
+        """Log ``val/loss``, and the scores of docs/targets.md, such as ``val/dice`` and ``val/dice_<class>``."""
+        self._report("val", self.val_loss)
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/loss``, ``test/dice`` and ``test/dice_<class>``."""
-        self._report("test", self.test_dice, self.test_loss)
+        """Log ``test/loss`` and the scores, as `on_validation_epoch_end` does."""
+        self._report("test", self.test_loss)
 
-    def _report(self, stage: str, dice: DiceScore, loss: MeanOverSamples) -> None:
-        if self.trainer.sanity_checking:  # a few tiles are not representative
-            dice.reset()
+    def _report(self, stage: str, loss: MeanOverSamples) -> None:
+        scorers: Scorers | None = getattr(self, f"{stage}_scores", None)
+        if self.trainer.sanity_checking or scorers is None:  # a few tiles are not representative
+            if scorers is not None:
+                scorers.reset()
             loss.reset()
             return
-        # torchmetrics returns a scalar instead of one element, as with a single class.
-        result = {name: value.reshape(-1).tolist() for name, value in dice.compute().items()}
-        occurring = [i for i, occurs in enumerate(result["occurs"]) if occurs]
-        self.scores[stage] = {
-            self.classes[i]: {"dice": result["dice"][i], "constant": result["constant"][i]} for i in occurring
-        }
-        dice_scores = [result["dice"][i] for i in occurring]
         # The counts are already summed over ranks, so every rank logs the same value and the mean changes nothing.
+        results = scorers.compute(self._heads)
         self.log(f"{stage}/loss", loss.compute(), sync_dist=True)
-        mean = sum(dice_scores) / len(dice_scores) if dice_scores else float("nan")
-        self.log(f"{stage}/dice", mean, prog_bar=True, sync_dist=True)
-        for name, score in self.scores[stage].items():
-            self.log(f"{stage}/dice_{loggable(name)}", score["dice"], sync_dist=True)
-        dice.reset()
+        for name, value in epoch_scores(self._heads, results).items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "dice", sync_dist=True)
+        self.scores.pop(stage, None)
+        dice = dice_by_class(self.classes, results)
+        if dice is not None:
+            self.scores[stage] = dice
         loss.reset()
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the probability of each class, ``[N, C, z, y, x]``."""
-        return probabilities(self(*self._inputs(batch)), len(self.classes))
+        """Return the values of each channel after its activation, ``[N, C, z, y, x]``; see `output_channels`."""
+        inputs = self._inputs(batch)
+        output = scales_of(self(*inputs), inputs[0].ndim)[0]
+        if not self._heads:
+            return probabilities(output, len(self.classes))
+        parts = split_output(output, self._heads)
+        return torch.cat([head.values(part) for head, part in zip(self._heads, parts, strict=True)], 1)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, and the scheduler if there is one."""

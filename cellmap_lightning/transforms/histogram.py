@@ -13,7 +13,7 @@ import torch
 
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.geometry.lattice import FloatArray
-from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.statistics import statistics
 from cellmap_lightning.transforms.effect_options import Span, option, span
 from cellmap_lightning.transforms.effects import PatchGrid, SampleEffect, within
@@ -44,7 +44,7 @@ def measure_quantiles(path: str, normalize: Any = "dtype", invert: bool = False,
     Example:
         >>> json.dump([measure_quantiles(path) for path in volumes], open("quantiles.json", "w"))  # doctest: +SKIP
     """
-    image = read_multiscale(path)
+    image = read_image(path)
     measured = statistics(image)
     offset, factor = Normalize.parse(normalize, invert).affine(image.finest.array.dtype, measured, str(path))
     return sorted((measured.percentile(p) - offset) * factor for p in np.linspace(0, 100, count).tolist())

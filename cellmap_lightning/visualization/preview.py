@@ -19,6 +19,7 @@ from cellmap_lightning.geometry.lattice import AXES, Box, FloatArray, to_vector
 from cellmap_lightning.loading.dataloader import CellMapDataLoader
 from cellmap_lightning.loading.samples import Samples
 from cellmap_lightning.validation import did_you_mean, int_at_least
+from cellmap_lightning.visualization.display import Display, display, display_prediction
 from cellmap_lightning.visualization.figures.page import write_page
 from cellmap_lightning.visualization.figures.samples import SheetSample
 from cellmap_lightning.visualization.figures.sheet import contact_sheet
@@ -66,7 +67,7 @@ def show(
         batch: the batch, on any device.
         draws: position and transforms of each of its samples; without them, or if they are not those of the batch,
             transforms are not named.
-        predictions: probabilities ``[N, C, ...]``.
+        predictions: values of the target, ``[N, channels, ...]``: probabilities of classes, affinities, distances, ...
         input_name: the input to draw; by default the first.
         target_name: the target to draw; by default the first.
         serve: see `viewer_links.neuroglancer`.
@@ -95,32 +96,37 @@ def show(
         facts += [describe_transforms(turn, layout)] if draws else []
         raw = batch[input_name][row, 0]
         has_target = target_name is not None and not notes
-        target = by_class(batch[target_name][row], len(layout.classes)) if target_name and has_target else None
+        kind = layout.targets[target_name].kind if target_name else None
+        displays: dict[str, Display] = {}
+        if target_name is not None and kind is not None and has_target:
+            displays["target"] = display(kind, batch[target_name][row])
+        if predictions is not None:
+            displays["prediction"] = display_prediction(kind, predictions[row], len(layout.classes))
         scale = shape.scale.tolist()
         if raw.ndim == 2:  # a dropped axis has no voxel size in the figure
             scale = [s for s, n in zip(scale, shape.shape, strict=True) if n != 1] or scale
-        sample = SheetSample(
-            raw.detach().cpu().float().numpy(),
-            None if target is None else target.detach().cpu().float().numpy(),
-            None if predictions is None else predictions[row].detach().cpu().float().numpy(),
-            scale,
-            "   ·   ".join(facts + notes),
-        )
+        sample = sheet_sample(raw, displays, scale, "   ·   ".join(facts + notes))
         labels = _label_paths(crop)
         link = neuroglancer(crop.input_path, labels, center, min(shape.scale.tolist()), serve)
         samples.append(PreviewSample(sample, crop.label, center, link, napari(crop.input_path, labels, center)))
     return samples
 
 
-def by_class(target: torch.Tensor, classes: int) -> torch.Tensor | None:
-    """Return a target as 1, 0 and NaN per class; None for a kind that has no outlines."""
-    if target.is_floating_point():
-        return target if len(target) == classes else None
-    if len(target) == 1:  # class numbers from 1, -1 where unknown
-        number = torch.arange(1, classes + 1, dtype=torch.int64, device=target.device)
-        number = number.reshape(-1, *[1] * (target.ndim - 1))
-        return (target == number).float().masked_fill(target < 0, float("nan"))
-    return (target > 0).float().masked_fill(target < 0, float("nan"))  # instance ids of each class
+def sheet_sample(
+    raw: torch.Tensor, displays: Mapping[str, Display], scale: Sequence[float], header: str
+) -> SheetSample:
+    """Return a row of a contact sheet.
+
+    Args:
+        raw: ``[z, y, x]`` or ``[y, x]``.
+        displays: of ``target`` and ``prediction``, those that are there.
+        scale: voxel size, nm.
+        header: text above the row.
+    """
+    masks = {name: shown.masks.numpy() for name, shown in displays.items()}
+    pictures = {name: shown.picture.numpy() for name, shown in displays.items() if shown.picture is not None}
+    image = raw.detach().cpu().float().numpy()
+    return SheetSample(image, masks.get("target"), masks.get("prediction"), scale, header, pictures)
 
 
 def describe_transforms(turn: FloatArray | None, layout: BatchLayout) -> str:

@@ -67,6 +67,17 @@ def test_preview_and_inspect_refuse_unknown_keys(volume, tmp_path, command):
     assert "did you mean 'monitor'?" in text
 
 
+@pytest.mark.parametrize(("name", "channels"), [("instances_affinities", 6), ("instances_sdt", 4)])
+def test_instances(volume, tmp_path, name, channels):
+    more = [f"data.csv_path={volume.csv_path}", "trainer.fast_dev_run=true", "hydra.run.dir=out", *NET]
+    patch = ["patch.shape=[8,16,16]", "data.batch_size=2"]
+    code, text = run_forked(f"experiment={name}", *more, *patch, cwd=tmp_path)
+    assert code == 0, text
+    assert "shows no predictions" not in text
+    assert (tmp_path / "out" / "samples.png").stat().st_size > 0
+    assert f"out_channels: {channels}" in (tmp_path / "out" / "config.yaml").read_text()
+
+
 @pytest.mark.slow
 def test_csc_all_2d(volume, tmp_path):
     challenge(volume, tmp_path)

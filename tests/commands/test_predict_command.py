@@ -9,12 +9,14 @@ import time
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import zarr
 
 from cellmap_lightning.commands.predict_config import region_box, saved_config
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.writer import write_multiscale
 from tests import processes
 from tests.commands.test_cli import run as train
 from tests.commands.test_cli import run_forked, small
@@ -69,6 +71,24 @@ def test_predict_crop_from_the_command_line(checkpoint, volume, tmp_path):
     assert code == 1
     assert "overlap: [4, 16, 16] is there, now [6, 24, 24]" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_raw_of_another_format(checkpoint, volume, tmp_path):
+    """A TIFF stack with the voxels of a level of raw gives the prediction of an image of that level alone."""
+    level = read_multiscale(volume.raw_path).finest
+    voxels = zarr.open_array(f"{volume.raw_path}/{level.name}", mode="r")[:24, :64, :64]
+    tifffile.imwrite(tmp_path / "raw.tif", voxels, compression="zlib", photometric="minisblack")
+    size = list(level.scale)
+    write_multiscale(tmp_path / "raw.zarr", voxels, scale=size, translation=[0, 0, 0])
+    metadata = [f"metadata.voxel_size={size}".replace(" ", ""), "metadata.translation=[0,0,0]", "picture=false"]
+    for name in ("tif", "zarr"):
+        out = tmp_path / f"{name}.zarr"
+        code, _, errors = predict(checkpoint, volume, out, f"data.input_path={tmp_path / 'raw'}.{name}", *metadata)
+        assert code == 0, errors
+    stored = [zarr.open_array(f"{tmp_path}/{name}.zarr/mito/s0", mode="r")[...] for name in ("tif", "zarr")]
+    np.testing.assert_array_equal(*stored)
+    assert stored[0].any()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 import pytest
+from omegaconf import OmegaConf
 
-from cellmap_lightning.commands.resolvers import run_folder_name
+from cellmap_lightning.commands.resolvers import register_resolvers, run_folder_name
 
 
 @pytest.mark.parametrize(
@@ -19,3 +20,19 @@ def test_run_folder_name(monkeypatch, env, name, folder):
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     assert run_folder_name(name) == folder
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [(None, 4), ("a", 4), ("b", 20), ("c", 3), (["c", "a"], 7), (["a", "b", "c"], 27)],
+)
+def test_channels_are_those_of_the_targets(name, channels):
+    register_resolvers()
+    patch = {"shape": [8, 8, 8], "scale": [8, 8, 8]}
+    targets = {
+        "a": {**patch, "kind": "affinities", "offsets": [[1, 0, 0], [0, 1, 0]]},
+        "b": {**patch, "kind": "lsd", "sigma": 10},
+        "c": {**patch, "kind": "labels"},
+    }
+    config = {"targets": targets, "classes": ["x", "y"], "name": name, "n": "${channels:${targets},${classes},${name}}"}
+    assert OmegaConf.create(config).n == channels

@@ -15,9 +15,10 @@ from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.callbacks import StreamPrefetch
 from cellmap_lightning.compat.transforms import augment
 from cellmap_lightning.crops.options import ReadOptions
+from cellmap_lightning.training.heads import kind_of
 from cellmap_lightning.training.masked import DiceScore, MeanOverSamples, one_against_all
 from cellmap_lightning.training.reconstruction import ReconstructionTask
-from cellmap_lightning.visualization.preview import by_class
+from cellmap_lightning.visualization.display import display
 from tests.conftest import CLASSES, INPUTS, TARGETS
 from tests.make import make_dataset
 from tests.runs import GT, Watch, module, task, trainer
@@ -138,7 +139,8 @@ def test_nor_do_patches_scores_and_hidden_blocks(volume, name):
             found.append(
                 {
                     "against": against, "wanted": wanted, "mean": mean.compute(), "seen": seen, "mask": mask,
-                    "numbered": by_class(target[0], 3), "blur": older(x), "patch": image[image.get_center(0)],
+                    "numbered": display(kind_of(target, CLASSES), target[0]).masks, "blur": older(x),
+                    "patch": image[image.get_center(0)],
                     **metric.compute(),
                 }
             )  # fmt: skip

@@ -70,6 +70,8 @@ def test_in_every_kind_of_target(tmp_path, kind, unknown):
 
 @pytest.mark.parametrize("spatial", [{"mirror": {"axes": {"z": 1.0}}}, {"transpose": {"axes": ["z", "x"]}}, {
     "rotate": {"axes": {"z": [-180, 180]}}
+}, {"elastic": {"spacing": 64, "magnitude": 25}}, {
+    "misalign": {"probability": 0.2, "max_shift": 40, "thickness": 8}
 }])  # fmt: skip
 def test_turned_patches(tmp_path, spatial):
     """Where raw is 0 no target is known, whichever way the patch is turned."""

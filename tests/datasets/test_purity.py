@@ -13,6 +13,7 @@ import torch
 from cellmap_lightning import CellMapDataLoader, CellMapDataset, CellMapMultiDataset
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.loading.prefetch import PrefetchDecision
+from cellmap_lightning.resident.device_cache import DeviceCache
 from tests.conftest import CLASSES
 from tests.make import make_dataset
 from tests.sampling.bare import write_bare
@@ -59,8 +60,8 @@ def own_flicker(value):
     return value * random.choice([1.0, 0.5]) + 0 * torch.rand(())
 
 
-#: Two training sets with everything on. In the first every patch is computed, and functions of somebody's own run; in
-#: the second patches are boxes of voxels that are evaluated once and kept, where they are kept.
+#: Three training sets with everything on. In the first every patch is computed, and functions of user code run; in the
+#: second patches are slices of a resampled array, which is cached; in the third they are displaced.
 SETS = {
     "turned": {
         "input_arrays": {"raw": FINE, "around": {"shape": [4, 9, 10], "scale": [20.96, 16, 16]}},
@@ -76,6 +77,19 @@ SETS = {
         "spatial_transforms": MIRRORED,
         "class_relation_dict": {"pm": ["mito"]},
         "infer": ["subset", "superset"],
+    },
+    "warped": {
+        "input_arrays": {"raw": FINE, "around": {"shape": [4, 9, 10], "scale": [20.96, 16, 16]}},
+        "target_arrays": {name: {**FINE, **kind} for name, kind in KINDS.items()},
+        "spatial_transforms": {
+            **MIRRORED,
+            "rotate": {"axes": {"z": [-180, 180]}},
+            "zoom": [0.8, 1.2],
+            "shear": {"axes": {"zx": [-0.2, 0.2]}},
+            "elastic": {"spacing": 60, "magnitude": 20},
+            "slip": {"probability": 0.2, "max_shift": 16, "thickness": 10.48},
+            "misalign": {"probability": 0.2, "max_shift": 16, "thickness": 10.48, "rotate": 4},
+        },
     },
 }
 
@@ -159,12 +173,16 @@ def open_set_in(patch, volume, name, tmp_path_factory):
     return open_set(volume, name)
 
 
-def check(volume, references, name, threads=1, reader="zarr", cache="auto", world=1, **how):
+def check(volume, references, name, threads=1, reader="zarr", cache="auto", world=1, room=0, **how):
     if reader == "tensorstore":
         pytest.importorskip("tensorstore")
     torch.set_num_threads(threads)
     with open_set(volume, name, threads, reader, cache) as dataset:
+        if room:  # the ranks share it one after another
+            how["resident"] = DeviceCache("cpu", room)
         samples, batches = passes(dataset, world=world, **how)
+        # Displaced samples are evaluated on the host, and may leave nothing on the device.
+        assert not room or int(name != "warped") <= how["resident"].nbytes <= room
     assert samples == references[name][0]
     assert batches == references[name][1][world]
 
@@ -176,12 +194,16 @@ ROWS = [
     {"cache": "memory", "depth": 1, "reader": "tensorstore"},
     {"cache": "disk", "depth": 3, "world": 2, "threads": 4},
     {"cache": "none", "world": 4, "reader": "tensorstore", "threads": 4},
+    {"cache": "device", "room": 1 << 30},
+    {"cache": "device", "room": 1_500_000, "threads": 4, "depth": 2, "world": 2},
+    {"cache": "none", "room": 1 << 30, "depth": 1, "reader": "tensorstore"},
     {"workers": 1, "method": "fork", "cache": "memory", "threads": 4, "depth": 1},
     {"workers": 2, "method": "fork", "cache": "disk", "world": 2},
 ]
 SLOWER_ROWS = [
     ("turned", {"workers": 2, "method": "forkserver", "reader": "tensorstore", "cache": "none", "depth": 3}),
     ("resampled", {"workers": 1, "method": "spawn", "cache": "disk"}),
+    ("warped", {"workers": 1, "method": "spawn", "cache": "memory"}),
 ]
 
 
@@ -194,7 +216,7 @@ def test_the_same_bits_however_it_is_read(volume, references, name, how):
     check(volume, references, name, **how)
 
 
-CACHES, READERS = ("auto", "disk", "memory", "none"), ("zarr", "tensorstore")
+CACHES, READERS = ("auto", "device", "disk", "memory", "none"), ("zarr", "tensorstore")
 
 
 @pytest.mark.slow
@@ -213,8 +235,9 @@ def test_the_full_product(volume, references, name, cache, reader, threads):
     ways.append((2, "forkserver", 3, 1) if threads == 4 else (1, "spawn", 1, 1))
     for workers, method, depth, world in ways:
         how = {"workers": workers, "method": method, "depth": depth, "world": world}
+        resident = DeviceCache("cpu", 1 << 30) if cache == "device" and not workers else None
         with open_set(volume, name, threads, reader, cache) as dataset:
-            samples, batches = passes(dataset, **how)
+            samples, batches = passes(dataset, resident=resident, **how)
         assert samples == references[name][0], how
         assert batches == references[name][1][world], how
 

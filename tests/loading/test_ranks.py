@@ -42,10 +42,11 @@ class Hashes(L.Callback):
     def on_train_end(self, trainer, pl_module):
         store = trainer.datamodule.train_dataset._store
         messages = [r.getMessage() for r in self.caplog.records if "are dropped" in r.getMessage()]
+        assert (trainer.datamodule.residents.cache is not None) == (trainer.datamodule.train_dataset.cache == "device")
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps([self.seen, store.decoded, messages]))
 
 
-def fit(volume, folder, world, caplog):
+def fit(volume, folder, world, caplog, cache):
     folder.mkdir()
     strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))
     watch = Hashes(folder)
@@ -55,7 +56,7 @@ def fit(volume, folder, world, caplog):
         caplog.at_level(logging.INFO, "cellmap_lightning.datamodule"),
         module(
             volume, input_arrays={"raw": ARRAY}, target_arrays={"labels": ARRAY}, batch_size=4 // world,
-            batches_per_epoch=None, samples_per_epoch=11, cache="disk", seed=5,
+            batches_per_epoch=None, samples_per_epoch=11, cache=cache, seed=5,
             spatial_transforms={"mirror": {"axes": {"x": 0.5}}},
             intensity_transforms={"blur": [0, 9], "noise": [0, 0.1]},
         ) as data,
@@ -67,11 +68,12 @@ def fit(volume, folder, world, caplog):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
-def test_two_ranks_see_the_samples_of_one_and_share_what_they_decode(volume, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("cache", ["disk", "device"])
+def test_two_ranks_see_the_samples_of_one_and_share_what_they_decode(volume, tmp_path, monkeypatch, caplog, cache):
     found = {}
     for world in (1, 2):
         monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / f"cache{world}"))
-        ranks = fit(volume, tmp_path / f"world{world}", world, caplog)
+        ranks = fit(volume, tmp_path / f"world{world}", world, caplog, cache)
         steps = list(zip(*(seen for seen, _, _ in ranks), strict=True))
         together = [(parts[0][:2], sorted(itertools.chain(*(bits for _, _, bits in parts)))) for parts in steps]
         assert [where for where, _ in together] == [[0, 0], [0, 1], [1, 0], [1, 1]]

@@ -13,6 +13,15 @@ from cellmap_lightning.runtime.rng import hashes, uniforms
 
 WORD = 2**64
 PURPOSES = {"PLACE": 0, "TURN": 1, "VALUES": 2, "ORDER": 3, "AUGMENT": 4, "INDEX": 5, "HIDE": 6}
+#: Purposes of spatial transforms, and the first number of each for the seed 42 and the counter 7.
+SPATIAL = {
+    "STRETCH": (16, 15670984112450682168),
+    "ELASTIC": (17, 11310732297062558305),
+    "SLIP": (18, 2809489777087877488),
+    "MISALIGN": (19, 2210291576417530629),
+    "CONTROLS": (20, 7628624212101775764),
+    "SECTIONS": (21, 1595101504518418200),
+}
 #: Numbers of SplitMix64 for the seed 1234567 that Rosetta Code prints under "Pseudo-random numbers/Splitmix64".
 PUBLISHED = [
     6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
@@ -65,6 +74,11 @@ def test_golden_values():
     ]
 
 
+def test_golden_values_of_spatial_transforms():
+    numbers = {name: getattr(draws, name) for name in SPATIAL}
+    assert {name: (purpose, hashes(42, purpose, [7], 1).item()) for name, purpose in numbers.items()} == SPATIAL
+
+
 def test_uniforms_are_the_upper_53_bits():
     numbers = [expected(3, draws.TURN, counter, 4) for counter in range(100)]
     assert uniforms(3, draws.TURN, range(100), 4).tolist() == [[n // 2**11 / 2**53 for n in row] for row in numbers]
@@ -75,7 +89,7 @@ def test_streams_of_different_purposes_seeds_and_counters_share_no_number():
     streams = {
         (seed, purpose): set(hashes(seed, purpose, range(500), 8).ravel().tolist())
         for seed in (0, 1, 42)
-        for purpose in PURPOSES.values()
+        for purpose in (*PURPOSES.values(), *(number for number, _ in SPATIAL.values()))
     }
     assert all(len(stream) == 500 * 8 for stream in streams.values())
     for one, other in itertools.combinations(streams, 2):
@@ -92,4 +106,6 @@ def test_every_use_has_a_separate_purpose():
         if purpose.isupper()
     ]
     files = Counter(purpose for purpose, _ in set(uses))
-    assert files == dict.fromkeys((*PURPOSES, "SHUFFLE"), 1) | {"PLACE": 2}
+    # `SLIP` and `MISALIGN` are alternatives in one call.
+    spatial = set(SPATIAL) - {"SLIP", "MISALIGN"}
+    assert files == dict.fromkeys((*PURPOSES, "SHUFFLE", *spatial), 1) | {"PLACE": 2}

@@ -35,6 +35,26 @@ def test_the_voxel_is_in_its_patch(volume, shape, jitter, turns):
         assert (target[torch.arange(count), torch.from_numpy(found.classes)] == 1).any(dim=1).all()
 
 
+@pytest.mark.parametrize("jitter", [0, 0.5, 1])
+def test_the_voxel_is_in_its_zoomed_and_sheared_patch(volume, jitter):
+    """Unless a magnified patch at the border of the crop does not reach it."""
+    spec = {"shape": [8, 16, 16], "scale": [10.48, 8, 8]}
+    transforms = {"zoom": [1.3, 2.5], "shear": {"axes": {"zx": [-0.5, 0.5]}}, "rotate": {"axes": {"z": [-180, 180]}}}
+    with make(volume, {"name": "foreground", "jitter": jitter}, spec, spatial_transforms=transforms) as dataset:
+        turns = np.stack(dataset.spatial.turns(0, range(300)))
+        rng, geometry = np.random.default_rng(0), dataset.crop_table.geometry
+        crop = dataset.crops[1]
+        low, high = np.asarray(crop.placement.centers.lower), np.asarray(crop.placement.centers.upper)
+        points = rng.uniform(low, high, (300, 3))
+        offsets = (2 * rng.random((300, 3)) - 1) * jitter
+        positions = geometry.around(np.ones(300, np.int64), points, offsets, turns)
+        centers = np.stack([crop.placement.center(int(p)) for p in positions])
+        inside = np.einsum("nij,nj->ni", np.linalg.inv(turns), points - centers)
+        clipped = ((centers == low) | (centers == high)).any(axis=1)
+        assert (np.abs(inside) <= crop.half + 1e-6)[~clipped].all()
+        assert (~clipped).sum() > 30
+
+
 def test_slices_in_each_plane_hold_it_too(volume):
     spec = {"shape": [24, 24], "scale": [8, 8]}
     for plane in ("xy", "xz", "yz"):

@@ -146,8 +146,8 @@ def test_bad_arguments(write, tmp_path):
         split(write("# nothing"))
     with pytest.raises(KeyError, match="has the split 'training'"):
         split(datasets={"training": []})
-    with pytest.raises(KeyError, match="has no 'label'; it has raw, gt, normalize, invert"):
-        split(datasets={"train": [{"raw": "a", "label": "b"}]})
+    with pytest.raises(KeyError, match="has no 'colour'; it has raw, gt, labels, normalize, invert"):
+        split(datasets={"train": [{"raw": "a", "colour": "b"}]})
     with pytest.raises(TypeError, match="must be a list"):
         split(datasets={"train": {"raw": "a"}})
     with pytest.raises(ValueError, match="needs a target"):

@@ -116,6 +116,15 @@ def test_a_target_beyond_the_input_has_sections_too():
     assert grid.nearest_section(0).tolist() == first.tolist()
 
 
+def test_inputs_of_a_dataset_miss_the_same_sections(volume):
+    """The second input has voxels of half the thickness, and is half as thick."""
+    inputs = {"raw": RAW, "fine": {"shape": [8, 16, 16], "scale": [5.24, 8, 8]}}
+    for batch in batches(volume, {"labels": RAW}, {"probability": 0.3, "fill": -1.0}, inputs):
+        coarse, fine = ((batch[name] == -1).all(4).all(3)[:, 0] for name in inputs)
+        assert torch.equal(fine, coarse[:, 2:6].repeat_interleave(2, 1))
+        assert coarse.any()
+
+
 def test_infinite_raw_does_not_become_nan():
     from cellmap_lightning.batches.arrays import parse_inputs
     from cellmap_lightning.batches.compact_batch import CompactBatch

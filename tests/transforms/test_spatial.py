@@ -61,7 +61,7 @@ def test_a_turn_depends_on_seed_and_sample_alone():
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"flip": {}}, "has no .'flip'.; it has mirror, transpose and rotate"),
+        ({"flip": {}}, "has no .'flip'.; it has mirror, transpose, rotate, zoom, shear, elastic, slip and misalign"),
         ({"mirror": {"axes": {"x": 1.5}}}, r"probability for x must be in \[0, 1\], got 1.5"),
         ({"mirror": {"axes": ["x"]}}, "must be {axis: value}"),
         ({"mirror": {"axes": {"w": 0.5}}}, "must name z, y and x at most once, got .'w'."),

@@ -3,12 +3,18 @@
 from cellmap_lightning.io.ngff.arrays import ArrayInfo, fetch_versions, read_array, read_attributes
 from cellmap_lightning.io.ngff.axes import UNITS_NM
 from cellmap_lightning.io.ngff.labels import UNKNOWN_CODE, Encoding, complement_counts, read_encoding
-from cellmap_lightning.io.ngff.multiscale import Level, Multiscale, read_multiscale, shared_metadata
+from cellmap_lightning.io.ngff.levels import Level, Multiscale
+from cellmap_lightning.io.ngff.multiscale import (
+    NoImageError,
+    read_multiscale,
+    shared_image,
+    shared_metadata,
+)
 from cellmap_lightning.io.ngff.notes import Note, first_time, report
 from cellmap_lightning.io.ngff.overrides import NO_OVERRIDES, OVERRIDE_KEYS, LevelTranslations, Overrides
 
 __all__ = [
     "NO_OVERRIDES", "OVERRIDE_KEYS", "UNITS_NM", "UNKNOWN_CODE", "ArrayInfo", "Encoding", "Level", "LevelTranslations",
-    "Multiscale", "Note", "Overrides", "complement_counts", "fetch_versions", "first_time", "read_array",
-    "read_attributes", "read_encoding", "read_multiscale", "report", "shared_metadata",
+    "Multiscale", "NoImageError", "Note", "Overrides", "complement_counts", "fetch_versions", "first_time",
+    "read_array", "read_attributes", "read_encoding", "read_multiscale", "report", "shared_image", "shared_metadata",
 ]  # fmt: skip

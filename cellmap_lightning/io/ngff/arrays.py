@@ -22,6 +22,7 @@ from cellmap_lightning.io.integrity import Encoded
 from cellmap_lightning.io.ngff.codecs import describe_compressors, encoding_v2, encoding_v3, parse_codecs
 from cellmap_lightning.io.ngff.limits import MOST_AXES, check_length
 from cellmap_lightning.io.store import Remote, StorePath, exists, read_json
+from cellmap_lightning.io.stored_array import StoredArray
 from cellmap_lightning.io.versions import versions
 
 #: Bytes of a chunk at most, since it is decoded whole; and of an array.
@@ -93,7 +94,7 @@ class ArrayInfo:
         return str(self.path / key) if isinstance(self.path, Remote) else f"{self.path}/{key}"
 
 
-def fetch_versions(arrays: Iterable[ArrayInfo]) -> None:
+def fetch_versions(arrays: Iterable[StoredArray]) -> None:
     """Request the versions of many remote arrays concurrently.
 
     Raises:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.io.ngff.multiscale import Level, Multiscale
+from cellmap_lightning.io.label_ids import LabelIds
+from cellmap_lightning.io.ngff.levels import Level, Multiscale
 
 #: Code of unannotated voxels in arrays whose encoding has none; smaller than any stored label.
 UNKNOWN_CODE = -(1 << 62)
@@ -29,6 +30,7 @@ class Encoding:
             a value that contradicts it is an error when it is read. Empty without an assumption.
         missing: voxels of missing chunks: ``absent`` (the fill value); ``empty``, the same except that files of 0 bytes
             hold unannotated voxels; or ``unknown``, unannotated voxels.
+        ids: meaning of the ids of a label map; its decoded voxels have the codes above. None for any other array.
 
     Example:
         >>> Encoding(absent=0, unknown=255).present(np.array([0, 1, 255]))
@@ -40,6 +42,7 @@ class Encoding:
     ambiguous: bool = False
     assumed: Literal["", "mask", "ids"] = ""
     missing: Literal["absent", "empty", "unknown"] = "absent"
+    ids: LabelIds | None = None
 
     @property
     def empty(self) -> Literal["error", "missing"]:
@@ -70,6 +73,8 @@ def complement_counts(level: Level, image: Multiscale | None = None) -> Mapping[
 
     Source: https://github.com/janelia-cellmap/cellmap-schemas (``complement_counts``).
     """
+    if level.ids is not None:  # counts do not tell the classes of a label map apart
+        return None
     counts = annotation_of(level.array.attributes).get("complement_counts")
     if counts is None and image is not None and level == image.finest:
         counts = annotation_of(image.attributes).get("complement_counts")

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
-from cellmap_lightning.geometry.lattice import Vector, to_vector
+from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
 from cellmap_lightning.io.ngff.axes import unit_nm
 from cellmap_lightning.validation import one_of
 
@@ -16,7 +16,7 @@ from cellmap_lightning.validation import one_of
 LevelTranslations = Literal["auto", "stored"]
 LEVEL_TRANSLATIONS = ("auto", "stored")
 #: Keys of an entry that override metadata; each is a value for raw and labels alike, or ``{raw: ..., gt: ...}``.
-OVERRIDE_KEYS = ("unit", "voxel_size", "translation", "multiscale")
+OVERRIDE_KEYS = ("unit", "voxel_size", "translation", "multiscale", "axes")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Overrides:
         translation: centre of voxel 0 of the first level in nm (z, y, x); the other levels move with it.
         multiscale: name of the image to read where a group lists several.
         level_translations: see `LevelTranslations`.
+        axes: names of the stored axes, one letter each, such as ``xyz``; for arrays that are not OME-NGFF images.
     """
 
     unit: str | None = None
@@ -37,6 +38,7 @@ class Overrides:
     translation: Vector | None = None
     multiscale: str | None = None
     level_translations: LevelTranslations = "auto"
+    axes: str | None = None
 
     @classmethod
     def parse(
@@ -46,6 +48,7 @@ class Overrides:
         translation: Any = None,
         multiscale: Any = None,
         level_translations: Any = "auto",
+        axes: Any = None,
     ) -> "Overrides":
         """Check the values of one image.
 
@@ -57,10 +60,15 @@ class Overrides:
             raise CellMapValueError(f"unit must be a unit of length such as nanometer or micrometer, got {unit!r}")
         if multiscale is not None and not isinstance(multiscale, str):
             raise CellMapTypeError(f"multiscale must be the name of an image in the group, got {multiscale!r}")
+        is_named = isinstance(axes, str) and len(set(axes)) == len(axes) and set(AXES) <= set(axes)
+        if axes is not None and not is_named:
+            raise CellMapValueError(
+                f"axes must be one letter for each stored axis, with z, y and x once each, such as zyx, got {axes!r}"
+            )
         size = _three("voxel_size", voxel_size)
         if size is not None and min(size) <= 0:
             raise CellMapValueError(f"voxel_size must be three positive numbers in nm (z, y, x), got {voxel_size!r}")
-        return cls(unit, size, _three("translation", translation), multiscale, level_translations)
+        return cls(unit, size, _three("translation", translation), multiscale, level_translations, axes)
 
     @classmethod
     def pair(cls, level_translations: Any = "auto", **values: Any) -> "tuple[Overrides, Overrides]":
@@ -68,8 +76,8 @@ class Overrides:
 
         Args:
             level_translations: see `LevelTranslations`.
-            **values: ``unit``, ``voxel_size``, ``translation`` and ``multiscale``, each a value for both or a mapping
-                ``{raw: ..., gt: ...}``.
+            **values: ``unit``, ``voxel_size``, ``translation``, ``multiscale`` and ``axes``, each a value for both or a
+                mapping ``{raw: ..., gt: ...}``.
 
         Raises:
             CellMapError: see `parse`.

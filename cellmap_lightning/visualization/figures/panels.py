@@ -54,6 +54,15 @@ class Panel:
             self._draw_unknown(cut.unknown, hatched="target" in self._shown)
         points_per_voxel = self._width * 72 / cut.raw.shape[1]
         unit = (1 / points_per_voxel, cut.nm[1] / cut.nm[0] / points_per_voxel)
+        colored = [name for name in self._shown if name in cut.pictures]
+        if len(self._shown) == 1 and colored:  # of two on one plane, outlines tell them apart
+            rows, columns = cut.raw.shape
+            extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+            image = self._axes.imshow(
+                cut.pictures[colored[0]], interpolation="nearest", extent=extent, aspect="auto", zorder=1.4
+            )
+            image.set_gid(f"picture:{colored[0]}")
+            return
         drawn = [name for name in self._shown if name in cut.masks]
         for name in drawn:
             # Of two on one image the target alone is filled, so that the tints do not mix.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ class SheetSample:
         prediction: probabilities of the same shape as ``target``, or None.
         scale: voxel size in nm, in the order ``(z, y, x)``. A 2D sample may give ``(y, x)``.
         header: dataset, crop, box, transforms: text above the row.
+        pictures: of ``target`` and ``prediction``, where they are drawn in colours instead of outlines: red, green,
+            blue and opacity from 0 to 1, ``[z, y, x, 4]`` (2D: ``[y, x, 4]``).
 
     Example:
         >>> sample = SheetSample(raw, target, None, (8, 8, 8), "jrc_hela-2/crop1")
@@ -36,6 +38,7 @@ class SheetSample:
     prediction: FloatArray | None
     scale: Sequence[float]
     header: str = ""
+    pictures: Mapping[str, FloatArray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +50,14 @@ class Cut:
         masks: of target and prediction, where the sample has them: ``[class, row, column]``.
         unknown: ``[row, column]``, unknown for every class; None without a target.
         nm: size of a pixel (row, column).
+        pictures: colours of target and prediction, ``[row, column, 4]``.
     """
 
     raw: Array
     masks: Mapping[str, BoolArray]
     unknown: BoolArray | None
     nm: tuple[float, float]
+    pictures: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def extent_nm(self) -> tuple[float, float]:
@@ -68,11 +73,13 @@ class SampleArrays:
         raw: ``[z, y, x]``.
         stacks: target and prediction, where the sample has them: ``[class, z, y, x]``.
         scale: voxel size (z, y, x), nm.
+        pictures: colours of target and prediction, ``[z, y, x, 4]``.
     """
 
     raw: Array
     stacks: Mapping[str, Array]
     scale: tuple[float, float, float]
+    pictures: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def occurring(self) -> set[int]:
@@ -89,6 +96,7 @@ class SampleArrays:
             masks={name: plane > THRESHOLD for name, plane in planes.items()},
             unknown=np.asarray(np.isnan(target).all(axis=0)) if target is not None and len(target) else None,
             nm=(sy, sx) if len(index) == 1 else (sz, sx),
+            pictures={name: picture[index] for name, picture in self.pictures.items()},
         )
 
 
@@ -121,8 +129,16 @@ def sample_arrays(sample: SheetSample, classes: int, where: str) -> SampleArrays
                 f"{raw.shape}; got the shape {stack.shape}"
             )
         stacks[name] = stack[:, None] if is_flat else stack
+    pictures = {}
+    for name, picture in sample.pictures.items():
+        if name not in stacks or np.shape(picture) != (*raw.shape, 4):
+            raise CellMapValueError(
+                f"{where}: a picture of {name} needs an array {name} beside it and the shape {(*raw.shape, 4)}; its "
+                f"shape is {np.shape(picture)}"
+            )
+        pictures[name] = _as_array(picture)[None] if is_flat else _as_array(picture)
     sz, sy, sx = scale if len(scale) == 3 else (1.0, *scale)
-    return SampleArrays(raw[None] if is_flat else raw, stacks, (sz, sy, sx))
+    return SampleArrays(raw[None] if is_flat else raw, stacks, (sz, sy, sx), pictures)
 
 
 def _as_array(values: Any) -> Array:

@@ -1,0 +1,1 @@
+"""Conversion of volumes of any format to OME-NGFF."""

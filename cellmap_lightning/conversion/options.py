@@ -1,0 +1,75 @@
+"""Options of a conversion."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.io.label_ids import parse_label_map
+from cellmap_lightning.io.ngff import Overrides
+from cellmap_lightning.runtime.thread_pool import default_workers
+from cellmap_lightning.validation import int_at_least, one_of
+
+#: Downsampling of the coarser levels: means (raw), the most frequent value (labels), by type (``auto``), or no levels.
+Downsampling = Literal["auto", "mean", "mode", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """What is converted, and how it is written; see docs/formats.md.
+
+    Attributes:
+        input: the volume, of any format.
+        output: the group that is written, which must not exist.
+        classes: label map ``{id: class}``: each class becomes a mask in a group of its name; None for one image.
+        pyramid: see `Downsampling`; ``auto`` is ``mode`` for label maps and integers from 32 bits on, else ``mean``.
+        zarr_format: 2 for OME-NGFF 0.4, 3 for 0.5.
+        chunks: voxels of a chunk along each axis.
+        workers: threads; None for the default of reading.
+        voxel_size: voxel size in place of the stored one, nm (z, y, x).
+        translation: centre of voxel 0 in place of the stored one, nm (z, y, x).
+        unit: unit in place of the stored one.
+        axes: names of the stored axes.
+
+    Raises:
+        CellMapError: an invalid value.
+    """
+
+    input: str
+    output: str
+    classes: Mapping[Any, Any] | None = None
+    pyramid: Downsampling = "auto"
+    zarr_format: Literal[2, 3] = 2
+    chunks: int = 64
+    workers: int | None = None
+    voxel_size: Any = None
+    translation: Any = None
+    unit: Any = None
+    axes: Any = None
+
+    def __post_init__(self) -> None:
+        one_of("pyramid", self.pyramid, ("auto", "mean", "mode", "none"))
+        one_of("zarr_format", self.zarr_format, (2, 3))
+        int_at_least("chunks", self.chunks, 8)
+        default_workers(self.workers, False)
+        _ = self.label_map, self.overrides
+        if "://" in self.output:
+            raise CellMapValueError(f"output={self.output}: only a path of this machine can be written")
+
+    @property
+    def label_map(self) -> tuple[tuple[int, str], ...]:
+        """Ids and names of the label map; empty for one image."""
+        return parse_label_map(self.classes) if self.classes is not None else ()
+
+    @property
+    def overrides(self) -> Overrides:
+        """Settings that override the metadata of the input."""
+        return Overrides.parse(self.unit, self.voxel_size, self.translation, axes=self.axes)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values on which the written voxels depend, as JSON."""
+        values = asdict(self)
+        return {key: value for key, value in values.items() if key not in ("workers", "output", "classes")} | {
+            "classes": [list(pair) for pair in self.label_map]
+        }

@@ -1,0 +1,103 @@
+"""The output of a segmentation: OME-NGFF labels ``<output>/<class>/s0..``, with journal and lock of a prediction."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellmap_lightning.instances.block_tasks import IDS, ObjectIds
+from cellmap_lightning.instances.joining import Objects
+from cellmap_lightning.instances.measures import Measures
+from cellmap_lightning.instances.options import StorageOptions
+from cellmap_lightning.prediction.blocks import BlockGrid
+from cellmap_lightning.prediction.durable import flush, write_text
+from cellmap_lightning.prediction.output import PredictionOutput
+
+#: The file that marks joined objects as complete, with the type of ids.
+_JOINED = "joined.json"
+
+
+class SegmentationOutput(PredictionOutput):
+    """The output of a segmentation on disk, its journal and its lock; see docs/instances.md.
+
+    The arrays are created once the number of objects, and so the type of ids, is known.
+
+    Args:
+        path: the output, a Zarr group with the group of the class.
+        name: the class.
+        grid: the voxels, in blocks.
+        storage: the options of its files.
+        raw: voxel sizes of the levels of the input, which the pyramid follows.
+
+    Raises:
+        CellMapValueError: the arguments contradict each other.
+    """
+
+    work = "segmentation"
+
+    def __init__(
+        self, path: Path, name: str, grid: BlockGrid, storage: StorageOptions, raw: Sequence[Sequence[float]] = ()
+    ) -> None:
+        ids = ObjectIds(np.uint32 if storage.ids == "auto" else storage.ids)
+        z, y, x = storage.chunks
+        super().__init__(
+            path, (name,), grid, ids, (z, y, x), storage.unit if storage.shards else None, storage.zarr_format,
+            storage.levels, raw=raw,
+        )  # fmt: skip
+
+    @property
+    def _created(self) -> bool:
+        return (self.journal.folder / _JOINED).exists()
+
+    def _create_levels(self, name: str) -> None:
+        """Create no arrays yet; see `store`."""
+
+    def store(self, objects: Objects, dtype: np.dtype[Any]) -> None:
+        """Store the ids and measures of joined objects, and create the arrays; a kill before the end repeats it."""
+        folder, name = self.journal.folder, self.classes[0]
+        for file, array in ((IDS, objects.ids), *((f"{k}.npy", v) for k, v in objects.measures.as_arrays().items())):
+            draft = folder / f"{file}.draft"
+            with draft.open("wb") as handle:
+                np.save(handle, array)
+            draft.replace(folder / file)
+            flush([str(folder / file)])
+        self.values.dtype = dtype
+        for level in range(self.levels):
+            path = self.path / name / f"s{level}"
+            if path.exists():
+                shutil.rmtree(path)
+            self._levels.create(name, level, {"cellmap": self._attributes(name)})
+        write_text(folder / _JOINED, json.dumps({"dtype": dtype.name}))
+
+    def stored(self) -> tuple[np.dtype[Any], Measures] | None:
+        """Return the type of ids and the measures of joined objects; None before `store` is complete."""
+        if not self._created:
+            return None
+        folder = self.journal.folder
+        self.values.dtype = np.dtype(json.loads((folder / _JOINED).read_text(encoding="utf-8"))["dtype"])
+        names = ("voxels", "sums", "low", "high", "first", "border")
+        return self.values.dtype, Measures(**{name: np.load(folder / f"{name}.npy") for name in names})
+
+    def _attributes(self, name: str) -> dict[str, Any]:
+        """Return CellMap's attributes of labels with ids."""
+        encoding = {"absent": 0, "unknown": None}
+        kind = {"type": "instance_segmentation", "encoding": {"absent": encoding["absent"]}}
+        return {"annotation": {"class_name": name, "annotation_type": kind}}
+
+    def _image_attributes(self, name: str, multiscale: dict[str, Any]) -> dict[str, Any]:
+        """Return the attributes of the group of labels, ``image-label`` included.
+
+        Source: https://ngff.openmicroscopy.org/0.5/#label-md.
+        """
+        attributes = super()._image_attributes(name, multiscale)
+        if self.zarr_format == 3:
+            return attributes | {"ome": {**multiscale["ome"], "image-label": {}}}
+        return attributes | {"image-label": {"version": "0.4"}}
+
+    def _counts(self, notes: Mapping[int, Sequence[int]]) -> dict[str, Any]:
+        """Return the number of objects, for the record."""
+        stored = self.stored()
+        return {"objects": len(stored[1]) if stored is not None else 0}

@@ -1,0 +1,267 @@
+"""The prediction that is segmented: its kind, its channels and its voxels."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from cellmap_lightning.errors import (
+    CellMapError,
+    CellMapFileNotFoundError,
+    CellMapKeyError,
+    CellMapValueError,
+    MetadataError,
+)
+from cellmap_lightning.geometry.lattice import Lattice, Shape
+from cellmap_lightning.instances.mutex_watershed import check_offsets
+from cellmap_lightning.instances.options import InputKind
+from cellmap_lightning.io.chunks import ChunkReader
+from cellmap_lightning.io.meanings import Meaning, ValuesSetting, meaning_of
+from cellmap_lightning.io.ngff import Level, Multiscale, read_attributes, read_multiscale
+from cellmap_lightning.io.ngff.arrays import read_array
+from cellmap_lightning.io.store import StorePath, children, exists, parse_location
+from cellmap_lightning.prediction.journal import FOLDER
+from cellmap_lightning.validation import did_you_mean, one_of
+
+Floats = npt.NDArray[np.float32]
+#: Names of kinds in attributes.
+_NAMES: dict[str, InputKind] = {
+    "probability": "probability", "scaled": "probability", "binary": "probability", "multiclass": "probability",
+    "mask": "mask", "sdt": "distance", "signed_distance": "distance", "distance": "distance",
+    "affinities": "affinities", "affinity": "affinities", "boundary": "boundary", "boundaries": "boundary",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentationSource:
+    """The stored prediction of one class; see `open_source`.
+
+    Attributes:
+        path: the group of the class.
+        name: the class.
+        kind: the kind of its values.
+        lattice: its voxels at full resolution.
+        offsets: the offset of each channel of affinities, voxels; empty for other kinds.
+        readers: the readers of its channels.
+        meaning: the meaning of stored probabilities; None for distances.
+        scale: nm of a stored unit of distance.
+        zero: the stored value of distance 0.
+        record: what identifies the prediction, in the record of the segmentation.
+    """
+
+    path: StorePath
+    name: str
+    kind: InputKind
+    lattice: Lattice
+    offsets: tuple[Shape, ...]
+    readers: tuple[ChunkReader, ...]
+    meaning: Meaning | None
+    scale: float
+    zero: float
+    record: dict[str, Any]
+
+    def read(self, start: Shape, shape: Shape) -> Floats:
+        """Return probabilities, or distances in nm, of a box; ``[C, z, y, x]`` for affinities, else ``[z, y, x]``.
+
+        Raises:
+            ChunkError: a chunk cannot be read.
+            CellMapValueError: values are NaN.
+        """
+        channels = [self._values(reader, start, shape) for reader in self.readers]
+        return np.stack(channels) if self.kind == "affinities" else channels[0]
+
+    def _values(self, reader: ChunkReader, start: Shape, shape: Shape) -> Floats:
+        stored = reader.read(start, shape)
+        if self.meaning is None:
+            values = (stored.astype(np.float32) - np.float32(self.zero)) * np.float32(self.scale)
+        elif self.meaning.is_labels:
+            values = self.meaning.present(stored, 1).astype(np.float32)
+        else:
+            values = stored.astype(np.float32)
+            if self.meaning.one != 1:
+                values /= np.float32(self.meaning.one)
+        if stored.dtype.kind == "f" and np.isnan(values).any():
+            raise CellMapValueError(f"{reader.where(start, shape)} contain NaN; predict them again, or replace NaN")
+        return values
+
+
+def open_source(
+    location: str,
+    class_name: str | None = None,
+    kind: InputKind | None = None,
+    offsets: Sequence[Sequence[int]] | None = None,
+    channels: Sequence[str] | None = None,
+    values: ValuesSetting = "auto",
+) -> SegmentationSource:
+    """Open a prediction, as ``cellmap-predict`` writes it.
+
+    Args:
+        location: the Zarr group with one group per class, or the group of the class.
+        class_name: the class; None for the only one.
+        kind: the kind of its values; None for that in the metadata.
+        offsets: the offset of each channel of affinities, voxels (z, y, x); None for those in the metadata.
+        channels: names of the groups in ``location`` that are the channels of affinities, each with one; None for the
+            channels of the array of the class.
+        values: see `meaning_of`.
+
+    Raises:
+        CellMapFileNotFoundError: it does not exist.
+        CellMapKeyError: there is no such class.
+        CellMapValueError: the prediction is not finished, or of a kind that cannot be segmented.
+    """
+    if kind is not None:
+        one_of("kind", kind, get_args(InputKind))
+    root = parse_location(location)
+    if not exists(root):
+        raise CellMapFileNotFoundError(f"input={location}: it does not exist; give the output of cellmap-predict")
+    path, name = _class_group(root, class_name)
+    groups = [path] if channels is None else [_child(root, channel) for channel in channels]
+    _check_finished(root, path)
+    try:
+        images = [read_multiscale(group) for group in groups]
+    except CellMapError as e:
+        raise MetadataError(f"{path} cannot be read, or its prediction is not finished: {e}") from e
+    notes = _notes(images[0])
+    levels = [level for image in images for level in _channels(image)]
+    kind = kind or _kind(notes, images[0], len(levels), values)
+    where = f"input={location}, class={name}"
+    if kind != "affinities" and len(levels) != 1:
+        raise CellMapValueError(f"{where}: {len(levels)} channels are no {kind}; set kind=affinities and offsets")
+    directions: tuple[Shape, ...] = ()
+    if kind == "affinities":
+        found = offsets if offsets is not None else notes.get("offsets")
+        if not isinstance(found, Sequence) or not found:
+            raise CellMapValueError(f"{where}: affinities without offsets in the metadata; set offsets=[[-1,0,0],...]")
+        directions = check_offsets(found, len(levels))
+    readers = tuple(ChunkReader(level, name, empty="missing") for level in levels)
+    if any(reader.shape != readers[0].shape for reader in readers):
+        raise CellMapValueError(f"{where}: the shapes of the channels differ; predict them together")
+    meaning = None if kind == "distance" else _meaning(images[0], name, values, kind, readers[0].dtype)
+    scale, zero = _distance_scale(notes, readers[0].dtype)
+    record = {"input": str(path), "channels": list(channels or ()), "checksum": _identity(root)}
+    return SegmentationSource(path, name, kind, _lattice(levels[0]), directions, readers, meaning, scale, zero, record)
+
+
+def _child(group: StorePath, name: str) -> StorePath:
+    """Return a group inside of another.
+
+    Raises:
+        CellMapKeyError: there is no such group.
+    """
+    path = group / name
+    if not exists(path):
+        names = sorted(child for child in children(group) if not child.startswith(".") and child != "OME")
+        hint = did_you_mean(name, names)
+        raise CellMapKeyError(f"{group}: it has no class {name!r}{hint}; it has {', '.join(names) or 'none'}")
+    return path
+
+
+def _class_group(root: StorePath, name: str | None) -> tuple[StorePath, str]:
+    """Return the group of a class, and its name."""
+    if name is not None:
+        if root.name == name and not exists(root / name):
+            return root, name
+        return _child(root, name), name
+    attributes = read_attributes(root)
+    if attributes is not None and ("multiscales" in attributes[0] or "multiscales" in attributes[0].get("ome", {})):
+        return root, root.name
+    names = sorted(child for child in children(root) if not child.startswith(".") and child != "OME")
+    names = [child for child in names if read_attributes(root / child) is not None]
+    if len(names) != 1:
+        raise CellMapValueError(f"class: {root} has {', '.join(names) or 'no classes'}; choose one with class=...")
+    return root / names[0], names[0]
+
+
+def _check_finished(root: StorePath, path: StorePath) -> None:
+    """Check that a prediction is complete.
+
+    Raises:
+        CellMapValueError: its journal is that of an unfinished one.
+    """
+    for group in dict.fromkeys((root, path, path.parent)):
+        if exists(group / FOLDER / "settings.json"):
+            raise CellMapValueError(
+                f"{group}: the prediction is not finished; run the same cellmap-predict again, which continues it"
+            )
+
+
+def _notes(image: Multiscale) -> dict[str, Any]:
+    """Return what the attributes of a prediction record about its values: ``kind``, ``offsets``, ``nm``."""
+    notes: dict[str, Any] = {}
+    array = read_array(image.levels[0].path)
+    for attributes in (array.attributes if array is not None else {}, image.attributes):
+        block = attributes.get("cellmap")
+        block = block if isinstance(block, Mapping) else {}
+        for part in (block, block.get("prediction"), block.get("target")):
+            if isinstance(part, Mapping):
+                notes.update({key: part[key] for key in ("kind", "offsets", "nm", "zero") if part.get(key) is not None})
+    return notes
+
+
+def _channels(image: Multiscale) -> list[Level]:
+    """Return the finest level of an image, once for each channel."""
+    level = image.levels[0]
+    info = read_array(level.path)
+    if info is None or len(info.shape) != level.ndim:
+        return [image.finest]
+    others = [(axis, n) for axis, n in enumerate(info.shape) if axis not in level.axes and n > 1]
+    if len(others) > 1:
+        raise MetadataError(
+            f"{level.path}: the shape {list(info.shape)} has several axes of channels; store one of them"
+        )
+    return [replace(level, channel=channel) for channel in range(others[0][1])] if others else [image.finest]
+
+
+def _lattice(level: Level) -> Lattice:
+    return level.lattice
+
+
+def _kind(notes: Mapping[str, Any], image: Multiscale, channels: int, values: ValuesSetting) -> InputKind:
+    """Return the kind of a prediction, from its metadata."""
+    recorded = notes.get("kind")
+    if recorded is not None:
+        if recorded not in _NAMES:
+            raise CellMapValueError(
+                f"{image.path}: predictions of the kind {recorded!r} cannot be segmented; set kind to one of "
+                f"{', '.join(get_args(InputKind))} if they are"
+            )
+        return _NAMES[str(recorded)]
+    if channels > 1 or "offsets" in notes:
+        return "affinities"
+    stored = meaning_of(image, str(image.path.name), values).kind
+    if stored == "ids":
+        raise CellMapValueError(f"{image.path}: it holds ids of objects already; segment the probabilities")
+    return "mask" if stored == "mask" else "probability"
+
+
+def _meaning(image: Multiscale, name: str, values: ValuesSetting, kind: InputKind, dtype: np.dtype[Any]) -> Meaning:
+    """Return the meaning of stored probabilities."""
+    if kind == "affinities" and values == "auto" and dtype.kind in "iu":
+        return Meaning("scaled", float(np.iinfo(dtype).max))
+    if kind == "affinities" and values == "auto":
+        return Meaning("probability")
+    return meaning_of(image, name, values)
+
+
+def _distance_scale(notes: Mapping[str, Any], dtype: np.dtype[Any]) -> tuple[float, float]:
+    """Return the nm of a stored unit of distance, and the stored value of 0.
+
+    Floats are nm. Whole numbers are ``nm`` at the largest value of the type, and 0 in its middle.
+    """
+    limit = notes.get("nm")
+    if dtype.kind == "f" or isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
+        return 1.0, 0.0
+    top = np.iinfo(dtype).max
+    zero = float(notes.get("zero", (top + 1) // 2 if dtype.kind == "u" else 0))
+    return (float(limit) / (top - zero), zero) if math.isfinite(limit) else (1.0, 0.0)
+
+
+def _identity(root: StorePath) -> str:
+    """Return the checksum of the record of a finished prediction, or nothing."""
+    attributes = read_attributes(root)
+    block = attributes[0].get("cellmap") if attributes is not None else None
+    record = block.get("prediction") if isinstance(block, Mapping) else None
+    return str(record.get("checksum", "")) if isinstance(record, Mapping) else ""

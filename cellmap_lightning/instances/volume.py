@@ -1,0 +1,223 @@
+"""Segmentation of a stored prediction, block by block.
+
+1. Each block is segmented with its halo (`BlockTasks.label`), in any order and process.
+2. The objects of neighbouring blocks are compared at their faces (`BlockTasks.join`).
+3. Pairs become objects, which are filtered and numbered (`joining`): one process, no voxels.
+4. Each block is written with its final ids, and the coarser levels (`BlockTasks.write`).
+5. The rest of the pyramid, the metadata and the list of objects are written; the journal is removed.
+
+A finished step of a block is a line of the journal, written after its files are on the disk. A run that was killed
+continues with the other steps, and ends with the same bytes.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cellmap_lightning.errors import CellMapError, CellMapValueError, OutputError
+from cellmap_lightning.instances.block_tasks import BlockTasks
+from cellmap_lightning.instances.joining import BlockNumbers, id_type, join_objects
+from cellmap_lightning.instances.objects import write_objects
+from cellmap_lightning.instances.options import SegmentationOptions, StorageOptions
+from cellmap_lightning.instances.output import SegmentationOutput
+from cellmap_lightning.instances.scheduling import Scheduler, SerialScheduler
+from cellmap_lightning.instances.segmenter import BlockSegmenter
+from cellmap_lightning.instances.source import SegmentationSource
+from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.prediction.blocks import BlockGrid
+from cellmap_lightning.prediction.output_checks import check_apart, write_failure
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SegmentationSummary:
+    """The result of a segmentation.
+
+    Attributes:
+        output: the Zarr group.
+        labels: the multiscale group of the class.
+        table: the list of objects.
+        objects: number of objects.
+        blocks: number of blocks.
+        resumed: number of blocks that were finished before.
+    """
+
+    output: Path
+    labels: Path
+    table: Path
+    objects: int
+    blocks: int
+    resumed: int
+
+
+class VolumeSegmentation:
+    """The segmentation of one class of a prediction; see docs/instances.md.
+
+    Args:
+        source: the prediction, from `open_source`.
+        output: the Zarr group to write, ``segmentation.zarr``.
+        options: the method and its parameters.
+        storage: the options of the files.
+
+    Raises:
+        CellMapValueError: the method does not read this kind of prediction, or the output lies in the input.
+
+    Example:
+        >>> source = open_source("prediction.zarr", "mito")  # doctest: +SKIP
+        >>> VolumeSegmentation(source, "segmentation.zarr", SegmentationOptions("watershed")).run()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        source: SegmentationSource,
+        output: str | Path,
+        options: SegmentationOptions | None = None,
+        storage: StorageOptions | None = None,
+    ) -> None:
+        options, self._storage = options or SegmentationOptions(), storage or StorageOptions()
+        path = Path(output)
+        if isinstance(source.path, Path):
+            check_apart(path, source.path.parent)
+        segmenter = BlockSegmenter.of(source, options)
+        lattice = source.lattice
+        block = self._storage.block_shape(lattice.shape, segmenter.halo, segmenter.voxel_bytes)
+        grid = BlockGrid(lattice, (0, 0, 0), lattice.shape, block)
+        raw = [level.scale for level in read_multiscale(source.path).levels] if not source.record["channels"] else []
+        self._output = SegmentationOutput(path, source.name, grid, self._storage, raw[1:])
+        self._source, self._segmenter, self._options, self._grid = source, segmenter, options, grid
+        self._tasks = BlockTasks(
+            source, segmenter, grid, self._output.journal.folder, path, self._output.chunks, self._output.shards,
+            self._storage.zarr_format, self._output.pyramid,
+        )  # fmt: skip
+
+    @property
+    def table(self) -> Path:
+        """The list of objects, a CSV file beside the output."""
+        return self._output.path.with_name(f"{self._output.path.stem}-objects.csv")
+
+    def run(self, scheduler: Scheduler | None = None, report: Callable[[str], None] = log.info) -> SegmentationSummary:
+        """Segment the volume, or the rest of it.
+
+        Args:
+            scheduler: executes the steps of blocks; by default in this process.
+            report: prints a line about the progress.
+
+        Raises:
+            CellMapFileExistsError: the output is that of another segmentation, or something else.
+            OutputError: the output cannot be written.
+            CellMapValueError: there are no seeds, or more objects than ids.
+        """
+        scheduler = scheduler or SerialScheduler()
+        output = self._output
+        output.open(self._settings(), self._storage.overwrite, self._storage.check_space)
+        try:
+            record = output.journal.record
+            if record is not None:
+                report(f"{output.path}: finished before, with {record['objects']} objects")
+                return self._summary(record["objects"], len(self._grid))
+            return self._run(scheduler, report)
+        except CellMapValueError:
+            output.discard(alone=True)  # it would block a segmentation with other parameters
+            raise
+        except OSError as e:
+            if isinstance(e, CellMapError):
+                raise
+            raise OutputError(
+                f"{output.path} cannot be written to: {write_failure(e)}. Finished blocks remain; run the same command "
+                "again to resume"
+            ) from e
+        finally:
+            output.close()
+
+    def _run(self, scheduler: Scheduler, report: Callable[[str], None]) -> SegmentationSummary:
+        output, journal, tasks = self._output, self._output.journal, self._tasks
+        resumed = len(journal.finished)
+        report(
+            f"{output.path}: {self._segmenter.method} of {list(self._grid.shape)} voxels, in {len(self._grid)} blocks "
+            f"of {list(self._grid.block)} with a halo of {list(self._segmenter.halo)}"
+        )
+        stored = output.stored()
+        if stored is None:
+            self._step(scheduler, "labelled", tasks.label, report)
+            self._step(scheduler, "joined", tasks.join, report)
+            numbers = BlockNumbers.of(journal.reached("labelled"))
+            objects = join_objects(numbers, tasks.files("faces"), tasks.files("pairs"), self._limits())
+            self._check_seeds(numbers)
+            where = f"{output.path / self._source.name}"
+            output.store(objects, id_type(len(objects.measures), self._storage.ids, where))
+            stored = output.stored()
+        if stored is None:
+            raise OutputError(f"{output.path}: the joined objects were removed; start over with overwrite=True")
+        dtype, measures = stored
+        first = BlockNumbers.of(journal.reached("labelled")).first
+        self._step(scheduler, "done", partial(_write, tasks, dtype.name, first.tolist()), report)
+        write_objects(self.table, self._source.name, measures, self._source.lattice)
+        output.finish(0, 1, lambda: None)
+        report(f"{output.path}: {len(measures)} objects")
+        return self._summary(len(measures), resumed)
+
+    def _step(
+        self,
+        scheduler: Scheduler,
+        word: str,
+        step: Callable[[int], list[int]],
+        report: Callable[[str], None],
+    ) -> None:
+        """Execute a step for the blocks that have not reached it, and record each in the journal."""
+        journal = self._output.journal
+        reached = journal.reached(word)
+        left = [number for number in range(len(self._grid)) if number not in reached]
+        if len(reached):
+            report(f"{word}: {len(reached)} of {len(self._grid)} blocks before")
+        for number, notes in scheduler.run(step, left):
+            self._output.check_owned()
+            journal.write(word, number, notes)
+        report(f"{word}: {len(self._grid)} of {len(self._grid)} blocks")
+
+    def _limits(self) -> tuple[int, float]:
+        """Return the least and the largest number of voxels of an object."""
+        voxel, options = math.prod(self._source.lattice.step), self._options
+        largest = math.inf if options.max_volume is None else math.floor(options.max_volume / voxel + 1e-9)
+        return max(1, math.ceil(options.min_volume / voxel - 1e-9)), largest
+
+    def _check_seeds(self, numbers: BlockNumbers) -> None:
+        """Check that a watershed has found any seed.
+
+        Raises:
+            CellMapValueError: it has not.
+        """
+        if numbers.objects.any() or self._segmenter.method not in ("watershed", "agglomeration"):
+            return
+        options = self._segmenter
+        raise CellMapValueError(
+            f"{self._source.path}: there are no seeds: no voxel is foreground at threshold={options.threshold:g} and "
+            f"seed_depth={options.options.seed_depth:g} nm from the background; use a lower threshold or seed_depth"
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """Return everything that the stored bytes depend on, so that only the same segmentation is resumed."""
+        output, lattice = self._output, self._source.lattice
+        return {
+            **self._source.record, "classes": list(output.classes), **self._segmenter.record,
+            "voxel size": list(lattice.step), "translation": list(lattice.origin), "shape": list(lattice.shape),
+            "zarr_format": output.zarr_format, "chunks": list(output.chunks),
+            "shards": list(output.shards) if output.shards else None, "block": list(self._grid.block),
+            "ids": self._storage.ids, "levels": output.levels,
+            "pyramid factors": [list(step) for step in output.pyramid.steps],
+        }  # fmt: skip
+
+    def _summary(self, objects: int, resumed: int) -> SegmentationSummary:
+        output = self._output
+        return SegmentationSummary(
+            output.path, output.path / self._source.name, self.table, objects, len(self._grid), resumed
+        )
+
+
+def _write(tasks: BlockTasks, dtype: str, first: list[int], number: int) -> list[int]:
+    """Write a block; see `BlockTasks.write`."""
+    return tasks.write(number, dtype, first[number])

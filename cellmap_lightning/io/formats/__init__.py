@@ -1,0 +1,1 @@
+"""Volume formats besides OME-NGFF, one module each, behind the protocol `VolumeFormat`; see docs/formats.md."""

@@ -1,0 +1,166 @@
+"""Datasets in HDF5 files, named by ``volume.h5/path/of/dataset``.
+
+Voxel sizes: the attribute ``element_size_um`` (z, y, x; https://imagej.net/plugins/hdf5), or ``resolution`` and
+``offset`` in nm; see `attribute_voxels`. Names of axes: HDF5's dimension labels, or ilastik's ``axistags``.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellmap_lightning.errors import CellMapFileNotFoundError, MetadataError, MissingExtraError
+from cellmap_lightning.geometry.lattice import AXES, Vector
+from cellmap_lightning.geometry.resample import AnyArray
+from cellmap_lightning.io.formats.open_files import OPEN_FILES
+from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatArray, FormatLevel, FormatVolume
+from cellmap_lightning.io.ngff import Note
+from cellmap_lightning.io.ngff.attribute_voxels import attribute_voxels
+from cellmap_lightning.io.store import StorePath
+from cellmap_lightning.validation import did_you_mean, first_few
+
+#: Suffixes of HDF5 files.
+SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5", ".ilp")
+#: Bytes of a dataset without chunks from which slow access is reported.
+_LARGE = 1 << 28
+
+
+class Hdf5Format:
+    """HDF5 files; the path of a dataset follows that of its file, and may be left out of a file with one dataset."""
+
+    name = "HDF5"
+    suffixes = SUFFIXES
+
+    def matches(self, path: StorePath) -> bool:
+        """Return whether a location is an HDF5 file, or is named as a dataset in one."""
+        return isinstance(path, Path) and _split(path) is not None
+
+    def open(self, path: StorePath) -> FormatVolume:
+        """Read the metadata of a dataset.
+
+        Raises:
+            MissingExtraError: h5py is not installed.
+            CellMapFileNotFoundError: the file has no such dataset; the message lists those that it has.
+            MetadataError: it is not an HDF5 file, or not a dataset of numbers.
+        """
+        parts = _split(path) if isinstance(path, Path) else None
+        assert parts is not None
+        container, inside = parts
+        with OPEN_FILES.use(_opened, str(container)) as file:
+            names = _datasets(file)
+            if not inside and len(names) == 1:
+                inside = names[0]
+            if inside not in names:
+                wrong = f"has no dataset {inside!r}{did_you_mean(inside, names)}" if inside else "needs a dataset"
+                raise CellMapFileNotFoundError(
+                    f"{container}: {wrong}; give {container.name}/<dataset>, one of {first_few(names, 12) or 'none'}"
+                )
+            dataset = file[inside]
+            attributes = {name: _plain(value) for name, value in dataset.attrs.items()}
+            axes = _axes(dataset, attributes)
+            array = _Hdf5Array(
+                container / inside, dataset.shape, dataset.dtype, dataset.chunks, container=container,
+                attributes=attributes, codec=dataset.compression or "none", details=(inside, str(container)),
+            )  # fmt: skip
+            nbytes = dataset.size * dataset.dtype.itemsize
+        array.inside = inside
+        notes = []
+        if array.is_contiguous and nbytes > _LARGE:
+            text = (
+                f"the dataset {inside} has no chunks, so that patches are read in short runs: convert it with "
+                "cellmap-convert, or store it with chunks"
+            )
+            notes.append(Note("access", text))
+        size, translation = _voxels(container / inside, attributes, len(array.shape), axes)
+        level = FormatLevel(inside, array, axes, size or (1.0, 1.0, 1.0), translation)
+        return FormatVolume((level,), size is not None, attributes=attributes, notes=tuple(notes))
+
+    def children(self, path: StorePath) -> list[str]:
+        """Return the names of the datasets and groups in a file or a group."""
+        parts = _split(path) if isinstance(path, Path) else None
+        if parts is None:
+            return []
+        with OPEN_FILES.use(_opened, str(parts[0])) as file:
+            start = f"{parts[1]}/" if parts[1] else ""
+            names = [name.removeprefix(start) for name in _datasets(file) if name.startswith(start)]
+        return sorted({name.partition("/")[0] for name in names})
+
+
+class _Hdf5Array(FormatArray):
+    """A dataset. All reads of a process are serialized by h5py."""
+
+    inside = ""
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self.chunks == tuple(min(64, n) for n in self.shape)
+
+    def read(self, start: Sequence[int], shape: Sequence[int]) -> AnyArray:
+        box = tuple(slice(first, first + count) for first, count in zip(start, shape, strict=True))
+        with OPEN_FILES.use(_opened, str(self.container)) as file:
+            return np.asarray(file[self.inside][box])
+
+
+def _opened(path: str) -> Any:
+    try:
+        import h5py
+    except ImportError:
+        raise MissingExtraError(f'{path}: HDF5 files need h5py: pip install "cellmap-lightning[hdf5]"') from None
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as e:
+        raise MetadataError(f"{path}: not a whole HDF5 file ({e}); copy or write it again") from e
+
+
+def _split(path: Path) -> tuple[Path, str] | None:
+    """Return the file of a location and the path of a dataset in it; None where there is no HDF5 file."""
+    for place in (path, *path.parents):
+        if place.suffix in SUFFIXES and place.is_file():
+            return place, path.relative_to(place).as_posix().strip(".")
+    return None
+
+
+def _datasets(file: Any) -> list[str]:
+    """Return the paths of all datasets of two axes or more."""
+    names: list[str] = []
+
+    def visit(name: str, item: Any) -> None:
+        if len(getattr(item, "shape", None) or ()) >= 2:
+            names.append(name)
+
+    file.visititems(visit)
+    return names
+
+
+def _plain(value: Any) -> Any:
+    """Return an attribute as Python's own types."""
+    value = value.decode(errors="replace") if isinstance(value, bytes) else value
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _axes(dataset: Any, attributes: Mapping[str, Any]) -> str:
+    """Return the names of the stored axes; empty where the file has none."""
+    labels = [dimension.label.lower() for dimension in dataset.dims]
+    try:
+        tags = [str(axis["key"]).lower() for axis in json.loads(attributes["axistags"])["axes"]]
+    except (KeyError, TypeError, ValueError):
+        tags = []
+    for names in (labels, tags):
+        if len(names) == len(dataset.shape) and set(AXES) <= set(names) and all(len(name) == 1 for name in names):
+            return "".join(names)
+    return ""
+
+
+def _voxels(path: Path, attributes: Mapping[str, Any], ndim: int, names: str) -> tuple[Vector | None, Vector]:
+    """Return voxel size (None without one) and centre of voxel 0, nm (z, y, x)."""
+    names = names or AXIS_NAMES[-ndim:]
+    if not set(AXES) <= set(names):
+        return None, (0.0, 0.0, 0.0)
+    if "resolution" not in attributes and "voxel_size" not in attributes and "element_size_um" in attributes:
+        attributes = {"voxel_size": attributes["element_size_um"], "units": "um"}
+        stored = attribute_voxels(path, attributes, ndim, (0, 1, 2))  # always z, y, x
+        return (stored[0], (0.0, 0.0, 0.0)) if stored is not None else (None, (0.0, 0.0, 0.0))
+    stored = attribute_voxels(path, attributes, ndim, (names.index("z"), names.index("y"), names.index("x")))
+    return stored if stored is not None else (None, (0.0, 0.0, 0.0))

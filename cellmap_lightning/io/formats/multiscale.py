@@ -1,0 +1,79 @@
+"""Conversion of volumes of any format to multiscale images."""
+
+import numpy as np
+
+from cellmap_lightning.errors import MetadataError
+from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
+from cellmap_lightning.io.formats.registry import find_format
+from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatLevel
+from cellmap_lightning.io.ngff import Level, Multiscale, Overrides
+from cellmap_lightning.io.ngff.axes import unit_nm
+from cellmap_lightning.io.ngff.transformations import check_finest_first, implausible_voxel_size
+from cellmap_lightning.io.store import StorePath
+
+
+def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
+    """Read the image at a location in any format but OME-NGFF; None if it has no known format.
+
+    Args:
+        path: the location.
+        overrides: settings that override the metadata.
+
+    Raises:
+        MetadataError: the volume has no voxel size, several channels or no axes z, y and x, or cannot be read.
+    """
+    found = find_format(path)
+    if found is None:
+        return None
+    volume_format, place = found
+    volume = volume_format.open(place)
+    if overrides.multiscale is not None:
+        raise MetadataError(
+            f"{place}: multiscale={overrides.multiscale} is for groups of OME-NGFF images; leave it out"
+        )
+    if not volume.has_voxel_size and overrides.voxel_size is None:
+        raise MetadataError(
+            f"{place}: no voxel size is stored in this {volume_format.name} volume; set voxel_size=[z, y, x] in nm for "
+            "its entry (for cellmap-predict: metadata.voxel_size)"
+        )
+    factor = (unit_nm(overrides.unit) or 1.0) / volume.unit_nm if overrides.unit is not None else 1.0
+    scales = [_scaled(level.voxel_size, factor) for level in volume.levels]
+    translations = [_scaled(level.translation, factor) for level in volume.levels]
+    notes = list(volume.notes)
+    if overrides.voxel_size is None:
+        notes += implausible_voxel_size(scales[0], (factor, factor, factor))
+    if overrides.voxel_size is not None or overrides.translation is not None:
+        scales, translations = overrides.place(scales, translations)
+    check_finest_first(place, [level.name for level in volume.levels], scales)
+    levels = tuple(
+        Level(level.array.path, level.name, scale, translation, *_axes(place, level, overrides.axes), level.array)
+        for level, scale, translation in zip(volume.levels, scales, translations, strict=True)
+    )
+    return Multiscale(place, levels, volume.attributes, tuple(notes), overrides.level_translations == "stored")
+
+
+def _scaled(values: Vector, factor: float) -> Vector:
+    return to_vector(np.multiply(values, factor))
+
+
+def _axes(path: StorePath, level: FormatLevel, replacement: str | None) -> tuple[tuple[int, int, int], int]:
+    """Return the stored axes that are z, y and x, and the number of stored axes.
+
+    Raises:
+        MetadataError: an axis is missing, named twice, or longer than 1 although it is not spatial.
+    """
+    shape = level.array.shape
+    names = replacement or level.axes or AXIS_NAMES[-len(shape) :]
+    if len(names) != len(shape) or len(set(names)) < len(names) or not set(AXES) <= set(names):
+        text = f"axes={names}" if replacement else f"the axes are {names!r}"
+        raise MetadataError(
+            f"{path}: {text}, and its shape is {list(shape)}; set axes to one letter for each stored axis, with z, y "
+            "and x once each, such as axes=zyx"
+        )
+    for name, count in zip(names, shape, strict=True):
+        if name not in AXES and count != 1:
+            raise MetadataError(
+                f"{path}: shape {list(shape)} has the axis {name!r} of length {count} beside z, y and x; images of one "
+                "channel can be read: split it, or set axes=... if the axis has the wrong name"
+            )
+    return (names.index("z"), names.index("y"), names.index("x")), len(shape)

@@ -1,0 +1,196 @@
+"""N5 datasets and multiscale groups.
+
+Specification: https://github.com/saalfeldlab/n5#file-system-specification. N5 lists axes with the fastest first (x, y,
+z), so that shapes here are reversed. Voxel sizes: ``transform`` (COSEM), ``pixelResolution`` with
+``downsamplingFactors`` (BigDataViewer, N5 Viewer), or ``resolution`` with ``offset`` in nm (Paintera).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cellmap_lightning.errors import MetadataError
+from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
+from cellmap_lightning.geometry.resample import AnyArray
+from cellmap_lightning.io.formats.n5_blocks import N5Blocks
+from cellmap_lightning.io.formats.volume import FormatArray, FormatLevel, FormatVolume
+from cellmap_lightning.io.ngff.axes import unit_nm
+from cellmap_lightning.io.store import StorePath, children, read_json
+
+#: File that describes a dataset or group.
+ATTRIBUTES = "attributes.json"
+_MOST_LEVELS = 100
+
+
+class N5Format:
+    """N5 datasets, and groups with the levels ``s0``, ``s1``, ... or a list in ``multiscales``."""
+
+    name = "N5"
+    suffixes: tuple[str, ...] = ()
+
+    def matches(self, path: StorePath) -> bool:
+        """Return whether a location is a dataset or a multiscale group."""
+        attributes = read_json(path / ATTRIBUTES)
+        if attributes is not None and ("dimensions" in attributes or _listed(attributes)):
+            return True
+        return "dimensions" in (read_json(path / "s0" / ATTRIBUTES) or {})
+
+    def open(self, path: StorePath) -> FormatVolume:
+        """Read the attributes of a group and of its levels.
+
+        Raises:
+            MetadataError: they are malformed, or a compressor is not supported.
+        """
+        group = read_json(path / ATTRIBUTES) or {}
+        levels: list[tuple[str, StorePath, Mapping[str, Any], Mapping[str, Any]]] = []
+        if "dimensions" in group:
+            levels.append((path.name, path, group, {}))
+        else:
+            for name, transform in _listed(group) or [(f"s{number}", {}) for number in range(_MOST_LEVELS)]:
+                level = read_json(path / name / ATTRIBUTES)
+                if level is None or "dimensions" not in level:
+                    break
+                levels.append((name, path / name, level, transform))
+        if not levels:
+            raise MetadataError(f"{path}: none of the levels in {ATTRIBUTES} is a dataset")
+        arrays = [_N5Array(place, attributes) for _, place, attributes, _ in levels]
+        base = _base_size(path, group, levels[0][2])
+        opened, known = [], True
+        for number, ((name, place, attributes, listed), array) in enumerate(zip(levels, arrays, strict=True)):
+            placed = listed or attributes.get("transform")
+            if placed:
+                axes, size, translation = _transform(place, placed, len(array.shape))
+            else:
+                axes = "zyx"[-len(array.shape) :].rjust(len(array.shape), "c") if len(array.shape) < 5 else "tczyx"
+                factor = _factor(place, group, attributes, number)
+                known = base is not None
+                size = to_vector(np.multiply(base if base is not None else (1.0, 1.0, 1.0), factor))
+                # Voxels of coarser levels are means, so that all levels share the lower edge of the first.
+                shift = (np.asarray(factor) - 1) / 2 * np.divide(size, factor)
+                translation = to_vector(shift + _corner(place, group, levels[0][2], base))
+            opened.append(FormatLevel(name, array, axes, size, translation))
+        return FormatVolume(tuple(opened), known, attributes=group)
+
+    def children(self, path: StorePath) -> list[str]:
+        """Return the names of the groups and datasets in a group."""
+        return children(path)
+
+
+class _N5Array(FormatArray):
+    """The blocks of a dataset."""
+
+    def __init__(self, path: StorePath, attributes: Mapping[str, Any]) -> None:
+        shape, blocks = (_reversed(path, attributes, key) for key in ("dimensions", "blockSize"))
+        if len(blocks) != len(shape):
+            raise MetadataError(f"{path / ATTRIBUTES}: blockSize should have {len(shape)} numbers, has {len(blocks)}")
+        self.blocks = N5Blocks(path / ATTRIBUTES, attributes)
+        super().__init__(
+            path, shape, self.blocks.dtype, blocks, attributes=attributes, codec=self.blocks.name,
+            details=self.blocks.settings,
+        )  # fmt: skip
+
+    @property
+    def metadata(self) -> StorePath:
+        return self.path / ATTRIBUTES
+
+    def key(self, index: Sequence[int]) -> str:
+        return "/".join(map(str, reversed(index)))
+
+    def file(self, index: Sequence[int]) -> str:
+        return str(self.path / self.key(index))
+
+    def read(self, start: Sequence[int], shape: Sequence[int]) -> AnyArray:
+        out = np.zeros(tuple(shape), self.dtype)  # blocks that are not stored are 0
+        spans = [range(a // c, -(-(a + n) // c)) for a, n, c in zip(start, shape, self.chunks, strict=True)]
+        for index in np.ndindex(*map(len, spans)):
+            place = [span[i] for span, i in zip(spans, index, strict=True)]
+            block = self.blocks.read(self.path, self.key(place))
+            if block is None:
+                continue
+            corner = np.multiply(place, self.chunks)
+            low = np.maximum(corner, start)
+            high = np.minimum(corner + block.shape, np.add(start, shape))
+            if (high > low).all():
+                source = tuple(map(slice, low - corner, high - corner))
+                out[tuple(map(slice, low - start, high - start))] = block[source]
+        return out
+
+
+def _reversed(path: StorePath, attributes: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = attributes.get(key)
+    if not isinstance(value, list) or not value or not all(type(n) is int and n > 0 for n in value):
+        raise MetadataError(f"{path / ATTRIBUTES}: {key} should be positive whole numbers, got {value!r}")
+    return tuple(reversed(value))
+
+
+def _listed(group: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return names and transforms of the levels in COSEM's ``multiscales``."""
+    images = group.get("multiscales")
+    image = images[0] if isinstance(images, list) and images and isinstance(images[0], dict) else {}
+    entries = [entry for entry in image.get("datasets") or () if isinstance(entry, dict) and "path" in entry]
+    return [(str(entry["path"]), entry.get("transform") or {}) for entry in entries]
+
+
+def _transform(path: StorePath, transform: Mapping[str, Any], ndim: int) -> tuple[str, Vector, Vector]:
+    """Return axes, voxel size and centre of voxel 0 in nm, by COSEM's ``transform``, which lists the slowest first."""
+    try:
+        axes = "".join(str(axis).lower() for axis in transform["axes"])
+        units = [unit_nm(unit) for unit in transform.get("units") or ["nm"] * ndim]
+        sizes = [float(scale) * (unit or math.nan) for scale, unit in zip(transform["scale"], units, strict=True)]
+        starts = transform.get("translate") or [0.0] * ndim
+        places = [float(start) * (unit or math.nan) for start, unit in zip(starts, units, strict=True)]
+        order = [axes.index(axis) for axis in AXES]
+        size, place = to_vector([sizes[i] for i in order]), to_vector([places[i] for i in order])
+    except (KeyError, TypeError, ValueError) as e:
+        raise MetadataError(f"{path}: transform needs axes z, y, x, with scale, translate and units ({e!r})") from e
+    if len(axes) != ndim or not all(map(math.isfinite, (*size, *place))) or min(size) <= 0:
+        raise MetadataError(f"{path}: transform should have a positive scale for each axis, got {dict(transform)}")
+    return axes, size, place
+
+
+def _numbers(path: StorePath, key: str, value: Any) -> Vector:
+    """Return three numbers that are stored in the order x, y, z, in the order z, y, x.
+
+    Raises:
+        MetadataError: they are something else, or not positive though they are lengths.
+    """
+    good = isinstance(value, list) and len(value) >= len(AXES) and all(isinstance(v, int | float) for v in value)
+    if not good or (key != "offset" and min(value[:3]) <= 0):
+        raise MetadataError(f"{path}: {key} should be three positive numbers (x, y, z), got {value!r}")
+    return to_vector([float(v) for v in reversed(value[:3])])
+
+
+def _base_size(path: StorePath, group: Mapping[str, Any], first: Mapping[str, Any]) -> Vector | None:
+    """Return the voxel size of the first level in nm; None where no attribute has it."""
+    for attributes in (first, group):
+        stored = attributes.get("pixelResolution")
+        if isinstance(stored, dict):
+            unit = unit_nm(stored.get("unit", "nm"))
+            if unit is None:
+                raise MetadataError(f"{path}: pixelResolution has the unit {stored.get('unit')!r}, not a length")
+            return to_vector(np.multiply(_numbers(path, "pixelResolution", stored.get("dimensions")), unit))
+        for key in ("pixelResolution", "resolution"):
+            if attributes.get(key) is not None:
+                return _numbers(path, key, attributes[key])
+    return None
+
+
+def _factor(path: StorePath, group: Mapping[str, Any], attributes: Mapping[str, Any], number: int) -> Vector:
+    """Return the factors by which the voxels of a level are larger than those of the first one (z, y, x)."""
+    scales = group.get("scales") or group.get("downsamplingFactors")
+    factor = attributes.get("downsamplingFactors")
+    if factor is None and isinstance(scales, list) and number < len(scales):
+        factor = scales[number]
+    if factor is not None:
+        return _numbers(path, "downsamplingFactors", factor)
+    if number:
+        raise MetadataError(f"{path}: level {number} has no downsamplingFactors, so its voxel size is not known")
+    return (1.0, 1.0, 1.0)
+
+
+def _corner(path: StorePath, group: Mapping[str, Any], first: Mapping[str, Any], base: Vector | None) -> Any:
+    """Return the centre of voxel 0 of the first level by Paintera's ``offset``, which is a centre too; else 0."""
+    stored = first.get("offset", group.get("offset"))
+    return np.zeros(3) if stored is None or base is None else np.asarray(_numbers(path, "offset", stored))

@@ -1,0 +1,178 @@
+"""Folders with one TIFF or PNG file per section, in the order of the numbers in their names."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellmap_lightning.errors import MetadataError, MissingExtraError
+from cellmap_lightning.geometry.resample import AnyArray
+from cellmap_lightning.io.formats.open_files import OPEN_FILES
+from cellmap_lightning.io.formats.tiff_pages import TiffPages
+from cellmap_lightning.io.formats.volume import FormatArray, FormatLevel, FormatVolume
+from cellmap_lightning.io.store import StorePath
+from cellmap_lightning.validation import first_few
+
+#: Suffixes of the files of a folder, all of which have the same.
+SUFFIXES = (".tif", ".tiff", ".png")
+
+
+class SlicesFormat:
+    """Folders of TIFF or PNG files, each a section of the volume."""
+
+    name = "folder of slices"
+    suffixes: tuple[str, ...] = ()
+
+    def matches(self, path: StorePath) -> bool:
+        """Return whether a location is a folder with two slices or more, and nothing but slices."""
+        return isinstance(path, Path) and path.is_dir() and len(_files(path)) > 1
+
+    def open(self, path: StorePath) -> FormatVolume:
+        """Read the header of each slice.
+
+        Raises:
+            MissingExtraError: tifffile or Pillow is not installed.
+            MetadataError: slices differ in size or type, are colour images, or a number is missing.
+        """
+        assert isinstance(path, Path)
+        files = _files(path)
+        _check_numbers(path, files)
+        shape, dtype = _header(path / files[0])
+        for name in files[1:]:
+            other = _header(path / name)
+            if other != (shape, dtype):
+                raise MetadataError(
+                    f"{path / name}: has {_text(*other)}, and {files[0]} has {_text(shape, dtype)}; all slices of a "
+                    "volume have one size and type"
+                )
+        array = _SlicesArray(path, (len(files), *shape), dtype, (1, *shape), details=files, codec=_suffix(files[0])[1:])
+        array.names = files
+        return FormatVolume((FormatLevel(path.name, array),), has_voxel_size=False)
+
+    def children(self, path: StorePath) -> list[str]:
+        """Return no names: a folder holds one volume."""
+        return []
+
+
+class _SlicesArray(FormatArray):
+    """The slices of a folder, each a file of the chunk grid."""
+
+    names: tuple[str, ...] = ()
+
+    @property
+    def metadata(self) -> StorePath:
+        return self.path / self.names[0]
+
+    def key(self, index: Sequence[int]) -> str:
+        return self.names[index[0]]
+
+    def file(self, index: Sequence[int]) -> str:
+        return f"{self.path}/{self.names[index[0]]}"
+
+    def read(self, start: Sequence[int], shape: Sequence[int]) -> AnyArray:
+        out = np.empty(tuple(shape), self.dtype)
+        for number, plane in enumerate(out):
+            file = Path(self.file((start[0] + number,)))
+            if _suffix(file.name) == ".png":
+                _, y, x = (slice(first, first + count) for first, count in zip(start, shape, strict=True))
+                plane[...] = _pixels(file, self.shape[1:], self.dtype)[y, x]
+            else:
+                with OPEN_FILES.use(TiffPages, str(file)) as tiff:
+                    tiff.read_into(0, 0, start[1:], plane)
+        return out
+
+
+def _files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the slices of a folder in the order of their numbers; empty if it holds other files too."""
+    names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    kinds = {_suffix(name) for name in names}
+    if len(kinds) != 1 or not kinds <= set(SUFFIXES):
+        return ()
+    return tuple(sorted(names, key=_natural))
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key for sorting by the numbers in names, in which s9 comes before s10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _check_numbers(folder: Path, files: Sequence[str]) -> None:
+    """Check that the last numbers in the names follow each other.
+
+    Raises:
+        MetadataError: a number is missing or repeated.
+    """
+    numbers = [int(found[-1]) for name in files if (found := re.findall(r"\d+", Path(name).stem))]
+    if len(numbers) != len(files):
+        raise MetadataError(f"{folder}: slices need a number in their names, got {first_few(files)}")
+    for (first, second), (one, other) in zip(itertools.pairwise(numbers), itertools.pairwise(files), strict=True):
+        if second != first + 1:
+            raise MetadataError(
+                f"{folder}: {other} follows {one}, so that slices are missing between them or their numbers are not in "
+                "the order of the sections; add or rename them"
+            )
+
+
+def _header(file: Path) -> tuple[tuple[int, int], str]:
+    """Return shape (y, x) and type of a slice.
+
+    Raises:
+        MetadataError: it cannot be read, or is a colour image.
+    """
+    if _suffix(file.name) == ".png":
+        return _png_header(file)
+    tiff = TiffPages(str(file))  # not shared: thousands of slices would displace each other
+    try:
+        series = tiff.levels[0]
+        if len(series.shape) != 2:
+            raise MetadataError(f"{file}: should be one gray page, has shape {list(series.shape)} ({series.axes})")
+        y, x = series.shape
+        return (int(y), int(x)), str(series.dtype)
+    finally:
+        tiff.close()
+
+
+#: Types of the pixels of PNG files, by Pillow's modes.
+_MODES = {"L": "uint8", "I;16": "uint16", "I;16B": "uint16", "I": "uint16", "1": "uint8"}
+
+
+def _png_header(file: Path) -> tuple[tuple[int, int], str]:
+    with _png(file) as image:
+        if image.mode not in _MODES:
+            raise MetadataError(f"{file}: has colours (mode {image.mode}); store it in gray values of 8 or 16 bits")
+        return (image.height, image.width), _MODES[image.mode]
+
+
+def _pixels(file: Path, shape: Sequence[int], dtype: "np.dtype[Any]") -> AnyArray:
+    """Return the gray values of a PNG file.
+
+    Raises:
+        MetadataError: its size or type has changed since the folder was opened.
+    """
+    with _png(file) as image:
+        values = np.asarray(image)
+    if values.shape != tuple(shape):
+        raise MetadataError(f"{file}: has {list(values.shape)} pixels, had {list(shape)} when the folder was opened")
+    return values.astype(dtype)
+
+
+def _png(file: Path) -> Any:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise MissingExtraError(f'{file}: PNG files need Pillow: pip install "cellmap-lightning[png]"') from None
+    try:
+        return Image.open(file, formats=["PNG"])
+    except (UnidentifiedImageError, OSError) as e:
+        raise MetadataError(f"{file}: not a whole PNG file ({e}); copy or write it again") from e
+
+
+def _text(shape: tuple[int, int], dtype: str) -> str:
+    return f"{shape[0]} x {shape[1]} pixels of {dtype}"

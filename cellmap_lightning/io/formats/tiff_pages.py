@@ -1,0 +1,186 @@
+"""Voxels of TIFF pages: mapped into memory if they are not compressed, else decoded tile by tile or strip by strip."""
+
+import itertools
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cellmap_lightning.errors import MetadataError, MissingExtraError
+from cellmap_lightning.geometry.resample import AnyArray
+from cellmap_lightning.io.formats.open_files import OPEN_FILES
+from cellmap_lightning.io.formats.volume import FormatArray
+
+
+@dataclass(frozen=True)
+class Page:
+    """The stored tiles or strips of a page.
+
+    Attributes:
+        offsets: first byte of each.
+        counts: bytes of each; 0 for a sparse tile, which holds zeros.
+        tables: tables of JPEG compression, or None.
+    """
+
+    offsets: tuple[int, ...]
+    counts: tuple[int, ...]
+    tables: Any
+
+
+class _PageErrors(logging.Handler):
+    """The errors that tifffile logs about pages that it leaves out, as in files that are cut off."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Collect a message."""
+        text = record.getMessage()
+        if "page offset" in text:
+            self.texts.append(text)
+
+
+class TiffPages:
+    """An open TIFF file, with the pages of all resolutions of its first image read.
+
+    tifffile reads pages on demand and is not thread-safe, so that all are read here.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        tiff: the file, of tifffile.
+        levels: its resolutions, of tifffile.
+        pages: the pages of each; None for planes that are not stored.
+
+    Raises:
+        MissingExtraError: tifffile is not installed.
+        MetadataError: it is not a TIFF file, is cut off, or is one of several files of a volume.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            import tifffile
+        except ImportError:
+            raise MissingExtraError(
+                f'{path}: TIFF files need tifffile: pip install "cellmap-lightning[tiff]"'
+            ) from None
+        log, errors = logging.getLogger("tifffile"), _PageErrors()
+        log.addHandler(errors)
+        try:
+            self.tiff = tifffile.TiffFile(path)
+        except (tifffile.TiffFileError, ValueError, OSError) as e:
+            raise MetadataError(f"{path}: not a whole TIFF file ({e}); copy or write it again") from e
+        try:
+            self.levels = self.tiff.series[0].levels
+            self.pages = [[self._page(path, page) for page in level.pages] for level in self.levels]
+            if errors.texts:
+                raise ValueError(errors.texts[0])
+        except (tifffile.TiffFileError, ValueError, OSError, IndexError, KeyError, TypeError) as e:
+            self.close()
+            if isinstance(e, MetadataError):
+                raise
+            raise MetadataError(f"{path}: not a whole TIFF file ({e}); copy or write it again") from e
+        finally:
+            log.removeHandler(errors)
+
+    def _page(self, path: str, page: Any) -> Page | None:
+        if page is None:
+            return None
+        if page.parent is not self.tiff:
+            raise MetadataError(f"{path}: its pages are spread over several files; store them in one file")
+        return Page(tuple(page.dataoffsets), tuple(page.databytecounts), getattr(page, "jpegtables", None))
+
+    def close(self) -> None:
+        """Close the file."""
+        self.tiff.close()
+
+    def read_into(self, level: int, number: int, start: Sequence[int], out: AnyArray) -> None:
+        """Write a part of a page to ``out``, decoding the tiles or strips that hold it.
+
+        Args:
+            level: the resolution.
+            number: the page.
+            start: first row and column.
+            out: ``[y, x]``.
+        """
+        page, keyframe = self.pages[level][number], self.levels[level].keyframe
+        if page is None:
+            return
+        chunk, columns = keyframe.chunks[:2], keyframe.chunked[1]
+        descriptor = self.tiff.filehandle.fileno()
+        spans = [range(a // c, -(-(a + n) // c)) for a, n, c in zip(start, out.shape, chunk, strict=True)]
+        for place in itertools.product(*spans):
+            index = place[0] * columns + place[1]
+            count = page.counts[index]
+            data = os.pread(descriptor, count, page.offsets[index])  # thread-safe, since it has no shared position
+            if len(data) < count:
+                raise EOFError(f"page {number} ends after {len(data)} of {count} bytes")
+            tile = keyframe.decode(data, index, jpegtables=page.tables)[0] if count else None
+            if tile is not None:
+                _copy(tile.reshape(tile.shape[-3:-1]), np.multiply(place, chunk), start, out)
+
+
+def _copy(tile: AnyArray, corner: npt.ArrayLike, start: npt.ArrayLike, out: AnyArray) -> None:
+    """Copy the part of a tile that lies in ``out``; corner and start are their first row and column."""
+    low = np.maximum(corner, start)
+    high = np.minimum(np.add(corner, tile.shape), np.add(start, out.shape))
+    inside, outside = ((low - first, high - first) for first in (corner, start))
+    (y0, x0), (y1, x1) = inside
+    (top, left), (bottom, right) = outside
+    out[top:bottom, left:right] = tile[y0:y1, x0:x1]
+
+
+class TiffArray(FormatArray):
+    """The voxels of one resolution of a TIFF file; the last two axes are y and x.
+
+    Args:
+        path: the file.
+        tiff: the same, open.
+        number: the resolution.
+
+    Raises:
+        MetadataError: the file is shorter than its pages declare.
+    """
+
+    def __init__(self, path: Path, tiff: TiffPages, number: int = 0) -> None:
+        series = tiff.levels[number]
+        keyframe = series.keyframe
+        #: First byte of voxels without compression; None where pages are decoded.
+        self.offset: int | None = series.dataoffset
+        self.number = number
+        self.stored = np.dtype(keyframe.parent.byteorder + series.dtype.char)
+        tile = [min(c, n) for c, n in zip(keyframe.chunks[:2], series.shape[-2:], strict=True)]
+        super().__init__(
+            path / str(number) if number else path, series.shape, series.dtype,
+            (*[1] * (len(series.shape) - 2), *tile) if self.offset is None else None, container=path,
+            codec="none" if self.offset is not None else str(getattr(keyframe.compression, "name", "")).lower(),
+            details=(number, self.offset, str(self.stored)),
+        )  # fmt: skip
+        pages = [page for page in tiff.pages[number] if page is not None]
+        end = max((o + n for page in pages for o, n in zip(page.offsets, page.counts, strict=True)), default=0)
+        if self.offset is not None:
+            end = max(end, self.offset + series.nbytes)
+        size = path.stat().st_size
+        if end > size:
+            raise MetadataError(f"{path}: is cut off: its pages end at byte {end}, the file at {size}; copy it again")
+
+    def read(self, start: Sequence[int], shape: Sequence[int]) -> AnyArray:
+        """Return the voxels of a box, along the stored axes."""
+        box = tuple(slice(first, first + count) for first, count in zip(start, shape, strict=True))
+        path = str(self.container)
+        if self.offset is not None:
+            mapped: np.memmap[Any, Any] = np.memmap(path, self.stored, "r", self.offset, self.shape)
+            return np.array(mapped[box])
+        out = np.zeros(tuple(shape), self.dtype)
+        numbers = np.arange(int(np.prod(self.shape[:-2]))).reshape(self.shape[:-2])[box[:-2]]
+        with OPEN_FILES.use(TiffPages, path) as tiff:
+            for number, plane in zip(numbers.ravel().tolist(), out.reshape(-1, *out.shape[-2:]), strict=True):
+                tiff.read_into(self.number, number, start[-2:], plane)
+        return out

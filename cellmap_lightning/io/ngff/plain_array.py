@@ -1,0 +1,96 @@
+"""Zarr arrays without a multiscale image around them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cellmap_lightning.errors import MetadataError
+from cellmap_lightning.geometry.lattice import AXES
+from cellmap_lightning.io.ngff.arrays import ArrayInfo, read_attributes
+from cellmap_lightning.io.ngff.attribute_voxels import attribute_voxels
+from cellmap_lightning.io.ngff.levels import Level, Multiscale
+from cellmap_lightning.io.ngff.notes import Note
+from cellmap_lightning.io.ngff.overrides import Overrides
+from cellmap_lightning.io.ngff.transformations import implausible_voxel_size
+from cellmap_lightning.io.store import StorePath, read_json
+
+#: Folders between a level and its image at most.
+DEEPEST_LEVEL = 3
+
+
+def read_plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
+    """Read a Zarr array without a multiscale image around it.
+
+    The voxel size is the one that is set, or that of the attributes; see `attribute_voxels`.
+
+    Raises:
+        MetadataError: the array is a level of an image, has no voxel size, or fewer than three axes; the message has
+            the right path or setting.
+    """
+    path, ndim = array.path, len(array.shape)
+    if overrides.voxel_size is None:
+        _check_not_in_image(path)
+    axes = _named_axes(array, overrides.axes)
+    size, origin = overrides.voxel_size, (0.0, 0.0, 0.0)
+    notes: list[Note] = []
+    if size is None:
+        stored = attribute_voxels(path, array.attributes, len(array.shape), axes, overrides.unit)
+        if stored is None:
+            raise MetadataError(
+                f"{path} is a plain Zarr array without OME-NGFF metadata, and its attributes have no voxel_size or "
+                "resolution: set voxel_size=[z, y, x] in nm, and translation, for its entry"
+            )
+        size, origin = stored
+        notes = implausible_voxel_size(size, (1.0, 1.0, 1.0))
+    level = Level(path, path.name, size, overrides.translation or origin, axes, ndim)
+    return Multiscale(path, (level,), array.attributes, tuple(notes))
+
+
+def _check_not_in_image(path: StorePath) -> None:
+    """Check that an array is not part of a multiscale image.
+
+    Raises:
+        MetadataError: it is; the message names the image.
+    """
+    inside, above = path.name, path
+    for _ in range(DEEPEST_LEVEL):
+        above = above.parent
+        node = read_attributes(above)
+        scales = listed_images(node[0]) if node is not None else None
+        if scales is not None:
+            listed = [d.get("path") for s in scales if isinstance(s, dict) for d in s.get("datasets") or () if d]
+            part = "one level" if inside in listed else "an array"
+            raise MetadataError(f"{path} is {part} of the image {above}; give its parent, {above}")
+        inside = f"{above.name}/{inside}"
+
+
+def _named_axes(array: ArrayInfo, replacement: str | None) -> tuple[int, int, int]:
+    """Return the axes z, y and x of a plain array: as set, or by their names if it has any, else the last three.
+
+    Names are those of xarray (``_ARRAY_DIMENSIONS``), Zarr v3 (``dimension_names``) and funlib (``axis_names``).
+    """
+    attributes, ndim = array.attributes, len(array.shape)
+    content = read_json(array.metadata) or {}
+    if ndim < len(AXES):
+        raise MetadataError(f"{array.path}: shape {list(array.shape)} has fewer axes than z, y and x")
+    for names in (
+        list(replacement) if replacement is not None else None,
+        attributes.get("_ARRAY_DIMENSIONS"),
+        content.get("dimension_names"),
+        attributes.get("axis_names"),
+    ):
+        if isinstance(names, list) and len(names) == ndim and all(isinstance(name, str) for name in names):
+            lower = [name.rstrip("^").lower() for name in names]
+            if set(AXES) <= set(lower):
+                return lower.index("z"), lower.index("y"), lower.index("x")
+            if any(lower):
+                raise MetadataError(f"{array.path}: the axes z, y and x are needed once each, got {names}")
+    return ndim - 3, ndim - 2, ndim - 1
+
+
+def listed_images(attributes: Mapping[str, Any]) -> list[Any] | None:
+    """Return the list of images in a group's attributes, or None."""
+    ome = attributes.get("ome")
+    scales = ome.get("multiscales") if isinstance(ome, dict) else None
+    if scales is None:
+        scales = attributes.get("multiscales")
+    return scales if isinstance(scales, list) and scales and isinstance(scales[0], dict) else None
