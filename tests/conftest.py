@@ -20,7 +20,7 @@ import zarr
 from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.demo.synthetic import SyntheticVolume, write_volume
-from tests import processes
+from tests import platforms, processes
 
 # Shells have what they run in the background ignore Ctrl-C, and so would the programs that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
@@ -66,6 +66,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW))
+        if missing := platforms.unmet(item.path, getattr(item, "originalname", item.name)):
+            names = ", ".join(missing)
+            reason = f"needs {names}, which this system ({platforms.PLATFORM}) does not have or cannot use safely"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_ignore_collect(collection_path):
+    return True if collection_path.suffix == ".py" and not platforms.importable(collection_path) else None
 
 
 def pytest_collection_finish():
