@@ -41,7 +41,7 @@ def command_help(header: str, choices: Any, sources: Any) -> str:
     lines = [
         f"  {group}: {', '.join(options)}"
         for group in sorted(choices)
-        if "/" not in group and (options := sorted(set(_options(group, folders))))
+        if (options := sorted(set(_options(group, folders))))
     ]
     groups = "\n".join(["Groups, with their options (group=option):", *lines, "", ""]) if lines else ""
     # Hydra substitutes names after a dollar sign.
