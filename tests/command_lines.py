@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cellmap_lightning.commands.arguments import check_groups, prepare_arguments
 from cellmap_lightning.commands.config_keys import check_known, rename_voxel_sizes
+from cellmap_lightning.commands.config_values import check_targets
 from cellmap_lightning.commands.program import CONFIGS
 
 
@@ -34,7 +35,7 @@ def shell_commands(text: str) -> list[list[str]]:
 
 
 def composed(command: list[str], folder: Path) -> DictConfig:
-    """Return the configuration of a ``cellmap-*`` command, checked for unknown keys and groups.
+    """Return the configuration of a ``cellmap-*`` command, checked for unknown keys, groups and arguments.
 
     Args:
         command: the words of the command; of a sweep, the first values are taken.
@@ -56,6 +57,11 @@ def composed(command: list[str], folder: Path) -> DictConfig:
         check_groups(OmegaConf.to_container(cfg, resolve=False), CONFIGS)
         rename_voxel_sizes(cfg, name)
         check_known(cfg, name)
+        if name == "train":
+            for key, value in (("classes", ["mito"]), ("csv_path", "crops.csv")):  # examples may leave them out
+                if OmegaConf.is_missing(cfg.data, key):
+                    cfg.data[key] = value
+            check_targets(cfg)
     finally:
         HydraConfig.instance().cfg = None
     return cfg

@@ -77,32 +77,6 @@ def test_the_csv_can_be_read(tmp_path):
     assert entries["predict"][0].target_path is None
 
 
-def test_every_command_composes(my_configs, tmp_path):
-    lines = [line.split("#")[0].split() for line in block("bash", 0).splitlines() + block("bash", 1).splitlines()]
-    assert len(lines) == 7
-    for name, *arguments in lines:
-        assert name == "cellmap-train"
-        # Hydra prints no configuration of a sweep: another flag stands where -m stood, and one value for its values.
-        instead = {
-            "-m": "--resolve", "task.dice_weight=0,0.5,1": "task.dice_weight=0.5", "data.fold=0,1,2,3,4": "data.fold=4"
-        }  # fmt: skip
-        single = [instead.get(a, a) for a in arguments]
-        wanted = single if "--cfg" in single else [*single, "--cfg", "job"]
-        crops = "search_path: data" if "data.search_path=data" in single else "csv_path: crops.csv"
-        assert crops in run(COMMAND, *wanted, cwd=tmp_path)
-
-
-def test_every_prediction_composes(tmp_path):
-    lines = [line.split() for line in block("bash", 2).replace("\\\n", " ").splitlines()]
-    assert len(lines) == 2
-    code = "from cellmap_lightning.commands.predict_command import main; main()"
-    for name, *arguments in lines:
-        assert name == "cellmap-predict"
-        more = [re.search(r'"(region=.*?)"', README)[1]] if arguments[-1].startswith("out=") else []
-        printed = run(sys.executable, "-c", code, *arguments, *more, "--cfg", "job", cwd=tmp_path)
-        assert "out: pred.zarr" in printed
-
-
 def test_the_short_map_names_what_exists():
     text = README.split("\n## Map\n")[1].split("```")[1]
     named = re.findall(r"[\w/]+\.py|[\w]+/", text)

@@ -10,7 +10,7 @@ import yaml
 from packaging.requirements import Requirement
 from trove_classifiers import classifiers
 
-import cellmap_lightning
+import cellmap_lightning.callbacks
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -99,6 +99,27 @@ def test_dockerignore_lets_through_what_is_copied():
         assert (ROOT / name).exists(), name
         last = [rule for rule in rules if fnmatch(name, rule.lstrip("!"))][-1]
         assert last.startswith("!"), name
+
+
+def nav_pages(entries):
+    """Yield the pages of a part of the navigation."""
+    for entry in entries:
+        for value in entry.values():
+            yield from nav_pages(value) if isinstance(value, list) else [value]
+
+
+def test_every_page_is_in_the_navigation():
+    pages = list(nav_pages(read_yaml("mkdocs.yml")["nav"]))
+    written = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    notebooks = {f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert set(pages) == written | notebooks | {"index.md", "changelog.md", "contributing.md", "security.md"}
+    assert len(pages) == len(set(pages))
+
+
+def test_public_names_are_in_the_reference():
+    text = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    names = set(re.findall(r"^::: cellmap_lightning\.\S*?(\w+)$", text, re.MULTILINE))
+    assert {*cellmap_lightning.__all__, *cellmap_lightning.callbacks.__all__} <= names | {"CellMapError"}
 
 
 def test_metadata_of_the_project():

@@ -42,7 +42,7 @@ def command_help(header: str, choices: Any, sources: Any) -> str:
     lines = [
         textwrap.fill(f"  {group}: {', '.join(options)}", 100, subsequent_indent="    ")
         for group in sorted(choices)
-        if "/" not in group and (options := sorted(set(_options(group, folders))))
+        if (options := sorted(set(_options(group, folders))))
     ]
     groups = "\n".join(["Groups, with their options (group=option):", *lines, "", ""]) if lines else ""
     # Hydra substitutes names after a dollar sign.
