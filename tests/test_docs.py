@@ -22,7 +22,7 @@ from tests.command_lines import composed, shell_commands
 ROOT = Path(__file__).parents[1]
 #: docs/configuration.md is written from configs/, and tested there.
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.name != "configuration.md")]
-LANGUAGES = {"python", "bash", "yaml", "csv", ""}
+LANGUAGES = {"python", "bash", "yaml", "csv", "toml", ""}
 #: Programs in shell blocks beside cellmap-*.
 PROGRAMS = {"csc", "docker", "export", "git", "pip", "pytest", "python", "srun"}
 KEYS = {"data", "patch", "task", "model", "trainer", "callbacks", "logger", "name", "defaults", "run", "seed"}
