@@ -121,13 +121,27 @@ def filled(labels):
     return filled
 
 
+@pytest.mark.parametrize(("connectivity", "objects"), [(6, 6), (18, 1), (26, 1)])
+def test_background_between_several_objects_is_no_hole(tmp_path, connectivity, objects):
+    mask = np.zeros((16, 16, 32), np.uint8)
+    for axis, step in ((0, 1), (1, 1), (2, 1), (0, -1), (1, -1), (2, -1)):
+        at = [8, 8, 16]
+        at[axis] += step
+        mask[tuple(at)] = 1
+    source = open_source(str(write_prediction(tmp_path / "p.zarr", mask, kind="mask")), "mito")
+    options = SegmentationOptions("components", connectivity=connectivity, fill_holes=True)
+    labels, summary = run(source, tmp_path / "o.zarr", options, StorageOptions(chunks=CHUNK, block=CHUNK))
+    assert summary.objects == objects
+    assert (labels[8, 8, 16] > 0) == (objects == 1)
+
+
 @pytest.mark.parametrize("method", ["watershed", "mutex_watershed", "agglomeration"])
 @pytest.mark.parametrize("block", [(32, 32, 32), (64, 16, 48)])
 def test_other_methods_are_exact_where_the_halo_exceeds_their_reach(
     tmp_path, probabilities, affinities, truth, method, block
 ):
     source = open_source(str(probabilities if method == "watershed" else affinities), "mito")
-    options = SegmentationOptions(method, halo=24 * 8, merge_threshold=0.75, strides=(2, 2, 2))
+    options = SegmentationOptions(method, halo=25 * 8, merge_threshold=0.75, strides=(2, 2, 2))  # an odd halo
     expected = BlockSegmenter.of(source, options)(source.read((0, 0, 0), truth.shape))
     labels, _ = run(source, tmp_path / "o.zarr", options, StorageOptions(chunks=CHUNK, block=block))
     assert same_partition(labels, expected)
