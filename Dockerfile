@@ -1,14 +1,14 @@
 # The commands with the libraries of the example task. For the CPU:
 #   docker build -t cellmap-lightning .
 # For CUDA, with any Debian or Ubuntu base (torch of PyPI has its own CUDA libraries):
-#   docker build -t cellmap-lightning:cuda --build-arg BASE=nvidia/cuda:12.8.1-base-ubuntu24.04 \
-#       --build-arg TORCH_INDEX=https://pypi.org/simple .
+#   docker build -t cellmap-lightning:cuda --build-arg BASE=nvidia/cuda:12.8.1-base-ubuntu24.04 .
+# PIP_OPTIONS goes to pip, such as --extra-index-url with an index of CPU builds, which are smaller.
 # Run it with the folder of the data, in which the results are written too:
 #   docker run --rm --user "$(id -u):$(id -g)" --shm-size 8g -v "$PWD:/work" cellmap-lightning cellmap-train experiment=demo
 ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE}
 
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG PIP_OPTIONS=""
 ARG EXTRAS=train,fast,targets,challenge,s3
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUTF8=1 HOME=/tmp PATH=/opt/env/bin:$PATH
 
@@ -22,11 +22,11 @@ WORKDIR /src
 # The large libraries are a layer that changes with the constraints alone. A local version such as 2.13.0+cpu, which
 # the CPU index has, is preferred to the version without one.
 COPY constraints.txt ./
-RUN pip install -c constraints.txt --extra-index-url "${TORCH_INDEX}" torch
+RUN pip install -c constraints.txt ${PIP_OPTIONS} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY cellmap_lightning cellmap_lightning
 COPY configs configs
-RUN pip install -c constraints.txt --extra-index-url "${TORCH_INDEX}" ".[${EXTRAS}]"
+RUN pip install -c constraints.txt ${PIP_OPTIONS} ".[${EXTRAS}]"
 
 RUN useradd --no-create-home cellmap && install --directory --owner cellmap /work
 USER cellmap

@@ -9,7 +9,7 @@
 
 Heights are whole numbers of 1/16 of the smallest voxel length, so that equal shapes give equal results at any place of
 an array. The reach is the diameter of the largest object plus ``seed_distance`` and three times ``smoothing``.
-The distance transform and the watershed are those of bioimage-cpp (https://pypi.org/project/bioimage-cpp).
+The distance transform and the watershed are those of bioimage-cpp.
 """
 
 from collections.abc import Sequence
