@@ -9,7 +9,7 @@ import yaml
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 PAGE = HERE / "configuration.md"
-COMMANDS = ("train", "predict", "evaluate", "submit", "inspect")
+COMMANDS = ("train", "predict", "evaluate", "export", "submit", "inspect")
 
 HEAD = """\
 # Configuration

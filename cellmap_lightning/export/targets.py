@@ -1,0 +1,55 @@
+"""The targets of an export: the file formats of other programs."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.export.model_card import ModelCard
+from cellmap_lightning.export.onnx import write_onnx
+from cellmap_lightning.export.staging import staged
+from cellmap_lightning.export.torchscript import write_torchscript
+from cellmap_lightning.export.trained_model import TrainedModel
+from cellmap_lightning.export.verification import verify
+from cellmap_lightning.validation import one_of
+
+Writer = Callable[[TrainedModel, Path, str], Path]
+_WEIGHTS: dict[str, Writer] = {
+    "torchscript": write_torchscript,
+    "onnx": write_onnx,
+}
+TARGETS = tuple(_WEIGHTS)
+
+
+def export_model(model: TrainedModel, to: str, out: Path, overwrite: bool = False) -> ModelCard:
+    """Export a model, and compare the exported file with it before anything appears at ``out``.
+
+    Args:
+        model: the model.
+        to: one of ``TARGETS``.
+        out: the folder to write.
+        overwrite: replace an earlier export.
+
+    Returns:
+        The description of the export.
+
+    Raises:
+        CellMapValueError: the network cannot be converted, or the outputs differ.
+        CellMapFileExistsError: see `check_output`.
+        MissingExtraError: a library is not installed.
+    """
+    one_of("to", to, TARGETS)
+    where = f"to={to}"
+    if out.suffix in (".ts", ".pt", ".onnx"):
+        raise CellMapValueError(f"out={out} must be a folder; the weights are written to a file in it")
+    with staged(out, overwrite) as folder:
+        weights = _WEIGHTS[to](model, folder, where)
+        verified = verify(model, weights, where)
+        about = {**model.card.about, "verified": verified}
+        card = ModelCard(**(asdict(model.card) | {"weights": weights.name, "about": about}))
+        np.save(folder / "test_input.npy", model.example.numpy())
+        np.save(folder / "test_output.npy", model.expected.numpy())
+        card.write(folder)
+    return card
