@@ -14,6 +14,7 @@ def main() -> Any:
 
 
 def _export(cfg: DictConfig) -> None:
+    from cellmap_lightning.export.bioimageio import PackageOptions
     from cellmap_lightning.export.staging import check_output
     from cellmap_lightning.export.targets import TARGETS, export_model
     from cellmap_lightning.export.trained_model import restore_model
@@ -22,11 +23,12 @@ def _export(cfg: DictConfig) -> None:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     one_of("to", settings["to"], TARGETS)
     out, overwrite = Path(settings["out"]), bool(settings["overwrite"])
+    package = PackageOptions(**settings["package"])
     check_output(out, overwrite)  # before the checkpoint is read
     model = restore_model(
         Path(settings["ckpt"]), settings["trust"], settings["trust_checkpoint"], settings["stored_dtype"]
     )
-    card = export_model(model, settings["to"], out, overwrite)
+    card = export_model(model, settings["to"], out, overwrite, package)
     verified = card.about["verified"]
     halo = list(card.halo or ())
     print(

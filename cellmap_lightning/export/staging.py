@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,20 @@ def check_output(out: Path, overwrite: bool) -> None:
     """
     if not os.path.lexists(out):
         return
-    is_export = (out / CARD).is_file() if out.is_dir() else out.is_file() and out.suffix == ".zip"
-    if not is_export or out.is_symlink():
+    if not _is_export(out) or out.is_symlink():
         raise CellMapFileExistsError(f"out={out} exists and is not an export; give another path with out=...")
     if not overwrite:
         raise CellMapFileExistsError(f"out={out} exists; set overwrite=true to replace it, or give another out=...")
+
+
+def _is_export(out: Path) -> bool:
+    """Return True for a folder, or a zip file, that holds a description of an exported model."""
+    if out.is_dir():
+        return (out / CARD).is_file()
+    if not out.is_file() or not zipfile.is_zipfile(out):
+        return False
+    with zipfile.ZipFile(out) as package:
+        return CARD in package.namelist()
 
 
 @contextmanager

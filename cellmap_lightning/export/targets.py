@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.export.model_card import ModelCard
+from cellmap_lightning.export.bioimageio import PackageOptions, write_package
+from cellmap_lightning.export.model_card import WEIGHTS, ModelCard
 from cellmap_lightning.export.onnx import write_onnx
 from cellmap_lightning.export.staging import staged
 from cellmap_lightning.export.torchscript import write_torchscript
@@ -19,18 +20,22 @@ Writer = Callable[[TrainedModel, Path, str], Path]
 _WEIGHTS: dict[str, Writer] = {
     "torchscript": write_torchscript,
     "onnx": write_onnx,
+    "bioimageio": write_torchscript,
 }
 TARGETS = tuple(_WEIGHTS)
 
 
-def export_model(model: TrainedModel, to: str, out: Path, overwrite: bool = False) -> ModelCard:
+def export_model(
+    model: TrainedModel, to: str, out: Path, overwrite: bool = False, package: PackageOptions | None = None
+) -> ModelCard:
     """Export a model, and compare the exported file with it before anything appears at ``out``.
 
     Args:
         model: the model.
         to: one of ``TARGETS``.
-        out: the folder to write.
+        out: the folder to write; of ``bioimageio`` a ``.zip`` file.
         overwrite: replace an earlier export.
+        package: authors, license and so on of ``bioimageio``.
 
     Returns:
         The description of the export.
@@ -42,7 +47,9 @@ def export_model(model: TrainedModel, to: str, out: Path, overwrite: bool = Fals
     """
     one_of("to", to, TARGETS)
     where = f"to={to}"
-    if out.suffix in (".ts", ".pt", ".onnx"):
+    if to == "bioimageio" and out.suffix != ".zip":
+        raise CellMapValueError(f"out={out} must end in .zip for to=bioimageio")
+    if to != "bioimageio" and out.suffix in (".zip", *WEIGHTS):
         raise CellMapValueError(f"out={out} must be a folder; the weights are written to a file in it")
     with staged(out, overwrite) as folder:
         weights = _WEIGHTS[to](model, folder, where)
@@ -52,4 +59,6 @@ def export_model(model: TrainedModel, to: str, out: Path, overwrite: bool = Fals
         np.save(folder / "test_input.npy", model.example.numpy())
         np.save(folder / "test_output.npy", model.expected.numpy())
         card.write(folder)
+        if to == "bioimageio":
+            write_package(model, card, folder, out.name, package or PackageOptions())
     return card
