@@ -160,3 +160,18 @@ def test_invalid_settings(exported, arguments, match):
     assert (code, "Traceback" in text) == (1, False), text
     assert match in text
     assert sorted(exported.iterdir()) == before
+
+
+def test_training_begins_with_the_weights_of_an_export(exported, volume, tmp_path):
+    own = torch.jit.load(str(exported / "mito" / "model.ts")).state_dict()
+    torch.save({f"module.{name}": value for name, value in own.items()}, tmp_path / "other.pth")
+    for setting in (
+        [f"init_from={exported}/mito/model.ts"],
+        ["init_from=other.pth", "init_from_map={module.network.:''}"],
+    ):
+        run = small(volume, "trainer.fast_dev_run=true", "hydra.run.dir=new", "trainer.max_epochs=1", *setting)
+        code, text = run_forked(*run, cwd=tmp_path)
+        assert code == 0, text
+        assert "weights of the model are loaded" in text
+        assert "is initialized: its size depends on the classes" in text
+        assert "not in the file" not in text
