@@ -8,6 +8,7 @@ import numpy as np
 
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.export.bioimageio import PackageOptions, write_package
+from cellmap_lightning.export.cellmap_flow import without_halo, write_flow_files
 from cellmap_lightning.export.model_card import WEIGHTS, ModelCard
 from cellmap_lightning.export.onnx import write_onnx
 from cellmap_lightning.export.staging import staged
@@ -21,6 +22,7 @@ _WEIGHTS: dict[str, Writer] = {
     "torchscript": write_torchscript,
     "onnx": write_onnx,
     "bioimageio": write_torchscript,
+    "cellmap_flow": write_torchscript,
 }
 TARGETS = tuple(_WEIGHTS)
 
@@ -51,6 +53,7 @@ def export_model(
         raise CellMapValueError(f"out={out} must end in .zip for to=bioimageio")
     if to != "bioimageio" and out.suffix in (".zip", *WEIGHTS):
         raise CellMapValueError(f"out={out} must be a folder; the weights are written to a file in it")
+    model = without_halo(model) if to == "cellmap_flow" else model
     with staged(out, overwrite) as folder:
         weights = _WEIGHTS[to](model, folder, where)
         verified = verify(model, weights, where)
@@ -59,6 +62,8 @@ def export_model(
         np.save(folder / "test_input.npy", model.example.numpy())
         np.save(folder / "test_output.npy", model.expected.numpy())
         card.write(folder)
+        if to == "cellmap_flow":
+            write_flow_files(card, folder)
         if to == "bioimageio":
             write_package(model, card, folder, out.name, package or PackageOptions())
     return card

@@ -1,6 +1,8 @@
 """The model of a checkpoint as one module, from finished inputs to activated channels, with its description."""
 
 import hashlib
+import logging
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,6 +31,10 @@ from cellmap_lightning.transforms.normalization import Normalize
 
 #: Kinds whose channels are probabilities of classes, which need no further description.
 _CLASSES = ("binary", "labels")
+#: Voxels of the largest input on which the halo is measured, in double precision and with gradients.
+_LARGEST_MEASURED = 64**3
+
+log = logging.getLogger(__name__)
 
 
 class SegmentationModel(nn.Module):
@@ -133,16 +139,31 @@ def restore_model(path: Path, trust: Any = (), trust_checkpoint: Any = False, st
     expected = _output(module, example, where)
     named = getattr(task, "network", None)
     network: nn.Module = named if isinstance(named, nn.Module) else module
-    halo, exact = measure_halo(network, shape)
+    halo, exact = _halo(network, shape, where)
     card = _card(checkpoint, path, spec, chosen, classes, channels, expected, stored)
-    flat_axis = [axis for axis, n in enumerate(card.input_shape) if n == 1]
-    for axis in flat_axis:  # a slice of a volume: no context along it
-        halo = (*halo[:axis], 0, *halo[axis:])
+    if halo is not None:  # a slice of a volume has no context along its axis
+        along = iter(halo)
+        halo = tuple(0 if n == 1 else next(along) for n in card.input_shape)
     about = {
         **card.about, "network": type(network).__name__, "halo_limited_by_patch": not exact,
         "parameters": sum(p.numel() for p in network.parameters()),
     }  # fmt: skip
     return TrainedModel(module, _changed(card, halo=halo, about=about), example, expected)
+
+
+def _halo(network: nn.Module, shape: tuple[int, ...], where: str) -> tuple[tuple[int, ...] | None, bool]:
+    """Measure the halo, of large patches on a smaller input; None where the network does not allow it."""
+    lengths = list(shape)
+    while math.prod(lengths) > _LARGEST_MEASURED:
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        lengths[longest] //= 2
+    try:
+        return measure_halo(network, tuple(lengths))
+    except Exception as e:  # the code of a network can raise anything
+        log.warning(
+            "%s: the halo is not measured: %s: %s", where, type(e).__name__, next(iter(str(e).splitlines()), "")
+        )
+        return None, False
 
 
 def _changed(card: ModelCard, **values: Any) -> ModelCard:

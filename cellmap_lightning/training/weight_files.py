@@ -127,8 +127,8 @@ def load_weights(
     if not fits:
         raise CellMapValueError(
             f"{where}: none of its {len(saved)} weights fits the {len(own)} of the model; their names begin with "
-            f"{first_few(list(saved)) or 'nothing'}, those of the model with {first_few(list(own))}; map other prefixes "
-            "with init_from_map={old: new}"
+            f"{first_few(list(saved)) or 'nothing'}, those of the model with {first_few(list(own))}; map "
+            "other prefixes with init_from_map={old: new}"
         )
     lines = [f"{len(fits)} of the {len(own)} weights of the model are loaded"]
     for name, value in own.items():

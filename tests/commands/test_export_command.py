@@ -139,7 +139,7 @@ def test_several_rules_of_a_training(exported, volume, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["to=onx"], "to must be one of torchscript, onnx, bioimageio"),
+        (["to=onx"], "to must be one of torchscript, onnx, bioimageio, cellmap_flow"),
         (["ckpt=nowhere.ckpt"], "there is no such checkpoint"),
         (["ckpt=mito"], "is a folder; it holds no checkpoints"),
         (["ckpt=mito/cellmap.json"], "is not a checkpoint"),

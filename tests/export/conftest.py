@@ -21,8 +21,8 @@ SHAPE, SCALE = [8, 16, 16], [16.0, 8.0, 8.0]
 def save(tmp_path):
     """Return a function that writes a checkpoint, with changes of its network, task, arrays and rule."""
 
-    def save_checkpoint(network=None, shape=SHAPE, target=None, rule=None, classes=("mito", "er"), **task):
-        patch = {"shape": list(shape), "scale": SCALE[-len(shape) :]}
+    def save_checkpoint(network=None, shape=SHAPE, target=None, rule=None, classes=("mito", "er"), scale=SCALE, **task):
+        patch = {"shape": list(shape), "scale": scale[-len(shape) :]}
         model = UNET if network is None else network
         config = {
             "data": {

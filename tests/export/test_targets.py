@@ -178,3 +178,24 @@ def test_weights_of_another_network(save):
     torch.save(content, path)
     with pytest.raises(CellMapValueError, match="the weights do not fit the model: Missing key"):
         restore_model(path)
+
+
+class SingleUse(nn.Module):
+    """A network that accepts one length alone, so that its halo cannot be measured on another."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv3d(1, 2, 3, padding=1)
+
+    def forward(self, x):
+        if x.shape[2] != 80:
+            raise ValueError("80 voxels are needed")
+        return self.layer(x)
+
+
+def test_a_halo_that_cannot_be_measured(save, tmp_path, caplog):
+    path = save(target_of(SingleUse), shape=[80, 80, 80])
+    card = export_model(restore_model(path, ["tests.export.test_targets"]), "torchscript", tmp_path / "out")
+    assert card.halo is None
+    assert "the halo is not measured: ValueError: 80 voxels are needed" in caplog.text
+    assert card.about["verified"]["other_shape"] is None
