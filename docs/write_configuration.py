@@ -9,7 +9,7 @@ import yaml
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 PAGE = HERE / "configuration.md"
-COMMANDS = ("train", "predict", "segment", "evaluate", "tune", "submit", "inspect", "convert")
+COMMANDS = ("train", "predict", "segment", "evaluate", "tune", "export", "submit", "inspect", "convert")
 
 HEAD = """\
 # Configuration

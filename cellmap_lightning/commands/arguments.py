@@ -24,6 +24,7 @@ _OPTIONAL = ("augment", "callbacks", "logger", "experiment")
 _KEYS_OF_PATHS = {
     "train": {".ckpt": "resume={0} or init_from={0}", ".csv": "data.csv_path={0}"},
     "predict": {".ckpt": "ckpt={0}", ".zarr": "data.input_path={0}"},
+    "export": {".ckpt": "ckpt={0}"},
     "inspect": {".csv": "data.csv_path={0}", ".zarr": "data.input_path={0}"},
     "preview": {".csv": "data.csv_path={0}"},
     "convert": {".tif": "input={0}", ".h5": "input={0}/<dataset>", ".zarr": "output={0}"},

@@ -29,7 +29,8 @@ def run(cfg: DictConfig, task: Any = None) -> str | None:
     """
     data = instantiate(cfg.data, _convert_="all")
     task = task if task is not None else instantiate(cfg.task, _convert_="all")
-    check_checkpoint(Path(cfg.ckpt), data, task, "evaluate", "ckpt")
+    if cfg.ckpt is not None:  # an exported model holds its weights
+        check_checkpoint(Path(cfg.ckpt), data, task, "evaluate", "ckpt")
     writer = instantiate(cfg.writer, _convert_="all")
     cfg.trainer.enable_progress_bar = False  # the writer has a bar that counts blocks
     cfg.trainer.enable_model_summary = cfg.trainer.enable_checkpointing = False

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.checkpointing.checkpoint_config import CONFIG_KEY
 from cellmap_lightning.checkpointing.trust import check_trusted
+from cellmap_lightning.commands.exported_config import exported_config, is_exported
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.evaluation.challenge import ChallengeCrop, listed_crops
 from cellmap_lightning.geometry.lattice import Box
@@ -56,12 +57,30 @@ def effective_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         overrides: the overrides as given on the command line.
 
     Raises:
-        CellMapError: see `saved_config`; or the configuration is not trusted, or the region does not exist.
+        CellMapError: see `saved_config` and `exported_config`; or the configuration is not trusted, or the region
+            does not exist.
     """
     one_of("metric", cfg.metric, METRICS)
     missing = _missing(cfg, ("ckpt", "data.input_path", "out"))
     if missing:
         raise CellMapValueError("\n".join(f"{key} is required: set it with {key}=..." for key in missing))
+    if is_exported(cfg.ckpt):
+        options = OmegaConf.select(cfg, "data.storage_options")
+        plain: Any = OmegaConf.to_container(options, resolve=True) if options else None
+        config = exported_config(cfg, writer_config(cfg, plain))
+    else:
+        config = _checkpoint_config(cfg)
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key == "data":
+            raise CellMapValueError(f"{override}: the data are those of the checkpoint; give data.input_path")
+        if key.startswith("data.") and key != "data.input_path":
+            OmegaConf.update(config, key, OmegaConf.select(cfg, key), force_add=True)
+    return config
+
+
+def _checkpoint_config(cfg: DictConfig) -> DictConfig:
+    """Return the configuration of a prediction with the model of a checkpoint."""
     saved = saved_config(Path(cfg.ckpt))
     replaced: Any = OmegaConf.to_container(cfg.metadata, resolve=True)
     metadata = {key: value for key, value in replaced.items() if value is not None}
@@ -70,24 +89,14 @@ def effective_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     trainer: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
     if trainer.get("precision") is None:
         trainer["precision"] = (saved.get("trainer") or {}).get("precision")
-    writer: Any = OmegaConf.to_container(cfg.writer, resolve=True)
-    region: Any = OmegaConf.to_container(cfg.region) if OmegaConf.is_config(cfg.region) else cfg.region
-    if not writer["region"]:
-        writer["region"] = region_box(region, str(cfg.data.input_path), data.get("storage_options"))
-    config = OmegaConf.create(
+    writer = writer_config(cfg, data.get("storage_options"))
+    return OmegaConf.create(
         {
             "ckpt": cfg.ckpt, "patch": patch, "data": data, "model": saved.get("model"), "task": saved["task"],
             "trainer": trainer, "writer": writer, "evaluate": bool(cfg.evaluate), "metric": cfg.metric,
             "picture": bool(cfg.picture), "input_path": cfg.data.input_path, "metadata": metadata,
         }
     )  # fmt: skip
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        if key == "data":
-            raise CellMapValueError(f"{override}: the data are those of the checkpoint; give data.input_path")
-        if key.startswith("data.") and key != "data.input_path":
-            OmegaConf.update(config, key, OmegaConf.select(cfg, key), force_add=True)
-    return config
 
 
 def _missing(cfg: DictConfig, keys: Sequence[str]) -> list[str]:
@@ -193,6 +202,15 @@ def _restrict_to_crop(config: DictConfig, crop: ChallengeCrop, classes: Sequence
     scale = next(iter((config.data.target_arrays or config.data.input_arrays).values())).scale
     config.writer.only, config.writer.region = list(classes), crop.box(list(scale)).as_dict()
     config.crop, config.listed, config.folder = crop.name, list(crop.classes), folder
+
+
+def writer_config(cfg: DictConfig, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments of the writer, with the box of the setting ``region``."""
+    writer: Any = OmegaConf.to_container(cfg.writer, resolve=True)
+    region: Any = OmegaConf.to_container(cfg.region) if OmegaConf.is_config(cfg.region) else cfg.region
+    if not writer["region"]:
+        writer["region"] = region_box(region, str(cfg.data.input_path), options)
+    return writer  # type: ignore[no-any-return]
 
 
 def groundtruth(input_path: str, options: Mapping[str, Any] | None = None) -> StorePath:

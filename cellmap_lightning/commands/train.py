@@ -29,7 +29,8 @@ from cellmap_lightning.commands.signals import ExitOnSignal
 from cellmap_lightning.commands.sweep_table import write_scores
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.training import report
-from cellmap_lightning.training.checkpoints import check_checkpoint, check_exists, load_weights, saved_checkpoints
+from cellmap_lightning.training.checkpoints import check_checkpoint, check_exists, saved_checkpoints
+from cellmap_lightning.training.weight_files import load_weights, read_weights, rename_weights
 from cellmap_lightning.validation import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ def _checkpoint(resume: str | None, folder: Path) -> tuple[Path | None, int]:
 
 
 def _initialize_weights(cfg: DictConfig, data: Any, task: Any) -> None:
-    """Load the weights of another training; with other classes, layers of their size keep their random weights.
+    """Load the weights of another training; layers that depend on the classes only from one with the same classes.
 
     Args:
         cfg: the configuration, not resolved yet; it is changed.
@@ -211,7 +212,13 @@ def _initialize_weights(cfg: DictConfig, data: Any, task: Any) -> None:
     """
     has_network = isinstance(getattr(task, "network", None), torch.nn.Module)
     network = task.network if has_network else task
-    old_classes = check_checkpoint(Path(cfg.init_from), data, task, "begin", "init_from")
+    file, where = read_weights(Path(cfg.init_from), "init_from"), f"init_from={cfg.init_from}"
+    weights = file.weights
+    if cfg.init_from_map is not None:
+        weights = rename_weights(weights, OmegaConf.to_container(cfg.init_from_map), where)
+    old_classes: list[str] = []
+    if file.kind == "checkpoint":
+        old_classes = check_checkpoint(Path(cfg.init_from), data, task, "begin", "init_from")
     classes = list(cfg.data.classes or [])
     head: set[str] = set()
     if has_network and old_classes != classes:
@@ -225,8 +232,7 @@ def _initialize_weights(cfg: DictConfig, data: Any, task: Any) -> None:
                 "init_from: the classes of the checkpoint, %s, are not those of this run, %s, and no layer of the "
                 "model has their size: every layer is loaded, the last one too", old_classes, classes,
             )  # fmt: skip
-    summary = load_weights(network, Path(cfg.init_from), "network." if has_network else "", head)
-    log.info("init_from=%s: %s", cfg.init_from, summary)
+    log.info("%s: %s", where, load_weights(network, weights, where, "network." if has_network else "", head))
 
 
 def _check_launch(cfg: DictConfig) -> None:

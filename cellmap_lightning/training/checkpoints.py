@@ -1,7 +1,6 @@
 """Checkpoints to resume a run from, or to initialize its weights with."""
 
 import logging
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from cellmap_lightning.checkpointing.unreadable import unreadable
 from cellmap_lightning.datamodule import CellMapDataModule
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.training.restorable import RestorableTask
-from cellmap_lightning.validation import first_few
 
 log = logging.getLogger(__name__)
 
@@ -59,51 +57,6 @@ def saved_checkpoints(folder: Path) -> list[SavedCheckpoint]:
         else:
             log.info("%s holds only weights, which are not enough to resume training", path)
     return sorted(checkpoints)
-
-
-def load_weights(module: torch.nn.Module, path: Path, prefix: str = "", skip: Collection[str] = ()) -> str:
-    """Load the weights of a checkpoint whose names and shapes fit a module.
-
-    Args:
-        module: the module, which is changed.
-        path: the checkpoint; nothing but tensors and plain values is read from it.
-        prefix: prefix of the module's weights in the checkpoint, such as ``network.``.
-        skip: names of weights that are not loaded, since their size depends on the classes.
-
-    Returns:
-        A report of the loaded, initialized and unused weights, one line per weight.
-
-    Raises:
-        CellMapFileNotFoundError: there is no such checkpoint.
-        CellMapValueError: it cannot be read, or none of its weights fits.
-    """
-    checkpoint = read_checkpoint(path, "init_from").get("state_dict", {})
-    saved = {name.removeprefix(prefix): value for name, value in checkpoint.items() if name.startswith(prefix)}
-    weights = module.state_dict()
-    # Not strict=False alone: load_state_dict raises for other shapes.
-    fits = {
-        name: value
-        for name, value in saved.items()
-        if name in weights and value.shape == weights[name].shape and name not in skip
-    }
-    if not fits:
-        raise CellMapValueError(
-            f"init_from={path}: none of its {len(saved)} weights fits the {len(weights)} of the model; their names "
-            f"begin with {first_few(list(saved)) or 'nothing'}, those of the model with {first_few(list(weights))}"
-        )
-    lines = [f"{len(fits)} of the {len(weights)} weights of the model are loaded"]
-    for name, value in weights.items():
-        if name in skip:
-            lines.append(f"  {name} is initialized: its size depends on the classes")
-        elif name not in saved:
-            lines.append(f"  {name} is initialized: it is not in the checkpoint")
-        elif name not in fits:
-            lines.append(f"  {name} is initialized: {list(saved[name].shape)} saved, {list(value.shape)} needed")
-    unused = [name for name in saved if name not in weights]
-    if unused:
-        lines.append(f"  not used: {', '.join(unused)}")
-    module.load_state_dict(fits, strict=False)
-    return "\n".join(lines)
 
 
 def check_checkpoint(path: Path, data: Any, task: Any, purpose: Purpose, setting: str) -> list[str]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.geometry.placement import Window
+from cellmap_lightning.training.deep_supervision import scales_of
 from cellmap_lightning.training.losses import MaskedLoss, activate, parse_loss
-from cellmap_lightning.training.masked import DiceScore, one_against_all
+from cellmap_lightning.training.masked import DiceScore, one_against_all, probabilities
 from cellmap_lightning.training.scores import DirectionScore, RegressionScore
 from cellmap_lightning.transforms.kinds.affinities import Affinities
 from cellmap_lightning.transforms.kinds.kind import Activation, TargetKind
@@ -169,6 +170,27 @@ def split_output(output: Tensor, heads: Sequence[Head]) -> list[Tensor]:
             f"out_channels to {sum(needed)}"
         )
     return list(torch.split(output, needed, 1))
+
+
+def channel_values(output: Any, heads: Sequence[Head], classes: int, ndim: int) -> Tensor:
+    """Convert the output of a network to the values of each channel after its activation.
+
+    Args:
+        output: of the network: a tensor ``[N, C, ...]``, or several scales of it.
+        heads: the heads, in order; without any, the output is the logits of classes.
+        classes: number of classes.
+        ndim: axes of the input: 5 for ``[N, 1, z, y, x]``.
+
+    Returns:
+        ``[N, channels, ...]``, see `describe_channels`.
+
+    Raises:
+        CellMapValueError: the network has another number of channels than the heads need.
+    """
+    full = scales_of(output, ndim)[0]
+    if not heads:
+        return probabilities(full, classes)
+    return torch.cat([head.values(part) for head, part in zip(heads, split_output(full, heads), strict=True)], 1)
 
 
 def check_shapes(output: Tensor, targets: Sequence[Tensor], heads: Sequence[Head]) -> None:

@@ -11,8 +11,16 @@ from torch import Tensor, nn
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.training.deep_supervision import over_scales, scales_of
 from cellmap_lightning.training.head_scores import Scorers, dice_by_class, epoch_scores, loggable
-from cellmap_lightning.training.heads import Head, check_shapes, describe_channels, kind_of, make_heads, split_output
-from cellmap_lightning.training.masked import MeanOverSamples, probabilities
+from cellmap_lightning.training.heads import (
+    Head,
+    channel_values,
+    check_shapes,
+    describe_channels,
+    kind_of,
+    make_heads,
+    split_output,
+)
+from cellmap_lightning.training.masked import MeanOverSamples
 from cellmap_lightning.training.restorable import RestorableTask
 from cellmap_lightning.transforms.kinds.kind import TargetKind
 from cellmap_lightning.validation import did_you_mean
@@ -334,11 +342,7 @@ class SegmentationTask(RestorableTask):
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the values of each channel after its activation, ``[N, C, z, y, x]``; see `output_channels`."""
         inputs = self._inputs(batch)
-        output = scales_of(self(*inputs), inputs[0].ndim)[0]
-        if not self._heads:
-            return probabilities(output, len(self.classes))
-        parts = split_output(output, self._heads)
-        return torch.cat([head.values(part) for head, part in zip(self._heads, parts, strict=True)], 1)
+        return channel_values(self(*inputs), self._heads, len(self.classes), inputs[0].ndim)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, and the scheduler if there is one."""

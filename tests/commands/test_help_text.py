@@ -18,7 +18,7 @@ from tests.command_lines import composed, shell_commands
 ROOT = Path(__file__).parents[2]
 ALL = ["augment", "callbacks", "data", "experiment", "logger", "model", "task", "trainer"]
 GROUPS = {"train": ALL, "preview": ALL, "inspect": ALL, "predict": ["data", "trainer"]} | {
-    name: [] for name in ("segment", "evaluate", "tune", "submit", "convert")
+    name: [] for name in ("segment", "evaluate", "tune", "submit", "convert", "export")
 }
 
 
