@@ -175,3 +175,16 @@ def test_training_begins_with_the_weights_of_an_export(exported, volume, tmp_pat
         assert "weights of the model are loaded" in text
         assert "is initialized: its size depends on the classes" in text
         assert "not in the file" not in text
+
+
+@pytest.mark.slow
+def test_the_prediction_of_an_onnx_file(exported, volume, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    code, text = run_forked(f"ckpt={exported}/best.ckpt", "to=onnx", "out=onnx", cwd=tmp_path, command="export")
+    assert code == 0, text
+    for name, ckpt in [("a.zarr", exported / "best.ckpt"), ("b.zarr", "onnx")]:
+        arguments = [f"ckpt={ckpt}", f"out={name}", "writer.dtype=float32"]
+        code, text = predict(exported, volume, tmp_path, *arguments)
+        assert code == 0, text
+    np.testing.assert_allclose(voxels(tmp_path / "b.zarr"), voxels(tmp_path / "a.zarr"), atol=1e-5)
