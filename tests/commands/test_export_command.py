@@ -58,7 +58,7 @@ def test_a_foreign_network_with_a_description(exported, volume, tmp_path):
     torch.jit.trace(torch.nn.Identity(), torch.zeros(1, 1, 8, 16, 16)).save(str(tmp_path / "other.pt"))
     card = {
         "weights": "other.pt", "input_shape": [8, 16, 16], "input_voxel_size": [10.48, 8, 8], "classes": ["raw"],
-        "normalize": {"range": [0, 200]}, "invert": True,
+        "normalize": {"range": [0, 255.5]}, "invert": True,
     }  # fmt: skip
     for activation in (None, "sigmoid"):
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump(card | {"activation": activation}))
@@ -67,7 +67,7 @@ def test_a_foreign_network_with_a_description(exported, volume, tmp_path):
         assert code == 0, text
     raw = voxels(tmp_path / "None.zarr", "raw")
     assert raw.std() > 0.01
-    stored = (1 - raw) * 200
+    stored = (1 - raw) * 255.5  # whole numbers, and halves without the inversion
     np.testing.assert_allclose(stored, np.rint(stored), atol=1e-3)
     np.testing.assert_allclose(voxels(tmp_path / "sigmoid.zarr", "raw"), 1 / (1 + np.exp(-raw)), atol=1e-6)
 
@@ -175,3 +175,16 @@ def test_training_begins_with_the_weights_of_an_export(exported, volume, tmp_pat
         assert "weights of the model are loaded" in text
         assert "is initialized: its size depends on the classes" in text
         assert "not in the file" not in text
+
+
+@pytest.mark.slow
+def test_the_prediction_of_an_onnx_file(exported, volume, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    code, text = run_forked(f"ckpt={exported}/best.ckpt", "to=onnx", "out=onnx", cwd=tmp_path, command="export")
+    assert code == 0, text
+    for name, ckpt in [("a.zarr", exported / "best.ckpt"), ("b.zarr", "onnx")]:
+        arguments = [f"ckpt={ckpt}", f"out={name}", "writer.dtype=float32"]
+        code, text = predict(exported, volume, tmp_path, *arguments)
+        assert code == 0, text
+    np.testing.assert_allclose(voxels(tmp_path / "b.zarr"), voxels(tmp_path / "a.zarr"), atol=1e-5)

@@ -45,3 +45,9 @@ def test_a_receptive_field_larger_than_the_patch():
     halo, exact = measure_halo(nn.Conv3d(1, 1, 15, padding=7), (8, 16, 16))
     assert not exact
     assert halo == (7, 7, 7)
+
+
+def test_units_that_are_off_count():
+    network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv3d(2, 1, 3, padding=1))
+    nn.init.constant_(network[0].bias, -100)
+    assert measure_halo(network, (16, 16, 16)) == ((2, 2, 2), True)

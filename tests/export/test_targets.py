@@ -1,6 +1,7 @@
 """Exported models compute what their checkpoints compute."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 from torch import nn
 
-from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError
+from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, MissingExtraError
 from cellmap_lightning.export.saved_models import load_model
 from cellmap_lightning.export.targets import export_model
 from cellmap_lightning.export.trained_model import restore_model
@@ -199,3 +200,11 @@ def test_a_halo_that_cannot_be_measured(save, tmp_path, caplog):
     assert card.halo is None
     assert "the halo is not measured: ValueError: 80 voxels are needed" in caplog.text
     assert card.about["verified"]["other_shape"] is None
+
+
+def test_a_missing_extra(save, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingExtraError, match=r'to=onnx needs onnx: pip install "cellmap-lightning\[export\]"'):
+        export_model(restore_model(save()), "onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
