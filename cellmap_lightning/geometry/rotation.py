@@ -339,7 +339,12 @@ def is_gathered(amap: AffineMap, method: Method) -> bool:
     Maps along the axes and rotations about an axis have the exact mean over an output voxel, `gather` that of points.
     """
     averages = bool((sub_points(amap.matrix, method) > 1).any())
-    return not averages or (amap.separable() is None and _axis_of_rotation(amap) is None)
+    return not averages or is_general(amap)
+
+
+def is_general(amap: AffineMap) -> bool:
+    """Return True if a map is neither along the axes nor a rotation about one, so that `gather` computes its patch."""
+    return amap.separable() is None and _axis_of_rotation(amap) is None
 
 
 def gathered_box(amap: AffineMap, shape: Sequence[int]) -> tuple[list[int], list[int]]:
