@@ -26,6 +26,7 @@ TURNS = {
     "mirrored and transposed": {**SPATIAL["mirrored"], "transpose": {"axes": ["z", "y", "x"]}},
     "rotated about z": {"rotate": {"axes": {"z": [-180, 180]}}},
     "rotated": SPATIAL["rotated"],
+    "rotated + elastic": SPATIAL["rotated + elastic"],
 }
 TARGET, BATCH = 3.0, 8
 

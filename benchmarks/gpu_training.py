@@ -8,7 +8,7 @@ there, a PNG; elsewhere ``--plot-json FILE`` draws the PNG from the JSON. ``--de
 test this program: its figures say nothing about a GPU.
 
 `Trainer.fit` of a MONAI U-Net (3D, bf16-mixed), and of a network of one layer, which starves for data, on patches of
-64, 96 and 128 voxels a side with 8 classes, mirrored and rotated:
+64, 96 and 128 voxels a side with 8 classes, mirrored, and rotated with elastic deformation:
 
 - **batch**: one finished batch on the device, again and again: the speed without any loading.
 - **off**: read by the host, copied and finished within the step.
@@ -16,8 +16,8 @@ test this program: its figures say nothing about a GPU.
 - **device**: gathered from voxels on the device within the step (``cache=device``).
 - **device ahead**: the same on a side stream.
 
-Beside it, the samples per second of the loader alone, the CPU time of the host per sample, and the bytes that are held
-on the device against the prediction.
+Beside it, the samples per second of the loader alone, also with rotation only, the CPU time of the host per sample, and
+the bytes that are held on the device against the prediction.
 """
 
 import argparse
@@ -46,10 +46,15 @@ from cellmap_lightning.resident.gather import GATHER_BYTES
 
 CLASSES = 8
 MIRRORED = {"mirror": {"axes": {"z": 0.5, "y": 0.5, "x": 0.5}}}
+ROTATED = {**MIRRORED, "rotate": {"axes": {"z": [-180, 180], "y": [-15, 15], "x": [-15, 15]}}}
+#: With control points 32 voxels apart, each displaced by up to 8.
 SPATIAL = {
     "mirrored": MIRRORED,
-    "rotated": {**MIRRORED, "rotate": {"axes": {"z": [-180, 180], "y": [-15, 15], "x": [-15, 15]}}},
+    "rotated": ROTATED,
+    "rotated + elastic": {**ROTATED, "elastic": {"spacing": 256, "magnitude": 64}},
 }
+#: Those of the trainings; the loader alone is measured with all.
+TRAINED = ("mirrored", "rotated + elastic")
 #: Cache and prefetching of each mode; the first one has no loader.
 MODES = {
     "batch": None,
@@ -282,7 +287,7 @@ def loader(backend, clock, volume, cases):
 def training(backend, clock, volume, cases, networks, least=0.2):
     """Steps per second, for each network, size, augmentation and mode; ``least`` seconds must be left for each."""
     rows = []
-    plan = [(edge, size, spatial, network) for edge, size in cases for spatial in SPATIAL for network in networks]
+    plan = [(edge, size, spatial, network) for edge, size in cases for spatial in TRAINED for network in networks]
     ahead = len(plan)
     for edge, batch_size, spatial, network in plan:
         what = f"{edge}^3, {spatial}, {network}"
@@ -382,10 +387,10 @@ def draw(result, path):
     rows = result["sections"]["training"]
     networks = list(dict.fromkeys(r["network"] for r in rows))
     figure, grid = plt.subplots(
-        len(SPATIAL), max(1, len(networks)), figsize=(11, 7), layout="constrained", squeeze=False, sharey=True
+        len(TRAINED), max(1, len(networks)), figsize=(11, 7), layout="constrained", squeeze=False, sharey=True
     )
     colors = {"off": "#e69f00", "ahead": "#0072b2", "device": "#56b4e9", "device ahead": "#009e73"}
-    for y, spatial in enumerate(SPATIAL):
+    for y, spatial in enumerate(TRAINED):
         for x, network in enumerate(networks):
             axes = grid[y][x]
             chosen = [r for r in rows if (r["network"], r["spatial"]) == (network, spatial)]

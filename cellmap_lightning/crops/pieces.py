@@ -12,24 +12,31 @@ from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.crops.labels import IdStack, Nearest
 from cellmap_lightning.geometry.exact_means import Means, plan_means
-from cellmap_lightning.geometry.lattice import AffineMap, FloatArray, Shape, patch_map
+from cellmap_lightning.geometry.lattice import AffineMap, FloatArray, Shape
 from cellmap_lightning.geometry.resample import Method, Slices, slices
 from cellmap_lightning.geometry.rotation import gathered_box, is_gathered
+from cellmap_lightning.geometry.sample_map import SampleMap, Warp, sample_map
+from cellmap_lightning.geometry.spline_gather import spline_box
+from cellmap_lightning.geometry.spline_map import SplineMap
 from cellmap_lightning.transforms.kinds.kind import UNKNOWN_ID, TargetKind
+
+#: A box of a patch's voxels.
+PatchBox = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A patch of one region: a box of it where the map is a lattice map, else the map that it is evaluated by.
+    """A patch, or a box of one, from one region: a box of that, or the map that evaluates it.
 
     Attributes:
         region: the stored voxels.
         fill: value of the voxels outside the region.
         low: first voxel of the region that is needed.
         shape: voxels that are needed; 0 along an axis where the patch lies outside.
+        box: the part of the patch; None for all of it.
         cut: the box that is copied; None for a map.
         start: first voxel of that box, which may lie outside of the region.
-        amap: map from the patch's voxels to those of the region; None for a box.
+        amap: map from the voxels of that part to those of the region; None for a box.
         method: ``linear`` for raw, ``nearest`` for labels.
         channel: position of the class, for ids; None for all channels.
         means: sums along the axes in place of the map.
@@ -39,9 +46,10 @@ class Piece:
     fill: float
     low: Shape
     shape: Shape
+    box: PatchBox | None = None
     cut: Slices | None = None
     start: Shape = (0, 0, 0)
-    amap: AffineMap | None = None
+    amap: AffineMap | SplineMap | None = None
     method: Method = "nearest"
     channel: int | None = None
     means: Means | None = None
@@ -65,9 +73,15 @@ class Description:
 
 
 def describe(
-    crop: Crop, name: str, place: Shape, turn: FloatArray | None, transform: Any, advance: FloatArray | None
+    crop: Crop,
+    name: str,
+    place: Shape,
+    turn: FloatArray | None,
+    transform: Any,
+    advance: FloatArray | None,
+    warp: Warp | None = None,
 ) -> Description | None:
-    """Describe one array of one sample without displacement.
+    """Describe one array of one sample.
 
     None where it must be read: computed kinds, floats, masked voxels.
 
@@ -78,26 +92,27 @@ def describe(
         turn: see `geometry.patch_map`; along the patch's axes.
         transform: value transform of an input; see `BatchLayout`.
         advance: distance to the previous tile; see `Placement.advance`.
+        warp: the displacement along the patch's axes; None for none.
     """
     turn = crop.plane.turn(turn)
     target = crop.arrays.targets.get(name)
     if target is None:
-        piece = _piece(crop.raw.patches[name], place, turn, crop.raw.fill(transform))
-        return Description((piece,)) if piece is not None else None
+        parts = _pieces(crop.raw.patches[name], place, turn, warp, crop.raw.fill(transform))
+        return Description(tuple(parts)) if parts is not None else None
     window = crop.windows[name]
-    if not _is_stored(target.kind) or any(mask is not None for mask in crop.hidden(place, window, turn, None)):
+    if not _is_stored(target.kind) or any(mask is not None for mask in crop.hidden(place, window, turn, warp)):
         return None
     stack = crop.labels.stacks[name]
     channels: Sequence[int | None] = [None]
     fill, unknown = 0, None
     if isinstance(stack, IdStack):
         channels, fill, unknown = [index for index, *_ in stack.members], UNKNOWN_ID, UNKNOWN_ID
-    pieces = []
+    pieces: list[Piece] = []
     for channel, patches in zip(channels, crop.labels.patches(name), strict=True):
-        piece = _piece(patches, place, turn, fill, channel)
-        if piece is None:
+        parts = _pieces(patches, place, turn, warp, fill, channel)
+        if parts is None:
             return None
-        pieces.append(piece)
+        pieces += parts
     before = () if advance is None else tuple(crop.voxels_before(window, advance))
     return Description(tuple(pieces), unknown, before, target.kind)
 
@@ -120,45 +135,77 @@ def _is_stored(kind: TargetKind) -> bool:
     return not kind.computed and not any(kind.margin)
 
 
-def _piece(
-    patches: Patches, place: Shape, turn: FloatArray | None, fill: float, channel: int | None = None
-) -> Piece | None:
-    """Describe a patch; None where it is computed in another way than by a copy or a gather."""
-    cut = patches.cut(turn)
+def _pieces(
+    patches: Patches,
+    place: Shape,
+    turn: FloatArray | None,
+    warp: Warp | None,
+    fill: float,
+    channel: int | None = None,
+) -> list[Piece] | None:
+    """Describe a patch, by its boxes where sections move; None where it is computed otherwise than on a device."""
+    cut = patches.cut(turn) if warp is None else None
     if cut is not None:
-        return _copied(patches.region, cut, patches.start(cut, place), patches.window.shape, fill, channel)
+        start = patches.start(cut, place)
+        return [_copied(patches.region, cut, start, patches.window.shape, None, fill, channel)]
     source, window = patches.source, patches.window
     if not isinstance(source, StoredImage | Nearest):
         return None
     center = patches.placement.first + patches.placement.step * place
-    amap = patch_map(center, window.shape, window.scale, source.lattice, turn)
-    cut = slices(amap)
-    if cut is not None:
-        return _copied(source.region, cut, cut.start, window.shape, fill, channel)
+    vmap = sample_map(center, window.shape, window.scale, source.lattice, turn, warp)
     method: Method = "linear" if isinstance(source, StoredImage) else "nearest"
-    shape, dtype = source.region.shape, source.region.dtype
-    if method == "linear" and (dtype.kind not in "iu" or dtype.itemsize > 4):
+    pieces = []
+    for box, amap in vmap.pieces() if isinstance(vmap, SampleMap) else [(None, vmap)]:
+        piece = _piece(source.region, amap, box, method, fill, channel)
+        if piece is None:
+            return None
+        pieces.append(piece)
+    return pieces
+
+
+def _piece(
+    region: Region,
+    amap: AffineMap | SplineMap,
+    box: PatchBox | None,
+    method: Method,
+    fill: float,
+    channel: int | None,
+) -> Piece | None:
+    """Describe a patch, or a box of one, by its map; None where another path computes it exactly."""
+    if isinstance(amap, AffineMap):
+        cut = slices(amap)
+        if cut is not None:
+            return _copied(region, cut, cut.start, amap.shape, box, fill, channel)
+    if method == "linear" and (region.dtype.kind not in "iu" or region.dtype.itemsize > 4):
         return None  # of floats, those that are not finite need a search of the box
-    if method == "linear" and not is_gathered(amap):
-        plan = plan_means(amap, shape)
-        if plan is None:
-            return Piece(source.region, fill, (0, 0, 0), (0, 0, 0), amap=amap, method=method, channel=channel)
-        extent = _shape(np.subtract(plan.high, plan.low))
-        return Piece(
-            source.region, fill, _shape(plan.low), extent, amap=amap, method=method, channel=channel, means=plan
-        )
-    low, high = gathered_box(amap, shape)
-    return Piece(
-        source.region, fill, _shape(low), _shape(np.subtract(high, low)), amap=amap, method=method, channel=channel
-    )
+    if isinstance(amap, AffineMap) and method == "linear" and not is_gathered(amap):
+        # The patches of sections are many, and would often differ from the host's where another path rounds otherwise.
+        return _exact(region, amap, fill, channel) if box is None else None
+    if isinstance(amap, AffineMap):
+        low, high = gathered_box(amap, region.shape)
+    else:
+        low, high = spline_box(*amap.bounds(0.5), region.shape)
+    needed = _shape(np.subtract(high, low))
+    return Piece(region, fill, _shape(low), needed, box, amap=amap, method=method, channel=channel)
 
 
-def _copied(region: Region, cut: Slices, start: Shape, patch: Shape, fill: float, channel: int | None) -> Piece:
-    """Describe a patch that is a box of a region, perhaps partly outside."""
+def _exact(region: Region, amap: AffineMap, fill: float, channel: int | None) -> Piece:
+    """Describe a patch along the axes of raw, or rotated about one of them, as sums along the axes."""
+    plan = plan_means(amap, region.shape)
+    if plan is None:
+        return Piece(region, fill, (0, 0, 0), (0, 0, 0), amap=amap, method="linear", channel=channel)
+    extent = _shape(np.subtract(plan.high, plan.low))
+    return Piece(region, fill, _shape(plan.low), extent, amap=amap, method="linear", channel=channel, means=plan)
+
+
+def _copied(
+    region: Region, cut: Slices, start: Shape, patch: Shape, box: PatchBox | None, fill: float, channel: int | None
+) -> Piece:
+    """Describe a patch, or a box of one, that is a box of a region, perhaps partly outside."""
     shape = cut.shape(patch)
     low = np.clip(start, 0, region.shape)
     high = np.clip(np.add(start, shape), low, region.shape)
-    return Piece(region, fill, _shape(low), _shape(high - low), cut, start, channel=channel)
+    return Piece(region, fill, _shape(low), _shape(high - low), box, cut, start, channel=channel)
 
 
 def _shape(value: Any) -> Shape:

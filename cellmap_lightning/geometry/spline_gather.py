@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cellmap_lightning.geometry.lattice import FloatArray
 from cellmap_lightning.geometry.rotation import moved_as_one
 from cellmap_lightning.geometry.source import AnyArray, Method, Source, compute_type, read_box, store_values
-from cellmap_lightning.geometry.spline_map import SplineMap
+from cellmap_lightning.geometry.spline_map import Planes, SplineMap
 
 #: Points computed at a time, so that temporary arrays stay in a processor's cache.
 _SLAB_POINTS = 1 << 14
 #: Voxels within which a point counts as lying on an edge: indices are computed in float32.
-_EDGE_TOLERANCE = 1e-4
+SPLINE_TOLERANCE = 1e-4
 #: Whole numbers up to this one are exact in float32.
 _EXACT = 1 << 24
 
@@ -24,21 +25,20 @@ def gather_spline(source: Source, smap: SplineMap, out: AnyArray, method: Method
     Where the patch is coarser than the array by half a voxel or more, raw is averaged over points in the output voxel.
     """
     lowest, highest = smap.bounds(0.5)
-    low = np.clip(np.floor(lowest).astype(int) - 1, 0, source.shape)
-    high = np.clip(np.ceil(highest).astype(int) + 2, 0, source.shape)
-    if (high <= low).any():
+    low, high = spline_box(lowest, highest, source.shape)
+    if any(b <= a for a, b in zip(low, high, strict=True)):
         out[...] = fill
         return
-    box = np.ascontiguousarray(read_box(source, low.tolist(), high.tolist()))
+    box = np.ascontiguousarray(read_box(source, low, high))
     # Not near a border of the array, no index has to be clipped or compared with it.
     inner = bool(
-        (lowest >= _EDGE_TOLERANCE).all() and (highest <= np.subtract(source.shape, 1 + _EDGE_TOLERANCE)).all()
+        (lowest >= SPLINE_TOLERANCE).all() and (highest <= np.subtract(source.shape, 1 + SPLINE_TOLERANCE)).all()
     )
     finite = box.dtype.kind != "f" or bool(np.isfinite(box).all())
     if method == "nearest":
         box, out = moved_as_one(box, out)
-    planes = smap.planes(low.tolist())
-    shifts = _sub_shifts(smap.affine.matrix) if method == "linear" else []
+    planes = Planes(smap.control_grid(low))
+    shifts = sub_shifts(smap.affine.matrix) if method == "linear" else []
     height = max(1, _SLAB_POINTS // (out.shape[1] * out.shape[2]))
     for z in range(0, out.shape[0], height):
         slab = out[z : z + height]
@@ -53,11 +53,31 @@ def gather_spline(source: Source, smap: SplineMap, out: AnyArray, method: Method
                 total /= len(shifts)
             store_values(total, slab, source.dtype)
         if not inner:
-            slab[_outside(centres, low, source.shape)] = fill
+            slab[_outside(centres, np.asarray(low), source.shape)] = fill
 
 
-def _sub_shifts(matrix: npt.NDArray[np.float64]) -> list[AnyArray]:
-    """Return the points over which an output voxel is averaged, from its centre in voxels of the array."""
+def spline_box(lowest: FloatArray, highest: FloatArray, shape: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the corners of the box of an array, upper one exclusive, that a displaced patch needs.
+
+    Args:
+        lowest: lowest index along each axis; see `SplineMap.bounds`, with a margin of half a voxel.
+        highest: highest index.
+        shape: voxels of the array.
+    """
+    low = np.clip(np.floor(lowest).astype(int) - 1, 0, shape)
+    high = np.clip(np.ceil(highest).astype(int) + 2, 0, shape)
+    return low.tolist(), high.tolist()
+
+
+def sub_shifts(matrix: FloatArray) -> list[AnyArray]:
+    """Return the points over which an output voxel is averaged, from its centre in voxels of the array.
+
+    Args:
+        matrix: the affine part of the map.
+
+    Returns:
+        Shifts ``[3, 1, 1, 1]``, float32.
+    """
     parts = np.maximum(np.rint(np.linalg.norm(matrix, axis=0)), 1).astype(int)
     shifts = [matrix @ ((np.asarray(part) + 0.5) / parts - 0.5) for part in np.ndindex(*parts)]
     return [shift.astype(np.float32).reshape(3, 1, 1, 1) for shift in shifts]
@@ -67,8 +87,8 @@ def _outside(centres: AnyArray, low: npt.NDArray[Any], shape: Sequence[int]) -> 
     """Return which centres, counted from ``low``, lie outside of an array."""
     beyond = np.zeros(centres.shape[1:], np.bool_)
     for axis in range(3):
-        beyond |= centres[axis] < -0.5 - low[axis] - _EDGE_TOLERANCE
-        beyond |= centres[axis] > shape[axis] - 0.5 - low[axis] + _EDGE_TOLERANCE
+        beyond |= centres[axis] < -0.5 - low[axis] - SPLINE_TOLERANCE
+        beyond |= centres[axis] > shape[axis] - 0.5 - low[axis] + SPLINE_TOLERANCE
     return beyond
 
 
@@ -84,7 +104,7 @@ def _flat_index(voxels: AnyArray, shape: Sequence[int]) -> npt.NDArray[np.intp]:
 
 def _nearest(box: AnyArray, centres: AnyArray, inner: bool) -> AnyArray:
     """Return the voxel of a box that is nearest to each centre, the lower one on a tie."""
-    voxels = np.ceil(centres - np.float32(0.5 + _EDGE_TOLERANCE))
+    voxels = np.ceil(centres - np.float32(0.5 + SPLINE_TOLERANCE))
     if not inner:
         for axis in range(3):
             np.clip(voxels[axis], 0, box.shape[axis] - 1, out=voxels[axis])
@@ -132,7 +152,7 @@ def _between(a: AnyArray, b: AnyArray, part: AnyArray) -> AnyArray:
 
 def _between_finite(a: AnyArray, b: AnyArray, part: AnyArray) -> AnyArray:
     """Return ``(1 - part) * a + part * b``, where a neighbour of weight 0 may be infinite or NaN."""
-    on_a, on_b = np.abs(part) < _EDGE_TOLERANCE, np.abs(1 - part) < _EDGE_TOLERANCE
+    on_a, on_b = np.abs(part) < SPLINE_TOLERANCE, np.abs(1 - part) < SPLINE_TOLERANCE
     with np.errstate(invalid="ignore"):
         mixed = (1 - part) * a + part * b
     return np.where(on_a, a, np.where(on_b, b, mixed))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,20 @@ import numpy.typing as npt
 from cellmap_lightning.geometry.displacement import Displacement, spline_weights
 from cellmap_lightning.geometry.lattice import AffineMap, FloatArray, Shape
 from cellmap_lightning.geometry.source import AnyArray
+
+
+class ControlGrid(NamedTuple):
+    """The control points of a patch: a cubic B-spline with three components, to be evaluated on its voxels.
+
+    Attributes:
+        values: control points ``[z, 3, y, x]``, float32.
+        cells: first of the four control points of each voxel, along each axis.
+        weights: ``[4, n]`` along each axis, float32.
+    """
+
+    values: AnyArray
+    cells: list[npt.NDArray[np.int64]]
+    weights: list[AnyArray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +72,8 @@ class SplineMap:
         low, high = self.affine.bounds(margin)
         return low + self._moved.min(axis=(0, 1, 2)), high + self._moved.max(axis=(0, 1, 2))
 
-    def planes(self, corner: Sequence[int]) -> "Planes":
-        """Return the indices, relative to a voxel of the array, to be computed plane by plane."""
+    def control_grid(self, corner: Sequence[int]) -> ControlGrid:
+        """Return the control points of the indices, relative to a voxel of the array."""
         first, counts = self._grid
         # In voxels of the patch. A spline reproduces linear functions from their values at the control points
         # (sum_k k B(t - k) = t), so that the affine map costs nothing.
@@ -69,12 +84,12 @@ class SplineMap:
         points = np.stack(np.meshgrid(*grid, indexing="ij"), axis=-1) @ self.affine.matrix.T + self.affine.offset
         values = np.moveaxis(points + self._moved - corner, -1, 1).astype(np.float32)
         cells = [cell - f - 1 for (cell, _), f in zip(self._along, first, strict=True)]
-        return Planes(values, cells, [spline_weights(part).astype(np.float32) for _, part in self._along])
+        return ControlGrid(values, cells, [spline_weights(part).astype(np.float32) for _, part in self._along])
 
     def points(self) -> FloatArray:
         """Return the indices of the voxel centres, ``[z, y, x, 3]``."""
         corner = np.floor(self.bounds()[0])
-        indices = self.planes(corner.tolist()).indices(0, self.affine.shape[0])
+        indices = Planes(self.control_grid(corner.tolist())).indices(0, self.affine.shape[0])
         return np.moveaxis(indices, 0, -1) + corner
 
 
@@ -82,12 +97,11 @@ class Planes:
     """A cubic B-spline with three components, evaluated on the voxels of a patch plane by plane.
 
     Args:
-        values: control points ``[z, 3, y, x]``, float32.
-        cells: first of the four control points of each voxel, along each axis.
-        weights: ``[4, n]`` along each axis, float32.
+        grid: its control points.
     """
 
-    def __init__(self, values: AnyArray, cells: list[npt.NDArray[np.int64]], weights: list[AnyArray]) -> None:
+    def __init__(self, grid: ControlGrid) -> None:
+        values, cells, weights = grid
         self._cells, self._weights = cells[0], weights[0]
         # One axis after another; z, along which planes are computed, is left to the end.
         for axis in (2, 1):

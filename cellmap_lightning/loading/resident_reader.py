@@ -76,12 +76,12 @@ class ResidentReader:
         self, name: str, draw: Draw, number: int, held: Held | None
     ) -> tuple[Description, list[DeviceRegion]] | None:
         """Describe one array of a sample, with the region of each piece; None where it is read on the host."""
-        if held is None or draw.warp is not None:  # displaced samples are evaluated on the host
+        if held is None:
             return None
         crop, local = self.source.locate(draw.position)
         place = crop.placement.grid_index(local)
         transform = self.source.layout.raw_transforms.get(name)
-        description = describe(crop, name, place, draw.turn, transform, draw.advance)
+        description = describe(crop, name, place, draw.turn, transform, draw.advance, draw.warp)
         if description is None:
             return None
         regions = []

@@ -107,7 +107,7 @@ def _gathered(rows: ArrayRows, count: int, cache: DeviceCache) -> torch.Tensor:
         out[row].copy_(voxels[number])
     for row, description, regions in rows.described:
         sample = out[row]
-        if description.unknown is not None and len(description.pieces) < len(sample):
+        if description.unknown is not None and len({piece.channel for piece in description.pieces}) < len(sample):
             sample.fill_(description.unknown)
         for piece, held in zip(description.pieces, regions, strict=True):
             _write(piece, held, sample if piece.channel is None else sample[piece.channel])

@@ -6,9 +6,7 @@ import torch
 from cellmap_lightning.geometry.exact_means import AboutAxis, AlongAxes, Means
 from cellmap_lightning.geometry.interpolation import Band
 from cellmap_lightning.geometry.rotation import Plane, sub_points
-
-#: Points that are resampled at a time on a device, and on a CPU, where they stay in its cache.
-SLAB_POINTS, CPU_SLAB_POINTS = 1 << 21, 1 << 16
+from cellmap_lightning.resident.source_box import CPU_SLAB_POINTS, SLAB_POINTS
 
 
 def write_means(box: torch.Tensor, plan: Means, out: torch.Tensor, fill: float, real: torch.dtype) -> None:

@@ -181,8 +181,7 @@ def check(volume, references, name, threads=1, reader="zarr", cache="auto", worl
         if room:  # the ranks share it one after another
             how["resident"] = DeviceCache("cpu", room)
         samples, batches = passes(dataset, world=world, **how)
-        # Displaced samples are evaluated on the host, and may leave nothing on the device.
-        assert not room or int(name != "warped") <= how["resident"].nbytes <= room
+        assert not room or 0 < how["resident"].nbytes <= room
     assert samples == references[name][0]
     assert batches == references[name][1][world]
 
@@ -195,7 +194,7 @@ ROWS = [
     {"cache": "disk", "depth": 3, "world": 2, "threads": 4},
     {"cache": "none", "world": 4, "reader": "tensorstore", "threads": 4},
     {"cache": "device", "room": 1 << 30},
-    {"cache": "device", "room": 1_500_000, "threads": 4, "depth": 2, "world": 2},
+    {"cache": "device", "room": 2_400_000, "threads": 4, "depth": 2, "world": 2},
     {"cache": "none", "room": 1 << 30, "depth": 1, "reader": "tensorstore"},
     {"workers": 1, "method": "fork", "cache": "memory", "threads": 4, "depth": 1},
     {"workers": 2, "method": "fork", "cache": "disk", "world": 2},

@@ -10,6 +10,10 @@ ANNOTATED = {"crop1": ["mito", "er"], "crop2": CLASSES, "crop3": CLASSES}
 MIRROR = {"mirror": {"axes": {"x": 0.5, "y": 0.5, "z": 0.5}}, "transpose": {"axes": ["x", "y"]}}
 STORED, COARSE, BETWEEN = [5.24, 4, 4], [10.48, 8, 8], [9, 7.1, 11.3]
 ANY = {**MIRROR, "rotate": {"axes": {axis: [-180, 180] for axis in "zyx"}}}
+SLIP = {"slip": {"probability": 0.3, "max_shift": 16, "thickness": 10.48}}
+MISALIGN = {"misalign": {"probability": 0.3, "max_shift": 16, "thickness": 10.48, "rotate": 4}}
+ELASTIC = {"elastic": {"spacing": 40, "magnitude": 12}}
+WARP = ELASTIC | SLIP | MISALIGN
 #: Voxel size and spatial augmentation.
 SETS = {
     "boxes of a level": (COARSE, MIRROR),
@@ -18,6 +22,10 @@ SETS = {
     "rotated by any angle": (STORED, ANY),
     "rotated and averaged": (BETWEEN, ANY),
     "averaged about z": (BETWEEN, {"rotate": {"axes": {"z": [-180, 180]}}}),
+    "elastic": (STORED, ELASTIC),
+    "elastic and averaged": (BETWEEN, ANY | ELASTIC),
+    "displaced sections": (STORED, SLIP | MISALIGN),
+    "displaced sections, rotated": (STORED, ANY | SLIP | MISALIGN),
     "quarter turns": (STORED, {"rotate": {"axes": {"z": [90, 90], "x": [90, 90]}}}),
 }
 #: Also affine, and a displacement, which is evaluated on the host.

@@ -8,7 +8,19 @@ import torch
 
 from cellmap_lightning import CellMapMultiDataset
 from tests.cache.annotated_volume import Volume, blocks
-from tests.resident.datasets import COMPUTED, KINDS, SETS, described, finished, open_set, reader_of
+from tests.resident.datasets import (
+    COMPUTED,
+    ELASTIC,
+    KINDS,
+    MISALIGN,
+    SETS,
+    SLIP,
+    WARP,
+    described,
+    finished,
+    open_set,
+    reader_of,
+)
 
 #: Of 48 samples, those that are gathered: raw, targets of bits, ids.
 GATHERED = {
@@ -21,7 +33,11 @@ GATHERED = {
     "quarter turns": (48, 48, 48),
     "zoomed": (48, 48, 48),
     "zoomed and sheared": (48, 48, 48),
-    "deformed": (0, 0, 0),
+    "deformed": (48, 48, 48),
+    "elastic": (48, 48, 48),
+    "elastic and averaged": (48, 0, 48),
+    "displaced sections": (8, 48, 48),  # sections between the lattice's voxels
+    "displaced sections, rotated": (48, 48, 48),
 }
 
 
@@ -73,7 +89,11 @@ def raw_of(dtype, seed=0):
     return np.random.default_rng(seed).integers(info.min, info.max, SHAPE, dtype, endpoint=True)
 
 
-@pytest.mark.parametrize("spatial", [{"mirror": {"axes": {"x": 0.5, "z": 0.5}}}, TURN], ids=["mirrored", "rotated"])
+@pytest.mark.parametrize(
+    "spatial",
+    [{"mirror": {"axes": {"x": 0.5, "z": 0.5}}}, TURN, TURN | WARP | {"zoom": [0.5, 1.5]}, TURN | SLIP | MISALIGN],
+    ids=["mirrored", "rotated", "elastic", "sections"],
+)
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32"])
 def test_stored_types_of_raw(tmp_path, dtype, spatial):
     volume = Volume(tmp_path).add_raw(raw_of(dtype))
@@ -88,7 +108,7 @@ def test_stored_types_of_raw(tmp_path, dtype, spatial):
 def test_types_that_are_not_resampled_on_the_device(tmp_path, dtype):
     volume = Volume(tmp_path).add_raw((raw_of("uint8") > 100).astype(dtype))
     volume.add("a", blocks(np.random.default_rng(1), SHAPE, [0, 1, 255]).astype("u1"))
-    for spatial, gathered in (({"mirror": {"axes": {"x": 0.5}}}, 16), (TURN, 0)):
+    for spatial, gathered in (({"mirror": {"axes": {"x": 0.5}}}, 16), (TURN, 0), (TURN | WARP, 0)):
         with volume.dataset(["a"], (9, 12, 15), is_train=True, spatial_transforms=spatial, cache="memory") as dataset:
             reader, draws = reader_of(dataset), dataset.draw(range(16), True, 0)
             assert described(reader.read(draws)) == {"raw": gathered, "target": 16}
@@ -122,7 +142,7 @@ def test_any_number_of_classes(tmp_path, count):
     rng = np.random.default_rng(2)
     for name in classes[: max(1, count - 1)]:
         volume.add(name, blocks(rng, SHAPE, [0, 0, 1, 255]).astype("u1"))
-    for spatial in ({"mirror": {"axes": {"y": 0.5}}, "transpose": {"axes": ["z", "x"]}}, TURN):
+    for spatial in ({"mirror": {"axes": {"y": 0.5}}, "transpose": {"axes": ["z", "x"]}}, TURN, TURN | WARP):
         with volume.dataset(classes, (7, 9, 8), is_train=True, spatial_transforms=spatial, cache="memory") as dataset:
             reader, draws = reader_of(dataset), dataset.draw(range(6), True, 0)
             assert described(reader.read(draws)) == {"raw": 6, "target": 6}
@@ -133,7 +153,11 @@ def test_any_number_of_classes(tmp_path, count):
 def test_slices_in_any_plane(tmp_path, plane):
     volume = Volume(tmp_path).add_raw(raw_of("uint8"))
     volume.add("a", blocks(np.random.default_rng(1), SHAPE, [0, 1, 255]).astype("u1"))
-    for spatial in ({"mirror": {"axes": {"x": 0.5, "y": 0.5}}}, {"rotate": {"axes": {"z": [-180, 180]}}}):
+    for spatial in (
+        {"mirror": {"axes": {"x": 0.5, "y": 0.5}}},
+        {"rotate": {"axes": {"z": [-180, 180]}}},
+        {"elastic": ELASTIC["elastic"] | {"axes": ["y", "x"]}},
+    ):
         with volume.dataset(
             ["a"], (14, 9), (8, 8), is_train=True, spatial_transforms=spatial, cache="memory", plane=plane
         ) as dataset:
@@ -145,7 +169,7 @@ def test_slices_in_any_plane(tmp_path, plane):
 LATTICE = {"mirror": {"axes": dict.fromkeys("zyx", 0.5)}, "transpose": {"axes": ["z", "x"]}}
 
 
-@pytest.mark.parametrize("spatial", [LATTICE, TURN], ids=["boxes", "rotated"])
+@pytest.mark.parametrize("spatial", [LATTICE, TURN, TURN | WARP], ids=["boxes", "rotated", "displaced"])
 @pytest.mark.parametrize("kind", [{}, {"kind": "instances"}], ids=["bits", "ids"])
 def test_crops_smaller_than_a_patch_at_the_border(tmp_path, kind, spatial):
     """Raw is filled outside the volume, with what is normalized to 0, and targets outside the crop are unknown."""
@@ -190,6 +214,33 @@ def test_exact_means(tmp_path, dtype, scale, spatial):
     ) as dataset:
         reader, draws = reader_of(dataset), dataset.draw(range(12), True, 0)
         assert described(reader.read(draws))["raw"] == 12
+        same(finished(dataset, reader, draws), dataset.read(draws).finish())
+
+
+def test_ties_of_displaced_labels(tmp_path):
+    """Half-way between two voxels along z, the lower one is shown, although float32 misses the middle."""
+    labels = np.random.default_rng(1).integers(0, 2, SHAPE, "u1")
+    volume = Volume(tmp_path).add_raw(raw_of("uint8")).add("a", labels)
+    spatial = {"elastic": ELASTIC["elastic"] | {"axes": ["y", "x"]}}
+    with volume.dataset(
+        ["a"], (9, 12, 15), (16, 8, 8), is_train=True, spatial_transforms=spatial, cache="memory",
+        target={"kind": "instances"},
+    ) as dataset:  # fmt: skip
+        reader, draws = reader_of(dataset), dataset.draw(range(12), True, 0)
+        assert described(reader.read(draws)) == {"raw": 12, "target": 12}
+        same(finished(dataset, reader, draws), dataset.read(draws).finish())
+
+
+def test_displaced_samples_that_leave_raw_are_read_on_the_host(tmp_path):
+    """Targets are unknown where the volume ends inside the crop: in some samples, by the displacement alone."""
+    volume = Volume(tmp_path).add_raw(raw_of("uint8")).add("a", np.ones(SHAPE, "u1"), origin=(-80, 0, 0))
+    with volume.dataset(
+        ["a"], (9, 12, 15), is_train=True, spatial_transforms=ELASTIC, cache="memory", pad=True
+    ) as dataset:
+        reader, draws = reader_of(dataset), dataset.draw(range(64), True, 0)
+        counts = described(reader.read(draws))
+        assert counts["raw"] == 64
+        assert 0 < counts["target"] < 64
         same(finished(dataset, reader, draws), dataset.read(draws).finish())
 
 

@@ -52,7 +52,7 @@ def hunt(dataset, device, batches):
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-@pytest.mark.parametrize("name", ["boxes of a level", "rotated by any angle"])
+@pytest.mark.parametrize("name", ["boxes of a level", "rotated by any angle", "elastic"])
 def test_no_batch_is_corrupted(volume, device, name, depth):
     with open_set(volume, name, threads=2) as dataset:
         assert hunt(dataset, device, loader(dataset, device, DeviceCache(device, 1 << 30), depth)) == 0
