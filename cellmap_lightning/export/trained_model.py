@@ -135,7 +135,9 @@ def restore_model(path: Path, trust: Any = (), trust_checkpoint: Any = False, st
     module, channels, chosen = _module(task, name, classes, targets)
     module = module.float().cpu().eval().requires_grad_(False)
     shape = tuple(n for n in spec.window.shape if n != 1)
-    example = torch.rand(1, 1, *shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    example = torch.rand(
+        1, 1, *shape, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu"
+    )
     expected = _output(module, example, where)
     named = getattr(task, "network", None)
     network: nn.Module = named if isinstance(named, nn.Module) else module

@@ -80,7 +80,7 @@ def _other_shape(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
         if min(lengths) < 2:
             continue
         generator = torch.Generator("cpu").manual_seed(1)
-        other = torch.rand(2, 1, *lengths, generator=generator, device="cpu")
+        other = torch.rand(2, 1, *lengths, generator=generator, dtype=torch.float32, device="cpu")
         try:
             with torch.no_grad():
                 output = module(other)

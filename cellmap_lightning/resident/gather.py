@@ -62,7 +62,7 @@ def _as_item(value: float, held: DeviceRegion) -> int:
     """Return the number of the item's type with the bits of a value of the region's type."""
     if held.region.depth or held.item.itemsize != held.region.dtype.itemsize:
         return 0  # packed labels are filled by 0
-    bits = np.array([value], held.region.dtype).view(torch.empty((), dtype=held.item).numpy().dtype)
+    bits = np.array([value], held.region.dtype).view(torch.empty((), dtype=held.item, device="cpu").numpy().dtype)
     return int(bits[0])
 
 

@@ -211,7 +211,7 @@ def test_cross_validation_sweep_over_challenge_folders(volume, tmp_path):
         ),
         (
             ["experiment=demo", "data.cache=dsk"],
-            ["Error: cache must be one of auto, disk, memory, chunks, none, got 'dsk'"],
+            ["Error: cache must be one of auto, device, disk, memory, chunks, none, got 'dsk'"],
         ),
         (["experiment=demo", "data.reader=zar"], ["Error: reader must be one of zarr, tensorstore, got 'zar'"]),
         (

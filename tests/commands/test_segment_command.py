@@ -98,12 +98,10 @@ def test_a_missing_library_is_a_sentence(monkeypatch):
 
     for module, package in (("bioimage_cpp", "bioimage-cpp"), ("cc3d", "connected-components-3d"), ("scipy", "scipy")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(
-            MissingExtraError, match=rf"needs {package}: pip install \"cellmap-lightning\[instances\]\""
-        ):
+        with pytest.raises(MissingExtraError, match=rf"needs {package}, .*pip install -e \"\.\[instances\]\""):
             library(module)
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(MissingExtraError, match=r"cellmap-lightning\[dask\]"), open_scheduler("dask"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e \"\.\[dask\]\""), open_scheduler("dask"):
         pass
 
 

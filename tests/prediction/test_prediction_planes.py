@@ -172,7 +172,7 @@ def test_chunks_decoded_ahead_are_cached_when_needed(tmp_path, monkeypatch):
     values[:, ::7] = 3  # so that all chunks have files
     write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(32, 32, 32))
     monkeypatch.setattr(predicted, "LEAST_CHUNK_BYTES", 1)
-    monkeypatch.setattr("cellmap_lightning.io.chunks.LEAST_CHUNK", 32)
+    monkeypatch.setattr("cellmap_lightning.io.array_reader.LEAST_CHUNK", 32)
     writer = PredictionWriter(str(tmp_path / "out.zarr"), chunks=(64, 64, 64), block_size_mb=1000, check_context=False)
     run = L.Trainer(
         accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_checkpointing=False,

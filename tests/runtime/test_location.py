@@ -214,7 +214,7 @@ def test_arguments():
     for mode in ("auto", "disk", "memory", "chunks", "none"):
         check_mode(mode, None)
         check_mode(mode, 1)
-    with pytest.raises(CellMapError, match="cache must be one of auto, disk, memory, chunks, none, got 'ssd'"):
+    with pytest.raises(CellMapError, match="cache must be one of auto, device, disk, memory, chunks, none, got 'ssd'"):
         check_mode("ssd", None)
     for budget in (0, -1, 1.5, True, "1GB"):
         with pytest.raises(CellMapError, match="cache_bytes must be a whole number of at least 1, got"):
