@@ -69,7 +69,7 @@ def draw_worst(
         handles = [Patch(color=color, label=name) for name, color in _COLORS.items()]
         handles.append(Patch(facecolor=(0.6, 0.6, 0.6), label="unannotated"))
         figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-        figure.savefig(path, dpi=DPI)
+        figure.savefig(path, dpi=DPI, bbox_inches="tight")
 
 
 def _worst_slice(pair: CropPair) -> tuple[int, npt.NDArray[np.uint8]]:
