@@ -72,6 +72,30 @@ def test_page_has_every_slice(samples, tmp_path):
     assert not page.of("b")
 
 
+def decoded(address):
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,")))))
+
+
+def test_targets_in_colours_lie_over_raw(samples, tmp_path):
+    """Each slice has the picture of the target, and no outlines of it; the prediction has outlines."""
+    (plain,) = samples
+    picture = np.zeros((*plain.raw.shape, 4), np.float32)
+    picture[:, 2:5, 3:7] = (1, 0, 0, 1)
+    picture[:, 6:8, 3:7] = (0, 0, 1, 0.5)
+    write_page([replace(plain, pictures={"target": picture})], ["mito", "er"], tmp_path / "page.html")
+    (slices,) = Page(tmp_path / "page.html").data
+    assert any(shapes["prediction"] for shapes in slices)
+    for shapes in slices:
+        assert set(shapes["pictures"]) == {"target"}
+        assert "target" not in shapes
+        shown, grey = decoded(shapes["pictures"]["target"]).astype(int), decoded(shapes["raw"]).astype(int)
+        assert (shown[2:5, 3:7] == (255, 0, 0)).all()
+        np.testing.assert_allclose(shown[6:8, 3:7, 2], 127.5 + grey[6:8, 3:7] / 2, atol=1)
+        np.testing.assert_array_equal(shown[9:], grey[9:, :, None].repeat(3, 2))
+
+
 @pytest.mark.parametrize(
     "name",
     [

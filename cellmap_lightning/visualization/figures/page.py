@@ -55,7 +55,7 @@ function draw(number) {
   const section = document.getElementById('sample-' + number);
   const z = Number(section.querySelector('input[type=range]').value), slice = data[number][z];
   section.querySelector('output').textContent = z;
-  for (const image of section.querySelectorAll('img')) image.src = slice.raw;
+  for (const image of section.querySelectorAll('img')) image.src = slice.pictures[image.alt] || slice.raw;
   for (const path of section.querySelectorAll('path[data-kind]')) {
     const shapes = slice[path.dataset.kind], shown = document.getElementById('class-' + path.dataset.c);
     path.setAttribute('d', shown && !shown.checked ? '' : shapes[path.dataset.c] || '');
@@ -82,7 +82,8 @@ def write_page(
     """Write samples as one page, with a slider through the slices of each.
 
     Outlines are along the borders of voxels, solid for targets and dashed for predictions, and each class can be
-    switched off. Voxels that are unknown for every class are hatched.
+    switched off. Targets that are drawn in colours, such as instances and affinities, lie over raw. Voxels that are
+    unknown for every class are hatched.
 
     Args:
         samples: the samples, in order; see `contact_sheet`.
@@ -129,13 +130,23 @@ def _slices(arrays: SampleArrays) -> list[dict[str, Any]]:
     slices = []
     for z, image in enumerate(grey):
         cut = arrays.cut(z)
-        shapes: dict[str, Any] = {"raw": _png(image)}
+        colored = {name: _png(_over(picture, image)) for name, picture in cut.pictures.items()}
+        shapes: dict[str, Any] = {"raw": _png(image), "pictures": colored}
         for name, masks in cut.masks.items():
-            shapes[name] = {str(c): _path(mask) for c, mask in enumerate(masks) if mask.any()}
+            if name not in colored:
+                shapes[name] = {str(c): _path(mask) for c, mask in enumerate(masks) if mask.any()}
         if cut.unknown is not None:
             shapes["unknown"] = {"all": _path(cut.unknown)}
         slices.append(shapes)
     return slices
+
+
+def _over(picture: Array, grey: Array) -> Array:
+    """Return a picture with opacity, ``[row, column, 4]`` from 0 to 1, over a grey image, as bytes."""
+    opacity = picture[..., 3:]
+    mixed = opacity * picture[..., :3] * 255 + (1 - opacity) * grey[..., None]
+    mixed_bytes: Array = mixed.round().astype(np.uint8)
+    return mixed_bytes
 
 
 def _png(image: Array) -> str:
