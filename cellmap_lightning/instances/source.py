@@ -129,16 +129,11 @@ def open_source(
     root = parse_location(location)
     if not exists(root):
         raise CellMapFileNotFoundError(f"input={location}: it does not exist; give the output of cellmap-predict")
-    described = class_name is not None and channels is None and not exists(root / class_name)
-    if described and root.name != class_name:
-        channels = channels_of(root, str(class_name), kind, _NAMES) or None
-    path, name = (root / channels[0], str(class_name)) if described and channels else _class_group(root, class_name)
-    groups = [path] if channels is None else [_child(root, channel) for channel in channels]
+    if channels is None and class_name is not None:
+        channels = _described_channels(root, class_name, kind)
+    path, name = (root / channels[0], str(class_name)) if channels and class_name else _class_group(root, class_name)
     _check_finished(root, path)
-    try:
-        images = [read_multiscale(group) for group in groups]
-    except CellMapError as e:
-        raise MetadataError(f"{path} cannot be read, or its prediction is not finished: {e}") from e
+    images = _read_images(path, [path] if channels is None else [_child(root, channel) for channel in channels])
     notes = _notes(images[0])
     if "offset" in notes:
         notes["offsets"] = [_notes(image).get("offset") for image in images]
@@ -147,12 +142,7 @@ def open_source(
     where = f"input={location}, class={name}"
     if kind != "affinities" and len(levels) != 1:
         raise CellMapValueError(f"{where}: {len(levels)} channels are no {kind}; set kind=affinities and offsets")
-    directions: tuple[Shape, ...] = ()
-    if kind == "affinities":
-        found = offsets if offsets is not None else notes.get("offsets")
-        if not isinstance(found, Sequence) or not found:
-            raise CellMapValueError(f"{where}: affinities without offsets in the metadata; set offsets=[[-1,0,0],...]")
-        directions = check_offsets(found, len(levels))
+    directions = _directions(where, offsets or notes.get("offsets"), len(levels)) if kind == "affinities" else ()
     readers = tuple(ChunkReader(level, name, empty="missing") for level in levels)
     if any(reader.shape != readers[0].shape for reader in readers):
         raise CellMapValueError(f"{where}: the shapes of the channels differ; predict them together")
@@ -160,6 +150,36 @@ def open_source(
     scale, zero = _distance_scale(notes, readers[0].dtype)
     record = {"input": str(path), "channels": list(channels or ()), "checksum": _identity(root)}
     return SegmentationSource(path, name, kind, _lattice(levels[0]), directions, readers, meaning, scale, zero, record)
+
+
+def _described_channels(root: StorePath, name: str, kind: InputKind | None) -> list[str] | None:
+    """Return the groups that record to be channels of a class; None where the class has a group itself, or has none."""
+    if root.name == name or exists(root / name):
+        return None
+    return channels_of(root, name, kind, _NAMES) or None
+
+
+def _read_images(path: StorePath, groups: Sequence[StorePath]) -> list[Multiscale]:
+    """Read the metadata of the channels.
+
+    Raises:
+        MetadataError: one cannot be read.
+    """
+    try:
+        return [read_multiscale(group) for group in groups]
+    except CellMapError as e:
+        raise MetadataError(f"{path} cannot be read, or its prediction is not finished: {e}") from e
+
+
+def _directions(where: str, offsets: Any, count: int) -> tuple[Shape, ...]:
+    """Return the offsets of affinities after a check.
+
+    Raises:
+        CellMapValueError: there are none, or they do not fit the channels.
+    """
+    if not isinstance(offsets, Sequence) or not offsets:
+        raise CellMapValueError(f"{where}: affinities without offsets in the metadata; set offsets=[[-1,0,0],...]")
+    return check_offsets(offsets, count)
 
 
 def _child(group: StorePath, name: str) -> StorePath:
