@@ -218,6 +218,9 @@ class CellMapDataLoader(DataLoader[Any]):
         samples.slots = None  # type: ignore[attr-defined]
         local = {"_passes", "_streams", "_readings", "__pl_attrs_record"}  # the last is Lightning's, see `close`
         state = {name: value for name, value in self.__dict__.items() if name not in local}
+        for name, value in state.items():  # the arguments that Lightning has recorded, while it replaces loaders
+            if name.startswith("__pl_saved") and isinstance(value, dict):
+                state[name] = {key: item for key, item in value.items() if not isinstance(item, DeviceCache)}
         finish = self.finish if isinstance(self.finish, bool) else True
         return state | {"dataset": samples, "finish": finish, "steps": None, "_iterator": None}
 

@@ -233,6 +233,7 @@ def test_a_plain_loop_gets_finished_batches(volume):
             found[resident is None] = list(loader)
             # Other loaders around the same samples read them on the host.
             assert all(isinstance(batch, dict) for batch in torch.utils.data.DataLoader(loader.dataset, 4))
+            loader.__dict__["__pl_saved_kwargs"] = {"resident": resident}  # as Lightning records it
             copy = pickle.loads(pickle.dumps(loader))
             assert copy.dataset.resident is None
     same(found[False], found[True])
