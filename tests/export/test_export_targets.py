@@ -108,18 +108,18 @@ class Refusing(nn.Module):
 
 
 def target_of(cls):
-    return {"_target_": f"tests.export.test_targets.{cls.__name__}"}
+    return {"_target_": f"tests.export.test_export_targets.{cls.__name__}"}
 
 
 def test_a_network_that_cannot_be_traced(save, tmp_path):
-    model = restore_model(save(target_of(Refusing)), trust=["tests.export.test_targets"])
+    model = restore_model(save(target_of(Refusing)), trust=["tests.export.test_export_targets"])
     with pytest.raises(CellMapValueError, match=r"to=torchscript: Refusing cannot be traced \(the shape is asked for"):
         export_model(model, "torchscript", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["best.ckpt"], "nothing is left"
 
 
 def test_an_export_that_differs_is_not_written(save, tmp_path):
-    model = restore_model(save(target_of(Traced)), trust=["tests.export.test_targets"])
+    model = restore_model(save(target_of(Traced)), trust=["tests.export.test_export_targets"])
     with pytest.raises(CellMapValueError, match=r"differs from that of the model by \d.*e-.*; nothing is exported"):
         export_model(model, "torchscript", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["best.ckpt"]
@@ -167,7 +167,7 @@ def test_checkpoints_that_cannot_be_exported(save, tmp_path):
     config["task"]["input_name"] = ["raw", "context"]
     torch.save(content, path)
     with pytest.raises(CellMapValueError, match="the inputs raw, context; networks with one input are exported"):
-        restore_model(path, trust=["tests.export.test_targets"])
+        restore_model(path, trust=["tests.export.test_export_targets"])
     with pytest.raises(CellMapValueError, match="stored_dtype must be a type of numbers"):
         restore_model(save(), stored="uint9")
 
@@ -196,7 +196,7 @@ class SingleUse(nn.Module):
 
 def test_a_halo_that_cannot_be_measured(save, tmp_path, caplog):
     path = save(target_of(SingleUse), shape=[80, 80, 80])
-    card = export_model(restore_model(path, ["tests.export.test_targets"]), "torchscript", tmp_path / "out")
+    card = export_model(restore_model(path, ["tests.export.test_export_targets"]), "torchscript", tmp_path / "out")
     assert card.halo is None
     assert "the halo is not measured: ValueError: 80 voxels are needed" in caplog.text
     assert card.about["verified"]["other_shape"] is None
@@ -205,6 +205,6 @@ def test_a_halo_that_cannot_be_measured(save, tmp_path, caplog):
 def test_a_missing_extra(save, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(MissingExtraError, match=r'to=onnx needs onnx: pip install "cellmap-lightning\[export\]"'):
+    with pytest.raises(MissingExtraError, match=r'to=onnx needs onnx, .*pip install -e "\.\[export\]"'):
         export_model(restore_model(save()), "onnx", tmp_path / "out")
     assert not (tmp_path / "out").exists()
