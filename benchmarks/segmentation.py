@@ -2,7 +2,7 @@
 
     python benchmarks/segmentation.py --sizes 256 512 --methods components watershed --report FILE.md
 
-Each measurement is a process of its own with one thread. `blocks` reads a stored prediction (uint8, chunks of 64^3),
+Each measurement is a separate process with one thread. `blocks` reads a stored prediction (uint8, chunks of 64^3),
 segments it block by block with the default halo, joins, and writes ids, their pyramid and the list of objects.
 `library` segments the same array in memory in one piece, with the same functions, and writes nothing. The volume
 consists of touching spheres, as a network with noise would predict them: one cube of 128^3, repeated along the axes.
@@ -78,7 +78,7 @@ def measure(path, method, way, block_mb):
 
 
 def measured(*arguments):
-    """Run one measurement in a process of its own."""
+    """Run one measurement in a separate process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, "--measure", *map(str, arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)

@@ -120,7 +120,7 @@ class BatchLayout:
             if self.augment:
                 scale = spec.window.scale.tolist()
                 value = self.augment(value, self.seed, samples.tolist(), len(out), scale, reference)
-                # Only floating-point raw can be infinite, of which effects may make NaN.
+                # Only floating-point raw can be infinite, from which effects may make NaN.
                 value = _without_nan(value) if stored[name].is_floating_point() else value
             out[name] = value.squeeze(1) if spec.slices_as_channels else _drop_thin(value, spec.window)
         for name, target in self.targets.items():

@@ -57,6 +57,8 @@ def quieten() -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # It logs the default of an argument with each checkpoint that is saved.
+    logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector").setLevel(logging.WARNING)
     logging.getLogger("torch").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",  # patches are read in threads

@@ -101,7 +101,7 @@ def write_scores(folder: Path, monitor: str, value: float | None, classes: Mappi
         folder: the folder of the run.
         monitor: name of the monitored metric.
         value: its value; None where nothing was validated.
-        classes: scores of each class, of which the first is written.
+        classes: scores of each class; the first of them is written.
     """
     first = {name: next(iter(scores.values())) for name, scores in classes.items() if scores}
     content = {"monitor": monitor, "value": value, "classes": first}

@@ -15,8 +15,9 @@ from cellmap_lightning.crops.class_index import Foreground, foreground_index
 from cellmap_lightning.crops.class_tiles import tiles_with
 from cellmap_lightning.crops.counts import foreground, known_foreground, unknown_in_metadata
 from cellmap_lightning.crops.encodings import LabelEncodings
+from cellmap_lightning.crops.id_labels import IdStack, id_dtype
 from cellmap_lightning.crops.image import choose_level
-from cellmap_lightning.crops.labels import BitStack, IdStack, id_dtype
+from cellmap_lightning.crops.labels import BitStack
 from cellmap_lightning.crops.options import LabelOptions, ReadOptions
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, SCALE_TOLERANCE, Box, FloatArray, Lattice, Shape

@@ -9,8 +9,9 @@ import numpy as np
 from cellmap_lightning.cache.patches import Patches
 from cellmap_lightning.cache.region import Region
 from cellmap_lightning.crops.crop import Crop
+from cellmap_lightning.crops.id_labels import IdStack
 from cellmap_lightning.crops.image import StoredImage
-from cellmap_lightning.crops.labels import IdStack, Nearest
+from cellmap_lightning.crops.labels import Nearest
 from cellmap_lightning.geometry.exact_means import Means, plan_means
 from cellmap_lightning.geometry.lattice import AffineMap, FloatArray, Shape
 from cellmap_lightning.geometry.resample import Method, Slices, slices

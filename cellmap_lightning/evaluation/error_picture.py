@@ -36,7 +36,7 @@ def draw_worst(
     """Draw the xy slice with the most wrong voxels of the crops with the lowest Dice.
 
     Args:
-        scores: the scores, see `evaluate`, of which those with a defined Dice are ranked.
+        scores: the scores, see `evaluate`; those with a defined Dice are ranked.
         output: the prediction, with one group per class.
         crops: folder of the crops, or of a single crop.
         path: the PNG to write.

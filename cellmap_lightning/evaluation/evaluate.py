@@ -23,6 +23,7 @@ from cellmap_lightning.evaluation.voxel_scores import METRICS, Score, voxel_scor
 from cellmap_lightning.geometry.lattice import Lattice
 from cellmap_lightning.io.meanings import ValuesSetting
 from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.prediction.output_checks import check_finished
 from cellmap_lightning.splits.entries import read_csv
 from cellmap_lightning.validation import did_you_mean, first_few
 
@@ -180,6 +181,7 @@ def check_prediction(output: Path, classes: Sequence[str] | None) -> list[str]:
 
     Raises:
         CellMapFileNotFoundError: there is no prediction.
+        CellMapValueError: it is not finished.
         CellMapKeyError: a class was not predicted.
     """
     if not output.is_dir():
@@ -189,6 +191,7 @@ def check_prediction(output: Path, classes: Sequence[str] | None) -> list[str]:
     present = sorted(p.name for p in output.iterdir() if p.is_dir() and is_group(p))
     if not present:
         raise CellMapFileNotFoundError(f"the prediction {output} has no group per class")
+    check_finished(output, *(output / name for name in present))
     for name in classes or ():
         if name not in present:
             raise CellMapKeyError(

@@ -134,7 +134,7 @@ def _one_to_one(pairs: Ids, iou: Floats) -> Floats:
     """Return the IoU of the matched pairs.
 
     With an IoU above 0.5 each object is in one pair at most. At exactly 0.5 an object that is cut in halves is in two,
-    of which the first counts.
+    and the first counts.
     """
     matched, used = [], (set[int](), set[int]())
     for index in np.argsort(-iou, kind="stable"):

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.crops.encodings import LabelEncodings, Unknown
+from cellmap_lightning.crops.id_labels import id_dtype, id_region
 from cellmap_lightning.crops.image import choose_level
-from cellmap_lightning.crops.labels import id_dtype, id_region
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.evaluation.numbering import Numbering
 from cellmap_lightning.geometry.lattice import EDGE_TOLERANCE, Box, FloatArray, Lattice, Shape, box_map
@@ -140,8 +140,8 @@ class CropPair:
         self.label = f"{crop.name}/{name}"
         image = read_multiscale(prediction)
         self.meaning = meaning_of(image, f"{prediction}", values)
-        # Empty chunks of a prediction are not stored.
-        self._reader = open_reader(image.finest, f"{prediction}", empty="missing")
+        # Chunks that hold the fill value alone are not stored; a file of 0 bytes is a damaged one.
+        self._reader = open_reader(image.finest, f"{prediction}")
         self._lattice = image.finest.lattice
         self.voxel_size = self._lattice.step
         self.annotation = Annotation(crop, name, self.voxel_size, unknown)

@@ -121,6 +121,6 @@ def _merge(fragments: Labels, weights: Any, threshold: float, sign: float) -> La
     signed[(edges == 0).any(axis=1)] = _NEVER
     policy = graphs.agglomeration.GaspClusterPolicy(linkage="mean")
     clusters = np.asarray(policy.optimize(graph, signed, edge_sizes=features[:, 1]))
-    # The background is a cluster of its own fragment 0.
+    # The background is a cluster of fragment 0 alone.
     clusters = np.where(np.arange(len(clusters)) == 0, 0, clusters + 1)
     return compact(clusters[fragments].astype(np.uint32))

@@ -233,7 +233,7 @@ def _planes(numbers: Array, inside: tuple[slice, ...]) -> Arrays:
     """Return the planes of numbers at the faces of a block.
 
     ``lower`` and ``upper`` are the first and the last plane of the block; ``before`` and ``outer`` those beyond them,
-    with one more voxel on each side of which the volume has one. ``inset`` is the first voxel of the block in those.
+    with one more voxel on each side, where the volume has one. ``inset`` is the first voxel of the block in those.
     """
     planes: Arrays = {}
     for axis in range(3):

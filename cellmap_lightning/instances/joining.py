@@ -89,11 +89,11 @@ def join_objects(numbers: BlockNumbers, faces: BlockFiles, pairs: BlockFiles, li
     else:
         removed = np.zeros(len(group), bool)
     rows = nodes[~removed[group[nodes]]]
-    kept, compact = np.unique(group[rows], return_inverse=True)
-    totals = measures[~removed[group[nodes]]].grouped(compact, len(kept))
+    remaining, compact = np.unique(group[rows], return_inverse=True)
+    totals = measures[~removed[group[nodes]]].grouped(compact, len(remaining))
     valid = (totals.voxels >= limits[0]) & (totals.voxels <= limits[1])
     order = np.flatnonzero(valid)[np.argsort(totals.first[valid], kind="stable")]
-    final = np.zeros(len(kept), np.uint64)
+    final = np.zeros(len(remaining), np.uint64)
     final[order] = np.arange(1, len(order) + 1, dtype=np.uint64)
     ids = np.zeros(int(first[-1]), np.uint64)
     ids[rows] = final[compact]

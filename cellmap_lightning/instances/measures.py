@@ -1,6 +1,6 @@
 """Measures of numbered objects that add up over blocks: voxels, sums of positions, boxes and faces at the border.
 
-They are computed from runs of equal numbers along x, of which there are far fewer than voxels.
+They are computed from runs of equal numbers along x, which are far fewer than voxels.
 """
 
 from dataclasses import dataclass

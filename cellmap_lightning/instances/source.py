@@ -24,7 +24,7 @@ from cellmap_lightning.io.meanings import Meaning, ValuesSetting, meaning_of
 from cellmap_lightning.io.ngff import Level, Multiscale, read_attributes, read_multiscale
 from cellmap_lightning.io.ngff.arrays import read_array
 from cellmap_lightning.io.store import StorePath, children, exists, parse_location
-from cellmap_lightning.prediction.journal import FOLDER
+from cellmap_lightning.prediction.output_checks import check_finished
 from cellmap_lightning.validation import did_you_mean, one_of
 
 Floats = npt.NDArray[np.float32]
@@ -132,7 +132,7 @@ def open_source(
     if channels is None and class_name is not None:
         channels = _described_channels(root, class_name, kind)
     path, name = (root / channels[0], str(class_name)) if channels and class_name else _class_group(root, class_name)
-    _check_finished(root, path)
+    check_finished(root, path, path.parent)
     images = _read_images(path, [path] if channels is None else [_child(root, channel) for channel in channels])
     notes = _notes(images[0])
     if "offset" in notes:
@@ -143,7 +143,7 @@ def open_source(
     if kind != "affinities" and len(levels) != 1:
         raise CellMapValueError(f"{where}: {len(levels)} channels are no {kind}; set kind=affinities and offsets")
     directions = _directions(where, offsets or notes.get("offsets"), len(levels)) if kind == "affinities" else ()
-    readers = tuple(ChunkReader(level, name, empty="missing") for level in levels)
+    readers = tuple(ChunkReader(level, name) for level in levels)
     if any(reader.shape != readers[0].shape for reader in readers):
         raise CellMapValueError(f"{where}: the shapes of the channels differ; predict them together")
     meaning = None if kind == "distance" else _meaning(images[0], name, values, kind, readers[0].dtype)
@@ -210,19 +210,6 @@ def _class_group(root: StorePath, name: str | None) -> tuple[StorePath, str]:
     if len(names) != 1:
         raise CellMapValueError(f"class: {root} has {', '.join(names) or 'no classes'}; choose one with class=...")
     return root / names[0], names[0]
-
-
-def _check_finished(root: StorePath, path: StorePath) -> None:
-    """Check that a prediction is complete.
-
-    Raises:
-        CellMapValueError: its journal is that of an unfinished one.
-    """
-    for group in dict.fromkeys((root, path, path.parent)):
-        if exists(group / FOLDER / "settings.json"):
-            raise CellMapValueError(
-                f"{group}: the prediction is not finished; run the same cellmap-predict again, which continues it"
-            )
 
 
 def _notes(image: Multiscale) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Seeded watershed of a distance map, which divides objects that touch.
 
 1. The distance of each foreground voxel to the background, in nm, is computed from the mask, or given.
-2. The distance is smoothed with a Gaussian, so that a rough surface has no maxima of its own.
+2. The distance is smoothed with a Gaussian, so that a rough surface adds no maxima.
 3. A seed is a connected set of voxels whose smoothed distance is the maximum of the box of ``seed_distance`` around
    each of them, and at least ``seed_depth``.
 4. Each foreground voxel joins the seed from which the negative distance floods it. Components without a seed are left

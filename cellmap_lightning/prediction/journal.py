@@ -27,12 +27,18 @@ from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
 from cellmap_lightning.io.records import DamagedRecordError, sealed, unsealed
 from cellmap_lightning.prediction.durable import remove, write_text
 
-FOLDER = ".cellmap-prediction"
+#: File of a journal while the output is unfinished.
+SETTINGS = "settings.json"
 #: The keys of the record of a finished output, beside an optional ``input``.
 _RECORD = {"prediction": ("settings", "blocks", "reached"), "segmentation": ("settings", "blocks", "objects")}
 _LINE = re.compile(r"((begun|done|labelled|joined) (\d{10}) ([0-9a-f]{16}|-)((?: \d+)*)) ([0-9a-f]{8})\.")
 #: Files with the attributes of a group, in Zarr v2 and v3, and True if they are nested in it.
 _ATTRIBUTES = {".zattrs": False, "zarr.json": True}
+
+
+def journal_folder(work: str) -> str:
+    """Return the name of the folder of a journal in an output; for ``work`` see `Journal`."""
+    return f".cellmap-{work}"
 
 
 class Journal:
@@ -46,8 +52,8 @@ class Journal:
 
     def __init__(self, output: Path, rank: int = 0, work: str = "prediction") -> None:
         self.work = work
-        self.folder = output / f".cellmap-{work}"
-        self._settings = self.folder / "settings.json"
+        self.folder = output / journal_folder(work)
+        self._settings = self.folder / SETTINGS
         self._removed = self.folder / "removed.json"
         self._log = self.folder / f"blocks-{rank}.txt"
         self._token: str | None = None
@@ -214,7 +220,7 @@ class Journal:
         return {number: notes for number, (_, notes) in self._lines("done").items()}
 
     def reached(self, word: str) -> dict[int, list[int]]:
-        """Return the notes of the blocks of which a step is finished, ``labelled`` or ``joined``."""
+        """Return the notes of the blocks with a finished step, ``labelled`` or ``joined``."""
         return {number: notes for number, (_, notes) in self._lines(word).items()}
 
     @property

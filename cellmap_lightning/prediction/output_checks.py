@@ -4,6 +4,8 @@ import errno
 from pathlib import Path
 
 from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.io.store import StorePath, exists
+from cellmap_lightning.prediction.journal import SETTINGS, journal_folder
 
 
 def write_failure(error: OSError) -> str:
@@ -15,6 +17,23 @@ def write_failure(error: OSError) -> str:
         errno.EACCES: "permission denied",
         errno.EPERM: "permission denied",
     }.get(error.errno or 0, str(error))
+
+
+def check_finished(*groups: StorePath) -> None:
+    """Check that the outputs in some groups are complete: an unfinished one has a journal, and lacks blocks.
+
+    Args:
+        groups: outputs of `cellmap-predict` or `cellmap-segment`, or groups in them.
+
+    Raises:
+        CellMapValueError: one is not complete.
+    """
+    for group in dict.fromkeys(groups):
+        for work, command in (("prediction", "cellmap-predict"), ("segmentation", "cellmap-segment")):
+            if exists(group / journal_folder(work) / SETTINGS):
+                raise CellMapValueError(
+                    f"{group}: the {work} is not finished; run the same {command} again, which continues it"
+                )
 
 
 def check_apart(output: Path, raw: Path) -> None:

@@ -1,4 +1,4 @@
-"""The regions on one device, within a limit of bytes: whole crops, the least recently used of which make room."""
+"""The regions on one device, within a limit of bytes: whole crops; the least recently used make room."""
 
 import logging
 import os

@@ -92,7 +92,7 @@ class MatchHistogram(SampleEffect):
     of one value is unchanged.
 
     Attributes:
-        quantiles: those of one or more volumes, of which each sample is matched to one at random; in equal steps, in
+        quantiles: those of one or more volumes; each sample is matched to one of them at random; in equal steps, in
             normalized units. A path names a JSON file with them; see `measure_quantiles`.
         amount: 0 leaves the values, 1 matches them fully.
 

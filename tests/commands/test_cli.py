@@ -164,6 +164,9 @@ def test_sweep(volume, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/samples.png")) == ["0", "1"]
+    rows = [line.split() for line in done.stdout.split("\nruns\n")[1].splitlines()]
+    assert rows[0] == ["run", "task.dice_weight", "val/dice", "mito", "er"]
+    assert [row[:2] for row in rows[1:3]] == [["0", "0"], ["1", "1"]]
 
 
 @pytest.mark.slow

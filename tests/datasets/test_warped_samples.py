@@ -79,7 +79,7 @@ def points(dataset, draw, spec):
 
 @pytest.mark.parametrize("name", WARPS)
 def test_inputs_and_targets_show_one_map(ball, name):
-    """Raw of two resolutions and labels, none of which ends in an empty corner before the volume or the crop does."""
+    """Raw of two resolutions and labels, which never end in an empty corner before the volume or the crop does."""
     with opened(ball, WARPS[name]) as dataset:
         draws, batch = samples(dataset)
         for row, draw in enumerate(draws):
@@ -137,7 +137,7 @@ def test_a_cache_holds_all_that_is_read(ball, name):
 
 
 def test_targets_with_a_margin_are_of_the_same_map(ball):
-    """Affinities and distances are computed from a larger patch under the map, of which the patch is the middle."""
+    """Affinities and distances are computed from a larger patch under the map, whose middle is the patch."""
     targets = {
         "ids": {**FINE, "kind": "instances"},
         "pairs": {**FINE, "kind": "affinities", "offsets": [[2, 0, 0], [0, -3, 1]]},

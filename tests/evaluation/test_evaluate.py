@@ -6,9 +6,11 @@ import torch
 import zarr
 
 from cellmap_lightning.commands.predict_config import groundtruth
+from cellmap_lightning.errors import CellMapValueError, ChunkError
 from cellmap_lightning.evaluation import pairs
-from cellmap_lightning.evaluation.evaluate import SCORES, evaluate, trained_crops
+from cellmap_lightning.evaluation.evaluate import SCORES, check_prediction, evaluate, trained_crops
 from cellmap_lightning.evaluation.instance_scores import NoInstancesError
+from cellmap_lightning.evaluation.pairs import Annotation
 from cellmap_lightning.evaluation.voxel_scores import Score
 from cellmap_lightning.io.ngff import read_encoding, read_multiscale
 from cellmap_lightning.io.writer import write_multiscale
@@ -147,3 +149,35 @@ def test_annotation_without_instances(objects):
     )
     with pytest.raises(NoInstancesError, match="crop1/mito: the annotation marks the class and not its instances"):
         evaluate(folder / "pred.zarr", folder / "masks", ["mito"], scores=["instances"])
+
+
+def test_voxels_outside_of_an_annotation_are_unknown(objects):
+    folder, truth, _ = objects
+    annotation = Annotation(folder / "crops" / "crop1", "mito", (8, 4, 4))
+    lattice = read_multiscale(folder / "pred.zarr" / "mito").finest.lattice
+    ids = annotation.read(lattice, (-2, -3, -4), (24, 30, 36))
+    inside = ids[2:22, 3:27, 4:32]
+    np.testing.assert_array_equal(inside, np.where(truth == 255, -1, truth.astype(int)))
+    assert (ids != -1).sum() == (inside != -1).sum()
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_a_damaged_chunk_of_a_prediction_is_an_error(objects, scores):
+    """A file of 0 bytes is what a crash leaves; it is not an empty part of the prediction."""
+    folder, *_ = objects
+    files = sorted(p for p in (folder / "pred.zarr" / "mito" / "s0").rglob("*") if p.is_file())
+    chunk = next(p for p in files if p.name[0].isdigit())
+    chunk.write_bytes(b"")
+    with pytest.raises(ChunkError, match=r"0 bytes|empty"):
+        evaluate(folder / "pred.zarr", folder / "crops", ["mito"], scores=[scores])
+
+
+@pytest.mark.parametrize("where", [".", "mito"])
+@pytest.mark.parametrize(("work", "command"), [("prediction", "cellmap-predict"), ("segmentation", "cellmap-segment")])
+def test_an_unfinished_prediction_is_not_scored(objects, where, work, command):
+    folder, *_ = objects
+    journal = folder / "pred.zarr" / where / f".cellmap-{work}"
+    journal.mkdir()
+    (journal / "settings.json").write_text("{}")
+    with pytest.raises(CellMapValueError, match=f"the {work} is not finished; run the same {command} again"):
+        check_prediction(folder / "pred.zarr", ["mito"])

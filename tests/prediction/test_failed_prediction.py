@@ -9,7 +9,7 @@ import torch
 import zarr
 
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError
-from cellmap_lightning.prediction.journal import FOLDER, Journal
+from cellmap_lightning.prediction.journal import Journal, journal_folder
 from cellmap_lightning.prediction.output import PredictionOutput
 from tests.checkpointing.test_data_match import command, trained  # noqa: F401
 from tests.prediction.predictions import Convolution, Identity, contents, predict, raw_volume, read
@@ -148,7 +148,7 @@ def test_several_processes(tmp_path):
     )
     first.open({"made by": "hand"})
     first.discard(alone=False)
-    assert (out / FOLDER).is_dir()
+    assert (out / journal_folder("prediction")).is_dir()
     (out / "a" / "s0" / "0" / "0").mkdir(parents=True)
     (out / "a" / "s0" / "0" / "0" / "0").write_bytes(b"a chunk")
     with pytest.raises(CellMapFileExistsError, match=r"its journal .* was removed"):
@@ -180,7 +180,7 @@ def test_lines_of_a_removed_output_are_ignored(tmp_path):
     with contextlib.suppress(ValueError):
         predict(path, PATCH, out, Failing(ValueError("no"), at=9), model_id="m")
     assert Journal(out).finished
-    (out / FOLDER / "settings.json").unlink()
+    (out / journal_folder("prediction") / "settings.json").unlink()
     predict(path, PATCH, out, model_id="m")
     predict(path, PATCH, tmp_path / "whole.zarr", model_id="m")
     assert contents(out) == contents(tmp_path / "whole.zarr")

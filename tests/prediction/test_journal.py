@@ -11,7 +11,7 @@ import pytest
 
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.prediction import durable
-from cellmap_lightning.prediction.journal import FOLDER, Journal
+from cellmap_lightning.prediction.journal import Journal, journal_folder
 from cellmap_lightning.prediction.output import TOKEN
 from cellmap_lightning.prediction.output_lock import FILE
 from tests.prediction.test_output import attributes, contents, finish, killed_at, new, predict, settings, write
@@ -77,7 +77,7 @@ def damage(path, how, at):
 @pytest.mark.parametrize("how", ["cut", "zeroed", "flipped", "exchanged"])
 def test_damaged_line_is_ignored(half, how):
     out, _, _ = half
-    file = out / FOLDER / "blocks-0.txt"
+    file = out / journal_folder("prediction") / "blocks-0.txt"
     content = file.read_bytes()
     before = Journal(out)
     there, inputs = before.finished, before.inputs
@@ -92,7 +92,7 @@ def test_damaged_line_is_ignored(half, how):
 
 def test_with_a_damaged_line_the_prediction_is_completed(half):
     out, whole, resume = half
-    damage(out / FOLDER / "blocks-0.txt", "flipped", 60)
+    damage(out / journal_folder("prediction") / "blocks-0.txt", "flipped", 60)
     again, done = resume()
     assert len(done) == 3
     assert finish(again)
@@ -102,7 +102,7 @@ def test_with_a_damaged_line_the_prediction_is_completed(half):
 @pytest.mark.parametrize("how", ["cut", "zeroed", "flipped"])
 def test_damaged_settings_are_an_error_with_advice(half, how):
     out, whole, _ = half
-    file = out / FOLDER / "settings.json"
+    file = out / journal_folder("prediction") / "settings.json"
     content = file.read_bytes()
     for at in range(0, len(content) - 1, 1 if how == "flipped" else 7):
         damage(file, how, at)
@@ -135,10 +135,10 @@ def test_a_damaged_record_is_an_error(tmp_path, kind):
 def test_lines_of_another_output_are_ignored(half, tmp_path):
     """Of the output before it was replaced, or of another folder."""
     out, whole, _ = half
-    lines = (out / FOLDER / "blocks-0.txt").read_bytes()
+    lines = (out / journal_folder("prediction") / "blocks-0.txt").read_bytes()
     output = new(out)
     output.open(settings(), overwrite=True)
-    (out / FOLDER / "blocks-3.txt").write_bytes(lines)
+    (out / journal_folder("prediction") / "blocks-3.txt").write_bytes(lines)
     assert Journal(out).finished == {}
     output.close()
     output = new(out)
@@ -246,7 +246,7 @@ def test_a_block_is_done_when_its_files_are_on_the_disk(tmp_path, kind, monkeypa
     def noting(handle):
         path = str(Path(f"/proc/self/fd/{handle}").readlink())
         fsync(handle)
-        if "/mito/" in path and FOLDER not in path:
+        if "/mito/" in path and journal_folder("prediction") not in path:
             flushed.add(path)
             done.append(len(Journal(out).finished))
 

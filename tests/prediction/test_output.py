@@ -21,7 +21,7 @@ from cellmap_lightning.geometry.lattice import Lattice
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.store import children
 from cellmap_lightning.prediction.blocks import BlockGrid
-from cellmap_lightning.prediction.journal import FOLDER, Journal, record_checksum
+from cellmap_lightning.prediction.journal import Journal, journal_folder, record_checksum
 from cellmap_lightning.prediction.output import PredictionOutput
 from cellmap_lightning.prediction.quantize import StoredValues
 
@@ -95,7 +95,7 @@ def test_a_finished_output_is_listed_without_a_warning(tmp_path, kind, dtype, cl
     out = tmp_path / "out.zarr"
     output = new(out, kind, dtype, classes)
     write(output)
-    assert (out / FOLDER / "settings.json").exists()
+    assert (out / journal_folder("prediction") / "settings.json").exists()
     assert finish(output)
     assert not [
         p.name for p in out.iterdir() if p.name.startswith(".") and p.name not in (".zgroup", ".zattrs", ".zmetadata")
@@ -169,7 +169,7 @@ def test_a_finished_output_is_recognised(tmp_path, kind):
         with pytest.raises(CellMapFileExistsError, match=text):
             new(out, kind).open(settings(**changed))
     assert contents(out) == before
-    assert not (out / FOLDER).exists()
+    assert not (out / journal_folder("prediction")).exists()
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -184,7 +184,7 @@ def test_overwrite_replaces_only_the_prediction(tmp_path, kind, finished):
     (out / "mine" / "thesis.txt").write_text("all of it")
     output = new(out, other)
     stored = write(output, overwrite=True)
-    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == [FOLDER, "mine", "mito"]
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == [journal_folder("prediction"), "mine", "mito"]
     assert finish(output)
     np.testing.assert_array_equal(zarr.open_array(str(out / "mito" / "s0"), mode="r")[...], stored[0])
     names = {p.name for p in out.iterdir() if p.is_file()}
@@ -212,7 +212,7 @@ def test_a_group_of_another_kind_is_no_prediction(tmp_path):
         for overwrite in (False, True):
             with pytest.raises(CellMapFileExistsError, match="contains no prediction of this package"):
                 new(out).open(settings(), overwrite)
-        assert not (out / FOLDER).exists()
+        assert not (out / journal_folder("prediction")).exists()
 
 
 def test_a_journal_of_an_earlier_version_is_refused_or_replaced(tmp_path):
@@ -220,7 +220,7 @@ def test_a_journal_of_an_earlier_version_is_refused_or_replaced(tmp_path):
     output = new(out)
     output.open(settings())
     output.close()
-    (out / FOLDER / "settings.json").write_text(json.dumps(settings()))
+    (out / journal_folder("prediction") / "settings.json").write_text(json.dumps(settings()))
     with pytest.raises(CellMapValueError, match=r"settings.json is damaged, or of an earlier version.*overwrite=True"):
         new(out).open(settings())
     new(out).open(settings(), overwrite=True)
@@ -357,7 +357,7 @@ def test_journal_is_removed_after_its_last_reader(tmp_path, levels):
     output = new(out, levels=levels)
     write(output)
     there = []
-    assert output.finish(0, 2, lambda: there.append((out / FOLDER).exists()))
+    assert output.finish(0, 2, lambda: there.append((out / journal_folder("prediction")).exists()))
     assert there == [True] * (levels + 1) + [False]
 
 

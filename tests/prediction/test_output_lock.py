@@ -14,7 +14,7 @@ import pytest
 
 from cellmap_lightning.errors import CellMapFileExistsError, OutputError
 from cellmap_lightning.prediction import output_lock
-from cellmap_lightning.prediction.journal import FOLDER, Journal
+from cellmap_lightning.prediction.journal import Journal, journal_folder
 from cellmap_lightning.prediction.output_lock import FILE, OutputLock, read_owner
 from tests import processes
 from tests.prediction.test_output import contents, finish, new, predict, settings, write
@@ -241,6 +241,6 @@ def test_a_finished_output_that_cannot_be_written_to_is_recognised(tmp_path, mon
     assert finish(again)
     assert contents(out) == before
     (out / ".zattrs").write_text("{}")
-    (out / FOLDER).mkdir()
+    (out / journal_folder("prediction")).mkdir()
     with pytest.raises(OutputError, match="read-only"):
         new(out).open(settings())

@@ -17,7 +17,7 @@ from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
 from cellmap_lightning.inspection.report import settings_around
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.writer import write_multiscale
-from cellmap_lightning.prediction.journal import FOLDER, Journal
+from cellmap_lightning.prediction.journal import Journal, journal_folder
 from cellmap_lightning.splits.manifests import find_crops
 from tests.prediction.predictions import Identity, contents, read
 from tests.prediction.test_pyramid import next_level
@@ -133,9 +133,9 @@ def test_resumed_run_has_the_same_levels(tmp_path, blend, world, shape, scale, f
     out = tmp_path / "out.zarr"
     for limit in (5, 9, 17):
         assert not run(path, out, scale, limit=limit, **given).summary.complete
-        assert (out / FOLDER).is_dir()
+        assert (out / journal_folder("prediction")).is_dir()
     last = run(path, out, scale, world=world, **given)
-    assert not (out / FOLDER).exists()
+    assert not (out / journal_folder("prediction")).exists()
     assert contents(out) == contents(tmp_path / "once.zarr")
     if world == 1:
         assert 0 < last.summary.written < last.summary.blocks

@@ -16,7 +16,7 @@ from cellmap_lightning.io.formats.volume import FormatArray, FormatLevel, Format
 from cellmap_lightning.io.store import StorePath
 from cellmap_lightning.validation import first_few
 
-#: Suffixes of the files of a folder, all of which have the same.
+#: Suffixes of the files of a folder, which has files of one suffix.
 SUFFIXES = (".tif", ".tiff", ".png")
 
 

@@ -60,7 +60,7 @@ class TiffFormat:
         chunk = math.prod(arrays[0].chunks) * arrays[0].dtype.itemsize
         if arrays[0].offset is None and chunk >= _LARGE_PAGE:
             text = (
-                f"its compressed pieces have {chunk >> 20} MiB, all of which are decoded for each patch in them: "
+                f"its compressed pieces have {chunk >> 20} MiB, and are decoded whole for each patch in them: "
                 "convert it with cellmap-convert, or store it in tiles"
             )
             notes.append(Note("access", text))
