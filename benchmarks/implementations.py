@@ -9,6 +9,7 @@ made in their favour: see the comments. They are imported when they are asked fo
 import inspect
 import itertools
 import math
+import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -398,6 +399,79 @@ def zarr_loop(work):
                     for in_raw, in_crop, view in itertools.islice(places, work.batch)
                 ),
             )
+
+    return Source(batches())
+
+
+# Limits: the bytes that must be written, by the fastest plain copy
+
+
+def _fresh(shape, dtype):
+    """An array in memory that the system has just given: it zeroes each page when the page is first touched."""
+    dtype = np.dtype(dtype)
+    return np.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+
+
+def _floor(work, buffers):
+    """Raw and packed labels of the crop lie decoded in memory; a patch of each is copied to the next buffers."""
+    import torch
+    import zarr
+
+    work.only(augments=("none",))
+    raw, *labels = (zarr.open_array(path, mode="r") for path in _array_paths(work))
+    offset, size = work.volume["crops"][0]["offset"], work.volume["crop_size"]
+    grey = torch.from_numpy(np.ascontiguousarray(raw[tuple(slice(o, o + size) for o in offset)]))
+    present = np.zeros((size,) * 3, np.uint8)
+    for bit, label in enumerate(labels):
+        present |= label[:].astype(np.uint8) << bit
+    # As one integer per voxel: that is how a copy is fastest.
+    packed = torch.from_numpy(np.stack([present, np.full_like(present, 255)], axis=-1).view(np.int16)[..., 0])
+
+    def batches():
+        places = _places(work)
+        for some, bits in buffers:
+            for i, (_, in_crop, _) in enumerate(itertools.islice(places, work.batch)):
+                torch.from_numpy(some[i, 0]).copy_(grey[in_crop])
+                torch.from_numpy(bits[i].view(np.int16)[..., 0]).copy_(packed[in_crop])
+            yield {"raw": torch.from_numpy(some), "labels": torch.from_numpy(bits)}
+
+    return Source(batches())
+
+
+def _fresh_buffers(work):
+    side = (work.patch,) * 3
+    while True:
+        yield _fresh((work.batch, 1, *side), np.uint8), _fresh((work.batch, *side, 2), np.uint8)
+
+
+_FLOOR = {"needs": ("torch", "zarr"), "packages": ("torch", "numpy"), "python": "floor", "compact": True}
+
+
+@implementation("floor", "one strided copy", **_FLOOR)
+def floor(work):
+    return _floor(work, _fresh_buffers(work))
+
+
+@implementation("floor-reused", "one strided copy, memory reused", **_FLOOR)
+def floor_reused(work):
+    return _floor(work, itertools.cycle(itertools.islice(_fresh_buffers(work), 2)))
+
+
+@implementation("floor-finished", "float32 written once", needs=("torch",), packages=("torch", "numpy"))
+def floor_finished(work):
+    """Raw and labels are written as constants to fresh memory: nothing is read."""
+    import torch
+
+    work.only(augments=("none",))
+
+    def batches():
+        side = (work.patch,) * 3
+        while True:
+            raw = _fresh((work.batch, 1, *side), np.float32)
+            labels = _fresh((work.batch, len(work.names), *side), np.float32)
+            raw.fill(0.5)
+            labels.fill(1)
+            yield {"raw": torch.from_numpy(raw), "labels": torch.from_numpy(labels)}
 
     return Source(batches())
 

@@ -68,9 +68,9 @@ def test_gpu_streams_on_the_cpu(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("implementation", ["ours", "ours-finished"])
+@pytest.mark.parametrize("implementation", ["ours", "ours-finished", "floor", "floor-reused", "floor-finished"])
 def test_our_loaders_are_measured(tmp_path, implementation):
-    """Of the loaders, the rows of this package; the batches are checked by the program itself."""
+    """The rows of this package and of the limits; the program itself checks the batches."""
     done = run(
         "data.py", str(tmp_path), "--raw-size", "96", "--crop-size", "64", "--classes", "3", "--levels", "1"
     )  # fmt: skip
@@ -86,6 +86,9 @@ def test_our_loaders_are_measured(tmp_path, implementation):
         == {
             "ours": {"raw": "torch.uint8", "labels": "torch.uint8"},
             "ours-finished": {"raw": "torch.float32", "labels": "torch.float32"},
+            "floor-reused": {"raw": "torch.uint8", "labels": "torch.uint8"},
+            "floor": {"raw": "torch.uint8", "labels": "torch.uint8"},
+            "floor-finished": {"raw": "torch.float32", "labels": "torch.float32"},
         }[implementation]
     )
     assert result["cpu_ms"] > 0

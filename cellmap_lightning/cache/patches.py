@@ -95,6 +95,8 @@ class Patches:
         cut = self.cut(turn) if warp is None else None
         if cut is None:
             return None
+        if self.region.is_complete:
+            return []
         start = self.start(cut, place)
         shape = cut.shape(self.window.shape)
         lo = [max(a, 0) for a in start]

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.cache.chunk_cache import ChunkCache
+from cellmap_lightning.cache.copying import copy_voxels
 from cellmap_lightning.cache.mapped import Layout, Mapped
 from cellmap_lightning.cache.shared_memory import FORMAT
 from cellmap_lightning.geometry.lattice import Shape
@@ -26,12 +27,6 @@ Stamp = Callable[[tuple[int, int, int], Shape], int]
 
 #: Chunks that must fit into the chunk cache for chunks to be decoded ahead of the copy.
 _MIN_CACHED_CHUNKS = 64
-
-#: Unsigned type of a voxel of several bytes, so that it is copied as one item.
-_ITEMS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-#: Columns times rows of one copy when runs of voxels become columns; tuned by measurement.
-_COLUMNS = 512
 
 
 class Store(Protocol):
@@ -162,9 +157,9 @@ class Region:
         """Copy the box at ``start`` into ``out``, which has its shape and any strides; the box lies in the array."""
         box = self._view(start, (out.shape[0], out.shape[1], out.shape[2]))
         if box is not None:
-            self._assign(out, box)
+            copy_voxels(out, box)
         elif self.direct:
-            out[...] = self.decode(start, (out.shape[0], out.shape[1], out.shape[2]))
+            copy_voxels(out, self.decode(start, (out.shape[0], out.shape[1], out.shape[2])))
         else:
             self._read_chunks(start, out)
 
@@ -176,30 +171,6 @@ class Region:
         out = np.empty((*shape, self.depth) if self.depth else shape, self.dtype)
         self.read_into(start, out)
         return out
-
-    def _assign(self, out: AnyArray, box: AnyArray) -> None:
-        """Copy voxels, in the order of memory accesses that is fastest for the strides of the target."""
-        item = _ITEMS.get(self.depth)
-        if item is not None and out.strides[-1] == 1 and out.dtype == np.uint8:
-            out, box = out.view(item)[..., 0], box.view(item)[..., 0]
-        rows, size = out.strides[2], out.itemsize
-        if abs(rows) > max(abs(out.strides[0]), abs(out.strides[1])):
-            # Runs of voxels become columns: a few columns at a time stay in the CPU cache.
-            step = max(4, _COLUMNS // out.shape[2])
-            for first in range(0, out.shape[2], step):
-                out[:, :, first : first + step] = box[:, :, first : first + step]
-        elif rows == -size and size <= 2 and out.shape[2] * size % 8 == 0 and box.strides[2] == size:
-            # Mirrored along x: reading 8 bytes as one big-endian word reverses them in a single instruction.
-            step = 8
-            out, box = out.view(f"u{size}"), box.view(f"u{size}")
-            swapped = np.empty((step, *out.shape[1:]), np.dtype(f">u{size}"))
-            words, target = swapped.view(">u8")[:, :, ::-1], out[:, :, ::-1].view(np.uint64)
-            for first in range(0, len(out), step):
-                count = min(step, len(out) - first)
-                swapped[:count] = box[first : first + step]
-                target[first : first + step] = words[:count]
-        else:
-            out[...] = box
 
     def _view(self, start: tuple[int, int, int], shape: Shape) -> AnyArray | None:
         """Return the mapped voxels of a box, after filling missing chunks; None if they are not mapped."""
@@ -227,6 +198,12 @@ class Region:
         """True if the voxels have a mapping, so that every read after the first is a copy."""
         mapped = self.attached()
         return mapped is not None and not mapped.full
+
+    @property
+    def is_complete(self) -> bool:
+        """True if all voxels are in the mapping, so that no read decodes."""
+        mapped = self.attached()
+        return mapped is not None and mapped.complete and not mapped.full
 
     def missing(self, start: tuple[int, int, int], shape: Shape) -> list[Shape] | None:
         """Return the chunks of a box that must be filled before reading it is a copy; None if they are not cached.
@@ -305,7 +282,7 @@ class Region:
                 parts.append((i, slice(lo - i * size, hi - i * size), slice(lo - first, hi - first)))
             along.append(parts)
         for z, y, x in itertools.product(*along):
-            out[z[2], y[2], x[2]] = self._cached((z[0], y[0], x[0]))[z[1], y[1], x[1]]
+            copy_voxels(out[z[2], y[2], x[2]], self._cached((z[0], y[0], x[0]))[z[1], y[1], x[1]])
 
     def _indices(self, start: tuple[int, int, int], shape: Sequence[int]) -> Iterator[Shape]:
         """Return the indices of the chunks that a box touches."""

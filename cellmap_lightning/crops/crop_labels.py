@@ -272,6 +272,8 @@ class CropLabels:
 
 def with_margin(window: Window, margin: Shape) -> Window:
     """Return a window with more voxels at each side."""
+    if not any(margin):
+        return window
     z, y, x = (n + 2 * m for n, m in zip(window.shape, margin, strict=True))
     return Window((z, y, x), window.scale.tolist())
 
