@@ -234,8 +234,9 @@ class ChunkReader(ArrayReader):
             ObjectError: a file that is not regular, or too large.
         """
         info = self.info
+        folder, most = str(info.path), info.encoded.most_stored
         for index in self.files(start, shape):
-            problem = problem_of(info.file(index), info.encoded.most_stored)
+            problem = problem_of(f"{folder}/{info.key(index)}", most)
             if problem is not None:
                 raise ObjectError(info.key(index), 1, 0.0, problem)
 
