@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
     from cellmap_lightning.errors import CellMapError
     from cellmap_lightning.loading.dataloader import CellMapDataLoader
+    from cellmap_lightning.loading.options import LoaderOptions
     from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter
     from cellmap_lightning.prediction.image_writer import ImageWriter
     from cellmap_lightning.sampling.torch_samplers import ClassBalancedSampler
@@ -37,6 +38,7 @@ _MODULES = {
     "ImageWriter": "prediction.image_writer",
     "IntensityOptions": "crops.options",
     "LabelOptions": "crops.options",
+    "LoaderOptions": "loading.options",
     "ReadOptions": "crops.options",
     "SplitOptions": "splits.options",
     "batch_memory": "batches.layout",
@@ -55,6 +57,7 @@ __all__ = [
     "ImageWriter",
     "IntensityOptions",
     "LabelOptions",
+    "LoaderOptions",
     "ReadOptions",
     "SplitOptions",
     "batch_memory",

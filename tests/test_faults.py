@@ -26,7 +26,8 @@ from cellmap_lightning.io import chunks
 from cellmap_lightning.io import retrying as guard
 from cellmap_lightning.io.retrying import COUNTS
 from cellmap_lightning.io.writer import write_group, write_multiscale
-from cellmap_lightning.loading.dataloader import WORKER_TIMEOUT, CellMapDataLoader
+from cellmap_lightning.loading.dataloader import CellMapDataLoader
+from cellmap_lightning.loading.options import WORKER_TIMEOUT
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests import processes
 from tests.io.faults import FaultyStore, transient

@@ -379,15 +379,15 @@ def test_program_ends_with_a_running_pass(volume, tmp_path, workers, ahead, end)
             f"""
             import pickle, time, warnings
             warnings.filterwarnings("ignore", ".*fork.*")
-            from cellmap_lightning import CellMapDataLoader, CellMapDataset
+            from cellmap_lightning import CellMapDataLoader, CellMapDataset, LoaderOptions
             from cellmap_lightning.loading.prefetch import PrefetchDecision
             from tests.conftest import CLASSES, INPUTS, TARGETS
 
             volume = pickle.load(open({str(tmp_path / "volume.pkl")!r}, "rb"))
             path = volume.label_path(volume.crops[1], "[mito,er]")
             dataset = CellMapDataset(volume.raw_path, path, CLASSES, INPUTS, TARGETS, is_train=True)
-            decision = PrefetchDecision({ahead}, 2, 0, "")
-            loader = CellMapDataLoader(dataset, 2, {workers}, samples_per_epoch=10000, decision=decision)
+            options = LoaderOptions(decision=PrefetchDecision({ahead}, 2, 0, ""))
+            loader = CellMapDataLoader(dataset, 2, {workers}, samples_per_epoch=10000, options=options)
             passes = iter(loader)
             for batch in passes:
                 break

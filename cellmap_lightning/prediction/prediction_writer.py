@@ -206,6 +206,18 @@ class PredictionWriter(L.Callback):
             )
         return list(names)
 
+    def _chosen_names(self, names: list[str]) -> list[str]:
+        """Return the names of the channels to write.
+
+        Raises:
+            CellMapKeyError: ``only`` is empty, or names another channel.
+        """
+        if self.only is None:
+            return names
+        if not self.only or not set(self.only) <= set(names):
+            raise CellMapKeyError(f"only={list(self.only)} must name some of the channels {names}")
+        return list(self.only)
+
     def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule, pin: bool) -> tuple[PatchSamples, PlanBatches]:
         """Plan the blocks, and create or open the outputs. Called when weights and normalization are restored."""
         options, rank = self.options, trainer.global_rank
@@ -213,12 +225,10 @@ class PredictionWriter(L.Callback):
         volumes = volumes_of(data.predict_dataset.crops)
         if len(volumes) > 1 and options.region is not None:
             raise CellMapValueError(f"a region needs a single volume to predict, got {len(volumes)}")
-        targets = described_channels(pl_module)
-        names = self._channel_names(data, list(targets))
-        targets = {name: targets[name] for name in names if name in targets and name not in (data.classes or ())}
-        self.names = written = list(self.only) if self.only is not None else names
-        if not written or not set(written) <= set(names):
-            raise CellMapKeyError(f"only={written} must name some of the channels {names}")
+        described = described_channels(pl_module)
+        names = self._channel_names(data, list(described))
+        targets = {name: described[name] for name in names if name in described and name not in (data.classes or ())}
+        self.names = written = self._chosen_names(names)
         self._written_channels = [names.index(name) for name in written]
         array, spec = next(iter({**data.target_arrays, **data.input_arrays}.items()))
 
