@@ -137,7 +137,7 @@ def ours(task, path, out):
     from lightning.pytorch.strategies import DDPStrategy
 
     from cellmap_lightning import CellMapDataModule
-    from cellmap_lightning.callbacks import PredictionWriter
+    from cellmap_lightning.callbacks import make_prediction_writer
 
     class Model(L.LightningModule):
         def __init__(self):
@@ -156,7 +156,7 @@ def ours(task, path, out):
         ["a"], {"raw": {"shape": PATCH, "scale": SCALE}}, datasets={"predict": [{"raw": str(path)}]}, batch_size=BATCH
     )
     strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=600))
-    writer = PredictionWriter(str(out), task["blend"], block_size_mb=task["block_size_mb"])
+    writer = make_prediction_writer(str(out), blend=task["blend"], block_size_mb=task["block_size_mb"])
     run = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False,
         callbacks=[writer, Note()], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

@@ -7,7 +7,7 @@ import torch
 import zarr
 
 from cellmap_lightning import CellMapDataModule, compat
-from cellmap_lightning.callbacks import PredictionWriter
+from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.compat.utils import permute_singleton_dimension
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES
@@ -163,7 +163,7 @@ def predict_natively(raw, out, arrays, model, **kwargs):
     given = {"dtype": "float32", "chunks": [4, 8, 8], "block_size_mb": 0.05, "check_context": False} | kwargs
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[PredictionWriter(str(out), **given)],
+        enable_model_summary=False, callbacks=[make_prediction_writer(str(out), **given)],
     )  # fmt: skip
     volumes = {"predict": [{"raw": str(raw)}]}
     with CellMapDataModule(["a"], datasets=volumes, raw_value_transforms=None, batch_size=3, **arrays) as data:

@@ -8,7 +8,7 @@ import pytest
 import zarr
 
 from cellmap_lightning import CellMapDataModule
-from cellmap_lightning.callbacks import PredictionWriter
+from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.writer import write_multiscale
 from cellmap_lightning.prediction.blending import Tiling
@@ -127,7 +127,7 @@ def test_real_volume_is_reproduced(real_volume, tmp_path):
     spec = {"raw": {"shape": [8, 128, 128], "scale": list(level.scale)}}
     with CellMapDataModule(["a"], spec, datasets={"predict": [{"raw": str(path)}]}, batch_size=4) as data:
         run = L.Trainer(
-            accelerator="cpu", devices=1, logger=False, callbacks=[PredictionWriter(str(tmp_path / "out.zarr"))],
+            accelerator="cpu", devices=1, logger=False, callbacks=[make_prediction_writer(str(tmp_path / "out.zarr"))],
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         )  # fmt: skip
         run.predict(Identity(), datamodule=data)
