@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from cellmap_lightning.commands.submit import submit
+from cellmap_lightning.compat.array_writer import ImageWriter
 from cellmap_lightning.errors import CellMapValueError, MetadataError
 from cellmap_lightning.evaluation.evaluate import evaluate
 from cellmap_lightning.io.meanings import check_values, meaning_of
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.writer import write_multiscale
-from cellmap_lightning.prediction.image_writer import ImageWriter
 from cellmap_lightning.prediction.output import PredictionOutput
 from tests.evaluation.test_challenge import manifest, predicted, read, row
 

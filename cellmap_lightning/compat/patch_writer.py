@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from cellmap_lightning.batches.arrays import ArraySpecs, parse_classes, parse_inputs
+from cellmap_lightning.compat.array_writer import AnyArray, ImageWriter, as_numbers, check_axes, with_lead
 from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.datasets.renamed import renamed
@@ -29,7 +30,6 @@ from cellmap_lightning.loading.options import LoaderOptions
 from cellmap_lightning.prediction.blending import Tiling
 from cellmap_lightning.prediction.block_patches import patch_placement
 from cellmap_lightning.prediction.blocks import centred_voxels, output_lattice, parse_region
-from cellmap_lightning.prediction.image_writer import AnyArray, ImageWriter, as_numbers, check_axes, with_lead
 from cellmap_lightning.prediction.output_checks import check_apart
 from cellmap_lightning.prediction.volumes import volumes_source
 
