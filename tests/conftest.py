@@ -26,7 +26,7 @@ from tests import platforms, processes
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Where Python is told not to write compiled modules beside their source, they go to a folder of this run: otherwise
+# Where Python is set not to write compiled modules beside their source, they go to a folder of this run: otherwise
 # each process that a test starts compiles Lightning again, which takes several seconds.
 if sys.dont_write_bytecode and sys.pycache_prefix is None:
     sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="compiled-")

@@ -76,7 +76,7 @@ def test_missing_raw_warn_reads_the_fill_value_and_warns(root, caplog, reader):
 @pytest.mark.parametrize("kind", ["binary", "instances", "affinities"])
 @pytest.mark.parametrize("spatial", [None, TURNS])
 def test_missing_raw_mask_makes_targets_unknown_there_and_nowhere_else(root, cache, kind, spatial):
-    """Whatever the sample's turn, targets are unknown exactly where raw has the fill value (which nothing else has)."""
+    """For each turn of the sample, targets are unknown exactly where raw has the fill value (as nothing else)."""
     chunk(root, "1/0/1").unlink()
     for again in range(2):
         target = SPEC | ({"kind": kind} if kind != "binary" else {})

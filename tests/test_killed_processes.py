@@ -100,7 +100,7 @@ def test_an_error_about_a_timeout_is_not_a_timeout():
 def test_the_timeout_is_on_by_default(root):
     with dataset(root, is_train=True) as data:
         assert loader(data).timeout == WORKER_TIMEOUT > 0
-        assert loader(data, num_workers=0).timeout == 0, "where there is nobody to wait for"
+        assert loader(data, num_workers=0).timeout == 0, "where no process is waited for"
 
 
 def test_a_fork_with_an_unsafe_reader_is_refused_with_advice(root):

@@ -1,4 +1,4 @@
-"""Whatever order a Trainer does things in, and however a run ends: the same datasets, and nothing left behind."""
+"""Any order of a Trainer's steps, and any end of a run: the same datasets, and nothing left behind."""
 
 import gc
 import pickle

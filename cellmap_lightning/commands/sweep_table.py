@@ -86,7 +86,7 @@ def _scores(run: Path) -> dict[str, Any]:
 
 
 def _values(scores: Mapping[str, Any], classes: Sequence[str]) -> list[float]:
-    """Return the monitored metric of a run and its score of each class; NaN where there is none."""
+    """Return the monitored metric of a run and its score of each class; NaN where it has none."""
     value, by_class = scores.get("value"), scores.get("classes", {})
     return [math.nan if value is None else float(value), *(by_class.get(name, math.nan) for name in classes)]
 

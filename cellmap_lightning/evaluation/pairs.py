@@ -90,7 +90,7 @@ class Annotation:
 
 
 def voxels_inside(lattice: Lattice, box: Box) -> tuple[Shape, Shape]:
-    """Return the first voxel whose centre lies in a box, and their number along each axis; 0 where there are none."""
+    """Return the first voxel whose centre lies in a box, and their number along each axis, which may be 0."""
     lower = np.subtract(box.lower, lattice.origin) / lattice.step
     upper = np.subtract(box.upper, lattice.origin) / lattice.step
     first = np.clip(np.ceil(lower - EDGE_TOLERANCE), 0, lattice.shape).astype(int)

@@ -171,7 +171,7 @@ def _directions(where: str, offsets: Any, count: int) -> tuple[Shape, ...]:
     """Return the offsets of affinities after a check.
 
     Raises:
-        CellMapValueError: there are none, or they do not fit the channels.
+        CellMapValueError: they are missing, or do not fit the channels.
     """
     if not isinstance(offsets, Sequence) or not offsets:
         raise CellMapValueError(f"{where}: affinities without offsets in the metadata; set offsets=[[-1,0,0],...]")

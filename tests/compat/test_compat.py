@@ -244,7 +244,7 @@ def test_samplers_of_the_dataset(dataset):
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_subset_is_drawn_from_and_augmented_anew(volume, num_workers):
+def test_a_subset_is_drawn_from_and_augmented_again(volume, num_workers):
     with make(volume, spatial_transforms={"mirror": {"axes": {"x": 0.5}}}) as dataset:
         subset = compat.CellMapSubset(dataset, [2, 40, 77, 100])
         assert subset.classes == dataset.classes

@@ -74,7 +74,7 @@ def test_an_image_writer_records_what_the_values_show(tmp_path, dtype, given, ki
 
 
 @pytest.mark.parametrize("kind", ["probability", "scaled", "mask", "ids"])
-def test_an_image_writer_records_what_it_is_told(tmp_path, kind):
+def test_an_image_writer_records_the_given_meaning(tmp_path, kind):
     by_image_writer(tmp_path / "er", ball() * 1, "uint8", values=kind)
     assert recorded(tmp_path / "er")["values"] == kind
     with pytest.raises(CellMapValueError, match="values must be one of"):

@@ -311,7 +311,7 @@ class Written(L.Callback):
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
 def test_with_other_ranks(volume, tmp_path, whole, before, after):
-    """Stopped in the middle of an epoch on some ranks, gone on with on others: one stream of global batches."""
+    """Stopped in the middle of an epoch on some ranks, resumed on others: one stream of global batches."""
 
     def fit(name, world, steps, ckpt=None):
         strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))

@@ -119,14 +119,14 @@ def test_a_transposed_slice_is_refused(raw, tmp_path, axis):
 
 
 def blurred(axis):
-    """What `blur` makes of whole slices along an axis: rows run along z in slices along x, else along x."""
+    """The result of `blur` for whole slices along an axis: rows run along z in slices along x, else along x."""
     row = 1 if axis == 2 else 2
     before = np.concatenate([RAMP.take([0], row), RAMP.take(range(SHAPE[row] - 1), row)], row)
     return (RAMP + before) / 2
 
 
 def test_the_mean_over_three_orientations(raw, tmp_path):
-    """What the challenge's toolbox does with a 2D model: a prediction along each axis, then their mean, in tiles."""
+    """The steps of the challenge's toolbox with a 2D model: a prediction along each axis, then their mean, in tiles."""
     whole = {0: (1, 14, 17), 1: (11, 1, 17), 2: (11, 14, 1)}
     for axis in range(3):
         spec = {"shape": whole[axis], "scale": SCALE}

@@ -78,7 +78,7 @@ def test_remaining_blocks_are_distributed_over_processes(tmp_path, blend, limit,
     done = [{int(n) for n in re.findall(r"done (\d+)", file.read_text())} - before for file in files]
     assert done == [set(grid.share(left, rank, 2, blend != "trim")) for rank in range(2)]
     whole = [set(grid.share(range(len(grid)), rank, 2, blend != "trim")) - before for rank in range(2)]
-    assert done != whole, "the blocks of a run that goes on, not those of one that begins"
+    assert done != whole, "the blocks of a resumed run, not those of one that begins"
     assert abs(len(done[0]) - len(done[1])) <= 1
 
 
@@ -100,7 +100,7 @@ def test_warning_about_small_blocks_names_a_better_size(tmp_path, caplog):
     predict(path, (16, 16, 16), tmp_path / "late.zarr", block_size_mb=0.1, limit=9, **given)
     caplog.clear()
     assert predict(path, (16, 16, 16), tmp_path / "late.zarr", block_size_mb=0.1, **given).summary.complete
-    assert not [r for r in caplog.records if "block_size_mb" in r.getMessage()], "other blocks could not go on there"
+    assert not [r for r in caplog.records if "block_size_mb" in r.getMessage()], "other blocks could not resume there"
 
 
 def test_a_block_that_is_skipped_changes_nothing_below_it(tmp_path):
