@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from cellmap_lightning.prediction.options import (
         BlendOptions,
         ChannelOptions,
+        OutputOptions,
         RegionOptions,
         ResumeOptions,
-        StorageOptions,
     )
     from cellmap_lightning.prediction.prediction_writer import PredictionWriter, make_prediction_writer
 
@@ -30,7 +30,7 @@ _HOMES = {
     "PreemptionCheckpoint": "callbacks.preemption",
     "RegionOptions": "prediction.options",
     "ResumeOptions": "prediction.options",
-    "StorageOptions": "prediction.options",
+    "OutputOptions": "prediction.options",
     "StreamPrefetch": "callbacks.stream_prefetch",
     "make_prediction_writer": "prediction.prediction_writer",
 }
@@ -42,11 +42,11 @@ __all__ = [
     "CheckpointConfig",
     "DataWaitMonitor",
     "LastCheckpoint",
+    "OutputOptions",
     "PredictionWriter",
     "PreemptionCheckpoint",
     "RegionOptions",
     "ResumeOptions",
-    "StorageOptions",
     "StreamPrefetch",
     "make_prediction_writer",
 ]

@@ -115,6 +115,8 @@ def _chosen_positions(
 class CellMapDataLoader(DataLoader):
     """A `cellmap_lightning.CellMapDataLoader` with the constructor of cellmap-data, which delivers on a device.
 
+    See docs/migration.md.
+
     Args:
         dataset: a dataset of this package, or a `CellMapSubset` of one.
         classes: has no effect: they are the dataset's.

@@ -23,6 +23,8 @@ __all__ = ["CellMapDatasetWriter", "CellMapImage", "ImageWriter", "box_shape", "
 class CellMapDatasetWriter(Writer):
     """A `patch_writer.CellMapDatasetWriter` with the constructor, the attributes and the shapes of cellmap-data.
 
+    See docs/migration.md.
+
     Slices along z are ``[1, y, x]``; slices along y and x keep their axis of length 1, ``[1, z, 1, x]`` and
     ``[1, z, y, 1]``, which programs squeeze for a 2D model and put back before they write.
 

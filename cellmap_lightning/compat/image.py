@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class CellMapImage(Image):
-    """A `cellmap_lightning.CellMapImage` with a value transform.
+    """A `cellmap_lightning.CellMapImage` with a value transform; see docs/migration.md.
 
     Args:
         path: see there, as for what is not described here.

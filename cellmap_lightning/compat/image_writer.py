@@ -16,7 +16,7 @@ __all__ = ["ImageWriter", "create_multiscale_metadata"]
 
 
 class ImageWriter(Writer):
-    """An `array_writer.ImageWriter` with the attributes of cellmap-data.
+    """An `array_writer.ImageWriter` with the attributes of cellmap-data; see docs/migration.md.
 
     Attributes:
         base_path: the multiscale group.

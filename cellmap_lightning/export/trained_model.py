@@ -82,7 +82,7 @@ class TaskModel(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A model of a checkpoint, ready to be exported.
+    """A model of a checkpoint, ready to be exported; see docs/export.md.
 
     Attributes:
         module: from ``[N, 1, z, y, x]`` to ``[N, C, z, y, x]``, in evaluation mode, float32, on the CPU.

@@ -51,7 +51,7 @@ class LoaderOptions:
 
 
 class TorchOptions(TypedDict, total=False):
-    """The other arguments of `torch.utils.data.DataLoader` that `CellMapDataLoader` takes.
+    """The other arguments of `torch.utils.data.DataLoader` that `CellMapDataLoader` takes; see docs/batches.md.
 
     Args:
         drop_last: drop an incomplete last batch; by default while training.

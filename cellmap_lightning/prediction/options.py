@@ -83,11 +83,11 @@ class ChannelOptions:
 
 
 @dataclass(frozen=True)
-class StorageOptions:
+class OutputOptions:
     """The form in which a prediction is stored; see docs/prediction.md.
 
     Example:
-        >>> StorageOptions(3, "float16", chunks=(64, 64, 64), shards=(128, 128, 128)).unit
+        >>> OutputOptions(3, "float16", chunks=(64, 64, 64), shards=(128, 128, 128)).unit
         (128, 128, 128)
 
     Args:
@@ -203,7 +203,7 @@ class PredictionOptions:
     """The options of `PredictionWriter`, the same for all volumes of a run.
 
     Example:
-        >>> PredictionOptions(storage=StorageOptions(dtype="float32")).blending.blend
+        >>> PredictionOptions(storage=OutputOptions(dtype="float32")).blending.blend
         'trim'
 
     Args:
@@ -222,7 +222,7 @@ class PredictionOptions:
 
     blending: BlendOptions = field(default_factory=BlendOptions)
     channels: ChannelOptions = field(default_factory=ChannelOptions)
-    storage: StorageOptions = field(default_factory=StorageOptions)
+    storage: OutputOptions = field(default_factory=OutputOptions)
     region: RegionOptions = field(default_factory=RegionOptions)
     resume: ResumeOptions = field(default_factory=ResumeOptions)
     block_size_mb: float = 256

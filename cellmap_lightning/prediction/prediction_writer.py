@@ -38,10 +38,10 @@ from cellmap_lightning.prediction.model_output import ModelOutput
 from cellmap_lightning.prediction.options import (
     BlendOptions,
     ChannelOptions,
+    OutputOptions,
     PredictionOptions,
     RegionOptions,
     ResumeOptions,
-    StorageOptions,
 )
 from cellmap_lightning.prediction.output import PredictionOutput
 from cellmap_lightning.prediction.quantize import StoredValues
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 _GROUPS: dict[str, type[Any]] = {
     "blending": BlendOptions,
     "channels": ChannelOptions,
-    "storage": StorageOptions,
+    "storage": OutputOptions,
     "region": RegionOptions,
     "resume": ResumeOptions,
 }
@@ -106,13 +106,13 @@ class PredictionWriter(L.Callback):
         blending: BlendOptions | None = None,
         *,
         channels: ChannelOptions | None = None,
-        storage: StorageOptions | None = None,
+        storage: OutputOptions | None = None,
         region: RegionOptions | None = None,
         resume: ResumeOptions | None = None,
         block_size_mb: float = 256,
     ) -> None:
         self.options = PredictionOptions(
-            blending or BlendOptions(), channels or ChannelOptions(), storage or StorageOptions(),
+            blending or BlendOptions(), channels or ChannelOptions(), storage or OutputOptions(),
             region or RegionOptions(), resume or ResumeOptions(), block_size_mb,
         )  # fmt: skip
         self.output, self.threshold = Path(output), self.options.storage.threshold
@@ -391,7 +391,7 @@ def make_prediction_writer(output: str, block_size_mb: float = 256, **settings: 
     Args:
         output: the Zarr group to write.
         block_size_mb: see `PredictionWriter`.
-        settings: the fields of `BlendOptions`, `ChannelOptions`, `StorageOptions`, `RegionOptions` and `ResumeOptions`.
+        settings: the fields of `BlendOptions`, `ChannelOptions`, `OutputOptions`, `RegionOptions` and `ResumeOptions`.
 
     Raises:
         CellMapTypeError: a setting is unknown.

@@ -3,10 +3,10 @@ import pytest
 from cellmap_lightning.callbacks import (
     BlendOptions,
     ChannelOptions,
+    OutputOptions,
     PredictionWriter,
     RegionOptions,
     ResumeOptions,
-    StorageOptions,
     make_prediction_writer,
 )
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
@@ -22,7 +22,7 @@ def test_flat_settings_are_the_grouped_options(tmp_path):
     )  # fmt: skip
     grouped = PredictionWriter(
         output, BlendOptions("gaussian", tta_flips="xy"), channels=ChannelOptions(only=["er"]),
-        storage=StorageOptions(dtype="labels", chunks=[8, 8, 16]), region=RegionOptions(BOX),
+        storage=OutputOptions(dtype="labels", chunks=[8, 8, 16]), region=RegionOptions(BOX),
         resume=ResumeOptions(overwrite=True), block_size_mb=64,
     )  # fmt: skip
     assert flat.options == grouped.options
@@ -35,7 +35,7 @@ def test_flat_settings_are_the_grouped_options(tmp_path):
     [
         ({"blnd": "trim"}, "no setting 'blnd'; did you mean 'blend'"),
         ({"threshhold": 0.5}, "did you mean 'threshold'"),
-        ({"storage": StorageOptions()}, "no setting 'storage'"),
+        ({"storage": OutputOptions()}, "no setting 'storage'"),
     ],
 )
 def test_unknown_flat_setting(tmp_path, settings, match):
@@ -48,8 +48,8 @@ def test_unknown_flat_setting(tmp_path, settings, match):
     [
         (lambda: BlendOptions("mean"), "blend"),
         (lambda: ChannelOptions(activation="relu"), "activation"),
-        (lambda: StorageOptions(shards=(128, 128, 128)), "shards need zarr_format=3"),
-        (lambda: StorageOptions(3, chunks=(64, 64)), "chunks must be three positive"),
+        (lambda: OutputOptions(shards=(128, 128, 128)), "shards need zarr_format=3"),
+        (lambda: OutputOptions(3, chunks=(64, 64)), "chunks must be three positive"),
         (lambda: RegionOptions({"z": [0, 8]}), "region must be"),
         (lambda: PredictionWriter("out.zarr", block_size_mb=0), "block_size_mb"),
     ],
