@@ -12,6 +12,7 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ def write(tmp_path):
             if data is None:
                 continue  # listed, and not on disk
             values = np.asarray(data)
-            more = {"dimension_names": list(axes)} if v3 else {}
+            more: dict[str, Any] = {"dimension_names": list(axes)} if v3 else {}
             stored = group.create_array(
                 level, shape=values.shape, dtype=values.dtype, chunks=array.get("chunks", values.shape), **more
             )
