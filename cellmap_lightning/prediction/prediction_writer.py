@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import lightning as L
 import numpy as np
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from cellmap_lightning.crops.crop import Crop
+from cellmap_lightning.crops.flat_options import refuse_flat
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.prediction.accumulate import MeanBlock, StoredBlock
@@ -90,6 +91,7 @@ class PredictionWriter(L.Callback):
         block_size_mb: memory in MiB for two blocks (one is written while the other is computed), with the sums
             of overlapping patches. Blocks are whole chunks. Small blocks compute patches twice: a warning names the
             size that would help.
+        flat: none; options that are given flat are an error that names their dataclass.
 
     Attributes:
         summary: the summary of the last prediction.
@@ -110,7 +112,9 @@ class PredictionWriter(L.Callback):
         region: RegionOptions | None = None,
         resume: ResumeOptions | None = None,
         block_size_mb: float = 256,
+        **flat: Never,
     ) -> None:
+        refuse_flat(PredictionWriter, flat, _GROUPS)
         self.options = PredictionOptions(
             blending or BlendOptions(), channels or ChannelOptions(), storage or OutputOptions(),
             region or RegionOptions(), resume or ResumeOptions(), block_size_mb,
@@ -385,7 +389,7 @@ class PredictionWriter(L.Callback):
             job.blocks.close()
 
 
-def make_prediction_writer(output: str, block_size_mb: float = 256, **settings: Any) -> PredictionWriter:
+def make_prediction_writer(output: str, *, block_size_mb: float = 256, **settings: Any) -> PredictionWriter:
     """Return a `PredictionWriter` from flat settings, as those of ``writer`` in configs/predict.yaml.
 
     Args:

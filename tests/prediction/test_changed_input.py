@@ -215,7 +215,7 @@ def test_unstamped_chunks_do_not_influence_a_block(tmp_path, monkeypatch, way):
 
     def run(out):
         writer = make_prediction_writer(
-            str(out), given["blend"], classes=["a"], chunks=(8, 8, 16), dtype="float32",
+            str(out), blend=given["blend"], classes=["a"], chunks=(8, 8, 16), dtype="float32",
             region={axis: [170.0, 230.0] for axis in "zyx"}, check_context=False,
         )  # fmt: skip
         trainer = L.Trainer(

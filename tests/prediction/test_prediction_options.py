@@ -17,8 +17,8 @@ BOX = {"z": [0, 80], "y": [0, 160], "x": [8, 160]}
 def test_flat_settings_are_the_grouped_options(tmp_path):
     output = str(tmp_path / "out.zarr")
     flat = make_prediction_writer(
-        output, 64, blend="gaussian", tta_flips="xy", only=["er"], dtype="labels", chunks=[8, 8, 16], region=BOX,
-        overwrite=True,
+        output, block_size_mb=64, blend="gaussian", tta_flips="xy", only=["er"], dtype="labels",
+        chunks=[8, 8, 16], region=BOX, overwrite=True,
     )  # fmt: skip
     grouped = PredictionWriter(
         output, BlendOptions("gaussian", tta_flips="xy"), channels=ChannelOptions(only=["er"]),
@@ -41,6 +41,15 @@ def test_flat_settings_are_the_grouped_options(tmp_path):
 def test_unknown_flat_setting(tmp_path, settings, match):
     with pytest.raises(CellMapTypeError, match=match):
         make_prediction_writer(str(tmp_path / "out.zarr"), **settings)
+
+
+def test_flat_settings_of_the_callback():
+    with pytest.raises(CellMapTypeError, match=r"'blend'; use blending=BlendOptions\(blend=\.\.\.\)"):
+        PredictionWriter("out.zarr", blend="gaussian")
+    with pytest.raises(CellMapTypeError, match=r"'chunks'; use storage=OutputOptions\(chunks=\.\.\.\)"):
+        PredictionWriter("out.zarr", chunks=(8, 8, 8))
+    with pytest.raises(CellMapTypeError, match=r"'storge'; did you mean 'storage'"):
+        PredictionWriter("out.zarr", storge=OutputOptions())
 
 
 @pytest.mark.parametrize(
