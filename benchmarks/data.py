@@ -197,7 +197,7 @@ def write(folder, name="volume", raw_size=512, crop_size=400, classes=8, crops=1
 
 
 def describe(folder, name="volume"):
-    """What `write` said about a volume, and where it is."""
+    """The description of a volume by `write`, and its path."""
     folder = Path(folder)
     described = json.loads((folder / f"{name}.json").read_text())
     return {**described, "root": str(folder / f"{name}.zarr")}

@@ -1,4 +1,4 @@
-"""The persistent thread pool against one that is made anew for each call: what is gained, and what that is worth.
+"""The persistent thread pool against one that is created for each call: the gain per call and per sample.
 
     python benchmarks/executor.py
 
@@ -67,7 +67,7 @@ def timed(call, calls):
 
 
 def measurements(pool):
-    """What is measured, and how many calls of it make a round."""
+    """The measured call, and how many calls of it make a round."""
     kept = pool.executor
     found = {CREATE: (lambda: create(pool.workers), 500), ACCESS: (lambda: pool.executor, 50_000)}
     for count in TASKS:

@@ -1,4 +1,4 @@
-"""Seconds from constructing dataset and loader to the first batch, with nothing kept from before.
+"""Seconds from constructing dataset and loader to the first batch, with empty caches.
 
     python benchmarks/first_batch.py --data FOLDER --python cellmap=/path/to/python
 

@@ -53,7 +53,7 @@ NO_STREAMS = "run on the CPU to test the program: these figures say nothing abou
 
 @dataclass(frozen=True)
 class Regime:
-    """How long the step computes, and whether batches are read.
+    """The time that the step computes, and whether batches are read.
 
     Attributes:
         title: for tables and pictures.
@@ -387,7 +387,7 @@ class Case:
         """Seconds per step: between events, after the first steps; and on the wall, all steps and the first read."""
         backend, depth = self.backend, options.get("depth", 2)
         count = warm + steps
-        # More batches than steps, so that reading ahead goes on to the last one.
+        # More batches than steps, so that reading ahead continues to the last one.
         batches = self.batches(mode, count + depth + 1, reads=regime.reads, **options)
         backend.synchronize()
         began = time.perf_counter()
@@ -466,7 +466,7 @@ def rounds_that_fit(seconds, per_round, most):
 
 
 def fits_in_memory(backend, case, batches):
-    """Whether that many batches fit on the device and in the host's memory, pinned: a host that runs ahead needs it."""
+    """Return True if that many batches fit on the device and in pinned memory, for a host that runs ahead."""
     host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     device = backend.total_bytes() or host
     held = batches * case.queued
@@ -480,7 +480,7 @@ def steps_for(step_s, most, seconds=0.5):
 
 
 def overlap(backend, clock, sizes, pool, most_rounds, most_steps, measured=0.5):
-    """What a step takes, for each form, size and regime; in each round each mode is measured once.
+    """Measure a step for each form, size and regime; in each round each mode once.
 
     Args:
         backend: the device.
@@ -656,7 +656,7 @@ def _sizes(found):
 
 
 def threshold_verdict(rows):
-    """What the measured sizes say about the threshold, for batches that travel compact, as they do."""
+    """The threshold by the measured sizes, for batches that travel compact, as they do."""
     sizes = sorted({r["finished_mib"] for r in rows if r["form"] == "compact"})
     if not sizes:
         return "no measurements"
@@ -840,7 +840,7 @@ def main():
     backend = Cuda() if args.device == "cuda" else Cpu()
     if args.device == "cpu":
         print(f"Note: {NO_STREAMS}.")
-    # What is kept back is for writing, drawing and the longest single measurement.
+    # The reserve is for writing, drawing and the longest single measurement.
     clock = Clock(60 * args.minutes - 20, {"corruption": 0.22, "memory": 0.15, "streams": 0.1, "overlap": 0.53})
     short = args.minutes < SHORT_MINUTES
     sizes = (1, 2) if args.quick else SHORT_SIZES if short else SIZES

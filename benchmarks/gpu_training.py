@@ -37,7 +37,7 @@ from gpu_streams import MIB, Clock, Cpu, Cuda
 from loaders import machine
 from torch import nn
 
-from cellmap_lightning import CellMapDataLoader, CellMapDataModule
+from cellmap_lightning import CellMapDataLoader, CellMapDataModule, LoaderOptions
 from cellmap_lightning.callbacks import StreamPrefetch
 from cellmap_lightning.loading.resident_decision import resident_bytes
 from cellmap_lightning.loading.resident_reader import ResidentReader
@@ -253,7 +253,7 @@ def loader(backend, clock, volume, cases):
                 pin = backend.device.type == "cuda"
                 made = CellMapDataLoader(
                     data.train_dataset, batch_size, samples_per_epoch=1 << 30, finish=False, pin_memory=pin,
-                    resident=cache,
+                    options=LoaderOptions(resident=cache),
                 )  # fmt: skip
                 began, count = None, 0
                 for number, batch in enumerate(made):

@@ -27,7 +27,7 @@ class NotSupported(Exception):  # noqa: N818
 
 @dataclass
 class Work:
-    """What is to be delivered.
+    """The patches to deliver.
 
     Attributes:
         volume: as `data.describe` gives it.
@@ -194,7 +194,7 @@ def ours_finished(work):
 
 
 def _tenth(work):
-    """A tenth of the bytes that the crop would take if it were kept: a byte per voxel of raw, two bits per class."""
+    """A tenth of the bytes that the crop would take if it were held: a byte per voxel of raw, two bits per class."""
     voxels = work.volume["crop_size"] ** 3
     return voxels * (1 + 2 * math.ceil(len(work.names) / 8)) // 10
 
@@ -271,7 +271,7 @@ def _cellmap(work):
     dataset = CellMapDataset(
         work.raw_path, work.bracket_paths[0], work.names, {"raw": spec}, {"labels": spec}, **arguments
     )
-    # Of its own samplers, one permutes all 38 million places, the other picks the class first; this is the cheapest.
+    # Of its samplers, one permutes all 38 million places, the other picks the class first; this is the cheapest.
     sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=MANY)
     loader = CellMapDataLoader(
         dataset,

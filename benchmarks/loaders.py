@@ -2,7 +2,7 @@
 
     python benchmarks/loaders.py --data FOLDER --python cellmap=/path/to/python
 
-Every round measures each implementation once, each in a process of its own (see `measure.py`); the figures are medians
+Every round measures each implementation once, each in a separate process (see `measure.py`); the figures are medians
 over the rounds. Ratios are taken within a round, then their median: figures of another run or machine are not
 comparable.
 A peer whose environment is missing is left out, with one line that says so.
@@ -27,7 +27,7 @@ from measure import run
 
 @dataclass(frozen=True)
 class Run:
-    """What is measured; claims that need the same share it."""
+    """The measured loader; claims that need the same share it."""
 
     implementation: str
     patch: int = 64
@@ -160,7 +160,7 @@ CLAIMS = {
 
 
 def measured(runs, volume_folder, pythons, rounds, seconds, warm_seconds):
-    """The results of every run, a list of rounds; None where there is none."""
+    """The results of every run, a list of rounds; None without runs."""
     results = {run_: [] for run_ in runs}
     absent = {}
     cache_dir = tempfile.mkdtemp(prefix="cache-", dir=volume_folder)
@@ -266,7 +266,7 @@ def table(claims, results):
 
 
 def machine():
-    """What the figures were taken on."""
+    """The machine of the figures."""
     model = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -28,7 +28,7 @@ from data import describe
 from implementations import AUGMENTS, IMPLEMENTATIONS, NotSupported, Work
 
 TICK = os.sysconf("SC_CLK_TCK")
-#: Samples after which what is kept has been met nearly everywhere.
+#: Samples after which caches are nearly complete.
 WARM_SAMPLES = 1500
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
@@ -174,7 +174,7 @@ def _trace(batches, work, samples, every):
 
 
 def measure(args):
-    """What `main` prints."""
+    """The output of `main`."""
     chosen = IMPLEMENTATIONS[args.implementation]
     try:
         _imported(chosen.needs)
@@ -232,7 +232,7 @@ def measure(args):
 
 
 def run(python, implementation, data, cache_dir, timeout=300, **arguments):
-    """One measurement in a process of its own.
+    """One measurement in a separate process.
 
     Args:
         python: interpreter.

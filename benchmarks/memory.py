@@ -1,9 +1,9 @@
-"""Whether memory grows: that of the process tree, pages of files left out, over many samples.
+"""Growth of memory: that of the process tree, pages of files left out, over many samples.
 
     python benchmarks/memory.py --data FOLDER
 
-Two runs draw finished 64^3 samples: decoded voxels kept on disk, where they are pages of a file and cost no memory of
-the process, and kept in memory. The slope is that of a line through the memory after every 1,000 samples. The peak is
+Two runs draw finished 64^3 samples: decoded voxels cached on disk, where they are pages of a file and cost no memory of
+the process, and cached in memory. The slope is that of a line through the memory after every 1,000 samples. The peak is
 above the level after the imports, less the bytes that the cache was allowed to hold in memory.
 """
 
@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--every", type=int, default=1_000)
     parser.add_argument("--warm-samples", type=int, default=2_000, help="not followed")
     parser.add_argument("--workers", type=int, default=0, help="worker processes")
-    parser.add_argument("--cache-bytes", type=int, default=256_000_000, help="of what is kept in memory")
+    parser.add_argument("--cache-bytes", type=int, default=256_000_000, help="of what is cached in memory")
     parser.add_argument("--compact", action="store_true", help="batches as they travel instead of finished ones")
     parser.add_argument("--trace", action="store_true", help="print every figure")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""How fast a volume is predicted, and in how much memory, beside MONAI's sliding window and cellmap-data's writer.
+"""Speed and memory of predictions beside MONAI's sliding window and cellmap-data's writer.
 
     python benchmarks/prediction.py --python cellmap=PYTHON --report FILE.md --plot FILE.png
 
-Each measurement is a process of its own with one torch thread; in a round all of them are measured once, and figures
+Each measurement is a separate process with one torch thread; in a round all of them are measured once, and figures
 are medians over the rounds. The identity model shows what everything but the model costs. Ours reads stored chunks,
 blends, and writes compressed ones and their pyramid. MONAI's sliding window blends an array that is in memory already
 (`infer`), or reads it first and writes the result and its pyramid as ours does (`whole`). cellmap-data's writer reads
@@ -11,7 +11,7 @@ pyramid, single-threaded. It leaves out the last patch along each axis, so its s
 writes. PYTHON is the interpreter of its environment (see the README here); without it that row is left out.
 
 Blocks are as large as `--block-mb` allows, and those of small volumes smaller. With the `--block-mb` of 32 that is
-measured too they are not, so that memory is the same whatever the volume.
+measured too they are not, so that memory is the same for any volume.
 
 A small U-Net shows how two processes share the work: with their start, and from the first batch of the slower one to
 its last block.
@@ -137,7 +137,7 @@ def ours(task, path, out):
     from lightning.pytorch.strategies import DDPStrategy
 
     from cellmap_lightning import CellMapDataModule
-    from cellmap_lightning.callbacks import PredictionWriter
+    from cellmap_lightning.callbacks import make_prediction_writer
 
     class Model(L.LightningModule):
         def __init__(self):
@@ -156,7 +156,7 @@ def ours(task, path, out):
         ["a"], {"raw": {"shape": PATCH, "scale": SCALE}}, datasets={"predict": [{"raw": str(path)}]}, batch_size=BATCH
     )
     strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=600))
-    writer = PredictionWriter(str(out), task["blend"], block_size_mb=task["block_size_mb"])
+    writer = make_prediction_writer(str(out), blend=task["blend"], block_size_mb=task["block_size_mb"])
     run = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False,
         callbacks=[writer, Note()], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -261,7 +261,7 @@ class Figures:
         return statistics.median(f["voxels"] / 1e6 / f[key] for f in self.of(**which))
 
     def ratio(self, mine, theirs, key="seconds", their_key=None):
-        """How many times as fast as the other, round by round."""
+        """Factors of speed against the other, round by round."""
         pairs = zip(self.of(**mine), self.of(**theirs), strict=True)
         return statistics.median((a["voxels"] / a[key]) / (b["voxels"] / b[their_key or key]) for a, b in pairs)
 
@@ -401,7 +401,7 @@ def main():
     parser.add_argument("--shared-length", type=int, default=256, help="what two processes share")
     parser.add_argument("--block-mb", type=float, default=256, help="MiB of blocks, but in the table of small ones")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", help="where volumes are written and kept; a temporary folder by default")
+    parser.add_argument("--folder", help="where volumes are written and left; a temporary folder by default")
     parser.add_argument("--python", action="append", default=[], metavar="cellmap=PYTHON", help="cellmap-data's")
     parser.add_argument("--report", help="a file for the tables")
     parser.add_argument("--plot", help="a PNG")

@@ -1,8 +1,8 @@
-"""How well the wait for a store elsewhere is hidden: requests per second, second epochs, and the opening of many crops.
+"""Reads of a distant store: requests per second, second epochs, and the opening of many crops.
 
     python benchmarks/remote.py
 
-A server on loopback, in a process of its own, lets every request wait 50 ms (``--latency``), as a distant store does.
+A server on loopback, in a separate process, lets every request wait 50 ms (``--latency``), as a distant store does.
 So many requests under way at a time can give ``concurrency / latency`` of them per second at most. `fill` reads every
 chunk of a volume once through a dataset with as many threads; each of them asks for all chunks of a box at a time, so
 that more than one request per thread can be under way. `second epoch` reads the same again; `open` is the time from

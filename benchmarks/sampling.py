@@ -1,4 +1,4 @@
-"""What drawing samples costs, and whether classes come as often as a strategy says.
+"""Cost of drawing samples, and frequencies of classes beside those that a strategy promises.
 
     python benchmarks/sampling.py                            # start of an epoch, 10,000 descriptions, balanced and not
     python benchmarks/sampling.py --plot start.png           # the first of these as a picture

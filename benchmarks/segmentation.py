@@ -1,4 +1,4 @@
-"""How fast predictions are segmented out of core, and in how much memory, beside the same library on a whole array.
+"""Speed and memory of segmentation out of core beside the same library on a whole array.
 
     python benchmarks/segmentation.py --sizes 256 512 --methods components watershed --report FILE.md
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
     from cellmap_lightning.errors import CellMapError
     from cellmap_lightning.loading.dataloader import CellMapDataLoader
-    from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter
-    from cellmap_lightning.prediction.image_writer import ImageWriter
+    from cellmap_lightning.loading.options import LoaderOptions
     from cellmap_lightning.sampling.torch_samplers import ClassBalancedSampler
     from cellmap_lightning.splits.datasplit import CellMapDataSplit
     from cellmap_lightning.splits.options import SplitOptions
@@ -29,14 +28,13 @@ _MODULES = {
     "CellMapDataLoader": "loading.dataloader",
     "CellMapDataSplit": "splits.datasplit",
     "CellMapDataset": "datasets.dataset",
-    "CellMapDatasetWriter": "prediction.dataset_writer",
     "CellMapError": "errors",
     "CellMapImage": "crops.image",
     "CellMapMultiDataset": "datasets.multidataset",
     "ClassBalancedSampler": "sampling.torch_samplers",
-    "ImageWriter": "prediction.image_writer",
     "IntensityOptions": "crops.options",
     "LabelOptions": "crops.options",
+    "LoaderOptions": "loading.options",
     "ReadOptions": "crops.options",
     "SplitOptions": "splits.options",
     "batch_memory": "batches.layout",
@@ -47,14 +45,13 @@ __all__ = [
     "CellMapDataModule",
     "CellMapDataSplit",
     "CellMapDataset",
-    "CellMapDatasetWriter",
     "CellMapError",
     "CellMapImage",
     "CellMapMultiDataset",
     "ClassBalancedSampler",
-    "ImageWriter",
     "IntensityOptions",
     "LabelOptions",
+    "LoaderOptions",
     "ReadOptions",
     "SplitOptions",
     "batch_memory",

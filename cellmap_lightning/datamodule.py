@@ -26,7 +26,8 @@ from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapV
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.ngff import LevelTranslations
 from cellmap_lightning.io.retrying import DEFAULT_RETRY
-from cellmap_lightning.loading.dataloader import WORKER_TIMEOUT, CellMapDataLoader
+from cellmap_lightning.loading.dataloader import CellMapDataLoader
+from cellmap_lightning.loading.options import WORKER_TIMEOUT, LoaderOptions
 from cellmap_lightning.loading.prefetch import STREAM_DEVICES, PrefetchDecision
 from cellmap_lightning.loading.resident_decision import ResidentRequest
 from cellmap_lightning.loading.samples import NumberedSamples
@@ -498,20 +499,22 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
             seed=self.seed,
             finish=self._finishes if streams else True,
             drop_last=self.drop_last if split == "train" else False,
-            rank=self.trainer.global_rank if self.trainer is not None else None,
-            world=self._world if self.trainer is not None else None,
             pin_memory=pin,
-            device=device,
-            decision=decision,
-            waiting=self.waiting,
-            steps=steps,
             persistent_workers=self.persistent_workers,
             prefetch_factor=self.prefetch_factor,
             timeout=self.timeout,
             multiprocessing_context=self.multiprocessing_context,
             tiles=tiles,
-            resident=resident,
             batch_sampler=blocks[1] if blocks is not None else None,
+            options=LoaderOptions(
+                rank=self.trainer.global_rank if self.trainer is not None else None,
+                world=self._world if self.trainer is not None else None,
+                device=device,
+                decision=decision,
+                waiting=self.waiting,
+                steps=steps,
+                resident=resident,
+            ),
         )
 
     def _finishes(self, loader: CellMapDataLoader) -> bool:
@@ -562,7 +565,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         affine = {path: list(affine) for path, affine in self.splits.normalization.items()}
         state: dict[str, Any] = {"normalization": affine, RECORD: data_record(self)}
         loaders = training_loaders(self.trainer)
-        if any(isinstance(loader.steps, TrainingSteps) and loader.steps.data is self for loader in loaders):
+        counts = [loader.options.steps for loader in loaders]
+        if any(isinstance(steps, TrainingSteps) and steps.data is self for steps in counts):
             state["positions"] = [loader.state_dict() for loader in loaders]
         return state
 

@@ -32,7 +32,7 @@ COLOR = "#e69f00"
 
 
 def letter(y: Array, x: Array) -> Array:
-    """Where the letter F is, from coordinates in nm around its middle: the foot points down, the arms to the right."""
+    """Return a mask of the letter F, from nm around its middle: the foot points down, the arms to the right."""
     stem = (np.abs(y) < 72) & (np.abs(x + 36) < 12)
     upper = (np.abs(y + 60) < 12) & (x > -48) & (x < 56)
     lower = (np.abs(y + 4) < 12) & (x > -48) & (x < 24)

@@ -123,7 +123,7 @@ def rows(axes: Axes, names: list[str]) -> None:
 
 
 def draw_measured(axes: Axes, spans: list[Span], ahead: bool, end: float) -> None:
-    """What the threads did, in milliseconds."""
+    """Draw the tasks of the threads, in milliseconds."""
     for kind, begun, ended, number in spans:
         start, stop = 1e3 * begun, 1e3 * ended
         if kind == "wait":

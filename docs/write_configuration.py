@@ -135,7 +135,7 @@ def page() -> str:
 
 
 def derived(text: str) -> str:
-    """What an option changes."""
+    """Return the beginning of the text about an option that changes others."""
     base = (yaml.safe_load(text) or {}).get("defaults")
     return f" is `{base[0]}` with" if base else ""
 

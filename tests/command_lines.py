@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from cellmap_lightning.commands.arguments import check_groups, prepare_arguments
 from cellmap_lightning.commands.config_keys import check_known, rename_voxel_sizes
 from cellmap_lightning.commands.config_values import check_targets
-from cellmap_lightning.commands.program import CONFIGS
+from cellmap_lightning.commands.resolvers import CONFIGS
 
 
 def shell_commands(text: str) -> list[list[str]]:
@@ -54,7 +55,8 @@ def composed(command: list[str], folder: Path) -> DictConfig:
     try:
         with open_dict(cfg):
             cfg.pop("hydra")
-        check_groups(OmegaConf.to_container(cfg, resolve=False), CONFIGS)
+        config: Any = OmegaConf.to_container(cfg, resolve=False)
+        check_groups(config, CONFIGS)
         rename_voxel_sizes(cfg, name)
         check_known(cfg, name)
         if name == "train":

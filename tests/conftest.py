@@ -12,6 +12,7 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from tests import platforms, processes
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Where Python is told not to write compiled modules beside their source, they go to a folder of this run: otherwise
+# Where Python is set not to write compiled modules beside their source, they go to a folder of this run: otherwise
 # each process that a test starts compiles Lightning again, which takes several seconds.
 if sys.dont_write_bytecode and sys.pycache_prefix is None:
     sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="compiled-")
@@ -205,7 +206,7 @@ def write(tmp_path):
             if data is None:
                 continue  # listed, and not on disk
             values = np.asarray(data)
-            more = {"dimension_names": list(axes)} if v3 else {}
+            more: dict[str, Any] = {"dimension_names": list(axes)} if v3 else {}
             stored = group.create_array(
                 level, shape=values.shape, dtype=values.dtype, chunks=array.get("chunks", values.shape), **more
             )

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -87,7 +88,7 @@ def write_image(
     arrays = arrays if isinstance(arrays, dict) else {"s0": arrays}
     image = multiscale(levels or {"s0": (scale, translation)}, unit=unit)
     if zarr_format == 2:
-        block = {"multiscales": [image]}
+        block: dict[str, Any] = {"multiscales": [image]}
     else:
         image.pop("version")
         block = {"ome": {"version": "0.5", "multiscales": [image]}}

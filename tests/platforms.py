@@ -84,7 +84,7 @@ class _Module:
         for node in tree.body:
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tests":
                 for alias in node.names:
-                    file = TESTS.parent / Path(*node.module.split("."), f"{alias.name}.py")
+                    file = TESTS.parent / Path(*(node.module or "").split("."), f"{alias.name}.py")
                     if file.exists():
                         modules[alias.asname or alias.name] = file
                     else:

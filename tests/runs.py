@@ -1,5 +1,7 @@
 """Modules, tasks and Trainers that tests run: small, and real."""
 
+from typing import Any
+
 import lightning as L
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ GT = "recon-1/labels/groundtruth"
 
 def module(volume, **kwargs):
     entry = {n: {"raw": volume.raw_path, "gt": f"{volume.path}/{GT}/crop{n}/[mito,er,pm]"} for n in (2, 3, 4)}
-    given = {
+    given: dict[str, Any] = {
         "classes": CLASSES,
         "input_arrays": INPUTS,
         "target_arrays": TARGETS,

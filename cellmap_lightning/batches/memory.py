@@ -32,7 +32,7 @@ class FormMemory:
 
 @dataclass(frozen=True)
 class BatchMemory(FormMemory):
-    """Bytes of a finished batch, and of its compact form; see `batch_memory`.
+    """Bytes of a finished batch, and of its compact form; see `batch_memory`; see docs/batches.md.
 
     Attributes:
         compact: bytes of the form that is sent to the device.

@@ -19,6 +19,7 @@ from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.cache.copying import copy_voxels
 from cellmap_lightning.cache.mapped import Layout, Mapped
 from cellmap_lightning.cache.shared_memory import FORMAT
+from cellmap_lightning.geometry.grids import touched_cells
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
 
@@ -275,9 +276,10 @@ class Region:
         """Assemble a box from single chunks of the chunk cache."""
         # For each axis and chunk: its index, the part of the chunk to copy, and where that part lies in the box.
         along = []
-        for first, count, size in zip(start, out.shape, self.chunks, strict=False):
+        cells = touched_cells(start, out.shape[:3], self.chunks)
+        for first, count, size, indices in zip(start, out.shape[:3], self.chunks, cells, strict=True):
             parts = []
-            for i in range(first // size, -(-(first + count) // size)):
+            for i in indices:
                 lo, hi = max(first, i * size), min(first + count, (i + 1) * size)
                 parts.append((i, slice(lo - i * size, hi - i * size), slice(lo - first, hi - first)))
             along.append(parts)
@@ -286,8 +288,7 @@ class Region:
 
     def _indices(self, start: tuple[int, int, int], shape: Sequence[int]) -> Iterator[Shape]:
         """Return the indices of the chunks that a box touches."""
-        spans = zip(start, shape, self.chunks, strict=False)
-        return itertools.product(*(range(a // c, -(-(a + n) // c)) for a, n, c in spans))  # type: ignore[return-value]
+        return itertools.product(*touched_cells(start, shape[:3], self.chunks))  # type: ignore[return-value]
 
     def _cached(self, index: Shape) -> AnyArray:
         """Return a chunk from the chunk cache."""

@@ -10,26 +10,45 @@ if TYPE_CHECKING:
     from cellmap_lightning.callbacks.preview import BatchPreview
     from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
     from cellmap_lightning.checkpointing.checkpoint_config import CheckpointConfig
-    from cellmap_lightning.prediction.prediction_writer import PredictionWriter
+    from cellmap_lightning.prediction.options import (
+        BlendOptions,
+        ChannelOptions,
+        OutputOptions,
+        RegionOptions,
+        ResumeOptions,
+    )
+    from cellmap_lightning.prediction.prediction_writer import PredictionWriter, make_prediction_writer
 
 _HOMES = {
     "BatchPreview": "callbacks.preview",
+    "BlendOptions": "prediction.options",
+    "ChannelOptions": "prediction.options",
+    "CheckpointConfig": "checkpointing.checkpoint_config",
     "DataWaitMonitor": "callbacks.data_wait_monitor",
     "LastCheckpoint": "callbacks.last_checkpoint",
     "PredictionWriter": "prediction.prediction_writer",
     "PreemptionCheckpoint": "callbacks.preemption",
-    "CheckpointConfig": "checkpointing.checkpoint_config",
+    "RegionOptions": "prediction.options",
+    "ResumeOptions": "prediction.options",
+    "OutputOptions": "prediction.options",
     "StreamPrefetch": "callbacks.stream_prefetch",
+    "make_prediction_writer": "prediction.prediction_writer",
 }
 
 __all__ = [
     "BatchPreview",
+    "BlendOptions",
+    "ChannelOptions",
     "CheckpointConfig",
     "DataWaitMonitor",
     "LastCheckpoint",
+    "OutputOptions",
     "PredictionWriter",
     "PreemptionCheckpoint",
+    "RegionOptions",
+    "ResumeOptions",
     "StreamPrefetch",
+    "make_prediction_writer",
 ]
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,24 @@ def sweep_table(folder: Path) -> str:
     runs = {name: (overrides, scores) for name, (overrides, scores) in runs.items() if overrides or scores}
     if not any(scores for _, scores in runs.values()):
         return ""
-    changed = [key for key in _keys(runs) if len({overrides.get(key) for overrides, _ in runs.values()}) > 1]
+    changed = _changed(runs)
     metric = next(str(scores["monitor"]) for _, scores in runs.values() if scores)
     classes = list(dict.fromkeys(name for _, scores in runs.values() for name in scores.get("classes", {})))
     rows = [["run", *changed, metric, *classes]]
     groups: dict[tuple[str, ...], list[list[float]]] = {}
     for name, (overrides, scores) in runs.items():
-        value, by_class = scores.get("value"), scores.get("classes", {})
-        values = [math.nan if value is None else float(value), *(by_class.get(c, math.nan) for c in classes)]
-        rows.append([name, *(overrides.get(key, "") for key in changed), *map(_number, values)])
-        groups.setdefault(tuple(overrides.get(key, "") for key in changed if key != "data.fold"), []).append(values)
+        cells, values = [overrides.get(key, "") for key in changed], _values(scores, classes)
+        rows.append([name, *cells, *map(_number, values)])
+        of_folds = ["all folds" if key == "data.fold" else cell for key, cell in zip(changed, cells, strict=True)]
+        groups.setdefault(tuple(of_folds), []).append(values)
     if "data.fold" in changed:
-        for group, values in groups.items():
-            others = iter(group)
-            cells = ["all folds" if key == "data.fold" else next(others) for key in changed]
-            rows.append(["mean ± sd", *cells, *(_mean(column) for column in zip(*values, strict=True))])
+        for group, scored in groups.items():
+            rows.append(["mean ± sd", *group, *(_mean(column) for column in zip(*scored, strict=True))])
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return the lines of a table, with the width of a column that of its longest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -63,8 +66,10 @@ def _natural(path: Path) -> tuple[int, str]:
     return (int(path.name) if path.name.isdigit() else 1 << 30, path.name)
 
 
-def _keys(runs: Mapping[str, tuple[Mapping[str, str], Any]]) -> list[str]:
-    return list(dict.fromkeys(key for overrides, _ in runs.values() for key in overrides))
+def _changed(runs: Mapping[str, tuple[Mapping[str, str], Any]]) -> list[str]:
+    """Return the keys whose values differ between runs."""
+    keys = dict.fromkeys(key for overrides, _ in runs.values() for key in overrides)
+    return [key for key in keys if len({overrides.get(key) for overrides, _ in runs.values()}) > 1]
 
 
 def _overrides(run: Path) -> dict[str, str]:
@@ -78,6 +83,12 @@ def _scores(run: Path) -> dict[str, Any]:
     file = run / SCORES
     scores: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return scores
+
+
+def _values(scores: Mapping[str, Any], classes: Sequence[str]) -> list[float]:
+    """Return the monitored metric of a run and its score of each class; NaN where it has none."""
+    value, by_class = scores.get("value"), scores.get("classes", {})
+    return [math.nan if value is None else float(value), *(by_class.get(name, math.nan) for name in classes)]
 
 
 def _number(value: float) -> str:

@@ -77,21 +77,22 @@ def _divided(names: Sequence[str], crops: Any, held_out: Any) -> tuple[list[str]
         CellMapKeyError: there is no such crop.
         CellMapValueError: none is left for the search.
     """
-    for given in (crops or [], held_out if isinstance(held_out, list) else []):
-        for crop in given:
-            if crop not in names:
-                raise CellMapKeyError(
-                    f"there is no annotated crop {crop!r}; there are {first_few(names, 12)}" + did_you_mean(crop, names)
-                )
+    for crop in (*(crops or []), *(held_out if isinstance(held_out, list) else [])):
+        if crop not in names:
+            raise CellMapKeyError(
+                f"there is no annotated crop {crop!r}; there are {first_few(names, 12)}" + did_you_mean(crop, names)
+            )
     if isinstance(held_out, bool) or not (held_out is None or isinstance(held_out, int | list)) or held_out == -1:
         raise CellMapValueError(f"held_out must be names of crops or a number of them, got {held_out!r}")
-    if isinstance(held_out, list):
-        others = list(held_out)
-    else:
-        pool = [name for name in names if name not in (crops or [])]
-        count = min(int(held_out or 0), len(pool) if crops else len(pool) - 1)
-        others = pool[len(pool) - count :] if count > 0 else []
+    others = list(held_out) if isinstance(held_out, list) else _last_crops(names, crops or [], int(held_out or 0))
     chosen = [name for name in (crops or names) if name not in others]
     if not chosen:
         raise CellMapValueError("held_out: no crop is left for the search; hold out fewer of them")
     return chosen, others
+
+
+def _last_crops(names: Sequence[str], searched: Sequence[str], number: int) -> list[str]:
+    """Return the last crops outside of the search, up to a number; one is left where the search names none."""
+    pool = [name for name in names if name not in searched]
+    count = min(number, len(pool) if searched else len(pool) - 1)
+    return pool[len(pool) - count :] if count > 0 else []

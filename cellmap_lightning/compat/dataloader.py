@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from cellmap_lightning.compat.sampler import ClassBalancedSampler
 from cellmap_lightning.datasets.source import Draw, SampleSource
 from cellmap_lightning.errors import CellMapIndexError, CellMapTypeError
 from cellmap_lightning.loading.dataloader import CellMapDataLoader as DataLoader
-from cellmap_lightning.loading.prefetch import PrefetchDecision, PrefetchSettings, decide
+from cellmap_lightning.loading.prefetch import PrefetchSettings, decide
 from cellmap_lightning.loading.samples import Samples
 from cellmap_lightning.sampling.torch_samplers import PositionSampler
 
@@ -114,6 +115,8 @@ def _chosen_positions(
 class CellMapDataLoader(DataLoader):
     """A `cellmap_lightning.CellMapDataLoader` with the constructor of cellmap-data, which delivers on a device.
 
+    See docs/migration.md.
+
     Args:
         dataset: a dataset of this package, or a `CellMapSubset` of one.
         classes: has no effect: they are the dataset's.
@@ -191,11 +194,11 @@ class CellMapDataLoader(DataLoader):
 
     def to(self, device: str | torch.device, non_blocking: bool = True) -> "CellMapDataLoader":
         """Deliver on a device from the next pass on."""
-        self.device = torch.device(device)
+        self.options = replace(self.options, device=torch.device(device))
         self.finish = self.device.type == "cpu"
         memory = self.batch_memory()
         found = decide(memory, self.device.type, device_memory(self.device), PrefetchSettings())
-        self.decision: PrefetchDecision | None = found if found.enabled else None
+        self.options = replace(self.options, decision=found if found.enabled else None)
         return self
 
     @staticmethod

@@ -68,7 +68,7 @@ def _as_ids(arrays: Arrays | None) -> Arrays | None:
 
 
 class CellMapDataset(OlderAttributes, Dataset):
-    """A `cellmap_lightning.CellMapDataset` with the constructor of cellmap-data.
+    """A `cellmap_lightning.CellMapDataset` with the constructor of cellmap-data; see docs/migration.md.
 
     Args:
         raw_path: the raw multiscale group.

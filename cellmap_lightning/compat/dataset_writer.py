@@ -8,20 +8,22 @@ import numpy as np
 import torch
 
 from cellmap_lightning.batches.arrays import InputArray
+from cellmap_lightning.compat.array_writer import ImageWriter as Writers
 from cellmap_lightning.compat.image import CellMapImage
 from cellmap_lightning.compat.image_writer import ImageWriter, check_patch
 from cellmap_lightning.compat.older_arguments import without_older
+from cellmap_lightning.compat.patch_writer import CellMapDatasetWriter as Writer
 from cellmap_lightning.compat.utils.geometry import box_shape, box_union
 from cellmap_lightning.errors import CellMapTypeError
 from cellmap_lightning.loading.dataloader import CellMapDataLoader as DataLoader
-from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter as Writer
-from cellmap_lightning.prediction.image_writer import ImageWriter as Writers
 
 __all__ = ["CellMapDatasetWriter", "CellMapImage", "ImageWriter", "box_shape", "box_union"]
 
 
 class CellMapDatasetWriter(Writer):
-    """A `cellmap_lightning.CellMapDatasetWriter` with the constructor, the attributes and the shapes of cellmap-data.
+    """A `patch_writer.CellMapDatasetWriter` with the constructor, the attributes and the shapes of cellmap-data.
+
+    See docs/migration.md.
 
     Slices along z are ``[1, y, x]``; slices along y and x keep their axis of length 1, ``[1, z, 1, x]`` and
     ``[1, z, y, 1]``, which programs squeeze for a 2D model and put back before they write.
@@ -40,7 +42,7 @@ class CellMapDatasetWriter(Writer):
         model_classes: the channels of the model's output, where it gives more than ``classes``.
         axis_order: ``zyx``.
         context: no effect.
-        **more: see `cellmap_lightning.CellMapDatasetWriter`.
+        **more: see `patch_writer.CellMapDatasetWriter`.
     """
 
     image_writer: type[Writers] = ImageWriter

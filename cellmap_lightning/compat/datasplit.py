@@ -23,6 +23,8 @@ __all__ = ["Binarize", "CellMapDataSplit", "CellMapDataset", "CellMapMultiDatase
 class CellMapDataSplit(DataSplit):
     """A `cellmap_lightning.CellMapDataSplit` with the constructor of cellmap-data: crops are opened at once.
 
+    See docs/migration.md.
+
     Args:
         input_arrays: ``{name: {"shape": voxels, "scale": nm}}``.
         target_arrays: the same for the targets.

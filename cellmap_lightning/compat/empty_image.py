@@ -9,7 +9,7 @@ from cellmap_lightning.errors import CellMapTypeError
 
 
 class EmptyImage:
-    """An unannotated class: every patch is NaN.
+    """An unannotated class: every patch is NaN; see docs/migration.md.
 
     The arguments are those of `CellMapImage`; shape and scale are z, y, x, and two numbers mean one slice.
 

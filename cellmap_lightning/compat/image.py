@@ -1,6 +1,5 @@
 """`cellmap_data.image`."""
 
-import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from cellmap_lightning.compat.utils.geometry import box_shape
 from cellmap_lightning.crops.image import CellMapImage as Image
 from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.geometry.grids import covering_boxes
 from cellmap_lightning.geometry.lattice import AXES, FloatArray
 from cellmap_lightning.geometry.resample import AnyArray, Method
 from cellmap_lightning.io.ngff import read_encoding
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class CellMapImage(Image):
-    """A `cellmap_lightning.CellMapImage` with a value transform.
+    """A `cellmap_lightning.CellMapImage` with a value transform; see docs/migration.md.
 
     Args:
         path: see there, as for what is not described here.
@@ -120,9 +120,8 @@ class CellMapImage(Image):
         finest = self.image.finest
         encoding, reader = read_encoding(self.image, finest), open_reader(finest, self.target_class)
         count = 0
-        for corner in itertools.product(*(range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True))):
-            z, y, x = (min(c, n - a) for a, c, n in zip(corner, reader.chunks, reader.shape, strict=True))
-            stored = reader.read((corner[0], corner[1], corner[2]), (z, y, x))
+        for start, shape in covering_boxes(reader.shape, reader.chunks):
+            stored = reader.read(start, shape)
             count += int((encoding.present(stored) if encoding is not None else stored != 0).sum())
         return {self.target_class: int(count * math.prod(finest.scale) / math.prod(self.scale.values()))}
 

@@ -7,16 +7,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cellmap_lightning.compat.array_writer import ImageWriter as Writer
 from cellmap_lightning.compat.utils.metadata import create_multiscale_metadata
 from cellmap_lightning.errors import CellMapTypeError
 from cellmap_lightning.geometry.lattice import AXES
-from cellmap_lightning.prediction.image_writer import ImageWriter as Writer
 
 __all__ = ["ImageWriter", "create_multiscale_metadata"]
 
 
 class ImageWriter(Writer):
-    """A `cellmap_lightning.ImageWriter` with the attributes of cellmap-data.
+    """An `array_writer.ImageWriter` with the attributes of cellmap-data; see docs/migration.md.
 
     Attributes:
         base_path: the multiscale group.

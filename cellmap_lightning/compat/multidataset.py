@@ -13,6 +13,8 @@ from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 class CellMapMultiDataset(MultiDataset):
     """A `cellmap_lightning.CellMapMultiDataset` with the constructor of cellmap-data; any voxel is equally likely.
 
+    See docs/migration.md.
+
     Args:
         datasets: the crops.
         classes: their classes.

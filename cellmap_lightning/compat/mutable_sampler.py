@@ -7,7 +7,7 @@ from torch.utils.data import Sampler
 
 
 class MutableSubsetRandomSampler(Sampler[int]):
-    """Positions in random order, exchanged for others by `refresh`.
+    """Positions in random order, exchanged for others by `refresh`; see docs/migration.md.
 
     Args:
         indices_generator: gives the positions, each time it is called; or the positions themselves.

@@ -14,7 +14,7 @@ from cellmap_lightning.sampling import torch_samplers
 
 
 class ClassBalancedSampler(Sampler[int]):
-    """Random positions, each class as often as every other.
+    """Random positions, each class as often as every other; see docs/migration.md.
 
     Positions of a dataset of this package come from `sampling.torch_samplers.ClassBalancedSampler`. For any other
     dataset with a length and ``get_crop_class_matrix()`` they are drawn as in cellmap-data: each sample is of a crop

@@ -15,7 +15,7 @@ from cellmap_lightning.compat.utils.misc import min_redundant_inds
 
 
 class CellMapSubset(Subset[dict[str, torch.Tensor]]):
-    """Some positions of a dataset.
+    """Some positions of a dataset; see docs/migration.md.
 
     Args:
         dataset: the dataset.

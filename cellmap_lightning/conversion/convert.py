@@ -14,6 +14,7 @@ from tqdm import tqdm
 from cellmap_lightning.conversion.journal import Block, ConversionJournal
 from cellmap_lightning.conversion.options import ConversionOptions
 from cellmap_lightning.errors import CellMapFileExistsError, OutputError
+from cellmap_lightning.geometry.grids import touched_cells
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.images import read_image
@@ -143,7 +144,7 @@ class _Image:
 
     def _blocks(self, number: int, shape: Shape) -> Iterator[Block]:
         side = self.options.chunks * _CHUNKS_OF_A_BLOCK
-        for z, y, x in itertools.product(*(range(-(-n // side)) for n in shape)):
+        for z, y, x in itertools.product(*touched_cells((0, 0, 0), shape, (side,) * 3)):
             yield number, z, y, x
 
     def _box(self, block: Block, shape: Shape) -> tuple[slice, ...]:

@@ -16,7 +16,7 @@ Downsampling = Literal["auto", "mean", "mode", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions:
-    """What is converted, and how it is written; see docs/formats.md.
+    """The volume to convert and the format of the output; see docs/formats.md.
 
     Attributes:
         input: the volume, of any format.

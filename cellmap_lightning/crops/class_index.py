@@ -189,7 +189,7 @@ def _spread(count: int, most: int, number: int) -> npt.NDArray[np.int64]:
 
 def _packed(index: Foreground) -> dict[str, object]:
     """Return an index as JSON-compatible content of the cache folder."""
-    # "kept" is the name in files of earlier versions.
+    # The key of `sampled` is the one in files of earlier versions.
     parts: dict[str, npt.NDArray[Any]] = {"counts": index.counts, "kept": index.sampled, "voxels": index.voxels}
     return {key: base64.b64encode(part.tobytes()).decode() for key, part in parts.items()}
 

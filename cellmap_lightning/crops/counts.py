@@ -1,12 +1,12 @@
 """Voxel counts of each class: from the metadata if they have them, else counted once and cached."""
 
 import logging
-from itertools import product
 
 import numpy as np
 from tqdm import tqdm
 
 from cellmap_lightning.crops.labels import stored_labels
+from cellmap_lightning.geometry.grids import StartShape, covering_boxes
 from cellmap_lightning.io.declared_counts import compare_counts, declared_foreground
 from cellmap_lightning.io.measurements import count_in, key_of, stamp_of
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, complement_counts
@@ -67,20 +67,19 @@ def count_foreground(
     """Count the foreground voxels of a level of labels, and cache the count in the cache folder."""
     reader = open_reader(level, label, retry_policy=retry_policy, empty=encoding.empty)
     stamp = stamp_of(reader.stored())  # taken first, so that a write during the count makes the count stale
-    corners = list(product(*(range(0, n, c) for n, c in zip(reader.shape, reader.chunks, strict=True))))
+    boxes = list(covering_boxes(reader.shape, reader.chunks))
     counts: list[int] = []
 
-    def count(start: tuple[int, int, int]) -> None:
-        z, y, x = (min(c, n - o) for c, n, o in zip(reader.chunks, reader.shape, start, strict=True))
-        stored = stored_labels(reader, encoding, start, (z, y, x))
+    def count(box: StartShape) -> None:
+        stored = stored_labels(reader, encoding, *box)
         counts.append(int(np.count_nonzero(encoding.present(stored))))
 
-    log.info("%s: no complement_counts in the metadata; the voxels of %d chunks are counted once", label, len(corners))
+    log.info("%s: no complement_counts in the metadata; the voxels of %d chunks are counted once", label, len(boxes))
     batch = 4 * pool.workers  # so that the queue stays short and the bar moves
-    with tqdm(total=len(corners), desc=f"counting {label}", unit="chunk", disable=None, leave=False) as bar:
-        for first in range(0, len(corners), batch):
-            part = corners[first : first + batch]
-            pool.run([lambda c=corner: count(c) for corner in part])  # type: ignore[misc]
+    with tqdm(total=len(boxes), desc=f"counting {label}", unit="chunk", disable=None, leave=False) as bar:
+        for first in range(0, len(boxes), batch):
+            part = boxes[first : first + batch]
+            pool.run([lambda b=box: count(b) for box in part])  # type: ignore[misc]
             bar.update(len(part))
     remember(key_of(level, "foreground", encoding), stamp, {"voxels": sum(counts)})
     compare_counts(level, encoding, sum(counts), label)

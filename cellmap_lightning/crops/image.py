@@ -30,7 +30,7 @@ from cellmap_lightning.io.array_reader import chunk_shape
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.images import read_image
-from cellmap_lightning.io.ngff import Level, LevelTranslations, Multiscale, Overrides, report
+from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, report
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy, power_of_two
 from cellmap_lightning.io.store import identity_of
@@ -303,12 +303,8 @@ class CellMapImage:
             ``zyx``.
         max_upsampling: largest ratio of the finest level's voxel size to ``target_scale``.
         cache: chunk cache shared with other images; by default a new one.
-        unit: unit of the axes in place of the stored one, such as ``micrometer``.
-        voxel_size: voxel size of the finest level in place of the stored one, nm (z, y, x).
-        translation: centre of voxel 0 of the finest level in place of the stored one, nm (z, y, x).
-        multiscale: name of the image to read where the group lists several.
-        level_translations: treatment of missing or equal translations of levels: ``auto`` (all levels cover the same
-            box) or ``stored``.
+        overrides: unit, voxel size, translation and other values in place of the stored ones, such as
+            ``Overrides.parse(unit="micrometer")`` of `cellmap_lightning.io.ngff`.
 
     Raises:
         CellMapFileNotFoundError: the image does not exist, or none of its levels is on disk.
@@ -333,11 +329,7 @@ class CellMapImage:
         *,
         max_upsampling: float = MAX_UPSAMPLING,
         cache: ChunkCache | None = None,
-        unit: str | None = None,
-        voxel_size: Sequence[float] | None = None,
-        translation: Sequence[float] | None = None,
-        multiscale: str | None = None,
-        level_translations: LevelTranslations = "auto",
+        overrides: Overrides = NO_OVERRIDES,
     ) -> None:
         if sorted(axis_order) != sorted(AXES):
             raise CellMapValueError(f"axis_order must be a permutation of 'zyx', got {axis_order!r}")
@@ -354,7 +346,7 @@ class CellMapImage:
         self.pad = pad
         self.pad_value = pad_value
         self.interpolation: Method = interpolation
-        self.image = read_image(path, Overrides.parse(unit, voxel_size, translation, multiscale, level_translations))
+        self.image = read_image(path, overrides)
         report(self.image.path, self.image.notes)
         self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
         check_chunk_names(self.level.array, target_class)

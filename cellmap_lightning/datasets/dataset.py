@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from cellmap_lightning.batches.arrays import ArraySet, ArraySpecs
 from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.crop import Crop
+from cellmap_lightning.crops.flat_options import refuse_flat
 from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.crops.target_path import TargetPath
@@ -42,6 +43,7 @@ class CellMapDataset(SampleSource):
         read: options of reading and caching.
         labels: options of the meaning of stored labels.
         intensity: options of normalization and intensity augmentation.
+        flat: none; options that are given flat are an error that names their dataclass.
 
     Raises:
         CellMapFileNotFoundError: a path or a class of the bracket does not exist.
@@ -70,7 +72,9 @@ class CellMapDataset(SampleSource):
         read: ReadOptions | None = None,
         labels: LabelOptions | None = None,
         intensity: IntensityOptions | None = None,
+        **flat: Never,
     ) -> None:
+        refuse_flat(CellMapDataset, flat, {"read": ReadOptions, "labels": LabelOptions, "intensity": IntensityOptions})
         read, labels, intensity = read or ReadOptions(), labels or LabelOptions(), intensity or IntensityOptions()
         if labels.too_coarse == "drop":
             raise CellMapValueError("too_coarse must be 'error' or 'upsample', got 'drop', which only splits support")

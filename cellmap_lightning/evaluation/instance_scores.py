@@ -25,7 +25,7 @@ THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
 
 @dataclass(frozen=True)
 class InstanceScore:
-    """Scores of the objects of one class in one crop.
+    """Scores of the objects of one class in one crop; see docs/evaluation.md.
 
     Attributes:
         objects: annotated objects.

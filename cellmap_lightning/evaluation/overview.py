@@ -144,8 +144,9 @@ def _sample(
 ) -> SheetSample:
     """Return a row with raw, read at the voxels of the patch."""
     values = CellMapImage(
-        raw, "raw", patch.step, patch.shape, pad=True, pad_value=0, interpolation="linear", **metadata
-    )
+        raw, "raw", patch.step, patch.shape, pad=True, pad_value=0, interpolation="linear",
+        overrides=Overrides.parse(**metadata),
+    )  # fmt: skip
     return SheetSample(_read(values, center), target, masks.astype(np.float32), patch.step, header)
 
 

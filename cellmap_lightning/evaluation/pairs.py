@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from cellmap_lightning.crops.id_labels import id_dtype, id_region
 from cellmap_lightning.crops.image import choose_level
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.evaluation.numbering import Numbering
+from cellmap_lightning.geometry.grids import covering_boxes
 from cellmap_lightning.geometry.lattice import EDGE_TOLERANCE, Box, FloatArray, Lattice, Shape, box_map
 from cellmap_lightning.geometry.resample import evaluate
 from cellmap_lightning.io.meanings import ValuesSetting, meaning_of
@@ -90,7 +90,7 @@ class Annotation:
 
 
 def voxels_inside(lattice: Lattice, box: Box) -> tuple[Shape, Shape]:
-    """Return the first voxel whose centre lies in a box, and their number along each axis; 0 where there are none."""
+    """Return the first voxel whose centre lies in a box, and their number along each axis, which may be 0."""
     lower = np.subtract(box.lower, lattice.origin) / lattice.step
     upper = np.subtract(box.upper, lattice.origin) / lattice.step
     first = np.clip(np.ceil(lower - EDGE_TOLERANCE), 0, lattice.shape).astype(int)
@@ -159,7 +159,7 @@ class CropPair:
         Args:
             halo: voxels by which blocks overlap their neighbours, inside the crop.
         """
-        for corner in product(*(range(0, n, b) for n, b in zip(self.shape, BLOCK, strict=True))):
+        for corner, _ in covering_boxes(self.shape, BLOCK):
             low = [max(0, c - halo) for c in corner]
             high = [min(c + b + halo, n) for c, b, n in zip(corner, BLOCK, self.shape, strict=True)]
             block = self.block((low[0], low[1], low[2]), (high[0] - low[0], high[1] - low[1], high[2] - low[2]))

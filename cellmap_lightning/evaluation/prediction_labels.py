@@ -4,7 +4,6 @@ Every voxel is resampled once, at its centre: probabilities are interpolated lin
 is coarser than the prediction) and then compared with the threshold; labels are those of the nearest voxel.
 """
 
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.evaluation.numbering import Labels, Numbering
+from cellmap_lightning.geometry.grids import covering_boxes
 from cellmap_lightning.geometry.lattice import Lattice, Shape, box_map, to_vector
 from cellmap_lightning.geometry.resample import evaluate
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting, meaning_of
@@ -98,16 +98,13 @@ def _resample(row: ManifestRow, level: Level, meaning: Meaning, threshold: float
     id_type = np.dtype(np.int64) if stored.kind == "f" else stored
     first, inside = _inside(row.lattice, level.lattice)
     result: npt.NDArray[Any] = np.zeros(inside.shape, id_type if ids else bool)
-    for start in product(*(range(0, n, b) for n, b in zip(inside.shape, _BLOCK, strict=True))):
-        ends = [min(a + b, n) for a, b, n in zip(start, _BLOCK, inside.shape, strict=True)]
-        z, y, x = (b - a for a, b in zip(start, ends, strict=True))
-        shape: Shape = (z, y, x)
+    for start, shape in covering_boxes(inside.shape, _BLOCK):
         block = np.empty(shape, dtype)
-        amap = box_map(inside, (start[0], start[1], start[2]), shape, level.lattice)
+        amap = box_map(inside, start, shape, level.lattice)
         evaluate(source, amap, block, method="nearest" if meaning.is_labels else "linear", fill=0)
         meaning.check(block, row_label(row))
         present = meaning.present(block, threshold)
-        result[tuple(slice(a, b) for a, b in zip(start, ends, strict=True))] = (
+        result[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))] = (
             np.where(present, block, 0) if ids else present
         )
     # Voxels outside the stored box, within half a stored voxel, repeat the nearest voxel inside.

@@ -21,7 +21,7 @@ SURFACE_METRICS = ("hausdorff_nm", "hausdorff95_nm", "surface_distance_nm")
 
 @dataclass(frozen=True)
 class SurfaceScore:
-    """Surface distances of one class in one crop.
+    """Surface distances of one class in one crop; see docs/evaluation.md.
 
     Attributes:
         hausdorff_nm: the largest distance from a voxel of either surface to the other surface.

@@ -28,7 +28,7 @@ _FORMAT_VERSION = "0.5.4"
 
 @dataclass(frozen=True)
 class PackageOptions:
-    """What a package says about a model beside its tensors.
+    """The description of a model in its package, beside its tensors; see docs/export.md.
 
     Attributes:
         name: name of the model; None for its network and classes.

@@ -25,6 +25,8 @@ _ACTIVATIONS = (None, "sigmoid", "softmax")
 class ModelCard:
     """The input and output of an exported model; shapes and voxel sizes are z, y, x (y, x for slices).
 
+    See docs/export.md.
+
     Attributes:
         weights: file name of the weights, relative to the description.
         input_shape: voxels of the input.

@@ -82,7 +82,7 @@ class TaskModel(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A model of a checkpoint, ready to be exported.
+    """A model of a checkpoint, ready to be exported; see docs/export.md.
 
     Attributes:
         module: from ``[N, 1, z, y, x]`` to ``[N, C, z, y, x]``, in evaluation mode, float32, on the CPU.
@@ -239,14 +239,7 @@ def _card(
     lengths = iter(expected.shape[2:])
     output_shape = [1 if n == 1 else next(lengths) for n in shape]
     scale = (target or spec).window.scale
-    count = expected.shape[1]
-    if not channels and count != len(classes):
-        channels = [{"name": f"channel_{number}"} for number in range(count)]
-    if all(channel.get("kind") in _CLASSES for channel in channels) and count == len(classes):
-        activations = {channel["activated_by"] for channel in channels if "activated_by" in channel}
-        channels = []
-    else:
-        activations = set()
+    channels, activations = _card_channels(channels, expected.shape[1], classes)
     record = recorded(checkpoint) or {}
     rule = record.get("normalize")
     normalize = None if rule is None else Normalize(**rule)
@@ -274,6 +267,17 @@ def _card(
             },
         },
     )  # fmt: skip
+
+
+def _card_channels(
+    channels: list[dict[str, Any]], count: int, classes: tuple[str, ...]
+) -> tuple[list[dict[str, Any]], set[str]]:
+    """Return the channels that a card describes, none where they are the classes; then also their activations."""
+    if not channels and count != len(classes):
+        channels = [{"name": f"channel_{number}"} for number in range(count)]
+    if count != len(classes) or any(channel.get("kind") not in _CLASSES for channel in channels):
+        return channels, set()
+    return [], {channel["activated_by"] for channel in channels if "activated_by" in channel}
 
 
 def _setting(rule: Normalize) -> Any:

@@ -64,7 +64,7 @@ def _difference(loaded: nn.Module, x: Tensor, expected: Tensor) -> float:
     try:
         with torch.no_grad():
             output = loaded(x)
-    except Exception:  # TorchScript and onnxruntime raise classes of their own
+    except Exception:  # TorchScript and onnxruntime raise classes that differ between versions
         return math.inf
     if output.shape != expected.shape:
         return math.inf

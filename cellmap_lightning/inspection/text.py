@@ -127,7 +127,7 @@ def _class(annotated: Sequence[ClassFacts]) -> list[str]:
 
 
 def encodings_text(crops: Sequence[CropFacts]) -> str:
-    """Return the section of labels without an encoding in their metadata; empty if there are none."""
+    """Return the section of labels without an encoding in their metadata; empty without any."""
     rows = [
         [crop.name, name, facts.read_as]
         for crop in crops

@@ -37,7 +37,7 @@ _METHODS: dict[InputKind, Method] = {
 
 @dataclass(frozen=True)
 class SegmentationOptions:
-    """The options of a method; lengths are in nm.
+    """The options of a method; lengths are in nm; see docs/instances.md.
 
     Attributes:
         method: the method; None for that of the input's kind.
@@ -123,7 +123,7 @@ def _finite(name: str, value: Any, least: float) -> float:
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """The options of the files of a segmentation.
+    """The options of the files of a segmentation; see docs/instances.md.
 
     Attributes:
         zarr_format: 2 (OME-NGFF 0.4) or 3 (OME-NGFF 0.5).

@@ -134,22 +134,18 @@ def open_source(
     path, name = (root / channels[0], str(class_name)) if channels and class_name else _class_group(root, class_name)
     check_finished(root, path, path.parent)
     images = _read_images(path, [path] if channels is None else [_child(root, channel) for channel in channels])
-    notes = _notes(images[0])
-    if "offset" in notes:
-        notes["offsets"] = [_notes(image).get("offset") for image in images]
+    notes = _joined_notes(images)
     levels = [level for image in images for level in _channels(image)]
     kind = kind or _kind(notes, images[0], len(levels), values)
     where = f"input={location}, class={name}"
     if kind != "affinities" and len(levels) != 1:
         raise CellMapValueError(f"{where}: {len(levels)} channels are no {kind}; set kind=affinities and offsets")
     directions = _directions(where, offsets or notes.get("offsets"), len(levels)) if kind == "affinities" else ()
-    readers = tuple(ChunkReader(level, name) for level in levels)
-    if any(reader.shape != readers[0].shape for reader in readers):
-        raise CellMapValueError(f"{where}: the shapes of the channels differ; predict them together")
+    readers = _readers(where, levels, name)
     meaning = None if kind == "distance" else _meaning(images[0], name, values, kind, readers[0].dtype)
     scale, zero = _distance_scale(notes, readers[0].dtype)
     record = {"input": str(path), "channels": list(channels or ()), "checksum": _identity(root)}
-    return SegmentationSource(path, name, kind, _lattice(levels[0]), directions, readers, meaning, scale, zero, record)
+    return SegmentationSource(path, name, kind, levels[0].lattice, directions, readers, meaning, scale, zero, record)
 
 
 def _described_channels(root: StorePath, name: str, kind: InputKind | None) -> list[str] | None:
@@ -175,11 +171,23 @@ def _directions(where: str, offsets: Any, count: int) -> tuple[Shape, ...]:
     """Return the offsets of affinities after a check.
 
     Raises:
-        CellMapValueError: there are none, or they do not fit the channels.
+        CellMapValueError: they are missing, or do not fit the channels.
     """
     if not isinstance(offsets, Sequence) or not offsets:
         raise CellMapValueError(f"{where}: affinities without offsets in the metadata; set offsets=[[-1,0,0],...]")
     return check_offsets(offsets, count)
+
+
+def _readers(where: str, levels: Sequence[Level], name: str) -> tuple[ChunkReader, ...]:
+    """Return a reader of each channel.
+
+    Raises:
+        CellMapValueError: their shapes differ.
+    """
+    readers = tuple(ChunkReader(level, name) for level in levels)
+    if any(reader.shape != readers[0].shape for reader in readers):
+        raise CellMapValueError(f"{where}: the shapes of the channels differ; predict them together")
+    return readers
 
 
 def _child(group: StorePath, name: str) -> StorePath:
@@ -225,6 +233,14 @@ def _notes(image: Multiscale) -> dict[str, Any]:
     return notes
 
 
+def _joined_notes(images: Sequence[Multiscale]) -> dict[str, Any]:
+    """Return the notes of the first channel, with the offsets of all where each records one."""
+    notes = _notes(images[0])
+    if "offset" in notes:
+        notes["offsets"] = [_notes(image).get("offset") for image in images]
+    return notes
+
+
 def _channels(image: Multiscale) -> list[Level]:
     """Return the finest level of an image, once for each channel."""
     level = image.levels[0]
@@ -237,10 +253,6 @@ def _channels(image: Multiscale) -> list[Level]:
             f"{level.path}: the shape {list(info.shape)} has several axes of channels; store one of them"
         )
     return [replace(level, channel=channel) for channel in range(others[0][1])] if others else [image.finest]
-
-
-def _lattice(level: Level) -> Lattice:
-    return level.lattice
 
 
 def _kind(notes: Mapping[str, Any], image: Multiscale, channels: int, values: ValuesSetting) -> InputKind:

@@ -1,6 +1,5 @@
 """Reading of chunks: opened, checked and decoded here; local files of Zarr v2 by `plain_chunks`."""
 
-import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from cellmap_lightning.errors import (
     EmptyChunkError,
     missing_extra,
 )
+from cellmap_lightning.geometry.grids import cell_parts
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.array_reader import ArrayReader, Empty, chunk_shape
@@ -303,11 +303,7 @@ class ChunkReader(ArrayReader):
         self, start: tuple[int, int, int], shape: Shape, error: Exception
     ) -> tuple[tuple[int, int, int], Shape, Exception]:
         """Return start, shape and error of the first chunk of a box that cannot be read, found by reading each."""
-        grid = [range(a // c, -(-(a + n) // c)) for a, n, c in zip(start, shape, self.chunks, strict=True)]
-        for index in itertools.product(*grid):
-            lo = [max(a, i * c) for a, i, c in zip(start, index, self.chunks, strict=True)]
-            hi = [min(a + n, (i + 1) * c) for a, n, i, c in zip(start, shape, index, self.chunks, strict=True)]
-            part = (lo[0], lo[1], lo[2]), (hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2])
+        for part in cell_parts(start, shape, self.chunks):
             try:
                 self._read(*part)
             except Exception as e:

@@ -3,12 +3,12 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
 
 from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.geometry.grids import covering_boxes
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.io.array_reader import ArrayReader
 from cellmap_lightning.io.measurements import key_of
@@ -105,15 +105,10 @@ def _measured_level(image: Multiscale) -> Level:
 def _measurement(level: Level) -> tuple[RecordKey, list[_Box]]:
     """Return the key of a measurement, and start and shape of the chunks that are read for it."""
     shape, chunks = level.zyx(level.array.shape), level.zyx(level.array.chunks)
-    grid = [range(0, n, c) for n, c in zip(shape, chunks, strict=True)]
-    corners = list(product(*grid))
+    boxes = list(covering_boxes(shape, chunks))
     count = max(1, ENOUGH_VOXELS // int(np.prod(chunks)))
-    if len(corners) > count:
-        corners = [corners[i] for i in np.linspace(0, len(corners) - 1, count).round().astype(int)]
-    boxes: list[_Box] = []
-    for z, y, x in corners:
-        dz, dy, dx = (min(c, n - o) for c, n, o in zip(chunks, shape, (z, y, x), strict=True))
-        boxes.append(((z, y, x), (dz, dy, dx)))
+    if len(boxes) > count:
+        boxes = [boxes[i] for i in np.linspace(0, len(boxes) - 1, count).round().astype(int)]
     return key_of(level, "statistics", ENOUGH_VOXELS, _LEAST_VOXELS), boxes
 
 

@@ -6,8 +6,9 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -17,6 +18,7 @@ from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.batches.memory import BatchMemory, check_fits, device_memory
 from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapError, CellMapValueError, WorkerError
+from cellmap_lightning.loading.options import WORKER_TIMEOUT, LoaderOptions, TorchOptions, check_torch_options
 from cellmap_lightning.loading.prefetch import (
     STREAM_DEVICES,
     NoPrefetch,
@@ -26,7 +28,7 @@ from cellmap_lightning.loading.prefetch import (
     prefetch,
 )
 from cellmap_lightning.loading.resident_reader import ResidentReader
-from cellmap_lightning.loading.resume import Steps, StreamPosition
+from cellmap_lightning.loading.resume import StreamPosition
 from cellmap_lightning.loading.sampler import StreamSampler
 from cellmap_lightning.loading.samples import NumberedSamples, Samples, WrappedSamples, collate, number_samples
 from cellmap_lightning.loading.slots import SlotBatch, Slots
@@ -54,9 +56,55 @@ class _CompactRequests:
         return len(self._batches)
 
 
-#: Default timeout of worker processes, in seconds: decoding for the first batches may take minutes.
-WORKER_TIMEOUT = 1200.0
 _SHARED_WORKERS = "persistent workers serve one pass at a time; use persistent_workers=False for passes side by side"
+
+
+def _use_resident(samples: NumberedSamples, resident: DeviceCache | None, num_workers: int) -> None:
+    """Have batches gathered from voxels on a device, unless user code reads them.
+
+    Raises:
+        CellMapValueError: there are worker processes.
+    """
+    if resident is None:
+        return
+    if num_workers > 0:
+        raise CellMapValueError(
+            f"resident needs num_workers=0, since one process uses the device, got num_workers={num_workers}"
+        )
+    if isinstance(samples, Samples) and not samples.overridden:
+        samples.resident = ResidentReader(samples.dataset, resident, samples.pin)
+
+
+def _torch_arguments(samples: NumberedSamples, num_workers: int, slots: bool, given: TorchOptions) -> dict[str, Any]:
+    """Return the arguments of `torch.utils.data.DataLoader` apart from the order of samples.
+
+    Args:
+        samples: the samples to read.
+        num_workers: number of worker processes.
+        slots: whether workers deliver batches in shared slots.
+        given: the arguments of the loader.
+
+    Raises:
+        CellMapValueError: see `start_method`.
+    """
+    persistent, timeout = given.get("persistent_workers"), given.get("timeout", WORKER_TIMEOUT)
+    start, context = given.get("worker_init_fn"), given.get("multiprocessing_context")
+    return {
+        "num_workers": num_workers,
+        "collate_fn": collate,
+        # Otherwise batches are read, or copied out of a slot, into page-locked memory.
+        "pin_memory": samples.pin and num_workers > 0 and not slots,
+        # Without it each pass would draw a number from the global generator, which is the user's.
+        "generator": torch.Generator("cpu").manual_seed(samples.seed & 0x7FFFFFFFFFFFFFFF),
+        "prefetch_factor": given.get("prefetch_factor"),
+        "persistent_workers": num_workers > 0 if persistent is None else persistent,
+        **worker_options(num_workers, samples.sources, timeout, start, context),
+    }
+
+
+def _without_run(options: LoaderOptions) -> LoaderOptions:
+    """Return options without the Trainer and the voxels on a device, which other processes cannot use."""
+    return replace(options, steps=None, resident=None)
 
 
 class CellMapDataLoader(DataLoader[Any]):
@@ -86,28 +134,13 @@ class CellMapDataLoader(DataLoader[Any]):
         seed: seed of everything random; by default the dataset's.
         finish: yield finished batches (float32); False leaves them compact, for `BatchLayout.finish`. Or a function of
             the loader that returns this when a pass begins.
-        drop_last: drop an incomplete last batch; by default while training.
-        rank: this process among ``world``; by default that of `torch.distributed`.
-        world: number of processes.
-        pin_memory: read into page-locked memory.
-        device: the device that uses the batches; they are copied to it if ``decision`` prefetches.
-        decision: prefetching of batches, see `prefetch.decide`; by default none.
-        waiting: the counters of seconds that batches are waited for.
-        steps: the Trainer's count of batches, from which `state_dict` derives the progress of a pass; by default the
-            batches that were delivered are counted.
-        persistent_workers: leave worker processes running between epochs; by default if there are any.
-        prefetch_factor: batches ahead per worker process.
-        timeout: seconds after which a worker that delivers nothing is an error; 0 waits without limit. Reads of single
-            objects have a shorter timeout, see `ReadOptions`.
-        multiprocessing_context: start method of worker processes; by default one that is safe with the reader.
-        worker_init_fn: called in each worker process.
+        tiles: the tiles to iterate over, in this order, such as ``range(dataset.tile_count)``.
         sampler: replaces the loader's own, as Lightning does for ``overfit_batches``; or a `PositionSampler`, such as
             `ClassBalancedSampler`, whose strategy, seed and number of samples the loader then uses.
         batch_sampler: likewise, as Lightning does to predict.
-        shuffle: accepted for compatibility with torch; the order follows from ``is_train``.
-        tiles: the tiles to iterate over, in this order, such as ``range(dataset.tile_count)``.
-        resident: voxels on a device, from which batches are gathered there; see docs/device.md. Other datasets than
-            those of this package, and those with ``__getitem__`` of user code, do not use it.
+        options: ranks, device and prefetching, see `LoaderOptions`.
+        torch_options: ``drop_last``, ``pin_memory``, ``persistent_workers`` and other arguments of torch's loader, see
+            `TorchOptions`.
 
     Raises:
         CellMapValueError: the arguments contradict each other.
@@ -124,25 +157,14 @@ class CellMapDataLoader(DataLoader[Any]):
         seed: int | None = None,
         finish: "bool | Callable[[CellMapDataLoader], bool]" = True,
         *,
-        drop_last: bool | None = None,
-        rank: int | None = None,
-        world: int | None = None,
-        pin_memory: bool = False,
-        device: torch.device | None = None,
-        decision: PrefetchDecision | None = None,
-        waiting: WaitTimes | None = None,
-        steps: Steps | None = None,
-        persistent_workers: bool | None = None,
-        prefetch_factor: int | None = None,
-        timeout: float = WORKER_TIMEOUT,
-        multiprocessing_context: Any = None,
-        worker_init_fn: Any = None,
+        tiles: Sequence[int] | None = None,
         sampler: Iterable[int] | None = None,
         batch_sampler: Iterable[list[int]] | None = None,
-        shuffle: bool | None = None,
-        tiles: Sequence[int] | None = None,
-        resident: DeviceCache | None = None,
+        options: LoaderOptions | None = None,
+        **torch_options: Unpack[TorchOptions],
     ) -> None:
+        given = check_torch_options(torch_options, isinstance(dataset, NumberedSamples))
+        options = options or LoaderOptions()
         strategy = None
         if isinstance(sampler, PositionSampler):
             # It decides how samples are drawn; the loader itself numbers them.
@@ -150,49 +172,55 @@ class CellMapDataLoader(DataLoader[Any]):
             if sampler.dataset is not source:
                 raise CellMapValueError(f"the sampler draws positions of {sampler.dataset}, not of {source}")
             strategy, seed, samples_per_epoch = sampler.strategy, sampler.seed, sampler.samples_per_epoch
-            sampler, shuffle, is_train = None, None, True
+            sampler, is_train = None, True
+            given["shuffle"] = None
         int_at_least("batch_size", batch_size, 1)
+        shuffle = given.get("shuffle")
         if shuffle is not None and shuffle != is_train and sampler is None and batch_sampler is None:
             raise CellMapValueError(f"shuffle={shuffle} contradicts is_train={is_train}, from which the order follows")
-        samples = number_samples(dataset, samples_per_epoch, is_train, seed, pin_memory, tiles, strategy)
-        if resident is not None and num_workers > 0:
-            raise CellMapValueError(
-                f"resident needs num_workers=0, since one process uses the device, got num_workers={num_workers}"
-            )
-        if resident is not None and isinstance(samples, Samples) and not samples.overridden:
-            samples.resident = ResidentReader(samples.dataset, resident, samples.pin)
+        pin = given.get("pin_memory", False)
+        samples = number_samples(dataset, samples_per_epoch, is_train, seed, pin, tiles, strategy)
+        _use_resident(samples, options.resident, num_workers)
         slots = num_workers > 0 and Slots.possible() and not samples.overridden
-        options: dict[str, Any] = {
-            "num_workers": num_workers,
-            "collate_fn": collate,
-            # Otherwise batches are read, or copied out of a slot, into page-locked memory.
-            "pin_memory": samples.pin and num_workers > 0 and not slots,
-            # Without it each pass would draw a number from the global generator, which is the user's.
-            "generator": torch.Generator("cpu").manual_seed(samples.seed & 0x7FFFFFFFFFFFFFFF),
-            "prefetch_factor": prefetch_factor,
-            "persistent_workers": num_workers > 0 if persistent_workers is None else persistent_workers,
-            **worker_options(num_workers, samples.sources, timeout, worker_init_fn, multiprocessing_context),
-        }
+        arguments = _torch_arguments(samples, num_workers, slots, given)
         if batch_sampler is not None:
-            super().__init__(samples, batch_sampler=batch_sampler, **options)
+            super().__init__(samples, batch_sampler=batch_sampler, **arguments)
         else:
-            order = sampler if sampler is not None else StreamSampler(len(samples), is_train, rank, world)
-            drop = is_train and len(order) >= batch_size if drop_last is None else drop_last  # type: ignore[arg-type]
-            super().__init__(samples, batch_size=batch_size, sampler=order, drop_last=drop, **options)
+            order = sampler
+            if order is None:
+                order = StreamSampler(len(samples), is_train, options.rank, options.world)
+            drop = given.get("drop_last")
+            drop = is_train and len(order) >= batch_size if drop is None else drop  # type: ignore[arg-type]
+            super().__init__(samples, batch_size=batch_size, sampler=order, drop_last=drop, **arguments)
         self._by_slots = slots
         self.finish = finish
-        self.device = device or torch.device("cpu")
-        self.decision = decision
-        self.waiting = waiting or WaitTimes()
-        self.steps = steps
+        self.options = replace(
+            options, device=options.device or torch.device("cpu"), waiting=options.waiting or WaitTimes()
+        )
         self._finishes = True
         stream = self._stream_sampler()
         #: None if another sampler defines the order.
         self._position = None
         if stream is not None:
-            self._position = StreamPosition(stream, self._batch_limit, bool(self.drop_last), steps)
+            self._position = StreamPosition(stream, self._batch_limit, bool(self.drop_last), options.steps)
         self._follow_sampler()
         self._reset_passes()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that uses the batches."""
+        return self.options.device or torch.device("cpu")
+
+    @property
+    def decision(self) -> PrefetchDecision | None:
+        """The prefetching of batches."""
+        return self.options.decision
+
+    @property
+    def waiting(self) -> WaitTimes:
+        """The counters of seconds that batches are waited for."""
+        assert self.options.waiting is not None
+        return self.options.waiting
 
     def _follow_sampler(self) -> None:
         """Have the sampler ask the position for the epoch of the next pass, by a weak reference: no cycle."""
@@ -220,9 +248,12 @@ class CellMapDataLoader(DataLoader[Any]):
         state = {name: value for name, value in self.__dict__.items() if name not in local}
         for name, value in state.items():  # the arguments that Lightning has recorded, while it replaces loaders
             if name.startswith("__pl_saved") and isinstance(value, dict):
-                state[name] = {key: item for key, item in value.items() if not isinstance(item, DeviceCache)}
+                state[name] = {
+                    key: _without_run(item) if isinstance(item, LoaderOptions) else item for key, item in value.items()
+                }
         finish = self.finish if isinstance(self.finish, bool) else True
-        return state | {"dataset": samples, "finish": finish, "steps": None, "_iterator": None}
+        options = _without_run(self.options)
+        return state | {"dataset": samples, "finish": finish, "options": options, "_iterator": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

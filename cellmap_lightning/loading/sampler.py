@@ -126,7 +126,7 @@ class StreamSampler(DistributedSampler[int]):
                     f"the sampler of a CellMapDataLoader distributes its samples over {world} ranks itself (this is "
                     f"rank {rank}), and is iterated by another loader, which may distribute them again; use the "
                     "CellMapDataLoader itself, without accelerator.prepare(loader) or similar, or create it with "
-                    "rank=0, world=1"
+                    "options=LoaderOptions(rank=0, world=1)"
                 )
             self.start()
         self._started = False

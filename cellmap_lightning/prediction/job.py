@@ -105,17 +105,18 @@ class JobPlanner:
             The job, and the volume in each plane, placed for its patches.
         """
         options, trainer, raw = self._options, self._trainer, crops[0].raw
+        blending, storage, box = options.blending, options.storage, options.region.box
         if isinstance(crops[0].raw_at, Path):
             check_apart(path, crops[0].raw_at)
         windows = output_windows(self._spec.window, self._spec.flat, crops)
         whole = output_lattice(windows[0], raw.box, [level.lattice for level in raw.levels.values()])
-        tilings = [Tiling(whole.shape, w.shape, options.blend, options.overlap, options.context) for w in windows]
-        first, shape = ((0, 0, 0), whole.shape) if options.region is None else voxels_of(whole, options.region)
-        values = StoredValues(options.dtype, options.threshold)
+        tilings = [Tiling(whole.shape, w.shape, blending.blend, blending.overlap, blending.context) for w in windows]
+        first, shape = ((0, 0, 0), whole.shape) if box is None else voxels_of(whole, box)
+        values = StoredValues(storage.dtype, storage.threshold)
         cut = self._block_cutter(first, shape, tilings, values)
         grid = BlockGrid(whole, first, shape, cut(options.block_size_mb))
         output = PredictionOutput(
-            path, self._classes, grid, values, options.chunks, options.shards, options.zarr_format, options.levels,
+            path, self._classes, grid, values, storage.chunk, storage.shard, storage.zarr_format, storage.levels,
             trainer.global_rank, raw.scales, self._targets,
         )  # fmt: skip
         self.outputs.append(output)
@@ -130,7 +131,7 @@ class JobPlanner:
             crop.placed(patch_placement(tiling, whole, window), budget)
             for crop, tiling, window in zip(crops, tilings, windows, strict=True)
         ]
-        if skips is not None and options.skip_empty:
+        if skips is not None and options.region.skip_empty:
             skips.raw = next(iter(placed[0].images.values()))
         share = grid.share(left, trainer.global_rank, trainer.world_size, reaches_below(tilings))
         plan = BlockPlan(grid, tilings, self._data.batch_size, share, self._positions, skips, inputs.begin)
@@ -155,7 +156,7 @@ class JobPlanner:
             return tilings[0].count(axis, first[axis], shape[axis], length)
 
         nbytes = partial(self._block_bytes, shape, tilings, values)
-        return lambda mib: block_shape(shape, self._options.unit, nbytes, int(mib * 2**20), patches)
+        return lambda mib: block_shape(shape, self._options.storage.unit, nbytes, int(mib * 2**20), patches)
 
     def _block_bytes(self, whole: Shape, tilings: Sequence[Tiling], values: StoredValues, shape: Shape) -> int:
         """Return the memory of blocks of a shape: one is written while the next is computed."""
@@ -168,7 +169,7 @@ class JobPlanner:
         return channels * voxel * math.prod(shape) + max(planes, default=0)
 
     def _skipping(self, crop: Crop, whole: Lattice) -> Skipping | None:
-        options = self._options
+        options = self._options.region
         if options.mask is None and not options.skip_empty:
             return None
         return Skipping(options.mask, whole.step, next(iter(crop.images.values())) if options.skip_empty else None)
@@ -182,12 +183,12 @@ class JobPlanner:
         tilings: Sequence[Tiling],
     ) -> list[int]:
         """Create the output, or open that of the same prediction; return the numbers of its unfinished blocks."""
-        options, trainer = self._options, self._trainer
+        resume, trainer = self._options.resume, self._trainer
         if trainer.global_rank == 0:
             settings = self._settings(output, crops, window, tilings)
             settings["raw metadata"] = inputs.metadata
-            output.open(settings, options.overwrite, options.check_space)
-            if not options.accept_changed_raw:
+            output.open(settings, resume.overwrite, resume.check_space)
+            if not resume.accept_changed_raw:
                 _check_inputs(output, inputs)
         trainer.strategy.barrier("the output is open")
         output.check_owned()
@@ -201,35 +202,36 @@ class JobPlanner:
     ) -> dict[str, Any]:
         """Return everything that the stored bytes depend on, so that only the same prediction is resumed."""
         options, grid, layout = self._options, output.grid, self._data.predict_dataset.layout
+        blending, storage, region = options.blending, options.storage, options.region
         lattice, crop, tiling = grid.lattice, crops[0], tilings[0]
         inputs = {name: [list(spec.window.shape), spec.window.scale.tolist()] for name, spec in layout.inputs.items()}
         targets = {name: dict(target) for name, target in self._targets.items()}
         return {
             **({"targets": targets} if targets else {}),
-            "model": options.model_id or model_fingerprint(self._module),
+            "model": options.resume.model_id or model_fingerprint(self._module),
             "precision": str(self._trainer.precision),
-            "activation": options.activation,
-            "key": options.key,
+            "activation": options.channels.activation,
+            "key": options.channels.key,
             "raw": str(crop.raw_at.absolute() if isinstance(crop.raw_at, Path) else crop.raw_at),
             "normalization": list(crop.raw.affine),
             "raw_value_transforms": {name: transform_name(t) for name, t in layout.raw_transforms.items()},
             "inputs": inputs,
             "patch": list(window.shape),
             "planes": [crop.plane.name for crop in crops],
-            "tta_flips": options.tta_flips,
-            "mask": None if options.mask is None else str(Path(options.mask).absolute()),
-            "skip_empty": options.skip_empty,
+            "tta_flips": blending.flips,
+            "mask": None if region.mask is None else str(Path(region.mask).absolute()),
+            "skip_empty": bool(region.skip_empty),
             "voxel size": list(lattice.step),
             "translation": list(lattice.origin),
             "shape": list(lattice.shape),
             "classes": list(self._classes),
-            "blend": options.blend,
-            "overlap": list(tiling.trim) if options.blend == "trim" else list(tiling.stride),
-            "dtype": options.dtype,
-            "threshold": options.threshold,
-            "zarr_format": options.zarr_format,
-            "chunks": list(options.chunks),
-            "shards": list(options.shards) if options.shards else None,
+            "blend": blending.blend,
+            "overlap": list(tiling.trim) if blending.blend == "trim" else list(tiling.stride),
+            "dtype": storage.dtype,
+            "threshold": storage.threshold,
+            "zarr_format": storage.zarr_format,
+            "chunks": list(storage.chunk),
+            "shards": list(storage.shard) if storage.shard else None,
             "block": list(grid.block),
             "levels": output.levels,
             "pyramid factors": [list(step) for step in output.pyramid.steps],
@@ -243,7 +245,8 @@ class JobPlanner:
             "the model computes %.2f voxels for each that is written (with one process), %.2f times as many as without "
             "blocks",
             output.path, list(grid.shape), [round(s, 4) for s in grid.whole.step], len(self._classes),
-            self._options.dtype, output.nbytes / 1e9, len(grid), list(grid.block), done, plan.computed, plan.redundancy,
+            self._options.storage.dtype, output.nbytes / 1e9, len(grid), list(grid.block), done,
+            plan.computed, plan.redundancy,
         )  # fmt: skip
 
     def _advise(self, plan: BlockPlan, cut: Callable[[float], Shape]) -> None:

@@ -6,9 +6,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import lightning as L
 import numpy as np
@@ -18,12 +19,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from cellmap_lightning.crops.crop import Crop
+from cellmap_lightning.crops.flat_options import refuse_flat
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import Shape
-from cellmap_lightning.io.writer import ZarrFormat
 from cellmap_lightning.prediction.accumulate import MeanBlock, StoredBlock
 from cellmap_lightning.prediction.background_writer import BackgroundWriter
-from cellmap_lightning.prediction.blending import Blend
 from cellmap_lightning.prediction.block_patches import (
     BlockBatch,
     BlockEnd,
@@ -33,18 +33,33 @@ from cellmap_lightning.prediction.block_patches import (
     PlanBatches,
     Step,
 )
-from cellmap_lightning.prediction.blocks import parse_region
 from cellmap_lightning.prediction.channels import check_flips, described_channels, signed_positions
 from cellmap_lightning.prediction.job import JobPlanner, PredictionJob
-from cellmap_lightning.prediction.model_output import Activation, ModelOutput
-from cellmap_lightning.prediction.options import PredictionOptions, parse_flips, parse_lengths
+from cellmap_lightning.prediction.model_output import ModelOutput
+from cellmap_lightning.prediction.options import (
+    BlendOptions,
+    ChannelOptions,
+    OutputOptions,
+    PredictionOptions,
+    RegionOptions,
+    ResumeOptions,
+)
 from cellmap_lightning.prediction.output import PredictionOutput
-from cellmap_lightning.prediction.quantize import OutputType, StoredValues
+from cellmap_lightning.prediction.quantize import StoredValues
 from cellmap_lightning.prediction.summary import Summary
 from cellmap_lightning.prediction.volumes import volumes_of, volumes_source
+from cellmap_lightning.validation import did_you_mean
 
 log = logging.getLogger(__name__)
 
+#: The arguments of `PredictionWriter` that are groups of settings.
+_GROUPS: dict[str, type[Any]] = {
+    "blending": BlendOptions,
+    "channels": ChannelOptions,
+    "storage": OutputOptions,
+    "region": RegionOptions,
+    "resume": ResumeOptions,
+}
 #: Largest number of unfinished tasks of the writing thread: a block that is written, and skipped ones after it.
 TASK_LIMIT = 3
 
@@ -63,45 +78,20 @@ class PredictionWriter(L.Callback):
     datamodule's ``planes`` name; the prediction is the mean over the planes.
 
     Example:
-        >>> writer = PredictionWriter("prediction.zarr", blend="gaussian")  # doctest: +SKIP
+        >>> writer = PredictionWriter("prediction.zarr", BlendOptions("gaussian"))  # doctest: +SKIP
         >>> L.Trainer(callbacks=[writer]).predict(module, datamodule=data)  # doctest: +SKIP
 
     Args:
         output: the Zarr group to write.
-        blend: ``trim`` uses the centres of patches; ``average`` and ``gaussian`` take the weighted mean of overlapping
-            patches (sliding window). See `blending`.
-        overlap: part of a patch that it shares with the next one, per axis or for all.
-        zarr_format: 2 writes OME-NGFF 0.4, 3 writes OME-NGFF 0.5, with checksums.
-        dtype: ``uint8`` stores probabilities as ``round(255 p)``, and values v from -1 to 1, such as signed distances,
-            as ``round(255 (v + 1) / 2)``; ``float16`` and ``float32`` the output of the model; ``labels`` 1 from
-            ``threshold`` on, else 0.
-        overwrite: replace another prediction at ``output``. Anything else at that path is an error.
-        threshold: see ``dtype``; also the threshold of foreground in the summary.
-        context: for ``trim``, output voxels (halo) on either side that are discarded, instead of ``overlap``.
-        region: the box to predict, ``{z: [lower, upper], y: .., x: ..}`` in nm; None for the whole volume. Patches
-            include the raw around it.
-        classes: names of the channels; by default those that the module's ``output_channels`` gives, else the
-            datamodule's classes.
-        only: those of them to write; None for all.
-        key: key of the tensor in a mapping; by default its only entry.
-        activation: ``sigmoid`` or ``softmax`` (over channels), for models that return logits.
-        chunks: voxels of a chunk.
-        shards: voxels of a shard; Zarr v3 only.
-        levels: levels of the pyramid; by default as many as leave the longest axis 32 voxels. They have the voxel sizes
-            of raw's levels, and beyond those the finest axes are halved first; see `plan_pyramid`.
+        blending: patches, blending and test-time augmentation.
+        channels: the channels of the model, and those to write.
+        storage: dtype, chunks and levels of the output.
+        region: the part of the volume, and the blocks that are skipped.
+        resume: outputs that exist.
         block_size_mb: memory in MiB for two blocks (one is written while the other is computed), with the sums
             of overlapping patches. Blocks are whole chunks. Small blocks compute patches twice: a warning names the
             size that would help.
-        check_space: raise an error if the disk has less free space than the rest takes without compression.
-        model_id: identity of the model; by default a hash of its weights.
-        tta_flips: test-time augmentation: axes of the patch, such as ``yx``. The output is the mean over all mirrored
-            versions of the input, each mirrored back, after the activation; `predict_step` is called for each of them.
-        mask: a multiscale group; blocks in which it has no voxel above 0 are not computed, and left 0.
-        skip_empty: skip blocks in which all voxels of raw have one value, as around the imaged volume.
-        check_context: with ``trim``, measure in the first batch how much the border of the input changes the part of
-            the output that is used, and warn if that is visible: the receptive field is then larger than the context.
-        accept_changed_raw: resume, or accept as finished, although files of raw or of the mask were written, replaced
-            or touched since, as when they were copied back. Otherwise that is an error.
+        flat: none; options that are given flat are an error that names their dataclass.
 
     Attributes:
         summary: the summary of the last prediction.
@@ -115,56 +105,22 @@ class PredictionWriter(L.Callback):
     def __init__(
         self,
         output: str,
-        blend: Blend = "trim",
-        overlap: float | Sequence[float] | None = None,
-        zarr_format: ZarrFormat = 2,
-        dtype: OutputType = "uint8",
-        overwrite: bool = False,
+        blending: BlendOptions | None = None,
         *,
-        threshold: float = 0.5,
-        context: int | Sequence[int] | None = None,
-        region: Mapping[str, Sequence[float]] | None = None,
-        classes: Sequence[str] | None = None,
-        only: Sequence[str] | None = None,
-        key: str | None = None,
-        activation: Activation | None = None,
-        chunks: Sequence[int] = (64, 64, 64),
-        shards: Sequence[int] | None = None,
-        levels: int | None = None,
+        channels: ChannelOptions | None = None,
+        storage: OutputOptions | None = None,
+        region: RegionOptions | None = None,
+        resume: ResumeOptions | None = None,
         block_size_mb: float = 256,
-        check_space: bool = True,
-        model_id: str | None = None,
-        tta_flips: str | Sequence[str] = "",
-        mask: str | None = None,
-        skip_empty: bool = False,
-        check_context: bool = True,
-        accept_changed_raw: bool = False,
+        **flat: Never,
     ) -> None:
+        refuse_flat(PredictionWriter, flat, _GROUPS)
         self.options = PredictionOptions(
-            blend=blend,
-            overlap=overlap,
-            context=context,
-            zarr_format=zarr_format,
-            dtype=dtype,
-            threshold=threshold,
-            region=None if region is None else parse_region({axis: list(ends) for axis, ends in region.items()}),
-            key=key,
-            activation=activation,
-            chunks=parse_lengths("chunks", chunks),
-            shards=None if shards is None else parse_lengths("shards", shards),
-            levels=levels,
-            block_size_mb=block_size_mb,
-            model_id=model_id,
-            tta_flips=parse_flips(tta_flips),
-            mask=mask,
-            skip_empty=bool(skip_empty),
-            overwrite=bool(overwrite),
-            check_space=check_space,
-            accept_changed_raw=bool(accept_changed_raw),
-        )
-        self.output, self.threshold = Path(output), threshold
-        self.classes, self.only = classes, only
-        self.check_context = bool(check_context)
+            blending or BlendOptions(), channels or ChannelOptions(), storage or OutputOptions(),
+            region or RegionOptions(), resume or ResumeOptions(), block_size_mb,
+        )  # fmt: skip
+        self.output, self.threshold = Path(output), self.options.storage.threshold
+        self.classes, self.only = self.options.channels.classes, self.options.channels.only
         self.summary = Summary()
         self.names: list[str] = []
         self.redundancy = 1.0
@@ -206,23 +162,33 @@ class PredictionWriter(L.Callback):
             )
         return list(names)
 
+    def _chosen_names(self, names: list[str]) -> list[str]:
+        """Return the names of the channels to write.
+
+        Raises:
+            CellMapKeyError: ``only`` is empty, or names another channel.
+        """
+        if self.only is None:
+            return names
+        if not self.only or not set(self.only) <= set(names):
+            raise CellMapKeyError(f"only={list(self.only)} must name some of the channels {names}")
+        return list(self.only)
+
     def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule, pin: bool) -> tuple[PatchSamples, PlanBatches]:
         """Plan the blocks, and create or open the outputs. Called when weights and normalization are restored."""
         options, rank = self.options, trainer.global_rank
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         volumes = volumes_of(data.predict_dataset.crops)
-        if len(volumes) > 1 and options.region is not None:
+        if len(volumes) > 1 and options.region.region is not None:
             raise CellMapValueError(f"a region needs a single volume to predict, got {len(volumes)}")
-        targets = described_channels(pl_module)
-        names = self._channel_names(data, list(targets))
-        targets = {name: targets[name] for name in names if name in targets and name not in (data.classes or ())}
-        self.names = written = list(self.only) if self.only is not None else names
-        if not written or not set(written) <= set(names):
-            raise CellMapKeyError(f"only={written} must name some of the channels {names}")
+        described = described_channels(pl_module)
+        names = self._channel_names(data, list(described))
+        targets = {name: described[name] for name in names if name in described and name not in (data.classes or ())}
+        self.names = written = self._chosen_names(names)
         self._written_channels = [names.index(name) for name in written]
         array, spec = next(iter({**data.target_arrays, **data.input_arrays}.items()))
 
-        check_flips(options.tta_flips, written, targets)
+        check_flips(options.blending.flips, written, targets)
         planner = JobPlanner(options, trainer, pl_module, written, spec, targets)
         self._jobs, self._outputs = [], planner.outputs
         placed: list[Crop] = []
@@ -232,8 +198,9 @@ class PredictionWriter(L.Callback):
             placed += crops
         self._source = source = volumes_source(placed, data.predict_dataset.layout, data.seed)
         self._model_output = ModelOutput(
-            names, array, spec.window.shape, source.layout, options.key, options.activation, options.tta_flips,
-            signed_positions(names, targets, StoredValues(options.dtype, options.threshold)),
+            names, array, spec.window.shape, source.layout, options.channels.key, options.channels.activation,
+            options.blending.flips,
+            signed_positions(names, targets, StoredValues(options.storage.dtype, options.storage.threshold)),
         )  # fmt: skip
         self._background = BackgroundWriter()
         self._bar = tqdm(
@@ -249,7 +216,7 @@ class PredictionWriter(L.Callback):
         self._steps = self._all_steps()
         self._next: tuple[PredictionJob, BlockBatch] | None = None
         self._writing: Future[None] | None = None
-        self._context_unchecked = self.check_context and options.blend == "trim" and rank == 0
+        self._context_unchecked = options.blending.check_context and options.blending.blend == "trim" and rank == 0
         self._began, self._waited_before = time.perf_counter(), data.waiting.waited
         # Worker processes decode ahead themselves.
         ahead = source.decode_ahead if data.num_workers == 0 else None
@@ -282,7 +249,7 @@ class PredictionWriter(L.Callback):
             )
         patch = job.plan.tilings[step.tiling].patch
         values = self._model_output.values(outputs, len(positions), patch)
-        if self.options.tta_flips or self._context_unchecked:
+        if self.options.blending.flips or self._context_unchecked:
             predict = partial(self._predict, trainer, pl_module, batch_idx, len(positions), patch)
             if self._context_unchecked:
                 self._context_unchecked = False
@@ -420,3 +387,41 @@ class PredictionWriter(L.Callback):
         self._next = self._writing = None
         for job in self._jobs:
             job.blocks.close()
+
+
+def make_prediction_writer(output: str, *, block_size_mb: float = 256, **settings: Any) -> PredictionWriter:
+    """Return a `PredictionWriter` from flat settings, as those of ``writer`` in configs/predict.yaml.
+
+    Args:
+        output: the Zarr group to write.
+        block_size_mb: see `PredictionWriter`.
+        settings: the fields of `BlendOptions`, `ChannelOptions`, `OutputOptions`, `RegionOptions` and `ResumeOptions`.
+
+    Raises:
+        CellMapTypeError: a setting is unknown.
+        CellMapValueError: a setting is invalid.
+    """
+    known = [setting.name for kind in _GROUPS.values() for setting in fields(kind)]
+    for name in settings:
+        if name not in known:
+            raise CellMapTypeError(f"PredictionWriter: it has no setting {name!r}{did_you_mean(name, known)}")
+    groups: dict[str, Any] = {
+        group: kind(**{setting.name: settings[setting.name] for setting in fields(kind) if setting.name in settings})
+        for group, kind in _GROUPS.items()
+    }
+    return PredictionWriter(output, block_size_mb=block_size_mb, **groups)
+
+
+def _flat_signature() -> inspect.Signature:
+    """Return the signature of `make_prediction_writer` with each setting, for checks of configurations."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    settings = [
+        inspect.Parameter(setting.name, keyword, default=setting.default)
+        for kind in _GROUPS.values()
+        for setting in fields(kind)
+    ]
+    first = list(inspect.signature(make_prediction_writer).parameters.values())[:2]
+    return inspect.Signature([*first, *settings])
+
+
+make_prediction_writer.__signature__ = _flat_signature()  # type: ignore[attr-defined]

@@ -1,10 +1,10 @@
 """Detection of blocks without anything to predict."""
 
 from collections.abc import Sequence
-from itertools import pairwise, product
 
 from cellmap_lightning.cache.patches import stored_box
 from cellmap_lightning.crops.image import StoredImage, choose_level
+from cellmap_lightning.geometry.grids import cell_parts
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.array_reader import ArrayReader, chunk_shape
 from cellmap_lightning.io.images import read_image
@@ -46,7 +46,7 @@ class Skipping:
         stored = stored_box(self.mask.level.lattice, box, 0)
         if stored is None:
             return True
-        parts = _parts(*stored, chunk_shape([self.mask]))
+        parts = cell_parts(*stored, chunk_shape([self.mask]))
         return not any((self.mask.read(*part) > 0).any() for part in parts)
 
     def _empty(self, box: Box) -> bool:
@@ -57,21 +57,10 @@ class Skipping:
             return True
         value = None
         # Chunk by chunk: in most blocks the first one has several values.
-        for part in _parts(*stored, self.raw.region.chunks):
+        for part in cell_parts(*stored, self.raw.region.chunks):
             voxels = self.raw.region.read(*part)
             if value is None:
                 value = voxels.flat[0]
             if (voxels != value).any():
                 return False
         return True
-
-
-def _parts(
-    start: tuple[int, int, int], shape: tuple[int, int, int], chunks: tuple[int, int, int]
-) -> list[tuple[tuple[int, int, int], tuple[int, int, int]]]:
-    """Return start and shape of the parts of a box that lie in one chunk each."""
-    axes = []
-    for first, count, chunk in zip(start, shape, chunks, strict=True):
-        cuts = [first, *range((first // chunk + 1) * chunk, first + count, chunk), first + count]
-        axes.append([(a, b - a) for a, b in pairwise(cuts)])
-    return [((z[0], y[0], x[0]), (z[1], y[1], x[1])) for z, y, x in product(*axes)]

@@ -6,10 +6,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 from cellmap_lightning.batches.arrays import ArraySpecs, parse_classes, parse_inputs
 from cellmap_lightning.crops.crop_labels import TooCoarseError
+from cellmap_lightning.crops.flat_options import refuse_flat
 from cellmap_lightning.crops.opening import NotAnnotatedError
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.crops.unannotated import refuse_unannotated, report_unannotated
@@ -53,6 +54,7 @@ class CellMapDataSplit:
         labels: options of the meaning of stored labels; ``too_coarse`` is by default ``drop``: such crops are left out,
             which is logged.
         intensity: options of the values of inputs; intensity transforms are applied to the train split.
+        flat: none; options that are given flat are an error that names their dataclass.
 
     Raises:
         CellMapFileNotFoundError: the CSV, manifest or folder does not exist.
@@ -78,7 +80,10 @@ class CellMapDataSplit:
         read: ReadOptions | None = None,
         labels: LabelOptions | None = None,
         intensity: IntensityOptions | None = None,
+        **flat: Never,
     ) -> None:
+        groups = {"options": SplitOptions, "read": ReadOptions, "labels": LabelOptions, "intensity": IntensityOptions}
+        refuse_flat(CellMapDataSplit, flat, groups)
         self.options = options or SplitOptions()
         self.read, self.labels = read or ReadOptions(), labels or LabelOptions(too_coarse="drop")
         self.intensity = intensity or IntensityOptions()

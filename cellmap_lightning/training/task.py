@@ -272,11 +272,13 @@ class SegmentationTask(RestorableTask):
         positive = known = torch.zeros(len(self.classes), dtype=torch.float64, device="cpu")
         source, batch_size = data.train_dataset, data.batch_size
         from cellmap_lightning.loading.dataloader import CellMapDataLoader
+        from cellmap_lightning.loading.options import LoaderOptions
 
         # A separate loader of rank 0: the weights must not depend on ranks, nor advance the training stream.
         loader = CellMapDataLoader(
-            source, batch_size, samples_per_epoch=self.weight_batches * batch_size, seed=data.seed, rank=0, world=1
-        )
+            source, batch_size, samples_per_epoch=self.weight_batches * batch_size, seed=data.seed,
+            options=LoaderOptions(rank=0, world=1),
+        )  # fmt: skip
         binary = [head.name for head in self._heads if head.kind.name == "binary"]
         name = binary[0] if binary else self._target_names[0]
         for batch in loader:

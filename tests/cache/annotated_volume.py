@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from typing import Any
 
 import numpy as np
 import zarr
@@ -94,7 +95,7 @@ def fill_up(volume, classes):
     return volume
 
 
-STORAGE = {
+STORAGE: dict[str, dict[str, Any]] = {
     "v2 /": {},
     "v2 .": {"separator": "."},
     "v3": {"zarr_format": 3},

@@ -1,6 +1,7 @@
 """Regions over arrays in memory."""
 
 import multiprocessing
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def level(path):
     return Level(path, "s0", (4.0, 4.0, 4.0), (0.0, 0.0, 0.0), (0, 1, 2), 3)
 
 
-V2 = {"name": "v2", "separator": "/"}
+V2: Any = {"name": "v2", "separator": "/"}
 COUNT = 2 * 3 * 3  # chunks that are decoded at a time are of 64 voxels
 
 

@@ -123,7 +123,7 @@ def test_off_the_lattice_samples_are_those_of_the_direct_evaluation(tmp_path, ho
             if cache == "disk" and "rotated" not in spatial:
                 decoded = dataset._store.chunks.decoded
                 dataset.read(dataset.draw(range(30), True, 3))
-                assert dataset._store.chunks.decoded == decoded, "what is kept is not read again"
+                assert dataset._store.chunks.decoded == decoded, "what is cached is not read again"
 
 
 @pytest.mark.parametrize("plane", ["xz", "yz"])

@@ -47,7 +47,7 @@ def opened(mode, decode=decode):
 
 
 def outcome(region):
-    """What a reader gets: right voxels, wrong ones, or the error."""
+    """The results of a reader: right voxels, wrong ones, or the error."""
     found = np.empty(SHAPE, np.uint8)
     try:
         region.read_into((0, 0, 0), found)
@@ -83,7 +83,7 @@ class Others:
         self.files += [self.path.open("r+b") for _ in range(count)]
 
     def untouched(self):
-        """Whether nothing was written to them, and nothing locks them; asked by another process."""
+        """Check in another process that nothing was written to them, and nothing locks them."""
         right = FORK.SimpleQueue()
 
         def child():
@@ -278,7 +278,7 @@ def test_collections_of_one_process_decode_a_chunk_once():
 
 
 def in_a_child(work):
-    """What a forked child returns."""
+    """Return the result of a forked child."""
     queue = FORK.SimpleQueue()
     process = FORK.Process(target=lambda: queue.put(work()))
     process.start()

@@ -47,7 +47,7 @@ def another_holds(path, number):
 
 
 def gets(locks, number, within):
-    """Whether a lock is had within so many seconds."""
+    """Return True if a lock is acquired within so many seconds."""
     found = threading.Event()
 
     def take():

@@ -92,7 +92,7 @@ def test_on_the_lattice_patches_are_boxes_in_the_48_turns(tmp_path, dtype, pad):
     assert patches.sliced
     compare(patches, data, [None, *SIGNED_PERMUTATIONS])
     assert store.decoded > 0
-    assert store.chunks.decoded == 0, "nothing was read that is not kept"
+    assert store.chunks.decoded == 0, "nothing was read that is not cached"
     store.close()
 
 
@@ -119,7 +119,7 @@ def test_patches_rotated_by_any_angle_are_evaluated_from_stored_voxels(tmp_path,
     patches, store = patches_of(level, Window((8, 12, 16), (8, 8, 8)), True, roaming=True)
     turns = [rotation("z", 33), rotation("x", -70.1), rotation("y", 12) @ rotation("z", 200), rotation("z", 90)]
     compare(patches, data, turns, rounding=True)
-    assert store.chunks.decoded == 0, "nothing was read that is not kept"
+    assert store.chunks.decoded == 0, "nothing was read that is not cached"
     store.close()
 
 
@@ -160,7 +160,7 @@ def test_chunks_that_are_missing_are_those_of_the_patch(tmp_path):
     assert patches.missing((60, 0, 60), rotation("z", 10)) is None, "it must be computed"
     store.close()
     patches, store = patches_of(level, Window((10, 10, 10), (8, 8, 8)), mode="none")
-    assert patches.missing((0, 0, 0), None) is None, "it is not kept"
+    assert patches.missing((0, 0, 0), None) is None, "it is not cached"
 
 
 def test_single_cached_chunks_can_be_decoded_ahead(tmp_path):

@@ -40,7 +40,7 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes share voxels so on Linux only"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]
-MODES = ["disk", "memory", "chunks", "none", "kept by chunks", "read directly", "nothing planned"]
+MODES = ["disk", "memory", "chunks", "none", "cached by chunks", "read directly", "nothing planned"]
 #: The 48 ways to lay an array: an order of axes, and which of them are turned round.
 TURNS = [
     (order, tta_flips)
@@ -53,10 +53,10 @@ def planned(mode, regions):
     """A store in one of MODES."""
     if mode == "nothing planned":
         return RegionStore("none")
-    if mode in ("kept by chunks", "read directly"):
+    if mode in ("cached by chunks", "read directly"):
         # Nothing fits into it but a few chunks.
-        store = RegionStore("disk", 20_000 if mode == "kept by chunks" else 1)
-        store.plan(regions, mode == "kept by chunks", "test")
+        store = RegionStore("disk", 20_000 if mode == "cached by chunks" else 1)
+        store.plan(regions, mode == "cached by chunks", "test")
         assert not store.mapped.any()
         assert all(region.direct == (mode == "read directly") for region in regions)
     else:
@@ -351,7 +351,7 @@ def test_every_way_to_name_chunks_is_watched(tmp_path, layout):
 
 @pytest.mark.parametrize(("flag", "decoded"), [(FILLED, COUNT), (SYNCED, 0)])
 def test_only_synced_chunks_are_valid_after_a_restart(stored, flag, decoded):
-    """What was in its memory may be lost; what was synced is on the disk."""
+    """Voxels in its memory may be lost; synced ones are on the disk."""
     path, data = stored
     region, store = opened(path)
     whole(region)

@@ -121,7 +121,7 @@ def slow(decode, pipe, start, shape):
 
 
 def wrong(decode, start, shape):
-    """What a process writes that has not finished: nothing of it may be seen."""
+    """Nothing that an unfinished process writes may be seen."""
     return np.full_like(decode(start, shape), 77)
 
 

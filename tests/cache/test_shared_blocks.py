@@ -42,7 +42,7 @@ def test_blocks_are_shared_with_forked_and_spawned_processes(method):
 
 
 def shared_memory():
-    """What this process has of blocks: open files, and mappings."""
+    """Open files and mappings of blocks in this process."""
     found = []
     for file in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the folder itself, while it was listed
@@ -60,7 +60,7 @@ def test_nothing_of_a_block_is_left_after_it_is_closed():
     block.close()
     copy.close()
     assert shared_memory()[1] == before[1] + 1
-    assert array[0] == 0, "who still looks at it may"
+    assert array[0] == 0, "a reader of it may still read it"
     del array
     assert shared_memory() == before
 

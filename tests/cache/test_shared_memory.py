@@ -109,7 +109,7 @@ def test_a_file_of_another_user_is_refused(folder):
 
 
 def test_a_link_is_not_followed(folder, tmp_path):
-    """Somebody could have laid it to a file that this user would not want to lose."""
+    """Another user could have pointed it to a file that this user needs."""
     precious = tmp_path / "precious"
     precious.write_bytes(b"keep this")
     precious.chmod(0o600)
@@ -182,7 +182,7 @@ def test_a_corrupt_header_is_replaced(folder, head, flag):
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 20000, LAYOUT.nbytes - 1, LAYOUT.nbytes + 4096])
 def test_a_file_of_another_size_is_replaced_and_never_cut(folder, size):
-    """Whoever has it mapped would be killed by the system when it touches what was cut."""
+    """A process that has it mapped would be killed by the system when it touches what was cut."""
     write_by_hand(folder, header(), SYNCED, max(size, LAYOUT.nbytes))
     earlier = folder.attach(KEY, LAYOUT) if size > LAYOUT.nbytes else None
     if earlier is None:
@@ -310,7 +310,7 @@ def test_a_removed_region_file_is_created_again(folder):
     mapped = folder.attach(KEY, LAYOUT)
     put(mapped, (0, 0, 0), 5)
     folder.path(KEY).unlink()
-    assert (mapped.voxels[:5, :4, :7] == 5).all(), "who has it goes on"
+    assert (mapped.voxels[:5, :4, :7] == 5).all(), "who has it continues"
     assert (reopened(folder).flags == EMPTY).all()
 
 
@@ -340,7 +340,7 @@ def test_a_failed_creation_leaves_no_file(folder):
 
 
 def emulated(fd, offset, size):
-    """What the C library does where the file system cannot reserve: a zero in each block that holds none of data."""
+    """As the C library does where the file system cannot reserve: a zero in each block that holds none of data."""
     for at in range(offset, offset + size, 4096):
         empty = os.pread(fd, 1, at) == b"\0"
         time.sleep(0.01)

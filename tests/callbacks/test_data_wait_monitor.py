@@ -16,6 +16,7 @@ from cellmap_lightning import CellMapDataLoader, datamodule
 from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.callbacks import DataWaitMonitor, StreamPrefetch, data_wait_monitor
 from cellmap_lightning.loading import dataloader, waiting
+from cellmap_lightning.loading.options import LoaderOptions
 from cellmap_lightning.training.task import SegmentationTask
 from tests.conftest import CLASSES
 from tests.runs import module, task, trainer
@@ -153,7 +154,10 @@ def test_prefetching_reduces_wait_of_the_step(volume, ahead):
         counted = waiting.WaitTimes()
         decision = StreamPrefetch(enabled=True)._decide("train", data.batch_memory(), torch.device("cpu"))
         loader = CellMapDataLoader(
-            data.train_dataset, 2, samples_per_epoch=16, decision=decision if ahead else None, waiting=counted
+            data.train_dataset,
+            2,
+            samples_per_epoch=16,
+            options=LoaderOptions(decision=decision if ahead else None, waiting=counted),
         )
         end = time.monotonic() + 120
         for number, _ in enumerate(loader):

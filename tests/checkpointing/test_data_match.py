@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from cellmap_lightning.callbacks import PredictionWriter
+from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.training.task import SegmentationTask
 from tests.commands.test_cli import run_forked, small
@@ -72,7 +72,7 @@ def use(how, volume, path, folder, model=None, **kwargs):
         if how == "fit":
             run.fit(model, data, ckpt_path=path, weights_only=True)
         elif how == "predict":
-            run.callbacks.append(PredictionWriter(str(folder / "out.zarr"), classes=classes))
+            run.callbacks.append(make_prediction_writer(str(folder / "out.zarr"), classes=classes))
             run.predict(model, data, ckpt_path=path, weights_only=True)
         else:
             getattr(run, how)(model, data, ckpt_path=path, weights_only=True, verbose=False)
@@ -197,7 +197,7 @@ def test_mismatched_weights_are_explained(volume, saved, tmp_path):
 @pytest.mark.parametrize("classes", [OTHER_ORDER, ["pm", "er", "mito"]])
 def test_channels_of_a_writer_are_those_of_the_data(volume, saved, tmp_path, classes):
     with module(volume) as data:
-        run = trainer(tmp_path, callbacks=[PredictionWriter(str(tmp_path / "out.zarr"), classes=classes)])
+        run = trainer(tmp_path, callbacks=[make_prediction_writer(str(tmp_path / "out.zarr"), classes=classes)])
         with pytest.raises(CellMapError, match="are those of the data in another order"):
             run.predict(task(), data)
     assert not (tmp_path / "out.zarr").exists()

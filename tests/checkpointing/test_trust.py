@@ -48,7 +48,7 @@ ATTACKS = {
         "task.network", {"_target_": "cellmap_lightning.demo.synthetic.write_volume", "path": "marker"}),
     "a class of this package that writes": (
         "task.network",
-        {"_target_": "cellmap_lightning.ImageWriter", "path": "marker", "target_class": "x", "scale": [8, 8, 8],
+        {"_target_": "cellmap_lightning.compat.ImageWriter", "path": "marker", "target_class": "x", "scale": [8, 8, 8],
          "bounding_box": {"z": [0, 64], "y": [0, 64], "x": [0, 64]}, "write_voxel_shape": [8, 8, 8]}),
     "a name from the environment": ("task.network", HANDLER | {"_target_": "${oc.env:NO_SUCH,logging.FileHandler}"}),
     "a name from another key": ("task.network", HANDLER | {"_target_": "${patch.name}"}),

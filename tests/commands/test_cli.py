@@ -101,7 +101,7 @@ def test_help_imports_neither_torch_nor_lightning(tmp_path):
 def test_import_is_lazy():
     code = (
         "import sys, cellmap_lightning\nassert 'torch' not in sys.modules\n"
-        "cellmap_lightning.CellMapDatasetWriter\n"
+        "cellmap_lightning.CellMapDataset\n"
         "import cellmap_lightning.loading.dataloader\n"
         "print([m for m in ('lightning', 'hydra', 'monai', 'matplotlib') if m in sys.modules])"
     )

@@ -61,14 +61,14 @@ def test_all_datamodule_arguments_are_configurable():
 
 
 def test_all_writer_arguments_are_configurable():
-    from cellmap_lightning.callbacks import PredictionWriter
+    from cellmap_lightning.callbacks import make_prediction_writer
 
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         node = OmegaConf.to_container(hydra.compose("predict"))["writer"]
-    parameters = inspect.signature(PredictionWriter.__init__).parameters
-    assert set(node) - {"_target_"} == set(parameters) - {"self"}
+    parameters = inspect.signature(make_prediction_writer).parameters
+    assert set(node) - {"_target_"} == set(parameters)
     for name, parameter in parameters.items():
-        if name not in ("self", "output", "overwrite"):
+        if name not in ("output", "overwrite"):
             assert node[name] == (
                 list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
             )

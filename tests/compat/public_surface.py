@@ -21,7 +21,7 @@ INSPECTED = ("torch.utils.data.dataloader", "torch.utils.data.dataset")
 
 
 def parameters(function: Any) -> dict[str, str]:
-    """Return the parameters of a function and their defaults, of which only plain values are shown."""
+    """Return the parameters of a function and their defaults; only plain values are shown."""
     try:
         given = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What docs/migration.md promises: each row names tests that exist, and here are those that stood nowhere else."""
+"""The claims of docs/migration.md: each row names tests that exist, and here are those that stood nowhere else."""
 
 import ast
 import re
@@ -127,7 +127,7 @@ def test_samples_and_batches_of_an_epoch(volume):
 
 
 def test_shuffling_costs_nothing_however_large_the_volume(tmp_path):
-    """A volume of 1.25e14 voxels, none of which was written: metadata are all there is of it."""
+    """A volume of 1.25e14 voxels without a chunk: it has metadata alone."""
     group = zarr.open_group(tmp_path / "v.zarr", mode="w", zarr_format=2)
     group.create_array("s0", shape=(50_000,) * 3, chunks=(64,) * 3, dtype="uint8")
     scale = {"type": "scale", "scale": [8.0, 8.0, 8.0]}

@@ -1,4 +1,4 @@
-"""What cellmap-data has in public, `cellmap_lightning.compat` has too, but for what docs/migration.md lists.
+"""`cellmap_lightning.compat` has the public names of cellmap-data, but for those that docs/migration.md lists.
 
 Opt-in: ``CELLMAP_DATA_PYTHON`` names a Python with cellmap-data.
 """

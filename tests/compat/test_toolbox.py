@@ -188,7 +188,7 @@ def test_from_predictions_to_a_score(folder, predict):
     truth = folder / "data" / "jrc_x" / "jrc_x.zarr" / "recon-1" / "labels" / "groundtruth"
     processed = folder / "processed" / "jrc_x.zarr" / "crop3"
     ours = evaluate_csc([Predicted(processed, truth, ("er", "mito"), "crop3")])
-    # Both resample from 8 to 4 nm, the toolbox with an interpolation of its own.
+    # Both resample from 8 to 4 nm, the toolbox with another interpolation.
     assert ours.overall == pytest.approx(theirs["overall"], abs=2e-3)
     listed = folder / "test_crop_manifest.csv"
     path, missing = submit(folder / "processed", listed, folder / "ours.zarr", overwrite=True)

@@ -9,11 +9,11 @@ import pytest
 import torch
 import zarr
 
+from cellmap_lightning.compat.patch_writer import CellMapDatasetWriter
 from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import ChunkError
 from cellmap_lightning.io.writer import write_group, write_multiscale
-from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.make import make_dataset
 

@@ -337,7 +337,7 @@ def test_a_dataset_of_cellmap_data(volume, bracket, caplog):
 
 
 class Loop(L.LightningModule):
-    """A program written for cellmap-data: its own masked loss, and loaders of its own."""
+    """A program written for cellmap-data: with a masked loss and loaders."""
 
     def __init__(self, channels):
         super().__init__()

@@ -74,7 +74,7 @@ def test_in_every_kind_of_target(tmp_path, kind, unknown):
     "misalign": {"probability": 0.2, "max_shift": 40, "thickness": 8}
 }])  # fmt: skip
 def test_turned_patches(tmp_path, spatial):
-    """Where raw is 0 no target is known, whichever way the patch is turned."""
+    """No target is known where raw is 0, whichever way the patch is turned."""
     raw, target = write_pair(
         tmp_path, np.ones((32,) * 3, "u1"), translation=(-64, 0, 0), attributes=annotated(SEMANTIC)
     )

@@ -12,6 +12,7 @@ import torch
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataset, CellMapMultiDataset
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
+from cellmap_lightning.loading.options import LoaderOptions
 from cellmap_lightning.loading.prefetch import PrefetchDecision
 from cellmap_lightning.resident.device_cache import DeviceCache
 from tests.conftest import CLASSES
@@ -128,13 +129,14 @@ def one_by_one(batch):
     return [digest({name: tensor[row] for name, tensor in batch.items()}) for row in range(len(batch["idx"]))]
 
 
-def passes(dataset, workers=0, method=None, depth=0, world=1, size=4, **more):
+def passes(dataset, workers=0, method=None, depth=0, world=1, size=4, resident=None, **more):
     """``{sample: digest}`` and the digests of the batches of each rank, of two epochs; ranks come one after another."""
     decision = PrefetchDecision(True, depth, 0, "") if depth else None
     samples, batches = {}, []
     for rank in range(world):
         loader = CellMapDataLoader(
-            dataset, size // world, workers, EPOCH, decision=decision, rank=rank, world=world,
+            dataset, size // world, workers, EPOCH,
+            options=LoaderOptions(decision=decision, rank=rank, world=world, resident=resident),
             multiprocessing_context=method if workers else None, **more,
         )  # fmt: skip
         for epoch in range(EPOCHS):
@@ -263,7 +265,12 @@ def test_any_ranks_see_the_same_global_batches(volume, references):
     with open_set(volume, "turned", cache="auto") as dataset:
         for world in (1, 2, 4):
             ranks = [
-                [one_by_one(b) for b in CellMapDataLoader(dataset, 4 // world, 0, EPOCH + 3, rank=rank, world=world)]
+                [
+                    one_by_one(b)
+                    for b in CellMapDataLoader(
+                        dataset, 4 // world, 0, EPOCH + 3, options=LoaderOptions(rank=rank, world=world)
+                    )
+                ]
                 for rank in range(world)
             ]
             assert [len(batches) for batches in ranks] == [2] * world, "what is no complete global batch is left out"

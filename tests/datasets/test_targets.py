@@ -146,7 +146,7 @@ def test_affinities(crop):
 
 
 def test_affinities_see_beyond_the_patch(crop):
-    """A patch inside the crop knows its neighbours outside: the margin is read and cropped."""
+    """A patch inside the crop depends on its neighbours outside: the margin is read and cropped."""
     crop.add("a", random_ids(1, [0, 1, 2]))
     with crop.dataset(["a"], (4, 4, 4), target={"kind": "affinities", "offsets": [[3, 0, 0]]}) as dataset:
         assert not dataset[0]["target"].isnan().any()

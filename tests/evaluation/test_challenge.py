@@ -14,12 +14,12 @@ from omegaconf import OmegaConf
 
 from cellmap_lightning.commands.resolvers import register_resolvers
 from cellmap_lightning.commands.submit import submit
+from cellmap_lightning.compat.patch_writer import CellMapDatasetWriter
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.evaluation.challenge import class_names, listed_crops
 from cellmap_lightning.evaluation.numbering import check_min_volume, components
 from cellmap_lightning.io.ngff import read_encoding, read_multiscale
 from cellmap_lightning.io.writer import write_multiscale
-from cellmap_lightning.prediction.dataset_writer import CellMapDatasetWriter
 from cellmap_lightning.splits.manifests import read_manifest
 from cellmap_lightning.transforms.implied import DEFAULT_TABLE
 from tests.commands.test_cli import run_forked

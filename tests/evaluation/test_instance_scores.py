@@ -78,7 +78,7 @@ def test_scores_equal_brute_force(seed, pieces):
         np.testing.assert_allclose(score.adapted_rand, rand_error(truth, predicted), atol=1e-9)
 
 
-def test_a_perfect_prediction_has_perfect_scores_whatever_its_numbers():
+def test_a_perfect_prediction_has_perfect_scores_for_any_numbers():
     truth = np.array([0, 1, 1, 2, 2, 2, 3, -1])
     score = score_of(truth, np.array([0, 9, 9, 4, 4, 4, 7, 5]))
     assert (score.objects, score.predicted, score.matched) == (3, 3, 3)

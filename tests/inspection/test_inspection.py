@@ -69,7 +69,7 @@ def test_facts_match_the_stored_data(report, volume):
                 assert facts.voxels == np.count_nonzero((stored != 0) & (stored != 255))
                 assert facts.unknown == pytest.approx((stored == 255).mean())
     assert any(crop.absent for crop in report.crops)
-    # Labels are half as large as raw's voxels, with corners of their own: half a voxel of raw at most.
+    # Labels are half as large as raw's voxels, with other corners: half a voxel of raw at most.
     assert all(crop.ratio == pytest.approx((0.5, 0.5, 0.5)) for crop in report.crops)
     assert all(abs(part) in (0, 0.5) for crop in report.crops for part in np.round(crop.off, 6))
 

@@ -76,7 +76,7 @@ def test_watershed_does_not_depend_on_the_place(truth):
     assert same_partition(np.roll(a, (17, 25), (1, 2)), b)
 
 
-def test_objects_that_touch_are_told_apart(truth, affinities):
+def test_objects_that_touch_are_separated(truth, affinities):
     mask = probability_of(truth) >= 128
     assert f1(label_components(mask), truth) < 0.2
     assert f1(distance_watershed(mask, (8, 8, 8), smoothing=8, seed_distance=32), truth) >= 0.95

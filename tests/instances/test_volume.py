@@ -148,7 +148,7 @@ def test_other_methods_are_exact_where_the_halo_exceeds_their_reach(
 
 
 @pytest.mark.parametrize("method", ["watershed", "mutex_watershed"])
-def test_touching_objects_are_told_apart(tmp_path, probabilities, affinities, truth, method):
+def test_touching_objects_are_separated(tmp_path, probabilities, affinities, truth, method):
     source = open_source(str(probabilities), "mito")
     together, _ = run(source, tmp_path / "c.zarr", SegmentationOptions("components"))
     assert len(np.unique(truth)) > 150

@@ -47,7 +47,7 @@ def affinities_of(ids, offsets=OFFSETS, seed=0, blur=0.5, noise=0.1, gaps=0.02):
 
 
 def same_partition(a, b):
-    """True if two arrays have the same objects, whatever their numbers."""
+    """True if two arrays have the same objects, with any numbers."""
     pairs = np.unique(np.stack([a.ravel(), b.ravel()]).astype(np.int64), axis=1)
     return (
         pairs.shape[1] == len(np.unique(pairs[0])) == len(np.unique(pairs[1]))

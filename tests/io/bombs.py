@@ -12,6 +12,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numcodecs
 import numpy as np
@@ -65,11 +66,11 @@ def v2(compressor, filters=()):
 
 
 def v3(*codecs, chunk=SHAPE):
-    codecs = [{"name": c, "configuration": SETTINGS.get(c, {})} if isinstance(c, str) else c for c in codecs]
+    chain = [{"name": c, "configuration": SETTINGS.get(c, {})} if isinstance(c, str) else c for c in codecs]
     return {
         "zarr_format": 3, "node_type": "array", "shape": SHAPE, "data_type": "uint8", "fill_value": 0,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-        "chunk_key_encoding": {"name": "default"}, "codecs": codecs,
+        "chunk_key_encoding": {"name": "default"}, "codecs": chain,
     }  # fmt: skip
 
 
@@ -85,8 +86,8 @@ def sharded(chunk, *codecs):
     return {"name": "sharding_indexed", "configuration": settings}
 
 
-GZIP, ZLIB, BZ2, LZMA, ZSTD = ({"id": i, "level": 1} for i in ("gzip", "zlib", "bz2", "lzma", "zstd"))
-LZMA = {"id": "lzma", "format": 1, "check": -1, "preset": 1, "filters": None}
+GZIP, ZLIB, BZ2, ZSTD = ({"id": i, "level": 1} for i in ("gzip", "zlib", "bz2", "zstd"))
+LZMA: dict[str, Any] = {"id": "lzma", "format": 1, "check": -1, "preset": 1, "filters": None}
 BLOSC = {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 0, "blocksize": 0}
 LZ4 = {"id": "lz4", "acceleration": 1}
 SHUFFLE = {"id": "shuffle", "elementsize": 2}

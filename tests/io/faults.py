@@ -31,6 +31,12 @@ class FaultyStore(WrapperStore):
         return await self._store.get(key, prototype, byte_range)
 
 
+def _transport(request: web.Request) -> asyncio.Transport:
+    """The connection of a request that is being answered."""
+    assert request.transport is not None
+    return request.transport
+
+
 @contextmanager
 def serving(folder: Path, fault="", times=10**9, only="", latency=0.0):  # noqa: C901  one branch per fault
     """Serve a folder on loopback, with a fault for the first requests of the objects whose path ends so.
@@ -54,13 +60,13 @@ def serving(folder: Path, fault="", times=10**9, only="", latency=0.0):  # noqa:
             if fault.isdigit():
                 return web.Response(status=int(fault))
             if fault == "reset":
-                request.transport.abort()
+                _transport(request).abort()
                 return web.Response()
             if fault == "truncated" and body:
                 response = web.StreamResponse(headers={"Content-Length": str(len(body))})
                 await response.prepare(request)
                 await response.write(body[: len(body) // 2])
-                request.transport.close()
+                _transport(request).close()
                 return response
             if fault == "silence":
                 await asyncio.sleep(30)

@@ -324,7 +324,7 @@ def test_a_chunk_is_decoded_once_however_many_threads_want_it():
     assert region.cache.decoded == 6
 
 
-def test_arrays_of_one_cache_are_kept_apart():
+def test_arrays_of_one_cache_are_separate():
     cache = ChunkCache()
     regions = [
         Region((2, 2, 2), (2, 2, 2), np.dtype(np.uint8), lambda s, n, v=v: np.full(n, v, np.uint8), cache, str(v))
@@ -397,7 +397,7 @@ def test_shared_chunks_are_read_only():
         chunk[0] = 1
 
 
-def test_a_failure_reaches_everybody_and_is_not_kept():
+def test_a_failure_reaches_every_thread_and_is_not_cached():
     cache = ChunkCache()
     barrier = threading.Barrier(8)
 

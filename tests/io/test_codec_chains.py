@@ -147,7 +147,7 @@ def test_chains_with_shards(tmp_path, chain):
 
 
 @pytest.mark.parametrize("codecs", [[BYTES], [BYTES, ZSTD], [BYTES, CRC, ZSTD]])
-def test_a_chain_that_only_tensorstore_reads_is_an_error_that_says_so(tmp_path, codecs):
+def test_a_chain_that_only_tensorstore_reads_is_an_error_that_names_it(tmp_path, codecs):
     """zarr-python compares the shard with its chunks as if nothing had been transposed."""
     path = write(tmp_path / "a", [transpose(2, 1, 0), shard([16, 8, 3], codecs)], (6, 16, 32), by="tensorstore")
     with pytest.raises(MetadataError) as caught:
@@ -248,7 +248,7 @@ def test_filters_of_v2(tmp_path, chain):
 
 @pytest.mark.parametrize("cut", [lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b[:7]])
 @pytest.mark.parametrize("chain", [*FLAT, *SHARDS])
-def test_a_truncated_chunk_is_an_error_whatever_the_chain(tmp_path, chain, cut):
+def test_a_truncated_chunk_is_an_error_with_any_chain(tmp_path, chain, cut):
     chunk, codecs, _ = SHARDS[chain] if chain in SHARDS else ((8, 16, 16), FLAT[chain], "")
     path = write(tmp_path / "a", codecs, chunk)
     file = path / "c/0/0/0"

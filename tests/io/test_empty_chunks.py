@@ -83,7 +83,7 @@ def test_an_empty_chunk_is_an_error(tmp_path, how, reader):
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("fill", [0, 7])
-def test_an_empty_chunk_counts_as_missing_where_it_is_said_so(tmp_path, how, reader, fill):
+def test_an_empty_chunk_counts_as_missing_by_a_setting(tmp_path, how, reader, fill):
     expected = holed(write(tmp_path / "a", how, fill), fill)
     empty(tmp_path / "a")
     found = ChunkReader(level(tmp_path / "a"), "crop1/mito", reader, ONCE, empty="missing")
@@ -255,7 +255,7 @@ def test_a_chunk_cut_at_the_edge_is_a_clear_error(tmp_path, how, dtype, reader):
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_chunk_of_any_other_size_is_not_said_to_be_cut_at_the_edge(tmp_path, reader):
+def test_a_chunk_of_any_other_size_is_not_reported_as_cut_at_the_edge(tmp_path, reader):
     data = VALUES[:, :12].astype("uint8")
     zarr.create_array(tmp_path / "a", data=data, chunks=CHUNKS, zarr_format=2, compressors=None)
     info = level(tmp_path / "a").array

@@ -177,7 +177,7 @@ def test_missing_chunks_of_raw_follow_missing_raw(root, reader, caplog):
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_missing_chunks_of_raw_are_noticed_where_the_server_says_so(root, reader):
+def test_missing_chunks_of_raw_are_noticed_where_the_server_reports_them(root, reader):
     """A server that answers "not found", and TensorStore, which then fills without a word."""
     from tests.io.faults import serving
 
@@ -256,7 +256,7 @@ def test_few_requests_tell_missing_chunks_from_refused_ones(root):
         assert control.asked[file] == before
 
 
-def test_setup_asks_for_little_more(root):
+def test_setup_requests_little_more(root):
     """No more than twice as many requests as where missing files are not found."""
     from tests.io.faults import serving
 
@@ -336,7 +336,7 @@ def test_refusals_that_may_stand_for_missing_objects(error, answer):
 
 
 def test_threads_that_read_while_credentials_expire(root):
-    """Whatever a thread reads is right, or an error."""
+    """Each read of a thread is right, or an error."""
     for index in ("0/0/0", "0/1/1", "1/1/0"):
         chunk(root, "crop1/mito", index).unlink()
     expected = LABELS.copy()

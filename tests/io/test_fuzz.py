@@ -84,7 +84,7 @@ REMOVED = object()
 
 
 def look(path):
-    """All that setup looks at, and a sample."""
+    """All that setup reads, and a sample."""
     found = read_multiscale(path)
     for level in found.present:
         _ = level.lattice, read_encoding(found, level)

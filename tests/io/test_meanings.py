@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from cellmap_lightning.commands.submit import submit
+from cellmap_lightning.compat.array_writer import ImageWriter
 from cellmap_lightning.errors import CellMapValueError, MetadataError
 from cellmap_lightning.evaluation.evaluate import evaluate
 from cellmap_lightning.io.meanings import check_values, meaning_of
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.writer import write_multiscale
-from cellmap_lightning.prediction.image_writer import ImageWriter
 from cellmap_lightning.prediction.output import PredictionOutput
 from tests.evaluation.test_challenge import manifest, predicted, read, row
 
@@ -74,7 +74,7 @@ def test_an_image_writer_records_what_the_values_show(tmp_path, dtype, given, ki
 
 
 @pytest.mark.parametrize("kind", ["probability", "scaled", "mask", "ids"])
-def test_an_image_writer_records_what_it_is_told(tmp_path, kind):
+def test_an_image_writer_records_the_given_meaning(tmp_path, kind):
     by_image_writer(tmp_path / "er", ball() * 1, "uint8", values=kind)
     assert recorded(tmp_path / "er")["values"] == kind
     with pytest.raises(CellMapValueError, match="values must be one of"):

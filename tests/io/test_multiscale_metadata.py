@@ -50,7 +50,9 @@ def warnings_of(caplog):
 
 
 def opened(path, scale=(8, 8, 8), shape=(8, 8, 8), **options):
-    return CellMapImage(str(path), "raw", scale, shape, pad=True, max_upsampling=1e12, **options)
+    return CellMapImage(
+        str(path), "raw", scale, shape, pad=True, max_upsampling=1e12, overrides=Overrides.parse(**options)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- units

@@ -159,7 +159,7 @@ def test_bad_json_is_refused_with_the_file_named(write, content):
     "attributes", [{}, {"multiscales": None}, {"multiscales": []}, {"multiscales": ["s0"]}, {"ome": 3}]
 )
 @pytest.mark.parametrize("zarr_format", [2, 3])
-def test_a_group_without_an_image_says_what_it_holds(tmp_path, attributes, zarr_format):
+def test_a_group_without_an_image_lists_its_contents(tmp_path, attributes, zarr_format):
     group = zarr.open_group(tmp_path / "g", mode="w", zarr_format=zarr_format)
     group.attrs.update(attributes)
     group.create_group("em")
@@ -241,7 +241,7 @@ def test_addresses_are_refused_and_file_addresses_are_paths(write):
         read_multiscale("s3://bucket/image")
 
 
-def test_an_array_knows_its_inner_chunks(tmp_path):
+def test_an_array_has_its_inner_chunks(tmp_path):
     array = zarr.create_array(
         tmp_path / "a", shape=(8, 8, 8), chunks=(2, 4, 4), shards=(4, 8, 8), dtype=">u2", zarr_format=3
     )

@@ -99,7 +99,7 @@ def reader(request, tmp_path):
 @pytest.mark.parametrize("how", CORRUPT)
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_corrupt_chunk_is_named(reader, how, ahead):
-    """The chunk, the array and what people call it; the rest can be read."""
+    """The chunk, the array and its usual name; the rest can be read."""
     chunk = reader.level.path / "1.1.2"
     chunk.write_bytes(CORRUPT[how](chunk.read_bytes()))
     begun = reader.begin((0, 0, 0), SHAPE) if ahead else None

@@ -99,7 +99,7 @@ def endpoint():
 
 @pytest.fixture(scope="module")
 def bucket(endpoint, volume, sharded):
-    """A bucket with both volumes, open to everybody; and its twin that wants a signature."""
+    """A bucket with both volumes, open to everybody; and its twin that requires a signature."""
     import s3fs
 
     fs = s3fs.S3FileSystem(
@@ -201,7 +201,7 @@ def test_from_worker_processes(bucket, endpoint, volume, sharded, root, method, 
         loader.close()
 
 
-def test_workers_of_a_remote_volume_are_not_forked_unless_somebody_says_so(bucket, endpoint, volume):
+def test_workers_of_a_remote_volume_are_not_forked_by_default(bucket, endpoint, volume):
     *given, more = arguments(f"{bucket}/v2.zarr", storage_options=anonymous(endpoint))
     with make_dataset(*given, **more) as dataset:
         assert CellMapDataLoader(dataset, num_workers=1).multiprocessing_context.get_start_method() == "forkserver"
@@ -234,7 +234,7 @@ assert same(samples_of("s3://open/v2.zarr", reader="tensorstore", storage_option
         samples_of(f"{bucket}/v2.zarr", reader="tensorstore", storage_options=signed(endpoint))
 
 
-def test_a_second_epoch_asks_for_nothing(volume, tmp_path, monkeypatch):
+def test_a_second_epoch_requests_nothing(volume, tmp_path, monkeypatch):
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path))
     with serving(Path(volume.path)) as (url, asked):
         for again in (False, True):
@@ -448,7 +448,7 @@ def test_one_address_behind_two_endpoints_is_two_places(bucket, endpoint):
 @pytest.mark.parametrize(
     "options", ["of the entry", *(pytest.param(o, marks=pytest.mark.slow) for o in ("own", "found"))]
 )
-def test_a_module_with_options_of_its_own_and_of_an_entry(bucket, endpoint, options):
+def test_a_module_with_options_and_an_entry_with_others(bucket, endpoint, options):
     root = f"{bucket}/v2.zarr/recon-1"
     entry = {"raw": f"{root}/em/fibsem-uint8", "gt": f"{root}/labels/groundtruth/crop2/[mito,er]"}
     own = {"storage_options": anonymous(endpoint)}

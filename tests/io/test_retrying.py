@@ -120,7 +120,7 @@ def test_missing_chunks_are_reported_by_the_server(stored, through):
     assert asked["/0.1.0"] == 1, "404 is an answer"
 
 
-def test_a_server_without_byte_ranges_is_told_from_a_damaged_shard(tmp_path, through):
+def test_a_server_without_byte_ranges_is_distinguished_from_a_damaged_shard(tmp_path, through):
     path = write(tmp_path / "a", 3, shards=(16, 16, 16), compressors=ZstdCodec(level=1))
     with serving(path, "no ranges", times=0) as (address, _):
         through(lambda _: FsspecStore.from_url(address, read_only=True))
@@ -299,7 +299,7 @@ def test_a_chunk_that_decodes_to_too_much_is_refused_before_it_does(tmp_path, ki
                 ChunkReader(level(path), retry_policy=RetryPolicy(1, 5.0)).read(*box)
 
 
-def test_metadata_that_asks_for_too_much_or_for_objects_is_refused(tmp_path, edit):
+def test_metadata_that_requires_too_much_or_objects_is_refused(tmp_path, edit):
     for number, (change, expected_text) in enumerate(
         [
             ({"chunks": [10**4, 10**4, 10**3]}, "have 100000000000 bytes; at most"),

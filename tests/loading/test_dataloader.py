@@ -9,6 +9,8 @@ from torch.utils.data import SequentialSampler
 from cellmap_lightning import CellMapDataLoader, CellMapDataset, CellMapError, CellMapMultiDataset
 from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.crops.options import ReadOptions
+from cellmap_lightning.errors import CellMapTypeError
+from cellmap_lightning.loading.options import LoaderOptions
 from cellmap_lightning.loading.prefetch import PrefetchDecision
 from cellmap_lightning.loading.sampler import StreamSampler
 from tests.conftest import CLASSES, INPUTS, TARGETS, reading_threads
@@ -89,7 +91,10 @@ def test_worker_processes_deliver_the_same_bits(dataset, method):
 def test_ranks_share_the_global_stream(dataset):
     whole = [b["idx"].tolist() for b in CellMapDataLoader(dataset, 4, samples_per_epoch=16)]
     ranks = [
-        [b["idx"].tolist() for b in CellMapDataLoader(dataset, 2, samples_per_epoch=16, rank=rank, world=2)]
+        [
+            b["idx"].tolist()
+            for b in CellMapDataLoader(dataset, 2, samples_per_epoch=16, options=LoaderOptions(rank=rank, world=2))
+        ]
         for rank in (0, 1)
     ]
     assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in whole]
@@ -193,18 +198,25 @@ def test_arguments(dataset):
         ({"batch_size": None}, "batch_size must be a whole number"),
         ({"batch_size": 2.5}, "batch_size must be a whole number"),
         ({"samples_per_epoch": 2.9}, "samples_per_epoch must be a whole number"),
-        ({"rank": 5, "world": 2}, r"rank must be in \[0, 2\), got 5"),
+        ({"options": LoaderOptions(rank=5, world=2)}, r"rank must be in \[0, 2\), got 5"),
     ):
         with pytest.raises(CellMapError, match=match):
             CellMapDataLoader(dataset, **kwargs)
     with pytest.raises(CellMapError, match="at least 1, got 0"):
         CellMapDataLoader(dataset, samples_per_epoch=0)
     with pytest.raises(CellMapError, match="cannot be distributed over 4 ranks"):
-        CellMapDataLoader(dataset, samples_per_epoch=2, rank=0, world=4)
+        CellMapDataLoader(dataset, samples_per_epoch=2, options=LoaderOptions(rank=0, world=4))
     with pytest.raises(
         TypeError, match="must be a CellMapDataset, or a dataset with __len__ and __getitem__ that wraps one, got list"
     ):
         CellMapDataLoader([1, 2])
+    for kwargs, match in (
+        ({"rank": 0}, r"no argument 'rank'; use options=LoaderOptions\(rank=\.\.\.\)"),
+        ({"pin_memry": True}, r"no argument 'pin_memry'; did you mean 'pin_memory'\?"),
+        ({"collate_fn": list}, r"no argument 'collate_fn'"),
+    ):
+        with pytest.raises(CellMapTypeError, match=match):
+            CellMapDataLoader(dataset, **kwargs)
 
 
 def test_ranks_are_read_late(dataset, monkeypatch):
@@ -252,6 +264,8 @@ def test_a_transform_cannot_end_an_epoch(volume, ahead):
         return raw.float() * next(emptied)
 
     with make(volume, raw_value_transforms=transform) as dataset:
-        loader = CellMapDataLoader(dataset, 1, samples_per_epoch=4, decision=PrefetchDecision(ahead, 1, 0, ""))
+        loader = CellMapDataLoader(
+            dataset, 1, samples_per_epoch=4, options=LoaderOptions(decision=PrefetchDecision(ahead, 1, 0, ""))
+        )
         with pytest.raises(CellMapError, match="raw value transform of 'raw': it raised StopIteration"):
             list(loader)

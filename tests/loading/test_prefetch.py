@@ -344,7 +344,7 @@ def test_truncated_pass_is_an_error(monkeypatch):
 
 
 def test_source_is_closed_with_the_pass():
-    """Whoever holds on to the traceback of an error, and to the frames in it."""
+    """A holder of the traceback of an error, and of the frames in it."""
     ended = []
 
     class Broken(ReadAhead):

@@ -18,6 +18,7 @@ from cellmap_lightning.callbacks import StreamPrefetch
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.demo.synthetic import SyntheticVolume
 from cellmap_lightning.errors import CellMapError, CellMapValueError
+from cellmap_lightning.loading.options import LoaderOptions
 from cellmap_lightning.loading.prefetch import ReadAhead
 from cellmap_lightning.resident.batch import ResidentBatch
 from cellmap_lightning.resident.device_cache import DeviceCache
@@ -228,19 +229,21 @@ def loop(volume, **more):
 def test_a_plain_loop_gets_finished_batches(volume):
     found = {}
     for resident in (None, DeviceCache("cpu", 1 << 30)):
-        dataset, loader = loop(volume, resident=resident)
+        dataset, loader = loop(volume, options=LoaderOptions(resident=resident))
         with dataset:
             found[resident is None] = list(loader)
             # Other loaders around the same samples read them on the host.
             assert all(isinstance(batch, dict) for batch in torch.utils.data.DataLoader(loader.dataset, 4))
-            loader.__dict__["__pl_saved_kwargs"] = {"resident": resident}  # as Lightning records it
+            loader.__dict__["__pl_saved_kwargs"] = {
+                "options": LoaderOptions(resident=resident)
+            }  # as Lightning records it
             copy = pickle.loads(pickle.dumps(loader))
             assert copy.dataset.resident is None
     same(found[False], found[True])
 
 
 def test_a_batch_is_opaque_and_is_finished_once(volume):
-    dataset, loader = loop(volume, resident=DeviceCache("cpu", 1 << 30), finish=False)
+    dataset, loader = loop(volume, options=LoaderOptions(resident=DeviceCache("cpu", 1 << 30)), finish=False)
     with dataset:
         batch = next(iter(loader))
         assert repr(batch) == "ResidentBatch({'raw': [4, 1, 6, 15, 17], 'binary': [4, 6, 15, 17, 2]})"
@@ -258,7 +261,7 @@ def test_a_batch_is_opaque_and_is_finished_once(volume):
 @pytest.mark.parametrize("workers", [1, 2, 8])
 def test_worker_processes_cannot_use_it(volume, workers):
     with pytest.raises(CellMapValueError, match=f"resident needs num_workers=0, .*, got num_workers={workers}"):
-        loop(volume, resident=DeviceCache("cpu", 1), num_workers=workers)
+        loop(volume, options=LoaderOptions(resident=DeviceCache("cpu", 1)), num_workers=workers)
 
 
 def test_datasets_of_user_code_are_read_as_ever(volume):
@@ -271,7 +274,7 @@ def test_datasets_of_user_code_are_read_as_ever(volume):
     cache = DeviceCache("cpu", 1 << 30)
     with Own(volume.raw_path, path, ["mito"], {"raw": array}, {"label": array}) as dataset:
         for items in (dataset, torch.utils.data.Subset(dataset, range(4))):
-            (batch,) = CellMapDataLoader(items, 4, samples_per_epoch=4, resident=cache)
+            (batch,) = CellMapDataLoader(items, 4, samples_per_epoch=4, options=LoaderOptions(resident=cache))
             assert batch["own"].sum() == 4
     assert cache.nbytes == 0
 

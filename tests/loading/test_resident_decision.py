@@ -85,7 +85,7 @@ def test_the_bytes_are_those_that_are_held(volume, name):
 
 
 def test_splits_share_the_budget(volume):
-    """What one split needs is not free for another, and is free again when it no longer uses the device."""
+    """Memory that one split needs is not free for another, and is free again when it no longer uses the device."""
     device, cpu = torch.device("cpu"), "cpu"
     with (
         open_set(volume, "boxes of a level", cache="device") as first,

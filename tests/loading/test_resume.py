@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from cellmap_lightning import CellMapDataLoader, CellMapError
 from cellmap_lightning.callbacks import StreamPrefetch
+from cellmap_lightning.loading.options import LoaderOptions
 from tests.runs import module, task, trainer
 
 pytestmark = [
@@ -215,7 +216,7 @@ def test_plain_loop_continues(volume):
         stopped = loader()
         steps = iter(stopped)
         next(steps)
-        ranks = [loader(1, rank=rank, world=2) for rank in (0, 1)]
+        ranks = [loader(1, options=LoaderOptions(rank=rank, world=2)) for rank in (0, 1)]
         for rank in ranks:
             rank.load_state_dict(stopped.state_dict())
         pairs = list(zip(*[idx(rank) for rank in ranks], strict=True))
@@ -230,7 +231,9 @@ def test_ranks_that_do_not_divide_the_remaining_samples(volume):
         data.setup("fit")
         for world in (2, 3, 4):
             ranks = [
-                CellMapDataLoader(data.train_dataset, 1, samples_per_epoch=16, rank=r, world=world)
+                CellMapDataLoader(
+                    data.train_dataset, 1, samples_per_epoch=16, options=LoaderOptions(rank=r, world=world)
+                )
                 for r in range(world)
             ]
             for rank in ranks:
@@ -308,7 +311,7 @@ class Written(L.Callback):
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
 def test_with_other_ranks(volume, tmp_path, whole, before, after):
-    """Stopped in the middle of an epoch on some ranks, gone on with on others: one stream of global batches."""
+    """Stopped in the middle of an epoch on some ranks, resumed on others: one stream of global batches."""
 
     def fit(name, world, steps, ckpt=None):
         strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))

@@ -16,6 +16,7 @@ import torch
 
 from cellmap_lightning import CellMapDataLoader, CellMapError
 from cellmap_lightning.crops.options import ReadOptions
+from cellmap_lightning.loading.options import LoaderOptions
 from cellmap_lightning.loading.prefetch import PrefetchDecision
 from cellmap_lightning.loading.slots import Slots
 from cellmap_lightning.runtime.thread_pool import ForkGate
@@ -106,7 +107,7 @@ def test_two_passes_do_not_share_workers(volume, ahead):
     with make(volume) as dataset:
         expected = [bits(b) for b in CellMapDataLoader(dataset, 2, samples_per_epoch=16)]
         decision = PrefetchDecision(ahead, 2, 0, "")
-        loader = CellMapDataLoader(dataset, 2, 2, samples_per_epoch=16, decision=decision)
+        loader = CellMapDataLoader(dataset, 2, 2, samples_per_epoch=16, options=LoaderOptions(decision=decision))
         one = iter(loader)
         next(one)
         loader.set_epoch(0)
@@ -127,7 +128,9 @@ class Unreadable:
 def test_workers_end_with_their_pass_despite_a_held_traceback(volume, ahead):
     with make(volume, raw_value_transforms=Unreadable()) as dataset:
         decision = PrefetchDecision(ahead, 2, 0, "")
-        loader = CellMapDataLoader(dataset, 2, 2, samples_per_epoch=16, decision=decision, persistent_workers=False)
+        loader = CellMapDataLoader(
+            dataset, 2, 2, samples_per_epoch=16, options=LoaderOptions(decision=decision), persistent_workers=False
+        )
         others = set(multiprocessing.active_children())
         with pytest.raises(OSError, match="enough") as caught:
             next(iter(loader))

@@ -19,6 +19,7 @@ from cellmap_lightning import (
 )
 from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.callbacks import StreamPrefetch
+from cellmap_lightning.loading.options import LoaderOptions
 from cellmap_lightning.loading.samples import permuted
 from cellmap_lightning.training.task import SegmentationTask
 from tests.conftest import CLASSES, INPUTS, TARGETS
@@ -296,7 +297,7 @@ def test_wrapper_datasets_work(volume, wrapper, workers):
         assert any(not torch.equal(raws[0][i], raws[1][i]) for i in raws[0])  # augmented by the number of the sample
         again = CellMapDataLoader(wrapped, 5, 0, seed=3)
         assert torch.equal(torch.cat([b["raw"] for b in again]), torch.cat([b["raw"] for b in epochs[0]]))
-        ranks = [CellMapDataLoader(wrapped, 1, seed=3, rank=rank, world=2) for rank in (0, 1)]
+        ranks = [CellMapDataLoader(wrapped, 1, seed=3, options=LoaderOptions(rank=rank, world=2)) for rank in (0, 1)]
         pairs = [[i for b in rank for i in b[key].tolist()] for rank in ranks]
         assert [i for pair in zip(*pairs, strict=True) for i in pair] == orders[0]
         ordered = CellMapDataLoader(wrapped, 2, is_train=False)
@@ -391,9 +392,11 @@ def test_samples_are_not_distributed_twice(volume, monkeypatch):
         loader = CellMapDataLoader(source, 2, samples_per_epoch=8)
         assert len(list(loader)) == 2
         rebuilt = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn)
-        with pytest.raises(CellMapError, match=r"over 2 ranks itself \(this is rank 1\).*with rank=0, world=1"):
+        with pytest.raises(
+            CellMapError, match=r"over 2 ranks itself \(this is rank 1\).*with options=LoaderOptions\(rank=0, world=1\)"
+        ):
             next(iter(rebuilt))
-        alone = CellMapDataLoader(source, 2, samples_per_epoch=8, rank=0, world=1)
+        alone = CellMapDataLoader(source, 2, samples_per_epoch=8, options=LoaderOptions(rank=0, world=1))
         rebuilt = DataLoader(alone.dataset, batch_sampler=alone.batch_sampler, collate_fn=alone.collate_fn)
         assert len(list(rebuilt)) == 4
 

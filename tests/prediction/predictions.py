@@ -3,6 +3,7 @@
 import datetime as dt
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -11,7 +12,7 @@ import zarr
 from lightning.pytorch.strategies import DDPStrategy
 
 from cellmap_lightning import CellMapDataModule
-from cellmap_lightning.callbacks import PredictionWriter
+from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.io.writer import write_multiscale
 
 SCALE, TRANSLATION = (10.48, 8.0, 8.0), (5.24, 4.0, 2.0)
@@ -58,14 +59,14 @@ def raw_volume(folder, shape, dtype="uint8", **kwargs):
 
 def module(path, patch, classes=("a",), **kwargs):
     spec = {"shape": list(patch), "scale": list(SCALE)}
-    given = {"datasets": {"predict": [{"raw": str(path)}]}, "batch_size": 3}
+    given: dict[str, Any] = {"datasets": {"predict": [{"raw": str(path)}]}, "batch_size": 3}
     return CellMapDataModule(list(classes), {"raw": spec}, **(given | kwargs))
 
 
 def predict(path, patch, output, model=None, classes=("a",), world=1, data=None, limit=None, **kwargs):
     """Run it, or some batches of it; the writer."""
-    given = {"chunks": [8, 8, 16], "block_size_mb": 0.02, "dtype": "float32"}
-    writer = PredictionWriter(str(output), classes=list(classes), **(given | kwargs))
+    given: dict[str, Any] = {"chunks": [8, 8, 16], "block_size_mb": 0.02, "dtype": "float32"}
+    writer = make_prediction_writer(str(output), classes=list(classes), **(given | kwargs))
     strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))
     run = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False,

@@ -87,7 +87,7 @@ def test_several_tilings_are_averaged():
     grid, tiling, size = next(g for g in geometries() if g[1].blend == "average" and len(g[0]) > 3)
     memory = Counting(), Counting()
     plan = BlockPlan(grid, [tiling, tiling], size, range(len(grid)))
-    assert not plan.carries, "the sums of each would have to be kept"
+    assert not plan.carries, "the sums of each would have to be held"
     alone = run(BlockPlan(grid, [tiling], size, range(len(grid))), memory)
     for number, block in run(plan, memory).items():
         np.testing.assert_allclose(block, alone[number], atol=1e-6)

@@ -14,7 +14,7 @@ from cellmap_lightning.io.writer import write_multiscale
 from cellmap_lightning.prediction import job
 from cellmap_lightning.prediction.input_stamps import InputStamps
 from cellmap_lightning.prediction.journal import Journal
-from cellmap_lightning.prediction.prediction_writer import PredictionWriter
+from cellmap_lightning.prediction.prediction_writer import make_prediction_writer
 from tests.prediction.predictions import (
     SCALE,
     TRANSLATION,
@@ -214,8 +214,8 @@ def test_unstamped_chunks_do_not_influence_a_block(tmp_path, monkeypatch, way):
     more = {"planes": given["planes"]} if "planes" in given else {}
 
     def run(out):
-        writer = PredictionWriter(
-            str(out), given["blend"], classes=["a"], chunks=(8, 8, 16), dtype="float32",
+        writer = make_prediction_writer(
+            str(out), blend=given["blend"], classes=["a"], chunks=(8, 8, 16), dtype="float32",
             region={axis: [170.0, 230.0] for axis in "zyx"}, check_context=False,
         )  # fmt: skip
         trainer = L.Trainer(

@@ -8,7 +8,7 @@ import zarr
 from torch import nn
 
 from cellmap_lightning import CellMapDataModule, CellMapError
-from cellmap_lightning.callbacks import PredictionWriter
+from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.io.meanings import meaning_of
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.training.task import SegmentationTask
@@ -29,7 +29,7 @@ def predict(volume, output, names=("near", "edges", "mask"), **options):
     network = nn.Conv3d(1, sum(2 if name == "edges" else 1 for name in names), 3, padding=1)
     nn.init.uniform_(network.weight, -2, 2)
     task = SegmentationTask(network, ["mito"], target_name=list(names))
-    writer = PredictionWriter(str(output), context=2, chunks=(16, 32, 32), levels=1, **options)
+    writer = make_prediction_writer(str(output), context=2, chunks=(16, 32, 32), levels=1, **options)
     with CellMapDataModule(
         classes=["mito"], input_arrays={"raw": PATCH}, target_arrays=TARGETS, batch_size=4,
         datasets={"predict": [{"raw": volume.raw_path}]},

@@ -7,7 +7,7 @@ import torch
 import zarr
 
 from cellmap_lightning import CellMapDataModule, compat
-from cellmap_lightning.callbacks import PredictionWriter
+from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.compat.utils import permute_singleton_dimension
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES
@@ -119,14 +119,14 @@ def test_a_transposed_slice_is_refused(raw, tmp_path, axis):
 
 
 def blurred(axis):
-    """What `blur` makes of whole slices along an axis: rows run along z in slices along x, else along x."""
+    """The result of `blur` for whole slices along an axis: rows run along z in slices along x, else along x."""
     row = 1 if axis == 2 else 2
     before = np.concatenate([RAMP.take([0], row), RAMP.take(range(SHAPE[row] - 1), row)], row)
     return (RAMP + before) / 2
 
 
 def test_the_mean_over_three_orientations(raw, tmp_path):
-    """What the challenge's toolbox does with a 2D model: a prediction along each axis, then their mean, in tiles."""
+    """The steps of the challenge's toolbox with a 2D model: a prediction along each axis, then their mean, in tiles."""
     whole = {0: (1, 14, 17), 1: (11, 1, 17), 2: (11, 14, 1)}
     for axis in range(3):
         spec = {"shape": whole[axis], "scale": SCALE}
@@ -163,7 +163,7 @@ def predict_natively(raw, out, arrays, model, **kwargs):
     given = {"dtype": "float32", "chunks": [4, 8, 8], "block_size_mb": 0.05, "check_context": False} | kwargs
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[PredictionWriter(str(out), **given)],
+        enable_model_summary=False, callbacks=[make_prediction_writer(str(out), **given)],
     )  # fmt: skip
     volumes = {"predict": [{"raw": str(raw)}]}
     with CellMapDataModule(["a"], datasets=volumes, raw_value_transforms=None, batch_size=3, **arrays) as data:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import zarr
 
-from cellmap_lightning.callbacks import PredictionWriter
+from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.writer import downsample_mean, downsample_mode
@@ -373,7 +373,7 @@ def test_too_little_room_is_known_before_anything_is_computed(tmp_path, monkeypa
 
 def test_wrong_trainers_are_refused(tmp_path):
     path, _ = raw_volume(tmp_path, (16, 16, 16))
-    writers = [PredictionWriter(str(tmp_path / f"{n}.zarr")) for n in range(2)]
+    writers = [make_prediction_writer(str(tmp_path / f"{n}.zarr")) for n in range(2)]
     common = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     with module(path, (8, 8, 8)) as data:

@@ -8,7 +8,7 @@ import pytest
 import zarr
 
 from cellmap_lightning import CellMapDataModule
-from cellmap_lightning.callbacks import PredictionWriter
+from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.writer import write_multiscale
 from cellmap_lightning.prediction.blending import Tiling
@@ -78,7 +78,7 @@ def test_remaining_blocks_are_distributed_over_processes(tmp_path, blend, limit,
     done = [{int(n) for n in re.findall(r"done (\d+)", file.read_text())} - before for file in files]
     assert done == [set(grid.share(left, rank, 2, blend != "trim")) for rank in range(2)]
     whole = [set(grid.share(range(len(grid)), rank, 2, blend != "trim")) - before for rank in range(2)]
-    assert done != whole, "the blocks of a run that goes on, not those of one that begins"
+    assert done != whole, "the blocks of a resumed run, not those of one that begins"
     assert abs(len(done[0]) - len(done[1])) <= 1
 
 
@@ -100,7 +100,7 @@ def test_warning_about_small_blocks_names_a_better_size(tmp_path, caplog):
     predict(path, (16, 16, 16), tmp_path / "late.zarr", block_size_mb=0.1, limit=9, **given)
     caplog.clear()
     assert predict(path, (16, 16, 16), tmp_path / "late.zarr", block_size_mb=0.1, **given).summary.complete
-    assert not [r for r in caplog.records if "block_size_mb" in r.getMessage()], "other blocks could not go on there"
+    assert not [r for r in caplog.records if "block_size_mb" in r.getMessage()], "other blocks could not resume there"
 
 
 def test_a_block_that_is_skipped_changes_nothing_below_it(tmp_path):
@@ -127,7 +127,7 @@ def test_real_volume_is_reproduced(real_volume, tmp_path):
     spec = {"raw": {"shape": [8, 128, 128], "scale": list(level.scale)}}
     with CellMapDataModule(["a"], spec, datasets={"predict": [{"raw": str(path)}]}, batch_size=4) as data:
         run = L.Trainer(
-            accelerator="cpu", devices=1, logger=False, callbacks=[PredictionWriter(str(tmp_path / "out.zarr"))],
+            accelerator="cpu", devices=1, logger=False, callbacks=[make_prediction_writer(str(tmp_path / "out.zarr"))],
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         )  # fmt: skip
         run.predict(Identity(), datamodule=data)

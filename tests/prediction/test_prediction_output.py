@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy
 
 from cellmap_lightning import CellMapDataModule
-from cellmap_lightning.callbacks import PredictionWriter
+from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.commands.predict_config import region_box
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
@@ -39,7 +39,7 @@ def raw_volume(folder, shape, scale, factors=(2, 2, 2), levels=1):
 def run(path, output, scale, classes=("a",), world=1, limit=None, **kwargs):
     """Predict with a model that gives its input back, in blocks of a few chunks."""
     given = {"dtype": "uint8", "overlap": 0.0, "check_context": False, "chunks": [8, 16, 16], "block_size_mb": 0.05}
-    writer = PredictionWriter(str(output), **(given | kwargs))
+    writer = make_prediction_writer(str(output), **(given | kwargs))
     strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))
     trainer = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False, callbacks=[writer],

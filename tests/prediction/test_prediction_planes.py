@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from cellmap_lightning import CellMapDataModule
-from cellmap_lightning.callbacks import PredictionWriter
+from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES
 from cellmap_lightning.io.ngff import read_multiscale
@@ -79,7 +79,7 @@ def test_mirrored_inputs_are_averaged(tmp_path):
         predict(path, (20, 24, 28), tmp_path / "flipszyx.zarr", Sided(), overlap=0, tta_flips="yz")
     for wrong in ("w", "xx", [1]):
         with pytest.raises(CellMapValueError, match="tta_flips must be axes"):
-            PredictionWriter(str(tmp_path / "no.zarr"), tta_flips=wrong)
+            make_prediction_writer(str(tmp_path / "no.zarr"), tta_flips=wrong)
 
 
 class Blur(L.LightningModule):
@@ -130,7 +130,7 @@ def test_slices_in_every_plane_and_their_mean(tmp_path, blend):
 def predict_spec(path, data, output, model, world=1, **kwargs):
     """The same, of arrays that are given whole."""
     data = {"classes": ["a"], "datasets": {"predict": [{"raw": str(path)}]}} | data
-    writer = PredictionWriter(str(output), **({"chunks": [8, 8, 16], "dtype": "float32"} | kwargs))
+    writer = make_prediction_writer(str(output), **({"chunks": [8, 8, 16], "dtype": "float32"} | kwargs))
     strategy = DDPStrategy(process_group_backend="gloo", start_method="fork", timeout=dt.timedelta(seconds=300))
     run = L.Trainer(
         accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", logger=False,
@@ -153,7 +153,7 @@ def test_planes_share_the_chunks_that_their_voxels_are_made_of(tmp_path):
             assert caches[-1] == {id(source._store.chunks)}
             return super().predict_step(batch, batch_idx)
 
-    writer = PredictionWriter(str(tmp_path / "out.zarr"), classes=["a"], check_context=False)
+    writer = make_prediction_writer(str(tmp_path / "out.zarr"), classes=["a"], check_context=False)
     run = L.Trainer(
         accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
@@ -173,7 +173,9 @@ def test_chunks_decoded_ahead_are_cached_when_needed(tmp_path, monkeypatch):
     write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(32, 32, 32))
     monkeypatch.setattr(predicted, "LEAST_CHUNK_BYTES", 1)
     monkeypatch.setattr("cellmap_lightning.io.array_reader.LEAST_CHUNK", 32)
-    writer = PredictionWriter(str(tmp_path / "out.zarr"), chunks=(64, 64, 64), block_size_mb=1000, check_context=False)
+    writer = make_prediction_writer(
+        str(tmp_path / "out.zarr"), chunks=(64, 64, 64), block_size_mb=1000, check_context=False
+    )
     run = L.Trainer(
         accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,

@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 
-from cellmap_lightning.callbacks import PredictionWriter
+from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.io.writer import write_multiscale
 from cellmap_lightning.prediction.journal import Journal
@@ -163,7 +163,7 @@ def test_chunks_are_decoded_ahead(tmp_path, cache):
         store = writer._source._store
         return store.chunks.decoded if cache == "auto" else store.decoded
 
-    writer = PredictionWriter(str(tmp_path / "out.zarr"), overlap=0.0)
+    writer = make_prediction_writer(str(tmp_path / "out.zarr"), overlap=0.0)
     run = L.Trainer(
         accelerator="cpu", devices=1, logger=False, callbacks=[writer], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,

@@ -187,7 +187,7 @@ def test_crops_smaller_than_a_patch_at_the_border(tmp_path, kind, spatial):
 
 
 def test_samples_with_hidden_targets_are_read_on_the_host(tmp_path):
-    """Where raw ends inside of the crop, targets are unknown: only samples that show this are read."""
+    """Targets are unknown where raw ends inside of the crop: only samples that show this are read."""
     volume = Volume(tmp_path).add_raw(raw_of("uint8")).add("a", np.ones((40, 44, 40), "u1"), origin=(0, 0, 160))
     with volume.dataset(["a"], (9, 9, 9), is_train=True, spatial_transforms=TURN, cache="memory") as dataset:
         reader, draws = reader_of(dataset), dataset.draw(range(32), True, 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cellmap_lightning import CellMapDataLoader
+from cellmap_lightning.loading.options import LoaderOptions
 from cellmap_lightning.loading.prefetch import PrefetchDecision
 from cellmap_lightning.loading.resident_decision import resident_bytes
 from cellmap_lightning.loading.resident_reader import ResidentReader
@@ -30,7 +31,8 @@ def device(request):
 def loader(dataset, device, cache, depth=0, **more):
     decision = PrefetchDecision(True, depth, 1, "") if depth else None
     return CellMapDataLoader(
-        dataset, SIZE, samples_per_epoch=COUNT, resident=cache, device=device, decision=decision, finish=False,
+        dataset, SIZE, samples_per_epoch=COUNT, finish=False,
+        options=LoaderOptions(resident=cache, device=device, decision=decision),
         pin_memory=device.type == "cuda", **more,
     )  # fmt: skip
 

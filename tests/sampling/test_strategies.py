@@ -372,7 +372,7 @@ def test_the_datamodule_draws_its_training_by_it(volume):
 
 
 def test_choices_at_the_ends_of_the_unit_interval():
-    """What has no weight is never chosen, first, last or between, in the last row as in the first."""
+    """A row without weight is never chosen, first, last or between, in the last row as in the first."""
     weights = np.array([[0, 1, 0, 3, 0]] * 48, float)
     choose = Chooser(weights)
     rows = np.repeat(np.arange(48), 3)

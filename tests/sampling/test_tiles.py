@@ -163,7 +163,7 @@ def test_a_smaller_target_beside_one_that_holds_the_crop(stored):
 
 
 def scattered(dataset, target):
-    """How often each voxel is known over all tiles, and its values, on the lattice of the first position's patch."""
+    """Return counts of known voxels over all tiles, and their values, on the lattice of the first position's patch."""
     loader = CellMapDataLoader(dataset, 4, is_train=False)
     (crop,) = dataset.crops
     window = crop.arrays.targets[target].window

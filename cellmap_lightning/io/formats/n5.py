@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
+from cellmap_lightning.geometry.grids import touched_cells
 from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.formats.n5_blocks import N5Blocks
@@ -103,7 +104,7 @@ class _N5Array(FormatArray):
 
     def read(self, start: Sequence[int], shape: Sequence[int]) -> AnyArray:
         out = np.zeros(tuple(shape), self.dtype)  # blocks that are not stored are 0
-        spans = [range(a // c, -(-(a + n) // c)) for a, n, c in zip(start, shape, self.chunks, strict=True)]
+        spans = touched_cells(start, shape, self.chunks)
         for index in np.ndindex(*map(len, spans)):
             place = [span[i] for span, i in zip(spans, index, strict=True)]
             block = self.blocks.read(self.path, self.key(place))

@@ -78,7 +78,7 @@ class N5Blocks:
 
             # `useZlib` writes the zlib header in place of gzip's; 32 detects either.
             stream = zlib.decompressobj(47)
-            decoded = stream.decompress(data, nbytes)  # no more, whatever the stream holds
+            decoded = stream.decompress(data, nbytes)  # no more, also of a longer stream
             if not stream.eof:
                 stream.decompress(stream.unconsumed_tail, 1)
             if not stream.eof:

@@ -54,6 +54,6 @@ def _candidates(path: StorePath) -> Iterator[StorePath]:
 
 
 def format_children(path: StorePath) -> list[str]:
-    """Return the names of the arrays in a container of any format; empty if there is none."""
+    """Return the names of the arrays in a container of any format; empty without one."""
     found = find_format(path)
     return found[0].children(found[1]) if found is not None else []

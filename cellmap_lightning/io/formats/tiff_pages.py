@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.errors import MetadataError, missing_extra
+from cellmap_lightning.geometry.grids import touched_cells
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
 from cellmap_lightning.io.formats.volume import FormatArray
@@ -113,8 +114,7 @@ class TiffPages:
             return
         chunk, columns = keyframe.chunks[:2], keyframe.chunked[1]
         descriptor = self.tiff.filehandle.fileno()
-        spans = [range(a // c, -(-(a + n) // c)) for a, n, c in zip(start, out.shape, chunk, strict=True)]
-        for place in itertools.product(*spans):
+        for place in itertools.product(*touched_cells(start, out.shape, chunk)):
             index = place[0] * columns + place[1]
             count = page.counts[index]
             data = os.pread(descriptor, count, page.offsets[index])  # thread-safe, since it has no shared position

@@ -6,7 +6,7 @@ https://ngff.openmicroscopy.org/0.6/.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -133,7 +133,6 @@ def _image(
     stored, units, assumed = read_axes(file, system, overrides.unit, overrides.voxel_size is None)
     assumed += others
     z, y, x = (stored.index(a) for a in AXES)
-    axes: list[tuple[tuple[int, int, int], int]]
     if is_placed:
         names = [name for name, _ in entries]
         placed = [place_level(file, entry, (z, y, x), len(stored)) for _, entry in entries]
@@ -150,10 +149,7 @@ def _image(
     else:
         assumed += implausible_voxel_size(scales[0], units)
     if overrides.level_translations == "auto" and translations_missing(scales, translations):
-        # Voxels of coarser levels are means, so that all levels share the lower edge of level 0, and not its centre.
-        offsets = [np.subtract(scale, scales[0]) / 2 for scale in scales]
-        translations = [to_vector(np.add(translations[0], offset)) for offset in offsets]
-        shift = max(float((offset / scales[0]).max()) for offset in offsets)
+        translations, shift = _shared_lower_edge(scales, translations[0])
         assumed.append(
             Note(
                 "levels",
@@ -169,6 +165,21 @@ def _image(
         for name, s, t, order in zip(names, scales, translations, axes, strict=True)
     )
     return Multiscale(group, levels, attributes, (*notes, *assumed), overrides.level_translations == "stored")
+
+
+def _shared_lower_edge(scales: Sequence[Vector], finest: Vector) -> tuple[list[Vector], float]:
+    """Return translations with which all levels have the lower edge of level 0, as means of voxels have.
+
+    Args:
+        scales: voxel sizes of the levels in nm, finest first.
+        finest: translation of level 0 in nm.
+
+    Returns:
+        The translations in nm, and the largest shift in voxels of level 0.
+    """
+    offsets = [np.subtract(scale, scales[0]) / 2 for scale in scales]
+    shift = max(float((offset / scales[0]).max()) for offset in offsets)
+    return [to_vector(np.add(finest, offset)) for offset in offsets], shift
 
 
 def _datasets(file: StorePath, image: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -1,5 +1,7 @@
 """Volumes in each format, written by the programs that define it."""
 
+from typing import Any
+
 import h5py
 import imageio.v3 as imageio
 import mrcfile
@@ -53,7 +55,7 @@ def ome_pyramid(path, voxels, size=(8, 4, 4)):
     metadata = {"axes": "ZYX", "PhysicalSizeX": x, "PhysicalSizeY": y, "PhysicalSizeZ": z}
     half = voxels.reshape(voxels.shape[0], voxels.shape[1] // 2, 2, voxels.shape[2] // 2, 2).mean((2, 4))
     with tifffile.TiffWriter(path / "volume.ome.tif", ome=True) as writer:
-        options = {"tile": (32, 32), "compression": "zlib", "photometric": "minisblack"}
+        options: dict[str, Any] = {"tile": (32, 32), "compression": "zlib", "photometric": "minisblack"}
         writer.write(voxels, subifds=1, metadata=metadata, **options)
         writer.write(half.astype(voxels.dtype), subfiletype=1, **options)
     return path / "volume.ome.tif"

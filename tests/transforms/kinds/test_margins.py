@@ -24,7 +24,7 @@ def test_a_patch_equals_the_crop_of_a_larger_patch(spec, radius):
 
 @pytest.mark.parametrize("spec", EVERY, ids=NAMES)
 def test_known_values_hold_for_any_content_of_the_unknown_voxels(spec):
-    """What is not NaN is what a full annotation gives, whatever the unknown voxels turn out to be."""
+    """Values that are not NaN are those of a full annotation, for any values of the unknown voxels."""
     ids = blobs(2, (16, 26, 26), 16)
     hidden = np.zeros(ids.shape, bool)
     hidden[6:9, 10:13, 10:14] = True

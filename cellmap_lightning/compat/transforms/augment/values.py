@@ -38,7 +38,7 @@ class _Transform(nn.Module):
 
 
 class Binarize(_Transform):
-    """1 above a threshold, 0 at it and below; NaN stays NaN.
+    """1 above a threshold, 0 at it and below; NaN stays NaN; see docs/migration.md.
 
     Args:
         threshold: the threshold.
@@ -59,7 +59,7 @@ class Binarize(_Transform):
 
 
 class NaNtoNum(_Transform):
-    """`torch.nan_to_num`.
+    """`torch.nan_to_num`; see docs/migration.md.
 
     Args:
         params: its arguments: ``nan``, ``posinf``, ``neginf``.
@@ -83,7 +83,7 @@ class NaNtoNum(_Transform):
 
 
 class Normalize(_Transform):
-    """``(x + shift) * scale`` as float32.
+    """``(x + shift) * scale`` as float32; see docs/migration.md.
 
     Args:
         shift: added first.
@@ -104,7 +104,7 @@ class Normalize(_Transform):
 
 
 class GaussianNoise(_Transform):
-    """Add noise to each voxel by itself.
+    """Add noise to each voxel by itself; see docs/migration.md.
 
     Args:
         mean: mean of the noise.
@@ -121,7 +121,7 @@ class GaussianNoise(_Transform):
 
 
 class RandomContrast(_Transform):
-    """Multiply the distance of every voxel from the mean of all by one random factor.
+    """Multiply the distance of every voxel from the mean of all by one random factor; see docs/migration.md.
 
     Args:
         contrast_range: lowest and highest factor.
@@ -140,7 +140,7 @@ class RandomContrast(_Transform):
 
 
 class RandomGamma(_Transform):
-    """Raise values in [0, 1] to one random power.
+    """Raise values in [0, 1] to one random power; see docs/migration.md.
 
     Args:
         gamma_range: lowest and highest exponent.
@@ -159,6 +159,8 @@ class RandomGamma(_Transform):
 
 class GaussianBlur(_Transform):
     """A Gaussian, cut off at a number of voxels; the outermost voxels are repeated beyond the edge.
+
+    See docs/migration.md.
 
     Args:
         kernel_size: voxels of the kernel along each axis, an odd number.

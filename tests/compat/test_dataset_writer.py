@@ -9,7 +9,9 @@ import torch
 import zarr
 from torch.utils.data import DataLoader
 
-from cellmap_lightning import CellMapDatasetWriter, CellMapImage, ImageWriter
+from cellmap_lightning import CellMapImage
+from cellmap_lightning.compat.array_writer import ImageWriter
+from cellmap_lightning.compat.patch_writer import CellMapDatasetWriter
 from cellmap_lightning.errors import (
     CellMapError,
     CellMapFileExistsError,

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from cellmap_lightning.batches.arrays import ArraySpecs, parse_classes, parse_inputs
+from cellmap_lightning.compat.array_writer import AnyArray, ImageWriter, as_numbers, check_axes, with_lead
 from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.datasets.renamed import renamed
@@ -25,10 +26,10 @@ from cellmap_lightning.geometry.lattice import LATTICE_TOLERANCE, Shape, vector
 from cellmap_lightning.geometry.placement import Placement
 from cellmap_lightning.io.meanings import Kind
 from cellmap_lightning.loading.dataloader import CellMapDataLoader
+from cellmap_lightning.loading.options import LoaderOptions
 from cellmap_lightning.prediction.blending import Tiling
 from cellmap_lightning.prediction.block_patches import patch_placement
 from cellmap_lightning.prediction.blocks import centred_voxels, output_lattice, parse_region
-from cellmap_lightning.prediction.image_writer import AnyArray, ImageWriter, as_numbers, check_axes, with_lead
 from cellmap_lightning.prediction.output_checks import check_apart
 from cellmap_lightning.prediction.volumes import volumes_source
 
@@ -234,9 +235,11 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
         Args:
             batch_size: tiles per batch.
             num_workers: worker processes; the dataset reads with threads, so 0 is usually fastest.
-            **kwargs: see `CellMapDataLoader`. Without ``rank`` and ``world`` every process reads all tiles.
+            **kwargs: see `CellMapDataLoader`. Without ``options`` every process reads all tiles.
         """
-        options: dict[str, Any] = {"tiles": range(self._dataset.tile_count), "rank": 0, "world": 1} | kwargs
+        options: dict[str, Any] = {
+            "tiles": range(self._dataset.tile_count), "options": LoaderOptions(rank=0, world=1)
+        } | kwargs  # fmt: skip
         return self._loader(self._dataset, batch_size, num_workers, is_train=False, **options)
 
     def _loader(self, *args: Any, **kwargs: Any) -> CellMapDataLoader:

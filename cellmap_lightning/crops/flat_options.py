@@ -1,0 +1,34 @@
+"""Advice for options that are given flat, though they belong to a dataclass of options."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from inspect import signature
+from typing import Any
+
+from cellmap_lightning.errors import CellMapTypeError
+from cellmap_lightning.validation import did_you_mean
+
+
+def refuse_flat(owner: type, given: Mapping[str, Any], groups: Mapping[str, type[Any]]) -> None:
+    """Check that no unknown arguments were given; the error names the dataclass of options that has one.
+
+    Args:
+        owner: the class.
+        given: its unknown arguments.
+        groups: the dataclass of each argument that is one, such as ``{"read": ReadOptions}``.
+
+    Raises:
+        CellMapTypeError: an argument is unknown.
+    """
+    if not given:
+        return
+    name = next(iter(given))
+    where = f"{owner.__name__}: it has no argument {name!r}"
+    arguments = [parameter for parameter in signature(owner).parameters if parameter != "flat"]
+    names = list(arguments)
+    for argument, kind in groups.items():
+        options = [field.name for field in fields(kind)]
+        if name in options:
+            raise CellMapTypeError(f"{where}; use {argument}={kind.__name__}({name}=...)")
+        names += options
+    raise CellMapTypeError(f"{where}{did_you_mean(name, names, '; it has ' + ', '.join(arguments))}")
