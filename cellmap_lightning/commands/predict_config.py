@@ -19,7 +19,7 @@ from cellmap_lightning.io.store import StorePath, children, exists, parse_locati
 from cellmap_lightning.redaction import HIDDEN
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, raw_of
 from cellmap_lightning.training.checkpoints import read_checkpoint
-from cellmap_lightning.validation import one_of
+from cellmap_lightning.validation import one_of, positive_number
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,10 @@ def effective_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise CellMapValueError(f"{override}: the data are those of the checkpoint; give data.input_path")
         if key.startswith("data.") and key != "data.input_path":
             OmegaConf.update(config, key, OmegaConf.select(cfg, key), force_add=True)
+    # What the context may change: see `set_context`.
+    given = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    config.adjustable = {"patch": cfg.patch.shape is None, "batch_size": "data.batch_size" not in given}
+    config.patch.memory_mb = positive_number("patch.memory_mb", cfg.patch.memory_mb)
     return config
 
 
