@@ -79,8 +79,9 @@ def _picture(cfg: DictConfig, writer: Any, classes: Sequence[str], crops: Path) 
     # The picture shows raw as it is stored.
     metadata = {key: value for key, value in replaced.items() if key not in ("normalize", "invert")}
     metadata["level_translations"] = cfg.data.get("level_translations", "auto")
+    known = writer.classes or cfg.data.classes or writer.names
     try:
-        draw_prediction(writer.output, str(cfg.input_path), classes, picture, crops, writer.threshold, metadata)
+        draw_prediction(writer.output, str(cfg.input_path), classes, picture, crops, writer.threshold, metadata, known)
     except MissingExtraError as e:
         return f"no picture: {e}"
     return str(picture)
