@@ -16,7 +16,7 @@ from cellmap_lightning.evaluation.overview import draw_prediction
 from cellmap_lightning.evaluation.score_files import draw, table, write_csv
 from cellmap_lightning.io.store import parse_location
 
-_NOT_CSC = "These are scores of voxels, crop by crop, not the challenge's score; metric=csc gives that."
+_NOT_CSC = "These are scores of voxels, crop by crop. They are\nnot the challenge's score; metric=csc gives that."
 
 
 def describe_prediction(cfg: DictConfig, writer: Any, classes: Sequence[str]) -> str:

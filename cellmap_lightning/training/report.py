@@ -191,8 +191,14 @@ def describe_run(folder: Path) -> list[str]:
     return [f"  {name:<{width}}  {text}" for name, text in _FILES.items() if (folder / name).exists()]
 
 
-def write_curves(folder: Path) -> None:
-    """Draw ``metrics.csv`` as ``curves.png``, if there are metrics."""
+def write_curves(folder: Path, classes: Sequence[str] | None = None) -> None:
+    """Draw ``metrics.csv`` as ``curves.png``, if there are metrics.
+
+    Args:
+        folder: of the run.
+        classes: the classes in the order of the samples, so that they have the same colours; the file sorts its
+            columns.
+    """
     metrics = folder / "metrics.csv"
     if metrics.exists():
-        training_curves(metrics, folder / "curves.png")
+        training_curves(metrics, folder / "curves.png", classes=classes)

@@ -1,11 +1,14 @@
 """The pictures of a training: samples of one sheet differ from each other."""
 
+import csv
 from itertools import combinations
 
 import pytest
+from matplotlib.colors import to_hex
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.training import report
+from cellmap_lightning.visualization.figures import training_curves
 
 
 @pytest.fixture
@@ -47,3 +50,16 @@ def test_every_crop_and_every_class_is_shown_before_one_is_shown_again(drawn):
     assert len({centre(row)[0] for row in rows}) == 3
     shown = {number for row in rows for number, mask in enumerate(row.target) if (mask == 1).any()}
     assert shown == {0, 1, 2}
+
+
+@pytest.mark.parametrize("classes", [["mito", "er", "pm"], ["pm", "er", "mito"], ["er", "mito", "pm"]])
+def test_curves_have_the_colors_of_the_samples(tmp_path, monkeypatch, classes):
+    with (tmp_path / "metrics.csv").open("w", newline="") as file:
+        columns = [f"val/dice_{name}" for name in sorted(classes)]  # as the logger writes them
+        csv.writer(file).writerows([["step", *columns], [0, 0.1, 0.2, 0.3], [1, 0.4, 0.5, 0.6]])
+    drawn = []
+    monkeypatch.setattr(report, "training_curves", lambda *a, **kw: drawn.append(training_curves(*a, **kw)))
+    report.write_curves(tmp_path, classes)
+    lines = {line.get_gid(): to_hex(line.get_color()) for axes in drawn[0].axes for line in axes.lines}
+    # The first three of the palette, as dark as a white ground needs.
+    assert [lines[f"dice:{name}"] for name in classes] == ["#438cb5", "#ac7700", "#009b6e"]
