@@ -109,6 +109,7 @@ class PredictionWriter(L.Callback):
         redundancy: number of patches that are computed, divided by their number if everything were one block.
 
     Raises:
+        CellMapTypeError: names of classes are no list.
         CellMapValueError: an option is invalid.
     """
 
@@ -162,6 +163,9 @@ class PredictionWriter(L.Callback):
             check_space=check_space,
             accept_changed_raw=bool(accept_changed_raw),
         )
+        for name, value in (("classes", classes), ("only", only)):
+            if isinstance(value, str):
+                raise CellMapTypeError(f"{name} must be a list of names, got {value!r}; give [{value}]")
         self.output, self.threshold = Path(output), threshold
         self.classes, self.only = classes, only
         self.check_context = bool(check_context)
