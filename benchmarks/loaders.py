@@ -223,7 +223,9 @@ def _judged(claim, results):
     ours = results[claim.ours]
     ratios = {peer.implementation: ratio(results[peer], ours) for peer in claim.peers}
     others = {
-        name: r for name, r in ratios.items() if r is not None and name not in (*CELLMAP, "ours", "ours-finished", *FLOORS)
+        name: r
+        for name, r in ratios.items()
+        if r is not None and name not in (*CELLMAP, "ours", "ours-finished", *FLOORS)
     }
     best = min(others, key=others.get) if others else None
     texts, verdicts = [], []

@@ -41,11 +41,11 @@ def copy_voxels(target: AnyArray, source: AnyArray) -> None:
 
 def _row_bytes(voxels: AnyArray) -> int | None:
     """Return the bytes of a row along x; None if there are gaps within it."""
-    size = voxels.itemsize
+    size = int(voxels.itemsize)
     for count, stride in zip(voxels.shape[:1:-1], voxels.strides[:1:-1], strict=True):
         if stride != size:
             return None
-        size *= count
+        size *= int(count)
     return size or None
 
 
@@ -103,7 +103,7 @@ def _empty_lines(voxels: AnyArray, row: int) -> AnyArray:
 
 def _planes(source: AnyArray, row: int, most_bytes: int) -> int:
     """Return how many planes across axis 0 have this many bytes, at least 2."""
-    return max(2, most_bytes // (row * source.shape[1]))
+    return max(2, most_bytes // (row * int(source.shape[1])))
 
 
 def _slabs(target: AnyArray, source: AnyArray, planes: int) -> Iterator[tuple[AnyArray, AnyArray]]:

@@ -140,3 +140,16 @@ def check_model_shape(cfg: DictConfig) -> None:
                 f"patch.shape={list(shape)}: {length} is not a multiple of {factor}, by which "
                 f"model.strides={list(strides)} shrinks it; {lower} and {(length // factor + 1) * factor} are"
             )
+
+
+def refuse_csv(input_path: Any) -> None:
+    """Refuse a list of crops in place of a raw volume.
+
+    Raises:
+        CellMapValueError: the path is that of a CSV.
+    """
+    if str(input_path).lower().endswith((".csv", ".tsv")):
+        raise CellMapValueError(
+            f"data.input_path={input_path} is a list of crops; give a raw volume, as in its column raw, or inspect the "
+            f"crops with data.csv_path={input_path}"
+        )

@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.commands.config_keys import training_data
+from cellmap_lightning.commands.config_values import refuse_csv
 from cellmap_lightning.commands.messages import quieten
 from cellmap_lightning.commands.program import run_command
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
@@ -32,6 +33,7 @@ def _prepare(cfg: DictConfig) -> DictConfig:
     if OmegaConf.is_missing(config.data, "csv_path"):
         config.data.csv_path = None
     config.input_path = config.data.pop("input_path")
+    refuse_csv(config.input_path)
     sources = {name: config.data[name] for name in ("csv_path", "datasets", "search_path")}
     sources["input_path"] = config.input_path
     selected = [f"data.{name}" for name, value in sources.items() if value is not None]

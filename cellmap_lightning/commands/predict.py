@@ -9,17 +9,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
+from cellmap_lightning.commands.prediction_context import reach_of_task, set_context
 from cellmap_lightning.commands.prediction_report import csc_scores, describe_prediction
 from cellmap_lightning.commands.signals import ExitOnSignal
 from cellmap_lightning.training.checkpoints import check_checkpoint
 
 
-def run(cfg: DictConfig, task: Any = None) -> str | None:
+def run(cfg: DictConfig, task: Any) -> str | None:
     """Predict one volume or crop.
 
     Args:
-        cfg: see `effective_config`.
-        task: the model, if it exists already; its weights are replaced by those of the checkpoint.
+        cfg: see `effective_config` and `set_context`.
+        task: the model; its weights are replaced by those of the checkpoint.
 
     Returns:
         On the first process, the files and scores as text; None on others.
@@ -28,7 +29,6 @@ def run(cfg: DictConfig, task: Any = None) -> str | None:
         SystemExit: it was interrupted; see `ExitOnSignal`.
     """
     data = instantiate(cfg.data, _convert_="all")
-    task = task if task is not None else instantiate(cfg.task, _convert_="all")
     if cfg.ckpt is not None:  # an exported model holds its weights
         check_checkpoint(Path(cfg.ckpt), data, task, "evaluate", "ckpt")
     writer = instantiate(cfg.writer, _convert_="all")
@@ -69,8 +69,10 @@ def run_all(configs: list[DictConfig], write_line: Callable[[str], None]) -> Non
     """
     with ExitOnSignal(lambda: "the same command continues"):
         task = instantiate(configs[0].task, _convert_="all")
+        reach = reach_of_task(configs[0], task)
         report = None
         for config in configs:
+            set_context(config, reach)
             report = run(config, task)
             if report is not None:
                 write_line(f"\n{report}")

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.checkpointing.checkpoint_config import CONFIG_KEY
 from cellmap_lightning.checkpointing.trust import check_trusted
+from cellmap_lightning.commands.config_values import refuse_csv
 from cellmap_lightning.commands.exported_config import exported_config, is_exported
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.evaluation.challenge import ChallengeCrop, listed_crops
@@ -19,7 +20,7 @@ from cellmap_lightning.io.store import StorePath, children, exists, parse_locati
 from cellmap_lightning.redaction import HIDDEN
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, raw_of
 from cellmap_lightning.training.checkpoints import read_checkpoint
-from cellmap_lightning.validation import one_of
+from cellmap_lightning.validation import one_of, positive_number
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def effective_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     missing = _missing(cfg, ("ckpt", "data.input_path", "out"))
     if missing:
         raise CellMapValueError("\n".join(f"{key} is required: set it with {key}=..." for key in missing))
+    refuse_csv(cfg.data.input_path)
     if is_exported(cfg.ckpt):
         options = OmegaConf.select(cfg, "data.storage_options")
         plain: Any = OmegaConf.to_container(options, resolve=True) if options else None
@@ -76,6 +78,10 @@ def effective_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise CellMapValueError(f"{override}: the data are those of the checkpoint; give data.input_path")
         if key.startswith("data.") and key != "data.input_path":
             OmegaConf.update(config, key, OmegaConf.select(cfg, key), force_add=True)
+    # What the context may change: see `set_context`.
+    given = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    config.adjustable = {"patch": cfg.patch.shape is None, "batch_size": "data.batch_size" not in given}
+    config.patch.memory_mb = positive_number("patch.memory_mb", cfg.patch.memory_mb)
     return config
 
 
@@ -236,8 +242,16 @@ def region_box(region: Any, input_path: str, options: Mapping[str, Any] | None =
     folder = groundtruth(input_path, options)
     crop = folder / region
     if not exists(crop):
-        names = ", ".join(name for name in children(folder) if name.startswith("crop")) or "none"
-        raise CellMapKeyError(f"region={region}: there is no crop of that name in {folder}; there are {names}")
+        names = ", ".join(name for name in children(folder) if name.startswith("crop"))
+        advice = (
+            f"there are {names}"
+            if names
+            else (
+                f"data.input_path={input_path} must be the group of raw, as jrc_a.zarr/{RAW}, not one of its levels; "
+                "or give the region as a box, {z: [lower, upper], y: .., x: ..} in nm"
+            )
+        )
+        raise CellMapKeyError(f"region={region}: there is no crop of that name in {folder}; {advice}")
     box: Box | None = None
     for group in (crop / name for name in children(crop)):
         if read_attributes(group) is None:

@@ -16,7 +16,7 @@ from cellmap_lightning.evaluation.overview import draw_prediction
 from cellmap_lightning.evaluation.score_files import draw, table, write_csv
 from cellmap_lightning.io.store import parse_location
 
-_NOT_CSC = "These are scores of voxels, crop by crop, not the challenge's score; metric=csc gives that."
+_NOT_CSC = "These are scores of voxels, crop by crop. They are\nnot the challenge's score; metric=csc gives that."
 
 
 def describe_prediction(cfg: DictConfig, writer: Any, classes: Sequence[str]) -> str:
@@ -79,8 +79,9 @@ def _picture(cfg: DictConfig, writer: Any, classes: Sequence[str], crops: Path) 
     # The picture shows raw as it is stored.
     metadata = {key: value for key, value in replaced.items() if key not in ("normalize", "invert")}
     metadata["level_translations"] = cfg.data.get("level_translations", "auto")
+    known = writer.classes or cfg.data.classes or writer.names
     try:
-        draw_prediction(writer.output, str(cfg.input_path), classes, picture, crops, writer.threshold, metadata)
+        draw_prediction(writer.output, str(cfg.input_path), classes, picture, crops, writer.threshold, metadata, known)
     except MissingExtraError as e:
         return f"no picture: {e}"
     return str(picture)

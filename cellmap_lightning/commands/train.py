@@ -134,7 +134,7 @@ def _validate_best(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataMo
 
 def _report(cfg: DictConfig, folder: Path, trainer: Any, task: Any, untrained: Mapping[str, Any] | None) -> None:
     """Draw the curves, and print the scores and the files of a run."""
-    attempt("curves.png is not drawn", partial(report.write_curves, folder))
+    attempt("curves.png is not drawn", partial(report.write_curves, folder, list(cfg.data.classes or ())))
     scores, metric = scores_of(task), trainer.callback_metrics.get(cfg.monitor)
     if scores is not None:
         print("\nvalidation\n" + report.score_table(scores, untrained, list(cfg.data.classes or ())))

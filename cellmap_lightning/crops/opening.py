@@ -68,8 +68,13 @@ def open_images(
             target_path.check_names(known)
         annotated = [name for name in read if name in target_path.names]
         if not annotated:
+            # A target without a bracket is read as a class in the folder above.
+            folders = [target_path.of(name) for name in target_path.names[:1]]
+            inside = [name for name in read if any(image_exists(folder / name) for folder in folders)]
+            hint = f"; name the classes in a bracket, as in {folders[0]}/[{','.join(inside)}]" if inside else ""
             raise NotAnnotatedError(
                 f"{label}: none of the classes {list(classes)} is annotated in it; it has {list(target_path.names)}"
+                f"{hint}"
             )
         groups = {f"class {name}": target_path.of(name) for name in annotated}
         prefetch_metadata(list(groups.values()))

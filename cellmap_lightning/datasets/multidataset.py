@@ -68,9 +68,11 @@ class CellMapMultiDataset(SampleSource):
             log.warning("crops have weights, and the strategy %r does not use them; weighted does", self.strategy)
         for dataset in self._datasets:
             dataset.share(pool, store)
+        annotated = ", ".join(f"{name} {number}" for name, number in self.annotated_in().items() if number)
         log.info(
-            "%d crops: %d positions; classes %s; %d workers",
-            len(crops), len(self), self.annotated_in(), self.max_workers,
+            "%d crop%s, %d positions of a patch%s; %d reading threads",
+            len(crops), "s" * (len(crops) != 1), len(self),
+            f"; crops that annotate each class: {annotated}" if annotated else "", self.max_workers,
         )  # fmt: skip
 
     def _scale(self) -> None:

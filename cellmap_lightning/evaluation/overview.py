@@ -1,10 +1,9 @@
-"""Picture of a prediction: an overview of the whole, and places at full resolution.
+"""Picture of a prediction: an overview, and places, all at full resolution.
 
 Raw, annotations and prediction are read by position in nm, each by its metadata, so that a shift between them is
 visible. The amount of data that is read is bounded, however large the volume is.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.crops.image import CellMapImage, choose_level
+from cellmap_lightning.crops.image import CellMapImage
 from cellmap_lightning.evaluation.evaluate import covers, is_group
 from cellmap_lightning.evaluation.pairs import Annotation
 from cellmap_lightning.geometry.lattice import (
@@ -27,26 +26,26 @@ from cellmap_lightning.geometry.lattice import (
     Lattice,
     Shape,
 )
-from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.meanings import meaning_of
-from cellmap_lightning.io.ngff import Overrides, read_multiscale
+from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.training.report import class_rank
+from cellmap_lightning.visualization.figures.palette import outline_colors
 from cellmap_lightning.visualization.figures.sheet import SheetSample, contact_sheet
-
-log = logging.getLogger(__name__)
 
 Masks = npt.NDArray[np.bool_]
 
 #: Maximum shape of a place, voxels: an xy slice is drawn on 320 pixels.
 _PLACE = (48, 192, 192)
+#: Rows and columns of the overview, voxels, at most: each is a pixel of the panel.
+_OVERVIEW = (320, 320)
 #: Number of places in the picture.
 _PLACES = 3
 #: Tiles of a crop that are read to find the one with the most classes.
 _CANDIDATES = 8
 #: Maximum number of cells along an axis, among which the densest ones are drawn.
 _CELLS = 16
-#: Maximum voxels of the overview, of all classes together, and of the level of raw that it is read from.
-_WHOLE, _RAW = 2**25, 2**27
+#: Maximum voxels, of all classes together, of the overview and of the level in which the densest places are looked for.
+_WHOLE = 2**25
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +73,7 @@ def draw_prediction(
     crops: Path | None = None,
     threshold: float = 0.5,
     metadata: Mapping[str, Any] | None = None,
+    known: Sequence[str] = (),
 ) -> None:
     """Draw raw with the outlines of the prediction, and of the annotation where the prediction covers a crop.
 
@@ -85,12 +85,18 @@ def draw_prediction(
         crops: folder of the crops, ``recon-1/labels/groundtruth``.
         threshold: probability from which a voxel is positive.
         metadata: replacements of the metadata of raw; keyword arguments of `Overrides.parse`.
+        known: every class of the training, so that a class has its colour in all pictures of a run.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     samples = samples_of(output, raw, classes, crops, threshold, metadata)
-    contact_sheet(samples, list(classes), path=path, title=output.name, predicted=f"prediction ≥ {threshold:g}")
+    names = list(known) if set(classes) <= set(known) else list(classes)
+    palette = dict(zip(names, outline_colors(len(names)), strict=True))
+    contact_sheet(
+        samples, list(classes), path=path, title=output.name, predicted=f"prediction ≥ {threshold:g}",
+        colors=[palette[name] for name in classes],
+    )  # fmt: skip
 
 
 def samples_of(
@@ -103,9 +109,10 @@ def samples_of(
 ) -> list[SheetSample]:
     """Return the rows of `draw_prediction`; the arguments are the same.
 
-    The first row is the whole prediction, at a level of the pyramid that is small enough. It is left out if a single
-    place contains the whole prediction, or if raw has no such level. The others are places at full resolution: in
-    crops that annotate one of the classes, else where most was predicted.
+    All rows are at full resolution. The first one is an overview: the whole prediction, or a part that has as many
+    voxels as a panel has pixels, where most was predicted. It is left out if it shows no more than a place, or if no
+    level of the prediction is small enough to find that part. The others are places: in crops that annotate one of the
+    classes, else where most was predicted.
     """
     metadata = metadata or {}
     image = read_multiscale(str(output / classes[0]))
@@ -118,8 +125,13 @@ def samples_of(
     if affordable:
         whole = affordable[0].lattice
         masks = _masks(output, classes, whole, whole.box.center, threshold)
-        if shape != lattice.shape and _raw_is_affordable(raw, whole, metadata):
-            samples.append(_sample(raw, whole, whole.box.center, masks, None, "whole prediction", metadata))
+        deepest = max(1, _WHOLE // (len(classes) * math.prod(_OVERVIEW)))
+        z, y, x = (min(n, m) for n, m in zip(lattice.shape, (deepest, *_OVERVIEW), strict=True))
+        overview = Lattice(lattice.origin, lattice.step, (z, y, x))
+        if shape != overview.shape:
+            center = _densest_places(masks, lattice, overview.shape)[0]
+            shown = _masks(output, classes, overview, center, threshold)
+            samples.append(_sample(raw, overview, center, shown, None, _overview_header(overview, lattice), metadata))
     places = list(islice(_annotated_places(classes, lattice, shape, crops), _PLACES))
     if not places:
         patch = Lattice(lattice.origin, lattice.step, shape)
@@ -165,13 +177,11 @@ def _masks(output: Path, classes: Sequence[str], patch: Lattice, center: FloatAr
     return masks
 
 
-def _raw_is_affordable(raw: str, whole: Lattice, metadata: Mapping[str, Any]) -> bool:
-    """Return whether raw has a level that is coarse enough to read the whole of it for the overview."""
-    level = choose_level(read_image(raw, Overrides.parse(**metadata)), whole.step, "raw")
-    voxels = math.prod(whole.box.extent / level.lattice.step)
-    if voxels > _RAW:
-        log.info("%s has no level that is coarse enough for the overview, which is left out", raw)
-    return voxels <= _RAW
+def _overview_header(overview: Lattice, lattice: Lattice) -> str:
+    if overview.shape == lattice.shape:
+        return "whole prediction"
+    part, whole = (" × ".join(map(str, lattice.shape)) for lattice in (overview, lattice))
+    return f"overview, {part} of {whole} voxels (z, y, x)"
 
 
 def _annotated_places(classes: Sequence[str], lattice: Lattice, most: Shape, crops: Path | None) -> Iterator[_Place]:

@@ -69,11 +69,20 @@ def table(scores: Sequence[CropScore]) -> str:
     lines = ["crop".ljust(width[0]) + "class".ljust(width[1]) + head]
     for crop, score in zip(crops, scores, strict=True):
         values = score.values()
+        if _is_absent(score):  # its scores are 0 or undefined, whatever was predicted
+            text = f"not in this crop; {score.voxels.fp:,} voxels are predicted"
+            lines.append(f"{crop:<{width[0]}}{score.name:<{width[1]}}  {text}")
+            continue
         cells = "".join(f"{_number(c, values[c]):>{w}}" for c, w in zip(columns, widths, strict=True))
         lines.append(crop.ljust(width[0]) + score.name.ljust(width[1]) + cells)
     if any(score.trained for score in scores):
         lines.append("* trained on")
     return "\n".join(lines)
+
+
+def _is_absent(score: CropScore) -> bool:
+    """Return True if no voxel of a crop is annotated as the class."""
+    return score.voxels.tp + score.voxels.fn == 0
 
 
 def _title(column: str) -> str:
@@ -85,7 +94,7 @@ def _number(column: str, value: float) -> str:
 
 
 def draw(scores: Sequence[CropScore], path: Path) -> None:
-    """Draw one heat map per score, crops against classes, with the numbers.
+    """Draw one heat map per score, crops against classes, with the numbers; classes that a crop lacks are left white.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -101,7 +110,7 @@ def draw(scores: Sequence[CropScore], path: Path) -> None:
     figure = Figure(figsize=size, layout="constrained")
     for number, metric in enumerate(metrics):
         values = np.full((len(crops), len(names)), np.nan)
-        for score in scores:
+        for score in (score for score in scores if not _is_absent(score)):
             values[crops.index(score.crop), names.index(score.name)] = score.values()[metric]
         axes = figure.add_subplot(1, len(metrics), number + 1)
         axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")

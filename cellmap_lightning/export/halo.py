@@ -34,21 +34,33 @@ def measure_halo(network: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[int,
         >>> measure_halo(nn.Conv3d(1, 1, 5, padding=2), (16, 16, 16))
         ((2, 2, 2), True)
     """
-    copied = _positive_copy(network)
+    copied = positive_copy(network)
     x = torch.ones(1, 1, *shape, dtype=torch.float64, device="cpu", requires_grad=True)
     with torch.enable_grad():
         output = scales_of(copied(x), x.ndim)[0].sum(1)[0]
-        reaches = [_reach(output, x, phase) for phase in range(min(_PHASES, *output.shape))]
-    halo = tuple(max(reach[0][axis] for reach in reaches) for axis in range(len(shape)))
-    return halo, not any(clipped for _, clipped in reaches)
+        halo, clipped = reach_of(output, x)
+    return halo, not any(clipped)
 
 
-def _reach(output: Tensor, x: Tensor, phase: int) -> tuple[list[int], bool]:
-    """Return the distances of the furthest input voxels of one output voxel, and True if one is at the border."""
+def reach_of(output: Tensor, x: Tensor) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Return the halo per axis, and per axis True if the border of the input limits it.
+
+    Args:
+        output: the sum over channels that a `positive_copy` gives for ``x``, ``[z, y, x]`` or ``[y, x]``.
+        x: the input ``[1, 1, ...]``, which requires gradients.
+    """
+    reaches = [_reach(output, x, phase) for phase in range(min(_PHASES, *output.shape))]
+    axes = range(output.ndim)
+    halo = tuple(max(distances[axis] for distances, _ in reaches) for axis in axes)
+    return halo, tuple(any(clipped[axis] for _, clipped in reaches) for axis in axes)
+
+
+def _reach(output: Tensor, x: Tensor, phase: int) -> tuple[list[int], list[bool]]:
+    """Return the distances of the furthest input voxels of one output voxel, and True where one is at the border."""
     shape = x.shape[2:]
     centre = [n // 2 - min(_PHASES, *output.shape) // 2 + phase for n in output.shape]
     (gradient,) = torch.autograd.grad(output[tuple(centre)], x, retain_graph=True)
-    distances, clipped = [], False
+    distances, clipped = [0] * len(shape), [False] * len(shape)
     for axis, (n, m, position) in enumerate(zip(shape, output.shape, centre, strict=True)):
         others = [a for a in range(len(shape)) if a != axis]
         used = gradient[0, 0].abs().amax(others).nonzero().flatten().tolist()
@@ -56,12 +68,12 @@ def _reach(output: Tensor, x: Tensor, phase: int) -> tuple[list[int], bool]:
             continue
         # Both are centred; of a valid network the output is smaller, of another voxel size it is scaled.
         place = (position + 0.5) * (n / m) - 0.5 if n % m == 0 else position + (n - m) / 2
-        distances.append(max(int(-(-(place - used[0]) // 1)), int(-(-(used[-1] - place) // 1)), 0))
-        clipped |= used[0] == 0 or used[-1] == n - 1
-    return distances or [0] * len(shape), clipped
+        distances[axis] = max(int(-(-(place - used[0]) // 1)), int(-(-(used[-1] - place) // 1)), 0)
+        clipped[axis] = used[0] == 0 or used[-1] == n - 1
+    return distances, clipped
 
 
-def _positive_copy(network: nn.Module) -> nn.Module:
+def positive_copy(network: nn.Module) -> nn.Module:
     """Return a copy with positive weights, normalizations without effect, and means in place of maxima."""
     copied = copy.deepcopy(network).cpu().double().eval()
     with torch.no_grad():

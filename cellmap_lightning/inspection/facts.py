@@ -14,6 +14,7 @@ from cellmap_lightning.crops.image import choose_level
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.lattice import LATTICE_TOLERANCE, SCALE_TOLERANCE, Box, Lattice, Shape, Vector
+from cellmap_lightning.inspection.sections import SectionFacts, section_facts
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.images import image_exists, read_image
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides
@@ -123,6 +124,8 @@ class ClassFacts:
         lost: part of the foreground that the level read at the scale in use has lost; None likewise.
         level: name of that level.
         read_as: meaning of the values if the metadata has no encoding.
+        size: voxels of the finest level.
+        gaps: runs of empty sections that cut objects, see `SectionFacts`; None if they are not read.
         wrong: the error if it cannot be read.
 
     Example:
@@ -135,6 +138,8 @@ class ClassFacts:
     lost: float | None = None
     level: str | None = None
     read_as: str | None = None
+    size: int | None = None
+    gaps: tuple[tuple[int, int], ...] | None = None
     wrong: str | None = None
 
 
@@ -281,6 +286,7 @@ def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFac
                 unknown=unknown_share(image),
                 scale=image.finest.lattice.step,
                 read_as=encodings.decided.get(name),
+                size=int(np.prod(image.finest.array.shape)),
             )
         except CellMapError as e:
             classes[name] = ClassFacts(wrong=str(e))
@@ -318,7 +324,7 @@ def at_scale(crops: Sequence[CropFacts], scale: Vector, deep: bool) -> list[Crop
     Args:
         crops: the crops.
         scale: voxel size, nm.
-        deep: count voxels where the metadata has no counts of a level.
+        deep: count voxels where the metadata has no counts of a level, and read the sections of labels.
     """
     pool = ReadPool(4)
 
@@ -353,6 +359,12 @@ class _ForegroundCount:
         self._crop, self._deep, self._pool = facts.name, deep, pool
         self._encodings = LabelEncodings(facts.name, facts.metadata.get("unknown", "metadata"), thorough=deep)
 
+    def sections(self, name: str, image: Multiscale) -> SectionFacts | None:
+        """Return the facts of the sections of a class, or None if they are not read."""
+        if not self._deep:
+            return None
+        return section_facts(image.finest, self._encodings.of(name, image, image.finest), f"{self._crop}, {name}")
+
     def __call__(self, name: str, image: Multiscale, level: Level) -> int | None:
         """Return the foreground voxels of a class at a level, or None if they are not counted."""
         encoding = self._encodings.of(name, image, level)
@@ -369,6 +381,7 @@ def _with_loss(of_class: ClassFacts, name: str, crop: CropFacts, scale: Vector, 
     level = choose_level(image, scale)
     try:
         fine, coarse = count(name, image, image.finest), count(name, image, level)
+        sections = count.sections(name, image)
     except CellMapError as e:
         return replace(of_class, wrong=str(e))
     lost = None
@@ -376,6 +389,9 @@ def _with_loss(of_class: ClassFacts, name: str, crop: CropFacts, scale: Vector, 
         # Voxels of levels differ in size, so that volumes are compared, not counts.
         volumes = coarse * float(np.prod(level.scale)), fine * float(np.prod(image.finest.scale))
         lost = 1 - volumes[0] / volumes[1]
+    if sections is not None:
+        unknown = of_class.unknown if of_class.unknown is not None else sections.unknown
+        of_class = replace(of_class, gaps=sections.gaps, unknown=unknown)
     return replace(of_class, voxels=fine, lost=lost, level=level.name)
 
 

@@ -1,5 +1,7 @@
 """Tables, lengths and boxes as text."""
 
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,4 +35,25 @@ def voxel_size(values: Sequence[float]) -> str:
 
 def box_text(box: Mapping[str, Sequence[float]] | None) -> str:
     """Return a box, such as ``z 0..512 y 0..512 x 0..512``; ``-`` for None."""
-    return " ".join(f"{axis} {low:g}..{high:g}" for axis, (low, high) in box.items()) if box else "-"
+    return " ".join(f"{axis} {low:.5g}..{high:.5g}" for axis, (low, high) in box.items()) if box else "-"
+
+
+def count_text(count: int) -> str:
+    """Return a number of voxels, such as ``240,000`` or ``3.78 million``."""
+    return f"{count:,}" if count < 10**6 else f"{float(f'{count / 1e6:.3g}'):,g} million"
+
+
+def wrapped(text: str, indent: int = 0, hanging: int = 4) -> str:
+    """Return lines that fit the terminal.
+
+    Args:
+        text: one or several lines.
+        indent: spaces before each line.
+        hanging: further spaces before continued lines.
+    """
+    width = shutil.get_terminal_size().columns
+    first, later = " " * indent, " " * (indent + hanging)
+    options: Any = {"initial_indent": first, "subsequent_indent": later, "break_on_hyphens": False}
+    # Columns of spaces stay, and paths are not broken.
+    lines = (textwrap.wrap(line, width, break_long_words=False, **options) or [first] for line in text.split("\n"))
+    return "\n".join(line for wrapped_lines in lines for line in wrapped_lines)

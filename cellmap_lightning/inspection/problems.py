@@ -62,6 +62,7 @@ KINDS = {
     "off lattice": "crops off raw's lattice, so that raw is interpolated at the scale of the labels",
     "lost": f"classes that lose more than {MOST_LOST:.0%} of their foreground at the level that is read",
     "unknown": f"crops that are unknown to more than {MOST_UNKNOWN:.0%}",
+    "gaps": "empty sections inside objects, which cut them",
     "empty": "classes without foreground",
     "rare": "classes in a single crop, so that they cannot be both trained and validated",
     "type": "volumes of different types",
@@ -150,6 +151,28 @@ def _of_content(crop: CropFacts, classes: Sequence[str]) -> Iterator[tuple[str, 
     if lost:
         advice = "label_downsample=any keeps thin structures, or use a finer scale"
         yield "lost", f"{first_few(lost, _LISTED)}; {advice}"
+    for name, facts in crop.classes.items():
+        if facts.gaps and name in classes and facts.scale is not None and crop.box is not None:
+            yield "gaps", _gaps_text(name, facts.gaps, crop.box["z"][0], facts.scale[0])
+
+
+def _gaps_text(name: str, gaps: Sequence[tuple[int, int]], lower: float, thickness: float) -> str:
+    """Return the sections of gaps by their numbers and in nm.
+
+    Args:
+        name: the class.
+        gaps: first and last section of each.
+        lower: where section 0 begins, nm.
+        thickness: of a section, nm.
+    """
+    runs = []
+    for first, last in gaps:
+        ends = f"z {lower + first * thickness:g}..{lower + (last + 1) * thickness:g} nm"
+        runs.append(f"{first} ({ends})" if first == last else f"{first} to {last} ({ends})")
+    return (
+        f"{name}: no voxel in section {first_few(runs, _LISTED)}, though objects continue on both sides; annotate them "
+        "there, or mark the sections as unknown"
+    )
 
 
 def _of_scale(

@@ -51,6 +51,7 @@ class Inspection:
         costs: of the configuration, completed with the proposal where the user's has gaps.
         refused: the error if the configuration does not fit the data.
         complete: whether the user gave all of classes, scale and shape.
+        split: the rule that assigns crops to splits.
 
     Example:
         >>> print(inspect({"csv_path": "crops.csv"}, {}, None))
@@ -63,6 +64,7 @@ class Inspection:
     costs: Costs | None
     refused: str | None
     complete: bool
+    split: str = "csv"
 
     def json(self) -> str:
         """Return everything as one JSON document, with the versions of the libraries."""
@@ -75,9 +77,13 @@ class Inspection:
         return json.dumps(document, indent=1, ensure_ascii=False)
 
     def __str__(self) -> str:
-        parts = [text.volumes_text(self.volumes)]
+        parts = [text.volumes_text(self.volumes, {crop.raw for crop in self.crops})]
         if self.crops:
-            parts += [text.crops_text(self.crops), text.classes_text(self.crops), text.encodings_text(self.crops)]
+            parts += [
+                text.crops_text(self.crops, self.split),
+                text.classes_text(self.crops),
+                text.encodings_text(self.crops),
+            ]
         parts.append(text.problems_text(self.problems))
         if self.costs is not None:
             parts.append(text.costs_text(self.costs, self.complete))
@@ -135,7 +141,8 @@ def inspect(
             settings.get("held_out"),
         )  # fmt: skip
     complete = all(value is not None for value in chosen.values())
-    return Inspection(volumes, crops, problems, proposal, costs, refused, complete)
+    rule = str(settings.get("split") or "csv")
+    return Inspection(volumes, crops, problems, proposal, costs, refused, complete, rule)
 
 
 def settings_around(input_path: str) -> dict[str, Any]:

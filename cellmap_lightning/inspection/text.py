@@ -1,29 +1,45 @@
 """The text of an inspection, section by section."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from cellmap_lightning.inspection.costs import Costs
 from cellmap_lightning.inspection.facts import ClassFacts, CropFacts, LevelFacts, Values, VolumeFacts
-from cellmap_lightning.inspection.formats import box_text, table, voxel_count, voxel_size
+from cellmap_lightning.inspection.formats import box_text, count_text, table, voxel_count, voxel_size, wrapped
 from cellmap_lightning.inspection.problems import KINDS, Problem
+from cellmap_lightning.validation import first_few
 
 #: Problems of one kind that are printed.
 SHOWN = 8
 #: Labels without an encoding that are printed.
 MOST_READ_AS = 40
 #: Classes of a crop whose names are printed.
-NAMED = 5
+NAMED = 3
+#: The reason for the crops of validation, by the setting ``split``.
+_RULES = {
+    "csv": "as the CSV or data.datasets says",
+    "random": "drawn at random with the seed (split=random, data.val_fraction)",
+    "stratified": "chosen so that each class has about the same share of its crops there (split=stratified)",
+    "by_dataset": "as whole datasets, drawn with the seed (split=by_dataset, data.val_fraction)",
+    "leave_one_dataset_out": "as the dataset number data.fold (split=leave_one_dataset_out)",
+    "kfold": "as the part data.fold of data.n_folds (split=kfold)",
+}
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
-def volumes_text(volumes: Sequence[VolumeFacts]) -> str:
-    """Return the section of the raw volumes."""
-    return f"Raw volumes ({len(volumes)})\n\n" + "\n\n".join(map(_volume, volumes))
+def volumes_text(volumes: Sequence[VolumeFacts], annotated: Collection[str]) -> str:
+    """Return the section of the raw volumes.
+
+    Args:
+        volumes: the volumes.
+        annotated: paths of those with crops.
+    """
+    parts = [_volume(volume, volume.path in annotated) for volume in volumes]
+    return f"Raw volumes ({len(volumes)})\n\n" + "\n\n".join(parts)
 
 
-def _volume(volume: VolumeFacts) -> str:
+def _volume(volume: VolumeFacts, annotated: bool) -> str:
     if volume.wrong is not None:
         return f"{volume.name}  {volume.path}\n  {volume.wrong}"
     rows = [["level", "nm (z y x)", "voxels", "type", "chunks", "codec"]]
@@ -33,6 +49,7 @@ def _volume(volume: VolumeFacts) -> str:
         else:
             rows.append([level.name, voxel_size(level.scale), voxel_count(level.shape), *_storage([level])])
     lines = [f"{volume.name}  {volume.path}", f"  box {box_text(volume.box)} nm", table(rows, 2)]
+    lines += [] if annotated else ["  raw only: no crop annotates it"]
     return "\n".join([*lines, f"  {_values(volume.values)}"])
 
 
@@ -57,25 +74,42 @@ def _values(values: Values | None) -> str:
     )
 
 
-def crops_text(crops: Sequence[CropFacts]) -> str:
-    """Return the section of the crops."""
+def crops_text(crops: Sequence[CropFacts], rule: str) -> str:
+    """Return the section of the crops; columns that are the same in all crops are one line below the table.
+
+    Args:
+        crops: the crops.
+        rule: the setting ``split``.
+    """
     heading = [
         "crop", "split", "voxels", "nm (z y x)", "levels", "type", "chunks", "codec", "classes", "absent", "unknown",
-        "raw", "box (nm)",
+        "raw", "box z, y, x (nm)",
     ]  # fmt: skip
     rows = [heading]
+    named = all(len(crop.classes) <= NAMED for crop in crops)
     for crop in crops:
         if crop.wrong is not None:
             rows.append([crop.name, crop.usage, "cannot be read, see below", *[""] * (len(heading) - 3)])
         else:
-            rows.append(_crop(crop))
-    return (
-        f"Crops ({len(crops)})\n\n{table(rows)}\n\n"
-        "raw: whether edges of the crop are edges of raw's finest voxels (aligned), or by how many of these they miss"
-    )
+            rows.append(_crop(crop, named))
+    equal = [n for n in range(3, len(heading) - 1) if len({row[n] for row in rows[1:]}) == 1]
+    shown = [[cell for n, cell in enumerate(row) if n not in equal] for row in rows]
+    lines = [f"Crops ({len(crops)})", "", table(shown), ""]
+    if equal:
+        lines.append(wrapped("in all of them: " + ", ".join(f"{heading[n]} {rows[1][n]}" for n in equal)))
+    lines.append(wrapped(_split_text(crops, rule)))
+    off = "edges of the crop are edges of raw's finest voxels (aligned), or miss them by so many of these"
+    return "\n".join([*lines, wrapped(f"raw: {off}")])
 
 
-def _crop(crop: CropFacts) -> list[str]:
+def _split_text(crops: Sequence[CropFacts], rule: str) -> str:
+    """Return which crops validate, and the reason."""
+    named = [crop.name for crop in crops if crop.usage == "val"]
+    validate = f"{first_few(named, NAMED)} for validation" if named else "no crop for validation"
+    return f"split: {validate}, {_RULES.get(rule, f'by split={rule}')}; data.split changes it"
+
+
+def _crop(crop: CropFacts, named: bool) -> list[str]:
     names = list(crop.classes)
     present = [level for level in crop.levels if level.shape is not None]
     return [
@@ -85,11 +119,11 @@ def _crop(crop: CropFacts) -> list[str]:
         voxel_size(crop.scale) if crop.scale else "-",
         f"{len(present)}" + (f" of {len(crop.levels)}" if len(present) < len(crop.levels) else ""),
         *_storage(crop.levels),
-        ", ".join(names) if len(names) <= NAMED else str(len(names)),
+        ", ".join(names) if named else str(len(names)),
         ", ".join(crop.absent) if 0 < len(crop.absent) <= NAMED else str(len(crop.absent)),
-        f"{crop.unknown:.0%}" if crop.unknown is not None else "?",
+        f"{crop.unknown:.0%}" if crop.unknown is not None else "-" if crop.wrong is not None else "?",
         _alignment(crop),
-        box_text(crop.box),
+        "  ".join(f"{low:.0f}..{high:.0f}" for low, high in crop.box.values()) if crop.box else "-",
     ]
 
 
@@ -101,12 +135,13 @@ def _alignment(crop: CropFacts) -> str:
 
 def classes_text(crops: Sequence[CropFacts]) -> str:
     """Return the section of the classes, over all crops."""
-    rows = [["class", "crops", "hold it", "voxels", "unknown", "lost at the scale"]]
+    rows = [["class", "crops", "hold it", "voxels", "share", "unknown", "lost at the scale"]]
     names = dict.fromkeys(name for crop in crops for name in crop.classes)
     rows += [[name, *_class([crop.classes[name] for crop in crops if name in crop.classes])] for name in names]
     text = f"Classes\n\n{table(rows)}"
+    text += "\n\nshare: of the annotated voxels of the crops with a count"
     if any("?" in row for row in rows[1:]):
-        text += "\n\n?: not in the metadata; deep=true counts voxels"
+        text += "\n?: not in the metadata; deep=true counts voxels"
     return text
 
 
@@ -114,15 +149,22 @@ def _class(annotated: Sequence[ClassFacts]) -> list[str]:
     counts = [facts.voxels for facts in annotated if facts.voxels is not None]
     unknown = [facts.unknown for facts in annotated if facts.unknown is not None]
     lost = [facts.lost for facts in annotated if facts.lost is not None]
+    counted = [facts for facts in annotated if facts.voxels is not None and facts.size]
+    known = sum((facts.size or 0) * (1 - (facts.unknown or 0)) for facts in counted)
+    share = sum(facts.voxels or 0 for facts in counted) / known if known else None
+    # Nothing can be counted in a class that cannot be read, or lost of one without a voxel.
+    open_count = any(facts.voxels is None and facts.wrong is None for facts in annotated)
+    open_loss = any(facts.voxels != 0 and facts.lost is None and facts.wrong is None for facts in annotated)
     present = sum(facts.voxels != 0 and facts.wrong is None for facts in annotated)
     # Crops without a count may have voxels or not: the number of crops is an upper bound, that of voxels a lower one.
     at_most, at_least = ("<= ", ">= ") if len(counts) < len(annotated) else ("", "")
     return [
         str(len(annotated)),
         f"{at_most}{present}",
-        f"{at_least}{sum(counts):.3g}" if counts else "?",
-        f"{np.mean(unknown):.0%}" if unknown else "?",
-        f"{np.mean(lost):.0%} (worst {max(lost):.0%})" if lost else "?",
+        f"{at_least}{count_text(sum(counts))}" if counts else "?" if open_count else "-",
+        "?" if share is None and open_count else "-" if share is None else f"{share:.2%}",
+        f"{np.mean(unknown):.0%}" if unknown else "?" if open_count else "-",
+        f"{np.mean(lost):.0%} (worst {max(lost):.0%})" if lost else "?" if open_loss else "-",
     ]
 
 
@@ -161,7 +203,7 @@ def _problems_of_kind(problems: Sequence[Problem]) -> list[str]:
     width = max(len(problem.where) for problem in problems[:SHOWN])
     for problem in problems[:SHOWN]:
         text = problem.text.replace("\n", "\n    ")
-        lines.append(f"  {problem.where:<{width}}  {text}" if problem.where else f"  {text}")
+        lines.append(wrapped(f"{problem.where:<{width}}  {text}" if problem.where else text, 2))
     if len(problems) > SHOWN:
         lines.append(f"  and {len(problems) - SHOWN} more, which json=true lists")
     return lines
@@ -174,18 +216,24 @@ def costs_text(costs: Costs, complete: bool) -> str:
         "Costs of this configuration" if complete else "Costs of the proposal, with your settings",
         "",
         f"  crops used        {', '.join(f'{split} {n}' for split, n in costs.crops.items())}",
-        f"  a batch of {costs.batch_size:<6} {_mib(costs.finished)} finished, {_mib(costs.compact)} in transfer",
-        *(f"  batches ahead     {device}: {why}" for device, why in costs.prefetch.items()),
-        f"  decoded voxels    {costs.cache_bytes / 1e9:.3g} GB when everything has been read; {cache}",
+        wrapped(
+            f"a batch of {costs.batch_size:<6} {_mib(costs.finished)} finished, {_mib(costs.compact)} in transfer",
+            2,
+            18,
+        ),
+        *(wrapped(f"batches ahead     {device}: {why}", 2, 18) for device, why in costs.prefetch.items()),
+        wrapped(f"decoded voxels    {costs.cache_bytes / 1e9:.3g} GB when everything has been read; {cache}", 2, 18),
     ]
     if costs.unknown is not None:
-        lines.append(f"  classes           {costs.strategy}: {costs.unknown}")
+        lines.append(wrapped(f"classes           {costs.strategy}: {costs.unknown}", 2, 18))
     if costs.frequencies is not None:
         rows = [["class", "drawn for it", "from a crop that holds it"]]
         rows += [[name, f"{drawn:.1%}", f"{crop:.1%}"] for name, (drawn, crop) in costs.frequencies.items()]
-        lines += [f"  classes           shares of samples with the strategy {costs.strategy}", table(rows, 4)]
+        heading = f"classes           shares of samples with the strategy {costs.strategy}"
+        lines += [wrapped(heading, 2, 18), table(rows, 4)]
     if costs.shown is not None:
-        lines += ["", costs.shown]
+        heading, _, rest = costs.shown.partition("\n")
+        lines += ["", wrapped(heading), rest]
     return "\n".join(lines)
 
 

@@ -171,7 +171,12 @@ def _trim(patch: Shape, fractions: Sequence[float], context: int | Sequence[int]
     if context is None:
         trims = [math.floor(f * n / 2 + 0.5) for f, n in zip(fractions, patch, strict=True)]
     else:
-        trims = [int(c) for c in (context if isinstance(context, Sequence) else [context] * 3)]
+        given = list(context) if isinstance(context, Sequence) else [context] * 3
+        if len(given) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) for n in given):
+            raise CellMapValueError(
+                f"context must be a whole number of voxels, or three of them (z, y, x), got {context!r}"
+            )
+        trims = [int(n) for n in given]
     z, y, x = (0 if n == 1 else trim for trim, n in zip(trims, patch, strict=True))
     for axis, trim, n in zip(AXES, (z, y, x), patch, strict=True):
         if trim < 0 or n - 2 * trim < 1:

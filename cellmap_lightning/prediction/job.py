@@ -241,12 +241,12 @@ class JobPlanner:
     def _report(self, output: PredictionOutput, plan: BlockPlan, done: int) -> None:
         grid = output.grid
         log.info(
-            "%s: %s voxels of %s nm, %d classes as %s, %.3g GB before compression; %d blocks of %s, %d of them done; "
-            "the model computes %.2f voxels for each that is written (with one process), %.2f times as many as without "
-            "blocks",
-            output.path, list(grid.shape), [round(s, 4) for s in grid.whole.step], len(self._classes),
-            self._options.storage.dtype, output.nbytes / 1e9, len(grid), list(grid.block), done,
-            plan.computed, plan.redundancy,
+            "%s: %s voxels of %s nm, %s as %s, %.3g GB before compression; %s of %s, %d of them done; "
+            "the model computes %.2f voxels for each that is written%s",
+            output.path, list(grid.shape), [round(s, 4) for s in grid.whole.step],
+            _number(len(self._classes), "class", "classes"), self._options.storage.dtype, output.nbytes / 1e9,
+            _number(len(grid), "block", "blocks"), list(grid.block), done, plan.computed,
+            f", {plan.redundancy:.2f} times as many as without blocks" if plan.redundancy > 1.005 else "",
         )  # fmt: skip
 
     def _advise(self, plan: BlockPlan, cut: Callable[[float], Shape]) -> None:
@@ -268,6 +268,10 @@ class JobPlanner:
                 "blocks; block_size_mb=%g would allow %s, and make it %.2f times. Other blocks need a new output",
                 self._options.block_size_mb, list(plan.grid.block), plan.redundancy, mib, list(block), redundancy,
             )  # fmt: skip
+
+
+def _number(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
 
 
 def _check_inputs(output: PredictionOutput, inputs: InputStamps) -> None:

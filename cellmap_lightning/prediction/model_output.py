@@ -126,20 +126,29 @@ class ModelOutput:
     ) -> None:
         """Warn if the outermost voxels of the input change the output inside of the context.
 
+        Along an axis on which a patch holds the whole volume they are its own border, and are left as they are.
+
         Args:
             tiling: the tiling, with the context of a patch.
             values: values of the unchanged batch, see `values`.
             predict: returns the values of another batch.
             batch: the batch.
         """
-        if not any(tiling.trim):
+        extended = [axis for axis in range(3) if tiling.patch[axis] != 1]
+        axes = [axis for axis in extended if tiling.patch[axis] < tiling.volume[axis]]
+        if not any(tiling.trim) or not axes:
             return
         inputs = self.layout.inputs
-        changed = {
-            name: _new_border(value, _dims(inputs[name].window.shape, (0, 1, 2))) if name in inputs else value
-            for name, value in batch.items()
-        }
-        inner = tuple(slice(t, n - t) for t, n in zip(tiling.trim, tiling.patch, strict=True))
+        changed = {}
+        for name, value in batch.items():
+            dims = _dims(inputs[name].window.shape, (0, 1, 2)) if name in inputs else []
+            dims = [dims[extended.index(axis)] for axis in axes] if len(dims) == len(extended) else dims
+            changed[name] = _new_border(value, dims)
+        # The first voxel that is used may depend on the outermost one of its patch: the next one beyond is missing.
+        inner = tuple(
+            slice(t, n - t) if axis not in axes else slice(min(t + 1, n // 2), max(n - t - 1, n // 2 + 1))
+            for axis, (t, n) in enumerate(zip(tiling.trim, tiling.patch, strict=True))
+        )
         change = float((predict(changed) - values)[:, :, *inner].abs().max())
         if change > VISIBLE:
             log.warning(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, Box, Shape
 from cellmap_lightning.io.writer import ZarrFormat
 from cellmap_lightning.prediction.blending import Blend
@@ -69,6 +69,7 @@ class ChannelOptions:
         activation: ``sigmoid`` or ``softmax`` (over channels), for models that return logits.
 
     Raises:
+        CellMapTypeError: names of classes are no list.
         CellMapValueError: ``activation`` is unknown.
     """
 
@@ -80,6 +81,9 @@ class ChannelOptions:
     def __post_init__(self) -> None:
         if self.activation is not None:
             one_of("activation", self.activation, get_args(Activation))
+        for name, value in (("classes", self.classes), ("only", self.only)):
+            if isinstance(value, str):
+                raise CellMapTypeError(f"{name} must be a list of names, got {value!r}; give [{value}]")
 
 
 @dataclass(frozen=True)

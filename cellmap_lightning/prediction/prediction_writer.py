@@ -99,6 +99,7 @@ class PredictionWriter(L.Callback):
         redundancy: number of patches that are computed, divided by their number if everything were one block.
 
     Raises:
+        CellMapTypeError: names of classes are no list.
         CellMapValueError: an option is invalid.
     """
 

@@ -46,5 +46,5 @@ class Summary:
             f"blending and writing {self.stored:.3g} s"
         )
         lines = [f"{blocks}; {self.skipped} more were skipped" if self.skipped else blocks, times]
-        lines += [f"{name:<12} {part:.2%} of the voxels" for name, part in (self.fractions or {}).items()]
+        lines += [f"{name:<12} {part:.2%} of the voxels are positive" for name, part in (self.fractions or {}).items()]
         return "\n".join(lines)

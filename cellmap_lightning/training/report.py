@@ -1,6 +1,7 @@
 """Results of a training run for its user: a table of scores, training curves and a contact sheet."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,16 @@ class _Tile:
         sample: its finished sample.
         target: how the target is drawn; None without one.
         rank: see `class_rank`.
+        classes: numbers of the classes that occur in it.
+        crop: label of its crop.
     """
 
     position: int
     sample: Mapping[str, torch.Tensor]
     target: Display | None
     rank: tuple[int, float]
+    classes: frozenset[int]
+    crop: str
 
 
 def write_samples(
@@ -83,7 +88,7 @@ def write_samples(
     input_name: str | None = None,
     target_name: str | None = None,
 ) -> None:
-    """Draw a contact sheet of the tiles with the most classes: raw, target and prediction.
+    """Draw a contact sheet of tiles with the most classes, of places that differ: raw, target and prediction.
 
     Args:
         source: the samples to choose from.
@@ -100,9 +105,9 @@ def write_samples(
     # Candidates are evenly spaced over all crops; reading every tile would take too long.
     step = max(1, source.tile_count // _CANDIDATES)
     positions = sorted({source.tile(n) for n in range(0, source.tile_count, step)})
-    tiles = sorted((_read_tile(source, p, target_name) for p in positions), key=lambda tile: tile.rank, reverse=True)
+    tiles = [_read_tile(source, p, target_name) for p in positions]
     rows = []
-    for tile in _spread(source, tiles, count, input_name):
+    for tile in _different(source, tiles, count, input_name):
         prediction = predict({name: value[None] for name, value in tile.sample.items()}) if predict else None
         rows.append(_sheet_sample(source, tile, prediction, input_name, target_name))
     kind = source.layout.targets[target_name].kind if target_name is not None else None
@@ -112,8 +117,12 @@ def write_samples(
 def _read_tile(source: SampleSource, position: int, target_name: str | None) -> _Tile:
     sample = source[position]
     target = display(source.layout.targets[target_name].kind, sample[target_name]) if target_name else None
-    rank = class_rank((target.masks > 0.5).numpy()) if target is not None else (0, 0.0)
-    return _Tile(position, sample, target, rank)
+    crop = source.locate(position)[0].label
+    if target is None:
+        return _Tile(position, sample, None, (0, 0.0), frozenset(), crop)
+    present = (target.masks > 0.5).numpy()
+    occurring = frozenset(number for number, mask in enumerate(present) if mask.any())
+    return _Tile(position, sample, target, class_rank(present), occurring, crop)
 
 
 def class_rank(present: npt.NDArray[np.bool_]) -> tuple[int, float]:
@@ -126,14 +135,24 @@ def class_rank(present: npt.NDArray[np.bool_]) -> tuple[int, float]:
     return int((shares > 0.005).sum()), float(shares.clip(max=0.1).sum())
 
 
-def _spread(source: SampleSource, tiles: Iterable[_Tile], count: int, input_name: str) -> list[_Tile]:
-    """Return the first tiles that do not overlap; overlapping ones fill up the list where these are too few."""
-    apart: list[_Tile] = []
-    overlapping: list[_Tile] = []
-    for tile in tiles:
-        near = any(_overlap(source, tile.position, other.position, input_name) for other in apart)
-        (overlapping if near else apart).append(tile)
-    return [*apart, *overlapping][:count]
+def _different(source: SampleSource, tiles: Sequence[_Tile], count: int, input_name: str) -> list[_Tile]:
+    """Return tiles that show different things: at most ``count``, and none that repeats another one.
+
+    Tiles are chosen one after the other. A tile that shares more than half of its extent along every axis with a
+    chosen one is never taken. Of the others, one with a class that no chosen tile has comes first, then one of the crop
+    with the fewest chosen tiles, then the one with the highest rank.
+    """
+    chosen: list[_Tile] = []
+    shown: set[int] = set()
+    crops: Counter[str] = Counter()
+    left = list(tiles)
+    while left and len(chosen) < count:
+        best = max(left, key=lambda tile: (len(tile.classes - shown), -crops[tile.crop], tile.rank, -tile.position))
+        chosen.append(best)
+        shown |= best.classes
+        crops[best.crop] += 1
+        left = [tile for tile in left if not _overlap(source, tile.position, best.position, input_name)]
+    return chosen
 
 
 def _overlap(source: SampleSource, one: int, other: int, name: str) -> bool:
@@ -172,8 +191,14 @@ def describe_run(folder: Path) -> list[str]:
     return [f"  {name:<{width}}  {text}" for name, text in _FILES.items() if (folder / name).exists()]
 
 
-def write_curves(folder: Path) -> None:
-    """Draw ``metrics.csv`` as ``curves.png``, if there are metrics."""
+def write_curves(folder: Path, classes: Sequence[str] | None = None) -> None:
+    """Draw ``metrics.csv`` as ``curves.png``, if there are metrics.
+
+    Args:
+        folder: of the run.
+        classes: the classes in the order of the samples, so that they have the same colours; the file sorts its
+            columns.
+    """
     metrics = folder / "metrics.csv"
     if metrics.exists():
-        training_curves(metrics, folder / "curves.png")
+        training_curves(metrics, folder / "curves.png", classes=classes)

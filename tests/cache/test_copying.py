@@ -61,7 +61,7 @@ def test_boxes_larger_than_a_slab(depth):
 
 
 def test_nothing_beside_the_target_is_written():
-    volume, box = _volume((6, 7, 8), "u2")
+    _, box = _volume((6, 7, 8), "u2")
     for order, flips in ORIENTATIONS:
         frame = np.full((12, 12, 12), 9, "u2")
         inner = frame[2:10, 1:10, 3:12].transpose(*order)[:6, :7, :8][tuple(slice(None, None, s) for s in flips)]

@@ -67,8 +67,10 @@ def test_all_writer_arguments_are_configurable():
         node = OmegaConf.to_container(hydra.compose("predict"))["writer"]
     parameters = inspect.signature(make_prediction_writer).parameters
     assert set(node) - {"_target_"} == set(parameters)
+    # The command chooses these two; see `set_context`.
+    assert (node["blend"], node["context"]) == ("auto", "auto")
     for name, parameter in parameters.items():
-        if name not in ("output", "overwrite"):
+        if name not in ("output", "overwrite", "blend", "context"):
             assert node[name] == (
                 list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
             )

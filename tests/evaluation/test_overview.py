@@ -95,6 +95,22 @@ def test_densest_places_are_drawn_without_crops(volume, tmp_path, monkeypatch):
     assert (tmp_path / "out.png").stat().st_size > 20_000
 
 
+def test_an_overview_of_a_large_prediction_is_a_part_of_it(volume, tmp_path, monkeypatch):
+    monkeypatch.setattr("cellmap_lightning.evaluation.overview._PLACE", (16, 32, 32))
+    monkeypatch.setattr("cellmap_lightning.evaluation.overview._OVERVIEW", (64, 64))
+    raw = read_multiscale(volume.raw_path).levels[1]
+    values = np.zeros(raw.array.shape, np.uint8)
+    values[40:50, 100:130, 20:50] = 200
+    about = {"cellmap": {"prediction": {"class_name": "mito", "probability_1": 255}}}
+    out = predicted(tmp_path / "out.zarr", raw, values, levels=2, attributes=about)
+    overview, *_ = samples_of(out, volume.raw_path, ["mito"])
+    whole = " × ".join(map(str, values.shape))
+    assert overview.header == f"overview, {len(values)} × 64 × 64 of {whole} voxels (z, y, x)"
+    assert overview.raw.shape == (len(values), 64, 64)
+    assert overview.scale == raw.lattice.step  # a voxel of the prediction, not a coarser one
+    assert overview.prediction.any()
+
+
 @pytest.mark.parametrize("levels", [1, 12])
 def test_read_volume_is_bounded(tmp_path, levels):
     """An empty volume and an empty prediction of 1.25e14 voxels."""

@@ -288,7 +288,7 @@ def test_empty_blocks_are_skipped(tmp_path, world):
 def test_warning_about_a_receptive_field_larger_than_the_context(tmp_path, caplog):
     path, _ = raw_volume(tmp_path, (24, 32, 32))
     given = {"classes": ("a", "b"), "model": Convolution()}  # 3 voxels on either side
-    for context, said in ((1, True), (2, True), (4, False)):
+    for context, said in ((1, True), (2, True), (3, False), (4, False)):
         caplog.clear()
         predict(path, (16, 16, 16), tmp_path / f"{context}.zarr", context=context, **given)
         found = "is larger than the context of [" in caplog.text

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError, MissingExtraError
 from cellmap_lightning.visualization.figures import (
@@ -129,7 +130,17 @@ def test_samples_of_different_kinds_share_a_sheet():
         *("1:raw", "1:target", "1:xz"),
         *("2:raw", "2:prediction"),
     ]
-    assert {"no prediction", "no target", "no slice along z"} <= set(texts(figure))
+    assert not any(text.startswith("no ") for text in texts(figure))
+    # Panels stand side by side: there is no gap in place of a missing one.
+    lefts = {axes.get_label(): round(axes.get_position().x0, 6) for axes in figure.axes}
+    assert lefts["1:xz"] == lefts["0:prediction"]
+    assert lefts["2:prediction"] == lefts["0:target"]
+
+
+def test_colors_of_a_run_are_those_of_its_classes():
+    figure = contact_sheet([sample()], CLASSES, colors=["#ff0000", "#00ff00", "#0000ff"][: len(CLASSES)])
+    patches = [patch for patch in figure.axes[1].patches if (patch.get_gid() or "").startswith("target:")]
+    assert to_hex(patches[0].get_edgecolor()) in {"#ff0000", "#00ff00", "#0000ff"}
 
 
 def test_single_class():

@@ -237,7 +237,7 @@ def _near(group: StorePath) -> str:
     images = [name for name in names[:24] if listed_images((read_attributes(group / name) or ({}, 0))[0]) is not None]
     if images:
         return f"; did you mean one of the images below it: {', '.join(images[:12])}?"
-    return f"; it holds {', '.join(names[:12])}" if names else ""
+    return f"; it holds {', '.join(names[:12])}: give the path of an image in it" if names else ""
 
 
 def _version(attributes: Mapping[str, Any], image: Mapping[str, Any]) -> str | None:

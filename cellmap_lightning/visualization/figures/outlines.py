@@ -17,7 +17,7 @@ Overlay = Literal["outline", "fill"]
 
 DASHES = (0, (3.0, 1.2))
 """Dashes of the outlines of predictions."""
-_LINE = 0.9  # points
+_LINE = 0.7  # points
 _RIM = 1.5  # points by which an outline is widened for each other one on top of it
 _DEEPEST = 3  # other outlines on top for which a rim is drawn, at most
 

@@ -80,6 +80,7 @@ def contact_sheet(
     max_rows: int = 6,
     overlay: Overlay = "outline",
     predicted: str = f"prediction > {THRESHOLD:g}",
+    colors: Sequence[str] | None = None,
 ) -> "Figure":
     """Draw samples with the outlines of targets and predictions.
 
@@ -88,7 +89,7 @@ def contact_sheet(
     xz slice cuts it along the row between the small triangles, see `best_row`. Target outlines are solid and prediction
     outlines dashed, both exactly on the borders of voxels. Where a mask touches the edge of the image its outline runs
     along that edge. Where outlines coincide, the one of the larger object shows as a rim on either side. Voxels that
-    are unknown for every class are dimmed and hatched. Columns that no sample fills are left out.
+    are unknown for every class are dimmed and hatched. A sample without a target or a prediction has fewer panels.
 
     Args:
         samples: the samples, in order.
@@ -99,6 +100,7 @@ def contact_sheet(
         max_rows: number of samples that are drawn at most; the title notes if there are more.
         overlay: ``"outline"``, or ``"fill"`` to tint the insides as well.
         predicted: title of the panels of predictions.
+        colors: one for each class, as ``"#rrggbb"``, instead of those of `outline_colors`.
 
     Returns:
         The figure, 1400 px wide with four columns.
@@ -118,7 +120,7 @@ def contact_sheet(
     if len(samples) > max_rows:
         notes.append(f"the first {max_rows} of {len(samples)} samples")
     with default_style():
-        figure = _draw_sheet(rows, classes, " — ".join(notes), overlay, predicted)
+        figure = _draw_sheet(rows, classes, " — ".join(notes), overlay, predicted, colors)
         save(figure, path)
     return figure
 
@@ -204,8 +206,15 @@ class _Block:
         return high, wide
 
 
-def _draw_sheet(rows: Sequence[_Row], classes: Sequence[str], title: str, overlay: Overlay, predicted: str) -> "Figure":
-    colors = outline_colors(len(classes))
+def _draw_sheet(
+    rows: Sequence[_Row],
+    classes: Sequence[str],
+    title: str,
+    overlay: Overlay,
+    predicted: str,
+    palette: Sequence[str] | None,
+) -> "Figure":
+    colors = list(palette) if palette is not None else outline_colors(len(classes))
     columns = ["raw", *(name for name in OUTLINED if any(name in row.xy.masks for row in rows))]
     columns += ["xz"] if any(row.xz is not None for row in rows) else []
     column = _COLUMN[len(columns)]
@@ -227,23 +236,20 @@ def _draw_sheet(rows: Sequence[_Row], classes: Sequence[str], title: str, overla
             canvas.rule(y - 0.02)
         below = canvas.lines(y + 0.05, block.header, fontweight="bold")
         canvas.lines(below, block.facts, color=GREY)
-        for i, kind in enumerate(columns):
+        for i, kind in enumerate(kind for kind in columns if _has_panel(kind, block.row)):
             left, panel_top = MARGIN + i * (column + _GAP), y + block.head
-            absent = _absent(kind, block.row)
-            text = absent or _panel_title(kind, block.row, predicted)
-            canvas.text(left, panel_top - _PANEL_TITLE, text, **({"color": GREY} if absent else {}))
-            if not absent:
-                panel = _panel(canvas, block, kind, left, panel_top, f"{number}:{kind}")
-                panel.draw(classes, colors, overlay)
+            canvas.text(left, panel_top - _PANEL_TITLE, _panel_title(kind, block.row, predicted))
+            panel = _panel(canvas, block, kind, left, panel_top, f"{number}:{kind}")
+            panel.draw(classes, colors, overlay)
         y += block.height
     return canvas.figure
 
 
-def _absent(kind: str, row: _Row) -> str:
-    """Return why a panel is missing, or an empty text."""
+def _has_panel(kind: str, row: _Row) -> bool:
+    """Return True if a sample has something to draw in a column."""
     if kind == "xz":
-        return "no slice along z" if row.xz is None else ""
-    return f"no {kind}" if kind in OUTLINED and kind not in row.xy.masks else ""
+        return row.xz is not None
+    return kind not in OUTLINED or kind in row.xy.masks
 
 
 def _panel(canvas: Canvas, block: _Block, kind: str, x: float, y: float, label: str) -> Panel:

@@ -1,0 +1,78 @@
+"""Sections of a crop without a voxel of a class whose objects continue on both sides, and its unknown voxels."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cellmap_lightning.crops.labels import stored_labels
+from cellmap_lightning.io.ngff import Encoding, Level
+from cellmap_lightning.io.readers import open_reader
+
+Plane = npt.NDArray[np.bool_]
+
+#: Part of the smaller of two sections that has foreground in both, from which objects continue from one to the other.
+_CONTINUES = 0.5
+
+
+@dataclass(frozen=True)
+class SectionFacts:
+    """The stored sections of a class along z.
+
+    Attributes:
+        gaps: first and last index of each run of sections without a voxel of the class, although all of them are
+            annotated and its objects lie at the same place on both sides.
+        unknown: unannotated part of the voxels.
+
+    Example:
+        >>> section_facts(image.finest, encoding, "crop1, mito").gaps  # doctest: +SKIP
+        ((7, 7),)
+    """
+
+    gaps: tuple[tuple[int, int], ...]
+    unknown: float
+
+
+def section_facts(level: Level, encoding: Encoding, label: str) -> SectionFacts:
+    """Read a level of labels section by section.
+
+    Args:
+        level: the level.
+        encoding: meaning of its values.
+        label: name in messages.
+
+    Raises:
+        CellMapError: it cannot be read.
+    """
+    gaps: list[tuple[int, int]] = []
+    before: Plane | None = None  # the last section with foreground
+    first = 0  # of the empty sections since then
+    broken = True  # an unknown section since then, which explains them
+    unknown = total = 0
+    for z, (present, missing) in enumerate(_sections(level, encoding, label)):
+        unknown += int(np.count_nonzero(missing))
+        total += missing.size
+        if not present.any():
+            broken |= bool(missing.all())
+            continue
+        if before is not None and z > first and not broken and _continues(before, present):
+            gaps.append((first, z - 1))
+        before, first, broken = present, z + 1, False
+    return SectionFacts(tuple(gaps), unknown / max(total, 1))
+
+
+def _sections(level: Level, encoding: Encoding, label: str) -> Iterator[tuple[Plane, Plane]]:
+    """Yield the masks of foreground and of unknown voxels of each section."""
+    reader = open_reader(level, label, empty=encoding.empty)
+    depth, height, width = reader.shape
+    step = reader.chunks[0]
+    for start in range(0, depth, step):
+        stored = stored_labels(reader, encoding, (start, 0, 0), (min(step, depth - start), height, width))
+        missing = stored == encoding.unknown if encoding.unknown is not None else np.zeros(stored.shape, bool)
+        yield from zip(encoding.present(stored), missing, strict=True)
+
+
+def _continues(one: Plane, other: Plane) -> bool:
+    both = int(np.count_nonzero(one & other))
+    return both >= _CONTINUES * min(int(np.count_nonzero(one)), int(np.count_nonzero(other)))
