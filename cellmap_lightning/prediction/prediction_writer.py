@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import Shape
+from cellmap_lightning.io.object_folder import output_path
 from cellmap_lightning.io.writer import ZarrFormat
 from cellmap_lightning.prediction.accumulate import MeanBlock, StoredBlock
 from cellmap_lightning.prediction.background_writer import BackgroundWriter
@@ -67,7 +67,7 @@ class PredictionWriter(L.Callback):
         >>> L.Trainer(callbacks=[writer]).predict(module, datamodule=data)  # doctest: +SKIP
 
     Args:
-        output: the Zarr group to write.
+        output: the Zarr group to write: a path, or an address such as ``s3://bucket/mito.zarr``.
         blend: ``trim`` uses the centres of patches; ``average`` and ``gaussian`` take the weighted mean of overlapping
             patches (sliding window). See `blending`.
         overlap: part of a patch that it shares with the next one, per axis or for all.
@@ -102,6 +102,8 @@ class PredictionWriter(L.Callback):
             the output that is used, and warn if that is visible: the receptive field is then larger than the context.
         accept_changed_raw: resume, or accept as finished, although files of raw or of the mask were written, replaced
             or touched since, as when they were copied back. Otherwise that is an error.
+        storage_options: arguments of fsspec's file system for an address; by default the credentials of the
+            environment.
 
     Attributes:
         summary: the summary of the last prediction.
@@ -139,6 +141,7 @@ class PredictionWriter(L.Callback):
         skip_empty: bool = False,
         check_context: bool = True,
         accept_changed_raw: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.options = PredictionOptions(
             blend=blend,
@@ -162,7 +165,7 @@ class PredictionWriter(L.Callback):
             check_space=check_space,
             accept_changed_raw=bool(accept_changed_raw),
         )
-        self.output, self.threshold = Path(output), threshold
+        self.output, self.threshold = output_path(output, storage_options), threshold
         self.classes, self.only = classes, only
         self.check_context = bool(check_context)
         self.summary = Summary()
