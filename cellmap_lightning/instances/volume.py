@@ -24,13 +24,13 @@ from cellmap_lightning.instances.joining import BlockNumbers, id_type, join_obje
 from cellmap_lightning.instances.objects import write_objects
 from cellmap_lightning.instances.options import SegmentationOptions, StorageOptions
 from cellmap_lightning.instances.output import SegmentationOutput
-from cellmap_lightning.instances.scheduling import Scheduler, SerialScheduler
 from cellmap_lightning.instances.segmenter import BlockSegmenter
 from cellmap_lightning.instances.source import SegmentationSource
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.prediction.blocks import BlockGrid
 from cellmap_lightning.prediction.journal import journal_folder
 from cellmap_lightning.prediction.output_checks import check_apart, write_failure
+from cellmap_lightning.runtime.scheduling import Scheduler, SerialScheduler
 
 log = logging.getLogger(__name__)
 

@@ -35,6 +35,7 @@ class OutputLevels:
         shards: voxels of a shard, for Zarr v3; None without shards.
         zarr_format: 2 or 3.
         pyramid: the levels.
+        compression: level of zstd.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class OutputLevels:
         shards: Shape | None,
         zarr_format: ZarrFormat,
         pyramid: Pyramid,
+        compression: int = ZSTD_LEVEL,
     ) -> None:
         self.path, self.grid, self.values, self.pyramid = path, grid, values, pyramid
-        self.chunks, self.shards = chunks, shards
+        self.chunks, self.shards, self.compression = chunks, shards, compression
         self.zarr_format: ZarrFormat = zarr_format
         #: Chunk files are read and written directly, without zarr-python.
         self._plain = zarr_format == 2 and not isinstance(path, ObjectFolder)
@@ -57,7 +59,7 @@ class OutputLevels:
 
     def create(self, name: str, level: int, attributes: dict[str, Any] | None) -> None:
         """Create the array of a level, with attributes."""
-        codec = codec_of("zstd", self.zarr_format, ZSTD_LEVEL)
+        codec = codec_of("zstd", self.zarr_format, self.compression)
         if self.zarr_format == 3:
             codec = [codec, zarr.codecs.Crc32cCodec()]
         create_level(
