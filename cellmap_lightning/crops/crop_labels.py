@@ -201,11 +201,7 @@ class CropLabels:
                 stored[:, mask] = UNKNOWN_ID
             elif mask is not None:
                 stored[mask] = 0
-        if same:
-            return
-        if kind.name == "instances":
-            out[...] = stored  # ids of a narrower type than that of the batch
-        else:
+        if not same:
             kind.encode(stored, out)
 
     # -- measurements
