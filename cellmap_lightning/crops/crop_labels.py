@@ -274,4 +274,4 @@ def with_margin(window: Window, margin: Shape) -> Window:
 
 def _per_stored_voxel(image: Multiscale, window: Window) -> float:
     """Return the ratio of a voxel's volume at the finest level to that of a patch's voxel."""
-    return float(np.prod(image.finest.scale) / np.prod(window.scale))
+    return image.finest.lattice.voxel_volume / float(np.prod(window.scale))
