@@ -65,7 +65,8 @@ class Patches:
         fits = np.abs(ratio - whole) * np.maximum(np.subtract(placement.counts, 1), 1) < LATTICE_TOLERANCE
         fits |= np.equal(placement.counts, 1)
         #: Voxels from one position to the next; None if that is not a whole number.
-        self._steps = tuple(int(n) for n in whole) if fits.all() and not computed else None
+        sliceable = fits.all() and not computed and lattice.turn is None
+        self._steps = tuple(int(n) for n in whole) if sliceable else None
         self._cuts: dict[bytes | None, Slices | None] = {}
         self.sliced = self.cut(plane) is not None
 
@@ -156,8 +157,7 @@ def reached(
     elif turned:
         half = np.full(3, half.max())
     box = placement.centers
-    lower = (np.subtract(box.lower, half) - lattice.box.lower) / lattice.step
-    upper = (np.add(box.upper, half) - lattice.box.lower) / lattice.step
+    lower, upper = lattice.span(np.subtract(box.lower, half), np.add(box.upper, half))
     # Voxels beyond the border that interpolation needs, unless patches are exact slices.
     exact = np.abs(lower - np.rint(lower)) < LATTICE_TOLERANCE
     more = np.where(
@@ -256,8 +256,8 @@ def stored_box(lattice: Lattice, box: Box, more: int) -> tuple[tuple[int, int, i
         box: the box, nm.
         more: margin in voxels.
     """
-    lower = np.floor((np.asarray(box.lower) - lattice.box.lower) / lattice.step).astype(int) - more
-    upper = np.ceil((np.asarray(box.upper) - lattice.box.lower) / lattice.step).astype(int) + more
+    low, high = lattice.span(box.lower, box.upper)
+    lower, upper = np.floor(low).astype(int) - more, np.ceil(high).astype(int) + more
     lo, hi = np.maximum(lower, 0).tolist(), np.minimum(upper, lattice.shape).tolist()
     if any(a >= b for a, b in zip(lo, hi, strict=True)):
         return None

@@ -23,6 +23,18 @@ def flat_keys(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat_keys(value, path)
 
 
+def _leaves(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value that is no container, in lists too, and its path, such as ``data.datasets[0].raw``."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _leaves(value, f"{where}[{number}]")
+    else:
+        yield where, node
+
+
 def rename_voxel_sizes(cfg: DictConfig, name: str) -> None:
     """Rename ``voxel_size`` in a file of the user to ``scale``, as in the arrays of a dataset.
 
@@ -78,7 +90,7 @@ def check_known(cfg: DictConfig, name: str) -> None:
             f"the augmentation sets augment.{next(iter(config['augment'] or ['...']))} and so on, which nothing reads: "
             "the first line of its file must be '# @package data'"
         )
-    interpolations = [value for _, value in flat_keys(config) if isinstance(value, str) and "${" in value]
+    interpolations = [value for _, value in _leaves(config) if isinstance(value, str) and "${" in value]
     unread = [path for path in _unknown_keys(config, schema) if not _is_referred_to(path, interpolations)]
     if unread:
         options = schema | {group: value for group, value in config.items() if group in groups}
@@ -155,9 +167,13 @@ def check_missing(cfg: DictConfig) -> None:
         cfg.data.csv_path = None
     # Not OmegaConf.missing_keys: it resolves, and would report what refers to a missing value instead of that value.
     config = OmegaConf.to_container(cfg, resolve=False)
-    missing = sorted(key for key, value in flat_keys(config) if value == "???")
+    missing = sorted(key for key, value in _leaves(config) if value == "???")
     if missing:
         hints = {"data.csv_path": ", or give data.search_path=... or data.datasets instead"}
-        raise CellMapValueError(
-            "\n".join(f"{key} is required: set it with {key}=...{hints.get(key, '')}" for key in missing)
-        )
+        raise CellMapValueError("\n".join(f"{key} is required: {_remedy(key)}{hints.get(key, '')}" for key in missing))
+
+
+def _remedy(key: str) -> str:
+    """Return how to set a key; those of entries of a list are set with the list."""
+    where, bracket, _ = key.partition("[")
+    return f"set it in {where}" if bracket else f"set it with {key}=..."

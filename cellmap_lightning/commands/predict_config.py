@@ -66,6 +66,11 @@ def effective_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if missing:
         raise CellMapValueError("\n".join(f"{key} is required: set it with {key}=..." for key in missing))
     refuse_csv(cfg.data.input_path)
+    if cfg.evaluate and "://" in str(cfg.out):
+        raise CellMapValueError(
+            f"out={cfg.out}: evaluate=true compares predictions on this machine; leave it out, and compare a copy with "
+            "cellmap-evaluate"
+        )
     if is_exported(cfg.ckpt):
         options = OmegaConf.select(cfg, "data.storage_options")
         plain: Any = OmegaConf.to_container(options, resolve=True) if options else None
@@ -196,6 +201,8 @@ def _check_crop_settings(cfg: DictConfig) -> None:
     missing = _missing(cfg, ("ckpt", "manifest", "search_path"))
     if missing:
         raise CellMapValueError("\n".join(f"crops need {key} too: set it with {key}=..." for key in missing))
+    if not OmegaConf.is_missing(cfg, "out") and "://" in str(cfg.out):
+        raise CellMapValueError(f"out={cfg.out}: predictions of crops are written to a folder; choose a path")
     if len(_missing(cfg, ("region", "data.input_path", "writer.region", "writer.only"))) < 4:
         raise CellMapValueError(
             "crops define region, raw volume and classes themselves: leave out region, writer.region, "

@@ -35,6 +35,8 @@ def describe_prediction(cfg: DictConfig, writer: Any, classes: Sequence[str]) ->
         classes = [name for name in classes if name in writer.only]
     if not classes:
         return f"\n\nno picture and no scores: {', '.join(writer.names)} are not probabilities of classes"
+    if not isinstance(writer.output, Path):
+        return "\n\nno picture: the prediction is not on this machine" if cfg.picture else ""
     crops = _local_crops(cfg)
     if crops is None:
         return f"\n\nno picture{' and no scores' * bool(cfg.evaluate)}: raw and its crops are not on this machine"

@@ -9,11 +9,11 @@ from cellmap_lightning.commands.signals import ExitOnSignal
 from cellmap_lightning.errors import CellMapValueError, MissingExtraError
 from cellmap_lightning.instances.options import InputKind, SegmentationOptions, StorageOptions
 from cellmap_lightning.instances.picture import draw_objects
-from cellmap_lightning.instances.scheduling import SchedulerName, open_scheduler
 from cellmap_lightning.instances.source import open_source
 from cellmap_lightning.instances.volume import SegmentationSummary, VolumeSegmentation
 from cellmap_lightning.io.meanings import ValuesSetting, check_values
 from cellmap_lightning.io.store import local_path
+from cellmap_lightning.runtime.scheduling import SchedulerName, open_scheduler
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from cellmap_lightning.geometry.lattice import AXES, LATTICE_TOLERANCE, Lattice,
 from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.io.meanings import Kind, WrittenMeaning, check_kind, prediction_attributes, recorded_kind
 from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.store import local_path
 from cellmap_lightning.io.writer import codec_of, create_level, make_room, multiscale_attributes, write_group
 from cellmap_lightning.prediction.blocks import parse_region
 from cellmap_lightning.prediction.output_checks import write_failure
@@ -82,7 +82,7 @@ class ImageWriter:
         check_axes(axis_order)
         if scale_level != 0:
             raise CellMapValueError(f"scale_level must be 0, as only s0 is written, got {scale_level!r}")
-        self.path = Path(path)
+        self.path = local_path(path)
         self.target_class = target_class
         self.overwrite = bool(overwrite)
         self.dtype, self.fill_value = np.dtype(dtype), fill_value

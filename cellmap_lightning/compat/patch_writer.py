@@ -8,7 +8,6 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapV
 from cellmap_lightning.geometry.lattice import LATTICE_TOLERANCE, Shape, vector
 from cellmap_lightning.geometry.placement import Placement
 from cellmap_lightning.io.meanings import Kind
+from cellmap_lightning.io.store import local_path, parse_location
 from cellmap_lightning.loading.dataloader import CellMapDataLoader
 from cellmap_lightning.loading.options import LoaderOptions
 from cellmap_lightning.prediction.blending import Tiling
@@ -117,7 +117,7 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
             raise CellMapTypeError("give input_path, target_path, classes, input_arrays and target_arrays")
         check_axes(axis_order)
         self.raw_path, self.target_path = str(input_path), str(target_path)
-        check_apart(Path(target_path), Path(input_path))
+        check_apart(local_path(target_path), parse_location(input_path))
         self.classes = parse_classes(classes)
         self.model_classes = parse_classes(model_classes) if model_classes is not None else self.classes
         unknown = [name for name in self.classes if name not in self.model_classes]

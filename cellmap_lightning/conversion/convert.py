@@ -1,20 +1,18 @@
-"""Conversion of a volume to OME-NGFF, block by block: out of core, with threads, and resumable."""
+"""Conversion of a volume to OME-NGFF, block by block: out of core, parallel, and resumable."""
 
-import itertools
 import logging
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
+import numpy.typing as npt
 from tqdm import tqdm
 
 from cellmap_lightning.conversion.journal import Block, ConversionJournal
 from cellmap_lightning.conversion.options import ConversionOptions
 from cellmap_lightning.errors import CellMapFileExistsError, OutputError
-from cellmap_lightning.geometry.grids import touched_cells
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.images import read_image
@@ -22,23 +20,22 @@ from cellmap_lightning.io.label_ids import UNANNOTATED, LabelIds, class_names, i
 from cellmap_lightning.io.label_values import read_labels
 from cellmap_lightning.io.ngff import Level
 from cellmap_lightning.io.readers import open_reader
-from cellmap_lightning.io.writer import (
-    codec_of,
-    create_level,
-    downsample_mean,
-    downsample_mode,
-    multiscale_attributes,
-    write_group,
-)
-from cellmap_lightning.prediction.pyramid import Pyramid, plan_pyramid
+from cellmap_lightning.io.writer import multiscale_attributes, write_group
+from cellmap_lightning.prediction.blocks import BlockGrid
+from cellmap_lightning.prediction.output_levels import OutputLevels
+from cellmap_lightning.prediction.pyramid import Pyramid, plan_pyramid, units_left
+from cellmap_lightning.prediction.quantize import StoredValues
+from cellmap_lightning.runtime.scheduling import Scheduler, open_scheduler
 from cellmap_lightning.runtime.thread_pool import default_workers
 
 log = logging.getLogger(__name__)
 
-#: Chunks along each axis of the blocks that a thread writes at a time.
-_CHUNKS_OF_A_BLOCK = 2
-#: Blocks that are read again and compared when an image is complete.
+#: Chunks along each axis of the blocks that are written at a time, and bytes of larger blocks of whole pages.
+_CHUNKS_OF_A_BLOCK, _BLOCK_BYTES = 2, 1 << 27
+#: Chunks that are read again and compared when an image is complete.
 _VERIFIED = 16
+#: Level of zstd.
+COMPRESSION_LEVEL = 5
 
 
 def convert(options: ConversionOptions) -> Path:
@@ -57,19 +54,25 @@ def convert(options: ConversionOptions) -> Path:
     """
     output = Path(options.output).expanduser()
     level = read_image(options.input, options.overrides).finest
+    workers = default_workers(options.workers, not open_reader(level).local)
+    with open_scheduler(options.scheduler, workers, options.address) as scheduler:
+        _convert(output, level, options, scheduler)
+    return output
+
+
+def _convert(output: Path, level: Level, options: ConversionOptions, scheduler: Scheduler) -> None:
     names = class_names(options.label_map)
     if not names:
-        _Image(output, level, options, None).write()
-        return output
+        _Image(output, level, options, None).write(scheduler)
+        return
     if output.exists() and not any((output / name).exists() for name in names):
         raise CellMapFileExistsError(f"{output} exists already; choose another output")
     for name in names:
         if _is_complete(output / name):
             log.info("%s is complete", output / name)
             continue
-        _Image(output / name, level, options, ids_of(options.label_map, name)).write()
+        _Image(output / name, level, options, ids_of(options.label_map, name)).write(scheduler)
     write_group(output, zarr_format=options.zarr_format)
-    return output
 
 
 def _is_complete(path: Path) -> bool:
@@ -77,8 +80,16 @@ def _is_complete(path: Path) -> bool:
     return any((path / name).is_file() for name in (".zattrs", "zarr.json"))
 
 
+class _Stored(StoredValues):
+    """The type of the written voxels, and the rule of their pyramid: ``labels`` for the most frequent value."""
+
+    def __init__(self, dtype: npt.DTypeLike, by_mode: bool) -> None:
+        super().__init__("labels" if by_mode else "float32")
+        self.dtype = np.dtype(dtype)
+
+
 class _Image:
-    """One image that is written.
+    """One image that is written, by threads or processes that each have a copy.
 
     Args:
         path: its group.
@@ -88,68 +99,61 @@ class _Image:
     """
 
     def __init__(self, path: Path, level: Level, options: ConversionOptions, ids: LabelIds | None) -> None:
-        self.path, self.options, self.ids = path, options, ids
+        self.path, self.level, self.options, self.ids = path.absolute(), level, options, ids
         self.reader = open_reader(level, path.name)
-        self.lattice = level.lattice
-        self.dtype = np.dtype(np.uint8) if ids is not None else self.reader.dtype
-        plan = plan_pyramid(self.reader.shape, level.scale)
-        self.pyramid = plan if options.pyramid != "none" else Pyramid(self.reader.shape)
-        rule = options.pyramid
-        is_ids = ids is not None or (self.dtype.kind in "iu" and self.dtype.itemsize >= 4)
-        self.downsample: Callable[..., AnyArray] = (
-            downsample_mode if rule == "mode" or (rule == "auto" and is_ids) else downsample_mean
-        )
-        settings = options.settings | {"identity": repr(self.reader.identity()), "stamp": self._stamp()}
-        self.journal = ConversionJournal(path, settings)
+        dtype = np.dtype(np.uint8) if ids is not None else self.reader.dtype
+        shape = self.reader.shape
+        self.pyramid = plan_pyramid(shape, level.scale) if options.pyramid != "none" else Pyramid(shape)
+        is_ids = ids is not None or dtype.kind == "b" or (dtype.kind in "iu" and dtype.itemsize >= 4)
+        by_mode = options.pyramid == "mode" or (options.pyramid == "auto" and is_ids)
+        z, y, x = (min(options.chunks, n) for n in shape)
+        self.grid = BlockGrid(
+            level.lattice, (0, 0, 0), shape, block_of(shape, (z, y, x), self.reader.chunks, dtype.itemsize)
+        )  # fmt: skip
+        self.levels = OutputLevels(
+            self.path, self.grid, _Stored(dtype, by_mode), (z, y, x), None, options.zarr_format, self.pyramid,
+            COMPRESSION_LEVEL,
+        )  # fmt: skip
 
-    def _stamp(self) -> int:
-        return self.reader.stamp((0, 0, 0), self.reader.shape)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Image, (self.path, self.level, self.options, self.ids)
 
-    def write(self) -> None:
-        """Write all levels that are not written yet, compare a part of the voxels, and then the metadata."""
-        arrays = [self._array(number) for number in range(self.pyramid.levels)]
-        workers = default_workers(self.options.workers, not self.reader.local)
-        for number, array in enumerate(arrays):
-            source = self._read if number == 0 else self._coarser(arrays[number - 1], self.pyramid.steps[number - 1])
-            blocks = [block for block in self._blocks(number, array.shape) if block not in self.journal.done]
-
-            def copy(block: Block, array: Any = array, source: Any = source) -> None:
-                box = self._box(block, array.shape)
-                array[box] = source(box)
-                self.journal.add(block)
-
-            pool = ThreadPoolExecutor(workers, "cellmap-convert")
-            try:
-                written = pool.map(copy, blocks)
-                title = f"{self.path.name}/s{number}"
-                list(tqdm(written, desc=title, total=len(blocks), unit="block", disable=None, leave=False))
-            finally:
-                pool.shutdown(cancel_futures=True)
-        self._verify(arrays[0])
-        scale, translation = self.lattice.step, self.lattice.origin
+    def write(self, scheduler: Scheduler) -> None:
+        """Write all blocks that are not written yet, the rest of the pyramid, and then the metadata."""
+        settings = self.options.settings | {
+            "identity": repr(self.reader.identity()), "block": self.grid.block,
+            "stamp": self.reader.stamp((0, 0, 0), self.reader.shape),
+        }  # fmt: skip
+        journal = ConversionJournal(self.path, settings)
+        for number in range(self.pyramid.levels):
+            if not any((self.path / f"s{number}" / name).is_file() for name in (".zarray", "zarr.json")):
+                self.levels.create("", number, None)
+        blocks: list[Block] = [(0, number) for number in range(len(self.grid))]
+        self._run(scheduler, journal, blocks, "s0")
+        for number in range(1, self.pyramid.levels):
+            left = units_left(self.grid, self.pyramid.factors(number), self.levels.chunks)
+            self._run(scheduler, journal, [(number, *index) for index in left], f"s{number}")
+        self._verify(self.levels.array(""))
         attributes = multiscale_attributes(
-            self.path.name, scale, translation, len(arrays), zarr_format=self.options.zarr_format,
-            steps=self.pyramid.steps,
+            self.path.name, self.grid.whole.step, self.grid.whole.origin, self.pyramid.levels,
+            zarr_format=self.options.zarr_format, steps=self.pyramid.steps,
         )  # fmt: skip
         write_group(self.path, attributes | self._annotation(), self.options.zarr_format)
-        self.journal.finish()
+        journal.finish()
 
-    def _array(self, number: int) -> Any:
-        path, zarr_format = self.path / f"s{number}", self.options.zarr_format
-        if any((path / name).is_file() for name in (".zarray", "zarr.json")):
-            return zarr.open_array(str(path), mode="r+", zarr_format=zarr_format)
-        shape = self.pyramid.level_shape(number)
-        chunks = [min(self.options.chunks, n) for n in shape]
-        return create_level(path, shape, self.dtype, chunks, zarr_format, codec_of("zstd", zarr_format))
+    def _run(self, scheduler: Scheduler, journal: ConversionJournal, blocks: list[Block], title: str) -> None:
+        """Write the blocks that are not written yet, and record them."""
+        left = [block for block in blocks if block not in journal.done]
+        done = scheduler.run(partial(_write, self, left), range(len(left)))
+        bar = tqdm(done, f"{self.path.name}/{title}", len(left), unit="block", disable=None, leave=False)
+        for number, _ in bar:
+            journal.add(left[number])
 
-    def _blocks(self, number: int, shape: Shape) -> Iterator[Block]:
-        side = self.options.chunks * _CHUNKS_OF_A_BLOCK
-        for z, y, x in itertools.product(*touched_cells((0, 0, 0), shape, (side,) * 3)):
-            yield number, z, y, x
-
-    def _box(self, block: Block, shape: Shape) -> tuple[slice, ...]:
-        side = self.options.chunks * _CHUNKS_OF_A_BLOCK
-        return tuple(slice(i * side, min((i + 1) * side, n)) for i, n in zip(block[1:], shape, strict=True))
+    def copy(self, number: int) -> None:
+        """Write a block, and the chunks of coarser levels that it determines."""
+        start, shape = self.grid[number]
+        box = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+        self.levels.put_block("", number, self._read(box))
 
     def _read(self, box: tuple[slice, ...]) -> AnyArray:
         (z, y, x), (dz, dy, dx) = ([b.start for b in box], [b.stop - b.start for b in box])
@@ -158,23 +162,21 @@ class _Image:
         stored = read_labels(self.reader, (z, y, x), (dz, dy, dx))
         return self.ids.decode(stored, self.reader.name)
 
-    def _coarser(self, array: Any, factors: Shape) -> Callable[[tuple[slice, ...]], AnyArray]:
-        def read(box: tuple[slice, ...]) -> AnyArray:
-            fine = tuple(slice(b.start * f, b.stop * f) for b, f in zip(box, factors, strict=True))
-            return self.downsample(np.asarray(array[fine]), factors)
-
-        return read
-
     def _verify(self, array: Any) -> None:
-        """Compare evenly spaced blocks of the first level with the input.
+        """Compare evenly spaced chunks of the first level with the input, as deep as the input's chunks.
 
         Raises:
             OutputError: they differ.
         """
-        blocks = list(self._blocks(0, array.shape))
-        for number in np.unique(np.linspace(0, len(blocks) - 1, _VERIFIED).astype(int)).tolist():
-            box = self._box(blocks[number], array.shape)
-            if not np.array_equal(np.asarray(array[box]), self._read(box), equal_nan=self.dtype.kind == "f"):
+        deep = min(self.levels.chunks[0], self.reader.chunks[0])
+        along = [range(0, n, c) for n, c in zip(array.shape, self.levels.chunks, strict=True)]
+        count = math.prod(map(len, along))
+        for number in np.unique(np.linspace(0, count - 1, _VERIFIED).astype(int)).tolist():
+            index = np.unravel_index(number, [len(part) for part in along])
+            start = [part[i] for part, i in zip(along, index, strict=True)]
+            shape = (deep, *self.levels.chunks[1:])
+            box = tuple(slice(a, min(a + n, end)) for a, n, end in zip(start, shape, array.shape, strict=True))
+            if not np.array_equal(np.asarray(array[box]), self._read(box), equal_nan=array.dtype.kind == "f"):
                 raise OutputError(
                     f"{self.path}: voxels {box} are not those of {self.options.input}: either was changed during the "
                     "conversion; remove the output and convert again"
@@ -187,3 +189,44 @@ class _Image:
         encoding = {"absent": 0, "present": 1, "unknown": UNANNOTATED}
         kind = {"type": "semantic_segmentation", "encoding": encoding}
         return {"cellmap": {"annotation": {"class_name": self.path.name, "annotation_type": kind}}}
+
+
+def _write(image: _Image, blocks: list[Block], number: int) -> list[int]:
+    """Write one of some blocks."""
+    level, *index = blocks[number]
+    if level:
+        z, y, x = index
+        image.levels.make(level, "", (z, y, x))
+    else:
+        image.copy(index[0])
+    return []
+
+
+def block_of(shape: Shape, chunks: Shape, stored: Shape, itemsize: int) -> Shape:
+    """Return the voxels of the blocks that are read and written at a time, in whole chunks of the output.
+
+    A block holds whole chunks of the input, such as pages, which would otherwise be decoded several times, as far as
+    it stays below `_BLOCK_BYTES`.
+
+    Args:
+        shape: voxels of the volume.
+        chunks: voxels of a chunk of the output.
+        stored: voxels of a chunk of the input.
+        itemsize: bytes of a voxel.
+    """
+    counts = [
+        max(1, min(-(-n // c), max(_CHUNKS_OF_A_BLOCK, -(-s // c))))
+        for n, c, s in zip(shape, chunks, stored, strict=True)
+    ]
+    least = [min(count, _CHUNKS_OF_A_BLOCK) for count in counts]
+
+    def nbytes() -> int:
+        return math.prod(count * c for count, c in zip(counts, chunks, strict=True)) * itemsize
+
+    if nbytes() > _BLOCK_BYTES and stored[0] <= chunks[0]:
+        counts[0] = 1
+    while nbytes() > _BLOCK_BYTES and counts[1:] != least[1:]:
+        axis = max((1, 2), key=lambda axis: counts[axis] / least[axis])
+        counts[axis] = max(least[axis], -(-counts[axis] // 2))
+    z, y, x = (count * c for count, c in zip(counts, chunks, strict=True))
+    return z, y, x

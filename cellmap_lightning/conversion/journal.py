@@ -9,8 +9,8 @@ from cellmap_lightning.errors import CellMapFileExistsError
 
 #: File in the group while it is not complete.
 NAME = "conversion.journal"
-#: Level and number along z, y and x of a block.
-Block = tuple[int, int, int, int]
+#: 0 and the number of a block of the first level; or a coarser level, and the index of a chunk of it along z, y and x.
+Block = tuple[int, ...]
 
 
 class ConversionJournal:
@@ -28,7 +28,7 @@ class ConversionJournal:
 
     Example:
         >>> journal = ConversionJournal(Path("vol.zarr"), {"input": "stack.tif"})
-        >>> journal.add((0, 0, 0, 0))
+        >>> journal.add((0, 0))
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -49,8 +49,7 @@ class ConversionJournal:
                 "with these, remove it, or choose another output"
             )
         for line in lines[:-1]:  # the last line may be cut off
-            level, z, y, x = map(int, line.split())
-            self.done.add((level, z, y, x))
+            self.done.add(tuple(map(int, line.split())))
         self._file.write_text("\n".join([head, *(" ".join(map(str, block)) for block in sorted(self.done)), ""]))
 
     def add(self, block: Block) -> None:

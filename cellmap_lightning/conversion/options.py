@@ -7,11 +7,15 @@ from typing import Any, Literal
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.io.label_ids import parse_label_map
 from cellmap_lightning.io.ngff import Overrides
+from cellmap_lightning.runtime.scheduling import SchedulerName, check_scheduler
 from cellmap_lightning.runtime.thread_pool import default_workers
 from cellmap_lightning.validation import int_at_least, one_of
 
 #: Downsampling of the coarser levels: means (raw), the most frequent value (labels), by type (``auto``), or no levels.
 Downsampling = Literal["auto", "mean", "mode", "none"]
+
+#: Options that do not change the voxels, and the label map, which is recorded in another form.
+_NOT_STORED = ("workers", "scheduler", "address", "output", "classes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +29,9 @@ class ConversionOptions:
         pyramid: see `Downsampling`; ``auto`` is ``mode`` for label maps and integers from 32 bits on, else ``mean``.
         zarr_format: 2 for OME-NGFF 0.4, 3 for 0.5.
         chunks: voxels of a chunk along each axis.
-        workers: threads; None for the default of reading.
+        workers: threads, or processes of a local Dask cluster; None for the default of reading.
+        scheduler: ``threads``, ``processes``, or ``dask`` for a Dask cluster whose workers see the same files.
+        address: address of a Dask scheduler, ``tcp://host:port``; None for a local cluster.
         voxel_size: voxel size in place of the stored one, nm (z, y, x).
         translation: centre of voxel 0 in place of the stored one, nm (z, y, x).
         unit: unit in place of the stored one.
@@ -42,6 +48,8 @@ class ConversionOptions:
     zarr_format: Literal[2, 3] = 2
     chunks: int = 64
     workers: int | None = None
+    scheduler: SchedulerName = "threads"
+    address: str | None = None
     voxel_size: Any = None
     translation: Any = None
     unit: Any = None
@@ -51,6 +59,7 @@ class ConversionOptions:
         one_of("pyramid", self.pyramid, ("auto", "mean", "mode", "none"))
         one_of("zarr_format", self.zarr_format, (2, 3))
         int_at_least("chunks", self.chunks, 8)
+        check_scheduler(self.scheduler, self.address)
         default_workers(self.workers, False)
         _ = self.label_map, self.overrides
         if "://" in self.output:
@@ -70,6 +79,6 @@ class ConversionOptions:
     def settings(self) -> dict[str, Any]:
         """The values on which the written voxels depend, as JSON."""
         values = asdict(self)
-        return {key: value for key, value in values.items() if key not in ("workers", "output", "classes")} | {
+        return {key: value for key, value in values.items() if key not in _NOT_STORED} | {
             "classes": [list(pair) for pair in self.label_map]
         }

@@ -73,6 +73,10 @@ def tiles_with(
 
 def _tiles(present: np.ndarray[Any, Any], level: Level, placement: Placement, window: Window) -> IntArray:
     """Return the numbers of the tiles that cover the centres of the voxels in a mask."""
+    if level.lattice.turn is not None:
+        points = level.lattice.points(np.argwhere(present))
+        places = [placement.tiles_at(axis, points[:, axis], float(window.extent[axis])) for axis in range(3)]
+        return np.unique((places[0] * placement.tiles_along[1] + places[1]) * placement.tiles_along[2] + places[2])
     tiles_along = []
     for axis in range(3):
         centers = level.lattice.origin[axis] + level.lattice.step[axis] * np.arange(present.shape[axis], dtype=float)

@@ -203,7 +203,8 @@ class Crop:
             lattice, box = level.lattice, self.box
             slack = LATTICE_TOLERANCE * np.asarray(lattice.step)
             lower, upper = lattice.box.lower - slack, lattice.box.upper + slack
-            if (lower <= box.lower).all() and (upper >= box.upper).all():
+            # The corners of the box of a turned array lie outside of it.
+            if lattice.turn is None and (lower <= box.lower).all() and (upper >= box.upper).all():
                 continue
             lattices.append(lattice)
             inside = np.minimum(box.upper, lattice.box.upper) - np.maximum(box.lower, lattice.box.lower)

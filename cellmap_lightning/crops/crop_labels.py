@@ -201,11 +201,7 @@ class CropLabels:
                 stored[:, mask] = UNKNOWN_ID
             elif mask is not None:
                 stored[mask] = 0
-        if same:
-            return
-        if kind.name == "instances":
-            out[...] = stored  # ids of a narrower type than that of the batch
-        else:
+        if not same:
             kind.encode(stored, out)
 
     # -- measurements
@@ -280,4 +276,4 @@ def with_margin(window: Window, margin: Shape) -> Window:
 
 def _per_stored_voxel(image: Multiscale, window: Window) -> float:
     """Return the ratio of a voxel's volume at the finest level to that of a patch's voxel."""
-    return float(np.prod(image.finest.scale) / np.prod(window.scale))
+    return image.finest.lattice.voxel_volume / float(np.prod(window.scale))

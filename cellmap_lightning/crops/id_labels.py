@@ -79,7 +79,7 @@ class IdStack:
             source = Nearest(region, lattice)
             patches = Patches(region, lattice, window, placement, source, plane)
             self.regions.append(region)
-            if not patches.sliced:
+            if not patches.sliced and lattice.turn is None:
                 resampled = Resampled(source, lattice.box, straight, placement, self.dtype, 0, self.cache, self.label)
                 patches = resampled.patches(window, placement, plane)
                 if patches.sliced:

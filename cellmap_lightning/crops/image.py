@@ -14,6 +14,7 @@ from cellmap_lightning.cache.region import Region
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError, ChunkError, EmptyChunkError
 from cellmap_lightning.geometry.lattice import (
     AXES,
+    EDGE_TOLERANCE,
     LATTICE_TOLERANCE,
     SCALE_TOLERANCE,
     Box,
@@ -25,6 +26,7 @@ from cellmap_lightning.geometry.lattice import (
 )
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.geometry.resample import AnyArray, Method, evaluate
+from cellmap_lightning.geometry.rotation import sub_points
 from cellmap_lightning.geometry.sample_map import VoxelMap
 from cellmap_lightning.io.array_reader import chunk_shape
 from cellmap_lightning.io.chunk_names import check_chunk_names
@@ -240,14 +242,22 @@ class StoredImage:
         Returns:
             bool ``[z, y, x]``; None if all is stored.
         """
-        # Half the width of the averaged box: linear resampling to a coarser scale reads that far from a voxel's centre.
-        reach = np.maximum(np.abs(amap.matrix).sum(axis=1) - 1, 0) / 2
+        # Half the box over which a voxel is averaged along each of its axes that is coarser than the array.
+        averaged = sub_points(amap.matrix, "linear") > 1
+        reach = np.abs(amap.matrix) @ averaged / 2
         lowest, highest = amap.bounds()
-        low = np.floor(lowest - reach + LATTICE_TOLERANCE).astype(int)
-        high = np.ceil(highest + reach - LATTICE_TOLERANCE).astype(int)
-        lo, hi = np.maximum(low, 0), np.minimum(high + 1, self.lattice.shape)
-        if bool(np.any(lo >= hi)):
+        count = np.asarray(self.lattice.shape)
+        if bool(np.any(lowest > count - 0.5 + EDGE_TOLERANCE) or np.any(highest < -0.5 - EDGE_TOLERANCE)):
             return None
+
+        def first_and_last(low: FloatArray, high: FloatArray) -> tuple[FloatArray, FloatArray]:
+            """Return the first and the last voxel that contribute; beyond the outermost centres, two do."""
+            first = np.clip(np.floor(low - reach + LATTICE_TOLERANCE), 0, np.maximum(count - 2, 0))
+            last = np.clip(np.ceil(high + reach - LATTICE_TOLERANCE), np.minimum(1, count - 1), count - 1)
+            return first, np.maximum(first, last)
+
+        lo, last = (ends.astype(int) for ends in first_and_last(lowest, highest))
+        hi = last + 1
         (z, y, x), (dz, dy, dx) = lo.tolist(), (hi - lo).tolist()
         files = [index for index in self.reader.files((z, y, x), (dz, dy, dx)) if not self.stored(index)]
         if not files:
@@ -258,13 +268,14 @@ class StoredImage:
         for index in files:
             missing_chunks[tuple(self.level.zyx(index) - first)] = True
         points = amap.points()
-        ends = np.floor(points - reach + LATTICE_TOLERANCE), np.ceil(points + reach - LATTICE_TOLERANCE)
+        inside = ((points >= -0.5 - EDGE_TOLERANCE) & (points <= count - 0.5 + EDGE_TOLERANCE)).all(axis=-1)
+        first_voxel, last_voxel = first_and_last(points, points)
         mask: npt.NDArray[np.bool_] = np.zeros(amap.shape, np.bool_)
-        # The box of voxels that contribute to a point is smaller than a chunk: its corners reach all of its chunks.
-        for corner in itertools.product((0, 1), repeat=3):
-            voxel = np.stack([ends[side][..., axis] for axis, side in enumerate(corner)], axis=-1).astype(int)
-            inside = ((voxel >= lo) & (voxel < hi)).all(axis=-1)
-            z, y, x = np.moveaxis(np.where(inside[..., None], voxel, lo) // size - first, -1, 0)
+        # Places in the box of voxels that contribute to a point, close enough to each other to reach all of its chunks.
+        steps = np.ceil((2 * reach + 2) / size).astype(int) + 1
+        for part in itertools.product(*(np.linspace(0, 1, n) for n in steps)):
+            voxel = np.floor(first_voxel + np.array(part) * (last_voxel - first_voxel)).astype(int)
+            z, y, x = np.moveaxis(np.clip(voxel, lo, last) // size - first, -1, 0)
             mask |= inside & missing_chunks[z, y, x]
         return mask
 

@@ -265,7 +265,10 @@ class BitStack:
             box = box.union(lattice.box)
         dtype = np.dtype(np.uint8)
         resampled = Resampled(self, box, straight, placement, dtype, self.depth_out, self.cache, self.label)
-        self.patches = resampled.patches(window, placement, plane)
+        turned = any(lattice.turn is not None for lattice in self.lattices)
+        self.patches = Patches(resampled.region, resampled.lattice, window, placement, self, plane, computed=True)
+        if not turned:
+            self.patches = resampled.patches(window, placement, plane)
         self.regions = [resampled.region] if self.patches.sliced else []
         if roaming or not self.patches.sliced:
             self.regions += sources

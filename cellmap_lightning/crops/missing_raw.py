@@ -59,11 +59,9 @@ def _within(image: StoredImage, crop: Box) -> tuple[Shape, Shape] | None:
     """Return the first voxel and the shape of the part of raw that a crop covers; None if it covers nothing."""
     lattice = image.lattice
     parts = []
-    for low, high, start, step, count in zip(
-        crop.lower, crop.upper, lattice.box.lower, lattice.step, lattice.shape, strict=True
-    ):
-        first = max(0, math.floor((low - start) / step + LATTICE_TOLERANCE))
-        end = min(count, math.ceil((high - start) / step - LATTICE_TOLERANCE))
+    for low, high, count in zip(*lattice.span(crop.lower, crop.upper), lattice.shape, strict=True):
+        first = max(0, math.floor(low + LATTICE_TOLERANCE))
+        end = min(count, math.ceil(high - LATTICE_TOLERANCE))
         if end <= first:
             return None
         parts.append((first, end - first))

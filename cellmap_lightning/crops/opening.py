@@ -112,7 +112,7 @@ def _read(
 ) -> Multiscale:
     """Return the image of raw or of a class; see `open_images`."""
     if target_path is None or key == "raw":
-        return read_image(path, overrides[0])
+        return read_image(path, overrides[0], allow_turned=True)
     return target_path.read(key.removeprefix("class "), overrides[1])
 
 

@@ -156,7 +156,7 @@ class RawInputs:
             roaming = rotated or not patches.sliced
             image.region.limit(*reached(placement, upright, image.lattice, turned, roaming, extended))
             regions = [image.region]
-            if not patches.sliced:
+            if not patches.sliced and image.lattice.turn is None:
                 # Not aligned with the lattice of raw: unless patches are rotated or displaced, all are slices of one
                 # resampled array.
                 box, region = image.lattice.box, image.region

@@ -106,7 +106,7 @@ class TargetPath:
         Raises:
             CellMapError: it cannot be read; see `read_image`.
         """
-        image = read_image(self.of(name), overrides)
+        image = read_image(self.of(name), overrides, allow_turned=True)
         return image.with_ids(ids_of(self.label_map, name)) if self.label_map else image
 
     def without(self, names: Collection[str]) -> "TargetPath":

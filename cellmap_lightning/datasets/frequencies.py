@@ -147,12 +147,12 @@ def _expected_voxels(dataset: SampleSource, strategy: Strategy) -> FloatArray | 
     for number, crop in enumerate(dataset.crops):
         for i in np.flatnonzero(dataset.crop_table.counts[number] > 0).tolist():
             index, placement = dataset.crop_table.index(number, i), crop.placement
-            points = np.asarray(index.lattice.origin) + np.multiply(index.voxels, index.lattice.step)
+            points = index.lattice.points(index.voxels)
             extent = crop.plane.in_volume(crop.target_window).extent
             # First and last position along each axis whose patch covers the voxel.
             low = np.ceil((points - extent / 2 - placement.first) / placement.step - 1e-6)
             high = np.floor((points + extent / 2 - placement.first) / placement.step - 1e-6)
             covers = np.clip(np.minimum(high, np.subtract(placement.counts, 1)) - np.maximum(low, 0) + 1, 0, None)
             covered = float((index.weights * covers.prod(axis=1)).sum()) / len(placement)
-            shares[i] += chances[number] * covered * float(np.prod(index.lattice.step) / np.prod(extent))
+            shares[i] += chances[number] * covered * index.lattice.voxel_volume / float(np.prod(extent))
     return shares

@@ -27,7 +27,7 @@ from cellmap_lightning.geometry.lattice import (
     Shape,
 )
 from cellmap_lightning.io.meanings import meaning_of
-from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.ngff import Overrides, read_multiscale
 from cellmap_lightning.training.report import class_rank
 from cellmap_lightning.visualization.figures.palette import outline_colors
 from cellmap_lightning.visualization.figures.sheet import SheetSample, contact_sheet

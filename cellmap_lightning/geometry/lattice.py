@@ -19,6 +19,8 @@ from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 AXES = ("z", "y", "x")
 FloatArray = npt.NDArray[np.float64]
 Vector = tuple[float, float, float]
+#: A matrix ``[3, 3]``, row by row.
+Turn = tuple[Vector, Vector, Vector]
 Shape = tuple[int, int, int]
 
 #: Voxels by which a patch may miss an array's lattice over its whole length and still be read by slicing.
@@ -102,8 +104,10 @@ class Lattice:
 
     Attributes:
         origin: centre of voxel 0, nm.
-        step: voxel size, nm.
-        shape: voxels along z, y, x.
+        step: voxel size along the array's axes, nm.
+        shape: voxels along the array's axes z, y, x.
+        turn: matrix whose columns are the directions of the array's axes in space, of length 1, where the array is
+            rotated, mirrored or sheared; None where its axes are those of space.
 
     Example:
         >>> Lattice(origin=(4, 4, 4), step=(8, 8, 8), shape=(10, 10, 10)).box.upper
@@ -113,17 +117,59 @@ class Lattice:
     origin: Vector
     step: Vector
     shape: Shape
+    turn: Turn | None = None
+
+    def __repr__(self) -> str:  # keys of caches contain it, and are the same as before there was a turn
+        turn = f", turn={self.turn}" if self.turn is not None else ""
+        return f"Lattice(origin={self.origin}, step={self.step}, shape={self.shape}{turn})"
+
+    @property
+    def matrix(self) -> FloatArray:
+        """``[3, 3]``: the displacement from one voxel to the next along each axis of the array, as columns, nm."""
+        return np.diag(self.step) if self.turn is None else np.multiply(self.turn, self.step)
+
+    @property
+    def voxel_volume(self) -> float:
+        """Volume of a voxel, nm^3."""
+        volume = float(np.prod(self.step))
+        return volume if self.turn is None else volume * abs(float(np.linalg.det(np.asarray(self.turn))))
+
+    def points(self, voxels: npt.ArrayLike) -> FloatArray:
+        """Return the centres of voxels ``[..., 3]``, nm."""
+        if self.turn is None:
+            return np.add(self.origin, np.multiply(voxels, self.step))
+        return np.asarray(voxels, float) @ self.matrix.T + self.origin
+
+    def span(self, lower: npt.ArrayLike, upper: npt.ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Return the lowest and the highest place of a physical box in the array.
+
+        Places are in voxels from the lower edge of voxel 0, along the array's axes.
+        """
+        if self.turn is None:
+            return np.subtract(lower, self.box.lower) / self.step, np.subtract(upper, self.box.lower) / self.step
+        inverse = np.linalg.inv(self.matrix)
+        middle = inverse @ (np.add(lower, upper) / 2 - self.origin) + 0.5
+        half = np.abs(inverse) @ (np.subtract(upper, lower) / 2)
+        return middle - half, middle + half
 
     @property
     def box(self) -> Box:
-        """Physical box that the voxels fill, edges included."""
+        """Physical box that the voxels fill, edges included; the smallest one that holds them if they are turned."""
+        if self.turn is not None:
+            middle = self.points((np.asarray(self.shape) - 1) / 2)
+            half = np.abs(self.matrix) @ np.divide(self.shape, 2)
+            return Box(to_vector(middle - half), to_vector(middle + half))
         lower = np.subtract(self.origin, np.divide(self.step, 2))
         return Box(to_vector(lower), to_vector(lower + np.multiply(self.step, self.shape)))
 
     def matches(self, other: "Lattice") -> bool:
         """Return whether voxel i of one lattice is voxel i of the other, within the tolerance."""
-        if self.shape != other.shape:
+        if self.shape != other.shape or (self.turn is None) != (other.turn is None):
             return False
+        if self.turn is not None:
+            difference = np.abs(np.subtract(self.turn, other.turn)) @ self.shape  # type: ignore[arg-type]
+            if difference.max() >= LATTICE_TOLERANCE:
+                return False
         # The offset of the first voxel, and the error of the step added up to the last.
         first = np.abs(np.subtract(self.origin, other.origin)) / self.step
         drift = np.abs(np.divide(other.step, self.step) - 1) * self.shape
@@ -203,8 +249,12 @@ def patch_map(
             on nm, so that anisotropic patches stay right. None leaves the patch as it is.
     """
     turned = np.diag(scale) if turn is None else turn * scale
-    matrix = turned / np.asarray(lattice.step)[:, None]
     middle = (np.asarray(shape, float) - 1) / 2
+    if lattice.turn is not None:
+        inverse = np.linalg.inv(lattice.matrix)
+        matrix = inverse @ turned
+        return AffineMap(matrix, inverse @ (center - lattice.origin) - matrix @ middle, shape)
+    matrix = turned / np.asarray(lattice.step)[:, None]
     offset = (center - lattice.origin) / lattice.step - matrix @ middle
     return AffineMap(matrix, offset, shape)
 
@@ -218,5 +268,9 @@ def box_map(inner: Lattice, first: Shape, shape: Shape, lattice: Lattice) -> Aff
         shape: voxels of the box.
         lattice: the array that is read.
     """
+    if lattice.turn is not None:
+        inverse = np.linalg.inv(lattice.matrix)
+        matrix = inverse @ inner.matrix
+        return AffineMap(matrix, inverse @ (inner.points(first) - lattice.origin), shape)
     matrix = np.diag(np.divide(inner.step, lattice.step))
     return AffineMap(matrix, np.subtract(inner.origin, lattice.origin) / lattice.step, shape, first)

@@ -226,7 +226,8 @@ def _voxel_step(
     tied = [
         (lattice.step[axis], lattice.box.lower[axis] + w.extent[axis] / 2)
         for w, lattice in arrays
-        if abs(lattice.step[axis] / w.scale[axis] - 1) * w.shape[axis] < LATTICE_TOLERANCE
+        if lattice.turn is None
+        and abs(lattice.step[axis] / w.scale[axis] - 1) * w.shape[axis] < LATTICE_TOLERANCE
         and lattice.step[axis] < smallest * (1 + LATTICE_TOLERANCE)
     ]
     if not tied:

@@ -230,7 +230,7 @@ def read_volume_facts(
     def read(path: str) -> VolumeFacts:
         name = dataset_and_crop(path, None)[0]
         try:
-            image = read_image(path, (overrides or {}).get(path, NO_OVERRIDES))
+            image = read_image(path, (overrides or {}).get(path, NO_OVERRIDES), allow_turned=True)
             box = image.finest.lattice.box
             for level in image.present:
                 check_chunk_names(level.array)
@@ -301,7 +301,7 @@ def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFac
     box = reduce(Box.union, boxes)
     facts = replace(facts, levels=_levels(images[0]), box=box.as_dict())
     try:
-        raw = read_image(facts.raw, raw_overrides).finest.lattice
+        raw = read_image(facts.raw, raw_overrides, allow_turned=True).finest.lattice
     except CellMapError:
         return facts  # reported as a problem of the volume
     return _beside_raw(facts, images[0].finest.lattice, box, raw)
@@ -399,7 +399,7 @@ def _absent_chunks(facts: CropFacts, scale: Vector) -> tuple[int, int] | None:
     """Return the number of absent and of all files of raw under a crop, at the level that is read at a scale."""
     assert facts.box is not None
     try:
-        level = choose_level(read_image(facts.raw, _overrides(facts)[0]), scale)
+        level = choose_level(read_image(facts.raw, _overrides(facts)[0], allow_turned=True), scale)
         lower, upper = (tuple(sides) for sides in zip(*facts.box.values(), strict=True))
         stored = stored_box(level.lattice, Box(lower, upper), 0)
         return open_reader(level).absent(*stored) if stored is not None else None

@@ -14,6 +14,7 @@ from cellmap_lightning.instances.measures import Measures
 from cellmap_lightning.instances.options import StorageOptions
 from cellmap_lightning.prediction.blocks import BlockGrid
 from cellmap_lightning.prediction.durable import flush, write_text
+from cellmap_lightning.prediction.journal import journal_folder
 from cellmap_lightning.prediction.output import PredictionOutput
 
 #: The file that marks joined objects as complete, with the type of ids.
@@ -26,7 +27,7 @@ class SegmentationOutput(PredictionOutput):
     The arrays are created once the number of objects, and so the type of ids, is known.
 
     Args:
-        path: the output, a Zarr group with the group of the class.
+        path: the output, a local Zarr group with the group of the class.
         name: the class.
         grid: the voxels, in blocks.
         storage: the options of its files.
@@ -43,6 +44,7 @@ class SegmentationOutput(PredictionOutput):
     ) -> None:
         ids = ObjectIds(np.uint32 if storage.ids == "auto" else storage.ids)
         z, y, x = storage.chunks
+        self._folder, self._group = path / journal_folder(self.work), path / name
         super().__init__(
             path, (name,), grid, ids, (z, y, x), storage.unit if storage.shards else None, storage.zarr_format,
             storage.levels, raw=raw,
@@ -50,14 +52,14 @@ class SegmentationOutput(PredictionOutput):
 
     @property
     def _created(self) -> bool:
-        return (self.journal.folder / _JOINED).exists()
+        return (self._folder / _JOINED).exists()
 
     def _create_levels(self, name: str) -> None:
         """Create no arrays yet; see `store`."""
 
     def store(self, objects: Objects, dtype: np.dtype[Any]) -> None:
         """Store the ids and measures of joined objects, and create the arrays; a kill before the end repeats it."""
-        folder, name = self.journal.folder, self.classes[0]
+        folder, name = self._folder, self.classes[0]
         for file, array in ((IDS, objects.ids), *((f"{k}.npy", v) for k, v in objects.measures.as_arrays().items())):
             draft = folder / f"{file}.draft"
             with draft.open("wb") as handle:
@@ -66,7 +68,7 @@ class SegmentationOutput(PredictionOutput):
             flush([str(folder / file)])
         self.values.dtype = dtype
         for level in range(self.levels):
-            path = self.path / name / f"s{level}"
+            path = self._group / f"s{level}"
             if path.exists():
                 shutil.rmtree(path)
             self._levels.create(name, level, {"cellmap": self._attributes(name)})
@@ -76,7 +78,7 @@ class SegmentationOutput(PredictionOutput):
         """Return the type of ids and the measures of joined objects; None before `store` is complete."""
         if not self._created:
             return None
-        folder = self.journal.folder
+        folder = self._folder
         self.values.dtype = np.dtype(json.loads((folder / _JOINED).read_text(encoding="utf-8"))["dtype"])
         names = ("voxels", "sums", "low", "high", "first", "border")
         return self.values.dtype, Measures(**{name: np.load(folder / f"{name}.npy") for name in names})

@@ -24,12 +24,13 @@ from cellmap_lightning.instances.joining import BlockNumbers, id_type, join_obje
 from cellmap_lightning.instances.objects import write_objects
 from cellmap_lightning.instances.options import SegmentationOptions, StorageOptions
 from cellmap_lightning.instances.output import SegmentationOutput
-from cellmap_lightning.instances.scheduling import Scheduler, SerialScheduler
 from cellmap_lightning.instances.segmenter import BlockSegmenter
 from cellmap_lightning.instances.source import SegmentationSource
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.prediction.blocks import BlockGrid
+from cellmap_lightning.prediction.journal import journal_folder
 from cellmap_lightning.prediction.output_checks import check_apart, write_failure
+from cellmap_lightning.runtime.scheduling import Scheduler, SerialScheduler
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class VolumeSegmentation:
         storage: StorageOptions | None = None,
     ) -> None:
         options, self._storage = options or SegmentationOptions(), storage or StorageOptions()
-        path = Path(output)
+        self._path = path = _local(output)
         if isinstance(source.path, Path):
             check_apart(path, source.path.parent)
         segmenter = BlockSegmenter.of(source, options)
@@ -91,14 +92,14 @@ class VolumeSegmentation:
         self._output = SegmentationOutput(path, source.name, grid, self._storage, raw[1:])
         self._source, self._segmenter, self._options, self._grid = source, segmenter, options, grid
         self._tasks = BlockTasks(
-            source, segmenter, grid, self._output.journal.folder, path, self._output.chunks, self._output.shards,
-            self._storage.zarr_format, self._output.pyramid,
+            source, segmenter, grid, path / journal_folder("segmentation"), path, self._output.chunks,
+            self._output.shards, self._storage.zarr_format, self._output.pyramid,
         )  # fmt: skip
 
     @property
     def table(self) -> Path:
         """The list of objects, a CSV file beside the output."""
-        return self._output.path.with_name(f"{self._output.path.stem}-objects.csv")
+        return self._path.with_name(f"{self._path.stem}-objects.csv")
 
     def run(self, scheduler: Scheduler | None = None, report: Callable[[str], None] = log.info) -> SegmentationSummary:
         """Segment the volume, or the rest of it.
@@ -226,10 +227,23 @@ class VolumeSegmentation:
         }  # fmt: skip
 
     def _summary(self, objects: int, resumed: int) -> SegmentationSummary:
-        output = self._output
         return SegmentationSummary(
-            output.path, output.path / self._source.name, self.table, objects, len(self._grid), resumed
+            self._path, self._path / self._source.name, self.table, objects, len(self._grid), resumed
         )
+
+
+def _local(output: str | Path) -> Path:
+    """Return the path of an output.
+
+    Raises:
+        CellMapValueError: it is an address.
+    """
+    if "://" in str(output):
+        raise CellMapValueError(
+            f"{output}: segmentations are written to a folder of this machine, since blocks exchange files there; "
+            "choose a path, and copy the finished group"
+        )
+    return Path(output)
 
 
 def _write(tasks: BlockTasks, dtype: str, first: list[int], number: int) -> list[int]:

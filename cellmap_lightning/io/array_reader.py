@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -119,8 +120,13 @@ class ArrayReader(ChunkFiles, ABC):
 
     def box(self, start: tuple[int, int, int], shape: Shape) -> str:
         """Return level and physical box of some voxels, for messages."""
-        low = np.add(self.level.lattice.box.lower, np.multiply(start, self.level.scale))
-        high = low + np.multiply(shape, self.level.scale)
+        lattice = self.level.lattice
+        if lattice.turn is None:
+            low = np.add(lattice.box.lower, np.multiply(start, self.level.scale))
+            high = low + np.multiply(shape, self.level.scale)
+        else:
+            box = replace(lattice, origin=to_vector(lattice.points(start)), shape=shape).box
+            low, high = np.asarray(box.lower), np.asarray(box.upper)
         box = Box(to_vector(low), to_vector(high))
         return f"level {self.level.name}, {box}"
 

@@ -5,12 +5,13 @@ from cellmap_lightning.io.ngff import NO_OVERRIDES, Multiscale, NoImageError, Ov
 from cellmap_lightning.io.store import Remote, StorePath, children, exists, parse_location
 
 
-def read_image(path: str | StorePath, overrides: Overrides = NO_OVERRIDES) -> Multiscale:
+def read_image(path: str | StorePath, overrides: Overrides = NO_OVERRIDES, allow_turned: bool = False) -> Multiscale:
     """Read the metadata of an image: OME-NGFF, a plain Zarr array, or any format in docs/formats.md.
 
     Args:
         path: the image: a group, an array, a file, an array in a file (``volume.h5/raw``) or a folder of slices.
         overrides: settings that override the metadata.
+        allow_turned: see `read_multiscale`.
 
     Raises:
         CellMapFileNotFoundError: ``path`` does not exist.
@@ -23,7 +24,7 @@ def read_image(path: str | StorePath, overrides: Overrides = NO_OVERRIDES) -> Mu
     """
     # OME-NGFF is tried first, so that its images cost no look at other formats.
     try:
-        return read_multiscale(path, overrides)
+        return read_multiscale(path, overrides, allow_turned)
     except (NoImageError, CellMapFileNotFoundError):
         from cellmap_lightning.io.formats.multiscale import read_foreign
 

@@ -141,7 +141,7 @@ def power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
 
 
-def _pause(attempt: int) -> float:
+def backoff(attempt: int) -> float:
     """Return the seconds to wait after an attempt (1, 2, ...): exponential backoff with jitter."""
     pause: float = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
     return pause * _jitter.uniform(0.5, 1.5)
@@ -179,7 +179,7 @@ def tried(
                 contents[key] = value
         if not errors:
             return contents
-        pause, seconds = _pause(attempt), time.monotonic() - began
+        pause, seconds = backoff(attempt), time.monotonic() - began
         is_last = attempt == retry_policy.attempts or seconds + pause > retry_policy.timeout
         if is_last or not all(map(is_transient, errors.values())):
             COUNTS.add("failures")
@@ -330,7 +330,7 @@ class RetryingStore(WrapperStore[Store]):
                 async with asyncio.timeout(remaining if attempt == self._retry_policy.attempts else remaining / 2):
                     return await read()
             except Exception as e:  # stores raise any type
-                pause = _pause(attempt)
+                pause = backoff(attempt)
                 if attempt == self._retry_policy.attempts or not is_transient(e) or clock() + pause >= end:
                     COUNTS.add("failures")
                     raise ObjectError(key, attempt, clock() - began, e) from e

@@ -9,9 +9,9 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 from cellmap_lightning.errors import CellMapError, CellMapValueError, MetadataError
 from cellmap_lightning.io.files import IrregularFileError, LargeFileError, read_regular
@@ -74,10 +74,10 @@ class Remote:
         protocol, _, path = head.partition("://")
         return protocol, path, chain + tail
 
-    def __truediv__(self, name: str) -> "Remote":
+    def __truediv__(self, name: str) -> Self:
         protocol, path, tail = self.url_parts
         joined = "/".join(part for part in (path.rstrip("/"), str(name).strip("/")) if part)
-        return Remote(f"{protocol}://{joined}{tail}", self.options)
+        return replace(self, url=f"{protocol}://{joined}{tail}")
 
     @property
     def name(self) -> str:
@@ -95,14 +95,14 @@ class Remote:
         return PurePosixPath(self.name).suffix
 
     @property
-    def parent(self) -> "Remote":
+    def parent(self) -> Self:
         """Location above; the topmost one is its own parent."""
         protocol, path, tail = self.url_parts
         above = path.rstrip("/").rpartition("/")[0]
-        return Remote(f"{protocol}://{above}{tail}", self.options) if above else self
+        return replace(self, url=f"{protocol}://{above}{tail}") if above else self
 
     @property
-    def parents(self) -> list["Remote"]:
+    def parents(self) -> list[Self]:
         """All locations above, the nearest first."""
         above, here = [], self
         while here.parent != here:

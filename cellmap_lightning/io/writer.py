@@ -20,6 +20,7 @@ import zarr.codecs
 from numpy.typing import NDArray
 
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.io.object_folder import ObjectFolder, OutputPath, zarr_location
 from cellmap_lightning.validation import one_of
 
 __all__ = [
@@ -198,12 +199,14 @@ def make_room(path: Path, overwrite: bool) -> None:
 
 
 def write_group(
-    path: str | os.PathLike[str], attributes: Mapping[str, Any] | None = None, zarr_format: ZarrFormat = 2
+    path: str | os.PathLike[str] | ObjectFolder,
+    attributes: Mapping[str, Any] | None = None,
+    zarr_format: ZarrFormat = 2,
 ) -> None:
     """Create a Zarr group at ``path`` unless there is one, and merge ``attributes`` into its attributes.
 
     Args:
-        path: Local folder of the group. Its parents are created as folders, but not as groups.
+        path: Folder of the group. Its parents are created as folders, but not as groups.
         attributes: JSON-like attributes; keys that the group has already are replaced.
         zarr_format: 2 or 3. A group of the other format is an error.
 
@@ -211,13 +214,13 @@ def write_group(
         CellMapFileExistsError: If an array, a group of the other format or a file is there.
     """
     one_of("zarr_format", zarr_format, (2, 3))
-    path = Path(path)
+    path = path if isinstance(path, ObjectFolder) else Path(path)
     group_file = ".zgroup" if zarr_format == 2 else "zarr.json"
     if path.exists() and not path.is_dir():
         raise CellMapFileExistsError(f"{path} is a file; a Zarr group is a folder")
     if any((path / name).exists() for name in _NODE_FILES):
         try:
-            group = zarr.open_group(str(path), mode="r+", zarr_format=zarr_format, use_consolidated=False)
+            group = zarr.open_group(zarr_location(path), mode="r+", zarr_format=zarr_format, use_consolidated=False)
         except (FileNotFoundError, ValueError) as error:
             raise CellMapFileExistsError(
                 f"{path} is not a Zarr v{zarr_format} group; expected the {group_file} of a group"
@@ -225,11 +228,11 @@ def write_group(
         if attributes:
             group.update_attributes(dict(attributes))
         return
-    zarr.create_group(str(path), zarr_format=zarr_format, attributes=dict(attributes or {}))
+    zarr.create_group(zarr_location(path), zarr_format=zarr_format, attributes=dict(attributes or {}))
 
 
 def create_level(
-    path: Path,
+    path: OutputPath,
     shape: Sequence[int],
     dtype: Any,
     chunks: Sequence[int],
@@ -243,7 +246,7 @@ def create_level(
     """Create the array of a level below a group.
 
     Args:
-        path: local folder of the array.
+        path: folder of the array.
         shape: voxels along each axis.
         dtype: type of a voxel.
         chunks: voxels of a chunk.
@@ -256,7 +259,7 @@ def create_level(
     """
     v3: dict[str, Any] = {"dimension_names": tuple(axes), "shards": shards} if zarr_format == 3 else {}
     return zarr.create_array(
-        str(path),
+        zarr_location(path),
         shape=tuple(shape),
         dtype=dtype,
         chunks=tuple(chunks),

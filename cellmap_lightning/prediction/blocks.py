@@ -25,7 +25,14 @@ def output_lattice(window: Window, volume: Box, levels: Sequence[Lattice]) -> La
         window: a patch of the output, along the axes of the volume.
         volume: the whole volume, nm.
         levels: the levels of raw.
+
+    Raises:
+        CellMapValueError: raw is turned.
     """
+    if any(level.turn is not None for level in levels):
+        raise CellMapValueError(
+            "raw is rotated, mirrored or sheared by its metadata (OME-NGFF 0.6), which only training reads; resample it"
+        )
     origin, step, shape = [], [], []
     for axis in range(3):
         scale = float(window.scale[axis])

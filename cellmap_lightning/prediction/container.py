@@ -6,7 +6,6 @@ paths, and describes them as OME-XML in the same order. See https://ngff.openmic
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -14,8 +13,10 @@ import numpy as np
 import zarr
 
 from cellmap_lightning.geometry.lattice import Lattice
+from cellmap_lightning.io.object_folder import OutputPath, zarr_location
 from cellmap_lightning.io.store import LISTING
 from cellmap_lightning.io.writer import ZarrFormat, write_group
+from cellmap_lightning.prediction.durable import write_bytes
 
 _SCHEMA = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 _INSTANCE = "http://www.w3.org/2001/XMLSchema-instance"
@@ -24,7 +25,7 @@ _TYPES = {"float16": "float", "float32": "float", "float64": "double"}
 
 
 def write_container(
-    path: Path,
+    path: OutputPath,
     images: Sequence[str],
     lattice: Lattice,
     dtype: np.dtype[Any],
@@ -46,16 +47,13 @@ def write_container(
     if zarr_format == 3:
         series, layout = {"ome": {"version": "0.5", **series}}, {"ome": {"version": "0.5", **layout}}
     write_group(path / LISTING, series, zarr_format)
-    file = path / LISTING / "METADATA.ome.xml"
-    draft = file.with_name(f"{file.name}.partial")
-    draft.write_bytes(ome_xml(images, lattice, dtype))
-    draft.replace(file)
+    write_bytes(path / LISTING / "METADATA.ome.xml", ome_xml(images, lattice, dtype))
     write_group(path, {**attributes, **layout}, zarr_format)
     with warnings.catch_warnings():
         # zarr-python warns about the XML file, which is no Zarr node, when it lists the group without consolidated
         # metadata, and about consolidated metadata in Zarr v3, which other programs may ignore.
         warnings.simplefilter("ignore")
-        zarr.consolidate_metadata(str(path), zarr_format=zarr_format)
+        zarr.consolidate_metadata(zarr_location(path), zarr_format=zarr_format)
 
 
 def ome_xml(images: Sequence[str], lattice: Lattice, dtype: np.dtype[Any]) -> bytes:

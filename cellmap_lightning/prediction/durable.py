@@ -1,11 +1,15 @@
-"""Durable files: data are flushed to the disk before other files refer to them, and so survive a power loss."""
+"""Durable files: data are flushed to the disk before other files refer to them, and so survive a power loss.
+
+Objects of remote stores are durable once a write returns.
+"""
 
 import contextlib
 import errno
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+
+from cellmap_lightning.io.object_folder import ObjectFolder, OutputPath
 
 #: Number of files from which on they are flushed in parallel, and number of threads: the file system then commits its
 #: journal once for several of them.
@@ -49,17 +53,28 @@ def _flush(path: str) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: OutputPath, content: bytes) -> None:
     """Write a file atomically, also with respect to a power loss."""
+    if isinstance(path, ObjectFolder):
+        path.write_bytes(content)
+        return
     draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_bytes(content)
     flush([str(draft)])
     draft.replace(path)
     flush([str(path)])
 
 
-def remove(path: Path) -> None:
+def write_text(path: OutputPath, text: str) -> None:
+    """Write a file atomically, also with respect to a power loss."""
+    write_bytes(path, text.encode())
+
+
+def remove(path: OutputPath) -> None:
     """Remove a file, if it exists, and flush its folder, so that it does not reappear after a power loss."""
+    if isinstance(path, ObjectFolder):
+        path.unlink(missing_ok=True)
+        return
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
         _flush(str(path.parent))

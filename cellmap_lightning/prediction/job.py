@@ -16,6 +16,7 @@ from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.errors import CellMapFileExistsError
 from cellmap_lightning.geometry.lattice import Lattice, Shape
 from cellmap_lightning.geometry.placement import Window
+from cellmap_lightning.io.object_folder import OutputPath
 from cellmap_lightning.prediction.accumulate import BlockMemory, PatchSum
 from cellmap_lightning.prediction.assembly import BlockAssembly
 from cellmap_lightning.prediction.blending import Tiling
@@ -93,7 +94,7 @@ class JobPlanner:
         self._passing = data.num_workers == 0 and all(passes_by(crop) for crop in data.predict_dataset.crops)
         self._positions = 0
 
-    def plan(self, path: Path, name: str, crops: Sequence[Crop]) -> tuple[PredictionJob, list[Crop]]:
+    def plan(self, path: OutputPath, name: str, crops: Sequence[Crop]) -> tuple[PredictionJob, list[Crop]]:
         """Plan the prediction of a volume.
 
         Args:
@@ -106,8 +107,7 @@ class JobPlanner:
         """
         options, trainer, raw = self._options, self._trainer, crops[0].raw
         blending, storage, box = options.blending, options.storage, options.region.box
-        if isinstance(crops[0].raw_at, Path):
-            check_apart(path, crops[0].raw_at)
+        check_apart(path, crops[0].raw_at)
         windows = output_windows(self._spec.window, self._spec.flat, crops)
         whole = output_lattice(windows[0], raw.box, [level.lattice for level in raw.levels.values()])
         tilings = [Tiling(whole.shape, w.shape, blending.blend, blending.overlap, blending.context) for w in windows]

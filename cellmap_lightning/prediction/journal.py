@@ -17,13 +17,12 @@ import json
 import os
 import re
 import secrets
-import shutil
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
+from cellmap_lightning.io.object_folder import ObjectFolder, OutputPath, remove_tree
 from cellmap_lightning.io.records import DamagedRecordError, sealed, unsealed
 from cellmap_lightning.prediction.durable import remove, write_text
 
@@ -50,13 +49,15 @@ class Journal:
         work: the kind of the output, ``prediction`` or ``segmentation``.
     """
 
-    def __init__(self, output: Path, rank: int = 0, work: str = "prediction") -> None:
+    def __init__(self, output: OutputPath, rank: int = 0, work: str = "prediction") -> None:
         self.work = work
         self.folder = output / journal_folder(work)
         self._settings = self.folder / SETTINGS
         self._removed = self.folder / "removed.json"
         self._log = self.folder / f"blocks-{rank}.txt"
         self._token: str | None = None
+        #: The lines of this process in a remote store, whose objects are not appended to but replaced.
+        self._lines_written: str | None = None
 
     @property
     def record(self) -> dict[str, Any] | None:
@@ -135,9 +136,15 @@ class Journal:
             self._token = content["token"]
         return str(self._token)
 
+    def make_folder(self) -> None:
+        """Create the folder, which marks the output as one of this package."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.folder, ObjectFolder):  # folders of remote stores exist with their first object
+            (self.folder / "marker.txt").write_text(f"a {self.work} of cellmap_lightning is being written here\n")
+
     def begin(self, settings: Mapping[str, Any], token: str | None = None) -> None:
         """Write the settings atomically: from then on the prediction can be resumed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.make_folder()
         self._token = token or new_token()
         write_text(self._settings, sealed({"settings": dict(settings), "token": self._token}))
 
@@ -162,13 +169,13 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the folder, the settings first: without them nothing in it is valid."""
-        self._token = None
+        self._token = self._lines_written = None
         remove(self._settings)
         if self.folder.exists():
             for path in self.folder.iterdir():
                 if path != self._removed:  # last, as it invalidates the groups that are not removed yet
                     path.unlink(missing_ok=True)
-            shutil.rmtree(self.folder)
+            remove_tree(self.folder)
 
     def check(self, settings: Mapping[str, Any], assumed: Mapping[str, Any] | None = None) -> None:
         """Check that the settings of the prediction in the output are those of this prediction.
@@ -200,7 +207,8 @@ class Journal:
         if begun is None:
             return {}
         lines = {}
-        for path in sorted(self.folder.glob("blocks-*.txt")):
+        files: list[OutputPath] = [*self.folder.glob("blocks-*.txt")]
+        for path in sorted(files, key=str):
             for line in path.read_text(encoding="ascii", errors="replace").splitlines():
                 # The checksum depends on the token, so that lines of a removed output are ignored.
                 match = _LINE.fullmatch(line)
@@ -249,6 +257,12 @@ class Journal:
         """
         line = " ".join([word, f"{number:010d}", stamp, *(str(n) for n in notes)])
         text = f"\n{line} {_checksum(line, self.token)}.\n"
+        if isinstance(self._log, ObjectFolder):
+            if self._lines_written is None:
+                self._lines_written = self._log.read_text("ascii", "replace") if self._log.exists() else ""
+            self._log.write_text(self._lines_written + text)
+            self._lines_written += text
+            return
         handle = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             # It begins with a line break, in case a kill has truncated the line before.

@@ -21,13 +21,15 @@ import zarr.codecs
 
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.geometry.lattice import Shape
-from cellmap_lightning.io.store import LISTING
+from cellmap_lightning.io.object_folder import ObjectFolder, OutputPath, output_path, remove_tree
+from cellmap_lightning.io.store import LISTING, Remote
 from cellmap_lightning.io.writer import ZarrFormat, multiscale_attributes, write_group
 from cellmap_lightning.prediction.blocks import BlockGrid
 from cellmap_lightning.prediction.channels import Targets, channel_attributes
 from cellmap_lightning.prediction.container import write_container
 from cellmap_lightning.prediction.durable import flush, write_text
 from cellmap_lightning.prediction.journal import Journal, input_hash, new_token, plain, record_checksum
+from cellmap_lightning.prediction.object_lock import ObjectLock
 from cellmap_lightning.prediction.output_checks import write_failure
 from cellmap_lightning.prediction.output_levels import OutputLevels
 from cellmap_lightning.prediction.output_lock import FILE, OutputLock, read_owner
@@ -40,7 +42,7 @@ log = logging.getLogger(__name__)
 TOKEN = ".cellmap-token"
 
 
-def _empty(path: Path) -> bool:
+def _empty(path: OutputPath) -> bool:
     return path.is_dir() and all(inside.name == FILE for inside in path.iterdir())
 
 
@@ -53,7 +55,7 @@ class PredictionOutput:
     """The output of a prediction on disk, its journal and its lock; see docs/prediction.md.
 
     Args:
-        path: the output, a Zarr group with one group per class.
+        path: the output, a Zarr group with one group per class; a path or an address.
         classes: names of the channels.
         grid: the voxels, in blocks.
         values: the conversion to stored values.
@@ -74,7 +76,7 @@ class PredictionOutput:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Remote,
         classes: Sequence[str],
         grid: BlockGrid,
         values: StoredValues,
@@ -91,7 +93,7 @@ class PredictionOutput:
             raise CellMapValueError(
                 f"classes {invalid} cannot be names of groups; choose names without / and leading ."
             )
-        self.path = Path(path)
+        self.path = output_path(path)
         self.classes, self.grid, self.values = tuple(classes), grid, values
         self.targets = targets or {}
         self.chunks, self.shards = chunks, shards
@@ -99,7 +101,7 @@ class PredictionOutput:
         self.levels = self.pyramid.levels
         self.zarr_format: ZarrFormat = zarr_format
         self.journal = Journal(self.path, rank, self.work)
-        self._lock = OutputLock(self.path)
+        self._lock = ObjectLock(self.path) if isinstance(self.path, ObjectFolder) else OutputLock(self.path)
         self._rank = rank
         #: Token of the writing job, as first read by processes other than 0.
         self._owner: str | None = None
@@ -144,7 +146,8 @@ class PredictionOutput:
                 f"{self.path} exists and contains no {self.work} of this package, so it is not changed; choose another "
                 "output"
             )
-        begun = [folder for folder in (self.path, *self.path.absolute().parents) if not folder.exists()]
+        folders = () if isinstance(self.path, ObjectFolder) else (self.path, *self.path.absolute().parents)
+        begun = [folder for folder in folders if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._acquire()
         if overwrite or self.journal.removed_classes is not None:
@@ -162,7 +165,7 @@ class PredictionOutput:
         else:
             self._begun = begun
             self.journal.remove()  # files left by a kill, of an output that was removed
-        self.journal.folder.mkdir(parents=True, exist_ok=True)
+        self.journal.make_folder()
         if check_space:
             self._check_space()
         if self.journal.settings is None:
@@ -215,7 +218,7 @@ class PredictionOutput:
         write_group(self.path, {"cellmap": attributes} if attributes else {}, self.zarr_format)
         for name in self.classes:
             if (self.path / name).exists():
-                shutil.rmtree(self.path / name)
+                remove_tree(self.path / name)
             write_group(self.path / name, zarr_format=self.zarr_format)
             self._create_levels(name)
             write_text(self.path / name / TOKEN, token)
@@ -292,10 +295,10 @@ class PredictionOutput:
 
     def _remove(self) -> None:
         """Remove the files of an earlier prediction, and no others."""
-        folder, classes = self.journal.folder, self.journal.removed_classes
+        classes = self.journal.removed_classes
         if classes is None:
             try:
-                if not folder.is_dir() and self.journal.record is None:
+                if not self.journal.folder.is_dir() and self.journal.record is None:
                     return
                 classes = list((self.journal.settings or {}).get("classes", ()))
             except CellMapValueError:  # damaged
@@ -307,35 +310,39 @@ class PredictionOutput:
             (self.path / name).unlink(missing_ok=True)
         for name in (*names, LISTING):
             if (self.path / name).is_dir():
-                shutil.rmtree(self.path / name)
+                remove_tree(self.path / name)
         self.journal.remove()
-        folder.mkdir()
+        self.journal.make_folder()
 
     def _sweep(self) -> None:
-        """Remove temporary files that zarr had not renamed when it was killed."""
+        """Remove temporary files that were not renamed before a kill."""
+        if isinstance(self.path, ObjectFolder):
+            return
         folders = [self.path, self.path / LISTING]
         for name in self.classes:
             folders += [self.path / name, self.path / name / "s0"]
             for number in self.journal.unfinished:
-                folders += self._folders(name, number)
+                folders += self._folders(self.path, name, number)
             if len(self.journal.finished) == len(self.grid):  # killed while the rest of the pyramid was built
                 for level in range(1, self.levels):
                     folders += [Path(folder) for folder, _, _ in os.walk(self.path / name / f"s{level}")]
         for folder in folders:
-            for path in folder.glob("*.partial"):
+            for path in (*folder.glob("*.partial"), *folder.glob("*.draft")):
                 path.unlink(missing_ok=True)
 
-    def _folders(self, name: str, number: int) -> Iterator[Path]:
+    def _folders(self, path: Path, name: str, number: int) -> Iterator[Path]:
         """Yield the folders of the chunks of a block, and of the coarser chunks that it determines."""
         for level in range(self.levels):
             units = units_within(self.grid, number, self.pyramid.factors(level), self.shards or self.chunks)
             if units is None:
                 return
-            root = self.path / name / f"s{level}" / ("c" if self.zarr_format == 3 else "")
+            root = path / name / f"s{level}" / ("c" if self.zarr_format == 3 else "")
             for z, y in product(*(range(part.start, part.stop) for part in units[:2])):
                 yield root / str(z) / str(y)
 
     def _check_space(self) -> None:
+        if isinstance(self.path, ObjectFolder):
+            return
         needed = self.nbytes * (1 - len(self.journal.finished) / len(self.grid))
         free = shutil.disk_usage(self.path).free
         if needed > free:
@@ -458,8 +465,9 @@ class PredictionOutput:
         record["checksum"] = record_checksum(record)
         attributes = {"cellmap": {**self._root_attributes(), self.work: record}}
         write_container(self.path, self.classes, lattice, self.values.dtype, attributes, self.zarr_format)
-        groups = [self.path, *(self.path / name for name in (*self.classes, LISTING))]
-        flush(str(file) for group in groups for file in group.iterdir() if file.is_file() and file.name != FILE)
+        if not isinstance(self.path, ObjectFolder):
+            groups = [self.path, *(self.path / name for name in (*self.classes, LISTING))]
+            flush(str(file) for group in groups for file in group.iterdir() if file.is_file() and file.name != FILE)
         self.journal.remove()
         self._remove_tokens()
 

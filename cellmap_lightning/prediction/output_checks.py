@@ -1,10 +1,9 @@
 """Checks of outputs, and the reasons of writes that fail."""
 
 import errno
-from pathlib import Path
 
 from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.io.store import StorePath, exists
+from cellmap_lightning.io.store import Remote, StorePath, exists
 from cellmap_lightning.prediction.journal import SETTINGS, journal_folder
 
 
@@ -36,14 +35,20 @@ def check_finished(*groups: StorePath) -> None:
                 )
 
 
-def check_apart(output: Path, raw: Path) -> None:
+def check_apart(output: StorePath, raw: StorePath) -> None:
     """Check that an output is separate from raw data, which are never written to.
 
     Raises:
         CellMapValueError: one of them is inside of the other.
     """
-    a, b = output.absolute(), raw.absolute()
-    if a == b or b in a.parents or a in b.parents:
+    a, b = _parts(output), _parts(raw)
+    shorter = min(len(a), len(b))
+    if a[:shorter] == b[:shorter]:
         raise CellMapValueError(
             f"the output {output} and the raw volume {raw} must not be inside of each other; choose another output"
         )
+
+
+def _parts(place: StorePath) -> tuple[str, ...]:
+    """Return the folders of a location, from the topmost one on."""
+    return tuple(place.url.rstrip("/").split("/")) if isinstance(place, Remote) else place.absolute().parts

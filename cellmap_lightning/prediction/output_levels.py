@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import zarr.codecs
 
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.io.integrity import Encoded
+from cellmap_lightning.io.object_folder import ObjectFolder, OutputPath, zarr_location
 from cellmap_lightning.io.plain_chunks import PlainChunks
 from cellmap_lightning.io.writer import ZarrFormat, codec_of, create_level, downsample_mean, downsample_mode
 from cellmap_lightning.prediction.blocks import BlockGrid
@@ -35,27 +35,31 @@ class OutputLevels:
         shards: voxels of a shard, for Zarr v3; None without shards.
         zarr_format: 2 or 3.
         pyramid: the levels.
+        compression: level of zstd.
     """
 
     def __init__(
         self,
-        path: Path,
+        path: OutputPath,
         grid: BlockGrid,
         values: StoredValues,
         chunks: Shape,
         shards: Shape | None,
         zarr_format: ZarrFormat,
         pyramid: Pyramid,
+        compression: int = ZSTD_LEVEL,
     ) -> None:
         self.path, self.grid, self.values, self.pyramid = path, grid, values, pyramid
-        self.chunks, self.shards = chunks, shards
+        self.chunks, self.shards, self.compression = chunks, shards, compression
         self.zarr_format: ZarrFormat = zarr_format
+        #: Chunk files are read and written directly, without zarr-python.
+        self._plain = zarr_format == 2 and not isinstance(path, ObjectFolder)
         self._arrays: dict[tuple[str, int], zarr.Array[Any]] = {}
         self._coarser = downsample_mode if values.kind == "labels" else downsample_mean
 
     def create(self, name: str, level: int, attributes: dict[str, Any] | None) -> None:
         """Create the array of a level, with attributes."""
-        codec = codec_of("zstd", self.zarr_format, ZSTD_LEVEL)
+        codec = codec_of("zstd", self.zarr_format, self.compression)
         if self.zarr_format == 3:
             codec = [codec, zarr.codecs.Crc32cCodec()]
         create_level(
@@ -66,8 +70,8 @@ class OutputLevels:
     def array(self, name: str, level: int = 0) -> zarr.Array[Any]:
         """Return the array of a level of a class."""
         if (name, level) not in self._arrays:
-            path = str(self.path / name / f"s{level}")
-            self._arrays[name, level] = zarr.open_array(path, mode="r+", zarr_format=self.zarr_format)
+            path = self.path / name / f"s{level}"
+            self._arrays[name, level] = zarr.open_array(zarr_location(path), mode="r+", zarr_format=self.zarr_format)
         return self._arrays[name, level]
 
     def _files(self, name: str, level: int) -> PlainChunks:
@@ -80,7 +84,7 @@ class OutputLevels:
         The box begins at the first voxel of a chunk, and consists of whole voxels of the next level.
         """
         array, step = self.array(name, level), self.pyramid.steps[level]
-        if self.zarr_format == 3 or any(c % f for c, f in zip(self.chunks, step, strict=True)):
+        if not self._plain or any(c % f for c, f in zip(self.chunks, step, strict=True)):
             return np.asarray(coarser(np.asarray(array[box]), self._coarser, step))
         # Chunk by chunk, so that each is downsampled while it is in the processor's cache.
         files = self._files(name, level)
@@ -99,7 +103,7 @@ class OutputLevels:
         return coarse
 
     def _put(self, name: str, level: int, units: Units, origin: Sequence[int], data: npt.NDArray[Any]) -> list[str]:
-        """Write whole chunks (or shards) of a level, and return their files.
+        """Write whole chunks (or shards) of a level, and return the files to flush.
 
         Args:
             name: the class.
@@ -114,7 +118,7 @@ class OutputLevels:
             for part, u, n in zip(units, unit, self.pyramid.level_shape(level), strict=True)
         ]
         array, root = self.array(name, level), str(self.path / name / f"s{level}")
-        if self.zarr_format == 2:
+        if self._plain:
             chunks, files = self._files(name, level), []
             for box in product(*boxes):
                 here = tuple(slice(p.start - o, p.stop - o) for p, o in zip(box, origin, strict=True))
@@ -125,6 +129,8 @@ class OutputLevels:
         whole = [slice(parts[0].start, parts[-1].stop) for parts in boxes]
         here = tuple(slice(p.start - o, p.stop - o) for p, o in zip(whole, origin, strict=True))
         array[tuple(whole)] = data[here]
+        if isinstance(self.path, ObjectFolder):  # objects are durable already
+            return []
         return [f"{root}/c/{z}/{y}/{x}" for z, y, x in product(*(range(p.start, p.stop) for p in units))]
 
     def put_block(self, name: str, number: int, data: npt.NDArray[Any]) -> list[str]:

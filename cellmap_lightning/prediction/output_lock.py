@@ -25,6 +25,7 @@ from typing import Any
 
 from cellmap_lightning.cache.shared_memory import boot
 from cellmap_lightning.errors import CellMapFileExistsError, OutputError
+from cellmap_lightning.io.object_folder import OutputPath
 
 if sys.platform != "win32":
     import fcntl
@@ -136,8 +137,8 @@ class OutputLock:
                 owner = _read(fd)
                 if locked is False or self._alive(fd, owner, locked is True):
                     raise CellMapFileExistsError(
-                        f"{self.path.parent}: another job writes there ({_described(owner)}); wait for it, end it, or "
-                        "choose another output"
+                        f"{self.path.parent}: another job writes there ({describe_owner(owner)}); wait for it, end it, "
+                        "or choose another output"
                     )
                 return fd
             except BaseException:
@@ -149,10 +150,10 @@ class OutputLock:
         """Return True if the owner in a file still runs, by other evidence than locks of the system."""
         if owner is None:
             return False
-        if owner.get("boot") == _boot():  # on this machine; a process with the same number may be another one
-            pid = owner.get("pid")
-            return not locked and isinstance(pid, int) and _started(pid) == owner.get("started")
-        log.info("%s: waiting %.0f s for a heartbeat of its owner (%s)", self.path.parent, DEAD, _described(owner))
+        running = is_running(owner)
+        if running is not None:
+            return running and not locked
+        log.info("%s: waiting %.0f s for a heartbeat of its owner (%s)", self.path.parent, DEAD, describe_owner(owner))
         before, end = os.fstat(fd).st_mtime_ns, time.monotonic() + DEAD
         while time.monotonic() < end:
             time.sleep(min(1.0, DEAD / 10))
@@ -169,15 +170,11 @@ class OutputLock:
 
     def _sign(self) -> str:
         """Write the owner and a new token to the file."""
-        token = secrets.token_hex(8)
-        owner = {
-            "token": token, "host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(),
-            "started": _started(os.getpid()), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }  # fmt: skip
+        owner = new_owner()
         text = json.dumps(owner).encode()
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, text, 0)
-        return token
+        return str(owner["token"])
 
     def check(self) -> None:
         """Check that the output still belongs to this job. Do nothing if the lock is not held.
@@ -194,8 +191,8 @@ class OutputLock:
         if replaced or owner is None or owner.get("token") != self.token:
             owner = read_owner(self.path.parent) if replaced else owner
             raise OutputError(
-                f"{self.path.parent} was taken over by another job ({_described(owner)}); this job stops, and its last "
-                "block is incomplete"
+                f"{self.path.parent} was taken over by another job ({describe_owner(owner)}); this job stops, and its "
+                "last block is incomplete"
             )
 
     def release(self) -> None:
@@ -268,7 +265,23 @@ def _read(fd: int) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) else None
 
 
-def read_owner(output: Path) -> dict[str, Any] | None:
+def new_owner() -> dict[str, Any]:
+    """Return the description of this process as an owner, with a new token."""
+    return {
+        "token": secrets.token_hex(8), "host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(),
+        "started": _started(os.getpid()), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }  # fmt: skip
+
+
+def is_running(owner: dict[str, Any]) -> bool | None:
+    """Return whether the process of an owner runs; None for one on another machine."""
+    if not owner.get("boot") or owner.get("boot") != _boot():
+        return None
+    pid = owner.get("pid")  # a process with the same number may be another one
+    return isinstance(pid, int) and _started(pid) == owner.get("started")
+
+
+def read_owner(output: OutputPath) -> dict[str, Any] | None:
     """Return the owner in the lock file of an output; None if there is no such file, or it is damaged."""
     try:
         owner = json.loads((output / FILE).read_bytes()[:_MAX_BYTES])
@@ -277,7 +290,8 @@ def read_owner(output: Path) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) else None
 
 
-def _described(owner: dict[str, Any] | None) -> str:
+def describe_owner(owner: dict[str, Any] | None) -> str:
+    """Return an owner in words."""
     if owner is None:
         return "owner unknown"
     return f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"

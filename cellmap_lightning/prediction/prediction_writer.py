@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any, Never
 
 import lightning as L
@@ -22,6 +21,7 @@ from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.crops.flat_options import refuse_flat
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import Shape
+from cellmap_lightning.io.object_folder import output_path
 from cellmap_lightning.prediction.accumulate import MeanBlock, StoredBlock
 from cellmap_lightning.prediction.background_writer import BackgroundWriter
 from cellmap_lightning.prediction.block_patches import (
@@ -82,7 +82,7 @@ class PredictionWriter(L.Callback):
         >>> L.Trainer(callbacks=[writer]).predict(module, datamodule=data)  # doctest: +SKIP
 
     Args:
-        output: the Zarr group to write.
+        output: the Zarr group to write: a path, or an address such as ``s3://bucket/mito.zarr``.
         blending: patches, blending and test-time augmentation.
         channels: the channels of the model, and those to write.
         storage: dtype, chunks and levels of the output.
@@ -91,6 +91,8 @@ class PredictionWriter(L.Callback):
         block_size_mb: memory in MiB for two blocks (one is written while the other is computed), with the sums
             of overlapping patches. Blocks are whole chunks. Small blocks compute patches twice: a warning names the
             size that would help.
+        storage_options: arguments of fsspec's file system for an address; by default the credentials of the
+            environment.
         flat: none; options that are given flat are an error that names their dataclass.
 
     Attributes:
@@ -113,6 +115,7 @@ class PredictionWriter(L.Callback):
         region: RegionOptions | None = None,
         resume: ResumeOptions | None = None,
         block_size_mb: float = 256,
+        storage_options: Mapping[str, Any] | None = None,
         **flat: Never,
     ) -> None:
         refuse_flat(PredictionWriter, flat, _GROUPS)
@@ -120,7 +123,7 @@ class PredictionWriter(L.Callback):
             blending or BlendOptions(), channels or ChannelOptions(), storage or OutputOptions(),
             region or RegionOptions(), resume or ResumeOptions(), block_size_mb,
         )  # fmt: skip
-        self.output, self.threshold = Path(output), self.options.storage.threshold
+        self.output, self.threshold = output_path(output, storage_options), self.options.storage.threshold
         self.classes, self.only = self.options.channels.classes, self.options.channels.only
         self.summary = Summary()
         self.names: list[str] = []
@@ -390,12 +393,15 @@ class PredictionWriter(L.Callback):
             job.blocks.close()
 
 
-def make_prediction_writer(output: str, *, block_size_mb: float = 256, **settings: Any) -> PredictionWriter:
+def make_prediction_writer(
+    output: str, *, block_size_mb: float = 256, storage_options: Mapping[str, Any] | None = None, **settings: Any
+) -> PredictionWriter:
     """Return a `PredictionWriter` from flat settings, as those of ``writer`` in configs/predict.yaml.
 
     Args:
         output: the Zarr group to write.
         block_size_mb: see `PredictionWriter`.
+        storage_options: see `PredictionWriter`.
         settings: the fields of `BlendOptions`, `ChannelOptions`, `OutputOptions`, `RegionOptions` and `ResumeOptions`.
 
     Raises:
@@ -410,7 +416,7 @@ def make_prediction_writer(output: str, *, block_size_mb: float = 256, **setting
         group: kind(**{setting.name: settings[setting.name] for setting in fields(kind) if setting.name in settings})
         for group, kind in _GROUPS.items()
     }
-    return PredictionWriter(output, block_size_mb=block_size_mb, **groups)
+    return PredictionWriter(output, block_size_mb=block_size_mb, storage_options=storage_options, **groups)
 
 
 def _flat_signature() -> inspect.Signature:
@@ -421,7 +427,7 @@ def _flat_signature() -> inspect.Signature:
         for kind in _GROUPS.values()
         for setting in fields(kind)
     ]
-    first = list(inspect.signature(make_prediction_writer).parameters.values())[:2]
+    first = list(inspect.signature(make_prediction_writer).parameters.values())[:-1]
     return inspect.Signature([*first, *settings])
 
 

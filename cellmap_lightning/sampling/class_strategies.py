@@ -194,7 +194,7 @@ class Foreground(ByClass):
             voxel = index.pick(float(u[row, Column.POSITION]))
             turn = self.table.crops[crop].plane.turn(turns[row])
             rows.append(row)
-            points.append(np.asarray(index.lattice.origin) + np.multiply(index.lattice.step, voxel))
+            points.append(index.lattice.points(voxel))
             matrices.append(np.eye(3) if turn is None else turn)
         if rows:
             offsets = (2 * u[rows, Column.JITTER :] - 1) * self.jitter

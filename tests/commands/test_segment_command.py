@@ -12,7 +12,7 @@ from cellmap_lightning.commands.segment import segment
 from cellmap_lightning.commands.submit import submit
 from cellmap_lightning.errors import CellMapError, CellMapValueError, MissingExtraError
 from cellmap_lightning.instances.libraries import library
-from cellmap_lightning.instances.scheduling import open_scheduler
+from cellmap_lightning.runtime.scheduling import open_scheduler
 from tests.commands.test_cli import run_forked
 from tests.evaluation.test_challenge import manifest, row
 from tests.instances.volumes import OFFSETS, affinities_of, f1, probability_of, touching_spheres, write_prediction

@@ -1,18 +1,23 @@
 """Conversion to OME-NGFF: voxels, pyramids, label maps, resuming and refusals."""
 
+import pickle
 import subprocess
 import sys
+import warnings
+from functools import partial
 
 import numpy as np
 import pytest
+import tifffile
 import zarr
 from ome_zarr_models.v04.image import Image
 
 from cellmap_lightning.conversion import convert as module
-from cellmap_lightning.conversion.convert import convert
+from cellmap_lightning.conversion.convert import block_of, convert
 from cellmap_lightning.conversion.journal import NAME
 from cellmap_lightning.conversion.options import ConversionOptions
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, MetadataError, OutputError
+from cellmap_lightning.io.formats.tiff_pages import TiffPages
 from cellmap_lightning.io.ngff import read_encoding, read_multiscale
 from tests.io.formats import writers
 
@@ -164,6 +169,7 @@ def test_damage_during_a_conversion_is_found(tmp_path, monkeypatch):
     [
         {"pyramid": "max"}, {"zarr_format": 4}, {"chunks": 0}, {"chunks": "x"}, {"workers": 0}, {"classes": {}},
         {"classes": [1]}, {"voxel_size": [1]}, {"axes": "zz"}, {"output": "s3://bucket/v.zarr"}, {"unit": "s"},
+        {"scheduler": "slurm"}, {"address": "tcp://host:1"}, {"scheduler": "processes", "address": "tcp://host:1"},
     ],
 )  # fmt: skip
 def test_bad_options(tmp_path, values):
@@ -187,3 +193,73 @@ def test_errors_of_the_command(tmp_path):
     assert done.returncode != 0
     assert "set voxel_size=[z, y, x] in nm" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def files(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [None, dict.fromkeys(range(1, 255), "mito")], ids=["image", "classes"])
+def test_a_dask_cluster_writes_the_same_files(tmp_path, classes):
+    pytest.importorskip("distributed")
+    path = writers.tiff(tmp_path, VOXELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # distributed warns about ports and versions
+        for name, more in (("threads", {}), ("dask", {"scheduler": "dask", "workers": 2})):
+            convert(options(path, output=str(tmp_path / name / "vol.zarr"), classes=classes, **more))
+    assert files(tmp_path / "dask") == files(tmp_path / "threads")
+
+
+@pytest.mark.parametrize("write", [writers.tiff, writers.hdf5, writers.n5, writers.npy])
+def test_a_block_is_written_by_another_process(tmp_path, write):
+    (tmp_path / "in").mkdir()
+    path = write(tmp_path / "in", VOXELS)
+    given = options(path, output=str(tmp_path / "out.zarr"))
+    level = module.read_image(given.input, given.overrides).finest
+    image = module._Image(tmp_path / "out.zarr", level, given, None)
+    image.levels.create("", 0, None)
+    image.levels.create("", 1, None)
+    image.levels.create("", 2, None)
+    copy = pickle.loads(pickle.dumps(partial(module._write, image, [(0, n) for n in range(len(image.grid))])))
+    for number in range(len(image.grid)):
+        assert copy(number) == []
+    np.testing.assert_array_equal(stored(tmp_path / "out.zarr" / "s0"), VOXELS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stored_chunk", "block"),
+    [
+        ((1000, 2048, 2048), (1, 2048, 2048), (64, 1024, 2048)),
+        ((1000, 1000, 1000), (1, 1000, 1000), (128, 1024, 1024)),
+        ((1000, 1000, 1000), (1, 8, 1000), (128, 128, 1024)),
+        ((1000, 1000, 1000), (64, 64, 64), (128, 128, 128)),
+        ((1000, 30000, 30000), (1, 30000, 30000), (64, 960, 1920)),
+        ((1000, 1000, 1000), (200, 64, 64), (256, 128, 128)),
+        ((40, 50, 1000), (1, 50, 1000), (40, 50, 1024)),
+    ],
+)
+def test_blocks_hold_whole_pages(shape, stored_chunk, block):
+    chunks = tuple(min(64, n) for n in shape)
+    found = block_of(shape, chunks, stored_chunk, 1)
+    assert found == block
+    assert all(n % c == 0 for n, c in zip(found, chunks, strict=True))
+    assert np.prod(found) <= 1 << 27
+
+
+def test_each_page_is_decoded_once(tmp_path, monkeypatch):
+    """Pages in one compressed piece, of which every block of a few chunks would decode all."""
+    voxels = np.random.default_rng(0).integers(0, 255, (24, 200, 200)).astype(np.uint8)
+    path = tmp_path / "pages.tif"
+    tifffile.imwrite(path, voxels, compression="deflate", rowsperstrip=200, photometric="minisblack")
+    decoded, read = [], TiffPages.read_into
+
+    def counted(pages, level, number, start, out):
+        decoded.append(number)
+        read(pages, level, number, start, out)
+
+    monkeypatch.setattr(TiffPages, "read_into", counted)
+    monkeypatch.setattr(module._Image, "_verify", lambda image, array: None)
+    out = convert(options(path))
+    assert sorted(decoded) == list(range(24))
+    np.testing.assert_array_equal(stored(out / "s0"), voxels)

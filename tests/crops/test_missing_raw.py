@@ -9,10 +9,16 @@ import pytest
 import torch
 import zarr
 
+from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.compat.patch_writer import CellMapDatasetWriter
+from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import ChunkError
+from cellmap_lightning.geometry.lattice import LATTICE_TOLERANCE
+from cellmap_lightning.geometry.resample import evaluate
+from cellmap_lightning.geometry.sample_map import sample_map
+from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.writer import write_group, write_multiscale
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.make import make_dataset
@@ -216,3 +222,57 @@ def test_a_writer_warns_once_where_chunks_are_not_counted(tmp_path, caplog, monk
         assert all((batch["input"] == 0).all() for batch in writer.loader(batch_size=4))
     (line,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert "are not stored" in line.getMessage()
+
+
+def turned(angle, axis=0):
+    """A rotation of the plane across an axis."""
+    turn, others = np.eye(3), [i for i in range(3) if i != axis]
+    turn[np.ix_(others, others)] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    return turn
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.37, 2.0, 3.0, 5.5, 20.0])
+@pytest.mark.parametrize("shift", [0.0, 0.25, 0.5, 4.1])
+@pytest.mark.parametrize("turn", [None, turned(0.4), turned(1.1, 2) @ turned(0.5)], ids=["straight", "axis", "any"])
+def test_every_voxel_that_a_missing_chunk_changes_is_masked(tmp_path, ratio, shift, turn):
+    """The truth are the voxels that differ between two volumes that differ in the missing chunk alone."""
+    shape = (40, 48, 44)
+    path = tmp_path / "v.zarr"
+    write_multiscale(path, np.ones(shape, np.uint8), scale=SCALE, translation=(4, 4, 4), chunks=(8, 8, 8))
+    gaps = [(2, 2, 2), (0, 1, 0), (4, 5, 5)]  # the latter two at the border, where the last slope continues
+    one, other = (np.random.default_rng(0).random(shape) for _ in range(2))
+    for gap in gaps:
+        (path / "s0" / "/".join(map(str, gap))).unlink()
+        other[tuple(slice(8 * i, 8 * i + 8) for i in gap)] += 1
+    image = StoredImage(read_multiscale(path).finest, ChunkCache())
+    window = tuple(max(1, int(n / ratio) + 2) for n in shape)
+    center = np.array(shape) * 4.0 + shift * 8
+    amap = sample_map(center, window, np.array([8.0 * ratio] * 3), image.lattice, turn)
+    found = []
+    for values in (one, other):
+        out = np.zeros(window)
+        evaluate(Voxels(values), amap, out, method="linear", fill=0)
+        found.append(out)
+    changed = found[0] != found[1]
+    mask = image.missing_mask(amap)
+    mask = np.zeros(window, bool) if mask is None else mask
+    assert changed.any()
+    # A voxel within the tolerance of the lattice counts as on it.
+    assert (mask | (np.abs(found[0] - found[1]) <= 3 * LATTICE_TOLERANCE)).all()
+    if turn is None:
+        assert (mask == changed).mean() > 0.999 if ratio != int(ratio) else (mask == changed).all()
+    else:  # the box around a turned voxel is larger than it
+        assert mask.sum() <= 4 * changed.sum() + 50
+
+
+class Voxels:
+    """An array in memory, as a source of resampling."""
+
+    def __init__(self, values):
+        self.values, self.shape, self.dtype = values, values.shape, values.dtype
+
+    def read(self, start, shape):
+        return self.values[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+
+    def read_into(self, start, out):
+        out[...] = self.read(start, out.shape)

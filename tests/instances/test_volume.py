@@ -22,10 +22,10 @@ from cellmap_lightning.errors import (
     CellMapValueError,
 )
 from cellmap_lightning.instances.options import SegmentationOptions, StorageOptions
-from cellmap_lightning.instances.scheduling import ProcessScheduler, SerialScheduler, open_scheduler
 from cellmap_lightning.instances.segmenter import BlockSegmenter
 from cellmap_lightning.instances.source import open_source
 from cellmap_lightning.instances.volume import VolumeSegmentation
+from cellmap_lightning.runtime.scheduling import ProcessScheduler, SerialScheduler, open_scheduler
 from tests.instances.volumes import (
     OFFSETS,
     affinities_of,
@@ -235,7 +235,7 @@ class Counting(SerialScheduler):
 PROGRAM = """
 import sys, time
 from cellmap_lightning.instances.options import SegmentationOptions, StorageOptions
-from cellmap_lightning.instances.scheduling import SerialScheduler
+from cellmap_lightning.runtime.scheduling import SerialScheduler
 from cellmap_lightning.instances.source import open_source
 from cellmap_lightning.instances.volume import VolumeSegmentation
 

@@ -84,7 +84,7 @@ def serving(folder: Path, fault="", times=10**9, only="", latency=0.0):  # noqa:
             return web.Response(body=body)
         return web.FileResponse(file)
 
-    with _running(answer) as address:
+    with running(answer) as address:
         yield address, asked
 
 
@@ -127,7 +127,7 @@ def forbidding(folder: Path):
             return web.Response(body=b"")
         return web.FileResponse(file)
 
-    with _running(answer) as address:
+    with running(answer) as address:
         yield address, control
 
 
@@ -177,19 +177,19 @@ def describing(folder: Path):
         headers = {name: values[name] for name in control.sends}
         return web.Response(body=file.read_bytes(), headers=headers)
 
-    with _running(answer) as address:
+    with running(answer) as address:
         yield address, control
 
 
 @contextmanager
-def _running(answer):
-    """Run a server on loopback; yields its address."""
+def running(answer, most=1 << 20):
+    """Run a server on loopback, of requests of at most so many bytes; yields its address."""
     loop = asyncio.new_event_loop()
     ready, port, end = threading.Event(), [0], asyncio.Event()
 
     async def serve() -> None:
-        app = web.Application()
-        app.router.add_get("/{path:.*}", answer)
+        app = web.Application(client_max_size=most)
+        app.router.add_route("*", "/{path:.*}", answer)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)

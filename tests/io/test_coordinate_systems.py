@@ -108,11 +108,18 @@ def test_a_pyramid_in_micrometres(tmp_path):
 @pytest.mark.parametrize(
     ("step", "text"),
     [
-        (affine((8, 1, 0, 0), (0, 4, 0, 0), (0, 0, 4, 0)), "rotates, shears or mirrors"),
-        ({"type": "rotation", "rotation": [[1, 0, 0], [0, 0.8, -0.6], [0, 0.6, 0.8]]}, "rotates, shears or mirrors"),
-        (scale(-8, 4, 4), "rotates, shears or mirrors"),
-        (affine((8, 0, 0, 0), (0, 4, 0, 0), (0, 4, 0, 0)), "rotates, shears or mirrors"),
-        (scale(0, 4, 4), "rotates, shears or mirrors"),
+        (
+            affine((8, 1, 0, 0), (0, 4, 0, 0), (0, 0, 4, 0)),
+            "which only training reads",
+        ),
+        (
+            {"type": "rotation", "rotation": [[1, 0, 0], [0, 0.8, -0.6], [0, 0.6, 0.8]]},
+            "which only training reads",
+        ),
+        (scale(-8, 4, 4), "which only training reads"),
+        (affine((8, 0, 0, 0), (0, 4, 0, 0), (0, 4, 0, 0)), "depends on 2 stored axes"),
+        (affine((8, 0, 0, 0), (0, 4, 4, 0), (0, 4, 4, 0)), "is singular"),
+        (scale(0, 4, 4), "depends on 2 stored axes"),
         ({"type": "displacements", "path": "field"}, "'displacements' cannot be read.*resample the image"),
         ({"type": "coordinates", "path": "field"}, "'coordinates' cannot be read.*resample the image"),
         (sequence(scale(8, 4, 4), {"type": "displacements", "path": "f"}), "'displacements' cannot be read"),
@@ -132,7 +139,7 @@ def test_a_pyramid_in_micrometres(tmp_path):
     ],
 )
 def test_transformations_that_are_refused(tmp_path, step, text):
-    with pytest.raises(MetadataError, match=f"zarr.json.*{text}"):
+    with pytest.raises(MetadataError, match=rf"(zarr.json|/v:).*{text}"):
         read_multiscale(write(tmp_path / "v", [step]))
 
 

@@ -1,17 +1,20 @@
 """Coordinate systems and transformations of OME-NGFF 0.6.
 
 Specification: https://ngff.openmicroscopy.org/0.6/. Each level has one transformation from its array to a coordinate
-system of the image. It is read as an affine matrix, and must reduce to a positive scale, a translation and an order of
-the axes; then voxels lie on a lattice along z, y and x.
+system of the image. It is read as an affine matrix. Where that is a positive scale, a translation and an order of the
+axes, voxels lie on a lattice along z, y and x; otherwise the array is turned, which only training reads (see
+`Lattice.turn`). Displacements and coordinates are not read.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.geometry.lattice import FloatArray, Vector, to_vector
+from cellmap_lightning.geometry.lattice import FloatArray, Turn, Vector, to_vector
 from cellmap_lightning.io.ngff.limits import MOST_AXES, MOST_TRANSFORMATIONS, check_length
 from cellmap_lightning.io.ngff.notes import Note
 from cellmap_lightning.io.store import StorePath
@@ -20,6 +23,8 @@ from cellmap_lightning.io.store import StorePath
 _LINEAR = ("identity", "scale", "translation", "mapAxis", "affine", "rotation", "sequence", "byDimension", "bijection")
 #: Relative size of entries of a matrix that count as 0.
 _ZERO = 1e-9
+#: Volume spanned by the directions of the axes below which a matrix counts as singular.
+_SINGULAR = 1e-3
 #: Transformations inside of one another at most.
 _DEEPEST = 8
 
@@ -62,9 +67,27 @@ def intrinsic_system(
     return by_name[output], [Note("systems", text)]
 
 
-def place_level(
-    file: StorePath, entry: Mapping[str, Any], spatial: tuple[int, int, int], ndim: int
-) -> tuple[Vector, Vector, tuple[int, int, int], int]:
+@dataclass(frozen=True)
+class Placement:
+    """The placement of a level in its coordinate system, in the units of the system.
+
+    Attributes:
+        scale: voxel size along the stored axes that are z, y, x.
+        translation: centre of voxel 0.
+        axes: the stored axes that are z, y, x, or nearest to them where the array is turned.
+        ndim: number of stored axes.
+        matrix: ``[z, y, x]`` of the system for a step along each of ``axes``, where the array is rotated, mirrored or
+            sheared; None otherwise.
+    """
+
+    scale: Vector
+    translation: Vector
+    axes: tuple[int, int, int]
+    ndim: int
+    matrix: FloatArray | None = None
+
+
+def place_level(file: StorePath, entry: Mapping[str, Any], spatial: tuple[int, int, int], ndim: int) -> Placement:
     """Return the placement of a level in its coordinate system.
 
     Args:
@@ -73,11 +96,8 @@ def place_level(
         spatial: the axes of the system that are z, y, x.
         ndim: number of axes of the system.
 
-    Returns:
-        Scale and translation (z, y, x) in the units of the system, the stored axes that are z, y, x, and their number.
-
     Raises:
-        MetadataError: the transformation is malformed, or is not a scale, translation and order of axes.
+        MetadataError: the transformation is malformed, is singular, or mixes spatial axes with others.
     """
     step = _transformation(file, entry)
     where = f"{file}, level {entry.get('path')!r}"
@@ -86,15 +106,47 @@ def place_level(
     if len(linear) != ndim or not np.isfinite(matrix).all():
         raise MetadataError(f"{where}: its transformation has {len(linear)} outputs, its coordinate system {ndim} axes")
     rows = np.abs(linear) > _ZERO * np.abs(linear).max()
-    axes, scales = rows.argmax(axis=1), linear[np.arange(ndim), rows.argmax(axis=1)]
-    if (rows.sum(axis=1) != 1).any() or len(set(axes.tolist())) < ndim or (scales[list(spatial)] <= 0).any():
-        raise MetadataError(
-            f"{where}: its transformation ({step.get('type')}) rotates, shears or mirrors the image; only a positive "
-            "scale, a translation and an order of the axes can be read: resample the image"
-        )
-    z, y, x = (int(axes[axis]) for axis in spatial)
     index = list(spatial)
-    return to_vector(scales[index]), to_vector(offset[index]), (z, y, x), linear.shape[1]
+    axes, scales = rows.argmax(axis=1), linear[np.arange(ndim), rows.argmax(axis=1)]
+    is_straight = (rows.sum(axis=1) == 1).all() and len(set(axes.tolist())) == ndim and (scales[index] > 0).all()
+    if is_straight:
+        z, y, x = (int(axes[axis]) for axis in spatial)
+        return Placement(to_vector(scales[index]), to_vector(offset[index]), (z, y, x), linear.shape[1])
+    stored = np.flatnonzero(rows[index].any(axis=0))
+    others = np.setdiff1d(np.arange(ndim), index)
+    if len(stored) != 3 or rows[np.ix_(others, stored)].any():
+        raise MetadataError(
+            f"{where}: its transformation ({step.get('type')}) depends on {len(stored)} stored axes along z, y and x, "
+            "or mixes them with other axes; it should map three stored axes to z, y and x"
+        )
+    part = linear[index][:, stored]
+    sizes = np.linalg.norm(part, axis=0)
+    if abs(np.linalg.det(part / sizes)) < _SINGULAR:
+        raise MetadataError(
+            f"{where}: its transformation ({step.get('type')}) is singular: it maps the volume to a plane; correct it"
+        )
+    # The order in which the stored axes are nearest to z, y and x.
+    order = list(max(permutations(range(3)), key=lambda order: float(np.abs((part / sizes)[range(3), order]).sum())))
+    z, y, x = stored[order].tolist()
+    turned = part[:, order]
+    return Placement(
+        to_vector(sizes[order]), to_vector(offset[index]), (z, y, x), linear.shape[1], turned
+    )  # fmt: skip
+
+
+def turned_axes(matrix: FloatArray | None, units: Vector) -> tuple[Vector, Turn] | tuple[None, None]:
+    """Return voxel size, nm, and directions of the axes of a turned level; None for any other.
+
+    Args:
+        matrix: see `Placement`.
+        units: nm in the unit of z, y, x.
+    """
+    if matrix is None:
+        return None, None
+    scaled = matrix * np.asarray(units)[:, None]
+    sizes = np.linalg.norm(scaled, axis=0)
+    z, y, x = (to_vector(row) for row in scaled / sizes)
+    return to_vector(sizes), (z, y, x)
 
 
 def _transformation(file: StorePath, entry: Any) -> dict[str, Any]:
@@ -130,8 +182,7 @@ def _matrix(where: str, step: Any, ndim: int, depth: int) -> FloatArray:
     kind = step.get("type") if isinstance(step, dict) else None
     if kind not in _LINEAR or depth > _DEEPEST:
         raise MetadataError(
-            f"{where}: the transformation {kind!r} cannot be read; {', '.join(_LINEAR)} can, if they reduce to a "
-            "positive scale, a translation and an order of the axes: resample the image"
+            f"{where}: the transformation {kind!r} cannot be read; {', '.join(_LINEAR)} can: resample the image"
         )
     try:
         if kind == "identity":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.geometry.lattice import Lattice, Shape, Vector
+from cellmap_lightning.geometry.lattice import Lattice, Shape, Turn, Vector
 from cellmap_lightning.io.label_ids import LabelIds
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff.arrays import read_array
@@ -35,6 +35,7 @@ class Level:
         source: the array, if it is not a Zarr array.
         ids: meaning of the ids of a label map for one of its classes; None for any other array.
         channel: index along the stored axes that are not spatial; None where these have length 1.
+        turn: see `Lattice`; None where the array's axes are those of space.
 
     Example:
         >>> read_multiscale("jrc_a.zarr/recon-1/em/fibsem-uint8").finest.scale
@@ -50,6 +51,7 @@ class Level:
     source: ArraySource | None = field(default=None, repr=False, compare=False)
     ids: LabelIds | None = field(default=None, repr=False)
     channel: int | None = None
+    turn: Turn | None = field(default=None, repr=False)
 
     @cached_property
     def info(self) -> StoredArray | None:
@@ -76,7 +78,7 @@ class Level:
         Raises:
             CellMapFileNotFoundError: the level is not on disk.
         """
-        return Lattice(self.translation, self.scale, self.zyx(self.array.shape))
+        return Lattice(self.translation, self.scale, self.zyx(self.array.shape), self.turn)
 
     @property
     def array(self) -> StoredArray:

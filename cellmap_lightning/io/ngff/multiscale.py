@@ -11,13 +11,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
+from cellmap_lightning.geometry.lattice import AXES, Turn, Vector, to_vector
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff.arrays import read_array, read_attributes
 from cellmap_lightning.io.ngff.axes import read_axes
-from cellmap_lightning.io.ngff.coordinate_systems import intrinsic_system, place_level
+from cellmap_lightning.io.ngff.coordinate_systems import intrinsic_system, place_level, turned_axes
 from cellmap_lightning.io.ngff.levels import Level, Multiscale
 from cellmap_lightning.io.ngff.limits import MOST_IMAGES, MOST_LEVELS, check_length
 from cellmap_lightning.io.ngff.notes import Note, reported_once
@@ -73,19 +74,27 @@ def shared_image(
     return image
 
 
-def read_multiscale(path: str | StorePath, overrides: Overrides = NO_OVERRIDES) -> Multiscale:
+def read_multiscale(
+    path: str | StorePath, overrides: Overrides = NO_OVERRIDES, allow_turned: bool = False
+) -> Multiscale:
     """Read the multiscale image in the group ``path``.
 
     Args:
         path: the group; with ``overrides.voxel_size`` also a plain Zarr array.
         overrides: settings that override the metadata.
+        allow_turned: read images whose arrays are rotated, mirrored or sheared; see `Lattice.turn`.
 
     Raises:
         CellMapFileNotFoundError: ``path`` does not exist.
-        MetadataError: it is not a multiscale image, or violates the specification.
+        MetadataError: it is not a multiscale image, violates the specification, or is turned.
     """
     image = shared_image(parse_location(path), overrides, _read_multiscale)
     assert image is not None
+    if not allow_turned and any(level.turn is not None for level in image.levels):
+        raise MetadataError(
+            f"{image.path}: its transformation rotates, mirrors or shears the image, which only training reads; "
+            "resample the image"
+        )
     return image
 
 
@@ -136,12 +145,16 @@ def _image(
     if is_placed:
         names = [name for name, _ in entries]
         placed = [place_level(file, entry, (z, y, x), len(stored)) for _, entry in entries]
-        scales, translations = [level[0] for level in placed], [level[1] for level in placed]
-        axes = [level[2:] for level in placed]
+        scales, translations = [level.scale for level in placed], [level.translation for level in placed]
+        axes, matrices = [(level.axes, level.ndim) for level in placed], [level.matrix for level in placed]
     else:
         names, scales, translations = _placements(file, image, len(stored), [z, y, x])
-        axes = [((z, y, x), len(stored))] * len(names)
-    scales = [times(scale, units) for scale in scales]
+        axes, matrices = [((z, y, x), len(stored))] * len(names), [None] * len(names)
+    turns: list[Turn | None] = []
+    for number, matrix in enumerate(matrices):
+        size, turn = turned_axes(matrix, units)
+        turns.append(turn)
+        scales[number] = times(scales[number], units) if size is None else size
     translations = [times(translation, units) for translation in translations]
     check_finest_first(file, names, scales)
     if overrides.voxel_size is not None:
@@ -149,7 +162,8 @@ def _image(
     else:
         assumed += implausible_voxel_size(scales[0], units)
     if overrides.level_translations == "auto" and translations_missing(scales, translations):
-        translations, shift = _shared_lower_edge(scales, translations[0])
+        directions = np.eye(3) if turns[0] is None else np.asarray(turns[0])
+        translations, shift = _shared_lower_edge(scales, translations[0], directions)
         assumed.append(
             Note(
                 "levels",
@@ -161,23 +175,26 @@ def _image(
     if overrides.voxel_size is not None or overrides.translation is not None:
         scales, translations = overrides.place(scales, translations)
     levels = tuple(
-        Level(group / name, name, s, t, *order)
-        for name, s, t, order in zip(names, scales, translations, axes, strict=True)
+        Level(group / name, name, s, t, *order, turn=turn)
+        for name, s, t, order, turn in zip(names, scales, translations, axes, turns, strict=True)
     )
     return Multiscale(group, levels, attributes, (*notes, *assumed), overrides.level_translations == "stored")
 
 
-def _shared_lower_edge(scales: Sequence[Vector], finest: Vector) -> tuple[list[Vector], float]:
+def _shared_lower_edge(
+    scales: Sequence[Vector], finest: Vector, directions: npt.NDArray[np.float64]
+) -> tuple[list[Vector], float]:
     """Return translations with which all levels have the lower edge of level 0, as means of voxels have.
 
     Args:
         scales: voxel sizes of the levels in nm, finest first.
         finest: translation of level 0 in nm.
+        directions: directions of the voxel axes in the world, as columns.
 
     Returns:
         The translations in nm, and the largest shift in voxels of level 0.
     """
-    offsets = [np.subtract(scale, scales[0]) / 2 for scale in scales]
+    offsets = [directions @ (np.subtract(scale, scales[0]) / 2) for scale in scales]
     shift = max(float((offset / scales[0]).max()) for offset in offsets)
     return [to_vector(np.add(finest, offset)) for offset in offsets], shift
 

@@ -21,6 +21,10 @@ class Instances(TargetKind):
         """Return the shape of ids, and their signed type."""
         return (self.classes, *self.window.shape), id_dtype
 
+    def encode(self, stored: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
+        """Copy the ids of a crop whose type is narrower than that of the batch."""
+        out[...] = stored
+
     def finish(self, compact: torch.Tensor) -> torch.Tensor:
         """Convert the ids to int64."""
         return compact.to(torch.int64)

@@ -1,4 +1,4 @@
-"""Execution of the steps of blocks: in this process, in several on this machine, or on a Dask cluster.
+"""Execution of the steps of blocks: in this process, in threads or processes of this machine, or on a Dask cluster.
 
 A step is a function of a block's number that writes files and returns whole numbers. It may run twice, and gives the
 same files each time; so a step whose process has ended is repeated, by Dask at once, and otherwise by the next run.
@@ -8,7 +8,7 @@ import contextlib
 import importlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, Protocol
 
@@ -16,7 +16,7 @@ from cellmap_lightning.errors import CellMapValueError, OutputError, missing_ext
 from cellmap_lightning.validation import int_at_least, one_of
 
 Step = Callable[[int], list[int]]
-SchedulerName = Literal["processes", "dask"]
+SchedulerName = Literal["threads", "processes", "dask"]
 #: Steps that are submitted per process, so that none waits for its next one.
 _AHEAD = 2
 #: Repetitions of a step on Dask whose worker has ended.
@@ -39,6 +39,35 @@ class SerialScheduler:
         """Yield each number with the result of the step, in order."""
         for number in numbers:
             yield number, step(number)
+
+
+class ThreadScheduler:
+    """Executes steps in several threads of this process.
+
+    Args:
+        threads: number of threads.
+
+    Example:
+        >>> with open_scheduler("threads", 4) as scheduler:
+        ...     list(scheduler.run(lambda number: [number], range(8)))
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, "cellmap-blocks")
+
+    def run(self, step: Step, numbers: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Yield each number with the result of the step, in the order in which they end."""
+        running = {self._pool.submit(step, number): number for number in numbers}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 class ProcessScheduler:
@@ -69,8 +98,8 @@ class ProcessScheduler:
                     yield running.pop(future), future.result()
         except BrokenProcessPool as e:
             raise OutputError(
-                f"one of {self._processes} processes has ended, perhaps for lack of memory; use fewer processes or a "
-                "smaller block_size_mb. Finished blocks remain; run the same command again to resume"
+                f"one of {self._processes} processes has ended, perhaps for lack of memory; use fewer processes or "
+                "smaller blocks. Finished blocks remain; run the same command again to resume"
             ) from e
         finally:
             for future in running:
@@ -135,8 +164,8 @@ class DaskScheduler:
                 yield names[future.key], result
         except distributed.KilledWorker as e:
             raise OutputError(
-                f"Dask workers have ended at the same block ({e}), perhaps for lack of memory; use a smaller "
-                "block_size_mb. Finished blocks remain; run the same command again to resume"
+                f"Dask workers have ended at the same block ({e}), perhaps for lack of memory; use smaller blocks. "
+                "Finished blocks remain; run the same command again to resume"
             ) from e
 
     def close(self) -> None:
@@ -144,6 +173,17 @@ class DaskScheduler:
         self._client.close()
         if self._cluster is not None:
             self._cluster.close()
+
+
+def check_scheduler(name: SchedulerName, address: str | None = None) -> None:
+    """Check the name of a scheduler, and that only Dask has an address.
+
+    Raises:
+        CellMapValueError: a setting is invalid.
+    """
+    one_of("scheduler", name, ("threads", "processes", "dask"))
+    if name != "dask" and address is not None:
+        raise CellMapValueError(f"address={address}: only Dask has one; set scheduler=dask")
 
 
 @contextlib.contextmanager
@@ -154,20 +194,22 @@ def open_scheduler(
 
     Args:
         name: see the module.
-        processes: number of processes on this machine.
+        processes: number of threads or processes on this machine.
         address: address of a Dask scheduler; None for a local cluster.
 
     Raises:
         CellMapValueError: a setting is invalid; see `DaskScheduler`.
     """
-    one_of("scheduler", name, ("processes", "dask"))
+    check_scheduler(name, address)
     int_at_least("processes", processes, 1)
-    if name == "processes" and address is not None:
-        raise CellMapValueError(f"address={address}: only Dask has one; set scheduler=dask")
     if name == "processes" and processes == 1:
         yield SerialScheduler()
         return
-    opened = DaskScheduler(processes, address) if name == "dask" else ProcessScheduler(processes)
+    opened: ThreadScheduler | ProcessScheduler | DaskScheduler
+    if name == "dask":
+        opened = DaskScheduler(processes, address)
+    else:
+        opened = ThreadScheduler(processes) if name == "threads" else ProcessScheduler(processes)
     try:
         yield opened
     finally:
