@@ -95,11 +95,18 @@ OPTIONS = {
     "64-true": {"precision": "64-true"},
     "32-true": {"precision": "32-true"},
 }
+#: What takes the same path as another option.
+RARE = ("overfit", "fast_dev_run", "validation in the middle", "16-true", "64-true", "32-true")
 
 
 @pytest.mark.parametrize(
     ("option", "workers", "depth"),
-    [*((option, 0, 1) for option in OPTIONS), ("plain", 0, 3), ("plain", 1, 1), ("limits", 1, 3), ("reload", 0, 3)],
+    [
+        *(pytest.param(option, 0, 1, marks=pytest.mark.slow if option in RARE else []) for option in OPTIONS),
+        ("plain", 1, 1),
+        ("limits", 1, 3),
+        *(pytest.param(option, 0, 3, marks=pytest.mark.slow) for option in ("plain", "reload")),
+    ],
 )
 def test_batches_ahead_under_a_trainer(volume, tmp_path, engine, option, workers, depth):
     """The same batches as without, never more ahead than set, none referenced when a stage ends or is interrupted."""

@@ -22,7 +22,7 @@ pytestmark = [
 ]
 TRACED = {module.__file__ for module in (locks, mapped, shared)}
 #: From one step that is tried to the next one: all of them are tried by the slow tests.
-STRIDES = [23, pytest.param(1, marks=pytest.mark.slow)]
+STRIDES = [61, pytest.param(1, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +166,9 @@ def test_killed_at_any_step(before, work, stride, cache_dir, tmp_path, caplog):
     assert step > 100, "the lines of the package were traced"
 
 
-@pytest.mark.parametrize("before", [nothing, another_version, damage])
+@pytest.mark.parametrize(
+    "before", [nothing, *(pytest.param(state, marks=pytest.mark.slow) for state in (another_version, damage))]
+)
 def test_killed_at_each_step_of_writing_a_chunk(before, cache_dir, tmp_path, caplog):
     """A flag is never set beside voxels, a stamp or a checksum that are not complete."""
     source = prepared(before, cache_dir, tmp_path)

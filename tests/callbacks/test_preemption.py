@@ -155,6 +155,7 @@ def test_sigterm_during_validation(volume, tmp_path, expected):
     assert check(tmp_path / "journal", expected) == list(range(1, EPOCHS * BATCHES + 1))
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_step(volume, tmp_path, expected):
     """kill -9, twice: what was done since the last checkpoint is done again, with the same samples."""
     often = ["callbacks.recent.train_time_interval=null", "+callbacks.recent.every_n_train_steps=2"]

@@ -195,7 +195,9 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize(
+    "method", ["spawn", *(pytest.param(method, marks=pytest.mark.slow) for method in ("fork", "forkserver"))]
+)
 def test_a_worker_imports_neither_lightning_nor_hydra(volume, tmp_path, method):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(SCRIPT))

@@ -285,7 +285,9 @@ def test_kill_during_finish_leaves_a_resumable_or_finished_output(tmp_path, kind
     assert ends == {True, False}
 
 
-@pytest.mark.parametrize(("kind", "dtype", "classes"), [KINDS[0], KINDS[3], KINDS[6]])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "classes"), [KINDS[0], *(pytest.param(*KINDS[n], marks=pytest.mark.slow) for n in (3, 6))]
+)
 def test_a_block_that_is_marked_as_done_is_stored(tmp_path, kind, dtype, classes):
     """Killed before any change of a file while blocks are written, and just after the last one is marked."""
     whole, out = tmp_path / "whole" / "out.zarr", tmp_path / "out.zarr"
@@ -329,7 +331,7 @@ def test_a_block_that_is_marked_as_done_is_stored(tmp_path, kind, dtype, classes
     assert marked == {0, 1, 2}
 
 
-@pytest.mark.parametrize("kind", ["v2", "v3"])
+@pytest.mark.parametrize("kind", ["v2", pytest.param("v3", marks=pytest.mark.slow)])
 def test_kill_during_overwrite_leaves_a_replaceable_output(tmp_path, kind):
     before, out = tmp_path / "before" / "out.zarr", tmp_path / "out.zarr"
     predict(before, kind)
