@@ -18,7 +18,7 @@ from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.batches.memory import BatchMemory, check_fits, device_memory
 from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapError, CellMapValueError, WorkerError
-from cellmap_lightning.loading.options import WORKER_TIMEOUT, LoaderOptions, TorchOptions, check_torch_options
+from cellmap_lightning.loading.options import LoaderOptions, TorchOptions, check_torch_options
 from cellmap_lightning.loading.prefetch import (
     STREAM_DEVICES,
     NoPrefetch,
@@ -30,10 +30,10 @@ from cellmap_lightning.loading.prefetch import (
 from cellmap_lightning.loading.resident_reader import ResidentReader
 from cellmap_lightning.loading.resume import StreamPosition
 from cellmap_lightning.loading.sampler import StreamSampler
-from cellmap_lightning.loading.samples import NumberedSamples, Samples, WrappedSamples, collate, number_samples
+from cellmap_lightning.loading.samples import NumberedSamples, Samples, WrappedSamples, number_samples
 from cellmap_lightning.loading.slots import SlotBatch, Slots
 from cellmap_lightning.loading.waiting import TimedBatches, WaitTimes
-from cellmap_lightning.loading.workers import describe_failure, end_workers, watched, worker_options
+from cellmap_lightning.loading.workers import describe_failure, end_workers, torch_arguments, watched
 from cellmap_lightning.resident.device_cache import DeviceCache
 from cellmap_lightning.sampling.torch_samplers import PositionSampler
 from cellmap_lightning.validation import int_at_least
@@ -73,33 +73,6 @@ def _use_resident(samples: NumberedSamples, resident: DeviceCache | None, num_wo
         )
     if isinstance(samples, Samples) and not samples.overridden:
         samples.resident = ResidentReader(samples.dataset, resident, samples.pin)
-
-
-def _torch_arguments(samples: NumberedSamples, num_workers: int, slots: bool, given: TorchOptions) -> dict[str, Any]:
-    """Return the arguments of `torch.utils.data.DataLoader` apart from the order of samples.
-
-    Args:
-        samples: the samples to read.
-        num_workers: number of worker processes.
-        slots: whether workers deliver batches in shared slots.
-        given: the arguments of the loader.
-
-    Raises:
-        CellMapValueError: see `start_method`.
-    """
-    persistent, timeout = given.get("persistent_workers"), given.get("timeout", WORKER_TIMEOUT)
-    start, context = given.get("worker_init_fn"), given.get("multiprocessing_context")
-    return {
-        "num_workers": num_workers,
-        "collate_fn": collate,
-        # Otherwise batches are read, or copied out of a slot, into page-locked memory.
-        "pin_memory": samples.pin and num_workers > 0 and not slots,
-        # Without it each pass would draw a number from the global generator, which is the user's.
-        "generator": torch.Generator("cpu").manual_seed(samples.seed & 0x7FFFFFFFFFFFFFFF),
-        "prefetch_factor": given.get("prefetch_factor"),
-        "persistent_workers": num_workers > 0 if persistent is None else persistent,
-        **worker_options(num_workers, samples.sources, timeout, start, context),
-    }
 
 
 def _without_run(options: LoaderOptions) -> LoaderOptions:
@@ -182,7 +155,7 @@ class CellMapDataLoader(DataLoader[Any]):
         samples = number_samples(dataset, samples_per_epoch, is_train, seed, pin, tiles, strategy)
         _use_resident(samples, options.resident, num_workers)
         slots = num_workers > 0 and Slots.possible() and not samples.overridden
-        arguments = _torch_arguments(samples, num_workers, slots, given)
+        arguments = torch_arguments(samples, num_workers, slots, given)
         if batch_sampler is not None:
             super().__init__(samples, batch_sampler=batch_sampler, **arguments)
         else:

@@ -5,10 +5,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapError, CellMapValueError
 from cellmap_lightning.io.ngff import Level
 from cellmap_lightning.io.store import Remote
+from cellmap_lightning.loading.options import WORKER_TIMEOUT, TorchOptions
+from cellmap_lightning.loading.samples import NumberedSamples, collate
 
 #: Interval at which silent workers are checked, in seconds.
 CHECK_INTERVAL = 5.0
@@ -22,7 +26,34 @@ def begin_worker(worker: int) -> None:
     """Do nothing in a new worker process: `DataLoader` itself limits torch to one thread there."""
 
 
-def worker_options(
+def torch_arguments(samples: NumberedSamples, num_workers: int, slots: bool, given: TorchOptions) -> dict[str, Any]:
+    """Return the arguments of `torch.utils.data.DataLoader` apart from the order of samples.
+
+    Args:
+        samples: the samples to read.
+        num_workers: number of worker processes.
+        slots: whether workers deliver batches in shared slots.
+        given: the arguments of the loader.
+
+    Raises:
+        CellMapValueError: see `start_method`.
+    """
+    persistent, timeout = given.get("persistent_workers"), given.get("timeout", WORKER_TIMEOUT)
+    start, context = given.get("worker_init_fn"), given.get("multiprocessing_context")
+    return {
+        "num_workers": num_workers,
+        "collate_fn": collate,
+        # Otherwise batches are read, or copied out of a slot, into page-locked memory.
+        "pin_memory": samples.pin and num_workers > 0 and not slots,
+        # Without it each pass would draw a number from the global generator, which is the user's.
+        "generator": torch.Generator("cpu").manual_seed(samples.seed & 0x7FFFFFFFFFFFFFFF),
+        "prefetch_factor": given.get("prefetch_factor"),
+        "persistent_workers": num_workers > 0 if persistent is None else persistent,
+        **_worker_options(num_workers, samples.sources, timeout, start, context),
+    }
+
+
+def _worker_options(
     num_workers: int, sources: Sequence[SampleSource], timeout: float, worker_init_fn: Any, context: Any
 ) -> dict[str, Any]:
     """Return the arguments of `torch.utils.data.DataLoader` that concern worker processes.
