@@ -21,7 +21,7 @@ from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.statistics import Statistics, known_statistics, statistics
 from cellmap_lightning.runtime.thread_pool import ReadPool
 from cellmap_lightning.splits.crop_metadata import dataset_and_crop
-from cellmap_lightning.splits.entries import CropRecord
+from cellmap_lightning.splits.entries import CropRecord, overrides_of
 from cellmap_lightning.splits.opening import for_all
 
 #: Bars of a histogram.
@@ -398,7 +398,7 @@ def fits(crop: CropFacts, scale: Vector) -> bool:
 
 def _overrides(facts: CropFacts) -> tuple[Overrides, Overrides]:
     """Return the overrides of a crop's raw image and of its labels."""
-    return Overrides.pair(**{key: value for key, value in facts.metadata.items() if key != "unknown"})
+    return overrides_of(facts.metadata)
 
 
 def _notes(image: Multiscale) -> dict[str, str]:

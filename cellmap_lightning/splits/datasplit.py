@@ -36,10 +36,11 @@ class CellMapDataSplit:
         csv_path: a CSV without or with a header, of 5 columns ``usage, zarr, raw dataset, zarr, target dataset`` or of
             3 ``usage, raw, target``; for prediction the target may be empty or left out. Relative paths are relative
             to the CSV's folder. Usages: train, val (or validate), test, predict. With a header, more columns may
-            follow: ``weight`` (of the crop, for the strategy ``weighted``), ``unknown``, ``unit``, ``voxel_size``,
-            ``translation`` and ``multiscale`` (see `ReadOptions`), written as in YAML, empty for the default.
+            follow: ``weight`` (of the crop, for the strategy ``weighted``), ``box`` (the part of the crop that is used,
+            see `CropBox`), ``unknown``, ``unit``, ``voxel_size``, ``translation`` and ``multiscale`` (see
+            `ReadOptions`), written as in YAML, empty for the default.
         datasets: the crops instead of a CSV: ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also have
-            ``normalize``, ``invert``, ``weight``, ``unknown``, ``unit``, ``voxel_size``, ``translation`` and
+            ``normalize``, ``invert``, ``weight``, ``box``, ``unknown``, ``unit``, ``voxel_size``, ``translation`` and
             ``multiscale``, or be a `CellMapDataset`.
         search_path: the crops instead of a CSV: the folder of the challenge's data, see `manifests.find_crops`.
         classes: the targets' channels; None for raw only.
@@ -267,6 +268,11 @@ class CellMapDataSplit:
         training = split == "train"
         if split != "predict" and self.classes is not None and entry.target_path is None:
             raise CellMapValueError(f"a crop for {split!r} needs a target; only those for 'predict' need none")
+        if split == "predict" and entry.crop_box is not None:
+            raise CellMapValueError(
+                f"the box {entry.crop_box} restricts annotated crops, and the entry is for 'predict'; leave it out and "
+                "give the part to predict with writer.region"
+            )
         changes = {key: value for key, value in entry.metadata.items() if key != "unknown"}
         if entry.storage_options is not None:
             changes["storage_options"] = entry.storage_options

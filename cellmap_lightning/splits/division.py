@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from cellmap_lightning.batches.arrays import ArraySpecs, parse_targets
+from cellmap_lightning.crops.crop_box import CropBox
 from cellmap_lightning.crops.options import LabelOptions
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
@@ -50,7 +51,7 @@ class Division:
         self._target_arrays, self._labels = target_arrays, labels
         self._seed = seed
         self._filter = Filter(options.only_datasets, options.only_crops)
-        self._metadata: dict[tuple[str, str | None], CropMetadata | None] = {}
+        self._metadata: dict[tuple[str, str | None, CropBox | None], CropMetadata | None] = {}
 
     def read_classes(self, annotated: Sequence[str]) -> tuple[str, ...]:
         """Return the requested classes, and those that imply something about them."""
@@ -139,8 +140,8 @@ class Division:
     def metadata(self, entries: Sequence[CropRecord]) -> list[CropMetadata | None]:
         """Return the metadata of each entry, read once; None without a target, or if its path is malformed."""
 
-        def key(entry: CropRecord) -> tuple[str, str | None]:
-            return entry.input_path, entry.target_path if entry.dataset is None else entry.where
+        def key(entry: CropRecord) -> tuple[str, str | None, CropBox | None]:
+            return entry.input_path, entry.target_path if entry.dataset is None else entry.where, entry.crop_box
 
         tolerant = self._labels.unannotated_classes == "unknown"
 
@@ -148,7 +149,9 @@ class Division:
             target = _target_of(entry) if self.classes is not None else None
             if target is None:
                 return None
-            return read_crop_metadata(target, self.read_classes(target.names), entry.overrides[1], tolerant)
+            return read_crop_metadata(
+                target, self.read_classes(target.names), entry.overrides[1], tolerant, entry.crop_box
+            )
 
         new = list({key(entry): entry for entry in entries if key(entry) not in self._metadata}.values())
         for entry, metadata in zip(new, for_all(read, new, "reading metadata of crops"), strict=True):
