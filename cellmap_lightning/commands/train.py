@@ -172,7 +172,7 @@ def _prepare_folder(cfg: DictConfig, folder: Path, stored: Any, data: CellMapDat
         metrics.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
     OmegaConf.save(OmegaConf.create(stored), folder / "config.yaml")
     data.splits.write_csv(folder / "split.csv")
-    if data.splits.options.split != "csv":
+    if data.splits.options.rule != "csv":
         print(f"\ncrops that hold each class, and its voxels in them\n{data.splits.table()}\n", flush=True)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cellmap_lightning.batches.arrays import ArraySpecs, parse_classes, parse_inputs
+from cellmap_lightning.batches.arrays import ArraySet, ArraySpecs, parse_classes, parse_inputs
 from cellmap_lightning.crops.crop_labels import TooCoarseError
 from cellmap_lightning.crops.opening import NotAnnotatedError
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
@@ -16,12 +16,15 @@ from cellmap_lightning.crops.unannotated import refuse_unannotated, report_unann
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.splits.block_options import BlockOptions
 from cellmap_lightning.splits.division import Division
 from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping, table_of
+from cellmap_lightning.splits.inside import InsideSplit
 from cellmap_lightning.splits.leakage import check_leakage
 from cellmap_lightning.splits.manifests import ListedCrop, find_crops, read_manifest
 from cellmap_lightning.splits.opening import for_all
 from cellmap_lightning.splits.options import SplitOptions
+from cellmap_lightning.splits.part_classes import report_parts
 from cellmap_lightning.splits.summary import class_table, write_csv
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.validation import did_you_mean
@@ -120,8 +123,19 @@ class CellMapDataSplit:
         """
         with self._lock:
             if self._entries is None:
-                self._entries = self._division.divide(self._listed)
+                entries = self._division.divide(self._listed)
+                self._entries = entries if self.options.blocks is None else self._inside(self.options.blocks, entries)
             return self._entries
+
+    def _inside(self, blocks: BlockOptions, entries: Mapping[str, list[CropRecord]]) -> dict[str, list[CropRecord]]:
+        """Return the crops of each split, those for training cut into boxes for training and validation."""
+        arrays = None
+        if self.input_arrays is not None:
+            arrays = ArraySet.parse(self.input_arrays, self.target_arrays, self.classes, self.classes is not None)
+        spatial = SpatialTransforms(self.spatial_transforms)
+        tolerant = self.labels.unannotated_classes == "unknown"
+        rule = InsideSplit(blocks, self._division, arrays, spatial, self.options.planes, self.seed, tolerant)
+        return rule.divide(entries)
 
     def has_crops(self, split: str) -> bool:
         """Return True if a split has crops."""
@@ -207,7 +221,10 @@ class CellMapDataSplit:
         multi = CellMapMultiDataset(datasets, *how)
         multi.set_affine(self._affine)
         self._check_classes(split, multi)
-        check_leakage(split, {**self._built, split: multi}, options.leakage, options.held_out)
+        built = {**self._built, split: multi}
+        check_leakage(split, built, options.leakage, options.held_out)
+        if options.blocks is not None and split in ("train", "val") and {"train", "val"} <= set(built):
+            report_parts(built["train"], built["val"])
         return multi
 
     def _opened(self, entries: Sequence[CropRecord], split: str) -> list[list[CellMapDataset] | CellMapError]:
@@ -379,10 +396,10 @@ def _check_source(options: SplitOptions, **sources: Any) -> None:
             "give the crops either as csv_path or as datasets or as search_path; got "
             + (" and ".join(set_sources) or "none of them")
         )
-    if options.split == "csv" and sources["search_path"] is not None:
+    if options.rule == "csv" and sources["search_path"] is not None:
         raise CellMapValueError(
-            "search_path does not define which crops validate; choose a rule, such as split=stratified, by_dataset or "
-            "kfold"
+            "search_path does not define which crops validate; choose a rule, such as split=stratified, by_dataset, "
+            "kfold or blocks"
         )
 
 
