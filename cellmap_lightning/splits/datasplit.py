@@ -123,19 +123,21 @@ class CellMapDataSplit:
         """
         with self._lock:
             if self._entries is None:
-                entries = self._division.divide(self._listed)
-                self._entries = entries if self.options.blocks is None else self._inside(self.options.blocks, entries)
+                self._entries = self._division.divide(self._listed)
+                if self.options.blocks is not None:
+                    rule = self.inside(self.options.blocks)
+                    self._entries = rule.divide(self._entries)
+                    log.info("%s", "\n".join(rule.cuts.values()))
             return self._entries
 
-    def _inside(self, blocks: BlockOptions, entries: Mapping[str, list[CropRecord]]) -> dict[str, list[CropRecord]]:
-        """Return the crops of each split, those for training cut into boxes for training and validation."""
+    def inside(self, blocks: BlockOptions) -> InsideSplit:
+        """Return the rule that cuts these crops into boxes for training and validation."""
         arrays = None
         if self.input_arrays is not None:
             arrays = ArraySet.parse(self.input_arrays, self.target_arrays, self.classes, self.classes is not None)
         spatial = SpatialTransforms(self.spatial_transforms)
         tolerant = self.labels.unannotated_classes == "unknown"
-        rule = InsideSplit(blocks, self._division, arrays, spatial, self.options.planes, self.seed, tolerant)
-        return rule.divide(entries)
+        return InsideSplit(blocks, self._division, arrays, spatial, self.options.planes, self.seed, tolerant)
 
     def has_crops(self, split: str) -> bool:
         """Return True if a split has crops."""

@@ -54,6 +54,9 @@ class InsideSplit:
         planes: planes of flat patches.
         seed: seed of random positions.
         tolerant: names of classes may have no folder.
+
+    Attributes:
+        cuts: how each crop was cut, by the location of its entry; for messages.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class InsideSplit:
     ) -> None:
         self.options, self.division, self.arrays, self.spatial = options, division, arrays, spatial
         self.planes, self.seed, self.tolerant = planes, seed, tolerant
+        self.cuts: dict[str, str] = {}
         self._filter = Filter(None, options.crops, "split.blocks.crops")
 
     def divide(self, splits: Mapping[str, list[CropRecord]]) -> dict[str, list[CropRecord]]:
@@ -142,10 +146,10 @@ class InsideSplit:
             box = CropBox.of(Box(to_vector(lower), to_vector(upper)))
             return replace(entry, metadata={**entry.metadata, "box": str(box)})
 
-        log.info(
-            "%s: cut along %s into %s nm for training and %s nm for validation, a gap of %g nm between them", name,
-            AXES[axis], _nm(trained, step), _nm(validated, step), gap,
-        )  # fmt: skip
+        self.cuts[entry.where] = (
+            f"{name}: cut along {AXES[axis]} into {_nm(trained, step)} nm for training and {_nm(validated, step)} nm "
+            f"for validation, with a gap of {gap:g} nm"
+        )
         return [part(interval) for interval in trained], [part(interval) for interval in validated]
 
     def _room(self, entry: CropRecord, name: str) -> _Room | None:
