@@ -169,10 +169,8 @@ def _differences(
             yield from _array_differences(f"{role} {name!r}", old[name], new[name])
     boxes_before, boxes_now = saved.get("boxes"), now.get("boxes")
     if purpose == "resume" and None not in (boxes_before, boxes_now) and boxes_before != boxes_now:
-        yield (
-            "boxes",
-            f"trained on the boxes {boxes_before}, got {boxes_now}: validation may now be what was trained on",
-        )
+        text = f"trained with the boxes {boxes_before}, got {boxes_now}"
+        yield "boxes", f"{text}; give those of the checkpoint, or validation may show what was trained on"
     old_rule, new_rule = saved.get("normalize"), now.get("normalize")
     # The rule is irrelevant if all inputs are stored values or come from user functions.
     normalized = any(spec.get("values", "normalized") == "normalized" for spec in after.values())
