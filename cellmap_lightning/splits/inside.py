@@ -1,6 +1,7 @@
 """The split inside of crops: boxes of one crop for training and for validation, with a gap between them."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -8,7 +9,7 @@ from functools import reduce
 import numpy as np
 
 from cellmap_lightning.batches.arrays import ArraySet
-from cellmap_lightning.crops.crop_box import CropBox, restricted
+from cellmap_lightning.crops.crop_box import EDGE_SLACK, CropBox, restricted
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, SCALE_TOLERANCE, Box, FloatArray, to_vector
 from cellmap_lightning.io.images import image_exists, read_image
@@ -123,7 +124,7 @@ class InsideSplit:
             return [entry], []
         axis = AXES.index(self.options.axis) if self.options.axis else int(room.box.extent.argmax())
         step = float(room.step[axis])
-        length = round(float(room.box.extent[axis]) / step - 0.5 + 1e-6)
+        length = math.floor(float(room.box.extent[axis]) / step + EDGE_SLACK)
         line = Line(length, step, float(room.patch.extent[axis]), float(room.patch.beyond[axis]))
         try:
             trained, validated = cut(line, self.options, self.seed, name)

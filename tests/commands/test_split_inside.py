@@ -38,7 +38,7 @@ def test_one_crop_is_trained_on_and_validated(folder):
     with (folder / "out/split.csv").open() as file:
         boxes = [(row["usage"], row["box"]) for row in csv.DictReader(file)]
     assert boxes == [
-        ("train", '"128:768 128:704 128:664 nm"'), ("validate", '"128:768 128:704 688:832 nm"')
+        ("train", "128:768 128:704 128:664 nm"), ("validate", "128:768 128:704 688:832 nm")
     ]  # fmt: skip
     ((first, second),) = trained_crops(folder / "out").values()
     assert (first.trained, second.trained) == (True, False)

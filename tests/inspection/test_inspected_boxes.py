@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from cellmap_lightning.inspection.facts import at_scale, read_crop_facts
 from cellmap_lightning.inspection.report import inspect
@@ -43,8 +44,9 @@ def test_a_box_that_does_not_fit_is_a_problem(crops, box):
 
 
 @pytest.mark.parametrize("shape", [None, [16, 16, 16]])
-def test_crops_that_are_cut_are_shown_as_their_boxes(crops, shape):
-    data = {"datasets": {"train": [{"raw": crops[0], "gt": crops[1]}]}, "split": "blocks", "classes": CLASSES}
+@pytest.mark.parametrize("split", ["blocks", {"blocks": {"axis": "x", "count": 1}}], ids=str)
+def test_crops_that_are_cut_are_shown_as_their_boxes(crops, shape, split):
+    data = {"datasets": {"train": [{"raw": crops[0], "gt": crops[1]}]}, "split": split, "classes": CLASSES}
     if shape:
         patch = {"shape": shape, "scale": [8, 8, 8]}
         data |= {"input_arrays": {"raw": patch}, "target_arrays": {"labels": patch}}
@@ -52,6 +54,7 @@ def test_crops_that_are_cut_are_shown_as_their_boxes(crops, shape):
     assert [(crop.usage, crop.box["z"] == [128, 768]) for crop in report.crops] == [("train", True), ("val", True)]
     assert report.crops[1].box["x"][1] == 832
     assert report.refused is None
+    assert yaml.safe_load(report.proposal.yaml)["data"]["split"] == split
     assert not [problem for problem in report.problems if problem.kind in ("leakage", "validation")]
 
 
