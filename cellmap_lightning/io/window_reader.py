@@ -9,6 +9,7 @@ from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.array_reader import ArrayReader
 from cellmap_lightning.io.ngff import Level
+from cellmap_lightning.io.stamps import ABSENT, file_stamp, stamped_size
 
 Start = tuple[int, int, int]
 
@@ -89,8 +90,15 @@ class WindowReader(ArrayReader):
 
     def stored(self) -> dict[Start, bytes]:
         """Return the stamps of the files that hold a part of the box; see `ChunkFiles.stored`."""
-        inside = set(map(self.level.zyx, self.files((0, 0, 0), self.shape)))
-        return {index: stamp for index, stamp in self.whole.stored().items() if index in inside}
+        indices = list(self.files((0, 0, 0), self.shape))
+        if not self.local:
+            return dict.fromkeys(map(self.level.zyx, indices), self.archive_stamp)
+        # Not those of `whole.stored`, which examines all files of a volume.
+        stamps = {file: file_stamp(file) for file in dict.fromkeys(map(self.level.array.file, indices))}
+        present = ((index, stamps[self.level.array.file(index)]) for index in indices)
+        return {
+            self.level.zyx(index): stamp for index, stamp in present if stamp != ABSENT and stamped_size(stamp) != 0
+        }
 
     def absent(self, start: Start, shape: Shape, most: int = 2000) -> tuple[int, int]:
         """Return the missing and all files of a part of the box; see `ChunkFiles.absent`."""

@@ -73,6 +73,11 @@ def test_boxes_of_one_array_differ_in_identity(image):
     assert len(set(levels)) == 3
 
 
+def test_stored_files_have_the_stamps_of_the_whole_array(image):
+    whole, part = open_reader(image.finest).stored(), open_reader(image.finest.part(START, SHAPE)).stored()
+    assert part == {index: whole[index] for index in part}
+
+
 def test_stamps_follow_the_files_of_the_box_alone(image):
     reader = open_reader(image.finest.part((0, 0, 0), (8, 8, 8)))
     other = open_reader(image.finest.part((8, 8, 8), (8, 8, 8)))
@@ -100,6 +105,9 @@ def test_a_missing_file_is_missing_in_the_box(image):
         assert reader.missed((0, 0, 0), (3, 8, 4)) == [(0, 1, 2)]
         assert not reader.stores((0, 1, 2))
         assert len(reader.stored()) == 15
+        file.touch()  # 0 bytes
+        assert len(reader.stored()) == 15
+        assert reader.is_empty((0, 1, 2))
     finally:
         file.write_bytes(content)
 
