@@ -159,8 +159,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         multiprocessing_context: see `CellMapDataLoader`.
         drop_last: drop an incomplete last training batch.
         split: rule that selects the crops to validate on: ``csv`` (column of the CSV), ``random``, ``stratified``,
-            ``by_dataset``, ``leave_one_dataset_out`` or ``kfold``; see `CellMapDataSplit`, as for all below. Depends
-            on ``seed``.
+            ``by_dataset``, ``leave_one_dataset_out`` or ``kfold``; or ``blocks``, which cuts each crop into boxes for
+            training and validation. See `SplitOptions`, as for all below. Depends on ``seed``.
         val_fraction: fraction of the crops to validate on.
         fold: the fold, or the dataset, to validate on.
         n_folds: number of folds.
@@ -226,7 +226,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         timeout: float = WORKER_TIMEOUT,
         multiprocessing_context: str | None = None,
         drop_last: bool | None = None,
-        split: SplitRule = "csv",
+        split: SplitRule | Mapping[str, Any] = "csv",
         val_fraction: float = 0.1,
         fold: int = 0,
         n_folds: int = 5,
@@ -436,8 +436,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         """Return a loader of the tiles of the val split: the same ``val_samples`` during ``fit``, otherwise all."""
         if not self.splits.has_crops("val"):
             raise CellMapKeyError(
-                f"{self.splits.source} has no crops for 'val'; add some (in a CSV with the usage 'validate'), or train "
-                "without validation by limit_val_batches=0"
+                f"{self.splits.source} has no crops for 'val'; add some (in a CSV with the usage 'validate'), cut "
+                "those for 'train' with split='blocks', or train without validation by limit_val_batches=0"
             )
         fitting = self._running and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if self.val_samples is None or not fitting:

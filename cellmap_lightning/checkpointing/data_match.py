@@ -14,6 +14,8 @@ import torch
 
 from cellmap_lightning.batches.arrays import InputArray, TargetArray, parse_inputs, parse_targets
 from cellmap_lightning.errors import CellMapError, CellMapValueError
+from cellmap_lightning.redaction import hide_address
+from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.transforms.normalization import Normalize, input_transforms
 from cellmap_lightning.validation import first_few
 
@@ -30,7 +32,8 @@ def data_record(data: Any) -> dict[str, Any]:
     """Return the record of a `CellMapDataModule`, as plain values.
 
     Keys: ``classes``; ``inputs`` and ``targets``, ``{name: {"shape": voxels, "scale": nm, ...}}``; ``normalize``, the
-    rule of the volumes without a rule in their entry, None if all entries have one.
+    rule of the volumes without a rule in their entry, None if all entries have one; ``boxes``, the crops that are
+    restricted to a box, ``{split: [[crop, box], ...]}``.
     """
     intensity = data.splits.intensity
     default = any(
@@ -39,13 +42,27 @@ def data_record(data: Any) -> dict[str, Any]:
         for entry in entries
     )
     transforms = input_transforms(intensity.raw_value_transforms, list(data.input_arrays), "raw_value_transforms")
-    return _record(
+    record = _record(
         data.classes,
         data.input_arrays,
         data.target_arrays,
         intensity.rule if default else None,
         transforms,
     )
+    return record | {"boxes": _boxes(data.splits.entries)}
+
+
+def _boxes(entries: Mapping[str, Sequence[CropRecord]]) -> dict[str, list[list[str]]]:
+    """Return the name and the box of each crop of each split that is restricted to one."""
+    boxes = {
+        split: [
+            [entry.target.label if entry.target is not None else hide_address(entry.input_path), str(entry.crop_box)]
+            for entry in of_split
+            if entry.crop_box is not None
+        ]
+        for split, of_split in entries.items()
+    }
+    return {split: crops for split, crops in boxes.items() if crops}
 
 
 def _record(
@@ -131,6 +148,8 @@ def check_data(
 
 
 def _is_error(kind: str, purpose: Purpose) -> bool:
+    if kind == "boxes":
+        return False
     if purpose == "begin":
         return kind == "order"
     return kind != "scale" or purpose == "resume"
@@ -148,6 +167,10 @@ def _differences(
     for role, old, new in (("input", before, after), ("target", targets_before, targets_after)):
         for name in [name for name in old if name in new]:
             yield from _array_differences(f"{role} {name!r}", old[name], new[name])
+    boxes_before, boxes_now = saved.get("boxes"), now.get("boxes")
+    if purpose == "resume" and None not in (boxes_before, boxes_now) and boxes_before != boxes_now:
+        text = f"trained with the boxes {boxes_before}, got {boxes_now}"
+        yield "boxes", f"{text}; give those of the checkpoint, or validation may show what was trained on"
     old_rule, new_rule = saved.get("normalize"), now.get("normalize")
     # The rule is irrelevant if all inputs are stored values or come from user functions.
     normalized = any(spec.get("values", "normalized") == "normalized" for spec in after.values())

@@ -41,6 +41,8 @@ def _evaluate(cfg: DictConfig) -> None:
     if there and not settings["overwrite"]:
         raise CellMapFileExistsError(f"{there[0]} exists; set overwrite=true to replace it, or another out=...")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if metrics == ("csc",) and settings["box"] is not None:
+        raise CellMapValueError("metric=csc scores whole crops; leave box out, or choose another metric")
     if metrics == ("csc",):
         _evaluate_challenge(settings, prediction, truth, classes, files[0])
     else:
@@ -69,16 +71,20 @@ def _evaluate_crops(
     metrics: tuple[str, ...],
     files: list[Path],
 ) -> None:
+    from cellmap_lightning.crops.crop_box import CropBox
     from cellmap_lightning.evaluation import evaluate, score_files
+    from cellmap_lightning.evaluation.crop_parts import trained_crops
     from cellmap_lightning.evaluation.error_picture import draw_worst
     from cellmap_lightning.evaluation.instance_scores import NoInstancesError
 
-    trained = evaluate.trained_crops(Path(settings["trained"])) if settings["trained"] else None
+    box = CropBox.parse(settings["box"]) if settings["box"] is not None else None
+    trained = trained_crops(Path(settings["trained"])) if settings["trained"] else None
 
     def score(names: tuple[str, ...]) -> list[evaluate.CropScore]:
         return evaluate.evaluate(
-            prediction, truth, classes, settings["threshold"], settings["unknown"], settings["values"], names, trained
-        )
+            prediction, truth, classes, settings["threshold"], settings["unknown"], settings["values"], names, trained,
+            box,
+        )  # fmt: skip
 
     try:
         scores = score(metrics)

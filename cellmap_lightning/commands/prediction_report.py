@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.commands.predict_config import groundtruth
 from cellmap_lightning.errors import MissingExtraError
+from cellmap_lightning.evaluation.crop_parts import CropPart, trained_crops
 from cellmap_lightning.evaluation.csc_evaluation import Predicted, Scoring, csc_table, evaluate_csc, write_csc_csv
 from cellmap_lightning.evaluation.evaluate import evaluate
 from cellmap_lightning.evaluation.overview import draw_prediction
@@ -46,7 +47,8 @@ def describe_prediction(cfg: DictConfig, writer: Any, classes: Sequence[str]) ->
             text += f"\n\n{_picture(cfg, writer, classes, crops)}"
         if cfg.evaluate and cfg.metric == "voxels":
             unknown = OmegaConf.to_container(cfg.data).get("unknown", "metadata")  # type: ignore[union-attr]
-            scores = evaluate(writer.output, crops, classes, writer.threshold, unknown)
+            trained = _trained(cfg.get("ckpt"))
+            scores = evaluate(writer.output, crops, classes, writer.threshold, unknown, trained=trained)
             table_file = writer.output.with_name(f"{writer.output.stem}-scores.csv")
             matrix = table_file.with_suffix(".png")
             write_csv(scores, table_file)
@@ -60,6 +62,15 @@ def _local_crops(cfg: DictConfig) -> Path | None:
     data: Any = OmegaConf.to_container(cfg.data, resolve=True)
     raw = parse_location(str(cfg.input_path), data.get("storage_options"))
     return Path(str(groundtruth(str(raw)))) if isinstance(raw, Path) else None
+
+
+def _trained(checkpoint: Any) -> dict[Path, list[CropPart]] | None:
+    """Return the parts of crops that the run of a checkpoint used; None where its folder lists no crops."""
+    if checkpoint is None:
+        return None
+    path = Path(str(checkpoint))
+    folder = next((f for f in (path, *path.parents[:2]) if (f / "split.csv").is_file()), None)
+    return None if folder is None else trained_crops(folder)
 
 
 @contextmanager
@@ -83,7 +94,10 @@ def _picture(cfg: DictConfig, writer: Any, classes: Sequence[str], crops: Path) 
     metadata["level_translations"] = cfg.data.get("level_translations", "auto")
     known = writer.classes or cfg.data.classes or writer.names
     try:
-        draw_prediction(writer.output, str(cfg.input_path), classes, picture, crops, writer.threshold, metadata, known)
+        draw_prediction(
+            writer.output, str(cfg.input_path), classes, picture, crops, writer.threshold, metadata, known,
+            _trained(cfg.get("ckpt")),
+        )  # fmt: skip
     except MissingExtraError as e:
         return f"no picture: {e}"
     return str(picture)

@@ -28,6 +28,7 @@ from cellmap_lightning.commands.run_folder import how_to_continue, remove_run, r
 from cellmap_lightning.commands.signals import ExitOnSignal
 from cellmap_lightning.commands.sweep_table import write_scores
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.splits.proposed_blocks import proposed_blocks
 from cellmap_lightning.training import report
 from cellmap_lightning.training.checkpoints import check_checkpoint, check_exists, saved_checkpoints
 from cellmap_lightning.training.weight_files import load_weights, read_weights, rename_weights
@@ -91,6 +92,8 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         log.info("%s: %s parameters", type(getattr(task, "network", task)).__name__, f"{count:,}")
         trainer = progress.trainer = _trainer(cfg, CheckpointConfig(stored, start))
         validates = data.splits.has_crops("val") and trainer.limit_val_batches != 0
+        if not data.splits.has_crops("val") and trainer.limit_val_batches != 0:
+            raise _nothing_to_validate(data)
         if trainer.is_global_zero:
             _prepare_folder(cfg, progress.folder, stored, data)
         untrained = None
@@ -113,6 +116,18 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         return _monitored(cfg.monitor, trainer)
     finally:
         data.close()
+
+
+def _nothing_to_validate(data: CellMapDataModule) -> CellMapValueError:
+    """Return the error for a training without crops for validation, with the override that cuts those for training."""
+    start = f"{data.splits.source} has no crops for validation"
+    if not data.splits.has_crops("train"):
+        return CellMapValueError(f"{start}, and none for training; list some with the usages train and validate")
+    override, text = proposed_blocks(data.splits)
+    without = "trainer.limit_val_batches=0 trains without validation"
+    if not override:
+        return CellMapValueError(f"{start}; list some, for those for training cannot be cut; {without}. {text}")
+    return CellMapValueError(f"{start}; {override} cuts those for training, and {without}. The cut would be\n{text}")
 
 
 def _fit(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataModule, checkpoint: Path | None) -> None:
@@ -172,7 +187,7 @@ def _prepare_folder(cfg: DictConfig, folder: Path, stored: Any, data: CellMapDat
         metrics.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
     OmegaConf.save(OmegaConf.create(stored), folder / "config.yaml")
     data.splits.write_csv(folder / "split.csv")
-    if data.splits.options.split != "csv":
+    if data.splits.options.rule != "csv":
         print(f"\ncrops that hold each class, and its voxels in them\n{data.splits.table()}\n", flush=True)
 
 

@@ -170,8 +170,9 @@ def _stored_blocks(
     size = reader.level.zyx(reader.level.array.files)
     numbers: set[int] = set()
     for file in files:
+        first = reader.file_start(file)
         spans = [
-            range(i * f // b, min(-(-(i + 1) * f // b), n)) for i, f, b, n in zip(file, size, block, grid, strict=True)
+            range(max(0, i // b), min(-(-(i + f) // b), n)) for i, f, b, n in zip(first, size, block, grid, strict=True)
         ]
         numbers.update((z * grid[1] + y) * grid[2] + x for z, y, x in product(*spans))
     return numbers

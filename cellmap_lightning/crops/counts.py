@@ -74,7 +74,10 @@ def count_foreground(
         stored = stored_labels(reader, encoding, *box)
         counts.append(int(np.count_nonzero(encoding.present(stored))))
 
-    log.info("%s: no complement_counts in the metadata; the voxels of %d chunks are counted once", label, len(boxes))
+    reason = (
+        "no complement_counts in the metadata" if level.whole is None else "complement_counts are of the whole crop"
+    )
+    log.info("%s: %s; the voxels of %d chunks are counted once", label, reason, len(boxes))
     batch = 4 * pool.workers  # so that the queue stays short and the bar moves
     with tqdm(total=len(boxes), desc=f"counting {label}", unit="chunk", disable=None, leave=False) as bar:
         for first in range(0, len(boxes), batch):

@@ -14,6 +14,7 @@ from cellmap_lightning.batches.arrays import ArraySet, InputArray, TargetArray
 from cellmap_lightning.cache.region import Region
 from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.class_index import Foreground
+from cellmap_lightning.crops.crop_box import CropBox, restricted
 from cellmap_lightning.crops.crop_labels import CropLabels, with_margin
 from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.crops.missing_raw import resolve
@@ -65,7 +66,8 @@ class Crop:
         raw_at: location of raw.
         raw: the inputs.
         labels: the label arrays.
-        box: the annotated box, or the whole volume; nm.
+        box: the annotated box, or the whole volume, or the box that restricts it; nm.
+        within: the box that restricts the crop, nm; None without one.
         placement: positions of patches.
         pool: the reading threads.
         store: cache of decoded voxels.
@@ -105,6 +107,10 @@ class Crop:
         self.without_folder: tuple[str, ...] = ()
         with shared_metadata():
             images, implications = self._open(label_options)
+        self.within: Box | None = None
+        if read.crop_box is not None:
+            images = self._restrict(images, read.crop_box)
+            self.label += f" [{read.crop_box}]"
         self.plane = Plane.parse(plane, arrays.specs)
         #: A patch of each array, along the patch's axes.
         self.windows = {
@@ -155,6 +161,16 @@ class Crop:
             self.target_path = self.target_path.without(images.absent)
             self.without_folder += images.absent
 
+    def _restrict(self, images: CropImages, box: CropBox) -> CropImages:
+        """Return the label images as if the annotation ended at a box; without labels, raw stays as it is."""
+        if self.target_path is None:
+            self.within = restricted(self.label, {"raw": images.raw}, box)[2]
+            return images
+        inside, outside, self.within = restricted(self.label, images.labels, box)
+        if outside:
+            log.warning("%s: classes that the box does not reach are unannotated in it: %s", self.label, [*outside])
+        return dataclasses.replace(images, labels=inside)
+
     # -- geometry
 
     @property
@@ -164,7 +180,7 @@ class Crop:
 
     def _crop_box(self) -> Box:
         if not self.arrays.targets:
-            return self.raw.box
+            return self.within or self.raw.box
         box, volume = self.labels.box, self.raw.box
         if not box.intersects(volume):
             raise CellMapValueError(

@@ -86,7 +86,7 @@ class LabelEncodings:
         self._encodings: dict[tuple[str, str], Encoding] = {}
 
     def of(self, name: str, image: Multiscale, level: Level) -> Encoding:
-        """Return the encoding of a level of a class.
+        """Return the encoding of a level of a class; that of the whole array for a box of it.
 
         Raises:
             MetadataError: the encoding is malformed, the values are ambiguous, or chunks are misnamed, or missing where
@@ -94,6 +94,7 @@ class LabelEncodings:
             ChunkError: a chunk cannot be read.
         """
         key = name, level.name
+        image, level = image.whole or image, level.whole or level
         encoding = self._encodings.get(key)
         if encoding is None:
             has_first = check_chunk_names(level.array, f"{self.label}/{name}")

@@ -16,11 +16,11 @@ from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.geometry.sample_map import Warp
 from cellmap_lightning.io.array_reader import ArrayReader, chunk_shape
+from cellmap_lightning.io.chunk_files import location_of
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
-from cellmap_lightning.io.store import identity_of
 from cellmap_lightning.transforms.kinds.kind import UNKNOWN_ID, signed
 
 
@@ -141,7 +141,7 @@ def id_region(
         retry_policy: retries and timeouts of reads.
     """
     decoder = _IdDecoder(open_reader(level, label, reader, retry_policy, encoding.empty), encoding, dtype)
-    key = ("ids", identity_of(level.path), encoding, str(dtype))
+    key = ("ids", location_of(level), encoding, str(dtype))
     return Region(
         decoder.reader.shape, chunk_shape([decoder.reader]), dtype, decoder, cache, key,
         stamp=decoder.reader.stamp, identity=decoder.identity, name=label,

@@ -16,12 +16,12 @@ from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.geometry.resample import AnyArray, evaluate
 from cellmap_lightning.geometry.sample_map import VoxelMap
 from cellmap_lightning.io.array_reader import ArrayReader, chunk_shape
+from cellmap_lightning.io.chunk_files import location_of
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.label_values import CODE, read_labels
 from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, read_encoding
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
-from cellmap_lightning.io.store import identity_of
 from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.targets import pack, packed_bytes
 
@@ -118,7 +118,7 @@ def _without_missing(
     stored = stored.copy() if fits else stored.astype(np.int64)
     size = reader.level.zyx(reader.level.array.files)
     for index in missed:
-        corner = np.multiply(reader.level.zyx(index), size) - start
+        corner = np.subtract(reader.file_start(reader.level.zyx(index)), start)
         box = tuple(slice(max(0, int(c)), max(0, int(c) + f)) for c, f in zip(corner, size, strict=True))
         stored[box] = code
     return stored
@@ -152,7 +152,7 @@ class BitGroup:
             for index, name, level, code in members
         ]
         self.chunks = chunk_shape([reader for _, reader, _ in self.members])
-        key = ("bits", depth, *((index, identity_of(level.path), encoding) for index, _, level, encoding in members))
+        key = ("bits", depth, *((index, location_of(level), encoding) for index, _, level, encoding in members))
         self.region = Region(
             self.lattice.shape, self.chunks, np.dtype(np.uint8), self.decode, cache, key, depth, self.stamp,
             self.identity,

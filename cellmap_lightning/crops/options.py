@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from cellmap_lightning.crops.crop_box import CropBox
 from cellmap_lightning.crops.encodings import MissingLabels, Unknown, check_missing_labels, check_unknown
 from cellmap_lightning.crops.image import MAX_UPSAMPLING, MissingRaw, check_missing_raw
 from cellmap_lightning.crops.labels import DOWNSAMPLE, Downsample
@@ -54,6 +55,7 @@ class ReadOptions:
         level_translations: treatment of missing or equal translations of levels: ``auto`` (all levels cover the same
             box) or ``stored``.
         axes: names of the stored axes, one letter each, such as ``xyz``; for arrays that are not OME-NGFF images.
+        box: the part of the crop that is used, see `CropBox.parse`; None for all of it.
 
     Raises:
         CellMapError: an invalid value.
@@ -76,6 +78,7 @@ class ReadOptions:
     multiscale: Any = None
     level_translations: LevelTranslations = "auto"
     axes: Any = None
+    box: Any = None
 
     def __post_init__(self) -> None:
         check_mode(self.cache, self.cache_bytes)
@@ -83,7 +86,12 @@ class ReadOptions:
             int_at_least("device_cache_bytes", self.device_cache_bytes, 1)
         check_reader(self.reader)
         check_missing_raw(self.missing_raw)
-        _ = self.retry_policy, self.overrides
+        _ = self.retry_policy, self.overrides, self.crop_box
+
+    @cached_property
+    def crop_box(self) -> CropBox | None:
+        """The part of the crop that is used; None for all of it."""
+        return None if self.box is None else CropBox.parse(self.box)
 
     @cached_property
     def retry_policy(self) -> RetryPolicy:

@@ -2,14 +2,17 @@
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+from cellmap_lightning.crops.crop_box import CropBox, image_part
 from cellmap_lightning.crops.encodings import Unknown
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError
+from cellmap_lightning.evaluation.crop_parts import CropPart, parts_of
 from cellmap_lightning.evaluation.instance_scores import (
     INSTANCE_METRICS,
     InstanceScore,
@@ -24,7 +27,6 @@ from cellmap_lightning.geometry.lattice import Lattice
 from cellmap_lightning.io.meanings import ValuesSetting
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.prediction.output_checks import check_finished
-from cellmap_lightning.splits.entries import read_csv
 from cellmap_lightning.validation import did_you_mean, first_few
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class CropScore:
         surface: surface distances, if they were asked for.
         instances: scores of objects, likewise, and where the annotation has instances.
         trained: True if the crop was trained on; None if unknown.
+        box: the part of the crop that was scored; None for all of it.
 
     Example:
         >>> [s.voxels.dice for s in evaluate(Path("pred.zarr"), crops, ["mito"])]
@@ -55,6 +58,12 @@ class CropScore:
     surface: SurfaceScore | None = None
     instances: InstanceScore | None = None
     trained: bool | None = None
+    box: CropBox | None = None
+
+    @property
+    def label(self) -> str:
+        """Name of the crop, with the part that was scored."""
+        return self.crop if self.box is None else f"{self.crop} [{self.box}]"
 
     def values(self) -> dict[str, float]:
         """Return every score by name; NaN for undefined ones."""
@@ -72,7 +81,8 @@ def evaluate(
     unknown: Unknown = "metadata",
     values: ValuesSetting = "auto",
     scores: Sequence[str] = ("voxels",),
-    trained: Collection[Path] | None = None,
+    trained: Mapping[Path, Sequence[CropPart]] | None = None,
+    box: CropBox | None = None,
 ) -> list[CropScore]:
     """Compute the scores of a prediction in every crop that it covers.
 
@@ -88,23 +98,23 @@ def evaluate(
         values: the meaning of the stored values of the prediction, see `meaning_of`.
         scores: some of `SCORES`. Voxels are always scored. ``instances`` of annotations without instances are an error
             if all of them have none.
-        trained: folders of the crops that were trained on, to mark them; None if unknown. See `trained_crops`.
+        trained: parts of the crops that a training used, to score each by itself and to mark those that were trained
+            on; None if unknown. See `trained_crops`.
+        box: the part of each crop that is scored; None for the parts of ``trained``, or else all of it.
 
     Raises:
         CellMapKeyError: the prediction covers no crop that annotates any of the classes.
         NoInstancesError: objects are to be scored, and no annotation has instances.
     """
-    pairs = [
-        CropPair(output / name, crop, name, threshold, unknown, values)
-        for crop, name in annotated_classes(output, crops, classes)
-    ]
+    places = list(annotated_parts(output, crops, classes, trained=trained, box=box))
+    pairs = [CropPair(output / name, crop, name, threshold, unknown, values, part.box) for crop, name, part in places]
     if not pairs:
         raise CellMapKeyError(
             f"nothing to evaluate {output} with: no crop in {crops} lies in it and annotates any of {list(classes)}"
         )
     results: list[CropScore] = []
     without: list[NoInstancesError] = []
-    for pair in pairs:
+    for pair, (_, _, part) in zip(pairs, places, strict=True):
         instances = None
         if "instances" in scores:
             try:
@@ -112,8 +122,8 @@ def evaluate(
             except NoInstancesError as e:
                 without.append(e)
         surface = surface_score(pair) if "surface" in scores else None
-        is_trained = pair.crop.resolve() in trained if trained is not None else None
-        results.append(CropScore(pair.crop.name, pair.name, voxel_score(pair), surface, instances, is_trained))
+        voxels = voxel_score(pair)
+        results.append(CropScore(pair.crop.name, pair.name, voxels, surface, instances, part.trained, part.box))
     if len(without) == len(pairs):
         raise without[0]
     for error in without:
@@ -132,16 +142,46 @@ def annotated_classes(
         classes: names of the classes.
         pattern: glob pattern of the names of crops.
     """
+    for crop, name, _ in annotated_parts(output, crops, classes, pattern):
+        yield crop, name
+
+
+def annotated_parts(
+    output: Path,
+    crops: Path,
+    classes: Sequence[str],
+    pattern: str = "*",
+    trained: Mapping[Path, Sequence[CropPart]] | None = None,
+    box: CropBox | None = None,
+) -> Iterator[tuple[Path, str, CropPart]]:
+    """Yield crops, classes and parts of these that a prediction covers; parts that it does not cover are logged.
+
+    Args:
+        output: the prediction, with one group per class; a class without a group is yielded.
+        crops: folder of the crops, or of a single crop.
+        classes: names of the classes.
+        pattern: glob pattern of the names of crops.
+        trained: see `evaluate`.
+        box: see `evaluate`.
+
+    Raises:
+        CellMapValueError: the box reaches outside a crop.
+    """
     outside = set()
     for crop in crop_folders(crops, classes, pattern):
-        for name in classes:
-            if not is_group(crop / name):
-                continue
-            labels = read_multiscale(crop / name).finest.lattice
-            if is_group(output / name) and not covers(read_multiscale(output / name).finest.lattice, labels):
-                outside.add(crop.name)
+        annotated = [name for name in classes if is_group(crop / name)]
+        parts = parts_of(crop, annotated, trained, box) if annotated else []
+        for name, part in product(annotated, parts):
+            labels = read_multiscale(crop / name)
+            inside = labels if part.box is None else image_part(labels, part.box.physical(labels.finest.lattice))
+            if inside is None:
+                continue  # the class is annotated elsewhere in the crop
+            if is_group(output / name) and not covers(
+                read_multiscale(output / name).finest.lattice, inside.finest.lattice
+            ):
+                outside.add(crop.name if part.box is None else f"{crop.name} [{part.box}]")
             else:
-                yield crop, name
+                yield crop, name, part
     if outside:
         log.info("not evaluated, since the prediction does not cover them: %s", ", ".join(sorted(outside)))
 
@@ -150,19 +190,6 @@ def annotated_crops(crops: Path, name: str, prediction: Lattice) -> list[Path]:
     """Return the folders of the crops that annotate a class and lie in a prediction, sorted by name."""
     folders = [folder for folder in crop_folders(crops, [name]) if is_group(folder / name)]
     return [f for f in folders if covers(prediction, read_multiscale(f / name).finest.lattice)]
-
-
-def trained_crops(path: Path) -> set[Path]:
-    """Return the folders of the crops for training.
-
-    Args:
-        path: the folder of a run, which has a ``split.csv``, or a CSV of crops, see docs/data.md.
-
-    Raises:
-        CellMapError: there is no such file, or it cannot be read.
-    """
-    entries = read_csv(path / "split.csv" if path.is_dir() else path)
-    return {Path(entry.target_path).parent.resolve() for entry in entries.get("train", []) if entry.target_path}
 
 
 def crop_folders(crops: Path, classes: Sequence[str], pattern: str = "*") -> list[Path]:

@@ -6,7 +6,7 @@ visible. The amount of data that is read is bounded, however large the volume is
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cellmap_lightning.crops.crop_box import restricted
 from cellmap_lightning.crops.image import CellMapImage
+from cellmap_lightning.evaluation.crop_parts import CropPart, parts_of
 from cellmap_lightning.evaluation.evaluate import covers, is_group
 from cellmap_lightning.evaluation.pairs import Annotation
 from cellmap_lightning.geometry.lattice import (
@@ -74,6 +76,7 @@ def draw_prediction(
     threshold: float = 0.5,
     metadata: Mapping[str, Any] | None = None,
     known: Sequence[str] = (),
+    trained: Mapping[Path, Sequence[CropPart]] | None = None,
 ) -> None:
     """Draw raw with the outlines of the prediction, and of the annotation where the prediction covers a crop.
 
@@ -86,11 +89,12 @@ def draw_prediction(
         threshold: probability from which a voxel is positive.
         metadata: replacements of the metadata of raw; keyword arguments of `Overrides.parse`.
         known: every class of the training, so that a class has its colour in all pictures of a run.
+        trained: parts of the crops that a training used, each shown by itself; see `trained_crops`.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    samples = samples_of(output, raw, classes, crops, threshold, metadata)
+    samples = samples_of(output, raw, classes, crops, threshold, metadata, trained)
     names = list(known) if set(classes) <= set(known) else list(classes)
     palette = dict(zip(names, outline_colors(len(names)), strict=True))
     contact_sheet(
@@ -106,6 +110,7 @@ def samples_of(
     crops: Path | None = None,
     threshold: float = 0.5,
     metadata: Mapping[str, Any] | None = None,
+    trained: Mapping[Path, Sequence[CropPart]] | None = None,
 ) -> list[SheetSample]:
     """Return the rows of `draw_prediction`; the arguments are the same.
 
@@ -132,7 +137,7 @@ def samples_of(
             center = _densest_places(masks, lattice, overview.shape)[0]
             shown = _masks(output, classes, overview, center, threshold)
             samples.append(_sample(raw, overview, center, shown, None, _overview_header(overview, lattice), metadata))
-    places = list(islice(_annotated_places(classes, lattice, shape, crops), _PLACES))
+    places = list(islice(_annotated_places(classes, lattice, shape, crops, trained), _PLACES))
     if not places:
         patch = Lattice(lattice.origin, lattice.step, shape)
         centers = _densest_places(masks, lattice, shape)
@@ -184,30 +189,57 @@ def _overview_header(overview: Lattice, lattice: Lattice) -> str:
     return f"overview, {part} of {whole} voxels (z, y, x)"
 
 
-def _annotated_places(classes: Sequence[str], lattice: Lattice, most: Shape, crops: Path | None) -> Iterator[_Place]:
-    """Yield the place with the most annotated classes of each crop that the prediction covers."""
+def _annotated_places(
+    classes: Sequence[str],
+    lattice: Lattice,
+    most: Shape,
+    crops: Path | None,
+    trained: Mapping[Path, Sequence[CropPart]] | None,
+) -> Iterator[_Place]:
+    """Yield the place with the most annotated classes of each crop, or part of one, that the prediction covers."""
     if crops is None or not crops.is_dir():
         return
     for crop in sorted(p for p in crops.glob("*") if p.is_dir()):
         annotated = [name for name in classes if is_group(crop / name)]
-        labels = [read_multiscale(str(crop / name)).finest.lattice for name in annotated]
-        if not labels or not all(covers(lattice, one) for one in labels):
-            continue
-        room = np.floor(np.min([one.box.extent for one in labels], axis=0) / lattice.step + LATTICE_TOLERANCE)
-        z, y, x = np.clip(room, 1, most).astype(int).tolist()
-        patch = Lattice(lattice.origin, lattice.step, (z, y, x))
-        annotations = {name: Annotation(crop, name, lattice.step) for name in annotated}
-        ranked = []
-        starts = _tile_starts(annotations[annotated[0]].box, lattice, patch.shape)
-        for start in starts[:: max(1, len(starts) // _CANDIDATES)]:
-            target = np.full((len(classes), *patch.shape), np.nan, np.float32)
-            for name, annotation in annotations.items():
-                ids = annotation.read(lattice, start, patch.shape)
-                target[classes.index(name)] = np.where(ids < 0, np.nan, ids > 0)
-            ranked.append((class_rank(target == 1), start, target))
-        _, start, target = max(ranked, key=lambda row: row[:2])
-        center = np.asarray(lattice.origin) + (np.add(start, np.subtract(patch.shape, 1) / 2)) * lattice.step
-        yield _Place(crop.name, patch, center, target)
+        for part in parts_of(crop, annotated, trained, None) if annotated else []:
+            images = {name: read_multiscale(crop / name) for name in annotated}
+            if part.box is not None:
+                images = restricted(crop.name, images, part.box)[0]
+            labels = [image.finest.lattice for image in images.values()]
+            if all(covers(lattice, one) for one in labels):
+                name = crop.name if part.box is None else f"{crop.name} [{part.box}]"
+                place = _best_place(classes, lattice, most, crop, list(images), part)
+                yield replace(place, name=f"{name}, trained on" if part.trained else name)
+
+
+def _best_place(
+    classes: Sequence[str], lattice: Lattice, most: Shape, crop: Path, annotated: Sequence[str], part: CropPart
+) -> _Place:
+    """Return the place with the most annotated classes of a crop, or of a part of it.
+
+    Args:
+        classes: names of the classes.
+        lattice: the voxels of the prediction.
+        most: shape of a place at most, voxels.
+        crop: folder of the crop.
+        annotated: the classes that it annotates.
+        part: the part.
+    """
+    annotations = {name: Annotation(crop, name, lattice.step, part=part.box) for name in annotated}
+    room = np.min([annotation.box.extent for annotation in annotations.values()], axis=0) / lattice.step
+    z, y, x = np.clip(np.floor(room + LATTICE_TOLERANCE), 1, most).astype(int).tolist()
+    patch = Lattice(lattice.origin, lattice.step, (z, y, x))
+    ranked = []
+    starts = _tile_starts(annotations[annotated[0]].box, lattice, patch.shape)
+    for start in starts[:: max(1, len(starts) // _CANDIDATES)]:
+        target = np.full((len(classes), *patch.shape), np.nan, np.float32)
+        for name, annotation in annotations.items():
+            ids = annotation.read(lattice, start, patch.shape)
+            target[classes.index(name)] = np.where(ids < 0, np.nan, ids > 0)
+        ranked.append((class_rank(target == 1), start, target))
+    _, start, target = max(ranked, key=lambda row: row[:2])
+    center = np.asarray(lattice.origin) + (np.add(start, np.subtract(patch.shape, 1) / 2)) * lattice.step
+    return _Place(crop.name, patch, center, target)
 
 
 def _tile_starts(box: Box, lattice: Lattice, shape: Shape) -> list[Shape]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.cache.chunk_cache import ChunkCache
+from cellmap_lightning.crops.crop_box import CropBox, restricted
 from cellmap_lightning.crops.encodings import LabelEncodings, Unknown
 from cellmap_lightning.crops.id_labels import id_dtype, id_region
 from cellmap_lightning.crops.image import choose_level
@@ -59,6 +60,7 @@ class Annotation:
         name: the class.
         voxel_size: voxel size at which it is read, nm (z, y, x), from which the level follows.
         unknown: the stored value of unannotated voxels, if the metadata do not define it; see `LabelOptions`.
+        part: the part of the crop that is read, as if the annotation ended there; None for all of it.
 
     Attributes:
         box: the annotated box, nm.
@@ -71,8 +73,17 @@ class Annotation:
         >>> annotation = Annotation(Path("jrc_a.zarr/recon-1/labels/groundtruth/crop1"), "mito", (8, 8, 8))
     """
 
-    def __init__(self, crop: Path, name: str, voxel_size: Sequence[float], unknown: Unknown = "metadata") -> None:
+    def __init__(
+        self,
+        crop: Path,
+        name: str,
+        voxel_size: Sequence[float],
+        unknown: Unknown = "metadata",
+        part: CropBox | None = None,
+    ) -> None:
         label, image = f"{crop.name}/{name}", read_multiscale(crop / name)
+        if part is not None:
+            image = restricted(crop.name, {name: image}, part)[0][name]
         level = choose_level(image, voxel_size, label)
         encoding = LabelEncodings(crop.name, unknown).of(name, image, level)
         self._region = id_region(level, encoding, id_dtype({name: image}), label, ChunkCache())
@@ -114,6 +125,7 @@ class CropPair:
         threshold: probability from which a voxel is positive.
         unknown: the stored value of unannotated voxels, if the metadata do not define it; see `LabelOptions`.
         values: the meaning of the stored values of the prediction, see `meaning_of`.
+        part: the part of the crop that is compared; None for all of it.
 
     Attributes:
         voxel_size: voxel size of the prediction, nm (z, y, x).
@@ -135,6 +147,7 @@ class CropPair:
         threshold: float = 0.5,
         unknown: Unknown = "metadata",
         values: ValuesSetting = "auto",
+        part: CropBox | None = None,
     ) -> None:
         self.crop, self.name, self.threshold = crop, name, threshold
         self.label = f"{crop.name}/{name}"
@@ -144,7 +157,7 @@ class CropPair:
         self._reader = open_reader(image.finest, f"{prediction}")
         self._lattice = image.finest.lattice
         self.voxel_size = self._lattice.step
-        self.annotation = Annotation(crop, name, self.voxel_size, unknown)
+        self.annotation = Annotation(crop, name, self.voxel_size, unknown, part)
         box = self.annotation.box
         self._first, self.shape = voxels_inside(self._lattice, box)
         if 0 in self.shape:

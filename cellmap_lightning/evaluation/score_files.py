@@ -26,12 +26,16 @@ def write_csv(scores: Sequence[CropScore], path: Path) -> None:
     columns = _columns(scores, (*METRICS, *SURFACE_METRICS, *INSTANCE_METRICS))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["crop", "class", "usage", "annotated_voxels", "tp", "fp", "fn", *columns])
+        boxes = ["box"] if any(score.box is not None for score in scores) else []
+        writer.writerow(["crop", "class", "usage", "annotated_voxels", "tp", "fp", "fn", *columns, *boxes])
         for score in scores:
             values, voxels = score.values(), score.voxels
             cells = [_cell(column, values[column]) for column in columns]
             usage = _TRAINED[score.trained]
-            writer.writerow([score.crop, score.name, usage, voxels.known, voxels.tp, voxels.fp, voxels.fn, *cells])
+            box = [score.box or ""] if boxes else []
+            writer.writerow(
+                [score.crop, score.name, usage, voxels.known, voxels.tp, voxels.fp, voxels.fn, *cells, *box]
+            )
 
 
 def _cell(column: str, value: float) -> str:
@@ -46,6 +50,7 @@ def write_json(scores: Sequence[CropScore], path: Path) -> None:
         {
             "crop": score.crop, "class": score.name, "trained": score.trained, "annotated_voxels": score.voxels.known,
             **{name: value if math.isfinite(value) else None for name, value in score.values().items()},
+            "box": None if score.box is None else str(score.box),
         }
         for score in scores
     ]  # fmt: skip
@@ -61,7 +66,7 @@ def _columns(scores: Sequence[CropScore], names: Sequence[str]) -> list[str]:
 def table(scores: Sequence[CropScore]) -> str:
     """Return the scores as a table in text."""
     columns = _columns(scores, _SHOWN)
-    crops = [score.crop + " *" * bool(score.trained) for score in scores]
+    crops = [score.label + " *" * bool(score.trained) for score in scores]
     width = max(map(len, [*crops, "crop"])) + 2, max(5, *(len(s.name) for s in scores)) + 2
     titles = [_title(column) for column in columns]
     widths = [max(11, len(title) + 2) for title in titles]
@@ -104,14 +109,14 @@ def draw(scores: Sequence[CropScore], path: Path) -> None:
     except ImportError as e:
         raise missing_extra("train", "pictures need matplotlib") from e
     metrics = _columns(scores, _HEAT)
-    crops = list(dict.fromkeys(s.crop for s in scores))
+    crops = list(dict.fromkeys(s.label for s in scores))
     names = list(dict.fromkeys(s.name for s in scores))
     size = (1.5 + len(metrics) * (0.7 + 0.6 * len(names)), 1.3 + 0.35 * len(crops))
     figure = Figure(figsize=size, layout="constrained")
     for number, metric in enumerate(metrics):
         values = np.full((len(crops), len(names)), np.nan)
         for score in (score for score in scores if not _is_absent(score)):
-            values[crops.index(score.crop), names.index(score.name)] = score.values()[metric]
+            values[crops.index(score.label), names.index(score.name)] = score.values()[metric]
         axes = figure.add_subplot(1, len(metrics), number + 1)
         axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_title(_title(metric))

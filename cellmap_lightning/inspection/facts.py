@@ -9,11 +9,20 @@ import numpy as np
 
 from cellmap_lightning.cache.patches import stored_box
 from cellmap_lightning.crops.counts import count_foreground, known_foreground, unknown_share
+from cellmap_lightning.crops.crop_box import CropBox, image_part, restricted
 from cellmap_lightning.crops.encodings import LabelEncodings, Unknown
 from cellmap_lightning.crops.image import choose_level
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError
-from cellmap_lightning.geometry.lattice import LATTICE_TOLERANCE, SCALE_TOLERANCE, Box, Lattice, Shape, Vector
+from cellmap_lightning.geometry.lattice import (
+    LATTICE_TOLERANCE,
+    SCALE_TOLERANCE,
+    Box,
+    Lattice,
+    Shape,
+    Vector,
+    to_vector,
+)
 from cellmap_lightning.inspection.sections import SectionFacts, section_facts
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.images import image_exists, read_image
@@ -22,7 +31,7 @@ from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.statistics import Statistics, known_statistics, statistics
 from cellmap_lightning.runtime.thread_pool import ReadPool
 from cellmap_lightning.splits.crop_metadata import dataset_and_crop
-from cellmap_lightning.splits.entries import CropRecord
+from cellmap_lightning.splits.entries import CropRecord, overrides_of
 from cellmap_lightning.splits.opening import for_all
 
 #: Bars of a histogram.
@@ -272,7 +281,7 @@ def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFac
     """Return the facts of a crop with those of its classes and its position."""
     classes: dict[str, ClassFacts] = {}
     notes: dict[str, str] = {}
-    images: list[Multiscale] = []
+    images: dict[str, Multiscale] = {}
     encodings = LabelEncodings(facts.name, facts.metadata.get("unknown", "metadata"))
     raw_overrides, overrides = _overrides(facts)
     for name in target.names:
@@ -280,6 +289,17 @@ def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFac
             if tolerant and not image_exists(target.of(name)):
                 continue
             image = target.read(name, overrides)
+            _ = image.finest.lattice
+            images[name] = image
+        except CellMapError as e:
+            classes[name] = ClassFacts(wrong=str(e))
+            continue
+        for kind, text in _notes(image).items():
+            notes.setdefault(kind, f"class {name}: {text}")
+    if images and facts.metadata.get("box") is not None:
+        images = restricted(facts.name, images, CropBox.parse(facts.metadata["box"]))[0]
+    for name, image in list(images.items()):
+        try:
             encoding = encodings.of(name, image, image.finest)
             classes[name] = ClassFacts(
                 voxels=known_foreground(image, image.finest, encoding),
@@ -290,21 +310,19 @@ def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFac
             )
         except CellMapError as e:
             classes[name] = ClassFacts(wrong=str(e))
-            continue
-        images.append(image)
-        for kind, text in _notes(image).items():
-            notes.setdefault(kind, f"class {name}: {text}")
+            del images[name]
+    classes = {name: classes[name] for name in target.names if name in classes}
     facts = replace(facts, classes=classes, notes=notes)
     if not images:
         return replace(facts, wrong=next((c.wrong for c in classes.values()), "none of its classes has a folder"))
-    boxes = [image.finest.lattice.box for image in images]
-    box = reduce(Box.union, boxes)
-    facts = replace(facts, levels=_levels(images[0]), box=box.as_dict())
+    box = reduce(Box.union, (image.finest.lattice.box for image in images.values()))
+    first = next(iter(images.values()))
+    facts = replace(facts, levels=_levels(first), box=box.as_dict())
     try:
         raw = read_image(facts.raw, raw_overrides, allow_turned=True).finest.lattice
     except CellMapError:
         return facts  # reported as a problem of the volume
-    return _beside_raw(facts, images[0].finest.lattice, box, raw)
+    return _beside_raw(facts, first.finest.lattice, box, raw)
 
 
 def _beside_raw(facts: CropFacts, labels: Lattice, box: Box, raw: Lattice) -> CropFacts:
@@ -377,7 +395,7 @@ class _ForegroundCount:
 
 def _with_loss(of_class: ClassFacts, name: str, crop: CropFacts, scale: Vector, count: _ForegroundCount) -> ClassFacts:
     """Return the facts of a class with the part of its foreground that the level read at a scale has lost."""
-    image = TargetPath.parse(crop.target).read(name, _overrides(crop)[1])
+    image = _image(crop, name)
     level = choose_level(image, scale)
     try:
         fine, coarse = count(name, image, image.finest), count(name, image, level)
@@ -395,13 +413,25 @@ def _with_loss(of_class: ClassFacts, name: str, crop: CropFacts, scale: Vector, 
     return replace(of_class, voxels=fine, lost=lost, level=level.name)
 
 
+def _image(crop: CropFacts, name: str) -> Multiscale:
+    """Return the label image of a class, inside of the box that restricts the crop."""
+    image = TargetPath.parse(crop.target).read(name, _overrides(crop)[1])
+    if crop.metadata.get("box") is None or crop.box is None:
+        return image
+    return image_part(image, _physical(crop.box)) or image
+
+
+def _physical(box: Mapping[str, list[float]]) -> Box:
+    lower, upper = (to_vector(sides) for sides in zip(*box.values(), strict=True))
+    return Box(lower, upper)
+
+
 def _absent_chunks(facts: CropFacts, scale: Vector) -> tuple[int, int] | None:
     """Return the number of absent and of all files of raw under a crop, at the level that is read at a scale."""
     assert facts.box is not None
     try:
         level = choose_level(read_image(facts.raw, _overrides(facts)[0], allow_turned=True), scale)
-        lower, upper = (tuple(sides) for sides in zip(*facts.box.values(), strict=True))
-        stored = stored_box(level.lattice, Box(lower, upper), 0)
+        stored = stored_box(level.lattice, _physical(facts.box), 0)
         return open_reader(level).absent(*stored) if stored is not None else None
     except CellMapError:
         return None  # reported as a problem of the volume
@@ -414,7 +444,7 @@ def fits(crop: CropFacts, scale: Vector) -> bool:
 
 def _overrides(facts: CropFacts) -> tuple[Overrides, Overrides]:
     """Return the overrides of a crop's raw image and of its labels."""
-    return Overrides.pair(**{key: value for key, value in facts.metadata.items() if key != "unknown"})
+    return overrides_of(facts.metadata)
 
 
 def _notes(image: Multiscale) -> dict[str, str]:

@@ -54,6 +54,7 @@ KINDS = {
     "multiscales": "groups that list several images",
     "outside": "crops outside their raw volume",
     "leakage": "crops that are trained on, and validate or test as well",
+    "validation": "nothing to validate on",
     "missing level": "levels that are listed and not on disk",
     "raw absent": "raw under a crop that was never written, and reads as the fill value",
     "raw coarse": "raw coarser than the scale",
@@ -101,7 +102,7 @@ def find_problems(
             pairs += [*_of_scale(crop, finest, classes, scale, too_coarse), *_of_size(crop, scale, shape, pad)]
         problems += [Problem(kind, crop.name, text) for kind, text in pairs]
     problems += [*_of_classes(crops, classes), *_of_types(volumes), *_of_contrast(volumes), *_of_polarity(volumes)]
-    problems += _of_leakage(crops, held_out)
+    problems += [*_of_leakage(crops, held_out), *_of_usages(crops)]
     order = list(KINDS)
     return sorted(problems, key=lambda problem: order.index(problem.kind))
 
@@ -211,13 +212,21 @@ def _of_leakage(crops: Sequence[CropFacts], held_out: str | None) -> Iterator[Pr
             box = Box(to_vector(lower), to_vector(upper))
             labels = identity(TargetPath.parse(crop.target).crop)
             volume = volume_identity(parse_location(crop.raw))
-            placed.setdefault(crop.usage, []).append(PlacedCrop(crop.name, volume, box, labels))
+            is_part = crop.metadata.get("box") is not None
+            placed.setdefault(crop.usage, []).append(PlacedCrop(crop.name, volume, box, labels, is_part))
     trained = placed.get("train", [])
     others = [*placed.get("val", []), *placed.get("test", [])]
     if held_out is not None:
         others += held_out_crops(held_out, [(crop.name.partition("/")[0], crop.volume) for crop in trained])
     for pair in overlaps(trained, others):
         yield Problem("leakage", pair.trained.name, str(pair))
+
+
+def _of_usages(crops: Sequence[CropFacts]) -> Iterator[Problem]:
+    trained = [crop for crop in crops if crop.usage == "train"]
+    if trained and len(trained) == sum(crop.usage != "predict" for crop in crops):
+        text = "no crop validates; data.split=blocks cuts a part of each crop for validation, see docs/data.md"
+        yield Problem("validation", first_few([crop.name for crop in trained]), text)
 
 
 def _of_classes(crops: Sequence[CropFacts], classes: Sequence[str]) -> Iterator[Problem]:

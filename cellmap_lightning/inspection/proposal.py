@@ -238,7 +238,7 @@ def _yaml(
     for name, value in data.items():
         if name in reasons:
             lines += _comment(reasons[name])
-        if isinstance(value, Mapping):  # the crops of each split
+        if name == "datasets":  # the crops of each split
             lines.append(f"  {name}:")
             for split, entries in value.items():
                 lines += [f"    {split}:", *(f"      - {flow(entry)}" for entry in entries)]

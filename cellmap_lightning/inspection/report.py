@@ -197,8 +197,18 @@ def _entries(settings: Mapping[str, Any]) -> list[tuple[str, CropRecord]]:
         read=ReadOptions(**chosen("level_translations")),
         labels=LabelOptions(**chosen("unannotated_classes")),
         **chosen("csv_path", "datasets", "search_path", "seed"),
+        **_patches(settings),
     )
     return [(split, entry) for split in SPLITS for entry in crops.entries.get(split, [])]
+
+
+def _patches(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arrays and the augmentation, on which the split inside of crops depends; none without a patch size."""
+    arrays = {name: settings.get(name) or {} for name in ("input_arrays", "target_arrays")}
+    specs = [spec for of_role in arrays.values() for spec in of_role.values()]
+    if not specs or not all(spec.get("shape") and spec.get("scale") for spec in specs):
+        return {}
+    return {**arrays, "spatial_transforms": settings.get("spatial_transforms")}
 
 
 def _read_facts(

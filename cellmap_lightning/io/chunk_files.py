@@ -69,6 +69,11 @@ class ChunkFiles:
         hi = [min(a + n, (i + 1) * c) for a, n, i, c in zip(start, shape, file, size, strict=True)]
         return (lo[0], lo[1], lo[2]), (hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2])
 
+    def file_start(self, file: Sequence[int]) -> tuple[int, int, int]:
+        """Return the first voxel (z, y, x) of a file, by its index (z, y, x)."""
+        z, y, x = (i * f for i, f in zip(file, self.level.zyx(self.level.array.files), strict=True))
+        return z, y, x
+
     def chunks_of(self, file: Sequence[int]) -> Iterator[tuple[tuple[int, int, int], Shape]]:
         """Yield start and shape of each chunk of a file, cut at the edge of the array.
 
@@ -145,13 +150,20 @@ class ChunkFiles:
 def array_identity(level: Level) -> tuple[object, ...]:
     """Return a value that differs for every other array.
 
-    It consists of the location with all links resolved, a checksum of the metadata, and for a remote array the version
-    that the server reports for the metadata.
+    It consists of the location with all links resolved, a checksum of the metadata, for a remote array the version
+    that the server reports for the metadata, and for a box of an array the voxels of the box.
     """
     info = level.array
     # Only read for remote arrays: the cached property would cost one more object for each of thousands of arrays.
     version = info.version if isinstance(info.path, Remote) else ""
-    return identity_of(info.path), info.checksum, version, level.axes
+    window = () if level.window is None else (level.window,)
+    return identity_of(info.path), info.checksum, version, level.axes, *window
+
+
+def location_of(level: Level) -> object:
+    """Return the location of an array with all links resolved, and for a box of an array also the voxels of the box."""
+    path = identity_of(level.path)
+    return path if level.window is None else (path, level.window)
 
 
 def list_files(info: StoredArray) -> Iterator[tuple[tuple[int, ...], str]]:

@@ -6,6 +6,7 @@ from cellmap_lightning.io.ngff import Level
 from cellmap_lightning.io.openable import Reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.io.source_reader import SourceReader
+from cellmap_lightning.io.window_reader import WindowReader
 
 
 def open_reader(
@@ -27,6 +28,8 @@ def open_reader(
     Raises:
         MetadataError: the reader cannot open the array, or cannot decode its chunks.
     """
+    if level.whole is not None:
+        return WindowReader(level, open_reader(level.whole, label, reader, retry_policy, empty))
     if level.source is not None:
         return SourceReader(level, level.source, label, retry_policy)
     return ChunkReader(level, label, reader, retry_policy, empty)

@@ -7,11 +7,12 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from cellmap_lightning.crops.counts import counted_in_metadata
+from cellmap_lightning.crops.crop_box import CropBox, restricted
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.lattice import Box, Vector, to_vector
 from cellmap_lightning.io.images import image_exists
-from cellmap_lightning.io.ngff import NO_OVERRIDES, Overrides
+from cellmap_lightning.io.ngff import NO_OVERRIDES, Multiscale, Overrides
 from cellmap_lightning.io.store import parts_of, prefetch_metadata
 
 
@@ -36,7 +37,11 @@ class CropMetadata:
 
 
 def read_crop_metadata(
-    target: TargetPath, classes: Sequence[str], overrides: Overrides = NO_OVERRIDES, tolerant: bool = False
+    target: TargetPath,
+    classes: Sequence[str],
+    overrides: Overrides = NO_OVERRIDES,
+    tolerant: bool = False,
+    crop_box: CropBox | None = None,
 ) -> CropMetadata:
     """Read the metadata of some classes of a crop.
 
@@ -47,10 +52,10 @@ def read_crop_metadata(
         classes: the classes.
         overrides: settings that replace metadata.
         tolerant: a class without a folder is unannotated.
+        crop_box: the part of the crop that is used; None for all of it.
     """
     voxels: dict[str, int | None] = {}
-    box: Box | None = None
-    scale: Vector | None = None
+    images: dict[str, Multiscale] = {}
     annotated = [name for name in classes if name in target.names]
     prefetch_metadata([target.of(name) for name in annotated])
     for name in annotated:
@@ -61,10 +66,22 @@ def read_crop_metadata(
                     del voxels[name]
                 continue
             image = target.read(name, overrides)
-            lattice = image.finest.lattice
-            voxels[name] = counted_in_metadata(image)
+            _ = image.finest.lattice
+            images[name] = image
         except CellMapError:
             continue
+    if crop_box is not None and images:
+        try:
+            images, outside, _ = restricted(target.label, images, crop_box)
+        except CellMapError:
+            return CropMetadata(voxels)
+        for name in outside:
+            del voxels[name]
+    box: Box | None = None
+    scale: Vector | None = None
+    for name, image in images.items():
+        lattice = image.finest.lattice
+        voxels[name] = counted_in_metadata(image)
         box = lattice.box if box is None else box.union(lattice.box)
         scale = lattice.step if scale is None else to_vector(np.maximum(scale, lattice.step))
     return CropMetadata(voxels, box, scale)

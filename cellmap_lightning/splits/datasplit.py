@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Never
 
-from cellmap_lightning.batches.arrays import ArraySpecs, parse_classes, parse_inputs
+from cellmap_lightning.batches.arrays import ArraySet, ArraySpecs, parse_classes, parse_inputs
 from cellmap_lightning.crops.crop_labels import TooCoarseError
 from cellmap_lightning.crops.flat_options import refuse_flat
 from cellmap_lightning.crops.opening import NotAnnotatedError
@@ -17,12 +17,15 @@ from cellmap_lightning.crops.unannotated import refuse_unannotated, report_unann
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.splits.block_options import BlockOptions
 from cellmap_lightning.splits.division import Division
 from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping, table_of
+from cellmap_lightning.splits.inside import InsideSplit
 from cellmap_lightning.splits.leakage import check_leakage
 from cellmap_lightning.splits.manifests import ListedCrop, find_crops, read_manifest
 from cellmap_lightning.splits.opening import for_all
 from cellmap_lightning.splits.options import SplitOptions
+from cellmap_lightning.splits.part_classes import report_parts
 from cellmap_lightning.splits.summary import class_table, write_csv
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.validation import did_you_mean
@@ -37,10 +40,11 @@ class CellMapDataSplit:
         csv_path: a CSV without or with a header, of 5 columns ``usage, zarr, raw dataset, zarr, target dataset`` or of
             3 ``usage, raw, target``; for prediction the target may be empty or left out. Relative paths are relative
             to the CSV's folder. Usages: train, val (or validate), test, predict. With a header, more columns may
-            follow: ``weight`` (of the crop, for the strategy ``weighted``), ``unknown``, ``unit``, ``voxel_size``,
-            ``translation`` and ``multiscale`` (see `ReadOptions`), written as in YAML, empty for the default.
+            follow: ``weight`` (of the crop, for the strategy ``weighted``), ``box`` (the part of the crop that is used,
+            see `CropBox`), ``unknown``, ``unit``, ``voxel_size``, ``translation`` and ``multiscale`` (see
+            `ReadOptions`), written as in YAML, empty for the default.
         datasets: the crops instead of a CSV: ``{split: [{"raw": path, "gt": path}, ...]}``; an entry may also have
-            ``normalize``, ``invert``, ``weight``, ``unknown``, ``unit``, ``voxel_size``, ``translation`` and
+            ``normalize``, ``invert``, ``weight``, ``box``, ``unknown``, ``unit``, ``voxel_size``, ``translation`` and
             ``multiscale``, or be a `CellMapDataset`.
         search_path: the crops instead of a CSV: the folder of the challenge's data, see `manifests.find_crops`.
         classes: the targets' channels; None for raw only.
@@ -125,7 +129,20 @@ class CellMapDataSplit:
         with self._lock:
             if self._entries is None:
                 self._entries = self._division.divide(self._listed)
+                if self.options.blocks is not None:
+                    rule = self.inside(self.options.blocks)
+                    self._entries = rule.divide(self._entries)
+                    log.info("%s", "\n".join(rule.cuts.values()))
             return self._entries
+
+    def inside(self, blocks: BlockOptions) -> InsideSplit:
+        """Return the rule that cuts these crops into boxes for training and validation."""
+        arrays = None
+        if self.input_arrays is not None:
+            arrays = ArraySet.parse(self.input_arrays, self.target_arrays, self.classes, self.classes is not None)
+        spatial = SpatialTransforms(self.spatial_transforms)
+        tolerant = self.labels.unannotated_classes == "unknown"
+        return InsideSplit(blocks, self._division, arrays, spatial, self.options.planes, self.seed, tolerant)
 
     def has_crops(self, split: str) -> bool:
         """Return True if a split has crops."""
@@ -211,7 +228,10 @@ class CellMapDataSplit:
         multi = CellMapMultiDataset(datasets, *how)
         multi.set_affine(self._affine)
         self._check_classes(split, multi)
-        check_leakage(split, {**self._built, split: multi}, options.leakage, options.held_out)
+        built = {**self._built, split: multi}
+        check_leakage(split, built, options.leakage, options.held_out)
+        if options.blocks is not None and split in ("train", "val") and {"train", "val"} <= set(built):
+            report_parts(built["train"], built["val"])
         return multi
 
     def _opened(self, entries: Sequence[CropRecord], split: str) -> list[list[CellMapDataset] | CellMapError]:
@@ -272,6 +292,11 @@ class CellMapDataSplit:
         training = split == "train"
         if split != "predict" and self.classes is not None and entry.target_path is None:
             raise CellMapValueError(f"a crop for {split!r} needs a target; only those for 'predict' need none")
+        if split == "predict" and entry.crop_box is not None:
+            raise CellMapValueError(
+                f"the box {entry.crop_box} restricts annotated crops, and the entry is for 'predict'; leave it out and "
+                "give the part to predict with writer.region"
+            )
         changes = {key: value for key, value in entry.metadata.items() if key != "unknown"}
         if entry.storage_options is not None:
             changes["storage_options"] = entry.storage_options
@@ -378,10 +403,10 @@ def _check_source(options: SplitOptions, **sources: Any) -> None:
             "give the crops either as csv_path or as datasets or as search_path; got "
             + (" and ".join(set_sources) or "none of them")
         )
-    if options.split == "csv" and sources["search_path"] is not None:
+    if options.rule == "csv" and sources["search_path"] is not None:
         raise CellMapValueError(
-            "search_path does not define which crops validate; choose a rule, such as split=stratified, by_dataset or "
-            "kfold"
+            "search_path does not define which crops validate; choose a rule, such as split=stratified, by_dataset, "
+            "kfold or blocks"
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from cellmap_lightning.batches.arrays import ArraySpecs, parse_targets
+from cellmap_lightning.crops.crop_box import CropBox
 from cellmap_lightning.crops.options import LabelOptions
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
@@ -50,7 +51,7 @@ class Division:
         self._target_arrays, self._labels = target_arrays, labels
         self._seed = seed
         self._filter = Filter(options.only_datasets, options.only_crops)
-        self._metadata: dict[tuple[str, str | None], CropMetadata | None] = {}
+        self._metadata: dict[tuple[str, str | None, CropBox | None], CropMetadata | None] = {}
 
     def read_classes(self, annotated: Sequence[str]) -> tuple[str, ...]:
         """Return the requested classes, and those that imply something about them."""
@@ -69,18 +70,18 @@ class Division:
             CellMapError: the rule cannot divide these crops, or none matches a filter.
         """
         splits = self._filtered(listed)
-        if self.options.split == "csv":
+        if self.options.rule in ("csv", "blocks"):
             return splits
         pool = [*splits.get("train", []), *splits.get("val", [])]
         for entry in pool:
             if entry.dataset is not None:
                 raise CellMapTypeError(
                     f"{entry.where}: a dataset that was made with is_train={entry.dataset.is_train} cannot be moved by "
-                    f"split={self.options.split}; give its paths instead"
+                    f"split={self.options.rule}; give its paths instead"
                 )
         if not pool:
             raise CellMapValueError(
-                f"split={self.options.split} divides the crops for train and val, and {self.source} has none"
+                f"split={self.options.rule} divides the crops for train and val, and {self.source} has none"
             )
         usages = self._usages(pool)
         rest = {split: entries for split, entries in splits.items() if split not in ("train", "val")}
@@ -106,7 +107,7 @@ class Division:
 
     def _usages(self, pool: Sequence[CropRecord]) -> list[str]:
         """Return ``train`` or ``val`` for each entry."""
-        names = _names(pool)
+        names = crop_names(pool)
         crops, usable = [], []
         for index, (entry, known, (dataset, name)) in enumerate(zip(pool, self.metadata(pool), names, strict=True)):
             if self.classes is not None and (known is None or not known.voxels or self._too_coarse(known)):
@@ -121,11 +122,11 @@ class Division:
         if len(crops) < len(pool):
             log.warning(
                 "split=%s divides %d of the %d crops: the others annotate none of the classes, or too coarsely",
-                self.options.split, len(crops), len(pool),
+                self.options.rule, len(crops), len(pool),
             )  # fmt: skip
         options = self.options
         assigned = assign(
-            crops, options.split, val_fraction=options.val_fraction, fold=options.fold, n_folds=options.n_folds,
+            crops, options.rule, val_fraction=options.val_fraction, fold=options.fold, n_folds=options.n_folds,
             seed=self._seed,
         )  # fmt: skip
         for index, usage in zip(usable, assigned, strict=True):
@@ -133,14 +134,14 @@ class Division:
         missing = zip(("val", "train"), missing_classes(crops, assigned), strict=True)
         texts = [f"no crop for {split} holds {', '.join(names)}" for split, names in missing if names]
         if texts:
-            log.warning("split=%s: %s", options.split, "; ".join(texts))
+            log.warning("split=%s: %s", options.rule, "; ".join(texts))
         return usages
 
     def metadata(self, entries: Sequence[CropRecord]) -> list[CropMetadata | None]:
         """Return the metadata of each entry, read once; None without a target, or if its path is malformed."""
 
-        def key(entry: CropRecord) -> tuple[str, str | None]:
-            return entry.input_path, entry.target_path if entry.dataset is None else entry.where
+        def key(entry: CropRecord) -> tuple[str, str | None, CropBox | None]:
+            return entry.input_path, entry.target_path if entry.dataset is None else entry.where, entry.crop_box
 
         tolerant = self._labels.unannotated_classes == "unknown"
 
@@ -148,7 +149,9 @@ class Division:
             target = _target_of(entry) if self.classes is not None else None
             if target is None:
                 return None
-            return read_crop_metadata(target, self.read_classes(target.names), entry.overrides[1], tolerant)
+            return read_crop_metadata(
+                target, self.read_classes(target.names), entry.overrides[1], tolerant, entry.crop_box
+            )
 
         new = list({key(entry): entry for entry in entries if key(entry) not in self._metadata}.values())
         for entry, metadata in zip(new, for_all(read, new, "reading metadata of crops"), strict=True):
@@ -178,7 +181,7 @@ def _dataset_and_name(entry: CropRecord) -> tuple[str, str]:
     return dataset, PurePosixPath(inside).name
 
 
-def _names(entries: Sequence[CropRecord]) -> list[tuple[str, str]]:
+def crop_names(entries: Sequence[CropRecord]) -> list[tuple[str, str]]:
     """Return dataset and full name of each entry: ``jrc_hela-2/crop1``, or the whole path if that is ambiguous."""
     locations = [dataset_and_crop(entry.input_path, _target_of(entry)) for entry in entries]
     paths: dict[tuple[str, str], set[str]] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from cellmap_lightning.crops.crop_box import CropBox
 from cellmap_lightning.crops.encodings import check_unknown
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.datasets.dataset import CellMapDataset
@@ -29,8 +30,8 @@ from cellmap_lightning.validation import did_you_mean
 
 SPLITS = ("train", "val", "test", "predict")
 _USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}
-#: Keys of an entry, and columns of a CSV, that replace metadata.
-METADATA_KEYS = ("unknown", *OVERRIDE_KEYS)
+#: Keys of an entry, and columns of a CSV, that replace metadata: the code of unknown voxels, the extent, the geometry.
+METADATA_KEYS = ("unknown", "box", *OVERRIDE_KEYS)
 _COLUMNS = ("weight", "labels", *METADATA_KEYS)
 _ENTRY_KEYS = ("raw", "gt", "labels", "normalize", "invert", "weight", *METADATA_KEYS, "storage_options")
 
@@ -46,7 +47,7 @@ class CropRecord:
         dataset: an existing dataset instead of paths.
         normalize: normalization of its raw; None for the common one.
         invert: inversion of its raw; None for the common one.
-        box: its box in nm, if the source lists it.
+        box: the box of the whole crop in nm, if the source lists it.
         weight: relative weight in the strategy ``weighted``.
         storage_options: see `ReadOptions`.
         metadata: replacements for its metadata, ``{key: value}`` with keys of `METADATA_KEYS`; see `ReadOptions`.
@@ -70,7 +71,17 @@ class CropRecord:
         Raises:
             CellMapError: an invalid value.
         """
-        return Overrides.pair(**{key: value for key, value in self.metadata.items() if key != "unknown"})
+        return overrides_of(self.metadata)
+
+    @property
+    def crop_box(self) -> CropBox | None:
+        """The part of the crop that is used; None for all of it.
+
+        Raises:
+            CellMapError: it is malformed.
+        """
+        box = self.metadata.get("box")
+        return None if box is None else CropBox.parse(box)
 
     @property
     def target(self) -> TargetPath | None:
@@ -82,6 +93,15 @@ class CropRecord:
         if self.dataset is not None:
             return self.dataset.target_path
         return TargetPath.parse(self.target_path, self.storage_options) if self.target_path is not None else None
+
+
+def overrides_of(metadata: Mapping[str, Any]) -> tuple[Overrides, Overrides]:
+    """Return the overrides of a raw image and of labels, from replacements of metadata.
+
+    Raises:
+        CellMapError: an invalid value.
+    """
+    return Overrides.pair(**{key: value for key, value in metadata.items() if key not in ("unknown", "box")})
 
 
 def table_of(rows: Sequence[tuple[CropRecord, CellMapError]]) -> str:
@@ -199,6 +219,8 @@ def _checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
         checked["unknown"] = int(checked["unknown"])  # pandas writes whole numbers of a column with gaps as floats
     if "unknown" in checked:
         checked["unknown"] = check_unknown(checked["unknown"])
+    if checked.get("box") is not None:
+        checked["box"] = str(CropBox.parse(checked["box"]))
     _ = CropRecord("", metadata=checked).overrides  # raises for invalid values
     return checked
 

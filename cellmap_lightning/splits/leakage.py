@@ -11,7 +11,7 @@ import numpy as np
 
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
-from cellmap_lightning.geometry.lattice import Box, to_vector
+from cellmap_lightning.geometry.lattice import Box, FloatArray, to_vector
 from cellmap_lightning.io.store import StorePath, parts_of
 from cellmap_lightning.splits.manifests import manifest_rows
 from cellmap_lightning.validation import one_of
@@ -42,12 +42,14 @@ class PlacedCrop:
         volume: identity of the raw volume.
         box: the crop, nm.
         labels: identity of its label group; None without labels.
+        restricted: True if the crop is a part of its labels, see `CropBox`.
     """
 
     name: str
     volume: str
     box: Box
     labels: str | None = None
+    restricted: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Overlap:
     Attributes:
         trained: the crop for training.
         other: the crop for validation or test.
-        same: True if they are the same crop, or the same box of the same volume.
+        same: True if they are the same crop, parts of one crop that overlap, or the same box of the same volume.
         box: their intersection, nm.
     """
 
@@ -72,7 +74,7 @@ class Overlap:
         return float(np.prod(self.box.extent) / np.prod(self.other.box.extent))
 
     def __str__(self) -> str:
-        if self.same:
+        if self.same and not (self.trained.restricted or self.other.restricted):
             name, other = self.trained.name, self.other.name
             return name if name == other else f"{name} is {other}"
         size = " x ".join(f"{n:g}" for n in self.box.extent)
@@ -102,14 +104,24 @@ def overlaps(trained: Iterable[PlacedCrop], others: Sequence[PlacedCrop]) -> lis
     pairs: dict[tuple[PlacedCrop, PlacedCrop], Overlap] = {}
     for crop in trained:
         for other in by_labels.get(crop.labels or "", ()):
-            pairs[crop, other] = Overlap(crop, other, True, crop.box)
+            lower, upper = _intersection(crop, other)
+            parts = crop.restricted or other.restricted
+            if not parts:
+                pairs[crop, other] = Overlap(crop, other, True, crop.box)
+            elif bool((upper - lower > _TOLERANCE).all()):
+                pairs[crop, other] = Overlap(crop, other, True, Box(to_vector(lower), to_vector(upper)))
         for other in by_volume.get(crop.volume, ()):
-            lower, upper = np.maximum(crop.box.lower, other.box.lower), np.minimum(crop.box.upper, other.box.upper)
+            lower, upper = _intersection(crop, other)
             if (crop, other) not in pairs and bool((upper - lower > _TOLERANCE).all()):
                 corners = [crop.box.lower, crop.box.upper], [other.box.lower, other.box.upper]
                 same = bool(np.abs(np.subtract(*corners)).max() <= _TOLERANCE)
                 pairs[crop, other] = Overlap(crop, other, same, Box(to_vector(lower), to_vector(upper)))
     return list(pairs.values())
+
+
+def _intersection(crop: PlacedCrop, other: PlacedCrop) -> tuple[FloatArray, FloatArray]:
+    """Return the lower and the upper corner of what two crops share; of no volume where these are not in order."""
+    return np.maximum(crop.box.lower, other.box.lower), np.minimum(crop.box.upper, other.box.upper)
 
 
 def held_out_crops(manifest: str | Path, volumes: Iterable[tuple[str, str]]) -> list[PlacedCrop]:
@@ -174,6 +186,7 @@ def _placed(dataset: CellMapMultiDataset) -> list[PlacedCrop]:
             volume_identity(crop.raw_at),
             crop.box,
             identity(crop.target_path.crop) if crop.target_path is not None else None,
+            crop.within is not None,
         )
         for crop in dataset.crops
     )

@@ -248,15 +248,19 @@ class Filter:
         only_datasets: names or patterns such as ``jrc_mus-*``; None for all.
         only_crops: names (``crop234``), numbers (234), names with the dataset (``jrc_hela-2/crop1``), or patterns of
             these; None for all.
+        what: name of the setting of ``only_crops``, for messages.
 
     Raises:
         CellMapTypeError: the value is not a list of names.
         CellMapValueError: the list is empty.
     """
 
-    def __init__(self, only_datasets: Sequence[Any] | None, only_crops: Sequence[Any] | None) -> None:
+    def __init__(
+        self, only_datasets: Sequence[Any] | None, only_crops: Sequence[Any] | None, what: str = "only_crops"
+    ) -> None:
+        self.what = what
         self.datasets = self._patterns("only_datasets", only_datasets)
-        self.crops = self._patterns("only_crops", only_crops)
+        self.crops = self._patterns(what, only_crops)
 
     @staticmethod
     def _patterns(what: str, values: Sequence[Any] | None) -> list[str] | None:
@@ -285,7 +289,7 @@ class Filter:
         if self.crops is not None:
             # Patterns of crops must match within the datasets that are left.
             aliases = [_aliases(*crop) if left else [] for crop, left in zip(crops, is_match, strict=True)]
-            self._check("only_crops", self.crops, aliases)
+            self._check(self.what, self.crops, aliases)
             is_match = [any(fnmatchcase(name, p) for p in self.crops for name in names) for names in aliases]
         return is_match
 

@@ -14,7 +14,7 @@ from cellmap_lightning.errors import CellMapIndexError, CellMapKeyError, CellMap
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.validation import first_few, int_at_least, one_of
 
-SplitRule = Literal["csv", "random", "stratified", "by_dataset", "leave_one_dataset_out", "kfold"]
+SplitRule = Literal["csv", "random", "stratified", "by_dataset", "leave_one_dataset_out", "kfold", "blocks"]
 RULES: tuple[str, ...] = get_args(SplitRule)
 Usage = Literal["train", "val"]
 

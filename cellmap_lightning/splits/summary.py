@@ -30,7 +30,7 @@ def write_csv(entries: Mapping[str, Sequence[CropRecord]], path: str | Path) -> 
     rows = []
     for split, entry in listed:
         weight = ["" if entry.weight is None else repr(entry.weight)] if weighted else []
-        metadata = [json.dumps(entry.metadata[key]) if key in entry.metadata else "" for key in columns]
+        metadata = [_cell(entry, key) for key in columns]
         raw, target = hide_address(absolute(entry.input_path)), _target_address(entry)
         rows.append(["validate" if split == "val" else split, raw, target, *weight, *metadata])
     left_out = [e.where for _, e in listed if e.normalize is not None or e.invert is not None]
@@ -42,6 +42,13 @@ def write_csv(entries: Mapping[str, Sequence[CropRecord]], path: str | Path) -> 
         writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
         writer.writerow(["usage", "raw", "target", *(["weight"] if weighted else []), *columns])
         writer.writerows(rows)
+
+
+def _cell(entry: CropRecord, key: str) -> str:
+    """Return a replacement of metadata as the text of a cell; empty without one."""
+    if key not in entry.metadata:
+        return ""
+    return str(entry.crop_box or "") if key == "box" else json.dumps(entry.metadata[key])
 
 
 def _target_address(entry: CropRecord) -> str:

@@ -74,6 +74,10 @@ def test_a_single_crop_and_the_challenge_score(folder):
         (["prediction=pred.zarr", "threshold=0"], "threshold must be a probability above 0"),
         (["prediction=pred.zarr", "trained=nothing.csv"], "nothing.csv"),
         (["prediction=pred.zarr", "truth=pred.zarr"], "is the prediction itself"),
+        (["prediction=pred.zarr", "box='0:8 0:8 voxels'"], "box must be min:max along z, y and x and the unit"),
+        (["prediction=pred.zarr", "box={min_nm: [0, 0, 0]}"], "box needs a minimum and a maximum in one unit"),
+        (["prediction=pred.zarr", "box='0:9 0:8 0:8 voxels'"], "crop1: the box 0:9 0:8 0:8 voxels reaches outside"),
+        (["prediction=pred.zarr", "box='0:8 0:8 0:8 voxels'", "metric=csc"], "metric=csc scores whole crops"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(folder, arguments, message):

@@ -8,7 +8,8 @@ import zarr
 from cellmap_lightning.commands.predict_config import groundtruth
 from cellmap_lightning.errors import CellMapValueError, ChunkError
 from cellmap_lightning.evaluation import pairs
-from cellmap_lightning.evaluation.evaluate import SCORES, check_prediction, evaluate, trained_crops
+from cellmap_lightning.evaluation.crop_parts import trained_crops
+from cellmap_lightning.evaluation.evaluate import SCORES, check_prediction, evaluate
 from cellmap_lightning.evaluation.instance_scores import NoInstancesError
 from cellmap_lightning.evaluation.pairs import Annotation
 from cellmap_lightning.evaluation.voxel_scores import Score

@@ -131,6 +131,7 @@ def test_each_problem_is_reported_and_no_other(crops_with_problems):
     assert kinds(problems) == {
         ("outside", "crop5"), ("raw absent", "crop2"), ("labels coarse", "crop4"), ("small", "crop3"),
         ("off lattice", "crop5"), ("rare", "er"), ("empty", "ld"),
+        ("validation", "crop1, jrc_a/crop2, jrc_a/crop3 and 2 more"),
     }  # fmt: skip
     assert [crop.chunks for crop in crops] == [(0, 1), (1, 1), (0, 1), None, (0, 1)]
     texts = {(p.kind, p.where): p.text for p in problems}

@@ -73,7 +73,8 @@ def complement_counts(level: Level, image: Multiscale | None = None) -> Mapping[
 
     Source: https://github.com/janelia-cellmap/cellmap-schemas (``complement_counts``).
     """
-    if level.ids is not None:  # counts do not tell the classes of a label map apart
+    # Counts do not tell the classes of a label map apart, and are those of the whole array.
+    if level.ids is not None or level.whole is not None:
         return None
     counts = annotation_of(level.array.attributes).get("complement_counts")
     if counts is None and image is not None and level == image.finest:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.geometry.lattice import Lattice, Shape, Turn, Vector
+from cellmap_lightning.geometry.lattice import Lattice, Shape, Turn, Vector, to_vector
+from cellmap_lightning.io.array_window import ArrayWindow
 from cellmap_lightning.io.label_ids import LabelIds
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff.arrays import read_array
@@ -36,6 +37,8 @@ class Level:
         ids: meaning of the ids of a label map for one of its classes; None for any other array.
         channel: index along the stored axes that are not spatial; None where these have length 1.
         turn: see `Lattice`; None where the array's axes are those of space.
+        window: first voxel and voxels (z, y, x) of the box of the array that the level is; None for the whole array.
+        whole: the level of the whole array, if the level is a box of it; see `part`.
 
     Example:
         >>> read_multiscale("jrc_a.zarr/recon-1/em/fibsem-uint8").finest.scale
@@ -52,10 +55,17 @@ class Level:
     ids: LabelIds | None = field(default=None, repr=False)
     channel: int | None = None
     turn: Turn | None = field(default=None, repr=False)
+    window: tuple[Shape, Shape] | None = None
+    whole: "Level | None" = field(default=None, repr=False, compare=False)
 
     @cached_property
     def info(self) -> StoredArray | None:
         """Metadata of the array; None where the image lists a level that does not exist."""
+        if self.whole is not None and self.window is not None:
+            shape = list(self.whole.array.shape)
+            for axis, count in zip(self.axes, self.window[1], strict=True):
+                shape[axis] = count
+            return ArrayWindow(self.whole.array, tuple(shape))
         info = self.source if self.source is not None else read_array(self.path)
         if info is not None and len(info.shape) != self.ndim:
             raise MetadataError(
@@ -96,6 +106,16 @@ class Level:
         z, y, x = (int(stored[a]) for a in self.axes)
         return z, y, x
 
+    def part(self, start: Shape, shape: Shape) -> "Level":
+        """Return a box of the level of a whole array as a level, whose voxel 0 is the first voxel of the box.
+
+        Args:
+            start: first voxel of the box (z, y, x).
+            shape: voxels of the box (z, y, x), inside the array.
+        """
+        translation = to_vector(np.add(self.translation, np.multiply(start, self.scale)))
+        return replace(self, translation=translation, window=(start, shape), whole=self)
+
 
 @dataclass(frozen=True)
 class Multiscale:
@@ -107,6 +127,7 @@ class Multiscale:
         attributes: the group's attributes.
         assumed: assumptions made when the metadata was read; `notes` adds those about the arrays.
         as_stored: whether ``level_translations=stored`` was set, so that boxes of levels may differ.
+        whole: the whole image, if the levels are boxes of its levels.
 
     Example:
         >>> [level.name for level in read_multiscale("jrc_a.zarr/recon-1/em/fibsem-uint8").present]
@@ -118,6 +139,7 @@ class Multiscale:
     attributes: Mapping[str, Any] = field(repr=False)
     assumed: tuple[Note, ...] = field(default=(), repr=False)
     as_stored: bool = field(default=False, repr=False)
+    whole: "Multiscale | None" = field(default=None, repr=False, compare=False)
 
     @cached_property
     def present(self) -> tuple[Level, ...]:
@@ -155,6 +177,8 @@ class Multiscale:
         Raises:
             CellMapFileNotFoundError: none of its levels is on disk.
         """
+        if self.whole is not None:
+            return self.whole.notes
         different = _different_boxes(self.present) if not self.as_stored else None
         return (*self.assumed, *([different] if different is not None else []))
 
