@@ -1,7 +1,7 @@
 """A crop with a box, and the same place as a smaller crop in its own Zarr groups."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def annotation(kind: str) -> dict[str, Any]:
     return {"cellmap": {"annotation": {"annotation_type": {"type": kind, "encoding": encoding}}}}
 
 
-def write_crops(folder: Path, zarr_format: int = 2) -> tuple[str, str, str]:
+def write_crops(folder: Path, zarr_format: Literal[2, 3] = 2) -> tuple[str, str, str]:
     """Write raw, a crop, and the part of the crop in the box; return raw and the two target paths."""
     root = folder / "jrc_a.zarr"
     write_group(root, zarr_format=zarr_format)

@@ -196,7 +196,8 @@ def image_part(image: Multiscale, box: Box) -> Multiscale | None:
     first = image.finest
     if first.turn is not None:
         raise CellMapValueError(
-            "cannot cut an array whose axes are turned in space; convert it to one along z, y and x, or leave the box out"
+            "cannot cut an array whose axes are turned in space; convert it to one along z, y and x, or leave the box "
+            "out"
         )
     voxels = _whole_voxels(first, box)
     if voxels is None:

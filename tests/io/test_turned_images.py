@@ -210,6 +210,24 @@ def test_a_turned_crop_trains(tmp_path, strategy):
         assert all(torch.isfinite(raw).all() for raw in first)
 
 
+def test_a_box_of_a_turned_crop_is_refused(tmp_path):
+    raw, target = volume(tmp_path, PLACES["rotated"], PLACES["rotated"])
+    entry = {"raw": str(raw), "gt": target, "box": {"min_nm": [380, 380, 380], "max_nm": [420, 420, 420]}}
+    with (
+        CellMapDataModule(
+            ["mito"],
+            {"raw": SPEC},
+            {"labels": SPEC},
+            datasets={"train": [entry]},
+            batch_size=4,
+            num_workers=0,
+            pad=True,
+        ) as data,
+        pytest.raises(CellMapError, match="cannot cut an array whose axes are turned in space"),
+    ):
+        data.setup("fit")
+
+
 def test_other_commands_refuse_it(tmp_path):
     raw, _ = volume(tmp_path, PLACES["rotated"], PLACES["rotated"])
     for read in (read_multiscale, read_image):
