@@ -88,7 +88,9 @@ def _along(network: nn.Module, shape: Sequence[int], axis: int) -> tuple[int, in
     """
     length = shape[axis]
     while length <= _LONGEST:
-        x = torch.ones(1, 1, *_slab(network, shape, axis, length), dtype=torch.float64, requires_grad=True)
+        x = torch.ones(
+            1, 1, *_slab(network, shape, axis, length), dtype=torch.float64, device="cpu", requires_grad=True
+        )
         with torch.enable_grad():
             halo, clipped = reach_of(_output(network, x), x)
         if not clipped[axis]:
@@ -113,7 +115,7 @@ def _slab(network: nn.Module, shape: Sequence[int], axis: int, length: int) -> t
         slab = tuple(options[-1] if n is None else n for n, options in zip(lengths, choices, strict=True))
         try:
             with torch.no_grad():
-                _output(network, torch.zeros(1, 1, *slab, dtype=torch.float64))
+                _output(network, torch.zeros(1, 1, *slab, dtype=torch.float64, device="cpu"))
         except Exception as e:  # the code of a network can raise anything
             reason = next(iter(str(e).splitlines()), type(e).__name__)
         else:
@@ -132,9 +134,9 @@ def _step(network: nn.Module, slab: Sequence[int], axis: int) -> int:
         CellMapValueError: there is none up to `_LARGEST_STEP`.
     """
     length = 2 * slab[axis] + 2 * _LARGEST_STEP
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     shape = [length + _LARGEST_STEP if a == axis else n for a, n in enumerate(slab)]
-    x = torch.rand(1, 1, *shape, dtype=torch.float64, generator=generator)
+    x = torch.rand(1, 1, *shape, dtype=torch.float64, device="cpu", generator=generator)
     with torch.no_grad():
         whole = _output(network, x.narrow(2 + axis, 0, length))
         first = (whole.shape[axis] - _COMPARED) // 2
@@ -159,7 +161,7 @@ def _voxel_bytes(network: nn.Module, slab: Sequence[int]) -> float:
     leaves = [module for module in network.modules() if next(module.children(), None) is None]
     hooks = [leaf.register_forward_hook(add) for leaf in leaves]
     with torch.no_grad():
-        _output(network, torch.zeros(1, 1, *slab, dtype=torch.float64))
+        _output(network, torch.zeros(1, 1, *slab, dtype=torch.float64, device="cpu"))
     for hook in hooks:
         hook.remove()
     return count * torch.float32.itemsize / math.prod(slab)
