@@ -11,6 +11,7 @@ from cellmap_lightning.instances.options import InputKind, SegmentationOptions, 
 from cellmap_lightning.instances.picture import draw_objects
 from cellmap_lightning.instances.scheduling import SchedulerName, open_scheduler
 from cellmap_lightning.instances.source import open_source
+from cellmap_lightning.instances.tuned import SOURCE_KEYS, parameters_of, read_tuned, with_explicit
 from cellmap_lightning.instances.volume import SegmentationSummary, VolumeSegmentation
 from cellmap_lightning.io.meanings import ValuesSetting, check_values
 from cellmap_lightning.io.store import local_path
@@ -27,6 +28,7 @@ def segment(
     offsets: Sequence[Sequence[int]] | None = None,
     channels: Sequence[str] | None = None,
     values: ValuesSetting = "auto",
+    tuned: str | Path | None = None,
     storage: Mapping[str, Any] | None = None,
     scheduler: SchedulerName = "processes",
     processes: int = 1,
@@ -45,6 +47,7 @@ def segment(
         offsets: the offsets of affinities.
         channels: the groups of the channels of affinities.
         values: the meaning of stored values.
+        tuned: a file of ``cellmap-tune`` with the parameters of the class; those that are given here replace them.
         storage: fields of `StorageOptions`.
         scheduler: see `open_scheduler`, as ``processes`` and ``address``.
         processes: number of processes on this machine.
@@ -62,6 +65,11 @@ def segment(
     path = local_path(out)
     if path.suffix != ".zarr":
         raise CellMapValueError(f"out={out}: the name of a segmentation must end with .zarr")
+    if tuned is not None:
+        given = {"kind": kind, "offsets": offsets, "channels": channels}
+        explicit = options | {key: value for key, value in given.items() if value is not None}
+        class_name, options = _tuned(tuned, class_name, explicit)
+        kind, offsets, channels = (options.pop(key, None) for key in SOURCE_KEYS)
     source = open_source(input, class_name, kind, offsets, channels, check_values(values))
     files = StorageOptions(overwrite=overwrite, **(storage or {}))
     volume = VolumeSegmentation(source, path, SegmentationOptions(**options), files)
@@ -73,3 +81,17 @@ def segment(
         except MissingExtraError as e:
             log.warning("%s: no picture is drawn: %s", path, e)
     return summary
+
+
+def _tuned(path: str | Path, name: str | None, explicit: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the class and its parameters in a file, replaced by explicit ones.
+
+    Raises:
+        CellMapError: the file is invalid, or has no parameters of the class.
+        CellMapValueError: it has several classes, and none is chosen.
+    """
+    tuned = read_tuned(path)
+    if name is None and len(tuned) > 1:
+        raise CellMapValueError(f"class: tuned={path} has parameters of {', '.join(tuned)}; choose one with class=...")
+    name = name if name is not None else next(iter(tuned))
+    return name, with_explicit(parameters_of(tuned, name, path), explicit, name, path)

@@ -24,6 +24,7 @@ from cellmap_lightning.geometry.lattice import Lattice
 from cellmap_lightning.io.meanings import ValuesSetting
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.prediction.output_checks import check_finished
+from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD, Threshold, threshold_of
 from cellmap_lightning.splits.entries import read_csv
 from cellmap_lightning.validation import did_you_mean, first_few
 
@@ -68,7 +69,7 @@ def evaluate(
     output: Path,
     crops: Path,
     classes: Sequence[str],
-    threshold: float = 0.5,
+    threshold: Threshold = DEFAULT_THRESHOLD,
     unknown: Unknown = "metadata",
     values: ValuesSetting = "auto",
     scores: Sequence[str] = ("voxels",),
@@ -83,7 +84,7 @@ def evaluate(
         output: the prediction, with one group per class.
         crops: folder of the crops, ``recon-1/labels/groundtruth``, or of a single crop.
         classes: names of the classes.
-        threshold: probability from which a voxel is positive.
+        threshold: probability from which a voxel is positive, of all classes or ``{class: probability}``.
         unknown: the stored value of unannotated voxels, if the metadata do not define it; see `LabelOptions`.
         values: the meaning of the stored values of the prediction, see `meaning_of`.
         scores: some of `SCORES`. Voxels are always scored. ``instances`` of annotations without instances are an error
@@ -95,7 +96,7 @@ def evaluate(
         NoInstancesError: objects are to be scored, and no annotation has instances.
     """
     pairs = [
-        CropPair(output / name, crop, name, threshold, unknown, values)
+        CropPair(output / name, crop, name, threshold_of(threshold, name), unknown, values)
         for crop, name in annotated_classes(output, crops, classes)
     ]
     if not pairs:

@@ -1,7 +1,7 @@
 """The options that define the output of a prediction."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -10,7 +10,7 @@ from cellmap_lightning.geometry.lattice import AXES, Box, Shape
 from cellmap_lightning.io.writer import ZarrFormat
 from cellmap_lightning.prediction.blending import Blend
 from cellmap_lightning.prediction.model_output import Activation
-from cellmap_lightning.prediction.quantize import OutputType
+from cellmap_lightning.prediction.quantize import OutputType, Threshold
 from cellmap_lightning.validation import one_of, positive_number
 
 
@@ -27,7 +27,7 @@ class PredictionOptions:
     context: int | Sequence[int] | None
     zarr_format: ZarrFormat
     dtype: OutputType
-    threshold: float
+    threshold: Threshold
     region: Box | None
     key: str | None
     activation: Activation | None
@@ -53,8 +53,10 @@ class PredictionOptions:
                 f"zarr_format must be 2 (OME-NGFF 0.4) or 3 (OME-NGFF 0.5), got {self.zarr_format!r}"
             )
         positive_number("block_size_mb", self.block_size_mb)
-        if not math.isfinite(self.threshold):
-            raise CellMapValueError(f"threshold must be a finite number, got {self.threshold!r}")
+        thresholds = self.threshold if isinstance(self.threshold, Mapping) else {"": self.threshold}
+        for name, value in thresholds.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise CellMapValueError(f"threshold{name and f' of {name}'} must be a finite number, got {value!r}")
         if self.shards and (self.zarr_format == 2 or any(s % c for s, c in zip(self.shards, self.chunks, strict=True))):
             raise CellMapValueError(
                 f"shards need zarr_format=3, and must be multiples of the chunks {list(self.chunks)}, got "

@@ -39,9 +39,10 @@ from cellmap_lightning.prediction.job import JobPlanner, PredictionJob
 from cellmap_lightning.prediction.model_output import Activation, ModelOutput
 from cellmap_lightning.prediction.options import PredictionOptions, parse_flips, parse_lengths
 from cellmap_lightning.prediction.output import PredictionOutput
-from cellmap_lightning.prediction.quantize import OutputType, StoredValues
+from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD, OutputType, StoredValues, Threshold
 from cellmap_lightning.prediction.summary import Summary
 from cellmap_lightning.prediction.volumes import volumes_of, volumes_source
+from cellmap_lightning.validation import one_of
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class PredictionWriter(L.Callback):
             as ``round(255 (v + 1) / 2)``; ``float16`` and ``float32`` the output of the model; ``labels`` 1 from
             ``threshold`` on, else 0.
         overwrite: replace another prediction at ``output``. Anything else at that path is an error.
-        threshold: see ``dtype``; also the threshold of foreground in the summary.
+        threshold: see ``dtype``; also the threshold of foreground in the summary. One for all channels, or
+            ``{channel: threshold}`` with 0.5 for the others.
         context: for ``trim``, output voxels (halo) on either side that are discarded, instead of ``overlap``.
         region: the box to predict, ``{z: [lower, upper], y: .., x: ..}`` in nm; None for the whole volume. Patches
             include the raw around it.
@@ -121,7 +123,7 @@ class PredictionWriter(L.Callback):
         dtype: OutputType = "uint8",
         overwrite: bool = False,
         *,
-        threshold: float = 0.5,
+        threshold: Threshold = DEFAULT_THRESHOLD,
         context: int | Sequence[int] | None = None,
         region: Mapping[str, Sequence[float]] | None = None,
         classes: Sequence[str] | None = None,
@@ -206,6 +208,15 @@ class PredictionWriter(L.Callback):
             )
         return list(names)
 
+    def _check_thresholds(self, names: Sequence[str]) -> None:
+        """Check that thresholds are those of channels.
+
+        Raises:
+            CellMapKeyError: the model has no such channel.
+        """
+        for name in self.threshold if isinstance(self.threshold, Mapping) else ():
+            one_of("threshold: a channel", name, names, CellMapKeyError)
+
     def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule, pin: bool) -> tuple[PatchSamples, PlanBatches]:
         """Plan the blocks, and create or open the outputs. Called when weights and normalization are restored."""
         options, rank = self.options, trainer.global_rank
@@ -219,6 +230,7 @@ class PredictionWriter(L.Callback):
         self.names = written = list(self.only) if self.only is not None else names
         if not written or not set(written) <= set(names):
             raise CellMapKeyError(f"only={written} must name some of the channels {names}")
+        self._check_thresholds(names)
         self._written_channels = [names.index(name) for name in written]
         array, spec = next(iter({**data.target_arrays, **data.input_arrays}.items()))
 
@@ -233,7 +245,7 @@ class PredictionWriter(L.Callback):
         self._source = source = volumes_source(placed, data.predict_dataset.layout, data.seed)
         self._model_output = ModelOutput(
             names, array, spec.window.shape, source.layout, options.key, options.activation, options.tta_flips,
-            signed_positions(names, targets, StoredValues(options.dtype, options.threshold)),
+            signed_positions(names, targets, StoredValues(options.dtype)),
         )  # fmt: skip
         self._background = BackgroundWriter()
         self._bar = tqdm(

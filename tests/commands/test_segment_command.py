@@ -15,7 +15,15 @@ from cellmap_lightning.instances.libraries import library
 from cellmap_lightning.instances.scheduling import open_scheduler
 from tests.commands.test_cli import run_forked
 from tests.evaluation.test_challenge import manifest, row
-from tests.instances.volumes import OFFSETS, affinities_of, f1, probability_of, touching_spheres, write_prediction
+from tests.instances.volumes import (
+    OFFSETS,
+    affinities_of,
+    f1,
+    probability_of,
+    same_partition,
+    touching_spheres,
+    write_prediction,
+)
 from tests.processes import descendants
 
 SMALL = ["storage.chunks=[16,16,16]", "storage.block=[32,32,32]"]
@@ -105,6 +113,64 @@ def test_a_missing_library_is_a_sentence(monkeypatch):
         pass
 
 
+# -- parameters of cellmap-tune
+
+
+def stored(folder):
+    return zarr.open_array(str(folder / "mito" / "s0"), mode="r")[...]
+
+
+@pytest.mark.parametrize("given", [[], ["class=mito"]])
+def test_the_command_takes_a_file_of_tuned_parameters(prediction, tmp_path, given):
+    (tmp_path / "t.yaml").write_text("mito:\n  method: watershed\n  threshold: 0.6\n  min_volume: 51200.0\n")
+    expected = segment(
+        str(prediction), tmp_path / "e.zarr", "mito", method="watershed", threshold=0.6, min_volume=51200,
+        picture=False, storage={"chunks": (16, 16, 16), "block": (32, 32, 32)},
+    )  # fmt: skip
+    arguments = ["input=p.zarr", "out=s.zarr", "tuned=t.yaml", "picture=false", *given, *SMALL]
+    code, text = run_forked(*arguments, cwd=tmp_path, command="segment")
+    assert code == 0, text
+    assert "replaces" not in text
+    np.testing.assert_array_equal(stored(tmp_path / "s.zarr"), stored(expected.output))
+
+
+def test_the_command_line_replaces_tuned_parameters(prediction, tmp_path):
+    (tmp_path / "t.yaml").write_text("mito: {method: watershed, threshold: 0.6, min_volume: 51200.0}\n")
+    expected = segment(
+        str(prediction), tmp_path / "e.zarr", "mito", method="components", threshold=0.9, min_volume=51200,
+        picture=False, storage={"chunks": (16, 16, 16), "block": (32, 32, 32)},
+    )  # fmt: skip
+    arguments = ["input=p.zarr", "out=s.zarr", "tuned=t.yaml", "method=components", "threshold=0.9", "picture=false"]
+    code, text = run_forked(*arguments, *SMALL, cwd=tmp_path, command="segment")
+    assert code == 0, text
+    assert "mito: threshold=0.9 replaces 0.6 of tuned=t.yaml" in text
+    assert "mito: method=components replaces watershed of tuned=t.yaml" in text
+    np.testing.assert_array_equal(stored(tmp_path / "s.zarr"), stored(expected.output))
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (None, [], "tuned=t.yaml: there is no such file"),
+        ("name: run\n", [], "cellmap-tune writes a mapping of classes"),
+        ("mito: {seeds: 5}\n", [], "a key of mito must be one of"),
+        ("nuc: {threshold: 0.5}\n", ["class=mito"], "has no parameters of 'mito', but of nuc"),
+        ("mitos: {threshold: 0.5}\n", [], "it has no class 'mitos'; did you mean 'mito'"),
+        ("{mito: {}, nuc: {}}\n", [], "has parameters of mito, nuc; choose one with class=..."),
+        ("mito: {method: mutex_watershed}\n", [], "needs affinities"),
+    ],
+)
+def test_invalid_files_of_parameters(prediction, tmp_path, content, arguments, message):
+    if content is not None:
+        (tmp_path / "t.yaml").write_text(content)
+    overrides = ["input=p.zarr", "out=s.zarr", "tuned=t.yaml", *arguments, *SMALL]
+    code, text = run_forked(*overrides, cwd=tmp_path, command="segment")
+    assert code == 1, text
+    assert message in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "s.zarr").exists()
+
+
 # -- submissions
 
 
@@ -146,6 +212,59 @@ def test_submissions_segment_from_the_command_line(crop, truth, tmp_path):
 def test_invalid_methods_of_submissions(crop, tmp_path, instances, message):
     with pytest.raises(CellMapValueError, match=message):
         submit(tmp_path / "predictions", crop, tmp_path / "s.zarr", instances=instances)
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_submissions_take_tuned_parameters(crop, truth, tmp_path):
+    (tmp_path / "t.yaml").write_text("mito: {method: watershed, threshold: 0.6, min_volume: 51200.0}\n")
+    code, text = run_forked(f"manifest={crop}", "out=s.zarr", "tuned=t.yaml", cwd=tmp_path, command="submit")
+    assert code == 0, text
+    labels = zarr.open_array(str(tmp_path / "s.zarr" / "crop7" / "mito"), mode="r")[...]
+    assert f1(labels, truth) >= 0.95
+    assert np.bincount(labels.ravel())[1:].min() >= 100  # 51200 nm3
+    overrides = [f"manifest={crop}", "out=o.zarr", "tuned=t.yaml", "threshold=0.9", "min_volume=0"]
+    overrides += ["instances={mito: {method: components}}"]
+    code, text = run_forked(*overrides, cwd=tmp_path, command="submit")
+    assert code == 0, text
+    assert "method=components replaces watershed" in text
+    assert "threshold=0.9 replaces 0.6" in text
+    assert "min_volume=0 replaces 51200.0" in text
+    submit(tmp_path / "predictions", crop, tmp_path / "e.zarr", threshold=0.9)
+    replaced, expected = (
+        zarr.open_array(str(tmp_path / name / "crop7" / "mito"), mode="r")[...] for name in ("o.zarr", "e.zarr")
+    )
+    assert same_partition(replaced, expected)
+
+
+def test_the_mask_of_a_semantic_class_is_that_of_its_tuned_objects(truth, tmp_path):
+    values = probability_of(truth)
+    for name in ("er", "nuc"):
+        write_prediction(tmp_path / "predictions" / "jrc_a.zarr" / "crop7", values, name, kind="scaled")
+    rows = [row(7, name, (8.0, 8.0, 8.0), (4.0, 4.0, 4.0), truth.shape) for name in ("er", "nuc")]
+    (tmp_path / "t.yaml").write_text("er: {method: components, threshold: 0.6, min_volume: 51200.0}\n")
+    submit(tmp_path / "predictions", manifest(tmp_path, *rows), tmp_path / "s.zarr", tuned=tmp_path / "t.yaml")
+    mask = zarr.open_array(str(tmp_path / "s.zarr" / "crop7" / "er"), mode="r")[...]
+    objects, _ = ndimage.label(values >= 0.6 * 255, np.ones((3, 3, 3)))
+    large = np.bincount(objects.ravel()) >= 100
+    large[0] = False
+    np.testing.assert_array_equal(mask, large[objects])
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "message"),
+    [
+        ("mitos: {threshold: 0.5}\n", {}, "tuned=.*: a class must be one of mito, got 'mitos'; did you mean 'mito'"),
+        ("mito: {tresholds: 0.5}\n", {}, "did you mean 'threshold'"),
+        ("[1, 2]\n", {}, "cellmap-tune writes a mapping of classes"),
+        ("mito: {method: agglomeration}\n", {}, "needs affinities or boundary"),
+        ("mito: {threshold: 0.5}\n", {"instances": "a.b"}, "instances=a.b numbers the objects of every class, and"),
+        ("mito: {threshold: 0.5}\n", {"instances": {"mito": "watershed"}}, "instances.mito must be a mapping"),
+    ],
+)
+def test_invalid_tuned_parameters_of_submissions(crop, tmp_path, content, more, message):
+    (tmp_path / "t.yaml").write_text(content)
+    with pytest.raises(CellMapError, match=message):
+        submit(tmp_path / "predictions", crop, tmp_path / "s.zarr", tuned=tmp_path / "t.yaml", **more)
     assert not (tmp_path / "s.zarr").exists()
 
 
