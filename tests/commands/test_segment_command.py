@@ -1,11 +1,13 @@
 """The command cellmap-segment, and methods of instances in cellmap-submit."""
 
 import os
+import shutil
 import time
 
 import numpy as np
 import pytest
 import zarr
+from PIL import Image
 from scipy import ndimage
 
 from cellmap_lightning.commands.segment import segment
@@ -13,6 +15,7 @@ from cellmap_lightning.commands.submit import submit
 from cellmap_lightning.errors import CellMapError, CellMapValueError, MissingExtraError
 from cellmap_lightning.instances.libraries import library
 from cellmap_lightning.instances.scheduling import open_scheduler
+from cellmap_lightning.io.writer import write_multiscale
 from tests.commands.test_cli import run_forked
 from tests.evaluation.test_challenge import manifest, row
 from tests.instances.test_volume import files_of
@@ -112,6 +115,60 @@ def test_a_missing_library_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(MissingExtraError, match=r"pip install -e \"\.\[dask\]\""), open_scheduler("dask"):
         pass
+
+
+# -- the picture
+
+
+def outlined_pixels(path):
+    """The number of coloured pixels of a picture; raw and predictions are grey."""
+    with Image.open(path) as picture:
+        image = np.asarray(picture.convert("RGB")).astype(int)
+    return int((np.ptp(image, axis=2) > 40).sum()), image
+
+
+@pytest.fixture
+def raw(truth, tmp_path):
+    """Raw of twice the resolution, which is dark at the border of each object."""
+    values = np.where(ndimage.grey_erosion(truth, 3) == truth, 200, 20).astype(np.uint8)
+    values = values.repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    write_multiscale(tmp_path / "raw.zarr", values, scale=(4, 4, 4), translation=(2, 2, 2))
+    return tmp_path / "raw.zarr"
+
+
+@pytest.mark.parametrize("how", ["given", "recorded", "gone", "none"])
+def test_the_picture_shows_outlines_over_raw(prediction, raw, tmp_path, how):
+    recorded = {"recorded": str(raw), "gone": str(tmp_path / "gone.zarr")}.get(how)
+    if recorded is not None:
+        zarr.open_group(str(prediction), mode="r+").attrs["cellmap"] = {"prediction": {"settings": {"raw": recorded}}}
+    given = {"raw": str(raw)} if how == "given" else {}
+    segment(str(prediction), tmp_path / "s.zarr", "mito", method="watershed", storage={"chunks": (16, 16, 16)}, **given)
+    coloured, image = outlined_pixels(tmp_path / "s.png")
+    filled = how in ("gone", "none")
+    assert (coloured > 0.1 * image[..., 0].size) == filled
+    assert coloured > 0.01 * image[..., 0].size
+
+
+@pytest.mark.parametrize("damage", ["attributes", "folder", "array"])
+def test_recorded_raw_that_cannot_be_read_is_no_error(prediction, raw, tmp_path, damage, caplog):
+    zarr.open_group(str(prediction), mode="r+").attrs["cellmap"] = {"prediction": {"settings": {"raw": str(raw)}}}
+    if damage == "attributes":
+        (raw / ".zattrs").write_text("{")
+    elif damage == "folder":
+        shutil.rmtree(raw / "s0")
+    else:
+        (raw / "s0" / ".zarray").write_text("nothing")
+    with caplog.at_level("INFO"):
+        segment(str(prediction), tmp_path / "s.zarr", "mito", storage={"chunks": (16, 16, 16)})
+    assert (tmp_path / "s.png").stat().st_size > 5000
+    assert "shows the prediction: raw cannot be read" in caplog.text
+
+
+def test_given_raw_that_does_not_exist_is_an_error_before_the_segmentation(prediction, tmp_path):
+    for path in (tmp_path / "no.zarr", tmp_path, prediction / "mito" / "s0" / "0"):
+        with pytest.raises(CellMapError):
+            segment(str(prediction), tmp_path / "s.zarr", "mito", raw=str(path))
+        assert not (tmp_path / "s.zarr").exists()
 
 
 # -- parameters of cellmap-tune
