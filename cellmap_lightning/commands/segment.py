@@ -16,7 +16,7 @@ from cellmap_lightning.instances.volume import SegmentationSummary, VolumeSegmen
 from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.meanings import ValuesSetting, check_values
 from cellmap_lightning.io.ngff import read_attributes
-from cellmap_lightning.io.store import exists, local_path, parse_location
+from cellmap_lightning.io.store import local_path, parse_location
 
 log = logging.getLogger(__name__)
 
@@ -102,14 +102,14 @@ def _draw(source: SegmentationSource, summary: SegmentationSummary, raw: str | N
 
 
 def _recorded_raw(prediction: str) -> str | None:
-    """Return the raw volume of a prediction of this package; None if it is not recorded, or not there."""
+    """Return the raw volume of a prediction of this package; None if it is not recorded."""
     root = parse_location(prediction)
     for group in (root, root.parent):
         attributes = read_attributes(group)
         part: Any = attributes[0] if attributes is not None else {}
         for key in ("cellmap", "prediction", "settings", "raw"):
             part = part.get(key) if isinstance(part, Mapping) else None
-        if isinstance(part, str) and exists(parse_location(part)):
+        if isinstance(part, str):
             return part
     return None
 

@@ -296,6 +296,7 @@ def test_submissions_take_tuned_parameters(crop, truth, tmp_path):
 
 def test_the_mask_of_a_semantic_class_is_that_of_its_tuned_objects(truth, tmp_path):
     values = probability_of(truth)
+    values[20:24] = 0  # two objects
     for name in ("er", "nuc"):
         write_prediction(tmp_path / "predictions" / "jrc_a.zarr" / "crop7", values, name, kind="scaled")
     rows = [row(7, name, (8.0, 8.0, 8.0), (4.0, 4.0, 4.0), truth.shape) for name in ("er", "nuc")]

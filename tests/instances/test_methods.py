@@ -132,6 +132,18 @@ def test_compact_numbers():
     assert compact(labels).tolist() == [[[0, 2, 2], [1, 0, 3]]]
 
 
+def test_measures_of_many_planes():
+    labels = np.zeros((24, 256, 256), np.uint32)  # more than are measured at a time
+    labels[3:22, 10:20, 30:60] = 1
+    labels[20, 100, 100:103] = 2
+    measures = measure(labels, 2, (8, 0, 0), (32, 256, 256))
+    assert measures.voxels.tolist() == [19 * 10 * 30, 3]
+    assert measures.low.tolist() == [[11, 10, 30], [28, 100, 100]]
+    assert measures.high.tolist() == [[29, 19, 59], [28, 100, 102]]
+    np.testing.assert_allclose(measures.sums / measures.voxels[:, None], [[20, 14.5, 44.5], [28, 100, 101]])
+    assert measures.first.tolist() == [(11 * 256 + 10) * 256 + 30, (28 * 256 + 100) * 256 + 100]
+
+
 def test_measures_are_those_of_scipy_and_add_up(truth):
     labels = cc3d.connected_components(truth)
     count, start, volume = int(labels.max()), (16, 0, 5), (64, 48, 60)

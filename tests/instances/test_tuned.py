@@ -40,7 +40,7 @@ def test_what_the_search_writes_is_read(tmp_path):
         ("mito: {threshold: high}", "mito: threshold must be a number, got 'high'"),
         ("mito: {method: watersheds}", "mito: method must be one of .*did you mean 'watershed'"),
         ("mito: {min_volume: -1}", "mito: min_volume must be a number of at least 0"),
-        ("mito: {threshold: '${oc.env:HOME}'}", "mito: threshold must be a number"),
+        ("mito: {threshold: '${oc.env:HOME}'}", r"mito: threshold must be a number, got '\$\{oc.env:HOME\}'"),
     ],
 )
 def test_other_files_are_one_sentence(tmp_path, content, message):
