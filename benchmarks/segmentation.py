@@ -6,6 +6,7 @@ Each measurement is a separate process with one thread. `blocks` reads a stored 
 segments it block by block with the default halo, joins, and writes ids, their pyramid and the list of objects.
 `library` segments the same array in memory in one piece, with the same functions, and writes nothing. The volume
 consists of touching spheres, as a network with noise would predict them: one cube of 128^3, repeated along the axes.
+With `--isolated` it consists of single voxels, every second one along each axis, for the memory of many objects.
 
 CPU time is user + system. Memory is the highest resident size above that after the imports. Figures are medians over
 the rounds.
@@ -29,7 +30,7 @@ METHODS = ("components", "watershed", "mutex_watershed", "agglomeration")
 OPTIONS = {"agglomeration": {"merge_threshold": 0.75}}
 
 
-def write_volume(path, size, affinities):
+def write_volume(path, size, affinities, isolated=False):
     """Write a prediction of ``size``^3 voxels, cube by cube."""
     import numpy as np
     import zarr
@@ -38,6 +39,9 @@ def write_volume(path, size, affinities):
 
     ids = touching_spheres((CUBE,) * 3)
     values = affinities_of(ids) if affinities else probability_of(ids)[None]
+    if isolated:
+        values[:] = 0
+        values[:, ::2, ::2, ::2] = 255
     count = len(values)
     attributes = {"kind": "affinities", "offsets": OFFSETS} if affinities else {}
     empty = np.zeros((count, 64, 64, 64), np.uint8)
@@ -93,6 +97,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--block-mb", type=float, default=2048)
+    parser.add_argument("--isolated", action="store_true", help="single voxels instead of spheres")
     parser.add_argument("--no-library", action="store_true", help="leave out the whole array in memory")
     parser.add_argument("--report", type=Path, help="a Markdown file to write")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
@@ -110,7 +115,7 @@ def main():
                 if not methods:
                     continue
                 path = Path(folder) / f"{size}-{affinities}.zarr"
-                write_volume(path, size, affinities)
+                write_volume(path, size, affinities, given.isolated)
                 for method in methods:
                     for way in ways:
                         runs = [measured(path, method, way, given.block_mb) for _ in range(given.rounds)]

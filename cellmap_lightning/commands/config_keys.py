@@ -35,6 +35,11 @@ def _leaves(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         yield where, node
 
 
+def given_keys() -> set[str]:
+    """Return the keys that the command line sets."""
+    return {override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task}
+
+
 def rename_voxel_sizes(cfg: DictConfig, name: str) -> None:
     """Rename ``voxel_size`` in a file of the user to ``scale``, as in the arrays of a dataset.
 

@@ -17,7 +17,12 @@ def main() -> Any:
 def _prepare(cfg: DictConfig) -> list[DictConfig]:
     from cellmap_lightning.commands.predict_config import prediction_configs
 
-    return prediction_configs(cfg, list(HydraConfig.get().overrides.task))
+    configs = prediction_configs(cfg, list(HydraConfig.get().overrides.task))
+    if cfg.tuned is not None:
+        from cellmap_lightning.commands.predict_tuned import use_tuned
+
+        use_tuned(configs, cfg.tuned)
+    return configs
 
 
 def _predict(configs: list[DictConfig]) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from cellmap_lightning.commands.signals import ExitOnSignal
-from cellmap_lightning.errors import CellMapValueError, MissingExtraError
+from cellmap_lightning.errors import CellMapError, CellMapValueError, MissingExtraError
 from cellmap_lightning.instances.options import InputKind, SegmentationOptions, StorageOptions
 from cellmap_lightning.instances.picture import draw_objects
-from cellmap_lightning.instances.source import open_source
+from cellmap_lightning.instances.source import SegmentationSource, open_source
+from cellmap_lightning.instances.tuned import SOURCE_KEYS, parameters_of, read_tuned, with_explicit
 from cellmap_lightning.instances.volume import SegmentationSummary, VolumeSegmentation
+from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.meanings import ValuesSetting, check_values
-from cellmap_lightning.io.store import local_path
+from cellmap_lightning.io.ngff import read_attributes
+from cellmap_lightning.io.store import local_path, parse_location
 from cellmap_lightning.runtime.scheduling import SchedulerName, open_scheduler
 
 log = logging.getLogger(__name__)
@@ -27,11 +30,13 @@ def segment(
     offsets: Sequence[Sequence[int]] | None = None,
     channels: Sequence[str] | None = None,
     values: ValuesSetting = "auto",
+    tuned: str | Path | None = None,
     storage: Mapping[str, Any] | None = None,
     scheduler: SchedulerName = "processes",
     processes: int = 1,
     address: str | None = None,
     picture: bool = True,
+    raw: str | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> SegmentationSummary:
@@ -45,11 +50,13 @@ def segment(
         offsets: the offsets of affinities.
         channels: the groups of the channels of affinities.
         values: the meaning of stored values.
+        tuned: a file of ``cellmap-tune`` with the parameters of the class; those that are given here replace them.
         storage: fields of `StorageOptions`.
         scheduler: see `open_scheduler`, as ``processes`` and ``address``.
         processes: number of processes on this machine.
         address: address of a Dask scheduler.
         picture: draw ``<out>.png`` beside the output.
+        raw: the raw volume that the picture shows; None for that which the prediction records, if it is there.
         overwrite: replace another segmentation in the output.
         options: fields of `SegmentationOptions`.
 
@@ -62,14 +69,60 @@ def segment(
     path = local_path(out)
     if path.suffix != ".zarr":
         raise CellMapValueError(f"out={out}: the name of a segmentation must end with .zarr")
+    if tuned is not None:
+        given = {"kind": kind, "offsets": offsets, "channels": channels}
+        explicit = options | {key: value for key, value in given.items() if value is not None}
+        class_name, options = _tuned(tuned, class_name, explicit)
+        kind, offsets, channels = (options.pop(key, None) for key in SOURCE_KEYS)
     source = open_source(input, class_name, kind, offsets, channels, check_values(values))
+    if picture and raw is not None:
+        read_image(raw)  # an error now rather than after the segmentation
     files = StorageOptions(overwrite=overwrite, **(storage or {}))
     volume = VolumeSegmentation(source, path, SegmentationOptions(**options), files)
     with ExitOnSignal(lambda: "the same command continues"), open_scheduler(scheduler, processes, address) as opened:
         summary = volume.run(opened)
     if picture:
-        try:
-            draw_objects(source, summary.labels, path.with_suffix(".png"), summary.objects)
-        except MissingExtraError as e:
-            log.warning("%s: no picture is drawn: %s", path, e)
+        _draw(source, summary, raw, input)
     return summary
+
+
+def _draw(source: SegmentationSource, summary: SegmentationSummary, raw: str | None, prediction: str) -> None:
+    """Draw the objects over raw, or beside the prediction where the recorded raw volume cannot be read."""
+    path, shown = summary.output.with_suffix(".png"), raw or _recorded_raw(prediction)
+    try:
+        try:
+            draw_objects(source, summary.labels, path, summary.objects, shown)
+        except CellMapError as e:
+            if raw is not None or shown is None or isinstance(e, MissingExtraError):
+                raise
+            log.info("%s shows the prediction: raw cannot be read (%s); set raw=... to show it", path, e)
+            draw_objects(source, summary.labels, path, summary.objects)
+    except MissingExtraError as e:
+        log.warning("%s: no picture is drawn: %s", path, e)
+
+
+def _recorded_raw(prediction: str) -> str | None:
+    """Return the raw volume of a prediction of this package; None if it is not recorded."""
+    root = parse_location(prediction)
+    for group in (root, root.parent):
+        attributes = read_attributes(group)
+        part: Any = attributes[0] if attributes is not None else {}
+        for key in ("cellmap", "prediction", "settings", "raw"):
+            part = part.get(key) if isinstance(part, Mapping) else None
+        if isinstance(part, str):
+            return part
+    return None
+
+
+def _tuned(path: str | Path, name: str | None, explicit: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the class and its parameters in a file, replaced by explicit ones.
+
+    Raises:
+        CellMapError: the file is invalid, or has no parameters of the class.
+        CellMapValueError: it has several classes, and none is chosen.
+    """
+    tuned = read_tuned(path)
+    if name is None and len(tuned) > 1:
+        raise CellMapValueError(f"class: tuned={path} has parameters of {', '.join(tuned)}; choose one with class=...")
+    name = name if name is not None else next(iter(tuned))
+    return name, with_explicit(parameters_of(tuned, name, path), explicit, name, path)

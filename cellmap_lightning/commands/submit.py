@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from cellmap_lightning.commands.submit_instances import InstanceMethods, Methods
+from cellmap_lightning.commands.submit_instances import InstanceMethods, Methods, tuned_methods
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.evaluation.challenge import INSTANCE_CLASSES, listed_crops
 from cellmap_lightning.evaluation.evaluate import is_group
@@ -24,7 +24,8 @@ from cellmap_lightning.evaluation.numbering import (
 from cellmap_lightning.evaluation.prediction_labels import check_covers, prediction_labels, stored_meaning
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting, check_values, prediction_attributes
 from cellmap_lightning.io.writer import codec_of, create_level, make_room, write_group
-from cellmap_lightning.splits.manifests import ManifestRow
+from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD
+from cellmap_lightning.splits.manifests import ManifestRow, manifest_rows
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,11 @@ def submit(
     out: str | Path,
     *,
     crops: str | int | Sequence[str | int] = "test",
-    threshold: float = 0.5,
+    threshold: float | None = None,
     instance_classes: Sequence[str] = INSTANCE_CLASSES,
     instances: str | Numbering | Methods | None = None,
-    min_volume: float | Mapping[str, float] = 0,
+    min_volume: float | Mapping[str, float] | None = None,
+    tuned: str | Path | None = None,
     values: ValuesSetting = "auto",
     allow_missing: bool = False,
     overwrite: bool = False,
@@ -54,13 +56,15 @@ def submit(
         manifest: the challenge's list of crops and classes, with the voxels of each.
         out: the Zarr group to write, ``submission.zarr``.
         crops: see `listed_crops`.
-        threshold: probability from which a voxel is positive.
+        threshold: probability from which a voxel is positive; None for that of ``tuned``, else 0.5.
         instance_classes: classes whose objects are numbered; the others are written as 0 and 1.
         instances: function that numbers the objects of a boolean volume ``[z, y, x]``, or its name as
             ``package.module.function``; by default `components`. Stored ids are used unchanged. Or ``{class: options}``
             with the options of a segmentation method, see `InstanceMethods`, and `components` for other classes.
         min_volume: minimum volume of an object, nm³, for all ``instance_classes`` or as ``{class: nm³}``. Smaller
-            objects are removed.
+            objects are removed. None for that of ``tuned``, else 0.
+        tuned: a file of ``cellmap-tune`` with the method and the parameters of some classes, also of semantic ones,
+            whose mask is that of the objects. ``instances``, ``threshold`` and ``min_volume`` replace its values.
         values: the meaning of stored values; a kind takes precedence over the metadata, see `meaning_of`.
         allow_missing: leave out crops and classes without a prediction, instead of an error.
         overwrite: replace an existing Zarr group at ``out``.
@@ -78,29 +82,38 @@ def submit(
     out = Path(out)
     if out.suffix != ".zarr":
         raise CellMapValueError(f"out={out}: the name of a submission must end with .zarr")
-    methods = InstanceMethods(instances if isinstance(instances, Mapping) else {}, instance_classes, out)
+    methods = instances if isinstance(instances, Mapping) else {}
+    segmented = InstanceMethods(methods, instance_classes, out)
+    if tuned is not None:
+        listed = list(dict.fromkeys(row.name for row in manifest_rows(manifest)))
+        methods = tuned_methods(tuned, instances, threshold, min_volume, listed)
+        segmented = InstanceMethods(methods, [*instance_classes, *listed], out)
     number = numbering(None if isinstance(instances, Mapping) else instances)
-    values, min_volume = check_values(values), check_min_volume(min_volume)
+    threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+    values, min_volume = check_values(values), check_min_volume(0 if min_volume is None else min_volume)
     rows, missing = _predicted_rows(Path(predictions), Path(manifest), crops, allow_missing)
+    others = sorted({row.name for row, _ in rows if row.name not in segmented}) if tuned is not None else []
+    if others:
+        log.info("tuned=%s: it has no parameters of %s; threshold %g is used", tuned, ", ".join(others), threshold)
     meanings = []
     for row, path in rows:  # everything is checked before anything is written
         check_covers(row, path)
-        methods.check(row, path, values)
-        meanings.append(stored_meaning(row, path, values) if row.name not in methods else _IDS)
+        segmented.check(row, path, values)
+        meanings.append(stored_meaning(row, path, values) if row.name not in segmented else _IDS)
     make_room(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_group(out)
     for (row, path), meaning in zip(rows, meanings, strict=True):
         numbered = row.name in instance_classes
-        if row.name in methods:
-            labels = methods.labels(row, path, values)
+        if row.name in segmented:
+            labels = segmented.labels(row, path, values)
         else:
             labels = prediction_labels(row, path, threshold, number if numbered else None, meaning)
         if numbered:
             labels = remove_small(labels, min_voxels(min_volume, row.name, float(np.prod(row.lattice.step))))
             labels = labels.astype(np.min_scalar_type(int(labels.max())))
         else:
-            labels = labels.astype(np.uint8)
+            labels = (labels > 0).astype(np.uint8)
         _write_labels(out, row, labels, "ids" if numbered else "mask")
         log.info("%s/%s: %s voxels, %s", row.crop, row.name, list(row.lattice.shape), labels.dtype)
     return _zip(out), missing

@@ -4,6 +4,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from cellmap_lightning.commands.config_keys import given_keys
 from cellmap_lightning.commands.program import run_command
 
 
@@ -16,6 +17,9 @@ def _submit(configs: list[DictConfig]) -> None:
     from cellmap_lightning.commands.submit import submit
 
     settings: Any = OmegaConf.to_container(configs[0], resolve=True)
+    if settings["tuned"] is not None:  # defaults of the configuration do not replace parameters of the file
+        for key in {"threshold", "min_volume"} - given_keys():
+            del settings[key]
     path, missing = submit(**settings)
     print(f"\n{path}")
     if missing:

@@ -1,7 +1,6 @@
 """Methods of instance segmentation for classes of a submission."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from cellmap_lightning.instances.libraries import library
 from cellmap_lightning.instances.options import SegmentationOptions
 from cellmap_lightning.instances.segmenter import BlockSegmenter
 from cellmap_lightning.instances.source import SegmentationSource, open_source
+from cellmap_lightning.instances.tuned import OPTION_KEYS, SOURCE_KEYS, read_tuned, with_explicit
 from cellmap_lightning.instances.volume import VolumeSegmentation
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting
 from cellmap_lightning.splits.manifests import ManifestRow
@@ -21,7 +21,43 @@ from cellmap_lightning.validation import one_of
 
 #: Options of `SegmentationOptions`, and the keys of `open_source`, for each class.
 Methods = Mapping[str, Mapping[str, Any]]
-_SOURCE = ("kind", "offsets", "channels")
+
+
+def tuned_methods(
+    tuned: str | Path,
+    instances: str | Callable[..., Any] | Methods | None,
+    threshold: float | None,
+    min_volume: float | Mapping[str, float] | None,
+    listed: Sequence[str],
+) -> Methods:
+    """Return the methods of the classes of a file of ``cellmap-tune``, replaced by explicit settings of a submission.
+
+    Args:
+        tuned: the file.
+        instances: see `submit`, as ``threshold`` and ``min_volume``.
+        threshold: None if it is not given.
+        min_volume: None if it is not given.
+        listed: the classes of the manifest.
+
+    Raises:
+        CellMapValueError: the file is invalid, a class is not listed, or ``instances`` is a function.
+    """
+    parameters = read_tuned(tuned)
+    if instances is not None and not isinstance(instances, Mapping):
+        raise CellMapValueError(
+            f"instances={instances} numbers the objects of every class, and tuned={tuned} defines the method of "
+            f"{', '.join(parameters)}; leave one of them out"
+        )
+    methods: dict[str, Mapping[str, Any]] = dict(instances or {})
+    for name, settings in parameters.items():
+        one_of(f"tuned={tuned}: a class", name, listed)
+        volume = min_volume.get(name) if isinstance(min_volume, Mapping) else min_volume
+        given = {"threshold": threshold, "min_volume": volume}
+        explicit = {key: value for key, value in given.items() if value is not None}
+        entry = methods.get(name, {})
+        if isinstance(entry, Mapping):  # others are reported by `InstanceMethods`
+            methods[name] = with_explicit(settings, {**explicit, **entry}, name, tuned)
+    return methods
 
 
 class InstanceMethods:
@@ -32,7 +68,7 @@ class InstanceMethods:
 
     Args:
         methods: the options of each class.
-        classes: the classes whose objects are numbered.
+        classes: the classes that may have a method.
         out: the submission.
 
     Raises:
@@ -48,7 +84,6 @@ class InstanceMethods:
         self._folder = out.with_name(f"{out.stem}-instances")
         self._options: dict[str, SegmentationOptions] = {}
         self._source: dict[str, dict[str, Any]] = {}
-        known = [field.name for field in fields(SegmentationOptions)]
         for name, settings in methods.items():
             one_of("instances", name, classes)
             if not isinstance(settings, Mapping):
@@ -56,9 +91,9 @@ class InstanceMethods:
                     f"instances.{name} must be a mapping such as {{method: watershed}}, got {settings!r}"
                 )
             for key in settings:
-                one_of(f"instances.{name}", key, [*known, *_SOURCE])
-            self._source[name] = {key: settings[key] for key in _SOURCE if key in settings}
-            self._options[name] = SegmentationOptions(**{key: settings[key] for key in settings if key in known})
+                one_of(f"instances.{name}", key, [*OPTION_KEYS, *SOURCE_KEYS])
+            self._source[name] = {key: settings[key] for key in SOURCE_KEYS if key in settings}
+            self._options[name] = SegmentationOptions(**{key: settings[key] for key in settings if key in OPTION_KEYS})
 
     def __contains__(self, name: object) -> bool:
         return name in self._options

@@ -51,7 +51,8 @@ def _tune(cfg: DictConfig) -> None:
     if sys.stderr.isatty():
         sys.stderr.write("\n")
     out.parent.mkdir(parents=True, exist_ok=True)
-    parameters = {name: dict(settings_of(result.options, list(tuner.lists)))}
+    kind = {} if settings["kind"] is None else {"kind": settings["kind"]}
+    parameters = {name: {**kind, **settings_of(result.options, list(tuner.lists))}}
     out.write_text(yaml.safe_dump(parameters, sort_keys=False), encoding="utf-8")
     print(f"\n{yaml.safe_dump(parameters, sort_keys=False)}")
     metric = settings["metric"]

@@ -37,6 +37,7 @@ from cellmap_lightning.io.label_values import read_labels
 from cellmap_lightning.io.meanings import ValuesSetting, check_values
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.readers import open_reader
+from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD, Threshold, threshold_of
 from cellmap_lightning.splits.manifests import ManifestRow
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Scoring:
         >>> evaluate_csc([Predicted(Path("pred.zarr"), crops, ("mito",))], Scoring(threshold=0.7))
     """
 
-    threshold: float = 0.5
+    threshold: Threshold = DEFAULT_THRESHOLD
     instance_classes: Sequence[str] = INSTANCE_CLASSES
     instances: str | Numbering | None = None
     min_volume: MinVolume = 0
@@ -118,7 +119,8 @@ def _class_counts(group: Path, crop: Path, name: str, scoring: Scoring) -> CropC
     row = ManifestRow(crop.parent.name, crop.name, name, lattice)
     # The prediction is handled exactly as in a submission.
     number = numbering(scoring.instances) if numbered else None
-    labels = prediction_labels(row, group, scoring.threshold, number, stored_meaning(row, group, scoring.values))
+    threshold, meaning = threshold_of(scoring.threshold, name), stored_meaning(row, group, scoring.values)
+    labels = prediction_labels(row, group, threshold, number, meaning)
     # The annotation has 0 in unannotated voxels; the prediction is set to 0 there as well.
     if known is not None:
         labels = np.where(known, labels, 0)

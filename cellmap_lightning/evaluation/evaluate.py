@@ -27,6 +27,7 @@ from cellmap_lightning.geometry.lattice import Lattice
 from cellmap_lightning.io.meanings import ValuesSetting
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.prediction.output_checks import check_finished
+from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD, Threshold, threshold_of
 from cellmap_lightning.validation import did_you_mean, first_few
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def evaluate(
     output: Path,
     crops: Path,
     classes: Sequence[str],
-    threshold: float = 0.5,
+    threshold: Threshold = DEFAULT_THRESHOLD,
     unknown: Unknown = "metadata",
     values: ValuesSetting = "auto",
     scores: Sequence[str] = ("voxels",),
@@ -93,7 +94,7 @@ def evaluate(
         output: the prediction, with one group per class.
         crops: folder of the crops, ``recon-1/labels/groundtruth``, or of a single crop.
         classes: names of the classes.
-        threshold: probability from which a voxel is positive.
+        threshold: probability from which a voxel is positive, of all classes or ``{class: probability}``.
         unknown: the stored value of unannotated voxels, if the metadata do not define it; see `LabelOptions`.
         values: the meaning of the stored values of the prediction, see `meaning_of`.
         scores: some of `SCORES`. Voxels are always scored. ``instances`` of annotations without instances are an error
@@ -107,7 +108,10 @@ def evaluate(
         NoInstancesError: objects are to be scored, and no annotation has instances.
     """
     places = list(annotated_parts(output, crops, classes, trained=trained, box=box))
-    pairs = [CropPair(output / name, crop, name, threshold, unknown, values, part.box) for crop, name, part in places]
+    pairs = [
+        CropPair(output / name, crop, name, threshold_of(threshold, name), unknown, values, part.box)
+        for crop, name, part in places
+    ]
     if not pairs:
         raise CellMapKeyError(
             f"nothing to evaluate {output} with: no crop in {crops} lies in it and annotates any of {list(classes)}"

@@ -30,6 +30,7 @@ from cellmap_lightning.geometry.lattice import (
 )
 from cellmap_lightning.io.meanings import meaning_of
 from cellmap_lightning.io.ngff import Overrides, read_multiscale
+from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD, Threshold, threshold_of
 from cellmap_lightning.training.report import class_rank
 from cellmap_lightning.visualization.figures.palette import outline_colors
 from cellmap_lightning.visualization.figures.sheet import SheetSample, contact_sheet
@@ -73,7 +74,7 @@ def draw_prediction(
     classes: Sequence[str],
     path: Path,
     crops: Path | None = None,
-    threshold: float = 0.5,
+    threshold: Threshold = DEFAULT_THRESHOLD,
     metadata: Mapping[str, Any] | None = None,
     known: Sequence[str] = (),
     trained: Mapping[Path, Sequence[CropPart]] | None = None,
@@ -86,7 +87,7 @@ def draw_prediction(
         classes: names of the classes.
         path: the file, as for `contact_sheet`.
         crops: folder of the crops, ``recon-1/labels/groundtruth``.
-        threshold: probability from which a voxel is positive.
+        threshold: probability from which a voxel is positive, of all classes or ``{class: probability}``.
         metadata: replacements of the metadata of raw; keyword arguments of `Overrides.parse`.
         known: every class of the training, so that a class has its colour in all pictures of a run.
         trained: parts of the crops that a training used, each shown by itself; see `trained_crops`.
@@ -97,8 +98,9 @@ def draw_prediction(
     samples = samples_of(output, raw, classes, crops, threshold, metadata, trained)
     names = list(known) if set(classes) <= set(known) else list(classes)
     palette = dict(zip(names, outline_colors(len(names)), strict=True))
+    limits = ", ".join(f"{value:g}" for value in dict.fromkeys(threshold_of(threshold, name) for name in classes))
     contact_sheet(
-        samples, list(classes), path=path, title=output.name, predicted=f"prediction ≥ {threshold:g}",
+        samples, list(classes), path=path, title=output.name, predicted=f"prediction ≥ {limits}",
         colors=[palette[name] for name in classes],
     )  # fmt: skip
 
@@ -108,7 +110,7 @@ def samples_of(
     raw: str,
     classes: Sequence[str],
     crops: Path | None = None,
-    threshold: float = 0.5,
+    threshold: Threshold = DEFAULT_THRESHOLD,
     metadata: Mapping[str, Any] | None = None,
     trained: Mapping[Path, Sequence[CropPart]] | None = None,
 ) -> list[SheetSample]:
@@ -173,12 +175,12 @@ def _read(image: CellMapImage, center: FloatArray) -> npt.NDArray[np.float32]:
     return out
 
 
-def _masks(output: Path, classes: Sequence[str], patch: Lattice, center: FloatArray, threshold: float) -> Masks:
+def _masks(output: Path, classes: Sequence[str], patch: Lattice, center: FloatArray, threshold: Threshold) -> Masks:
     """Return the mask of each predicted class, ``[C, z, y, x]``."""
     masks = np.empty((len(classes), *patch.shape), bool)
     for name, mask in zip(classes, masks, strict=True):
         image = CellMapImage(str(output / name), name, patch.step, patch.shape, pad=True, pad_value=0)
-        mask[:] = _read(image, center) >= meaning_of(image.image, name).least(threshold)
+        mask[:] = _read(image, center) >= meaning_of(image.image, name).least(threshold_of(threshold, name))
     return masks
 
 

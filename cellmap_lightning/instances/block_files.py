@@ -65,4 +65,6 @@ def _decoded(stored: Any, name: str) -> npt.NDArray[Any]:
     shape, dtype = tuple(stored[f"{name}.shape"].tolist()), np.dtype(str(stored[f"{name}.dtype"]))
     if 0 in shape:
         return np.empty(shape, dtype)
-    return np.frombuffer(_CODEC.decode(stored[name].tobytes()), dtype).reshape(shape)
+    array = np.empty(shape, dtype)
+    _CODEC.decode(stored[name].tobytes(), out=array)
+    return array

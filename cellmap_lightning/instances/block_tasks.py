@@ -88,21 +88,38 @@ class BlockTasks:
         start, shape = self.grid[number]
         lower, extent, core = self._with_halo(start, shape)
         stamp = self.source.stamp(lower, extent)  # before it is read, so that a later change is noticed
-        labels = self.segmenter(self.source.read(lower, extent))
+        labels = self._segment(lower, extent)
         margin = _widened(core, labels.shape)
         inside = tuple(slice(c.start - m.start, c.stop - m.start) for c, m in zip(core, margin, strict=True))
-        numbers, objects = _renumbered(labels[margin], inside)
-        background = 0
-        if self.segmenter.options.fill_holes:
-            holes, background = _renumbered(label_components(labels[margin] == 0, 6), inside)
-            numbers = np.where(holes > 0, holes + np.uint32(objects), numbers)
-        block = np.ascontiguousarray(numbers[inside])
-        measures = measure(block, objects + background, start, self.grid.shape)
-        faces = _planes(numbers, inside) | measures.as_arrays()
+        numbers = np.ascontiguousarray(labels[margin])
+        del labels
+        holes = label_components(numbers == 0, 6) if self.segmenter.options.fill_holes else None
+        objects, background = _renumber(numbers, inside), 0
+        if holes is not None:
+            background = _renumber(holes, inside)
+            holes[holes > 0] += np.uint32(objects)
+            numbers += holes
+            del holes
+        faces = _planes(numbers, inside)
+        block = _compacted(numbers, inside)
+        faces |= measure(block, objects + background, start, self.grid.shape).as_arrays()
         faces["objects"] = np.array([objects])
         faces["touching"] = _touching(block, objects) if background else np.empty((0, 2), np.uint32)
         flush([self.files("labels").write(number, {"labels": block}), self.files("faces").write(number, faces)])
         return [objects, background, stamp]
+
+    def _segment(self, start: Shape, shape: Shape) -> npt.NDArray[np.uint32]:
+        """Return the objects of a box; `components` need a mask alone, which is made of some planes at a time."""
+        if self.segmenter.method != "components":
+            return self.segmenter(self.source.read(start, shape))
+        mask, depth = np.empty(shape, bool), self.source.depth
+        begin = start[0]
+        while begin < start[0] + shape[0]:  # to the end of a chunk, so that each is decoded once
+            end = min((begin // depth + 1) * depth, start[0] + shape[0])
+            values = self.source.read((begin, start[1], start[2]), (end - begin, shape[1], shape[2]))
+            mask[begin - start[0] : end - start[0]] = self.segmenter.mask(values)
+            begin = end
+        return label_components(mask, self.segmenter.options.connectivity)
 
     def stamp(self, number: int) -> int:
         """Return the stamp of the stored files that a block is segmented from."""
@@ -207,10 +224,13 @@ class BlockTasks:
         labels = self.files("labels").read(number)["labels"]
         ids = np.load(self.folder / IDS, mmap_mode="r")
         table = np.asarray(ids[first : first + int(labels.max(initial=0)) + 1]).astype(dtype)
+        written = labels if labels.dtype == dtype else np.empty(labels.shape, dtype)
+        for plane, out in zip(labels, written, strict=True):  # see `_renumber`
+            out[...] = table[plane]
         levels = OutputLevels(
             self.output, self.grid, ObjectIds(dtype), self.chunks, self.shards, self.zarr_format, self.pyramid
         )
-        flush(levels.put_block(self.source.name, number, table[labels]))
+        flush(levels.put_block(self.source.name, number, written))
         return []
 
 
@@ -220,13 +240,26 @@ def _widened(core: Slices, shape: tuple[int, ...]) -> Slices:
     return z, y, x
 
 
-def _renumbered(labels: Array, inside: tuple[slice, ...]) -> tuple[npt.NDArray[np.uint32], int]:
-    """Return labels whose numbers occur in a box, from 1 without gaps, with 0 for others; and the largest number."""
+def _renumber(labels: npt.NDArray[np.uint32], inside: tuple[slice, ...]) -> int:
+    """Replace the numbers that occur in a box by those from 1 on without gaps, and others by 0; return the largest."""
     numbers = np.zeros(int(labels.max(initial=0)) + 1, np.uint32)
-    numbers[labels[inside].reshape(-1)] = 1
+    # Plane by plane: numpy converts numbers that are an index to int64, three times the memory of the whole block.
+    for plane in labels[inside]:
+        numbers[plane.reshape(-1)] = 1
     numbers[0] = 0
     table = np.cumsum(numbers, dtype=np.uint32) * numbers
-    return table[labels], int(table.max(initial=0))
+    for plane in labels:
+        plane[...] = table[plane]
+    return int(table.max(initial=0))
+
+
+def _compacted(numbers: Array, inside: tuple[slice, ...]) -> Array:
+    """Return a box of an array as a contiguous array in the same memory, which is overwritten."""
+    z, y, x = (part.stop - part.start for part in inside)
+    flat, plane = numbers.reshape(-1), y * x
+    for index, values in enumerate(numbers[inside]):  # its place begins before the plane itself, and after earlier ones
+        flat[index * plane : (index + 1) * plane] = values.reshape(-1)
+    return flat[: z * plane].reshape(z, y, x)
 
 
 def _planes(numbers: Array, inside: tuple[slice, ...]) -> Arrays:

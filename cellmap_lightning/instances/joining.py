@@ -7,10 +7,10 @@
 4. The others are numbered from 1, in the order of their first voxels (z, then y, then x). So the ids, and not only the
    objects, are the same for any blocks that find the same objects.
 
-Memory is about 100 bytes per number of a block.
+Memory is about 200 bytes per number of a block: half of it for the measures of the objects, half for the graph.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.instances.block_files import BlockFiles
 from cellmap_lightning.instances.libraries import library
-from cellmap_lightning.instances.measures import Measures, joined
+from cellmap_lightning.instances.measures import MEASURES, Measures
 from cellmap_lightning.instances.options import IdType
 
 Ints = npt.NDArray[np.int64]
@@ -74,30 +74,61 @@ def join_objects(numbers: BlockNumbers, faces: BlockFiles, pairs: BlockFiles, li
     """
     first = numbers.first
     blocks = range(len(numbers.objects))
-    names = ("voxels", "sums", "low", "high", "first", "border")
-    measures = joined([Measures(**faces.read(number, *names)) for number in blocks])
-    # The row of a node: nodes without those of number 0.
-    nodes = np.concatenate([first[n] + 1 + np.arange(first[n + 1] - first[n] - 1) for n in blocks])
-    same = _edges(blocks, first, pairs, "same")
-    group = _components(int(first[-1]), same)
-    empty = np.zeros(int(first[-1]), bool)
-    for number in blocks:
-        empty[first[number] + 1 + numbers.objects[number] : first[number + 1]] = True
+    group = _components(int(first[-1]), _edges(blocks, first, pairs, "same"))
+    background = np.zeros(int(group.max()) + 1, bool)
     if numbers.background.any():
         touching = np.concatenate([_edges(blocks, first, pairs, "touching"), _inside(blocks, first, faces)])
-        group, removed = _filled(group, empty, touching, measures, nodes)
-    else:
-        removed = np.zeros(len(group), bool)
-    rows = nodes[~removed[group[nodes]]]
-    remaining, compact = np.unique(group[rows], return_inverse=True)
-    totals = measures[~removed[group[nodes]]].grouped(compact, len(remaining))
-    valid = (totals.voxels >= limits[0]) & (totals.voxels <= limits[1])
-    order = np.flatnonzero(valid)[np.argsort(totals.first[valid], kind="stable")]
-    final = np.zeros(len(remaining), np.uint64)
-    final[order] = np.arange(1, len(order) + 1, dtype=np.uint64)
-    ids = np.zeros(int(first[-1]), np.uint64)
-    ids[rows] = final[compact]
-    return Objects(ids, totals[order])
+        group, background = _filled(group, _background(numbers), touching, _at_border(blocks, first, group, faces))
+    is_object = np.zeros(len(background), bool)
+    for number in blocks:
+        is_object[group[first[number] + 1 : first[number + 1]]] = True
+    is_object &= ~background
+    row = np.where(is_object, np.cumsum(is_object) - 1, -1)  # of each group
+    count = int(is_object.sum())
+    voxels, begins = np.zeros(count, np.int64), np.full(count, np.iinfo(np.int64).max)
+    for number, rows, found in _rows(blocks, first, group, row):
+        sizes = faces.read(number, "voxels", "first")
+        np.add.at(voxels, rows, sizes["voxels"][found])
+        np.minimum.at(begins, rows, sizes["first"][found])
+    valid = (voxels >= limits[0]) & (voxels <= limits[1])
+    order = np.flatnonzero(valid)[np.argsort(begins[valid], kind="stable")]
+    final = np.zeros(len(valid), np.int64)
+    final[order] = np.arange(1, len(order) + 1)
+    row[is_object] = final - 1  # in the order of ids, and -1 of removed objects
+    # Measures are read a second time, instead of all rows of all blocks in memory.
+    measures, ids = Measures.empty(len(order)), np.zeros(int(first[-1]), np.uint64)
+    for number, rows, found in _rows(blocks, first, group, row):
+        measures.add(rows, Measures(**faces.read(number, *MEASURES))[found])
+        ids[first[number] + 1 : first[number + 1]][found] = rows + 1
+    return Objects(ids, measures)
+
+
+def _rows(
+    blocks: Iterable[int], first: Ints, group: Ints, row: Ints
+) -> Iterator[tuple[int, Ints, npt.NDArray[np.bool_]]]:
+    """Yield each block with the rows of its numbers, and which of its numbers have one."""
+    for number in blocks:
+        rows = row[group[first[number] + 1 : first[number + 1]]]
+        found = rows >= 0
+        yield number, rows[found], found
+
+
+def _background(numbers: BlockNumbers) -> npt.NDArray[np.bool_]:
+    """Return which nodes are components of the background."""
+    first = numbers.first
+    empty = np.zeros(int(first[-1]), bool)
+    for number, objects in enumerate(numbers.objects):
+        empty[first[number] + 1 + objects : first[number + 1]] = True
+    return empty
+
+
+def _at_border(blocks: Iterable[int], first: Ints, group: Ints, faces: BlockFiles) -> npt.NDArray[np.bool_]:
+    """Return which groups reach the border of the volume."""
+    outside = np.zeros(int(group.max()) + 1, bool)
+    for number in blocks:
+        border = faces.read(number, "border")["border"].any(axis=1)
+        outside[group[first[number] + 1 : first[number + 1]][border]] = True
+    return outside
 
 
 def _edges(blocks: Iterable[int], first: Ints, pairs: BlockFiles, name: str) -> Ints:
@@ -125,7 +156,7 @@ def _components(nodes: int, edges: Ints) -> Ints:
 
 
 def _filled(
-    group: Ints, empty: npt.NDArray[np.bool_], touching: Ints, measures: Measures, nodes: Ints
+    group: Ints, empty: npt.NDArray[np.bool_], touching: Ints, outside: npt.NDArray[np.bool_]
 ) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """Return groups in which holes belong to the object around them, and the groups that are background.
 
@@ -133,14 +164,11 @@ def _filled(
         group: the group of each node.
         empty: true for nodes of background.
         touching: pairs of nodes of background and objects that share a face.
-        measures: the measures of nodes.
-        nodes: the node of each row of the measures.
+        outside: true for groups that reach the border of the volume.
     """
-    count = int(group.max()) + 1
+    count = len(outside)
     background = np.zeros(count, bool)
     background[group[empty]] = True
-    outside = np.zeros(count, bool)
-    outside[group[nodes[measures.border.any(axis=1)]]] = True
     sides = np.where(empty[touching[:, :1]], touching, touching[:, ::-1])  # background first
     around = np.unique(group[sides], axis=0)
     neighbours = np.bincount(around[:, 0], minlength=count)

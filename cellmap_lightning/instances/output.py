@@ -1,6 +1,7 @@
 """The output of a segmentation: OME-NGFF labels ``<output>/<class>/s0..``, with journal and lock of a prediction."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from cellmap_lightning.instances.block_tasks import IDS, ObjectIds
 from cellmap_lightning.instances.joining import Objects
-from cellmap_lightning.instances.measures import Measures
+from cellmap_lightning.instances.measures import MEASURES, Measures
 from cellmap_lightning.instances.options import StorageOptions
 from cellmap_lightning.prediction.blocks import BlockGrid
 from cellmap_lightning.prediction.durable import flush, write_text
@@ -80,8 +81,20 @@ class SegmentationOutput(PredictionOutput):
             return None
         folder = self._folder
         self.values.dtype = np.dtype(json.loads((folder / _JOINED).read_text(encoding="utf-8"))["dtype"])
-        names = ("voxels", "sums", "low", "high", "first", "border")
-        return self.values.dtype, Measures(**{name: np.load(folder / f"{name}.npy") for name in names})
+        # Mapped, not read: the list of objects is written some rows at a time.
+        return self.values.dtype, Measures(
+            **{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in MEASURES}
+        )
+
+    def remove_drafts(self) -> None:
+        """Remove chunks that a process had not renamed when it was killed; no process may write blocks now.
+
+        The journal does not record which blocks a process had begun, and one of a cluster may end at any time.
+        """
+        for folder, _, files in os.walk(self._group):
+            for name in files:
+                if name.endswith(".partial"):
+                    Path(folder, name).unlink(missing_ok=True)
 
     def _attributes(self, name: str) -> dict[str, Any]:
         """Return CellMap's attributes of labels with ids."""

@@ -1,24 +1,41 @@
-"""Picture of a segmentation: three sections through the volume, the prediction beside its objects in colours."""
+"""Picture of a segmentation: three sections through the volume.
 
+Each shows raw beside raw with outlines of the objects, or without raw the prediction beside the objects in colours.
+"""
+
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.geometry.lattice import AXES, Shape
+from cellmap_lightning.crops.image import CellMapImage
+from cellmap_lightning.geometry.lattice import AXES, Lattice, Shape
 from cellmap_lightning.instances.source import SegmentationSource
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import read_multiscale
-from cellmap_lightning.visualization.figures.canvas import LINE_HEIGHT, MARGIN, TEXT, TITLE, Canvas, default_style, save
+from cellmap_lightning.visualization.figures.canvas import (
+    DPI,
+    LINE_HEIGHT,
+    MARGIN,
+    TEXT,
+    TITLE,
+    Canvas,
+    default_style,
+    save,
+)
 from cellmap_lightning.visualization.figures.palette import outline_colors, rgb_of
+from cellmap_lightning.visualization.figures.slices import contrast_limits
 
 #: Voxels along an axis that are drawn at most, around the centre; and inches of the longer side of a section.
 _MOST, _SIDE = 512, 3.2
+#: Pixels that an outline is thick at least: thinner ones have gaps where voxels are smaller than pixels.
+_OUTLINE = 1.5
 _GAP = 0.15
 
 
-def draw_objects(source: SegmentationSource, labels: Path, path: Path, objects: int) -> None:
+def draw_objects(source: SegmentationSource, labels: Path, path: Path, objects: int, raw: str | None = None) -> None:
     """Draw the sections through the centre of a volume, at full resolution.
 
     Args:
@@ -26,12 +43,13 @@ def draw_objects(source: SegmentationSource, labels: Path, path: Path, objects: 
         labels: the multiscale group of the segmentation.
         path: the file.
         objects: number of objects, for the title.
+        raw: the raw multiscale group; None to draw the prediction.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     reader = ChunkReader(read_multiscale(labels).finest, source.name, empty="missing")
-    sections = [_section(source, reader, axis) for axis in range(3)]
+    sections = [_section(source, reader, axis, raw) for axis in range(3)]
     sizes = [_size(grey.shape, source.lattice.step, axis) for axis, (grey, _) in enumerate(sections)]
     width = 2 * MARGIN + 2 * max(w for _, w in sizes) + _GAP
     head = MARGIN + LINE_HEIGHT[TITLE] + 0.1
@@ -44,7 +62,8 @@ def draw_objects(source: SegmentationSource, labels: Path, path: Path, objects: 
             plane = "".join(name for name in AXES if name != AXES[axis])
             canvas.text(MARGIN, y, f"{plane}, at the middle of {AXES[axis]}")
             y += LINE_HEIGHT[TEXT]
-            images: tuple[npt.NDArray[Any], ...] = (np.repeat(grey[..., None], 3, axis=2), _coloured(grey, ids))
+            marked = _coloured(grey, ids) if raw is None else _outlined(grey, ids, (tall, wide))
+            images: tuple[npt.NDArray[Any], ...] = (np.repeat(grey[..., None], 3, axis=2), marked)
             for column, image in enumerate(images):
                 axes = canvas.axes(MARGIN + column * (wide + _GAP), y, wide, tall, f"{plane}{column}")
                 axes.imshow(image, aspect="auto", interpolation="nearest")
@@ -54,20 +73,36 @@ def draw_objects(source: SegmentationSource, labels: Path, path: Path, objects: 
 
 
 def _section(
-    source: SegmentationSource, labels: ChunkReader, axis: int
+    source: SegmentationSource, labels: ChunkReader, axis: int, raw: str | None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Return the prediction, from 0 to 1, and the ids in the middle plane along an axis."""
+    """Return raw or the prediction, from 0 to 1, and the ids in the middle plane along an axis."""
     count = [1 if a == axis else min(n, _MOST) for a, n in enumerate(source.lattice.shape)]
     first = [(n - c) // 2 for n, c in zip(source.lattice.shape, count, strict=True)]
     start: Shape = (first[0], first[1], first[2])
     shape: Shape = (count[0], count[1], count[2])
+    values = _prediction(source, start, shape) if raw is None else _raw(raw, source.lattice, start, shape)
+    plane = np.take(np.clip(values, 0, 1), 0, axis)
+    return plane, np.take(labels.read(start, shape), 0, axis).astype(np.int64)
+
+
+def _prediction(source: SegmentationSource, start: Shape, shape: Shape) -> npt.NDArray[np.float32]:
+    """Return the prediction in a box, from 0 to 1."""
     values = source.read(start, shape)
     values = values.mean(axis=0) if values.ndim == 4 else values
     if source.kind == "distance":
         low, high = np.percentile(values, (1, 99))
         values = (values - low) / max(high - low, 1e-6)
-    plane = np.take(np.clip(values, 0, 1), 0, axis)
-    return plane, np.take(labels.read(start, shape), 0, axis).astype(np.int64)
+    return values
+
+
+def _raw(raw: str, lattice: Lattice, start: Shape, shape: Shape) -> npt.NDArray[np.float32]:
+    """Return raw in a box of voxels of the prediction, read by position, from 0 to 1."""
+    image = CellMapImage(raw, "raw", lattice.step, shape, pad=True, pad_value=0, interpolation="linear")
+    values = np.empty(shape, np.float32)
+    middle = np.add(start, np.subtract(shape, 1) / 2)
+    image.read_into(np.asarray(lattice.origin) + middle * np.asarray(lattice.step), values)
+    low, high = contrast_limits(values)
+    return (values - np.float32(low)) / np.float32(high - low)
 
 
 def _size(shape: tuple[int, ...], step: tuple[float, float, float], axis: int) -> tuple[float, float]:
@@ -79,14 +114,39 @@ def _size(shape: tuple[int, ...], step: tuple[float, float, float], axis: int) -
 
 def _coloured(grey: npt.NDArray[np.float32], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Return a section with each object in a colour that depends on its id alone, over a darkened prediction."""
-    colors = np.array([rgb_of(color) for color in outline_colors(64)], np.float64)
-    colors /= 255 if colors.max() > 1 else 1
     image = np.repeat(0.4 * grey[..., None], 3, axis=2).astype(np.float64)
     inside = ids > 0
-    # Neighbouring ids are neighbours in space too, so that their colours are taken from different places.
-    image[inside] = 0.25 * image[inside] + 0.75 * colors[(ids[inside] * 29) % len(colors)]
+    image[inside] = 0.25 * image[inside] + 0.75 * _colors(ids[inside])
     edges = np.zeros(ids.shape, bool)
     edges[1:] |= ids[1:] != ids[:-1]
     edges[:, 1:] |= ids[:, 1:] != ids[:, :-1]
     image[edges & inside] *= 0.5
     return image
+
+
+def _outlined(
+    grey: npt.NDArray[np.float32], ids: npt.NDArray[np.int64], size: tuple[float, float]
+) -> npt.NDArray[np.float64]:
+    """Return a section with the outline of each object, inside of it, in a colour that depends on its id alone.
+
+    Args:
+        grey: raw, from 0 to 1.
+        ids: the ids.
+        size: height and width of the section in inches.
+    """
+    image = np.repeat(grey[..., None], 3, axis=2).astype(np.float64)
+    edges = np.zeros(ids.shape, bool)
+    for here, marks, length in ((ids, edges, size[0]), (ids.T, edges.T, size[1])):
+        for shift in range(1, 1 + math.ceil(_OUTLINE * len(here) / (length * DPI))):
+            other = here[shift:] != here[:-shift]
+            marks[shift:] |= other
+            marks[:-shift] |= other
+    edges &= ids > 0
+    image[edges] = _colors(ids[edges])
+    return image
+
+
+def _colors(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return the colour of each id; neighbouring ids, which are neighbours in space too, have different ones."""
+    colors = np.array([rgb_of(color) for color in outline_colors(64)], np.float64)
+    return colors[(ids * 29) % len(colors)]

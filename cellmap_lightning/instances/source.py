@@ -66,6 +66,11 @@ class SegmentationSource:
     zero: float
     record: dict[str, Any]
 
+    @property
+    def depth(self) -> int:
+        """The planes of a stored chunk."""
+        return max(reader.chunks[0] for reader in self.readers)
+
     def read(self, start: Shape, shape: Shape) -> Floats:
         """Return probabilities, or distances in nm, of a box; ``[C, z, y, x]`` for affinities, else ``[z, y, x]``.
 

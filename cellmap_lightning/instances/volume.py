@@ -152,16 +152,20 @@ class VolumeSegmentation:
             self._check_seeds(numbers)
             where = f"{output.path / self._source.name}"
             output.store(objects, id_type(len(objects.measures), self._storage.ids, where))
+            del objects  # its measures are mapped from their files from here on
             stored = output.stored()
         if stored is None:
             raise OutputError(f"{output.path}: the joined objects were removed; start over with overwrite=True")
         dtype, measures = stored
+        count = len(measures)
         first = BlockNumbers.of(journal.reached("labelled")).first
         self._step(scheduler, "done", partial(_write, tasks, dtype.name, first.tolist()), report)
+        output.remove_drafts()
         write_objects(self.table, self._source.name, measures, self._source.lattice)
+        del stored, measures  # the files are removed with the journal
         output.finish(0, 1, lambda: None)
-        report(f"{output.path}: {len(measures)} objects")
-        return self._summary(len(measures), resumed)
+        report(f"{output.path}: {count} objects")
+        return self._summary(count, resumed)
 
     def _check_input(self) -> None:
         """Check that the input of blocks that were segmented before has not changed.

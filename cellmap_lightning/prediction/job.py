@@ -29,7 +29,7 @@ from cellmap_lightning.prediction.model_identity import model_fingerprint, trans
 from cellmap_lightning.prediction.options import PredictionOptions
 from cellmap_lightning.prediction.output import PredictionOutput
 from cellmap_lightning.prediction.output_checks import check_apart
-from cellmap_lightning.prediction.quantize import StoredValues
+from cellmap_lightning.prediction.quantize import StoredValues, threshold_of
 from cellmap_lightning.prediction.skipping import Skipping
 from cellmap_lightning.prediction.volumes import output_windows, passes_by, passing_bytes
 
@@ -112,7 +112,7 @@ class JobPlanner:
         whole = output_lattice(windows[0], raw.box, [level.lattice for level in raw.levels.values()])
         tilings = [Tiling(whole.shape, w.shape, blending.blend, blending.overlap, blending.context) for w in windows]
         first, shape = ((0, 0, 0), whole.shape) if box is None else voxels_of(whole, box)
-        values = StoredValues(storage.dtype, storage.threshold)
+        values = StoredValues(storage.dtype, [threshold_of(storage.threshold, name) for name in self._classes])
         cut = self._block_cutter(first, shape, tilings, values)
         grid = BlockGrid(whole, first, shape, cut(options.block_size_mb))
         output = PredictionOutput(

@@ -11,7 +11,7 @@ from cellmap_lightning.io.writer import ZarrFormat
 from cellmap_lightning.prediction.blending import Blend
 from cellmap_lightning.prediction.blocks import parse_region
 from cellmap_lightning.prediction.model_output import Activation
-from cellmap_lightning.prediction.quantize import OutputType
+from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD, OutputType, Threshold
 from cellmap_lightning.validation import one_of, positive_number
 
 
@@ -99,7 +99,8 @@ class OutputOptions:
         dtype: ``uint8`` stores probabilities as ``round(255 p)``, and values v from -1 to 1, such as signed distances,
             as ``round(255 (v + 1) / 2)``; ``float16`` and ``float32`` the output of the model; ``labels`` 1 from
             ``threshold`` on, else 0.
-        threshold: see ``dtype``; also the threshold of foreground in the summary.
+        threshold: see ``dtype``; also the threshold of foreground in the summary. One for all channels, or
+            ``{channel: threshold}`` with 0.5 for the others.
         chunks: voxels of a chunk.
         shards: voxels of a shard; Zarr v3 only.
         levels: levels of the pyramid; by default as many as leave the longest axis 32 voxels. They have the voxel sizes
@@ -111,7 +112,7 @@ class OutputOptions:
 
     zarr_format: ZarrFormat = 2
     dtype: OutputType = "uint8"
-    threshold: float = 0.5
+    threshold: Threshold = DEFAULT_THRESHOLD
     chunks: Sequence[int] = (64, 64, 64)
     shards: Sequence[int] | None = None
     levels: int | None = None
@@ -122,8 +123,10 @@ class OutputOptions:
             raise CellMapValueError(
                 f"zarr_format must be 2 (OME-NGFF 0.4) or 3 (OME-NGFF 0.5), got {self.zarr_format!r}"
             )
-        if not math.isfinite(self.threshold):
-            raise CellMapValueError(f"threshold must be a finite number, got {self.threshold!r}")
+        thresholds = self.threshold if isinstance(self.threshold, Mapping) else {"": self.threshold}
+        for name, value in thresholds.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise CellMapValueError(f"threshold{name and f' of {name}'} must be a finite number, got {value!r}")
         chunk, shard = self.chunk, self.shard
         if shard and (self.zarr_format == 2 or any(s % c for s, c in zip(shard, chunk, strict=True))):
             raise CellMapValueError(

@@ -48,7 +48,7 @@ from cellmap_lightning.prediction.output import PredictionOutput
 from cellmap_lightning.prediction.quantize import StoredValues
 from cellmap_lightning.prediction.summary import Summary
 from cellmap_lightning.prediction.volumes import volumes_of, volumes_source
-from cellmap_lightning.validation import did_you_mean
+from cellmap_lightning.validation import did_you_mean, one_of
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +178,15 @@ class PredictionWriter(L.Callback):
             raise CellMapKeyError(f"only={list(self.only)} must name some of the channels {names}")
         return list(self.only)
 
+    def _check_thresholds(self, names: Sequence[str]) -> None:
+        """Check that thresholds are those of channels.
+
+        Raises:
+            CellMapKeyError: the model has no such channel.
+        """
+        for name in self.threshold if isinstance(self.threshold, Mapping) else ():
+            one_of("threshold: a channel", name, names, CellMapKeyError)
+
     def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule, pin: bool) -> tuple[PatchSamples, PlanBatches]:
         """Plan the blocks, and create or open the outputs. Called when weights and normalization are restored."""
         options, rank = self.options, trainer.global_rank
@@ -189,6 +198,7 @@ class PredictionWriter(L.Callback):
         names = self._channel_names(data, list(described))
         targets = {name: described[name] for name in names if name in described and name not in (data.classes or ())}
         self.names = written = self._chosen_names(names)
+        self._check_thresholds(names)
         self._written_channels = [names.index(name) for name in written]
         array, spec = next(iter({**data.target_arrays, **data.input_arrays}.items()))
 
@@ -204,7 +214,7 @@ class PredictionWriter(L.Callback):
         self._model_output = ModelOutput(
             names, array, spec.window.shape, source.layout, options.channels.key, options.channels.activation,
             options.blending.flips,
-            signed_positions(names, targets, StoredValues(options.storage.dtype, options.storage.threshold)),
+            signed_positions(names, targets, StoredValues(options.storage.dtype)),
         )  # fmt: skip
         self._background = BackgroundWriter()
         self._bar = tqdm(

@@ -7,6 +7,8 @@ same files each time; so a step whose process has ended is repeated, by Dask at 
 import contextlib
 import importlib
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -70,6 +72,18 @@ class ThreadScheduler:
         self._pool.shutdown(cancel_futures=True)
 
 
+def _end_with_parent() -> None:
+    """End this process when its parent has ended; by itself it would wait for the next step for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
 class ProcessScheduler:
     """Executes steps in several processes on this machine.
 
@@ -80,7 +94,7 @@ class ProcessScheduler:
     def __init__(self, processes: int) -> None:
         self._processes = processes
         # A fork would copy locks of threads that hold them.
-        self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+        self._pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _end_with_parent)
 
     def run(self, step: Step, numbers: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
         """Yield each number with the result of the step, in the order in which they end.

@@ -138,6 +138,51 @@ def test_invalid_prediction_settings(checkpoint, volume, tmp_path, arguments, ma
     assert not (tmp_path / "out.zarr").exists()
 
 
+def test_tuned_thresholds_are_those_of_the_classes(checkpoint, volume, tmp_path):
+    small_box = ["region={z: [0, 200], y: [0, 500], x: [0, 500]}", "writer.dtype=labels", "picture=false"]
+    overrides = [f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", "trainer=cpu", *small_box]
+    (tmp_path / "t.yaml").write_text("mito: {method: watershed, threshold: 0.52, min_volume: 1000.0}\n")
+
+    def predicted(name, *arguments):
+        code, text = run_forked(*overrides, f"out={name}", *arguments, cwd=tmp_path, command="predict")
+        assert code == 0, text
+        return [zarr.open_array(str(tmp_path / name / c / "s0"), mode="r")[...] for c in ("mito", "er")], text
+
+    (mito, er), text = predicted("t.zarr", "tuned=t.yaml")
+    assert "a prediction does not use method, min_volume" in text
+    assert "threshold 0.52 of mito; 0.5 of er, which it does not have" in text
+    values, _ = predicted("f.zarr", "writer.dtype=float32")
+    np.testing.assert_array_equal(mito, values[0] >= np.float32(0.52))
+    np.testing.assert_array_equal(er, values[1] >= np.float32(0.5))
+    assert 0 < mito.mean() != (values[0] >= 0.5).mean()
+    both, text = predicted("c.zarr", "tuned=t.yaml", "writer.threshold=0.45")
+    assert "writer.threshold=0.45 replaces the thresholds of tuned=t.yaml" in text
+    np.testing.assert_array_equal(both, np.stack(values) >= np.float32(0.45))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "tuned=t.yaml: there is no such file"),
+        (
+            "mitos: {threshold: 0.5}\n",
+            "tuned=t.yaml: a class must be one of mito, er, got 'mitos'; did you mean 'mito'?",
+        ),
+        ("mito: {tresholds: 0.5}\n", "did you mean 'threshold'?"),
+        ("threshold: 0.5\n", "cellmap-tune writes a mapping of classes"),
+    ],
+)
+def test_invalid_files_of_thresholds(checkpoint, volume, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "t.yaml").write_text(content)
+    overrides = [f"ckpt={checkpoint}", f"data.input_path={volume.raw_path}", "out=out.zarr", "tuned=t.yaml"]
+    code, errors = run_forked(*overrides, "trainer=cpu", cwd=tmp_path, command="predict")
+    assert code == 1
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out.zarr").exists()
+
+
 def test_pickled_code_in_checkpoint_is_not_run(tmp_path):
     class Harmful:
         def __reduce__(self):

@@ -8,7 +8,7 @@ from scipy import ndimage
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.instances.agglomeration import agglomerate_affinities, agglomerate_boundaries
 from cellmap_lightning.instances.components import label_components
-from cellmap_lightning.instances.measures import joined, measure
+from cellmap_lightning.instances.measures import Measures, measure
 from cellmap_lightning.instances.mutex_watershed import check_offsets, compact, foreground, mutex_watershed
 from cellmap_lightning.instances.watershed import distance_watershed, mask_distance
 from tests.instances.volumes import OFFSETS, affinities_of, f1, probability_of, same_partition, touching_spheres
@@ -132,6 +132,18 @@ def test_compact_numbers():
     assert compact(labels).tolist() == [[[0, 2, 2], [1, 0, 3]]]
 
 
+def test_measures_of_many_planes():
+    labels = np.zeros((24, 256, 256), np.uint32)  # more than are measured at a time
+    labels[3:22, 10:20, 30:60] = 1
+    labels[20, 100, 100:103] = 2
+    measures = measure(labels, 2, (8, 0, 0), (32, 256, 256))
+    assert measures.voxels.tolist() == [19 * 10 * 30, 3]
+    assert measures.low.tolist() == [[11, 10, 30], [28, 100, 100]]
+    assert measures.high.tolist() == [[29, 19, 59], [28, 100, 102]]
+    np.testing.assert_allclose(measures.sums / measures.voxels[:, None], [[20, 14.5, 44.5], [28, 100, 101]])
+    assert measures.first.tolist() == [(11 * 256 + 10) * 256 + 30, (28 * 256 + 100) * 256 + 100]
+
+
 def test_measures_are_those_of_scipy_and_add_up(truth):
     labels = cc3d.connected_components(truth)
     count, start, volume = int(labels.max()), (16, 0, 5), (64, 48, 60)
@@ -149,6 +161,8 @@ def test_measures_are_those_of_scipy_and_add_up(truth):
     first = np.ravel_multi_index([p + o for p, o in zip(np.nonzero(labels == 9), start, strict=True)], volume)[0]
     assert whole.first[8] == first
     halves = [measure(labels[:20], count, start, volume), measure(labels[20:], count, (36, 0, 5), volume)]
-    total = joined(halves).grouped(np.tile(np.arange(count), 2), count)
+    total = Measures.empty(count)
+    for half in halves:
+        total.add(np.arange(count), half)
     for name, values in whole.as_arrays().items():
         assert total.as_arrays()[name].tolist() == values.tolist(), name

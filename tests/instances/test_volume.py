@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -285,6 +286,43 @@ def test_a_killed_worker_is_one_sentence_and_the_rest_resumes(tmp_path, probabil
     opened.close()
     labels, _ = run(source, out, SegmentationOptions("components"), storage)
     assert labels.max() > 0
+
+
+PARENT = """
+import os, time
+from cellmap_lightning.runtime.scheduling import ProcessScheduler
+from tests.instances.test_volume import process_of
+
+if __name__ == "__main__":
+    for _, pid in ProcessScheduler(2).run(process_of, range(4)):
+        print(*pid, flush=True)
+    print(0, flush=True)
+    time.sleep(600)
+"""
+
+
+def process_of(number):
+    time.sleep(0.2)
+    return [os.getpid()]
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_was_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    command = [sys.executable, str(tmp_path / "parent.py")]
+    with started(command, env=os.environ | {"PYTHONPATH": str(Path.cwd())}, stdout=subprocess.PIPE) as process:
+        pids = set()
+        for line in process.stdout:
+            if line.strip() == b"0":
+                break
+            pids.add(int(line))
+        assert pids
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def test_objects_are_filtered_by_volume(tmp_path):

@@ -50,7 +50,7 @@ def test_foreground_is_counted_where_rounding_hides_it(threshold):
     stored.store(values, out, "it")
     assert stored.reached(out, values) == [np.count_nonzero(values >= threshold)]
     if threshold == 0.5:
-        assert stored.least == 128
+        assert stored.least == (128,)
 
 
 def test_half_precision_may_miss_by_its_noise():
@@ -87,3 +87,14 @@ def test_numbers_beyond_half_precision():
 def test_unknown_kind_is_an_error():
     with pytest.raises(CellMapValueError, match="dtype must be one of uint8, float16, float32, labels, got 'int8'"):
         StoredValues("int8")
+
+
+@pytest.mark.parametrize("kind", ["uint8", "labels", "float16", "float32"])
+def test_each_channel_has_its_threshold(kind):
+    values = np.random.default_rng(5).random((3, 8, 8, 8), dtype=np.float32)
+    thresholds = [0.2, 0.5, 0.9]
+    stored, out = StoredValues(kind, thresholds), np.empty(values.shape, StoredValues(kind).dtype)
+    stored.store(values, out, "it")
+    assert stored.reached(out, values) == [int((v >= t).sum()) for v, t in zip(values, thresholds, strict=True)]
+    if kind == "labels":
+        np.testing.assert_array_equal(out, values >= np.array(thresholds).reshape(3, 1, 1, 1))
