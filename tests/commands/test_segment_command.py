@@ -64,7 +64,7 @@ def test_the_command_writes_labels_list_and_picture(prediction, truth, tmp_path)
         (["class=mito", "method=watersheds"], "method must be one of components, watershed"),
         (["class=mito", "method=mutex_watershed"], "method=mutex_watershed needs affinities"),
         (["class=mito", "out=segmentation"], "out=segmentation: the name of a segmentation must end with .zarr"),
-        (["class=mito", "scheduler=slurm"], "scheduler must be one of processes, dask"),
+        (["class=mito", "scheduler=slurm"], "scheduler must be one of threads, processes, dask"),
         (["class=mito", "processes=0"], "processes must be a whole number of at least 1"),
         (["class=mito", "address=tcp://localhost:1"], "only Dask has one; set scheduler=dask"),
         (["class=mito", "tresholds=0.5"], "threshold"),
