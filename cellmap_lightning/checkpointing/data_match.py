@@ -167,10 +167,8 @@ def _differences(
     for role, old, new in (("input", before, after), ("target", targets_before, targets_after)):
         for name in [name for name in old if name in new]:
             yield from _array_differences(f"{role} {name!r}", old[name], new[name])
-    boxes_before, boxes_now = saved.get("boxes"), now.get("boxes")
-    if purpose == "resume" and None not in (boxes_before, boxes_now) and boxes_before != boxes_now:
-        text = f"trained with the boxes {boxes_before}, got {boxes_now}"
-        yield "boxes", f"{text}; give those of the checkpoint, or validation may show what was trained on"
+    if purpose == "resume":
+        yield from _box_differences(saved.get("boxes"), now.get("boxes"))
     old_rule, new_rule = saved.get("normalize"), now.get("normalize")
     # The rule is irrelevant if all inputs are stored values or come from user functions.
     normalized = any(spec.get("values", "normalized") == "normalized" for spec in after.values())
@@ -178,6 +176,12 @@ def _differences(
         place = "with metadata.normalize=... and metadata.invert=..." if command else "in its entry of datasets"
         text = f"trained with {_setting(old_rule, command)}, got {_setting(new_rule, command)}"
         yield "values", f"{text}; give those of the checkpoint, or normalize and invert for a single volume {place}"
+
+
+def _box_differences(before: Any, after: Any) -> Iterator[tuple[str, str]]:
+    if None not in (before, after) and before != after:
+        text = f"trained with the boxes {before}, got {after}"
+        yield "boxes", f"{text}; give those of the checkpoint, or validation may show what was trained on"
 
 
 def _class_differences(

@@ -36,17 +36,10 @@ def use_tuned(configs: Sequence[DictConfig], path: str) -> None:
     known = [str(name) for name in config.writer.classes or config.data.classes or ()]
     for name in tuned:
         one_of(f"tuned={path}: a class", name, known, CellMapKeyError)
-    targets: Any = OmegaConf.to_container(config.data, resolve=True)
-    kinds = {(array or {}).get("kind") or "binary" for array in (targets.get("target_arrays") or {"": {}}).values()}
     thresholds = {name: p["threshold"] for name, p in tuned.items() if _of_probabilities(p) and "threshold" in p}
-    if not kinds & set(_PROBABILITIES):
+    if not _predicts_probabilities(config):
         thresholds = {}
-    unused = list(dict.fromkeys(key for name, p in tuned.items() for key in p if key != "threshold"))
-    unused += [f"threshold of {name}" for name in tuned if name not in thresholds and "threshold" in tuned[name]]
-    if unused:
-        log.info(
-            "tuned=%s: a prediction does not use %s; cellmap-segment and cellmap-submit do", path, ", ".join(unused)
-        )
+    _report_unused(path, tuned, thresholds)
     if "writer.threshold" in given_keys():
         log.info("writer.threshold=%s replaces the thresholds of tuned=%s", config.writer.threshold, path)
     elif thresholds:
@@ -57,6 +50,22 @@ def use_tuned(configs: Sequence[DictConfig], path: str) -> None:
             "tuned=%s: threshold %s%s", path, ", ".join(f"{value:g} of {name}" for name, value in thresholds.items()),
             f"; {DEFAULT_THRESHOLD:g} of {', '.join(others)}, which it does not have" if others else "",
         )  # fmt: skip
+
+
+def _report_unused(path: str, tuned: Mapping[str, Mapping[str, Any]], thresholds: Mapping[str, float]) -> None:
+    """Log the parameters of a file that a prediction does not use."""
+    unused = list(dict.fromkeys(key for parameters in tuned.values() for key in parameters if key != "threshold"))
+    unused += [f"threshold of {name}" for name in tuned if name not in thresholds and "threshold" in tuned[name]]
+    if unused:
+        log.info(
+            "tuned=%s: a prediction does not use %s; cellmap-segment and cellmap-submit do", path, ", ".join(unused)
+        )
+
+
+def _predicts_probabilities(config: DictConfig) -> bool:
+    data: Any = OmegaConf.to_container(config.data, resolve=True)
+    arrays = (data.get("target_arrays") or {"": {}}).values()
+    return any(((array or {}).get("kind") or "binary") in _PROBABILITIES for array in arrays)
 
 
 def _of_probabilities(parameters: Mapping[str, Any]) -> bool:

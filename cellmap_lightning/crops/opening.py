@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cellmap_lightning.crops.counts import unknown_in_metadata
@@ -68,13 +68,9 @@ def open_images(
             target_path.check_names(known)
         annotated = [name for name in read if name in target_path.names]
         if not annotated:
-            # A target without a bracket is read as a class in the folder above.
-            folders = [target_path.of(name) for name in target_path.names[:1]]
-            inside = [name for name in read if any(image_exists(folder / name) for folder in folders)]
-            hint = f"; name the classes in a bracket, as in {folders[0]}/[{','.join(inside)}]" if inside else ""
             raise NotAnnotatedError(
                 f"{label}: none of the classes {list(classes)} is annotated in it; it has {list(target_path.names)}"
-                f"{hint}"
+                f"{_bracket_hint(target_path, read)}"
             )
         groups = {f"class {name}": target_path.of(name) for name in annotated}
         prefetch_metadata(list(groups.values()))
@@ -100,11 +96,24 @@ def open_images(
             f"{label}: {len(problems)} things are wrong:" + "".join(f"\n    - {e}" for e in problems)
         )
     raw = images.pop("raw")
+    _warn_of_unknown(label, images)
+    return CropImages(raw, {key.removeprefix("class "): image for key, image in images.items()}, tuple(absent))
+
+
+def _bracket_hint(target_path: TargetPath, read: Sequence[str]) -> str:
+    """Return advice where a target without a bracket, read as a class in the folder above, is the folder of a crop."""
+    for folder in [target_path.of(name) for name in target_path.names[:1]]:
+        inside = [name for name in read if image_exists(folder / name)]
+        if inside:
+            return f"; name the classes in a bracket, as in {folder}/[{','.join(inside)}]"
+    return ""
+
+
+def _warn_of_unknown(label: str, images: Mapping[str, Multiscale]) -> None:
     for key, image in images.items():
         unknown, voxels = unknown_in_metadata(image), math.prod(image.finest.array.shape)
         if unknown == voxels:
             log.warning("%s, %s: by its metadata all %d voxels are unknown", label, key, voxels)
-    return CropImages(raw, {key.removeprefix("class "): image for key, image in images.items()}, tuple(absent))
 
 
 def _read(

@@ -40,17 +40,9 @@ class CellMapMultiDataset(SampleSource):
     def __init__(
         self, datasets: Sequence[CellMapDataset], strategy: Any = "mix", balance_datasets: bool = False
     ) -> None:
-        if not datasets:
-            raise CellMapValueError("a CellMapMultiDataset needs at least one dataset")
-        for dataset in datasets:
-            if not isinstance(dataset, CellMapDataset):
-                raise CellMapTypeError(f"a CellMapMultiDataset joins CellMapDatasets, got {type(dataset).__name__}")
+        _check_joinable(datasets)
         self._datasets = tuple(datasets)
         first = self._datasets[0]
-        for other in self._datasets[1:]:
-            for name, a, b in _shared_settings(first, other):
-                if a != b:
-                    raise CellMapValueError(f"{other.label} and {first.label} differ in their {name}: {b} and {a}")
         crops = [dataset.crop for dataset in self._datasets]
         dtypes = {crop.raw_dtype for crop in crops}
         layout = dataclasses.replace(
@@ -104,6 +96,25 @@ class CellMapMultiDataset(SampleSource):
     def annotated_in(self) -> dict[str, int]:
         """Return the number of crops in which each class is annotated."""
         return {c: sum(c in crop.annotated for crop in self.crops) for c in self.classes}
+
+
+def _check_joinable(datasets: Sequence[CellMapDataset]) -> None:
+    """Check that there are datasets, and that they share what `_shared_settings` lists.
+
+    Raises:
+        CellMapTypeError: one is no `CellMapDataset`.
+        CellMapValueError: there are none, or two differ.
+    """
+    if not datasets:
+        raise CellMapValueError("a CellMapMultiDataset needs at least one dataset")
+    for dataset in datasets:
+        if not isinstance(dataset, CellMapDataset):
+            raise CellMapTypeError(f"a CellMapMultiDataset joins CellMapDatasets, got {type(dataset).__name__}")
+    first = datasets[0]
+    for other in datasets[1:]:
+        for name, a, b in _shared_settings(first, other):
+            if a != b:
+                raise CellMapValueError(f"{other.label} and {first.label} differ in their {name}: {b} and {a}")
 
 
 def _shared_settings(first: CellMapDataset, other: CellMapDataset) -> list[tuple[str, Any, Any]]:

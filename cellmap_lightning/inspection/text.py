@@ -146,26 +146,42 @@ def classes_text(crops: Sequence[CropFacts]) -> str:
 
 
 def _class(annotated: Sequence[ClassFacts]) -> list[str]:
-    counts = [facts.voxels for facts in annotated if facts.voxels is not None]
-    unknown = [facts.unknown for facts in annotated if facts.unknown is not None]
-    lost = [facts.lost for facts in annotated if facts.lost is not None]
-    counted = [facts for facts in annotated if facts.voxels is not None and facts.size]
-    known = sum((facts.size or 0) * (1 - (facts.unknown or 0)) for facts in counted)
-    share = sum(facts.voxels or 0 for facts in counted) / known if known else None
+    """Return the row of a class."""
     # Nothing can be counted in a class that cannot be read, or lost of one without a voxel.
     open_count = any(facts.voxels is None and facts.wrong is None for facts in annotated)
     open_loss = any(facts.voxels != 0 and facts.lost is None and facts.wrong is None for facts in annotated)
     present = sum(facts.voxels != 0 and facts.wrong is None for facts in annotated)
+    counts = [facts.voxels for facts in annotated if facts.voxels is not None]
     # Crops without a count may have voxels or not: the number of crops is an upper bound, that of voxels a lower one.
     at_most, at_least = ("<= ", ">= ") if len(counts) < len(annotated) else ("", "")
+    not_counted, not_lost = "?" if open_count else "-", "?" if open_loss else "-"
     return [
         str(len(annotated)),
         f"{at_most}{present}",
-        f"{at_least}{count_text(sum(counts))}" if counts else "?" if open_count else "-",
-        "?" if share is None and open_count else "-" if share is None else f"{share:.2%}",
-        f"{np.mean(unknown):.0%}" if unknown else "?" if open_count else "-",
-        f"{np.mean(lost):.0%} (worst {max(lost):.0%})" if lost else "?" if open_loss else "-",
+        f"{at_least}{count_text(sum(counts))}" if counts else not_counted,
+        _share(annotated) or not_counted,
+        _unknown(annotated) or not_counted,
+        _lost(annotated) or not_lost,
     ]
+
+
+def _share(annotated: Sequence[ClassFacts]) -> str:
+    """Return the share of the class among the voxels that are known, of the crops with a count; "" without any."""
+    counted = [facts for facts in annotated if facts.voxels is not None and facts.size]
+    known = sum((facts.size or 0) * (1 - (facts.unknown or 0)) for facts in counted)
+    return f"{sum(facts.voxels or 0 for facts in counted) / known:.2%}" if known else ""
+
+
+def _unknown(annotated: Sequence[ClassFacts]) -> str:
+    """Return the mean share of unknown voxels; "" if no crop has it."""
+    unknown = [facts.unknown for facts in annotated if facts.unknown is not None]
+    return f"{np.mean(unknown):.0%}" if unknown else ""
+
+
+def _lost(annotated: Sequence[ClassFacts]) -> str:
+    """Return the share of foreground that is lost at the scale; "" if no crop has it."""
+    lost = [facts.lost for facts in annotated if facts.lost is not None]
+    return f"{np.mean(lost):.0%} (worst {max(lost):.0%})" if lost else ""
 
 
 def encodings_text(crops: Sequence[CropFacts]) -> str:

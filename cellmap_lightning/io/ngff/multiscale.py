@@ -11,10 +11,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.geometry.lattice import AXES, Turn, Vector, to_vector
+from cellmap_lightning.geometry.lattice import Shape, Turn, Vector, to_vector
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff.arrays import read_array, read_attributes
 from cellmap_lightning.io.ngff.axes import read_axes
@@ -141,37 +140,21 @@ def _image(
     system, others = intrinsic_system(file, image, [entry for _, entry in entries]) if is_placed else (image, [])
     stored, units, assumed = read_axes(file, system, overrides.unit, overrides.voxel_size is None)
     assumed += others
-    z, y, x = (stored.index(a) for a in AXES)
+    order = (stored.index("z"), stored.index("y"), stored.index("x"))
     if is_placed:
-        names = [name for name, _ in entries]
-        placed = [place_level(file, entry, (z, y, x), len(stored)) for _, entry in entries]
-        scales, translations = [level.scale for level in placed], [level.translation for level in placed]
-        axes, matrices = [(level.axes, level.ndim) for level in placed], [level.matrix for level in placed]
+        names, scales, translations, axes, turns = _by_systems(file, entries, order, len(stored), units)
     else:
-        names, scales, translations = _placements(file, image, len(stored), [z, y, x])
-        axes, matrices = [((z, y, x), len(stored))] * len(names), [None] * len(names)
-    turns: list[Turn | None] = []
-    for number, matrix in enumerate(matrices):
-        size, turn = turned_axes(matrix, units)
-        turns.append(turn)
-        scales[number] = times(scales[number], units) if size is None else size
-    translations = [times(translation, units) for translation in translations]
+        names, factors, offsets = _placements(file, image, len(stored), list(order))
+        scales, translations = ([times(value, units) for value in values] for values in (factors, offsets))
+        axes, turns = [(order, len(stored))] * len(names), [None] * len(names)
     check_finest_first(file, names, scales)
     if overrides.voxel_size is not None:
         assumed = []
     else:
         assumed += implausible_voxel_size(scales[0], units)
     if overrides.level_translations == "auto" and translations_missing(scales, translations):
-        directions = np.eye(3) if turns[0] is None else np.asarray(turns[0])
-        translations, shift = _shared_lower_edge(scales, translations[0], directions)
-        assumed.append(
-            Note(
-                "levels",
-                "its coarser levels have no separate translations, though their voxels are larger: they are placed "
-                "so that all levels cover the same box, as means of voxels do, which moves level "
-                f"{names[-1]} by {shift:g} voxels of level {names[0]}; level_translations=stored reads them as stored",
-            )
-        )
+        translations, note = _shared_lower_edge(names, scales, translations[0], turns[0])
+        assumed.append(note)
     if overrides.voxel_size is not None or overrides.translation is not None:
         scales, translations = overrides.place(scales, translations)
     levels = tuple(
@@ -181,22 +164,45 @@ def _image(
     return Multiscale(group, levels, attributes, (*notes, *assumed), overrides.level_translations == "stored")
 
 
+def _by_systems(
+    file: StorePath, entries: Sequence[tuple[str, dict[str, Any]]], order: Shape, ndim: int, units: Vector
+) -> tuple[list[str], list[Vector], list[Vector], list[tuple[Shape, int]], list[Turn | None]]:
+    """Return names, voxel sizes and translations in nm, axes and turns of the levels of OME-NGFF 0.6."""
+    placed = [place_level(file, entry, order, ndim) for _, entry in entries]
+    turned = [turned_axes(level.matrix, units) for level in placed]
+    return (
+        [name for name, _ in entries],
+        [times(level.scale, units) if size is None else size for level, (size, _) in zip(placed, turned, strict=True)],
+        [times(level.translation, units) for level in placed],
+        [(level.axes, level.ndim) for level in placed],
+        [turn for _, turn in turned],
+    )
+
+
 def _shared_lower_edge(
-    scales: Sequence[Vector], finest: Vector, directions: npt.NDArray[np.float64]
-) -> tuple[list[Vector], float]:
+    names: Sequence[str], scales: Sequence[Vector], finest: Vector, turn: Turn | None
+) -> tuple[list[Vector], Note]:
     """Return translations with which all levels have the lower edge of level 0, as means of voxels have.
 
     Args:
-        scales: voxel sizes of the levels in nm, finest first.
+        names: names of the levels, finest first.
+        scales: their voxel sizes in nm.
         finest: translation of level 0 in nm.
-        directions: directions of the voxel axes in the world, as columns.
+        turn: see `Lattice`.
 
     Returns:
-        The translations in nm, and the largest shift in voxels of level 0.
+        The translations in nm, and a note about them.
     """
+    directions = np.eye(3) if turn is None else np.asarray(turn)
     offsets = [directions @ (np.subtract(scale, scales[0]) / 2) for scale in scales]
     shift = max(float((offset / scales[0]).max()) for offset in offsets)
-    return [to_vector(np.add(finest, offset)) for offset in offsets], shift
+    note = Note(
+        "levels",
+        "its coarser levels have no separate translations, though their voxels are larger: they are placed so that all "
+        f"levels cover the same box, as means of voxels do, which moves level {names[-1]} by {shift:g} voxels of level "
+        f"{names[0]}; level_translations=stored reads them as stored",
+    )
+    return [to_vector(np.add(finest, offset)) for offset in offsets], note
 
 
 def _datasets(file: StorePath, image: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
