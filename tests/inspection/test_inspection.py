@@ -440,7 +440,9 @@ def test_crops_of_the_challenge_take_seconds(tmp_path):
 def test_real_volume(real_volume):
     one = inspect({}, {}, str(real_volume / RAW), deep=True)
     assert [crop.name for crop in one.crops] == ["vnc/crop1", "vnc/crop2"]
-    assert not one.problems
+    # Three sections of the annotation are empty.
+    assert {(problem.kind, problem.where) for problem in one.problems} == {("gaps", "vnc/crop1"), ("gaps", "vnc/crop2")}
+    assert all("section 1 (z 25..75 nm), 7 (z 325..375 nm), 18 (z 875..925 nm)" in p.text for p in one.problems)
     assert one.proposal.scale == (50, 4.6, 4.6)
     assert one.proposal.shape == (16, 128, 128)
     assert set(one.proposal.classes) == {"mito", "membrane", "synapse", "ecs"}
