@@ -13,7 +13,7 @@ _UNIT, _CHOICES = 8, 24
 
 @dataclass(frozen=True)
 class PatchNeeds:
-    """What limits the choice of patches.
+    """Limits of the choice of patches.
 
     Attributes:
         volume: output voxels of the volume.

@@ -74,7 +74,7 @@ def table(scores: Sequence[CropScore]) -> str:
     lines = ["crop".ljust(width[0]) + "class".ljust(width[1]) + head]
     for crop, score in zip(crops, scores, strict=True):
         values = score.values()
-        if _is_absent(score):  # its scores are 0 or undefined, whatever was predicted
+        if _is_absent(score):  # its scores are 0 or undefined for any prediction
             text = f"not in this crop; {score.voxels.fp:,} voxels are predicted"
             lines.append(f"{crop:<{width[0]}}{score.name:<{width[1]}}  {text}")
             continue

@@ -22,7 +22,7 @@ _LARGEST_STEP, _COMPARED = 64, 8
 
 @dataclass(frozen=True)
 class Reach:
-    """How far the input voxels lie that an output voxel of a network depends on.
+    """Distance of the input voxels that an output voxel of a network depends on.
 
     Attributes:
         halo: voxels on either side, per axis.
@@ -31,7 +31,7 @@ class Reach:
         voxel_bytes: bytes of the outputs of all layers for one voxel of the input, float32. A network that predicts
             holds a part of them at a time.
         statistics: kinds of layers that normalize by statistics of the whole patch, such as ``InstanceNorm3d``. With
-            them each voxel of a patch changes all of its output, a little, whatever ``halo`` is.
+            them each voxel of a patch changes all of its output a little, also beyond ``halo``.
 
     Example:
         >>> measure_reach(nn.Conv3d(1, 1, 5, padding=2), (32, 32, 32))
