@@ -251,9 +251,13 @@ def read_mapping(datasets: Mapping[str, Any]) -> dict[str, list[CropRecord]]:
 
     Raises:
         CellMapKeyError: an unknown split, or an unknown or missing key of an entry.
-        CellMapTypeError: an invalid entry.
+        CellMapTypeError: no mapping, or an invalid entry.
     """
     entries: dict[str, list[CropRecord]] = {}
+    if not isinstance(datasets, Mapping):
+        raise CellMapTypeError(
+            f"datasets must be {{train: [{{raw: path, gt: path}}, ...], validate: [...]}}, got {datasets!r}"
+        )
     for name, items in datasets.items():
         split = _USAGES.get(str(name))
         if split is None:

@@ -1,8 +1,9 @@
-"""Rows of a CSV of crops."""
+"""Rows of a CSV of crops, and entries of a configuration."""
 
 import pytest
 
-from cellmap_lightning.splits.entries import read_csv
+from cellmap_lightning.errors import CellMapTypeError
+from cellmap_lightning.splits.entries import read_csv, read_mapping
 
 ROWS = [["train", "a.zarr/em", '"a.zarr/crop1/[mito,er]"'], ["predict", "b.zarr/em"]]
 
@@ -15,3 +16,9 @@ def test_cells_may_be_separated_as_spreadsheets_do(tmp_path, delimiter, head):
     entries = read_csv(tmp_path / "crops.csv")
     assert [e.target_path for e in entries["train"]] == [str(tmp_path / "a.zarr/crop1/[mito,er]")]
     assert [e.input_path for e in entries["predict"]] == [str(tmp_path / "b.zarr/em")]
+
+
+@pytest.mark.parametrize("datasets", [[{"raw": "a.zarr/em"}], "crops.csv", [], 3])
+def test_datasets_without_splits_are_refused(datasets):
+    with pytest.raises(CellMapTypeError, match=r"datasets must be \{train: \[\{raw: path, gt: path\}, ...\]"):
+        read_mapping(datasets)
