@@ -43,7 +43,13 @@ def voxels(path, name="mito"):
 def test_the_prediction_is_that_of_the_checkpoint(exported, volume, tmp_path):
     for name, ckpt in [("a.zarr", "best.ckpt"), ("b.zarr", "mito"), ("c.zarr", "mito/cellmap.json")]:
         code, text = predict(
-            exported, volume, tmp_path, f"ckpt={exported}/{ckpt}", f"out={name}", "writer.dtype=float32"
+            exported,
+            volume,
+            tmp_path,
+            f"ckpt={exported}/{ckpt}",
+            f"out={name}",
+            "writer.dtype=float32",
+            "writer.overlap=0.25",
         )
         assert code == 0, text
     for name in ("mito", "er"):

@@ -3,12 +3,12 @@
 import pytest
 
 from cellmap_lightning import CellMapDataset
-from cellmap_lightning.callbacks import PredictionWriter
 from cellmap_lightning.commands.config_values import refuse_csv
 from cellmap_lightning.commands.predict_config import region_box
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.io.images import read_image
 from cellmap_lightning.prediction.blending import Tiling
+from cellmap_lightning.prediction.prediction_writer import make_prediction_writer
 from tests.conftest import INPUTS, TARGETS
 
 
@@ -33,7 +33,7 @@ def test_a_context_that_is_no_shape(context):
 @pytest.mark.parametrize("value", ["mito", "mito,er", ""])
 def test_one_name_in_place_of_a_list(name, value):
     with pytest.raises(CellMapError, match=rf"{name} must be a list of names, got '{value}'; give \[{value}\]"):
-        PredictionWriter("out.zarr", **{name: value})
+        make_prediction_writer("out.zarr", **{name: value})
 
 
 @pytest.mark.parametrize("level", ["s0", "s1", "s2"])

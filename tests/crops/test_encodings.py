@@ -236,7 +236,7 @@ def test_inspect_has_a_row(tmp_path):
     text = str(found)
     assert "Labels without an encoding in their metadata (1)" in text
     assert "v/crop1  mito   values 0 and 255, a mask in which 255 is present" in text
-    assert "v/crop2/mito: " in text
+    assert "v/crop2/mito" in text
     assert "set unknown=255 or unknown=null" in text
     assert found.crops[0].classes["mito"].voxels == CUBE
     assert json.loads(found.json())["crops"][0]["classes"]["mito"]["read_as"].startswith("values 0 and 255")

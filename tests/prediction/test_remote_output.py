@@ -12,8 +12,8 @@ import threading
 import numpy as np
 import pytest
 import zarr
-from cellmap_lightning.prediction.image_writer import ImageWriter
 
+from cellmap_lightning.compat.array_writer import ImageWriter
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError, OutputError
 from cellmap_lightning.io import retrying
 from cellmap_lightning.io.object_folder import ObjectFolder, output_path
