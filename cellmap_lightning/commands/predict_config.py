@@ -11,7 +11,7 @@ from cellmap_lightning.checkpointing.checkpoint_config import CONFIG_KEY
 from cellmap_lightning.checkpointing.trust import check_trusted
 from cellmap_lightning.commands.config_values import refuse_csv
 from cellmap_lightning.commands.exported_config import exported_config, is_exported
-from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
 from cellmap_lightning.evaluation.challenge import ChallengeCrop, listed_crops
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.images import read_image
@@ -71,6 +71,8 @@ def effective_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             f"out={cfg.out}: evaluate=true compares predictions on this machine; leave it out, and compare a copy with "
             "cellmap-evaluate"
         )
+    if cfg.evaluate and cfg.metric == "voxels":
+        _check_groundtruth(cfg)
     if is_exported(cfg.ckpt):
         options = OmegaConf.select(cfg, "data.storage_options")
         plain: Any = OmegaConf.to_container(options, resolve=True) if options else None
@@ -88,6 +90,21 @@ def effective_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     config.adjustable = {"patch": cfg.patch.shape is None, "batch_size": "data.batch_size" not in given}
     config.patch.memory_mb = positive_number("patch.memory_mb", cfg.patch.memory_mb)
     return config
+
+
+def _check_groundtruth(cfg: DictConfig) -> None:
+    """Check that a raw volume on this machine has crops to compare with, before anything is predicted.
+
+    Raises:
+        CellMapFileNotFoundError: it has none.
+    """
+    folder = groundtruth(str(cfg.data.input_path))
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise CellMapFileNotFoundError(
+            f"evaluate=true: there is no folder {folder}, where the annotated crops of {cfg.data.input_path} are in "
+            "the layout of the challenge; predict without it, and then run cellmap-evaluate prediction=... "
+            "truth=<folder of the crops, or of one crop>"
+        )
 
 
 def _checkpoint_config(cfg: DictConfig) -> DictConfig:

@@ -26,6 +26,7 @@ from cellmap_lightning.evaluation.voxel_scores import METRICS, Score, voxel_scor
 from cellmap_lightning.geometry.lattice import Lattice
 from cellmap_lightning.io.meanings import ValuesSetting
 from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.store import LISTING
 from cellmap_lightning.prediction.output_checks import check_finished
 from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD, Threshold, threshold_of
 from cellmap_lightning.validation import did_you_mean, first_few
@@ -219,7 +220,7 @@ def check_prediction(output: Path, classes: Sequence[str] | None) -> list[str]:
         raise CellMapFileNotFoundError(
             f"the prediction {output} does not exist; give the Zarr group that has a class each"
         )
-    present = sorted(p.name for p in output.iterdir() if p.is_dir() and is_group(p))
+    present = sorted(p.name for p in output.iterdir() if p.is_dir() and is_group(p) and p.name != LISTING)
     if not present:
         raise CellMapFileNotFoundError(f"the prediction {output} has no group per class")
     check_finished(output, *(output / name for name in present))

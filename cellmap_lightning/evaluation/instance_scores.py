@@ -191,7 +191,8 @@ def crop_overlaps(pair: CropPair, number: Numbering = components) -> Overlaps:
     if not pair.declares_instances and not has_instances(overlaps.pairs[:, 0]):
         raise NoInstancesError(
             f"{pair.label}: the annotation marks the class and not its instances: every voxel of it has the same id; "
-            "score voxels, or give an annotation with an id for each object"
+            "score voxels, or give an annotation with an id for each object; cellmap-segment method=components numbers "
+            "the objects of a mask"
         )
     return overlaps
 

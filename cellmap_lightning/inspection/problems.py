@@ -65,7 +65,7 @@ KINDS = {
     "unknown": f"crops that are unknown to more than {MOST_UNKNOWN:.0%}",
     "gaps": "empty sections inside objects, which cut them",
     "empty": "classes without foreground",
-    "rare": "classes in a single crop, so that they cannot be both trained and validated",
+    "rare": "classes in a single crop, which only data.split=blocks divides into training and validation",
     "type": "volumes of different types",
     "contrast": "volumes that differ in contrast",
     "polarity": "volumes that differ in polarity",

@@ -8,7 +8,7 @@ log = logging.getLogger(__name__)
 
 
 def report_parts(train: CellMapMultiDataset, val: CellMapMultiDataset) -> None:
-    """Warn of classes with voxels in training or in validation alone.
+    """Log the voxels of each class in training and in validation; warn of classes with voxels in one of them alone.
 
     Voxels are counted in the index of the foreground at the resolution of the targets, which is cached, and which the
     sampling of training patches needs anyway; see `CropLabels.foreground_index`.
@@ -18,13 +18,17 @@ def report_parts(train: CellMapMultiDataset, val: CellMapMultiDataset) -> None:
         val: the boxes for validation.
     """
     trained, validated = _voxels(train), _voxels(val)
-    lines = []
+    lines, counts = [], []
     for name in train.classes:
         here, there = trained.get(name, 0), validated.get(name, 0)
-        if here and not there:
+        if here and there:
+            counts.append(f"{name} has {here} voxels in training and {there} in validation")
+        elif here:
             lines.append(f"{name} has {here} voxels in training and none in validation, so it has no score")
-        elif there and not here:
+        elif there:
             lines.append(f"{name} has {there} voxels in validation and none in training, so it is not learnt")
+    if counts:
+        log.info("split=blocks: at the resolution of the targets, %s", "; ".join(counts))
     if lines:
         log.warning(
             "split=blocks: %s; another split.blocks.position, axis or count divides them otherwise", "; ".join(lines)

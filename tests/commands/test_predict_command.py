@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,16 @@ def test_predict_crop_from_the_command_line(checkpoint, volume, tmp_path):
     assert code == 1
     assert "overlap: [4, 16, 16] is there, now [6, 24, 24]" in errors
     assert "Traceback" not in errors
+
+
+def test_scores_without_crops_are_refused_before_predicting(checkpoint, volume, tmp_path):
+    shutil.copytree(volume.raw_path, tmp_path / "vol.zarr" / "em")
+    raw = f"data.input_path={tmp_path}/vol.zarr/em"
+    code, _, errors = predict(checkpoint, volume, tmp_path / "out.zarr", raw, "evaluate=true")
+    assert code == 1
+    assert "evaluate=true: there is no folder" in errors
+    assert "cellmap-evaluate prediction=... truth=" in errors
+    assert not (tmp_path / "out.zarr").exists()
 
 
 @pytest.mark.slow

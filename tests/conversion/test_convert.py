@@ -183,6 +183,9 @@ def test_the_command(tmp_path):
     done = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("out.zarr")
+    assert VOXELS.shape == (40, 96, 128)
+    place = "[40, 96, 128] voxels of 40 x 8 x 8 nm (z, y, x) as uint8, box z -20..1580 y -4..764 x -4..1020 nm"
+    assert f"out.zarr: {place}" in done.stdout
     np.testing.assert_array_equal(stored(tmp_path / "out.zarr" / "s0"), VOXELS)
 
 

@@ -14,7 +14,8 @@ from cellmap_lightning.evaluation.instance_scores import NoInstancesError
 from cellmap_lightning.evaluation.pairs import Annotation
 from cellmap_lightning.evaluation.voxel_scores import Score
 from cellmap_lightning.io.ngff import read_encoding, read_multiscale
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.store import LISTING
+from cellmap_lightning.io.writer import write_group, write_multiscale
 
 
 def test_scores_ignore_unannotated_voxels(volume, tmp_path):
@@ -139,6 +140,13 @@ def test_crops_that_were_trained_on_are_marked(objects, kind):
     trained = trained_crops(folder / "split.csv" if kind == "csv" else folder)
     (score,) = evaluate(folder / "pred.zarr", folder / "crops", ["mito"], trained=trained)
     assert score.trained is (kind != "other")
+
+
+def test_the_list_of_images_is_no_class(objects):
+    """Outputs of prediction and segmentation, which have the group OME, can be both prediction and ground truth."""
+    folder, *_ = objects
+    write_group(folder / "pred.zarr" / LISTING, {"series": ["mito"]})
+    assert check_prediction(folder / "pred.zarr", None) == ["mito"]
 
 
 def test_annotation_without_instances(objects):

@@ -1,6 +1,7 @@
 """Boxes of one crop for training and validation: what patches read, what parts hold, and what is refused."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -120,6 +121,11 @@ def test_a_class_in_one_part_alone_is_named_with_its_voxels(crop, caplog):
         module(crop, {"position": "start"})
     assert "er has 20 voxels in training and none in validation, so it has no score" in caplog.text
     assert "mito" not in caplog.text
+    with caplog.at_level(logging.INFO):
+        module(crop, {"position": "start"})
+    assert re.search(
+        r"at the resolution of the targets, mito has \d+ voxels in training and \d+ in validation", caplog.text
+    )
 
 
 def test_samples_and_batches_are_deterministic(crop):
