@@ -50,7 +50,7 @@ def check_target(where: str, node: dict[str, Any]) -> None:
     name = path.rpartition(".")[2]
     target = _imported(path)
     if target is None:
-        raise CellMapTypeError(f"{where}._target_: there is no {path!r} to import")
+        raise CellMapTypeError(f"{where}._target_: {_why_not_imported(path)}")
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # builtins without a signature
@@ -82,6 +82,28 @@ def _imported(path: str) -> Any:
         return getattr(getattr(importlib.import_module(module), owner), name)
     except (ImportError, ValueError, AttributeError):
         return None
+
+
+def _why_not_imported(path: str) -> str:
+    """Return the message for a class or function that cannot be imported, with the cause."""
+    module, _, name = path.rpartition(".")
+    text = f"there is no {path!r} to import"
+    if not module:
+        return f"{text}; a path is the module and the name, as in my_package.models.{name or 'Network'}"
+    try:
+        return text + did_you_mean(name, dir(importlib.import_module(module)))
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing == path.partition(".")[0]:
+            return (
+                f"{text}: the module {missing!r} is neither installed nor in a folder of PYTHONPATH; PYTHONPATH=. "
+                "before the command adds the working directory"
+            )
+        if f"{path}.".startswith(f"{missing}."):
+            return text
+        return f"{path!r} cannot be imported: {error}"
+    except (ImportError, ValueError) as error:
+        return f"{path!r} cannot be imported: {error}"
 
 
 def _check_types(where: str, target: Any, node: Mapping[str, Any]) -> None:

@@ -86,7 +86,11 @@ def test_patch_override_changes_inputs_and_targets():
 @pytest.mark.parametrize(
     ("node", "match"),
     [
-        ({"_target_": "torch.optim.Adamm"}, "x._target_: there is no 'torch.optim.Adamm'"),
+        ({"_target_": "torch.optim.Adamm"}, "x._target_: there is no 'torch.optim.Adamm' to import; did you mean"),
+        ({"_target_": "torch.optimm.Adam"}, "there is no 'torch.optimm.Adam' to import$"),
+        ({"_target_": "torch.optim.Adam.stepp"}, "there is no 'torch.optim.Adam.stepp' to import$"),
+        ({"_target_": "no_module.Network"}, "'no_module' is neither installed nor in a folder of PYTHONPATH"),
+        ({"_target_": "Network"}, "there is no 'Network' to import; a path is the module and the name"),
         ({"_target_": "cellmap_lightning.CellMapDataModule", "batchsize": 3}, "did you mean 'batch_size'?"),
         ({"_target_": "cellmap_lightning.training.task.SegmentationTask"}, "SegmentationTask needs network, classes"),
     ],
@@ -94,6 +98,17 @@ def test_patch_override_changes_inputs_and_targets():
 def test_check_target_errors(node, match):
     with pytest.raises(CellMapError, match=match):
         check_target("x", node)
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [("import no_module", "No module named 'no_module'"), ("from math import sinn", "cannot import name 'sinn'")],
+)
+def test_check_target_names_a_failed_import_in_the_module(line, match, tmp_path, monkeypatch):
+    (tmp_path / "module_of_mine.py").write_text(f"{line}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CellMapError, match=rf"x\._target_: 'module_of_mine\.Network' cannot be imported: {match}"):
+        check_target("x", {"_target_": "module_of_mine.Network"})
 
 
 def composed(name, *overrides):

@@ -75,6 +75,10 @@ def test_mean_is_computed_from_the_classes_if_it_is_missing(tmp_path):
         ([{"epoch": 0, "val/dice": 0.5}], {"loss": set(), "dice": {"dice"}}),
         ([{"val/dice_a": 0.5}], {"dice": {"dice", "dice:a"}}),
         ([{"val/dice": 0.5, "val/dice_step": 0.1, "val/dice_epoch": 0.5}], {"dice": {"dice"}}),
+        (
+            [{"step": 1, "train_loss": 0.5, "val_loss": 0.5, "val_dice": 0.5, "val_dice_a": 0.5}],
+            {"loss": {"train", "smooth", "val"}, "dice": {"dice", "dice:a"}},
+        ),
         ([{"step": 1, "train/loss": "nan", "val/loss": "inf", "val/dice_a": ""}], {"loss": set(), "dice": set()}),
         ([{"step": "x", "train/loss": "what"}], {"loss": set(), "dice": set()}),
         ([{"step": "", "other": ""}], {"loss": set(), "dice": set()}),

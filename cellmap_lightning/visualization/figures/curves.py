@@ -30,9 +30,9 @@ def training_curves(
     """Draw the loss and the Dice of each class from the ``metrics.csv`` of Lightning's ``CSVLogger``.
 
     The columns are ``step`` (else ``epoch``, else the number of the line), ``train/loss`` (else ``train/loss_step``,
-    ``train/loss_epoch``), ``val/loss``, ``val/dice`` and ``val/dice_<class>``. Any of them may be missing, cells may be
-    empty or NaN. Without ``val/dice`` the mean of the classes is drawn. Losses that are not finite are counted in the
-    legend; classes without any value are named below the plot.
+    ``train/loss_epoch``), ``val/loss``, ``val/dice`` and ``val/dice_<class>``, or the same with ``_`` in place of the
+    slash. Any of them may be missing, cells may be empty or NaN. Without ``val/dice`` the mean of the classes is drawn.
+    Losses that are not finite are counted in the legend; classes without any value are named below the plot.
 
     Args:
         metrics_csv: the file.
@@ -77,7 +77,7 @@ def _draw_curves(metrics: Metrics, classes: Sequence[str]) -> "Figure":
         ends = _draw_dice(dice_axes, drawn, colors, mean_name, mean)
         _label_ends(dice_axes, ends, plot, plot_height)
     else:
-        _write_note(dice_axes, "no val/dice yet")
+        _write_note(dice_axes, "no val/dice in metrics.csv")
     _share_steps([axes for axes in (loss_axes, dice_axes) if axes.lines])
     if never:
         text = wrap(f"never occurred: {', '.join(never)}", plot + names_width, TEXT, lines=1)
@@ -154,7 +154,7 @@ def _draw_loss(axes: "Axes", metrics: Metrics) -> None:
     values = np.concatenate([train.values, val.values])
     if not len(values):
         lost = train.lost + val.lost
-        _write_note(axes, f"no finite loss ({lost} not finite)" if lost else "no train/loss or val/loss yet")
+        _write_note(axes, f"no finite loss ({lost} not finite)" if lost else "no train/loss or val/loss in metrics.csv")
         return
     if values.min() > 0 and values.max() > 30 * values.min():
         axes.set_yscale("log")

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Series:
 class Metrics:
     """The columns of a metrics file.
 
+    Columns such as ``train_loss`` and ``val_dice_mito`` have the names ``train/loss`` and ``val/dice_mito`` here.
+
     Args:
         path: the file.
 
@@ -50,13 +53,15 @@ class Metrics:
             raise CellMapFileNotFoundError(f"There is no metrics file {path}")
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            self.names = [name for name in reader.fieldnames or () if name]
+            names = [name for name in reader.fieldnames or () if name]
+            columns = {_slashed(name): name for name in names} | {name: name for name in names if "/" in name}
+            self.names = list(columns)
             lines = list(reader)
         self._values: dict[str, Array] = {}
         self._is_filled: dict[str, BoolArray] = {}
         # Empty cells are missing values; filled ones that are not finite were logged as such, and are counted.
-        for name in self.names:
-            cells = [line.get(name) or "" for line in lines]
+        for name, column in columns.items():
+            cells = [line.get(column) or "" for line in lines]
             self._values[name] = np.array([_number(cell) for cell in cells], dtype=np.float64)
             self._is_filled[name] = np.array([bool(cell.strip()) for cell in cells], dtype=bool)
         usable = [name for name in ("step", "epoch") if name in self.names and np.isfinite(self._values[name]).any()]
@@ -78,6 +83,10 @@ class Metrics:
             # A metric that was never finite is in several columns; do not count it twice.
             lost = max(lost, lost_here)
         return Series(np.zeros(0), np.zeros(0), lost)
+
+
+def _slashed(name: str) -> str:
+    return re.sub("^(train|val)_", r"\1/", name)
 
 
 def _number(cell: str) -> float:
