@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 _PACKAGE = Path(__file__).parents[1]
 #: Folder of the configurations: inside the package in a wheel, beside it in a checkout.
@@ -48,8 +48,8 @@ def _channels(targets: Any, classes: Any, name: Any = None) -> int:
     return sum((arrays.get(n) or next(iter(arrays.values()))).kind.outputs for n in names)
 
 
-def _classes(path: str, group: str | None = None) -> list[str]:
+def _classes(path: str, group: str | None = None) -> ListConfig:
     """Return the classes in a file of the challenge, or the parts of one of them."""
     from cellmap_lightning.evaluation.challenge import class_names
 
-    return class_names(path, group)
+    return OmegaConf.create(class_names(path, group))  # of a plain list, OmegaConf.resolve makes an error

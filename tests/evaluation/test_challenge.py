@@ -235,6 +235,8 @@ def test_class_names(tmp_path):
     register_resolvers()
     config = OmegaConf.create({"classes": f"${{classes:{tmp_path / 'tested.csv'}}}"})
     assert OmegaConf.to_container(config, resolve=True) == {"classes": ["ecs", "pm"]}
+    OmegaConf.resolve(config)  # as cellmap-inspect and cellmap-preview do
+    assert config.classes == ["ecs", "pm"]
     with pytest.raises(CellMapError, match="has no class 'mitochondria'"):
         class_names(DEFAULT_TABLE, "mitochondria")
 
