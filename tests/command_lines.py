@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from cellmap_lightning.commands.arguments import check_groups, prepare_arguments
 from cellmap_lightning.commands.config_keys import check_known, rename_voxel_sizes
 from cellmap_lightning.commands.config_values import check_targets
-from cellmap_lightning.commands.resolvers import CONFIGS
+from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 
 
 def shell_commands(text: str) -> list[list[str]]:
@@ -42,6 +42,7 @@ def composed(command: list[str], folder: Path) -> DictConfig:
         command: the words of the command; of a sweep, the first values are taken.
         folder: the working directory, which ``--config-dir`` starts from.
     """
+    register_resolvers()
     name = command[0].removeprefix("cellmap-")
     known, unknown = get_args_parser().parse_known_args(prepare_arguments(name, command[1:], CONFIGS))
     assert not any(argument.startswith("-") for argument in unknown), f"{command[0]} has no option {unknown}"

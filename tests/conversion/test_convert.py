@@ -251,7 +251,7 @@ def test_blocks_hold_whole_pages(shape, stored_chunk, block):
 
 
 def test_each_page_is_decoded_once(tmp_path, monkeypatch):
-    """Pages in one compressed piece, of which every block of a few chunks would decode all."""
+    """A page is one compressed piece: blocks that cut pages would decode each page several times."""
     voxels = np.random.default_rng(0).integers(0, 255, (24, 200, 200)).astype(np.uint8)
     path = tmp_path / "pages.tif"
     tifffile.imwrite(path, voxels, compression="deflate", rowsperstrip=200, photometric="minisblack")
