@@ -2,7 +2,8 @@
 
 A block that cannot run here has a line ``<!-- not run: <reason> -->`` before it, and is parsed only. Python blocks of a
 page run one after the other in one namespace, in a folder with the demo's volume as ``demo_data/demo.zarr``,
-``jrc_a.zarr`` and ``jrc_b.zarr``. YAML blocks are composed as experiments if their keys are those of a training, and as
+``jrc_a.zarr`` and ``jrc_b.zarr``. A block that begins with the name of a file, ``# my_package/models.py``, is that file
+for all commands and blocks. YAML blocks are composed as experiments if their keys are those of a training, and as
 an entry of ``data.target_arrays`` otherwise.
 """
 
@@ -31,6 +32,9 @@ FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 
+#: The name of a block that is a file of the user.
+FILE = re.compile(r"(?:# @package \S+\n)?# (?P<path>my_\w+/[\w/]+\.(?:py|yaml))\n")
+
 
 def blocks(language):
     """Yield a parameter (reason, code) for each block of a language, with its page and line as the name."""
@@ -54,6 +58,12 @@ def folder(volume, tmp_path_factory):
     code = {match["language"]: match["code"] for match in FENCE.finditer(readme)}
     (experiment / "mito.yaml").write_text(code["yaml"], encoding="utf-8")
     (path / "crops.csv").write_text(code["csv"], encoding="utf-8")
+    for page in PAGES:
+        for match in FENCE.finditer(page.read_text(encoding="utf-8")):
+            if (name := FILE.match(match["code"])) is not None:
+                (file := path / name["path"]).parent.mkdir(parents=True, exist_ok=True)
+                assert not file.exists(), f"{file} is in the docs twice"
+                file.write_text(match["code"], encoding="utf-8")
     shutil.copy(ROOT / "cellmap_lightning" / "transforms" / "classes.csv", path / "tested_classes.csv")
     return path
 
@@ -95,6 +105,7 @@ def test_python_compiles(reason, code):
 @pytest.mark.parametrize(("reason", "code"), [*blocks("bash")])
 def test_commands_compose(reason, code, folder, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
     commands = shell_commands(code)
     assert commands
     for command in commands:
@@ -111,10 +122,12 @@ def test_commands_compose(reason, code, folder, monkeypatch):
 @pytest.mark.parametrize(("reason", "code"), [*blocks("yaml")])
 def test_configurations_compose(reason, code, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
     content = yaml.safe_load(code)
     assert isinstance(content, dict)
-    if reason is not None:
-        return
+    name = FILE.match(code)
+    if reason is not None or (name is not None and not name["path"].startswith("my_configs/experiment/")):
+        return  # commands of the page compose an option of a group
     if not set(content) & KEYS:
         content, code = {}, yaml.safe_dump({"data": {"target_arrays": content}})
     missing = {k: v for k, v in REQUIRED.items() if k not in (content.get("data") or {})}

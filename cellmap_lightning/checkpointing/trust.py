@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hydra.utils import get_object
+from hydra._internal.utils import _locate  # get_object, which logs what it cannot import
 
 from cellmap_lightning.errors import CellMapValueError
 
@@ -42,6 +42,12 @@ _ROOTS = ("cellmap_lightning", "torch.nn", "torch.optim", "monai.networks", "tor
 _HARMLESS_OPTIONS = ("anon", "profile")
 
 
+class _NotImported(str):
+    """The fault of a trusted name that cannot be imported."""
+
+    __slots__ = ()
+
+
 def check_trusted(config: Any, where: str, trust: Any = (), trust_checkpoint: Any = False) -> None:
     """Check that the configuration in a checkpoint names only trusted classes, without importing any other module.
 
@@ -58,13 +64,22 @@ def check_trusted(config: Any, where: str, trust: Any = (), trust_checkpoint: An
         raise CellMapValueError(f"trust_checkpoint must be true or false, got {trust_checkpoint!r}")
     if trust_checkpoint:
         return
-    faults = [f"  {key}: {fault}" for key, fault in _faults(config, "", _names(trust))]
-    if faults:
-        listed = "\n".join(faults)
+    faults = [*_faults(config, "", _names(trust))]
+    missing = [f"  {key}: {fault}" for key, fault in faults if isinstance(fault, _NotImported)]
+    untrusted = [f"  {key}: {fault}" for key, fault in faults if not isinstance(fault, _NotImported)]
+    if untrusted:
+        listed = "\n".join(untrusted)
         raise CellMapValueError(
             f"{where}: the configuration in the checkpoint could run any code:\n{listed}\n"
             "If you trust its author, allow a module or class with trust=[my_package.models], or everything with "
             "trust_checkpoint=true"
+        )
+    if missing:
+        listed = "\n".join(missing)
+        raise CellMapValueError(
+            f"{where}: the configuration in the checkpoint names classes that cannot be imported:\n{listed}\n"
+            "They need the modules of the training, installed or in a folder of PYTHONPATH; PYTHONPATH=. before the "
+            "command adds the working directory"
         )
 
 
@@ -121,9 +136,10 @@ def _target_fault(target: Any, trust: tuple[str, ...]) -> str | None:
     if not _below(target, (*_ROOTS, *trust)):  # an import would run its module
         return f"{target!r} is not trusted"
     try:
-        imported = get_object(target)
+        imported = _locate(target)
     except Exception as e:  # the code of a module can raise anything
-        return f"{target!r} cannot be imported ({str(e).splitlines()[0]})"
+        cause = e.__cause__ or e
+        return _NotImported(f"{target!r} ({type(cause).__name__}: {next(iter(str(cause).splitlines()), '')})")
     if target in trust:
         return None
     # A trusted module may import untrusted names, so the module that defines the class counts.

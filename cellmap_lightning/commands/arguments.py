@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,8 @@ def _check_blanks(overrides: list[str]) -> None:
 def _check_argument(name: str, argument: str, configs: Path) -> None:
     """Check that an argument has the form ``key=value``, or removes a group that the command does not need."""
     groups = {path.name: [p.stem for p in sorted(path.glob("*.yaml"))] for path in configs.iterdir() if path.is_dir()}
+    _check_removal(name, argument, groups)
     if argument.startswith("~"):
-        group = argument[1:].partition("=")[0]
-        if group in groups and group not in _OPTIONAL:
-            raise CellMapKeyError(
-                f"{argument}: cellmap-{name} needs {group}; select another with {group}=..., one of "
-                f"{', '.join(groups[group])}"
-            )
         return
     path = argument.rstrip("/")
     suffix = ".zarr" if ".zarr/" in argument else Path(path).suffix
@@ -136,6 +131,21 @@ def _check_argument(name: str, argument: str, configs: Path) -> None:
     else:
         hint = f"'cellmap-{name} --cfg job' prints every key"
     raise CellMapValueError(f"{argument}: arguments have the form key=value; {hint}")
+
+
+def _check_removal(name: str, argument: str, groups: Mapping[str, list[str]]) -> None:
+    """Check that an argument such as ``~model`` or ``model=null`` does not remove a group that the command needs."""
+    key, _, value = argument.lstrip("+~").partition("=")
+    if key not in groups or not (argument.startswith("~") or value == "null"):
+        return
+    if key not in _OPTIONAL:
+        own = f"my_configs/{key}/mine.yaml is selected by --config-dir my_configs {key}=mine"
+        raise CellMapKeyError(
+            f"{argument}: cellmap-{name} needs {key}; select another with {key}=..., one of {', '.join(groups[key])}; "
+            f"{own}"
+        )
+    if value == "null" and not argument.startswith("~"):  # Hydra takes it for the name of an option
+        raise CellMapValueError(f"{argument}: a group is left out with ~{key}")
 
 
 def _check_grammar(argument: str) -> None:

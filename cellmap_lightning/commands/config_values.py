@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from cellmap_lightning.commands.group_defaults import leftover_arguments, replacement_advice
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.validation import did_you_mean
 
@@ -57,16 +58,33 @@ def check_target(where: str, node: dict[str, Any]) -> None:
         return
     names = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for key in node:
-            if key not in names and key not in _HYDRA_KEYS:
-                hint = did_you_mean(key, names, f"; it takes {', '.join(names)}")
-                raise CellMapKeyError(f"{where}.{key}: {name} has no argument {key!r}{hint}")
+        _check_arguments(where, node, names)
     if not node.get("_partial_") and not node.get("_args_"):
         required = [n for n in names if parameters[n].default is inspect.Parameter.empty and n not in node]
         if required:
             raise CellMapKeyError(f"{where}: {name} needs {', '.join(required)}")
     if not path.startswith("cellmap_lightning."):  # this package's classes check their arguments themselves
         _check_types(where, target, node)
+
+
+def _check_arguments(where: str, node: dict[str, Any], names: list[str]) -> None:
+    """Check that a class has the arguments that its node sets.
+
+    Raises:
+        CellMapKeyError: it does not have one of them.
+    """
+    path = str(node["_target_"])
+    name = path.rpartition(".")[2]
+    left, option, other = leftover_arguments(where, node, names)
+    for key in node:
+        if key not in names and key not in left and key not in _HYDRA_KEYS:
+            hint = did_you_mean(key, names, f"; it takes {', '.join(names)}")
+            raise CellMapKeyError(f"{where}.{key}: {name} has no argument {key!r}{hint}")
+    if left:
+        raise CellMapKeyError(
+            f"{where}: {name} has no argument {', '.join(left)}, which {option} sets for {other}; {name} takes "
+            f"{', '.join(names)}; {replacement_advice(where, path, left)}"
+        )
 
 
 def _imported(path: str) -> Any:

@@ -1,10 +1,12 @@
 """The job of ``cellmap-predict``: predictions with the model of a checkpoint, one after the other."""
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -12,7 +14,9 @@ from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
 from cellmap_lightning.commands.prediction_context import reach_of_task, set_context
 from cellmap_lightning.commands.prediction_report import csc_scores, describe_prediction
 from cellmap_lightning.commands.signals import ExitOnSignal
+from cellmap_lightning.errors import CellMapError, CellMapTypeError
 from cellmap_lightning.training.checkpoints import check_checkpoint
+from cellmap_lightning.training.model_forward import first_line
 
 
 def run(cfg: DictConfig, task: Any) -> str | None:
@@ -45,7 +49,7 @@ def run(cfg: DictConfig, task: Any) -> str | None:
 
     with ExitOnSignal(advice) as ending:
         try:
-            trainer.predict(task, datamodule=data, ckpt_path=cfg.ckpt, return_predictions=False, weights_only=True)
+            _predict(trainer, task, data, cfg.ckpt)
             ending.check()
         finally:
             data.close()
@@ -55,6 +59,37 @@ def run(cfg: DictConfig, task: Any) -> str | None:
     if writer.summary.complete:
         report += describe_prediction(cfg, writer, data.classes or writer.names)
     return report
+
+
+def _predict(trainer: L.Trainer, task: L.LightningModule, data: L.LightningDataModule, ckpt: str | None) -> None:
+    """Predict all blocks.
+
+    Raises:
+        CellMapTypeError: the module has neither ``predict_step`` nor ``forward``; or only a ``forward`` that does not
+            take a batch, as Lightning calls it.
+    """
+    name = type(task).__name__
+    advice = "define predict_step(batch, batch_idx), which returns [N, C, z, y, x]"
+    steps = type(task).predict_step is not L.LightningModule.predict_step
+    if not steps and type(task).forward in (torch.nn.Module.forward, L.LightningModule.forward):
+        raise CellMapTypeError(f"{name} has neither predict_step nor forward; {advice}")
+    try:
+        trainer.predict(task, datamodule=data, ckpt_path=ckpt, return_predictions=False, weights_only=True)
+    except CellMapError:
+        raise
+    except Exception as error:
+        if steps or not _raised_in_forward(error, task):
+            raise
+        raise CellMapTypeError(
+            f"{name} has no predict_step, so its forward was called with the batch, a dict, and failed "
+            f"({first_line(error)}); {advice}"
+        ) from error
+
+
+def _raised_in_forward(error: BaseException, task: L.LightningModule) -> bool:
+    """Return True if an error was raised in the ``forward`` of a module, or in what it calls."""
+    code = getattr(type(task).forward, "__code__", None)
+    return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def run_all(configs: list[DictConfig], write_line: Callable[[str], None]) -> None:

@@ -1,6 +1,7 @@
 """Location of the configurations, and the OmegaConf resolvers that they use."""
 
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,18 @@ from typing import Any
 from omegaconf import ListConfig, OmegaConf
 
 _PACKAGE = Path(__file__).parents[1]
+#: Parts of the names of metrics for which lower is better.
+_LOWER_IS_BETTER = {"loss", "error", "mae", "mse", "rmse"}
 #: Folder of the configurations: inside the package in a wheel, beside it in a checkout.
 CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 
 
 def register_resolvers() -> None:
-    """Register ``${channels:...}``, ``${run_folder:...}`` and ``${classes:...}`` with OmegaConf."""
+    """Register ``${channels:...}``, ``${run_folder:...}``, ``${classes:...}`` and ``${best_mode:...}``."""
     OmegaConf.register_new_resolver("channels", _channels, replace=True)
     OmegaConf.register_new_resolver("run_folder", run_folder_name, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("classes", _classes, replace=True)
+    OmegaConf.register_new_resolver("best_mode", best_mode, replace=True)
 
 
 def run_folder_name(name: Any) -> str:
@@ -29,6 +33,11 @@ def run_folder_name(name: Any) -> str:
         return f"slurm-{job}"
     torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return f"torchrun-{torchrun}" if torchrun != "none" else f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+
+
+def best_mode(monitor: Any) -> str:
+    """Return ``min`` for a metric whose name has a part such as ``loss`` or ``mae``, and ``max`` for any other."""
+    return "min" if _LOWER_IS_BETTER & set(re.split(r"[^a-z0-9]+", str(monitor).lower())) else "max"
 
 
 def _channels(targets: Any, classes: Any, name: Any = None) -> int:

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning import CellMapDataModule
@@ -30,7 +31,12 @@ from cellmap_lightning.commands.sweep_table import write_scores
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.splits.proposed_blocks import proposed_blocks
 from cellmap_lightning.training import report
-from cellmap_lightning.training.checkpoints import check_checkpoint, check_exists, saved_checkpoints
+from cellmap_lightning.training.checkpoints import (
+    check_checkpoint,
+    check_exists,
+    check_hyperparameters,
+    saved_checkpoints,
+)
 from cellmap_lightning.training.weight_files import load_weights, read_weights, rename_weights
 from cellmap_lightning.validation import did_you_mean
 
@@ -84,6 +90,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
     data = instantiate(cfg.data, _convert_="all")
     try:
         task = instantiate(cfg.task, _convert_="all")
+        check_hyperparameters(task)
         if checkpoint is not None:
             check_checkpoint(checkpoint, data, task, "resume", "resume")
         elif cfg.init_from is not None:  # a resumed run has weights
@@ -170,10 +177,21 @@ def _monitored(monitor: str, trainer: Any) -> float | None:
 def _trainer(cfg: DictConfig, checkpoint_config: CheckpointConfig) -> Any:
     """Return the Trainer of a run, with its callbacks and loggers."""
     callbacks = [instantiate(c, _convert_="all") for c in (cfg.get("callbacks") or {}).values() if c is not None]
+    _log_best(callbacks)
     loggers = [instantiate(c, _convert_="all") for c in (cfg.get("logger") or {}).values() if c is not None]
     if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
         cfg.trainer.enable_progress_bar = False
     return instantiate(cfg.trainer, _convert_="all", callbacks=[*callbacks, checkpoint_config], logger=loggers or False)
+
+
+def _log_best(callbacks: Sequence[Any]) -> None:
+    """Log which value of the monitored metric is best, for it may follow from the metric's name."""
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            best = "lowest" if callback.mode == "min" else "highest"
+            log.info(
+                "%s.ckpt: the %s %s; callbacks.checkpoint.mode changes it", callback.filename, best, callback.monitor
+            )
 
 
 def _prepare_folder(cfg: DictConfig, folder: Path, stored: Any, data: CellMapDataModule) -> None:

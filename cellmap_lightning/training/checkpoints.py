@@ -1,5 +1,6 @@
 """Checkpoints to resume a run from, or to initialize its weights with."""
 
+import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from cellmap_lightning.checkpointing.checkpoint_config import START_KEY
 from cellmap_lightning.checkpointing.data_match import Purpose, check_data, check_weights, data_record, recorded
 from cellmap_lightning.checkpointing.unreadable import unreadable
 from cellmap_lightning.datamodule import CellMapDataModule
-from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
+from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.training.restorable import RestorableTask
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,41 @@ def saved_checkpoints(folder: Path) -> list[SavedCheckpoint]:
         else:
             log.info("%s holds only weights, which are not enough to resume training", path)
     return sorted(checkpoints)
+
+
+def check_hyperparameters(task: L.LightningModule) -> None:
+    """Check that checkpoints of a module can be read again: that its hyperparameters are tensors and plain values.
+
+    Raises:
+        CellMapTypeError: ``save_hyperparameters`` of the module stores other objects, such as its network.
+    """
+    hparams: Any = task.hparams
+    if not isinstance(hparams, dict):
+        objects = {} if _is_readable(hparams) else {"hparams": hparams}
+    else:
+        objects = {name: value for name, value in hparams.items() if not _is_readable(value)}
+    if objects:
+        listed = ", ".join(f"{name} ({type(value).__name__})" for name, value in objects.items())
+        raise CellMapTypeError(
+            f"{type(task).__name__}: save_hyperparameters() stores {listed} in the checkpoints, which then cannot be "
+            f"read without running code from them; use save_hyperparameters(ignore={list(objects)})"
+        )
+
+
+def _is_readable(value: Any) -> bool:
+    """Return True for a value that a checkpoint can hold: one that `torch.load` reads with ``weights_only``."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return True
+    if isinstance(value, torch.nn.Module):  # it may be large
+        return False
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception:  # torch raises what pickle and its readers raise
+        return False
+    return True
 
 
 def check_checkpoint(path: Path, data: Any, task: Any, purpose: Purpose, setting: str) -> list[str]:

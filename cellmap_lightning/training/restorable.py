@@ -58,12 +58,7 @@ class RestorableTask(L.LightningModule):
             CellMapTypeError: the checkpoint has no configuration of such a task, and an argument is missing.
             CellMapValueError: the configuration names classes that are not trusted, or the weights do not fit.
         """
-        missing = [
-            name
-            for name, parameter in inspect.signature(cls).parameters.items()
-            if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            if name not in kwargs
-        ]
+        missing = [name for name in _required(cls) if name not in kwargs]
         if missing and hparams_file is None:
             checkpoint = _read(checkpoint_path, weights_only)
             if not set(missing) <= set(checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or {}):
@@ -88,6 +83,21 @@ class RestorableTask(L.LightningModule):
         if saved is not None and isinstance(data, CellMapDataModule):
             check_data(saved, data_record(data), purpose, where)
         check_weights(checkpoint.get("state_dict", {}), self, where)
+
+
+def _required(cls: type) -> list[str]:
+    """Return the arguments without a default, those of the base classes too where ``**kwargs`` passes them on."""
+    names: dict[str, bool] = {}  # whether an argument is required; that of the subclass counts
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = [*inspect.signature(base).parameters.values()]
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                names.setdefault(parameter.name, parameter.default is parameter.empty)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return [name for name, required in names.items() if required]
 
 
 def _read(source: Any, weights_only: bool | None) -> dict[str, Any]:

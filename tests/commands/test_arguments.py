@@ -84,6 +84,14 @@ def test_optional_groups_can_be_removed(volume, tmp_path, more):
 @pytest.mark.parametrize(
     ("command", "given", "expected"),
     [
+        (
+            "train",
+            ["model=null"],
+            "model=null: cellmap-train needs model; select another with model=..., one of unet, ",
+        ),
+        ("train", ["task=null"], "my_configs/task/mine.yaml is selected by --config-dir my_configs task=mine"),
+        ("train", ["logger=null"], "logger=null: a group is left out with ~logger"),
+        ("train", ["experiment=null"], "experiment=null: a group is left out with ~experiment"),
         ("train", ["~model"], "~model: cellmap-train needs model; select another with model=..., one of unet, unet2d"),
         ("train", ["~trainer"], "cellmap-train needs trainer"),
         ("preview", ["~data"], "cellmap-preview needs data"),

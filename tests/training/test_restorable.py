@@ -24,6 +24,29 @@ class Mine(SegmentationTask):
     """A subclass in user code."""
 
 
+class PassingOn(SegmentationTask):
+    """A subclass that passes its arguments on."""
+
+    def __init__(self, *args, share=0.25, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.share = share
+
+
+class PassingOnTwice(PassingOn):
+    """A subclass of it with a required argument, which the checkpoint does not have."""
+
+    def __init__(self, name, **kwargs):
+        super().__init__(**kwargs)
+        self.name = name
+
+
+class WithNetwork(SegmentationTask):
+    """A subclass whose network has a default."""
+
+    def __init__(self, network=None, **kwargs):
+        super().__init__(network or nn.Identity(), **kwargs)
+
+
 @pytest.fixture(scope="module")
 def reconstructed(volume, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ssl")
@@ -96,6 +119,18 @@ def test_load_from_checkpoint_arguments(trained, tmp_path):  # noqa: F811
     assert loaded.network is network
     with pytest.raises(TypeError, match="cannot be called on an instance"):
         loaded.load_from_checkpoint(trained)
+
+
+def test_subclasses_that_pass_arguments_on(trained):  # noqa: F811
+    loaded = PassingOn.load_from_checkpoint(trained, share=0.5)
+    assert (loaded.classes, loaded.share) == (("mito", "er"), 0.5)
+    for name, value in weights(trained).items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert PassingOn.load_from_checkpoint(trained).share == 0.25
+    assert PassingOnTwice.load_from_checkpoint(trained, name="mine").classes == ("mito", "er")
+    assert not isinstance(WithNetwork.load_from_checkpoint(trained).network, nn.Identity), "classes are required"
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'name'"):
+        PassingOnTwice.load_from_checkpoint(trained)
 
 
 def test_checkpoint_without_configuration(volume, tmp_path):
