@@ -21,11 +21,25 @@ from tests.io.object_server import storing
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent as a signal")
 
 #: Parts of what asyncio and aiohttp report about tasks and connections that nothing has ended.
-REPORTS = ("Task was destroyed", "never retrieved", "never awaited", "Unclosed", "loop is closed", "Exception ignored")
+REPORTS = (
+    "left pending",
+    "Task was destroyed",
+    "never retrieved",
+    "never awaited",
+    "Unclosed",
+    "loop is closed",
+    "Exception ignored",
+)
 #: 64 chunks are read at once; a request is repeated after seconds.
 HEAD = """
-import atexit, gc, itertools, sys, threading, warnings
-atexit.register(gc.collect)  # handlers run in the reverse order: this one after that of zarr-python
+import asyncio, atexit, gc, itertools, sys, threading, warnings
+
+@atexit.register  # handlers run in the reverse order: this one after that of zarr-python
+def report():
+    gc.collect()
+    tasks = [one for one in gc.get_objects() if issubclass(type(one), asyncio.Task) and not one.done()]
+    print("left pending:" if tasks else "all done", *tasks)
+
 warnings.simplefilter("ignore")
 from cellmap_lightning.io import retrying
 retrying.FIRST_PAUSE = 3.0
@@ -162,6 +176,7 @@ def test_a_program_that_ends_early_reports_no_tasks(image, kind):
     status, end = ENDS[kind]
     assert (code, end in out + errors) == (status, True), errors
     assert busy.is_set()
+    assert "all done" in out
     assert not [line for line in (out + errors).splitlines() if any(part in line for part in REPORTS)]
 
 
