@@ -4,8 +4,8 @@ Secrets are values of ``storage_options`` with telling names, users and password
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 #: Text that replaces a secret.
 HIDDEN = "***"
@@ -73,11 +73,17 @@ def _redacted(value: Any, secrets: Collection[str], inside: bool) -> Any:
             name: HIDDEN if _is_secret(name, item, inside) else _redacted(item, secrets, inside or _has_options(name))
             for name, item in value.items()
         }
-    if isinstance(value, list | tuple):
-        return [_redacted(item, secrets, inside) for item in value]
+    if _is_sequence(value):
+        items = [_redacted(item, secrets, inside) for item in value]
+        return tuple(items) if type(value) is tuple else items
     if isinstance(value, str):
         return hide_overrides(hidden(value, secrets))
     return HIDDEN if secrets and not isinstance(value, bool) and str(value) in secrets else value
+
+
+def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Return True for lists and tuples, also those of configurations of OmegaConf."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _has_options(name: Any) -> bool:
@@ -109,7 +115,7 @@ def _secrets(value: Any, inside: bool, secret: bool) -> Iterator[str]:
         for name, item in value.items():
             below = inside or _has_options(name)
             yield from _secrets(item, below, secret or _is_secret(name, item, inside))
-    elif isinstance(value, list | tuple):
+    elif _is_sequence(value):
         for item in value:
             yield from _secrets(item, inside, secret)
     elif secret and value is not None and not isinstance(value, bool):
@@ -123,6 +129,6 @@ def holds_credentials(config: Any) -> bool:
             (_has_options(name) and bool(item) and item != {"anon": True}) or holds_credentials(item)
             for name, item in config.items()
         )
-    if isinstance(config, list | tuple):
+    if _is_sequence(config):
         return any(holds_credentials(item) for item in config)
     return isinstance(config, str) and hide_address(config) != config

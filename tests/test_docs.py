@@ -91,7 +91,7 @@ def test_python_runs(code, folder, tmp_path):
     (tmp_path / "program.py").write_text(code, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:cellmap_lightning", "program.py"], cwd=tmp_path, check=False,
-        capture_output=True, text=True, timeout=240,
+        capture_output=True, text=True, timeout=590,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -74,7 +74,7 @@ def test_notebooks_run(path, volume, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell("import sys\nprint(sys.executable)"))
     NotebookClient(
-        notebook, timeout=120, kernel_manager_class=ThisPython, resources={"metadata": {"path": str(work)}}
+        notebook, timeout=590, kernel_manager_class=ThisPython, resources={"metadata": {"path": str(work)}}
     ).execute()
     assert notebook.cells[0].outputs[0].text.strip() == sys.executable
     pictures, texts = SHOWN[path.stem]

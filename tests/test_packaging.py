@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("*.whl")
     return path
@@ -48,7 +48,7 @@ def test_the_wheel_works_from_an_empty_folder(wheel, tmp_path):
         "from cellmap_lightning.commands.train_command import main; main()"
     )
     command = [sys.executable, "-c", code, "experiment=fast_dev_run", "hydra.run.dir=out"]
-    done = subprocess.run(command, cwd=empty, env=env, check=False, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=empty, env=env, check=False, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(site))
     assert (empty / "demo_data" / "demo.csv").exists()

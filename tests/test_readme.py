@@ -25,7 +25,7 @@ def block(language, number=0):
 
 def run(*command, cwd):
     done = subprocess.run(
-        [str(c) for c in command], cwd=cwd, check=False, capture_output=True, text=True, timeout=240,
+        [str(c) for c in command], cwd=cwd, check=False, capture_output=True, text=True, timeout=590,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

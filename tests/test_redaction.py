@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError
@@ -209,7 +210,17 @@ def test_an_error_that_nothing_expects_prints_no_secrets(volume, tmp_path, monke
     assert files_with(tmp_path, SECRET, str(NUMBER)) == [], text
 
 
-def test_hyperparameters_hold_no_secrets(volume):
+def plain(value):
+    return value
+
+
+def nested(value):
+    """A configuration of OmegaConf inside of plain containers."""
+    return {"train": OmegaConf.create(value["train"])} if "train" in value else OmegaConf.create(value)
+
+
+@pytest.mark.parametrize("form", [plain, OmegaConf.create, nested])
+def test_hyperparameters_hold_no_secrets(volume, form):
     class Mine(CellMapDataModule):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
@@ -217,12 +228,29 @@ def test_hyperparameters_hold_no_secrets(volume):
 
     options = {"key": SECRET, "token": NUMBER}
     given = {"classes": ["mito", "er"], "input_arrays": INPUTS, "target_arrays": INPUTS, "batch_size": 1}
-    data = Mine(**given, datasets=entries(volume, options), storage_options=options)
+    data = Mine(**given, datasets=form(entries(volume, options)), storage_options=form(options))
     assert data.hparams["storage_options"] == data.hparams_initial["storage_options"] == {"key": "***", "token": "***"}
     assert SECRET not in str(data.hparams)
     assert str(NUMBER) not in str(data.hparams_initial)
+    assert len(data.hparams["datasets"]["train"]) == len(entries(volume, options)["train"])
     assert data.hparams["classes"] == ["mito", "er"]
     assert isinstance(data, L.LightningDataModule)
+
+
+def test_hyperparameters_without_secrets_are_unchanged():
+    class Mine(CellMapDataModule):
+        def __init__(self, window=None, settings=None, **kwargs):
+            super().__init__(**kwargs)
+            self.save_hyperparameters()
+
+    settings = OmegaConf.create({"a": [1, 2], "b": "${a}"})
+    options = OmegaConf.create({"key": "${oc.env:NO_SUCH_VARIABLE}", "anon": False})
+    crops = {"train": [{"raw": "x.zarr"}]}
+    data = Mine((3, ("x", 4)), settings, input_arrays=INPUTS, datasets=crops, storage_options=options)
+    assert data.hparams["window"] == (3, ("x", 4))
+    assert data.hparams["settings"] is not None
+    assert OmegaConf.to_container(data.hparams["settings"], resolve=True) == {"a": [1, 2], "b": [1, 2]}
+    assert data.hparams["storage_options"] == {"key": "***", "anon": False}
 
 
 def test_addresses_in_a_csv_of_splits_and_their_return(tmp_path):

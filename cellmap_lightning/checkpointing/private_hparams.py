@@ -6,6 +6,7 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+from omegaconf import OmegaConf
 
 from cellmap_lightning.redaction import redacted
 
@@ -27,6 +28,8 @@ class PrivateHyperparameters(HyperparametersMixin):
         )
         for saved in (self._hparams, vars(self).get("_hparams_initial", {})):
             for name, value in saved.items():
-                safe = redacted({name: value})[name] if isinstance(value, dict | list | str) else value
-                if safe != value:
+                # Not resolved: an interpolation stands for a secret, and does not contain it.
+                plain = OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value
+                safe = redacted({name: plain})[name] if isinstance(plain, dict | list | tuple | str) else plain
+                if safe != plain:
                     saved[name] = safe

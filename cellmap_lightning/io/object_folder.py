@@ -21,6 +21,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore
 
 from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.io.event_loop import cancel_at_exit
 from cellmap_lightning.io.retrying import COUNTS, DEFAULT_RETRY, backoff, is_forbidden, is_transient
 from cellmap_lightning.io.store import Remote, parse_location
 
@@ -152,6 +153,7 @@ class ObjectFolder(Remote):
 
     def store(self) -> "WritableStore":
         """Return the store through which zarr-python reads and writes the folder."""
+        cancel_at_exit()
         from fsspec.asyn import AsyncFileSystem
         from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 

@@ -9,6 +9,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import FsspecStore, LocalStore
 
+from cellmap_lightning.io.event_loop import cancel_at_exit
 from cellmap_lightning.io.files import LargeFileError, excess, open_regular, read_part
 from cellmap_lightning.io.store import MOST_JSON_BYTES, Remote, StorePath
 
@@ -22,6 +23,7 @@ def open_store(where: StorePath, most: int | None = None) -> Store:
         where: the array.
         most: size limit of chunks in bytes; None for no limit.
     """
+    cancel_at_exit()
     if not isinstance(where, Remote):
         return RegularFileStore(where, read_only=True, most=most)
     from fsspec.asyn import AsyncFileSystem

@@ -208,6 +208,22 @@ def test_a_configuration_is_plain(value):
         check_trusted({"x": value}, "ckpt")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"data": {"csv_path": "${oc.env:HOME}"}},
+        {"task": {"network": {"channels": [4, "${oc.env:AWS_SECRET_ACCESS_KEY}"]}}},
+        {"writer": {"mask": "/data/${hydra:runtime.cwd}"}},
+        {"task": {"_target_": "torch.nn.Linear", "in_features": "${patch.shape}"}},
+    ],
+)
+def test_interpolations_are_not_resolved(config):
+    """They could put secrets of this machine into an address."""
+    with pytest.raises(CellMapValueError, match="would be resolved on this machine"):
+        check_trusted(config, "ckpt=x")
+    check_trusted(config, "ckpt=x", trust_checkpoint=True)
+
+
 def test_names_imported_by_a_trusted_module_are_not_trusted():
     check_trusted({"_target_": "tests.foreign.WORDS"}, "x", trust_checkpoint=True)
     for target, trust in (

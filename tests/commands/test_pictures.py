@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from cellmap_lightning.callbacks import BatchPreview
+from cellmap_lightning.commands.pictures import attempt, draw_samples
 from cellmap_lightning.training.model_forward import class_probabilities
+from cellmap_lightning.training.report import write_curves
 from tests.commands.test_cli import run_forked, small
 from tests.runs import module, trainer
 
@@ -154,6 +156,43 @@ def test_class_probabilities_select_the_matching_output(volume):
         expected = result if expected is None else expected
         assert result.shape == (2, 2, 4, 4, 4)
         assert torch.equal(result, expected)
+
+
+class Unwritable(Plain):
+    """A task that draws its pictures itself, and cannot."""
+
+    def write_samples(self, source, path, title):
+        raise OSError(f"no room for {path.name}\nat all")
+
+
+def test_a_run_whose_pictures_fail_has_its_results(volume, tmp_path):
+    given = small(volume, "trainer.max_epochs=1", "hydra.run.dir=out", f"task._target_={__name__}.Unwritable")
+    code, output = run_forked(*given, cwd=tmp_path)
+    assert code == 0, output
+    lines = [line for line in output.splitlines() if "is not drawn" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith("samples.png is not drawn: OSError: no room for samples.png")
+    assert (tmp_path / "out/curves.png").exists()
+    assert "val/dice" in (tmp_path / "out/scores.json").read_text()
+
+
+@pytest.mark.parametrize("kind", [Unwritable, OfTheInput, WithoutForward])
+def test_pictures_that_cannot_be_written_are_one_line(volume, tmp_path, caplog, kind):
+    """Of a task's own method, and of a file in whose place a folder is, with predictions and without."""
+    (tmp_path / "samples.png").mkdir()
+    with module(volume) as data:
+        data.setup("fit")
+        draw_samples(kind(["mito", "er", "pm"]), data, tmp_path / "samples.png", "title")
+    lines = [r.message for r in caplog.records if "is not drawn" in r.message]
+    assert len(lines) == 1
+    assert lines[0].startswith("samples.png is not drawn: ")
+    assert [*(tmp_path / "samples.png").iterdir()] == []
+
+
+def test_damaged_metrics_do_not_fail_a_run(tmp_path, caplog):
+    (tmp_path / "metrics.csv").write_bytes(b"\xff\xfe\x00 no table")
+    attempt("curves.png is not drawn", lambda: write_curves(tmp_path, ["mito"]))
+    assert [r.message.partition(":")[0] for r in caplog.records] == ["curves.png is not drawn"]
 
 
 def test_failing_picture_does_not_fail_training(volume, tmp_path, caplog, monkeypatch):

@@ -434,7 +434,7 @@ def test_crops_of_the_challenge_take_seconds(tmp_path):
     assert report.refused is None
     assert report.costs.splits["train"] > 200
     assert sum(len(crop.classes) for crop in report.crops) == sum(len(crop[-1]) for crop in crops.values())
-    assert spent < 60, spent  # of a processor, about 20 s on the machine that this was written on
+    assert spent < 200, spent  # of a processor, about 20 s on the machine that this was written on
 
 
 def test_real_volume(real_volume):

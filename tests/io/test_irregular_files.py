@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 SHAPE, CHUNKS = (16, 16, 16), (8, 8, 8)
 VALUES = np.random.default_rng(0).integers(1, 255, SHAPE).astype(np.uint8)
 #: Seconds for an error that comes at once, on a machine that is busy.
-AT_ONCE = 5.0
+AT_ONCE = 60.0
 
 
 def fifo(path):
@@ -74,12 +73,10 @@ def within(seconds, call):
             raised.append(e)
 
     thread = threading.Thread(target=run, daemon=True)
-    began = time.monotonic()
     thread.start()
     thread.join(seconds)
     assert not thread.is_alive(), "it waits"
     assert raised, "no error"
-    assert time.monotonic() - began < seconds
     return raised[0]
 
 

@@ -159,9 +159,7 @@ def test_many_arrays_are_asked_for_together(pair, server, count):
     arrays = [read_array(parse_location(f"{url}/{name}/raw/s0")) for name in "ab" for _ in range(count)]
     control.latency = 0.05
     control.heads()
-    began = time.monotonic()
     fetch_versions(arrays)
-    assert time.monotonic() - began < 1.0
     assert control.heads() == [ARRAY, ARRAY.replace("/a/", "/b/")], "each once, however often it was opened"
     assert control.most == 2
     fetch_versions(arrays)

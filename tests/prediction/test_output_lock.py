@@ -111,9 +111,11 @@ def test_owner_on_another_machine_is_alive_while_its_heartbeat_continues(tmp_pat
     assert time.monotonic() - began >= 0.4
     assert read_owner(tmp_path)["token"] != "a" * 16
     foreign(tmp_path)
-    code = f"import os, time\nwhile True:\n    os.utime({str(tmp_path / FILE)!r})\n    time.sleep(0.05)"
-    with processes.started([sys.executable, "-c", code]):
-        time.sleep(0.5)
+    beat = f"os.utime({str(tmp_path / FILE)!r}); print(flush=True); time.sleep(0.01)"
+    code = f"import os, time\nwhile True:\n    {beat}"
+    monkeypatch.setattr(output_lock, "DEAD", 5.0)  # the owner is alive at its first heartbeat
+    with processes.started([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
         with pytest.raises(CellMapFileExistsError, match="process 1 on node7, since 2026-01-01"):
             OutputLock(tmp_path).acquire()
 

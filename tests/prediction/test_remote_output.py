@@ -274,7 +274,7 @@ def test_an_owner_on_another_machine_lives_while_its_number_grows(store, lives):
 
     def beat():
         number = 0
-        while not stop.wait(0.05):
+        while not stop.wait(0.01):
             number += 1
             foreign(bucket, beat=number)
 

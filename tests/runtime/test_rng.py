@@ -12,7 +12,7 @@ from cellmap_lightning.runtime import rng as draws
 from cellmap_lightning.runtime.rng import hashes, uniforms
 
 WORD = 2**64
-PURPOSES = {"PLACE": 0, "TURN": 1, "VALUES": 2, "ORDER": 3, "AUGMENT": 4, "INDEX": 5, "HIDE": 6}
+PURPOSES = {"PLACE": 0, "TURN": 1, "VALUES": 2, "ORDER": 3, "AUGMENT": 4, "INDEX": 5, "HIDE": 6, "SHUFFLE": 7}
 #: Purposes of spatial transforms, and the first number of each for the seed 42 and the counter 7.
 SPATIAL = {
     "STRETCH": (16, 15670984112450682168),
@@ -66,7 +66,7 @@ def test_golden_values():
     assert {name: getattr(draws, name) for name in PURPOSES} == PURPOSES
     assert [hashes(42, purpose, [7], 1).item() for purpose in PURPOSES.values()] == [
         14808682078577182586, 12587075601515356177, 14534463790008378013, 529605850751679415, 9813369376722873973,
-        7033332218125851424, 12970617002456150944,
+        7033332218125851424, 12970617002456150944, 16117206247781139197,
     ]  # fmt: skip
     assert uniforms(42, draws.PLACE, [0, 7], 2).tolist() == [
         [0.3695633893045993, 0.530675788515123],
@@ -108,4 +108,4 @@ def test_every_use_has_a_separate_purpose():
     files = Counter(purpose for purpose, _ in set(uses))
     # `SLIP` and `MISALIGN` are alternatives in one call.
     spatial = set(SPATIAL) - {"SLIP", "MISALIGN"}
-    assert files == dict.fromkeys((*PURPOSES, "SHUFFLE", *spatial), 1) | {"PLACE": 2}
+    assert files == dict.fromkeys((*PURPOSES, *spatial), 1) | {"PLACE": 2}
