@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cellmap_lightning.callbacks.data_wait_monitor import DataWaitMonitor
     from cellmap_lightning.callbacks.last_checkpoint import LastCheckpoint
+    from cellmap_lightning.callbacks.loss_monitor import LossMonitor
     from cellmap_lightning.callbacks.preemption import PreemptionCheckpoint
     from cellmap_lightning.callbacks.preview import BatchPreview
     from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
@@ -26,6 +27,7 @@ _HOMES = {
     "CheckpointConfig": "checkpointing.checkpoint_config",
     "DataWaitMonitor": "callbacks.data_wait_monitor",
     "LastCheckpoint": "callbacks.last_checkpoint",
+    "LossMonitor": "callbacks.loss_monitor",
     "PredictionWriter": "prediction.prediction_writer",
     "PreemptionCheckpoint": "callbacks.preemption",
     "RegionOptions": "prediction.options",
@@ -42,6 +44,7 @@ __all__ = [
     "CheckpointConfig",
     "DataWaitMonitor",
     "LastCheckpoint",
+    "LossMonitor",
     "OutputOptions",
     "PredictionWriter",
     "PreemptionCheckpoint",
