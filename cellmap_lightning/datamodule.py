@@ -15,13 +15,13 @@ from cellmap_lightning.batches.memory import BatchMemory
 from cellmap_lightning.checkpointing.data_state import data_state, load_data_state
 from cellmap_lightning.checkpointing.private_hparams import PrivateHyperparameters
 from cellmap_lightning.crops.encodings import MissingLabels, Unknown
-from cellmap_lightning.crops.flat_options import from_flat
 from cellmap_lightning.crops.image import MAX_UPSAMPLING, MissingRaw
 from cellmap_lightning.crops.labels import Downsample
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.crops.unannotated import UnannotatedClasses
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError
+from cellmap_lightning.flat_options import from_flat
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.ngff import LevelTranslations
 from cellmap_lightning.io.retrying import DEFAULT_RETRY

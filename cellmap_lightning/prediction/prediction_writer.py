@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from cellmap_lightning.crops.crop import Crop
-from cellmap_lightning.crops.flat_options import from_flat, refuse_flat
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.flat_options import from_flat, refuse_flat
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.io.object_folder import output_path
 from cellmap_lightning.prediction.accumulate import MeanBlock, StoredBlock

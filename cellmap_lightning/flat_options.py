@@ -1,6 +1,6 @@
 """Options that are given flat, though they belong to a dataclass of options."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from inspect import signature
 from typing import Any, TypeVar
@@ -11,11 +11,11 @@ from cellmap_lightning.validation import did_you_mean
 Options = TypeVar("Options")
 
 
-def refuse_flat(owner: type, given: Mapping[str, Any], groups: Mapping[str, type[Any]]) -> None:
+def refuse_flat(owner: Callable[..., Any], given: Mapping[str, Any], groups: Mapping[str, type[Any]]) -> None:
     """Check that no unknown arguments were given; the error names the dataclass of options that has one.
 
     Args:
-        owner: the class.
+        owner: the class or function.
         given: its unknown arguments.
         groups: the dataclass of each argument that is one, such as ``{"read": ReadOptions}``.
 

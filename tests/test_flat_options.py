@@ -4,9 +4,9 @@ from inspect import signature
 import pytest
 
 from cellmap_lightning import CellMapDataModule, CellMapDataset, CellMapDataSplit
-from cellmap_lightning.crops.flat_options import from_flat
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.errors import CellMapError, CellMapTypeError
+from cellmap_lightning.flat_options import from_flat
 from cellmap_lightning.splits.options import SplitOptions
 
 GROUPS = (SplitOptions, ReadOptions, LabelOptions, IntensityOptions)
