@@ -47,6 +47,7 @@ def from_flat(kind: type[Options], settings: Mapping[str, Any]) -> Options:
         CellMapError: a value is invalid.
 
     Example:
+        >>> from cellmap_lightning import ReadOptions
         >>> from_flat(ReadOptions, {"cache": "none", "seed": 0}).cache
         'none'
     """
