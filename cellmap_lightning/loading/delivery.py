@@ -58,9 +58,6 @@ def plan_delivery(
         data: the data module, whose hooks may be user code.
         residents: the voxels on the device, shared by all splits.
         policy: the policy of `StreamPrefetch`; None without it.
-
-    Raises:
-        CellMapError: the device cannot hold what ``cache=device`` or the policy asks for.
     """
     if not run.is_running:
         return Delivery()
