@@ -27,16 +27,20 @@ CLASSES = ["a", "b", "c"]
 
 
 def write(folder, crops):
-    from cellmap_lightning.io.writer import write_multiscale
+    from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 
     rng = np.random.default_rng(0)
     raw = rng.integers(1, 255, (LENGTH,) * 3).astype(np.uint8)
     chunks = (CHUNK,) * 3
-    write_multiscale(folder / "v.zarr" / "raw", raw, scale=(8, 8, 8), translation=(4, 4, 4), chunks=chunks)
+    write_multiscale(
+        folder / "v.zarr" / "raw", raw, scale=(8, 8, 8), translation=(4, 4, 4), storage=ArrayOptions(chunks=chunks)
+    )
     labels = (raw[:64, :64, :64] > 128).astype(np.uint8)
     first = folder / "v.zarr" / "crop0"
     for name in CLASSES:
-        write_multiscale(first / name, labels, scale=(8, 8, 8), translation=(4, 4, 4), chunks=chunks)
+        write_multiscale(
+            first / name, labels, scale=(8, 8, 8), translation=(4, 4, 4), storage=ArrayOptions(chunks=chunks)
+        )
     for number in range(1, crops):
         (folder / "v.zarr" / f"crop{number}").symlink_to(first, target_is_directory=True)
 

@@ -1,6 +1,5 @@
 """The data module: crops of each split, their loaders, and the transfer of batches to the device."""
 
-import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,13 +7,12 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from cellmap_lightning.batches.arrays import ArraySpecs, parse_classes, parse_inputs, parse_targets
 from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.batches.memory import BatchMemory
-from cellmap_lightning.checkpointing.data_match import RECORD, check_state, data_record
+from cellmap_lightning.checkpointing.data_state import data_state, load_data_state
 from cellmap_lightning.checkpointing.private_hparams import PrivateHyperparameters
 from cellmap_lightning.crops.encodings import MissingLabels, Unknown
 from cellmap_lightning.crops.image import MAX_UPSAMPLING, MissingRaw
@@ -22,37 +20,29 @@ from cellmap_lightning.crops.labels import Downsample
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.crops.unannotated import UnannotatedClasses
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
-from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError
+from cellmap_lightning.flat_options import from_flat
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.ngff import LevelTranslations
 from cellmap_lightning.io.retrying import DEFAULT_RETRY
 from cellmap_lightning.loading.dataloader import CellMapDataLoader
+from cellmap_lightning.loading.delivery import PrefetchPolicy, plan_delivery
+from cellmap_lightning.loading.epoch import DroppedSamples, check_epoch_settings, epoch_samples
 from cellmap_lightning.loading.options import WORKER_TIMEOUT, LoaderOptions
-from cellmap_lightning.loading.prefetch import STREAM_DEVICES, PrefetchDecision
-from cellmap_lightning.loading.resident_decision import ResidentRequest
+from cellmap_lightning.loading.run import Run
 from cellmap_lightning.loading.samples import NumberedSamples
 from cellmap_lightning.loading.split_residents import SplitResidents
-from cellmap_lightning.loading.trainer_steps import (
-    Stream,
-    TrainingSteps,
-    touches_before_transfer,
-    training_loaders,
-    used_loaders,
-)
+from cellmap_lightning.loading.trainer_steps import Stream, TrainingSteps, used_loaders
 from cellmap_lightning.loading.waiting import WaitTimes
 from cellmap_lightning.runtime.location import CacheMode
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.entries import SPLITS
+from cellmap_lightning.splits.hydra_entries import instantiate_entries
 from cellmap_lightning.splits.leakage import Leakage
 from cellmap_lightning.splits.options import SplitOptions
 from cellmap_lightning.splits.rules import SplitRule
 from cellmap_lightning.transforms.normalization import AUTO
 from cellmap_lightning.validation import int_at_least
-
-log = logging.getLogger(__name__)
-
-#: Default number of batches per epoch, over all ranks.
-DEFAULT_BATCHES_PER_EPOCH = 1000
 
 _STAGES: dict[str | None, tuple[str, ...]] = {
     "fit": ("train", "val"),
@@ -62,30 +52,8 @@ _STAGES: dict[str | None, tuple[str, ...]] = {
     None: SPLITS,
 }
 
-#: Maps split, memory of a batch, device and request for regions on it to a decision.
-PrefetchPolicy = Callable[[str, BatchMemory, torch.device, ResidentRequest], PrefetchDecision]
 #: Maps ``pin_memory`` to the samples and batches of a prediction.
 PredictionPolicy = Callable[[bool], tuple[NumberedSamples, Iterable[Any]]]
-
-
-def _instantiated(datasets: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return the datasets with every entry that has a ``_target_`` instantiated, as Hydra itself does."""
-    if not isinstance(datasets, Mapping):
-        return datasets
-
-    def instance(entry: Any) -> Any:
-        if isinstance(entry, Mapping) and "_target_" in entry:
-            from hydra.utils import instantiate
-
-            return instantiate(entry, _convert_="all")
-        return entry
-
-    return {
-        split: [instance(entry) for entry in entries]
-        if isinstance(entries, Sequence) and not isinstance(entries, str)
-        else entries
-        for split, entries in datasets.items()
-    }
 
 
 class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
@@ -239,9 +207,9 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         leakage: Leakage = "error",
         held_out: str | None = None,
     ) -> None:
+        settings = dict(locals())  # the options of a crop and of the splits are picked from these by their names
         super().__init__()
-        if samples_per_epoch is not None and batches_per_epoch is not None:
-            raise CellMapTypeError("samples_per_epoch and batches_per_epoch exclude each other; give one of them")
+        check_epoch_settings(samples_per_epoch, batches_per_epoch)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
@@ -276,66 +244,23 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         self.resume_positions: list[dict[str, int]] = []
         #: Seconds that steps waited for batches of this module, over all of its loaders.
         self.waiting = WaitTimes()
-        #: Samples of an epoch and of a global batch in the last message about dropped samples.
-        self._reported: tuple[int, int] | None = None
+        self._dropped = DroppedSamples()
         #: Voxels on the device, shared by the loaders of all splits.
         self.residents = SplitResidents(device_cache_bytes)
         #: The crops of each split.
         self.splits = CellMapDataSplit(
             csv_path,
-            _instantiated(datasets),
+            instantiate_entries(datasets),
             search_path,
             self.classes,
             input_arrays,
             target_arrays,
             spatial_transforms,
             seed,
-            SplitOptions(
-                split=split,
-                val_fraction=val_fraction,
-                fold=fold,
-                n_folds=n_folds,
-                manifest=manifest,
-                only_datasets=only_datasets,
-                only_crops=only_crops,
-                planes=planes,
-                strategy=strategy,
-                balance_datasets=balance_datasets,
-                leakage=leakage,
-                held_out=held_out,
-            ),
-            ReadOptions(
-                pad=pad,
-                max_workers=max_workers,
-                cache=cache,
-                cache_bytes=cache_bytes,
-                device_cache_bytes=device_cache_bytes,
-                reader=reader,
-                missing_raw=missing_raw,
-                max_upsampling=max_upsampling,
-                read_attempts=read_attempts,
-                read_timeout=read_timeout,
-                storage_options=storage_options,
-                level_translations=level_translations,
-            ),
-            LabelOptions(
-                target_value_transforms=target_value_transforms,
-                class_relation_dict=class_relation_dict,
-                infer=infer,
-                class_table=class_table,
-                label_downsample=label_downsample,
-                unknown=unknown,
-                missing_labels=missing_labels,
-                unannotated_classes=unannotated_classes,
-                nan_targets=nan_targets,
-                too_coarse=too_coarse,
-            ),
-            IntensityOptions(
-                raw_value_transforms=raw_value_transforms,
-                normalize=normalize,
-                invert=invert,
-                intensity_transforms=intensity_transforms,
-            ),
+            from_flat(SplitOptions, settings),
+            from_flat(ReadOptions, settings),
+            from_flat(LabelOptions, settings),
+            from_flat(IntensityOptions, settings),
         )
 
     @property
@@ -401,36 +326,10 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
 
     def train_dataloader(self) -> CellMapDataLoader:
         """Return a loader of random samples of the train split."""
-        world = self._world
-        if self.samples_per_epoch is not None:
-            samples = self.samples_per_epoch
-        else:
-            samples = (self.batches_per_epoch or DEFAULT_BATCHES_PER_EPOCH) * self.batch_size
-        if samples < world * self.batch_size:
-            raise CellMapValueError(
-                f"an epoch of {samples} samples has no complete batch of {self.batch_size} for each of {world} ranks; "
-                "raise samples_per_epoch or batches_per_epoch"
-            )
-        self._report_dropped(samples, world)
+        run = self._run
+        samples = epoch_samples(self.samples_per_epoch, self.batches_per_epoch, self.batch_size, run.world)
+        self._dropped.report(samples, 1 if self.drop_last is False else self.batch_size, run)
         return self._loader("train", samples)
-
-    def _report_dropped(self, samples: int, world: int) -> None:
-        """Log the samples of an epoch that fill no global batch.
-
-        Only on one rank, and only if the numbers have changed: a Trainer may create a loader for every epoch.
-        """
-        size = world * (1 if self.drop_last is False else self.batch_size)
-        dropped = samples % size
-        if not dropped or self._reported == (samples, size):
-            return
-        if self.trainer is not None and not self.trainer.is_global_zero:
-            return
-        self._reported = samples, size
-        log.info(
-            "train: an epoch of %d samples is %d global batches of %d (ranks: %d, samples of each: %d); "
-            "the last %d samples fill no batch and are dropped",
-            samples, samples // size, size, world, size // world, dropped,
-        )  # fmt: skip
 
     def val_dataloader(self) -> CellMapDataLoader:
         """Return a loader of the tiles of the val split: the same ``val_samples`` during ``fit``, otherwise all."""
@@ -439,8 +338,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
                 f"{self.splits.source} has no crops for 'val'; add some (in a CSV with the usage 'validate'), cut "
                 "those for 'train' with split='blocks', or train without validation by limit_val_batches=0"
             )
-        fitting = self._running and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if self.val_samples is None or not fitting:
+        run = self._run
+        if self.val_samples is None or not (run.is_running and run.is_fit):
             return self._loader("val", None)
         return self._loader("val", None, self.splits["val"].select_tiles(self.val_samples, self.seed))
 
@@ -453,7 +352,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
 
         With `PredictionWriter`, return the patches of its blocks instead.
         """
-        if self.prediction is not None and self._running:
+        if self.prediction is not None and self._run.is_running:
             return Stream(self._loader("predict", None, prediction=self.prediction))
         return self._loader("predict", None, range(self.splits["predict"].tile_count))
 
@@ -464,32 +363,18 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         tiles: Sequence[int] | None = None,
         prediction: PredictionPolicy | None = None,
     ) -> CellMapDataLoader:
-        dataset = self.splits[split]
-        device, decision = self._device, None
-        pin = device.type == "cuda" if self.pin_memory is None else self.pin_memory
+        dataset, run = self.splits[split], self._run
+        pin = run.device.type == "cuda" if self.pin_memory is None else self.pin_memory
         blocks = None if prediction is None else prediction(pin)
         if self.num_workers == 0:
             # The dataset reads with its own threads: Lightning's advice to add processes would make it slower.
             warnings.filterwarnings("ignore", f".*'{split}_dataloader' does not have many workers")
-        # Only a running Trainer passes batches through `transfer_batch_to_device`.
-        running = self._running
-        streams = running and device.type in STREAM_DEVICES
-        touched = streams and touches_before_transfer(self.trainer, self)
-        if touched:
-            log.info(
-                "%s: on_before_batch_transfer is overridden, so that batches are finished on the CPU for it and copied "
-                "in the step; override on_after_batch_transfer to get them on the device, which is faster", split,
-            )  # fmt: skip
-            streams = False
-        resident = None
-        if running:
-            request = self.residents.request(split, dataset, self.num_workers, touched)
-            if self.prefetch is not None and not touched:
-                decision = self.prefetch(split, dataset.batch_memory(self.batch_size), device, request)
-            resident = self.residents.of(split, dataset, self.batch_size, device, request, decision)
+        delivery = plan_delivery(
+            split, dataset, self.batch_size, self.num_workers, run, self, self.residents, self.prefetch
+        )
         steps = None
-        if running and split == "train" and self.trainer is not None:
-            steps = TrainingSteps(self.trainer, self)
+        if run.is_running and split == "train" and run.trainer is not None:
+            steps = TrainingSteps(run.trainer, self)
         return CellMapDataLoader(
             dataset if blocks is None else blocks[0],
             batch_size=self.batch_size,
@@ -497,7 +382,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
             samples_per_epoch=samples,
             is_train=split == "train",
             seed=self.seed,
-            finish=self._finishes if streams else True,
+            finish=self._finishes if delivery.compact else True,
             drop_last=self.drop_last if split == "train" else False,
             pin_memory=pin,
             persistent_workers=self.persistent_workers,
@@ -507,32 +392,24 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
             tiles=tiles,
             batch_sampler=blocks[1] if blocks is not None else None,
             options=LoaderOptions(
-                rank=self.trainer.global_rank if self.trainer is not None else None,
-                world=self._world if self.trainer is not None else None,
-                device=device,
-                decision=decision,
+                rank=run.trainer.global_rank if run.trainer is not None else None,
+                world=run.world if run.trainer is not None else None,
+                device=run.device,
+                decision=delivery.decision,
                 waiting=self.waiting,
                 steps=steps,
-                resident=resident,
+                resident=delivery.resident,
             ),
         )
 
     def _finishes(self, loader: CellMapDataLoader) -> bool:
         """Return False for loaders of the Trainer's loop, which passes batches to `transfer_batch_to_device`."""
-        transfers = self._running and isinstance(getattr(self.trainer, "datamodule", None), CellMapDataModule)
+        transfers = self._run.is_running and isinstance(getattr(self.trainer, "datamodule", None), CellMapDataModule)
         return not (transfers and any(used is loader for used in used_loaders(self.trainer)))
 
     @property
-    def _running(self) -> bool:
-        return self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
-
-    @property
-    def _device(self) -> torch.device:
-        return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
-
-    @property
-    def _world(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
+    def _run(self) -> Run:
+        return Run(self.trainer)
 
     # -- batches
 
@@ -562,13 +439,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         While training also the positions of the training loaders in their streams of samples. Lightning saves them too,
         but does not restore them if ``configure_optimizers`` had the loaders created.
         """
-        affine = {path: list(affine) for path, affine in self.splits.normalization.items()}
-        state: dict[str, Any] = {"normalization": affine, RECORD: data_record(self)}
-        loaders = training_loaders(self.trainer)
-        counts = [loader.options.steps for loader in loaders]
-        if any(isinstance(steps, TrainingSteps) and steps.data is self for steps in counts):
-            state["positions"] = [loader.state_dict() for loader in loaders]
-        return state
+        return data_state(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the normalization of the volumes in a checkpoint, and resume training at its next sample.
@@ -576,13 +447,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         Raises:
             CellMapValueError: the checkpoint was trained with other classes, inputs or values; see `check_data`.
         """
-        check_state(state_dict, self)
-        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        self.resume_positions = list(state_dict.get("positions", ())) if fitting else []
-        affine = state_dict.get("normalization", {})
-        self.splits.restore_normalization(
-            {path: (float(offset), float(factor)) for path, (offset, factor) in affine.items()}
-        )
+        load_data_state(self, state_dict)
 
     # -- the end
 

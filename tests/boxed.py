@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 
 #: Edge of the raw volume and first voxel of the crop in it, voxels of 8 nm; nm of voxel edges.
 VOLUME, CROP, SIZE = 112, 16, (80, 72, 88)
@@ -39,7 +39,8 @@ def write_crops(folder: Path, zarr_format: Literal[2, 3] = 2) -> tuple[str, str,
     root = folder / "jrc_a.zarr"
     write_group(root, zarr_format=zarr_format)
     raw = np.random.default_rng(1).integers(1, 255, (VOLUME,) * 3, np.uint8)
-    common: dict[str, Any] = {"scale": (8, 8, 8), "levels": 3, "chunks": (32, 32, 32), "zarr_format": zarr_format}
+    storage = ArrayOptions(chunks=(32, 32, 32), zarr_format=zarr_format)
+    common: dict[str, Any] = {"scale": (8, 8, 8), "levels": 3, "storage": storage}
     write_multiscale(root / "recon-1/em/raw", raw, translation=(4, 4, 4), mode="mean", **common)
     box = tuple(slice(a, b) for a, b in zip(START, END, strict=True))
     for name, stored in labels().items():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 from tests.make import make_dataset
 
 SCALE = (8.0, 8.0, 8.0)
@@ -23,10 +23,13 @@ def root(tmp_path):
     """Raw of 96³ in chunks of 32³, and a crop of 64³ at its corner."""
     path = tmp_path / "volume.zarr"
     write_group(path)
-    write_multiscale(path / "raw", RAW, scale=SCALE, translation=(4.0, 4.0, 4.0), chunks=(32, 32, 32))
+    write_multiscale(
+        path / "raw", RAW, scale=SCALE, translation=(4.0, 4.0, 4.0), storage=ArrayOptions(chunks=(32, 32, 32))
+    )
     for name in ("mito", "er"):
         write_multiscale(
-            path / "crop1" / name, LABELS, scale=SCALE, translation=(4.0, 4.0, 4.0), chunks=(32, 32, 32), mode="mode",
+            path / "crop1" / name, LABELS, scale=SCALE, translation=(4.0, 4.0, 4.0),
+            storage=ArrayOptions(chunks=(32, 32, 32)), mode="mode",
             array_attributes=lambda _, data: {
                 "cellmap": {"annotation": {
                     "annotation_type": {"type": "semantic_segmentation", "encoding": {"absent": 0, "unknown": 255}},

@@ -41,7 +41,7 @@ def test_steps_see_finished_batches(data, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
 def test_compact_batches_are_finished_in_the_transfer(volume, tmp_path, precision, monkeypatch):
     """To an accelerator batches are transferred compact; the same path is taken on a CPU declared as one."""
-    monkeypatch.setattr("cellmap_lightning.datamodule.STREAM_DEVICES", ("cpu",))
+    monkeypatch.setattr("cellmap_lightning.loading.delivery.STREAM_DEVICES", ("cpu",))
     delivered, seen = [], []
 
     transfer = CellMapDataModule.transfer_batch_to_device
@@ -109,7 +109,7 @@ def test_batches_are_copied_ahead_by_the_decision(volume, tmp_path, monkeypatch)
             log.append(("acquire", threading.current_thread().name))
             return batch
 
-    for module_ in ("datamodule", "loading.prefetch", "loading.dataloader"):
+    for module_ in ("loading.delivery", "loading.prefetch", "loading.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{module_}.STREAM_DEVICES", ("cpu",))
     monkeypatch.setattr("cellmap_lightning.loading.dataloader.NoPrefetch", lambda device: ReadAhead())
     monkeypatch.setattr("cellmap_lightning.loading.dataloader.SideStream", Engine)
@@ -139,7 +139,7 @@ def test_float_raw_is_finished_before_it_is_rounded(tmp_path, precision, monkeyp
 
     raw = (70_000 + 1000 * np.random.default_rng(0).random((8, 8, 8))).astype(np.float32)
     write_multiscale(tmp_path / "raw", raw, scale=(8, 8, 8), translation=(0, 0, 0), levels=1)
-    monkeypatch.setattr("cellmap_lightning.datamodule.STREAM_DEVICES", ("cpu",))
+    monkeypatch.setattr("cellmap_lightning.loading.delivery.STREAM_DEVICES", ("cpu",))
     seen = []
 
     class Look(L.LightningModule):
@@ -156,7 +156,7 @@ def test_float_raw_is_finished_before_it_is_rounded(tmp_path, precision, monkeyp
 
 
 def test_loaders_outside_a_running_trainer_finish_their_batches(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("cellmap_lightning.datamodule.STREAM_DEVICES", ("cpu",))
+    monkeypatch.setattr("cellmap_lightning.loading.delivery.STREAM_DEVICES", ("cpu",))
     trainer(tmp_path, callbacks=[StreamPrefetch()]).fit(task(), data)
     assert not isinstance(next(iter(data.val_dataloader())), CompactBatch)
     assert data.prefetch is None  # another Trainer may come without the callback

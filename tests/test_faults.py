@@ -20,7 +20,7 @@ from cellmap_lightning.errors import CellMapValueError, ChunkError, MetadataErro
 from cellmap_lightning.io import chunks
 from cellmap_lightning.io import retrying as guard
 from cellmap_lightning.io.retrying import COUNTS
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests import small_volume
 from tests.io.faults import FaultyStore, transient
@@ -125,7 +125,9 @@ def test_interpolation_from_missing_raw_is_unknown_too(root):
         labels=LabelOptions(too_coarse="upsample"),
     )
     whole = np.full_like(RAW, 200)
-    write_multiscale(root / "even", whole, scale=SCALE, translation=(4.0, 4.0, 4.0), chunks=(32, 32, 32))
+    write_multiscale(
+        root / "even", whole, scale=SCALE, translation=(4.0, 4.0, 4.0), storage=ArrayOptions(chunks=(32, 32, 32))
+    )
     shutil.copytree(root / "even" / "s0", root / "raw" / "s0", dirs_exist_ok=True)
     chunk(root, "1/0/1").unlink()
     touched = 0

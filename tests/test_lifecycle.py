@@ -67,7 +67,7 @@ def engine(monkeypatch):
     """The roads of a device, on a CPU: compact batches that one thread copies ahead."""
     Engine.most = Engine.begun = 0
     Engine.alive.clear()
-    for place in ("datamodule", "loading.prefetch", "loading.dataloader"):
+    for place in ("loading.delivery", "loading.prefetch", "loading.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{place}.STREAM_DEVICES", ("cpu",))
     monkeypatch.setattr("cellmap_lightning.loading.dataloader.NoPrefetch", lambda device: ReadAhead())
     monkeypatch.setattr("cellmap_lightning.loading.dataloader.SideStream", Engine)

@@ -12,13 +12,13 @@ from cellmap_lightning.checkpointing.trust import check_trusted
 from cellmap_lightning.commands.config_values import refuse_csv
 from cellmap_lightning.commands.exported_config import exported_config, is_exported
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
-from cellmap_lightning.evaluation.challenge import ChallengeCrop, listed_crops
+from cellmap_lightning.evaluation.challenge import listed_crops
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.ngff import read_attributes
 from cellmap_lightning.io.store import StorePath, children, exists, parse_location
 from cellmap_lightning.redaction import HIDDEN
-from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, raw_of
+from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, ManifestCrop, raw_of
 from cellmap_lightning.training.checkpoints import read_checkpoint
 from cellmap_lightning.validation import one_of, positive_number
 
@@ -190,18 +190,18 @@ def prediction_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictCo
     _check_crop_settings(cfg)
     selection: Any = cfg.crops if isinstance(cfg.crops, str | int) else OmegaConf.to_container(cfg.crops)
     crops = listed_crops(cfg.manifest, selection)
-    raw = raw_of(cfg.search_path, dict.fromkeys(crop.dataset for crop in crops))
+    raw = raw_of(cfg.search_path, dict.fromkeys(crop.name.dataset for crop in crops))
     folder = "predictions" if OmegaConf.is_missing(cfg, "out") else cfg.out
     configs: list[DictConfig] = []
     known: list[str] = []
     for crop in crops:
         crop_cfg = cfg.copy()
-        crop_cfg.data.input_path, crop_cfg.out = raw[crop.dataset], str(crop.within(folder))
+        crop_cfg.data.input_path, crop_cfg.out = raw[crop.name.dataset], str(crop.within(folder))
         config = effective_config(crop_cfg, overrides)
         known = list(config.writer.classes or config.data.classes or ())
         only = [name for name in crop.classes if name in known]
         if not only:
-            log.warning("%s/%s: skipped; the model predicts none of its classes", crop.dataset, crop.name)
+            log.warning("%s: skipped; the model predicts none of its classes", crop.name)
             continue
         if not any(override.startswith("picture=") for override in overrides):
             config.picture = False  # it would lie among the groups of the predictions
@@ -227,11 +227,11 @@ def _check_crop_settings(cfg: DictConfig) -> None:
         )
 
 
-def _restrict_to_crop(config: DictConfig, crop: ChallengeCrop, classes: Sequence[str], folder: str) -> None:
+def _restrict_to_crop(config: DictConfig, crop: ManifestCrop, classes: Sequence[str], folder: str) -> None:
     """Restrict a prediction to the box and the classes of a crop."""
     scale = next(iter((config.data.target_arrays or config.data.input_arrays).values())).scale
     config.writer.only, config.writer.region = list(classes), crop.box(list(scale)).as_dict()
-    config.crop, config.listed, config.folder = crop.name, list(crop.classes), folder
+    config.crop, config.listed, config.folder = crop.name.crop, list(crop.classes), folder
 
 
 def writer_config(cfg: DictConfig, options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,22 +1,22 @@
 """The job of ``cellmap-segment``: the objects of a prediction, as a Zarr group, a list and a picture."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cellmap_lightning.commands.signals import ExitOnSignal
 from cellmap_lightning.errors import CellMapError, CellMapValueError, MissingExtraError
-from cellmap_lightning.instances.options import InputKind, SegmentationOptions, StorageOptions
+from cellmap_lightning.instances.options import SegmentationOptions, SourceOptions, StorageOptions
 from cellmap_lightning.instances.picture import draw_objects
 from cellmap_lightning.instances.source import SegmentationSource, open_source
 from cellmap_lightning.instances.tuned import SOURCE_KEYS, parameters_of, read_tuned, with_explicit
 from cellmap_lightning.instances.volume import SegmentationSummary, VolumeSegmentation
 from cellmap_lightning.io.images import read_image
-from cellmap_lightning.io.meanings import ValuesSetting, check_values
 from cellmap_lightning.io.ngff import read_attributes
 from cellmap_lightning.io.store import local_path, parse_location
-from cellmap_lightning.runtime.scheduling import SchedulerName, open_scheduler
+from cellmap_lightning.runtime.scheduling import SchedulerOptions, open_scheduler
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +26,10 @@ def segment(
     out: str | Path,
     class_name: str | None = None,
     *,
-    kind: InputKind | None = None,
-    offsets: Sequence[Sequence[int]] | None = None,
-    channels: Sequence[str] | None = None,
-    values: ValuesSetting = "auto",
+    source: SourceOptions | None = None,
     tuned: str | Path | None = None,
     storage: Mapping[str, Any] | None = None,
-    scheduler: SchedulerName = "processes",
-    processes: int = 1,
-    address: str | None = None,
+    scheduling: SchedulerOptions | None = None,
     picture: bool = True,
     raw: str | None = None,
     overwrite: bool = False,
@@ -43,18 +38,13 @@ def segment(
     """Segment one class of a prediction.
 
     Args:
-        input: see `open_source`, as ``class_name`` to ``values``.
+        input: see `open_source`, as ``class_name``.
         out: the Zarr group to write.
         class_name: the class.
-        kind: the kind of the prediction.
-        offsets: the offsets of affinities.
-        channels: the groups of the channels of affinities.
-        values: the meaning of stored values.
+        source: the kind, the channels and the values of the prediction.
         tuned: a file of ``cellmap-tune`` with the parameters of the class; those that are given here replace them.
         storage: fields of `StorageOptions`.
-        scheduler: see `open_scheduler`, as ``processes`` and ``address``.
-        processes: number of processes on this machine.
-        address: address of a Dask scheduler.
+        scheduling: the processes, or the Dask cluster; by default this process.
         picture: draw ``<out>.png`` beside the output.
         raw: the raw volume that the picture shows; None for that which the prediction records, if it is there.
         overwrite: replace another segmentation in the output.
@@ -69,20 +59,22 @@ def segment(
     path = local_path(out)
     if path.suffix != ".zarr":
         raise CellMapValueError(f"out={out}: the name of a segmentation must end with .zarr")
+    source, scheduling = source or SourceOptions(), scheduling or SchedulerOptions()
     if tuned is not None:
-        given = {"kind": kind, "offsets": offsets, "channels": channels}
+        given = {key: getattr(source, key) for key in SOURCE_KEYS}
         explicit = options | {key: value for key, value in given.items() if value is not None}
         class_name, options = _tuned(tuned, class_name, explicit)
-        kind, offsets, channels = (options.pop(key, None) for key in SOURCE_KEYS)
-    source = open_source(input, class_name, kind, offsets, channels, check_values(values))
+        source = replace(source, **{key: options.pop(key, None) for key in SOURCE_KEYS})
+    opened = open_source(input, class_name, source.kind, source.offsets, source.channels, source.values)
     if picture and raw is not None:
         read_image(raw)  # an error now rather than after the segmentation
     files = StorageOptions(overwrite=overwrite, **(storage or {}))
-    volume = VolumeSegmentation(source, path, SegmentationOptions(**options), files)
-    with ExitOnSignal(lambda: "the same command continues"), open_scheduler(scheduler, processes, address) as opened:
-        summary = volume.run(opened)
+    volume = VolumeSegmentation(opened, path, SegmentationOptions(**options), files)
+    workers = open_scheduler(scheduling.scheduler, scheduling.processes, scheduling.address)
+    with ExitOnSignal(lambda: "the same command continues"), workers as scheduler:
+        summary = volume.run(scheduler)
     if picture:
-        _draw(source, summary, raw, input)
+        _draw(opened, summary, raw, input)
     return summary
 
 

@@ -131,7 +131,7 @@ def _predicted_rows(
             if is_group(path):
                 rows.append((row, path))
             else:
-                missing.append(f"{crop.dataset}/{crop.name}/{row.name}")
+                missing.append(row.label)
     if not rows or (missing and not allow_missing):
         hint = "; allow_missing=true leaves them out" if rows else ""
         raise CellMapFileNotFoundError(

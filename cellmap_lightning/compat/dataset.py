@@ -40,6 +40,11 @@ class Counts(dict[str, Any]):
         foreground: ``{class: voxels}`` of what is annotated.
         totals: the same of all classes.
         totals_total: ``{class: voxels of the annotated volume}``.
+
+    Example:
+        >>> counts = Counts({"mito": 3.0}, {"mito": 3.0}, {"mito": 64.0})
+        >>> counts["mito"], counts["totals_total"], list(counts)
+        (3.0, {'mito': 64.0}, ['mito'])
     """
 
     def __init__(

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cellmap_lightning.crops.crop_name import CropName, container_of
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.io.images import image_children, image_exists, read_image
 from cellmap_lightning.io.label_ids import class_names, ids_of, parse_label_map
@@ -82,8 +83,8 @@ class TargetPath:
     def label(self) -> str:
         """Name of the crop in messages, such as ``jrc_hela-2/crop1``."""
         crop = parts_of(self.before)
-        volume = next((p.stem for p in crop.parents if p.suffix in (".zarr", ".n5")), None)
-        return f"{volume}/{crop.name}" if volume else crop.name
+        container = container_of(crop.parents)
+        return str(CropName(container.stem, crop.name)) if container else crop.name
 
     @property
     def crop(self) -> StorePath:

@@ -10,12 +10,12 @@ from cellmap_lightning.batches.arrays import ArraySet, ArraySpecs
 from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.crop import Crop
-from cellmap_lightning.crops.flat_options import refuse_flat
 from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.flat_options import refuse_flat
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.geometry.placement import Placement
 from cellmap_lightning.io.ngff import Level

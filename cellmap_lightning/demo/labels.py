@@ -9,7 +9,7 @@ import numpy as np
 from cellmap_lightning.demo.geometry import Array
 from cellmap_lightning.demo.scene import Scene
 from cellmap_lightning.demo.specimen import INSTANCE_CLASSES, LABEL_SCALE, MATERIAL_IDS, UNKNOWN, DemoCrop, membership
-from cellmap_lightning.io.writer import ZarrFormat, write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, ZarrFormat, write_group, write_multiscale
 
 
 def write_crop(scene: Scene, folder: Path, crop: DemoCrop, zarr_format: ZarrFormat) -> None:
@@ -39,7 +39,7 @@ def write_crop(scene: Scene, folder: Path, crop: DemoCrop, zarr_format: ZarrForm
             translation=translation,
             levels=3,
             mode="mode",
-            zarr_format=zarr_format,
+            storage=ArrayOptions(zarr_format=zarr_format),
             attributes={"cellmap": {"annotation": _annotation(name)}} if is_class else None,
             array_attributes=_level_attributes(name, name in crop.bare) if is_class else None,
         )

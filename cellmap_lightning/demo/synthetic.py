@@ -39,7 +39,7 @@ from cellmap_lightning.demo.staging import (
 )
 from cellmap_lightning.demo.texture import paint_raw
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
-from cellmap_lightning.io.writer import ZarrFormat, write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, ZarrFormat, write_group, write_multiscale
 from cellmap_lightning.validation import int_at_least, one_of
 
 __all__ = ["CLASS_IDS", "TRAIN_CLASSES", "SyntheticVolume", "demo_csv", "write_volume"]
@@ -192,9 +192,9 @@ def _write(path: Path, marker: Mapping[str, Any], force: bool) -> None:
             scale=RAW_SCALE,
             translation=(0.0, 0.0, 0.0),
             levels=3,
-            zarr_format=zarr_format,
-            chunks=(64, 128, 128),
-            shards=(128, 256, 256) if zarr_format == 3 else None,
+            storage=ArrayOptions(
+                zarr_format=zarr_format, chunks=(64, 128, 128), shards=(128, 256, 256) if zarr_format == 3 else None
+            ),
         )
         for crop in CROPS:
             write_crop(scene, staged / GROUNDTRUTH / crop.name, crop, zarr_format)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from cellmap_lightning.demo.geometry import Array
 from cellmap_lightning.demo.scene import Scene
 from cellmap_lightning.demo.specimen import RAW_SHAPE, SHADES, Material
-from cellmap_lightning.io.writer import downsample_mean
+from cellmap_lightning.io.downsampling import downsample_mean
 
 Floats = NDArray[np.float32]
 

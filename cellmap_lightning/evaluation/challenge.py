@@ -2,15 +2,10 @@
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 
-import numpy as np
-
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
-from cellmap_lightning.geometry.lattice import Box, to_vector
-from cellmap_lightning.splits.manifests import Filter, ManifestRow, manifest_rows
+from cellmap_lightning.splits.manifests import Filter, ManifestCrop, manifest_crops
 from cellmap_lightning.transforms.implied import read_table
 from cellmap_lightning.validation import did_you_mean
 
@@ -18,40 +13,7 @@ from cellmap_lightning.validation import did_you_mean
 INSTANCE_CLASSES = ("nuc", "vim", "ves", "endo", "lyso", "ld", "perox", "mito", "np", "mt", "cell", "instance")
 
 
-@dataclass(frozen=True)
-class ChallengeCrop:
-    """A crop of a manifest, with the voxels of each class.
-
-    Attributes:
-        dataset: name of the dataset.
-        name: name of the crop.
-        rows: its classes and their voxels.
-
-    Example:
-        >>> for crop in listed_crops("test_crop_manifest.csv"):
-        ...     print(crop.dataset, crop.name, crop.classes)
-    """
-
-    dataset: str
-    name: str
-    rows: tuple[ManifestRow, ...]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the listed classes."""
-        return tuple(row.name for row in self.rows)
-
-    def box(self, margin: Sequence[float] = (0, 0, 0)) -> Box:
-        """Return the bounding box of all classes, with a margin in nm."""
-        box = reduce(Box.union, (row.lattice.box for row in self.rows))
-        return Box(to_vector(np.subtract(box.lower, margin)), to_vector(np.add(box.upper, margin)))
-
-    def within(self, folder: str | Path) -> Path:
-        """Return the path of its prediction, ``<folder>/<dataset>.zarr/<crop>``."""
-        return Path(folder) / f"{self.dataset}.zarr" / self.name
-
-
-def listed_crops(manifest: str | Path, crops: str | int | Sequence[str | int] = "test") -> list[ChallengeCrop]:
+def listed_crops(manifest: str | Path, crops: str | int | Sequence[str | int] = "test") -> list[ManifestCrop]:
     """Return the crops of a manifest, in its order.
 
     Args:
@@ -61,12 +23,10 @@ def listed_crops(manifest: str | Path, crops: str | int | Sequence[str | int] = 
     Raises:
         CellMapError: the manifest cannot be read, or lists no such crop.
     """
-    rows: dict[tuple[str, str], list[ManifestRow]] = {}
-    for row in manifest_rows(manifest):
-        rows.setdefault((row.dataset, row.crop), []).append(row)
+    listed = manifest_crops(manifest)
     patterns = None if crops == "test" else [crops] if isinstance(crops, str | int) else list(crops)
-    selected = Filter(None, patterns).matches(list(rows))
-    return [ChallengeCrop(*key, tuple(rows[key])) for key, use in zip(rows, selected, strict=True) if use]
+    selected = Filter(None, patterns).matches([crop.name for crop in listed])
+    return [crop for crop, use in zip(listed, selected, strict=True) if use]
 
 
 def class_names(path: str | Path, group: str | None = None) -> list[str]:

@@ -25,11 +25,6 @@ from cellmap_lightning.splits.manifests import ManifestRow
 _BLOCK = (128, 256, 256)
 
 
-def row_label(row: ManifestRow) -> str:
-    """Return the name of a class of a crop, for messages."""
-    return f"{row.dataset}/{row.crop}/{row.name}"
-
-
 def check_covers(row: ManifestRow, path: Path) -> None:
     """Check that a prediction covers the voxels of a manifest, up to half a voxel of the prediction.
 
@@ -42,7 +37,7 @@ def check_covers(row: ManifestRow, path: Path) -> None:
     try:
         lattice = read_multiscale(path).finest.lattice
     except CellMapError as e:
-        raise CellMapValueError(f"{row_label(row)} cannot be read, or its prediction is not finished: {e}") from e
+        raise CellMapValueError(f"{row.label} cannot be read, or its prediction is not finished: {e}") from e
     box = lattice.box
     first = np.asarray(row.lattice.origin)
     last = first + np.multiply(row.lattice.step, np.subtract(row.lattice.shape, 1))
@@ -50,13 +45,13 @@ def check_covers(row: ManifestRow, path: Path) -> None:
     slack = np.maximum(0.5 * np.asarray(lattice.step) - fine, fine)
     if (first < box.lower - slack).any() or (last > box.upper + slack).any():
         raise CellMapValueError(
-            f"{row_label(row)}: the prediction {path} covers {box}, which does not contain all of {row.lattice.box}"
+            f"{row.label}: the prediction {path} covers {box}, which does not contain all of {row.lattice.box}"
         )
 
 
 def stored_meaning(row: ManifestRow, path: Path, values: ValuesSetting = "auto") -> Meaning:
     """Return the meaning of the stored values of a prediction; see `meaning_of`."""
-    return meaning_of(read_multiscale(path), row_label(row), values)
+    return meaning_of(read_multiscale(path), row.label, values)
 
 
 def prediction_labels(
@@ -83,7 +78,7 @@ def prediction_labels(
     numbers = values if ids else np.asarray(number(values))
     if numbers.shape != values.shape or numbers.dtype.kind not in "iub" or (numbers.size and numbers.min() < 0):
         raise CellMapTypeError(
-            f"{row_label(row)}: instances must return integers of at least 0 of the shape {list(values.shape)}, "
+            f"{row.label}: instances must return integers of at least 0 of the shape {list(values.shape)}, "
             f"got {numbers.dtype} {list(numbers.shape)}"
         )
     return numbers
@@ -91,7 +86,7 @@ def prediction_labels(
 
 def _resample(row: ManifestRow, level: Level, meaning: Meaning, threshold: float, ids: bool) -> Labels:
     """Return the stored ids, or the mask of the class, on the voxels of a manifest."""
-    source = StoredImage(level, ChunkCache(), row_label(row)).region
+    source = StoredImage(level, ChunkCache(), row.label).region
     stored = level.array.dtype
     dtype = stored if meaning.is_labels else np.dtype(np.float32)
     # Ids in floats, become integers.
@@ -102,7 +97,7 @@ def _resample(row: ManifestRow, level: Level, meaning: Meaning, threshold: float
         block = np.empty(shape, dtype)
         amap = box_map(inside, start, shape, level.lattice)
         evaluate(source, amap, block, method="nearest" if meaning.is_labels else "linear", fill=0)
-        meaning.check(block, row_label(row))
+        meaning.check(block, row.label)
         present = meaning.present(block, threshold)
         result[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))] = (
             np.where(present, block, 0) if ids else present

@@ -73,6 +73,10 @@ class Slices:
         order: for each axis of the array, the axis of the patch.
         flips: for each axis of the array, the slice that flips it, or the whole axis.
         plain: no axis is permuted or flipped.
+
+    Example:
+        >>> Slices((0, 0, 8), (0, 1, 2), (slice(None), slice(None), slice(None)), True).start
+        (0, 0, 8)
     """
 
     start: tuple[int, int, int]

@@ -12,7 +12,14 @@ Method = Literal["linear", "nearest"]
 
 
 class Source(Protocol):
-    """An array of voxels that can be read by boxes inside it, perhaps with a last axis of bytes per voxel."""
+    """An array of voxels that can be read by boxes inside it, perhaps with a last axis of bytes per voxel.
+
+    `Region` implements it with the cache.
+
+    Example:
+        >>> def whole(source: Source) -> AnyArray:
+        ...     return source.read((0, 0, 0), source.shape)
+    """
 
     @property
     def shape(self) -> Shape:

@@ -30,7 +30,7 @@ from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.statistics import Statistics, known_statistics, statistics
 from cellmap_lightning.runtime.thread_pool import ReadPool
-from cellmap_lightning.splits.crop_metadata import dataset_and_crop
+from cellmap_lightning.splits.crop_names import dataset_and_crop
 from cellmap_lightning.splits.entries import CropRecord, overrides_of
 from cellmap_lightning.splits.opening import for_all
 

@@ -217,7 +217,7 @@ def _of_leakage(crops: Sequence[CropFacts], held_out: str | None) -> Iterator[Pr
     trained = placed.get("train", [])
     others = [*placed.get("val", []), *placed.get("test", [])]
     if held_out is not None:
-        others += held_out_crops(held_out, [(crop.name.partition("/")[0], crop.volume) for crop in trained])
+        others += held_out_crops(held_out, trained)
     for pair in overlaps(trained, others):
         yield Problem("leakage", pair.trained.name, str(pair))
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.instances.components import Connectivity
+from cellmap_lightning.io.meanings import ValuesSetting, check_values
 from cellmap_lightning.io.writer import ZarrFormat
 from cellmap_lightning.prediction.options import parse_lengths
 from cellmap_lightning.validation import one_of, positive_number
@@ -119,6 +120,35 @@ def _finite(name: str, value: Any, least: float) -> float:
             f"{name} must be a number{f' of at least {least:g}' if least == 0 else ''}, got {value!r}"
         )
     return float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """The options of the prediction that is segmented; see `open_source`.
+
+    Example:
+        >>> SourceOptions(kind="affinities", offsets=[[-1, 0, 0], [0, -1, 0], [0, 0, -1]]).values
+        'auto'
+
+    Attributes:
+        kind: the kind of its values; None for that in the metadata.
+        offsets: the offset of each channel of affinities, voxels (z, y, x); None for those in the metadata.
+        channels: names of the groups that are the channels of affinities; None for the channels of one array.
+        values: the meaning of stored values, see `meaning_of`.
+
+    Raises:
+        CellMapError: the kind or the meaning is unknown.
+    """
+
+    kind: InputKind | None = None
+    offsets: Sequence[Sequence[int]] | None = None
+    channels: Sequence[str] | None = None
+    values: ValuesSetting = "auto"
+
+    def __post_init__(self) -> None:
+        if self.kind is not None:
+            one_of("kind", self.kind, get_args(InputKind))
+        check_values(self.values)
 
 
 @dataclass(frozen=True)

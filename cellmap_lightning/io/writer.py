@@ -10,24 +10,25 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise, product
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Never, get_args
 
-import numpy as np
 import zarr
 import zarr.codecs
 from numpy.typing import NDArray
 
-from cellmap_lightning.errors import CellMapFileExistsError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
+from cellmap_lightning.flat_options import refuse_flat
+from cellmap_lightning.io.downsampling import downsample_mean, downsample_mode
 from cellmap_lightning.io.object_folder import ObjectFolder, OutputPath, zarr_location
 from cellmap_lightning.validation import one_of
 
 __all__ = [
+    "ArrayOptions",
+    "ImageDescription",
     "codec_of",
     "create_level",
-    "downsample_mean",
-    "downsample_mode",
     "make_room",
     "multiscale_attributes",
     "write_group",
@@ -41,125 +42,62 @@ _NODE_FILES = (".zgroup", ".zarray", "zarr.json")
 _RESERVED = ("multiscales", "ome")
 
 
-# ---------------------------------------------------------------------------------------------------- the pyramid
+@dataclass(frozen=True, kw_only=True)
+class ArrayOptions:
+    """The form in which the arrays of a multiscale group are stored, the same for every level.
 
+    Example:
+        >>> ArrayOptions(zarr_format=3, chunks=(32, 32, 32), shards=(128, 128, 128)).compressor
+        'zstd'
 
-def _window_parts(data: NDArray[Any], factors: Sequence[int]) -> list[NDArray[Any]]:
-    """Return the members of every window, as ``prod(factors)`` strided views of one common shape."""
-    if len(factors) != data.ndim or any(f < 1 for f in factors):
-        raise CellMapValueError(
-            f"factors {tuple(factors)} do not fit an array of shape {data.shape}: one integer >= 1 each"
-        )
-    shape = [n // f for n, f in zip(data.shape, factors, strict=True)]
-    if 0 in shape:
-        raise CellMapValueError(f"an array of shape {data.shape} has no whole window of {tuple(factors)} voxels")
-    return [
-        data[tuple(slice(o, o + n * f, f) for o, n, f in zip(offsets, shape, factors, strict=True))]
-        for offsets in product(*(range(f) for f in factors))
-    ]
-
-
-def _axis_sums(data: NDArray[Any], factors: Sequence[int], wide: np.dtype[Any]) -> NDArray[Any]:
-    """Return the sum of every window, computed axis by axis, so that most of the work runs along whole rows."""
-    sums: NDArray[Any] = data
-    for axis, factor in enumerate(factors):
-        end = sums.shape[axis] // factor * factor
-        before = (slice(None),) * axis
-        members = [sums[(*before, slice(o, end, factor))] for o in range(factor)]
-        sums = members[0].astype(wide) if factor == 1 else np.add(members[0], members[1], dtype=wide)
-        for member in members[2:]:
-            sums += member
-    return sums
-
-
-def downsample_mean(data: NDArray[Any], factors: Sequence[int] = (2, 2, 2)) -> NDArray[Any]:
-    """Average every window of ``factors`` voxels.
-
-    Integers are summed exactly and rounded to nearest, halves upwards, so that repeated levels do not darken.
-
-    Args:
-        data: Integer or floating array.
-        factors: Window size in voxels, one per axis.
-
-    Returns:
-        Array of the same dtype and of shape ``data.shape[i] // factors[i]``.
+    Attributes:
+        zarr_format: 2 writes OME-NGFF 0.4, 3 writes OME-NGFF 0.5.
+        chunks: Chunk shape in voxels.
+        shards: Shard shape in voxels, a multiple of ``chunks``; Zarr v3 only.
+        compressor: ``"zstd"`` and ``"lz4"`` are inside Blosc; None stores plain bytes.
 
     Raises:
-        CellMapTypeError: If the dtype has no mean (booleans, strings).
-        CellMapValueError: If the array is smaller than one window.
+        CellMapValueError: An option is invalid, or they contradict each other.
     """
-    parts = _window_parts(data, factors)
-    n = len(parts)
-    if data.dtype.kind == "f":
-        total = np.zeros(parts[0].shape, np.float64)
-        for part in parts:
-            total += part
-        return (total / n).astype(data.dtype)
-    if data.dtype.kind not in "iu":
-        raise CellMapTypeError(f"cannot average dtype {data.dtype}; integers and floats have a mean")
-    # Sums fit into twice as many bits for any sensible window; there is no integer type wider than eight bytes.
-    bits = data.dtype.itemsize * 8
-    if bits < 64 and n <= 1 << bits - 1:
-        sums = _axis_sums(data, factors, np.dtype(f"{data.dtype.kind}{data.dtype.itemsize * 2}"))
-        sums += sums.dtype.type(n // 2)
-        if n & n - 1:
-            sums //= sums.dtype.type(n)
-        else:  # a shift is several times as fast as a division
-            sums >>= sums.dtype.type(n.bit_length() - 1)
-        return sums.astype(data.dtype)
-    # Without a wider type: quotients and remainders by n are summed separately, so that nothing overflows.
-    quotient = np.zeros(parts[0].shape, data.dtype)
-    remainder = np.zeros(parts[0].shape, np.int64)
-    for part in parts:
-        whole = part // n
-        quotient += whole
-        remainder += (part - whole * n).astype(np.int64)
-    quotient += ((remainder + n // 2) // n).astype(data.dtype)
-    return quotient
+
+    zarr_format: ZarrFormat = 2
+    chunks: Sequence[int] = (64, 64, 64)
+    shards: Sequence[int] | None = None
+    compressor: Compressor | None = "zstd"
+
+    def __post_init__(self) -> None:
+        one_of("zarr_format", self.zarr_format, get_args(ZarrFormat))
+        codec_of(self.compressor, self.zarr_format)
+        object.__setattr__(self, "chunks", tuple(int(c) for c in self.chunks))
+        if any(c < 1 for c in self.chunks):
+            raise CellMapValueError(f"chunks {self.chunks} must be positive")
+        if self.shards is None:
+            return
+        object.__setattr__(self, "shards", tuple(int(s) for s in self.shards))
+        if self.zarr_format == 2:
+            raise CellMapValueError("shards need zarr_format=3: Zarr v2 has no sharding")
+        pairs = zip(self.shards, self.chunks, strict=False)
+        if len(self.shards) != len(self.chunks) or any(s < 1 or s % c for s, c in pairs):
+            raise CellMapValueError(f"shards {self.shards} must be multiples of chunks {self.chunks}")
 
 
-def downsample_mode(data: NDArray[Any], factors: Sequence[int] = (2, 2, 2)) -> NDArray[Any]:
-    """Take the most frequent value of every window of ``factors`` voxels.
+@dataclass(frozen=True, kw_only=True)
+class ImageDescription:
+    """The name of a multiscale image, and its spatial axes.
 
-    A tie goes to the smaller value: background before foreground, foreground before ``unknown``.
+    Example:
+        >>> ImageDescription(axes=("y", "x")).unit
+        'nanometer'
 
-    Args:
-        data: Integer or boolean array.
-        factors: Window size in voxels, one per axis.
-
-    Returns:
-        Array of the same dtype and of shape ``data.shape[i] // factors[i]``.
-
-    Raises:
-        CellMapTypeError: If the dtype is not one of labels.
-        CellMapValueError: If the array is smaller than one window.
+    Attributes:
+        name: Name of the multiscale; the folder's name when None.
+        axes: Names of the spatial axes, in the order of the array.
+        unit: Unit of lengths, as OME-NGFF spells it.
     """
-    if data.dtype.kind not in "iub":
-        raise CellMapTypeError(f"cannot take the mode of dtype {data.dtype}; labels are integers")
-    parts = _window_parts(data, factors)
-    least = parts[0].copy()
-    most = parts[0].copy()
-    for part in parts[1:]:
-        np.minimum(least, part, out=least)
-        np.maximum(most, part, out=most)
-    # Nearly all windows of a label volume hold one value; only the others are sorted.
-    mixed = np.nonzero(least != most)
-    if mixed[0].size:
-        members = np.sort(np.stack([part[mixed] for part in parts]), axis=0)
-        # The longest run of equal values wins; of equally long runs the first, which has the smaller value.
-        winner = members[0].copy()
-        run = np.ones(winner.shape, np.int32)
-        longest = run.copy()
-        for before, value in pairwise(members):
-            run = np.where(value == before, run + 1, 1).astype(np.int32)
-            better = run > longest
-            winner[better] = value[better]
-            np.maximum(longest, run, out=longest)
-        least[mixed] = winner
-    return least
 
-
-# ---------------------------------------------------------------------------------------------------- the groups
+    name: str | None = None
+    axes: Sequence[str] = ("z", "y", "x")
+    unit: str = "nanometer"
 
 
 def codec_of(compressor: Compressor | None, zarr_format: int, level: int = 5) -> Any:
@@ -340,16 +278,12 @@ def write_multiscale(
     levels: int = 1,
     mode: Literal["mean", "mode"] = "mean",
     factors: Sequence[int] = (2, 2, 2),
-    zarr_format: ZarrFormat = 2,
-    chunks: Sequence[int] = (64, 64, 64),
-    shards: Sequence[int] | None = None,
-    compressor: Compressor | None = "zstd",
-    axes: Sequence[str] = ("z", "y", "x"),
-    unit: str = "nanometer",
-    name: str | None = None,
+    storage: ArrayOptions | None = None,
+    description: ImageDescription | None = None,
     attributes: Mapping[str, Any] | None = None,
     array_attributes: Callable[[int, NDArray[Any]], Mapping[str, Any]] | None = None,
     overwrite: bool = False,
+    **flat: Never,
 ) -> None:
     """Write an array and its pyramid as a multiscale group with arrays ``s0 .. s{levels - 1}``.
 
@@ -358,43 +292,41 @@ def write_multiscale(
 
     Args:
         path: Local folder of the group.
-        data: Level 0, one axis per entry of ``axes``.
-        scale: Voxel size of level 0 per axis, in ``unit``.
-        translation: Centre of voxel 0 of level 0 per axis, in ``unit``.
+        data: Level 0, one axis per entry of the description's axes.
+        scale: Voxel size of level 0 per axis, in the description's unit.
+        translation: Centre of voxel 0 of level 0 per axis, in the same unit.
         levels: Number of levels, level 0 included.
         mode: ``"mean"`` for intensities (see `downsample_mean`), ``"mode"`` for labels (see `downsample_mode`).
         factors: Voxels of one level that make one of the next, per axis.
-        zarr_format: 2 writes OME-NGFF 0.4, 3 writes OME-NGFF 0.5.
-        chunks: Chunk shape in voxels, the same for every level.
-        shards: Shard shape in voxels, a multiple of ``chunks``; Zarr v3 only.
-        compressor: ``"zstd"`` and ``"lz4"`` are inside Blosc; None stores plain bytes.
-        axes: Names of the spatial axes, in the order of the array.
-        unit: Unit of ``scale`` and ``translation``, as OME-NGFF spells it.
-        name: Name of the multiscale; the folder's name when None.
+        storage: Format, chunks and compression of the arrays.
+        description: Name, axes and unit of the image.
         attributes: More attributes of the group. ``multiscales`` and ``ome`` belong to this function.
         array_attributes: Called with each level's number and array; what it returns becomes that array's attributes.
         overwrite: Replace a Zarr group or array that is at ``path``.
+        flat: None; options that are given flat are an error that names their dataclass.
 
     Raises:
         CellMapFileExistsError: If ``path`` exists and ``overwrite`` is False, or is not a Zarr node.
         CellMapValueError: If the arguments contradict each other or ``levels`` is more than the shape allows.
-        CellMapTypeError: If the dtype has no mean, or no mode.
+        CellMapTypeError: If the dtype has no mean, or no mode; or an argument is unknown.
 
     Example:
         >>> write_multiscale("crop1/raw", raw, scale=(8, 8, 8), translation=(4, 4, 4), levels=3)
         >>> write_multiscale("crop1/mito", labels, scale=(8, 8, 8), translation=(4, 4, 4), mode="mode")
     """
-    path = Path(path)
+    refuse_flat(write_multiscale, flat, {"storage": ArrayOptions, "description": ImageDescription})
+    path, storage, description = Path(path), storage or ArrayOptions(), description or ImageDescription()
+    axes, zarr_format = description.axes, storage.zarr_format
     pyramid = _Pyramid(data.shape, scale, translation, levels, factors, axes)
-    chunks, shards = _checked_chunks(chunks, shards, axes, zarr_format)
-    one_of("zarr_format", zarr_format, (2, 3))
+    chunks = _per_axis("chunks", storage.chunks, axes)
+    shards = None if storage.shards is None else _per_axis("shards", storage.shards, axes)
     one_of("mode", mode, ("mean", "mode"))
     reserved = [key for key in _RESERVED if key in (attributes or {})]
     if reserved:
         raise CellMapValueError(
             f"attributes must not contain {', '.join(reserved)}: these are written from the arguments"
         )
-    codec = codec_of(compressor, zarr_format)
+    codec = codec_of(storage.compressor, zarr_format)
 
     make_room(path, overwrite)
     write_group(path, zarr_format=zarr_format)
@@ -410,8 +342,8 @@ def write_multiscale(
         target[...] = array
 
     block = multiscale_attributes(
-        path.name if name is None else name, pyramid.scale, pyramid.translation, levels, pyramid.factors, zarr_format,
-        axes, unit,
+        path.name if description.name is None else description.name, pyramid.scale, pyramid.translation, levels,
+        pyramid.factors, zarr_format, axes, description.unit,
     )  # fmt: skip
     write_group(path, {**(attributes or {}), **block}, zarr_format)
 
@@ -443,24 +375,3 @@ class _Pyramid:
             raise CellMapValueError(
                 f"levels is {levels}: shape {tuple(shape)} with factors {self.factors} does not have that many"
             )
-
-
-def _checked_chunks(
-    chunks: Sequence[int], shards: Sequence[int] | None, axes: Sequence[str], zarr_format: int
-) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Return the shapes of chunks and shards as integers.
-
-    Raises:
-        CellMapValueError: they are not positive, or do not fit each other or the format.
-    """
-    chunks = tuple(int(c) for c in _per_axis("chunks", chunks, axes))
-    if any(c < 1 for c in chunks):
-        raise CellMapValueError(f"chunks {chunks} must be positive")
-    if shards is None:
-        return chunks, None
-    shards = tuple(int(s) for s in _per_axis("shards", shards, axes))
-    if zarr_format == 2:
-        raise CellMapValueError("shards need zarr_format=3: Zarr v2 has no sharding")
-    if any(s < 1 or s % c for s, c in zip(shards, chunks, strict=True)):
-        raise CellMapValueError(f"shards {shards} must be multiples of chunks {chunks}")
-    return chunks, shards

@@ -11,10 +11,11 @@ import zarr
 import zarr.codecs
 
 from cellmap_lightning.geometry.lattice import Shape
+from cellmap_lightning.io.downsampling import downsample_mean, downsample_mode
 from cellmap_lightning.io.integrity import Encoded
 from cellmap_lightning.io.object_folder import ObjectFolder, OutputPath, zarr_location
 from cellmap_lightning.io.plain_chunks import PlainChunks
-from cellmap_lightning.io.writer import ZarrFormat, codec_of, create_level, downsample_mean, downsample_mode
+from cellmap_lightning.io.writer import ZarrFormat, codec_of, create_level
 from cellmap_lightning.prediction.blocks import BlockGrid
 from cellmap_lightning.prediction.durable import flush
 from cellmap_lightning.prediction.pyramid import Pyramid, Units, coarser, units_within

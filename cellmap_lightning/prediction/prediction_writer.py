@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 from cellmap_lightning.crops.crop import Crop
-from cellmap_lightning.crops.flat_options import refuse_flat
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.flat_options import from_flat, refuse_flat
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.io.object_folder import output_path
 from cellmap_lightning.prediction.accumulate import MeanBlock, StoredBlock
@@ -422,10 +422,7 @@ def make_prediction_writer(
     for name in settings:
         if name not in known:
             raise CellMapTypeError(f"PredictionWriter: it has no setting {name!r}{did_you_mean(name, known)}")
-    groups: dict[str, Any] = {
-        group: kind(**{setting.name: settings[setting.name] for setting in fields(kind) if setting.name in settings})
-        for group, kind in _GROUPS.items()
-    }
+    groups: dict[str, Any] = {group: from_flat(kind, settings) for group, kind in _GROUPS.items()}
     return PredictionWriter(output, block_size_mb=block_size_mb, storage_options=storage_options, **groups)
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from cellmap_lightning.errors import CellMapValueError, OutputError, missing_extra
@@ -25,6 +26,25 @@ _AHEAD = 2
 _RETRIES = 3
 #: Seconds that a Dask scheduler has to answer.
 _TIMEOUT = 20
+
+
+@dataclass(frozen=True)
+class SchedulerOptions:
+    """The choice of a scheduler; see `open_scheduler`.
+
+    Example:
+        >>> SchedulerOptions("processes", 4).address is None
+        True
+
+    Attributes:
+        scheduler: ``threads``, ``processes`` or ``dask``.
+        processes: number of threads or processes on this machine, or of workers of a local Dask cluster.
+        address: address of a Dask scheduler, ``tcp://host:port``; None for a local cluster.
+    """
+
+    scheduler: SchedulerName = "processes"
+    processes: int = 1
+    address: str | None = None
 
 
 class Scheduler(Protocol):

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.lattice import Box, Vector, to_vector
 from cellmap_lightning.io.images import image_exists
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Multiscale, Overrides
-from cellmap_lightning.io.store import parts_of, prefetch_metadata
+from cellmap_lightning.io.store import prefetch_metadata
 
 
 @dataclass(frozen=True)
@@ -85,19 +84,3 @@ def read_crop_metadata(
         box = lattice.box if box is None else box.union(lattice.box)
         scale = lattice.step if scale is None else to_vector(np.maximum(scale, lattice.step))
     return CropMetadata(voxels, box, scale)
-
-
-def dataset_and_crop(input_path: str, target: TargetPath | None) -> tuple[str, str]:
-    """Return the dataset of a crop, and the crop's path inside it; both independent of where the data are stored.
-
-    The dataset is the name of the Zarr container, or else of the deepest folder that holds raw and target.
-    """
-    path = parts_of(target.before) if target else parts_of(input_path)
-    for parent in path.parents if target else (path, *path.parents):
-        if parent.suffix in (".zarr", ".n5"):
-            return parent.stem, path.relative_to(parent).as_posix()
-    raw = parts_of(input_path)
-    if target is None:
-        return raw.name, raw.name
-    shared = [a for a, b in zip(raw.parts, path.parts, strict=False) if a == b]
-    return PurePosixPath(*shared).name if shared else raw.name, path.name

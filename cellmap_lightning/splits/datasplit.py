@@ -10,13 +10,13 @@ from typing import Any, Never
 
 from cellmap_lightning.batches.arrays import ArraySet, ArraySpecs, parse_classes, parse_inputs
 from cellmap_lightning.crops.crop_labels import TooCoarseError
-from cellmap_lightning.crops.flat_options import refuse_flat
 from cellmap_lightning.crops.opening import NotAnnotatedError
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.crops.unannotated import refuse_unannotated, report_unannotated
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.flat_options import refuse_flat
 from cellmap_lightning.splits.block_options import BlockOptions
 from cellmap_lightning.splits.division import Division
 from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping, table_of

@@ -2,22 +2,21 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 
 import numpy as np
 
 from cellmap_lightning.batches.arrays import ArraySpecs, parse_targets
 from cellmap_lightning.crops.crop_box import CropBox
 from cellmap_lightning.crops.options import LabelOptions
-from cellmap_lightning.crops.target_path import TargetPath
-from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, FloatArray
-from cellmap_lightning.splits.crop_metadata import CropMetadata, dataset_and_crop, read_crop_metadata
+from cellmap_lightning.splits.crop_metadata import CropMetadata, read_crop_metadata
+from cellmap_lightning.splits.crop_names import crop_name, crop_names, target_of
 from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.splits.manifests import Filter
 from cellmap_lightning.splits.opening import for_all
 from cellmap_lightning.splits.options import SplitOptions
-from cellmap_lightning.splits.rules import Crop, assign, missing_classes
+from cellmap_lightning.splits.rules import CandidateCrop, assign, missing_classes
 from cellmap_lightning.transforms.implied import Implications
 
 log = logging.getLogger(__name__)
@@ -96,7 +95,7 @@ class Division:
         if not self._filter:
             return dict(listed)
         annotated = [(split, entry) for split in ("train", "val", "test") for entry in listed.get(split, [])]
-        matches = self._filter.matches([_dataset_and_name(entry) for _, entry in annotated])
+        matches = self._filter.matches([crop_name(entry) for _, entry in annotated])
         if not any(matches):
             raise CellMapValueError(f"no crop of {self.source} is left by only_datasets and only_crops")
         splits = {"predict": listed["predict"]} if "predict" in listed else {}
@@ -109,12 +108,12 @@ class Division:
         """Return ``train`` or ``val`` for each entry."""
         names = crop_names(pool)
         crops, usable = [], []
-        for index, (entry, known, (dataset, name)) in enumerate(zip(pool, self.metadata(pool), names, strict=True)):
+        for index, (entry, known, name) in enumerate(zip(pool, self.metadata(pool), names, strict=True)):
             if self.classes is not None and (known is None or not known.voxels or self._too_coarse(known)):
                 continue  # dropped or refused when it is opened, so that the rule must not rely on it
             metadata = known or CropMetadata({})
             classes = metadata.classes.intersection(self.classes or ())
-            crops.append(Crop(name, dataset, classes, metadata.box or entry.box))
+            crops.append(CandidateCrop(str(name), name.dataset, classes, metadata.box or entry.box))
             usable.append(index)
         usages = ["train"] * len(pool)
         if not crops:
@@ -146,7 +145,7 @@ class Division:
         tolerant = self._labels.unannotated_classes == "unknown"
 
         def read(entry: CropRecord) -> CropMetadata | None:
-            target = _target_of(entry) if self.classes is not None else None
+            target = target_of(entry) if self.classes is not None else None
             if target is None:
                 return None
             return read_crop_metadata(
@@ -173,30 +172,3 @@ class Division:
             return None
         scales: FloatArray = np.min([spec.window.scale for spec in targets.values()], axis=0)
         return scales
-
-
-def _dataset_and_name(entry: CropRecord) -> tuple[str, str]:
-    """Return the dataset of an entry, and the name of its crop."""
-    dataset, inside = dataset_and_crop(entry.input_path, _target_of(entry))
-    return dataset, PurePosixPath(inside).name
-
-
-def crop_names(entries: Sequence[CropRecord]) -> list[tuple[str, str]]:
-    """Return dataset and full name of each entry: ``jrc_hela-2/crop1``, or the whole path if that is ambiguous."""
-    locations = [dataset_and_crop(entry.input_path, _target_of(entry)) for entry in entries]
-    paths: dict[tuple[str, str], set[str]] = {}
-    for dataset, inside in locations:
-        paths.setdefault((dataset, PurePosixPath(inside).name), set()).add(inside)
-    names = []
-    for dataset, inside in locations:
-        name = PurePosixPath(inside).name
-        names.append((dataset, f"{dataset}/{name if len(paths[dataset, name]) == 1 else inside}"))
-    return names
-
-
-def _target_of(entry: CropRecord) -> TargetPath | None:
-    """Return the target of an entry; None if it is malformed, which raises an error when the crop is opened."""
-    try:
-        return entry.target
-    except CellMapError:
-        return None

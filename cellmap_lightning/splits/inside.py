@@ -16,8 +16,9 @@ from cellmap_lightning.io.images import image_exists, read_image
 from cellmap_lightning.io.ngff import Multiscale
 from cellmap_lightning.io.store import parse_location
 from cellmap_lightning.splits.block_options import BlockOptions
+from cellmap_lightning.splits.crop_names import crop_names
 from cellmap_lightning.splits.cuts import Line, cut, gap_steps
-from cellmap_lightning.splits.division import Division, crop_names
+from cellmap_lightning.splits.division import Division
 from cellmap_lightning.splits.entries import CropRecord, table_of
 from cellmap_lightning.splits.manifests import Filter
 from cellmap_lightning.splits.opening import for_all
@@ -91,8 +92,8 @@ class InsideSplit:
         if not train:
             raise CellMapValueError(f"split=blocks cuts crops for training, and {self.division.source} has none")
         names = crop_names(train)
-        matches = self._filter.matches([(dataset, name.partition("/")[2]) for dataset, name in names])
-        chosen = {id(entry): name for entry, (_, name), match in zip(train, names, matches, strict=True) if match}
+        matches = self._filter.matches(names)
+        chosen = {id(entry): str(name) for entry, name, match in zip(train, names, matches, strict=True) if match}
 
         def parts(entry: CropRecord) -> _Parts | CellMapError:
             try:

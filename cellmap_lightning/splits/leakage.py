@@ -13,7 +13,7 @@ from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.geometry.lattice import Box, FloatArray, to_vector
 from cellmap_lightning.io.store import StorePath, parts_of
-from cellmap_lightning.splits.manifests import manifest_rows
+from cellmap_lightning.splits.manifests import manifest_crops
 from cellmap_lightning.validation import one_of
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,11 @@ class PlacedCrop:
     box: Box
     labels: str | None = None
     restricted: bool = False
+
+    @property
+    def dataset(self) -> str:
+        """The dataset in its name."""
+        return self.name.partition("/")[0]
 
 
 @dataclass(frozen=True)
@@ -124,23 +129,19 @@ def _intersection(crop: PlacedCrop, other: PlacedCrop) -> tuple[FloatArray, Floa
     return np.maximum(crop.box.lower, other.box.lower), np.minimum(crop.box.upper, other.box.upper)
 
 
-def held_out_crops(manifest: str | Path, volumes: Iterable[tuple[str, str]]) -> list[PlacedCrop]:
-    """Return the crops of a manifest, such as the challenge's ``test_crop_manifest.csv``.
+def held_out_crops(manifest: str | Path, trained: Iterable[PlacedCrop]) -> list[PlacedCrop]:
+    """Return the crops of a manifest, such as the challenge's ``test_crop_manifest.csv``, in the volumes of others.
 
     Args:
         manifest: see `manifest_rows`.
-        volumes: dataset name and raw volume identity of the crops for training; the manifest's crops of other datasets
-            are left out.
+        trained: the crops for training; the manifest's crops of other datasets than theirs are left out.
     """
-    boxes: dict[tuple[str, str], Box] = {}
-    for row in manifest_rows(manifest):
-        key = (row.dataset, row.crop)
-        boxes[key] = boxes[key].union(row.lattice.box) if key in boxes else row.lattice.box
+    crops = manifest_crops(manifest)
     return [
-        PlacedCrop(f"{dataset}/{crop} (held out)", volume, box)
-        for name, volume in dict.fromkeys(volumes)
-        for (dataset, crop), box in boxes.items()
-        if dataset == name
+        PlacedCrop(f"{crop.name} (held out)", volume, crop.box())
+        for dataset, volume in dict.fromkeys((crop.dataset, crop.volume) for crop in trained)
+        for crop in crops
+        if crop.name.dataset == dataset
     ]
 
 
@@ -163,8 +164,7 @@ def check_leakage(
     trained = _placed(built["train"])
     others = {name: _placed(built[name]) for name in built if name in ("val", "test") and split in ("train", name)}
     if split == "train" and held_out is not None:
-        volumes = [(crop.name.partition("/")[0], crop.volume) for crop in trained]
-        others["held_out"] = held_out_crops(held_out, volumes)
+        others["held_out"] = held_out_crops(held_out, trained)
     for name, crops in others.items():
         pairs = overlaps(trained, crops)
         same = [pair for pair in pairs if pair.same and pair.trained.labels is not None]

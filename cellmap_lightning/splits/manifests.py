@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cellmap_lightning.crops.crop_name import CropName
 from cellmap_lightning.errors import (
     CellMapFileNotFoundError,
     CellMapKeyError,
@@ -60,7 +62,7 @@ def find_crops(root: str | Path, options: Mapping[str, Any] | None = None) -> li
         labels = volume / GROUNDTRUTH
         for crop in sorted((name for name in children(labels) if name.startswith("crop")), key=_natural):
             classes = tuple(children(labels / crop))
-            where = f"search_path, {volume.stem}/{crop}"
+            where = f"search_path, {CropName(volume.stem, crop)}"
             crops.append(ListedCrop(where, str(volume / RAW), str(labels / crop), classes))
     if not crops:
         content = (
@@ -112,6 +114,42 @@ class ManifestRow:
     name: str
     lattice: Lattice
 
+    @property
+    def label(self) -> str:
+        """Name of the class of the crop, for messages."""
+        return CropName(self.dataset, self.crop).of(self.name)
+
+
+@dataclass(frozen=True)
+class ManifestCrop:
+    """A crop of a manifest, with the voxels of each class; see docs/data.md.
+
+    Attributes:
+        name: dataset and name of the crop.
+        rows: its classes and their voxels.
+
+    Example:
+        >>> for crop in manifest_crops("test_crop_manifest.csv"):
+        ...     print(crop.name, crop.classes)
+    """
+
+    name: CropName
+    rows: tuple[ManifestRow, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the listed classes."""
+        return tuple(row.name for row in self.rows)
+
+    def box(self, margin: Sequence[float] = (0, 0, 0)) -> Box:
+        """Return the bounding box of all classes, with a margin in nm."""
+        box = reduce(Box.union, (row.lattice.box for row in self.rows))
+        return Box(to_vector(np.subtract(box.lower, margin)), to_vector(np.add(box.upper, margin)))
+
+    def within(self, folder: str | Path) -> Path:
+        """Return the path of its prediction, ``<folder>/<dataset>.zarr/<crop>``."""
+        return Path(folder) / f"{self.name.dataset}.zarr" / self.name.crop
+
 
 def manifest_rows(path: str | Path) -> list[ManifestRow]:
     """Read the rows of a manifest such as ``train_crop_manifest.csv`` or ``test_crop_manifest.csv``.
@@ -141,6 +179,14 @@ def manifest_rows(path: str | Path) -> list[ManifestRow]:
         except ValueError as e:
             raise CellMapValueError(f"{file.name}, line {number} cannot be read: {e}") from None
     return list(rows.values())
+
+
+def manifest_crops(path: str | Path) -> list[ManifestCrop]:
+    """Return the crops of a manifest, in its order; see `manifest_rows` for the arguments and errors."""
+    rows: dict[CropName, list[ManifestRow]] = {}
+    for row in manifest_rows(path):
+        rows.setdefault(CropName(row.dataset, row.crop), []).append(row)
+    return [ManifestCrop(name, tuple(of_crop)) for name, of_crop in rows.items()]
 
 
 def _table(file: Path, columns: Sequence[str]) -> list[dict[str, str | None]]:
@@ -192,22 +238,17 @@ def read_manifest(path: str | Path, root: str | Path, options: Mapping[str, Any]
     volumes, nested = _volumes(root, options), _root(root, options)
     if file.is_file() and file.read_bytes().removeprefix(b"\xef\xbb\xbf").startswith(b"crop_number"):
         return _listed_by_number(file, volumes, nested)
-    classes: dict[tuple[str, str], list[str]] = {}
-    boxes: dict[tuple[str, str], Box] = {}
-    for row in manifest_rows(file):
-        key, box = (row.dataset, row.crop), row.lattice.box
-        classes.setdefault(key, []).append(row.name)
-        boxes[key] = boxes[key].union(box) if key in boxes else box
     crops = []
-    for dataset, crop in sorted(classes, key=lambda key: (key[0], _natural(key[1]))):
+    for crop in sorted(manifest_crops(file), key=lambda crop: (crop.name.dataset, _natural(crop.name.crop))):
+        dataset = crop.name.dataset
         volume = volumes.get(dataset, nested / dataset / f"{dataset}.zarr")
         crops.append(
             ListedCrop(
-                f"{file.name}, {dataset}/{crop}",
+                f"{file.name}, {crop.name}",
                 str(volume / RAW),
-                str(volume / GROUNDTRUTH / crop),
-                tuple(sorted(classes[dataset, crop])),
-                boxes[dataset, crop],
+                str(volume / GROUNDTRUTH / crop.name.crop),
+                tuple(sorted(crop.classes)),
+                crop.box(),
             )
         )
     return crops
@@ -222,7 +263,9 @@ def _listed_by_number(file: Path, volumes: dict[str, StorePath], nested: StorePa
         volume = volumes.get(dataset, nested / dataset / f"{dataset}.zarr")
         folder = volume / GROUNDTRUTH / crop
         crops.append(
-            ListedCrop(f"{file.name}, {dataset}/{crop}", str(volume / RAW), str(folder), tuple(children(folder)))
+            ListedCrop(
+                f"{file.name}, {CropName(dataset, crop)}", str(volume / RAW), str(folder), tuple(children(folder))
+            )
         )
     return crops
 
@@ -308,7 +351,7 @@ class Filter:
 def _aliases(dataset: str, crop: str) -> list[str]:
     """Return the names by which a crop can be selected, the full name last."""
     number = crop.removeprefix("crop")
-    return [crop, *([number] if number.isdigit() else []), f"{dataset}/{crop}"]
+    return [crop, *([number] if number.isdigit() else []), str(CropName(dataset, crop))]
 
 
 def _some(names: Sequence[str]) -> str:

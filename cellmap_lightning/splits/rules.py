@@ -27,8 +27,8 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Crop:
-    """A crop as seen by a rule; see docs/data.md.
+class CandidateCrop:
+    """A crop that a rule assigns to training or validation, by its name, classes and box; see docs/data.md.
 
     Attributes:
         name: its name, such as ``jrc_hela-2/crop1``; crops with the same name stay in the same split.
@@ -60,7 +60,7 @@ def check_split(split: Any, val_fraction: Any, fold: Any, n_folds: Any) -> None:
 
 
 def assign(
-    crops: Sequence[Crop],
+    crops: Sequence[CandidateCrop],
     split: str,
     *,
     val_fraction: float = 0.1,
@@ -115,7 +115,7 @@ def assign(
     return usages
 
 
-def _leave_one_dataset_out(crops: Sequence[Crop], fold: int) -> list[Usage]:
+def _leave_one_dataset_out(crops: Sequence[CandidateCrop], fold: int) -> list[Usage]:
     datasets = sorted({crop.dataset for crop in crops})
     if len(datasets) < 2:
         raise CellMapValueError(f"split=leave_one_dataset_out needs at least two datasets, got {_listed(datasets)}")
@@ -127,7 +127,7 @@ def _leave_one_dataset_out(crops: Sequence[Crop], fold: int) -> list[Usage]:
     return ["val" if crop.dataset == datasets[fold] else "train" for crop in crops]
 
 
-def together(crops: Sequence[Crop], whole_datasets: bool = False) -> list[list[int]]:
+def together(crops: Sequence[CandidateCrop], whole_datasets: bool = False) -> list[list[int]]:
     """Return groups of crops that must stay in the same split, sorted by name, as positions of the crops.
 
     Crops are grouped that overlap, directly or through others, and that have the same name; with ``whole_datasets``
@@ -159,7 +159,7 @@ def together(crops: Sequence[Crop], whole_datasets: bool = False) -> list[list[i
     return list(groups.values())
 
 
-def missing_classes(crops: Sequence[Crop], usages: Sequence[str]) -> tuple[list[str], list[str]]:
+def missing_classes(crops: Sequence[CandidateCrop], usages: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the classes of two or more crops that are missing in val, and all classes that are missing in train."""
     counts = Counter(name for crop in crops for name in crop.classes)
     present: dict[str, set[str]] = {"train": set(), "val": set()}
@@ -185,7 +185,13 @@ class _Parts:
     """
 
     def __init__(
-        self, crops: Sequence[Crop], groups: list[list[int]], shares: list[float], folds: bool, even: bool, seed: int
+        self,
+        crops: Sequence[CandidateCrop],
+        groups: list[list[int]],
+        shares: list[float],
+        folds: bool,
+        even: bool,
+        seed: int,
     ) -> None:
         classes = sorted({name for crop in crops for name in crop.classes})
         column = {name: n for n, name in enumerate(classes)}

@@ -8,7 +8,7 @@ import numpy as np
 import zarr
 
 from cellmap_lightning.geometry.lattice import Lattice
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 from tests.make import make_dataset
 
 NAN = float("nan")
@@ -48,8 +48,8 @@ class Volume:
     def _write(self, path, data, lattice, **kwargs):
         zarr_format, shards, separator = self.how.values()
         write_multiscale(
-            path, data, scale=lattice.step, translation=lattice.origin, chunks=self.chunks, zarr_format=zarr_format,
-            shards=shards, **kwargs,
+            path, data, scale=lattice.step, translation=lattice.origin,
+            storage=ArrayOptions(chunks=self.chunks, zarr_format=zarr_format, shards=shards), **kwargs,
         )  # fmt: skip
         if separator != "/":  # as other programs name their chunks
             attributes = dict(zarr.open_array(path / "s0", mode="r").attrs)

@@ -17,7 +17,7 @@ import torch
 import zarr
 
 from cellmap_lightning import CellMapError
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.runtime import thread_pool as pool_module
 from tests.cache.annotated_volume import (
     NAMES,
@@ -193,7 +193,7 @@ def test_an_array_that_was_written_again_in_other_chunks(large):
     rng = np.random.default_rng(8)
     write_multiscale(
         large.root / "raw", rng.integers(0, 256, (130, 70, 100), np.uint8), scale=(8, 8, 8), translation=(0, 0, 0),
-        chunks=(32, 70, 50),
+        storage=ArrayOptions(chunks=(32, 70, 50)),
     )  # fmt: skip
     decoded, count = read_all(large)
     assert 0 < decoded < count

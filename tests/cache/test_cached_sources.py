@@ -14,7 +14,7 @@ from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.stamps import file_stamp
 from cellmap_lightning.io.store import absolute, parse_location
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.io.changes import as_links, edit_in_place, packed, rename_over, retarget_chunks
 
@@ -34,7 +34,9 @@ def pair(tmp_path):
     for number, folder in enumerate(("a", "b"), 1):
         path = tmp_path / folder / "raw"
         data = np.full((8, 8, 16), number, np.uint8)
-        write_multiscale(path, data, scale=(8, 8, 8), translation=(0, 0, 0), chunks=(8, 8, 8), compressor=None)
+        write_multiscale(
+            path, data, scale=(8, 8, 8), translation=(0, 0, 0), storage=ArrayOptions(chunks=(8, 8, 8), compressor=None)
+        )
         paths.append(path)
     return paths
 

@@ -138,11 +138,14 @@ def test_submit_settings_match_its_signature():
 
 def test_segment_settings_match_its_signature():
     from cellmap_lightning.commands.segment import segment
-    from cellmap_lightning.instances.options import SegmentationOptions, StorageOptions
+    from cellmap_lightning.instances.options import SegmentationOptions, SourceOptions, StorageOptions
+    from cellmap_lightning.runtime.scheduling import SchedulerOptions
 
     config = composed("segment")
-    parameters = {name.replace("class_name", "class") for name in inspect.signature(segment).parameters} - {"options"}
-    defaults = {field.name: field.default for field in fields(SegmentationOptions)}
+    parameters = {name.replace("class_name", "class") for name in inspect.signature(segment).parameters}
+    parameters -= {"options", "source", "scheduling"}
+    groups = (SegmentationOptions, SourceOptions, SchedulerOptions)
+    defaults = {field.name: field.default for group in groups for field in fields(group)}
     assert set(config) - {"hydra"} == parameters | set(defaults)
     for name, default in defaults.items():
         assert config[name] == (list(default) if isinstance(default, tuple) else default), name

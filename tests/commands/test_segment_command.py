@@ -14,6 +14,7 @@ from cellmap_lightning.commands.segment import segment
 from cellmap_lightning.commands.submit import submit
 from cellmap_lightning.errors import CellMapError, CellMapValueError, MissingExtraError
 from cellmap_lightning.instances.libraries import library
+from cellmap_lightning.instances.options import SourceOptions
 from cellmap_lightning.io.writer import write_multiscale
 from cellmap_lightning.runtime.scheduling import open_scheduler
 from tests.commands.test_cli import run_forked
@@ -85,8 +86,9 @@ def test_channels_in_groups_are_affinities(truth, tmp_path):
         path = write_prediction(tmp_path / "p.zarr", values[channel], name, kind="scaled")
     settings = {"storage": {"chunks": (16, 16, 16), "block": (48, 48, 64)}, "picture": False}
     summary = segment(
-        str(path), tmp_path / "s.zarr", "z", kind="affinities", channels=list("zyxabc"), offsets=OFFSETS, **settings
-    )
+        str(path), tmp_path / "s.zarr", "z",
+        source=SourceOptions(kind="affinities", channels=list("zyxabc"), offsets=OFFSETS), **settings,
+    )  # fmt: skip
     labels = zarr.open_array(str(summary.labels / "s0"), mode="r")[...]
     assert f1(labels, truth, 30) >= 0.95
 

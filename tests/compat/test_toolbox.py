@@ -17,7 +17,7 @@ import zarr
 from cellmap_lightning.commands.submit import submit
 from cellmap_lightning.evaluation.csc_evaluation import Predicted, evaluate_csc
 from cellmap_lightning.evaluation.numbering import components
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 from tests.evaluation.test_challenge import manifest, row
 
 STEPS = Path(__file__).with_name("toolbox_steps.py")
@@ -91,7 +91,7 @@ def folder(tmp_path_factory):
     objects = np.kron(rng.integers(0, 2, (12, 12, 12)), np.ones((8, 8, 8), int)).astype(bool)
     raw = np.where(objects, 200, 40).astype(np.uint8)
     em = recon / "em" / "fibsem-uint8"
-    write_multiscale(em, raw, scale=(8, 8, 8), translation=(4, 4, 4), chunks=(16, 16, 16))
+    write_multiscale(em, raw, scale=(8, 8, 8), translation=(4, 4, 4), storage=ArrayOptions(chunks=(16, 16, 16)))
     for file in (em / "s0").glob("*/*/*"):
         index = [int(part) for part in file.parts[-3:]]
         boxes = [zip(index, start, strict=True) for start in CROPS.values()]

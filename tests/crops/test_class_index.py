@@ -10,7 +10,7 @@ from cellmap_lightning.crops import class_index as module
 from cellmap_lightning.crops.class_index import foreground_index
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Encoding, read_multiscale
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 from cellmap_lightning.runtime.thread_pool import ReadPool
 
 CODE = Encoding(0, 255)
@@ -42,13 +42,13 @@ def reads(monkeypatch):
     return seen
 
 
-def write(tmp_path, stored, name="a", levels=1, zarr_format=2, **kwargs):
+def write(tmp_path, stored, name="a", levels=1, zarr_format=2, shards=None, **kwargs):
     root = tmp_path / "v.zarr"
     if not root.exists():
         write_group(root, zarr_format=zarr_format)
     write_multiscale(
         root / name, stored, scale=(2, 2, 2), translation=(0, 0, 0), levels=levels, mode="mode",
-        chunks=(32, 32, 32), zarr_format=zarr_format, **kwargs,
+        storage=ArrayOptions(chunks=(32, 32, 32), zarr_format=zarr_format, shards=shards), **kwargs,
     )  # fmt: skip
     return read_multiscale(root / name)
 

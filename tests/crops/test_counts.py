@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cellmap_lightning import CellMapDataset, CellMapMultiDataset
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 
 SHAPE, SCALE = (16, 16, 16), (4.0, 4.0, 4.0)
 SPEC = {"shape": [4, 4, 4], "scale": [8.0, 8.0, 8.0]}
@@ -22,9 +22,12 @@ def make(tmp_path, monkeypatch):
         if counts:
             block["complement_counts"] = {"absent": int((stored == 0).sum()), "unknown": int((stored == 255).sum())}
         write_group(root)
-        write_multiscale(root / "raw", stored, scale=SCALE, translation=(0, 0, 0), levels=2, chunks=(8, 8, 8))
         write_multiscale(
-            root / "crop1" / "a", stored, scale=SCALE, translation=(0, 0, 0), levels=2, mode="mode", chunks=(8, 8, 8),
+            root / "raw", stored, scale=SCALE, translation=(0, 0, 0), levels=2, storage=ArrayOptions(chunks=(8, 8, 8))
+        )
+        write_multiscale(
+            root / "crop1" / "a", stored, scale=SCALE, translation=(0, 0, 0), levels=2, mode="mode",
+            storage=ArrayOptions(chunks=(8, 8, 8)),
             array_attributes=lambda level, array: {"cellmap": {"annotation": block}},
         )  # fmt: skip
         dataset = CellMapDataset(root / "raw", f"{root}/crop1/[a]", ["a", "b"], {"raw": SPEC}, {"labels": SPEC})

@@ -19,7 +19,7 @@ from cellmap_lightning.geometry.lattice import LATTICE_TOLERANCE
 from cellmap_lightning.geometry.resample import evaluate
 from cellmap_lightning.geometry.sample_map import sample_map
 from cellmap_lightning.io.ngff import read_multiscale
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.make import make_dataset
 
@@ -37,7 +37,7 @@ def origin(start):
 def fetched(folder, start=(48, 48, 48), size=32, dropped=None):
     """A volume as `csc fetch-data` leaves it: the chunks of raw that touch the crop, and no others."""
     write_group(folder)
-    write_multiscale(folder / "raw", RAW, scale=SCALE, translation=(4, 4, 4), chunks=(CHUNK,) * 3)
+    write_multiscale(folder / "raw", RAW, scale=SCALE, translation=(4, 4, 4), storage=ArrayOptions(chunks=(CHUNK,) * 3))
     for file in (folder / "raw" / "s0").glob("*/*/*"):
         index = [int(part) for part in file.parts[-3:]]
         touches = all(i * CHUNK < a + size and (i + 1) * CHUNK > a for i, a in zip(index, start, strict=True))
@@ -141,7 +141,7 @@ def test_a_completed_copy_is_probed_again(tmp_path, monkeypatch):
     with opened(root) as data:
         assert data.crop.raw.missing == "mask"
     shutil.rmtree(root / "raw")
-    write_multiscale(root / "raw", RAW, scale=SCALE, translation=(4, 4, 4), chunks=(CHUNK,) * 3)
+    write_multiscale(root / "raw", RAW, scale=SCALE, translation=(4, 4, 4), storage=ArrayOptions(chunks=(CHUNK,) * 3))
     (root / "raw" / "s0" / "2" / "2" / "2").unlink()
     monkeypatch.setattr("cellmap_lightning.crops.missing_raw._PROBE_LIFETIME", -1)
     with opened(root) as data:
@@ -197,7 +197,9 @@ def test_prediction_reads_missing_chunks_as_fill_value(tmp_path, caplog, stored,
     for number in range(stored):
         values[16 * (number % 3), 16 * (number // 3), 20] = number + 1
     write_group(tmp_path / "v.zarr")
-    write_multiscale(tmp_path / "v.zarr" / "raw", values, scale=SCALE, translation=(4, 4, 4), chunks=(16,) * 3)
+    write_multiscale(
+        tmp_path / "v.zarr" / "raw", values, scale=SCALE, translation=(4, 4, 4), storage=ArrayOptions(chunks=(16,) * 3)
+    )
     assert len(list((tmp_path / "v.zarr" / "raw" / "s0").glob("*/*/*"))) == stored
     spec = {"shape": (16, 16, 16), "scale": SCALE}
     with CellMapDatasetWriter(
@@ -214,7 +216,9 @@ def test_prediction_reads_missing_chunks_as_fill_value(tmp_path, caplog, stored,
 def test_a_writer_warns_once_where_chunks_are_not_counted(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("cellmap_lightning.crops.image.MOST_COUNTED", 3)
     test_values = np.zeros((48, 48, 48), np.uint8)
-    write_multiscale(tmp_path / "raw", test_values, scale=SCALE, translation=(4, 4, 4), chunks=(16,) * 3)
+    write_multiscale(
+        tmp_path / "raw", test_values, scale=SCALE, translation=(4, 4, 4), storage=ArrayOptions(chunks=(16,) * 3)
+    )
     spec = {"shape": (16, 16, 16), "scale": SCALE}
     with CellMapDatasetWriter(
         str(tmp_path / "raw"), str(tmp_path / "out.zarr"), ["mito"], spec, {"output": spec}
@@ -238,7 +242,9 @@ def test_every_voxel_that_a_missing_chunk_changes_is_masked(tmp_path, ratio, shi
     """The truth are the voxels that differ between two volumes that differ in the missing chunk alone."""
     shape = (40, 48, 44)
     path = tmp_path / "v.zarr"
-    write_multiscale(path, np.ones(shape, np.uint8), scale=SCALE, translation=(4, 4, 4), chunks=(8, 8, 8))
+    write_multiscale(
+        path, np.ones(shape, np.uint8), scale=SCALE, translation=(4, 4, 4), storage=ArrayOptions(chunks=(8, 8, 8))
+    )
     gaps = [(2, 2, 2), (0, 1, 0), (4, 5, 5)]  # the latter two at the border, where the last slope continues
     one, other = (np.random.default_rng(0).random(shape) for _ in range(2))
     for gap in gaps:

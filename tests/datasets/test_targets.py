@@ -9,7 +9,7 @@ from scipy.ndimage import distance_transform_edt
 
 from cellmap_lightning import CellMapDataset, CellMapError, CellMapMultiDataset, batch_memory
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 from tests.make import make_dataset
 
 SHAPE = (16, 20, 24)
@@ -45,7 +45,9 @@ class Crop:
         rng = np.random.default_rng(0)
         self.raw = rng.integers(1, 255, SHAPE).astype(np.uint8)
         write_group(root)
-        write_multiscale(root / "raw", self.raw, scale=SCALE, translation=(0, 0, 0), levels=1, chunks=(8, 8, 8))
+        write_multiscale(
+            root / "raw", self.raw, scale=SCALE, translation=(0, 0, 0), levels=1, storage=ArrayOptions(chunks=(8, 8, 8))
+        )
         self.labels, self.made = {}, []
 
     def add(self, name, stored, attributes=None, levels=1):
@@ -57,7 +59,7 @@ class Crop:
             translation=(0, 0, 0),
             levels=levels,
             mode="mode",
-            chunks=(8, 8, 8),
+            storage=ArrayOptions(chunks=(8, 8, 8)),
             array_attributes=lambda level, array: counted(attributes or annotation(), array),
         )
         return self

@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 from cellmap_lightning.geometry.lattice import Box
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.loading.dataloader import CellMapDataLoader
 from tests.geometry.warped_points import world_points
 from tests.make import make_dataset
@@ -168,7 +168,9 @@ def test_targets_are_unknown_where_raw_is_not_stored(tmp_path, ball, name):
     """With ``missing_raw=mask``, exactly where raw is interpolated from a chunk that is missing."""
     shutil.copytree(ball, tmp_path / "v.zarr")
     raw = zarr.open_array(ball / "raw" / "s0", mode="r")[...]
-    write_multiscale(tmp_path / "v.zarr" / "cut", raw, scale=STEP, translation=STEP / 2, chunks=(12, 12, 12))
+    write_multiscale(
+        tmp_path / "v.zarr" / "cut", raw, scale=STEP, translation=STEP / 2, storage=ArrayOptions(chunks=(12, 12, 12))
+    )
     (tmp_path / "v.zarr" / "cut" / "s0" / "2" / "2" / "2").unlink()
     with make_dataset(
         tmp_path / "v.zarr" / "cut", f"{tmp_path}/v.zarr/crop/[ball]", ["ball"], {"raw": FINE}, {"labels": FINE},

@@ -16,7 +16,7 @@ from cellmap_lightning.demo.specimen import CROPS, LABEL_SHAPE, membership
 from cellmap_lightning.demo.staging import is_complete
 from cellmap_lightning.demo.texture import paint_raw
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
-from cellmap_lightning.io.writer import downsample_mode
+from cellmap_lightning.io.downsampling import downsample_mode
 
 RAW_SCALE = np.array([5.24, 4, 4])
 

@@ -217,7 +217,7 @@ def test_unreadable_manifests(tmp_path):
             listed_crops(manifest(tmp_path, *rows))
     with pytest.raises(CellMapError, match="only_crops: '8' matches nothing"):
         listed_crops(manifest(tmp_path, good), [8])
-    assert [crop.name for crop in listed_crops(manifest(tmp_path, good), 7)] == ["crop7"]
+    assert [str(crop.name) for crop in listed_crops(manifest(tmp_path, good), 7)] == ["jrc_a/crop7"]
 
 
 def test_manifest_with_crop_numbers(layout, tmp_path):

@@ -14,7 +14,7 @@ from cellmap_lightning.evaluation import score_files
 from cellmap_lightning.evaluation.crop_parts import CropPart, trained_crops
 from cellmap_lightning.evaluation.error_picture import draw_worst
 from cellmap_lightning.evaluation.evaluate import evaluate
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 from tests.boxed import CLASSES, CROP, END, START, labels, nm, voxels, write_crops
 
 
@@ -28,7 +28,7 @@ def scene(tmp_path_factory):
         moved = np.roll((stored > 0) & (stored != 255), 2, 1).astype(np.uint8)
         write_multiscale(
             folder / "pred.zarr" / name, moved, scale=(8, 8, 8), translation=(8 * CROP + 4,) * 3, levels=1,
-            chunks=(32, 32, 32), mode="mode",
+            storage=ArrayOptions(chunks=(32, 32, 32)), mode="mode",
         )  # fmt: skip
     return folder, raw, Path(whole).parent, Path(part).parent
 

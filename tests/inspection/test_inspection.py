@@ -24,7 +24,7 @@ from cellmap_lightning.inspection.facts import at_scale, read_crop_facts, read_v
 from cellmap_lightning.inspection.problems import find_problems
 from cellmap_lightning.inspection.proposal import propose
 from cellmap_lightning.inspection.report import inspect, refuse
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.splits.datasplit import for_all
 from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW
@@ -82,7 +82,13 @@ def test_codecs_shards_and_formats(tmp_path):
         ("v3", {"zarr_format": 3}, ("blosc-zstd", (8, 8, 8))),
         ("shards", {"zarr_format": 3, "shards": (16, 16, 16)}, ("blosc-zstd", (16, 16, 16))),
     ):
-        write_multiscale(tmp_path / name, data, scale=(8, 8, 8), translation=(0, 0, 0), chunks=(8, 8, 8), **more)
+        write_multiscale(
+            tmp_path / name,
+            data,
+            scale=(8, 8, 8),
+            translation=(0, 0, 0),
+            storage=ArrayOptions(chunks=(8, 8, 8), **more),
+        )
         (facts,) = read_volume_facts([str(tmp_path / name)], False)
         codec, files = expected
         assert facts.levels[0].chunks == (8, 8, 8)

@@ -5,7 +5,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from cellmap_lightning.io.meanings import prediction_attributes
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 
 #: Offsets of the affinities in tests.
 OFFSETS = [[-1, 0, 0], [0, -1, 0], [0, 0, -1], [-4, 0, 0], [0, -4, 0], [0, 0, -4]]
@@ -78,7 +78,7 @@ def write_prediction(path, values, name="mito", voxel_size=(8, 8, 8), kind=None,
         block = {**prediction_attributes(name, kind, values.dtype)["prediction"], **block}
     if values.ndim == 3:
         write_multiscale(
-            path / name, values, scale=voxel_size, translation=(4, 4, 4), chunks=chunks,
+            path / name, values, scale=voxel_size, translation=(4, 4, 4), storage=ArrayOptions(chunks=chunks),
             attributes={"cellmap": {"prediction": block}},
         )  # fmt: skip
         return path

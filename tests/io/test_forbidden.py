@@ -16,7 +16,7 @@ from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Level, read_multiscale
 from cellmap_lightning.io.retrying import RetryPolicy, is_forbidden
 from cellmap_lightning.io.store import parse_location
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from tests.io.faults import forbidding
 from tests.make import make_dataset
@@ -42,7 +42,8 @@ def nothing_remembered():
 def root(request, tmp_path):
     """Raw, and a crop with two classes, in chunks of 16³."""
     path = tmp_path / "bucket" / "volume.zarr"
-    how = {"scale": SCALE, "translation": (4.0, 4.0, 4.0), "chunks": (16, 16, 16), "zarr_format": request.param}
+    storage = ArrayOptions(chunks=(16, 16, 16), zarr_format=request.param)
+    how = {"scale": SCALE, "translation": (4.0, 4.0, 4.0), "storage": storage}
     write_group(path, zarr_format=request.param)
     write_group(path / "crop1", zarr_format=request.param)
     write_multiscale(path / "raw", RAW, **how)
@@ -114,8 +115,8 @@ def test_without_any_metadata_above(root):
 def test_a_level_that_is_listed_and_not_there(root, caplog):
     """The next finer one is read, as with any other store."""
     write_multiscale(
-        root / "deep", RAW, scale=SCALE, translation=(4.0, 4.0, 4.0), chunks=(16, 16, 16), levels=2,
-        zarr_format=2 if (root / ".zgroup").exists() else 3,
+        root / "deep", RAW, scale=SCALE, translation=(4.0, 4.0, 4.0),
+        storage=ArrayOptions(chunks=(16, 16, 16), zarr_format=2 if (root / ".zgroup").exists() else 3), levels=2,
     )  # fmt: skip
     for file in (root / "deep" / "s1").glob("*"):
         file.rename(root / file.name) if file.is_file() else None

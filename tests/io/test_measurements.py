@@ -20,7 +20,7 @@ from cellmap_lightning.io import declared_counts, records, statistics
 from cellmap_lightning.io.label_values import label_values
 from cellmap_lightning.io.ngff import Encoding, read_multiscale
 from cellmap_lightning.io.store import Remote, parse_location
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.runtime.thread_pool import ReadPool
 from tests.io.changes import as_links, chunk_files, edit_in_place, packed, rename_over, retarget_chunks
 
@@ -93,7 +93,9 @@ def pair(tmp_path):
     paths = []
     for folder, data in zip(("a", "b"), contents(), strict=True):
         path = tmp_path / folder / "mito"
-        write_multiscale(path, data, scale=(8, 8, 8), translation=(0, 0, 0), chunks=(8, 8, 8), compressor=None)
+        write_multiscale(
+            path, data, scale=(8, 8, 8), translation=(0, 0, 0), storage=ArrayOptions(chunks=(8, 8, 8), compressor=None)
+        )
         paths.append(path)
     return paths
 

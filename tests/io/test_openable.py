@@ -20,7 +20,7 @@ from cellmap_lightning.errors import CellMapError, MetadataError
 from cellmap_lightning.io import openable
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import Level, read_array
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 
 SCALE = (8.0, 8.0, 8.0)
@@ -203,7 +203,8 @@ def test_arrays_that_only_the_other_reader_opens(tmp_path, change, reader, other
 
 def volume(tmp_path, zarr_format=2):
     path = tmp_path / "volume.zarr"
-    how = {"scale": SCALE, "translation": (4.0, 4.0, 4.0), "chunks": (16, 16, 16), "zarr_format": zarr_format}
+    storage = ArrayOptions(chunks=(16, 16, 16), zarr_format=zarr_format)
+    how = {"scale": SCALE, "translation": (4.0, 4.0, 4.0), "storage": storage}
     write_group(path, zarr_format=zarr_format)
     write_multiscale(path / "raw", np.ones((32, 32, 32), np.uint8), **how)
     write_multiscale(path / "crop1" / "mito", np.ones((32, 32, 32), np.uint8), mode="mode", **how)
@@ -262,7 +263,12 @@ def test_the_module_refuses_it_at_setup(tmp_path):
 def test_levels_that_are_not_read_do_not_matter(tmp_path):
     path = volume(tmp_path)
     write_multiscale(
-        path / "deep", np.ones((32, 32, 32), np.uint8), scale=SCALE, translation=SCALE, levels=2, chunks=(16, 16, 16)
+        path / "deep",
+        np.ones((32, 32, 32), np.uint8),
+        scale=SCALE,
+        translation=SCALE,
+        levels=2,
+        storage=ArrayOptions(chunks=(16, 16, 16)),
     )
     spoil(path, {"order": "K"}, "deep")
     coarse = {"raw": {"shape": [8, 8, 8], "scale": [16, 16, 16]}}

@@ -58,19 +58,19 @@ def sharded(volume, tmp_path_factory):
     """The same raw and labels in Zarr v3 with shards, at the same relative paths."""
     import zarr
 
-    from cellmap_lightning.io.writer import write_multiscale
+    from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 
     root = tmp_path_factory.mktemp("sharded") / "volume.zarr"
     groups = ["recon-1/em/fibsem-uint8", *(f"recon-1/labels/groundtruth/crop2/{c}" for c in CLASSES)]
     for group in groups:
         level = read_multiscale(Path(volume.path) / group).finest
         values = zarr.open_array(str(level.path), mode="r")[...]
-        how = {"chunks": (16, 16, 16), "shards": (32, 64, 64), "zarr_format": 3}
+        storage = ArrayOptions(chunks=(16, 16, 16), shards=(32, 64, 64), zarr_format=3)
         levels = 2 if group.startswith("recon-1/em") else 3
         mode = "mean" if group.startswith("recon-1/em") else "mode"
         attributes = {"cellmap": read_multiscale(Path(volume.path) / group).attributes.get("cellmap", {})}
         write_multiscale(root / group, values, scale=level.scale, translation=level.translation, levels=levels,
-                         mode=mode, attributes=attributes, **how)  # fmt: skip
+                         mode=mode, attributes=attributes, storage=storage)  # fmt: skip
     return root
 
 
@@ -390,7 +390,7 @@ def writer(endpoint):
 
 @pytest.mark.parametrize("how", [anonymous, pytest.param(signed, marks=pytest.mark.slow)])
 def test_a_rewritten_volume_on_s3_is_noticed(writer, endpoint, tmp_path, monkeypatch, how):
-    from cellmap_lightning.io.writer import write_multiscale
+    from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
     spec = {"raw": {"shape": [8, 8, 8], "scale": [8, 8, 8]}}
@@ -399,7 +399,7 @@ def test_a_rewritten_volume_on_s3_is_noticed(writer, endpoint, tmp_path, monkeyp
         # The bytes of all metadata stay; only the server's version of them is new.
         folder = tmp_path / str(value)
         data = np.full((8, 8, 8), value, np.uint8)
-        write_multiscale(folder, data, scale=(8, 8, 8), translation=(0, 0, 0), chunks=(8, 8, 8))
+        write_multiscale(folder, data, scale=(8, 8, 8), translation=(0, 0, 0), storage=ArrayOptions(chunks=(8, 8, 8)))
         files = [p for p in folder.rglob("*") if p.is_file()]
         targets = [f"rewritten/v.zarr/{p.relative_to(folder)}" for p in files]
         writer.put([str(p) for p in files], targets, ACL="public-read")

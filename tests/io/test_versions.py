@@ -16,7 +16,7 @@ from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.ngff import fetch_versions, read_array, read_multiscale
 from cellmap_lightning.io.store import parse_location
 from cellmap_lightning.io.versions import versions
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from tests.io.changes import edit_in_place, packed
 from tests.io.faults import describing
 from tests.io.test_measurements import EXPECTED, MEASUREMENTS, contents
@@ -34,7 +34,9 @@ def own_folder(tmp_path, monkeypatch):
 
 
 def written(path, data):
-    write_multiscale(path, data, scale=(8, 8, 8), translation=(0, 0, 0), chunks=(8, 8, 8), compressor=None)
+    write_multiscale(
+        path, data, scale=(8, 8, 8), translation=(0, 0, 0), storage=ArrayOptions(chunks=(8, 8, 8), compressor=None)
+    )
     return path
 
 
@@ -102,7 +104,7 @@ def test_one_request_for_each_array_that_is_read(pair, server, sends):
     control.sends = sends
     write_multiscale(
         pair[0].parent / "deep", np.ones((16, 16, 32), np.uint8), scale=(8, 8, 8), translation=(0, 0, 0), levels=3,
-        chunks=(8, 8, 8),
+        storage=ArrayOptions(chunks=(8, 8, 8)),
     )  # fmt: skip
     assert shown(f"{url}/a/deep") == 1
     assert control.heads() == ["/a/deep/s0/.zarray"]

@@ -10,7 +10,7 @@ import pytest
 from cellmap_lightning.io.chunk_files import array_identity, location_of
 from cellmap_lightning.io.ngff import complement_counts, read_multiscale
 from cellmap_lightning.io.readers import open_reader
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 
 START, SHAPE = (5, 8, 20), (20, 10, 7)
 BOX = tuple(slice(a, a + n) for a, n in zip(START, SHAPE, strict=True))
@@ -23,8 +23,8 @@ def image(request, tmp_path_factory):
     stored = np.arange(30 * 24 * 28, dtype=np.uint16).reshape(30, 24, 28)
     attributes = {"cellmap": {"annotation": {"complement_counts": {"absent": 1, "unknown": 2}}}}
     write_multiscale(
-        root / "a", stored, scale=(8, 4, 4), translation=(100, 0, 0), levels=1, chunks=(8, 8, 8), mode="mode",
-        zarr_format=request.param, attributes=attributes,
+        root / "a", stored, scale=(8, 4, 4), translation=(100, 0, 0), levels=1,
+        storage=ArrayOptions(chunks=(8, 8, 8), zarr_format=request.param), mode="mode", attributes=attributes,
     )  # fmt: skip
     return read_multiscale(root / "a")
 

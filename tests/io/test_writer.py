@@ -9,12 +9,8 @@ import pytest
 import zarr
 
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapTypeError, CellMapValueError
-from cellmap_lightning.io.writer import (
-    downsample_mean,
-    downsample_mode,
-    write_group,
-    write_multiscale,
-)
+from cellmap_lightning.io.downsampling import downsample_mean
+from cellmap_lightning.io.writer import ArrayOptions, ImageDescription, write_group, write_multiscale
 
 
 def open_group(path):
@@ -38,69 +34,6 @@ def raw():
     return np.random.default_rng(0).integers(0, 256, (18, 20, 23), dtype=np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------ downsampling
-
-
-def windows(data, factors):
-    shape = [n // f for n, f in zip(data.shape, factors, strict=True)]
-    for index in np.ndindex(*shape):
-        yield index, data[tuple(slice(i * f, (i + 1) * f) for i, f in zip(index, factors, strict=True))]
-
-
-@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i4", "u8", "i8", "f4"])
-@pytest.mark.parametrize("factors", [(2, 2, 2), (1, 2, 3)])
-def test_mean_is_the_mean_rounded_to_nearest(dtype, factors):
-    rng = np.random.default_rng(1)
-    kind = np.dtype(dtype)
-    if kind.kind == "f":
-        data = rng.normal(size=(5, 6, 7)).astype(kind)
-    else:
-        info = np.iinfo(kind)
-        data = rng.integers(info.min, info.max, (5, 6, 7), dtype=kind, endpoint=True)
-    out = downsample_mean(data, factors)
-    assert out.dtype == kind
-    assert out.shape == tuple(n // f for n, f in zip(data.shape, factors, strict=True))
-    for index, window in windows(data, factors):
-        if kind.kind == "f":
-            assert out[index] == pytest.approx(window.astype(float).mean(), rel=1e-6)
-        else:
-            total, n = sum(int(v) for v in window.ravel()), window.size
-            assert int(out[index]) == (total + n // 2) // n
-
-
-@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "i8"])
-@pytest.mark.parametrize("factors", [(2, 2, 2), (1, 2, 2), (3, 1, 2)])
-def test_mode_is_the_most_frequent_value_and_the_smaller_of_two(dtype, factors):
-    choices = np.array([0, 1, 7, 100 if dtype == "u1" else 300, np.iinfo(dtype).max], dtype)
-    data = choices[np.random.default_rng(2).integers(0, 5, (7, 8, 9))]
-    out = downsample_mode(data, factors)
-    assert out.dtype == data.dtype
-    for index, window in windows(data, factors):
-        values, counts = np.unique(window, return_counts=True)
-        assert out[index] == values[np.argmax(counts)]
-
-
-def test_mode_of_booleans_and_of_a_constant():
-    data = np.zeros((4, 4, 4), bool)
-    assert not downsample_mode(data).any()
-    data[:2] = True
-    assert downsample_mode(data).sum() == 4
-    assert data.sum() == 32, "the input stays as it was"
-
-
-def test_downsampling_refuses_what_has_no_answer():
-    with pytest.raises(CellMapTypeError):
-        downsample_mean(np.zeros((4, 4), bool), (2, 2))
-    with pytest.raises(CellMapTypeError):
-        downsample_mode(np.zeros((4, 4)), (2, 2))
-    for factors in [(2, 2, 2), (0, 2), (8, 1)]:
-        with pytest.raises(CellMapValueError):
-            downsample_mean(np.zeros((4, 4)), factors)
-
-
-# ----------------------------------------------------------------------------------------------------------- groups
-
-
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize("compressor", ["zstd", "lz4", "gzip", None])
 def test_voxels_come_back(tmp_path, raw, zarr_format, compressor):
@@ -111,9 +44,7 @@ def test_voxels_come_back(tmp_path, raw, zarr_format, compressor):
         scale=(5.24, 4, 4),
         translation=(0, 0, 0),
         levels=3,
-        zarr_format=zarr_format,
-        chunks=(8, 8, 8),
-        compressor=compressor,
+        storage=ArrayOptions(zarr_format=zarr_format, chunks=(8, 8, 8), compressor=compressor),
     )
     group = open_group(path)
     expected = raw
@@ -133,9 +64,9 @@ def test_the_two_formats_on_disk(tmp_path, raw):
             scale=(5.24, 4, 4),
             translation=(0, 0, 0),
             levels=2,
-            zarr_format=zarr_format,
-            chunks=(8, 8, 8),
-            shards=(16, 16, 16) if zarr_format == 3 else None,
+            storage=ArrayOptions(
+                zarr_format=zarr_format, chunks=(8, 8, 8), shards=(16, 16, 16) if zarr_format == 3 else None
+            ),
             attributes={"note": 1},
         )
     v2, v3 = tmp_path / "2", tmp_path / "3"
@@ -166,7 +97,7 @@ def test_other_programs_accept_both(tmp_path, raw):
             scale=(5.24, 4, 4),
             translation=(1, 2, 3),
             levels=2,
-            zarr_format=zarr_format,
+            storage=ArrayOptions(zarr_format=zarr_format),
         )
     old = ome_zarr_models.v04.image.Image.from_zarr(open_group(tmp_path / "2"))
     new = ome_zarr_models.v05.image.Image.from_zarr(open_group(tmp_path / "3"))
@@ -205,8 +136,9 @@ def test_every_level_covers_the_same_box(tmp_path, factors):
 def test_only_levels_have_transformations(tmp_path, zarr_format, shape, axes, levels):
     scale, zero = [2.0] * len(axes), [0.0] * len(axes)
     write_multiscale(
-        tmp_path / "a", np.zeros(shape, np.uint8), scale=scale, translation=zero, levels=levels, axes=tuple(axes),
-        factors=[2] * len(axes), chunks=shape, zarr_format=zarr_format,
+        tmp_path / "a", np.zeros(shape, np.uint8), scale=scale, translation=zero, levels=levels,
+        description=ImageDescription(axes=tuple(axes)),
+        factors=[2] * len(axes), storage=ArrayOptions(chunks=shape, zarr_format=zarr_format),
     )  # fmt: skip
     image = multiscale(tmp_path / "a")
     assert set(image) == {"name", "axes", "datasets"} | ({"version"} if zarr_format == 2 else set())
@@ -242,7 +174,7 @@ def test_attributes_of_arrays(tmp_path, raw):
             scale=(1, 1, 1),
             translation=(0, 0, 0),
             levels=2,
-            zarr_format=zarr_format,
+            storage=ArrayOptions(zarr_format=zarr_format),
             array_attributes=lambda level, array: {"level": level, "sum": int(array.sum())},
         )
         for level in range(2):
@@ -279,14 +211,11 @@ def test_nothing_is_replaced_unasked(tmp_path, raw):
         {"levels": 0},
         {"levels": 6},
         {"mode": "median"},
-        {"zarr_format": 4},
-        {"shards": (64, 64, 64)},
-        {"zarr_format": 3, "chunks": (8, 8, 8), "shards": (12, 8, 8)},
-        {"chunks": (0, 8, 8)},
-        {"axes": ("y", "x")},
-        {"axes": ("z", "x", "x")},
+        {"description": ImageDescription(axes=("y", "x"))},
+        {"description": ImageDescription(axes=("z", "x", "x"))},
+        {"storage": ArrayOptions(chunks=(8, 8))},
+        {"storage": ArrayOptions(zarr_format=3, chunks=(8, 8), shards=(16, 16))},
         {"attributes": {"multiscales": []}},
-        {"compressor": "zip"},
     ],
     ids=str,
 )
@@ -294,6 +223,53 @@ def test_contradictions_leave_nothing_behind(tmp_path, raw, wrong):
     with pytest.raises(CellMapValueError):
         write_multiscale(tmp_path / "a", raw, **{"scale": (1, 1, 1), "translation": (0, 0, 0), **wrong})
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"zarr_format": 4}, r"zarr_format must be one of 2, 3, got 4"),
+        ({"shards": (64, 64, 64)}, r"shards need zarr_format=3: Zarr v2 has no sharding"),
+        (
+            {"zarr_format": 3, "chunks": (8, 8, 8), "shards": (12, 8, 8)},
+            r"shards \(12, 8, 8\) must be multiples of chunks",
+        ),
+        ({"zarr_format": 3, "chunks": (8, 8, 8), "shards": (8, 8)}, r"shards \(8, 8\) must be multiples of chunks"),
+        ({"zarr_format": 3, "shards": (64, 0, 64)}, r"shards \(64, 0, 64\) must be multiples of chunks"),
+        ({"chunks": (0, 8, 8)}, r"chunks \(0, 8, 8\) must be positive"),
+        ({"compressor": "zip"}, r"compressor must be one of zstd, lz4, gzip, None, got 'zip'"),
+    ],
+    ids=str,
+)
+def test_contradictions_of_the_storage(wrong, match):
+    with pytest.raises(CellMapValueError, match=match):
+        ArrayOptions(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("flat", "match"),
+    [
+        (
+            {"chunks": (8, 8, 8)},
+            r"^write_multiscale: .* 'chunks'; use storage=ArrayOptions\(chunks=\.\.\.\)",
+        ),
+        ({"zarr_format": 3}, r"use storage=ArrayOptions\(zarr_format=\.\.\.\)"),
+        ({"axes": "zyx"}, r"use description=ImageDescription\(axes=\.\.\.\)"),
+        ({"level": 2}, r"no argument 'level'; did you mean 'levels'\?"),
+    ],
+)
+def test_flat_options_name_their_dataclass(tmp_path, raw, flat, match):
+    with pytest.raises(CellMapTypeError, match=match):
+        write_multiscale(tmp_path / "a", raw, scale=(1, 1, 1), translation=(0, 0, 0), **flat)
+    assert not (tmp_path / "a").exists()
+
+
+def test_name_and_unit_of_the_image(tmp_path, raw):
+    description = ImageDescription(name="em", unit="micrometer")
+    write_multiscale(tmp_path / "a", raw, scale=(1, 1, 1), translation=(0, 0, 0), description=description)
+    about = multiscale(tmp_path / "a")
+    assert about["name"] == "em"
+    assert {axis["unit"] for axis in about["axes"]} == {"micrometer"}
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])

@@ -53,7 +53,7 @@ def fit(volume, folder, world, caplog, cache):
     watch.caplog = caplog
     caplog.clear()
     with (
-        caplog.at_level(logging.INFO, "cellmap_lightning.datamodule"),
+        caplog.at_level(logging.INFO, "cellmap_lightning.loading.epoch"),
         module(
             volume, input_arrays={"raw": ARRAY}, target_arrays={"labels": ARRAY}, batch_size=4 // world,
             batches_per_epoch=None, samples_per_epoch=11, cache=cache, seed=5,

@@ -206,7 +206,7 @@ def test_batches_are_gathered_by_the_copying_thread(volume, tmp_path, monkeypatc
             assert type(batch) is CompactBatch
             return batch
 
-    for name in ("datamodule", "loading.prefetch", "loading.dataloader"):
+    for name in ("loading.delivery", "loading.prefetch", "loading.dataloader"):
         monkeypatch.setattr(f"cellmap_lightning.{name}.STREAM_DEVICES", ("cpu",))
     monkeypatch.setattr("cellmap_lightning.loading.dataloader.NoPrefetch", lambda device: ReadAhead())
     monkeypatch.setattr("cellmap_lightning.loading.dataloader.SideStream", Engine)

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks import make_prediction_writer
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 
 SCALE, TRANSLATION = (10.48, 8.0, 8.0), (5.24, 4.0, 2.0)
 
@@ -53,7 +53,9 @@ def raw_volume(folder, shape, dtype="uint8", **kwargs):
     """Random voxels, and where they are."""
     values = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
     path = Path(folder) / "raw.zarr" / "em"
-    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(16, 16, 16), **kwargs)
+    write_multiscale(
+        path, values, scale=SCALE, translation=TRANSLATION, storage=ArrayOptions(chunks=(16, 16, 16)), **kwargs
+    )
     return path, values
 
 

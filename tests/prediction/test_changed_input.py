@@ -10,7 +10,7 @@ import pytest
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.errors import CellMapFileExistsError, OutputError
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.prediction import job
 from cellmap_lightning.prediction.input_stamps import InputStamps
 from cellmap_lightning.prediction.journal import Journal
@@ -125,7 +125,9 @@ def test_a_finished_prediction_of_raw_that_changed(tmp_path):
 def test_changed_model_or_metadata_is_named(tmp_path, change):
     path, _ = raw_volume(tmp_path, SHAPE)
     mask = tmp_path / "mask.zarr" / "m"
-    write_multiscale(mask, np.ones(SHAPE, np.uint8), scale=SCALE, translation=TRANSLATION, chunks=(16, 16, 16))
+    write_multiscale(
+        mask, np.ones(SHAPE, np.uint8), scale=SCALE, translation=TRANSLATION, storage=ArrayOptions(chunks=(16, 16, 16))
+    )
     out, given = tmp_path / "out.zarr", {"check_context": False, "classes": ("a", "b"), "mask": str(mask)}
     model = Convolution()
     predict(path, PATCH, out, model, limit=8, **given)
@@ -199,7 +201,7 @@ def test_unstamped_chunks_do_not_influence_a_block(tmp_path, monkeypatch, way):
     """Other voxels in all chunks that are in no stamp of a block change nothing."""
     path = tmp_path / "raw.zarr" / "em"
     values = np.random.default_rng(0).integers(0, 256, (40, 48, 52)).astype(np.uint8)
-    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(4, 4, 4))
+    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, storage=ArrayOptions(chunks=(4, 4, 4)))
     stamped = set()
 
     class Noting(InputStamps):

@@ -11,7 +11,7 @@ from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.compat.utils import permute_singleton_dimension
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 
 pytestmark = pytest.mark.usefixtures("quiet_lightning", "no_threads_left")
 
@@ -23,7 +23,14 @@ RAMP = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
     path = tmp_path_factory.mktemp("ramp") / "raw.zarr" / "em"
-    write_multiscale(path, RAMP.astype(np.uint16), scale=SCALE, translation=(4, 0, 20), levels=1, chunks=(8, 8, 8))
+    write_multiscale(
+        path,
+        RAMP.astype(np.uint16),
+        scale=SCALE,
+        translation=(4, 0, 20),
+        levels=1,
+        storage=ArrayOptions(chunks=(8, 8, 8)),
+    )
     return path
 
 

@@ -12,8 +12,8 @@ import zarr
 
 from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError, OutputError
+from cellmap_lightning.io.downsampling import downsample_mean, downsample_mode
 from cellmap_lightning.io.ngff import read_multiscale
-from cellmap_lightning.io.writer import downsample_mean, downsample_mode
 from cellmap_lightning.prediction.journal import Journal
 from tests.prediction.predictions import (
     SCALE,

@@ -10,7 +10,7 @@ import zarr
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.io.ngff import read_multiscale
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.prediction.blending import Tiling
 from cellmap_lightning.prediction.blocks import BlockGrid
 from cellmap_lightning.prediction.journal import Journal
@@ -108,7 +108,7 @@ def test_a_block_that_is_skipped_changes_nothing_below_it(tmp_path):
     wanted = np.ones((64, 32, 32), np.uint8)
     wanted[16:32], wanted[40:48, :16] = 0, 0
     mask = tmp_path / "mask.zarr"
-    write_multiscale(mask, wanted, scale=SCALE, translation=TRANSLATION, chunks=(16, 16, 16))
+    write_multiscale(mask, wanted, scale=SCALE, translation=TRANSLATION, storage=ArrayOptions(chunks=(16, 16, 16)))
     given = {"blend": "gaussian", "chunks": [8, 16, 16], "block_size_mb": 0.05, "model": Convolution(), "levels": 1}
     given["classes"] = ("a", "b")
     predict(path, (12, 16, 20), tmp_path / "whole.zarr", **given)

@@ -16,7 +16,7 @@ from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
 from cellmap_lightning.inspection.report import settings_around
 from cellmap_lightning.io.ngff import read_multiscale
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.prediction.journal import Journal, journal_folder
 from cellmap_lightning.splits.manifests import find_crops
 from tests.prediction.predictions import Identity, contents, read
@@ -31,7 +31,13 @@ def raw_volume(folder, shape, scale, factors=(2, 2, 2), levels=1):
     values = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     path = folder / "raw.zarr" / "em"
     write_multiscale(
-        path, values, scale=scale, translation=(5.0, 4.0, 2.0), chunks=(16, 16, 16), levels=levels, factors=factors
+        path,
+        values,
+        scale=scale,
+        translation=(5.0, 4.0, 2.0),
+        storage=ArrayOptions(chunks=(16, 16, 16)),
+        levels=levels,
+        factors=factors,
     )
     return path, values
 
@@ -172,7 +178,7 @@ def test_a_prediction_is_read_as_a_crop_and_as_raw(tmp_path):
     volume = tmp_path / "jrc_x.zarr" / "recon-1"
     raw, crop = volume / "em" / "fibsem-uint8", volume / "labels" / "groundtruth" / "crop7"
     raw.parent.mkdir(parents=True)
-    write_multiscale(raw, values, scale=FIB, translation=(5.0, 4.0, 2.0), chunks=(16, 16, 16))
+    write_multiscale(raw, values, scale=FIB, translation=(5.0, 4.0, 2.0), storage=ArrayOptions(chunks=(16, 16, 16)))
     run(raw, crop, FIB, dtype="labels", classes=("mito", "er"))
     assert (crop / "OME").is_dir()
     (found,) = find_crops(tmp_path)

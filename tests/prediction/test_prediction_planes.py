@@ -16,7 +16,7 @@ from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES
 from cellmap_lightning.io.ngff import read_multiscale
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.prediction import volumes as predicted
 from tests.prediction.predictions import (
     SCALE,
@@ -94,7 +94,7 @@ class Blur(L.LightningModule):
 def isotropic(folder, shape):
     values = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
     path = Path(folder) / "iso.zarr" / "em"
-    write_multiscale(path, values, scale=(8, 8, 8), translation=(4, 0, 2), chunks=(16, 16, 16))
+    write_multiscale(path, values, scale=(8, 8, 8), translation=(4, 0, 2), storage=ArrayOptions(chunks=(16, 16, 16)))
     return path, values.astype(np.float32) / 255
 
 
@@ -170,7 +170,7 @@ def test_chunks_decoded_ahead_are_cached_when_needed(tmp_path, monkeypatch):
     path = tmp_path / "raw.zarr" / "em"
     values = np.zeros((256, 256, 512), np.uint8)
     values[:, ::7] = 3  # so that all chunks have files
-    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(32, 32, 32))
+    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, storage=ArrayOptions(chunks=(32, 32, 32)))
     monkeypatch.setattr(predicted, "LEAST_CHUNK_BYTES", 1)
     monkeypatch.setattr("cellmap_lightning.io.array_reader.LEAST_CHUNK", 32)
     writer = make_prediction_writer(
@@ -243,10 +243,10 @@ def hollow(folder):
     values[:, :32, :32] = np.random.default_rng(0).integers(1, 256, (32, 32, 32))
     values[:, 32:, 32:] = 7  # as empty as black
     raw, mask = Path(folder) / "v.zarr" / "em", Path(folder) / "mask.zarr"
-    write_multiscale(raw, values, scale=(8, 8, 8), translation=(4, 4, 4), chunks=(16, 16, 16))
+    write_multiscale(raw, values, scale=(8, 8, 8), translation=(4, 4, 4), storage=ArrayOptions(chunks=(16, 16, 16)))
     wanted = np.zeros((16, 32, 32), np.uint8)
     wanted[:8, :16, 16:] = 1
-    write_multiscale(mask, wanted, scale=(16, 16, 16), translation=(8, 8, 8), chunks=(16, 16, 16))
+    write_multiscale(mask, wanted, scale=(16, 16, 16), translation=(8, 8, 8), storage=ArrayOptions(chunks=(16, 16, 16)))
     return raw, mask, values.astype(np.float32) / 255
 
 

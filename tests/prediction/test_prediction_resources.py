@@ -12,7 +12,7 @@ import pytest
 
 from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.errors import CellMapError
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.prediction.journal import Journal
 from tests import processes
 from tests.prediction.predictions import SCALE, TRANSLATION, Identity, contents, module, predict, raw_volume, read
@@ -148,7 +148,7 @@ def test_a_volume_of_this_machine_is_not_copied_to_the_cache(tmp_path, monkeypat
 def test_chunks_are_decoded_ahead(tmp_path, cache):
     values = np.random.default_rng(0).integers(0, 256, (64, 64, 64 * 14)).astype(np.uint8)
     path = tmp_path / "raw.zarr" / "em"  # 14 chunks in a row, and a patch in each
-    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, chunks=(64, 64, 64))
+    write_multiscale(path, values, scale=SCALE, translation=TRANSLATION, storage=ArrayOptions(chunks=(64, 64, 64)))
     found = []
 
     class Slow(Identity):

@@ -8,8 +8,9 @@ import zarr
 
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import Lattice
+from cellmap_lightning.io.downsampling import downsample_mean, downsample_mode
 from cellmap_lightning.io.ngff import read_multiscale
-from cellmap_lightning.io.writer import downsample_mean, downsample_mode, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.prediction import pyramid
 from cellmap_lightning.prediction.blocks import BlockGrid
 from cellmap_lightning.prediction.output import PredictionOutput
@@ -172,7 +173,8 @@ def test_levels_are_those_of_the_whole_at_once(tmp_path, shape, block, unit, dty
     assert output.finish(0, 1, lambda: None)
     for name, stored in zip("ab", whole, strict=True):
         write_multiscale(
-            tmp_path / name, stored, scale=ONE, translation=ZERO, levels=4, chunks=unit, zarr_format=zarr_format,
+            tmp_path / name, stored, scale=ONE, translation=ZERO, levels=4,
+            storage=ArrayOptions(chunks=unit, zarr_format=zarr_format),
             mode="mode" if dtype == "labels" else "mean",
         )  # fmt: skip
         for level in range(4):

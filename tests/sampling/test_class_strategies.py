@@ -8,7 +8,7 @@ from cellmap_lightning import (
     CellMapDataset,
     CellMapMultiDataset,
 )
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 from cellmap_lightning.runtime.rng import PLACE, uniforms
 from cellmap_lightning.sampling.strategy import NUMBERS
 from tests.sampling.sampled_crops import CLASSES, choose, make
@@ -89,7 +89,12 @@ def test_the_only_voxel_is_nowhere_outside_its_patch(tmp_path, turns, jitter):
     write_group(tmp_path / "v.zarr")
     for name in ("raw", "crop1/a"):
         write_multiscale(
-            tmp_path / "v.zarr" / name, stored, scale=(8, 8, 8), translation=(0, 0, 0), levels=1, chunks=(16, 16, 16)
+            tmp_path / "v.zarr" / name,
+            stored,
+            scale=(8, 8, 8),
+            translation=(0, 0, 0),
+            levels=1,
+            storage=ArrayOptions(chunks=(16, 16, 16)),
         )
     spec = {"shape": [5, 8, 12], "scale": [8, 8, 8]}
     crop = CellMapDataset(

@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from cellmap_lightning import CellMapDataLoader, CellMapDataModule, CellMapDataset, CellMapError, CellMapMultiDataset
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 from cellmap_lightning.sampling.tiles import TileOrder, golden_stride, halved, stratified
 from cellmap_lightning.training.masked import DiceScore
 from tests.make import make_dataset
@@ -40,13 +40,15 @@ class Stored:
         rng = np.random.default_rng(3)
         self.raw = rng.integers(0, 256, RAW).astype(np.uint8)
         write_group(root)
-        write_multiscale(root / "raw", self.raw, scale=scale, translation=(0, 0, 0), levels=1, chunks=(8, 8, 8))
+        write_multiscale(
+            root / "raw", self.raw, scale=scale, translation=(0, 0, 0), levels=1, storage=ArrayOptions(chunks=(8, 8, 8))
+        )
         self.labels = {}
         for name in "ab":
             self.labels[name] = rng.choice([0, 0, 1, 1, 255], SHAPE).astype(np.uint8)
             write_multiscale(
                 root / "crop1" / name, self.labels[name], scale=scale, translation=np.multiply(START, scale).tolist(),
-                levels=2, mode="mode", chunks=(8, 8, 8), array_attributes=attributes,
+                levels=2, mode="mode", storage=ArrayOptions(chunks=(8, 8, 8)), array_attributes=attributes,
             )  # fmt: skip
         self.target = f"{root}/crop1/[a,b]"
 
@@ -327,7 +329,9 @@ def sparse(tmp_path):
     root = tmp_path / "sparse.zarr"
     write_group(root)
     raw = np.zeros((32, 32, 96), np.uint8)
-    write_multiscale(root / "raw", raw, scale=(8, 8, 8), translation=(0, 0, 0), levels=1, chunks=(16, 16, 16))
+    write_multiscale(
+        root / "raw", raw, scale=(8, 8, 8), translation=(0, 0, 0), levels=1, storage=ArrayOptions(chunks=(16, 16, 16))
+    )
     for crop in (1, 2):
         labels = {name: np.zeros((32, 32, 32), np.uint8) for name in "abc"}
         labels["a"][:, :16] = 1
@@ -336,7 +340,7 @@ def sparse(tmp_path):
         for name, label in labels.items():
             write_multiscale(
                 root / f"crop{crop}" / name, label, scale=(8, 8, 8), translation=(0, 0, 256 * crop),
-                levels=3, mode="mode", chunks=(16, 16, 16), array_attributes=attributes,
+                levels=3, mode="mode", storage=ArrayOptions(chunks=(16, 16, 16)), array_attributes=attributes,
             )  # fmt: skip
     return root
 

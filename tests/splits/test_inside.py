@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cellmap_lightning import CellMapDataModule, CellMapError
-from cellmap_lightning.io.writer import write_group, write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 
 SPEC = {"shape": [16] * 3, "scale": [8] * 3}
 INSIDE, MARK = 100, 200
@@ -19,7 +19,7 @@ def crop(tmp_path_factory):
     """A crop of 40 x 120 x 40 voxels of 8 nm in the middle of raw, with mito everywhere and er at the end of y."""
     root = tmp_path_factory.mktemp("v") / "jrc_a.zarr"
     write_group(root)
-    common = {"scale": (8, 8, 8), "levels": 2, "chunks": (32, 32, 32)}
+    common = {"scale": (8, 8, 8), "levels": 2, "storage": ArrayOptions(chunks=(32, 32, 32))}
     write_multiscale(root / "em", np.full((80, 160, 80), INSIDE, np.uint8), translation=(4,) * 3, mode="mean", **common)
     mito, er = np.zeros((2, 40, 120, 40), np.uint8)
     mito[:, ::7] = 1
@@ -81,7 +81,7 @@ def test_no_training_patch_shows_a_voxel_of_validation(crop, tmp_path, spatial, 
     write_group(tmp_path / "marked.zarr")
     write_multiscale(
         tmp_path / "marked.zarr/em", raw, scale=(8, 8, 8), translation=(4,) * 3, levels=1, mode="mean",
-        chunks=(32, 32, 32),
+        storage=ArrayOptions(chunks=(32, 32, 32)),
     )  # fmt: skip
     marked = [{**crop, "raw": f"{tmp_path}/marked.zarr/em", "box": box_of(box)} for box in boxes(first, "train")]
     data = CellMapDataModule(

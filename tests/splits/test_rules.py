@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cellmap_lightning import CellMapError
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.splits.manifests import read_manifest
-from cellmap_lightning.splits.rules import RULES, Crop, assign, missing_classes, together
+from cellmap_lightning.splits.rules import RULES, CandidateCrop, assign, missing_classes, together
 from tests.splits.splitting import GT, RAW, split
 
 DIVIDING = [rule for rule in RULES if rule != "csv"]
@@ -29,7 +29,7 @@ def random_crops(draw, most=9):
         start = draw(st.integers(0, 40))
         box = Box((0, 0, start), (1, 1, start + draw(st.integers(1, 6))))
         classes = draw(st.frozensets(st.sampled_from(["mito", "er", "nuc", "pm", "ld"])))
-        crops.append(Crop(f"{dataset}/crop{n}", dataset, classes, draw(st.sampled_from([box, None]))))
+        crops.append(CandidateCrop(f"{dataset}/crop{n}", dataset, classes, draw(st.sampled_from([box, None]))))
     return crops
 
 
@@ -58,7 +58,7 @@ def test_a_split_depends_on_seed_and_names_but_not_on_order(crops, data, rule, s
 def test_forty_crops_in_another_order(rule):
     """Pairs overlap: what stands for a pair must not be whichever is listed first."""
     crops = [
-        Crop(
+        CandidateCrop(
             f"d{n % 4}/crop{n}", f"d{n % 4}", frozenset(["mito", "er", "pm"][: n % 4]), Box((0, 0, at), (1, 1, at + 1))
         )
         for n in range(40)
@@ -116,7 +116,7 @@ def test_each_crop_validates_in_one_fold(crops, n_folds, seed):
 
 
 def apart(count, classes=lambda n: ("mito",), datasets=1):
-    return [Crop(f"d{n % datasets}/crop{n}", f"d{n % datasets}", frozenset(classes(n))) for n in range(count)]
+    return [CandidateCrop(f"d{n % datasets}/crop{n}", f"d{n % datasets}", frozenset(classes(n))) for n in range(count)]
 
 
 @pytest.mark.parametrize("rule", ["random", "stratified"])
@@ -209,7 +209,7 @@ def test_a_dataset_that_is_not_there_cannot_be_left_out():
 def test_one_group_cannot_be_divided():
     box = Box((0, 0, 0), (2, 2, 2))
     with pytest.raises(ValueError, match="random needs at least 2 crops that do not overlap, got 1: d/a"):
-        assign([Crop("d/a", "d", box=box), Crop("d/b", "d", box=box)], "random")
+        assign([CandidateCrop("d/a", "d", box=box), CandidateCrop("d/b", "d", box=box)], "random")
 
 
 # -- the real crops of the challenge
@@ -228,7 +228,7 @@ def real_crops(challenge, tmp_path):
     listed = read_manifest(challenge, tmp_path)
     names = [(Path(crop.raw).parents[2].stem, Path(crop.folder).name) for crop in listed]
     return [
-        Crop(f"{dataset}/{name}", dataset, frozenset(crop.classes), crop.box)
+        CandidateCrop(f"{dataset}/{name}", dataset, frozenset(crop.classes), crop.box)
         for (dataset, name), crop in zip(names, listed, strict=True)
     ]
 

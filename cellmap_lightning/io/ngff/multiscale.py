@@ -51,7 +51,7 @@ def shared_metadata() -> Iterator[None]:
 
 
 class NoImageError(MetadataError):
-    """A location that holds no OME-NGFF image and no Zarr array."""
+    """A location that holds no OME-NGFF image and no Zarr array; see docs/formats.md."""
 
 
 def shared_image(
