@@ -12,6 +12,7 @@ from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
 from cellmap_lightning.commands.prediction_context import reach_of_task, set_context
 from cellmap_lightning.commands.prediction_report import csc_scores, describe_prediction
 from cellmap_lightning.commands.signals import ExitOnSignal
+from cellmap_lightning.errors import CellMapTypeError
 from cellmap_lightning.training.checkpoints import check_checkpoint
 
 
@@ -47,6 +48,13 @@ def run(cfg: DictConfig, task: Any) -> str | None:
         try:
             trainer.predict(task, datamodule=data, ckpt_path=cfg.ckpt, return_predictions=False, weights_only=True)
             ending.check()
+        except NotImplementedError as e:  # of torch, with a long traceback
+            if 'required "forward" function' not in str(e):
+                raise
+            raise CellMapTypeError(
+                f"{type(task).__name__}: predict_step calls a module without forward ({e}); define forward, or call "
+                "the network instead of the module"
+            ) from e
         finally:
             data.close()
     if not trainer.is_global_zero:
