@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from cellmap_lightning.batches.arrays import ArraySpecs, parse_classes, parse_inputs, parse_targets
@@ -268,7 +269,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         """The Trainer that runs, or ran last.
 
         Raises:
-            CellMapTypeError: on assignment of a Trainer of the package ``pytorch_lightning``.
+            CellMapTypeError: on assignment of a Trainer of the package ``pytorch_lightning``, or of one whose
+                `PredictionWriter` cannot use its module.
         """
         return self._trainer
 
@@ -280,6 +282,11 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
                 "'import lightning as L' (or 'import lightning.pytorch as pl') for Trainer, module and callbacks"
             )
         self._trainer = trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.PREDICTING:
+            # Lightning's own check comes before any hook of the callback, and asks for forward.
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if hasattr(callback, "check_module"):
+                    callback.check_module(trainer.lightning_module)
 
     # -- datasets
 

@@ -2,6 +2,26 @@
 
 from cellmap_lightning.redaction import hide_address
 
+__all__ = [
+    "CacheError",
+    "CellMapError",
+    "CellMapFileExistsError",
+    "CellMapFileNotFoundError",
+    "CellMapIndexError",
+    "CellMapKeyError",
+    "CellMapMemoryError",
+    "CellMapTypeError",
+    "CellMapValueError",
+    "ChunkError",
+    "EmptyChunkError",
+    "MetadataError",
+    "MissingExtraError",
+    "OutputError",
+    "WorkerError",
+    "install_command",
+    "missing_extra",
+]
+
 
 class CellMapError(Exception):
     """Base class of all errors about data, metadata, configuration or their combination.
@@ -150,3 +170,7 @@ def missing_extra(extra: str, what: str, alternative: str = "") -> MissingExtraE
     """
     ending = f", or {alternative}" if alternative else ""
     return MissingExtraError(f"{what}, which is not installed; in a clone: {install_command(extra)}{ending}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -20,6 +20,8 @@ from cellmap_lightning.io.ngff import NO_OVERRIDES, Multiscale, Overrides
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.store import parse_location
 
+__all__ = ["FormatConformance"]
+
 #: Seconds that a read in another process may take.
 _PATIENCE = 60.0
 
@@ -186,3 +188,7 @@ def _send(queue: Any, reader: ArrayReader, shape: tuple[int, int, int]) -> None:
 
 def _digest(voxels: AnyArray) -> str:
     return hashlib.sha256(voxels.tobytes()).hexdigest()
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 #: First steps, which decode, compile and allocate, and are not part of the statistics.
 WARM_UP = 3
+#: Names of the metrics: seconds of waiting, and of copying and finishing.
+METRICS = ("data/wait_s", "data/copy_s")
 
 
 class DataWaitMonitor(L.Callback):
@@ -71,8 +73,8 @@ class DataWaitMonitor(L.Callback):
         step = self._step
         if step is None:
             return
-        pl_module.log("data/wait_s", step.waited, batch_size=1)
-        pl_module.log("data/copy_s", step.moved, batch_size=1)
+        pl_module.log(METRICS[0], step.waited, batch_size=1)
+        pl_module.log(METRICS[1], step.moved, batch_size=1)
         self._steps += 1
         if self._steps > 0:  # after the warm-up
             self._seconds += time.perf_counter() - self._since

@@ -1,6 +1,7 @@
 """Error messages of commands, and filters of the messages of libraries."""
 
 import logging
+import re
 import shutil
 import sys
 import textwrap
@@ -27,6 +28,15 @@ class TerminalFormatter(logging.Formatter):
             textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
             for line in text.split("\n")
         )
+
+
+#: Values of Python and of the command line.
+_VALUES = {"True": "true", "False": "false", "None": "null"}
+
+
+def as_overrides(text: str) -> str:
+    """Return a message with arguments of Python, such as ``overwrite=True``, as overrides of a command."""
+    return re.sub(r"\b(\w+)=(True|False|None)\b", lambda match: f"{match[1]}={_VALUES[match[2]]}", text)
 
 
 #: Printed messages.

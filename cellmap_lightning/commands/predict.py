@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -65,24 +64,25 @@ def _predict(trainer: L.Trainer, task: L.LightningModule, data: L.LightningDataM
     """Predict all blocks.
 
     Raises:
-        CellMapTypeError: the module has neither ``predict_step`` nor ``forward``; or only a ``forward`` that does not
-            take a batch, as Lightning calls it.
+        CellMapTypeError: the module has neither ``predict_step`` nor ``forward``; only a ``forward`` that does not take
+            a batch, as Lightning calls it; or a ``predict_step`` that calls a module without ``forward``.
     """
     name = type(task).__name__
-    advice = "define predict_step(batch, batch_idx), which returns [N, C, z, y, x]"
-    steps = type(task).predict_step is not L.LightningModule.predict_step
-    if not steps and type(task).forward in (torch.nn.Module.forward, L.LightningModule.forward):
-        raise CellMapTypeError(f"{name} has neither predict_step nor forward; {advice}")
     try:
         trainer.predict(task, datamodule=data, ckpt_path=ckpt, return_predictions=False, weights_only=True)
     except CellMapError:
         raise
     except Exception as error:
-        if steps or not _raised_in_forward(error, task):
+        if isinstance(error, NotImplementedError) and 'required "forward" function' in str(error):  # of torch
+            raise CellMapTypeError(
+                f"{name}: predict_step calls a module without forward ({error}); define forward, or call the network "
+                "instead of the module"
+            ) from error
+        if type(task).predict_step is not L.LightningModule.predict_step or not _raised_in_forward(error, task):
             raise
         raise CellMapTypeError(
             f"{name} has no predict_step, so its forward was called with the batch, a dict, and failed "
-            f"({first_line(error)}); {advice}"
+            f"({first_line(error)}); define predict_step(self, batch, batch_idx), which returns [N, C, z, y, x]"
         ) from error
 
 

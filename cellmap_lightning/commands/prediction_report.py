@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.commands.predict_config import groundtruth
 from cellmap_lightning.errors import MissingExtraError
-from cellmap_lightning.evaluation.crop_parts import CropPart, trained_crops
+from cellmap_lightning.evaluation.crop_parts import CropPart, run_crops, trained_crops
 from cellmap_lightning.evaluation.csc_evaluation import Predicted, Scoring, csc_table, evaluate_csc, write_csc_csv
 from cellmap_lightning.evaluation.evaluate import evaluate
 from cellmap_lightning.evaluation.overview import draw_prediction
@@ -66,11 +66,16 @@ def _local_crops(cfg: DictConfig) -> Path | None:
 
 def _trained(checkpoint: Any) -> dict[Path, list[CropPart]] | None:
     """Return the parts of crops that the run of a checkpoint used; None where its folder lists no crops."""
+    folder = _run_folder(checkpoint)
+    return None if folder is None else trained_crops(folder)
+
+
+def _run_folder(checkpoint: Any) -> Path | None:
+    """Return the folder of the run of a checkpoint; None where no file there lists its crops."""
     if checkpoint is None:
         return None
     path = Path(str(checkpoint))
-    folder = next((f for f in (path, *path.parents[:2]) if (f / "split.csv").is_file()), None)
-    return None if folder is None else trained_crops(folder)
+    return next((f for f in (path, *path.parents[:2]) if (f / "split.csv").is_file()), None)
 
 
 @contextmanager
@@ -92,11 +97,14 @@ def _picture(cfg: DictConfig, writer: Any, classes: Sequence[str], crops: Path) 
     # The picture shows raw as it is stored.
     metadata = {key: value for key, value in replaced.items() if key not in ("normalize", "invert")}
     metadata["level_translations"] = cfg.data.get("level_translations", "auto")
+    # Outside of the layout of the challenge the crops of a volume are known from the training alone.
+    run = _run_folder(cfg.get("ckpt"))
+    entries = [] if run is None else run_crops(run, Path(str(cfg.input_path)))
     known = writer.classes or cfg.data.classes or writer.names
     try:
         draw_prediction(
             writer.output, str(cfg.input_path), classes, picture, crops, writer.threshold, metadata, known,
-            _trained(cfg.get("ckpt")),
+            _trained(cfg.get("ckpt")), entries,
         )  # fmt: skip
     except MissingExtraError as e:
         return f"no picture: {e}"

@@ -19,7 +19,7 @@ from cellmap_lightning.commands.arguments import check_groups, prepare_arguments
 from cellmap_lightning.commands.config_keys import check_known, check_missing, rename_voxel_sizes
 from cellmap_lightning.commands.config_values import check_model_shape, check_targets
 from cellmap_lightning.commands.help_text import register_help, version_text
-from cellmap_lightning.commands.messages import Stopped, stop
+from cellmap_lightning.commands.messages import Stopped, as_overrides, stop
 from cellmap_lightning.commands.override_hints import override_hints
 from cellmap_lightning.commands.private_run import contain_secrets, protect_logs, protect_run
 from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
@@ -108,7 +108,7 @@ def _run_job(
         message = _message(error)
         if message is not None:
             log.debug("traceback of the error", exc_info=error)
-            stop(message)
+            stop(as_overrides(message))
         if contain_secrets(sys.argv[1:]):  # Hydra would print the arguments
             stop("".join(traceback.format_exception(error)))
         raise

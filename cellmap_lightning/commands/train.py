@@ -23,6 +23,7 @@ from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks.preemption import PreemptionCheckpoint
 from cellmap_lightning.checkpointing.checkpoint_config import CheckpointConfig
 from cellmap_lightning.commands.messages import quieten
+from cellmap_lightning.commands.monitors import MonitorCheck
 from cellmap_lightning.commands.pictures import attempt, draw_samples, scores_of
 from cellmap_lightning.commands.private_run import without_secrets
 from cellmap_lightning.commands.run_folder import how_to_continue, remove_run, results_in
@@ -176,12 +177,14 @@ def _monitored(monitor: str, trainer: Any) -> float | None:
 
 def _trainer(cfg: DictConfig, checkpoint_config: CheckpointConfig) -> Any:
     """Return the Trainer of a run, with its callbacks and loggers."""
-    callbacks = [instantiate(c, _convert_="all") for c in (cfg.get("callbacks") or {}).values() if c is not None]
-    _log_best(callbacks)
+    named = {key: c for key, c in (cfg.get("callbacks") or {}).items() if c is not None}
+    callbacks = {str(key): instantiate(c, _convert_="all") for key, c in named.items()}
+    _log_best([*callbacks.values()])
     loggers = [instantiate(c, _convert_="all") for c in (cfg.get("logger") or {}).values() if c is not None]
     if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
         cfg.trainer.enable_progress_bar = False
-    return instantiate(cfg.trainer, _convert_="all", callbacks=[*callbacks, checkpoint_config], logger=loggers or False)
+    own = [*callbacks.values(), checkpoint_config, MonitorCheck(cfg.monitor, callbacks)]
+    return instantiate(cfg.trainer, _convert_="all", callbacks=own, logger=loggers or False)
 
 
 def _log_best(callbacks: Sequence[Any]) -> None:

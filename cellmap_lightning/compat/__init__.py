@@ -30,3 +30,7 @@ __all__ = [
     "ImageWriter",
     "MutableSubsetRandomSampler",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

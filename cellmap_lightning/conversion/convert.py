@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from cellmap_lightning.conversion.journal import Block, ConversionJournal
+from cellmap_lightning.conversion.label_like import few_values, report_few_values
 from cellmap_lightning.conversion.options import ConversionOptions
-from cellmap_lightning.errors import CellMapFileExistsError, OutputError
+from cellmap_lightning.errors import CellMapFileExistsError, MetadataError, OutputError
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.label_ids import UNANNOTATED, LabelIds, class_names, ids_of
 from cellmap_lightning.io.label_values import read_labels
-from cellmap_lightning.io.ngff import Level
+from cellmap_lightning.io.ngff import Level, Note, report
+from cellmap_lightning.io.ngff.notes import without_entry
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.writer import multiscale_attributes, write_group
 from cellmap_lightning.prediction.blocks import BlockGrid
@@ -53,17 +56,33 @@ def convert(options: ConversionOptions) -> Path:
         PosixPath('vol.zarr')
     """
     output = Path(options.output).expanduser()
-    level = read_image(options.input, options.overrides).finest
+    level = _read(options)
     workers = default_workers(options.workers, not open_reader(level).local)
     with open_scheduler(options.scheduler, workers, options.address) as scheduler:
         _convert(output, level, options, scheduler)
     return output
 
 
+def _read(options: ConversionOptions) -> Level:
+    """Return the level that is converted, after a report of what was assumed about its metadata."""
+    try:
+        image = read_image(options.input, options.overrides)
+    except MetadataError as e:
+        e.args = (without_entry(str(e)),)
+        raise
+    report(image.path, [Note(note.kind, without_entry(note.text)) for note in image.notes if note.kind != "access"])
+    return image.finest
+
+
 def _convert(output: Path, level: Level, options: ConversionOptions, scheduler: Scheduler) -> None:
     names = class_names(options.label_map)
     if not names:
-        _Image(output, level, options, None).write(scheduler)
+        image = _Image(output, level, options, None)
+        values = few_values(image.reader, image.grid) if image.may_be_labels else []
+        if values:
+            report_few_values(options.input, values)
+            image = _Image(output, level, replace(options, pyramid="mode"), None)
+        image.write(scheduler)
         return
     if output.exists() and not any((output / name).exists() for name in names):
         raise CellMapFileExistsError(f"{output} exists already; choose another output")
@@ -107,6 +126,10 @@ class _Image:
         is_ids = ids is not None or dtype.kind == "b" or (dtype.kind in "iu" and dtype.itemsize >= 4)
         by_mode = options.pyramid == "mode" or (options.pyramid == "auto" and is_ids)
         z, y, x = (min(options.chunks, n) for n in shape)
+        #: Whether it is not known if the values are labels, whose coarser levels must not be means.
+        self.may_be_labels = (
+            self.pyramid.levels > 1 and options.pyramid == "auto" and dtype.kind in "iu" and not by_mode
+        )
         self.grid = BlockGrid(
             level.lattice, (0, 0, 0), shape, block_of(shape, (z, y, x), self.reader.chunks, dtype.itemsize)
         )  # fmt: skip

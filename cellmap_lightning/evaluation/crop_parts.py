@@ -43,12 +43,28 @@ def trained_crops(path: Path) -> dict[Path, list[CropPart]]:
             # A crop that validates as a whole is scored as a whole, like one that was not used.
             if entry.target_path and (split == "train" or entry.crop_box is not None):
                 folder = Path(entry.target_path).parent.resolve()
-                crops.setdefault(folder, []).append(CropPart(_physical(entry), split == "train"))
+                crops.setdefault(folder, []).append(CropPart(physical_box(entry), split == "train"))
     whole = CropPart(None, True)
     return {folder: [whole] if whole in parts else parts for folder, parts in crops.items()}
 
 
-def _physical(entry: CropRecord) -> CropBox | None:
+def run_crops(path: Path, raw: Path) -> list[tuple[str, CropRecord]]:
+    """Return split and entry of the crops of a run that annotate a raw volume, those for validation first.
+
+    Args:
+        path: the folder of the run, which has a ``split.csv``.
+        raw: the raw volume.
+
+    Raises:
+        CellMapError: the file cannot be read.
+    """
+    entries = read_csv(path / "split.csv")
+    order = ("val", "test", "train")
+    listed = [(split, entry) for split in order for entry in entries.get(split, []) if entry.target_path]
+    return [(split, entry) for split, entry in listed if Path(entry.input_path).resolve() == raw.resolve()]
+
+
+def physical_box(entry: CropRecord) -> CropBox | None:
     """Return the box of an entry in nm; None without a box."""
     box, target = entry.crop_box, entry.target
     if box is None or target is None or box.unit == "nm":

@@ -4,10 +4,11 @@ Raw, annotations and prediction are read by position in nm, each by its metadata
 visible. The amount of data that is read is bounded, however large the volume is.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice, product
+from dataclasses import dataclass
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.crops.crop_box import restricted
+from cellmap_lightning.crops.encodings import Unknown, check_unknown
 from cellmap_lightning.crops.image import CellMapImage
-from cellmap_lightning.evaluation.crop_parts import CropPart, parts_of
+from cellmap_lightning.errors import CellMapError
+from cellmap_lightning.evaluation.crop_parts import CropPart, parts_of, physical_box
 from cellmap_lightning.evaluation.evaluate import covers, is_group
 from cellmap_lightning.evaluation.pairs import Annotation
 from cellmap_lightning.geometry.lattice import (
@@ -28,12 +31,16 @@ from cellmap_lightning.geometry.lattice import (
     Lattice,
     Shape,
 )
+from cellmap_lightning.io.images import image_exists
 from cellmap_lightning.io.meanings import meaning_of
-from cellmap_lightning.io.ngff import Overrides, read_multiscale
+from cellmap_lightning.io.ngff import Multiscale, Overrides, read_multiscale
 from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD, Threshold, threshold_of
+from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.training.report import class_rank
 from cellmap_lightning.visualization.figures.palette import outline_colors
 from cellmap_lightning.visualization.figures.sheet import SheetSample, contact_sheet
+
+log = logging.getLogger(__name__)
 
 Masks = npt.NDArray[np.bool_]
 
@@ -78,6 +85,7 @@ def draw_prediction(
     metadata: Mapping[str, Any] | None = None,
     known: Sequence[str] = (),
     trained: Mapping[Path, Sequence[CropPart]] | None = None,
+    entries: Sequence[tuple[str, CropRecord]] = (),
 ) -> None:
     """Draw raw with the outlines of the prediction, and of the annotation where the prediction covers a crop.
 
@@ -91,11 +99,12 @@ def draw_prediction(
         metadata: replacements of the metadata of raw; keyword arguments of `Overrides.parse`.
         known: every class of the training, so that a class has its colour in all pictures of a run.
         trained: parts of the crops that a training used, each shown by itself; see `trained_crops`.
+        entries: split and entry of further crops, which may be stored anywhere and in any format; see `run_crops`.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    samples = samples_of(output, raw, classes, crops, threshold, metadata, trained)
+    samples = samples_of(output, raw, classes, crops, threshold, metadata, trained, entries)
     names = list(known) if set(classes) <= set(known) else list(classes)
     palette = dict(zip(names, outline_colors(len(names)), strict=True))
     limits = ", ".join(f"{value:g}" for value in dict.fromkeys(threshold_of(threshold, name) for name in classes))
@@ -113,6 +122,7 @@ def samples_of(
     threshold: Threshold = DEFAULT_THRESHOLD,
     metadata: Mapping[str, Any] | None = None,
     trained: Mapping[Path, Sequence[CropPart]] | None = None,
+    entries: Sequence[tuple[str, CropRecord]] = (),
 ) -> list[SheetSample]:
     """Return the rows of `draw_prediction`; the arguments are the same.
 
@@ -139,7 +149,9 @@ def samples_of(
             center = _densest_places(masks, lattice, overview.shape)[0]
             shown = _masks(output, classes, overview, center, threshold)
             samples.append(_sample(raw, overview, center, shown, None, _overview_header(overview, lattice), metadata))
-    places = list(islice(_annotated_places(classes, lattice, shape, crops, trained), _PLACES))
+    annotated = chain(_in_folder(classes, crops, trained), _listed(classes, entries, crops))
+    covered = (crop for crop in annotated if all(covers(lattice, box) for box in crop.lattices))
+    places = [_best_place(classes, lattice, shape, crop) for crop in islice(covered, _PLACES)]
     if not places:
         patch = Lattice(lattice.origin, lattice.step, shape)
         centers = _densest_places(masks, lattice, shape)
@@ -191,48 +203,90 @@ def _overview_header(overview: Lattice, lattice: Lattice) -> str:
     return f"overview, {part} of {whole} voxels (z, y, x)"
 
 
-def _annotated_places(
-    classes: Sequence[str],
-    lattice: Lattice,
-    most: Shape,
-    crops: Path | None,
-    trained: Mapping[Path, Sequence[CropPart]] | None,
-) -> Iterator[_Place]:
-    """Yield the place with the most annotated classes of each crop, or part of one, that the prediction covers."""
+@dataclass(frozen=True, eq=False)
+class _Annotated:
+    """A crop, or a part of one, that annotates some of the classes.
+
+    Attributes:
+        name: its name, for the header.
+        folder: location of the crop.
+        images: the label image of each of these classes.
+        part: the part of the crop.
+        unknown: the stored value of unannotated voxels, where the metadata do not define it.
+    """
+
+    name: str
+    folder: Path
+    images: Mapping[str, Multiscale]
+    part: CropPart
+    unknown: Unknown = "metadata"
+
+    @property
+    def header(self) -> str:
+        """The name, with the box of a part and what the training used it for."""
+        name = self.name if self.part.box is None else f"{self.name} [{self.part.box}]"
+        return f"{name}, trained on" if self.part.trained else name
+
+    @property
+    def lattices(self) -> list[Lattice]:
+        """The voxels of the labels inside of the part."""
+        images = self.images
+        if self.part.box is not None:
+            images = restricted(self.name, images, self.part.box)[0]
+        return [image.finest.lattice for image in images.values()]
+
+
+def _in_folder(
+    classes: Sequence[str], crops: Path | None, trained: Mapping[Path, Sequence[CropPart]] | None
+) -> Iterator[_Annotated]:
+    """Yield the crops of a folder in the layout of the challenge."""
     if crops is None or not crops.is_dir():
         return
     for crop in sorted(p for p in crops.glob("*") if p.is_dir()):
         annotated = [name for name in classes if is_group(crop / name)]
         for part in parts_of(crop, annotated, trained, None) if annotated else []:
-            images = {name: read_multiscale(crop / name) for name in annotated}
-            if part.box is not None:
-                images = restricted(crop.name, images, part.box)[0]
-            labels = [image.finest.lattice for image in images.values()]
-            if all(covers(lattice, one) for one in labels):
-                name = crop.name if part.box is None else f"{crop.name} [{part.box}]"
-                place = _best_place(classes, lattice, most, crop, list(images), part)
-                yield replace(place, name=f"{name}, trained on" if part.trained else name)
+            yield _Annotated(crop.name, crop, {name: read_multiscale(crop / name) for name in annotated}, part)
 
 
-def _best_place(
-    classes: Sequence[str], lattice: Lattice, most: Shape, crop: Path, annotated: Sequence[str], part: CropPart
-) -> _Place:
+def _listed(
+    classes: Sequence[str], entries: Sequence[tuple[str, CropRecord]], crops: Path | None
+) -> Iterator[_Annotated]:
+    """Yield the crops of entries that are not in the folder of crops."""
+    for split, entry in entries:
+        target = entry.target
+        if target is None or not isinstance(target.crop, Path):
+            continue
+        if crops is not None and target.crop.resolve().parent == crops.resolve():
+            continue
+        try:
+            names = [name for name in classes if name in target.names and image_exists(target.of(name))]
+            images = {name: target.read(name, entry.overrides[1]) for name in names}
+            unknown = check_unknown(entry.metadata.get("unknown", "metadata"))
+            part = CropPart(physical_box(entry), split == "train")
+            if images:
+                yield _Annotated(target.label, target.crop, images, part, unknown)
+        except CellMapError as e:  # since the training, a volume may have been moved or changed
+            log.warning("the picture does not show the annotation of %s: %s", target.label, e)
+
+
+def _best_place(classes: Sequence[str], lattice: Lattice, most: Shape, crop: _Annotated) -> _Place:
     """Return the place with the most annotated classes of a crop, or of a part of it.
 
     Args:
         classes: names of the classes.
         lattice: the voxels of the prediction.
         most: shape of a place at most, voxels.
-        crop: folder of the crop.
-        annotated: the classes that it annotates.
-        part: the part.
+        crop: the crop.
     """
-    annotations = {name: Annotation(crop, name, lattice.step, part=part.box) for name in annotated}
+    annotations = {
+        name: Annotation(crop.folder, name, lattice.step, crop.unknown, crop.part.box, image)
+        for name, image in crop.images.items()
+    }
     room = np.min([annotation.box.extent for annotation in annotations.values()], axis=0) / lattice.step
     z, y, x = np.clip(np.floor(room + LATTICE_TOLERANCE), 1, most).astype(int).tolist()
     patch = Lattice(lattice.origin, lattice.step, (z, y, x))
     ranked = []
-    starts = _tile_starts(annotations[annotated[0]].box, lattice, patch.shape)
+    starts = _tile_starts(next(iter(annotations.values())).box, lattice, patch.shape)
     for start in starts[:: max(1, len(starts) // _CANDIDATES)]:
         target = np.full((len(classes), *patch.shape), np.nan, np.float32)
         for name, annotation in annotations.items():
@@ -241,7 +295,7 @@ def _best_place(
         ranked.append((class_rank(target == 1), start, target))
     _, start, target = max(ranked, key=lambda row: row[:2])
     center = np.asarray(lattice.origin) + (np.add(start, np.subtract(patch.shape, 1) / 2)) * lattice.step
-    return _Place(crop.name, patch, center, target)
+    return _Place(crop.header, patch, center, target)
 
 
 def _tile_starts(box: Box, lattice: Lattice, shape: Shape) -> list[Shape]:

@@ -20,7 +20,7 @@ from cellmap_lightning.geometry.grids import covering_boxes
 from cellmap_lightning.geometry.lattice import EDGE_TOLERANCE, Box, FloatArray, Lattice, Shape, box_map
 from cellmap_lightning.geometry.resample import evaluate
 from cellmap_lightning.io.meanings import ValuesSetting, meaning_of
-from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.ngff import Multiscale, read_multiscale
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.transforms.kinds.kind import UNKNOWN_ID
 
@@ -61,6 +61,7 @@ class Annotation:
         voxel_size: voxel size at which it is read, nm (z, y, x), from which the level follows.
         unknown: the stored value of unannotated voxels, if the metadata do not define it; see `LabelOptions`.
         part: the part of the crop that is read, as if the annotation ended there; None for all of it.
+        image: the label image, where it is not an OME-NGFF group in the folder.
 
     Attributes:
         box: the annotated box, nm.
@@ -80,8 +81,9 @@ class Annotation:
         voxel_size: Sequence[float],
         unknown: Unknown = "metadata",
         part: CropBox | None = None,
+        image: Multiscale | None = None,
     ) -> None:
-        label, image = f"{crop.name}/{name}", read_multiscale(crop / name)
+        label, image = f"{crop.name}/{name}", image or read_multiscale(crop / name)
         if part is not None:
             image = restricted(crop.name, {name: image}, part)[0][name]
         level = choose_level(image, voxel_size, label)

@@ -58,38 +58,39 @@ class Costs:
     unknown: str | None = None
 
 
-def compute_costs(settings: Mapping[str, Any], device_bytes: int, deep: bool) -> Costs:
+def compute_costs(data: CellMapDataModule, settings: Mapping[str, Any], device_bytes: int, deep: bool) -> Costs:
     """Compute the costs of a configuration.
 
     Args:
-        settings: arguments of `CellMapDataModule`.
+        data: its data module.
+        settings: the arguments of the data module.
         device_bytes: memory of the CUDA device for which prefetching is decided.
         deep: read some samples, and count voxels where the metadata has no counts.
 
     Raises:
         CellMapError: the configuration does not fit the data.
     """
-    with CellMapDataModule(**settings) as data:
-        splits = {split: data.splits[split] for split in SPLITS if data.splits.has_crops(split)}
-        memory = data.batch_memory(next(iter(splits)))
-        location = _cache_location(settings)
-        # Crops and splits may share a region, which is cached once.
-        regions = {r.digest(): r.layout.nbytes for s in splits.values() for crop in s.crops for r in crop.regions}
-        sampling: dict[str, Any] = {}
-        if "train" in splits and splits["train"].layout.targets:
-            sampling = dict(_sampling(splits["train"], deep))
-        return Costs(
-            batch_size=data.batch_size,
-            finished=dict(memory.arrays),
-            compact=dict(memory.compact.arrays),
-            prefetch=_prefetch(memory, device_bytes),
-            crops={split: len(s.crops) for split, s in splits.items()},
-            samples={split: len(s) for split, s in splits.items()},
-            cache_bytes=sum(regions.values()) if location else 0,
-            cache_room=location.budget if location else 0,
-            cache_where=str(location.folder or "memory") if location else "nowhere (cache=none)",
-            **sampling,
-        )
+    splits = {split: data.splits[split] for split in SPLITS if data.splits.has_crops(split)}
+    memory = data.batch_memory(next(iter(splits)))
+    location = _cache_location(settings)
+    # Crops and splits may share a region, which is cached once.
+    regions = {r.digest(): r.layout.nbytes for s in splits.values() for crop in s.crops for r in crop.regions}
+    sampling: dict[str, Any] = {}
+    if "train" in splits and splits["train"].layout.targets:
+        sampling = dict(_sampling(splits["train"], deep))
+    left_out = {split: len(data.splits.left_out.get(split, ())) for split in splits}
+    return Costs(
+        batch_size=data.batch_size,
+        finished=dict(memory.arrays),
+        compact=dict(memory.compact.arrays),
+        prefetch=_prefetch(memory, device_bytes),
+        crops={split: len(data.splits.entries[split]) - left_out[split] for split in splits},
+        samples={split: len(s) for split, s in splits.items()},
+        cache_bytes=sum(regions.values()) if location else 0,
+        cache_room=location.budget if location else 0,
+        cache_where=str(location.folder or "memory") if location else "nowhere (cache=none)",
+        **sampling,
+    )
 
 
 def _cache_location(settings: Mapping[str, Any]) -> Location | None:

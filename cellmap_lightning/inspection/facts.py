@@ -172,6 +172,7 @@ class CropFacts:
         metadata: settings of its entry that replace its metadata.
         notes: assumptions about the metadata of its labels, ``{kind: text}``.
         wrong: the error if it cannot be read.
+        left_out: the reason if the configuration does not use it.
 
     Example:
         >>> for crop in inspect({"csv_path": "crops.csv"}, {}, None).crops:
@@ -193,6 +194,7 @@ class CropFacts:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     wrong: str | None = None
+    left_out: str | None = None
 
     @property
     def extent(self) -> Vector | None:

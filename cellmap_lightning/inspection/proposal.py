@@ -2,14 +2,17 @@
 
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, Vector, to_vector
+from cellmap_lightning.geometry.lattice import AXES, SCALE_TOLERANCE, FloatArray, Vector, to_vector
 from cellmap_lightning.inspection.facts import CropFacts, VolumeFacts
+from cellmap_lightning.inspection.formats import voxel_count
 from cellmap_lightning.validation import first_few
 
 #: Part of the crops that must have labels and raw at a scale.
@@ -64,6 +67,8 @@ def propose(
     device_bytes: int,
     chosen: Mapping[str, Any],
     max_upsampling: float,
+    pad: bool = True,
+    holds: Callable[[tuple[int, int, int], Vector], bool] | None = None,
 ) -> Proposal | None:
     """Return settings that fit; None without a volume that can be read.
 
@@ -74,6 +79,8 @@ def propose(
         device_bytes: memory of the device that trains.
         chosen: the user's ``scale``, ``shape`` and ``classes``, or None for each.
         max_upsampling: largest ratio of raw's finest voxel size to that of an input.
+        pad: whether crops may be smaller than a patch.
+        holds: whether the crops can be cut for a patch of a shape and voxel size; None if they are not cut.
     """
     usable = [crop for crop in crops if crop.wrong is None and crop.scale is not None and crop.off is not None]
     readable = [volume for volume in volumes if volume.present]
@@ -82,9 +89,16 @@ def propose(
     scale, why_scale = _scale(readable, usable)
     if chosen.get("scale"):
         scale, why_scale = to_vector(chosen["scale"]), "as given"
-    shape, why_shape = _shape(scale, usable, readable, device_bytes)
+    largest = np.multiply(scale, 1 + SCALE_TOLERANCE)
+    fitting = [crop for crop in usable if (np.asarray(crop.scale) <= largest).all()]
     if chosen.get("shape"):
         shape, why_shape = tuple(chosen["shape"]), "as given"
+    else:
+        shape, why_shape = _shape(scale, fitting, readable, device_bytes, pad)
+        if holds is not None:
+            shape, why_shape = _cut_shape(shape, scale, why_shape, holds)
+    if not (chosen.get("shape") and chosen.get("scale")) and holds is None:
+        why_shape += _smaller(fitting, scale, shape, pad)
     classes, why_classes = _classes(usable)
     if chosen.get("classes"):
         classes, why_classes = tuple(chosen["classes"]), "as given"
@@ -124,7 +138,9 @@ def _scale(volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts]) -> tuple[
     if finer:
         text += f"; {_scale_text(finer[-1])} fits {counts[finer[-1]]}"
     coarser = [s for s in candidates if counts[s] > counts[chosen]]
-    return chosen, text + (f"; {_scale_text(coarser[0])} would fit {counts[coarser[0]]}" if coarser else "")
+    text += f"; {_scale_text(coarser[0])} would fit {counts[coarser[0]]}" if coarser else ""
+    coarse = [c.name for c in crops if c.scale is not None and max(np.divide(c.scale, chosen)) > 1 + SCALE_TOLERANCE]
+    return chosen, text + (f"; labels are coarser in {first_few(coarse, _LISTED)}" if coarse else "")
 
 
 def _fine_enough_datasets(
@@ -144,19 +160,27 @@ def _fine_enough_datasets(
 
 
 def _shape(
-    scale: Vector, crops: Sequence[CropFacts], volumes: Sequence[VolumeFacts], device_bytes: int
+    scale: Vector, crops: Sequence[CropFacts], volumes: Sequence[VolumeFacts], device_bytes: int, pad: bool
 ) -> tuple[tuple[int, int, int], str]:
-    """Return the voxels of a patch that half of the crops contain, fewer if two samples would not fit in memory."""
+    """Return the voxels of a patch that the crops contain, fewer if two samples would not fit in memory.
+
+    Along each axis every crop contains it, unless small crops would shorten it to less than half of what half of the
+    crops contain; without ``pad`` always.
+    """
     boxes = [crop.extent for crop in crops if crop.extent is not None]
-    if boxes:
-        extents, container = np.median(boxes, axis=0), "half of the crops"
-    else:
-        extents = np.median([[b - a for a, b in v.box.values()] for v in volumes if v.box], axis=0)
-        container = "the volume"
-    fits = np.floor(extents / scale + 1e-6)
-    shape = np.clip(fits // MULTIPLE * MULTIPLE, MULTIPLE, LARGEST)
-    voxels = " x ".join(f"{n:.0f}" for n in fits)
-    text = f"multiples of {MULTIPLE}, at most {LARGEST}, that {container} can hold ({voxels} voxels)"
+    all_of, half = ("every crop", "half of the crops") if boxes else ("every volume", "half of the volumes")
+    boxes = boxes or [to_vector([b - a for a, b in v.box.values()]) for v in volumes if v.box]
+    sizes = np.divide(boxes, scale)
+    least, middle = np.floor(np.min(sizes, axis=0) + 1e-6), np.floor(np.median(sizes, axis=0) + 1e-6)
+    by_all = (2 * _multiples(least) >= _multiples(middle)) & (least >= MULTIPLE) | (not pad)
+    shape = _multiples(np.where(by_all, least, middle))
+    voxels = " x ".join(f"{n:.0f}" for n in np.where(by_all, least, middle))
+    exceptions = [axis for axis, is_all in zip(AXES, by_all, strict=True) if not is_all]
+    if len(exceptions) == len(AXES):
+        all_of, exceptions = half, []
+    text = f"multiples of {MULTIPLE}, at most {LARGEST}, that {all_of} can hold ({voxels} voxels)"
+    if exceptions:
+        text += f", along {' and '.join(exceptions)} only {half}"
     ratio = np.divide(scale, min(scale))
     if ratio.max() >= ANISOTROPIC:
         flat = np.clip(np.round(LARGEST / ratio / MULTIPLE) * MULTIPLE, SMALLEST, LARGEST)
@@ -168,6 +192,58 @@ def _shape(
         shape[int(np.argmax(shape * scale))] -= MULTIPLE
     z, y, x = (int(n) for n in shape)
     return (z, y, x), text
+
+
+def _multiples(voxels: FloatArray) -> FloatArray:
+    """Return the edge lengths of the largest patch in a box of so many voxels."""
+    multiples: FloatArray = np.clip(voxels // MULTIPLE * MULTIPLE, MULTIPLE, LARGEST)
+    return multiples
+
+
+def _cut_shape(
+    shape: tuple[int, int, int],
+    scale: Vector,
+    reason: str,
+    holds: Callable[[tuple[int, int, int], Vector], bool],
+) -> tuple[tuple[int, int, int], str]:
+    """Return the largest patch for which the crops can be cut, and the reason.
+
+    Args:
+        shape: voxels of the patch that the uncut crops hold; its longest edge in nm is shortened as often as needed.
+        scale: voxel size, nm.
+        reason: of this shape.
+        holds: whether the crops can be cut for a patch.
+    """
+    shapes, edges = [shape], np.array(shape)
+    while edges.max() > MULTIPLE:
+        edges[int(np.argmax(np.where(edges > MULTIPLE, edges * scale, 0)))] -= MULTIPLE
+        shapes.append(_integers(edges))
+    # A smaller patch needs less of a crop, and reaches less far beyond its box.
+    number = bisect_left(range(len(shapes)), True, key=lambda n: holds(shapes[n], scale))
+    if number == 0:
+        return shape, reason
+    if number == len(shapes):
+        return shapes[
+            -1
+        ], "the smallest; split=blocks cannot cut all crops for it, split.blocks.crops names those that it can"
+    return shapes[number], f"multiples of {MULTIPLE}, at most {LARGEST}, that the parts hold which split=blocks cuts"
+
+
+def _smaller(crops: Sequence[CropFacts], scale: Vector, shape: Sequence[int], pad: bool) -> str:
+    """Return the end of a reason: the crops that are smaller than a patch."""
+    short = []
+    for crop in crops:
+        if crop.extent is not None and len(shape) == len(scale):
+            voxels = np.floor(np.divide(crop.extent, scale) + 1e-6)
+            if (voxels < shape).any():
+                short.append(f"{crop.name} ({voxel_count(voxels.tolist())})")
+    effect = "targets are unknown outside of smaller crops" if pad else "pad=false refuses smaller crops"
+    return f"; {effect}: {first_few(short, _LISTED)}" if short else ""
+
+
+def _integers(edges: npt.NDArray[np.int_]) -> tuple[int, int, int]:
+    z, y, x = (int(n) for n in edges)
+    return z, y, x
 
 
 def _batch_size(shape: tuple[int, ...], device_bytes: int) -> tuple[int, str]:

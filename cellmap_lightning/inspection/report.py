@@ -14,7 +14,9 @@ import numpy as np
 from cellmap_lightning.crops.encodings import check_unknown
 from cellmap_lightning.crops.image import MAX_UPSAMPLING
 from cellmap_lightning.crops.options import LabelOptions, ReadOptions
+from cellmap_lightning.datamodule import CellMapDataModule
 from cellmap_lightning.errors import CellMapError, CellMapValueError
+from cellmap_lightning.geometry.lattice import Vector, to_vector
 from cellmap_lightning.inspection import text
 from cellmap_lightning.inspection.costs import Costs, compute_costs
 from cellmap_lightning.inspection.facts import (
@@ -24,8 +26,10 @@ from cellmap_lightning.inspection.facts import (
     read_crop_facts,
     read_volume_facts,
 )
+from cellmap_lightning.inspection.formats import by_axis
 from cellmap_lightning.inspection.problems import Problem, find_problems
 from cellmap_lightning.inspection.proposal import Proposal, propose
+from cellmap_lightning.inspection.usages import placed
 from cellmap_lightning.io.ngff import shared_metadata
 from cellmap_lightning.io.store import children, local_path
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
@@ -119,25 +123,50 @@ def inspect(
     if settings.get("search_path") is not None and settings.get("split", "csv") == "csv":
         settings["split"] = "stratified"  # unlike a CSV, a folder does not assign crops to splits
     chosen = {"scale": patch.get("scale"), "shape": patch.get("shape"), "classes": settings.get("classes")}
+    pad = bool(settings.get("pad", True))
     with shared_metadata():
-        entries = _entries(settings)
-        volumes, crops = _read_facts(entries, settings, deep)
-        upsampling = float(settings.get("max_upsampling") or MAX_UPSAMPLING)
-        proposal = propose(volumes, crops, _source(settings), device_bytes, chosen, upsampling)
-        costs, problems = None, []
-        refused: str | None = None
+        splits = _splits(settings)
+        listed = _annotated(splits.entries)
+        volumes = _read_volumes(splits.entries, deep)
+        crops = _read_crops(listed, settings)
+        # How crops are cut depends on the patch, so that a patch is proposed for the crops before they are cut.
+        cut_later = splits.options.blocks is not None and splits.input_arrays is None
+        whole = _annotated(splits.uncut) if cut_later else listed
+        proposal = propose(
+            volumes,
+            _read_crops(whole, settings) if cut_later else crops,
+            _source(settings),
+            device_bytes,
+            chosen,
+            float(settings.get("max_upsampling") or MAX_UPSAMPLING),
+            pad,
+            (lambda shape, scale: _can_be_cut(settings, splits.classes, shape, scale)) if cut_later else None,
+        )
+        costs, refused = None, None
         if proposal is not None:
-            crops = at_scale(crops, proposal.scale, deep)
             settings["batch_size"] = settings.get("batch_size") or proposal.batch_size
+            arguments = _complete(settings, proposal.shape, proposal.scale, proposal.classes, proposal.only_datasets)
             try:
-                costs = compute_costs(_complete(settings, proposal), device_bytes, deep)
+                with CellMapDataModule(**arguments) as module:
+                    costs = compute_costs(module, arguments, device_bytes, deep)
+                    entries = [entry for _, entry in whole]
+                    crops = placed(
+                        crops,
+                        entries,
+                        module.splits,
+                        _coarser(chosen["scale"], proposal.scale),
+                        proposal.only_datasets,
+                        lambda new: _read_crops(new, settings),
+                    )
             except CellMapError as e:
                 refused = str(e)
-                problems.append(Problem("config", "", refused))
+            crops = at_scale(crops, proposal.scale, deep)
+        problems = [Problem("config", "", refused)] if refused is not None else []
         names = list(chosen["classes"] or dict.fromkeys(name for crop in crops for name in crop.classes))
-        scale, shape = (proposal.scale, proposal.shape) if proposal else (None, None)
+        # What does not fit a proposal is no fault of the data; its reasons name such crops.
+        scale = to_vector(chosen["scale"]) if chosen["scale"] else None
         problems += find_problems(
-            volumes, crops, names, scale, shape, bool(settings.get("pad", True)), settings.get("too_coarse", "drop"),
+            volumes, crops, names, scale, chosen["shape"], pad, settings.get("too_coarse", "drop"),
             settings.get("held_out"),
         )  # fmt: skip
     complete = all(value is not None for value in chosen.values())
@@ -175,8 +204,13 @@ def refuse(inspection: Inspection) -> None:
         raise CellMapValueError(inspection.refused)
 
 
-def _entries(settings: Mapping[str, Any]) -> list[tuple[str, CropRecord]]:
-    """Return split and entry of every crop, with every class that it annotates."""
+def _splits(settings: Mapping[str, Any], arrays: Mapping[str, Any] | None = None) -> CellMapDataSplit:
+    """Return the splits of all crops, each with every class that it annotates.
+
+    Args:
+        settings: arguments of `CellMapDataModule`; classes and arrays may be missing.
+        arrays: the arrays and the augmentation in place of those of the settings.
+    """
     classes = settings.get("classes")
     if settings.get("search_path") is not None and classes is None:
         folder, manifest = settings["search_path"], settings.get("manifest")
@@ -191,15 +225,34 @@ def _entries(settings: Mapping[str, Any]) -> list[tuple[str, CropRecord]]:
     def chosen(*names: str) -> dict[str, Any]:
         return {name: settings[name] for name in names if settings.get(name) is not None}
 
-    crops = CellMapDataSplit(
+    return CellMapDataSplit(
         classes=classes or None,
         options=SplitOptions(**chosen(*_SPLIT_OPTIONS)),
         read=ReadOptions(**chosen("level_translations")),
         labels=LabelOptions(**chosen("unannotated_classes")),
         **chosen("csv_path", "datasets", "search_path", "seed"),
-        **_patches(settings),
+        **(_patches(settings) if arrays is None else arrays),
     )
-    return [(split, entry) for split in SPLITS for entry in crops.entries.get(split, [])]
+
+
+def _can_be_cut(settings: Mapping[str, Any], classes: Any, shape: Sequence[int], scale: Vector) -> bool:
+    """Return True if the rule ``split=blocks`` can cut all crops for a patch."""
+    try:
+        _ = _splits(settings, _patches(_complete(settings, shape, scale, classes or (), None))).entries
+    except CellMapValueError:
+        return False
+    return True
+
+
+def _coarser(chosen: Any, scale: Vector) -> str:
+    """Return the reason for which crops are left out whose labels are too coarse."""
+    return f"labels coarser than the {'scale' if chosen else 'proposed scale'} of {by_axis(scale)} nm"
+
+
+def _annotated(entries: Mapping[str, Sequence[CropRecord]]) -> list[tuple[str, CropRecord]]:
+    """Return split and entry of the crops with labels."""
+    listed = [(split, entry) for split in SPLITS for entry in entries.get(split, [])]
+    return [(split, entry) for split, entry in listed if entry.target_path is not None]
 
 
 def _patches(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,15 +264,14 @@ def _patches(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**arrays, "spatial_transforms": settings.get("spatial_transforms")}
 
 
-def _read_facts(
-    entries: Sequence[tuple[str, CropRecord]], settings: Mapping[str, Any], deep: bool
-) -> tuple[list[VolumeFacts], list[CropFacts]]:
-    paths = list(dict.fromkeys(entry.input_path for _, entry in entries))
-    overrides = {entry.input_path: entry.overrides[0] for _, entry in entries}
-    annotated = [(split, entry) for split, entry in entries if entry.target_path is not None]
-    volumes = read_volume_facts(paths, deep, overrides)
+def _read_volumes(entries: Mapping[str, Sequence[CropRecord]], deep: bool) -> list[VolumeFacts]:
+    overrides = {entry.input_path: entry.overrides[0] for split in SPLITS for entry in entries.get(split, [])}
+    return read_volume_facts(list(overrides), deep, overrides)
+
+
+def _read_crops(entries: Sequence[tuple[str, CropRecord]], settings: Mapping[str, Any]) -> list[CropFacts]:
     tolerant = settings.get("unannotated_classes") == "unknown"
-    return volumes, read_crop_facts(annotated, check_unknown(settings.get("unknown", "metadata")), tolerant)
+    return read_crop_facts(entries, check_unknown(settings.get("unknown", "metadata")), tolerant)
 
 
 def _source(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,18 +284,24 @@ def _source(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"csv_path": None, **named}
 
 
-def _complete(settings: Mapping[str, Any], proposal: Proposal) -> dict[str, Any]:
-    """Return arguments of `CellMapDataModule`, with missing settings taken from the proposal."""
+def _complete(
+    settings: Mapping[str, Any],
+    shape: Sequence[int],
+    scale: Vector,
+    classes: Sequence[str],
+    only_datasets: Sequence[str] | None,
+) -> dict[str, Any]:
+    """Return arguments of `CellMapDataModule`, with missing settings taken from a proposal."""
     arguments = dict(settings)
-    arguments["classes"] = list(settings.get("classes") or proposal.classes) or None
-    if proposal.only_datasets is not None:
-        arguments["only_datasets"] = list(proposal.only_datasets)
+    arguments["classes"] = list(settings.get("classes") or classes) or None
+    if only_datasets is not None:
+        arguments["only_datasets"] = list(only_datasets)
     for kind, default in (("input_arrays", "raw"), ("target_arrays", "labels")):
         arguments[kind] = {
             name: {
                 **array,
-                "shape": array.get("shape") or list(proposal.shape),
-                "scale": array.get("scale") or list(proposal.scale),
+                "shape": array.get("shape") or list(shape),
+                "scale": array.get("scale") or list(scale),
             }
             for name, array in (settings.get(kind) or {default: {}}).items()
         }

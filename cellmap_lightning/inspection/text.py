@@ -86,27 +86,42 @@ def crops_text(crops: Sequence[CropFacts], rule: str) -> str:
         "raw", "box z, y, x (nm)",
     ]  # fmt: skip
     rows = [heading]
+    left_out = [crop for crop in crops if crop.left_out is not None]
     named = all(len(crop.classes) <= NAMED for crop in crops)
     for crop in crops:
         if crop.wrong is not None:
-            rows.append([crop.name, crop.usage, "cannot be read, see below", *[""] * (len(heading) - 3)])
+            rows.append([crop.name, _usage(crop), "cannot be read, see below", *[""] * (len(heading) - 3)])
         else:
             rows.append(_crop(crop, named))
     equal = [n for n in range(3, len(heading) - 1) if len({row[n] for row in rows[1:]}) == 1]
     shown = [[cell for n, cell in enumerate(row) if n not in equal] for row in rows]
-    lines = [f"Crops ({len(crops)})", "", table(shown), ""]
+    count = f"{len(crops)}, {len(left_out)} left out" if left_out else f"{len(crops)}"
+    lines = [f"Crops ({count})", "", table(shown), ""]
     if equal:
         lines.append(wrapped("in all of them: " + ", ".join(f"{heading[n]} {rows[1][n]}" for n in equal)))
     lines.append(wrapped(_split_text(crops, rule)))
+    lines += [wrapped(line) for line in _left_out(left_out)]
     off = "edges of the crop are edges of raw's finest voxels (aligned), or miss them by so many of these"
     return "\n".join([*lines, wrapped(f"raw: {off}")])
 
 
 def _split_text(crops: Sequence[CropFacts], rule: str) -> str:
     """Return which crops validate, and the reason."""
-    named = [crop.name for crop in crops if crop.usage == "val"]
+    named = [crop.name for crop in crops if crop.usage == "val" and crop.left_out is None]
     validate = f"{first_few(named, NAMED)} for validation" if named else "no crop for validation"
     return f"split: {validate}, {_RULES.get(rule, f'by split={rule}')}; data.split changes it"
+
+
+def _left_out(crops: Sequence[CropFacts]) -> list[str]:
+    """Return a line for each reason for which crops are left out."""
+    names: dict[str | None, dict[str, None]] = {}
+    for crop in crops:
+        names.setdefault(crop.left_out, {})[crop.name] = None  # parts of a cut crop have one name
+    return [f"left out: {reason}: {first_few(list(of), SHOWN)}" for reason, of in names.items()]
+
+
+def _usage(crop: CropFacts) -> str:
+    return crop.usage if crop.left_out is None else "left out"
 
 
 def _crop(crop: CropFacts, named: bool) -> list[str]:
@@ -114,7 +129,7 @@ def _crop(crop: CropFacts, named: bool) -> list[str]:
     present = [level for level in crop.levels if level.shape is not None]
     return [
         crop.name,
-        crop.usage,
+        _usage(crop),
         voxel_count(present[0].shape) if present else "-",
         voxel_size(crop.scale) if crop.scale else "-",
         f"{len(present)}" + (f" of {len(crop.levels)}" if len(present) < len(crop.levels) else ""),

@@ -5,7 +5,7 @@ Each shows raw beside raw with outlines of the objects, or without raw the predi
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,16 +26,24 @@ from cellmap_lightning.visualization.figures.canvas import (
     save,
 )
 from cellmap_lightning.visualization.figures.palette import outline_colors, rgb_of
+from cellmap_lightning.visualization.figures.panels import draw_scale_bar
 from cellmap_lightning.visualization.figures.slices import contrast_limits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Voxels along an axis that are drawn at most, around the centre; and inches of the longer side of a section.
 _MOST, _SIDE = 512, 3.2
 #: Pixels that an outline is thick at least: thinner ones have gaps where voxels are smaller than pixels.
 _OUTLINE = 1.5
 _GAP = 0.15
+#: Height and width in inches from which a section has room for a scale bar.
+_ROOM = (0.4, 0.6)
 
 
-def draw_objects(source: SegmentationSource, labels: Path, path: Path, objects: int, raw: str | None = None) -> None:
+def draw_objects(
+    source: SegmentationSource, labels: Path, path: Path, objects: int, raw: str | None = None
+) -> "Figure":
     """Draw the sections through the centre of a volume, at full resolution.
 
     Args:
@@ -44,6 +52,9 @@ def draw_objects(source: SegmentationSource, labels: Path, path: Path, objects: 
         path: the file.
         objects: number of objects, for the title.
         raw: the raw multiscale group; None to draw the prediction.
+
+    Returns:
+        The figure.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -59,8 +70,9 @@ def draw_objects(source: SegmentationSource, labels: Path, path: Path, objects: 
         canvas.text(MARGIN, MARGIN, f"{source.name}: {objects} objects", fontsize=TITLE, fontweight="bold")
         y = head
         for axis, ((grey, ids), (tall, wide)) in enumerate(zip(sections, sizes, strict=True)):
-            plane = "".join(name for name in AXES if name != AXES[axis])
+            plane = "".join(name for name in reversed(AXES) if name != AXES[axis])
             canvas.text(MARGIN, y, f"{plane}, at the middle of {AXES[axis]}")
+            nm = [size for name, size in zip(AXES, source.lattice.step, strict=True) if name != AXES[axis]]
             y += LINE_HEIGHT[TEXT]
             marked = _coloured(grey, ids) if raw is None else _outlined(grey, ids, (tall, wide))
             images: tuple[npt.NDArray[Any], ...] = (np.repeat(grey[..., None], 3, axis=2), marked)
@@ -68,8 +80,11 @@ def draw_objects(source: SegmentationSource, labels: Path, path: Path, objects: 
                 axes = canvas.axes(MARGIN + column * (wide + _GAP), y, wide, tall, f"{plane}{column}")
                 axes.imshow(image, aspect="auto", interpolation="nearest")
                 axes.set_axis_off()
+                if column == 0 and tall >= _ROOM[0] and wide >= _ROOM[1]:
+                    draw_scale_bar(axes, grey.shape, nm, wide)
             y += tall + _GAP
         save(canvas.figure, path)
+    return canvas.figure
 
 
 def _section(

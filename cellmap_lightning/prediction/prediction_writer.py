@@ -134,6 +134,21 @@ class PredictionWriter(L.Callback):
 
     # -- before the first batch
 
+    @staticmethod
+    def check_module(module: L.LightningModule) -> None:
+        """Check that a module can predict: its own ``predict_step``, or ``forward``, which the inherited one calls.
+
+        Raises:
+            CellMapTypeError: it has neither.
+        """
+        for name in ("predict_step", "forward"):
+            if name in vars(module) or getattr(type(module), name) is not getattr(L.LightningModule, name):
+                return
+        raise CellMapTypeError(
+            f"{type(module).__name__} has neither predict_step nor forward, so that it cannot predict; define "
+            "predict_step(self, batch, batch_idx), which returns a tensor [N, C, z, y, x]"
+        )
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Replace the batches of the datamodule by those of the blocks.
 

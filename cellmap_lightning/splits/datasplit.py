@@ -115,6 +115,7 @@ class CellMapDataSplit:
             self._listed = {name: _volumes(name, entries) for name, entries in self._listed.items()}
         self._entries: dict[str, list[CropRecord]] | None = None
         self._built: dict[str, CellMapMultiDataset] = {}
+        self._left_out: dict[str, list[tuple[CropRecord, CellMapError]]] = {}
         self._affine: dict[str, tuple[float, float]] = {}
         self._lock = threading.RLock()
         self._reported: set[str] = set()  # unannotated classes
@@ -128,12 +129,21 @@ class CellMapDataSplit:
         """
         with self._lock:
             if self._entries is None:
-                self._entries = self._division.divide(self._listed)
+                self._entries = self.uncut
                 if self.options.blocks is not None:
                     rule = self.inside(self.options.blocks)
                     self._entries = rule.divide(self._entries)
                     log.info("%s", "\n".join(rule.cuts.values()))
             return self._entries
+
+    @property
+    def uncut(self) -> dict[str, list[CropRecord]]:
+        """The crops of each split before ``split=blocks`` cuts them.
+
+        Raises:
+            CellMapError: the rule cannot divide these crops, or none matches a filter.
+        """
+        return self._division.divide(self._listed)
 
     def inside(self, blocks: BlockOptions) -> InsideSplit:
         """Return the rule that cuts these crops into boxes for training and validation."""
@@ -166,6 +176,11 @@ class CellMapDataSplit:
     def built(self) -> Mapping[str, CellMapMultiDataset]:
         """The datasets that were created so far."""
         return dict(self._built)
+
+    @property
+    def left_out(self) -> Mapping[str, Sequence[tuple[CropRecord, CellMapError]]]:
+        """The crops that the datasets created so far leave out, each with the reason, by split."""
+        return dict(self._left_out)
 
     def _check_unknown(self) -> None:
         """Check that the classes in the setting ``unknown`` are annotated in some crop, to catch typos.
@@ -223,6 +238,7 @@ class CellMapDataSplit:
             log.warning(
                 "%d of the %d crops for %r are left out:\n%s", len(dropped), len(entries), split, table_of(dropped)
             )
+        self._left_out[split] = dropped
         options = self.options
         how = (options.strategy, options.balance_datasets) if split == "train" else ()
         multi = CellMapMultiDataset(datasets, *how)

@@ -77,6 +77,18 @@ class Scorers(nn.Module):
         return [dict(scorers.items()) for scorers in self.by_head]  # type: ignore[operator]
 
 
+def score_names(heads: Sequence[Head]) -> list[str]:
+    """Return all names under which `epoch_scores` can log a score; that of a class is logged where the class occurs."""
+    names: list[str] = []
+    for head in heads:
+        prefix = f"{loggable(head.name)}_" if len(heads) > 1 else ""
+        for score in dict.fromkeys("dice" if name == "dice" else str(head.number) for name in head.scorers()):
+            names += [prefix + score, *(f"{prefix}{score}_{loggable(name)}" for name in head.classes)]
+    if any(name.endswith("dice") for name in names):
+        names.insert(0, "dice")
+    return list(dict.fromkeys([*names, "score"]))
+
+
 def epoch_scores(heads: Sequence[Head], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the scores of an epoch by the names under which they are logged.
 

@@ -117,6 +117,10 @@ class ReconstructionTask(RestorableTask):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
         return loss
 
+    def metric_names(self) -> list[str]:
+        """Return the names of all metrics of a training."""
+        return ["val/loss", "val/constant", "train/loss"]
+
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Add the loss of a batch, and that of the constant in the hidden blocks."""
         x = batch[self._name]

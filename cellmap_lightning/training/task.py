@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.training.deep_supervision import over_scales, scales_of
-from cellmap_lightning.training.head_scores import Scorers, dice_by_class, epoch_scores, loggable
+from cellmap_lightning.training.head_scores import Scorers, dice_by_class, epoch_scores, loggable, score_names
 from cellmap_lightning.training.heads import (
     Head,
     channel_values,
@@ -299,6 +299,12 @@ class SegmentationTask(RestorableTask):
             for name, value in losses.items():
                 self.log(f"train/{loggable(name)}_loss", value, batch_size=len(targets[0]))
         return loss
+
+    def metric_names(self) -> list[str]:
+        """Return the names of all metrics of a training; none before the targets are known."""
+        targets = [f"train/{loggable(head.name)}_loss" for head in self._heads] if len(self._heads) > 1 else []
+        scores = [f"val/{name}" for name in score_names(self._heads)]
+        return [*scores, "val/loss", "train/loss", *targets] if self._heads else []
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Add the loss and the counts of a batch."""

@@ -25,8 +25,8 @@ def masked_by_a_product(step, logits, labels):
     return (bce(logits, labels, reduction="none") * ~labels.isnan()).mean()
 
 
-def logarithm(step, logits, labels):
-    return -logits.log().mean()
+def root(step, logits, labels):
+    return logits.sqrt().mean()
 
 
 def without_voxels(step, logits, labels):
@@ -76,7 +76,7 @@ def fit(volume, folder, task, **more):
 
 
 @pytest.mark.parametrize("manual", [False, True])
-@pytest.mark.parametrize("loss", [unmasked, masked_by_a_product, logarithm])
+@pytest.mark.parametrize("loss", [unmasked, masked_by_a_product, root])
 def test_weights_that_are_nan_end_the_training_in_the_first_step(volume, tmp_path, loss, manual):
     task = Own(loss, manual=manual)
     with pytest.raises(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cellmap_lightning.commands.messages import TerminalFormatter
+from cellmap_lightning.commands.messages import TerminalFormatter, as_overrides
 
 
 def record(text):
@@ -34,3 +34,22 @@ def test_lines_fit_the_terminal(monkeypatch, columns):
             lines[0],
             next(x for x in lines if "second" in x),
         ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("choose another path or pass overwrite=True", "choose another path or pass overwrite=true"),
+        (
+            "replace it with overwrite=True, or accept_changed_raw=True",
+            "replace it with overwrite=true, or accept_changed_raw=true",
+        ),
+        ("split.blocks.gap_nm=None chooses; pad=False refuses", "split.blocks.gap_nm=null chooses; pad=false refuses"),
+        (
+            "overwrite=true is right, and so are True and x=Truely",
+            "overwrite=true is right, and so are True and x=Truely",
+        ),
+    ],
+)
+def test_messages_of_commands_have_the_form_of_overrides(text, expected):
+    assert as_overrides(text) == expected

@@ -164,7 +164,7 @@ def test_own_modules_predict(volume, trained, tmp_path, target):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("Silent", "Error: Silent has neither predict_step nor forward; define predict_step(batch, batch_idx)"),
+        ("Silent", "Error: Silent has neither predict_step nor forward, so that it cannot predict; define predict"),
         (
             "OfTensors",
             "Error: OfTensors has no predict_step, so its forward was called with the batch, a dict, and failed (",

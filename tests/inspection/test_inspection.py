@@ -272,12 +272,15 @@ def test_proposal_follows_from_the_crops(crops_with_problems):
     one = propose(volumes, crops, {}, 16 << 30, nothing, 2.0)
     assert one.scale == (8, 8, 8)  # four of five crops
     assert "4 of 5" in one.reasons["scale"]
-    assert one.shape == (24, 32, 32)  # of 30, 32 and 32 voxels, the medians
+    assert one.shape == (16, 16, 16)  # the smallest have 16, apart from z: the median is 23 there, and the smallest 4
+    assert "along z only half of the crops" in one.reasons["shape"]
+    assert one.reasons["shape"].endswith("smaller crops: jrc_a/crop3 (4x32x32)")
+    assert one.reasons["scale"].endswith("coarser in jrc_a/crop4")
     assert one.classes == ("mito",)
     assert "er (1), ld (0)" in one.reasons["classes"]
     assert one.normalize == "dtype"
     # Less memory, smaller batches; chosen settings are not changed.
-    small = propose(volumes, crops, {}, 1 << 27, nothing, 2.0)
+    small = propose(volumes, crops, {}, 1 << 26, nothing, 2.0)
     assert np.prod(small.shape) * small.batch_size < np.prod(one.shape) * one.batch_size
     chosen = propose(volumes, crops, {}, 16 << 30, {"scale": [16, 16, 16], "shape": [8, 8, 8], "classes": ["ld"]}, 2.0)
     assert (chosen.scale, chosen.shape, chosen.classes) == ((16, 16, 16), (8, 8, 8), ("ld",))

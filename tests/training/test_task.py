@@ -43,6 +43,20 @@ def task_of(channels, **kwargs):
     return SegmentationTask(nn.Conv3d(1, channels, 3, padding=1), ["mito", "er"], **kwargs)
 
 
+@pytest.mark.parametrize("names", [["affinities", "sdt"], ["labels", "flow", "binary"], ["lsd", "skeleton_distance"]])
+def test_all_names_of_several_targets_are_known_before_they_are_logged(volume, tmp_path, names):
+    task = task_of(sum(CHANNELS[name] for name in names), target_name=names)
+    assert task.metric_names() == []
+    with data_of(volume, *names) as data:
+        run = trainer(tmp_path)
+        run.fit(task, data)
+    known = task.metric_names()
+    assert set(run.callback_metrics) <= set(known)
+    assert len(set(known)) == len(known)
+    assert {f"train/{name}_loss" for name in names} < set(known)
+    assert ("val/dice" in known) == (names[0] != "lsd")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_trained_scored_and_predicted(volume, tmp_path, kind):
     task = task_of(CHANNELS[kind])
@@ -55,6 +69,7 @@ def test_every_kind_is_trained_scored_and_predicted(volume, tmp_path, kind):
     expected = {"val/loss", "train/loss", "val/score", *({"val/dice"} if score in (None, "mae") else ())}
     assert expected | ({f"val/{score}", f"val/{score}_mito"} if score else set()) <= set(logged)
     assert all(math.isfinite(logged[name]) for name in expected)
+    assert set(logged) <= set(task.metric_names())
     low, high = data.target_arrays[kind].kind.value_range
     assert low <= predicted.min() < predicted.max() <= high
     channels = task.output_channels()

@@ -8,6 +8,7 @@ from cellmap_lightning.io.formats.registry import find_format
 from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatLevel
 from cellmap_lightning.io.ngff import Level, Multiscale, Overrides
 from cellmap_lightning.io.ngff.axes import unit_nm
+from cellmap_lightning.io.ngff.notes import FOR_ENTRY, OF_PREDICT
 from cellmap_lightning.io.ngff.transformations import check_finest_first, implausible_voxel_size
 from cellmap_lightning.io.store import StorePath
 
@@ -33,15 +34,15 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
         )
     if not volume.has_voxel_size and overrides.voxel_size is None:
         raise MetadataError(
-            f"{place}: no voxel size is stored in this {volume_format.name} volume; set voxel_size=[z, y, x] in nm for "
-            "its entry (for cellmap-predict: metadata.voxel_size)"
+            f"{place}: no voxel size is stored in this {volume_format.name} volume; set "
+            f"voxel_size=[z, y, x] in nm{FOR_ENTRY}{OF_PREDICT}"
         )
     factor = (unit_nm(overrides.unit) or 1.0) / volume.unit_nm if overrides.unit is not None else 1.0
     scales = [_scaled(level.voxel_size, factor) for level in volume.levels]
     translations = [_scaled(level.translation, factor) for level in volume.levels]
     notes = list(volume.notes)
     if overrides.voxel_size is None:
-        notes += implausible_voxel_size(scales[0], (factor, factor, factor))
+        notes += implausible_voxel_size(scales[0], _scaled((volume.unit_nm,) * 3, factor))
     if overrides.voxel_size is not None or overrides.translation is not None:
         scales, translations = overrides.place(scales, translations)
     check_finest_first(place, [level.name for level in volume.levels], scales)

@@ -9,9 +9,10 @@ import numpy as np
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import Vector, to_vector
 from cellmap_lightning.io.ngff.axes import unit_nm
+from cellmap_lightning.io.ngff.notes import FOR_ENTRY
 from cellmap_lightning.io.store import StorePath
 
-_REMEDY = "set voxel_size=[z, y, x] in nm, and translation, for its entry"
+_REMEDY = f"set voxel_size=[z, y, x] in nm and translation{FOR_ENTRY}"
 
 
 def attribute_voxels(

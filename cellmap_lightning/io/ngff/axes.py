@@ -5,7 +5,7 @@ from typing import Any
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import AXES, Vector
 from cellmap_lightning.io.ngff.limits import MOST_AXES, check_length
-from cellmap_lightning.io.ngff.notes import Note
+from cellmap_lightning.io.ngff.notes import FOR_ENTRIES, Note
 from cellmap_lightning.io.store import StorePath
 
 #: Prefixes of the metre, as powers of ten: all that UDUNITS-2 has, from which OME-NGFF takes its units.
@@ -110,6 +110,6 @@ def _missing_units(units: dict[str, Any], known: dict[str, float], default: floa
     label = f"{default:g} nm, the unit of the other axes," if known and default != 1 else "nanometre"
     text = (
         f"no unit of length for {names}{' (' + ', '.join(spelt) + ')' if spelt else ''}: {label} is assumed; "
-        "set unit=... or voxel_size=[z, y, x] in nm for its entries"
+        f"set unit=... or voxel_size=[z, y, x] in nm{FOR_ENTRIES}"
     )
     return [Note("unit", text)]

@@ -20,7 +20,7 @@ from cellmap_lightning.io.ngff.axes import read_axes
 from cellmap_lightning.io.ngff.coordinate_systems import intrinsic_system, place_level, turned_axes
 from cellmap_lightning.io.ngff.levels import Level, Multiscale
 from cellmap_lightning.io.ngff.limits import MOST_IMAGES, MOST_LEVELS, check_length
-from cellmap_lightning.io.ngff.notes import Note, reported_once
+from cellmap_lightning.io.ngff.notes import FOR_ENTRY, Note, reported_once
 from cellmap_lightning.io.ngff.overrides import NO_OVERRIDES, Overrides
 from cellmap_lightning.io.ngff.plain_array import listed_images, read_plain_array
 from cellmap_lightning.io.ngff.transformations import (
@@ -249,7 +249,7 @@ def _chosen(file: StorePath, scales: list[Any], overrides: Overrides) -> tuple[d
         return images[0], []
     text = (
         f"the group lists {len(images)} images ({', '.join(names)}); the first one is read; "
-        "set multiscale=<name> for its entry to read another"
+        f"set multiscale=<name>{FOR_ENTRY} to read another"
     )
     return images[0], [Note("multiscales", text)]
 

@@ -17,6 +17,17 @@ CONTAINERS = (".zarr", ".n5", ".zip", ".ozx")
 #: (location, kind) of the notes reported so far, inside `reported_once`.
 _reported = SharedContext(dict[tuple[str, str], object])
 
+#: Ends of messages that say where a setting is given.
+FOR_ENTRY, FOR_ENTRIES = " for its entry", " for its entries"
+OF_PREDICT = " (for cellmap-predict: metadata.voxel_size)"
+
+
+def without_entry(text: str) -> str:
+    """Return a message about metadata as a command says it that takes the settings themselves, without entries."""
+    for end in (FOR_ENTRIES, FOR_ENTRY, OF_PREDICT):
+        text = text.replace(end, "")
+    return text
+
 
 @dataclass(frozen=True)
 class Note:

@@ -8,7 +8,7 @@ from cellmap_lightning.geometry.lattice import AXES
 from cellmap_lightning.io.ngff.arrays import ArrayInfo, read_attributes
 from cellmap_lightning.io.ngff.attribute_voxels import attribute_voxels
 from cellmap_lightning.io.ngff.levels import Level, Multiscale
-from cellmap_lightning.io.ngff.notes import Note
+from cellmap_lightning.io.ngff.notes import FOR_ENTRY, Note
 from cellmap_lightning.io.ngff.overrides import Overrides
 from cellmap_lightning.io.ngff.transformations import implausible_voxel_size
 from cellmap_lightning.io.store import StorePath, read_json
@@ -37,7 +37,7 @@ def read_plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
         if stored is None:
             raise MetadataError(
                 f"{path} is a plain Zarr array without OME-NGFF metadata, and its attributes have no voxel_size or "
-                "resolution: set voxel_size=[z, y, x] in nm, and translation, for its entry"
+                f"resolution: set voxel_size=[z, y, x] in nm and translation{FOR_ENTRY}"
             )
         size, origin = stored
         notes = implausible_voxel_size(size, (1.0, 1.0, 1.0))

@@ -13,11 +13,14 @@ import numpy as np
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, Vector
 from cellmap_lightning.io.ngff.limits import MOST_TRANSFORMATIONS, check_length
-from cellmap_lightning.io.ngff.notes import Note
+from cellmap_lightning.io.ngff.notes import FOR_ENTRIES, Note
 from cellmap_lightning.io.store import StorePath
 
 #: Plausible voxel sizes, nm: smallest, largest, and largest ratio between axes. A warning is logged for others.
-SMALLEST_VOXEL, LARGEST_VOXEL, MOST_ANISOTROPIC = 0.05, 1e6, 100.0
+SMALLEST_VOXEL, LARGEST_VOXEL, MOST_ANISOTROPIC = 0.05, 2e4, 100.0
+#: Resolutions of screens and printers, which programs store for images without a voxel size; nm in an inch, and the
+#: relative deviation up to which a voxel size is one of them.
+DOTS_PER_INCH, INCH, DOTS_TOLERANCE = (72, 96, 100, 150, 200, 300, 400, 600, 1200), 2.54e7, 2e-3
 #: Voxels of the first level by which translations may differ and still count as the same.
 SAME_PLACE = 1e-3
 
@@ -113,8 +116,15 @@ def implausible_voxel_size(scale: Vector, units: Vector) -> list[Note]:
         units: nm in one unit of the axes.
     """
     size = " x ".join(f"{s:g}" for s in scale)
+    dots = next((n for n in DOTS_PER_INCH if any(abs(INCH / n - s) < DOTS_TOLERANCE * s for s in scale)), None)
     if scale == units:
         why = f"its voxel size is 1 x 1 x 1 ({size} nm), as programs write that know none;"
+    elif dots is not None:
+        text = (
+            f"its voxel size of {size} nm is {dots} dots per inch, the resolution of a screen or a printer and not "
+            f"of a microscope; set voxel_size=[z, y, x] in nm{FOR_ENTRIES}"
+        )
+        return [Note("scale", text)]
     elif min(scale) < SMALLEST_VOXEL or max(scale) > LARGEST_VOXEL:
         why = f"its voxel size of {size} nm is implausible: is the unit right? If not,"
     elif max(scale) > MOST_ANISOTROPIC * min(scale):
@@ -122,4 +132,4 @@ def implausible_voxel_size(scale: Vector, units: Vector) -> list[Note]:
         why = f"its voxel size of {size} nm differs {ratio}-fold between axes: are the units right? If not,"
     else:
         return []
-    return [Note("scale", f"{why} set unit=... or voxel_size=[z, y, x] in nm for its entries")]
+    return [Note("scale", f"{why} set unit=... or voxel_size=[z, y, x] in nm{FOR_ENTRIES}")]

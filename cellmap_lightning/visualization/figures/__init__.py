@@ -25,3 +25,7 @@ __all__ = [
     "scale_bar_nm",
     "training_curves",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

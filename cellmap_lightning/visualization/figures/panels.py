@@ -82,37 +82,7 @@ class Panel:
 
     def draw_scale_bar(self) -> None:
         """Draw a bar of a round length in the lower left corner."""
-        from matplotlib.patches import Rectangle
-        from matplotlib.patheffects import withStroke
-
-        cut = self._cut
-        rows, columns = cut.raw.shape
-        nm = scale_bar_nm(cut.extent_nm[1])
-        inch = columns / self._width  # in voxels along x; along y an inch has other voxels unless they are cubes
-        inch_y = inch * cut.nm[1] / cut.nm[0]
-        x, y = -0.5 + 0.09 * inch, rows - 0.5 - 0.09 * inch_y
-        bar = Rectangle(
-            (x, y - 0.035 * inch_y),
-            nm / cut.nm[1],
-            0.035 * inch_y,
-            facecolor="white",
-            edgecolor="black",
-            linewidth=0.5,
-            zorder=6,
-            gid="scale-bar",
-        )
-        self._axes.add_artist(bar)
-        self._axes.text(
-            x,
-            y - 0.06 * inch_y,
-            scale_bar_label(nm),
-            color="white",
-            fontsize=TEXT,
-            ha="left",
-            va="bottom",
-            zorder=6,
-            path_effects=[withStroke(linewidth=1.8, foreground="black")],
-        )
+        draw_scale_bar(self._axes, self._cut.raw.shape, self._cut.nm, self._width)
 
     def mark_line(self, row: int) -> None:
         """Point from both sides at the row of the image where the other plane cuts it."""
@@ -132,3 +102,44 @@ class Panel:
                 zorder=7,
                 gid="slice-mark",
             )
+
+
+def draw_scale_bar(axes: "Axes", shape: Sequence[int], nm: Sequence[float], width: float) -> None:
+    """Draw a bar of a round length in the lower left corner of an image whose unit is a voxel.
+
+    Args:
+        axes: the axes of the image.
+        shape: rows and columns of the image.
+        nm: height and width of a voxel, nm.
+        width: width of the axes, inches.
+    """
+    from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+
+    rows, columns = shape
+    length = scale_bar_nm(columns * nm[1])
+    inch = columns / width  # in voxels along x; along y an inch has other voxels unless they are cubes
+    inch_y = inch * nm[1] / nm[0]
+    x, y = -0.5 + 0.09 * inch, rows - 0.5 - 0.09 * inch_y
+    bar = Rectangle(
+        (x, y - 0.035 * inch_y),
+        length / nm[1],
+        0.035 * inch_y,
+        facecolor="white",
+        edgecolor="black",
+        linewidth=0.5,
+        zorder=6,
+        gid="scale-bar",
+    )
+    axes.add_artist(bar)
+    axes.text(
+        x,
+        y - 0.06 * inch_y,
+        scale_bar_label(length),
+        color="white",
+        fontsize=TEXT,
+        ha="left",
+        va="bottom",
+        zorder=6,
+        path_effects=[withStroke(linewidth=1.8, foreground="black")],
+    )
