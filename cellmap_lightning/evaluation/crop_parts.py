@@ -1,6 +1,6 @@
 """Parts of crops that are scored: whole crops, or the boxes that a training was restricted to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,10 @@ from cellmap_lightning.crops.crop_box import CropBox, restricted
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.splits.entries import CropRecord, read_csv
+from cellmap_lightning.validation import first_few
+
+#: The usage of a crop or of a part, in files, by `CropPart.trained`.
+USAGE = {True: "train", False: "held out", None: ""}
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class CropPart:
 def trained_crops(path: Path) -> dict[Path, list[CropPart]]:
     """Return the parts of crops that a training used, by the folders of the crops; a crop without a part was not used.
 
+    A folder that is reached over links is there twice, with the links and without.
+
     Args:
         path: the folder of a run, which has a ``split.csv``, or a CSV of crops, see docs/data.md.
 
@@ -42,8 +48,10 @@ def trained_crops(path: Path) -> dict[Path, list[CropPart]]:
         for entry in of_split:
             # A crop that validates as a whole is scored as a whole, like one that was not used.
             if entry.target_path and (split == "train" or entry.crop_box is not None):
-                folder = Path(entry.target_path).parent.resolve()
-                crops.setdefault(folder, []).append(CropPart(_physical(entry), split == "train"))
+                folder, part = Path(entry.target_path).parent, CropPart(_physical(entry), split == "train")
+                # Both, where links lead to the crop: data at another path are matched by the names in either.
+                for place in dict.fromkeys((folder.resolve(), folder.absolute())):
+                    crops.setdefault(place, []).append(part)
     whole = CropPart(None, True)
     return {folder: [whole] if whole in parts else parts for folder, parts in crops.items()}
 
@@ -55,6 +63,63 @@ def _physical(entry: CropRecord) -> CropBox | None:
         return box
     images = {name: target.read(name, entry.overrides[1]) for name in target.names}
     return CropBox.of(restricted(target.label, images, box)[2])
+
+
+def used_parts(trained: Mapping[Path, Sequence[CropPart]], crop: Path) -> Sequence[CropPart]:
+    """Return the parts of a crop that a training used; none if it did not use the crop.
+
+    The crop is that of the same folder, with links resolved; or else, since data are copied and mounted at other paths,
+    that of the same dataset and name: the same path from ``<dataset>.zarr`` on.
+
+    Args:
+        trained: see `trained_crops`.
+        crop: folder of the crop.
+    """
+    return trained.get(crop.resolve()) or next(iter(_same_name(trained, crop)), [])
+
+
+def is_trained(trained: Mapping[Path, Sequence[CropPart]] | None, crop: Path) -> bool | None:
+    """Return whether a crop, or a part of it, was trained on; None if unknown.
+
+    Args:
+        trained: see `trained_crops`.
+        crop: folder of the crop.
+    """
+    return None if trained is None else any(part.trained for part in used_parts(trained, crop))
+
+
+def matching_notes(trained: Mapping[Path, Sequence[CropPart]] | None, crops: Iterable[Path]) -> list[str]:
+    """Return what a reader of scores must know about the crops that are marked as trained on, in lines.
+
+    Args:
+        trained: see `trained_crops`; None if unknown, which needs no note.
+        crops: folders of the crops that were scored.
+    """
+    folders = list(dict.fromkeys(crops))
+    if trained is None or not folders:
+        return []
+    if not any(used_parts(trained, folder) for folder in folders):
+        used = [str(folder) for folder, parts in trained.items() if any(part.trained for part in parts)]
+        listed = first_few(used, 1) if used else "none"
+        note = (
+            f"none of the crops that were scored ({folders[0].parent}) is among those trained on ({listed}), by path "
+        )
+        return [note + "or by dataset and name: all count as held out"]
+    renamed = [f.name for f in folders if not trained.get(f.resolve()) and used_parts(trained, f)]
+    if not renamed:
+        return []
+    return [f"at another path than in the training, and matched by dataset and name: {first_few(renamed, 12)}"]
+
+
+def _same_name(trained: Mapping[Path, Sequence[CropPart]], crop: Path) -> Iterator[Sequence[CropPart]]:
+    names = {*_name(crop.absolute()), *_name(crop.resolve())}
+    return (parts for folder, parts in trained.items() if names & _name(folder))
+
+
+def _name(folder: Path) -> set[tuple[str, ...]]:
+    """Return the path of a crop from its dataset on; nothing if no folder above it is named ``<dataset>.zarr``."""
+    parts = folder.parts
+    return {parts[n:] for n in range(len(parts) - 1) if parts[n].endswith(".zarr")}
 
 
 def parts_of(
@@ -71,7 +136,7 @@ def parts_of(
     Raises:
         CellMapValueError: the box reaches outside the crop.
     """
-    used = None if trained is None else trained.get(crop.resolve(), [])
+    used = None if trained is None else used_parts(trained, crop)
     if box is None:
         return list(used or [CropPart(None, None if used is None else False)])
     images = {name: read_multiscale(crop / name) for name in classes}
