@@ -26,8 +26,15 @@ def _evaluate(cfg: DictConfig) -> None:
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         raise CellMapValueError(f"threshold must be a probability above 0 and at most 1, got {threshold!r}")
     from cellmap_lightning.evaluation.evaluate import check_prediction, crop_folders
+    from cellmap_lightning.evaluation.predicted_crops import crop_groups
 
     prediction, truth = Path(settings["prediction"]), Path(settings["truth"])
+    groups = list(crop_groups(settings["prediction"]).values())
+    if groups:
+        raise CellMapValueError(
+            f"prediction={prediction} holds predictions of {len(groups)} crops; give that of one, as {groups[0]}; "
+            "cellmap-predict crops=[...] evaluate=true scores all of them together"
+        )
     classes = check_prediction(prediction, settings["classes"])
     if not truth.is_dir():
         raise CellMapKeyError(f"truth={truth} does not exist; give the folder of the annotated crops, or of one crop")

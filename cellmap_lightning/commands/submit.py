@@ -138,7 +138,7 @@ def _without_small(labels: Labels, row: ManifestRow, min_volume: MinVolume) -> t
     if left is labels:
         return labels, ""
     removed = _objects(labels) - _objects(left)
-    return left, f" ({removed} below {minimum} voxels, by min_volume, are removed)" if removed else ""
+    return left, f" ({removed} below {minimum} voxels, removed by min_volume)" if removed else ""
 
 
 def _objects(labels: Labels) -> int:
@@ -149,7 +149,10 @@ def _objects(labels: Labels) -> int:
 def _content(labels: Labels, numbered: bool) -> str:
     """Return the share of the voxels that are positive, and the number of objects, as text."""
     share = f"{np.count_nonzero(labels) / labels.size:.2%} of {list(labels.shape)} voxels"
-    return f"{share}, {_objects(labels)} objects, {labels.dtype}" if numbered else f"{share}, {labels.dtype}"
+    objects = _objects(labels) if numbered else 0
+    return (
+        f"{share}, {objects} object{'s' * (objects != 1)}, {labels.dtype}" if numbered else f"{share}, {labels.dtype}"
+    )
 
 
 def _predicted_rows(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cellmap_lightning.crops.crop_box import CropBox, restricted
+from cellmap_lightning.errors import CellMapFileNotFoundError
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.splits.entries import CropRecord, read_csv
@@ -37,12 +38,12 @@ def trained_crops(path: Path) -> dict[Path, list[CropPart]]:
     A folder that is reached over links is there twice, with the links and without.
 
     Args:
-        path: the folder of a run, which has a ``split.csv``, or a CSV of crops, see docs/data.md.
+        path: the folder of a run, which has a ``split.csv``; a checkpoint in it; or a CSV of crops, see docs/data.md.
 
     Raises:
         CellMapError: there is no such file, or it cannot be read.
     """
-    entries = read_csv(path / "split.csv" if path.is_dir() else path)
+    entries = read_csv(_csv_of(path))
     crops: dict[Path, list[CropPart]] = {}
     for split, of_split in entries.items():
         for entry in of_split:
@@ -54,6 +55,23 @@ def trained_crops(path: Path) -> dict[Path, list[CropPart]]:
                     crops.setdefault(place, []).append(part)
     whole = CropPart(None, True)
     return {folder: [whole] if whole in parts else parts for folder, parts in crops.items()}
+
+
+def _csv_of(path: Path) -> Path:
+    """Return the CSV of crops of a run or of a checkpoint.
+
+    Raises:
+        CellMapFileNotFoundError: the folder of the checkpoint has none.
+    """
+    if path.is_dir():
+        return path / "split.csv"
+    if path.suffix != ".ckpt":
+        return path
+    files = [folder / "split.csv" for folder in path.absolute().parents[:2]]
+    for file in files:
+        if file.is_file():
+            return file
+    raise CellMapFileNotFoundError(f"trained={path}: no {files[-1]}; give the folder of a run, or a CSV of crops")
 
 
 def _physical(entry: CropRecord) -> CropBox | None:
@@ -99,8 +117,11 @@ def matching_notes(trained: Mapping[Path, Sequence[CropPart]] | None, crops: Ite
     if trained is None or not folders:
         return []
     if not any(used_parts(trained, folder) for folder in folders):
-        used = [str(folder) for folder, parts in trained.items() if any(part.trained for part in parts)]
-        listed = first_few(used, 1) if used else "none"
+        used = [folder for folder, parts in trained.items() if any(part.trained for part in parts)]
+        beside = {place for folder in used for place in (folder.parent, *_name(folder.parent))}
+        if any(beside & {f.resolve().parent, *_name(f.absolute().parent), *_name(f.resolve().parent)} for f in folders):
+            return ["none of the crops that were scored was trained on"]
+        listed = first_few(list(map(str, used)), 1) if used else "none"
         note = (
             f"none of the crops that were scored ({folders[0].parent}) is among those trained on ({listed}), by path "
         )
@@ -112,14 +133,15 @@ def matching_notes(trained: Mapping[Path, Sequence[CropPart]] | None, crops: Ite
 
 
 def _same_name(trained: Mapping[Path, Sequence[CropPart]], crop: Path) -> Iterator[Sequence[CropPart]]:
-    names = {*_name(crop.absolute()), *_name(crop.resolve())}
+    # A crop is more than a name: two files objects.zarr are not the same.
+    names = {name for name in (*_name(crop.absolute()), *_name(crop.resolve())) if len(name) > 1}
     return (parts for folder, parts in trained.items() if names & _name(folder))
 
 
 def _name(folder: Path) -> set[tuple[str, ...]]:
-    """Return the path of a crop from its dataset on; nothing if no folder above it is named ``<dataset>.zarr``."""
+    """Return the path of a folder from its dataset on; nothing if no folder of it is named ``<dataset>.zarr``."""
     parts = folder.parts
-    return {parts[n:] for n in range(len(parts) - 1) if parts[n].endswith(".zarr")}
+    return {parts[n:] for n in range(len(parts)) if parts[n].endswith(".zarr")}
 
 
 def parts_of(

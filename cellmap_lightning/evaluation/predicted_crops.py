@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 Key = tuple[str, str]
 #: Crops that a line of the log names, at most.
 _NAMED = 20
+_TRUTH = f"; truth must be the folder of the datasets, as data.search_path, or <dataset>.zarr/{GROUNDTRUTH}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +81,11 @@ def predicted_crops(
     for folder in folders:
         if not folder.is_dir():
             raise CellMapFileNotFoundError(f"truth={folder} does not exist; give the folder of the annotated crops")
-    if len(locations) == 1 and not _crops_in(locations[0]) and not any(map(_holds_datasets, folders)):
+    if len(locations) == 1 and not crop_groups(locations[0]) and not any(map(_holds_datasets, folders)):
         return _covered(open_source(locations[0], name, kind, values=values), folders, name)
     groups: dict[Key, str] = {}
     for location in locations:
-        _add(groups, _crops_in(location) or _single(location), "prediction")
+        _add(groups, crop_groups(location) or _single(location), "prediction")
     annotated: dict[Key, Path] = {}
     for folder in folders:
         _add(annotated, _annotated(folder, name), "truth")
@@ -94,7 +95,7 @@ def predicted_crops(
         raise CellMapKeyError(
             f"prediction={_listed(locations)}, truth={_listed(folders)}: no crop is both predicted and annotated with "
             f"{name!r}; predicted are {_crops(groups)}, and annotated with it {_crops(annotated)}"
-            + did_you_mean(name, classes)
+            + did_you_mean(name, classes, "" if annotated else _TRUTH)
         )
     return crops
 
@@ -174,7 +175,7 @@ def _pairs(groups: Mapping[Key, str], annotated: Mapping[Key, Path], folders: Se
     return pairs
 
 
-def _crops_in(location: str) -> dict[Key, str]:
+def crop_groups(location: str) -> dict[Key, str]:
     """Return the predictions of crops in a folder; none in a prediction, and none of a store on another machine."""
     folder = Path(location)
     if "://" in location or not folder.is_dir():
@@ -186,12 +187,12 @@ def _crops_in(location: str) -> dict[Key, str]:
 
 
 def _is_prediction(path: Path) -> bool:
-    """Return whether a folder is a group of classes, and neither an image nor an array."""
+    """Return whether a folder is a group of classes, and neither an image nor an array; also if it is not finished."""
     if (path / journal_folder("prediction")).exists():
         return True
     if read_array(path) is not None or _is_image(path):
         return False
-    return any(read_array(path / c) is None and read_attributes(path / c) is not None for c in children(path))
+    return any(_is_image(path / child) for child in children(path))
 
 
 def _is_image(path: Path) -> bool:
@@ -314,7 +315,8 @@ def _named(crop: Any, names: Sequence[str]) -> str:
         raise CellMapValueError(f"{text!r} is the name of several crops; give one of {', '.join(same)}")
     if not same:
         raise CellMapKeyError(
-            f"there is no annotated crop {text!r}; there are {first_few(names, 12)}" + did_you_mean(text, names)
+            f"no crop {text!r} is both predicted and annotated; there are {first_few(names, 12)}"
+            + did_you_mean(text, names)
         )
     return same[0]
 

@@ -48,8 +48,12 @@ def test_the_content_of_each_class_is_logged(folder, caplog):
 @pytest.mark.parametrize(
     ("options", "line", "empty"),
     [
-        ({"min_volume": 2 * 512}, "1.56% of [8, 8, 8] voxels, 1 objects, uint8 (1 below 2 voxels, by min_volume", 2),
-        ({"min_volume": {"mito": 9 * 512}}, "0 objects, uint8 (2 below 9 voxels, by min_volume, are removed)", 3),
+        (
+            {"min_volume": 2 * 512},
+            "1.56% of [8, 8, 8] voxels, 1 object, uint8 (1 below 2 voxels, removed by min_volume",
+            2,
+        ),
+        ({"min_volume": {"mito": 9 * 512}}, "0 objects, uint8 (2 below 9 voxels, removed by min_volume)", 3),
         ({"min_volume": {"ves": 9 * 512}}, "1.76% of [8, 8, 8] voxels, 2 objects, uint8", 2),
         ({"instance_classes": ["er"]}, "crop7/mito: 1.76% of [8, 8, 8] voxels, uint8", 2),
     ],
@@ -99,7 +103,7 @@ def test_methods_of_classes_without_objects(folder, name, hint):
 
 def test_an_added_class_has_a_method(folder, caplog):
     settings = {"instances": {"er": {"method": "components"}}, "instance_classes": ["mito", "er"]}
-    assert "crop7/er: 50.00% of [8, 8, 8] voxels, 1 objects, uint8" in submitted(folder, caplog, **settings)
+    assert "crop7/er: 50.00% of [8, 8, 8] voxels, 1 object, uint8" in submitted(folder, caplog, **settings)
 
 
 def test_the_command_prints_the_lines(folder):

@@ -156,6 +156,13 @@ def test_nothing_is_matched(folder):
         (["predictions", "copy"], "data", CellMapValueError, "jrc_a.zarr/crop1 exists twice"),
         ("predictions", ["data", "other"], CellMapValueError, "truth: jrc_a.zarr/crop1 exists twice"),
         ("predictions", "plain", CellMapValueError, "crop1 may be any of jrc_a.zarr/crop1, jrc_b.zarr/crop1; give the"),
+        (
+            "predictions",
+            "predictions",
+            CellMapKeyError,
+            "annotated with it none; truth must be the folder of the datasets",
+        ),
+        ("data/jrc_a", "data", CellMapValueError, "it holds no <dataset>.zarr/<crop>/<class>"),
         ("predictions", [], CellMapValueError, "must name a folder each"),
     ],
 )
@@ -220,7 +227,7 @@ def test_crops_are_divided(crops, held_out, expected):
     [
         (["crop1"], 1, "'crop1' is the name of several crops; give one of jrc_a.zarr/crop1, jrc_b.zarr/crop1"),
         (None, [1], "'1' is the name of several crops"),
-        (["crop13"], 1, "there is no annotated crop 'crop13'; there are jrc_a.zarr/crop1, "),
+        (["crop13"], 1, "no crop 'crop13' is both predicted and annotated; there are jrc_a.zarr/crop1, "),
         (["jrc_b.zarr/crop12"], 1, "did you mean 'jrc_b.zarr/crop1'"),
         ("crop12", 1, "crops must be a list of names"),
         (None, True, "held_out must be names of crops or a number"),

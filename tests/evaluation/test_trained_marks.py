@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from cellmap_lightning.errors import CellMapFileNotFoundError
 from cellmap_lightning.evaluation.crop_parts import is_trained, matching_notes, trained_crops
 from cellmap_lightning.evaluation.csc_evaluation import Predicted, csc_table, evaluate_csc, write_csc_csv
 from cellmap_lightning.evaluation.evaluate import CropScore
@@ -143,6 +144,33 @@ def test_notes_without_a_training_or_crops(folder):
     (note,) = matching_notes(trained_crops(folder), [crop])
     assert "trained on (none)" in note
     assert is_trained(None, crop) is None
+
+
+@pytest.mark.parametrize(
+    ("place", "note"),
+    [
+        (lambda _: "data/jrc_a.zarr/crops", "none of the crops that were scored was trained on"),
+        (copy, "none of the crops that were scored was trained on"),
+        (linked_dataset, "none of the crops that were scored was trained on"),
+        (other_dataset, "by path or by dataset and name: all count as held out"),
+        (plain, "by path or by dataset and name: all count as held out"),
+    ],
+)
+def test_a_crop_beside_those_trained_on_needs_no_doubt(folder, place, note):
+    crop = folder / place(folder) / "crop2"
+    (line,) = matching_notes(trained_crops(folder), [crop])
+    assert line.endswith(note)
+
+
+def test_the_training_of_a_checkpoint_is_found(folder):
+    crops = trained_crops(folder)
+    (folder / "checkpoints").mkdir()
+    for file in (folder / "checkpoints" / "best.ckpt", folder / "best.ckpt"):
+        file.write_bytes(b"PK")
+        assert trained_crops(file) == crops
+    (folder / "split.csv").unlink()
+    with pytest.raises(CellMapFileNotFoundError, match=r"best.ckpt: no .*split.csv; give the folder of a run"):
+        trained_crops(folder / "checkpoints" / "best.ckpt")
 
 
 @pytest.mark.parametrize("metric", ["csc", "voxels"])
