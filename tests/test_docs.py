@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.name != "configuration.md")]
 LANGUAGES = {"python", "bash", "yaml", "csv", "toml", ""}
 #: Programs in shell blocks beside cellmap-*.
-PROGRAMS = {"csc", "docker", "echo", "export", "git", "pip", "pytest", "python", "srun"}
+PROGRAMS = {"cat", "csc", "docker", "echo", "export", "git", "pip", "pytest", "python", "srun"}
 KEYS = {"data", "patch", "task", "model", "trainer", "callbacks", "logger", "name", "defaults", "run", "seed"}
 REQUIRED = {"csv_path": "crops.csv", "classes": ["mito", "er"]}
 FENCE = re.compile(

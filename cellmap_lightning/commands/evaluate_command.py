@@ -1,5 +1,6 @@
 """The command ``cellmap-evaluate``."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,15 @@ def _evaluate(cfg: DictConfig) -> None:
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         raise CellMapValueError(f"threshold must be a probability above 0 and at most 1, got {threshold!r}")
     from cellmap_lightning.evaluation.evaluate import check_prediction, crop_folders
+    from cellmap_lightning.evaluation.predicted_crops import crop_groups
 
     prediction, truth = Path(settings["prediction"]), Path(settings["truth"])
+    groups = list(crop_groups(settings["prediction"]).values())
+    if groups:
+        raise CellMapValueError(
+            f"prediction={prediction} holds predictions of {len(groups)} crops; give that of one, as {groups[0]}; "
+            "cellmap-predict crops=[...] evaluate=true scores all of them together"
+        )
     classes = check_prediction(prediction, settings["classes"])
     if not truth.is_dir():
         raise CellMapKeyError(f"truth={truth} does not exist; give the folder of the annotated crops, or of one crop")
@@ -73,7 +81,7 @@ def _evaluate_crops(
 ) -> None:
     from cellmap_lightning.crops.crop_box import CropBox
     from cellmap_lightning.evaluation import evaluate, score_files
-    from cellmap_lightning.evaluation.crop_parts import trained_crops
+    from cellmap_lightning.evaluation.crop_parts import matching_notes, trained_crops
     from cellmap_lightning.evaluation.error_picture import draw_worst
     from cellmap_lightning.evaluation.instance_scores import NoInstancesError
 
@@ -100,16 +108,23 @@ def _evaluate_crops(
         scores, prediction, truth, files[3], settings["threshold"], settings["unknown"], settings["values"],
         settings["raw"],
     )  # fmt: skip
-    print(f"\n{score_files.table(scores)}\n")
+    print("\n".join(["", score_files.table(scores), *matching_notes(trained, _folders(truth, scores)), ""]))
     print("\n".join(str(file) for file in files))
 
 
 def _evaluate_challenge(
     settings: dict[str, Any], prediction: Path, truth: Path, classes: list[str], file: Path
 ) -> None:
+    from cellmap_lightning.evaluation.crop_parts import matching_notes, trained_crops
     from cellmap_lightning.evaluation.csc_evaluation import Predicted, Scoring, csc_table, evaluate_csc, write_csc_csv
 
+    trained = trained_crops(Path(settings["trained"])) if settings["trained"] else None
     scoring = Scoring(settings["threshold"], values=settings["values"], unknown=settings["unknown"])
-    score = evaluate_csc([Predicted(prediction, truth, tuple(classes))], scoring)
+    score = evaluate_csc([Predicted(prediction, truth, tuple(classes))], scoring, trained)
     write_csc_csv(score, file)
-    print(f"\n{csc_table(score)}\n\n{file}")
+    print("\n".join(["", csc_table(score), *matching_notes(trained, _folders(truth, score.crops)), "", str(file)]))
+
+
+def _folders(truth: Path, scores: Iterable[Any]) -> list[Path]:
+    """Return the folders of the crops that were scored, in ``truth`` or ``truth`` itself."""
+    return [truth if truth.name == score.crop else truth / score.crop for score in scores]

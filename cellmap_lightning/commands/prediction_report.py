@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.commands.predict_config import groundtruth
 from cellmap_lightning.errors import MissingExtraError
-from cellmap_lightning.evaluation.crop_parts import CropPart, run_crops, trained_crops
+from cellmap_lightning.evaluation.crop_parts import CropPart, matching_notes, run_crops, trained_crops
 from cellmap_lightning.evaluation.csc_evaluation import Predicted, Scoring, csc_table, evaluate_csc, write_csc_csv
 from cellmap_lightning.evaluation.evaluate import evaluate
 from cellmap_lightning.evaluation.overview import draw_prediction
@@ -53,7 +53,8 @@ def describe_prediction(cfg: DictConfig, writer: Any, classes: Sequence[str]) ->
             matrix = table_file.with_suffix(".png")
             write_csv(scores, table_file)
             draw(scores, matrix)
-            text += f"\n\n{table(scores)}\n\n{table_file}\n{matrix}\n{_NOT_CSC}"
+            notes = "".join(f"\n{note}" for note in matching_notes(trained, [crops / score.crop for score in scores]))
+            text += f"\n\n{table(scores)}{notes}\n\n{table_file}\n{matrix}\n{_NOT_CSC}"
     return text
 
 
@@ -126,8 +127,11 @@ def csc_scores(configs: Sequence[DictConfig]) -> str:
         predictions.append(Predicted(Path(cfg.writer.output), crops, tuple(names), OmegaConf.select(cfg, "crop")))
     data: Any = OmegaConf.to_container(configs[0].data, resolve=True)
     scoring = Scoring(configs[0].writer.threshold, unknown=data.get("unknown", "metadata"))
-    score = evaluate_csc(predictions, scoring)
+    trained = _trained(configs[0].get("ckpt"))
+    score = evaluate_csc(predictions, scoring, trained)
+    folders = [one.crops / row.crop for one in predictions for row in score.crops if one.crop in (None, row.crop)]
+    notes = "".join(f"\n{note}" for note in matching_notes(trained, folders))
     out = Path(OmegaConf.select(configs[0], "folder") or configs[0].writer.output)
     file = out.with_name(f"{out.stem}-challenge.csv")
     write_csc_csv(score, file)
-    return f"{csc_table(score)}\n\n{file}"
+    return f"{csc_table(score)}{notes}\n\n{file}"

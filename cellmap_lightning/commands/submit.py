@@ -15,6 +15,7 @@ from cellmap_lightning.evaluation.challenge import INSTANCE_CLASSES, listed_crop
 from cellmap_lightning.evaluation.evaluate import is_group
 from cellmap_lightning.evaluation.numbering import (
     Labels,
+    MinVolume,
     Numbering,
     check_min_volume,
     min_voxels,
@@ -23,9 +24,11 @@ from cellmap_lightning.evaluation.numbering import (
 )
 from cellmap_lightning.evaluation.prediction_labels import check_covers, prediction_labels, stored_meaning
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting, check_values, prediction_attributes
+from cellmap_lightning.io.store import children
 from cellmap_lightning.io.writer import codec_of, create_level, make_room, write_group
 from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD
 from cellmap_lightning.splits.manifests import ManifestRow, manifest_rows
+from cellmap_lightning.validation import first_few
 
 log = logging.getLogger(__name__)
 
@@ -103,20 +106,53 @@ def submit(
     make_room(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_group(out)
+    empty = []
     for (row, path), meaning in zip(rows, meanings, strict=True):
         numbered = row.name in instance_classes
         if row.name in segmented:
             labels = segmented.labels(row, path, values)
         else:
             labels = prediction_labels(row, path, threshold, number if numbered else None, meaning)
+        removed = ""
         if numbered:
-            labels = remove_small(labels, min_voxels(min_volume, row.name, float(np.prod(row.lattice.step))))
+            labels, removed = _without_small(labels, row, min_volume)
             labels = labels.astype(np.min_scalar_type(int(labels.max())))
         else:
             labels = (labels > 0).astype(np.uint8)
         _write_labels(out, row, labels, "ids" if numbered else "mask")
-        log.info("%s/%s: %s voxels, %s", row.crop, row.name, list(row.lattice.shape), labels.dtype)
+        log.info("%s/%s: %s%s", row.crop, row.name, _content(labels, numbered), removed)
+        if not labels.any():
+            empty.append(f"{row.crop}/{row.name}{removed}")
+    if empty:
+        log.warning(
+            "%s of %s classes of crops are EMPTY, all their voxels are 0: %s; are threshold and values right?",
+            len(empty), len(rows), ", ".join(empty),
+        )  # fmt: skip
     return _zip(out), missing
+
+
+def _without_small(labels: Labels, row: ManifestRow, min_volume: MinVolume) -> tuple[Labels, str]:
+    """Return objects of at least the minimum volume, and the number of those removed as text; empty for none."""
+    minimum = min_voxels(min_volume, row.name, float(np.prod(row.lattice.step)))
+    left = remove_small(labels, minimum)
+    if left is labels:
+        return labels, ""
+    removed = _objects(labels) - _objects(left)
+    return left, f" ({removed} below {minimum} voxels, removed by min_volume)" if removed else ""
+
+
+def _objects(labels: Labels) -> int:
+    ids = np.unique(labels)
+    return int(np.count_nonzero(ids))
+
+
+def _content(labels: Labels, numbered: bool) -> str:
+    """Return the share of the voxels that are positive, and the number of objects, as text."""
+    share = f"{np.count_nonzero(labels) / labels.size:.2%} of {list(labels.shape)} voxels"
+    objects = _objects(labels) if numbered else 0
+    return (
+        f"{share}, {objects} object{'s' * (objects != 1)}, {labels.dtype}" if numbered else f"{share}, {labels.dtype}"
+    )
 
 
 def _predicted_rows(
@@ -133,12 +169,26 @@ def _predicted_rows(
             else:
                 missing.append(row.label)
     if not rows or (missing and not allow_missing):
-        hint = "; allow_missing=true leaves them out" if rows else ""
+        hint = "; allow_missing=true leaves them out" if rows else _layout_hint(predictions)
         raise CellMapFileNotFoundError(
             f"{len(missing)} of {len(missing) + len(rows)} classes of crops that {manifest.name} lists are not "
-            f"in {predictions}: {', '.join(missing)}{hint}"
+            f"in {predictions}: {', '.join(missing) if rows else first_few(missing, 12)}{hint}"
         )
     return rows, missing
+
+
+def _layout_hint(predictions: Path) -> str:
+    """Return the end of the error for a folder in which no prediction was found."""
+    hint = (
+        "; they are looked for in <predictions>/<dataset>.zarr/<crop>/<class>, as cellmap-predict crops=... writes them"
+    )
+    if not predictions.is_dir():
+        return f"{hint}; {predictions} does not exist"
+    volume = next((p for p in (predictions, *predictions.parents) if p.suffix == ".zarr"), None)
+    if volume is not None:
+        return f"{hint}: give the folder above {volume.name}, predictions={volume.parent}"
+    names = children(predictions)
+    return f"{hint}: give the folder above <dataset>.zarr; {predictions} holds {first_few(names, 12) or 'no folders'}"
 
 
 def _write_labels(out: Path, row: ManifestRow, labels: Labels, meaning: Literal["ids", "mask"]) -> None:

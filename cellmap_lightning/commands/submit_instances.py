@@ -17,7 +17,7 @@ from cellmap_lightning.instances.tuned import OPTION_KEYS, SOURCE_KEYS, read_tun
 from cellmap_lightning.instances.volume import VolumeSegmentation
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting
 from cellmap_lightning.splits.manifests import ManifestRow
-from cellmap_lightning.validation import one_of
+from cellmap_lightning.validation import did_you_mean, one_of
 
 #: Options of `SegmentationOptions`, and the keys of `open_source`, for each class.
 Methods = Mapping[str, Mapping[str, Any]]
@@ -85,7 +85,12 @@ class InstanceMethods:
         self._options: dict[str, SegmentationOptions] = {}
         self._source: dict[str, dict[str, Any]] = {}
         for name, settings in methods.items():
-            one_of("instances", name, classes)
+            if name not in classes:
+                raise CellMapValueError(
+                    f"instances={{{name}: ...}}: {name!r} is none of instance_classes ({', '.join(classes)}), whose "
+                    f"objects are numbered{did_you_mean(name, classes)}; add it with instance_classes=[...,{name}], "
+                    f"or leave {name} out of instances"
+                )
             if not isinstance(settings, Mapping):
                 raise CellMapValueError(
                     f"instances.{name} must be a mapping such as {{method: watershed}}, got {settings!r}"

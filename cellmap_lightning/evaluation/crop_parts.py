@@ -1,13 +1,18 @@
 """Parts of crops that are scored: whole crops, or the boxes that a training was restricted to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cellmap_lightning.crops.crop_box import CropBox, restricted
+from cellmap_lightning.errors import CellMapFileNotFoundError
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.splits.entries import CropRecord, read_csv
+from cellmap_lightning.validation import first_few
+
+#: The usage of a crop or of a part, in files, by `CropPart.trained`.
+USAGE = {True: "train", False: "held out", None: ""}
 
 
 @dataclass(frozen=True)
@@ -30,20 +35,24 @@ class CropPart:
 def trained_crops(path: Path) -> dict[Path, list[CropPart]]:
     """Return the parts of crops that a training used, by the folders of the crops; a crop without a part was not used.
 
+    A folder that is reached over links is there twice, with the links and without.
+
     Args:
-        path: the folder of a run, which has a ``split.csv``, or a CSV of crops, see docs/data.md.
+        path: the folder of a run, which has a ``split.csv``; a checkpoint in it; or a CSV of crops, see docs/data.md.
 
     Raises:
         CellMapError: there is no such file, or it cannot be read.
     """
-    entries = read_csv(path / "split.csv" if path.is_dir() else path)
+    entries = read_csv(_csv_of(path))
     crops: dict[Path, list[CropPart]] = {}
     for split, of_split in entries.items():
         for entry in of_split:
             # A crop that validates as a whole is scored as a whole, like one that was not used.
             if entry.target_path and (split == "train" or entry.crop_box is not None):
-                folder = Path(entry.target_path).parent.resolve()
-                crops.setdefault(folder, []).append(CropPart(physical_box(entry), split == "train"))
+                folder, part = Path(entry.target_path).parent, CropPart(physical_box(entry), split == "train")
+                # Both, where links lead to the crop: data at another path are matched by the names in either.
+                for place in dict.fromkeys((folder.resolve(), folder.absolute())):
+                    crops.setdefault(place, []).append(part)
     whole = CropPart(None, True)
     return {folder: [whole] if whole in parts else parts for folder, parts in crops.items()}
 
@@ -64,6 +73,23 @@ def run_crops(path: Path, raw: Path) -> list[tuple[str, CropRecord]]:
     return [(split, entry) for split, entry in listed if Path(entry.input_path).resolve() == raw.resolve()]
 
 
+def _csv_of(path: Path) -> Path:
+    """Return the CSV of crops of a run or of a checkpoint.
+
+    Raises:
+        CellMapFileNotFoundError: the folder of the checkpoint has none.
+    """
+    if path.is_dir():
+        return path / "split.csv"
+    if path.suffix != ".ckpt":
+        return path
+    files = [folder / "split.csv" for folder in path.absolute().parents[:2]]
+    for file in files:
+        if file.is_file():
+            return file
+    raise CellMapFileNotFoundError(f"trained={path}: no {files[-1]}; give the folder of a run, or a CSV of crops")
+
+
 def physical_box(entry: CropRecord) -> CropBox | None:
     """Return the box of an entry in nm; None without a box."""
     box, target = entry.crop_box, entry.target
@@ -71,6 +97,67 @@ def physical_box(entry: CropRecord) -> CropBox | None:
         return box
     images = {name: target.read(name, entry.overrides[1]) for name in target.names}
     return CropBox.of(restricted(target.label, images, box)[2])
+
+
+def used_parts(trained: Mapping[Path, Sequence[CropPart]], crop: Path) -> Sequence[CropPart]:
+    """Return the parts of a crop that a training used; none if it did not use the crop.
+
+    The crop is that of the same folder, with links resolved; or else, since data are copied and mounted at other paths,
+    that of the same dataset and name: the same path from ``<dataset>.zarr`` on.
+
+    Args:
+        trained: see `trained_crops`.
+        crop: folder of the crop.
+    """
+    return trained.get(crop.resolve()) or next(iter(_same_name(trained, crop)), [])
+
+
+def is_trained(trained: Mapping[Path, Sequence[CropPart]] | None, crop: Path) -> bool | None:
+    """Return whether a crop, or a part of it, was trained on; None if unknown.
+
+    Args:
+        trained: see `trained_crops`.
+        crop: folder of the crop.
+    """
+    return None if trained is None else any(part.trained for part in used_parts(trained, crop))
+
+
+def matching_notes(trained: Mapping[Path, Sequence[CropPart]] | None, crops: Iterable[Path]) -> list[str]:
+    """Return what a reader of scores must know about the crops that are marked as trained on, in lines.
+
+    Args:
+        trained: see `trained_crops`; None if unknown, which needs no note.
+        crops: folders of the crops that were scored.
+    """
+    folders = list(dict.fromkeys(crops))
+    if trained is None or not folders:
+        return []
+    if not any(used_parts(trained, folder) for folder in folders):
+        used = [folder for folder, parts in trained.items() if any(part.trained for part in parts)]
+        beside = {place for folder in used for place in (folder.parent, *_name(folder.parent))}
+        if any(beside & {f.resolve().parent, *_name(f.absolute().parent), *_name(f.resolve().parent)} for f in folders):
+            return ["none of the crops that were scored was trained on"]
+        listed = first_few(list(map(str, used)), 1) if used else "none"
+        note = (
+            f"none of the crops that were scored ({folders[0].parent}) is among those trained on ({listed}), by path "
+        )
+        return [note + "or by dataset and name: all count as held out"]
+    renamed = [f.name for f in folders if not trained.get(f.resolve()) and used_parts(trained, f)]
+    if not renamed:
+        return []
+    return [f"at another path than in the training, and matched by dataset and name: {first_few(renamed, 12)}"]
+
+
+def _same_name(trained: Mapping[Path, Sequence[CropPart]], crop: Path) -> Iterator[Sequence[CropPart]]:
+    # A crop is more than a name: two files objects.zarr are not the same.
+    names = {name for name in (*_name(crop.absolute()), *_name(crop.resolve())) if len(name) > 1}
+    return (parts for folder, parts in trained.items() if names & _name(folder))
+
+
+def _name(folder: Path) -> set[tuple[str, ...]]:
+    """Return the path of a folder from its dataset on; nothing if no folder of it is named ``<dataset>.zarr``."""
+    parts = folder.parts
+    return {parts[n:] for n in range(len(parts)) if parts[n].endswith(".zarr")}
 
 
 def parts_of(
@@ -87,7 +174,7 @@ def parts_of(
     Raises:
         CellMapValueError: the box reaches outside the crop.
     """
-    used = None if trained is None else trained.get(crop.resolve(), [])
+    used = None if trained is None else used_parts(trained, crop)
     if box is None:
         return list(used or [CropPart(None, None if used is None else False)])
     images = {name: read_multiscale(crop / name) for name in classes}

@@ -4,7 +4,7 @@ import csv
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from cellmap_lightning.crops.encodings import LabelEncodings, Unknown
 from cellmap_lightning.errors import CellMapKeyError
 from cellmap_lightning.evaluation.challenge import INSTANCE_CLASSES
+from cellmap_lightning.evaluation.crop_parts import USAGE, CropPart, is_trained
 from cellmap_lightning.evaluation.csc_score import (
     ChallengeScore,
     Counts,
@@ -76,7 +77,11 @@ class Scoring:
     unknown: Unknown = "metadata"
 
 
-def evaluate_csc(predictions: Sequence[Predicted], scoring: Scoring | None = None) -> ChallengeScore:
+def evaluate_csc(
+    predictions: Sequence[Predicted],
+    scoring: Scoring | None = None,
+    trained: Mapping[Path, Sequence[CropPart]] | None = None,
+) -> ChallengeScore:
     """Return the challenge's score of predictions, with counts of each class summed over all crops.
 
     Predictions are resampled to the voxels of the annotation, as `submit` does. Unannotated voxels count as background
@@ -85,6 +90,7 @@ def evaluate_csc(predictions: Sequence[Predicted], scoring: Scoring | None = Non
     Args:
         predictions: predictions and their crops.
         scoring: settings.
+        trained: parts of the crops that a training used, to mark these crops; None if unknown. See `trained_crops`.
 
     Raises:
         CellMapKeyError: no prediction covers a crop that annotates any of the classes.
@@ -92,7 +98,7 @@ def evaluate_csc(predictions: Sequence[Predicted], scoring: Scoring | None = Non
     """
     scoring = scoring or Scoring()
     check_values(scoring.values), check_min_volume(scoring.min_volume)
-    rows = [row for prediction in predictions for row in _counts(prediction, scoring)]
+    rows = [row for prediction in predictions for row in _counts(prediction, scoring, trained)]
     if not rows:
         listed = ", ".join(str(p.output) for p in predictions)
         raise CellMapKeyError(
@@ -102,11 +108,14 @@ def evaluate_csc(predictions: Sequence[Predicted], scoring: Scoring | None = Non
     return pooled(rows, scoring.instance_classes)
 
 
-def _counts(prediction: Predicted, scoring: Scoring) -> Iterator[CropCounts]:
+def _counts(
+    prediction: Predicted, scoring: Scoring, trained: Mapping[Path, Sequence[CropPart]] | None
+) -> Iterator[CropCounts]:
     """Yield the counts of every class in every crop that a prediction covers."""
     pattern = prediction.crop or "*"
     for crop, name in annotated_classes(prediction.output, prediction.crops, prediction.classes, pattern):
-        yield _class_counts(prediction.output / name, crop, name, scoring)
+        counts = _class_counts(prediction.output / name, crop, name, scoring)
+        yield replace(counts, trained=is_trained(trained, crop))
 
 
 def _class_counts(group: Path, crop: Path, name: str, scoring: Scoring) -> CropCounts:
@@ -155,27 +164,33 @@ def write_csc_csv(score: ChallengeScore, path: Path) -> None:
     """Write the score: one row per class, one per crop and class, and the three means."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["class", "crop", "status", "tp", "fp", "fn", "f1", "boundary", "score"])
+        writer.writerow(["class", "crop", "status", "usage", "tp", "fp", "fn", "f1", "boundary", "score"])
         for name in ("overall", "instance", "semantic"):
-            writer.writerow([name, "", "", "", "", "", "", "", f"{getattr(score, name):.6f}"])
+            writer.writerow([name, "", "", "", "", "", "", "", "", f"{getattr(score, name):.6f}"])
         for c in score.classes:
             parts = ["" if math.isnan(v) else f"{v:.6f}" for v in (c.f1, c.boundary, c.score)]
-            writer.writerow([c.name, "all", "", c.counts.tp, c.counts.fp, c.counts.fn, *parts])
+            writer.writerow([c.name, "all", "", "", c.counts.tp, c.counts.fp, c.counts.fn, *parts])
         for row in score.crops:
-            writer.writerow([row.name, row.crop, row.status, row.counts.tp, row.counts.fp, row.counts.fn, "", "", ""])
+            counts, usage = row.counts, USAGE[row.trained]
+            writer.writerow([row.name, row.crop, row.status, usage, counts.tp, counts.fp, counts.fn, "", "", ""])
 
 
 def csc_table(score: ChallengeScore) -> str:
-    """Return the score as a table in text."""
-    width = max(8, *(len(c.name) for c in score.classes)) + 2
+    """Return the score as a table in text; classes whose score includes crops that were trained on are marked."""
+    trained = [row for row in score.crops if row.trained]
+    names = {c.name: c.name + " *" * any(row.name == c.name for row in trained) for c in score.classes}
+    width = max(8, *map(len, names.values())) + 2
     head = ("crops", "tp", "fp", "fn", "f1", "boundary", "score")
     lines = ["class".ljust(width) + "".join(f"{h:>12}" for h in head)]
     for c in score.classes:
         numbers: list[Any] = [c.crops, c.counts.tp, c.counts.fp, c.counts.fn]
         parts = ["" if math.isnan(v) else f"{v:.4f}" for v in (c.f1, c.boundary, c.score)]
-        lines.append(c.name.ljust(width) + "".join(f"{v:>12}" for v in (*numbers, *parts)))
+        lines.append(names[c.name].ljust(width) + "".join(f"{v:>12}" for v in (*numbers, *parts)))
     means: Mapping[str, float] = {"instance": score.instance, "semantic": score.semantic, "overall": score.overall}
     lines += [name.ljust(width) + f"{value:>{12 * len(head)}.4f}" for name, value in means.items()]
+    if trained:
+        crops, whole = (list(dict.fromkeys(row.crop for row in rows)) for rows in (trained, score.crops))
+        lines.append(f"* with crops that were trained on, {len(crops)} of {len(whole)}: {', '.join(crops)}")
     notes = {"missing": "not predicted, which counts as missed", "skipped": "too many objects, skipped for the class"}
     for status, note in notes.items():
         rows = [f"{row.crop}/{row.name}" for row in score.crops if row.status == status]

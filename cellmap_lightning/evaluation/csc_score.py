@@ -63,12 +63,14 @@ class CropCounts:
         name: the class.
         counts: its counts.
         status: ``scored``, ``missing`` (not submitted) or ``skipped`` (too many objects).
+        trained: True if the crop, or a part of it, was trained on; None if unknown.
     """
 
     crop: str
     name: str
     counts: Counts
     status: str = "scored"
+    trained: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ def _resample(row: ManifestRow, level: Level, meaning: Meaning, threshold: float
         block = np.empty(shape, dtype)
         amap = box_map(inside, start, shape, level.lattice)
         evaluate(source, amap, block, method="nearest" if meaning.is_labels else "linear", fill=0)
-        meaning.check(block, row.label)
+        inner = tuple(map(slice, *_between(inside, start, shape, level.lattice))) if not meaning.is_labels else ...
+        meaning.check(block[inner], row.label)
         present = meaning.present(block, threshold)
         result[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))] = (
             np.where(present, block, 0) if ids else present
@@ -105,6 +106,21 @@ def _resample(row: ManifestRow, level: Level, meaning: Meaning, threshold: float
     # Voxels outside the stored box, within half a stored voxel, repeat the nearest voxel inside.
     pads = [(a, n - a - m) for a, n, m in zip(first, row.lattice.shape, inside.shape, strict=True)]
     return np.pad(result, pads, mode="edge") if any(a or b for a, b in pads) else result
+
+
+def _between(inside: Lattice, start: Shape, shape: Shape, stored: Lattice) -> tuple[list[int], list[int]]:
+    """Return the first and the end of the voxels of a block that lie between the centres of stored voxels.
+
+    Within half a stored voxel of the border the interpolant continues its last slope, so that it may leave the range of
+    the stored values there: the values of other voxels alone show that range.
+    """
+    first = np.asarray(inside.origin) + np.multiply(start, inside.step)
+    last = np.asarray(stored.origin) + np.multiply(stored.step, np.subtract(stored.shape, 1))
+    low = np.ceil((stored.origin - first) / inside.step - 1e-6).clip(0, shape).astype(int)
+    high = np.floor((last - first) / inside.step + 1e-6).astype(int) + 1
+    # One stored voxel has no slope.
+    low, high = (np.where(np.equal(stored.shape, 1), a, b) for a, b in ((0, low), (shape, high.clip(low, shape))))
+    return low.tolist(), high.tolist()
 
 
 def _inside(lattice: Lattice, stored: Lattice) -> tuple[Shape, Lattice]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cellmap_lightning.errors import missing_extra
+from cellmap_lightning.evaluation.crop_parts import USAGE
 from cellmap_lightning.evaluation.evaluate import CropScore
 from cellmap_lightning.evaluation.instance_scores import INSTANCE_METRICS
 from cellmap_lightning.evaluation.surface_scores import SURFACE_METRICS
@@ -17,8 +18,8 @@ from cellmap_lightning.evaluation.voxel_scores import METRICS
 #: Columns of the table and of the heat map: voxel scores, and the most used ones of surfaces and objects.
 _SHOWN = (*METRICS, "hausdorff_nm", "surface_distance_nm", "f1_50", "ap", "panoptic_quality", "voi_split", "voi_merge")
 _HEAT = (*METRICS, "f1_50", "ap", "panoptic_quality")
+_LEGEND = "* trained on"
 _COUNTS = ("objects", "predicted", "matched")
-_TRAINED = {True: "train", False: "held out", None: ""}
 
 
 def write_csv(scores: Sequence[CropScore], path: Path) -> None:
@@ -31,7 +32,7 @@ def write_csv(scores: Sequence[CropScore], path: Path) -> None:
         for score in scores:
             values, voxels = score.values(), score.voxels
             cells = [_cell(column, values[column]) for column in columns]
-            usage = _TRAINED[score.trained]
+            usage = USAGE[score.trained]
             box = [score.box or ""] if boxes else []
             writer.writerow(
                 [score.crop, score.name, usage, voxels.known, voxels.tp, voxels.fp, voxels.fn, *cells, *box]
@@ -66,7 +67,7 @@ def _columns(scores: Sequence[CropScore], names: Sequence[str]) -> list[str]:
 def table(scores: Sequence[CropScore]) -> str:
     """Return the scores as a table in text."""
     columns = _columns(scores, _SHOWN)
-    crops = [score.label + " *" * bool(score.trained) for score in scores]
+    crops = [_marked(score) for score in scores]
     width = max(map(len, [*crops, "crop"])) + 2, max(5, *(len(s.name) for s in scores)) + 2
     titles = [_title(column) for column in columns]
     widths = [max(11, len(title) + 2) for title in titles]
@@ -81,8 +82,13 @@ def table(scores: Sequence[CropScore]) -> str:
         cells = "".join(f"{_number(c, values[c]):>{w}}" for c, w in zip(columns, widths, strict=True))
         lines.append(crop.ljust(width[0]) + score.name.ljust(width[1]) + cells)
     if any(score.trained for score in scores):
-        lines.append("* trained on")
+        lines.append(_LEGEND)
     return "\n".join(lines)
+
+
+def _marked(score: CropScore) -> str:
+    """Return the name of a crop, with a mark if it was trained on."""
+    return score.label + " *" * bool(score.trained)
 
 
 def _is_absent(score: CropScore) -> bool:
@@ -101,6 +107,8 @@ def _number(column: str, value: float) -> str:
 def draw(scores: Sequence[CropScore], path: Path) -> None:
     """Draw one heat map per score, crops against classes, with the numbers; classes that a crop lacks are left white.
 
+    Crops that were trained on are marked, as in `table`.
+
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
@@ -109,14 +117,14 @@ def draw(scores: Sequence[CropScore], path: Path) -> None:
     except ImportError as e:
         raise missing_extra("train", "pictures need matplotlib") from e
     metrics = _columns(scores, _HEAT)
-    crops = list(dict.fromkeys(s.label for s in scores))
+    crops = list(dict.fromkeys(map(_marked, scores)))
     names = list(dict.fromkeys(s.name for s in scores))
     size = (1.5 + len(metrics) * (0.7 + 0.6 * len(names)), 1.3 + 0.35 * len(crops))
     figure = Figure(figsize=size, layout="constrained")
     for number, metric in enumerate(metrics):
         values = np.full((len(crops), len(names)), np.nan)
         for score in (score for score in scores if not _is_absent(score)):
-            values[crops.index(score.label), names.index(score.name)] = score.values()[metric]
+            values[crops.index(_marked(score)), names.index(score.name)] = score.values()[metric]
         axes = figure.add_subplot(1, len(metrics), number + 1)
         axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axes.set_title(_title(metric))
@@ -128,4 +136,6 @@ def draw(scores: Sequence[CropScore], path: Path) -> None:
                 column, row, f"{value:.2f}", ha="center", va="center", fontsize=8,
                 color="black" if value > 0.6 else "white",
             )  # fmt: skip
+    if any(score.trained for score in scores):
+        figure.supxlabel(_LEGEND, x=0, ha="left", fontsize=8)
     figure.savefig(path, dpi=150)

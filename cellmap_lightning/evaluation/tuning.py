@@ -221,7 +221,9 @@ class Tuner:
         return counts if counts is not None else missing_counts(truth, True)
 
 
-def read_crop(source: SegmentationSource, crop: Path, name: str, unknown: Unknown = "metadata") -> TuningCrop:
+def read_crop(
+    source: SegmentationSource, crop: Path, name: str, unknown: Unknown = "metadata", label: str | None = None
+) -> TuningCrop:
     """Read the prediction and the annotation of a crop.
 
     Args:
@@ -229,6 +231,7 @@ def read_crop(source: SegmentationSource, crop: Path, name: str, unknown: Unknow
         crop: folder of the crop.
         name: the class.
         unknown: see `LabelOptions`.
+        label: name of the crop; None for that of its folder.
 
     Raises:
         CellMapValueError: the prediction has no voxel in the crop.
@@ -237,8 +240,33 @@ def read_crop(source: SegmentationSource, crop: Path, name: str, unknown: Unknow
     annotation = Annotation(crop, name, source.lattice.step, unknown)
     first, shape = voxels_inside(source.lattice, annotation.box)
     if 0 in shape:
-        raise CellMapValueError(f"{crop.name}/{name}: the prediction {source.path} has no voxel in {annotation.box}")
-    return TuningCrop(crop.name, source.read(first, shape), annotation.read(source.lattice, first, shape))
+        raise CellMapValueError(
+            f"{label or crop.name}/{name}: the prediction {source.path} has no voxel in {annotation.box}"
+        )
+    return TuningCrop(label or crop.name, source.read(first, shape), annotation.read(source.lattice, first, shape))
+
+
+def check_alike(sources: Mapping[str, SegmentationSource]) -> None:
+    """Check that predictions of several crops may have the same parameters.
+
+    Args:
+        sources: the prediction of each crop, by the name of the crop.
+
+    Raises:
+        CellMapValueError: their kinds, voxel sizes or offsets differ.
+    """
+    (first, one), *others = sources.items()
+    for name, source in others:
+        for what, a, b in (
+            ("kind", one.kind, source.kind),
+            ("voxel size", list(one.lattice.step), list(source.lattice.step)),
+            ("offsets", one.offsets, source.offsets),
+        ):
+            if a != b:
+                raise CellMapValueError(
+                    f"{one.name}: the {what} of the predictions must be the same in all crops, got {a} in {first} and "
+                    f"{b} in {name}; choose crops that were predicted in the same way, with crops=[...]"
+                )
 
 
 def settings_of(options: SegmentationOptions, names: Sequence[str]) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -67,6 +68,8 @@ def test_a_single_crop_and_the_challenge_score(folder):
     ("arguments", "message"),
     [
         (["prediction=nothing.zarr"], "the prediction nothing.zarr does not exist"),
+        (["prediction=predictions"], "of 1 crops; give that of one, as predictions/jrc_a.zarr/crop1; cellmap-predict"),
+        (["prediction=predictions/jrc_a.zarr"], "give that of one, as predictions/jrc_a.zarr/crop1"),
         (["prediction=pred.zarr", "classes=[mitto]"], "has no class 'mitto'; it has mito; did you mean 'mito'?"),
         (["prediction=pred.zarr", "truth=nothing"], "truth=nothing does not exist"),
         (["prediction=pred.zarr", "metric=dise"], "metric must be one of voxels, surface, instances, all, csc"),
@@ -81,6 +84,7 @@ def test_a_single_crop_and_the_challenge_score(folder):
     ],
 )  # fmt: skip
 def test_wrong_arguments(folder, arguments, message):
+    shutil.copytree(folder / "pred.zarr", folder / "predictions" / "jrc_a.zarr" / "crop1")
     truth = [] if any("truth" in argument for argument in arguments) else ["truth=crops"]
     code, text = run_forked(*truth, *arguments, cwd=folder, command="evaluate")
     assert code == 1, text

@@ -158,7 +158,7 @@ def test_nothing_to_evaluate(tmp_path, origin, classes, crop):
         evaluate_csc([Predicted(output, tmp_path / "truth", ("er",), "crop1")], Scoring(values="all"))
 
 
-def test_predict_command_reports_the_metric(checkpoint, layout, tmp_path):  # noqa: F811
+def test_predict_command_reports_the_metric(checkpoint, layout, volume, tmp_path):  # noqa: F811
     """Two crops of the volume, scored together; and by voxels, which is not the challenge's score."""
     from cellmap_lightning.io.ngff import read_multiscale
 
@@ -177,6 +177,12 @@ def test_predict_command_reports_the_metric(checkpoint, layout, tmp_path):  # no
     assert [line[0] for line in lines[1:4]] == ["overall", "instance", "semantic"]
     scored = {(line[1], line[0]) for line in lines[4:] if line[1] != "all"}
     assert scored == {(f"crop{r.split(',')[0]}", r.split(",")[2]) for r in rows}
+    usage = {
+        line[1]: line[3] for line in lines[4:] if line[1] != "all"
+    }  # the training read the volume without the link
+    assert usage == {c: "train" if volume.usage[c] == "train" else "held out" for c in ("crop2", "crop4")}
+    assert set(usage.values()) == {"train", "held out"}
+    assert "* with crops that were trained on, 1 of 2: " in errors
     assert {line[2] for line in lines[4:] if line[0] == "ves" and line[1] != "all"} <= {"missing"}
     code, errors = run_forked(*command, "crops=[2]", "metric=dice", cwd=tmp_path, command="predict")
     assert code == 1

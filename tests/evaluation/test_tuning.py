@@ -107,7 +107,7 @@ def test_the_command_writes_what_a_submission_takes(folder, tmp_path):
     [
         ("metric=f2", "metric must be one of dice, f1, csc, got 'f2'"),
         ("class=er", "it has no class 'er'"),
-        ("crops=[crop9]", "there is no annotated crop 'crop9'; there are crop1, crop2, crop3"),
+        ("crops=[crop9]", "no crop 'crop9' is both predicted and annotated; there are crop1, crop2, crop3"),
         ("held_out=[crop1,crop2,crop3]", "no crop is left for the search"),
         ("held_out=many", "held_out must be names of crops or a number of them"),
         ("truth=nowhere", "truth=nowhere does not exist"),

@@ -1,0 +1,118 @@
+"""Log lines and errors of ``cellmap-submit``."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from cellmap_lightning.commands.submit import submit
+from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError
+from tests.commands.test_cli import run_forked
+from tests.evaluation.test_challenge import manifest, predicted, row
+
+STEP, SHAPE = (8, 8, 8), (8, 8, 8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A crop with two objects of 8 and 1 voxels, a mask of half of its voxels, and an empty one."""
+    mito, er = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
+    mito[1:3, 1:3, 1:3] = mito[6, 6, 6] = er[:4] = 1
+    for name, values in (("mito", mito), ("er", er), ("pm", 0 * er), ("ves", 0 * er)):
+        about = {"cellmap": {"prediction": {"class_name": name, "values": "mask"}}}
+        predicted(tmp_path, name, values, (4, 4, 4), STEP, attributes=about)
+    manifest(tmp_path, *(row(7, name, STEP, (4, 4, 4), SHAPE) for name in ("mito", "er", "pm", "ves")))
+    return tmp_path
+
+
+def submitted(folder, caplog, **options):
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        submit(folder / "predictions", folder / "test_crop_manifest.csv", folder / "s.zarr", overwrite=True, **options)
+    return [record.getMessage() for record in caplog.records if record.name.endswith("commands.submit")]
+
+
+def test_the_content_of_each_class_is_logged(folder, caplog):
+    lines = submitted(folder, caplog)
+    assert lines[:4] == [
+        "crop7/mito: 1.76% of [8, 8, 8] voxels, 2 objects, uint8",
+        "crop7/er: 50.00% of [8, 8, 8] voxels, uint8",
+        "crop7/pm: 0.00% of [8, 8, 8] voxels, uint8",
+        "crop7/ves: 0.00% of [8, 8, 8] voxels, 0 objects, uint8",
+    ]
+    (line,) = lines[4:]
+    assert line.startswith("2 of 4 classes of crops are EMPTY, all their voxels are 0: crop7/pm, crop7/ves;")
+    assert [record.levelno for record in caplog.records if "EMPTY" in record.getMessage()] == [logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("options", "line", "empty"),
+    [
+        (
+            {"min_volume": 2 * 512},
+            "1.56% of [8, 8, 8] voxels, 1 object, uint8 (1 below 2 voxels, removed by min_volume",
+            2,
+        ),
+        ({"min_volume": {"mito": 9 * 512}}, "0 objects, uint8 (2 below 9 voxels, removed by min_volume)", 3),
+        ({"min_volume": {"ves": 9 * 512}}, "1.76% of [8, 8, 8] voxels, 2 objects, uint8", 2),
+        ({"instance_classes": ["er"]}, "crop7/mito: 1.76% of [8, 8, 8] voxels, uint8", 2),
+    ],
+)
+def test_objects_that_are_removed_are_counted(folder, caplog, options, line, empty):
+    lines = submitted(folder, caplog, **options)
+    assert lines[0].startswith("crop7/mito: ")
+    assert line in lines[0]
+    assert lines[-1].startswith(f"{empty} of 4 classes of crops are EMPTY")
+
+
+def test_nothing_is_warned_of_where_nothing_is_empty(folder, caplog):
+    manifest(folder, *(row(7, name, STEP, (4, 4, 4), SHAPE) for name in ("mito", "er")))
+    assert len(submitted(folder, caplog)) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "hint"),
+    [
+        ("predictions/jrc_a.zarr", "give the folder above jrc_a.zarr, predictions={}/predictions"),
+        ("predictions/jrc_a.zarr/crop7", "give the folder above jrc_a.zarr, predictions={}/predictions"),
+        (".", "give the folder above <dataset>.zarr; {} holds predictions"),
+        ("nowhere", "{}/nowhere does not exist"),
+    ],
+)
+def test_a_wrong_folder_of_predictions(folder, place, hint):
+    with pytest.raises(CellMapFileNotFoundError) as caught:
+        submit(folder / place, folder / "test_crop_manifest.csv", folder / "s.zarr")
+    assert "4 of 4 classes of crops" in str(caught.value)
+    assert "they are looked for in <predictions>/<dataset>.zarr/<crop>/<class>" in str(caught.value)
+    assert str(caught.value).endswith(hint.format(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("er", "add it with instance_classes=[...,er]"), ("pm", "or leave pm out"), ("mitto", "did you mean 'mito'?")],
+)
+def test_methods_of_classes_without_objects(folder, name, hint):
+    with pytest.raises(CellMapValueError, match=f"{name!r} is none of instance_classes \\(nuc, vim,") as caught:
+        submit(
+            folder / "predictions", folder / "test_crop_manifest.csv", folder / "s.zarr",
+            instances={name: {"method": "components"}},
+        )  # fmt: skip
+    assert hint in str(caught.value)
+    assert isinstance(caught.value, CellMapError)
+
+
+def test_an_added_class_has_a_method(folder, caplog):
+    settings = {"instances": {"er": {"method": "components"}}, "instance_classes": ["mito", "er"]}
+    assert "crop7/er: 50.00% of [8, 8, 8] voxels, 1 object, uint8" in submitted(folder, caplog, **settings)
+
+
+def test_the_command_prints_the_lines(folder):
+    code, text = run_forked("manifest=test_crop_manifest.csv", cwd=folder, command="submit")
+    assert code == 0, text
+    assert "crop7/mito: 1.76% of [8, 8, 8] voxels, 2 objects" in text
+    assert "classes of crops are EMPTY" in text
+    code, text = run_forked(
+        "manifest=test_crop_manifest.csv", "instances={er: {method: components}}", cwd=folder, command="submit"
+    )
+    assert code == 1
+    assert "'er' is none of instance_classes" in text
