@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from tests import processes
 from tests.io.faults import running
 from tests.io.object_server import storing
@@ -124,7 +124,7 @@ ENDS = {
 def image(tmp_path_factory):
     folder = tmp_path_factory.mktemp("image") / "raw.zarr"
     values = np.random.default_rng(0).integers(0, 255, (64, 64, 512)).astype(np.uint8)
-    write_multiscale(folder, values, scale=(8, 8, 8), translation=(0, 0, 0), levels=1, chunks=(16, 16, 16))
+    write_multiscale(folder, values, scale=(8, 8, 8), translation=(0, 0, 0), storage=ArrayOptions(chunks=(16, 16, 16)))
     return folder
 
 
