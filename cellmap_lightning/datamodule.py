@@ -43,14 +43,13 @@ from cellmap_lightning.splits.leakage import Leakage
 from cellmap_lightning.splits.options import SplitOptions
 from cellmap_lightning.splits.rules import SplitRule
 from cellmap_lightning.transforms.normalization import AUTO
-from cellmap_lightning.validation import int_at_least
+from cellmap_lightning.validation import int_at_least, one_of
 
-_STAGES: dict[str | None, tuple[str, ...]] = {
+_STAGES: dict[str, tuple[str, ...]] = {
     "fit": ("train", "val"),
     "validate": ("val",),
     "test": ("test",),
     "predict": ("predict",),
-    None: SPLITS,
 }
 
 #: Maps ``pin_memory`` to the samples and batches of a prediction.
@@ -122,11 +121,11 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         read_attempts: largest number of requests for an object; see `ReadOptions`.
         read_timeout: timeout of reading an object, in seconds, over all attempts.
         pin_memory: read into page-locked memory; by default on CUDA devices.
-        persistent_workers: see `CellMapDataLoader`.
-        prefetch_factor: see `CellMapDataLoader`.
-        timeout: see `CellMapDataLoader`.
-        multiprocessing_context: see `CellMapDataLoader`.
-        drop_last: drop an incomplete last training batch.
+        persistent_workers: as torch's argument, see `CellMapDataLoader`.
+        prefetch_factor: likewise.
+        timeout: likewise, in seconds.
+        multiprocessing_context: likewise.
+        drop_last: drop an incomplete last training batch; by default unless the epoch is shorter than one batch.
         split: rule that selects the crops to validate on: ``csv`` (column of the CSV), ``random``, ``stratified``,
             ``by_dataset``, ``leave_one_dataset_out`` or ``kfold``; or ``blocks``, which cuts each crop into boxes for
             training and validation. See `SplitOptions`, as for all below. Depends on ``seed``.
@@ -137,8 +136,9 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         manifest: the challenge's list of these crops.
         only_datasets: names or patterns of the datasets to use.
         only_crops: names, numbers or patterns of the crops to use.
-        strategy: sampling strategy of the training: ``mix`` (two thirds ``class_balanced``, one third ``foreground``),
-            ``uniform``, ``per_crop``, ``weighted``, or ``{name: one of them, and its options}``; see `strategies`.
+        strategy: sampling strategy of the training: ``uniform``, ``per_crop``, ``weighted``, ``foreground``,
+            ``class_balanced``, ``mix`` (by default two thirds ``class_balanced``, one third ``foreground``), or
+            ``{name: one of them, and its options}``; see `strategies`.
         balance_datasets: draw from all raw volumes equally often in training, for any number and size of their crops.
         leakage: reaction to annotated crops in both training and validation or test: ``error``, ``warn`` or
             ``ignore``; see `CellMapDataSplit`.
@@ -294,10 +294,12 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         """Create the datasets that a stage needs and that do not exist yet, for splits with crops.
 
         Raises:
+            CellMapKeyError: an unknown stage.
             CellMapError: the data are invalid; the message has one table of all crops.
         """
         self.resume_positions = []  # left by a run that ended before its first batch
-        for split in _STAGES.get(str(getattr(stage, "value", stage)) if stage is not None else None, SPLITS):
+        name = getattr(stage, "value", stage)  # Lightning passes an enum
+        for split in SPLITS if name is None else _STAGES[one_of("stage", name, _STAGES, CellMapKeyError)]:
             if self.splits.has_crops(split):
                 self.splits[split]  # created on first access
 
@@ -399,8 +401,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
             tiles=tiles,
             batch_sampler=blocks[1] if blocks is not None else None,
             options=LoaderOptions(
-                rank=run.trainer.global_rank if run.trainer is not None else None,
-                world=run.world if run.trainer is not None else None,
+                rank=run.rank,
+                world=None if run.rank is None else run.world,
                 device=run.device,
                 decision=delivery.decision,
                 waiting=self.waiting,
@@ -456,7 +458,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         """
         load_data_state(self, state_dict)
 
-    # -- the end
+    # -- shutdown
 
     def on_exception(self, exception: BaseException) -> None:
         """Cancel queued reads, end every thread and free the device: Lightning calls no ``teardown`` after this.

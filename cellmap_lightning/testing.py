@@ -98,8 +98,8 @@ class FormatConformance:
         assert all(f % c == 0 or f >= n for f, c, n in zip(array.files, array.chunks, array.shape, strict=True))
         indices = list(reader.files((0, 0, 0), self.shape))
         assert len(indices) == len(set(indices))
-        assert all(reader.stores(index) for index in indices)
-        assert reader.missed((0, 0, 0), self.shape) == []
+        assert all(reader.has_chunk(index) for index in indices)
+        assert reader.missing_chunks((0, 0, 0), self.shape) == []
         if reader.local:
             assert len(reader.stored()) == len(indices)
 
@@ -179,7 +179,7 @@ class FormatConformance:
             reader.read((0, 0, 0), self.shape)
         except CellMapError:
             return
-        assert reader.missed((0, 0, 0), self.shape)
+        assert reader.missing_chunks((0, 0, 0), self.shape)
 
 
 def _send(queue: Any, reader: ArrayReader, shape: tuple[int, int, int]) -> None:

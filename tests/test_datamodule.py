@@ -259,6 +259,12 @@ def test_split_without_crops(volume):
             data.val_dataloader()
 
 
+@pytest.mark.parametrize(("stage", "message"), [("train", "got 'train'"), ("Fit", "did you mean 'fit'"), (1, "got 1")])
+def test_an_unknown_stage_is_an_error(volume, stage, message):
+    with module(volume) as data, pytest.raises(CellMapError, match=rf"stage must be one of fit, .*{message}"):
+        data.setup(stage)
+
+
 def test_an_entry_can_name_a_target(volume):
     entry = {
         "_target_": "cellmap_lightning.CellMapDataset",

@@ -27,7 +27,8 @@ def main() -> Any:
 
 def _tune(cfg: DictConfig) -> None:
     from cellmap_lightning.evaluation.challenge import INSTANCE_CLASSES
-    from cellmap_lightning.evaluation.predicted_crops import divided, predicted_crops
+    from cellmap_lightning.evaluation.held_out import split_crops
+    from cellmap_lightning.evaluation.predicted_crops import predicted_crops
     from cellmap_lightning.evaluation.tuning import Tuner, check_alike, read_crop, settings_of
     from cellmap_lightning.instances.options import SegmentationOptions
 
@@ -41,7 +42,7 @@ def _tune(cfg: DictConfig) -> None:
             settings["prediction"], settings["truth"], name, settings["kind"], settings["values"]
         )
     }  # fmt: skip
-    chosen, held_out = divided(list(pairs), settings["crops"], settings["held_out"])
+    chosen, held_out = split_crops(list(pairs), settings["crops"], settings["held_out"])
     _report_division(chosen, held_out, settings)
     used = {crop: pairs[crop] for crop in (*chosen, *held_out)}
     check_alike({crop: pair.source for crop, pair in used.items()})

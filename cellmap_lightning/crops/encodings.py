@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError, MetadataError
+from cellmap_lightning.io.array_reader import Empty
 from cellmap_lightning.io.chunk_names import check_chunk_names
-from cellmap_lightning.io.chunks import Empty
 from cellmap_lightning.io.declared_counts import check_declared_counts, warn_of_empty_level
 from cellmap_lightning.io.label_ids import UNANNOTATED, LabelIds, unlisted_text
 from cellmap_lightning.io.label_values import CODE, LabelValues, label_values, stored_ids

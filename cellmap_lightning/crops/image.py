@@ -191,7 +191,7 @@ class StoredImage:
             if self.missing is not None:
                 e.args = (f"{e}. {ADVICE_EMPTY}",)
             raise
-        missed = self.reader.missed(start, shape, voxels) if self.missing is not None else []
+        missed = self.reader.missing_chunks(start, shape, voxels) if self.missing is not None else []
         if missed and self.missing in ("error", "auto"):
             raise ChunkError(self._missing_text(missed, start, shape) + f". {ADVICE}")
         for _ in missed:
@@ -230,7 +230,7 @@ class StoredImage:
         """Return True if a chunk or shard is stored, looked up once."""
         is_stored = self._is_stored.get(index)
         if is_stored is None:
-            is_stored = self._is_stored[index] = self.reader.stores(index)
+            is_stored = self._is_stored[index] = self.reader.has_chunk(index)
         return is_stored
 
     def missing_mask(self, amap: VoxelMap) -> npt.NDArray[np.bool_] | None:

@@ -108,7 +108,7 @@ def _without_missing(
 ) -> AnyArray:
     """Return the stored labels of a box, with the code of unknown voxels in missing chunks."""
     z, y, x = stored.shape
-    missed = reader.missed(start, (z, y, x), stored)
+    missed = reader.missing_chunks(start, (z, y, x), stored)
     if encoding.missing == "empty":
         missed = [index for index in missed if reader.is_empty(index)]
     code = encoding.unknown

@@ -191,12 +191,6 @@ def annotated_parts(
         log.info("not evaluated, since the prediction does not cover them: %s", ", ".join(sorted(outside)))
 
 
-def annotated_crops(crops: Path, name: str, prediction: Lattice) -> list[Path]:
-    """Return the folders of the crops that annotate a class and lie in a prediction, sorted by name."""
-    folders = [folder for folder in crop_folders(crops, [name]) if is_group(folder / name)]
-    return [f for f in folders if covers(prediction, read_multiscale(f / name).finest.lattice)]
-
-
 def crop_folders(crops: Path, classes: Sequence[str], pattern: str = "*") -> list[Path]:
     """Return the folders of crops in a folder, which may be a crop itself."""
     if any(is_group(crops / name) for name in classes):

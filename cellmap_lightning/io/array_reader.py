@@ -60,7 +60,7 @@ class ArrayReader(ChunkFiles, ABC):
         """
 
     @abstractmethod
-    def missed(
+    def missing_chunks(
         self, start: tuple[int, int, int], shape: Shape, voxels: AnyArray | None = None
     ) -> list[tuple[int, ...]]:
         """Return the chunks or shards that hold part of a box and were missing when it was read last.
@@ -72,7 +72,7 @@ class ArrayReader(ChunkFiles, ABC):
         """
 
     @abstractmethod
-    def stores(self, index: tuple[int, ...]) -> bool:
+    def has_chunk(self, index: tuple[int, ...]) -> bool:
         """Return whether a chunk or shard exists and has any bytes; a remote store is asked.
 
         Raises:

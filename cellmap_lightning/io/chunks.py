@@ -1,4 +1,4 @@
-"""Reading of chunks: opened, checked and decoded here; local files of Zarr v2 by `plain_chunks`."""
+"""Reads of one Zarr array, with checks of its chunks; `plain_chunks`, zarr-python (`bounded`) or TensorStore decode."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from cellmap_lightning.errors import (
 from cellmap_lightning.geometry.grids import cell_parts
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
-from cellmap_lightning.io.array_reader import ArrayReader, Empty, chunk_shape
+from cellmap_lightning.io.array_reader import ArrayReader, Empty
 from cellmap_lightning.io.bounded import bounded, decode_bounded
 from cellmap_lightning.io.chunk_files import is_empty_file
 from cellmap_lightning.io.integrity import EmptyError, SizeError, check_file, problem_of
@@ -38,7 +38,7 @@ from cellmap_lightning.io.stores import open_store
 from cellmap_lightning.io.tensorstore_driver import open_tensorstore
 from cellmap_lightning.validation import one_of
 
-__all__ = ["READERS", "ChunkReader", "Empty", "Reader", "check_reader", "chunk_shape"]
+__all__ = ["ChunkReader", "Reader", "check_reader"]
 
 
 def check_reader(name: Any) -> Reader:
@@ -98,8 +98,8 @@ class ChunkReader(ArrayReader):
         self._opened: tuple[tuple[int, bytes], Any] | None = None
         self._plain_chunks: tuple[Any, PlainChunks | None] | None = None
         # Store and array of zarr-python that are used in addition to TensorStore, each with the process.
-        self._beside: tuple[int, RetryingStore] | None = None
-        self._beside_array: tuple[int, Any] | None = None
+        self._fallback_store: tuple[int, RetryingStore] | None = None
+        self._fallback_array: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -209,9 +209,9 @@ class ChunkReader(ArrayReader):
         except Exception as e:  # codecs and stores raise any type
             if not self._counts_as_missing(start, shape, e):
                 raise
-        array, pid = self._beside_array, os.getpid()
+        array, pid = self._fallback_array, os.getpid()
         if array is None or array[0] != pid:
-            array = self._beside_array = pid, self._zarr(self._guard())
+            array = self._fallback_array = pid, self._zarr(self._zarr_store())
         return np.asarray(array[1][box])
 
     def _counts_as_missing(self, start: tuple[int, int, int], shape: Shape, error: Exception) -> bool:
@@ -255,7 +255,7 @@ class ChunkReader(ArrayReader):
         """
         if self.local:
             return is_empty_file(self.info.file(index))
-        content = sync(self._guard().content(self.info.key(index)))
+        content = sync(self._zarr_store().content(self.info.key(index)))
         return content is not None and not len(content)
 
     def _cut_at_the_edge(self, start: tuple[int, int, int], shape: Shape, error: Exception) -> str:
@@ -283,7 +283,7 @@ class ChunkReader(ArrayReader):
         if isinstance(error, TimeoutError):
             return None
         try:
-            content = sync(self._guard().content(self.info.key(index)))
+            content = sync(self._zarr_store().content(self.info.key(index)))
         except ObjectError:
             return None
         if content is None:
@@ -315,7 +315,7 @@ class ChunkReader(ArrayReader):
         index = next((index for index in self.files(start, shape) if key == self.info.key(index)), None)
         return self.common(index, start, shape) if index is not None else (start, shape)
 
-    def missed(
+    def missing_chunks(
         self, start: tuple[int, int, int], shape: Shape, voxels: AnyArray | None = None
     ) -> list[tuple[int, ...]]:
         """Return the chunks or shards that hold part of a box and were missing when it was read last.
@@ -326,10 +326,10 @@ class ChunkReader(ArrayReader):
             voxels: the voxels that were read; a chunk with two different values exists, and is not requested.
         """
         if self.local:
-            return [index for index in self.files(start, shape) if not self.stores(index)]
+            return [index for index in self.files(start, shape) if not self.has_chunk(index)]
         if self.reader == "tensorstore":  # does not report missing chunks
-            return [index for index in self._uniform(start, shape, voxels) if not self.stores(index)]
-        names = self._guard().missed
+            return [index for index in self._uniform(start, shape, voxels) if not self.has_chunk(index)]
+        names = self._zarr_store().missed
         return [index for index in self.files(start, shape) if self.info.key(index) in names]
 
     def _uniform(self, start: tuple[int, int, int], shape: Shape, voxels: AnyArray | None) -> Iterator[tuple[int, ...]]:
@@ -343,7 +343,7 @@ class ChunkReader(ArrayReader):
                     continue
             yield index
 
-    def stores(self, index: tuple[int, ...]) -> bool:
+    def has_chunk(self, index: tuple[int, ...]) -> bool:
         """Return whether a chunk or shard exists and has any bytes; a remote store is asked.
 
         Raises:
@@ -353,20 +353,20 @@ class ChunkReader(ArrayReader):
             file = self.info.file(index)
             return os.path.lexists(file) and not is_empty_file(file)
         try:
-            answer: bool = sync(self._guard().stores(self.info.key(index)))
+            answer: bool = sync(self._zarr_store().stores(self.info.key(index)))
         except ObjectError as e:
             raise ChunkError(
                 self._hide(f"{self.name}: the store does not answer whether a chunk is stored: {e}")
             ) from e
         return answer
 
-    def _guard(self) -> RetryingStore:
+    def _zarr_store(self) -> RetryingStore:
         """Return the array's store for zarr-python, also where TensorStore decodes."""
         if self.reader == "zarr":
             store = self._open().store
             if isinstance(store, RetryingStore):
                 return store
-        beside, pid = self._beside, os.getpid()
+        beside, pid = self._fallback_store, os.getpid()
         if beside is None or beside[0] != pid:
-            beside = self._beside = pid, self._store()
+            beside = self._fallback_store = pid, self._store()
         return beside[1]

@@ -66,7 +66,7 @@ class SourceReader(ArrayReader):
             ) from e
         return self._in_order(stored.reshape([counts[axis] for axis in sorted(self.level.axes)]))
 
-    def missed(
+    def missing_chunks(
         self, start: tuple[int, int, int], shape: Shape, voxels: AnyArray | None = None
     ) -> list[tuple[int, ...]]:
         """Return the chunks that hold part of a box and have no file; none for a remote array."""
@@ -76,7 +76,7 @@ class SourceReader(ArrayReader):
         absent = {file for file in dict.fromkeys(file for _, file in indices) if not _is_stored(file)}
         return [index for index, file in indices if file in absent]
 
-    def stores(self, index: tuple[int, ...]) -> bool:
+    def has_chunk(self, index: tuple[int, ...]) -> bool:
         """Return whether the file of a chunk exists and has any bytes; True for a remote array."""
         return not self.local or _is_stored(self.source.file(index))
 

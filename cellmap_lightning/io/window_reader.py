@@ -48,13 +48,13 @@ class WindowReader(ArrayReader):
         """Start to read a part of the box in the background; see `ArrayReader.begin`."""
         return self.whole.begin(self._shifted(start), shape)
 
-    def missed(self, start: Start, shape: Shape, voxels: AnyArray | None = None) -> list[tuple[int, ...]]:
-        """Return the missing files of a part of the box; see `ArrayReader.missed`."""
-        return self.whole.missed(self._shifted(start), shape, voxels)
+    def missing_chunks(self, start: Start, shape: Shape, voxels: AnyArray | None = None) -> list[tuple[int, ...]]:
+        """Return the missing files of a part of the box; see `ArrayReader.missing_chunks`."""
+        return self.whole.missing_chunks(self._shifted(start), shape, voxels)
 
-    def stores(self, index: tuple[int, ...]) -> bool:
+    def has_chunk(self, index: tuple[int, ...]) -> bool:
         """Return whether a file of the array exists and has any bytes."""
-        return self.whole.stores(index)
+        return self.whole.has_chunk(index)
 
     def is_empty(self, index: tuple[int, ...]) -> bool:
         """Return whether a file of the array has 0 bytes."""

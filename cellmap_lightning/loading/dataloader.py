@@ -60,7 +60,7 @@ _SHARED_WORKERS = "persistent workers serve one pass at a time; use persistent_w
 
 
 def _use_resident(samples: NumberedSamples, resident: DeviceCache | None, num_workers: int) -> None:
-    """Have batches gathered from voxels on a device, unless user code reads them.
+    """Gather batches from voxels on a device, unless user code overrides the reading of samples.
 
     Raises:
         CellMapValueError: there are worker processes.
@@ -208,16 +208,18 @@ class CellMapDataLoader(DataLoader[Any]):
             position.sampler.epoch_of = epoch_of
 
     def _reset_passes(self) -> None:
-        #: The passes that were begun, the streams of batches that they consume, and the readers of these.
+        #: Running passes over the loader.
         self._passes: weakref.WeakSet[Any] = weakref.WeakSet()
+        #: The streams of batches that they consume.
         self._streams: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._readings: weakref.WeakSet[Any] = weakref.WeakSet()
+        #: The readers of these streams.
+        self._readers: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         # Without running passes, and without the Trainer, which cannot always be pickled.
         samples = copy(self.dataset)
         samples.slots = None  # type: ignore[attr-defined]
-        local = {"_passes", "_streams", "_readings", "__pl_attrs_record"}  # the last is Lightning's, see `close`
+        local = {"_passes", "_streams", "_readers", "__pl_attrs_record"}  # the last is Lightning's, see `close`
         state = {name: value for name, value in self.__dict__.items() if name not in local}
         for name, value in state.items():  # the arguments that Lightning has recorded, while it replaces loaders
             if name.startswith("__pl_saved") and isinstance(value, dict):
@@ -293,7 +295,7 @@ class CellMapDataLoader(DataLoader[Any]):
                 continue
         self._samples.slots = None
         # A consumer blocked on these workers would hang; it shuts them down itself.
-        if iterator is not None and not any(reading.gi_running for reading in list(self._readings)):
+        if iterator is not None and not any(reading.gi_running for reading in list(self._readers)):
             end_workers(iterator)
 
     def _batches(self, start: Callable[[], Iterator[Any]]) -> Generator[Any, None, None]:
@@ -313,7 +315,7 @@ class CellMapDataLoader(DataLoader[Any]):
         with torch.device("cpu"):  # torch draws a seed on its default device, with the CPU's generator
             iterator = start()
         reading = self._read(iterator, partial(self._from_slot, slots, samples.pin))
-        self._readings.add(reading)
+        self._readers.add(reading)
         return reading
 
     def _read(self, iterator: Iterator[Any], take: Callable[[Any], Any]) -> Generator[Any, None, None]:

@@ -1,4 +1,4 @@
-"""The run of a Trainer, in the terms of the loaders of a data module: stage, device and ranks."""
+"""Stage, device and ranks of a Trainer, for the loaders of a data module."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Run:
 
     @property
     def is_running(self) -> bool:
-        """True while the Trainer runs: only then batches pass through its hooks."""
+        """True while the Trainer runs: only then do batches pass through its hooks."""
         return self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
 
     @property
@@ -40,6 +40,11 @@ class Run:
     def world(self) -> int:
         """The number of processes."""
         return self.trainer.world_size if self.trainer is not None else 1
+
+    @property
+    def rank(self) -> int | None:
+        """The number of this process; None without a Trainer."""
+        return self.trainer.global_rank if self.trainer is not None else None
 
     @property
     def reports(self) -> bool:

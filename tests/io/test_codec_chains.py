@@ -82,7 +82,7 @@ def check(path, expected, readers=("zarr", "tensorstore")):
         assert (reader.read((0, 0, 0), SHAPE) == expected).all(), name
         assert (reader.read((3, 5, 7), (9, 11, 13)) == expected[3:12, 5:16, 7:20]).all(), name
         assert reader.read((0, 0, 0), (1, 1, 1))[0, 0, 0] == expected[0, 0, 0]
-        assert reader.missed((0, 0, 0), SHAPE) == []
+        assert reader.missing_chunks((0, 0, 0), SHAPE) == []
 
 
 FLAT = {

@@ -90,7 +90,7 @@ def test_an_empty_chunk_counts_as_missing_by_a_setting(tmp_path, how, reader, fi
     for start, shape in (((0, 0, 0), SHAPE), ((8, 0, 8), CHUNKS), ((9, 1, 9), (2, 2, 2)), ((7, 7, 7), (3, 3, 3))):
         box = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
         assert (found.read(start, shape) == expected[box]).all()
-    assert found.missed((0, 0, 0), SHAPE) == [(1, 0, 1)]
+    assert found.missing_chunks((0, 0, 0), SHAPE) == [(1, 0, 1)]
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -100,9 +100,9 @@ def test_an_empty_file_stores_nothing(tmp_path, how):
     assert found.absent((0, 0, 0), SHAPE) == (0, 8)
     assert len(found.stored()) == 8
     empty(tmp_path / "a")
-    assert not found.stores((1, 0, 1))
+    assert not found.has_chunk((1, 0, 1))
     assert found.is_empty((1, 0, 1))
-    assert found.stores((1, 0, 0))
+    assert found.has_chunk((1, 0, 0))
     assert found.absent((0, 0, 0), SHAPE) == (1, 8)
     assert (1, 0, 1) not in found.stored()
     assert len(found.stored()) == 7
@@ -121,9 +121,9 @@ def test_empty_objects_of_a_server(tmp_path, how, reader, server):
         found = ChunkReader(there, "crop1", reader, ONCE, "missing")
         voxels = found.read((0, 0, 0), SHAPE)
         assert (voxels == expected).all()
-        assert found.missed((0, 0, 0), SHAPE, voxels) == [(1, 0, 1)]
-        assert not found.stores((1, 0, 1))
-        assert found.stores((0, 0, 0))
+        assert found.missing_chunks((0, 0, 0), SHAPE, voxels) == [(1, 0, 1)]
+        assert not found.has_chunk((1, 0, 1))
+        assert found.has_chunk((0, 0, 0))
 
 
 # -- raw and labels of a dataset

@@ -226,7 +226,7 @@ def test_credentials_that_expire_are_an_error_and_never_background(root, reader,
                 found.read(start, (16, 16, 16))
             assert "crop1: " in str(e.value)
         with pytest.raises(ChunkError, match="credentials"):
-            found.stores((0, 0, 0))
+            found.has_chunk((0, 0, 0))
         control.refused = lambda path: False
         assert (found.read((0, 0, 0), (32, 32, 32)) == expected).all(), "and they can be renewed"
 
@@ -235,7 +235,7 @@ def test_existence_of_chunks_is_requested_from_the_store(root):
     chunk(root, "raw", "0/1/0").unlink()
     with forbidding(root.parent) as (url, _):
         reader = ChunkReader(read_multiscale(parse_location(f"{url}/volume.zarr/raw")).finest, "raw", retry_policy=ONCE)
-        there = {index: reader.stores(index) for index in np.ndindex(2, 2, 2)}
+        there = {index: reader.has_chunk(index) for index in np.ndindex(2, 2, 2)}
     assert [index for index, stored in there.items() if not stored] == [(0, 1, 0)]
 
 
@@ -282,7 +282,7 @@ def test_sharded_arrays(tmp_path):
             found = ChunkReader(level, "raw", reader, ONCE)
             assert (found.read((0, 0, 0), (32, 32, 32)) == data).all()
             assert (found.read((15, 15, 15), (9, 9, 9)) == data[15:24, 15:24, 15:24]).all()
-            assert found.missed((0, 0, 0), (32, 32, 32), found.read((0, 0, 0), (32, 32, 32))) == [(1, 1, 1)]
+            assert found.missing_chunks((0, 0, 0), (32, 32, 32), found.read((0, 0, 0), (32, 32, 32))) == [(1, 1, 1)]
         control.refused = lambda path: "/c/" in path
         assert (ChunkReader(level, "raw", "zarr", ONCE).read((0, 0, 0), (8, 8, 8)) == 7).all(), "only chunks: missing"
         control.refused = lambda path: True

@@ -16,7 +16,9 @@ import zarr
 pytest.importorskip("tensorstore")
 
 from cellmap_lightning.errors import CellMapError, ChunkError, MissingExtraError
-from cellmap_lightning.io.chunks import READERS, ChunkReader, check_reader, chunk_shape
+from cellmap_lightning.io.array_reader import chunk_shape
+from cellmap_lightning.io.chunks import ChunkReader, check_reader
+from cellmap_lightning.io.openable import READERS
 from tests.io.test_chunks import CHUNKS, COMPRESSORS, CORRUPT, DTYPES, SHAPE, V3, level, values
 
 BOXES = [((0, 0, 0), SHAPE), ((3, 7, 5), (2, 2, 2)), ((10, 12, 16), (1, 1, 1)), ((0, 5, 11), (11, 1, 6))]

@@ -102,8 +102,8 @@ def test_a_missing_file_is_missing_in_the_box(image):
     try:
         assert reader.absent((0, 0, 0), SHAPE) == (1, 16)
         _ = reader.read((0, 0, 0), (3, 8, 4))
-        assert reader.missed((0, 0, 0), (3, 8, 4)) == [(0, 1, 2)]
-        assert not reader.stores((0, 1, 2))
+        assert reader.missing_chunks((0, 0, 0), (3, 8, 4)) == [(0, 1, 2)]
+        assert not reader.has_chunk((0, 1, 2))
         assert len(reader.stored()) == 15
         file.touch()  # 0 bytes
         assert len(reader.stored()) == 15

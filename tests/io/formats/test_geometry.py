@@ -117,7 +117,7 @@ def test_missing_blocks_of_n5_are_reported(pyramid):
     """A block that is not stored reads as 0, and counts as missing."""
     (pyramid / "s0" / "0" / "1" / "0").unlink()
     reader = open_reader(read_image(str(pyramid / "s0"), Overrides(voxel_size=(8, 4, 4))).finest)
-    assert reader.missed((0, 0, 0), reader.shape) == [(0, 1, 0)]
+    assert reader.missing_chunks((0, 0, 0), reader.shape) == [(0, 1, 0)]
     expected = VOXELS.copy()
     expected[:16, 32:64, :32] = 0
     np.testing.assert_array_equal(reader.read((0, 0, 0), reader.shape), expected)

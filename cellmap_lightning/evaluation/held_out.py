@@ -1,0 +1,72 @@
+"""The split of crops into those of a search of parameters and those held out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.validation import did_you_mean, first_few
+
+
+def split_crops(names: Sequence[str], crops: Any, held_out: Any) -> tuple[list[str], list[str]]:
+    """Return the crops to search on, and those held out: by name, or the last ones of a number.
+
+    Args:
+        names: the crops, as `PredictedCrop.name`.
+        crops: names of the crops of the search; None for all but those held out. A crop of a dataset may be named
+            ``<dataset>.zarr/<crop>``, ``<dataset>/<crop>``, or ``<crop>`` or its number where one crop has it.
+        held_out: such names, or a number of crops; None for none.
+
+    Raises:
+        CellMapKeyError: there is no such crop.
+        CellMapValueError: a name is that of several crops, no crop is left for the search, or a value is invalid.
+    """
+    number = isinstance(held_out, int) and not isinstance(held_out, bool) and held_out >= 0
+    if not (held_out is None or number or isinstance(held_out, list)):
+        raise CellMapValueError(f"held_out must be names of crops or a number of them, got {held_out!r}")
+    if not (crops is None or isinstance(crops, list)):
+        raise CellMapValueError(f"crops must be a list of names of crops, got {crops!r}")
+    searched = [_named(crop, names) for crop in crops or []]
+    if isinstance(held_out, list):
+        named = [_named(crop, names) for crop in held_out]
+        others = [name for name in names if name in named]
+    else:
+        others = _last_crops(names, searched, int(held_out or 0))
+    # In the order of all crops, so that sums over them do not depend on the order of a setting.
+    chosen = [name for name in names if name in (searched or names) and name not in others]
+    if not chosen:
+        raise CellMapValueError("held_out: no crop is left for the search; hold out fewer of them")
+    return chosen, others
+
+
+def _named(crop: Any, names: Sequence[str]) -> str:
+    """Return the name of the crop that a setting names.
+
+    Raises:
+        CellMapKeyError: there is none.
+        CellMapValueError: there are several.
+    """
+    text = str(crop)
+    same = [name for name in names if text in _aliases(name)]
+    if len(same) > 1:
+        raise CellMapValueError(f"{text!r} is the name of several crops; give one of {', '.join(same)}")
+    if not same:
+        raise CellMapKeyError(
+            f"no crop {text!r} is both predicted and annotated; there are {first_few(names, 12)}"
+            + did_you_mean(text, names)
+        )
+    return same[0]
+
+
+def _aliases(name: str) -> list[str]:
+    """Return the names by which a crop may be chosen."""
+    volume, _, crop = name.rpartition("/")
+    number = crop.removeprefix("crop")
+    short = [crop, *([number] if number.isdigit() else [])]
+    return [*short, name, f"{volume.removesuffix('.zarr')}/{crop}"] if volume else short
+
+
+def _last_crops(names: Sequence[str], searched: Sequence[str], number: int) -> list[str]:
+    """Return the last crops outside of the search, up to a number; one is left where the search names none."""
+    pool = [name for name in names if name not in searched]
+    count = min(number, len(pool) if searched else len(pool) - 1)
+    return pool[len(pool) - count :] if count > 0 else []
