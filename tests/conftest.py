@@ -95,13 +95,13 @@ def _mark_uncovered(items: list[pytest.Item]) -> None:
 
 
 def _values(item: pytest.Function) -> list[tuple[int, ...]]:
-    """Return the objects that each ``parametrize`` of a test gives: its arguments together are one value."""
-    groups = []
+    """Return the objects that each ``parametrize`` and fixture of a test gives: arguments of one are one value."""
+    groups, fixtures = [], dict(item.callspec.params)
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0]
         names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-        groups.append(tuple(id(item.callspec.params[name]) for name in names))
-    return groups
+        groups.append(tuple(id(fixtures.pop(name)) for name in names))
+    return groups + [(id(value),) for value in fixtures.values()]
 
 
 def _slow(item: pytest.Item) -> bool:

@@ -47,10 +47,15 @@ def test_combinations_that_do_not_exist_are_not_asked_for():
     assert cover([], 1) == []
 
 
+@pytest.fixture(params=["x", "y"])
+def fourth(request):
+    return request.param
+
+
 @pytest.mark.cover(1)
 @pytest.mark.parametrize("first", ["a", "b", "c"])
 @pytest.mark.parametrize(("second", "third"), [(1, 2), (3, 4), pytest.param(5, 6, marks=pytest.mark.slow)])
-def test_each_value(first, second, third, request):
+def test_each_value(first, second, third, fourth, request):
     family = [item for item in request.session.items if getattr(item, "originalname", "") == "test_each_value"]
     quick = [item.callspec.params for item in family if not item.get_closest_marker("slow")]
     if len({item.callspec.id for item in family}) < 3:
@@ -58,4 +63,5 @@ def test_each_value(first, second, third, request):
     if not request.node.get_closest_marker("slow"):
         assert len(quick) == 3
         assert {given["first"] for given in quick} == {"a", "b", "c"}
+        assert {given["fourth"] for given in quick} == {"x", "y"}
         assert {(given["second"], given["third"]) for given in quick} == {(1, 2), (3, 4)}
