@@ -118,7 +118,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("kind", ["v2", "v3", "sharded"])
+@pytest.mark.parametrize("kind", ["v2", pytest.param("v3", marks=pytest.mark.slow), "sharded"])
 def test_a_kill_leaves_what_is_resumed_to_the_same_bytes(store, tmp_path, kind):
     options, bucket = store
     cut = threading.Event()
