@@ -11,6 +11,8 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from cellmap_lightning.batches.compact_batch import CompactBatch
 from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.demo.synthetic import SyntheticVolume, write_volume
 from tests import platforms, processes
+from tests.cover import cover
 
 # Shells have what they run in the background ignore Ctrl-C, and so would the programs that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
@@ -63,14 +66,46 @@ def pytest_xdist_auto_num_workers():
     return (os.cpu_count() or 1) + 1
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
 def pytest_collection_modifyitems(items):
+    _mark_uncovered(items)
     for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+        if _slow(item) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW))
         if missing := platforms.unmet(item.path, getattr(item, "originalname", item.name)):
             names = ", ".join(missing)
             reason = f"needs {names}, which this system ({platforms.PLATFORM}) does not have or cannot use safely"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _mark_uncovered(items: list[pytest.Item]) -> None:
+    """Mark as slow what ``pytest.mark.cover(size)`` leaves out, see `tests/cover.py`; what is slow covers nothing."""
+    families: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("cover") and not _slow(item):
+            families.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for family in families.values():
+        mark = family[0].get_closest_marker("cover")
+        assert mark is not None
+        rows = [_values(item) for item in family]
+        chosen = set(cover(rows, *mark.args))
+        for number, item in enumerate(family):
+            if number not in chosen:
+                item.add_marker(pytest.mark.slow)
+
+
+def _values(item: pytest.Function) -> list[tuple[int, ...]]:
+    """Return the objects that each ``parametrize`` and fixture of a test gives: arguments of one are one value."""
+    groups, fixtures = [], dict(item.callspec.params)
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0]
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+        groups.append(tuple(id(fixtures.pop(name)) for name in names))
+    return groups + [(id(value),) for value in fixtures.values()]
+
+
+def _slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
 
 
 def pytest_ignore_collect(collection_path):
@@ -168,7 +203,14 @@ def no_threads_left():
 
 @pytest.fixture
 def quiet_lightning():
-    """Leave out Lightning's remarks on workers, loggers and GPUs, which these tests provoke on purpose."""
+    """Leave out Lightning's remarks, see `without_remarks`."""
+    with without_remarks():
+        yield
+
+
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """Leave out Lightning's remarks on workers, loggers and GPUs, which the tests provoke on purpose."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         for text in (

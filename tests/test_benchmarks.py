@@ -68,15 +68,20 @@ def test_gpu_streams_on_the_cpu(tmp_path):
     ]
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The volume on which loaders are measured."""
+    folder = tmp_path_factory.mktemp("measured")
+    done = run("data.py", str(folder), "--raw-size", "96", "--crop-size", "64", "--classes", "3", "--levels", "1")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize("implementation", ["ours", "ours-finished", "floor", "floor-reused", "floor-finished"])
-def test_our_loaders_are_measured(tmp_path, implementation):
+def test_our_loaders_are_measured(measured, implementation):
     """The rows of this package and of the limits; the program itself checks the batches."""
     done = run(
-        "data.py", str(tmp_path), "--raw-size", "96", "--crop-size", "64", "--classes", "3", "--levels", "1"
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    done = run(
-        "measure.py", implementation, "--data", str(tmp_path), "--patch", "24", "--classes", "3", "--seconds", "0.1",
+        "measure.py", implementation, "--data", str(measured), "--patch", "24", "--classes", "3", "--seconds", "0.1",
         "--warm-seconds", "0.1", "--warm-samples", "4",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -140,6 +140,7 @@ def test_invalid_trust_settings(honest, volume, tmp_path, more, match):
     assert (code, match in text) == (1, True), text
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("how", ["init_from", "resume"])
 @pytest.mark.parametrize("name", ["a class whose constructor executes", "arguments of the data", "an import"])
 @pytest.mark.usefixtures("harmful")

@@ -25,6 +25,7 @@ def trained(volume, tmp_path_factory):
     return folder
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("name", [LIGHTNING, "my runs/epoch=0 step=3.ckpt", "it's (1)=a,b.ckpt", "plain.ckpt"])
 @pytest.mark.parametrize("key", ["ckpt", "init_from", "resume"])
 def test_checkpoint_paths_with_special_characters(trained, volume, tmp_path, name, key):
@@ -73,7 +74,15 @@ def test_prepared_arguments(given, expected):
     assert prepare_arguments("train", given, CONFIGS) == expected
 
 
-@pytest.mark.parametrize("more", [["~callbacks"], ["~logger"], ["~callbacks", "~logger"], ["~callbacks.recent"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["~callbacks"],
+        ["~logger"],
+        pytest.param(["~callbacks", "~logger"], marks=pytest.mark.slow),
+        ["~callbacks.recent"],
+    ],
+)
 def test_optional_groups_can_be_removed(volume, tmp_path, more):
     code, text = run_forked(*small(volume, "trainer.max_epochs=1", "hydra.run.dir=out", *more), cwd=tmp_path)
     assert code == 0, text
@@ -147,6 +156,7 @@ FILES = {
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize(
     "more", [[], ["trainer.max_epochs=1", "model.channels=[4,8]"]], ids=["alone", "with overrides"]
 )

@@ -1,6 +1,8 @@
 """``cellmap-train`` from the command line, in a separate process or a fork."""
 
 import csv
+import functools
+import importlib.util
 import json
 import os
 import re
@@ -25,14 +27,40 @@ def run(*arguments, cwd, timeout=400, **env):
     return processes.run([COMMAND, *arguments], timeout, cwd=cwd, env=env)
 
 
+#: Imported before a fork: what most commands would import in each of them.
+IMPORTED = (
+    "lightning", "monai.networks.nets", "matplotlib.figure", "matplotlib.backends.backend_agg", "PIL.PngImagePlugin",
+    "s3fs", "cellmap_lightning.callbacks", "cellmap_lightning.commands.train", "cellmap_lightning.commands.predict",
+    "cellmap_lightning.datamodule", "cellmap_lightning.training.report", "cellmap_lightning.training.task",
+    "cellmap_lightning.visualization.figures.sheet",
+)  # fmt: skip
+
+
+@functools.cache
+def prepare_forks():
+    """Import what the commands need, and compose a configuration, for which Hydra finds its plugins."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
+
+    for name in IMPORTED:
+        if importlib.util.find_spec(name.partition(".")[0]):
+            import_module(name)
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIGS.resolve()), version_base="1.3"):
+        hydra.compose("train", overrides=["data.classes=[mito,er]"], return_hydra_config=True)
+    GlobalHydra.instance().clear()
+
+
 def run_forked(*arguments, cwd, command="train"):
     """Run a command in a fork of this process, which has imported torch and Lightning already and saves seconds."""
     import warnings
 
     import hydra._internal.utils
-    import lightning  # noqa: F401
-    import monai.networks.nets  # noqa: F401
 
+    prepare_forks()
     main = import_module(f"cellmap_lightning.commands.{command}_command").main
     sys.stdout.flush()
     sys.stderr.flush()
@@ -159,12 +187,12 @@ def test_ctrl_c_prints_how_to_continue(volume, tmp_path):
 
 
 def test_sweep(volume, tmp_path):
-    done = run(
+    code, text = run_forked(
         "-m", *small(volume, "task.dice_weight=0,1", "trainer.max_epochs=1", "hydra.sweep.dir=sweep"), cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
+    assert code == 0, text
     assert sorted(p.parent.name for p in (tmp_path / "sweep").glob("*/samples.png")) == ["0", "1"]
-    rows = [line.split() for line in done.stdout.split("\nruns\n")[1].splitlines()]
+    rows = [line.split() for line in text.split("\nruns\n")[1].splitlines()]
     assert rows[0] == ["run", "task.dice_weight", "val/dice", "mito", "er"]
     assert [row[:2] for row in rows[1:3]] == [["0", "0"], ["1", "1"]]
 

@@ -135,6 +135,7 @@ def test_training_succeeds_with_any_module(volume, tmp_path, kind):
     assert (tmp_path / "out/previews/train-epoch0000.png").exists()
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed", pytest.param("16-true")])
 @pytest.mark.parametrize("task", ["segmentation", "reconstruction"])
 def test_samples_are_drawn_at_every_precision(volume, tmp_path, precision, task):

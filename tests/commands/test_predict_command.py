@@ -19,7 +19,6 @@ from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.writer import write_multiscale
 from tests import processes
-from tests.commands.test_cli import run as train
 from tests.commands.test_cli import run_forked, small
 
 COMMAND = [sys.executable, "-c", "from cellmap_lightning.commands.predict_command import main; main()"]
@@ -28,8 +27,8 @@ COMMAND = [sys.executable, "-c", "from cellmap_lightning.commands.predict_comman
 @pytest.fixture(scope="module")
 def checkpoint(volume, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    done = train(*small(volume, "trainer.max_epochs=1", "hydra.run.dir=out"), cwd=folder)
-    assert done.returncode == 0, done.stderr
+    code, text = run_forked(*small(volume, "trainer.max_epochs=1", "hydra.run.dir=out"), cwd=folder)
+    assert code == 0, text
     return folder / "out" / "checkpoints" / "best.ckpt"
 
 

@@ -1,6 +1,7 @@
 """An existing run folder is resumed or replaced only on request."""
 
 import hashlib
+import shutil
 
 import hydra
 import pytest
@@ -24,12 +25,18 @@ def epochs(folder, name="last"):
     return torch.load(folder / f"checkpoints/{name}.ckpt", weights_only=True)["epoch"]
 
 
-@pytest.fixture
-def finished(volume, tmp_path):
-    """A run of one epoch with the name ``mine``."""
-    code, output = run_forked(*small(volume, "run.name=mine", "trainer.max_epochs=1"), cwd=tmp_path)
+@pytest.fixture(scope="module")
+def trained(volume, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    code, output = run_forked(*small(volume, "run.name=mine", "trainer.max_epochs=1"), cwd=folder)
     assert code == 0, output
-    return tmp_path / "runs" / "mine"
+    return folder / "runs" / "mine"
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """A run of one epoch with the name ``mine``."""
+    return shutil.copytree(trained, tmp_path / "runs" / "mine")
 
 
 @pytest.mark.parametrize(

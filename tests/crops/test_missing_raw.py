@@ -235,6 +235,7 @@ def turned(angle, axis=0):
     return turn
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("ratio", [1.0, 1.37, 2.0, 3.0, 5.5, 20.0])
 @pytest.mark.parametrize("shift", [0.0, 0.25, 0.5, 4.1])
 @pytest.mark.parametrize("turn", [None, turned(0.4), turned(1.1, 2) @ turned(0.5)], ids=["straight", "axis", "any"])

@@ -188,7 +188,7 @@ def check(volume, references, name, threads=1, reader="zarr", cache="auto", worl
     assert batches == references[name][1][world]
 
 
-#: Every value of every dimension at least once, in each set; processes that have to import everything cost seconds.
+#: Every value of every dimension at least once; processes that have to import everything cost seconds.
 ROWS = [
     {},
     {"cache": "none", "threads": 4},
@@ -203,17 +203,24 @@ ROWS = [
 ]
 SLOWER_ROWS = [
     ("turned", {"workers": 2, "method": "forkserver", "reader": "tensorstore", "cache": "none", "depth": 3}),
-    ("resampled", {"workers": 1, "method": "spawn", "cache": "disk"}),
+    pytest.param("resampled", {"workers": 1, "method": "spawn", "cache": "disk"}, marks=pytest.mark.slow),
     ("warped", {"workers": 1, "method": "spawn", "cache": "memory"}),
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [*itertools.product(SETS, ROWS), *SLOWER_ROWS],
-    ids=lambda value: value if isinstance(value, str) else " ".join(f"{k}={v}" for k, v in value.items()) or "plain",
-)
+def words(value):
+    return value if isinstance(value, str) else " ".join(f"{k}={v}" for k, v in value.items()) or "plain"
+
+
+@pytest.mark.cover(1)
+@pytest.mark.parametrize("how", ROWS, ids=words)
+@pytest.mark.parametrize("name", SETS)
 def test_the_same_bits_however_it_is_read(volume, references, name, how):
+    check(volume, references, name, **how)
+
+
+@pytest.mark.parametrize(("name", "how"), SLOWER_ROWS, ids=words)
+def test_the_same_bits_from_processes_that_start_anew(volume, references, name, how):
     check(volume, references, name, **how)
 
 
@@ -299,6 +306,7 @@ def watched(folder):
     return begin
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_global_generators_are_neither_used_nor_touched(volume, references, tmp_path, name, workers):

@@ -190,18 +190,25 @@ class Interrupting(SerialScheduler):
             yield item
 
 
-@pytest.mark.parametrize("steps", [0, 3, 11, 12, 17, 24, 30])
-def test_an_interrupted_segmentation_resumes_with_the_same_bytes(tmp_path, probabilities, steps):
-    source = open_source(str(probabilities), "mito")
+@pytest.fixture(scope="module")
+def uninterrupted(probabilities, tmp_path_factory):
+    """Options and files of a segmentation without an interruption."""
+    whole = tmp_path_factory.mktemp("whole") / "whole.zarr"
     options, storage = SegmentationOptions("components", fill_holes=True), StorageOptions(chunks=CHUNK, block=(32,) * 3)
-    run(source, tmp_path / "whole.zarr", options, storage)
+    run(open_source(str(probabilities), "mito"), whole, options, storage)
+    return options, storage, files_of(whole)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 11, 12, 17, 24, 30])
+def test_an_interrupted_segmentation_resumes_with_the_same_bytes(tmp_path, probabilities, uninterrupted, steps):
+    source, (options, storage, whole) = open_source(str(probabilities), "mito"), uninterrupted
     out = tmp_path / "o.zarr"
     with pytest.raises(InterruptedStepError):
         run(source, out, options, storage, Interrupting(steps))
     counted = Counting()
     run(source, out, options, storage, counted)
     assert counted.steps == 3 * 12 - steps
-    assert files_of(out) == files_of(tmp_path / "whole.zarr")
+    assert files_of(out) == whole
     run(source, out, options, storage, Interrupting(0))  # nothing is left
 
 

@@ -145,6 +145,7 @@ def test_validation_in_the_middle_of_an_epoch(volume, tmp_path, whole):
     assert after.steps == whole.steps[7:]
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("batch", [1, 3, 4, 8])
 @pytest.mark.parametrize("stop", [2, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 7))])
 @pytest.mark.parametrize("said", ["samples", "batches"])

@@ -64,6 +64,7 @@ def retarget(chunk):
 CHANGES = {"edited": edit, "replaced": replace, "removed": lambda chunk: chunk.unlink(), "linked": retarget}
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("blend", ["trim", "gaussian"])
 def test_raw_that_changed_between_a_stop_and_the_restart(tmp_path, change, blend):

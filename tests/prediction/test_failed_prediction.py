@@ -12,6 +12,7 @@ from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellM
 from cellmap_lightning.prediction.journal import Journal, journal_folder
 from cellmap_lightning.prediction.output import PredictionOutput
 from tests.checkpointing.test_data_match import command, trained  # noqa: F401
+from tests.conftest import without_remarks
 from tests.prediction.predictions import Convolution, Identity, contents, predict, raw_volume, read
 
 pytestmark = pytest.mark.usefixtures("quiet_lightning", "no_threads_left")
@@ -51,16 +52,27 @@ FAULTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory):
+    """Raw, an earlier prediction of it, and what the corrected command predicts."""
+    folder = tmp_path_factory.mktemp("predicted")
+    path, _ = raw_volume(folder, (17, 25, 34))
+    with without_remarks():
+        predict(path, PATCH, folder / "earlier.zarr", Identity(2), classes=("a", "b"), zarr_format=2)
+        predict(path, PATCH, folder / "whole.zarr", Identity(2), classes=("x", "y"), dtype="float16")
+    return path, folder / "earlier.zarr", contents(folder / "whole.zarr", root=False)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("before", ["nothing", "a folder", "a prediction"])
-def test_the_corrected_prediction_is_not_refused(tmp_path, monkeypatch, fault, before):
-    path, _ = raw_volume(tmp_path, (33, 41, 50))
+def test_the_corrected_prediction_is_not_refused(tmp_path, monkeypatch, predicted, fault, before):
+    path, earlier, whole = predicted
     out = tmp_path / "some" / "folder" / "out.zarr"
     more = {"zarr_format": 3 if before == "a folder" else 2}
     if before == "a folder":
         out.mkdir(parents=True)
     if before == "a prediction":
-        predict(path, PATCH, out, Identity(2), classes=("a", "b"), **more)
+        shutil.copytree(earlier, out)
         (out / "notes.txt").write_text("mine")
         more["overwrite"] = True
     given, error = FAULTS[fault]
@@ -87,8 +99,7 @@ def test_the_corrected_prediction_is_not_refused(tmp_path, monkeypatch, fault, b
     if before == "a prediction":
         (out / "notes.txt").unlink()
     predict(path, PATCH, out, Identity(2), classes=("x", "y"), dtype="float16")
-    predict(path, PATCH, tmp_path / "whole.zarr", Identity(2), classes=("x", "y"), dtype="float16")
-    assert contents(out, root=False) == contents(tmp_path / "whole.zarr", root=False)
+    assert contents(out, root=False) == whole
 
 
 def test_raw_that_cannot_be_read(tmp_path):

@@ -44,6 +44,7 @@ def test_an_identity_is_reproduced_bit_for_bit_by_trim(tmp_path, shape, overlap)
     assert np.array_equal(found, whole.numpy())
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("shape", [(32, 48, 48), (33, 41, 50), (10, 12, 90)], ids=str)
 @pytest.mark.parametrize("blend", ["average", "gaussian"])
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5, 0.75])

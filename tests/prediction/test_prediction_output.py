@@ -66,6 +66,7 @@ def levels_of(output, name="a"):
 FIB, SERIAL = (8.0, 8.0, 8.0), (50.0, 9.2, 9.2)
 
 
+@pytest.mark.cover(1)  # types with steps and formats: `test_levels_by_plain_numpy`
 @pytest.mark.parametrize(
     ("shape", "scale", "factors", "raw_levels", "steps"),
     [
@@ -128,6 +129,7 @@ def test_a_region_has_levels_by_its_own_shape(tmp_path):
     assert not (tmp_path / "no.zarr").exists()
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize(("blend", "world"), [("trim", 1), ("gaussian", 1), ("trim", 2)])
 @pytest.mark.parametrize(
     ("shape", "scale", "factors"), [((30, 80, 90), SERIAL, (1, 2, 2)), ((40, 80, 90), FIB, (3, 3, 3))]
@@ -153,6 +155,7 @@ def test_resumed_run_has_the_same_levels(tmp_path, blend, world, shape, scale, f
         assert again.summary.fractions == last.summary.fractions
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(("before", "after"), [((2, 2, 2), (1, 2, 2)), ((1, 2, 2), (3, 3, 3)), ((3, 3, 3), None)])
 def test_another_pyramid_of_raw_is_another_prediction(tmp_path, finished, before, after):

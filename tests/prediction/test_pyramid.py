@@ -146,6 +146,7 @@ def test_a_few_planes_at_a_time_are_all_at_once(shape, mean, voxels, step, monke
     np.testing.assert_array_equal(coarser(data, mean, step), mean(data, step))
 
 
+@pytest.mark.cover(1)  # types with formats and steps: `test_levels_by_plain_numpy`
 @pytest.mark.parametrize(("shape", "block", "unit"), CASES)
 @pytest.mark.parametrize(
     ("dtype", "zarr_format"),
@@ -213,6 +214,7 @@ ANISOTROPIC = [
 ]
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize(("shape", "block", "unit", "size", "raw", "levels"), ANISOTROPIC)
 @pytest.mark.parametrize(("dtype", "classes"), [("uint8", "a"), ("float32", "ab"), ("labels", "ab")])
 @pytest.mark.parametrize("kind", ["v2", "v3", "sharded"])

@@ -118,7 +118,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("kind", ["v2", "v3", "sharded"])
+@pytest.mark.parametrize("kind", ["v2", pytest.param("v3", marks=pytest.mark.slow), "sharded"])
 def test_a_kill_leaves_what_is_resumed_to_the_same_bytes(store, tmp_path, kind):
     options, bucket = store
     cut = threading.Event()
@@ -153,6 +153,7 @@ def test_a_kill_leaves_what_is_resumed_to_the_same_bytes(store, tmp_path, kind):
     assert bucket.under(OUT) == files(whole.path)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize(
     ("method", "part"),
     [("PUT", "mito/s0/0/0/0"), ("PUT", ".cellmap-prediction/blocks-0.txt"), ("GET", FILE), ("PUT", ".zattrs")],
@@ -168,6 +169,7 @@ def test_transient_errors_are_retried(store, method, part, status):
     assert not [key for key in bucket.under(OUT) if key.startswith(".cellmap")]
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("part", ["mito/s0/0/0/0", FILE, ".cellmap-prediction/settings.json"])
 @pytest.mark.parametrize(("status", "reason"), [(403, "permission denied"), (503, r".*ServiceUnavailable.*5 attempts")])
 def test_a_refused_write_is_one_sentence(store, part, status, reason):
