@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 
 _ADVICE = (
     "targets are NaN where unannotated, so leave these voxels out before the loss is differentiated "
-    "(training.masked.masked_bce, masked_dice); with a loss that does so, lower the learning rate or set "
-    "gradient_clip_val"
+    "(training.masked.masked_bce, masked_dice); with a loss that does so, lower the learning rate, set "
+    "gradient_clip_val, or in 16-true the optimizer's eps to 1e-4"
 )
 
 

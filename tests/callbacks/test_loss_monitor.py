@@ -126,3 +126,17 @@ def test_steps_without_a_loss_are_left_out(volume, tmp_path):
 def test_a_number_of_steps_is_at_least_one(number):
     with pytest.raises(CellMapError, match="every_n_steps"):
         LossMonitor(number)
+
+
+@pytest.mark.parametrize(("eps", "dies"), [(1e-8, True), (1e-4, False)])
+def test_adam_in_float16_needs_a_larger_eps(volume, tmp_path, eps, dies):
+    class Half(Own):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, eps=eps)
+
+    task = Half(masked)
+    if dies:
+        with pytest.raises(CellMapError, match=r"so are its weights .* in 16-true the optimizer's eps to 1e-4"):
+            fit(volume, tmp_path, task, precision="16-true")
+    else:
+        assert fit(volume, tmp_path, task, precision="16-true").global_step == 6

@@ -263,7 +263,7 @@ def test_cross_validation_sweep_over_challenge_folders(volume, tmp_path):
             ["patch.shape=[8,16]"],
             ["patch.shape=[8, 16] has 2 dimensions and model.spatial_dims=3; model=unet2d fits it"],
         ),
-        (["data.pad=false", "patch.shape=[8,900,16]"], ["use a smaller patch, or pad=True"]),
+        (["data.pad=false", "patch.shape=[8,900,16]"], ["use a smaller patch, or pad=true"]),
         (["data.classes=[mito,golgi]"], ["no crop for 'train' annotates 'golgi'"]),
         (["task.class_weights=balanced"], ["class_weights must be"]),
         (["trainer.max_epochs=abc"], ["Error: trainer.max_epochs must be int, got 'abc'"]),
