@@ -77,3 +77,8 @@ def quieten() -> None:
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def permission_message(error: PermissionError) -> str:
+    """Return one line with the path that may not be read or written."""
+    return f"{error.filename or error}: permission denied; choose another folder, or change the permissions of this one"

@@ -19,7 +19,7 @@ from cellmap_lightning.commands.arguments import check_groups, prepare_arguments
 from cellmap_lightning.commands.config_keys import check_known, check_missing, rename_voxel_sizes
 from cellmap_lightning.commands.config_values import check_model_shape, check_targets
 from cellmap_lightning.commands.help_text import register_help, version_text
-from cellmap_lightning.commands.messages import Stopped, as_overrides, stop
+from cellmap_lightning.commands.messages import Stopped, as_overrides, permission_message, stop
 from cellmap_lightning.commands.override_hints import override_hints
 from cellmap_lightning.commands.private_run import contain_secrets, protect_logs, protect_run
 from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
@@ -120,6 +120,8 @@ def _message(error: Exception) -> str | None:
     while cause is not None:
         if isinstance(cause, CellMapError | OmegaConfBaseException):
             return str(cause)
+        if isinstance(cause, PermissionError):
+            return permission_message(cause)
         if type(cause).__name__ == "MisconfigurationException":  # Lightning's class, which is not imported here
             return f"{cause}{'; trainer=cpu runs without one' if 'gpu backend' in str(cause) else ''}"
         cause = cause.__cause__

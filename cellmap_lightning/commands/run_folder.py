@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from cellmap_lightning.commands.messages import stop
+from cellmap_lightning.commands.messages import permission_message, stop
 from cellmap_lightning.validation import first_few
 
 #: Files that show that a run has started; its configuration and its log alone do not.
@@ -45,12 +45,14 @@ class KeepRuns(Callback):
         """Check the folder of a single run."""
         folder = hydra_folder(config, "hydra.run.dir")
         _check(config, folder, results_in(folder))
+        _make(folder)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the folders of the jobs of a sweep."""
         folder = hydra_folder(config, "hydra.sweep.dir")
         jobs = sorted(path for path in folder.glob("*") if path.is_dir())
         _check(config, folder, [result for job in jobs for result in results_in(job)])
+        _make(folder)
 
 
 def hydra_folder(config: DictConfig, key: str) -> Path:
@@ -62,6 +64,14 @@ def hydra_folder(config: DictConfig, key: str) -> Path:
         return Path(str(OmegaConf.select(config, key)))
     finally:
         hydra.cfg = previous
+
+
+def _make(folder: Path) -> None:
+    """Make the folder, or exit with an error; Hydra would print a traceback."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except PermissionError as error:
+        stop(permission_message(error))
 
 
 def _check(config: DictConfig, folder: Path, results: list[Path]) -> None:
@@ -105,4 +115,5 @@ def how_to_continue(folder: Path, trained: bool, saved: Path | None = None) -> s
         return f"saved {saved}; the same command with {name} resume=auto continues from it"
     if checkpoints:
         return f"the same command with {name} resume=auto continues from the newest checkpoint"
-    return "no checkpoint was saved yet; the same command starts again"
+    # Metrics of the first steps may be there, which a start without it refuses to replace.
+    return "no checkpoint was saved yet; the same command with overwrite=true starts again"

@@ -1,5 +1,7 @@
 """Inputs of a crop from raw: the level and patches of each input, and the fill value outside the volume."""
 
+import functools
+import logging
 from collections.abc import Iterable, Mapping
 from copy import copy
 from typing import Any
@@ -22,6 +24,8 @@ from cellmap_lightning.io.statistics import statistics
 from cellmap_lightning.redaction import hide_address
 from cellmap_lightning.transforms.normalization import AUTO
 from cellmap_lightning.transforms.spatial import SpatialTransforms
+
+log = logging.getLogger(__name__)
 
 
 class RawInputs:
@@ -74,6 +78,8 @@ class RawInputs:
         rule = intensity.rule
         measured = statistics(image, read.retry_policy) if rule.needs_statistics else None
         self.affine = rule.affine(self.dtype, measured, path)
+        if rule.rule == "dtype" and self.dtype.kind in "iu" and self.dtype.itemsize >= 4:
+            _warn_of_wide_type(path, str(self.dtype))
         if image.finest.array.dtype.kind == "b" and rule.rule == "dtype":
             self.affine = (1.0, -1.0) if rule.invert else (0.0, 1.0)
         #: Identifies this volume and rule in checkpoints, which hold no credentials.
@@ -238,3 +244,13 @@ class RawInputs:
             grid = np.ceil(np.divide(region.shape, region.chunks))
             total += region.chunk_bytes * int(np.minimum(reach, grid).prod())
         return total
+
+
+@functools.cache
+def _warn_of_wide_type(path: str, dtype: str) -> None:
+    """Warn once per volume that its values are a small part of the range of their type."""
+    log.warning(
+        "raw %s: normalize=dtype maps the whole range of %s to [0, 1], in which usual values are nearly constant; set "
+        "normalize={percentile: [0.5, 99.5]} or {range: [lowest, highest]}",
+        hide_address(path), dtype,
+    )  # fmt: skip

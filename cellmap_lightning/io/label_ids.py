@@ -70,7 +70,7 @@ def unlisted_text(where: str, values: list[int]) -> str:
     """Return the message for ids that a label map does not list."""
     return (
         f"{where} holds the id{'s' if len(values) > 1 else ''} {first_few(values, 12)}, which its label map does not "
-        f"list; give each a class, {BACKGROUND!r} or {UNKNOWN!r} in labels={{id: class}}"
+        f"list; give each a class, {BACKGROUND!r} or {UNKNOWN!r} in the label map {{id: class}}"
     )
 
 
@@ -82,14 +82,14 @@ def parse_label_map(value: Any) -> tuple[tuple[int, str], ...]:
         CellMapKeyError: it names no class.
     """
     if not isinstance(value, Mapping):
-        raise CellMapTypeError(f"labels must be {{id: class}}, such as {{1: mito, 2: er}}, got {value!r}")
+        raise CellMapTypeError(f"a label map must be {{id: class}}, such as {{1: mito, 2: er}}, got {value!r}")
     ids: dict[int, str] = {}
     for key, name in value.items():
         digits = str(key).strip()
         if isinstance(key, bool) or not digits.removeprefix("-").isdigit():
-            raise CellMapTypeError(f"labels must be {{id: class}} with whole numbers as ids, got the id {key!r}")
+            raise CellMapTypeError(f"a label map must be {{id: class}} with whole numbers as ids, got the id {key!r}")
         if not isinstance(name, str) or not name.strip() or set(name) & set("{}[],:/"):
-            raise CellMapTypeError(f"labels must be {{id: class}}, got {name!r} for the id {key}")
+            raise CellMapTypeError(f"a label map must be {{id: class}}, got {name!r} for the id {key}")
         ids[int(digits)] = name.strip()
     if not class_names(ids.items()):
         raise CellMapKeyError(f"labels must name a class beside {BACKGROUND!r} and {UNKNOWN!r}, got {dict(ids)}")

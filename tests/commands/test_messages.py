@@ -5,9 +5,12 @@ import os
 import pty
 import sys
 
+import numpy as np
 import pytest
 
 from cellmap_lightning.commands.messages import TerminalFormatter, as_overrides
+from cellmap_lightning.commands.program import _message
+from tests.commands.test_cli import run_forked
 
 
 def record(text):
@@ -53,3 +56,26 @@ def test_lines_fit_the_terminal(monkeypatch, columns):
 )
 def test_messages_of_commands_have_the_form_of_overrides(text, expected):
     assert as_overrides(text) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a path that even root may not write to")
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("train", ["hydra.run.dir=/sys/kernel/run"]),
+        ("train", ["-m", "hydra.sweep.dir=/sys/kernel/run", "task.dice_weight=0,1"]),
+        ("convert", ["input=a.npy", "output=/sys/kernel/run/a.zarr", "voxel_size=[8,8,8]"]),
+    ],
+)
+def test_folders_that_may_not_be_written_are_named(tmp_path, command, arguments):
+    np.save(tmp_path / "a.npy", np.ones((8, 8, 8), np.uint8))
+    more = ["data.csv_path=none.csv", "data.classes=[mito]"] if command == "train" else []
+    code, text = run_forked(*arguments, *more, cwd=tmp_path, command=command)
+    assert (code, "Traceback" in text) == (1, False), text
+    assert "/sys/kernel/run: permission denied; choose another folder" in text
+
+
+def test_errors_of_permissions_are_found_below_others():
+    error = RuntimeError("a store failed")
+    error.__cause__ = PermissionError(13, "Permission denied", "out.zarr")
+    assert _message(error).startswith("out.zarr: permission denied; choose another folder")
