@@ -11,6 +11,7 @@ from cellmap_lightning.inspection.facts import CropFacts, VolumeFacts
 from cellmap_lightning.inspection.formats import by_axis
 from cellmap_lightning.io.store import parse_location
 from cellmap_lightning.splits.leakage import PlacedCrop, held_out_crops, identity, overlaps, volume_identity
+from cellmap_lightning.splits.spellings import OtherSpelling
 from cellmap_lightning.validation import first_few
 
 #: Part of the foreground that a coarser level may lose before it is reported.
@@ -47,6 +48,7 @@ class Problem:
 KINDS = {
     "unreadable": "cannot be read",
     "config": "the configuration is refused, for the reason in the error at the end",
+    "spelling": "classes under another spelling, which are unannotated",
     "unit": "images without a unit of length",
     "scale": "implausible voxel sizes",
     "levels": "pyramids whose levels are not placed by their metadata",
@@ -81,6 +83,7 @@ def find_problems(
     pad: bool,
     too_coarse: str = "drop",
     held_out: str | None = None,
+    spellings: Sequence[OtherSpelling] = (),
 ) -> list[Problem]:
     """Return all problems that the facts show, in the order of `KINDS`.
 
@@ -93,8 +96,13 @@ def find_problems(
         pad: whether crops may be smaller than it.
         too_coarse: treatment of crops whose labels are too coarse: ``drop``, ``upsample`` or ``error``.
         held_out: a manifest of crops that must not be trained on.
+        spellings: classes that crops annotate under another spelling.
     """
     problems = [problem for volume in volumes for problem in _of_volume(volume)]
+    problems += [
+        Problem("spelling", found.crop, f"has {found.stored!r}, and classes has {found.name!r}: rename one of them")
+        for found in spellings
+    ]
     finest = {volume.path: volume.present[0].scale for volume in volumes if volume.present}
     for crop in crops:
         pairs = [("unreadable", crop.wrong)] if crop.wrong else [*_of_metadata(crop), *_of_content(crop, classes)]
