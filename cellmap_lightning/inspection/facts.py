@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.cache.patches import stored_box
+from cellmap_lightning.crops.class_boxes import ClassBox, differing_boxes
 from cellmap_lightning.crops.counts import count_foreground, known_foreground, unknown_share
 from cellmap_lightning.crops.crop_box import CropBox, image_part, restricted
 from cellmap_lightning.crops.encodings import LabelEncodings, Unknown
@@ -165,6 +166,7 @@ class CropFacts:
         levels: resolutions of its first class.
         classes: facts of each annotated class.
         box: of all classes, nm.
+        apart: the classes whose box differs from that of the others.
         off: voxels by which its edges miss those of raw's finest level (z, y, x), 0 where they agree; None without raw.
         ratio: raw's finest voxels in one of the labels, along each axis; None likewise.
         outside: part of the crop that lies outside raw; None likewise.
@@ -187,6 +189,7 @@ class CropFacts:
     levels: tuple[LevelFacts, ...] = ()
     classes: Mapping[str, ClassFacts] = field(default_factory=dict)
     box: Mapping[str, list[float]] | None = None
+    apart: tuple[ClassBox, ...] = ()
     off: Vector | None = None
     ratio: Vector | None = None
     outside: float | None = None
@@ -298,6 +301,7 @@ def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFac
             continue
         for kind, text in _notes(image).items():
             notes.setdefault(kind, f"class {name}: {text}")
+    facts = replace(facts, apart=differing_boxes(images))
     if images and facts.metadata.get("box") is not None:
         images = restricted(facts.name, images, CropBox.parse(facts.metadata["box"]))[0]
     for name, image in list(images.items()):

@@ -53,6 +53,7 @@ KINDS = {
     "scale": "implausible voxel sizes",
     "levels": "pyramids whose levels are not placed by their metadata",
     "boxes": "pyramids whose levels cover different boxes",
+    "class boxes": "classes that lie elsewhere than the other classes of their crop, perhaps by wrong metadata",
     "multiscales": "groups that list several images",
     "outside": "crops outside their raw volume",
     "leakage": "crops that are trained on, and validate or test as well",
@@ -109,6 +110,8 @@ def find_problems(
         if scale is not None and not crop.wrong:
             pairs += [*_of_scale(crop, finest, classes, scale, too_coarse), *_of_size(crop, scale, shape, pad)]
         problems += [Problem(kind, crop.name, text) for kind, text in pairs]
+    # Parts of a cut crop have the same.
+    problems += dict.fromkeys(Problem("class boxes", crop.name, str(found)) for crop in crops for found in crop.apart)
     problems += [*_of_classes(crops, classes), *_of_types(volumes), *_of_contrast(volumes), *_of_polarity(volumes)]
     problems += [*_of_leakage(crops, held_out), *_of_usages(crops)]
     order = list(KINDS)

@@ -18,6 +18,7 @@ from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.flat_options import refuse_flat
 from cellmap_lightning.splits.block_options import BlockOptions
+from cellmap_lightning.splits.box_report import report_boxes
 from cellmap_lightning.splits.division import Division
 from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping, table_of
 from cellmap_lightning.splits.inside import InsideSplit
@@ -122,6 +123,7 @@ class CellMapDataSplit:
         self._affine: dict[str, tuple[float, float]] = {}
         self._lock = threading.RLock()
         self._reported: set[str] = set()  # unannotated classes
+        self._compared: set[str] = set()  # labels whose boxes were compared
 
     @property
     def entries(self) -> Mapping[str, list[CropRecord]]:
@@ -257,6 +259,7 @@ class CellMapDataSplit:
         multi = CellMapMultiDataset(datasets, *how)
         multi.set_affine(self._affine)
         self._check_classes(split, multi)
+        report_boxes(multi.crops, self._compared)
         built = {**self._built, split: multi}
         check_leakage(split, built, options.leakage, options.held_out)
         if options.blocks is not None and split in ("train", "val") and {"train", "val"} <= set(built):
