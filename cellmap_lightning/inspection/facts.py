@@ -135,6 +135,7 @@ class ClassFacts:
         level: name of that level.
         read_as: meaning of the values if the metadata has no encoding.
         size: voxels of the finest level.
+        averaged: values of that level that the finest does not hold; None without any.
         gaps: runs of empty sections that cut objects, see `SectionFacts`; None if they are not read.
         wrong: the error if it cannot be read.
 
@@ -149,6 +150,7 @@ class ClassFacts:
     level: str | None = None
     read_as: str | None = None
     size: int | None = None
+    averaged: str | None = None
     gaps: tuple[tuple[int, int], ...] | None = None
     wrong: str | None = None
 
@@ -389,6 +391,10 @@ class _ForegroundCount:
             return None
         return section_facts(image.finest, self._encodings.of(name, image, image.finest), f"{self._crop}, {name}")
 
+    def averaged(self, name: str) -> str | None:
+        """Return which values of a coarser level the finest does not hold, or None."""
+        return self._encodings.averaged.get(name)
+
     def __call__(self, name: str, image: Multiscale, level: Level) -> int | None:
         """Return the foreground voxels of a class at a level, or None if they are not counted."""
         encoding = self._encodings.of(name, image, level)
@@ -416,7 +422,7 @@ def _with_loss(of_class: ClassFacts, name: str, crop: CropFacts, scale: Vector, 
     if sections is not None:
         unknown = of_class.unknown if of_class.unknown is not None else sections.unknown
         of_class = replace(of_class, gaps=sections.gaps, unknown=unknown)
-    return replace(of_class, voxels=fine, lost=lost, level=level.name)
+    return replace(of_class, voxels=fine, lost=lost, level=level.name, averaged=count.averaged(name))
 
 
 def _image(crop: CropFacts, name: str) -> Multiscale:

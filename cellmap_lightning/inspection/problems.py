@@ -64,6 +64,7 @@ KINDS = {
     "labels coarse": "labels coarser than the scale",
     "small": "crops smaller than the patch",
     "off lattice": "crops off raw's lattice, so that raw is interpolated at the scale of the labels",
+    "averaged": "labels whose coarser levels hold values that the finest does not",
     "lost": f"classes that lose more than {MOST_LOST:.0%} of their foreground at the level that is read",
     "unknown": f"crops that are unknown to more than {MOST_UNKNOWN:.0%}",
     "gaps": "empty sections inside objects, which cut them",
@@ -164,6 +165,8 @@ def _of_content(crop: CropFacts, classes: Sequence[str]) -> Iterator[tuple[str, 
         advice = "label_downsample=any keeps thin structures, or use a finer scale"
         yield "lost", f"{first_few(lost, _LISTED)}; {advice}"
     for name, facts in crop.classes.items():
+        if facts.averaged:
+            yield "averaged", f"{name}: {facts.averaged}"
         if facts.gaps and name in classes and facts.scale is not None and crop.box is not None:
             yield "gaps", _gaps_text(name, facts.gaps, crop.box["z"][0], facts.scale[0])
 
