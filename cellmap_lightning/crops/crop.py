@@ -13,6 +13,7 @@ import numpy.typing as npt
 from cellmap_lightning.batches.arrays import ArraySet, InputArray, TargetArray
 from cellmap_lightning.cache.region import Region
 from cellmap_lightning.cache.region_store import RegionStore
+from cellmap_lightning.crops.class_boxes import differing_boxes
 from cellmap_lightning.crops.class_index import Foreground
 from cellmap_lightning.crops.crop_box import CropBox, restricted
 from cellmap_lightning.crops.crop_labels import CropLabels, with_margin
@@ -67,6 +68,7 @@ class Crop:
         raw: the inputs.
         labels: the label arrays.
         box: the annotated box, or the whole volume, or the box that restricts it; nm.
+        class_boxes: the classes whose box differs from that of the others.
         within: the box that restricts the crop, nm; None without one.
         placement: positions of patches.
         pool: the reading threads.
@@ -107,6 +109,7 @@ class Crop:
         self.without_folder: tuple[str, ...] = ()
         with shared_metadata():
             images, implications = self._open(label_options)
+        self.class_boxes = differing_boxes(images.labels)
         self.within: Box | None = None
         if read.crop_box is not None:
             images = self._restrict(images, read.crop_box)

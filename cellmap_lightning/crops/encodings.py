@@ -1,6 +1,7 @@
 """Encodings of a crop's label arrays: from their metadata, from a setting, or from their values."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,10 +13,10 @@ from cellmap_lightning.io.array_reader import Empty
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.declared_counts import check_declared_counts, warn_of_empty_level
 from cellmap_lightning.io.label_ids import UNANNOTATED, LabelIds, unlisted_text
-from cellmap_lightning.io.label_values import CODE, LabelValues, label_values, stored_ids
-from cellmap_lightning.io.ngff import UNKNOWN_CODE, Encoding, Level, Multiscale, read_encoding
+from cellmap_lightning.io.label_values import CODE, MOST_IDS, MOST_VOXELS, LabelValues, label_values, stored_ids
+from cellmap_lightning.io.ngff import UNKNOWN_CODE, Encoding, Level, Multiscale, declared_present, read_encoding
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
-from cellmap_lightning.validation import one_of
+from cellmap_lightning.validation import first_few, one_of
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class LabelEncodings:
 
     Attributes:
         decided: for each class whose metadata do not define its encoding, how it is read, in words.
+        averaged: for each class whose coarser level holds values that the finest does not, which.
         explicit: classes to which the setting ``unknown`` does not apply, with the code of their metadata.
     """
 
@@ -83,6 +85,7 @@ class LabelEncodings:
         self.thorough, self.retry_policy = thorough, retry_policy
         self.decided: dict[str, str] = {}
         self.explicit: dict[str, int | None] = {}
+        self.averaged: dict[str, str] = {}
         self._encodings: dict[tuple[str, str], Encoding] = {}
 
     def of(self, name: str, image: Multiscale, level: Level) -> Encoding:
@@ -99,7 +102,10 @@ class LabelEncodings:
         if encoding is None:
             has_first = check_chunk_names(level.array, f"{self.label}/{name}")
             encoding = self._decide(name, image, level)
-            encoding = self._encodings[key] = self._checked(name, image, level, encoding, has_first)
+            encoding = self._checked(name, image, level, encoding, has_first)
+            if level != image.finest and encoding.ids is None and level.array.dtype.kind != "b":
+                self._compare_levels(name, image, level, encoding)
+            self._encodings[key] = encoding
         return encoding
 
     def report(self) -> None:
@@ -208,6 +214,41 @@ class LabelEncodings:
             raise MetadataError(problem)
         log.warning("%s; missing_labels=unknown", problem.rpartition(";")[0])
         return replace(encoding, missing="unknown")
+
+    def _compare_levels(self, name: str, image: Multiscale, level: Level, encoding: Encoding) -> None:
+        """Compare the values of a coarser level with those of the finest, which an averaged level does not share.
+
+        Raises:
+            MetadataError: it holds values between absent and present of an encoding, and the finest does not.
+        """
+        label, present = f"{self.label}/{name}", declared_present(image, level)
+        if read_encoding(image, level) is not None:
+            low, high = sorted((encoding.absent, encoding.absent if present is None else present))
+            if high - low < 2:  # nothing lies between them, as with 0 and 1
+                return
+            found = self._between(level, label, low, high, encoding)
+            if found and not self._between(image.finest, label, low, high, encoding):
+                raise MetadataError(
+                    f"{label}: {level.path} holds {first_few(found)}, which its encoding does not explain (absent "
+                    f"{encoding.absent}, present {present}), and {image.finest.name} holds no such value. If "
+                    f"{level.name} was made by averaging, label_downsample=majority reads the finest level instead"
+                )
+        elif math.prod(image.finest.array.shape) <= MOST_VOXELS:  # of larger arrays, not all values are known
+            values = set(self._ids(level, label)) - {0, 1, encoding.unknown}
+            found = sorted(values.difference(self._ids(image.finest, label))) if 0 < len(values) < MOST_IDS else []
+            if found:
+                self.averaged[name] = (
+                    f"{level.name} holds {first_few(found)}, which {image.finest.name} does not: it was probably made "
+                    "by averaging, and label_downsample=majority reads the finest level instead"
+                )
+                log.warning("%s: %s: level %s", label, image.path, self.averaged[name])
+
+    def _between(self, level: Level, label: str, low: int, high: int, encoding: Encoding) -> list[int]:
+        """Return the stored values between two others, apart from that of unknown voxels."""
+        return [value for value in self._ids(level, label) if low < value < high and value != encoding.unknown]
+
+    def _ids(self, level: Level, label: str) -> list[int]:
+        return stored_ids(level, label, self.retry_policy, self._empty)
 
 
 def _averaged(values: LabelValues, level: Level) -> str:

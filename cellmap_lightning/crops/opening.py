@@ -66,6 +66,7 @@ def open_images(
             absent += target_path.unknown_names(known)
         else:
             target_path.check_names(known)
+            target_path.check_spelling(classes, known)
         annotated = [name for name in read if name in target_path.names]
         if not annotated:
             raise NotAnnotatedError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cellmap_lightning.crops.crop_name import CropName, container_of
+from cellmap_lightning.crops.spelling import other_spellings
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.io.images import image_children, image_exists, read_image
 from cellmap_lightning.io.label_ids import class_names, ids_of, parse_label_map
@@ -140,6 +141,23 @@ class TargetPath:
             raise CellMapFileNotFoundError(
                 f"{self.label}: the bracket [{','.join(self.names)}] names {name!r}, which is neither one of the "
                 f"classes {', '.join(known)} nor in {self.crop}{hint}"
+            )
+
+    def check_spelling(self, classes: Collection[str], known: Collection[str]) -> None:
+        """Check that the bracket does not name a class in another spelling, which would leave it unannotated.
+
+        Args:
+            classes: the requested classes.
+            known: the classes that are read.
+
+        Raises:
+            CellMapValueError: it does.
+        """
+        for name, stored in other_spellings(classes, self.names, known).items():
+            raise CellMapValueError(
+                f"{self.label}: the bracket [{','.join(self.names)}] names {stored!r}, and classes has {name!r}, which "
+                f"would be unannotated here; rename the folder {self.crop}/{stored} and the name in the bracket, or "
+                f"list {stored!r} in classes too if it is another class"
             )
 
     def existing(self, name: str) -> StorePath:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.cache.patches import stored_box
+from cellmap_lightning.crops.class_boxes import ClassBox, differing_boxes
 from cellmap_lightning.crops.counts import count_foreground, known_foreground, unknown_share
 from cellmap_lightning.crops.crop_box import CropBox, image_part, restricted
 from cellmap_lightning.crops.encodings import LabelEncodings, Unknown
@@ -134,6 +135,7 @@ class ClassFacts:
         level: name of that level.
         read_as: meaning of the values if the metadata has no encoding.
         size: voxels of the finest level.
+        averaged: values of that level that the finest does not hold; None without any.
         gaps: runs of empty sections that cut objects, see `SectionFacts`; None if they are not read.
         wrong: the error if it cannot be read.
 
@@ -148,6 +150,7 @@ class ClassFacts:
     level: str | None = None
     read_as: str | None = None
     size: int | None = None
+    averaged: str | None = None
     gaps: tuple[tuple[int, int], ...] | None = None
     wrong: str | None = None
 
@@ -165,6 +168,7 @@ class CropFacts:
         levels: resolutions of its first class.
         classes: facts of each annotated class.
         box: of all classes, nm.
+        apart: the classes whose box differs from that of the others.
         off: voxels by which its edges miss those of raw's finest level (z, y, x), 0 where they agree; None without raw.
         ratio: raw's finest voxels in one of the labels, along each axis; None likewise.
         outside: part of the crop that lies outside raw; None likewise.
@@ -187,6 +191,7 @@ class CropFacts:
     levels: tuple[LevelFacts, ...] = ()
     classes: Mapping[str, ClassFacts] = field(default_factory=dict)
     box: Mapping[str, list[float]] | None = None
+    apart: tuple[ClassBox, ...] = ()
     off: Vector | None = None
     ratio: Vector | None = None
     outside: float | None = None
@@ -298,6 +303,7 @@ def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFac
             continue
         for kind, text in _notes(image).items():
             notes.setdefault(kind, f"class {name}: {text}")
+    facts = replace(facts, apart=differing_boxes(images))
     if images and facts.metadata.get("box") is not None:
         images = restricted(facts.name, images, CropBox.parse(facts.metadata["box"]))[0]
     for name, image in list(images.items()):
@@ -385,6 +391,10 @@ class _ForegroundCount:
             return None
         return section_facts(image.finest, self._encodings.of(name, image, image.finest), f"{self._crop}, {name}")
 
+    def averaged(self, name: str) -> str | None:
+        """Return which values of a coarser level the finest does not hold, or None."""
+        return self._encodings.averaged.get(name)
+
     def __call__(self, name: str, image: Multiscale, level: Level) -> int | None:
         """Return the foreground voxels of a class at a level, or None if they are not counted."""
         encoding = self._encodings.of(name, image, level)
@@ -412,7 +422,7 @@ def _with_loss(of_class: ClassFacts, name: str, crop: CropFacts, scale: Vector, 
     if sections is not None:
         unknown = of_class.unknown if of_class.unknown is not None else sections.unknown
         of_class = replace(of_class, gaps=sections.gaps, unknown=unknown)
-    return replace(of_class, voxels=fine, lost=lost, level=level.name)
+    return replace(of_class, voxels=fine, lost=lost, level=level.name, averaged=count.averaged(name))
 
 
 def _image(crop: CropFacts, name: str) -> Multiscale:

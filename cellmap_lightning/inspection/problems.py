@@ -11,6 +11,7 @@ from cellmap_lightning.inspection.facts import CropFacts, VolumeFacts
 from cellmap_lightning.inspection.formats import by_axis
 from cellmap_lightning.io.store import parse_location
 from cellmap_lightning.splits.leakage import PlacedCrop, held_out_crops, identity, overlaps, volume_identity
+from cellmap_lightning.splits.spellings import OtherSpelling
 from cellmap_lightning.validation import first_few
 
 #: Part of the foreground that a coarser level may lose before it is reported.
@@ -47,10 +48,12 @@ class Problem:
 KINDS = {
     "unreadable": "cannot be read",
     "config": "the configuration is refused, for the reason in the error at the end",
+    "spelling": "classes under another spelling, which are unannotated",
     "unit": "images without a unit of length",
     "scale": "implausible voxel sizes",
     "levels": "pyramids whose levels are not placed by their metadata",
     "boxes": "pyramids whose levels cover different boxes",
+    "class boxes": "classes that lie elsewhere than the other classes of their crop, perhaps by wrong metadata",
     "multiscales": "groups that list several images",
     "outside": "crops outside their raw volume",
     "leakage": "crops that are trained on, and validate or test as well",
@@ -61,6 +64,7 @@ KINDS = {
     "labels coarse": "labels coarser than the scale",
     "small": "crops smaller than the patch",
     "off lattice": "crops off raw's lattice, so that raw is interpolated at the scale of the labels",
+    "averaged": "labels whose coarser levels hold values that the finest does not",
     "lost": f"classes that lose more than {MOST_LOST:.0%} of their foreground at the level that is read",
     "unknown": f"crops that are unknown to more than {MOST_UNKNOWN:.0%}",
     "gaps": "empty sections inside objects, which cut them",
@@ -81,6 +85,7 @@ def find_problems(
     pad: bool,
     too_coarse: str = "drop",
     held_out: str | None = None,
+    spellings: Sequence[OtherSpelling] = (),
 ) -> list[Problem]:
     """Return all problems that the facts show, in the order of `KINDS`.
 
@@ -93,14 +98,21 @@ def find_problems(
         pad: whether crops may be smaller than it.
         too_coarse: treatment of crops whose labels are too coarse: ``drop``, ``upsample`` or ``error``.
         held_out: a manifest of crops that must not be trained on.
+        spellings: classes that crops annotate under another spelling.
     """
     problems = [problem for volume in volumes for problem in _of_volume(volume)]
+    problems += [
+        Problem("spelling", found.crop, f"has {found.stored!r}, and classes has {found.name!r}: rename one of them")
+        for found in spellings
+    ]
     finest = {volume.path: volume.present[0].scale for volume in volumes if volume.present}
     for crop in crops:
         pairs = [("unreadable", crop.wrong)] if crop.wrong else [*_of_metadata(crop), *_of_content(crop, classes)]
         if scale is not None and not crop.wrong:
             pairs += [*_of_scale(crop, finest, classes, scale, too_coarse), *_of_size(crop, scale, shape, pad)]
         problems += [Problem(kind, crop.name, text) for kind, text in pairs]
+    # Parts of a cut crop have the same.
+    problems += dict.fromkeys(Problem("class boxes", crop.name, str(found)) for crop in crops for found in crop.apart)
     problems += [*_of_classes(crops, classes), *_of_types(volumes), *_of_contrast(volumes), *_of_polarity(volumes)]
     problems += [*_of_leakage(crops, held_out), *_of_usages(crops)]
     order = list(KINDS)
@@ -153,6 +165,8 @@ def _of_content(crop: CropFacts, classes: Sequence[str]) -> Iterator[tuple[str, 
         advice = "label_downsample=any keeps thin structures, or use a finer scale"
         yield "lost", f"{first_few(lost, _LISTED)}; {advice}"
     for name, facts in crop.classes.items():
+        if facts.averaged:
+            yield "averaged", f"{name}: {facts.averaged}"
         if facts.gaps and name in classes and facts.scale is not None and crop.box is not None:
             yield "gaps", _gaps_text(name, facts.gaps, crop.box["z"][0], facts.scale[0])
 

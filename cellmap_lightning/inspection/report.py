@@ -167,7 +167,7 @@ def inspect(
         scale = to_vector(chosen["scale"]) if chosen["scale"] else None
         problems += find_problems(
             volumes, crops, names, scale, chosen["shape"], pad, settings.get("too_coarse", "drop"),
-            settings.get("held_out"),
+            settings.get("held_out"), splits.other_spellings,
         )  # fmt: skip
     complete = all(value is not None for value in chosen.values())
     rule = str(settings.get("split") or "csv")

@@ -130,7 +130,7 @@ def _crop(crop: CropFacts, named: bool) -> list[str]:
     return [
         crop.name,
         _usage(crop),
-        voxel_count(present[0].shape) if present else "-",
+        "by class" if crop.apart else voxel_count(present[0].shape) if present else "-",
         voxel_size(crop.scale) if crop.scale else "-",
         f"{len(present)}" + (f" of {len(crop.levels)}" if len(present) < len(crop.levels) else ""),
         *_storage(crop.levels),

@@ -18,6 +18,7 @@ from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.flat_options import refuse_flat
 from cellmap_lightning.splits.block_options import BlockOptions
+from cellmap_lightning.splits.box_report import report_boxes
 from cellmap_lightning.splits.division import Division
 from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping, table_of
 from cellmap_lightning.splits.inside import InsideSplit
@@ -26,6 +27,7 @@ from cellmap_lightning.splits.manifests import ListedCrop, find_crops, read_mani
 from cellmap_lightning.splits.opening import for_all
 from cellmap_lightning.splits.options import SplitOptions
 from cellmap_lightning.splits.part_classes import report_parts
+from cellmap_lightning.splits.spellings import OtherSpelling, report_spellings, spelt_otherwise
 from cellmap_lightning.splits.summary import class_table, write_csv
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.validation import did_you_mean
@@ -101,6 +103,7 @@ class CellMapDataSplit:
         self.source = "datasets" if datasets is not None else str(csv_path or manifest or search_path)
         self._division = Division(self.source, self.options, self.classes, target_arrays, self.labels, seed)
         storage = self.read.storage_options
+        crops: list[ListedCrop] = []
         if search_path is not None:
             if manifest is None:
                 crops = find_crops(search_path, storage)
@@ -110,6 +113,7 @@ class CellMapDataSplit:
         else:
             annotated = self.classes is not None
             listed = read_csv(csv_path, annotated) if csv_path is not None else read_mapping(datasets or {})
+        self._spellings = spelt_otherwise(crops, listed, self.classes or (), self._division.read_classes)
         self._listed = {split: [self._with_options(e) for e in entries] for split, entries in listed.items()}
         if self.classes is None:
             self._listed = {name: _volumes(name, entries) for name, entries in self._listed.items()}
@@ -119,6 +123,7 @@ class CellMapDataSplit:
         self._affine: dict[str, tuple[float, float]] = {}
         self._lock = threading.RLock()
         self._reported: set[str] = set()  # unannotated classes
+        self._compared: set[str] = set()  # labels whose boxes were compared
 
     @property
     def entries(self) -> Mapping[str, list[CropRecord]]:
@@ -153,6 +158,14 @@ class CellMapDataSplit:
         spatial = SpatialTransforms(self.spatial_transforms)
         tolerant = self.labels.unannotated_classes == "unknown"
         return InsideSplit(blocks, self._division, arrays, spatial, self.options.planes, self.seed, tolerant)
+
+    @property
+    def other_spellings(self) -> list[OtherSpelling]:
+        """The classes that crops annotate under another spelling; of filtered crops, only those of `entries`."""
+        if self.options.only_datasets is None and self.options.only_crops is None:
+            return self._spellings
+        used = {entry.where for entries in self.entries.values() for entry in entries}
+        return [found for found in self._spellings if found.where in used]
 
     def has_crops(self, split: str) -> bool:
         """Return True if a split has crops."""
@@ -211,6 +224,8 @@ class CellMapDataSplit:
                 f" (a CSV marks them with the usage {usage!r}, datasets with the key {split!r})"
             )
         self._check_unknown()
+        if not self._built:
+            report_spellings(self.other_spellings)
         datasets: list[CellMapDataset] = []
         problems: list[tuple[CropRecord, CellMapError]] = []
         dropped: list[tuple[CropRecord, CellMapError]] = []
@@ -244,6 +259,7 @@ class CellMapDataSplit:
         multi = CellMapMultiDataset(datasets, *how)
         multi.set_affine(self._affine)
         self._check_classes(split, multi)
+        report_boxes(multi.crops, self._compared)
         built = {**self._built, split: multi}
         check_leakage(split, built, options.leakage, options.held_out)
         if options.blocks is not None and split in ("train", "val") and {"train", "val"} <= set(built):

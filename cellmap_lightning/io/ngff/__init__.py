@@ -2,7 +2,7 @@
 
 from cellmap_lightning.io.ngff.arrays import ArrayInfo, fetch_versions, read_array, read_attributes
 from cellmap_lightning.io.ngff.axes import UNITS_NM
-from cellmap_lightning.io.ngff.labels import UNKNOWN_CODE, Encoding, complement_counts, read_encoding
+from cellmap_lightning.io.ngff.labels import UNKNOWN_CODE, Encoding, complement_counts, declared_present, read_encoding
 from cellmap_lightning.io.ngff.levels import Level, Multiscale
 from cellmap_lightning.io.ngff.multiscale import (
     NoImageError,
@@ -15,6 +15,7 @@ from cellmap_lightning.io.ngff.overrides import NO_OVERRIDES, OVERRIDE_KEYS, Lev
 
 __all__ = [
     "NO_OVERRIDES", "OVERRIDE_KEYS", "UNITS_NM", "UNKNOWN_CODE", "ArrayInfo", "Encoding", "Level", "LevelTranslations",
-    "Multiscale", "NoImageError", "Note", "Overrides", "complement_counts", "fetch_versions", "first_time",
-    "read_array", "read_attributes", "read_encoding", "read_multiscale", "report", "shared_image", "shared_metadata",
+    "Multiscale", "NoImageError", "Note", "Overrides", "complement_counts", "declared_present", "fetch_versions",
+    "first_time", "read_array", "read_attributes", "read_encoding", "read_multiscale", "report", "shared_image",
+    "shared_metadata",
 ]  # fmt: skip

@@ -103,13 +103,7 @@ def read_encoding(image: Multiscale, level: Level) -> Encoding | None:
     Raises:
         MetadataError: the encoding is malformed.
     """
-    blocks = [
-        annotation_of(attributes)
-        for attributes in (level.array.attributes, image.finest.array.attributes, image.attributes)
-    ]
-    kind: dict[str, Any] = next(
-        (b["annotation_type"] for b in blocks if isinstance(b.get("annotation_type"), dict)), {}
-    )
+    kind = _kind(image, level)
     if "encoding" not in kind:
         return None
     codes = kind["encoding"]
@@ -126,3 +120,21 @@ def read_encoding(image: Multiscale, level: Level) -> Encoding | None:
         if isinstance(number, int) and not isinstance(number, bool):
             return Encoding(absent, None if number == 0 else unknown)
     return Encoding(absent, unknown, ambiguous=unknown is not None and kind.get("type") != "semantic_segmentation")
+
+
+def declared_present(image: Multiscale, level: Level) -> int | None:
+    """Return the value of present voxels by the encoding in the metadata; None without one, or if it is no number."""
+    codes = _kind(image, level).get("encoding")
+    try:
+        return _whole(codes["present"]) if isinstance(codes, Mapping) else None
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        return None
+
+
+def _kind(image: Multiscale, level: Level) -> dict[str, Any]:
+    """Return the type of an annotation, of the array, its finest level, or the class group."""
+    blocks = [
+        annotation_of(attributes)
+        for attributes in (level.array.attributes, image.finest.array.attributes, image.attributes)
+    ]
+    return next((b["annotation_type"] for b in blocks if isinstance(b.get("annotation_type"), dict)), {})
