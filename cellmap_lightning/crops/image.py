@@ -316,6 +316,8 @@ class CellMapImage:
         cache: chunk cache shared with other images; by default a new one.
         overrides: unit, voxel size, translation and other values in place of the stored ones, such as
             ``Overrides.parse(unit="micrometer")`` of `cellmap_lightning.io.ngff`.
+        missing_raw: see `MissingRaw`; None if it is not raw: missing chunks show the fill value, and a chunk file of
+            0 bytes is an error.
 
     Raises:
         CellMapFileNotFoundError: the image does not exist, or none of its levels is on disk.
@@ -341,6 +343,7 @@ class CellMapImage:
         max_upsampling: float = MAX_UPSAMPLING,
         cache: ChunkCache | None = None,
         overrides: Overrides = NO_OVERRIDES,
+        missing_raw: MissingRaw | None = None,
     ) -> None:
         if sorted(axis_order) != sorted(AXES):
             raise CellMapValueError(f"axis_order must be a permutation of 'zyx', got {axis_order!r}")
@@ -361,7 +364,8 @@ class CellMapImage:
         report(self.image.path, self.image.notes)
         self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
         check_chunk_names(self.level.array, target_class)
-        self.region = StoredImage(self.level, cache if cache is not None else ChunkCache(), target_class).region
+        chunks = cache if cache is not None else ChunkCache()
+        self.region = StoredImage(self.level, chunks, target_class, missing=missing_raw).region
         #: The positions of patches.
         self.placement = Placement.plan(
             self.image.finest.lattice.box,
