@@ -32,7 +32,7 @@ from cellmap_lightning.io.array_reader import chunk_shape
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.images import read_image
-from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, report
+from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, first_time, report
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy, power_of_two
 from cellmap_lightning.io.store import identity_of
@@ -98,10 +98,10 @@ def choose_level(
     if fitting:
         level = max(fitting, key=size)
         better = [m for m in image.levels if m.info is None and fits(m) and size(m) > size(level)]
-        if better:
+        if better and first_time(str(image.path), f"level {better[-1].name} missing"):
             log.warning(
-                "%s%s lists level %s, which is not on disk; the finer level %s is read instead of it",
-                name, image.path, better[-1].name, level.name,
+                "%s%s lists level %s, which is not on disk; the finer level %s is read instead of it (%s nm)",
+                name, image.path, better[-1].name, level.name, list(level.scale),
             )  # fmt: skip
         return level
     level = min(image.present, key=size)
@@ -117,6 +117,16 @@ def choose_level(
             + (f". Levels {', '.join(absent)} are listed but not on disk" if absent else "")
             + _scale_hint(scale, level.scale)
         )
+    absent_finer = [m for m in image.levels if m.info is None and size(m) < size(level)]
+    if absent_finer:
+        wanted = max(filter(fits, absent_finer), key=size, default=absent_finer[0])
+        if first_time(str(image.path), f"level {wanted.name} missing"):
+            log.warning(
+                "%s%s lists level %s (%s nm), which is not on disk; the coarser level %s (%s nm) is read instead of "
+                "it, upsampled to %s nm",
+                name, image.path, wanted.name, list(wanted.scale), level.name, list(level.scale), list(scale),
+            )  # fmt: skip
+        return level
     log.info(
         "%s%s has no level as fine as %s nm; %s (%s nm) is upsampled",
         name, image.path, list(scale), level.name, list(level.scale),
