@@ -52,6 +52,7 @@ KINDS = {
     "levels": "pyramids whose levels are not placed by their metadata",
     "boxes": "pyramids whose levels cover different boxes",
     "multiscales": "groups that list several images",
+    "versions": "groups with metadata of two versions of OME-NGFF that differ",
     "outside": "crops outside their raw volume",
     "leakage": "crops that are trained on, and validate or test as well",
     "validation": "nothing to validate on",
