@@ -11,6 +11,7 @@ import numpy.typing as npt
 from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.cache.patches import MapTo, stored_box
 from cellmap_lightning.cache.region import Region
+from cellmap_lightning.crops.finite_raw import check_finite
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError, ChunkError, EmptyChunkError
 from cellmap_lightning.geometry.lattice import (
     AXES,
@@ -193,7 +194,7 @@ class StoredImage:
         """Return the voxels of a box.
 
         Raises:
-            ChunkError: a chunk cannot be read, or is missing and that is an error.
+            ChunkError: a chunk cannot be read, is missing and that is an error, or holds infinite values of raw.
         """
         try:
             voxels = self.reader.read(start, shape)
@@ -211,6 +212,8 @@ class StoredImage:
                     "%s and reads as the fill value (times that this happened: %d)",
                     self._missing_text(missed, start, shape), self._missing_reads,
                 )  # fmt: skip
+        if self.missing is not None:  # raw
+            check_finite(self.reader, voxels, start, shape, is_stored=not missed)
         return voxels
 
     def _is_reporting(self) -> bool:
