@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.commands.predict_config import groundtruth
-from cellmap_lightning.errors import MissingExtraError
+from cellmap_lightning.errors import ChunkError, MissingExtraError
 from cellmap_lightning.evaluation.crop_parts import CropPart, matching_notes, run_crops, trained_crops
 from cellmap_lightning.evaluation.csc_evaluation import Predicted, Scoring, csc_table, evaluate_csc, write_csc_csv
 from cellmap_lightning.evaluation.evaluate import evaluate
@@ -107,7 +107,7 @@ def _picture(cfg: DictConfig, writer: Any, classes: Sequence[str], crops: Path) 
             writer.output, str(cfg.input_path), classes, picture, crops, writer.threshold, metadata, known,
             _trained(cfg.get("ckpt")), entries,
         )  # fmt: skip
-    except MissingExtraError as e:
+    except (ChunkError, MissingExtraError) as e:  # the prediction itself is finished
         return f"no picture: {e}"
     return str(picture)
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.cache.patches import MapTo, stored_box
 from cellmap_lightning.cache.region import Region
+from cellmap_lightning.crops.finite_raw import check_finite
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError, ChunkError, EmptyChunkError
 from cellmap_lightning.geometry.lattice import (
     AXES,
@@ -32,7 +33,7 @@ from cellmap_lightning.io.array_reader import chunk_shape
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.images import read_image
-from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, report
+from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, first_time, report
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy, power_of_two
 from cellmap_lightning.io.store import identity_of
@@ -98,10 +99,10 @@ def choose_level(
     if fitting:
         level = max(fitting, key=size)
         better = [m for m in image.levels if m.info is None and fits(m) and size(m) > size(level)]
-        if better:
+        if better and first_time(str(image.path), f"level {better[-1].name} missing"):
             log.warning(
-                "%s%s lists level %s, which is not on disk; the finer level %s is read instead of it",
-                name, image.path, better[-1].name, level.name,
+                "%s%s lists level %s, which is not on disk; the finer level %s is read instead of it (%s nm)",
+                name, image.path, better[-1].name, level.name, list(level.scale),
             )  # fmt: skip
         return level
     level = min(image.present, key=size)
@@ -117,6 +118,16 @@ def choose_level(
             + (f". Levels {', '.join(absent)} are listed but not on disk" if absent else "")
             + _scale_hint(scale, level.scale)
         )
+    absent_finer = [m for m in image.levels if m.info is None and size(m) < size(level)]
+    if absent_finer:
+        wanted = max(filter(fits, absent_finer), key=size, default=absent_finer[0])
+        if first_time(str(image.path), f"level {wanted.name} missing"):
+            log.warning(
+                "%s%s lists level %s (%s nm), which is not on disk; the coarser level %s (%s nm) is read instead of "
+                "it, upsampled to %s nm",
+                name, image.path, wanted.name, list(wanted.scale), level.name, list(level.scale), list(scale),
+            )  # fmt: skip
+        return level
     log.info(
         "%s%s has no level as fine as %s nm; %s (%s nm) is upsampled",
         name, image.path, list(scale), level.name, list(level.scale),
@@ -183,7 +194,7 @@ class StoredImage:
         """Return the voxels of a box.
 
         Raises:
-            ChunkError: a chunk cannot be read, or is missing and that is an error.
+            ChunkError: a chunk cannot be read, is missing and that is an error, or holds infinite values of raw.
         """
         try:
             voxels = self.reader.read(start, shape)
@@ -201,6 +212,8 @@ class StoredImage:
                     "%s and reads as the fill value (times that this happened: %d)",
                     self._missing_text(missed, start, shape), self._missing_reads,
                 )  # fmt: skip
+        if self.missing is not None:  # raw
+            check_finite(self.reader, voxels, start, shape, is_stored=not missed)
         return voxels
 
     def _is_reporting(self) -> bool:
@@ -316,6 +329,8 @@ class CellMapImage:
         cache: chunk cache shared with other images; by default a new one.
         overrides: unit, voxel size, translation and other values in place of the stored ones, such as
             ``Overrides.parse(unit="micrometer")`` of `cellmap_lightning.io.ngff`.
+        missing_raw: see `MissingRaw`; None if it is not raw: missing chunks show the fill value, and a chunk file of
+            0 bytes is an error.
 
     Raises:
         CellMapFileNotFoundError: the image does not exist, or none of its levels is on disk.
@@ -341,6 +356,7 @@ class CellMapImage:
         max_upsampling: float = MAX_UPSAMPLING,
         cache: ChunkCache | None = None,
         overrides: Overrides = NO_OVERRIDES,
+        missing_raw: MissingRaw | None = None,
     ) -> None:
         if sorted(axis_order) != sorted(AXES):
             raise CellMapValueError(f"axis_order must be a permutation of 'zyx', got {axis_order!r}")
@@ -361,7 +377,8 @@ class CellMapImage:
         report(self.image.path, self.image.notes)
         self.level = choose_level(self.image, self.window.scale.tolist(), target_class, max_upsampling)
         check_chunk_names(self.level.array, target_class)
-        self.region = StoredImage(self.level, cache if cache is not None else ChunkCache(), target_class).region
+        chunks = cache if cache is not None else ChunkCache()
+        self.region = StoredImage(self.level, chunks, target_class, missing=missing_raw).region
         #: The positions of patches.
         self.placement = Placement.plan(
             self.image.finest.lattice.box,

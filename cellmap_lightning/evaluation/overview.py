@@ -173,10 +173,13 @@ def _sample(
     header: str,
     metadata: Mapping[str, Any],
 ) -> SheetSample:
-    """Return a row with raw, read at the voxels of the patch."""
+    """Return a row with raw, read at the voxels of the patch; chunks that are not stored show the fill value.
+
+    The prediction read and reported them in the same way (see `CellMapDataSplit`).
+    """
     values = CellMapImage(
         raw, "raw", patch.step, patch.shape, pad=True, pad_value=0, interpolation="linear",
-        overrides=Overrides.parse(**metadata),
+        overrides=Overrides.parse(**metadata), missing_raw="fill",
     )  # fmt: skip
     return SheetSample(_read(values, center), target, masks.astype(np.float32), patch.step, header)
 

@@ -55,6 +55,7 @@ KINDS = {
     "boxes": "pyramids whose levels cover different boxes",
     "class boxes": "classes that lie elsewhere than the other classes of their crop, perhaps by wrong metadata",
     "multiscales": "groups that list several images",
+    "versions": "groups with metadata of two versions of OME-NGFF that differ",
     "outside": "crops outside their raw volume",
     "leakage": "crops that are trained on, and validate or test as well",
     "validation": "nothing to validate on",
@@ -124,10 +125,25 @@ def _of_volume(volume: VolumeFacts) -> Iterator[Problem]:
         yield Problem("unreadable", volume.name, volume.wrong)
     for kind, text in volume.notes.items():
         yield Problem(kind, volume.name, f"raw: {text}")
-    missing = [level.name for level in volume.levels if level.shape is None]
-    if missing:
-        text = f"raw lists {first_few(missing, _LISTED)}; a finer one is read instead"
-        yield Problem("missing level", volume.name, text)
+    yield from (Problem("missing level", volume.name, text) for text in _missing_levels(volume))
+
+
+def _missing_levels(volume: VolumeFacts) -> Iterator[str]:
+    """Yield a text about missing levels for each level that is read in their place, as `choose_level` does."""
+    present = volume.present
+    instead: dict[str, list[str]] = {}
+    for number, level in enumerate(volume.levels):
+        if level.shape is not None:
+            continue
+        finer = [other for other in volume.levels[:number] if other.shape is not None]
+        text = "no level is"
+        if finer:
+            text = f"the finer level {finer[-1].name} ({list(finer[-1].scale)} nm) is read instead"
+        elif present:
+            text = f"the coarser level {present[0].name} ({list(present[0].scale)} nm) is read instead, upsampled"
+        instead.setdefault(text, []).append(level.name)
+    for text, names in instead.items():
+        yield f"raw lists {first_few(names, _LISTED)}, not on disk; {text}"
 
 
 # -- of a crop: pairs of kind and text

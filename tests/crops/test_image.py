@@ -18,6 +18,7 @@ from cellmap_lightning.errors import (
     MetadataError,
 )
 from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.ngff.multiscale import shared_metadata
 
 SHAPE = (20, 24, 28)
 RAW = np.random.default_rng(0).integers(0, 256, SHAPE).astype(np.uint8)
@@ -176,12 +177,38 @@ def test_a_missing_level_is_announced(write, caplog):
     with caplog.at_level(logging.WARNING):
         image = CellMapImage(path, "raw", (10.48, 8, 8), (2, 2, 2))
     assert image.scale_level == 0
-    assert "lists level s1, which is not on disk; the finer level s0 is read instead" in caplog.text
+    assert "lists level s1, which is not on disk; the finer level s0 is read instead of it ([5.24, 4.0, 4.0] nm)" in (
+        caplog.text
+    )
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert CellMapImage(path, "raw", (5.24, 4, 4), (2, 2, 2)).scale_level == 0
         assert CellMapImage(path, "raw", (20.96, 16, 16), (2, 2, 2)).scale_level == 2
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("absent", "scale", "parts"),
+    [
+        (
+            [0],
+            (5.24, 4, 4),
+            ["level s0 ([5.24, 4.0, 4.0] nm), which", "coarser level s1 ([10.48, 8.0, 8.0] nm) is read"],
+        ),
+        ([0], (8, 6, 6), ["level s0 ", "coarser level s1 ", "it, upsampled to [8.0, 6.0, 6.0] nm"]),
+        ([0, 1], (10.48, 8, 8), ["level s1 ([10.48, ", "coarser level s2 ([20.96, 16.0, 16.0] nm)"]),
+        ([1], (4, 4, 4), []),  # finer than s0, which is on disk
+        ([0], (10.48, 8, 8), []),
+    ],
+)
+def test_a_coarser_level_in_place_of_a_missing_one_is_announced(write, caplog, absent, scale, parts):
+    path = str(write(pyramid(absent=absent)))
+    with caplog.at_level(logging.WARNING), shared_metadata():
+        for _ in range(2):  # as for two crops of a volume
+            CellMapImage(path, "raw", scale, (2, 2, 2))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == bool(parts)
+    assert all(part in line for line in lines for part in parts)
 
 
 def test_the_error_of_a_fine_scale_lists_missing_levels(write):

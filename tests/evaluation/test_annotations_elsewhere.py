@@ -11,7 +11,7 @@ from cellmap_lightning.callbacks import make_prediction_writer
 from cellmap_lightning.commands.prediction_report import describe_prediction
 from cellmap_lightning.evaluation.crop_parts import run_crops
 from cellmap_lightning.evaluation.overview import samples_of
-from cellmap_lightning.io.writer import write_multiscale
+from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.splits.entries import read_mapping
 from cellmap_lightning.splits.summary import write_csv
 
@@ -110,3 +110,25 @@ def test_the_picture_of_the_command_shows_the_annotation(folder, form):
         with Image.open(folder / "pred.png") as picture:
             sizes.append(picture.size)
     assert sizes[0] != sizes[1]
+
+
+@pytest.mark.parametrize("damaged", ["one is empty", "all are empty", "one is cut"])
+def test_a_picture_never_fails_a_finished_prediction(folder, damaged):
+    """Empty chunks show the fill value, as the prediction read them; others that are damaged leave the picture out."""
+    write_multiscale(folder / "v.zarr" / "em", MITO.astype(np.uint8) + 1, **AT, storage=ArrayOptions(chunks=(16,) * 3))
+    chunks = sorted(path for path in (folder / "v.zarr" / "em" / "s0").glob("*/*/*") if path.is_file())
+    for chunk in chunks if damaged == "all are empty" else chunks[:1]:
+        chunk.write_bytes(chunk.read_bytes()[:-9] if damaged == "one is cut" else b"")
+    writer = make_prediction_writer(output=folder / "pred.zarr", classes=["mito"])
+    cfg = {
+        "picture": True, "evaluate": False, "metadata": {}, "ckpt": None, "data": {"classes": ["mito"]},
+        "input_path": str(folder / "v.zarr" / "em"),
+    }  # fmt: skip
+    text = describe_prediction(OmegaConf.create(cfg), writer, ["mito"])
+    assert (folder / "pred.png").exists() == (damaged != "one is cut")
+    if damaged == "one is cut":
+        assert text.startswith("\n\nno picture: ")
+        assert "s0: voxels z[0:16], y[0:16], x[0:16] could not be read" in text
+        return
+    (shown, *_) = samples_of(folder / "pred.zarr", cfg["input_path"], ["mito"])
+    assert (shown.raw == 0).sum() == (16**3 if damaged == "one is empty" else shown.raw.size)

@@ -5,6 +5,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import struct
 import termios
 import time
@@ -161,6 +162,30 @@ def test_unreadable_crops_and_missing_levels_are_named(crops_with_problems):
     assert {("missing level", "crop1"), ("unreadable", "crop2"), ("unreadable", "crop9")} <= kinds(problems)
     assert any("did you mean 'fibsem-uint8'" in p.text for p in problems)
     assert any("'crop9'" in p.text for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("gone", "texts"),
+    [
+        (["s0"], ["s0, not on disk; the coarser level s1 ([16.0, 16.0, 16.0] nm) is read instead, upsampled"]),
+        (["s1"], ["s1, not on disk; the finer level s0 ([8.0, 8.0, 8.0] nm) is read instead"]),
+        (["s1", "s2"], ["s1, s2, not on disk; the finer level s0 ([8.0, 8.0, 8.0] nm) is read instead"]),
+        (
+            ["s0", "s2"],
+            [
+                "s0, not on disk; the coarser level s1 ([16.0, 16.0, 16.0] nm) is read instead, upsampled",
+                "s2, not on disk; the finer level s1 ([16.0, 16.0, 16.0] nm) is read instead",
+            ],
+        ),
+    ],
+)
+def test_the_level_read_in_place_of_a_missing_one_is_named(tmp_path, gone, texts):
+    raw = tmp_path / "raw"
+    write_multiscale(raw, np.ones((16, 16, 16), np.uint8), scale=(8, 8, 8), translation=(0, 0, 0), levels=3)
+    for name in gone:
+        shutil.rmtree(raw / name)
+    problems = find_problems(read_volume_facts([str(raw)], False), [], [], None, None, True)
+    assert [p.text for p in problems if p.kind == "missing level"] == [f"raw lists {text}" for text in texts]
 
 
 def test_foreground_lost_at_coarser_levels_is_counted_with_deep(tmp_path, empty_cache):

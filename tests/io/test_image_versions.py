@@ -139,6 +139,85 @@ def test_several_images_in_a_group(tmp_path, caplog, zarr_format):
         opened(path, multiscale="x")
 
 
+def other_place(image):
+    image["datasets"][0]["coordinateTransformations"][1]["translation"] = [64, 0, 0]
+
+
+def other_scale(image):
+    image["datasets"][0]["coordinateTransformations"][0]["scale"] = [8, 8, 4]
+
+
+def other_unit(image):
+    image["axes"][2]["unit"] = "micrometer"
+
+
+def moved_whole(image):
+    image["coordinateTransformations"] = [{"type": "translation", "translation": [0, 8, 0]}]
+
+
+def notation_alone(image):
+    image.update(name="x", type="mean", coordinateTransformations=[{"type": "scale", "scale": [1, 1.0, 1]}])
+    image["datasets"][0]["coordinateTransformations"][0]["scale"] = [8, 8.0, 8]
+
+
+def with_both(path, zarr_format, change):
+    """Add the list of images of the other version of OME-NGFF, changed."""
+
+    def add(content):
+        block = content if zarr_format == 2 else content["attributes"]
+        old = zarr_format == 2
+        images = json.loads(json.dumps(block["multiscales"] if old else block["ome"]["multiscales"]))
+        images[0].pop("version", None)
+        if not old:
+            images[0]["version"] = "0.4"
+        change(images[0])
+        block.update({"ome": {"version": "0.5", "multiscales": images}} if old else {"multiscales": images})
+
+    edit(image_file(path, zarr_format), add)
+
+
+@pytest.mark.parametrize("zarr_format", FORMATS)
+@pytest.mark.parametrize("change", [other_place, other_scale, other_unit, moved_whole, notation_alone])
+def test_the_metadata_of_the_zarr_format_apply(tmp_path, caplog, change, zarr_format):
+    path = write_image(tmp_path / "v", ramp(), translation=(0, 0, 0), zarr_format=zarr_format)
+    with_both(path, zarr_format, change)
+    with caplog.at_level(logging.WARNING):
+        level = opened(path).level
+    assert (level.scale, level.translation) == ((8, 8, 8), (0, 0, 0))
+    lines = warnings_of(caplog)
+    assert len(lines) == (change is not notation_alone)
+    read = (
+        "'multiscales' is read, as the group is Zarr v2"
+        if zarr_format == 2
+        else "'ome' is read, as the group is Zarr v3"
+    )
+    assert all("in 'multiscales' (OME-NGFF 0.4) and in 'ome'" in line and read in line for line in lines)
+
+
+@pytest.mark.parametrize("change", [early_cosem, version_1, lambda image: image.update(axes=["z", "y", "x"])])
+def test_older_metadata_give_way_in_zarr_2_too(tmp_path, caplog, change):
+    path = write_image(tmp_path / "v", ramp(), translation=(0, 0, 0))
+    with_both(path, 2, lambda image: None)
+    change_image(path, change)
+    with caplog.at_level(logging.WARNING):
+        assert opened(path).level.scale == (8, 8, 8)
+    assert not warnings_of(caplog)
+
+
+@pytest.mark.parametrize("zarr_format", FORMATS)
+def test_the_metadata_of_the_other_format_alone_are_read(tmp_path, caplog, zarr_format):
+    path = write_image(tmp_path / "v", ramp(), translation=(0, 0, 0), zarr_format=zarr_format)
+    with_both(path, zarr_format, other_place)
+    own = "multiscales" if zarr_format == 2 else "ome"
+    edit(
+        image_file(path, zarr_format),
+        lambda content: (content if zarr_format == 2 else content["attributes"]).pop(own) and None,
+    )
+    with caplog.at_level(logging.WARNING):
+        assert opened(path).level.translation == (64, 0, 0)
+    assert not warnings_of(caplog)
+
+
 def test_an_image_below_is_suggested(tmp_path):
     write_group(tmp_path / "v.zarr", {"bioformats2raw.layout": 3})
     write_image(tmp_path / "v.zarr" / "0", ramp())

@@ -22,7 +22,7 @@ from cellmap_lightning.io.ngff.levels import Level, Multiscale
 from cellmap_lightning.io.ngff.limits import MOST_IMAGES, MOST_LEVELS, check_length
 from cellmap_lightning.io.ngff.notes import FOR_ENTRY, Note, reported_once
 from cellmap_lightning.io.ngff.overrides import NO_OVERRIDES, Overrides
-from cellmap_lightning.io.ngff.plain_array import listed_images, read_plain_array
+from cellmap_lightning.io.ngff.plain_array import image_lists, listed_images, read_plain_array
 from cellmap_lightning.io.ngff.transformations import (
     check_finest_first,
     implausible_voxel_size,
@@ -103,7 +103,8 @@ def _read_multiscale(group: StorePath, overrides: Overrides) -> Multiscale:
         raise missing(group, "image")
     file = group / ("zarr.json" if node and node[1] == 3 else ".zattrs")
     attributes = node[0] if node else {}
-    scales = listed_images(attributes)
+    lists = _without_older(image_lists(attributes, node[1])) if node else {}
+    scales = next(iter(lists.values()), None)
     if scales is None:
         array = read_array(group)
         if array is not None:
@@ -112,11 +113,12 @@ def _read_multiscale(group: StorePath, overrides: Overrides) -> Multiscale:
             f"{group} holds no OME-NGFF multiscale image (no 'multiscales' in {file.name}){_near(group)}"
         )
     check_length(file, "images in 'multiscales'", scales, MOST_IMAGES)
-    image, several = _chosen(file, scales, overrides)
+    image, notes = _chosen(file, scales, overrides)
+    notes += _both_versions(lists)
     version = _version(attributes, image)
     _check_version(file, version)
     try:
-        return _image(group, file, image, attributes, overrides, several)
+        return _image(group, file, image, attributes, overrides, notes)
     except MetadataError as e:
         old = _unread_version(version, image)
         if old is None:
@@ -254,10 +256,47 @@ def _chosen(file: StorePath, scales: list[Any], overrides: Overrides) -> tuple[d
     return images[0], [Note("multiscales", text)]
 
 
+def _without_older(lists: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return the lists without the one in ``multiscales`` if it is older than 0.4, and ``ome`` has another."""
+    older = lists["multiscales"][0] if len(lists) > 1 else None
+    if older is None or _unread_version(_version({}, older), older) is None:
+        return lists
+    return {"ome": lists["ome"]}
+
+
+def _both_versions(lists: Mapping[str, list[Any]]) -> list[Note]:
+    """Return a note about a group with metadata of OME-NGFF 0.4 and of 0.5 that place its images differently."""
+    if len(lists) < 2:
+        return []
+    (read, scales), (other, others) = lists.items()
+    if [_placing(image) for image in scales] == [_placing(image) for image in others]:
+        return []
+    version = {"ome": "Zarr v3", "multiscales": "Zarr v2"}[read]
+    text = (
+        "its metadata have images in 'multiscales' (OME-NGFF 0.4) and in 'ome' (0.5 and later), which differ; "
+        f"{read!r} is read, as the group is {version}; remove {other!r}"
+    )
+    return [Note("versions", text)]
+
+
+def _placing(image: Any) -> Any:
+    """Return what places an image, the same for each notation."""
+    if not isinstance(image, dict):
+        return image
+    steps = image.get("coordinateTransformations")
+    whole = [step for step in steps if not _is_identity(step)] if isinstance(steps, list) else steps or []
+    return image.get("axes"), image.get("datasets"), image.get("coordinateSystems"), whole
+
+
+def _is_identity(step: Any) -> bool:
+    values = step.get("scale") if isinstance(step, dict) and step.get("type") == "scale" else None
+    return isinstance(values, list) and all(value == 1 for value in values)
+
+
 def _near(group: StorePath) -> str:
     """Return a hint about a group without an image: the images below it, or its children."""
     names = children(group)
-    images = [name for name in names[:24] if listed_images((read_attributes(group / name) or ({}, 0))[0]) is not None]
+    images = [name for name in names[:24] if listed_images(*(read_attributes(group / name) or ({}, 2))) is not None]
     if images:
         return f"; did you mean one of the images below it: {', '.join(images[:12])}?"
     return f"; it holds {', '.join(names[:12])}: give the path of an image in it" if names else ""

@@ -55,7 +55,7 @@ def _check_not_in_image(path: StorePath) -> None:
     for _ in range(DEEPEST_LEVEL):
         above = above.parent
         node = read_attributes(above)
-        scales = listed_images(node[0]) if node is not None else None
+        scales = listed_images(*node) if node is not None else None
         if scales is not None:
             listed = [d.get("path") for s in scales if isinstance(s, dict) for d in s.get("datasets") or () if d]
             part = "one level" if inside in listed else "an array"
@@ -87,10 +87,26 @@ def _named_axes(array: ArrayInfo, replacement: str | None) -> tuple[int, int, in
     return ndim - 3, ndim - 2, ndim - 1
 
 
-def listed_images(attributes: Mapping[str, Any]) -> list[Any] | None:
-    """Return the list of images in a group's attributes, or None."""
+def listed_images(attributes: Mapping[str, Any], zarr_format: int) -> list[Any] | None:
+    """Return the list of images in a group's attributes, or None.
+
+    OME-NGFF 0.4 (``multiscales``) describes groups of Zarr v2, and 0.5 (``ome``) those of Zarr v3. Where a group has
+    both, the one of its Zarr format is returned.
+    """
+    return next(iter(image_lists(attributes, zarr_format).values()), None)
+
+
+def image_lists(attributes: Mapping[str, Any], zarr_format: int) -> dict[str, list[Any]]:
+    """Return the lists of images in a group's attributes by their place, the one that is read first."""
     ome = attributes.get("ome")
-    scales = ome.get("multiscales") if isinstance(ome, dict) else None
-    if scales is None:
-        scales = attributes.get("multiscales")
-    return scales if isinstance(scales, list) and scales and isinstance(scales[0], dict) else None
+    places = {
+        "ome": ome.get("multiscales") if isinstance(ome, dict) else None,
+        "multiscales": attributes.get("multiscales"),
+    }
+    names = list(places) if zarr_format == 3 else list(reversed(places))
+    found = {name: places[name] for name in names}
+    return {
+        name: scales
+        for name, scales in found.items()
+        if isinstance(scales, list) and scales and isinstance(scales[0], dict)
+    }
