@@ -26,6 +26,7 @@ from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff import OVERRIDE_KEYS, Overrides
 from cellmap_lightning.io.store import local_path
 from cellmap_lightning.sampling.strategy import check_weight
+from cellmap_lightning.splits.csv_columns import Header, delimiter
 from cellmap_lightning.validation import did_you_mean
 
 SPLITS = ("train", "val", "test", "predict")
@@ -125,24 +126,20 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecor
     text = _read_text(file)
     entries: dict[str, list[CropRecord]] = {}
     problems: list[tuple[CropRecord, CellMapError]] = []
-    first: bool = True
-    options: list[str] = []
-    reader = csv.reader(io.StringIO(text), skipinitialspace=True, delimiter=_delimiter(text))
+    header: Header | None = None
+    reader = csv.reader(io.StringIO(text), skipinitialspace=True, delimiter=delimiter(text))
     for row in reader:
         cells = [cell.strip() for cell in row]
         if not any(cells) or cells[0].startswith("#"):
             continue
-        header, first = first and cells[0].lower() == "usage", False
-        if header:
-            names = [cell.lower() for cell in cells]
-            options = [name for name in names if name in _COLUMNS]
-            if names[len(names) - len(options) :] != options:
-                raise CellMapValueError(f"{file}: the columns {', '.join(options)} must be the last ones")
-            continue
         where = f"{file.name}, line {reader.line_num}"
+        if header is None:
+            header = _header(cells, file, reader.line_num)
+            if header.names:
+                continue
         try:
-            split, entry = _row(cells[: len(cells) - len(options)], where, file.parent, targets)
-            values = dict(zip(options, cells[len(cells) - len(options) :], strict=True))
+            cells, values = header.arranged(cells)
+            split, entry = _row(cells, where, file.parent, targets)
             weight = _weight(values.pop("weight", ""))
             labels = _value("labels", values.pop("labels", "") or "null")
             entry = replace(entry, target_path=with_labels(entry.target_path, labels))
@@ -160,12 +157,13 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecor
     return entries
 
 
-def _delimiter(text: str) -> str:
-    """Return the character between the cells: a comma, or the semicolon or tab of a spreadsheet's export."""
-    lines = (line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
-    # Not inside quotes, where a bracket has commas.
-    first = "".join(next(lines, "").split('"')[::2])
-    return next((c for c in ";\t" if c in first and "," not in first), ",")
+def _header(cells: Sequence[str], file: Path, line: int) -> Header:
+    """Return the header that the first row is, or one without names; errors name the line."""
+    try:
+        return Header.parse(cells, _COLUMNS, tuple(_USAGES)) or Header()
+    except CellMapError as e:
+        e.args = (f"{file}, line {line}: {e}",)
+        raise
 
 
 def _read_text(file: Path) -> str:
