@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -154,7 +155,38 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecor
         )
     if not entries:
         raise CellMapValueError(f"{file} names no crops: rows of 'usage, raw, target' are needed")
+    _check_repeated(entries, file)
     return entries
+
+
+def _check_repeated(entries: Mapping[str, Sequence[CropRecord]], file: Path) -> None:
+    """Raise an error that lists the rows that repeat a crop, which would be sampled and counted twice."""
+    first: dict[Any, str] = {}
+    repeated: list[tuple[CropRecord, CellMapError]] = []
+    for split, records in entries.items():
+        for entry in records if split != "predict" else ():
+            key = (split, _normal(entry.input_path), _target_key(entry), str(entry.metadata.get("box") or ""))
+            where = first.setdefault(key, entry.where)
+            if where is not entry.where:
+                line = where.rpartition(", ")[2]
+                repeated.append((entry, CellMapValueError(f"the crop of {line} again, for {split!r}")))
+    if repeated:
+        raise CellMapValueError(
+            f"{len(repeated)} row{'s' if len(repeated) > 1 else ''} of {file} repeat{'' if len(repeated) > 1 else 's'} "
+            "the usage, raw, crop, classes and box of another row; remove the copies (a crop is sampled more often by "
+            f"the column weight and data.strategy=weighted):\n{table_of(repeated)}"
+        )
+
+
+def _target_key(entry: CropRecord) -> Any:
+    """Return the location of the labels of an entry and its classes in alphabetical order; the path if malformed."""
+    try:
+        target = entry.target
+    except CellMapError:  # raised when the crop is opened
+        return entry.target_path
+    if target is None:
+        return None
+    return _normal(target.before), tuple(sorted(target.names)), target.label_map, _normal(target.after)
 
 
 def _header(cells: Sequence[str], file: Path, line: int) -> Header:
@@ -242,6 +274,12 @@ def _anchor(path: str, folder: Path) -> str:
     if "://" in path or path.startswith("~"):
         return path
     return str(folder / path)
+
+
+def _normal(path: str) -> str:
+    """Return a path or an address without repeated slashes, ``.`` and ``..``."""
+    protocol, separator, rest = path.rpartition("://")
+    return f"{protocol}{separator}{os.path.normpath(rest)}"
 
 
 def read_mapping(datasets: Mapping[str, Any]) -> dict[str, list[CropRecord]]:

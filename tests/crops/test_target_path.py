@@ -64,8 +64,8 @@ def test_folders_with_brackets_are_read(tmp_path, folder):
     assert sample(raw, target)["labels"].sum() == 16**3
     assert sample(raw, target.replace("/[mito]", "/mito") if "/[mito]/" not in target else target)["labels"].any()
     csv = tmp_path / folder / "crops.csv"
-    csv.write_text(f'train,v.zarr/em,"v.zarr/crop1/[mito]"\ntrain,{raw},{target}\n')
-    entries = read_csv(csv)["train"]
+    csv.write_text(f'train,v.zarr/em,"v.zarr/crop1/[mito]"\nval,{raw},{target}\n')
+    entries = [entry for of_split in read_csv(csv).values() for entry in of_split]
     assert [entry.target.names for entry in entries] == [("mito",)] * 2
     shutil.copytree(tmp_path / folder / "v.zarr" / "crop1" / "mito", tmp_path / folder / "v.zarr" / "crop1" / "er")
     bad = tmp_path / folder / "bad.csv"

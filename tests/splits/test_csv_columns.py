@@ -91,3 +91,52 @@ def test_rows_for_prediction_may_leave_out_cells(tmp_path, header, row):
 def test_columns_that_mean_nothing_are_named(read, header, cells, message):
     with pytest.raises(CellMapValueError, match=message):
         read(header, f'train,a.zarr/em,"{CROP}"{cells}')
+
+
+RAW_AND_CROP = f'a.zarr/em,"{CROP}"'
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        RAW_AND_CROP,
+        'a.zarr//em,"a.zarr/crop1//[mito,er]"',
+        './a.zarr/em/,"b/../a.zarr/crop1/[er, mito]"',
+        'a.zarr/em,"a.zarr/crop1/[mito,er]/"',
+        '{folder}/a.zarr/em,"{folder}/a.zarr/crop1/[mito,er]"',
+    ],
+)
+@pytest.mark.parametrize("usages", [("train", "Train"), ("val", "validate")])
+def test_a_row_that_repeats_a_crop_is_refused(tmp_path, again, usages):
+    other = RAW_AND_CROP.replace("crop1", "crop2")
+    rows = [f"{usages[0]},{RAW_AND_CROP}", f"{usages[0]},{other}", f"{usages[1]},{again.format(folder=tmp_path)}"]
+    (tmp_path / "crops.csv").write_text("\n".join(rows))
+    split = "val" if usages[0] == "val" else "train"
+    message = f"1 row of (?s:.*) repeats (?s:.*)line 3  the crop of line 1 again, for '{split}'"
+    with pytest.raises(CellMapValueError, match=message):
+        read_csv(tmp_path / "crops.csv")
+
+
+def test_addresses_are_compared_with_their_protocol(tmp_path):
+    row = "train,{0}://host/a.zarr/em,{0}://host/a.zarr/crop1/mito"
+    (tmp_path / "crops.csv").write_text("\n".join([row.format("s3"), row.format("gs")]))
+    assert len(read_csv(tmp_path / "crops.csv")["train"]) == 2
+    (tmp_path / "crops.csv").write_text("\n".join([row.format("s3"), row.format("s3")]))
+    with pytest.raises(CellMapValueError, match="line 2  the crop of line 1 again"):
+        read_csv(tmp_path / "crops.csv")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [f"train,{RAW_AND_CROP},", f"val,{RAW_AND_CROP},"],
+        [f"train,{RAW_AND_CROP},", 'train,a.zarr/em,"a.zarr/crop1/[mito,pm]",'],
+        [f"train,{RAW_AND_CROP},", f"train,b.zarr/em,{RAW_AND_CROP.split(',', 1)[1]},"],
+        [f'train,{RAW_AND_CROP},"0:40 0:72 0:88 voxels"', f'train,{RAW_AND_CROP},"40:80 0:72 0:88 voxels"'],
+        ["predict,a.zarr/em,,", "predict,a.zarr/em,,"],
+    ],
+    ids=["usage", "classes", "raw", "box", "predict"],
+)
+def test_rows_that_share_a_part_are_read(tmp_path, rows):
+    (tmp_path / "crops.csv").write_text("\n".join(["usage,raw,target,box", *rows]))
+    assert sum(map(len, read_csv(tmp_path / "crops.csv").values())) == 2
