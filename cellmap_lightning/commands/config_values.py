@@ -147,6 +147,9 @@ def _numeric_types(hint: Any) -> list[type]:
     return [option for option in options if option in _NUMBERS and option is not types.NoneType]
 
 
+_MONAI_UNETS = ("monai.networks.nets.UNet", "monai.networks.nets.unet.UNet")
+
+
 def check_model_shape(cfg: DictConfig) -> None:
     """Check that the patch fits the model: its dimensions, and lengths that the strides divide.
 
@@ -169,17 +172,31 @@ def check_model_shape(cfg: DictConfig) -> None:
     strides = OmegaConf.select(cfg, "model.strides")
     if not isinstance(strides, ListConfig):
         return
-    for axis, length in enumerate(lengths):
-        try:
-            factor = math.prod(s if isinstance(s, int) else s[axis] for s in strides)
-        except (IndexError, TypeError):
-            return  # the network's own error is about them
+    try:
+        factors = [math.prod(s if isinstance(s, int) else s[axis] for s in strides) for axis in range(len(lengths))]
+    except (IndexError, TypeError):
+        return  # the network's own error is about them
+    for length, factor in zip(lengths, factors, strict=True):
         if isinstance(length, int) and length % factor:
             lower = max(length // factor * factor, factor)
             raise CellMapValueError(
                 f"patch.shape={list(shape)}: {length} is not a multiple of {factor}, by which "
                 f"model.strides={list(strides)} shrinks it; {lower} and {(length // factor + 1) * factor} are"
             )
+    if lengths == factors and _normalizes_instances(cfg):
+        raise CellMapValueError(
+            f"patch.shape={list(shape)} is too small: model.strides={list(strides)} shrinks it to a single voxel, "
+            f"which model.norm=INSTANCE cannot normalize; {[2 * n if n != 1 else n for n in shape]} fits (one longer "
+            "axis is enough), or give fewer strides"
+        )
+
+
+def _normalizes_instances(cfg: DictConfig) -> bool:
+    """Return True if the model is MONAI's U-Net with instance normalization, its default."""
+    if OmegaConf.select(cfg, "model._target_") not in _MONAI_UNETS:
+        return False
+    norm = OmegaConf.select(cfg, "model.norm", default="INSTANCE")
+    return str(norm[0] if isinstance(norm, ListConfig) else norm).upper() == "INSTANCE"
 
 
 def refuse_csv(input_path: Any) -> None:

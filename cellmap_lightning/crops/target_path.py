@@ -70,8 +70,20 @@ class TargetPath:
             before, _, name = head.rstrip("/").rpartition("/")
             return cls((before or ".") + chain + archive, (name,), "", items)
         names = tuple(name.strip() for name in inside.split(","))
-        if not all(names) or len(set(names)) < len(names):
-            raise CellMapValueError(f"target path {path!r}: each class should be named once, got [{inside}]")
+        if not any(names):
+            raise CellMapValueError(
+                f"target path {path!r}: the bracket is empty; name the classes in it, as in [mito,er]"
+            )
+        if not all(names):
+            raise CellMapValueError(
+                f"target path {path!r}: name {names.index('') + 1} of {len(names)} in the bracket [{inside}] is empty; "
+                "remove the comma too many or add the class"
+            )
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CellMapValueError(
+                f"target path {path!r}: the bracket [{inside}] names {twice!r} twice; each class should be named once"
+            )
         return cls(before.rstrip("/") + chain + archive, names, after.strip("/"), items)
 
     def __str__(self) -> str:

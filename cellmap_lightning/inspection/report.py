@@ -142,8 +142,8 @@ def inspect(
             pad,
             (lambda shape, scale: _can_be_cut(settings, splits.classes, shape, scale)) if cut_later else None,
         )
-        costs, refused = None, None
-        if proposal is not None:
+        costs, refused = None, _unreadable(volumes, crops if input_path is None else (), chosen["classes"])
+        if proposal is not None and refused is None:
             settings["batch_size"] = settings.get("batch_size") or proposal.batch_size
             arguments = _complete(settings, proposal.shape, proposal.scale, proposal.classes, proposal.only_datasets)
             try:
@@ -233,6 +233,18 @@ def _splits(settings: Mapping[str, Any], arrays: Mapping[str, Any] | None = None
         **chosen("csv_path", "datasets", "search_path", "seed"),
         **(_patches(settings) if arrays is None else arrays),
     )
+
+
+def _unreadable(volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts], classes: Any) -> str | None:
+    """Return the error of data of which no volume, or no crop, can be read; None where one can."""
+    wrong = [volume for volume in volumes if not volume.present]
+    if wrong and len(wrong) == len(volumes):
+        text = wrong[0].wrong or "no level exists"
+        return f"none of the {len(wrong)} raw volumes can be read: {wrong[0].name}: {text}"
+    # With classes, the data module opens the crops, and its error lists them.
+    if not classes and crops and all(crop.wrong for crop in crops):
+        return f"none of the {len(crops)} annotated crops can be read: {crops[0].name}: {crops[0].wrong}"
+    return None
 
 
 def _can_be_cut(settings: Mapping[str, Any], classes: Any, shape: Sequence[int], scale: Vector) -> bool:

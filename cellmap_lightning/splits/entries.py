@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff import OVERRIDE_KEYS, Overrides
 from cellmap_lightning.io.store import local_path
 from cellmap_lightning.sampling.strategy import check_weight
+from cellmap_lightning.splits.csv_columns import Header, delimiter
 from cellmap_lightning.validation import did_you_mean
 
 SPLITS = ("train", "val", "test", "predict")
@@ -125,24 +127,20 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecor
     text = _read_text(file)
     entries: dict[str, list[CropRecord]] = {}
     problems: list[tuple[CropRecord, CellMapError]] = []
-    first: bool = True
-    options: list[str] = []
-    reader = csv.reader(io.StringIO(text), skipinitialspace=True, delimiter=_delimiter(text))
+    header: Header | None = None
+    reader = csv.reader(io.StringIO(text), skipinitialspace=True, delimiter=delimiter(text))
     for row in reader:
         cells = [cell.strip() for cell in row]
         if not any(cells) or cells[0].startswith("#"):
             continue
-        header, first = first and cells[0].lower() == "usage", False
-        if header:
-            names = [cell.lower() for cell in cells]
-            options = [name for name in names if name in _COLUMNS]
-            if names[len(names) - len(options) :] != options:
-                raise CellMapValueError(f"{file}: the columns {', '.join(options)} must be the last ones")
-            continue
         where = f"{file.name}, line {reader.line_num}"
+        if header is None:
+            header = _header(cells, file, reader.line_num)
+            if header.names:
+                continue
         try:
-            split, entry = _row(cells[: len(cells) - len(options)], where, file.parent, targets)
-            values = dict(zip(options, cells[len(cells) - len(options) :], strict=True))
+            cells, values = header.arranged(cells)
+            split, entry = _row(cells, where, file.parent, targets)
             weight = _weight(values.pop("weight", ""))
             labels = _value("labels", values.pop("labels", "") or "null")
             entry = replace(entry, target_path=with_labels(entry.target_path, labels))
@@ -157,15 +155,47 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecor
         )
     if not entries:
         raise CellMapValueError(f"{file} names no crops: rows of 'usage, raw, target' are needed")
+    _check_repeated(entries, file)
     return entries
 
 
-def _delimiter(text: str) -> str:
-    """Return the character between the cells: a comma, or the semicolon or tab of a spreadsheet's export."""
-    lines = (line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
-    # Not inside quotes, where a bracket has commas.
-    first = "".join(next(lines, "").split('"')[::2])
-    return next((c for c in ";\t" if c in first and "," not in first), ",")
+def _check_repeated(entries: Mapping[str, Sequence[CropRecord]], file: Path) -> None:
+    """Raise an error that lists the rows that repeat a crop, which would be sampled and counted twice."""
+    first: dict[Any, str] = {}
+    repeated: list[tuple[CropRecord, CellMapError]] = []
+    for split, records in entries.items():
+        for entry in records if split != "predict" else ():
+            key = (split, _normal(entry.input_path), _target_key(entry), str(entry.metadata.get("box") or ""))
+            where = first.setdefault(key, entry.where)
+            if where is not entry.where:
+                line = where.rpartition(", ")[2]
+                repeated.append((entry, CellMapValueError(f"the crop of {line} again, for {split!r}")))
+    if repeated:
+        raise CellMapValueError(
+            f"{len(repeated)} row{'s' if len(repeated) > 1 else ''} of {file} repeat{'' if len(repeated) > 1 else 's'} "
+            "the usage, raw, crop, classes and box of another row; remove the copies (a crop is sampled more often by "
+            f"the column weight and data.strategy=weighted):\n{table_of(repeated)}"
+        )
+
+
+def _target_key(entry: CropRecord) -> Any:
+    """Return the location of the labels of an entry and its classes in alphabetical order; the path if malformed."""
+    try:
+        target = entry.target
+    except CellMapError:  # raised when the crop is opened
+        return entry.target_path
+    if target is None:
+        return None
+    return _normal(target.before), tuple(sorted(target.names)), target.label_map, _normal(target.after)
+
+
+def _header(cells: Sequence[str], file: Path, line: int) -> Header:
+    """Return the header that the first row is, or one without names; errors name the line."""
+    try:
+        return Header.parse(cells, _COLUMNS, tuple(_USAGES)) or Header()
+    except CellMapError as e:
+        e.args = (f"{file}, line {line}: {e}",)
+        raise
 
 
 def _read_text(file: Path) -> str:
@@ -244,6 +274,12 @@ def _anchor(path: str, folder: Path) -> str:
     if "://" in path or path.startswith("~"):
         return path
     return str(folder / path)
+
+
+def _normal(path: str) -> str:
+    """Return a path or an address without repeated slashes, ``.`` and ``..``."""
+    protocol, separator, rest = path.rpartition("://")
+    return f"{protocol}{separator}{os.path.normpath(rest)}"
 
 
 def read_mapping(datasets: Mapping[str, Any]) -> dict[str, list[CropRecord]]:

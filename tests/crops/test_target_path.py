@@ -43,14 +43,29 @@ def test_malformed_brackets_are_refused(path):
         TargetPath.parse(path)
 
 
+@pytest.mark.parametrize(
+    ("bracket", "message"),
+    [
+        ("[]", r"the bracket is empty; name the classes in it"),
+        ("[ , ]", r"the bracket is empty; name the classes in it"),
+        ("[mito,,er]", r"name 2 of 3 in the bracket \[mito,,er\] is empty"),
+        ("[mito, er, ]", r"name 3 of 3 in the bracket \[mito, er, \] is empty; remove"),
+        ("[mito,er,mito]", r"names 'mito' twice; each class should be named once"),
+    ],
+)
+def test_brackets_with_empty_or_repeated_names_are_refused(bracket, message):
+    with pytest.raises(CellMapValueError, match=message):
+        TargetPath.parse(f"/d/crop1/{bracket}")
+
+
 @pytest.mark.parametrize("folder", ["[2024] mito", "[mito]", "a[b"])
 def test_folders_with_brackets_are_read(tmp_path, folder):
     raw, target = write_pair(tmp_path / folder, cube(), attributes=annotated(KIND))
     assert sample(raw, target)["labels"].sum() == 16**3
     assert sample(raw, target.replace("/[mito]", "/mito") if "/[mito]/" not in target else target)["labels"].any()
     csv = tmp_path / folder / "crops.csv"
-    csv.write_text(f'train,v.zarr/em,"v.zarr/crop1/[mito]"\ntrain,{raw},{target}\n')
-    entries = read_csv(csv)["train"]
+    csv.write_text(f'train,v.zarr/em,"v.zarr/crop1/[mito]"\nval,{raw},{target}\n')
+    entries = [entry for of_split in read_csv(csv).values() for entry in of_split]
     assert [entry.target.names for entry in entries] == [("mito",)] * 2
     shutil.copytree(tmp_path / folder / "v.zarr" / "crop1" / "mito", tmp_path / folder / "v.zarr" / "crop1" / "er")
     bad = tmp_path / folder / "bad.csv"

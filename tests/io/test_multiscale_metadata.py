@@ -235,7 +235,7 @@ def test_columns_of_a_csv(tmp_path):
     for header, cells, text in (
         ("usage,raw,target,unit", "parsecc", "line 2 .* unit must be a unit of length"),
         ("usage,raw,target,voxel_size", '"[8, 8"', "line 2 .* voxel_size cannot be read from '\\[8, 8'"),
-        ("usage,unit,raw,target", "x", "the columns unit must be the last ones"),
+        ("usage,unit,a,raw,b,target", "x", "the columns unit must be the last ones"),
     ):
         csv.write_text(f"{header}\ntrain,r,t,{cells}\n")
         with pytest.raises(CellMapError, match=f"(?s){text}"):
