@@ -98,11 +98,7 @@ def submit(
     others = sorted({row.name for row, _ in rows if row.name not in segmented}) if tuned is not None else []
     if others:
         log.info("tuned=%s: it has no parameters of %s; threshold %g is used", tuned, ", ".join(others), threshold)
-    meanings = []
-    for row, path in rows:  # everything is checked before anything is written
-        check_covers(row, path)
-        segmented.check(row, path, values)
-        meanings.append(stored_meaning(row, path, values) if row.name not in segmented else _IDS)
+    meanings = _checked_meanings(rows, segmented, values)  # all are checked before anything is written
     make_room(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_group(out)
@@ -129,6 +125,22 @@ def submit(
             len(empty), len(rows), ", ".join(empty),
         )  # fmt: skip
     return _zip(out), missing
+
+
+def _checked_meanings(
+    rows: Sequence[tuple[ManifestRow, Path]], segmented: InstanceMethods, values: ValuesSetting
+) -> list[Meaning]:
+    """Return the meaning of the stored values of each prediction, after a check that it covers its crop.
+
+    Raises:
+        CellMapValueError: see `submit`.
+    """
+    meanings = []
+    for row, path in rows:
+        check_covers(row, path)
+        segmented.check(row, path, values)
+        meanings.append(stored_meaning(row, path, values) if row.name not in segmented else _IDS)
+    return meanings
 
 
 def _without_small(labels: Labels, row: ManifestRow, min_volume: MinVolume) -> tuple[Labels, str]:

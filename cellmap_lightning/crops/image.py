@@ -108,16 +108,7 @@ def choose_level(
     level = min(image.present, key=size)
     ratios = np.divide(level.scale, scale)
     if max_upsampling is not None and ratios.max() > max_upsampling * (1 + SCALE_TOLERANCE):
-        absent = [m.name for m in image.levels if m.info is None]
-        raise CellMapValueError(
-            f"{name}{image.path}: the scale {[float(s) for s in scale]} nm is "
-            + ", ".join(
-                f"{r:.3g}x finer along {a}" for a, r in zip(AXES, ratios, strict=True) if r > 1 + SCALE_TOLERANCE
-            )
-            + f" than its finest level {level.name} ({list(level.scale)} nm); at most {max_upsampling:g}x is allowed"
-            + (f". Levels {', '.join(absent)} are listed but not on disk" if absent else "")
-            + _scale_hint(scale, level.scale)
-        )
+        raise CellMapValueError(_too_coarse_text(f"{name}{image.path}", image, level, scale, max_upsampling))
     absent_finer = [m for m in image.levels if m.info is None and size(m) < size(level)]
     if absent_finer:
         wanted = max(filter(fits, absent_finer), key=size, default=absent_finer[0])
@@ -133,6 +124,19 @@ def choose_level(
         name, image.path, list(scale), level.name, list(level.scale),
     )  # fmt: skip
     return level
+
+
+def _too_coarse_text(where: str, image: Multiscale, level: Level, scale: Sequence[float], max_upsampling: float) -> str:
+    """Return the message of a scale that is too fine for the finest level of an image."""
+    ratios = np.divide(level.scale, scale)
+    finer = [f"{r:.3g}x finer along {a}" for a, r in zip(AXES, ratios, strict=True) if r > 1 + SCALE_TOLERANCE]
+    absent = [m.name for m in image.levels if m.info is None]
+    return (
+        f"{where}: the scale {[float(s) for s in scale]} nm is {', '.join(finer)} than its finest level {level.name} "
+        f"({list(level.scale)} nm); at most {max_upsampling:g}x is allowed"
+        + (f". Levels {', '.join(absent)} are listed but not on disk" if absent else "")
+        + _scale_hint(scale, level.scale)
+    )
 
 
 def _scale_hint(scale: Sequence[float], stored: Sequence[float]) -> str:

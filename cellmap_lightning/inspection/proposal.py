@@ -91,12 +91,11 @@ def propose(
         scale, why_scale = to_vector(chosen["scale"]), "as given"
     largest = np.multiply(scale, 1 + SCALE_TOLERANCE)
     fitting = [crop for crop in usable if (np.asarray(crop.scale) <= largest).all()]
+    shape, why_shape = _shape(scale, fitting, readable, device_bytes, pad)
     if chosen.get("shape"):
         shape, why_shape = tuple(chosen["shape"]), "as given"
-    else:
-        shape, why_shape = _shape(scale, fitting, readable, device_bytes, pad)
-        if holds is not None:
-            shape, why_shape = _cut_shape(shape, scale, why_shape, holds)
+    elif holds is not None:
+        shape, why_shape = _cut_shape(shape, scale, why_shape, holds)
     if not (chosen.get("shape") and chosen.get("scale")) and holds is None:
         why_shape += _smaller(fitting, scale, shape, pad)
     classes, why_classes = _classes(usable)
@@ -107,13 +106,11 @@ def propose(
     reasons = {"scale": why_scale, "shape": why_shape, "batch_size": why_batch_size, "normalize": why_normalize}
     if classes:
         reasons["classes"] = why_classes
-    only = None
-    if source.get("only_datasets") is None and source.get("only_crops") is None:
-        only, why_only = _fine_enough_datasets(readable, usable, scale, max_upsampling)
-        if only is not None:
-            reasons["only_datasets"] = why_only
-            source = {**source, "only_datasets": list(only)}
-    data = {**source, **({"classes": list(classes)} if classes else {})}
+    only, why_only = _fine_enough_datasets(readable, usable, scale, max_upsampling, source)
+    if only is not None:
+        reasons["only_datasets"] = why_only
+        source = {**source, "only_datasets": list(only)}
+    data = source if not classes else {**source, "classes": list(classes)}
     text = _yaml(scale, shape, batch_size, normalize, data, reasons)
     return Proposal(scale, shape, batch_size, normalize, classes, only, reasons, text)
 
@@ -133,23 +130,40 @@ def _scale(volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts]) -> tuple[
     counts = {scale: fitting(scale) for scale in candidates}
     needed = min(max(counts.values()), MOST_CROPS * len(crops))
     chosen = next(scale for scale in candidates if counts[scale] >= needed)
-    finer = [s for s in candidates if np.prod(s) < np.prod(chosen)]
+    return chosen, _scale_reason(chosen, counts, crops)
+
+
+def _scale_reason(chosen: Vector, counts: Mapping[Vector, int], crops: Sequence[CropFacts]) -> str:
+    """Return why a voxel size is proposed.
+
+    Args:
+        chosen: the voxel size, nm.
+        counts: the candidates from fine to coarse, and the number of crops that fit each.
+        crops: annotated crops.
+    """
+    finer = [s for s in counts if np.prod(s) < np.prod(chosen)]
     text = f"the finest level at which most crops have raw and labels: {counts[chosen]} of {len(crops)}"
     if finer:
         text += f"; {_scale_text(finer[-1])} fits {counts[finer[-1]]}"
-    coarser = [s for s in candidates if counts[s] > counts[chosen]]
+    coarser = [s for s in counts if counts[s] > counts[chosen]]
     text += f"; {_scale_text(coarser[0])} would fit {counts[coarser[0]]}" if coarser else ""
     coarse = [c.name for c in crops if c.scale is not None and max(np.divide(c.scale, chosen)) > 1 + SCALE_TOLERANCE]
-    return chosen, text + (f"; labels are coarser in {first_few(coarse, _LISTED)}" if coarse else "")
+    return text + (f"; labels are coarser in {first_few(coarse, _LISTED)}" if coarse else "")
 
 
 def _fine_enough_datasets(
-    volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts], scale: Vector, max_upsampling: float
+    volumes: Sequence[VolumeFacts],
+    crops: Sequence[CropFacts],
+    scale: Vector,
+    max_upsampling: float,
+    source: Mapping[str, Any],
 ) -> tuple[tuple[str, ...] | None, str]:
-    """Return the datasets whose raw is fine enough; None if all of them are, or none.
+    """Return the datasets whose raw is fine enough; None if all of them are, or none, or if the source chooses some.
 
     The others have to be excluded: raw that is too coarse is an error, not left out.
     """
+    if source.get("only_datasets") is not None or source.get("only_crops") is not None:
+        return None, ""
     paths = {v.path for v in volumes if max(np.divide(v.present[0].scale, scale)) <= max_upsampling}
     if {crop.raw in paths for crop in crops} != {True, False}:
         return None, ""

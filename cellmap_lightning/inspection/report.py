@@ -162,16 +162,21 @@ def inspect(
                 refused = str(e)
             crops = at_scale(crops, proposal.scale, deep)
         problems = [Problem("config", "", refused)] if refused is not None else []
-        names = list(chosen["classes"] or dict.fromkeys(name for crop in crops for name in crop.classes))
+        names = _named_classes(chosen["classes"], crops)
         # What does not fit a proposal is no fault of the data; its reasons name such crops.
         scale = to_vector(chosen["scale"]) if chosen["scale"] else None
         problems += find_problems(
             volumes, crops, names, scale, chosen["shape"], pad, settings.get("too_coarse", "drop"),
             settings.get("held_out"), splits.other_spellings,
         )  # fmt: skip
-    complete = all(value is not None for value in chosen.values())
+    complete = None not in chosen.values()
     rule = str(settings.get("split") or "csv")
     return Inspection(volumes, crops, problems, proposal, costs, refused, complete, rule)
+
+
+def _named_classes(chosen: Sequence[str] | None, crops: Sequence[CropFacts]) -> list[str]:
+    """Return the requested classes, or else those of the crops."""
+    return list(chosen or dict.fromkeys(name for crop in crops for name in crop.classes))
 
 
 def settings_around(input_path: str) -> dict[str, Any]:
