@@ -63,7 +63,13 @@ def decode_bounded(stored: Any, encoded: Encoded) -> Any:
         return decoded
     decode = _DECODERS[encoded.codec]
     if encoded.codec == "zstd" and encoded.exact:  # frames may lack a size, and `out` limits all
-        return decode(stored, np.empty(encoded.nbytes, np.uint8))
+        try:
+            return decode(stored, np.empty(encoded.nbytes, np.uint8))
+        except ValueError as e:
+            if "buffer too small" not in str(e):
+                raise
+            text = f"it would decode to more than {encoded.nbytes} bytes, which a chunk of the array has"
+            raise SizeError(text, encoded.nbytes + 1) from e
     check_header(memoryview(stored).cast("B"), encoded)
     return decode(stored)
 

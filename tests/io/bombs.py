@@ -80,9 +80,13 @@ SETTINGS = {
 }  # fmt: skip
 
 
+#: zarr-python 3.4 insists on the byte order, also of the index.
+INDEX = [{"name": "bytes", "configuration": {"endian": "little"}}]
+
+
 def sharded(chunk, *codecs):
     inner = v3(*codecs)["codecs"]
-    settings = {"chunk_shape": chunk, "codecs": inner, "index_codecs": [{"name": "bytes"}], "index_location": "end"}
+    settings = {"chunk_shape": chunk, "codecs": inner, "index_codecs": INDEX, "index_location": "end"}
     return {"name": "sharding_indexed", "configuration": settings}
 
 

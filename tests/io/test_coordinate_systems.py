@@ -1,10 +1,8 @@
 """Images of OME-NGFF 0.6: coordinate systems, and transformations that reduce to a lattice or do not."""
 
 import numpy as np
-import ome_zarr_models._v06.image as v06
 import pytest
 import zarr
-from ome_zarr_models._v06.axes import Axis
 from pydantic_zarr.v3 import ArraySpec
 
 from cellmap_lightning.errors import MetadataError
@@ -171,6 +169,10 @@ def test_other_systems_are_reported(tmp_path):
 
 def test_images_of_ome_zarr_models(tmp_path):
     """Its draft of 0.6 has the axes and transformations of 0.5."""
+    # A draft, of which newer versions have another form.
+    v06 = pytest.importorskip("ome_zarr_models._v06.image")
+    from ome_zarr_models._v06.axes import Axis
+
     image = v06.Image.new(
         array_specs=[ArraySpec.from_array(VOXELS, dimension_names=list("zyx"))], paths=["s0"],
         axes=[Axis(name=name, type="space", unit="nanometer") for name in "zyx"],
