@@ -92,7 +92,7 @@ def parse_label_map(value: Any) -> tuple[tuple[int, str], ...]:
             raise CellMapTypeError(f"a label map must be {{id: class}}, got {name!r} for the id {key}")
         ids[int(digits)] = name.strip()
     if not class_names(ids.items()):
-        raise CellMapKeyError(f"labels must name a class beside {BACKGROUND!r} and {UNKNOWN!r}, got {dict(ids)}")
+        raise CellMapKeyError(f"a label map must name a class beside {BACKGROUND!r} and {UNKNOWN!r}, got {dict(ids)}")
     return tuple(sorted(ids.items()))
 
 

@@ -148,7 +148,7 @@ def test_types_of_ids(tmp_path, ids, dtype):
     ],
 )
 def test_bad_label_maps(label_map):
-    with pytest.raises(CellMapError, match=r"datasets.train\[0\]: labels must"):
+    with pytest.raises(CellMapError, match=r"datasets.train\[0\]: a label map must"):
         read_mapping({"train": [{"raw": "a", "gt": "b", "labels": label_map}]})
 
 
