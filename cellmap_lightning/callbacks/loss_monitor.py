@@ -25,7 +25,7 @@ class LossMonitor(L.Callback):
 
     A loss that is NaN makes all weights NaN in its step, unless a gradient scaler leaves the step out; all that is
     computed and saved afterwards is useless. The flag of each step stays on the device and is read in the first step of
-    an epoch, after every ``every_n_steps`` of them, and at its end, before its checkpoint is written. Ranks decide
+    an epoch, after every ``every_n_steps`` of them, at its end, and before any checkpoint is written. Ranks decide
     together. With manual optimization the loss is what ``training_step`` returns.
 
     Args:
@@ -41,10 +41,12 @@ class LossMonitor(L.Callback):
     def __init__(self, every_n_steps: int = 50) -> None:
         self.every_n_steps = int_at_least("every_n_steps", every_n_steps, 1)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the steps of earlier trainings."""
         self._infinite: Tensor | None = None
         self._warned = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the steps of earlier trainings."""
+        self._infinite, self._warned = None, False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -61,6 +63,10 @@ class LossMonitor(L.Callback):
         """Read what the last steps noted."""
         self._check(trainer, pl_module)
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read what the last steps noted before a checkpoint of them is written, also in the middle of an epoch."""
+        self._check(trainer, pl_module)
+
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         infinite, self._infinite = self._infinite, None
         together = trainer.strategy.reduce_boolean_decision
@@ -69,10 +75,10 @@ class LossMonitor(L.Callback):
         names = [name for name, weight in pl_module.named_parameters() if not _is_finite(weight)]
         where = f"epoch {trainer.current_epoch}, optimizer step {trainer.global_step}"
         if together(bool(names), all=False):
-            of_which = f" ({names[0]} and {len(names) - 1} more)" if names else ""
+            listed = f" ({names[0]} and {len(names) - 1} more)" if names else ""
             raise CellMapValueError(
                 f"{where}: the loss of {type(pl_module).__name__} is NaN or infinite, and so are its weights"
-                f"{of_which}; {_ADVICE}"
+                f"{listed}; {_ADVICE}"
             )
         if not self._warned:
             self._warned = True

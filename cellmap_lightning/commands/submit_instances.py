@@ -87,7 +87,7 @@ class InstanceMethods:
         for name, settings in methods.items():
             if name not in classes:
                 raise CellMapValueError(
-                    f"instances={{{name}: ...}}: {name!r} is none of instance_classes ({', '.join(classes)}), whose "
+                    f"instances={{{name}: ...}}: {name!r} is not among instance_classes ({', '.join(classes)}), whose "
                     f"objects are numbered{did_you_mean(name, classes)}; add it with instance_classes=[...,{name}], "
                     f"or leave {name} out of instances"
                 )

@@ -49,7 +49,7 @@ KINDS = {
     "unreadable": "cannot be read",
     "config": "the configuration is refused, for the reason in the error at the end",
     "spelling": "classes under another spelling, which are unannotated",
-    "access": "files of which more is read than a patch",
+    "access": "files that are slow to read patch by patch",
     "unit": "images without a unit of length",
     "scale": "implausible voxel sizes",
     "levels": "pyramids whose levels are not placed by their metadata",

@@ -241,7 +241,7 @@ def _splits(settings: Mapping[str, Any], arrays: Mapping[str, Any] | None = None
 
 
 def _unreadable(volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts], classes: Any) -> str | None:
-    """Return the error of data of which no volume, or no crop, can be read; None where one can."""
+    """Return an error if no volume, or no crop, can be read; otherwise None."""
     wrong = [volume for volume in volumes if not volume.present]
     if wrong and len(wrong) == len(volumes):
         text = wrong[0].wrong or "no level exists"

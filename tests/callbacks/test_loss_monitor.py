@@ -2,10 +2,12 @@
 
 import logging
 import math
+from datetime import timedelta
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
@@ -93,6 +95,24 @@ def test_a_loss_that_diverges_later_is_found_when_steps_are_logged(volume, tmp_p
         fit(volume, tmp_path, task, callbacks=[last, LossMonitor(every)], enable_checkpointing=True)
     assert task.steps == steps
     assert not (tmp_path / "checkpoints").exists(), "nothing was saved"
+
+
+@pytest.mark.parametrize("when", [{"every_n_train_steps": 1}, {"train_time_interval": timedelta(microseconds=1)}])
+def test_checkpoints_in_the_middle_of_an_epoch_are_written_before_it_alone(volume, tmp_path, when):
+    saves = ModelCheckpoint(tmp_path / "checkpoints", "{step}", save_top_k=-1, **when)
+    with pytest.raises(CellMapError, match="optimizer step 3: the loss of Own is NaN or infinite, and so"):
+        fit(volume, tmp_path, Own(growing), callbacks=[saves, LossMonitor()], enable_checkpointing=True)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step=1.ckpt", "step=2.ckpt"]
+
+
+def test_a_checkpoint_of_the_validation_in_an_epoch_is_not_written(volume, tmp_path):
+    last = LastCheckpoint(tmp_path / "checkpoints")
+    with pytest.raises(CellMapError, match="optimizer step 4: the loss of Own is NaN or infinite, and so"):
+        fit(
+            volume, tmp_path, Own(growing), callbacks=[last, LossMonitor()], enable_checkpointing=True,
+            val_check_interval=4, limit_val_batches=1,
+        )  # fmt: skip
+    assert not (tmp_path / "checkpoints").exists()
 
 
 class Skips(Own):

@@ -92,7 +92,7 @@ def test_a_wrong_folder_of_predictions(folder, place, hint):
     [("er", "add it with instance_classes=[...,er]"), ("pm", "or leave pm out"), ("mitto", "did you mean 'mito'?")],
 )
 def test_methods_of_classes_without_objects(folder, name, hint):
-    with pytest.raises(CellMapValueError, match=f"{name!r} is none of instance_classes \\(nuc, vim,") as caught:
+    with pytest.raises(CellMapValueError, match=f"{name!r} is not among instance_classes \\(nuc, vim,") as caught:
         submit(
             folder / "predictions", folder / "test_crop_manifest.csv", folder / "s.zarr",
             instances={name: {"method": "components"}},
@@ -115,4 +115,4 @@ def test_the_command_prints_the_lines(folder):
         "manifest=test_crop_manifest.csv", "instances={er: {method: components}}", cwd=folder, command="submit"
     )
     assert code == 1
-    assert "'er' is none of instance_classes" in text
+    assert "'er' is not among instance_classes" in text

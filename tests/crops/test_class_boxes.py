@@ -10,7 +10,7 @@ from tests.geometries import write_image, write_label
 from tests.make import make_split
 
 PATCH = {"shape": [8, 8, 8], "scale": [8, 8, 8]}
-#: Scale, translation and shape of the class mito, of which er has 8, 96 and (24, 20, 16), with its box in the messages.
+#: Scale, translation and shape of the class mito, with its box in the messages. Those of er are 8, 96, (24, 20, 16).
 APART = {
     "lost": (8, [0, 0, 0], [24, 20, 16], "z [-4, 188] x y [-4, 156] x x [-4, 124] nm"),
     "voxels": (8, [12, 12, 12], [24, 20, 16], "z [8, 200] x y [8, 168] x x [8, 136] nm"),
