@@ -17,6 +17,7 @@ JOBS = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text()
 #: Modules whose distribution has another name.
 DISTRIBUTIONS = {
     "bioimageio": "bioimageio.core",
+    "ome_zarr_models": "ome-zarr-models",
     "cc3d": "connected-components-3d",
     "PIL": "pillow",
     "pytorch_lightning": "lightning",
