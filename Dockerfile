@@ -12,7 +12,8 @@ ARG PIP_OPTIONS=""
 ARG EXTRAS=train,fast,targets,challenge,s3
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUTF8=1 HOME=/tmp PATH=/opt/env/bin:$PATH
 
-# CUDA images have no Python.
+# CUDA images have no Python. Its version is that of the base.
+# hadolint ignore=DL3008
 RUN command -v python3 || (apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*)
@@ -28,7 +29,8 @@ COPY cellmap_lightning cellmap_lightning
 COPY configs configs
 RUN pip install -c constraints.txt ${PIP_OPTIONS} ".[${EXTRAS}]"
 
-RUN useradd --no-create-home cellmap && install --directory --owner cellmap /work
-USER cellmap
+RUN useradd --no-create-home --uid 1001 cellmap && install --directory --owner cellmap /work
+# By its number, which Kubernetes can check.
+USER 1001
 WORKDIR /work
 CMD ["cellmap-train", "--help"]
