@@ -19,6 +19,7 @@ OWN = (
     "cellmap_lightning.training.task.SegmentationTask",
     "cellmap_lightning.training.reconstruction.ReconstructionTask",
     "cellmap_lightning.training.networks.ContextNet",
+    "cellmap_lightning.training.unet.UNet",
     "cellmap_lightning.transforms.normalization.OnDictionary",
 )
 #: Other packages' trusted classes: the modules that they are in, and their base class.

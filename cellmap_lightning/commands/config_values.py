@@ -147,7 +147,7 @@ def _numeric_types(hint: Any) -> list[type]:
     return [option for option in options if option in _NUMBERS and option is not types.NoneType]
 
 
-_MONAI_UNETS = ("monai.networks.nets.UNet", "monai.networks.nets.unet.UNet")
+_UNETS = ("cellmap_lightning.training.unet.UNet", "monai.networks.nets.UNet", "monai.networks.nets.unet.UNet")
 
 
 def check_model_shape(cfg: DictConfig) -> None:
@@ -192,8 +192,8 @@ def check_model_shape(cfg: DictConfig) -> None:
 
 
 def _normalizes_instances(cfg: DictConfig) -> bool:
-    """Return True if the model is MONAI's U-Net with instance normalization, its default."""
-    if OmegaConf.select(cfg, "model._target_") not in _MONAI_UNETS:
+    """Return True if the model is a U-Net of MONAI with instance normalization, its default."""
+    if OmegaConf.select(cfg, "model._target_") not in _UNETS:
         return False
     norm = OmegaConf.select(cfg, "model.norm", default="INSTANCE")
     return str(norm[0] if isinstance(norm, ListConfig) else norm).upper() == "INSTANCE"

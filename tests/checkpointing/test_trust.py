@@ -193,7 +193,8 @@ def test_names_that_are_not_trusted(target):
         "torch.optim.lr_scheduler.ReduceLROnPlateau", "monai.networks.nets.UNet", "monai.networks.nets.SwinUNETR",
         "monai.networks.nets.FlexibleUNet", "monai.networks.blocks.Convolution",
         "torchmetrics.classification.BinaryF1Score", "torchmetrics.MeanMetric",
-        "cellmap_lightning.training.networks.ContextNet", "cellmap_lightning.CellMapDataModule",
+        "cellmap_lightning.training.networks.ContextNet", "cellmap_lightning.training.unet.UNet",
+        "cellmap_lightning.CellMapDataModule",
         "cellmap_lightning.datamodule.CellMapDataModule",
     ],
 )  # fmt: skip

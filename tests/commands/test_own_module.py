@@ -293,14 +293,14 @@ def test_best_checkpoint_of_a_loss(volume, tmp_path, more, best, word):
     [
         (
             ["model._target_=torch.nn.Conv3d"],
-            ["model: Conv3d has no argument spatial_dims, channels, strides, up_kernel_size, num_res_units, act, norm",
-             "which model=unet sets for monai.networks.nets.UNet; Conv3d takes in_channels, out_channels, ",
+            ["model: Conv3d has no argument spatial_dims, channels, strides, num_res_units, act, norm",
+             "which model=unet sets for cellmap_lightning.training.unet.UNet; Conv3d takes in_channels, out_channels, ",
              "write _target_: torch.nn.Conv3d and its arguments into my_configs/model/mine.yaml",
              "--config-dir my_configs model=mine; or give them in an experiment with 'override /model: null'"],
         ),
         (
             ["model=unet_small", "model._target_=monai.networks.nets.DynUNet"],
-            ["which model=unet_small sets for monai.networks.nets.UNet"],
+            ["which model=unet_small sets for cellmap_lightning.training.unet.UNet"],
         ),
         (
             ["task._target_=cellmap_lightning.training.reconstruction.ReconstructionTask"],

@@ -8,7 +8,10 @@ from omegaconf import OmegaConf
 from cellmap_lightning.commands.config_values import check_model_shape
 from cellmap_lightning.errors import CellMapError
 
-UNET = {"_target_": "monai.networks.nets.UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 1}
+UNET = {
+    "_target_": "cellmap_lightning.training.unet.UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 1
+}  # fmt: skip
+MONAI = {"_target_": "monai.networks.nets.UNet"}
 THREE = {"channels": [2, 2, 2, 2], "strides": [2, 2, 2], "num_res_units": 1}
 
 
@@ -17,6 +20,7 @@ THREE = {"channels": [2, 2, 2, 2], "strides": [2, 2, 2], "num_res_units": 1}
     [
         ([8, 8, 8], THREE, "[16, 16, 16]"),
         ([8, 8, 8], THREE | {"norm": "instance"}, "[16, 16, 16]"),
+        ([8, 8, 8], THREE | MONAI, "[16, 16, 16]"),
         ([1, 4, 4], {"channels": [2, 2, 2], "strides": [2, 2], "spatial_dims": 2}, "[1, 8, 8]"),
         ([2, 4, 4], {"channels": [2, 2, 2], "strides": [[1, 2, 2], 2], "norm": ["INSTANCE", {}]}, "[4, 8, 8]"),
         ([8, 8, 16], THREE, None),
