@@ -210,7 +210,7 @@ def _read_text(file: Path) -> str:
     except IsADirectoryError:
         raise CellMapFileNotFoundError(f"the CSV of crops {file} is a folder") from None
     except UnicodeDecodeError as e:
-        raise CellMapValueError(f"{file} is not a text file ({e})") from None
+        raise CellMapValueError(f"{file} is not a text file in UTF-8 ({e}); save it as CSV in UTF-8") from None
 
 
 def _row(cells: list[str], where: str, folder: Path, targets: bool) -> tuple[str, CropRecord]:

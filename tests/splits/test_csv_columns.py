@@ -208,3 +208,10 @@ def test_quotes_and_brackets_inside_of_names_are_read(tmp_path, raw, target):
     (entry,) = read_csv(tmp_path / "crops.csv")["train"]
     assert (entry.input_path, entry.target_path) == tuple(str(tmp_path / path.strip('"')) for path in (raw, target))
     assert entry.metadata == {"unit": "nm"}
+
+
+@pytest.mark.parametrize("text", [f"train,a.zarr/em,“{CROP}”", "train,Müller/em,Müller/crop1/mito", "\x00ÿþ"])
+def test_a_file_in_another_encoding_is_refused(tmp_path, text):
+    (tmp_path / "crops.csv").write_bytes(text.encode("cp1252"))
+    with pytest.raises(CellMapValueError, match=r"crops\.csv is not a text file in UTF-8 .*; save it as CSV in UTF-8"):
+        read_csv(tmp_path / "crops.csv")
