@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.commands.program import run_command
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapKeyError, CellMapValueError
+from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.validation import one_of
 
 _METRICS = ("voxels", "surface", "instances")
@@ -37,7 +38,9 @@ def _evaluate(cfg: DictConfig) -> None:
         )
     classes = check_prediction(prediction, settings["classes"])
     if not truth.is_dir():
-        raise CellMapKeyError(f"truth={truth} does not exist; give the folder of the annotated crops, or of one crop")
+        raise CellMapKeyError(
+            f"truth={truth} does not exist{similar_path(truth)}; give the folder of the annotated crops, or of one crop"
+        )
     if truth.resolve() in (prediction.resolve(), prediction.resolve().parent):
         raise CellMapValueError(f"truth={truth} is the prediction itself; give the folder of the annotated crops")
     if not crop_folders(truth, classes):

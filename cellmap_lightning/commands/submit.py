@@ -24,6 +24,7 @@ from cellmap_lightning.evaluation.numbering import (
 )
 from cellmap_lightning.evaluation.prediction_labels import check_covers, prediction_labels, stored_meaning
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting, check_values, prediction_attributes
+from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.io.store import children
 from cellmap_lightning.io.writer import codec_of, create_level, make_room, write_group
 from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD
@@ -195,7 +196,7 @@ def _layout_hint(predictions: Path) -> str:
         "; they are looked for in <predictions>/<dataset>.zarr/<crop>/<class>, as cellmap-predict crops=... writes them"
     )
     if not predictions.is_dir():
-        return f"{hint}; {predictions} does not exist"
+        return f"{hint}; {predictions} does not exist{similar_path(predictions)}"
     volume = next((p for p in (predictions, *predictions.parents) if p.suffix == ".zarr"), None)
     if volume is not None:
         return f"{hint}: give the folder above {volume.name}, predictions={volume.parent}"

@@ -3,7 +3,7 @@
 import logging
 import math
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from cellmap_lightning.conversion.journal import Block, ConversionJournal
-from cellmap_lightning.conversion.label_like import few_values, report_few_values
+from cellmap_lightning.conversion.label_like import MOST_VALUES, few_values, report_few_values
 from cellmap_lightning.conversion.options import ConversionOptions
-from cellmap_lightning.errors import CellMapFileExistsError, MetadataError, OutputError
+from cellmap_lightning.conversion.output import begun, check_apart, check_output, is_complete, opened, record_of
+from cellmap_lightning.errors import MetadataError, OutputError
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.images import read_image
-from cellmap_lightning.io.label_ids import UNANNOTATED, LabelIds, class_names, ids_of
-from cellmap_lightning.io.label_values import read_labels
-from cellmap_lightning.io.ngff import Level, Note, report
+from cellmap_lightning.io.label_ids import UNANNOTATED, LabelIds, class_names, ids_of, unlisted_text
+from cellmap_lightning.io.label_values import read_labels, stored_ids
+from cellmap_lightning.io.ngff import Level, Multiscale, Note, report
 from cellmap_lightning.io.ngff.notes import without_entry
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.writer import multiscale_attributes, write_group
@@ -44,11 +45,15 @@ COMPRESSION_LEVEL = 5
 def convert(options: ConversionOptions) -> Path:
     """Convert a volume to OME-NGFF, and return the group that was written.
 
-    A conversion that was interrupted is resumed by the same call. The input is never written to.
+    A conversion that was interrupted is resumed by the same call, and replaced by one with other settings. The input is
+    never written to.
 
     Raises:
-        CellMapFileExistsError: the output exists, and is not an unfinished conversion of the same input.
+        CellMapFileExistsError: the output exists, and is not an unfinished conversion; see ``overwrite``. Or another
+            job writes to it.
+        CellMapValueError: the output lies in the input, or the input in the output.
         OutputError: the written voxels are not those of the input.
+        MetadataError: a label map lacks ids.
         CellMapError: the input cannot be read.
 
     Example:
@@ -56,22 +61,24 @@ def convert(options: ConversionOptions) -> Path:
         PosixPath('vol.zarr')
     """
     output = Path(options.output).expanduser()
-    level = _read(options)
+    image = _read(options)
+    check_apart(output, image.path)
+    level = image.finest
     workers = default_workers(options.workers, not open_reader(level).local)
     with open_scheduler(options.scheduler, workers, options.address) as scheduler:
         _convert(output, level, options, scheduler)
     return output
 
 
-def _read(options: ConversionOptions) -> Level:
-    """Return the level that is converted, after a report of what was assumed about its metadata."""
+def _read(options: ConversionOptions) -> Multiscale:
+    """Return the image that is converted, after a report of what was assumed about its metadata."""
     try:
         image = read_image(options.input, options.overrides)
     except MetadataError as e:
         e.args = (without_entry(str(e)),)
         raise
     report(image.path, [Note(note.kind, without_entry(note.text)) for note in image.notes if note.kind != "access"])
-    return image.finest
+    return image
 
 
 def _convert(output: Path, level: Level, options: ConversionOptions, scheduler: Scheduler) -> None:
@@ -82,21 +89,42 @@ def _convert(output: Path, level: Level, options: ConversionOptions, scheduler: 
         if values:
             report_few_values(options.input, values)
             image = _Image(output, level, replace(options, pyramid="mode"), None)
-        image.write(scheduler)
+        with begun(output, image.settings, options.overwrite) as journal:
+            image.write(scheduler, journal)
         return
-    if output.exists() and not any((output / name).exists() for name in names):
-        raise CellMapFileExistsError(f"{output} exists already; choose another output")
-    for name in names:
-        if _is_complete(output / name):
-            log.info("%s is complete", output / name)
-            continue
-        _Image(output / name, level, options, ids_of(options.label_map, name)).write(scheduler)
-    write_group(output, zarr_format=options.zarr_format)
+    settings = _source_settings(level, options) | {"masks": list(names)}
+    check_output(output, settings, options.overwrite)
+    _check_ids(level, options)
+    with begun(output, settings, options.overwrite) as journal:
+        for name in names:
+            image = _Image(output / name, level, options, ids_of(options.label_map, name))
+            if is_complete(image.path, image.settings):
+                log.info("%s is complete", output / name)
+                continue
+            image.write(scheduler, opened(image.path, image.settings))
+        write_group(output, {"cellmap": record_of(settings)}, options.zarr_format)
+        journal.finish()
 
 
-def _is_complete(path: Path) -> bool:
-    """Return whether an image of an interrupted conversion of several classes is complete."""
-    return any((path / name).is_file() for name in (".zattrs", "zarr.json"))
+def _check_ids(level: Level, options: ConversionOptions) -> None:
+    """Check that the label map lists all ids of the input, before anything is written.
+
+    Raises:
+        MetadataError: it does not; the message names all of them.
+    """
+    listed = dict(options.label_map)
+    unlisted = [i for i in stored_ids(level, options.input) if i not in listed and i != 0]
+    if unlisted:
+        pairs = [f"{i}: {name}" for i, name in listed.items()] + [f"{i}: NAME" for i in unlisted]
+        example = f", as in 'classes={{{', '.join(pairs)}}}'" if len(pairs) <= MOST_VALUES else ""
+        raise MetadataError(unlisted_text(options.input, unlisted) + example)
+
+
+def _source_settings(level: Level, options: ConversionOptions) -> dict[str, Any]:
+    """Return everything on which voxels of an output depend, apart from its blocks, as JSON."""
+    reader = open_reader(level, options.input)
+    stamp = reader.stamp((0, 0, 0), reader.shape)
+    return options.settings | {"identity": repr(reader.identity()), "stamp": stamp}
 
 
 class _Stored(StoredValues):
@@ -141,13 +169,14 @@ class _Image:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Image, (self.path, self.level, self.options, self.ids)
 
-    def write(self, scheduler: Scheduler) -> None:
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Everything on which its voxels depend, and the levels that are written, as JSON."""
+        source = _source_settings(self.level, self.options)
+        return source | {"block": list(self.grid.block), "levels": self.pyramid.levels}
+
+    def write(self, scheduler: Scheduler, journal: ConversionJournal) -> None:
         """Write all blocks that are not written yet, the rest of the pyramid, and then the metadata."""
-        settings = self.options.settings | {
-            "identity": repr(self.reader.identity()), "block": self.grid.block,
-            "stamp": self.reader.stamp((0, 0, 0), self.reader.shape),
-        }  # fmt: skip
-        journal = ConversionJournal(self.path, settings)
         name = self.options.output if self.ids is None else f"{self.options.output}/{self.path.name}"
         size = " x ".join(f"{length:g}" for length in self.level.lattice.step)
         box = " ".join(f"{axis} {a:g}..{b:g}" for axis, (a, b) in self.level.lattice.box.as_dict().items())
@@ -168,7 +197,8 @@ class _Image:
             self.path.name, self.grid.whole.step, self.grid.whole.origin, self.pyramid.levels,
             zarr_format=self.options.zarr_format, steps=self.pyramid.steps,
         )  # fmt: skip
-        write_group(self.path, attributes | self._annotation(), self.options.zarr_format)
+        cellmap = self._annotation() | record_of(self.settings)
+        write_group(self.path, attributes | {"cellmap": cellmap}, self.options.zarr_format)
         journal.finish()
 
     def _run(self, scheduler: Scheduler, journal: ConversionJournal, blocks: list[Block], title: str) -> None:
@@ -209,7 +239,7 @@ class _Image:
             if not np.array_equal(np.asarray(array[box]), self._read(box), equal_nan=array.dtype.kind == "f"):
                 raise OutputError(
                     f"{self.path}: voxels {box} are not those of {self.options.input}: either was changed during the "
-                    "conversion; remove the output and convert again"
+                    "conversion; convert again with overwrite=True"
                 )
 
     def _annotation(self) -> dict[str, Any]:
@@ -218,7 +248,7 @@ class _Image:
             return {}
         encoding = {"absent": 0, "present": 1, "unknown": UNANNOTATED}
         kind = {"type": "semantic_segmentation", "encoding": encoding}
-        return {"cellmap": {"annotation": {"class_name": self.path.name, "annotation_type": kind}}}
+        return {"annotation": {"class_name": self.path.name, "annotation_type": kind}}
 
 
 def _write(image: _Image, blocks: list[Block], number: int) -> list[int]:

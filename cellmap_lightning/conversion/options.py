@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.io.label_ids import parse_label_map
 from cellmap_lightning.io.ngff import Overrides
 from cellmap_lightning.runtime.scheduling import SchedulerName, check_scheduler
@@ -15,7 +15,7 @@ from cellmap_lightning.validation import int_at_least, one_of
 Downsampling = Literal["auto", "mean", "mode", "none"]
 
 #: Options that do not change the voxels, and the label map, which is recorded in another form.
-_NOT_STORED = ("workers", "scheduler", "address", "output", "classes")
+_NOT_STORED = ("workers", "scheduler", "address", "output", "overwrite", "classes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class ConversionOptions:
 
     Attributes:
         input: the volume, of any format.
-        output: the group that is written, which must not exist.
+        output: the group that is written.
         classes: label map ``{id: class}``: each class becomes a mask in a group of its name; None for one image.
         pyramid: see `Downsampling`; ``auto`` is ``mode`` for label maps and integers from 32 bits on, else ``mean``.
         zarr_format: 2 for OME-NGFF 0.4, 3 for 0.5.
@@ -36,6 +36,7 @@ class ConversionOptions:
         translation: centre of voxel 0 in place of the stored one, nm (z, y, x).
         unit: unit in place of the stored one.
         axes: names of the stored axes.
+        overwrite: replace another conversion in the output. Anything else at that path is an error.
 
     Raises:
         CellMapError: an invalid value.
@@ -54,6 +55,7 @@ class ConversionOptions:
     translation: Any = None
     unit: Any = None
     axes: Any = None
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         one_of("pyramid", self.pyramid, ("auto", "mean", "mode", "none"))
@@ -62,6 +64,8 @@ class ConversionOptions:
         check_scheduler(self.scheduler, self.address)
         default_workers(self.workers, False)
         _ = self.label_map, self.overrides
+        if not isinstance(self.overwrite, bool):
+            raise CellMapTypeError(f"overwrite must be true or false, got {self.overwrite!r}")
         if "://" in self.output:
             raise CellMapValueError(f"output={self.output}: only a path of this machine can be written")
 

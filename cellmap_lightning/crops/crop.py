@@ -23,6 +23,7 @@ from cellmap_lightning.crops.opening import CropImages, open_images
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.crops.planes import Plane
 from cellmap_lightning.crops.raw import RawInputs
+from cellmap_lightning.crops.raw_range import report_range
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import (
@@ -39,6 +40,7 @@ from cellmap_lightning.io.ngff import Level, Multiscale, first_time, shared_meta
 from cellmap_lightning.io.store import Remote, parse_location, parts_of
 from cellmap_lightning.runtime.thread_pool import ReadPool, default_workers
 from cellmap_lightning.transforms.implied import Implications
+from cellmap_lightning.transforms.normalization import AUTO
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 
 log = logging.getLogger(__name__)
@@ -124,6 +126,8 @@ class Crop:
         raw_label = f"{self.label}: raw" if self.target_path else "raw"
         windows = {name: world[name] for name in arrays.inputs}
         self.raw = RawInputs(images.raw, input_path, windows, raw_label, read, intensity, self.store)
+        if AUTO in raw_transforms.values():
+            report_range(input_path, images.raw, intensity.rule, read.retry_policy)
         self.labels = CropLabels(
             self.label, images.labels, arrays.classes, arrays.targets, world, implications, read, label_options,
             self.store,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cellmap_lightning.crops.counts import unknown_in_metadata
+from cellmap_lightning.crops.target_hints import target_hint
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError, CellMapValueError
 from cellmap_lightning.io.images import image_exists, read_image
@@ -71,7 +72,7 @@ def open_images(
         if not annotated:
             raise NotAnnotatedError(
                 f"{label}: none of the classes {list(classes)} is annotated in it; it has {list(target_path.names)}"
-                f"{_bracket_hint(target_path, read)}"
+                f"{target_hint(target_path, read)}"
             )
         groups = {f"class {name}": target_path.of(name) for name in annotated}
         prefetch_metadata(list(groups.values()))
@@ -99,15 +100,6 @@ def open_images(
     raw = images.pop("raw")
     _warn_of_unknown(label, images)
     return CropImages(raw, {key.removeprefix("class "): image for key, image in images.items()}, tuple(absent))
-
-
-def _bracket_hint(target_path: TargetPath, read: Sequence[str]) -> str:
-    """Return advice where a target without a bracket, read as a class in the folder above, is the folder of a crop."""
-    for folder in [target_path.of(name) for name in target_path.names[:1]]:
-        inside = [name for name in read if image_exists(folder / name)]
-        if inside:
-            return f"; name the classes in a bracket, as in {folder}/[{','.join(inside)}]"
-    return ""
 
 
 def _warn_of_unknown(label: str, images: Mapping[str, Multiscale]) -> None:

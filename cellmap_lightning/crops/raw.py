@@ -1,6 +1,5 @@
 """Inputs of a crop from raw: the level and patches of each input, and the fill value outside the volume."""
 
-import functools
 import logging
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -14,6 +13,7 @@ from cellmap_lightning.cache.region import Region
 from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.image import MissingRaw, StoredImage, choose_level
 from cellmap_lightning.crops.options import IntensityOptions, ReadOptions
+from cellmap_lightning.crops.raw_range import first_report
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import FloatArray, Shape
 from cellmap_lightning.geometry.placement import Placement, Window
@@ -246,9 +246,10 @@ class RawInputs:
         return total
 
 
-@functools.cache
 def _warn_of_wide_type(path: str, dtype: str) -> None:
     """Warn once per volume that its values are a small part of the range of their type."""
+    if not first_report(path, dtype):
+        return
     log.warning(
         "raw %s: normalize=dtype maps the whole range of %s to [0, 1], in which usual values are nearly constant; set "
         "normalize={percentile: [0.5, 99.5]} or {range: [lowest, highest]}",

@@ -12,9 +12,11 @@ from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.io.images import image_children, image_exists, read_image
 from cellmap_lightning.io.label_ids import class_names, ids_of, parse_label_map
 from cellmap_lightning.io.missing_paths import missing
-from cellmap_lightning.io.ngff import NO_OVERRIDES, Multiscale, Overrides
+from cellmap_lightning.io.ngff import NO_OVERRIDES, Multiscale, NoImageError, Overrides
 from cellmap_lightning.io.store import StorePath, parse_location, parts_of
 
+#: Classes that a suggested bracket has at most.
+_LISTED = 12
 #: A part of a path that is a bracket of classes.
 _BRACKET = re.compile(r"\[[^\[\]]*\]")
 #: A label map in braces at the end of a path.
@@ -97,7 +99,8 @@ class TargetPath:
         """Name of the crop in messages, such as ``jrc_hela-2/crop1``."""
         crop = parts_of(self.before)
         container = container_of(crop.parents)
-        return str(CropName(container.stem, crop.name)) if container else crop.name
+        # In the working directory, a target has no folder.
+        return str(CropName(container.stem, crop.name)) if container else crop.name or self.crop.name
 
     @property
     def crop(self) -> StorePath:
@@ -120,7 +123,14 @@ class TargetPath:
         Raises:
             CellMapError: it cannot be read; see `read_image`.
         """
-        image = read_image(self.of(name), overrides, allow_turned=True)
+        try:
+            image = read_image(self.of(name), overrides, allow_turned=True)
+        except NoImageError as e:
+            inside = image_children(self.of(name))
+            if inside and not self.after and len(self.names) == 1:
+                classes = ",".join(inside[:_LISTED])
+                e.args = (f"{e} Name the classes of a crop in a bracket, as in {self.of(name)}/[{classes}]",)
+            raise
         return image.with_ids(ids_of(self.label_map, name)) if self.label_map else image
 
     def without(self, names: Collection[str]) -> "TargetPath":

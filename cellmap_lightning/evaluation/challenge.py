@@ -4,7 +4,8 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.splits.manifests import Filter, ManifestCrop, manifest_crops
 from cellmap_lightning.transforms.implied import read_table
 from cellmap_lightning.validation import did_you_mean
@@ -50,7 +51,7 @@ def class_names(path: str | Path, group: str | None = None) -> list[str]:
     try:
         rows = csv.reader(Path(path).read_text(encoding="utf-8-sig").splitlines())
     except FileNotFoundError:
-        raise CellMapFileNotFoundError(f"the list of classes {path} does not exist") from None
+        raise missing(Path(path), "the list of classes") from None
     names = [row[0].strip() for row in rows if row and row[0].strip() and not row[0].startswith("#")]
     if not names or len(set(names)) < len(names):
         raise CellMapValueError(f"{path} must name classes in its first column, each once; it has {names}")

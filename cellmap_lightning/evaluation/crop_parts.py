@@ -7,6 +7,7 @@ from pathlib import Path
 from cellmap_lightning.crops.crop_box import CropBox, restricted
 from cellmap_lightning.errors import CellMapFileNotFoundError
 from cellmap_lightning.geometry.lattice import Box
+from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.splits.entries import CropRecord, read_csv
 from cellmap_lightning.validation import first_few
@@ -87,7 +88,9 @@ def _csv_of(path: Path) -> Path:
     for file in files:
         if file.is_file():
             return file
-    raise CellMapFileNotFoundError(f"trained={path}: no {files[-1]}; give the folder of a run, or a CSV of crops")
+    raise CellMapFileNotFoundError(
+        f"trained={path}: no {files[-1]}{similar_path(path)}; give the folder of a run, or a CSV of crops"
+    )
 
 
 def physical_box(entry: CropRecord) -> CropBox | None:

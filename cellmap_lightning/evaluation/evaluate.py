@@ -25,6 +25,7 @@ from cellmap_lightning.evaluation.surface_scores import SURFACE_METRICS, Surface
 from cellmap_lightning.evaluation.voxel_scores import METRICS, Score, voxel_score
 from cellmap_lightning.geometry.lattice import Lattice
 from cellmap_lightning.io.meanings import ValuesSetting
+from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.store import LISTING
 from cellmap_lightning.prediction.output_checks import check_finished
@@ -212,7 +213,7 @@ def check_prediction(output: Path, classes: Sequence[str] | None) -> list[str]:
     """
     if not output.is_dir():
         raise CellMapFileNotFoundError(
-            f"the prediction {output} does not exist; give the Zarr group that has a class each"
+            f"the prediction {output} does not exist{similar_path(output)}; give the Zarr group that has a class each"
         )
     present = sorted(p.name for p in output.iterdir() if p.is_dir() and is_group(p) and p.name != LISTING)
     if not present:

@@ -16,6 +16,7 @@ from cellmap_lightning.evaluation.evaluate import covers, crop_folders, is_group
 from cellmap_lightning.instances.options import InputKind
 from cellmap_lightning.instances.source import SegmentationSource, open_source
 from cellmap_lightning.io.meanings import ValuesSetting
+from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.io.ngff import read_array, read_attributes, read_multiscale
 from cellmap_lightning.io.store import children
 from cellmap_lightning.prediction.journal import journal_folder
@@ -80,7 +81,9 @@ def predicted_crops(
         raise CellMapValueError(f"prediction and truth must name a folder each, got {prediction!r} and {truth!r}")
     for folder in folders:
         if not folder.is_dir():
-            raise CellMapFileNotFoundError(f"truth={folder} does not exist; give the folder of the annotated crops")
+            raise CellMapFileNotFoundError(
+                f"truth={folder} does not exist{similar_path(folder)}; give the folder of the annotated crops"
+            )
     if len(locations) == 1 and not crop_groups(locations[0]) and not any(map(_holds_datasets, folders)):
         return _covered(open_source(locations[0], name, kind, values=values), folders, name)
     groups: dict[Key, str] = {}
@@ -210,7 +213,9 @@ def _single(location: str) -> dict[Key, str]:
     """
     path = Path(location).absolute()
     if "://" not in location and not path.is_dir():
-        raise CellMapFileNotFoundError(f"prediction={location} does not exist; give the output of cellmap-predict")
+        raise CellMapFileNotFoundError(
+            f"prediction={location} does not exist{similar_path(path)}; give the output of cellmap-predict"
+        )
     if "://" in location or path.parent.suffix != ".zarr" or not _is_prediction(path):
         raise CellMapValueError(
             f"prediction={location}: it holds no <dataset>.zarr/<crop>/<class>, as cellmap-predict crops=[...] writes "

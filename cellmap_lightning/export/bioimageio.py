@@ -20,6 +20,7 @@ from torch import Tensor
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.export.model_card import ModelCard
 from cellmap_lightning.export.trained_model import TrainedModel
+from cellmap_lightning.io.missing_paths import similar_path
 
 #: The description in a package.
 RDF = "rdf.yaml"
@@ -57,7 +58,9 @@ class PackageOptions:
         if not all(isinstance(c, Mapping) and "text" in c and ({"doi", "url"} & set(c)) for c in self.cite):
             raise CellMapTypeError(f"cite must be a list of {{text: ..., doi: ...}} or url, got {self.cite!r}")
         if self.cover is not None and not Path(self.cover).is_file():
-            raise CellMapFileNotFoundError(f"cover={self.cover}: there is no such file; give a picture, or null")
+            raise CellMapFileNotFoundError(
+                f"cover={self.cover}: there is no such file{similar_path(self.cover)}; give a picture, or null"
+            )
 
 
 def write_package(model: TrainedModel, card: ModelCard, folder: Path, name: str, options: PackageOptions) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from cellmap_lightning.batches.arrays import parse_classes
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.transforms.normalization import Normalize
 from cellmap_lightning.validation import did_you_mean, int_at_least, one_of, positive_number
 
@@ -113,7 +114,9 @@ def read_card(path: Path, setting: str) -> ModelCard:
     path = path / CARD if path.is_dir() else path
     where = f"{setting}={path}"
     if not path.is_file():
-        raise CellMapFileNotFoundError(f"{where}: there is no such file; give the {CARD} of an export, or a YAML file")
+        raise CellMapFileNotFoundError(
+            f"{where}: there is no such file{similar_path(path)}; give the {CARD} of an export, or a YAML file"
+        )
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as e:

@@ -1,6 +1,6 @@
 """Problems of volumes and crops: errors, and properties that surprise in a training."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +73,7 @@ KINDS = {
     "gaps": "empty sections inside objects, which cut them",
     "empty": "classes without foreground",
     "rare": "classes in a single crop, which only data.split=blocks divides into training and validation",
+    "range": "raw that its normalization does not bring to about 0 to 1",
     "type": "volumes of different types",
     "contrast": "volumes that differ in contrast",
     "polarity": "volumes that differ in polarity",
@@ -89,6 +90,7 @@ def find_problems(
     too_coarse: str = "drop",
     held_out: str | None = None,
     spellings: Sequence[OtherSpelling] = (),
+    ranges: Iterable[Problem] = (),
 ) -> list[Problem]:
     """Return all problems that the facts show, in the order of `KINDS`.
 
@@ -102,8 +104,9 @@ def find_problems(
         too_coarse: treatment of crops whose labels are too coarse: ``drop``, ``upsample`` or ``error``.
         held_out: a manifest of crops that must not be trained on.
         spellings: classes that crops annotate under another spelling.
+        ranges: problems of the values of raw.
     """
-    problems = [problem for volume in volumes for problem in _of_volume(volume)]
+    problems = [*(problem for volume in volumes for problem in _of_volume(volume)), *ranges]
     problems += [
         Problem("spelling", found.crop, f"has {found.stored!r}, and classes has {found.name!r}: rename one of them")
         for found in spellings

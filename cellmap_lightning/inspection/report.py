@@ -29,6 +29,7 @@ from cellmap_lightning.inspection.facts import (
 from cellmap_lightning.inspection.formats import by_axis
 from cellmap_lightning.inspection.problems import Problem, find_problems
 from cellmap_lightning.inspection.proposal import Proposal, propose
+from cellmap_lightning.inspection.ranges import range_problems
 from cellmap_lightning.inspection.usages import placed
 from cellmap_lightning.io.ngff import shared_metadata
 from cellmap_lightning.io.store import children, local_path
@@ -167,7 +168,7 @@ def inspect(
         scale = to_vector(chosen["scale"]) if chosen["scale"] else None
         problems += find_problems(
             volumes, crops, names, scale, chosen["shape"], pad, settings.get("too_coarse", "drop"),
-            settings.get("held_out"), splits.other_spellings,
+            settings.get("held_out"), splits.other_spellings, range_problems(volumes, splits.entries, settings),
         )  # fmt: skip
     complete = None not in chosen.values()
     rule = str(settings.get("split") or "csv")

@@ -21,9 +21,10 @@ from cellmap_lightning.instances.options import InputKind
 from cellmap_lightning.instances.predicted_channels import channels_of, target_of
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting, meaning_of
+from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.io.ngff import Level, Multiscale, read_attributes, read_multiscale
 from cellmap_lightning.io.ngff.arrays import read_array
-from cellmap_lightning.io.store import StorePath, children, exists, parse_location
+from cellmap_lightning.io.store import Remote, StorePath, children, exists, parse_location
 from cellmap_lightning.prediction.output_checks import check_finished
 from cellmap_lightning.validation import did_you_mean, one_of
 
@@ -133,7 +134,10 @@ def open_source(
         one_of("kind", kind, get_args(InputKind))
     root = parse_location(location)
     if not exists(root):
-        raise CellMapFileNotFoundError(f"input={location}: it does not exist; give the output of cellmap-predict")
+        similar = "" if isinstance(root, Remote) else similar_path(root)
+        raise CellMapFileNotFoundError(
+            f"input={location}: it does not exist{similar}; give the output of cellmap-predict"
+        )
     if channels is None and class_name is not None:
         channels = _described_channels(root, class_name, kind)
     path, name = (root / channels[0], str(class_name)) if channels and class_name else _class_group(root, class_name)

@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
 from cellmap_lightning.instances.options import SegmentationOptions
+from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.validation import did_you_mean, one_of
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ def read_tuned(path: str | Path) -> dict[str, dict[str, Any]]:
     """
     where = f"tuned={path}"
     if not Path(path).is_file():
-        raise CellMapFileNotFoundError(f"{where}: there is no such file; give the one that cellmap-tune has written")
+        raise CellMapFileNotFoundError(
+            f"{where}: there is no such file{similar_path(path)}; give the one that cellmap-tune has written"
+        )
     try:
         # OmegaConf's reader refuses a class that occurs twice, and reads 1e6 as a number.
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)

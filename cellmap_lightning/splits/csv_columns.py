@@ -9,6 +9,10 @@ from cellmap_lightning.validation import did_you_mean
 
 _NAMED = ("usage", "raw", "target")
 _BRACKETS = re.compile(r"\[[^\]]*\]|\{[^}]*\}")
+#: A bracket or brace that a cell opens and does not close, and one that it closes and does not open.
+_OPENS, _CLOSES = re.compile(r"[\[{][^\]}]*$"), re.compile(r"^[^\[{]*[\]}]")
+#: Quotes of word processors, and single ones, none of which keep the commas of a cell together.
+_OTHER_QUOTES, _SINGLE_QUOTES = "“”„‟«»‘’‚‛", "'`"
 
 
 def delimiter(text: str) -> str:
@@ -17,6 +21,46 @@ def delimiter(text: str) -> str:
     # Not inside quotes or brackets, where classes have commas between them.
     first = _BRACKETS.sub("", "".join(next(lines, "").split('"')[::2]))
     return next((c for c in ";\t" if c in first and "," not in first), ",")
+
+
+def check_quotes(cells: Sequence[str]) -> None:
+    """Check that the quotes of a row are those of a CSV, and stand around the cells with commas.
+
+    Args:
+        cells: the cells of the row, without blanks around them.
+
+    Raises:
+        CellMapValueError: a quote is not closed, is one of a word processor, or is missing around a bracket.
+    """
+    for cell in cells:
+        first, *more = cell.splitlines() or [""]
+        if more:
+            raise CellMapValueError(
+                f'the quote " before {first!r} is not closed, so that its cell has {len(more)} more '
+                f'line{"s" * (len(more) > 1)}; close it, as in "…/crop1/[mito,er]"'
+            )
+    wrong = next((cell[0] for cell in cells if _is_quoted_otherwise(cell)), None)
+    if wrong is not None:
+        raise CellMapValueError(f'the quote {wrong} is not one of a CSV; use ", as in "…/crop1/[mito,er]"')
+    begin = next((number for number, cell in enumerate(cells) if _OPENS.search(cell)), len(cells))
+    end = next((n for n, cell in enumerate(cells) if n > begin and _CLOSES.match(cell)), None)
+    if end is not None or _opens_classes(cells):
+        text = ",".join(cells[begin : end + 1 if end is not None else begin + 1])
+        raise CellMapValueError(f'a bracket with commas needs quotes around its cell, as in "{text}"')
+
+
+def _is_quoted_otherwise(cell: str) -> bool:
+    """Return True for a cell in quotes of a word processor, or for a path or a part of a cell in single ones."""
+    first = cell[:1]
+    if not first or first not in _OTHER_QUOTES + _SINGLE_QUOTES:
+        return False
+    return first in _OTHER_QUOTES or "/" in cell or not cell.endswith(first)  # 'nm' is a value of YAML
+
+
+def _opens_classes(cells: Sequence[str]) -> bool:
+    """Return True if a bracket of classes is opened and not closed in its cell."""
+    last_parts = [cell.rpartition("/")[2] for cell in cells if "," not in cell]
+    return any(part.startswith("[") and "]" not in part for part in last_parts)
 
 
 @dataclass(frozen=True)

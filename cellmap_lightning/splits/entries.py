@@ -27,7 +27,7 @@ from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff import OVERRIDE_KEYS, Overrides
 from cellmap_lightning.io.store import local_path
 from cellmap_lightning.sampling.strategy import check_weight
-from cellmap_lightning.splits.csv_columns import Header, delimiter
+from cellmap_lightning.splits.csv_columns import Header, check_quotes, delimiter
 from cellmap_lightning.validation import did_you_mean
 
 SPLITS = ("train", "val", "test", "predict")
@@ -129,16 +129,19 @@ def read_csv(path: str | Path, targets: bool = True) -> dict[str, list[CropRecor
     problems: list[tuple[CropRecord, CellMapError]] = []
     header: Header | None = None
     reader = csv.reader(io.StringIO(text), skipinitialspace=True, delimiter=delimiter(text))
+    end = 0
     for row in reader:
+        line, end = end + 1, reader.line_num
         cells = [cell.strip() for cell in row]
         if not any(cells) or cells[0].startswith("#"):
             continue
-        where = f"{file.name}, line {reader.line_num}"
+        where = f"{file.name}, line {line}"
         if header is None:
-            header = _header(cells, file, reader.line_num)
+            header = _header(cells, file, line)
             if header.names:
                 continue
         try:
+            check_quotes(cells)
             cells, values = header.arranged(cells)
             split, entry = _row(cells, where, file.parent, targets)
             weight = _weight(values.pop("weight", ""))
@@ -202,12 +205,12 @@ def _read_text(file: Path) -> str:
     """Return the text of the CSV, without a byte order mark."""
     try:
         return file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise missing(file, "the CSV of crops") from None
     except IsADirectoryError:
         raise CellMapFileNotFoundError(f"the CSV of crops {file} is a folder") from None
     except UnicodeDecodeError as e:
-        raise CellMapValueError(f"{file} is not a text file ({e})") from None
+        raise CellMapValueError(f"{file} is not a text file in UTF-8 ({e}); save it as CSV in UTF-8") from None
 
 
 def _row(cells: list[str], where: str, folder: Path, targets: bool) -> tuple[str, CropRecord]:
@@ -215,9 +218,6 @@ def _row(cells: list[str], where: str, folder: Path, targets: bool) -> tuple[str
     split = _USAGES.get(cells[0].lower())
     if split is None:
         raise CellMapValueError(f"the usage {cells[0]!r} should be one of {', '.join(_USAGES)}")
-    # A comma inside an unquoted bracket splits it into several cells.
-    if any(cell.rpartition("/")[2].startswith("[") and "]" not in cell.rpartition("/")[2] for cell in cells):
-        raise CellMapValueError('a bracket of classes needs quotes around its path: "…/crop1/[mito,er]"')
     if len(cells) == 5:
         raw, target = _join(cells[1], cells[2]), _join(cells[3], cells[4])
     elif len(cells) in (2, 3):

@@ -193,7 +193,7 @@ def _table(file: Path, columns: Sequence[str]) -> list[dict[str, str | None]]:
     """Read the rows of a CSV with these columns."""
     try:
         rows = list(csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise missing(file, "the manifest") from None
     except (IsADirectoryError, UnicodeDecodeError) as e:
         raise CellMapValueError(f"the manifest {file} is not a text file ({e})") from None

@@ -14,6 +14,7 @@ from cellmap_lightning.checkpointing.data_match import Purpose, check_data, chec
 from cellmap_lightning.checkpointing.unreadable import unreadable
 from cellmap_lightning.datamodule import CellMapDataModule
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.training.restorable import RestorableTask
 
 log = logging.getLogger(__name__)
@@ -166,5 +167,5 @@ def check_exists(path: Path, setting: str, hint: str = "") -> None:
     if not path.is_file():
         others = ", ".join(map(str, sorted(path.parent.glob("*.ckpt")))) or "none"
         raise CellMapFileNotFoundError(
-            f"{setting}={path}: there is no such checkpoint; checkpoints beside it: {others}{hint}"
+            f"{setting}={path}: there is no such checkpoint{similar_path(path)}; checkpoints beside it: {others}{hint}"
         )

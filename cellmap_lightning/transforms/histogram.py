@@ -14,6 +14,7 @@ import torch
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.geometry.lattice import FloatArray
 from cellmap_lightning.io.images import read_image
+from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.io.statistics import statistics
 from cellmap_lightning.transforms.effect_options import Span, option, span
 from cellmap_lightning.transforms.effects import PatchGrid, SampleEffect, within
@@ -55,7 +56,7 @@ def _quantiles(where: str, value: Any) -> tuple[Quantiles, ...]:
     if isinstance(value, str):
         path, where = Path(value), f"{where} ({value})"
         if not path.is_file():
-            raise CellMapFileNotFoundError(f"{where}: there is no such file")
+            raise CellMapFileNotFoundError(f"{where}: there is no such file{similar_path(path)}")
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

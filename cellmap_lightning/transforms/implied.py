@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.transforms.targets import Relations, infer_exclusive, set_bits, unpack_class
 
 RULES = ("subset", "superset")
@@ -32,7 +33,7 @@ def read_table(path: str | Path) -> Mapping[str, frozenset[int]]:
     try:
         rows = list(csv.reader(Path(path).read_text(encoding="utf-8").splitlines()))
     except FileNotFoundError:
-        raise CellMapFileNotFoundError(f"the class table {path} does not exist") from None
+        raise missing(Path(path), "the class table") from None
     table: dict[str, frozenset[int]] = {}
     for number, row in enumerate(rows, 1):
         if not row or row[0].startswith("#"):

@@ -235,7 +235,7 @@ def test_resume_from_missing_checkpoint(volume, tmp_path):
     (tmp_path / "there.ckpt").write_text("x")
     code, output = run_forked(*small(volume, f"resume={tmp_path / 'here.ckpt'}"), cwd=tmp_path)
     assert code == 1
-    assert "here.ckpt: there is no such checkpoint; checkpoints beside it:" in output
+    assert "here.ckpt: there is no such checkpoint (did you mean 'there.ckpt'?); checkpoints beside it:" in output
     assert "there.ckpt; resume=auto takes the newest of the run's folder" in output
 
 

@@ -122,17 +122,26 @@ def test_an_interrupted_conversion_is_resumed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [{"voxel_size": [1, 1, 1]}, {"chunks": 32}, {"input": "other"}])
-def test_another_conversion_does_not_resume(tmp_path, monkeypatch, change):
+def test_another_conversion_replaces_an_unfinished_one(tmp_path, monkeypatch, caplog, change):
     path = writers.npy(tmp_path, VOXELS)
-    np.save(tmp_path / "other.npy", VOXELS)
+    np.save(tmp_path / "other.npy", VOXELS[::-1])
     with monkeypatch.context() as patch:
         patch.setattr(module._Image, "_verify", stop)
         with pytest.raises(StoppedError):
             convert(options(path))
     if "input" in change:
         change = {"input": str(tmp_path / "other.npy")}
-    with pytest.raises(CellMapFileExistsError, match="unfinished conversion"):
-        convert(options(path, **change))
+    assert (tmp_path / "out.zarr" / NAME).is_file()
+    out = convert(options(path, **change))
+    (line,) = [r.getMessage() for r in caplog.records if "unfinished" in r.getMessage()]
+    assert line.startswith(f"{out}: replaces an unfinished conversion, whose settings differ (")
+    assert next(iter(change)) in line
+    expected = VOXELS[::-1] if "input" in change else VOXELS
+    np.testing.assert_array_equal(stored(out / "s0"), expected)
+    image = read_multiscale(out)
+    assert image.finest.scale == tuple(change.get("voxel_size", (40, 8, 8)))
+    assert image.finest.array.chunks == (change.get("chunks", 16),) * 3
+    assert not (out / NAME).exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "finished", "file"])
@@ -142,7 +151,7 @@ def test_nothing_is_overwritten(tmp_path, kind):
     if kind == "finished":
         convert(options(path))
     elif kind == "folder":
-        out.mkdir()
+        (out / "mine").mkdir(parents=True)
     else:
         out.write_text("mine")
     before = sorted(map(str, tmp_path.rglob("*")))

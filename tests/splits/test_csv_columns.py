@@ -140,3 +140,78 @@ def test_addresses_are_compared_with_their_protocol(tmp_path):
 def test_rows_that_share_a_part_are_read(tmp_path, rows):
     (tmp_path / "crops.csv").write_text("\n".join(["usage,raw,target,box", *rows]))
     assert sum(map(len, read_csv(tmp_path / "crops.csv").values())) == 2
+
+
+BARE = CROP.replace(",", ", ")
+
+
+@pytest.mark.parametrize("header", [None, "usage,raw,target", "target,usage,raw", "usage,raw,target,weight"])
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (CROP, r'a bracket with commas needs quotes around its cell, as in "a.zarr/crop1/\[mito,er\]"'),
+        (BARE, r'a bracket with commas needs quotes around its cell, as in "a.zarr/crop1/\[mito,er\]"'),
+        (
+            "a.zarr/all/{1:mito,2:er}",
+            r'a bracket with commas needs quotes around its cell, as in "a.zarr/all/\{1:mito,2:er\}"',
+        ),
+        (f"“{CROP}”", 'the quote “ is not one of a CSV; use "'),
+        (f"„{CROP}“", 'the quote „ is not one of a CSV; use "'),
+        (f"'{CROP}'", "the quote ' is not one of a CSV; use \""),
+        ("‘a.zarr/crop1/mito’", 'the quote ‘ is not one of a CSV; use "'),
+        ("'a.zarr/crop1/mito'", "the quote ' is not one of a CSV; use \""),
+    ],
+)
+def test_missing_and_other_quotes_are_named(tmp_path, header, target, message):
+    names = (header or "usage,raw,target").split(",")
+    cells = {"usage": "train", "raw": "a.zarr/em", "target": target}
+    row = ",".join(cells[name] for name in names if name in cells)
+    (tmp_path / "crops.csv").write_text("\n".join([*([header] if header else []), row, ""]), encoding="utf-8")
+    number = 1 + (header is not None)
+    with pytest.raises(CellMapValueError, match=f"(?s)1 row .*line {number}  {message}"):
+        read_csv(tmp_path / "crops.csv")
+
+
+@pytest.mark.parametrize(
+    ("option", "cell", "example"),
+    [("labels", "{1: mito, 2: er}", r"\{1: mito,2: er\}"), ("voxel_size", "[8, 4, 4]", r"\[8,4,4\]")],
+)
+def test_settings_with_commas_need_quotes(tmp_path, option, cell, example):
+    text = f"usage,raw,target,{option}\ntrain,a.zarr/em,a.zarr/all,"
+    (tmp_path / "crops.csv").write_text(f"{text}{cell}\n")
+    with pytest.raises(CellMapValueError, match=rf'needs quotes around its cell, as in "{example}"'):
+        read_csv(tmp_path / "crops.csv")
+    (tmp_path / "crops.csv").write_text(f'{text}"{cell}"\n')
+    assert len(read_csv(tmp_path / "crops.csv")["train"]) == 1
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_quote_that_is_not_closed_is_named_with_its_line(tmp_path, before, after):
+    rows = [f'train,a.zarr/em{n},"{CROP}"' for n in range(before)]
+    rows += [f'train,a.zarr/em,"{CROP}', *(f"val,b.zarr/em{n},b.zarr/crop1/mito" for n in range(after)), ""]
+    (tmp_path / "crops.csv").write_text("\n".join(rows))
+    message = rf"line {before + 1}  the quote \" before 'a.zarr/crop1/\[mito,er\]' is not closed, "
+    with pytest.raises(CellMapValueError, match=rf"{message}so that its cell has {after} more line"):
+        read_csv(tmp_path / "crops.csv")
+
+
+@pytest.mark.parametrize(
+    ("raw", "target"),
+    [
+        ("Müller’s/em", "a [1/crop1/mito"), ("a[1/em", "a[1/crop1/[mito]"), ('"[2024, x]/em"', '"a/[mito, er]"'),
+        ("a/em", "a/it's/mito"),
+    ],
+)  # fmt: skip
+def test_quotes_and_brackets_inside_of_names_are_read(tmp_path, raw, target):
+    (tmp_path / "crops.csv").write_text(f"usage,raw,target,unit\ntrain,{raw},{target},'nm'\n", encoding="utf-8")
+    (entry,) = read_csv(tmp_path / "crops.csv")["train"]
+    assert (entry.input_path, entry.target_path) == tuple(str(tmp_path / path.strip('"')) for path in (raw, target))
+    assert entry.metadata == {"unit": "nm"}
+
+
+@pytest.mark.parametrize("text", [f"train,a.zarr/em,“{CROP}”", "train,Müller/em,Müller/crop1/mito", "\x00ÿþ"])
+def test_a_file_in_another_encoding_is_refused(tmp_path, text):
+    (tmp_path / "crops.csv").write_bytes(text.encode("cp1252"))
+    with pytest.raises(CellMapValueError, match=r"crops\.csv is not a text file in UTF-8 .*; save it as CSV in UTF-8"):
+        read_csv(tmp_path / "crops.csv")

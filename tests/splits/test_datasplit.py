@@ -86,7 +86,7 @@ def test_all_bad_rows_in_one_table(write):
     assert text.startswith("4 rows of")
     for part in (
         "line 101  the usage 'trian' should be one of train, val,",
-        "line 201  a bracket of classes needs quotes around its path",
+        "line 201  a bracket with commas needs quotes around its cell",
         "line 251  the raw path is empty",
         "line 261  the target path is empty; only crops for 'predict' need none, not 'val'",
     ):

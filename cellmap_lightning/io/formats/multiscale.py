@@ -9,7 +9,7 @@ from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatLevel
 from cellmap_lightning.io.ngff import Level, Multiscale, Overrides
 from cellmap_lightning.io.ngff.axes import unit_nm
 from cellmap_lightning.io.ngff.notes import FOR_ENTRY, OF_PREDICT
-from cellmap_lightning.io.ngff.transformations import check_finest_first, implausible_voxel_size
+from cellmap_lightning.io.ngff.transformations import check_finest_first, implausible_setting, implausible_voxel_size
 from cellmap_lightning.io.store import StorePath
 
 
@@ -43,6 +43,8 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
     notes = list(volume.notes)
     if overrides.voxel_size is None:
         notes += implausible_voxel_size(scales[0], _scaled((volume.unit_nm,) * 3, factor))
+    else:
+        notes += implausible_setting(overrides.voxel_size)
     if overrides.voxel_size is not None or overrides.translation is not None:
         scales, translations = overrides.place(scales, translations)
     check_finest_first(place, [level.name for level in volume.levels], scales)

@@ -119,13 +119,17 @@ def _ome_size(text: str) -> tuple[Vector | None, float]:
 
 
 def _imagej_size(tiff: Any) -> tuple[Vector | None, float]:
-    """Return the calibration of ImageJ, and nm in its unit."""
+    """Return the calibration of ImageJ, and nm in its unit along x."""
     metadata, tags = tiff.imagej_metadata or {}, tiff.pages[0].tags
-    unit, spacing = unit_nm(str(metadata.get("unit", ""))), metadata.get("spacing")
-    if unit is None or not spacing or "XResolution" not in tags or "YResolution" not in tags:
+    spacing, named = metadata.get("spacing"), metadata.get("unit", "")
+    # ImageJ writes the units along y and z where they are not that along x.
+    x_unit, y_unit, z_unit = (unit_nm(str(metadata.get(key, named))) for key in ("unit", "yunit", "zunit"))
+    if x_unit is None or y_unit is None or z_unit is None:
+        return None, 1.0
+    if not spacing or "XResolution" not in tags or "YResolution" not in tags:
         return None, 1.0
     ratios = [tags[name].value for name in ("YResolution", "XResolution")]
     if any(0 in ratio for ratio in ratios):
         return None, 1.0
-    y, x = (unit * denominator / numerator for numerator, denominator in ratios)
-    return (abs(float(spacing)) * unit, y, x), unit
+    y, x = (denominator / numerator for numerator, denominator in ratios)
+    return (abs(float(spacing)) * z_unit, y * y_unit, x * x_unit), x_unit

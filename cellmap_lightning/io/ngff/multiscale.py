@@ -25,6 +25,7 @@ from cellmap_lightning.io.ngff.overrides import NO_OVERRIDES, Overrides
 from cellmap_lightning.io.ngff.plain_array import image_lists, listed_images, read_plain_array
 from cellmap_lightning.io.ngff.transformations import (
     check_finest_first,
+    implausible_setting,
     implausible_voxel_size,
     level_transformation,
     times,
@@ -151,7 +152,7 @@ def _image(
         axes, turns = [(order, len(stored))] * len(names), [None] * len(names)
     check_finest_first(file, names, scales)
     if overrides.voxel_size is not None:
-        assumed = []
+        assumed = implausible_setting(overrides.voxel_size)
     else:
         assumed += implausible_voxel_size(scales[0], units)
     if overrides.level_translations == "auto" and translations_missing(scales, translations):

@@ -8,9 +8,9 @@ from cellmap_lightning.geometry.lattice import AXES
 from cellmap_lightning.io.ngff.arrays import ArrayInfo, read_attributes
 from cellmap_lightning.io.ngff.attribute_voxels import attribute_voxels
 from cellmap_lightning.io.ngff.levels import Level, Multiscale
-from cellmap_lightning.io.ngff.notes import FOR_ENTRY, Note
+from cellmap_lightning.io.ngff.notes import FOR_ENTRY
 from cellmap_lightning.io.ngff.overrides import Overrides
-from cellmap_lightning.io.ngff.transformations import implausible_voxel_size
+from cellmap_lightning.io.ngff.transformations import implausible_setting, implausible_voxel_size
 from cellmap_lightning.io.store import StorePath, read_json
 
 #: Folders between a level and its image at most.
@@ -31,8 +31,9 @@ def read_plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
         _check_not_in_image(path)
     axes = _named_axes(array, overrides.axes)
     size, origin = overrides.voxel_size, (0.0, 0.0, 0.0)
-    notes: list[Note] = []
-    if size is None:
+    if size is not None:
+        notes = implausible_setting(size)
+    else:
         stored = attribute_voxels(path, array.attributes, len(array.shape), axes, overrides.unit)
         if stored is None:
             raise MetadataError(

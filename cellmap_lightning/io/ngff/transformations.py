@@ -18,6 +18,8 @@ from cellmap_lightning.io.store import StorePath
 
 #: Plausible voxel sizes, nm: smallest, largest, and largest ratio between axes. A warning is logged for others.
 SMALLEST_VOXEL, LARGEST_VOXEL, MOST_ANISOTROPIC = 0.05, 2e4, 100.0
+#: Longest side, nm, of a voxel size that is set: up to here it is more likely one of microscopes in micrometers.
+LARGEST_IN_UM = 0.1
 #: Resolutions of screens and printers, which programs store for images without a voxel size; nm in an inch, and the
 #: relative deviation up to which a voxel size is one of them.
 DOTS_PER_INCH, INCH, DOTS_TOLERANCE = (72, 96, 100, 150, 200, 300, 400, 600, 1200), 2.54e7, 2e-3
@@ -106,6 +108,26 @@ def translations_missing(scales: Sequence[Vector], translations: Sequence[Vector
     return grow and all(
         (np.abs(np.subtract(t, translations[0])) <= SAME_PLACE * np.asarray(scales[0])).all() for t in translations
     )
+
+
+def implausible_setting(size: Vector) -> list[Note]:
+    """Return a note on a voxel size that is set in place of the stored one and probably not in nm, if it is.
+
+    Args:
+        size: the setting, taken for nm.
+    """
+    text = ",".join(f"{s:g}" for s in size)
+    if max(size) > MOST_ANISOTROPIC * min(size):
+        ratio = f"{max(size) / min(size):.3g}"
+        why = f"differs {ratio}-fold between axes: is each in nm? If not, set voxel_size=[z, y, x] in nm{FOR_ENTRIES}"
+    elif min(size) < SMALLEST_VOXEL or max(size) <= LARGEST_IN_UM:
+        meant = ",".join(f"{1000 * s:g}" for s in size)
+        why = f"is implausible; if it is in micrometers, set voxel_size=[{meant}]{FOR_ENTRIES}"
+    elif max(size) > LARGEST_VOXEL:
+        why = f"is implausible: lengths are nm; set voxel_size=[z, y, x] in nm{FOR_ENTRIES}"
+    else:
+        return []
+    return [Note("scale", f"voxel_size=[{text}] (nm, z, y, x) {why}")]
 
 
 def implausible_voxel_size(scale: Vector, units: Vector) -> list[Note]:

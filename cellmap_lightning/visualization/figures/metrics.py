@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cellmap_lightning.errors import CellMapFileNotFoundError
+from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.visualization.figures.canvas import Array, BoolArray
 
 
@@ -50,7 +51,7 @@ class Metrics:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise CellMapFileNotFoundError(f"There is no metrics file {path}")
+            raise CellMapFileNotFoundError(f"There is no metrics file {path}{similar_path(path)}")
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             names = [name for name in reader.fieldnames or () if name]
