@@ -31,11 +31,14 @@ def picture_title(name: str | None, folder: Path, source: str) -> str:
     """Return the title of the validation samples of a run.
 
     Args:
-        name: the setting ``name``; None for the name of the folder.
+        name: the setting ``name``; None for the name of the folder, within ``runs`` or ``multirun``.
         folder: of the run.
         source: the CSV, folder or setting that lists the crops.
     """
-    return f"{name or folder.name}: validation samples of {PurePath(source).name}"
+    parts = folder.parts
+    roots = [number for number, part in enumerate(parts[:-1]) if part in ("runs", "multirun")]
+    within = "/".join(parts[roots[-1] + 1 :]) if roots else folder.name
+    return f"{name or within}: validation samples of {PurePath(source).name}"
 
 
 def draw_samples(task: Any, data: CellMapDataModule, path: Path, title: str) -> None:

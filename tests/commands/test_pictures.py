@@ -214,12 +214,14 @@ def test_failing_picture_does_not_fail_training(volume, tmp_path, caplog, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "title"),
+    ("name", "folder", "source", "title"),
     [
-        (None, "data/crops.csv", "2026-01-31_10-00-00: validation samples of crops.csv"),
-        ("mito", "/somewhere/challenge", "mito: validation samples of challenge"),
-        ("mito", "datasets", "mito: validation samples of datasets"),
+        (None, "w/runs/2026-01-31/10-00-00", "data/crops.csv", "2026-01-31/10-00-00: validation samples of crops.csv"),
+        (None, "w/multirun/first/3", "crops.csv", "first/3: validation samples of crops.csv"),
+        (None, "out", "crops.csv", "out: validation samples of crops.csv"),
+        ("mito", "w/runs/first", "/somewhere/challenge", "mito: validation samples of challenge"),
+        ("mito", "w/runs/first", "datasets", "mito: validation samples of datasets"),
     ],
 )
-def test_the_title_names_the_run_and_the_data(name, source, title):
-    assert picture_title(name, Path("runs/2026-01-31_10-00-00"), source) == title
+def test_the_title_names_the_run_and_the_data(name, folder, source, title):
+    assert picture_title(name, Path(folder), source) == title
