@@ -123,6 +123,16 @@ def test_lines_fit_the_terminal(look, monkeypatch, columns, deep):
     assert [row for row in rows if "0..600  0..256  0..256" in row] == rows[-1:]
 
 
+@pytest.mark.parametrize(("columns", "tables"), [(40, 2), (50, 2), (60, 1), (200, 1)])
+def test_boxes_are_a_table_of_their_own_on_narrow_terminals(look, monkeypatch, columns, tables):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = str(look(ball(), ball())).partition("\nClasses\n")[0]
+    rows = [line for line in text.splitlines() if line.startswith("jrc_a/crop1 ")]
+    assert len(rows) == tables
+    assert rows[-1].endswith("600..1200  0..256  0..256")
+    assert ("val" in rows[-1].split()) == (tables == 1)
+
+
 @pytest.mark.parametrize("wrong", ["crop", "class", "raw"])
 @pytest.mark.parametrize("deep", [False, True])
 def test_what_cannot_be_read_leaves_no_empty_row(look, tmp_path, wrong, deep):

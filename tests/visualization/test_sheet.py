@@ -195,6 +195,8 @@ def test_unknown_for_all_classes_is_hatched_and_for_some_is_named(tmp_path):
     (partly,) = by_gid(panel(figure, "0:target"), "unknown:ves")
     assert matplotlib.colors.to_hex(partly.get_edgecolor()) == outline_colors(len(CLASSES))[2]
     assert {tuple(v) for v in partly.get_path().vertices} == {(-0.5, 8.5), (11.5, 8.5), (11.5, 11.5), (-0.5, 11.5)}
+    assert hatched.get_linewidth() > 0  # a border shows bands that are thinner than the distance of the lines
+    assert partly.get_linewidth() > 0
     assert not by_gid(panel(figure, "0:target"), "unknown:er")
     assert not by_gid(panel(figure, "0:prediction"), "unknown:ves")
     assert [text for text in texts(figure) if text.endswith(" unknown")] == ["ves unknown"]
