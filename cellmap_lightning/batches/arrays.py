@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.geometry.patch_numbers import check_scale, check_shape
 from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.transforms.kinds.kind import TargetKind
 from cellmap_lightning.transforms.kinds.registry import KINDS, make_kind
@@ -143,28 +142,15 @@ def _with_scale(where: str, value: Any, keys: Sequence[str]) -> dict[str, Any]:
 
 def _window(where: str, spec: Mapping[str, Any]) -> tuple[Window, bool]:
     """Return the patch of a specification, and True if it is flat."""
-    shape, scale = (_numbers(where, key, spec[key]) for key in ("shape", "scale"))
+    shape = check_shape(f"{where}.shape", spec["shape"])
+    scale = check_scale(f"{where}.scale", spec["scale"], len(shape))
     flat = len(shape) == 2
     if flat:
-        if len(scale) == 3:
-            scale = scale[1:]
-        if len(scale) != 2:
-            raise CellMapValueError(f"{where}: a shape of two lengths needs a scale of two numbers, got {scale}")
-        shape, scale = [1, *shape], [min(scale), *scale]
-    try:
-        window = Window(shape, scale)
-    except CellMapValueError as e:
-        raise CellMapValueError(f"{where}: {e}") from None
+        shape, scale = [1, *shape], [min(scale[-2:]), *scale[-2:]]
+    window = Window(shape, scale)
     if sum(n == 1 for n in window.shape) > 1:
         raise CellMapValueError(f"{where}: at most one axis may have length 1, got the shape {list(window.shape)}")
     return window, flat
-
-
-def _numbers(where: str, key: str, value: Any) -> list[Any]:
-    numbers = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-    if not numbers or not all(isinstance(n, int | float | np.number) and not isinstance(n, bool) for n in value):
-        raise CellMapTypeError(f"{where}.{key} must be three numbers (z, y, x), got {value!r}")
-    return list(value)
 
 
 def parse_classes(classes: Sequence[str]) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from cellmap_lightning.geometry.resample import AnyArray
 
 Decode = Callable[[tuple[int, int, int], Shape], AnyArray]
 Stamp = Callable[[tuple[int, int, int], Shape], int]
+Check = Callable[[tuple[int, int, int], AnyArray], None]
 
 #: Chunks that must fit into the chunk cache for chunks to be decoded ahead of the copy.
 _MIN_CACHED_CHUNKS = 64
@@ -52,6 +53,8 @@ class Region:
         identity: function that returns everything the voxels depend on, by which other processes and runs find the
             cached voxels; None if they are never shared.
         name: name in messages.
+        check: function that gets the start and the voxels of each chunk that another process or run decoded, once per
+            process; None for nothing to report of them.
 
     Attributes:
         store: store of the collection, set by `RegionStore.plan`.
@@ -75,8 +78,9 @@ class Region:
         stamp: Stamp | None = None,
         identity: Callable[[], tuple[object, ...]] | None = None,
         name: str = "",
+        check: Check | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.check = name, check
         self.shape, self.chunks, self.dtype = shape, chunks, dtype
         self.decode, self.cache, self.key, self.depth = decode, cache, key, depth
         self.stamp, self.identity = stamp, identity
@@ -261,7 +265,17 @@ class Region:
             offset = [a - lo for a, lo in zip(start, self._lo, strict=True)]
             # The stamp is taken before the voxels: a write in between makes the chunk stale, and never wrong.
             stamp = self.stamp(start, shape) if self.stamp is not None else 1
-            return mapped.fill(index, offset, shape, stamp, lambda: np.asarray(self.decode(start, shape), self.dtype))
+            decoded: list[AnyArray] = []
+
+            def decode() -> AnyArray:
+                decoded.append(np.asarray(self.decode(start, shape), self.dtype))
+                return decoded[0]
+
+            is_filled = mapped.fill(index, offset, shape, stamp, decode)
+            if is_filled and not decoded and self.check is not None and not self.depth:
+                place = tuple(slice(a, a + n) for a, n in zip(offset, shape, strict=True))
+                self.check(start, mapped.voxels[place].view(self.dtype)[..., 0])
+            return is_filled
         finally:
             once.end(key)
 

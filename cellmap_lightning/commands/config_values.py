@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from cellmap_lightning.commands.group_defaults import leftover_arguments, replacement_advice
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.geometry.patch_numbers import check_scale, check_shape
 from cellmap_lightning.validation import did_you_mean
 
 _HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
@@ -150,6 +151,25 @@ def _numeric_types(hint: Any) -> list[type]:
 _UNETS = ("cellmap_lightning.training.unet.UNet", "monai.networks.nets.UNet", "monai.networks.nets.unet.UNet")
 
 
+def check_patch(cfg: DictConfig, slices: bool = False) -> None:
+    """Check the numbers of ``patch.shape`` and ``patch.scale``, where they are given.
+
+    Args:
+        cfg: the configuration.
+        slices: whether a scale of two numbers is allowed without a shape, which then is that of a checkpoint.
+
+    Raises:
+        CellMapError: they cannot be those of a patch.
+    """
+    patch: Any = {name: OmegaConf.select(cfg, f"patch.{name}") for name in ("shape", "scale")}
+    patch = {name: list(value) if isinstance(value, ListConfig) else value for name, value in patch.items()}
+    lengths = 2 if slices else 3
+    if patch["shape"] is not None:
+        lengths = len(check_shape("patch.shape", patch["shape"]))
+    if patch["scale"] is not None:
+        check_scale("patch.scale", patch["scale"], lengths)
+
+
 def check_model_shape(cfg: DictConfig) -> None:
     """Check that the patch fits the model: its dimensions, and lengths that the strides divide.
 
@@ -164,10 +184,9 @@ def check_model_shape(cfg: DictConfig) -> None:
     lengths = [n for n in shape if n != 1]  # an axis of length 1 is dropped: 2D patches
     dimensions = OmegaConf.select(cfg, "model.spatial_dims")
     if dimensions is not None and dimensions != len(lengths):
-        option = "unet2d" if len(lengths) == 2 else "unet"
         raise CellMapValueError(
-            f"patch.shape={list(shape)} has {len(lengths)} dimensions and model.spatial_dims={dimensions}; "
-            f"model={option} fits it"
+            f"patch.shape={list(shape)} {_dimensions(shape)}, and model.spatial_dims={dimensions}; "
+            f"{_fitting(shape, dimensions)}"
         )
     strides = OmegaConf.select(cfg, "model.strides")
     if not isinstance(strides, ListConfig):
@@ -189,6 +208,22 @@ def check_model_shape(cfg: DictConfig) -> None:
             f"which model.norm=INSTANCE cannot normalize; {[2 * n if n != 1 else n for n in shape]} fits (one longer "
             "axis is enough), or give fewer strides"
         )
+
+
+def _dimensions(shape: ListConfig) -> str:
+    """Return in words how many dimensions the samples of a patch have."""
+    if len(shape) == 2:
+        return "has two lengths (y, x), those of a slice"
+    return f"has {sum(n != 1 for n in shape)} dimensions" + (" without its axis of length 1" if 1 in shape else "")
+
+
+def _fitting(shape: ListConfig, dimensions: Any) -> str:
+    """Return which patch fits a model, and which model fits the patch."""
+    if len(shape) == 2 and dimensions == 3:
+        return f"give three lengths (z, y, x), such as {[shape[0], shape[1], shape[1]]}, or for slices model=unet2d"
+    if dimensions == 2:
+        return f"give two lengths (y, x), such as {list(shape[-2:])}, or for three dimensions model=unet"
+    return "give three lengths above 1 (z, y, x), or for slices model=unet2d"
 
 
 def _normalizes_instances(cfg: DictConfig) -> bool:

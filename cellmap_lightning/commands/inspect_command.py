@@ -1,6 +1,9 @@
 """The command ``cellmap-inspect``."""
 
 import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.utils import instantiate
@@ -13,6 +16,9 @@ from cellmap_lightning.commands.program import run_command
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.redaction import hide_address
 from cellmap_lightning.validation import one_of, positive_number
+
+#: Keys of the command that a training does not have.
+_INSPECT_ONLY = ("deep", "json", "device_gb", "cache")
 
 
 def main() -> Any:
@@ -66,4 +72,27 @@ def _inspect(configs: list[DictConfig]) -> None:
     device_bytes = int(cfg.device_gb * 2**30) if cfg.device_gb is not None else gpu_memory() or 16 << 30
     report = inspect(data, patch, cfg.input_path, cfg.deep, device_bytes)
     print(hide_address(report.json() if cfg.json else str(report)))
+    overrides = report.proposal.overrides if report.proposal is not None else None
+    if not cfg.json and report.refused is None and overrides is not None:
+        command = training_command(sys.argv[1:], overrides)
+        if command is not None:
+            print("\n" + hide_address(f"or, with what was given here, in one command\n\n{command}"))
     refuse(report)
+
+
+def training_command(arguments: Sequence[str], proposed: Mapping[str, str]) -> str | None:
+    """Return the command that trains with the arguments of ``cellmap-inspect``, completed by a proposal.
+
+    Args:
+        arguments: of the command line; what only ``cellmap-inspect`` reads is left out.
+        proposed: settings as overrides; those that are given remain as they are.
+
+    Returns:
+        The command, quoted for a shell; None with an experiment, whose settings are in its file.
+    """
+    keys = [argument.partition("=")[0].lstrip("+~") for argument in arguments]
+    if "experiment" in keys or "data.input_path" in keys:
+        return None
+    given = [a for a, key in zip(arguments, keys, strict=True) if key not in _INSPECT_ONLY]
+    added = [f"{key}={value}" for key, value in proposed.items() if key not in keys]
+    return " ".join(["cellmap-train", *map(shlex.quote, [*given, *added])])

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -25,6 +25,20 @@ def attempt(message: str, work: Callable[[], None]) -> None:
         work()
     except Exception as error:  # weights and metric of the run are saved already
         log.warning("%s: %s", message, first_line(error))
+
+
+def picture_title(name: str | None, folder: Path, source: str) -> str:
+    """Return the title of the validation samples of a run.
+
+    Args:
+        name: the setting ``name``; None for the name of the folder, within ``runs`` or ``multirun``.
+        folder: of the run.
+        source: the CSV, folder or setting that lists the crops.
+    """
+    parts = folder.parts
+    roots = [number for number, part in enumerate(parts[:-1]) if part in ("runs", "multirun")]
+    within = "/".join(parts[roots[-1] + 1 :]) if roots else folder.name
+    return f"{name or within}: validation samples of {PurePath(source).name}"
 
 
 def draw_samples(task: Any, data: CellMapDataModule, path: Path, title: str) -> None:

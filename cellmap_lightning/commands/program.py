@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cellmap_lightning.commands.arguments import check_groups, prepare_arguments
 from cellmap_lightning.commands.config_keys import check_known, check_missing, rename_voxel_sizes
-from cellmap_lightning.commands.config_values import check_model_shape, check_targets
+from cellmap_lightning.commands.config_values import check_model_shape, check_patch, check_targets
 from cellmap_lightning.commands.help_text import register_help, version_text
 from cellmap_lightning.commands.messages import Stopped, as_overrides, permission_message, stop
 from cellmap_lightning.commands.override_hints import override_hints
@@ -98,6 +98,7 @@ def _run_job(
         check_groups(OmegaConf.to_container(cfg, resolve=False), CONFIGS)  # type: ignore[arg-type]
         rename_voxel_sizes(cfg, name)
         check_known(cfg, name)
+        check_patch(cfg, slices=name == "predict")
         configs = prepare(cfg)
         for config in configs:
             check_missing(config)

@@ -24,7 +24,7 @@ from cellmap_lightning.callbacks.preemption import PreemptionCheckpoint
 from cellmap_lightning.checkpointing.checkpoint_config import CheckpointConfig
 from cellmap_lightning.commands.messages import quieten
 from cellmap_lightning.commands.monitors import MonitorCheck
-from cellmap_lightning.commands.pictures import attempt, draw_samples, scores_of
+from cellmap_lightning.commands.pictures import attempt, draw_samples, picture_title, scores_of
 from cellmap_lightning.commands.private_run import without_secrets
 from cellmap_lightning.commands.run_folder import how_to_continue, remove_run, results_in
 from cellmap_lightning.commands.signals import ExitOnSignal
@@ -119,7 +119,8 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
             for logger in trainer.loggers:
                 logger.finalize("success")
             if validates:
-                draw_samples(task, data, progress.folder / "samples.png", cfg.name)
+                title = picture_title(cfg.name, progress.folder, data.splits.source)
+                draw_samples(task, data, progress.folder / "samples.png", title)
             _report(cfg, progress.folder, trainer, task, untrained)
         return _monitored(cfg.monitor, trainer)
     finally:

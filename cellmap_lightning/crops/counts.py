@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 from cellmap_lightning.crops.labels import stored_labels
 from cellmap_lightning.geometry.grids import StartShape, covering_boxes
-from cellmap_lightning.io.declared_counts import compare_counts, declared_foreground
+from cellmap_lightning.io.declared_counts import compare_counts, declared_foreground, declared_unknown
 from cellmap_lightning.io.measurements import count_in, key_of, stamp_of
-from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, complement_counts
+from cellmap_lightning.io.ngff import Encoding, Level, Multiscale
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.records import recall, remember
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
@@ -25,16 +25,13 @@ def counted_in_metadata(image: Multiscale, level: Level | None = None) -> int | 
 
 def unknown_in_metadata(image: Multiscale) -> int:
     """Return the unannotated voxels of the finest level, by its ``complement_counts``; 0 without these."""
-    counts = complement_counts(image.finest, image)
-    number = counts.get("unknown", 0) if counts else 0
-    return number if isinstance(number, int) else 0
+    return declared_unknown(image.finest, image) or 0
 
 
 def unknown_share(image: Multiscale) -> float | None:
     """Return the unannotated share of the finest level, by its ``complement_counts``; None without these."""
-    counts = complement_counts(image.finest, image)
-    number = counts.get("unknown", 0) if counts else None
-    return number / int(np.prod(image.finest.array.shape)) if isinstance(number, int) else None
+    number = declared_unknown(image.finest, image)
+    return None if number is None else number / int(np.prod(image.finest.array.shape))
 
 
 def foreground(
@@ -56,8 +53,11 @@ def foreground(
 def known_foreground(image: Multiscale, level: Level, encoding: Encoding) -> int | None:
     """Return the foreground voxels of a level from its metadata or a cached count; None if they must be counted."""
     declared = counted_in_metadata(image, level)
-    if declared is not None:
-        return declared
+    return declared if declared is not None else counted_foreground(level, encoding)
+
+
+def counted_foreground(level: Level, encoding: Encoding) -> int | None:
+    """Return the cached count of the foreground voxels of a level; None if they were not counted since it changed."""
     return recall(key_of(level, "foreground", encoding), lambda: stamp_of(open_reader(level).stored()), count_in)
 
 

@@ -69,7 +69,7 @@ class LabelEncodings:
 
     Attributes:
         decided: for each class whose metadata do not define its encoding, how it is read, in words.
-        averaged: for each class whose coarser level holds values that the finest does not, which.
+        averaged: for each class and level that holds values that the finest level does not, which.
         explicit: classes to which the setting ``unknown`` does not apply, with the code of their metadata.
     """
 
@@ -85,7 +85,7 @@ class LabelEncodings:
         self.thorough, self.retry_policy = thorough, retry_policy
         self.decided: dict[str, str] = {}
         self.explicit: dict[str, int | None] = {}
-        self.averaged: dict[str, str] = {}
+        self.averaged: dict[tuple[str, str], str] = {}
         self._encodings: dict[tuple[str, str], Encoding] = {}
 
     def of(self, name: str, image: Multiscale, level: Level) -> Encoding:
@@ -237,11 +237,11 @@ class LabelEncodings:
             values = set(self._ids(level, label)) - {0, 1, encoding.unknown}
             found = sorted(values.difference(self._ids(image.finest, label))) if 0 < len(values) < MOST_IDS else []
             if found:
-                self.averaged[name] = (
+                text = self.averaged[name, level.name] = (
                     f"{level.name} holds {first_few(found)}, which {image.finest.name} does not: it was probably made "
                     "by averaging, and label_downsample=majority reads the finest level instead"
                 )
-                log.warning("%s: %s: level %s", label, image.path, self.averaged[name])
+                log.warning("%s: %s: level %s", label, image.path, text)
 
     def _between(self, level: Level, label: str, low: int, high: int, encoding: Encoding) -> list[int]:
         """Return the stored values between two others, apart from that of unknown voxels."""

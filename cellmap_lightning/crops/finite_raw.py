@@ -55,6 +55,11 @@ def unusable(voxels: AnyArray) -> Unusable | None:
     return Unusable((z, y, x), float(voxels[z, y, x]), count)
 
 
+def is_reported(reader: ArrayReader) -> bool:
+    """Return True if NaN of a volume was reported by this process, so that its voxels need no further check."""
+    return str(reader.level.path) in _reported
+
+
 def check_finite(
     reader: ArrayReader, voxels: AnyArray, start: tuple[int, int, int], shape: Shape, is_stored: bool = True
 ) -> None:

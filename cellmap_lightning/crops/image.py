@@ -11,7 +11,7 @@ import numpy.typing as npt
 from cellmap_lightning.cache.chunk_cache import ChunkCache
 from cellmap_lightning.cache.patches import MapTo, stored_box
 from cellmap_lightning.cache.region import Region
-from cellmap_lightning.crops.finite_raw import check_finite
+from cellmap_lightning.crops.finite_raw import check_finite, is_reported, unusable
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError, ChunkError, EmptyChunkError
 from cellmap_lightning.geometry.lattice import (
     AXES,
@@ -192,6 +192,7 @@ class StoredImage:
         self.region = Region(
             self.reader.shape, chunk_shape([self.reader]), self.reader.dtype, self._decode, cache,
             identity_of(level.path), stamp=self.reader.stamp, identity=self.identity, name=f"{label} {level.path}",
+            check=self._check_cached if missing is not None and self.reader.dtype.kind == "f" else None,
         )  # fmt: skip
 
     def _decode(self, start: tuple[int, int, int], shape: Shape) -> AnyArray:
@@ -219,6 +220,15 @@ class StoredImage:
         if self.missing is not None:  # raw
             check_finite(self.reader, voxels, start, shape, is_stored=not missed)
         return voxels
+
+    def _check_cached(self, start: tuple[int, int, int], voxels: AnyArray) -> None:
+        """Report NaN of raw that another process or an earlier run decoded; see `check_finite`."""
+        if is_reported(self.reader) or unusable(voxels) is None:
+            return
+        z, y, x = voxels.shape
+        # Files are looked up only where NaN was found: it may be the fill value.
+        is_stored = all(map(self.stored, self.reader.files(start, (z, y, x))))
+        check_finite(self.reader, voxels, start, (z, y, x), is_stored)
 
     def _is_reporting(self) -> bool:
         """Return True if missing chunks are reported now; with ``fill`` only for the first of several threads."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cellmap_lightning.crops.counts import unknown_in_metadata
+from cellmap_lightning.crops.spelling import meant
 from cellmap_lightning.crops.target_hints import target_hint
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError, CellMapValueError
@@ -72,7 +73,7 @@ def open_images(
         if not annotated:
             raise NotAnnotatedError(
                 f"{label}: none of the classes {list(classes)} is annotated in it; it has {list(target_path.names)}"
-                f"{target_hint(target_path, read)}"
+                f"{target_hint(target_path, read) or meant(classes, target_path.names)}"
             )
         groups = {f"class {name}": target_path.of(name) for name in annotated}
         prefetch_metadata(list(groups.values()))

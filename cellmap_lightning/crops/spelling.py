@@ -1,8 +1,11 @@
-"""Other spellings of the names of classes: ``Mito``, ``mito-mem`` for ``mito_mem``."""
+"""Other spellings of the names of classes, such as ``mito-mem`` for ``mito_mem``, and names that are close to them."""
 
+import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
+#: Similarity of names from which one is a typing error of the other.
+_VERY_SIMILAR = 0.75
 _SEPARATORS = re.compile(r"[\s_-]+")
 
 
@@ -23,6 +26,46 @@ def other_spellings(classes: Iterable[str], stored: Iterable[str], known: Collec
     classes, stored = list(classes), set(stored)
     others = {_plain(name): name for name in sorted(stored) if name not in classes and name not in known}
     return {name: others[_plain(name)] for name in classes if name not in stored and _plain(name) in others}
+
+
+def closest_class(name: str, stored: Sequence[str]) -> str | None:
+    """Return the class of some data that a name probably means; None where none is close.
+
+    Args:
+        name: a class that the data do not have.
+        stored: their classes.
+
+    Another spelling comes first, then a very similar name, the beginning of the name, a similar name, and last a longer
+    name that begins with it.
+
+    Example:
+        >>> closest_class("mitochondria", ["er", "mito", "mito_mem"])
+        'mito'
+    """
+    plain = _plain(name)
+    if not plain:
+        return None
+    shorter = [other for other in stored if _plain(other) and plain.startswith(_plain(other))]
+    longer = [other for other in stored if _plain(other).startswith(plain)]
+    ordered = [
+        *other_spellings([name], stored).values(),
+        *difflib.get_close_matches(name, stored, 1, _VERY_SIMILAR),
+        *sorted(shorter, key=len, reverse=True),
+        *difflib.get_close_matches(name, stored, 1),
+        *sorted(longer, key=len),
+    ]
+    return ordered[0] if ordered else None
+
+
+def meant(names: Iterable[str], stored: Sequence[str]) -> str:
+    """Return the end of a message with the classes that unknown names probably mean; empty where none is close."""
+    pairs = [(name, closest_class(name, stored)) for name in names if name not in stored]
+    found = [(name, other) for name, other in pairs if other is not None]
+    if not found:
+        return ""
+    if len(pairs) == 1:
+        return f"; did you mean {found[0][1]!r}?"
+    return "; did you mean " + ", ".join(f"{other!r} for {name!r}" for name, other in found) + "?"
 
 
 def _plain(name: str) -> str:

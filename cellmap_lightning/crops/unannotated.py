@@ -1,10 +1,10 @@
 """Classes that no crop annotates: an error, or targets that are unknown everywhere."""
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from cellmap_lightning.crops.spelling import closest_class
 from cellmap_lightning.errors import CellMapValueError
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def report_unannotated(
 
 
 def _hint(nowhere: Sequence[str], listed: Sequence[str]) -> str:
-    close = [c for name in nowhere for c in difflib.get_close_matches(name, listed, 1)]
+    close = [c for c in (closest_class(name, listed) for name in nowhere) if c is not None]
     return f" (did you mean {' and '.join(map(repr, close))}?)" if close else ""
 
 

@@ -64,8 +64,8 @@ class ClassFrequencies:
     def __str__(self) -> str:
         width = max(5, *(len(row.name) for row in self.rows))
         lines = [
-            f"{self.strategy}: {self.samples} samples; expected and achieved shares in %",
-            f"{'class':<{width}}  drawn for it     crop holds it    its voxels       patch shows it  if drawn for it",
+            f"{self.strategy}: {self.samples} samples; expected and measured shares in % (-: not computed)",
+            f"{'class':<{width}}  drawn for it   crop holds it  its voxels     patch shows it  if drawn",
         ]
         for row in self.rows:
             pairs = [
@@ -77,7 +77,7 @@ class ClassFrequencies:
                 )
             ]
             share = "-" if np.isnan(row.shown_if_drawn) else f"{100 * row.shown_if_drawn:.2f}"
-            lines.append(f"{row.name:<{width}}  {'    '.join(pairs)}    {100 * row.shown:>14.2f}  {share:>15}")
+            lines.append(f"{row.name:<{width}}  {'  '.join(pairs)}  {100 * row.shown:>14.2f}  {share:>8}")
         return "\n".join(lines)
 
 

@@ -7,30 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.cache.patches import stored_box
 from cellmap_lightning.crops.class_boxes import ClassBox, differing_boxes
-from cellmap_lightning.crops.counts import count_foreground, known_foreground, unknown_share
-from cellmap_lightning.crops.crop_box import CropBox, image_part, restricted
+from cellmap_lightning.crops.counts import known_foreground, unknown_share
+from cellmap_lightning.crops.crop_box import CropBox, restricted
 from cellmap_lightning.crops.encodings import LabelEncodings, Unknown
-from cellmap_lightning.crops.image import choose_level
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.lattice import (
     LATTICE_TOLERANCE,
-    SCALE_TOLERANCE,
     Box,
     Lattice,
     Shape,
     Vector,
-    to_vector,
 )
-from cellmap_lightning.inspection.sections import SectionFacts, section_facts
 from cellmap_lightning.io.chunk_names import check_chunk_names
+from cellmap_lightning.io.declared_counts import implausible_counts
 from cellmap_lightning.io.images import image_exists, read_image
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides
-from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.statistics import Statistics, known_statistics, statistics
-from cellmap_lightning.runtime.thread_pool import ReadPool
 from cellmap_lightning.splits.crop_names import dataset_and_crop
 from cellmap_lightning.splits.entries import CropRecord, overrides_of
 from cellmap_lightning.splits.opening import for_all
@@ -135,7 +129,10 @@ class ClassFacts:
         level: name of that level.
         read_as: meaning of the values if the metadata has no encoding.
         size: voxels of the finest level.
-        averaged: values of that level that the finest does not hold; None without any.
+        averaged: values of coarser levels that the finest does not hold, a text for each level: of all levels with
+            ``deep``, else of that level.
+        contradiction: counts of its metadata that cannot be, or with ``deep`` that are not those of the stored voxels;
+            None without any. ``voxels`` and ``unknown`` are then those of the stored voxels.
         gaps: runs of empty sections that cut objects, see `SectionFacts`; None if they are not read.
         wrong: the error if it cannot be read.
 
@@ -150,7 +147,8 @@ class ClassFacts:
     level: str | None = None
     read_as: str | None = None
     size: int | None = None
-    averaged: str | None = None
+    averaged: tuple[str, ...] = ()
+    contradiction: str | None = None
     gaps: tuple[tuple[int, int], ...] | None = None
     wrong: str | None = None
 
@@ -290,7 +288,7 @@ def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFac
     notes: dict[str, str] = {}
     images: dict[str, Multiscale] = {}
     encodings = LabelEncodings(facts.name, facts.metadata.get("unknown", "metadata"))
-    raw_overrides, overrides = _overrides(facts)
+    raw_overrides, overrides = crop_overrides(facts)
     for name in target.names:
         try:
             if tolerant and not image_exists(target.of(name)):
@@ -315,6 +313,7 @@ def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFac
                 scale=image.finest.lattice.step,
                 read_as=encodings.decided.get(name),
                 size=int(np.prod(image.finest.array.shape)),
+                contradiction=implausible_counts(image.finest, image),
             )
         except CellMapError as e:
             classes[name] = ClassFacts(wrong=str(e))
@@ -344,117 +343,7 @@ def _beside_raw(facts: CropFacts, labels: Lattice, box: Box, raw: Lattice) -> Cr
     return replace(facts, off=_vector(off), ratio=_vector(np.divide(labels.step, raw.step)), outside=outside)
 
 
-def at_scale(crops: Sequence[CropFacts], scale: Vector, deep: bool) -> list[CropFacts]:
-    """Return the facts of crops with those that depend on the voxel size: absent chunks of raw, lost foreground.
-
-    Args:
-        crops: the crops.
-        scale: voxel size, nm.
-        deep: count voxels where the metadata has no counts of a level, and read the sections of labels.
-    """
-    pool = ReadPool(4)
-
-    def read(facts: CropFacts) -> CropFacts:
-        if facts.wrong is not None or facts.box is None:
-            return facts
-        count = _ForegroundCount(facts, deep, pool)
-        classes = {
-            name: of_class if of_class.wrong is not None else _with_loss(of_class, name, facts, scale, count)
-            for name, of_class in facts.classes.items()
-        }
-        # A crop that is too coarse is not read, so its raw is not either.
-        chunks = _absent_chunks(facts, scale) if fits(facts, scale) else None
-        return replace(facts, classes=classes, chunks=chunks)
-
-    try:
-        return for_all(read, crops, "counting voxels" if deep else "checking chunks")
-    finally:
-        pool.close()
-
-
-class _ForegroundCount:
-    """Counts foreground voxels of the labels of one crop.
-
-    Args:
-        facts: the crop.
-        deep: read labels whose metadata has no counts.
-        pool: reads them.
-    """
-
-    def __init__(self, facts: CropFacts, deep: bool, pool: ReadPool) -> None:
-        self._crop, self._deep, self._pool = facts.name, deep, pool
-        self._encodings = LabelEncodings(facts.name, facts.metadata.get("unknown", "metadata"), thorough=deep)
-
-    def sections(self, name: str, image: Multiscale) -> SectionFacts | None:
-        """Return the facts of the sections of a class, or None if they are not read."""
-        if not self._deep:
-            return None
-        return section_facts(image.finest, self._encodings.of(name, image, image.finest), f"{self._crop}, {name}")
-
-    def averaged(self, name: str) -> str | None:
-        """Return which values of a coarser level the finest does not hold, or None."""
-        return self._encodings.averaged.get(name)
-
-    def __call__(self, name: str, image: Multiscale, level: Level) -> int | None:
-        """Return the foreground voxels of a class at a level, or None if they are not counted."""
-        encoding = self._encodings.of(name, image, level)
-        voxels = known_foreground(image, level, encoding)
-        if voxels is None and self._deep:
-            where = f"{self._crop}, {level.path.parent.name}/{level.name}"
-            return count_foreground(level, encoding, self._pool, where)
-        return voxels
-
-
-def _with_loss(of_class: ClassFacts, name: str, crop: CropFacts, scale: Vector, count: _ForegroundCount) -> ClassFacts:
-    """Return the facts of a class with the part of its foreground that the level read at a scale has lost."""
-    image = _image(crop, name)
-    level = choose_level(image, scale)
-    try:
-        fine, coarse = count(name, image, image.finest), count(name, image, level)
-        sections = count.sections(name, image)
-    except CellMapError as e:
-        return replace(of_class, wrong=str(e))
-    lost = None
-    if fine and coarse is not None:
-        # Voxels of levels differ in size, so that volumes are compared, not counts.
-        volumes = coarse * float(np.prod(level.scale)), fine * float(np.prod(image.finest.scale))
-        lost = 1 - volumes[0] / volumes[1]
-    if sections is not None:
-        unknown = of_class.unknown if of_class.unknown is not None else sections.unknown
-        of_class = replace(of_class, gaps=sections.gaps, unknown=unknown)
-    return replace(of_class, voxels=fine, lost=lost, level=level.name, averaged=count.averaged(name))
-
-
-def _image(crop: CropFacts, name: str) -> Multiscale:
-    """Return the label image of a class, inside of the box that restricts the crop."""
-    image = TargetPath.parse(crop.target).read(name, _overrides(crop)[1])
-    if crop.metadata.get("box") is None or crop.box is None:
-        return image
-    return image_part(image, _physical(crop.box)) or image
-
-
-def _physical(box: Mapping[str, list[float]]) -> Box:
-    lower, upper = (to_vector(sides) for sides in zip(*box.values(), strict=True))
-    return Box(lower, upper)
-
-
-def _absent_chunks(facts: CropFacts, scale: Vector) -> tuple[int, int] | None:
-    """Return the number of absent and of all files of raw under a crop, at the level that is read at a scale."""
-    assert facts.box is not None
-    try:
-        level = choose_level(read_image(facts.raw, _overrides(facts)[0], allow_turned=True), scale)
-        stored = stored_box(level.lattice, _physical(facts.box), 0)
-        return open_reader(level).absent(*stored) if stored is not None else None
-    except CellMapError:
-        return None  # reported as a problem of the volume
-
-
-def fits(crop: CropFacts, scale: Vector) -> bool:
-    """Check that the labels of a crop are as fine as a scale."""
-    return crop.scale is not None and bool((np.divide(crop.scale, scale) <= 1 + SCALE_TOLERANCE).all())
-
-
-def _overrides(facts: CropFacts) -> tuple[Overrides, Overrides]:
+def crop_overrides(facts: CropFacts) -> tuple[Overrides, Overrides]:
     """Return the overrides of a crop's raw image and of its labels."""
     return overrides_of(facts.metadata)
 

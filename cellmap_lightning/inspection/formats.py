@@ -5,6 +5,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+#: A blank at which lines are not broken.
+_FIXED = "\u00a0"
+
 
 def table(rows: Sequence[Sequence[str]], indent: int = 0) -> str:
     """Return left-aligned columns; the first row is their heading."""
@@ -43,6 +46,16 @@ def count_text(count: int) -> str:
     return f"{count:,}" if count < 10**6 else f"{float(f'{count / 1e6:.3g}'):,g} million"
 
 
+def size_text(nbytes: float) -> str:
+    """Return a number of bytes, such as ``12.7 MB`` or ``3.2 GB``."""
+    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
+
+
+def together(text: str) -> str:
+    """Return a text that `wrapped` does not break."""
+    return text.replace(" ", _FIXED)
+
+
 def wrapped(text: str, indent: int = 0, hanging: int = 4) -> str:
     """Return lines that fit the terminal.
 
@@ -56,4 +69,4 @@ def wrapped(text: str, indent: int = 0, hanging: int = 4) -> str:
     options: Any = {"initial_indent": first, "subsequent_indent": later, "break_on_hyphens": False}
     # Columns of spaces stay, and paths are not broken.
     lines = (textwrap.wrap(line, width, break_long_words=False, **options) or [first] for line in text.split("\n"))
-    return "\n".join(line for wrapped_lines in lines for line in wrapped_lines)
+    return "\n".join(line for wrapped_lines in lines for line in wrapped_lines).replace(_FIXED, " ")

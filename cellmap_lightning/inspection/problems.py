@@ -1,6 +1,6 @@
 """Problems of volumes and crops: errors, and properties that surprise in a training."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,11 @@ MOST_UNKNOWN = 0.5
 CLEAR_SKEW = 0.15
 #: Ratio between the width of the middle 99 % of a volume's values and the median width, from which it is reported.
 CONTRAST_RATIO = 2.0
+#: Text of the problem that no crop validates, where the proposal cuts the crops.
+PROPOSED_CUT = (
+    "no crop validates; the proposal sets data.split to blocks, which cuts a part of each crop for validation, see "
+    "docs/data.md"
+)
 #: Names that one problem lists.
 _LISTED = 8
 
@@ -68,6 +73,7 @@ KINDS = {
     "small": "crops smaller than the patch",
     "off lattice": "crops off raw's lattice, so that raw is interpolated at the scale of the labels",
     "averaged": "labels whose coarser levels hold values that the finest does not",
+    "counts": "wrong complement_counts in the metadata, by which classes are sampled: correct or remove them",
     "lost": f"classes that lose more than {MOST_LOST:.0%} of their foreground at the level that is read",
     "unknown": f"crops that are unknown to more than {MOST_UNKNOWN:.0%}",
     "gaps": "empty sections inside objects, which cut them",
@@ -90,7 +96,7 @@ def find_problems(
     too_coarse: str = "drop",
     held_out: str | None = None,
     spellings: Sequence[OtherSpelling] = (),
-    ranges: Iterable[Problem] = (),
+    noted: Sequence[Problem] = (),
 ) -> list[Problem]:
     """Return all problems that the facts show, in the order of `KINDS`.
 
@@ -104,9 +110,9 @@ def find_problems(
         too_coarse: treatment of crops whose labels are too coarse: ``drop``, ``upsample`` or ``error``.
         held_out: a manifest of crops that must not be trained on.
         spellings: classes that crops annotate under another spelling.
-        ranges: problems of the values of raw.
+        noted: other problems, to be sorted among them.
     """
-    problems = [*(problem for volume in volumes for problem in _of_volume(volume)), *ranges]
+    problems = [*noted, *(problem for volume in volumes for problem in _of_volume(volume))]
     problems += [
         Problem("spelling", found.crop, f"has {found.stored!r}, and classes has {found.name!r}: rename one of them")
         for found in spellings
@@ -120,7 +126,9 @@ def find_problems(
     # Parts of a cut crop have the same.
     problems += dict.fromkeys(Problem("class boxes", crop.name, str(found)) for crop in crops for found in crop.apart)
     problems += [*_of_classes(crops, classes), *_of_types(volumes), *_of_contrast(volumes), *_of_polarity(volumes)]
-    problems += [*_of_leakage(crops, held_out), *_of_usages(crops)]
+    problems += _of_leakage(crops, held_out)
+    if not any(problem.kind == "validation" for problem in noted):
+        problems += _of_usages(crops)
     order = list(KINDS)
     return sorted(problems, key=lambda problem: order.index(problem.kind))
 
@@ -186,8 +194,9 @@ def _of_content(crop: CropFacts, classes: Sequence[str]) -> Iterator[tuple[str, 
         advice = "label_downsample=any keeps thin structures, or use a finer scale"
         yield "lost", f"{first_few(lost, _LISTED)}; {advice}"
     for name, facts in crop.classes.items():
-        if facts.averaged:
-            yield "averaged", f"{name}: {facts.averaged}"
+        yield from (("averaged", f"{name}: {text}") for text in facts.averaged)
+        if facts.contradiction:
+            yield "counts", f"{name}: {facts.contradiction}"
         if facts.gaps and name in classes and facts.scale is not None and crop.box is not None:
             yield "gaps", _gaps_text(name, facts.gaps, crop.box["z"][0], facts.scale[0])
 
@@ -260,7 +269,10 @@ def _of_leakage(crops: Sequence[CropFacts], held_out: str | None) -> Iterator[Pr
 def _of_usages(crops: Sequence[CropFacts]) -> Iterator[Problem]:
     trained = [crop for crop in crops if crop.usage == "train"]
     if trained and len(trained) == sum(crop.usage != "predict" for crop in crops):
-        text = "no crop validates; data.split=blocks cuts a part of each crop for validation, see docs/data.md"
+        text = (
+            "no crop validates; list some for validation, or set data.split=blocks, with a patch that fits into a part "
+            "of each crop; see docs/data.md"
+        )
         yield Problem("validation", first_few([crop.name for crop in trained]), text)
 
 

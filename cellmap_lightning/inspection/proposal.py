@@ -1,6 +1,7 @@
 """A proposal of settings that fit the data, each with its reason."""
 
 import json
+import re
 import textwrap
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,9 @@ from cellmap_lightning.validation import first_few
 MOST_CROPS = 0.8
 #: Divisor of the edge lengths of patches: the U-Nets of ``configs/model`` halve them three times.
 MULTIPLE = 8
+#: The smallest patches of a U-Net that halves them three times: it cannot normalize a single voxel.
+_ONE_AXIS_LONGER = ((8, 8, 16), (8, 16, 8), (16, 8, 8))
+_ONE_LONGER = "one axis is longer, since a U-Net cannot normalize the single voxel that it shrinks a patch of 8^3 to"
 #: Voxels along an axis of a patch, at most, and at least if crops are large enough.
 LARGEST, SMALLEST = 128, 16
 #: Ratio of the voxel sizes along two axes from which the patch has fewer voxels along the coarse one.
@@ -28,6 +32,8 @@ ANISOTROPIC = 3.0
 BYTES_PER_VOXEL = 2048
 #: Samples of a batch, at most, and at least if memory allows it.
 MOST_SAMPLES, LEAST_SAMPLES = 16, 2
+#: Characters of a line of a comment in the YAML, which fits a terminal of 80.
+_COMMENT = 76
 #: Names that a reason lists.
 _LISTED = 10
 
@@ -45,6 +51,8 @@ class Proposal:
         only_datasets: the datasets with raw fine enough for the scale, if others would be refused.
         reasons: the reason of each setting.
         yaml: the settings with their reasons, ready to paste.
+        overrides: the settings as overrides of a command line, ``{key: value}``; None where the crops are given by
+            ``datasets``, which is too long for one.
 
     Example:
         >>> print(inspect({"csv_path": "crops.csv"}, {}, None).proposal.yaml)
@@ -58,6 +66,12 @@ class Proposal:
     only_datasets: tuple[str, ...] | None
     reasons: Mapping[str, str]
     yaml: str
+    overrides: Mapping[str, str] | None = None
+
+    @property
+    def cuts(self) -> bool:
+        """True if it proposes to cut crops that are all for training."""
+        return "split" in self.reasons
 
 
 def propose(
@@ -69,6 +83,7 @@ def propose(
     max_upsampling: float,
     pad: bool = True,
     holds: Callable[[tuple[int, int, int], Vector], bool] | None = None,
+    why_split: str | None = None,
 ) -> Proposal | None:
     """Return settings that fit; None without a volume that can be read.
 
@@ -81,6 +96,7 @@ def propose(
         max_upsampling: largest ratio of raw's finest voxel size to that of an input.
         pad: whether crops may be smaller than a patch.
         holds: whether the crops can be cut for a patch of a shape and voxel size; None if they are not cut.
+        why_split: reason of the split in ``source``, if it is proposed.
     """
     usable = [crop for crop in crops if crop.wrong is None and crop.scale is not None and crop.off is not None]
     readable = [volume for volume in volumes if volume.present]
@@ -95,10 +111,10 @@ def propose(
     if chosen.get("shape"):
         shape, why_shape = tuple(chosen["shape"]), "as given"
     elif holds is not None:
-        shape, why_shape = _cut_shape(shape, scale, why_shape, holds)
+        shape, why_shape = _cut_shape(shape, scale, why_shape, holds, pad)
     if not (chosen.get("shape") and chosen.get("scale")) and holds is None:
         why_shape += _smaller(fitting, scale, shape, pad)
-    classes, why_classes = _classes(usable)
+    classes, why_classes = _classes(usable, cut=holds is not None)
     if chosen.get("classes"):
         classes, why_classes = tuple(chosen["classes"]), "as given"
     batch_size, why_batch_size = _batch_size(shape, device_bytes)
@@ -106,13 +122,20 @@ def propose(
     reasons = {"scale": why_scale, "shape": why_shape, "batch_size": why_batch_size, "normalize": why_normalize}
     if classes:
         reasons["classes"] = why_classes
+    if why_split is not None:
+        reasons["split"] = why_split
     only, why_only = _fine_enough_datasets(readable, usable, scale, max_upsampling, source)
     if only is not None:
         reasons["only_datasets"] = why_only
         source = {**source, "only_datasets": list(only)}
     data = source if not classes else {**source, "classes": list(classes)}
     text = _yaml(scale, shape, batch_size, normalize, data, reasons)
-    return Proposal(scale, shape, batch_size, normalize, classes, only, reasons, text)
+    settings = {**data, "batch_size": batch_size, "normalize": normalize}
+    overrides = None
+    if data.get("datasets") is None:
+        overrides = {f"data.{name}": override_text(value) for name, value in settings.items() if value is not None}
+        overrides |= {"patch.shape": override_text(list(shape)), "patch.scale": override_text(_whole(scale))}
+    return Proposal(scale, shape, batch_size, normalize, classes, only, reasons, text, overrides)
 
 
 def _scale(volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts]) -> tuple[Vector, str]:
@@ -204,6 +227,8 @@ def _shape(
     # Shorten the longest edge in nm until the smallest batch fits.
     while np.prod(shape) > most and shape.max() > SMALLEST:
         shape[int(np.argmax(shape * scale))] -= MULTIPLE
+    if pad and (shape == MULTIPLE).all():
+        shape[-1], text = SMALLEST, f"{text}; {_ONE_LONGER}"
     z, y, x = (int(n) for n in shape)
     return (z, y, x), text
 
@@ -219,6 +244,7 @@ def _cut_shape(
     scale: Vector,
     reason: str,
     holds: Callable[[tuple[int, int, int], Vector], bool],
+    pad: bool,
 ) -> tuple[tuple[int, int, int], str]:
     """Return the largest patch for which the crops can be cut, and the reason.
 
@@ -227,20 +253,32 @@ def _cut_shape(
         scale: voxel size, nm.
         reason: of this shape.
         holds: whether the crops can be cut for a patch.
+        pad: whether crops may be smaller than a patch.
     """
     shapes, edges = [shape], np.array(shape)
-    while edges.max() > MULTIPLE:
+    while np.sum(edges - MULTIPLE) > MULTIPLE and edges.max() > MULTIPLE:
         edges[int(np.argmax(np.where(edges > MULTIPLE, edges * scale, 0)))] -= MULTIPLE
         shapes.append(_integers(edges))
     # A smaller patch needs less of a crop, and reaches less far beyond its box.
     number = bisect_left(range(len(shapes)), True, key=lambda n: holds(shapes[n], scale))
     if number == 0:
         return shape, reason
-    if number == len(shapes):
+    if number < len(shapes):
         return shapes[
-            -1
-        ], "the smallest; split=blocks cannot cut all crops for it, split.blocks.crops names those that it can"
-    return shapes[number], f"multiples of {MULTIPLE}, at most {LARGEST}, that the parts hold which split=blocks cuts"
+            number
+        ], f"multiples of {MULTIPLE}, at most {LARGEST}, that the parts hold which split=blocks cuts"
+    longer = [(z, y, x) for z, y, x in _ONE_AXIS_LONGER if pad or np.all(np.less_equal((z, y, x), shape))]
+    for smallest in longer:
+        if holds(smallest, scale):
+            return smallest, f"the smallest, with which split=blocks cuts all crops; {_ONE_LONGER}"
+    last = (MULTIPLE,) * 3
+    if holds(last, scale):
+        text = (
+            "the smallest, with which split=blocks cuts all crops; model.strides=[2,2] model.channels=[16,32,64] fit it"
+        )
+        return last, text
+    reason = "the smallest; split=blocks cannot cut all crops for it, split.blocks.crops names those that it can"
+    return last, reason
 
 
 def _smaller(crops: Sequence[CropFacts], scale: Vector, shape: Sequence[int], pad: bool) -> str:
@@ -294,15 +332,20 @@ def _normalize(volumes: Sequence[VolumeFacts]) -> tuple[Any, str]:
     return "dtype", f"{kind} to [0, 1] by the range of its type; {measured}"
 
 
-def _classes(crops: Sequence[CropFacts]) -> tuple[tuple[str, ...], str]:
-    """Return the classes that both train and val can have."""
+def _classes(crops: Sequence[CropFacts], cut: bool) -> tuple[tuple[str, ...], str]:
+    """Return the classes that both train and val can have.
+
+    Args:
+        crops: the crops.
+        cut: whether parts of each crop are for train and for val.
+    """
     names = list(dict.fromkeys(name for crop in crops for name in crop.classes))
     present = {name: sum(name in crop.held for crop in crops) for name in names}
-    least = 2 if len(crops) > 1 else 1
+    least = 2 if len(crops) > 1 and not cut else 1
     chosen = tuple(name for name in names if present[name] >= least)
     text = f"with foreground in at least {least} crops, so that both train and val can have it"
     if least == 1:
-        text = "with foreground in the only crop"
+        text = "with foreground in the only crop" if len(crops) == 1 else "with foreground in a crop, which is cut"
     uncounted = [n for n in chosen if all(c.classes[n].voxels is None for c in crops if n in c.classes)]
     if uncounted:
         text += f"; the voxels of {first_few(uncounted, _LISTED)} are not counted, deep=true counts them"
@@ -321,7 +364,7 @@ def _yaml(
     def flow(value: Any) -> str:  # JSON is YAML too
         return json.dumps(value, ensure_ascii=False)
 
-    sizes = [int(s) if s == int(s) else s for s in scale]
+    sizes = _whole(scale)
     lines = ["# @package _global_", "patch:"]
     lines += [*_comment(reasons["shape"]), f"  shape: {flow(list(shape))}"]
     lines += [*_comment(reasons["scale"]), f"  scale: {flow(sizes)}", "data:"]
@@ -339,8 +382,25 @@ def _yaml(
     return "\n".join(lines) + "\n"
 
 
+def override_text(value: Any) -> str:
+    """Return a value as in an override of a command line, with quotes around texts that need them."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{override_text(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(override_text, value)) + "]"
+    is_plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_./][\w./-]*", value)
+    if isinstance(value, str) and (not is_plain or value.lower() in ("true", "false", "null", "nan", "inf")):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _whole(scale: Vector) -> list[float]:
+    """Return a voxel size with whole numbers where it has them."""
+    return [int(s) if s == int(s) else s for s in scale]
+
+
 def _comment(text: str) -> list[str]:
-    return [f"  # {line}" for line in textwrap.wrap(text, 110)]
+    return [f"  # {line}" for line in textwrap.wrap(text, _COMMENT)]
 
 
 def _rounded(scale: Vector) -> Vector:

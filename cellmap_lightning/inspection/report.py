@@ -5,6 +5,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,28 @@ from cellmap_lightning.crops.image import MAX_UPSAMPLING
 from cellmap_lightning.crops.options import LabelOptions, ReadOptions
 from cellmap_lightning.datamodule import CellMapDataModule
 from cellmap_lightning.errors import CellMapError, CellMapValueError
-from cellmap_lightning.geometry.lattice import Vector, to_vector
+from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
 from cellmap_lightning.inspection import text
 from cellmap_lightning.inspection.costs import Costs, compute_costs
 from cellmap_lightning.inspection.facts import (
     CropFacts,
     VolumeFacts,
-    at_scale,
     read_crop_facts,
     read_volume_facts,
 )
 from cellmap_lightning.inspection.formats import by_axis
-from cellmap_lightning.inspection.problems import Problem, find_problems
+from cellmap_lightning.inspection.problems import PROPOSED_CUT, Problem, find_problems
 from cellmap_lightning.inspection.proposal import Proposal, propose
 from cellmap_lightning.inspection.ranges import range_problems
-from cellmap_lightning.inspection.usages import placed
+from cellmap_lightning.inspection.scale_facts import at_scale
+from cellmap_lightning.inspection.usages import left_out, placed
 from cellmap_lightning.io.ngff import shared_metadata
 from cellmap_lightning.io.store import children, local_path
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, find_crops, read_manifest
 from cellmap_lightning.splits.options import SplitOptions
+from cellmap_lightning.validation import first_few
 
 #: Settings that name crops; the proposal repeats them.
 _SOURCES = ("csv_path", "search_path", "manifest", "datasets", "split", "only_datasets", "only_crops")
@@ -85,7 +87,7 @@ class Inspection:
         parts = [text.volumes_text(self.volumes, {crop.raw for crop in self.crops})]
         if self.crops:
             parts += [
-                text.crops_text(self.crops, self.split),
+                text.crops_text(self.crops, self.split, self.proposal is not None and self.proposal.cuts),
                 text.classes_text(self.crops),
                 text.encodings_text(self.crops),
             ]
@@ -121,8 +123,8 @@ def inspect(
     settings = {name: value for name, value in data.items() if name != "_target_"}
     if input_path is not None:
         settings |= settings_around(input_path)
-    if settings.get("search_path") is not None and settings.get("split", "csv") == "csv":
-        settings["split"] = "stratified"  # unlike a CSV, a folder does not assign crops to splits
+    of_folder = _split_of_folder(settings)
+    settings |= of_folder
     chosen = {"scale": patch.get("scale"), "shape": patch.get("shape"), "classes": settings.get("classes")}
     pad = bool(settings.get("pad", True))
     with shared_metadata():
@@ -133,46 +135,138 @@ def inspect(
         # How crops are cut depends on the patch, so that a patch is proposed for the crops before they are cut.
         cut_later = splits.options.blocks is not None and splits.input_arrays is None
         whole = _annotated(splits.uncut) if cut_later else listed
-        proposal = propose(
-            volumes,
-            _read_crops(whole, settings) if cut_later else crops,
-            _source(settings),
-            device_bytes,
-            chosen,
-            float(settings.get("max_upsampling") or MAX_UPSAMPLING),
-            pad,
-            (lambda shape, scale: _can_be_cut(settings, splits.classes, shape, scale)) if cut_later else None,
-        )
+        uncut = _read_crops(whole, settings) if cut_later else crops
+        lacks = of_folder.get("split") == "blocks" or _lacks_validation(settings, splits.entries)
+        planner = _Planner(volumes, uncut, chosen, device_bytes, splits.classes)
+        rule = str(settings.get("split") or "csv")
+        settings, proposal = planner.plan(settings, cut_later, lacks)
+        noted: list[Problem] = []
+        if proposal is not None and proposal.cuts:
+            noted.append(Problem("validation", first_few([crop.name for crop in uncut]), PROPOSED_CUT))
         costs, refused = None, _unreadable(volumes, crops if input_path is None else (), chosen["classes"])
+        if proposal is not None and refused is None and not chosen["classes"] and not proposal.classes:
+            refused = _no_class(crops)
         if proposal is not None and refused is None:
             settings["batch_size"] = settings.get("batch_size") or proposal.batch_size
             arguments = _complete(settings, proposal.shape, proposal.scale, proposal.classes, proposal.only_datasets)
             try:
                 with CellMapDataModule(**arguments) as module:
                     costs = compute_costs(module, arguments, device_bytes, deep)
-                    entries = [entry for _, entry in whole]
-                    crops = placed(
-                        crops,
-                        entries,
-                        module.splits,
-                        _coarser(chosen["scale"], proposal.scale),
-                        proposal.only_datasets,
-                        lambda new: _read_crops(new, settings),
-                    )
+                    coarse, only = _coarser(chosen["scale"], proposal.scale), proposal.only_datasets
+                    if proposal.cuts:  # the report shows the crops as they are listed
+                        crops = left_out(uncut, module.splits, coarse, only)
+                    else:
+                        entries = [entry for _, entry in whole]
+                        reread = partial(_read_crops, settings=settings)
+                        crops = placed(crops, entries, module.splits, coarse, only, reread)
             except CellMapError as e:
                 refused = str(e)
-            crops = at_scale(crops, proposal.scale, deep)
-        problems = [Problem("config", "", refused)] if refused is not None else []
+        # Without raw there is no proposal, and labels are counted at their own scale.
+        in_use = proposal.scale if proposal is not None else next((c.scale for c in crops if c.scale), None)
+        if in_use is not None:
+            crops = at_scale(crops, in_use, deep)
+        noted += [Problem("config", "", refused)] if refused is not None else []
         names = _named_classes(chosen["classes"], crops)
         # What does not fit a proposal is no fault of the data; its reasons name such crops.
         scale = to_vector(chosen["scale"]) if chosen["scale"] else None
-        problems += find_problems(
+        problems = find_problems(
             volumes, crops, names, scale, chosen["shape"], pad, settings.get("too_coarse", "drop"),
-            settings.get("held_out"), splits.other_spellings, range_problems(volumes, splits.entries, settings),
+            settings.get("held_out"), splits.other_spellings,
+            [*noted, *range_problems(volumes, splits.entries, settings)],
         )  # fmt: skip
     complete = None not in chosen.values()
-    rule = str(settings.get("split") or "csv")
     return Inspection(volumes, crops, problems, proposal, costs, refused, complete, rule)
+
+
+class _Planner:
+    """Proposes settings, with crops that are cut where none is for validation.
+
+    Args:
+        volumes: raw volumes.
+        crops: annotated crops, before they are cut.
+        chosen: the user's ``scale``, ``shape`` and ``classes``, or None for each.
+        device_bytes: memory of the device that trains.
+        classes: classes by which crops are cut.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[VolumeFacts],
+        crops: Sequence[CropFacts],
+        chosen: Mapping[str, Any],
+        device_bytes: int,
+        classes: Sequence[str] | None,
+    ) -> None:
+        self._volumes, self._crops, self._chosen = volumes, crops, chosen
+        self._device_bytes, self._classes = device_bytes, classes
+
+    def plan(
+        self, settings: dict[str, Any], cut: bool, lacks_validation: bool
+    ) -> tuple[dict[str, Any], Proposal | None]:
+        """Return the settings, with the split that is proposed, and the proposal; None without a readable volume.
+
+        Args:
+            settings: arguments of `CellMapDataModule`.
+            cut: whether the setting ``split`` cuts the crops for the proposed patch.
+            lacks_validation: whether cutting the crops is to be proposed.
+        """
+        # The longest axis in nm, the default, may have too few voxels.
+        for split in ["blocks", *({"blocks": {"axis": axis}} for axis in AXES)] if lacks_validation else []:
+            blocks = {**settings, "split": split}
+            proposal = self._propose(blocks, True, "no crop is for validation: a part of each is cut off for it")
+            if proposal is not None and self._can_be_cut(blocks, proposal.shape, proposal.scale):
+                return blocks, proposal
+        return settings, self._propose(settings, cut)
+
+    def _propose(self, settings: Mapping[str, Any], cut: bool, why_split: str | None = None) -> Proposal | None:
+        return propose(
+            self._volumes,
+            self._crops,
+            _source(settings),
+            self._device_bytes,
+            self._chosen,
+            float(settings.get("max_upsampling") or MAX_UPSAMPLING),
+            bool(settings.get("pad", True)),
+            (lambda shape, scale: self._can_be_cut(settings, shape, scale)) if cut else None,
+            why_split,
+        )
+
+    def _can_be_cut(self, settings: Mapping[str, Any], shape: Sequence[int], scale: Vector) -> bool:
+        """Return True if the rule ``split=blocks`` can cut all crops for a patch."""
+        try:
+            _ = _splits(settings, _patches(_complete(settings, shape, scale, self._classes or (), None))).entries
+        except CellMapError:
+            return False
+        return True
+
+
+def _split_of_folder(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the setting ``split`` for the crops of a folder, which unlike a CSV does not assign them to splits.
+
+    A single crop is cut. Empty where the setting is given, or the crops are not those of a folder.
+    """
+    if settings.get("search_path") is None or settings.get("split", "csv") != "csv":
+        return {}
+    crops = _splits({**settings, "split": "blocks"}, {}).uncut.get("train", [])
+    return {"split": "blocks" if len(crops) == 1 else "stratified"}
+
+
+def _lacks_validation(settings: Mapping[str, Any], entries: Mapping[str, Sequence[CropRecord]]) -> bool:
+    """Return True if annotated crops are for training, and none for validation, by a CSV or ``datasets``."""
+    train = entries.get("train", [])
+    is_listed = settings.get("split", "csv") == "csv" and not entries.get("val")
+    return is_listed and bool(train) and all(entry.target_path and entry.dataset is None for entry in train)
+
+
+def _no_class(crops: Sequence[CropFacts]) -> str | None:
+    """Return the error for crops of which no two hold the same class; None without a crop that holds any."""
+    held = [f"{name} only in {crop.name} ({crop.usage})" for crop in crops for name in crop.held]
+    if not held:
+        return None
+    return (
+        f"no class has foreground in two crops, one to train on and one to validate on: {first_few(held, 8)}; list the "
+        "crops for training and set data.split=blocks, which cuts a part of each for validation, or give data.classes"
+    )
 
 
 def _named_classes(chosen: Sequence[str] | None, crops: Sequence[CropFacts]) -> list[str]:
@@ -251,15 +345,6 @@ def _unreadable(volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts], clas
     if not classes and crops and all(crop.wrong for crop in crops):
         return f"none of the {len(crops)} annotated crops can be read: {crops[0].name}: {crops[0].wrong}"
     return None
-
-
-def _can_be_cut(settings: Mapping[str, Any], classes: Any, shape: Sequence[int], scale: Vector) -> bool:
-    """Return True if the rule ``split=blocks`` can cut all crops for a patch."""
-    try:
-        _ = _splits(settings, _patches(_complete(settings, shape, scale, classes or (), None))).entries
-    except CellMapValueError:
-        return False
-    return True
 
 
 def _coarser(chosen: Any, scale: Vector) -> str:

@@ -24,6 +24,8 @@ class SectionFacts:
         gaps: first and last index of each run of sections without a voxel of the class, although all of them are
             annotated and its objects lie at the same place on both sides.
         unknown: unannotated part of the voxels.
+        present: foreground voxels.
+        missing: unannotated voxels.
 
     Example:
         >>> section_facts(image.finest, encoding, "crop1, mito").gaps  # doctest: +SKIP
@@ -32,6 +34,8 @@ class SectionFacts:
 
     gaps: tuple[tuple[int, int], ...]
     unknown: float
+    present: int
+    missing: int
 
 
 def section_facts(level: Level, encoding: Encoding, label: str) -> SectionFacts:
@@ -49,8 +53,9 @@ def section_facts(level: Level, encoding: Encoding, label: str) -> SectionFacts:
     before: Plane | None = None  # the last section with foreground
     first = 0  # of the empty sections since then
     broken = True  # an unknown section since then, which explains them
-    unknown = total = 0
+    foreground = unknown = total = 0
     for z, (present, missing) in enumerate(_sections(level, encoding, label)):
+        foreground += int(np.count_nonzero(present))
         unknown += int(np.count_nonzero(missing))
         total += missing.size
         if not present.any():
@@ -59,7 +64,7 @@ def section_facts(level: Level, encoding: Encoding, label: str) -> SectionFacts:
         if before is not None and z > first and not broken and _continues(before, present):
             gaps.append((first, z - 1))
         before, first, broken = present, z + 1, False
-    return SectionFacts(tuple(gaps), unknown / max(total, 1))
+    return SectionFacts(tuple(gaps), unknown / max(total, 1), foreground, unknown)
 
 
 def _sections(level: Level, encoding: Encoding, label: str) -> Iterator[tuple[Plane, Plane]]:

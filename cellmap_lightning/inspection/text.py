@@ -1,12 +1,22 @@
 """The text of an inspection, section by section."""
 
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from cellmap_lightning.inspection.costs import Costs
 from cellmap_lightning.inspection.facts import ClassFacts, CropFacts, LevelFacts, Values, VolumeFacts
-from cellmap_lightning.inspection.formats import box_text, count_text, table, voxel_count, voxel_size, wrapped
+from cellmap_lightning.inspection.formats import (
+    box_text,
+    count_text,
+    size_text,
+    table,
+    together,
+    voxel_count,
+    voxel_size,
+    wrapped,
+)
 from cellmap_lightning.inspection.problems import KINDS, Problem
 from cellmap_lightning.validation import first_few
 
@@ -23,8 +33,10 @@ _RULES = {
     "stratified": "chosen so that each class has about the same share of its crops there (split=stratified)",
     "by_dataset": "as whole datasets, drawn with the seed (split=by_dataset, data.val_fraction)",
     "leave_one_dataset_out": "as the dataset number data.fold (split=leave_one_dataset_out)",
+    "blocks": "as a part of each crop (split=blocks)",
     "kfold": "as the part data.fold of data.n_folds (split=kfold)",
 }
+_ALIGNED = "aligned, if the edges of the crop lie on edges of raw's finest voxels, else their offset in these voxels"
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -50,7 +62,7 @@ def _volume(volume: VolumeFacts, annotated: bool) -> str:
             rows.append([level.name, voxel_size(level.scale), voxel_count(level.shape), *_storage([level])])
     lines = [f"{volume.name}  {volume.path}", f"  box {box_text(volume.box)} nm", table(rows, 2)]
     lines += [] if annotated else ["  raw only: no crop annotates it"]
-    return "\n".join([*lines, f"  {_values(volume.values)}"])
+    return "\n".join([*lines, wrapped(_values(volume.values), 2)])
 
 
 def _storage(levels: Sequence[LevelFacts]) -> tuple[str, str, str]:
@@ -68,18 +80,20 @@ def _values(values: Values | None) -> str:
     top = max(values.histogram) or 1.0
     bars = "".join(_BARS[min(8, int(np.ceil(8 * share / top)))] for share in values.histogram)
     tail = "dark" if values.skew < 0 else "bright"
+    histogram = together(f"{values.low:g} |{bars}| {values.high:g}")
     return (
-        f"values: {values.low:g} |{bars}| {values.high:g} (middle 99 %), mean {values.mean:.4g}, std {values.std:.3g}, "
+        f"values: {histogram} (middle 99 %), mean {values.mean:.4g}, std {values.std:.3g}, "
         f"longer tail on the {tail} side"
     )
 
 
-def crops_text(crops: Sequence[CropFacts], rule: str) -> str:
+def crops_text(crops: Sequence[CropFacts], rule: str, proposed: bool = False) -> str:
     """Return the section of the crops; columns that are the same in all crops are one line below the table.
 
     Args:
         crops: the crops.
         rule: the setting ``split``.
+        proposed: whether the proposal cuts the crops.
     """
     heading = [
         "crop", "split", "voxels", "nm (z y x)", "levels", "type", "chunks", "codec", "classes", "absent", "unknown",
@@ -96,19 +110,32 @@ def crops_text(crops: Sequence[CropFacts], rule: str) -> str:
     equal = [n for n in range(3, len(heading) - 1) if len({row[n] for row in rows[1:]}) == 1]
     shown = [[cell for n, cell in enumerate(row) if n not in equal] for row in rows]
     count = f"{len(crops)}, {len(left_out)} left out" if left_out else f"{len(crops)}"
-    lines = [f"Crops ({count})", "", table(shown), ""]
-    if equal:
-        lines.append(wrapped("in all of them: " + ", ".join(f"{heading[n]} {rows[1][n]}" for n in equal)))
-    lines.append(wrapped(_split_text(crops, rule)))
+    lines = [f"Crops ({count})", "", _with_boxes(shown), ""]
+    same = [together(f"{heading[n]} {rows[1][n]}") for n in equal if rows[1][n]]
+    if same:
+        lines.append(wrapped("in all of them: " + ", ".join(same)))
+    lines.append(wrapped(_split_text(crops, rule, proposed)))
     lines += [wrapped(line) for line in _left_out(left_out)]
-    off = "edges of the crop are edges of raw's finest voxels (aligned), or miss them by so many of these"
-    return "\n".join([*lines, wrapped(f"raw: {off}")])
+    if any(crop.off is not None for crop in crops):
+        lines.append(wrapped(f"raw: {_ALIGNED}"))
+    return "\n".join(lines)
 
 
-def _split_text(crops: Sequence[CropFacts], rule: str) -> str:
+def _with_boxes(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table whose last column, that of the boxes, is a table of its own where the terminal is too narrow."""
+    text = table(rows)
+    if max(map(len, text.splitlines())) <= shutil.get_terminal_size().columns:
+        return text
+    boxes = table([[row[0], row[-1]] for row in rows])
+    return f"{table([row[:-1] for row in rows])}\n\n{boxes}"
+
+
+def _split_text(crops: Sequence[CropFacts], rule: str, proposed: bool) -> str:
     """Return which crops validate, and the reason."""
     named = [crop.name for crop in crops if crop.usage == "val" and crop.left_out is None]
     validate = f"{first_few(named, NAMED)} for validation" if named else "no crop for validation"
+    if proposed:
+        return f"split: {validate}; the proposed data.split cuts a part of each crop for it"
     return f"split: {validate}, {_RULES.get(rule, f'by split={rule}')}; data.split changes it"
 
 
@@ -150,14 +177,19 @@ def _alignment(crop: CropFacts) -> str:
 
 def classes_text(crops: Sequence[CropFacts]) -> str:
     """Return the section of the classes, over all crops."""
-    rows = [["class", "crops", "hold it", "voxels", "share", "unknown", "lost at the scale"]]
+    rows = [["class", "crops", "with it", "voxels", "share", "unknown", "lost"]]
     names = dict.fromkeys(name for crop in crops for name in crop.classes)
+    if not names:
+        return ""
     rows += [[name, *_class([crop.classes[name] for crop in crops if name in crop.classes])] for name in names]
-    text = f"Classes\n\n{table(rows)}"
-    text += "\n\nshare: of the annotated voxels of the crops with a count"
+    notes = [
+        "crops: that annotate the class; with it: those of them that have a voxel of it",
+        "share: of the known voxels of those crops whose voxels are counted; unknown: a mean over the crops",
+        "lost: part of the foreground, by volume, that is missing at the level that is read",
+    ]
     if any("?" in row for row in rows[1:]):
-        text += "\n?: not in the metadata; deep=true counts voxels"
-    return text
+        notes.append("?: not in the metadata; deep=true counts voxels")
+    return "\n".join(["Classes", "", table(rows), "", *map(wrapped, notes)])
 
 
 def _class(annotated: Sequence[ClassFacts]) -> list[str]:
@@ -223,9 +255,9 @@ def problems_text(problems: Sequence[Problem]) -> str:
     for kind, heading in KINDS.items():
         of_kind = [problem for problem in problems if problem.kind == kind]
         if kind == "config" and of_kind:
-            lines.append(f"\n{heading}")
+            lines.append("\n" + wrapped(heading))
         elif of_kind:
-            lines += [f"\n{heading}: {len(of_kind)}", *_problems_of_kind(of_kind)]
+            lines += ["\n" + wrapped(f"{heading}: {len(of_kind)}"), *_problems_of_kind(of_kind)]
     return "\n".join(lines)
 
 
@@ -242,25 +274,28 @@ def _problems_of_kind(problems: Sequence[Problem]) -> list[str]:
 
 def costs_text(costs: Costs, complete: bool) -> str:
     """Return the section of the costs, of the user's configuration if ``complete``, else of the proposal."""
-    cache = f"at most {costs.cache_room / 1e9:.3g} GB are cached in {costs.cache_where}"
+    cache = f"at most {size_text(costs.cache_room)} are cached in {costs.cache_where}"
     lines = [
         "Costs of this configuration" if complete else "Costs of the proposal, with your settings",
         "",
         f"  crops used        {', '.join(f'{split} {n}' for split, n in costs.crops.items())}",
         wrapped(
-            f"a batch of {costs.batch_size:<6} {_mib(costs.finished)} finished, {_mib(costs.compact)} in transfer",
+            f"a batch of {costs.batch_size:<6} {_mib(costs.finished)} for the model, {_mib(costs.compact)} in transfer",
             2,
             18,
         ),
-        *(wrapped(f"batches ahead     {device}: {why}", 2, 18) for device, why in costs.prefetch.items()),
-        wrapped(f"decoded voxels    {costs.cache_bytes / 1e9:.3g} GB when everything has been read; {cache}", 2, 18),
+        *(
+            wrapped(f"{'' if number else 'prefetch':<18}{together(f'{device}: ')}{why}", 2, 18)
+            for number, (device, why) in enumerate(costs.prefetch.items())
+        ),
+        wrapped(f"decoded voxels    {size_text(costs.cache_bytes)} when everything has been read; {cache}", 2, 18),
     ]
     if costs.unknown is not None:
-        lines.append(wrapped(f"classes           {costs.strategy}: {costs.unknown}", 2, 18))
+        lines.append(wrapped(f"training samples  by the strategy {costs.strategy}: {costs.unknown}", 2, 18))
     if costs.frequencies is not None:
-        rows = [["class", "drawn for it", "from a crop that holds it"]]
+        rows = [["class", "drawn for the class", "from a crop with it"]]
         rows += [[name, f"{drawn:.1%}", f"{crop:.1%}"] for name, (drawn, crop) in costs.frequencies.items()]
-        heading = f"classes           shares of samples with the strategy {costs.strategy}"
+        heading = f"training samples  by the strategy {costs.strategy}; expected shares:"
         lines += [wrapped(heading, 2, 18), table(rows, 4)]
     if costs.shown is not None:
         heading, _, rest = costs.shown.partition("\n")
@@ -270,4 +305,4 @@ def costs_text(costs: Costs, complete: bool) -> str:
 
 def _mib(arrays: Mapping[str, int]) -> str:
     parts = ", ".join(f"{name} {size / 2**20:.2f}" for name, size in arrays.items())
-    return f"{sum(arrays.values()) / 2**20:.2f} MiB ({parts})"
+    return together(f"{sum(arrays.values()) / 2**20:.2f} MiB") + f" ({together(parts)})"

@@ -33,11 +33,7 @@ def placed(
         only_datasets: the datasets that the proposal keeps; None for all.
         read: function that reads the facts of boxes that are not among the crops: ``split=blocks`` cuts by the patch.
     """
-    reasons = {
-        _key(entry): coarse if isinstance(error, TooCoarseError) else NO_CLASS
-        for of in splits.left_out.values()
-        for entry, error in of
-    }
+    reasons = _reasons(splits, coarse)
     in_use = [(split, entry) for split in SPLITS for entry in splits.entries.get(split, []) if entry.target_path]
     by_key = {(crop.where, _box(crop.metadata.get("box"))): crop for crop in crops}
     entries = {entry.where: entry for entry in listed}
@@ -50,12 +46,41 @@ def placed(
     by_key |= {(crop.where, _box(crop.metadata.get("box"))): crop for crop in read(new)}
     results = [replace(by_key[_key(entry)], usage=split, left_out=reasons.get(_key(entry))) for split, entry in in_use]
     seen = {entry.where for _, entry in in_use}
-    for crop in crops:
-        if crop.where not in seen:
-            dataset = crop.name.partition("/")[0]
-            is_other = only_datasets is not None and dataset not in only_datasets
-            results.append(replace(crop, left_out=OTHER_DATASET if is_other else NO_CLASS))
-    return results
+    return [*results, *(_excluded(crop, only_datasets) for crop in crops if crop.where not in seen)]
+
+
+def left_out(
+    crops: Sequence[CropFacts], splits: CellMapDataSplit, coarse: str, only_datasets: Sequence[str] | None
+) -> list[CropFacts]:
+    """Return the facts of crops with the reasons for which a configuration that cuts them leaves some out.
+
+    Args:
+        crops: the crops, which are not cut.
+        splits: see `placed`.
+        coarse: see `placed`.
+        only_datasets: see `placed`.
+    """
+    reasons = {where: reason for (where, _), reason in _reasons(splits, coarse).items()}
+    used = {entry.where for split in SPLITS for entry in splits.entries.get(split, [])}
+    return [
+        replace(crop, left_out=reasons.get(crop.where)) if crop.where in used else _excluded(crop, only_datasets)
+        for crop in crops
+    ]
+
+
+def _reasons(splits: CellMapDataSplit, coarse: str) -> dict[_Key, str]:
+    """Return why crops are left out that a configuration has."""
+    return {
+        _key(entry): coarse if isinstance(error, TooCoarseError) else NO_CLASS
+        for of in splits.left_out.values()
+        for entry, error in of
+    }
+
+
+def _excluded(crop: CropFacts, only_datasets: Sequence[str] | None) -> CropFacts:
+    """Return the facts of a crop that a configuration does not have, with the reason."""
+    is_other = only_datasets is not None and crop.name.partition("/")[0] not in only_datasets
+    return replace(crop, left_out=OTHER_DATASET if is_other else NO_CLASS)
 
 
 def _key(entry: CropRecord) -> _Key:

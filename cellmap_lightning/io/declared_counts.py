@@ -31,7 +31,7 @@ MOST_ASKED = 4096
 #: Arrays of at most so many chunk files are listed at setup, and counted if the files hold at most so many voxels.
 #: Larger arrays are compared when a class index or a count is built.
 COUNTED_FILES, COUNTED_VOXELS = 64, 1 << 22
-_ADVICE = "copy them again, or set missing_labels=unknown to read them as unannotated (NaN)"
+_ADVICE = "copy them again or correct the counts, or set missing_labels=unknown to read them as unannotated (NaN)"
 
 
 def declared_foreground(level: Level, image: Multiscale | None = None) -> int | None:
@@ -42,11 +42,32 @@ def declared_foreground(level: Level, image: Multiscale | None = None) -> int | 
     return _foreground(level, complement_counts(level, image))
 
 
-def _foreground(level: Level, counts: Mapping[str, Any] | None) -> int | None:
-    size = math.prod(level.array.shape)
-    if not counts or not all(isinstance(n, int) and not isinstance(n, bool) for n in counts.values()):
+def declared_unknown(level: Level, image: Multiscale | None = None) -> int | None:
+    """Return the unannotated voxels of a level by its ``complement_counts``; None where it declares none."""
+    counts = complement_counts(level, image)
+    return None if counts is None or not _is_plausible(level, counts) else counts.get("unknown", 0)
+
+
+def implausible_counts(level: Level, image: Multiscale | None = None) -> str | None:
+    """Return ``complement_counts`` that no array of this size can have, as text; None for any other."""
+    counts = complement_counts(level, image)
+    if not counts or _is_plausible(level, counts):
         return None
-    return size - sum(counts.values()) if 0 <= sum(counts.values()) <= size else None
+    size = math.prod(level.array.shape)
+    return f"{dict(counts)} cannot be counts of the {size:,} voxels of {level.name}, and are not used"
+
+
+def _foreground(level: Level, counts: Mapping[str, Any] | None) -> int | None:
+    if not counts or not _is_plausible(level, counts):
+        return None
+    return math.prod(level.array.shape) - int(sum(counts.values()))
+
+
+def _is_plausible(level: Level, counts: Mapping[str, Any]) -> bool:
+    """Return whether counts are whole numbers from 0 whose sum is not above the voxels of a level."""
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts.values()):
+        return False
+    return int(sum(counts.values())) <= math.prod(level.array.shape)
 
 
 def check_declared_counts(
@@ -105,7 +126,7 @@ def check_declared_counts(
     return (
         f"{label}: {level.path}: its complement_counts declare {declared} voxels that are not absent ({foreground} of "
         f"the class), but the {len(files)} of its {grid} chunk files that exist hold "
-        f"{'at most ' if stored == capacity else ''}{stored}: chunks are missing; {_ADVICE}"
+        f"{'at most ' if stored == capacity else ''}{stored}: chunks are missing, or the counts are wrong; {_ADVICE}"
     )
 
 
@@ -171,7 +192,7 @@ def compare_counts(level: Level, encoding: Encoding, counted: int, label: str, i
     if counted < declared and files < grid:
         raise MetadataError(
             f"{label}: {level.path}: its complement_counts declare {declared} voxels of the class, but the {files} of "
-            f"its {grid} chunk files that exist hold {counted}: chunks are missing; {_ADVICE}"
+            f"its {grid} chunk files that exist hold {counted}: chunks are missing, or the counts are wrong; {_ADVICE}"
         )
     log.warning(
         "%s: %s: its complement_counts declare %d voxels of the class, but %d are stored; the counts are out of date",

@@ -120,7 +120,9 @@ def _decide_prefetch(
     if settings.enabled is False:
         return off("switched off")
     if settings.enabled == "auto" and not copies:
-        return off(f"a {device_type} device has no copies to overlap; enabled=True reads ahead in a thread")
+        return off(
+            f"a {device_type} device has no copies to overlap; StreamPrefetch(enabled=True) reads ahead in a thread"
+        )
     if settings.enabled == "auto" and memory.total_mb < settings.min_batch_mb:
         return off(f"{size}, below the threshold of {settings.min_batch_mb:g} MiB")
     if copies and settings.max_streams < 1:

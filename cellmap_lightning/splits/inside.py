@@ -10,13 +10,14 @@ import numpy as np
 
 from cellmap_lightning.batches.arrays import ArraySet
 from cellmap_lightning.crops.crop_box import EDGE_SLACK, CropBox, restricted
+from cellmap_lightning.crops.spelling import meant
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, SCALE_TOLERANCE, Box, FloatArray, to_vector
 from cellmap_lightning.io.images import image_exists, read_image
 from cellmap_lightning.io.ngff import Multiscale
 from cellmap_lightning.io.store import parse_location
 from cellmap_lightning.splits.block_options import BlockOptions
-from cellmap_lightning.splits.crop_names import crop_names
+from cellmap_lightning.splits.crop_names import crop_names, target_of
 from cellmap_lightning.splits.cuts import Line, cut, gap_steps
 from cellmap_lightning.splits.division import Division
 from cellmap_lightning.splits.entries import CropRecord, table_of
@@ -24,8 +25,12 @@ from cellmap_lightning.splits.manifests import Filter
 from cellmap_lightning.splits.opening import for_all
 from cellmap_lightning.splits.patch_reach import PatchReach, patch_reach
 from cellmap_lightning.transforms.spatial import SpatialTransforms
+from cellmap_lightning.validation import first_few
 
 log = logging.getLogger(__name__)
+
+#: Names of classes that a message lists.
+_LISTED = 12
 
 _Parts = tuple[list[CropRecord], list[CropRecord]]
 
@@ -110,11 +115,18 @@ class InsideSplit:
         divided = {"train": [entry for result in results for entry in result[0]]}  # type: ignore[index]
         divided["val"] = [entry for result in results for entry in result[1]]  # type: ignore[index]
         if not divided["val"]:
-            raise CellMapKeyError(
-                f"split=blocks leaves nothing for validation: none of the crops annotates any of "
-                f"{', '.join(self.division.classes or ())}"
-            )
+            raise CellMapKeyError(self._unannotated([entry for entry in train if id(entry) in chosen]))
         return {**divided, **{split: entries for split, entries in splits.items() if split not in divided}}
+
+    def _unannotated(self, entries: Sequence[CropRecord]) -> str:
+        """Return the message for crops of which none annotates any of the classes."""
+        classes = list(self.division.classes or ())
+        targets = [target_of(entry) for entry in entries]
+        stored = sorted({name for target in targets if target is not None for name in target.names})
+        return (
+            f"split=blocks leaves nothing for validation: none of the {len(entries)} crops that it cuts annotates any "
+            f"of the classes {', '.join(classes)}; they annotate {first_few(stored, _LISTED)}{meant(classes, stored)}"
+        )
 
     def _parts(self, entry: CropRecord, name: str) -> _Parts:
         """Return the boxes of a crop for training and for validation; the crop itself where it annotates no class."""

@@ -260,11 +260,17 @@ def test_cross_validation_sweep_over_challenge_folders(volume, tmp_path):
         (["data.csv_path=nowhere.csv"], ["the CSV of crops nowhere.csv does not exist"]),
         (["patch.scale=[1,1,1]"], ["crops for 'train' cannot be used", "5.24x finer along z"]),
         (["patch.shape=[8,15,16]"], ["patch.shape=[8, 15, 16]: 15 is not a multiple of 2", "14 and 16 are"]),
+        (["patch.shape=16"], ["Error: patch.shape=16 is a single number; give three lengths", "[16, 16, 16]"]),
+        (["patch.scale=[-8,8,8]"], ["Error: patch.scale=[-8, 8, 8]: the voxel size along z is -8"]),
         (["trainer=gpu"], ["No supported gpu backend found", "trainer=cpu runs without one"]),
         (["data.batch_size=2", "-m", "seed=1"], ["-m comes first: cellmap-train -m"]),
         (
             ["patch.shape=[8,16]"],
-            ["patch.shape=[8, 16] has 2 dimensions and model.spatial_dims=3; model=unet2d fits it"],
+            [
+                "patch.shape=[8, 16] has two lengths",
+                "give three lengths (z, y, x), such as [8, 16, 16]",
+                "model=unet2d",
+            ],
         ),
         (["data.pad=false", "patch.shape=[8,900,16]"], ["use a smaller patch, or pad=true"]),
         (["data.classes=[mito,golgi]"], ["no crop for 'train' annotates 'golgi'"]),

@@ -1,6 +1,7 @@
 """Trainings succeed with models whose predictions cannot be drawn."""
 
 import re
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from cellmap_lightning.callbacks import BatchPreview
-from cellmap_lightning.commands.pictures import attempt, draw_samples
+from cellmap_lightning.commands.pictures import attempt, draw_samples, picture_title
 from cellmap_lightning.training.model_forward import class_probabilities
 from cellmap_lightning.training.report import write_curves
 from tests.commands.test_cli import run_forked, small
@@ -210,3 +211,17 @@ def test_failing_picture_does_not_fail_training(volume, tmp_path, caplog, monkey
     assert [r.message for r in caplog.records if "BatchPreview" in r.message] == [
         "BatchPreview: a batch is not drawn: OSError: no room"
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "source", "title"),
+    [
+        (None, "w/runs/2026-01-31/10-00-00", "data/crops.csv", "2026-01-31/10-00-00: validation samples of crops.csv"),
+        (None, "w/multirun/first/3", "crops.csv", "first/3: validation samples of crops.csv"),
+        (None, "out", "crops.csv", "out: validation samples of crops.csv"),
+        ("mito", "w/runs/first", "/somewhere/challenge", "mito: validation samples of challenge"),
+        ("mito", "w/runs/first", "datasets", "mito: validation samples of datasets"),
+    ],
+)
+def test_the_title_names_the_run_and_the_data(name, folder, source, title):
+    assert picture_title(name, Path(folder), source) == title

@@ -70,7 +70,7 @@ def test_without_an_encoding_it_is_a_warning(write, caplog, values, dtype):
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "v/crop1/mito: " in record.getMessage()
-    assert "which s0 does not" in encodings.averaged["mito"]
+    assert "which s0 does not" in encodings.averaged["mito", "s1"]
     chosen = read_multiscale(write(levels(values, dtype, False), name="chosen"))
     encodings = LabelEncodings("v/crop1")
     encodings.of("mito", chosen, chosen.levels[1])

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from cellmap_lightning import CellMapDataModule
+from cellmap_lightning.crops import finite_raw
 from cellmap_lightning.crops.finite_raw import unusable
+from cellmap_lightning.crops.image import StoredImage
 from cellmap_lightning.errors import ChunkError
 from cellmap_lightning.io.writer import ArrayOptions, write_group, write_multiscale
 
@@ -108,3 +111,48 @@ def test_a_fill_value_of_nan_is_no_stored_nan(tmp_path, caplog, policy):
 def test_the_first_unusable_voxel(values, expected):
     found = unusable(np.array([[values]], np.float64))
     assert (found and (found.voxel, found.count)) == expected
+
+
+@pytest.fixture
+def later_run(tmp_path, monkeypatch):
+    """Return a function that reads batches as a later run does: with the files of the cache, and nothing reported."""
+    monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
+
+    def read(folder, caplog, decoded, **options):
+        monkeypatch.setattr(finite_raw, "_reported", {})
+        caplog.clear()
+        if not decoded:  # nothing may be decoded again
+            monkeypatch.setattr(StoredImage, "_decode", lambda *_: pytest.fail("decoded although it is cached"))
+        return batches(folder, cache="disk", **options)
+
+    return read
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4"])
+def test_nan_in_voxels_that_an_earlier_run_cached_is_reported(tmp_path, caplog, later_run, dtype):
+    folder = volume(tmp_path / "v.zarr", values_with(np.nan, dtype), crops=2)
+    first = later_run(folder, caplog, True, crops=2)
+    assert len(nan_lines(caplog)) == 1
+    second = later_run(folder, caplog, False, crops=2)
+    (line,) = nan_lines(caplog)
+    assert f"of chunk {folder}/raw/s0/1/" in line
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one["raw"], other["raw"])
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1.5, "float32"), (LARGEST, "float64"), (7, "uint8")])
+def test_finite_values_of_an_earlier_run_are_not_reported(tmp_path, caplog, later_run, value, dtype):
+    folder = volume(tmp_path / "v.zarr", values_with(value, dtype))
+    for decoded in (True, False):
+        later_run(folder, caplog, decoded)
+        assert not nan_lines(caplog)
+
+
+@pytest.mark.parametrize("policy", ["fill", "mask"])
+def test_a_cached_fill_value_of_nan_is_no_stored_nan(tmp_path, caplog, later_run, policy):
+    folder = volume(tmp_path / "v.zarr", values_with(1), fill="NaN")
+    for file in (folder / "raw" / "s0" / "1").glob("*/*"):
+        file.unlink()
+    for decoded in (True, False):
+        later_run(folder, caplog, decoded, missing_raw=policy)
+        assert not nan_lines(caplog)

@@ -110,10 +110,43 @@ def test_crops_of_the_validation_have_a_reason(look, settings, reason):
     assert reason in text
 
 
-def test_lines_fit_the_terminal(look, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    text = str(look(without(3), ball(), others=1)).partition("Proposal, to be pasted")[0]
-    assert [line for line in text.splitlines() if len(line) > 100 and "/" not in line] == []
+@pytest.mark.parametrize("columns", [80, 100, 120])
+@pytest.mark.parametrize("deep", [False, True])
+def test_lines_fit_the_terminal(look, monkeypatch, columns, deep):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = str(look(without(3), ball(), others=1, deep=deep))
+    # Paths are not broken.
+    long = [line for line in text.splitlines() if len(line) > columns]
+    assert [line for line in long if "/" not in line or line.startswith("jrc_a/")] == []
+    assert not [line for line in text.splitlines() if line != line.rstrip()]
+    rows = [line for line in text.partition("\nClasses\n")[0].splitlines() if line.startswith("jrc_a/crop0 ")]
+    assert [row for row in rows if "0..600  0..256  0..256" in row] == rows[-1:]
+
+
+@pytest.mark.parametrize(("columns", "tables"), [(40, 2), (50, 2), (60, 1), (200, 1)])
+def test_boxes_are_a_table_of_their_own_on_narrow_terminals(look, monkeypatch, columns, tables):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = str(look(ball(), ball())).partition("\nClasses\n")[0]
+    rows = [line for line in text.splitlines() if line.startswith("jrc_a/crop1 ")]
+    assert len(rows) == tables
+    assert rows[-1].endswith("600..1200  0..256  0..256")
+    assert ("val" in rows[-1].split()) == (tables == 1)
+
+
+@pytest.mark.parametrize("wrong", ["crop", "class", "raw"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_cannot_be_read_leaves_no_empty_row(look, tmp_path, wrong, deep):
+    look(ball(), deep=False)
+    base = tmp_path / "jrc_a.zarr" / "recon-1"
+    place = {"crop": "labels/groundtruth/crop0", "class": "labels/groundtruth/crop0/mito", "raw": "em/raw"}[wrong]
+    (base / place).rename(tmp_path / "elsewhere")
+    text = str(inspect({"csv_path": str(tmp_path / "crops.csv")}, {}, None, deep=deep))
+    assert "cannot be read" in text
+    assert "in all of them: nm (z y x) ," not in text
+    lines = text.splitlines()
+    headings = [number for number, line in enumerate(lines) if line.split()[:2] == ["class", "crops"]]
+    assert all(lines[number + 1] for number in headings), text
+    assert not deep or "deep=true counts" not in text
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0"), (240338, "240,338"), (3_779_123, "3.78 million")])

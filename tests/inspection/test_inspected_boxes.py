@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from cellmap_lightning.inspection.facts import at_scale, read_crop_facts
+from cellmap_lightning.inspection.facts import read_crop_facts
 from cellmap_lightning.inspection.report import inspect
+from cellmap_lightning.inspection.scale_facts import at_scale
 from cellmap_lightning.splits.entries import read_mapping
 from tests.boxed import CLASSES, END, START, nm, voxels, write_crops
 
@@ -64,4 +65,4 @@ def test_overlapping_boxes_and_missing_validation_are_problems(crops):
     (problem,) = [p for p in inspect({"datasets": both}, {}, None).problems if p.kind == "leakage"]
     assert "by 80 x 576 x 704 nm" in problem.text
     (problem,) = [p for p in inspect({"datasets": {"train": [entry]}}, {}, None).problems if p.kind == "validation"]
-    assert "data.split=blocks" in problem.text
+    assert "the proposal sets data.split to blocks" in problem.text

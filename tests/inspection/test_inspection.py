@@ -21,10 +21,11 @@ from omegaconf import OmegaConf
 from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.inspection.cached_files import clear, listing, measurements, regions
-from cellmap_lightning.inspection.facts import at_scale, read_crop_facts, read_volume_facts
+from cellmap_lightning.inspection.facts import read_crop_facts, read_volume_facts
 from cellmap_lightning.inspection.problems import find_problems
 from cellmap_lightning.inspection.proposal import propose
 from cellmap_lightning.inspection.report import inspect, refuse
+from cellmap_lightning.inspection.scale_facts import at_scale
 from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 from cellmap_lightning.splits.datasplit import for_all
 from cellmap_lightning.splits.entries import CropRecord

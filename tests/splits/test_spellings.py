@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cellmap_lightning.crops.spelling import other_spellings
-from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.crops.spelling import closest_class, other_spellings
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.inspection.report import inspect
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW
+from cellmap_lightning.splits.options import SplitOptions
 from tests.geometries import write_image, write_label
 from tests.make import make_split
 
@@ -103,3 +104,50 @@ def test_only_classes_that_a_crop_lacks_have_other_spellings():
     assert other_spellings(["mito", "er"], ["mito", "Mito", "er"]) == {}
     assert other_spellings(["mito", "er"], ["Mito", "mito_mem"]) == {"mito": "Mito"}
     assert other_spellings(["mito"], ["Mito"], known=["Mito"]) == {}
+
+
+# -- classes that no crop has
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "closest"),
+    [
+        ("mitochondria", ["er", "mito", "mito_mem"], "mito"),
+        ("nucleus", ["nuc", "nucpl"], "nuc"),
+        ("mit", ["mito_mem", "mito"], "mito"),
+        ("Mito-Mem", ["mito", "mito_mem"], "mito_mem"),
+        ("mtio", ["er", "mito"], "mito"),
+        ("mito_lmu", ["mito", "mito_lum"], "mito_lum"),
+        ("golgi", ["er", "mito"], None),
+        ("golgi", [], None),
+    ],
+)
+def test_the_class_that_a_name_probably_means(name, stored, closest):
+    assert closest_class(name, stored) == closest
+
+
+@pytest.mark.parametrize(
+    ("classes", "end"),
+    [
+        (["mitochondria"], "of the classes mitochondria; they annotate er, mito; did you mean 'mito'?"),
+        (["mitochondria", "ER"], "they annotate er, mito; did you mean 'mito' for 'mitochondria', 'er' for 'ER'?"),
+        (["golgi"], "of the classes golgi; they annotate er, mito"),
+    ],
+)
+def test_blocks_of_crops_without_the_classes_name_what_is_there(crops, classes, end):
+    with pytest.raises(CellMapKeyError) as caught:
+        _ = split(classes, datasets=listed(crops("mito")), options=SplitOptions(split="blocks"))["val"]
+    text = str(caught.value)
+    assert text.startswith("split=blocks leaves nothing for validation: none of the 3 crops that it cuts annotates any")
+    assert text.endswith(end)
+
+
+@pytest.mark.parametrize("name", ["mitochondria", "mit"])
+def test_other_splits_name_it_too(crops, name):
+    with pytest.raises(CellMapValueError, match=r"it has \['mito', 'er'\]; did you mean 'mito'\?"):
+        _ = split([name], datasets=listed(crops("mito")))["train"]
+
+
+def listed(folder):
+    base = folder / "jrc_a" / "jrc_a.zarr"
+    return {"train": [{"raw": str(base / RAW), "gt": f"{base / GROUNDTRUTH}/crop{n}/[mito,er]"} for n in (1, 2, 3)]}

@@ -4,6 +4,7 @@ import builtins
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -190,6 +191,36 @@ def test_unknown_for_all_classes_is_hatched_and_for_some_is_named(tmp_path):
     assert "partly unknown: ves (25 %)" in facts
     assert "mito" not in facts
     assert "unknown for every class" in texts(figure)
+    # Of a class that is annotated elsewhere in the sample, in its colour; er is annotated nowhere.
+    (partly,) = by_gid(panel(figure, "0:target"), "unknown:ves")
+    assert matplotlib.colors.to_hex(partly.get_edgecolor()) == outline_colors(len(CLASSES))[2]
+    assert {tuple(v) for v in partly.get_path().vertices} == {(-0.5, 8.5), (11.5, 8.5), (11.5, 11.5), (-0.5, 11.5)}
+    assert hatched.get_linewidth() > 0  # a border shows bands that are thinner than the distance of the lines
+    assert partly.get_linewidth() > 0
+    assert not by_gid(panel(figure, "0:target"), "unknown:er")
+    assert not by_gid(panel(figure, "0:prediction"), "unknown:ves")
+    assert [text for text in texts(figure) if text.endswith(" unknown")] == ["ves unknown"]
+
+
+@pytest.mark.parametrize("width", [1, 3, 12])
+@pytest.mark.parametrize("side", [40, 160])
+@pytest.mark.parametrize("channels", [slice(None), 0])
+def test_unknown_voxels_are_visible_in_every_panel(tmp_path, side, width, channels):
+    """Many pixels of a hatched band, however thin, differ from those where it is known, and some from each other."""
+    known = SheetSample(np.full((side, side), 0.5), np.zeros((2, side, side)), np.zeros((2, side, side)), (8, 8))
+    masked = replace(known, target=known.target.copy())
+    masked.target[channels, :, :width] = np.nan
+    pictures = []
+    for number, one in enumerate((known, masked)):
+        figure = contact_sheet([one], ["mito", "er"], path=tmp_path / f"{number}.png")
+        canvas = figure.canvas
+        canvas.draw()
+        box = panel(figure, "0:target").get_window_extent()
+        pixels = np.asarray(canvas.buffer_rgba())[::-1, :, :3].astype(int)
+        pictures.append(pixels[round(box.y0) : round(box.y1), round(box.x0) : round(box.x0 + box.width * width / side)])
+    differs = np.abs(pictures[0] - pictures[1]).max(axis=2) > 40
+    assert differs.mean() > 0.15
+    assert np.ptp(pictures[1].max(axis=2)) > 60
 
 
 def test_unannotated_sample():

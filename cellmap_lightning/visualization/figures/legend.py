@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from cellmap_lightning.visualization.figures.canvas import GREY, INK, MARGIN, TEXT, Canvas
 from cellmap_lightning.visualization.figures.outlines import DASHES
+from cellmap_lightning.visualization.figures.panels import PARTLY_HATCH, UNKNOWN_HATCH
 from cellmap_lightning.visualization.figures.samples import Cut
 
 #: Height of a line of the legend, inches.
@@ -22,6 +23,8 @@ class LegendEntry:
     label: str
     line: dict[str, Any] | None = None
     """Style of the line; None for a hatched patch."""
+    hatch: dict[str, Any] = field(default_factory=dict)
+    """Style of the patch."""
 
 
 def legend_entries(
@@ -50,7 +53,11 @@ def legend_entries(
         if name in names:
             entries.append(LegendEntry(name, {"color": GREY, "linewidth": 1.2, "linestyle": style}))
     if any(cut.unknown is not None and cut.unknown.any() for cut in cuts):
-        entries.append(LegendEntry("unknown for every class"))
+        patch = {"facecolor": "#4c4c4c", "edgecolor": "white", "hatch": UNKNOWN_HATCH}
+        entries.append(LegendEntry("unknown for every class", hatch=patch))
+    for c in sorted({c for cut in cuts for c in cut.partly}):
+        patch = {"facecolor": "#8a8a8a", "edgecolor": colors[c], "hatch": PARTLY_HATCH}
+        entries.append(LegendEntry(f"{classes[c]} unknown", hatch=patch))
     return entries
 
 
@@ -87,9 +94,7 @@ class Legend:
         if not self.entries:
             return
         handles: list[Any] = [
-            Patch(facecolor="#8a8a8a", edgecolor="white", hatch="//////", linewidth=0)
-            if entry.line is None
-            else Line2D([], [], **entry.line)
+            Patch(linewidth=0.5, **entry.hatch) if entry.line is None else Line2D([], [], **entry.line)
             for entry in self.entries
         ]
         legend = canvas.figure.legend(

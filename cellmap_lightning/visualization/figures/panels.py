@@ -11,6 +11,9 @@ from cellmap_lightning.visualization.figures.slices import scale_bar_label, scal
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+#: Hatching of voxels that are unknown for every class, and of those that are unknown for one, in its colour.
+UNKNOWN_HATCH, PARTLY_HATCH = "////", "\\\\\\\\"
+
 
 class Panel:
     """One plane of a sample drawn on axes whose unit is a voxel.
@@ -46,12 +49,14 @@ class Panel:
             spine.set_visible(False)
 
     def draw(self, classes: Sequence[str], colors: Sequence[str], overlay: Overlay) -> None:
-        """Draw the outlines, and dim and hatch what is unknown for every class."""
+        """Draw the outlines, dim and hatch what is unknown for every class, and hatch what is unknown for one."""
         cut = self._cut
         if not self._shown:
             return
         if cut.unknown is not None and cut.unknown.any():
             self._draw_unknown(cut.unknown, hatched="target" in self._shown)
+        for number, mask in cut.partly.items() if "target" in self._shown else ():
+            self._hatch(mask, PARTLY_HATCH, colors[number], f"unknown:{classes[number]}")
         points_per_voxel = self._width * 72 / cut.raw.shape[1]
         unit = (1 / points_per_voxel, cut.nm[1] / cut.nm[0] / points_per_voxel)
         colored = [name for name in self._shown if name in cut.pictures]
@@ -76,9 +81,15 @@ class Panel:
         dark = PathPatch(path, facecolor=(0, 0, 0, 0.45), edgecolor="none", linewidth=0, zorder=1.5, gid="dimmed")
         self._axes.add_artist(dark)
         if hatched:
-            hatch = PathPatch(path, facecolor="none", edgecolor=(1, 1, 1, 0.4), hatch="///", linewidth=0, zorder=1.6)
-            hatch.set_gid("unknown")
-            self._axes.add_artist(hatch)
+            self._hatch(unknown, UNKNOWN_HATCH, "white", "unknown")
+
+    def _hatch(self, mask: BoolArray, hatch: str, color: str, gid: str) -> None:
+        """Hatch a mask, with a thin border: without one, a band of a few pixels shows no line of the hatching."""
+        from matplotlib.patches import PathPatch
+
+        style = {"facecolor": "none", "edgecolor": color, "alpha": 0.75, "linewidth": 0.5, "clip_on": True}
+        patch = PathPatch(compound_path(outline_paths(mask)), hatch=hatch, zorder=1.6, gid=gid, **style)
+        self._axes.add_artist(patch)
 
     def draw_scale_bar(self) -> None:
         """Draw a bar of a round length in the lower left corner."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ class Cut:
         unknown: ``[row, column]``, unknown for every class; None without a target.
         nm: size of a pixel (row, column).
         pictures: colours of target and prediction, ``[row, column, 4]``.
+        partly: ``[row, column]`` of classes by their index, unknown although another class is known there; without
+            classes that are unknown in the whole sample.
     """
 
     raw: Array
@@ -58,6 +61,7 @@ class Cut:
     unknown: BoolArray | None
     nm: tuple[float, float]
     pictures: Mapping[str, Array] = field(default_factory=dict)
+    partly: Mapping[int, BoolArray] = field(default_factory=dict)
 
     @property
     def extent_nm(self) -> tuple[float, float]:
@@ -86,15 +90,29 @@ class SampleArrays:
         """Classes with a voxel in target or prediction."""
         return {c for stack in self.stacks.values() for c, mask in enumerate(stack) if (mask > THRESHOLD).any()}
 
+    @cached_property
+    def annotated(self) -> tuple[int, ...]:
+        """Classes of the target with a known voxel."""
+        target = self.stacks.get("target")
+        return () if target is None else tuple(c for c, values in enumerate(target) if not np.isnan(values).all())
+
     def cut(self, *index: int | slice) -> Cut:
         """Return one plane: ``(z,)`` for xy, ``(slice(None), y)`` for xz."""
         planes = {name: stack[(slice(None), *index)] for name, stack in self.stacks.items()}
         target = planes.get("target")
         sz, sy, sx = self.scale
+        unknown: BoolArray | None = None
+        partly: dict[int, BoolArray] = {}
+        if target is not None and len(target):
+            missing = np.isnan(target)
+            unknown = np.asarray(missing.all(axis=0))
+            differing = {c: missing[c] & ~unknown for c in self.annotated}
+            partly = {c: mask for c, mask in differing.items() if mask.any()}
         return Cut(
             raw=self.raw[index],
             masks={name: plane > THRESHOLD for name, plane in planes.items()},
-            unknown=np.asarray(np.isnan(target).all(axis=0)) if target is not None and len(target) else None,
+            unknown=unknown,
+            partly=partly,
             nm=(sy, sx) if len(index) == 1 else (sz, sx),
             pictures={name: picture[index] for name, picture in self.pictures.items()},
         )

@@ -89,7 +89,8 @@ def contact_sheet(
     xz slice cuts it along the row between the small triangles, see `best_row`. Target outlines are solid and prediction
     outlines dashed, both exactly on the borders of voxels. Where a mask touches the edge of the image its outline runs
     along that edge. Where outlines coincide, the one of the larger object shows as a rim on either side. Voxels that
-    are unknown for every class are dimmed and hatched. A sample without a target or a prediction has fewer panels.
+    are unknown for every class are dimmed and hatched; those that are unknown for one class, which is annotated
+    elsewhere in the sample, are hatched in its colour. A sample without a target or a prediction has fewer panels.
 
     Args:
         samples: the samples, in order.
