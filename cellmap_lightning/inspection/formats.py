@@ -38,11 +38,6 @@ def box_text(box: Mapping[str, Sequence[float]] | None) -> str:
     return " ".join(f"{axis} {low:.5g}..{high:.5g}" for axis, (low, high) in box.items()) if box else "-"
 
 
-def count_text(count: int) -> str:
-    """Return a number of voxels, such as ``240,000`` or ``3.78 million``."""
-    return f"{count:,}" if count < 10**6 else f"{float(f'{count / 1e6:.3g}'):,g} million"
-
-
 def wrapped(text: str, indent: int = 0, hanging: int = 4) -> str:
     """Return lines that fit the terminal.
 

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 
-from cellmap_lightning.inspection.formats import count_text, wrapped
+from cellmap_lightning.inspection.formats import wrapped
 from cellmap_lightning.inspection.report import inspect
 from cellmap_lightning.io.writer import write_multiscale
 
@@ -114,11 +114,6 @@ def test_lines_fit_the_terminal(look, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     text = str(look(without(3), ball(), others=1)).partition("Proposal, to be pasted")[0]
     assert [line for line in text.splitlines() if len(line) > 100 and "/" not in line] == []
-
-
-@pytest.mark.parametrize(("count", "text"), [(0, "0"), (240338, "240,338"), (3_779_123, "3.78 million")])
-def test_counts_are_readable(count, text):
-    assert count_text(count) == text
 
 
 def test_wrapped_lines_keep_columns(monkeypatch):
