@@ -44,7 +44,8 @@ def _finished_epochs(trainer: L.Trainer) -> int:
 
 def _batches(trainer: L.Trainer) -> int:
     """Return the number of batches of the epoch that the limit has ended; 0 if it has all."""
-    count = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+    # A checkpoint that is saved after a batch does not count it as completed yet.
+    count = trainer.fit_loop.epoch_loop.batch_progress.current.processed
     return count if count < trainer.num_training_batches else 0
 
 

@@ -80,7 +80,7 @@ def test_scores_without_crops_are_refused_before_predicting(checkpoint, volume, 
     code, _, errors = predict(checkpoint, volume, tmp_path / "out.zarr", raw, "evaluate=true")
     assert code == 1
     assert "evaluate=true: there is no folder" in errors
-    assert "cellmap-evaluate prediction=... truth=" in errors
+    assert f"cellmap-evaluate prediction={tmp_path}/out.zarr truth=" in errors
     assert not (tmp_path / "out.zarr").exists()
 
 

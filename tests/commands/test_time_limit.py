@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import Timer
 
+from cellmap_lightning.callbacks import LastCheckpoint
 from cellmap_lightning.commands.time_limit import describe_time_limit
 from tests.commands.test_cli import run_forked, small
 from tests.runs import module, task, trainer
@@ -24,9 +25,9 @@ class Ends(L.Callback):
             self.timer._duration = 0.0
 
 
-def line_after(volume, tmp_path, steps, **kwargs):
+def line_after(volume, tmp_path, steps, timer=None, **kwargs):
     """Train epochs of three batches, at most three of them, until the limit is reached in a step."""
-    timer = Timer(timedelta(days=1))
+    timer = timer or Timer(timedelta(days=1))
     with module(volume) as data:
         given = {"max_epochs": 3, "limit_val_batches": 0, "callbacks": [Ends(timer, steps), timer]}
         run = trainer(tmp_path, **(given | kwargs))
@@ -48,6 +49,20 @@ def test_steps_and_epochs_are_counted(volume, tmp_path, monkeypatch, steps, prog
         f"training ended at the time limit, trainer.max_time, after {progress}; to continue, repeat the command with "
         "run.name=mine resume=auto and a larger trainer.max_time, which counts the time until now too"
     )
+
+
+@pytest.mark.parametrize(
+    ("steps", "progress"), [(3, "(1 of 3 epochs)"), (5, "(1 of 3 epochs, and 2 of 3 batches of the next)")]
+)
+def test_a_limit_that_earlier_starts_have_used_up(volume, tmp_path, steps, progress):
+    timer = Timer(timedelta(days=1))
+    more = {"callbacks": [Ends(timer, steps), timer, LastCheckpoint(str(tmp_path))], "enable_checkpointing": True}
+    assert progress in line_after(volume, tmp_path, steps, timer, **more)
+    later = Timer(timedelta(seconds=0))
+    with module(volume) as data:
+        run = trainer(tmp_path, max_epochs=3, limit_val_batches=0, callbacks=[later])
+        run.fit(task(), data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert f"after {steps} steps {progress};" in describe_time_limit(run, tmp_path)
 
 
 def test_epochs_without_an_end(volume, tmp_path):
