@@ -134,7 +134,7 @@ class NetworkCall:
             return f"upsample the output by {text}{'' if name is None else other}"
         if any(factor < 1 for factor in factors):
             return "crop the output" if name is None else f"crop the output, or give {key} its shape"
-        other = f", or give {key} its shape: the targets are then those at the centre of the patch"
+        other = f", or give {key} the shape of the output, {list(got)}: targets are then at the centre of the patch"
         return f"pad the convolutions (padding='same'){'' if name is None else other}"
 
     def _dimensions(self) -> str:

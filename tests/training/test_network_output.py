@@ -54,7 +54,8 @@ NETWORKS = {
         (
             rf"^Conv3d: the target 'labels' has \[8, 16, 24\] voxels, and the network returns \[6, 14, "
             rf"22\]; {INPUT}, output "
-            rf"\[2, 2, 6, 14, 22\], {NEEDED}; pad the convolutions \(padding='same'\), or give data.target_arrays.lab"
+            rf"\[2, 2, 6, 14, 22\], {NEEDED}; pad the convolutions \(padding='same'\), or give "
+            rf"data.target_arrays.labels the"
         ),
     ),
     "a stride": (
