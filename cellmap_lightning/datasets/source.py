@@ -148,7 +148,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         """Return the number of the crop that holds a position, and the position inside it."""
         index = int(position)
         if not -len(self) <= index < len(self):
-            raise CellMapIndexError(f"{self}: position {index} is outside its {plural(len(self), 'position')}")
+            raise CellMapIndexError(f"{self}: position {index:,} is outside its {plural(len(self), 'position')}")
         index %= len(self)
         number = bisect.bisect_right(self._offsets, index) - 1
         return number, index - self._offsets[number]
