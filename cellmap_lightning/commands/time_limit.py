@@ -45,7 +45,7 @@ def _finished_epochs(trainer: L.Trainer) -> int:
 def _batches(trainer: L.Trainer) -> int:
     """Return the number of batches of the epoch that the limit has ended; 0 if it has all."""
     # A checkpoint that is saved after a batch does not count it as completed yet.
-    count = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    count = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
     return count if count < trainer.num_training_batches else 0
 
 
