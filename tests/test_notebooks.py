@@ -24,7 +24,7 @@ SHOWN = {
         ["decision.png", "waits.png"],
         ["finished    8.00 MiB", "compact     1.50 MiB", "128^3: a finished batch is 128.0 MiB"],
     ),
-    "predict_and_evaluate": (["scores.png", "overlay.png"], ["1 of 1 blocks are done", "crop4  mito"]),
+    "predict_and_evaluate": (["scores.png", "overlay.png"], ["1 of 1 block done", "crop4  mito"]),
     "quickstart": (
         ["batch.png"],
         ["raw     torch.float32 [3, 1, 16, 48, 48]", "32^3: off, 0 ahead", "128^3: on, 2 ahead", "val/dice"],

@@ -18,6 +18,7 @@ from cellmap_lightning.cache.region import Region
 from cellmap_lightning.cache.shared_memory import Arena, RegionFolder
 from cellmap_lightning.io.store import metadata_cache
 from cellmap_lightning.runtime.location import CacheMode, Location, check_mode, choose
+from cellmap_lightning.wording import plural, size_text
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class RegionStore:
                     region.direct = True
                 log.info("%s: decoded voxels are not cached (cache=none)", name)
             elif self.mode == "chunks":
-                log.info("%s: the last %.2f GB of decoded chunks are cached", name, self.chunks.budget / 1e9)
+                log.info("%s: the last %s of decoded chunks are cached", name, size_text(self.chunks.budget))
             else:
                 self._map(regions, ordered, name)
 
@@ -135,9 +136,10 @@ class RegionStore:
             # With chunks picked at random the hit rate is the share that fits: too low to decode whole chunks for.
             direct = not ordered and self.chunks.budget < rest / 2
             log.warning(
-                "%s: %d of %d arrays (%.2f GB) do not fit into the %.2f GB of the cache that are left and are %s; "
+                "%s: %d of %s (%s) do not fit into the %s of the cache that are left and are %s; "
                 "raise cache_bytes, or set CELLMAP_CACHE_DIR to a larger disk",
-                name, len(sizes) - len(self._offsets), len(sizes), rest / 1e9, max(room, 0) / 1e9,
+                name, len(sizes) - len(self._offsets), plural(len(sizes), "array"), size_text(rest),
+                size_text(max(room, 0)),
                 "read from the source each time" if direct else "cached chunk by chunk in memory",
             )  # fmt: skip
             for region in regions:
@@ -160,14 +162,14 @@ class RegionStore:
             return
         removed = self._files.evict(excess, {*self._offsets, *others})
         if removed:
-            log.info("%s: %.1f MB of older regions were removed from %s", name, removed / 1e6, self.folder)
+            log.info("%s: %s of older regions were removed from %s", name, size_text(removed), self.folder)
 
     @staticmethod
     def _report(location: Location, expected: int, name: str) -> None:
         where = f"in {location.folder}" if location.folder is not None else "in memory"
         log.info(
-            "%s: decoded voxels are cached %s: %.2f GB expected, at most %.2f GB allowed (%s)",
-            name, where, expected / 1e9, location.budget / 1e9, location.why,
+            "%s: decoded voxels are cached %s: %s expected, at most %s allowed (%s)",
+            name, where, size_text(expected), size_text(location.budget), location.why,
         )  # fmt: skip
 
     def attach(self, region: Region) -> Mapped | None:

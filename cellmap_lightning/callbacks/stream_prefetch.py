@@ -120,8 +120,17 @@ class StreamPrefetch(L.Callback):
             state = "off"
             if decision.enabled:
                 state = f"on, {decision.depth} ahead {'on a stream' if decision.streams else 'in a thread'}"
-            log.info("stream prefetch for %s: %s, %s", split, state, decision.reason)
+            # What a CPU has no use for is no news, unless it was asked for.
+            quiet = device.type == "cpu" and not decision.enabled and self.settings.enabled == "auto"
+            log.log(
+                logging.DEBUG if quiet else logging.INFO,
+                "stream prefetch for %s: %s, %s",
+                split,
+                state,
+                decision.reason,
+            )
             if request is not None:
-                log.info("%s", resident_text(split, decision.resident))
+                unasked = quiet and not decision.resident.enabled and request.cache == "auto"
+                log.log(logging.DEBUG if unasked else logging.INFO, "%s", resident_text(split, decision.resident))
         self.decisions[split] = decision
         return decision

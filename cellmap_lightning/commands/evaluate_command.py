@@ -7,9 +7,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.commands.program import run_command
-from cellmap_lightning.errors import CellMapFileExistsError, CellMapKeyError, CellMapValueError
+from cellmap_lightning.errors import CellMapFileExistsError, CellMapKeyError, CellMapValueError, missing_extra
 from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.validation import one_of
+from cellmap_lightning.wording import plural
 
 _METRICS = ("voxels", "surface", "instances")
 
@@ -33,8 +34,8 @@ def _evaluate(cfg: DictConfig) -> None:
     groups = list(crop_groups(settings["prediction"]).values())
     if groups:
         raise CellMapValueError(
-            f"prediction={prediction} holds predictions of {len(groups)} crops; give that of one, as {groups[0]}; "
-            "cellmap-predict crops=[...] evaluate=true scores all of them together"
+            f"prediction={prediction} holds predictions of {plural(len(groups), 'crop')}; give that of one, as "
+            f"{groups[0]}; cellmap-predict crops=[...] evaluate=true scores all of them together"
         )
     classes = check_prediction(prediction, settings["classes"])
     if not truth.is_dir():
@@ -51,6 +52,7 @@ def _evaluate(cfg: DictConfig) -> None:
     there = [file for file in files if file.exists()]
     if there and not settings["overwrite"]:
         raise CellMapFileExistsError(f"{there[0]} exists; set overwrite=true to replace it, or another out=...")
+    _check_surface(metrics, settings["metric"])
     out.parent.mkdir(parents=True, exist_ok=True)
     if metrics == ("csc",) and settings["box"] is not None:
         raise CellMapValueError("metric=csc scores whole crops; leave box out, or choose another metric")
@@ -72,6 +74,21 @@ def _metrics(setting: Any) -> tuple[str, ...]:
         if name in ("all", "csc"):
             raise CellMapValueError(f"metric={name} stands alone, got {names}")
     return tuple(names)
+
+
+def _check_surface(metrics: tuple[str, ...], setting: Any) -> None:
+    """Check for the library of surface distances before anything is scored.
+
+    Raises:
+        MissingExtraError: scipy is not installed.
+    """
+    if "surface" not in metrics:
+        return
+    try:
+        import scipy.spatial  # noqa: F401
+    except ImportError:
+        what = f"metric={setting}: surface distances need scipy"
+        raise missing_extra("targets", what, "set metric=voxels for Dice, IoU, precision and recall") from None
 
 
 def _evaluate_crops(

@@ -6,9 +6,13 @@ import shutil
 import sys
 import textwrap
 import warnings
-from typing import NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, TextIO
 
 from cellmap_lightning.commands.private_run import hide
+
+log = logging.getLogger(__name__)
 
 
 class Stopped(SystemExit):
@@ -28,6 +32,55 @@ class TerminalFormatter(logging.Formatter):
             textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
             for line in text.split("\n")
         )
+
+
+class TerminalHandler(logging.StreamHandler[TextIO]):
+    """A handler that writes each record on lines of its own, above progress bars.
+
+    Bars of tqdm are removed from the terminal while a record is written. Those of rich replace ``sys.stdout`` while
+    they are shown, and write above themselves what is written to it.
+
+    Args:
+        stream: ignored, as records are written to ``sys.stdout``; the key of Hydra's handlers.
+
+    Example:
+        >>> logging.getLogger().addHandler(TerminalHandler())
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__(sys.stdout)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self.stream = sys.stdout
+        with without_bars():
+            super().emit(record)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Remove the progress bars of tqdm from the terminal, and draw them again below what was written meanwhile.
+
+    ``tqdm.external_write_mode`` would also draw bars whose ``delay`` is not over, and which are not removed at the end.
+    """
+    bars_of = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if not getattr(bars_of, "_instances", None):  # its lock is made for the first bar
+        yield
+        return
+    with bars_of.get_lock():  # type: ignore[union-attr]
+        bars = [bar for bar in getattr(bars_of, "_instances", ()) if _is_shown(bar)]
+        for bar in bars:
+            bar.clear(nolock=True)
+        try:
+            yield
+        finally:
+            for bar in bars:
+                bar.refresh(nolock=True)
+
+
+def _is_shown(bar: Any) -> bool:
+    """Return True if a bar of tqdm is on the terminal."""
+    return hasattr(bar, "start_t") and not bar.disable and bar.last_print_t >= bar.start_t + bar.delay
 
 
 #: Values of Python and of the command line.
@@ -74,9 +127,17 @@ def quieten() -> None:
         ".*does not have many workers.*",  # patches are read in threads
         ".*callbacks used to create the checkpoint need to be provided.*",  # in a prediction
         ".*Experiment logs directory.*",  # it contains log and configuration already
+        ".*Checkpoint directory .* exists and is not empty.*",  # of a run that is resumed
+        ".*smaller than the logging interval.*",  # which counts the steps of all epochs
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
+    warnings.showwarning = _log_warning  # type: ignore[assignment]
+
+
+def _log_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    """Log a warning, so that it is wrapped, stands above progress bars, and is in the log of a run."""
+    log.warning("%s (%s, %s, line %d)", message, category.__name__, filename, lineno)
 
 
 def permission_message(error: PermissionError) -> str:

@@ -16,6 +16,7 @@ from cellmap_lightning.commands.signals import ExitOnSignal
 from cellmap_lightning.errors import CellMapError, CellMapTypeError
 from cellmap_lightning.training.checkpoints import check_checkpoint
 from cellmap_lightning.training.model_forward import first_line
+from cellmap_lightning.wording import plural
 
 
 def run(cfg: DictConfig, task: Any) -> str | None:
@@ -43,7 +44,7 @@ def run(cfg: DictConfig, task: Any) -> str | None:
     def advice() -> str | None:
         if not trainer.is_global_zero:
             return None
-        done = f"{writer.summary.written} blocks were written by this run; " if writer.summary.blocks else ""
+        done = f"this run wrote {plural(writer.summary.written, 'block')}; " if writer.summary.blocks else ""
         return f"{done}the same command continues from there"
 
     with ExitOnSignal(advice) as ending:

@@ -11,14 +11,15 @@ from cellmap_lightning.checkpointing.checkpoint_config import CONFIG_KEY
 from cellmap_lightning.checkpointing.trust import check_trusted
 from cellmap_lightning.commands.config_values import refuse_csv
 from cellmap_lightning.commands.exported_config import exported_config, is_exported
-from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
+from cellmap_lightning.commands.prediction_truth import groundtruth, truth_folders
+from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.evaluation.challenge import listed_crops
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.ngff import read_attributes
-from cellmap_lightning.io.store import StorePath, children, exists, parse_location
+from cellmap_lightning.io.store import children, exists, parse_location
 from cellmap_lightning.redaction import HIDDEN
-from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, ManifestCrop, raw_of
+from cellmap_lightning.splits.manifests import RAW, ManifestCrop, raw_of
 from cellmap_lightning.training.checkpoints import read_checkpoint
 from cellmap_lightning.validation import one_of, positive_number
 
@@ -66,13 +67,11 @@ def effective_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if missing:
         raise CellMapValueError("\n".join(f"{key} is required: set it with {key}=..." for key in missing))
     refuse_csv(cfg.data.input_path)
-    if cfg.evaluate and "://" in str(cfg.out):
+    if (cfg.evaluate or cfg.truth is not None) and "://" in str(cfg.out):
         raise CellMapValueError(
-            f"out={cfg.out}: evaluate=true compares predictions on this machine; leave it out, and compare a copy with "
-            "cellmap-evaluate"
+            f"out={cfg.out}: evaluate=true and truth=... compare predictions on this machine; leave them out, and "
+            "compare a copy with cellmap-evaluate"
         )
-    if cfg.evaluate and cfg.metric == "voxels":
-        _check_groundtruth(cfg)
     if is_exported(cfg.ckpt):
         options = OmegaConf.select(cfg, "data.storage_options")
         plain: Any = OmegaConf.to_container(options, resolve=True) if options else None
@@ -89,22 +88,11 @@ def effective_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     given = {override.partition("=")[0].lstrip("+~") for override in overrides}
     config.adjustable = {"patch": cfg.patch.shape is None, "batch_size": "data.batch_size" not in given}
     config.patch.memory_mb = positive_number("patch.memory_mb", cfg.patch.memory_mb)
+    config.truth = cfg.truth
+    config.evaluate = bool(cfg.evaluate) or cfg.truth is not None
+    if config.evaluate and (cfg.crops is None or cfg.metric == "voxels"):
+        truth_folders(config)  # an error before anything is predicted
     return config
-
-
-def _check_groundtruth(cfg: DictConfig) -> None:
-    """Check that a raw volume on this machine has crops to compare with, before anything is predicted.
-
-    Raises:
-        CellMapFileNotFoundError: it has none.
-    """
-    folder = groundtruth(str(cfg.data.input_path))
-    if isinstance(folder, Path) and not folder.is_dir():
-        raise CellMapFileNotFoundError(
-            f"evaluate=true: there is no folder {folder}, where the annotated crops of {cfg.data.input_path} are in "
-            "the layout of the challenge; predict without it, and then run cellmap-evaluate prediction=... "
-            "truth=<folder of the crops, or of one crop>"
-        )
 
 
 def _checkpoint_config(cfg: DictConfig) -> DictConfig:
@@ -220,10 +208,10 @@ def _check_crop_settings(cfg: DictConfig) -> None:
         raise CellMapValueError("\n".join(f"crops need {key} too: set it with {key}=..." for key in missing))
     if not OmegaConf.is_missing(cfg, "out") and "://" in str(cfg.out):
         raise CellMapValueError(f"out={cfg.out}: predictions of crops are written to a folder; choose a path")
-    if len(_missing(cfg, ("region", "data.input_path", "writer.region", "writer.only"))) < 4:
+    if len(_missing(cfg, ("region", "data.input_path", "writer.region", "writer.only", "truth"))) < 5:
         raise CellMapValueError(
-            "crops define region, raw volume and classes themselves: leave out region, writer.region, "
-            "writer.only and data.input_path"
+            "crops define region, raw volume, ground truth and classes themselves: leave out region, writer.region, "
+            "writer.only, truth and data.input_path"
         )
 
 
@@ -241,13 +229,6 @@ def writer_config(cfg: DictConfig, options: Mapping[str, Any] | None) -> dict[st
     if not writer["region"]:
         writer["region"] = region_box(region, str(cfg.data.input_path), options)
     return writer  # type: ignore[no-any-return]
-
-
-def groundtruth(input_path: str, options: Mapping[str, Any] | None = None) -> StorePath:
-    """Return the folder of the annotated crops of a raw volume in the layout of the challenge."""
-    raw = parse_location(input_path, options)
-    above: Sequence[StorePath] = raw.absolute().parents if isinstance(raw, Path) else raw.parents
-    return above[min(len(Path(RAW).parts), len(above)) - 1] / GROUNDTRUTH
 
 
 def region_box(region: Any, input_path: str, options: Mapping[str, Any] | None = None) -> dict[str, list[float]] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cellmap_lightning.commands.predict_config import groundtruth
+from cellmap_lightning.commands.prediction_truth import groundtruth, run_folder, scored_folders, truth_folders
 from cellmap_lightning.errors import ChunkError, MissingExtraError
 from cellmap_lightning.evaluation.crop_parts import CropPart, matching_notes, run_crops, trained_crops
 from cellmap_lightning.evaluation.csc_evaluation import Predicted, Scoring, csc_table, evaluate_csc, write_csc_csv
@@ -17,6 +17,7 @@ from cellmap_lightning.evaluation.overview import draw_prediction
 from cellmap_lightning.evaluation.score_files import draw, table, write_csv
 from cellmap_lightning.io.store import parse_location
 
+_REMOTE = "raw and its crops are not on this machine"
 _NOT_CSC = "These are scores of voxels, crop by crop. They are\nnot the challenge's score; metric=csc gives that."
 
 
@@ -38,45 +39,42 @@ def describe_prediction(cfg: DictConfig, writer: Any, classes: Sequence[str]) ->
         return f"\n\nno picture and no scores: {', '.join(writer.names)} are not probabilities of classes"
     if not isinstance(writer.output, Path):
         return "\n\nno picture: the prediction is not on this machine" if cfg.picture else ""
-    crops = _local_crops(cfg)
-    if crops is None:
-        return f"\n\nno picture{' and no scores' * bool(cfg.evaluate)}: raw and its crops are not on this machine"
     text = ""
     with _errors_only():
         if cfg.picture:
-            text += f"\n\n{_picture(cfg, writer, classes, crops)}"
+            text += f"\n\n{_picture(cfg, writer, classes)}"
         if cfg.evaluate and cfg.metric == "voxels":
-            unknown = OmegaConf.to_container(cfg.data).get("unknown", "metadata")  # type: ignore[union-attr]
-            trained = _trained(cfg.get("ckpt"))
-            scores = evaluate(writer.output, crops, classes, writer.threshold, unknown, trained=trained)
-            table_file = writer.output.with_name(f"{writer.output.stem}-scores.csv")
-            matrix = table_file.with_suffix(".png")
-            write_csv(scores, table_file)
-            draw(scores, matrix)
-            notes = "".join(f"\n{note}" for note in matching_notes(trained, [crops / score.crop for score in scores]))
-            text += f"\n\n{table(scores)}{notes}\n\n{table_file}\n{matrix}\n{_NOT_CSC}"
+            text += f"\n\n{_scores(cfg, writer, classes)}"
     return text
 
 
-def _local_crops(cfg: DictConfig) -> Path | None:
-    """Return the folder of annotated crops; None where the raw volume is not on this machine."""
+def _scores(cfg: DictConfig, writer: Any, classes: Sequence[str]) -> str:
+    """Compare a prediction with annotated crops; return the scores as text, or the reason why there are none."""
+    truth = truth_folders(cfg)
+    if truth is None:
+        return f"no scores: {_REMOTE}"
+    unknown = OmegaConf.to_container(cfg.data).get("unknown", "metadata")  # type: ignore[union-attr]
+    trained = _trained(cfg.get("ckpt"))
+    scores = evaluate(writer.output, truth, classes, writer.threshold, unknown, trained=trained)
+    table_file = writer.output.with_name(f"{writer.output.stem}-scores.csv")
+    matrix = table_file.with_suffix(".png")
+    write_csv(scores, table_file)
+    draw(scores, matrix)
+    folders = scored_folders(truth, classes, [score.crop for score in scores])
+    notes = "".join(f"\n{note}" for note in matching_notes(trained, folders))
+    return f"{table(scores)}{notes}\n\n{table_file}\n{matrix}\n{_NOT_CSC}"
+
+
+def _is_local(cfg: DictConfig) -> bool:
+    """Return True if the raw volume is on this machine."""
     data: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    raw = parse_location(str(cfg.input_path), data.get("storage_options"))
-    return Path(str(groundtruth(str(raw)))) if isinstance(raw, Path) else None
+    return isinstance(parse_location(str(cfg.input_path), data.get("storage_options")), Path)
 
 
 def _trained(checkpoint: Any) -> dict[Path, list[CropPart]] | None:
     """Return the parts of crops that the run of a checkpoint used; None where its folder lists no crops."""
-    folder = _run_folder(checkpoint)
+    folder = run_folder(checkpoint)
     return None if folder is None else trained_crops(folder)
-
-
-def _run_folder(checkpoint: Any) -> Path | None:
-    """Return the folder of the run of a checkpoint; None where no file there lists its crops."""
-    if checkpoint is None:
-        return None
-    path = Path(str(checkpoint))
-    return next((f for f in (path, *path.parents[:2]) if (f / "split.csv").is_file()), None)
 
 
 @contextmanager
@@ -91,25 +89,34 @@ def _errors_only() -> Iterator[None]:
         package.setLevel(level)
 
 
-def _picture(cfg: DictConfig, writer: Any, classes: Sequence[str], crops: Path) -> str:
+def _picture(cfg: DictConfig, writer: Any, classes: Sequence[str]) -> str:
     """Draw a prediction; return the path of the picture, or the reason why it is missing."""
+    if not _is_local(cfg):
+        return f"no picture: {_REMOTE}"
     picture: Path = writer.output.with_name(f"{writer.output.stem}.png")
     replaced: Any = OmegaConf.to_container(cfg.metadata, resolve=True)
     # The picture shows raw as it is stored.
     metadata = {key: value for key, value in replaced.items() if key not in ("normalize", "invert")}
     metadata["level_translations"] = cfg.data.get("level_translations", "auto")
     # Outside of the layout of the challenge the crops of a volume are known from the training alone.
-    run = _run_folder(cfg.get("ckpt"))
+    run = run_folder(cfg.get("ckpt"))
     entries = [] if run is None else run_crops(run, Path(str(cfg.input_path)))
     known = writer.classes or cfg.data.classes or writer.names
     try:
         draw_prediction(
-            writer.output, str(cfg.input_path), classes, picture, crops, writer.threshold, metadata, known,
+            writer.output, str(cfg.input_path), classes, picture, _shown_crops(cfg), writer.threshold, metadata, known,
             _trained(cfg.get("ckpt")), entries,
         )  # fmt: skip
     except (ChunkError, MissingExtraError) as e:  # the prediction itself is finished
         return f"no picture: {e}"
     return str(picture)
+
+
+def _shown_crops(cfg: DictConfig) -> list[Path]:
+    """Return the folders of crops that a picture shows, beside those of the training; some may not exist."""
+    if OmegaConf.select(cfg, "truth") is not None:
+        return truth_folders(cfg) or []
+    return [Path(str(groundtruth(str(cfg.input_path))))]
 
 
 def csc_scores(configs: Sequence[DictConfig]) -> str:
@@ -118,18 +125,22 @@ def csc_scores(configs: Sequence[DictConfig]) -> str:
     Raises:
         CellMapError: no crop can be compared, or something cannot be read.
     """
-    predictions = []
+    predictions: list[Predicted] = []
     for cfg in configs:
-        crops = _local_crops(cfg)
-        if crops is None:
-            return f"no scores: {cfg.input_path} and its crops are not on this machine"
         names = OmegaConf.select(cfg, "listed") or cfg.writer.only or cfg.writer.classes or cfg.data.classes
-        predictions.append(Predicted(Path(cfg.writer.output), crops, tuple(names), OmegaConf.select(cfg, "crop")))
+        crop = OmegaConf.select(cfg, "crop")
+        truth = truth_folders(cfg)
+        if truth is None:
+            return f"no scores: {cfg.input_path}: {_REMOTE}"
+        predictions += [Predicted(Path(cfg.writer.output), folder, tuple(names), crop) for folder in truth]
     data: Any = OmegaConf.to_container(configs[0].data, resolve=True)
     scoring = Scoring(configs[0].writer.threshold, unknown=data.get("unknown", "metadata"))
     trained = _trained(configs[0].get("ckpt"))
     score = evaluate_csc(predictions, scoring, trained)
-    folders = [one.crops / row.crop for one in predictions for row in score.crops if one.crop in (None, row.crop)]
+    rows = [row.crop for row in score.crops]
+    folders = [
+        f for one in predictions for f in scored_folders([one.crops], one.classes, rows) if one.crop in (None, f.name)
+    ]
     notes = "".join(f"\n{note}" for note in matching_notes(trained, folders))
     out = Path(OmegaConf.select(configs[0], "folder") or configs[0].writer.output)
     file = out.with_name(f"{out.stem}-challenge.csv")

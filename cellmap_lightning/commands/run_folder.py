@@ -94,6 +94,14 @@ def _check(config: DictConfig, folder: Path, results: list[Path]) -> None:
     )
 
 
+def overrides_of_run(folder: Path) -> str:
+    """Return the override by which a command writes to the folder of a run."""
+    runs = Path.cwd() / "runs"
+    if runs in folder.parents:
+        return f"run.name={folder.relative_to(runs)}"
+    return f"hydra.run.dir={folder.relative_to(Path.cwd()) if Path.cwd() in folder.parents else folder}"
+
+
 def how_to_continue(folder: Path, trained: bool, saved: Path | None = None) -> str:
     """Return how to continue a run that was interrupted, for a message.
 
@@ -103,11 +111,7 @@ def how_to_continue(folder: Path, trained: bool, saved: Path | None = None) -> s
         saved: a checkpoint that was saved on the interrupt.
     """
     checkpoints = [path for path in results_in(folder) if path.suffix == ".ckpt"]
-    runs = Path.cwd() / "runs"
-    if runs in folder.parents:
-        name = f"run.name={folder.relative_to(runs)}"
-    else:
-        name = f"hydra.run.dir={folder.relative_to(Path.cwd()) if Path.cwd() in folder.parents else folder}"
+    name = overrides_of_run(folder)
     if trained:
         final = ", ".join(str(path) for path in checkpoints if path.stem in ("best", "last")) or "no checkpoint"
         return f"the training is complete ({final}); the same command with {name} resume=auto validates and draws"

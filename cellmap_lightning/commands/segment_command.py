@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from cellmap_lightning.commands.config_keys import given_keys
 from cellmap_lightning.commands.program import run_command
 from cellmap_lightning.flat_options import from_flat
+from cellmap_lightning.wording import plural
 
 
 def main() -> Any:
@@ -30,4 +31,4 @@ def _segment(configs: list[DictConfig]) -> None:
     flat = {field.name for kind in groups.values() for field in fields(kind)}
     rest = {key: value for key, value in settings.items() if key not in flat}
     summary = segment(class_name=rest.pop("class"), **grouped, **rest)
-    print(f"\n{summary.labels}: {summary.objects} objects\n{summary.table}")
+    print(f"\n{summary.labels}: {plural(summary.objects, 'object')}\n{summary.table}")

@@ -30,6 +30,7 @@ from cellmap_lightning.io.writer import codec_of, create_level, make_room, write
 from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD
 from cellmap_lightning.splits.manifests import ManifestRow, manifest_rows
 from cellmap_lightning.validation import first_few
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -163,9 +164,7 @@ def _content(labels: Labels, numbered: bool) -> str:
     """Return the share of the voxels that are positive, and the number of objects, as text."""
     share = f"{np.count_nonzero(labels) / labels.size:.2%} of {list(labels.shape)} voxels"
     objects = _objects(labels) if numbered else 0
-    return (
-        f"{share}, {objects} object{'s' * (objects != 1)}, {labels.dtype}" if numbered else f"{share}, {labels.dtype}"
-    )
+    return f"{share}, {plural(objects, 'object')}, {labels.dtype}" if numbered else f"{share}, {labels.dtype}"
 
 
 def _predicted_rows(

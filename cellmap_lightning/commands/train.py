@@ -29,6 +29,7 @@ from cellmap_lightning.commands.private_run import without_secrets
 from cellmap_lightning.commands.run_folder import how_to_continue, remove_run, results_in
 from cellmap_lightning.commands.signals import ExitOnSignal
 from cellmap_lightning.commands.sweep_table import write_scores
+from cellmap_lightning.commands.time_limit import describe_time_limit
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.splits.proposed_blocks import proposed_blocks
 from cellmap_lightning.training import report
@@ -40,6 +41,7 @@ from cellmap_lightning.training.checkpoints import (
 )
 from cellmap_lightning.training.weight_files import load_weights, read_weights, rename_weights
 from cellmap_lightning.validation import did_you_mean
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         elif cfg.init_from is not None:  # a resumed run has weights
             _initialize_weights(unresolved, data, task)
         count = sum(p.numel() for p in task.parameters())
-        log.info("%s: %s parameters", type(getattr(task, "network", task)).__name__, f"{count:,}")
+        log.info("%s: %s", type(getattr(task, "network", task)).__name__, plural(count, "parameter"))
         trainer = progress.trainer = _trainer(cfg, CheckpointConfig(stored, start))
         validates = data.splits.has_crops("val") and trainer.limit_val_batches != 0
         if not data.splits.has_crops("val") and trainer.limit_val_batches != 0:
@@ -106,11 +108,15 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
             _prepare_folder(cfg, progress.folder, stored, data)
         untrained = None
         if cfg.compare_untrained and validates and not trainer.fast_dev_run:
+            log.info("validation of the untrained network, for comparison")
             trainer.validate(task, datamodule=data, verbose=False)
             ending.check()
             untrained = dict(scores_of(task) or {})
         _fit(cfg, trainer, task, data, checkpoint)
         progress.trained = True
+        ended = describe_time_limit(trainer, progress.folder)
+        if ended is not None and trainer.is_global_zero:
+            log.info("%s", ended)
         ending.check()
         if validates and cfg.final_validation and not trainer.fast_dev_run:
             _validate_best(cfg, trainer, task, data)
@@ -153,6 +159,7 @@ def _validate_best(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataMo
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if any(method in str(cfg.trainer.strategy) for method in ("spawn", "fork")):
         trainer.loggers = []  # new processes would overwrite their files
+    log.info("validation of the %s weights", "best" if best else "last")
     trainer.validate(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
 
 

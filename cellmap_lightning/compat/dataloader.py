@@ -18,6 +18,7 @@ from cellmap_lightning.loading.dataloader import CellMapDataLoader as DataLoader
 from cellmap_lightning.loading.prefetch import PrefetchSettings, decide
 from cellmap_lightning.loading.samples import Samples
 from cellmap_lightning.sampling.torch_samplers import PositionSampler
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,9 @@ class _Numbered(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         for choice in self.sampler:
             if not 0 <= int(choice) < self.size:
-                raise CellMapIndexError(f"the sampler chose {int(choice)}, and there are {self.size} positions")
+                raise CellMapIndexError(
+                    f"the sampler chose {int(choice)}, and there are {plural(self.size, 'position')}"
+                )
             self.drawn += 1
             yield (self.drawn - 1) * self.size + int(choice)
 

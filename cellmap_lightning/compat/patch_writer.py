@@ -32,6 +32,7 @@ from cellmap_lightning.prediction.block_patches import patch_placement
 from cellmap_lightning.prediction.blocks import centred_voxels, output_lattice, parse_region
 from cellmap_lightning.prediction.output_checks import check_apart
 from cellmap_lightning.prediction.volumes import volumes_source
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -316,4 +317,4 @@ class CellMapDatasetWriter(Dataset[dict[str, torch.Tensor]]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"CellMapDatasetWriter({self.target_path!r}: {list(self.classes)}, {len(self)} positions)"
+        return f"CellMapDatasetWriter({self.target_path!r}: {list(self.classes)}, {plural(len(self), 'position')})"

@@ -14,6 +14,7 @@ from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.records import recall, remember
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.runtime.thread_pool import ReadPool
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def count_foreground(
     reason = (
         "no complement_counts in the metadata" if level.whole is None else "complement_counts are of the whole crop"
     )
-    log.info("%s: %s; the voxels of %d chunks are counted once", label, reason, len(boxes))
+    log.info("%s: %s; the voxels of %s are counted once", label, reason, plural(len(boxes), "chunk"))
     batch = 4 * pool.workers  # so that the queue stays short and the bar moves
     with tqdm(total=len(boxes), desc=f"counting {label}", unit="chunk", disable=None, leave=False) as bar:
         for first in range(0, len(boxes), batch):

@@ -42,6 +42,7 @@ from cellmap_lightning.runtime.thread_pool import ReadPool, default_workers
 from cellmap_lightning.transforms.implied import Implications
 from cellmap_lightning.transforms.normalization import AUTO
 from cellmap_lightning.transforms.spatial import SpatialTransforms
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +246,7 @@ class Crop:
     def _report(self) -> None:
         absent = [c for c in self.arrays.classes if c not in self.annotated]
         log.debug(  # of one crop; a collection logs one line of all
-            "%s: inputs %s; targets %s; annotated %s; not annotated %s; %d positions; %d workers",
+            "%s: inputs %s; targets %s; annotated %s; not annotated %s; positions: %d; workers: %d",
             self.label,
             ", ".join(f"{n} {list(self.windows[n].shape)} at {level.name}" for n, level in self.raw.levels.items()),
             ", ".join(f"{n} {list(self.windows[n].shape)}" for n in self.arrays.targets) or "none",
@@ -454,6 +455,6 @@ class Crop:
 
     def __repr__(self) -> str:
         return (
-            f"Crop({self.label}: {len(self.placement)} positions, {len(self.annotated)} of "
-            f"{len(self.arrays.classes)} classes)"
+            f"Crop({self.label}: {plural(len(self.placement), 'position')}, {len(self.annotated)} of "
+            f"{plural(len(self.arrays.classes), 'class', 'classes')})"
         )

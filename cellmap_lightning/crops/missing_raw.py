@@ -9,6 +9,7 @@ from itertools import product
 from cellmap_lightning.crops.image import MissingRaw, StoredImage
 from cellmap_lightning.geometry.lattice import LATTICE_TOLERANCE, Box, Shape
 from cellmap_lightning.io.ngff import first_time
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ def resolve(label: str, images: Iterable[StoredImage], policy: MissingRaw, crop:
         policy = "error"
     for image, missing, files in incomplete:
         log.warning(
-            "%s: %d of the %d chunks of raw that it can show are not stored (%s); with missing_raw=%s %s",
-            label, missing, files, image.level.path, policy, _CONSEQUENCE[policy],
+            "%s: %d of the %s of raw that it can show are not stored (%s); with missing_raw=%s %s",
+            label, missing, plural(files, "chunk"), image.level.path, policy, _CONSEQUENCE[policy],
         )  # fmt: skip
         image.quiet = policy == "fill"
     return policy

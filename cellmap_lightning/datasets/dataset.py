@@ -24,6 +24,7 @@ from cellmap_lightning.transforms.intensity import IntensityTransforms
 from cellmap_lightning.transforms.normalization import Scaling, input_transforms
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.transforms.targets import class_transforms
+from cellmap_lightning.wording import plural
 
 
 class CellMapDataset(SampleSource):
@@ -190,5 +191,6 @@ class CellMapDataset(SampleSource):
 
     def __repr__(self) -> str:
         return (
-            f"CellMapDataset({self.label}: {len(self)} positions, {len(self.annotated)} of {len(self.classes)} classes)"
+            f"CellMapDataset({self.label}: {plural(len(self), 'position')}, {len(self.annotated)} of "
+            f"{plural(len(self.classes), 'class', 'classes')})"
         )

@@ -15,6 +15,7 @@ from cellmap_lightning.runtime.thread_pool import ReadPool
 from cellmap_lightning.sampling.crop_table import CropTable
 from cellmap_lightning.sampling.strategies import parse_strategy
 from cellmap_lightning.transforms.normalization import Scaling
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +63,10 @@ class CellMapMultiDataset(SampleSource):
             dataset.share(pool, store)
         annotated = ", ".join(f"{name} {number}" for name, number in self.annotated_in().items() if number)
         log.info(
-            "%d crop%s, %d positions of a patch%s; %d reading threads",
-            len(crops), "s" * (len(crops) != 1), len(self),
-            f"; crops that annotate each class: {annotated}" if annotated else "", self.max_workers,
+            "%s, %s of a patch%s; %s",
+            plural(len(crops), "crop") + " for training" * self.is_train, plural(len(self), "position"),
+            f"; crops that annotate each class: {annotated}" if annotated else "",
+            plural(self.max_workers, "reading thread"),
         )  # fmt: skip
 
     def _scale(self) -> None:

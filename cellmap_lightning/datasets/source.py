@@ -37,6 +37,7 @@ from cellmap_lightning.sampling.strategy import NUMBERS, Strategy
 from cellmap_lightning.sampling.tiles import TileOrder, stratified
 from cellmap_lightning.sampling.torch_samplers import ClassBalancedSampler, PositionSampler
 from cellmap_lightning.transforms.spatial import SpatialTransforms
+from cellmap_lightning.wording import plural
 
 #: Bytes to copy, or an equivalent amount of work, that justify another thread.
 BYTES_PER_THREAD = 16 << 20
@@ -147,7 +148,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         """Return the number of the crop that holds a position, and the position inside it."""
         index = int(position)
         if not -len(self) <= index < len(self):
-            raise CellMapIndexError(f"{self}: position {index} is outside its {len(self)} positions")
+            raise CellMapIndexError(f"{self}: position {index:,} is outside its {plural(len(self), 'position')}")
         index %= len(self)
         number = bisect.bisect_right(self._offsets, index) - 1
         return number, index - self._offsets[number]
@@ -235,7 +236,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         return {name: value[0] for name, value in batch.finish().items()}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self.crops)} crops, {len(self)} positions)"
+        return f"{type(self).__name__}({plural(len(self.crops), 'crop')}, {plural(len(self), 'position')})"
 
     def overriding_types(self) -> list[str]:
         """Return the names of user-defined classes, of this dataset and its parts, that override ``__getitem__``."""

@@ -78,7 +78,7 @@ class CropScore:
 
 def evaluate(
     output: Path,
-    crops: Path,
+    crops: Path | Sequence[Path],
     classes: Sequence[str],
     threshold: Threshold = DEFAULT_THRESHOLD,
     unknown: Unknown = "metadata",
@@ -94,7 +94,7 @@ def evaluate(
 
     Args:
         output: the prediction, with one group per class.
-        crops: folder of the crops, ``recon-1/labels/groundtruth``, or of a single crop.
+        crops: folder of the crops, ``recon-1/labels/groundtruth``, or of a single crop; or several such folders.
         classes: names of the classes.
         threshold: probability from which a voxel is positive, of all classes or ``{class: probability}``.
         unknown: the stored value of unannotated voxels, if the metadata do not define it; see `LabelOptions`.
@@ -109,14 +109,16 @@ def evaluate(
         CellMapKeyError: the prediction covers no crop that annotates any of the classes.
         NoInstancesError: objects are to be scored, and no annotation has instances.
     """
-    places = list(annotated_parts(output, crops, classes, trained=trained, box=box))
+    folders = [crops] if isinstance(crops, Path) else list(crops)
+    places = [place for f in folders for place in annotated_parts(output, f, classes, trained=trained, box=box)]
     pairs = [
         CropPair(output / name, crop, name, threshold_of(threshold, name), unknown, values, part.box)
         for crop, name, part in places
     ]
     if not pairs:
         raise CellMapKeyError(
-            f"nothing to evaluate {output} with: no crop in {crops} lies in it and annotates any of {list(classes)}"
+            f"nothing to evaluate {output} with: no crop in {first_few(folders)} lies in it and annotates any of "
+            f"{list(classes)}"
         )
     results: list[CropScore] = []
     without: list[NoInstancesError] = []

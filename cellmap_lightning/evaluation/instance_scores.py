@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from cellmap_lightning.errors import CellMapValueError
-from cellmap_lightning.evaluation.numbering import Numbering, components
+from cellmap_lightning.errors import CellMapValueError, MissingExtraError, missing_extra
+from cellmap_lightning.evaluation.numbering import Labels, Numbering, components
 from cellmap_lightning.evaluation.pairs import CropPair, Ids
 from cellmap_lightning.evaluation.voxel_scores import ratio
 
@@ -174,7 +174,20 @@ def _sums(index: npt.NDArray[np.intp], counts: Floats) -> Floats:
     return np.bincount(index, counts).astype(np.float64)
 
 
-def crop_overlaps(pair: CropPair, number: Numbering = components) -> Overlaps:
+def _components(present: Labels) -> Labels:
+    """Number connected components, see `components`.
+
+    Raises:
+        MissingExtraError: scipy is not installed; the message names the metric that does without it.
+    """
+    try:
+        return components(present)
+    except MissingExtraError as e:
+        what = "scores of objects need scipy for a prediction without ids"
+        raise missing_extra("targets", what, "set metric=voxels") from e
+
+
+def crop_overlaps(pair: CropPair, number: Numbering = _components) -> Overlaps:
     """Collect the overlaps of a crop.
 
     Args:

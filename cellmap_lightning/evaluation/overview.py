@@ -8,7 +8,8 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, product
+from heapq import merge
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cellmap_lightning.crops.encodings import Unknown, check_unknown
 from cellmap_lightning.crops.image import CellMapImage
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.evaluation.crop_parts import CropPart, parts_of, physical_box
-from cellmap_lightning.evaluation.evaluate import covers, is_group
+from cellmap_lightning.evaluation.evaluate import covers, crop_folders, is_group
 from cellmap_lightning.evaluation.pairs import Annotation
 from cellmap_lightning.geometry.lattice import (
     AXES,
@@ -54,6 +55,10 @@ _PLACES = 3
 _CANDIDATES = 8
 #: Maximum number of cells along an axis, among which the densest ones are drawn.
 _CELLS = 16
+#: Splits of a training in the order in which their crops are shown; None: crops of none, or of an unknown one.
+_ORDER = ("val", "test", None, "train")
+#: Their names in headers.
+_USAGES: dict[str | None, str] = {"val": "validation", "test": "test", "train": "trained on"}
 #: Maximum voxels, of all classes together, of the overview and of the level in which the densest places are looked for.
 _WHOLE = 2**25
 
@@ -80,7 +85,7 @@ def draw_prediction(
     raw: str,
     classes: Sequence[str],
     path: Path,
-    crops: Path | None = None,
+    crops: Path | Sequence[Path] | None = None,
     threshold: Threshold = DEFAULT_THRESHOLD,
     metadata: Mapping[str, Any] | None = None,
     known: Sequence[str] = (),
@@ -94,7 +99,7 @@ def draw_prediction(
         raw: the raw multiscale group.
         classes: names of the classes.
         path: the file, as for `contact_sheet`.
-        crops: folder of the crops, ``recon-1/labels/groundtruth``.
+        crops: folder of the crops, ``recon-1/labels/groundtruth``, or of one crop; or several such folders.
         threshold: probability from which a voxel is positive, of all classes or ``{class: probability}``.
         metadata: replacements of the metadata of raw; keyword arguments of `Overrides.parse`.
         known: every class of the training, so that a class has its colour in all pictures of a run.
@@ -118,7 +123,7 @@ def samples_of(
     output: Path,
     raw: str,
     classes: Sequence[str],
-    crops: Path | None = None,
+    crops: Path | Sequence[Path] | None = None,
     threshold: Threshold = DEFAULT_THRESHOLD,
     metadata: Mapping[str, Any] | None = None,
     trained: Mapping[Path, Sequence[CropPart]] | None = None,
@@ -129,7 +134,7 @@ def samples_of(
     All rows are at full resolution. The first one is an overview: the whole prediction, or a part that has as many
     voxels as a panel has pixels, where most was predicted. It is left out if it shows no more than a place, or if no
     level of the prediction is small enough to find that part. The others are places: in crops that annotate one of the
-    classes, else where most was predicted.
+    classes, those for validation first and those that were trained on last, else where most was predicted.
     """
     metadata = metadata or {}
     image = read_multiscale(str(output / classes[0]))
@@ -149,7 +154,11 @@ def samples_of(
             center = _densest_places(masks, lattice, overview.shape)[0]
             shown = _masks(output, classes, overview, center, threshold)
             samples.append(_sample(raw, overview, center, shown, None, _overview_header(overview, lattice), metadata))
-    annotated = chain(_in_folder(classes, crops, trained), _listed(classes, entries, crops))
+    folders = [crops] if isinstance(crops, Path) else list(crops or ())
+    found = [crop for folder in folders if folder.is_dir() for crop in crop_folders(folder, classes)]
+    annotated = merge(
+        _in_folders(classes, found, trained, entries), _listed(classes, entries, found), key=lambda crop: crop.rank
+    )
     covered = (crop for crop in annotated if all(covers(lattice, box) for box in crop.lattices))
     places = [_best_place(classes, lattice, shape, crop) for crop in islice(covered, _PLACES)]
     if not places:
@@ -215,6 +224,7 @@ class _Annotated:
         folder: location of the crop.
         images: the label image of each of these classes.
         part: the part of the crop.
+        usage: the split of the training that it belongs to; None if it is in none, or unknown.
         unknown: the stored value of unannotated voxels, where the metadata do not define it.
     """
 
@@ -222,13 +232,19 @@ class _Annotated:
     folder: Path
     images: Mapping[str, Multiscale]
     part: CropPart
+    usage: str | None = None
     unknown: Unknown = "metadata"
 
     @property
     def header(self) -> str:
         """The name, with the box of a part and what the training used it for."""
         name = self.name if self.part.box is None else f"{self.name} [{self.part.box}]"
-        return f"{name}, trained on" if self.part.trained else name
+        return f"{name}, {_USAGES[self.usage]}" if self.usage in _USAGES else name
+
+    @property
+    def rank(self) -> int:
+        """The rank of its usage: where a prediction can be judged comes first."""
+        return _rank(self.usage)
 
     @property
     def lattices(self) -> list[Lattice]:
@@ -239,27 +255,42 @@ class _Annotated:
         return [image.finest.lattice for image in images.values()]
 
 
-def _in_folder(
-    classes: Sequence[str], crops: Path | None, trained: Mapping[Path, Sequence[CropPart]] | None
+def _rank(usage: str | None) -> int:
+    return _ORDER.index(usage)
+
+
+def _in_folders(
+    classes: Sequence[str],
+    crops: Sequence[Path],
+    trained: Mapping[Path, Sequence[CropPart]] | None,
+    entries: Sequence[tuple[str, CropRecord]],
 ) -> Iterator[_Annotated]:
-    """Yield the crops of a folder in the layout of the challenge."""
-    if crops is None or not crops.is_dir():
-        return
-    for crop in sorted(p for p in crops.glob("*") if p.is_dir()):
+    """Yield the parts of crops with a group per class, by their ranks; metadata are read one by one."""
+    usages = {folder: split for split, folder in _folders(entries) if split in ("val", "test")}
+    parts: list[tuple[str | None, Path, list[str], CropPart]] = []
+    for crop in crops:
         annotated = [name for name in classes if is_group(crop / name)]
-        for part in parts_of(crop, annotated, trained, None) if annotated else []:
-            yield _Annotated(crop.name, crop, {name: read_multiscale(crop / name) for name in annotated}, part)
+        of_crop = parts_of(crop, annotated, trained, None) if annotated else []
+        parts += [("train" if p.trained else usages.get(crop.resolve()), crop, annotated, p) for p in of_crop]
+    for usage, crop, annotated, part in sorted(parts, key=lambda row: _rank(row[0])):
+        yield _Annotated(crop.name, crop, {name: read_multiscale(crop / name) for name in annotated}, part, usage)
+
+
+def _folders(entries: Sequence[tuple[str, CropRecord]]) -> Iterator[tuple[str, Path]]:
+    """Yield split and folder of the crops of entries that are on this machine."""
+    for split, entry in entries:
+        if entry.target is not None and isinstance(entry.target.crop, Path):
+            yield split, entry.target.crop.resolve()
 
 
 def _listed(
-    classes: Sequence[str], entries: Sequence[tuple[str, CropRecord]], crops: Path | None
+    classes: Sequence[str], entries: Sequence[tuple[str, CropRecord]], crops: Sequence[Path]
 ) -> Iterator[_Annotated]:
-    """Yield the crops of entries that are not in the folder of crops."""
-    for split, entry in entries:
+    """Yield the crops of entries that are not among the folders of crops, by their ranks."""
+    shown = {crop.resolve() for crop in crops}
+    for split, entry in sorted(entries, key=lambda row: _rank(row[0])):
         target = entry.target
-        if target is None or not isinstance(target.crop, Path):
-            continue
-        if crops is not None and target.crop.resolve().parent == crops.resolve():
+        if target is None or not isinstance(target.crop, Path) or target.crop.resolve() in shown:
             continue
         try:
             names = [name for name in classes if name in target.names and image_exists(target.of(name))]
@@ -267,7 +298,7 @@ def _listed(
             unknown = check_unknown(entry.metadata.get("unknown", "metadata"))
             part = CropPart(physical_box(entry), split == "train")
             if images:
-                yield _Annotated(target.label, target.crop, images, part, unknown)
+                yield _Annotated(target.label, target.crop, images, part, split, unknown)
         except CellMapError as e:  # since the training, a volume may have been moved or changed
             log.warning("the picture does not show the annotation of %s: %s", target.label, e)
 

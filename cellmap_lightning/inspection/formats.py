@@ -41,16 +41,6 @@ def box_text(box: Mapping[str, Sequence[float]] | None) -> str:
     return " ".join(f"{axis} {low:.5g}..{high:.5g}" for axis, (low, high) in box.items()) if box else "-"
 
 
-def count_text(count: int) -> str:
-    """Return a number of voxels, such as ``240,000`` or ``3.78 million``."""
-    return f"{count:,}" if count < 10**6 else f"{float(f'{count / 1e6:.3g}'):,g} million"
-
-
-def size_text(nbytes: float) -> str:
-    """Return a number of bytes, such as ``12.7 MB`` or ``3.2 GB``."""
-    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
-
-
 def together(text: str) -> str:
     """Return a text that `wrapped` does not break."""
     return text.replace(" ", _FIXED)

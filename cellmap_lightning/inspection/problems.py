@@ -13,6 +13,7 @@ from cellmap_lightning.io.store import parse_location
 from cellmap_lightning.splits.leakage import PlacedCrop, held_out_crops, identity, overlaps, volume_identity
 from cellmap_lightning.splits.spellings import OtherSpelling
 from cellmap_lightning.validation import first_few
+from cellmap_lightning.wording import plural
 
 #: Part of the foreground that a coarser level may lose before it is reported.
 MOST_LOST = 0.3
@@ -285,7 +286,7 @@ def _of_classes(crops: Sequence[CropFacts], classes: Sequence[str]) -> Iterator[
         if not annotated:
             yield Problem("empty", name, "no crop annotates it")
         elif not present:
-            yield Problem("empty", name, f"annotated in {len(annotated)} crops, and none of them has a voxel of it")
+            yield Problem("empty", name, f"annotated in {plural(len(annotated), 'crop')}, without a voxel of it")
         elif len(present) == 1:
             yield Problem("rare", name, f"only in {present[0].name}")
 

@@ -7,18 +7,10 @@ import numpy as np
 
 from cellmap_lightning.inspection.costs import Costs
 from cellmap_lightning.inspection.facts import ClassFacts, CropFacts, LevelFacts, Values, VolumeFacts
-from cellmap_lightning.inspection.formats import (
-    box_text,
-    count_text,
-    size_text,
-    table,
-    together,
-    voxel_count,
-    voxel_size,
-    wrapped,
-)
+from cellmap_lightning.inspection.formats import box_text, table, together, voxel_count, voxel_size, wrapped
 from cellmap_lightning.inspection.problems import KINDS, Problem
 from cellmap_lightning.validation import first_few
+from cellmap_lightning.wording import large_count, size_text
 
 #: Problems of one kind that are printed.
 SHOWN = 8
@@ -205,7 +197,7 @@ def _class(annotated: Sequence[ClassFacts]) -> list[str]:
     return [
         str(len(annotated)),
         f"{at_most}{present}",
-        f"{at_least}{count_text(sum(counts))}" if counts else not_counted,
+        f"{at_least}{large_count(sum(counts))}" if counts else not_counted,
         _share(annotated) or not_counted,
         _unknown(annotated) or not_counted,
         _lost(annotated) or not_lost,

@@ -22,6 +22,7 @@ from cellmap_lightning.instances.block_files import BlockFiles
 from cellmap_lightning.instances.libraries import library
 from cellmap_lightning.instances.measures import MEASURES, Measures
 from cellmap_lightning.instances.options import IdType
+from cellmap_lightning.wording import plural
 
 Ints = npt.NDArray[np.int64]
 
@@ -190,7 +191,7 @@ def id_type(count: int, setting: IdType, where: str) -> np.dtype[Any]:
     dtype = np.dtype(setting)
     if count > np.iinfo(dtype).max:
         raise CellMapValueError(
-            f"{where}: there are {count} objects, and ids={setting} ends at {np.iinfo(dtype).max}; use ids=auto, or a "
+            f"{where}: {plural(count, 'object')}, and ids={setting} ends at {np.iinfo(dtype).max}; use ids=auto, or a "
             "larger min_volume"
         )
     return dtype

@@ -28,6 +28,7 @@ from cellmap_lightning.visualization.figures.canvas import (
 from cellmap_lightning.visualization.figures.palette import outline_colors, rgb_of
 from cellmap_lightning.visualization.figures.panels import draw_scale_bar
 from cellmap_lightning.visualization.figures.slices import contrast_limits
+from cellmap_lightning.wording import plural
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +68,7 @@ def draw_objects(
     height = head + sum(h + LINE_HEIGHT[TEXT] + _GAP for h, _ in sizes) + MARGIN
     with default_style():
         canvas = Canvas(width, height)
-        canvas.text(MARGIN, MARGIN, f"{source.name}: {objects} objects", fontsize=TITLE, fontweight="bold")
+        canvas.text(MARGIN, MARGIN, f"{source.name}: {plural(objects, 'object')}", fontsize=TITLE, fontweight="bold")
         y = head
         for axis, ((grey, ids), (tall, wide)) in enumerate(zip(sections, sizes, strict=True)):
             plane = "".join(name for name in reversed(AXES) if name != AXES[axis])

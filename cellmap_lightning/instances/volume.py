@@ -31,6 +31,7 @@ from cellmap_lightning.prediction.blocks import BlockGrid
 from cellmap_lightning.prediction.journal import journal_folder
 from cellmap_lightning.prediction.output_checks import check_apart, write_failure
 from cellmap_lightning.runtime.scheduling import Scheduler, SerialScheduler
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class VolumeSegmentation:
         try:
             record = output.journal.record
             if record is not None:
-                report(f"{output.path}: finished before, with {record['objects']} objects")
+                report(f"{output.path}: finished before, with {plural(record['objects'], 'object')}")
                 return self._summary(record["objects"], len(self._grid))
             return self._run(scheduler, report)
         except CellMapValueError:
@@ -139,8 +140,9 @@ class VolumeSegmentation:
         output, journal, tasks = self._output, self._output.journal, self._tasks
         resumed = len(journal.finished)
         report(
-            f"{output.path}: {self._segmenter.method} of {list(self._grid.shape)} voxels, in {len(self._grid)} blocks "
-            f"of {list(self._grid.block)} with a halo of {list(self._segmenter.halo)}"
+            f"{output.path}: {self._segmenter.method} of {list(self._grid.shape)} voxels, in "
+            f"{plural(len(self._grid), 'block')} of {list(self._grid.block)} with a halo of "
+            f"{list(self._segmenter.halo)}"
         )
         self._check_input()
         stored = output.stored()
@@ -164,7 +166,7 @@ class VolumeSegmentation:
         write_objects(self.table, self._source.name, measures, self._source.lattice)
         del stored, measures  # the files are removed with the journal
         output.finish(0, 1, lambda: None)
-        report(f"{output.path}: {count} objects")
+        report(f"{output.path}: {plural(count, 'object')}")
         return self._summary(count, resumed)
 
     def _check_input(self) -> None:
@@ -192,11 +194,11 @@ class VolumeSegmentation:
         reached = journal.reached(word)
         left = [number for number in range(len(self._grid)) if number not in reached]
         if len(reached):
-            report(f"{word}: {len(reached)} of {len(self._grid)} blocks before")
+            report(f"{word}: {len(reached)} of {plural(len(self._grid), 'block')} before")
         for number, notes in scheduler.run(step, left):
             self._output.check_owned()
             journal.write(word, number, notes)
-        report(f"{word}: {len(self._grid)} of {len(self._grid)} blocks")
+        report(f"{word}: {len(self._grid)} of {plural(len(self._grid), 'block')}")
 
     def _limits(self) -> tuple[int, float]:
         """Return the least and the largest number of voxels of an object."""

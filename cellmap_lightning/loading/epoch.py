@@ -4,6 +4,7 @@ import logging
 
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.loading.run import Run
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,9 @@ class DroppedSamples:
             return
         self._reported = samples, size
         log.info(
-            "train: an epoch of %d samples is %d global batches of %d (ranks: %d, samples of each: %d); "
-            "the last %d samples fill no batch and are dropped",
-            samples, samples // size, size, run.world, batch_size, dropped,
+            "train: an epoch of %s is %s of %d (ranks: %d, samples of each: %d); the last %s "
+            "fill%s no batch and %s dropped",
+            plural(samples, "sample"), plural(samples // size, "global batch", "global batches"), size, run.world,
+            batch_size, plural(dropped, "sample"),
+            "s" * (dropped == 1), "is" if dropped == 1 else "are",
         )  # fmt: skip

@@ -32,6 +32,7 @@ from cellmap_lightning.prediction.output_checks import check_apart
 from cellmap_lightning.prediction.quantize import StoredValues, threshold_of
 from cellmap_lightning.prediction.skipping import Skipping
 from cellmap_lightning.prediction.volumes import output_windows, passes_by, passing_bytes
+from cellmap_lightning.wording import plural, size_text
 
 log = logging.getLogger(__name__)
 
@@ -241,11 +242,11 @@ class JobPlanner:
     def _report(self, output: PredictionOutput, plan: BlockPlan, done: int) -> None:
         grid = output.grid
         log.info(
-            "%s: %s voxels of %s nm, %s as %s, %.3g GB before compression; %s of %s, %d of them done; "
+            "%s: %s voxels of %s nm, %s as %s, %s before compression; %s of %s, %d of them done; "
             "the model computes %.2f voxels for each that is written%s",
             output.path, list(grid.shape), [round(s, 4) for s in grid.whole.step],
-            _number(len(self._classes), "class", "classes"), self._options.storage.dtype, output.nbytes / 1e9,
-            _number(len(grid), "block", "blocks"), list(grid.block), done, plan.computed,
+            plural(len(self._classes), "class", "classes"), self._options.storage.dtype, size_text(output.nbytes),
+            plural(len(grid), "block"), list(grid.block), done, plan.computed,
             f", {plan.redundancy:.2f} times as many as without blocks" if plan.redundancy > 1.005 else "",
         )  # fmt: skip
 
@@ -268,10 +269,6 @@ class JobPlanner:
                 "blocks; block_size_mb=%g would allow %s, and make it %.2f times. Other blocks need a new output",
                 self._options.block_size_mb, list(plan.grid.block), plan.redundancy, mib, list(block), redundancy,
             )  # fmt: skip
-
-
-def _number(count: int, one: str, several: str) -> str:
-    return f"{count} {one if count == 1 else several}"
 
 
 def _check_inputs(output: PredictionOutput, inputs: InputStamps) -> None:

@@ -49,6 +49,7 @@ from cellmap_lightning.prediction.quantize import StoredValues
 from cellmap_lightning.prediction.summary import Summary
 from cellmap_lightning.prediction.volumes import volumes_of, volumes_source
 from cellmap_lightning.validation import did_you_mean, one_of
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -267,7 +268,7 @@ class PredictionWriter(L.Callback):
         self._background.check()
         self._advance()
         if self._next is None:
-            raise CellMapValueError(f"batch {batch_idx}: the blocks have only {batch_idx} batches")
+            raise CellMapValueError(f"batch {batch_idx}: the blocks have only {plural(batch_idx, 'batch', 'batches')}")
         job, step = self._next
         self._next = None
         positions = job.plan.choose(step)
@@ -380,8 +381,8 @@ class PredictionWriter(L.Callback):
         if trainer.global_rank == 0:
             if not complete:
                 log.warning(
-                    "%s: %d of %d blocks are done; start the same prediction again to resume it",
-                    self.output, self.summary.finished, self.summary.blocks,
+                    "%s: %d of %s done; start the same prediction again to resume it",
+                    self.output, self.summary.finished, plural(self.summary.blocks, "block"),
                 )  # fmt: skip
             log.info("%s: %s", self.output, self.summary)
 

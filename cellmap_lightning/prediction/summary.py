@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cellmap_lightning.wording import large_count, plural
+
 
 @dataclass
 class Summary:
@@ -36,10 +38,10 @@ class Summary:
 
     def __str__(self) -> str:
         model = max(0.0, self.seconds - self.waited - self.stored)
-        speed = self.voxels / self.seconds if self.seconds else 0.0
+        speed = self.voxels / self.seconds if self.seconds else 0
         blocks = (
-            f"{self.finished} of {self.blocks} blocks are done, {self.written} of them by this run: "
-            f"{self.voxels / 1e6:.3g} million voxels in {self.seconds:.3g} s, {speed / 1e6:.3g} million per second"
+            f"{self.finished:,} of {plural(self.blocks, 'block')} done, {self.written:,} of them by this run: "
+            f"{large_count(self.voxels)} voxels in {self.seconds:.3g} s, {large_count(speed)} per second"
         )
         times = (
             f"of the time: waiting for data {self.waited:.3g} s, model {model:.3g} s, "

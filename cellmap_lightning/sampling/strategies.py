@@ -18,6 +18,7 @@ from cellmap_lightning.geometry.lattice import FloatArray
 from cellmap_lightning.sampling.class_strategies import ByClass, ClassBalanced, Foreground
 from cellmap_lightning.sampling.crop_strategies import BySize, PerCrop, Uniform, Weighted
 from cellmap_lightning.sampling.strategy import Choices, Chooser, Column, Strategy, Turns, check_known, check_weight
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ class Mix(Strategy):
             total = sum(self.shares)
             return [(part, share / total) for part, share in zip(self.parts, self.shares, strict=True) if share > 0]
         log.info(
-            "strategy mix: no class has a voxel in these %d crops; they are drawn by the square root of their volume",
-            len(self.table),
+            "strategy mix: no class has a voxel in %s; crops are drawn by the square root of their volume",
+            plural(len(self.table), "crop"),
         )
         return [(BySize().bind(self.table), 1.0)]
 

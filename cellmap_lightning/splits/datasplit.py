@@ -31,6 +31,7 @@ from cellmap_lightning.splits.spellings import OtherSpelling, report_spellings, 
 from cellmap_lightning.splits.summary import class_table, write_csv
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.validation import did_you_mean
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -242,17 +243,19 @@ class CellMapDataSplit:
         if problems:
             also = f"; {len(dropped)} more would be dropped" if dropped else ""
             raise CellMapValueError(
-                f"{len(problems)} of the {len(entries)} crops for {split!r} cannot be used{also}:\n{table_of(problems)}"
+                f"{len(problems)} of the {plural(len(entries), 'crop')} for {split!r} cannot be used{also}:\n"
+                f"{table_of(problems)}"
             ) from (problems[0][1] if len(problems) == 1 else None)
         if not datasets:
             raise CellMapValueError(
-                f"none of the {len(entries)} crops for {split!r} is left, so there is nothing to read:\n"
+                f"none of the {plural(len(entries), 'crop')} for {split!r} is left, so there is nothing to read:\n"
                 f"{table_of(dropped)}"
             )
         if dropped:
             log.warning(
-                "%d of the %d crops for %r are left out:\n%s", len(dropped), len(entries), split, table_of(dropped)
-            )
+                "%d of the %s for %r are left out:\n%s",
+                len(dropped), plural(len(entries), "crop"), split, table_of(dropped),
+            )  # fmt: skip
         self._left_out[split] = dropped
         options = self.options
         how = (options.strategy, options.balance_datasets) if split == "train" else ()
@@ -302,8 +305,8 @@ class CellMapDataSplit:
         annotated = sorted({name for crop in crops for name in crop.classes})
         if not entries:
             raise CellMapValueError(
-                f"none of the {len(crops)} crops of {self.source} annotates any of {', '.join(self.classes)}; they "
-                f"annotate {', '.join(annotated) or 'nothing'}"
+                f"none of the {plural(len(crops), 'crop')} of {self.source} annotates any of "
+                f"{', '.join(self.classes)}; they annotate {', '.join(annotated) or 'nothing'}"
             )
         if len(entries) < len(crops):
             log.info("%d of the %d crops annotate none of the classes", len(crops) - len(entries), len(crops))
@@ -449,5 +452,5 @@ def _volumes(split: str, entries: list[CropRecord]) -> list[CropRecord]:
         for e in entries
     }
     if len(volumes) < len(entries):
-        log.info("%s: %d crops without classes are %d raw volumes", split, len(entries), len(volumes))
+        log.info("%s: %d crops without classes are %s", split, len(entries), plural(len(volumes), "raw volume"))
     return list(volumes.values())

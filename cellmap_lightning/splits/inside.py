@@ -26,6 +26,7 @@ from cellmap_lightning.splits.opening import for_all
 from cellmap_lightning.splits.patch_reach import PatchReach, patch_reach
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.validation import first_few
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class InsideSplit:
         problems = [(entry, e) for entry, e in zip(train, results, strict=True) if isinstance(e, CellMapError)]
         if problems:
             raise CellMapValueError(
-                f"split=blocks cannot cut {len(problems)} of the {len(train)} crops:\n{table_of(problems)}"
+                f"split=blocks cannot cut {len(problems)} of the {plural(len(train), 'crop')}:\n{table_of(problems)}"
             )
         divided = {"train": [entry for result in results for entry in result[0]]}  # type: ignore[index]
         divided["val"] = [entry for result in results for entry in result[1]]  # type: ignore[index]

@@ -15,6 +15,7 @@ from cellmap_lightning.geometry.lattice import Box, FloatArray, to_vector
 from cellmap_lightning.io.store import StorePath, parts_of
 from cellmap_lightning.splits.manifests import manifest_crops
 from cellmap_lightning.validation import one_of
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def check_leakage(
         if same and rule == "error":
             listed = "".join(f"\n  {pair}" for pair in same)
             raise CellMapValueError(
-                f"{len(same)} crops for 'train' are also for {name!r}, whose scores would not show how the model "
+                f"'train' and {name!r} share {plural(len(same), 'crop')}, so that scores would not show how the model "
                 f"generalises; leave them out of one of the two, or set leakage=warn:{listed}"
             )
         if pairs:

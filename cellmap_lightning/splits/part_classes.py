@@ -3,6 +3,7 @@
 import logging
 
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +23,11 @@ def report_parts(train: CellMapMultiDataset, val: CellMapMultiDataset) -> None:
     for name in train.classes:
         here, there = trained.get(name, 0), validated.get(name, 0)
         if here and there:
-            counts.append(f"{name} has {here} voxels in training and {there} in validation")
+            counts.append(f"{name} has {plural(here, 'voxel')} in training and {there:,} in validation")
         elif here:
-            lines.append(f"{name} has {here} voxels in training and none in validation, so it has no score")
+            lines.append(f"{name} has {plural(here, 'voxel')} in training and none in validation, so it has no score")
         elif there:
-            lines.append(f"{name} has {there} voxels in validation and none in training, so it is not learnt")
+            lines.append(f"{name} has {plural(there, 'voxel')} in validation and none in training, so it is not learnt")
     if counts:
         log.info("split=blocks: at the resolution of the targets, %s", "; ".join(counts))
     if lines:

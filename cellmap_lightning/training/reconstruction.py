@@ -12,6 +12,7 @@ from cellmap_lightning.datasets.source import SampleSource
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.runtime.rng import HIDE, uniforms
 from cellmap_lightning.training.masked import MeanOverSamples
+from cellmap_lightning.training.network_output import NetworkCall
 from cellmap_lightning.training.restorable import RestorableTask
 from cellmap_lightning.training.task import build_optimizers, select_array
 
@@ -65,6 +66,7 @@ class ReconstructionTask(RestorableTask):
         self.seed = seed
         self.val_loss = MeanOverSamples()
         self.val_constant = MeanOverSamples()
+        self._has_run = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of a partly hidden input."""
@@ -109,11 +111,19 @@ class ReconstructionTask(RestorableTask):
 
     # -- steps
 
+    def _output(self, seen: Tensor) -> Tensor:
+        """Return the reconstruction of a partly hidden input, after a check of its shape; see `NetworkCall`."""
+        call = NetworkCall(self.network, [seen], [seen])
+        output = self(seen) if self._has_run else call.run(self)
+        (full, *_) = call.scales(output)
+        self._has_run = True
+        return full
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch, logged as ``train/loss``."""
         x = batch[self._name]
         seen, mask = self.hide(x, batch["idx"].tolist(), self.current_epoch)
-        loss = _error(self(seen), x, mask)
+        loss = _error(self._output(seen), x, mask)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
         return loss
 
@@ -125,7 +135,7 @@ class ReconstructionTask(RestorableTask):
         """Add the loss of a batch, and that of the constant in the hidden blocks."""
         x = batch[self._name]
         seen, mask = self.hide(x, batch["idx"].tolist())
-        self.val_loss.update(_error(self(seen), x, mask), len(x))
+        self.val_loss.update(_error(self._output(seen), x, mask), len(x))
         self.val_constant.update(_error(seen, x, mask), len(x))
 
     def on_validation_epoch_end(self) -> None:

@@ -21,6 +21,7 @@ from cellmap_lightning.training.heads import (
     split_output,
 )
 from cellmap_lightning.training.masked import MeanOverSamples
+from cellmap_lightning.training.network_output import NetworkCall
 from cellmap_lightning.training.restorable import RestorableTask
 from cellmap_lightning.transforms.kinds.kind import TargetKind
 from cellmap_lightning.validation import did_you_mean
@@ -160,6 +161,7 @@ class SegmentationTask(RestorableTask):
         self.val_loss = MeanOverSamples()
         self.test_loss = MeanOverSamples()
         self._heads: tuple[Head, ...] = ()
+        self._has_run = False
 
     def forward(self, *inputs: Tensor) -> Any:
         """Return the output of the network for finished inputs."""
@@ -219,6 +221,15 @@ class SegmentationTask(RestorableTask):
         if isinstance(self.input_name, tuple):
             return [batch[name] for name in self.input_name]
         return [batch[select_array("input", self.input_name, list(getattr(self._data, "input_arrays", [])))]]
+
+    def _outputs(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs of the network, the one of full resolution first; see `NetworkCall`."""
+        call = NetworkCall(self.network, inputs, targets, self._heads)
+        # Once it has run, an error of a layer is no matter of shapes.
+        output = self(*inputs) if self._has_run else call.run(self)
+        scales = call.scales(output)
+        self._has_run = True
+        return scales
 
     def losses(self, output: Any, targets: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the loss of each target over the annotated voxels.
@@ -292,7 +303,7 @@ class SegmentationTask(RestorableTask):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch, logged as ``train/loss``; of several targets each as ``train/<target>_loss``."""
         x, targets = self._parts(batch)
-        losses = self.losses(self(*x), targets)
+        losses = self.losses(self._outputs(x, targets), targets)
         loss = torch.stack(list(losses.values())).sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(targets[0]))
         if len(losses) > 1:
@@ -316,7 +327,7 @@ class SegmentationTask(RestorableTask):
 
     def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
         x, targets = self._parts(batch)
-        output = scales_of(self(*x), targets[0].ndim)[0]
+        output = self._outputs(x, targets)[0]
         loss = torch.stack(list(self.losses(output, targets).values())).sum()
         getattr(self, f"{stage}_scores").update(self._heads, split_output(output, self._heads), targets)
         getattr(self, f"{stage}_loss").update(loss, len(targets[0]))

@@ -19,6 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tests import processes
+from tests.commands.terminals import pseudo_terminal, read_terminal
 
 COMMAND = Path(sys.executable).with_name("cellmap-train")
 
@@ -55,8 +56,11 @@ def prepare_forks():
     GlobalHydra.instance().clear()
 
 
-def run_forked(*arguments, cwd, command="train"):
-    """Run a command in a fork of this process, which has imported torch and Lightning already and saves seconds."""
+def run_forked(*arguments, cwd, command="train", columns=None):
+    """Run a command in a fork of this process, which has imported torch and Lightning already and saves seconds.
+
+    With ``columns`` its output is a terminal of this width.
+    """
     import warnings
 
     import hydra._internal.utils
@@ -65,13 +69,19 @@ def run_forked(*arguments, cwd, command="train"):
     main = import_module(f"cellmap_lightning.commands.{command}_command").main
     sys.stdout.flush()
     sys.stderr.flush()
+    master, terminal = pseudo_terminal(columns) if columns else (None, None)
     child = os.fork()
     if child == 0:
         code = 99
         # What other tests have left: finalizers of S3 would wait a second each for threads that are not here.
         gc.freeze()
         try:
-            out = os.open(cwd / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            out = terminal or os.open(cwd / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            if terminal is not None:
+                os.close(master)
+                for name in ("COLUMNS", "LINES", "CI", "NO_COLOR"):
+                    os.environ.pop(name, None)
+                os.environ["TERM"] = "xterm"
             os.dup2(out, 2)
             os.dup2(out, 1)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
@@ -90,8 +100,12 @@ def run_forked(*arguments, cwd, command="train"):
             sys.stderr.flush()
         finally:
             os._exit(code)
+    text = None
+    if terminal is not None:
+        os.close(terminal)
+        text = read_terminal(master)
     _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), (cwd / "stderr.txt").read_text()
+    return os.waitstatus_to_exitcode(status), (cwd / "stderr.txt").read_text() if text is None else text
 
 
 def small(volume, *more):

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_a_single_crop_and_the_challenge_score(folder):
     ("arguments", "message"),
     [
         (["prediction=nothing.zarr"], "the prediction nothing.zarr does not exist"),
-        (["prediction=predictions"], "of 1 crops; give that of one, as predictions/jrc_a.zarr/crop1; cellmap-predict"),
+        (["prediction=predictions"], "of 1 crop; give that of one, as predictions/jrc_a.zarr/crop1; cellmap-predict"),
         (["prediction=predictions/jrc_a.zarr"], "give that of one, as predictions/jrc_a.zarr/crop1"),
         (["prediction=pred.zarr", "classes=[mitto]"], "has no class 'mitto'; it has mito; did you mean 'mito'?"),
         (["prediction=pred.zarr", "truth=nothing"], "truth=nothing does not exist"),
@@ -90,3 +91,31 @@ def test_wrong_arguments(folder, arguments, message):
     assert code == 1, text
     assert message in text
     assert "Traceback" not in text
+
+
+# -- without scipy
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "what"),
+    [
+        ([], "ids", "metric=all: surface distances need scipy"),
+        (["metric=surface"], "ids", "metric=surface: surface distances need scipy"),
+        (["metric=[voxels,surface]"], "ids", "metric=['voxels', 'surface']: surface distances need scipy"),
+        (["metric=instances"], "mask", "scores of objects need scipy for a prediction without ids"),
+        (["metric=instances"], "ids", None),
+        (["metric=voxels"], "mask", None),
+    ],
+)
+def test_metrics_that_need_scipy_name_one_that_does_not(folder, monkeypatch, metric, values, what):
+    for name in [name for name in sys.modules if name == "scipy" or name.startswith("scipy.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    code, text = evaluate(folder, "prediction=pred.zarr", f"values={values}", *metric)
+    if what is None:
+        assert code == 0, text
+        return
+    assert code == 1, text
+    assert f"Error: {what}, which is not installed; in a clone: pip install -e " in text
+    assert ", or set metric=voxels" in text
+    assert not (folder / "pred-scores.csv").exists()

@@ -241,7 +241,7 @@ def test_random_value_transforms_follow_the_sample_and_leave_the_global_generato
 def test_index_errors_and_negative_indices(dataset):
     assert torch.equal(dataset[-1]["idx"], torch.tensor(len(dataset) - 1))
     for index in (len(dataset), -len(dataset) - 1):
-        with pytest.raises(IndexError, match=f"position {index} is outside its {len(dataset)} positions"):
+        with pytest.raises(IndexError, match=f"position {index:,} is outside its {len(dataset):,} positions"):
             dataset[index]
     with pytest.raises(IndexError):
         dataset.get_center(len(dataset))

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 
-from cellmap_lightning.inspection.formats import count_text, wrapped
+from cellmap_lightning.inspection.formats import wrapped
 from cellmap_lightning.inspection.report import inspect
 from cellmap_lightning.io.writer import write_multiscale
 
@@ -147,11 +147,6 @@ def test_what_cannot_be_read_leaves_no_empty_row(look, tmp_path, wrong, deep):
     headings = [number for number, line in enumerate(lines) if line.split()[:2] == ["class", "crops"]]
     assert all(lines[number + 1] for number in headings), text
     assert not deep or "deep=true counts" not in text
-
-
-@pytest.mark.parametrize(("count", "text"), [(0, "0"), (240338, "240,338"), (3_779_123, "3.78 million")])
-def test_counts_are_readable(count, text):
-    assert count_text(count) == text
 
 
 def test_wrapped_lines_keep_columns(monkeypatch):

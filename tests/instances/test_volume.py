@@ -452,7 +452,7 @@ def test_more_objects_than_ids_are_an_error(tmp_path):
     path = write_prediction(tmp_path / "p.zarr", mask, kind="mask")
     source, storage = open_source(str(path), "mito"), {"chunks": CHUNK, "block": (32, 32, 32)}
     for number, mask_ids in enumerate(("uint8", "uint8", "uint8")):
-        with pytest.raises(CellMapValueError, match="there are 4096 objects, and ids=uint8 ends at 255; use ids=auto"):
+        with pytest.raises(CellMapValueError, match="4,096 objects, and ids=uint8 ends at 255; use ids=auto"):
             run(source, tmp_path / f"{number}.zarr", SegmentationOptions(), StorageOptions(ids=mask_ids, **storage))
     labels, _ = run(source, tmp_path / "o.zarr", SegmentationOptions(), StorageOptions(ids="uint16", **storage))
     assert labels.dtype == np.uint16

@@ -41,7 +41,7 @@ def test_dropped_samples_are_logged_once_for_each_number(caplog):
         "train: an epoch of 13 samples is 2 global batches of 5",
         "train: an epoch of 13 samples is 3 global batches of 4",
     ]
-    assert "the last 1 samples fill no batch and are dropped" in caplog.text
+    assert "the last 1 sample fills no batch and is dropped" in caplog.text
 
 
 def test_a_run_before_its_beginning(tmp_path):

@@ -99,15 +99,16 @@ def test_without_the_callback(volume, tmp_path, reference, caplog):
 
 @pytest.mark.parametrize("cache", ["auto", "disk", "none"])
 def test_other_modes_use_no_device(volume, tmp_path, reference, cache, caplog):
-    """``auto`` means on a CPU what it always has."""
+    """``auto`` means on a CPU what it always has; only what was asked for is news."""
     callback = StreamPrefetch()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG, "cellmap_lightning.callbacks.stream_prefetch"):
         batches, nbytes = seen(volume, tmp_path, cache, run=[callback])
     same(batches, reference)
     assert nbytes == 0
     assert not callback.decisions["train"].resident.enabled
     expected = "a cpu device has no memory of another kind" if cache == "auto" else f"cache={cache}"
-    assert f"device cache for train: off, {expected}" in caplog.text
+    (line,) = [r for r in caplog.records if f"device cache for train: off, {expected}" in r.getMessage()]
+    assert line.levelno == (logging.DEBUG if cache == "auto" else logging.INFO)
 
 
 def test_worker_processes_are_an_obstacle_and_change_nothing(volume, tmp_path, reference, caplog):

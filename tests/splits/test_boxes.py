@@ -107,7 +107,7 @@ def test_boxes_of_one_crop_that_are_apart_do_not_leak(crops, caplog):
 @pytest.mark.parametrize(
     ("val", "text"),
     [
-        (voxels((0, 0, 0), (40, 72, 88)), "1 crops for 'train' are also for 'val'"),
+        (voxels((0, 0, 0), (40, 72, 88)), "'train' and 'val' share 1 crop,"),
         (voxels((39, 0, 0), (80, 72, 88)), "overlaps jrc_a/crop1 [39:80 0:72 0:88 voxels] by 8 x 576 x 704 nm"),
         (None, "overlaps jrc_a/crop1 by 320 x 576 x 704 nm"),
     ],
@@ -120,7 +120,7 @@ def test_boxes_of_one_crop_that_overlap_leak(crops, val, text):
 
 
 def test_a_box_that_is_another_crop_leaks(crops):
-    with pytest.raises(CellMapError, match=r"are also for 'val'"):
+    with pytest.raises(CellMapError, match=r"'train' and 'val' share"):
         module(both(crops, nm(START, END), None, part=True)).setup("fit")
 
 

@@ -129,11 +129,11 @@ def test_labels_that_are_too_coarse(write, policy, caplog):
     if policy == "upsample":
         assert crops["train"][0]["labels"].shape == (3, 8, 8, 8)
     elif policy == "drop":
-        with pytest.raises(ValueError, match="none of the 1 crops for 'train' is left") as caught:
+        with pytest.raises(ValueError, match="none of the 1 crop for 'train' is left") as caught:
             crops["train"]
         assert "1.33x coarser than the 1.5 nm asked for" in str(caught.value)
     else:
-        with pytest.raises(ValueError, match="1 of the 1 crops for 'train' cannot be used"):
+        with pytest.raises(ValueError, match="1 of the 1 crop for 'train' cannot be used"):
             crops["train"]
 
 

@@ -124,7 +124,7 @@ def test_a_class_in_one_part_alone_is_named_with_its_voxels(crop, caplog):
     with caplog.at_level(logging.INFO):
         module(crop, {"position": "start"})
     assert re.search(
-        r"at the resolution of the targets, mito has \d+ voxels in training and \d+ in validation", caplog.text
+        r"at the resolution of the targets, mito has [\d,]+ voxels in training and [\d,]+ in validation", caplog.text
     )
 
 
