@@ -264,19 +264,16 @@ def _cut_shape(
     if number == 0:
         return shape, reason
     if number < len(shapes):
-        return shapes[
-            number
-        ], f"multiples of {MULTIPLE}, at most {LARGEST}, that the parts hold which split=blocks cuts"
+        reason = f"multiples of {MULTIPLE}, at most {LARGEST}, that the parts hold which split=blocks cuts"
+        return shapes[number], reason
     longer = [(z, y, x) for z, y, x in _ONE_AXIS_LONGER if pad or np.all(np.less_equal((z, y, x), shape))]
     for smallest in longer:
         if holds(smallest, scale):
             return smallest, f"the smallest, with which split=blocks cuts all crops; {_ONE_LONGER}"
     last = (MULTIPLE,) * 3
     if holds(last, scale):
-        text = (
-            "the smallest, with which split=blocks cuts all crops; model.strides=[2,2] model.channels=[16,32,64] fit it"
-        )
-        return last, text
+        fits = "model.strides=[2,2] model.channels=[16,32,64] fit it"
+        return last, f"the smallest, with which split=blocks cuts all crops; {fits}"
     reason = "the smallest; split=blocks cannot cut all crops for it, split.blocks.crops names those that it can"
     return last, reason
 
