@@ -40,6 +40,7 @@ class ListedCrop:
         folder: the group of its classes.
         classes: the classes that it annotates.
         box: its box in nm, if the manifest lists it.
+        rows: the voxels of its classes, if the manifest lists them.
     """
 
     where: str
@@ -47,6 +48,7 @@ class ListedCrop:
     folder: str
     classes: tuple[str, ...]
     box: Box | None = None
+    rows: "tuple[ManifestRow, ...]" = ()
 
 
 def find_crops(root: str | Path, options: Mapping[str, Any] | None = None) -> list[ListedCrop]:
@@ -249,6 +251,7 @@ def read_manifest(path: str | Path, root: str | Path, options: Mapping[str, Any]
                 str(volume / GROUNDTRUTH / crop.name.crop),
                 tuple(sorted(crop.classes)),
                 crop.box(),
+                crop.rows,
             )
         )
     return crops
