@@ -179,7 +179,7 @@ def prediction_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictCo
     _check_crop_settings(cfg)
     selection: Any = cfg.crops if isinstance(cfg.crops, str | int) else OmegaConf.to_container(cfg.crops)
     crops = listed_crops(cfg.manifest, selection)
-    raw = raw_of(cfg.search_path, dict.fromkeys(crop.name.dataset for crop in crops))
+    raw = raw_of(cfg.search_path, [crop.name for crop in crops])
     folder = "predictions" if OmegaConf.is_missing(cfg, "out") else cfg.out
     configs: list[DictConfig] = []
     known: list[str] = []

@@ -105,7 +105,9 @@ class CellMapDataSplit:
         #: Source of the crops, for messages.
         self.source = "datasets" if datasets is not None else str(csv_path or manifest or search_path)
         self._rows: dict[str, tuple[ManifestRow, ...]] = {}  # of a manifest, by the path of the labels
-        self._division = Division(self.source, self.options, self.classes, target_arrays, self.labels, seed)
+        self._division = Division(
+            self.source, self.options, self.classes, target_arrays, self.labels, seed, search_path
+        )
         storage = self.read.storage_options
         crops: list[ListedCrop] = []
         if search_path is not None:
