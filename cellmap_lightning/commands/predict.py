@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
 from cellmap_lightning.commands.prediction_context import reach_of_task, set_context
-from cellmap_lightning.commands.prediction_report import csc_scores, describe_prediction
+from cellmap_lightning.commands.prediction_report import check_files, csc_scores, describe_prediction
 from cellmap_lightning.commands.signals import ExitOnSignal
 from cellmap_lightning.errors import CellMapError, CellMapTypeError
 from cellmap_lightning.training.checkpoints import check_checkpoint
@@ -101,8 +101,10 @@ def run_all(configs: list[DictConfig], write_line: Callable[[str], None]) -> Non
         write_line: prints a text.
 
     Raises:
+        CellMapFileExistsError: see `check_files`.
         SystemExit: see `run`.
     """
+    check_files(configs)
     with ExitOnSignal(lambda: "the same command continues"):
         task = instantiate(configs[0].task, _convert_="all")
         reach = reach_of_task(configs[0], task)

@@ -16,9 +16,10 @@ from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.evaluation.challenge import listed_crops
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.images import read_image
-from cellmap_lightning.io.ngff import read_attributes
+from cellmap_lightning.io.ngff import Overrides, read_attributes
 from cellmap_lightning.io.store import children, exists, parse_location
 from cellmap_lightning.redaction import HIDDEN
+from cellmap_lightning.splits.manifest_geometry import check_geometry
 from cellmap_lightning.splits.manifests import RAW, ManifestCrop, raw_of
 from cellmap_lightning.training.checkpoints import read_checkpoint
 from cellmap_lightning.validation import one_of, positive_number
@@ -178,7 +179,7 @@ def prediction_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictCo
     _check_crop_settings(cfg)
     selection: Any = cfg.crops if isinstance(cfg.crops, str | int) else OmegaConf.to_container(cfg.crops)
     crops = listed_crops(cfg.manifest, selection)
-    raw = raw_of(cfg.search_path, dict.fromkeys(crop.name.dataset for crop in crops))
+    raw = raw_of(cfg.search_path, [crop.name for crop in crops])
     folder = "predictions" if OmegaConf.is_missing(cfg, "out") else cfg.out
     configs: list[DictConfig] = []
     known: list[str] = []
@@ -193,7 +194,8 @@ def prediction_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictCo
             continue
         if not any(override.startswith("picture=") for override in overrides):
             config.picture = False  # it would lie among the groups of the predictions
-        _restrict_to_crop(config, crop, only, str(folder))
+        scale = _restrict_to_crop(config, crop, only, str(folder))
+        check_geometry(crop, raw[crop.name.dataset], scale, _raw_overrides(config))
         configs.append(config)
     if not configs:
         raise CellMapValueError(
@@ -215,11 +217,18 @@ def _check_crop_settings(cfg: DictConfig) -> None:
         )
 
 
-def _restrict_to_crop(config: DictConfig, crop: ManifestCrop, classes: Sequence[str], folder: str) -> None:
-    """Restrict a prediction to the box and the classes of a crop."""
-    scale = next(iter((config.data.target_arrays or config.data.input_arrays).values())).scale
-    config.writer.only, config.writer.region = list(classes), crop.box(list(scale)).as_dict()
+def _raw_overrides(config: DictConfig) -> Overrides:
+    """Return the settings of a prediction that replace the metadata of raw."""
+    metadata: Any = OmegaConf.to_container(config.metadata, resolve=True)
+    return Overrides.parse(**{key: value for key, value in metadata.items() if key not in ("normalize", "invert")})
+
+
+def _restrict_to_crop(config: DictConfig, crop: ManifestCrop, classes: Sequence[str], folder: str) -> list[float]:
+    """Restrict a prediction to the box and the classes of a crop; return its voxel size, nm."""
+    scale: list[float] = list(next(iter((config.data.target_arrays or config.data.input_arrays).values())).scale)
+    config.writer.only, config.writer.region = list(classes), crop.box(scale).as_dict()
     config.crop, config.listed, config.folder = crop.name.crop, list(crop.classes), folder
+    return scale
 
 
 def writer_config(cfg: DictConfig, options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cellmap_lightning.evaluation.csc_evaluation import Predicted, Scoring, csc_
 from cellmap_lightning.evaluation.evaluate import evaluate
 from cellmap_lightning.evaluation.overview import draw_prediction
 from cellmap_lightning.evaluation.score_files import draw, table, write_csv
+from cellmap_lightning.io.own_files import check_replaceable
 from cellmap_lightning.io.store import parse_location
 
 _REMOTE = "raw and its crops are not on this machine"
@@ -48,6 +49,36 @@ def describe_prediction(cfg: DictConfig, writer: Any, classes: Sequence[str]) ->
     return text
 
 
+def check_files(configs: Sequence[DictConfig]) -> None:
+    """Check that the pictures and scores beside predictions replace no files of another source.
+
+    Args:
+        configs: see `effective_config`.
+
+    Raises:
+        CellMapFileExistsError: one would, and ``writer.overwrite`` is not set.
+    """
+    for cfg in configs:
+        if "://" in str(cfg.writer.output) or cfg.writer.get("overwrite"):
+            continue
+        output = Path(cfg.writer.output)
+        files = [output.with_name(f"{output.stem}.png")] if cfg.picture else []
+        if cfg.evaluate:
+            files += [_challenge_file(cfg)] if cfg.metric == "csc" else list(_score_files(output))
+        check_replaceable(files, f"out={output}", "choose another out=..., move that file, or set overwrite=true")
+
+
+def _score_files(output: Path) -> tuple[Path, Path]:
+    """Return the table and the heat map of the scores of a prediction."""
+    return output.with_name(f"{output.stem}-scores.csv"), output.with_name(f"{output.stem}-scores.png")
+
+
+def _challenge_file(cfg: DictConfig) -> Path:
+    """Return the table of the challenge's score over all predictions."""
+    out = Path(OmegaConf.select(cfg, "folder") or cfg.writer.output)
+    return out.with_name(f"{out.stem}-challenge.csv")
+
+
 def _scores(cfg: DictConfig, writer: Any, classes: Sequence[str]) -> str:
     """Compare a prediction with annotated crops; return the scores as text, or the reason why there are none."""
     truth = truth_folders(cfg)
@@ -56,8 +87,7 @@ def _scores(cfg: DictConfig, writer: Any, classes: Sequence[str]) -> str:
     unknown = OmegaConf.to_container(cfg.data).get("unknown", "metadata")  # type: ignore[union-attr]
     trained = _trained(cfg.get("ckpt"))
     scores = evaluate(writer.output, truth, classes, writer.threshold, unknown, trained=trained)
-    table_file = writer.output.with_name(f"{writer.output.stem}-scores.csv")
-    matrix = table_file.with_suffix(".png")
+    table_file, matrix = _score_files(writer.output)
     write_csv(scores, table_file)
     draw(scores, matrix)
     folders = scored_folders(truth, classes, [score.crop for score in scores])
@@ -142,7 +172,6 @@ def csc_scores(configs: Sequence[DictConfig]) -> str:
         f for one in predictions for f in scored_folders([one.crops], one.classes, rows) if one.crop in (None, f.name)
     ]
     notes = "".join(f"\n{note}" for note in matching_notes(trained, folders))
-    out = Path(OmegaConf.select(configs[0], "folder") or configs[0].writer.output)
-    file = out.with_name(f"{out.stem}-challenge.csv")
+    file = _challenge_file(configs[0])
     write_csc_csv(score, file)
     return f"{csc_table(score)}{notes}\n\n{file}"

@@ -12,6 +12,7 @@ from cellmap_lightning.commands.config_keys import training_data
 from cellmap_lightning.commands.messages import quieten
 from cellmap_lightning.commands.program import run_command
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
+from cellmap_lightning.io.own_files import check_replaceable
 from cellmap_lightning.validation import one_of
 
 
@@ -31,11 +32,13 @@ def _preview(configs: list[DictConfig]) -> None:
         raise CellMapValueError(
             f"out must be a .png, .pdf or .svg file, got {cfg.out!r}; html=true writes a page beside it"
         )
+    links = out.with_name(f"{out.stem}-links.txt")
+    pages = [out.with_suffix(".html")] if cfg.html else []
+    check_replaceable([out, *pages, links], f"out={out}", "choose another out=..., or move that file")
     with instantiate(cfg.data, _convert_="all") as data:
         previews = collect(getattr(data, f"{cfg.split}_dataloader")(), cfg.samples, cfg.epoch, cfg.serve)
         title = f"{cfg.split}, epoch {cfg.epoch}, seed {cfg.seed}"
         files = write(previews, data.classes or (), out, title, cfg.overlay, cfg.html)
-    links = out.with_name(f"{out.stem}-links.txt")
     links.write_text("\n\n".join(f"{p.sample.header}\n{p.napari}\n{p.neuroglancer}" for p in previews) + "\n")
     width = shutil.get_terminal_size().columns
     for preview in previews:

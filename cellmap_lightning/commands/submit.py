@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from cellmap_lightning.commands.submit_instances import InstanceMethods, Methods, tuned_methods
-from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
+from cellmap_lightning.errors import CellMapFileExistsError, CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.evaluation.challenge import INSTANCE_CLASSES, listed_crops
 from cellmap_lightning.evaluation.evaluate import is_group
 from cellmap_lightning.evaluation.numbering import (
@@ -26,7 +26,7 @@ from cellmap_lightning.evaluation.prediction_labels import check_covers, predict
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting, check_values, prediction_attributes
 from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.io.store import children
-from cellmap_lightning.io.writer import codec_of, create_level, make_room, write_group
+from cellmap_lightning.io.writer import check_room, codec_of, create_level, make_room, write_group
 from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD
 from cellmap_lightning.splits.manifests import ManifestRow, manifest_rows
 from cellmap_lightning.validation import first_few
@@ -72,13 +72,14 @@ def submit(
             whose mask is that of the objects. ``instances``, ``threshold`` and ``min_volume`` replace its values.
         values: the meaning of stored values; a kind takes precedence over the metadata, see `meaning_of`.
         allow_missing: leave out crops and classes without a prediction, instead of an error.
-        overwrite: replace an existing Zarr group at ``out``.
+        overwrite: replace an existing Zarr group at ``out``, and an existing zip file beside it.
 
     Returns:
         The zip file, and the listed classes without a prediction, as ``dataset/crop/class``.
 
     Raises:
         CellMapFileNotFoundError: there is no prediction, or some are missing.
+        CellMapFileExistsError: ``out`` or the zip file exists; see ``overwrite``.
         CellMapValueError: a prediction does not cover its crop, or the meaning of its values is ambiguous.
 
     Example:
@@ -96,6 +97,7 @@ def submit(
     number = numbering(None if isinstance(instances, Mapping) else instances)
     threshold = DEFAULT_THRESHOLD if threshold is None else threshold
     values, min_volume = check_values(values), check_min_volume(0 if min_volume is None else min_volume)
+    _check_output(out, overwrite)
     rows, missing = _predicted_rows(Path(predictions), Path(manifest), crops, allow_missing)
     others = sorted({row.name for row, _ in rows if row.name not in segmented}) if tuned is not None else []
     if others:
@@ -127,6 +129,19 @@ def submit(
             len(empty), len(rows), ", ".join(empty),
         )  # fmt: skip
     return _zip(out), missing
+
+
+def _check_output(out: Path, overwrite: bool) -> None:
+    """Check that the group and the zip file may be written.
+
+    Raises:
+        CellMapFileExistsError: one of them exists and ``overwrite`` is not set, or is of another kind.
+    """
+    check_room(out, overwrite)
+    path = out.with_suffix(".zip")
+    if path.exists() and not (overwrite and path.is_file()):
+        remedy = "choose another out" if path.is_dir() else "choose another out or pass overwrite=True"
+        raise CellMapFileExistsError(f"{path}, the zip file beside out={out}, exists already; {remedy}")
 
 
 def _checked_meanings(

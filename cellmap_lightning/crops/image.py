@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ from cellmap_lightning.io.array_reader import chunk_shape
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.images import read_image
-from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, first_time, report
+from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, first_time, report, volume_of
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy, power_of_two
 from cellmap_lightning.io.store import identity_of
@@ -119,11 +120,25 @@ def choose_level(
                 name, image.path, wanted.name, list(wanted.scale), level.name, list(level.scale), list(scale),
             )  # fmt: skip
         return level
-    log.info(
-        "%s%s has no level as fine as %s nm; %s (%s nm) is upsampled",
-        name, image.path, list(scale), level.name, list(level.scale),
-    )  # fmt: skip
+    _report_upsampled(name, image, level, scale)
     return level
+
+
+#: Volume, voxel size and scale of the upsampled levels that were logged; once per process, since each class of each
+#: crop would be logged, and all of them again in each dataset of a training.
+_upsampled: set[tuple[str, tuple[float, ...], tuple[float, ...]]] = set()
+
+
+def _report_upsampled(name: str, image: Multiscale, level: Level, scale: Sequence[float]) -> None:
+    """Log that a level is upsampled, once per volume, voxel size and scale."""
+    key = volume_of(image.path), tuple(level.scale), tuple(scale)
+    if key in _upsampled:
+        return
+    _upsampled.add(key)
+    log.info(
+        "%s%s has no level as fine as %s nm; %s (%s nm) is upsampled, like others of these voxels in %s",
+        name, image.path, list(scale), level.name, list(level.scale), PurePosixPath(key[0]).name,
+    )  # fmt: skip
 
 
 def _too_coarse_text(where: str, image: Multiscale, level: Level, scale: Sequence[float], max_upsampling: float) -> str:

@@ -1,7 +1,7 @@
 """Resampling of a prediction to labels on the voxels that the challenge scores.
 
-Every voxel is resampled once, at its centre: probabilities are interpolated linearly (averaged over the voxel where it
-is coarser than the prediction) and then compared with the threshold; labels are those of the nearest voxel.
+Every voxel is resampled once: probabilities are interpolated linearly at its centre (averaged over the voxel where it
+is coarser than the prediction) and then compared with the threshold; labels are those of the voxel nearest to it.
 """
 
 from pathlib import Path

@@ -14,6 +14,7 @@ from cellmap_lightning.evaluation.evaluate import CropScore
 from cellmap_lightning.evaluation.instance_scores import INSTANCE_METRICS
 from cellmap_lightning.evaluation.surface_scores import SURFACE_METRICS
 from cellmap_lightning.evaluation.voxel_scores import METRICS
+from cellmap_lightning.io.own_files import picture_metadata
 
 #: Columns of the table and of the heat map: voxel scores, and the most used ones of surfaces and objects.
 _SHOWN = (*METRICS, "hausdorff_nm", "surface_distance_nm", "f1_50", "ap", "panoptic_quality", "voi_split", "voi_merge")
@@ -138,4 +139,4 @@ def draw(scores: Sequence[CropScore], path: Path) -> None:
             )  # fmt: skip
     if any(score.trained for score in scores):
         figure.supxlabel(_LEGEND, x=0, ha="left", fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata=picture_metadata(path))

@@ -88,7 +88,7 @@ class Box:
 
     def __str__(self) -> str:
         return (
-            " x ".join(f"{a} [{lo:g}, {hi:g}]" for a, lo, hi in zip(AXES, self.lower, self.upper, strict=True)) + " nm"
+            ", ".join(f"{a} [{lo:g}, {hi:g}]" for a, lo, hi in zip(AXES, self.lower, self.upper, strict=True)) + " nm"
         )
 
 

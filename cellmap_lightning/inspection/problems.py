@@ -80,6 +80,7 @@ KINDS = {
     "gaps": "empty sections inside objects, which cut them",
     "empty": "classes without foreground",
     "rare": "classes in a single crop, which only data.split=blocks divides into training and validation",
+    "one split": "classes without foreground in training or in validation",
     "range": "raw that its normalization does not bring to about 0 to 1",
     "type": "volumes of different types",
     "contrast": "volumes that differ in contrast",
@@ -126,7 +127,13 @@ def find_problems(
         problems += [Problem(kind, crop.name, text) for kind, text in pairs]
     # Parts of a cut crop have the same.
     problems += dict.fromkeys(Problem("class boxes", crop.name, str(found)) for crop in crops for found in crop.apart)
-    problems += [*_of_classes(crops, classes), *_of_types(volumes), *_of_contrast(volumes), *_of_polarity(volumes)]
+    problems += [
+        *_of_classes(crops, classes),
+        *_of_splits(crops, classes),
+        *_of_types(volumes),
+        *_of_contrast(volumes),
+        *_of_polarity(volumes),
+    ]
     problems += _of_leakage(crops, held_out)
     if not any(problem.kind == "validation" for problem in noted):
         problems += _of_usages(crops)
@@ -289,6 +296,23 @@ def _of_classes(crops: Sequence[CropFacts], classes: Sequence[str]) -> Iterator[
             yield Problem("empty", name, f"annotated in {plural(len(annotated), 'crop')}, without a voxel of it")
         elif len(present) == 1:
             yield Problem("rare", name, f"only in {present[0].name}")
+
+
+def _of_splits(crops: Sequence[CropFacts], classes: Sequence[str]) -> Iterator[Problem]:
+    """Yield the classes of two or more crops that have foreground in training or in validation only."""
+    used = [crop for crop in crops if crop.left_out is None and crop.wrong is None]
+    if not {"train", "val"} <= {crop.usage for crop in used}:
+        return
+    for name in classes:
+        holding = [crop for crop in used if name in crop.held]
+        usages = {crop.usage for crop in holding}
+        if len({crop.name for crop in holding}) > 1 and len(usages & {"train", "val"}) == 1:
+            lacking, verb = ("validation", "measured") if "train" in usages else ("training", "learnt")
+            yield Problem(
+                "one split", name,
+                f"no crop for {lacking} holds it, so that nothing is {verb} for it; it is in "
+                f"{first_few([crop.name for crop in holding])}: change data.split, seed or data.val_fraction",
+            )  # fmt: skip
 
 
 def _of_types(volumes: Sequence[VolumeFacts]) -> Iterator[Problem]:

@@ -27,6 +27,7 @@ from cellmap_lightning.validation import one_of
 __all__ = [
     "ArrayOptions",
     "ImageDescription",
+    "check_room",
     "codec_of",
     "create_level",
     "make_room",
@@ -122,6 +123,17 @@ def make_room(path: Path, overwrite: bool) -> None:
     """Remove the Zarr group or array at ``path``, if there is one and ``overwrite`` is set.
 
     Raises:
+        CellMapFileExistsError: see `check_room`.
+    """
+    check_room(path, overwrite)
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def check_room(path: Path, overwrite: bool) -> None:
+    """Check that `make_room` may remove what is at ``path``.
+
+    Raises:
         CellMapFileExistsError: ``path`` exists and ``overwrite`` is not set, or it is not a Zarr group or array.
     """
     if not path.exists():
@@ -133,7 +145,6 @@ def make_room(path: Path, overwrite: bool) -> None:
         raise CellMapFileExistsError(
             f"{path} is neither a Zarr group nor a Zarr array: it is not removed, even with overwrite=True"
         )
-    shutil.rmtree(path)
 
 
 def write_group(

@@ -12,6 +12,7 @@ from cellmap_lightning.batches.arrays import ArraySet, ArraySpecs, parse_classes
 from cellmap_lightning.crops.crop_labels import TooCoarseError
 from cellmap_lightning.crops.opening import NotAnnotatedError
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
+from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.crops.unannotated import refuse_unannotated, report_unannotated
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
@@ -23,7 +24,8 @@ from cellmap_lightning.splits.division import Division
 from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping, table_of
 from cellmap_lightning.splits.inside import InsideSplit
 from cellmap_lightning.splits.leakage import check_leakage
-from cellmap_lightning.splits.manifests import ListedCrop, find_crops, read_manifest
+from cellmap_lightning.splits.manifest_geometry import report_geometry
+from cellmap_lightning.splits.manifests import ListedCrop, ManifestRow, find_crops, read_manifest
 from cellmap_lightning.splits.opening import for_all
 from cellmap_lightning.splits.options import SplitOptions
 from cellmap_lightning.splits.part_classes import report_parts
@@ -102,7 +104,10 @@ class CellMapDataSplit:
         self.input_arrays, self.target_arrays, self.spatial_transforms = input_arrays, target_arrays, spatial_transforms
         #: Source of the crops, for messages.
         self.source = "datasets" if datasets is not None else str(csv_path or manifest or search_path)
-        self._division = Division(self.source, self.options, self.classes, target_arrays, self.labels, seed)
+        self._rows: dict[str, tuple[ManifestRow, ...]] = {}  # of a manifest, by the path of the labels
+        self._division = Division(
+            self.source, self.options, self.classes, target_arrays, self.labels, seed, search_path
+        )
         storage = self.read.storage_options
         crops: list[ListedCrop] = []
         if search_path is not None:
@@ -263,6 +268,7 @@ class CellMapDataSplit:
         multi.set_affine(self._affine)
         self._check_classes(split, multi)
         report_boxes(multi.crops, self._compared)
+        report_geometry(multi.crops, self._rows)
         built = {**self._built, split: multi}
         check_leakage(split, built, options.leakage, options.held_out)
         if options.blocks is not None and split in ("train", "val") and {"train", "val"} <= set(built):
@@ -302,6 +308,7 @@ class CellMapDataSplit:
             if names:
                 target = f"{crop.folder}/[{','.join(names)}]"
                 entries.append(CropRecord(crop.where, crop.raw, target, box=crop.box))
+                self._rows[str(TargetPath.parse(target, self.read.storage_options))] = crop.rows
         annotated = sorted({name for crop in crops for name in crop.classes})
         if not entries:
             raise CellMapValueError(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from cellmap_lightning.crops.crop_box import CropBox
 from cellmap_lightning.crops.options import LabelOptions
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, FloatArray
+from cellmap_lightning.splits.absent_crops import check_on_disk
 from cellmap_lightning.splits.crop_metadata import CropMetadata, read_crop_metadata
 from cellmap_lightning.splits.crop_names import crop_name, crop_names, target_of
 from cellmap_lightning.splits.entries import CropRecord
@@ -32,6 +34,7 @@ class Division:
         target_arrays: the targets, whose voxel sizes decide which crops are too coarse.
         labels: options of the meaning of labels.
         seed: seed of the rule.
+        root: the folder of the datasets of a manifest; see `check_on_disk`.
 
     Raises:
         CellMapError: an invalid filter.
@@ -45,10 +48,11 @@ class Division:
         target_arrays: ArraySpecs | None,
         labels: LabelOptions,
         seed: int,
+        root: str | Path | None = None,
     ) -> None:
         self.source, self.options, self.classes = source, options, classes
         self._target_arrays, self._labels = target_arrays, labels
-        self._seed = seed
+        self._seed, self._root = seed, root
         self._filter = Filter(options.only_datasets, options.only_crops)
         self._metadata: dict[tuple[str, str | None, CropBox | None], CropMetadata | None] = {}
 
@@ -66,9 +70,13 @@ class Division:
             listed: the crops of each split in the CSV, or ``datasets``.
 
         Raises:
-            CellMapError: the rule cannot divide these crops, or none matches a filter.
+            CellMapError: the rule cannot divide these crops, none matches a filter, or crops of a manifest are not on
+                disk.
         """
         splits = self._filtered(listed)
+        if self._root is not None and self.options.manifest is not None:
+            annotated = [entry for entries in splits.values() for entry in entries if entry.target_path is not None]
+            check_on_disk(annotated, self.options.manifest, self._root)
         if self.options.rule in ("csv", "blocks"):
             return splits
         pool = [*splits.get("train", []), *splits.get("val", [])]

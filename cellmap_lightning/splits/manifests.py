@@ -24,6 +24,7 @@ from cellmap_lightning.geometry.lattice import Box, Lattice, to_vector
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.store import Remote, StorePath, children, exists, local_path, parse_location
 from cellmap_lightning.validation import first_few
+from cellmap_lightning.wording import plural
 
 RAW = "recon-1/em/fibsem-uint8"
 GROUNDTRUTH = "recon-1/labels/groundtruth"
@@ -40,6 +41,7 @@ class ListedCrop:
         folder: the group of its classes.
         classes: the classes that it annotates.
         box: its box in nm, if the manifest lists it.
+        rows: the voxels of its classes, if the manifest lists them.
     """
 
     where: str
@@ -47,6 +49,7 @@ class ListedCrop:
     folder: str
     classes: tuple[str, ...]
     box: Box | None = None
+    rows: "tuple[ManifestRow, ...]" = ()
 
 
 def find_crops(root: str | Path, options: Mapping[str, Any] | None = None) -> list[ListedCrop]:
@@ -206,19 +209,25 @@ def _table(file: Path, columns: Sequence[str]) -> list[dict[str, str | None]]:
     return rows
 
 
-def raw_of(root: str | Path, datasets: Iterable[str]) -> dict[str, str]:
-    """Return the raw volume of each dataset, in the challenge's folders below ``root``.
+def raw_of(root: str | Path, crops: Iterable[CropName]) -> dict[str, str]:
+    """Return the raw volume of each dataset of some crops, in the challenge's folders below ``root``.
 
     Raises:
         CellMapFileNotFoundError: the folder does not exist, or a dataset is not in it.
     """
     volumes = _volumes(root)
-    absent = [name for name in datasets if name not in volumes]
+    of_dataset: dict[str, list[str]] = {}
+    for name in crops:
+        of_dataset.setdefault(name.dataset, []).append(name.crop.removeprefix("crop"))
+    absent = [f"  {name}: {plural(len(of), 'crop')}" for name, of in of_dataset.items() if name not in volumes]
     if absent:
+        there = [crop for name, of in of_dataset.items() if name in volumes for crop in of]
+        hint = f"; crops=[{','.join(there)}] takes those of the datasets that are there" if there else ""
         raise CellMapFileNotFoundError(
-            f"search_path {root} does not hold {_some(absent)}; it holds {_some(list(volumes))}"
+            f"search_path {root} does not hold {len(absent)} of the {plural(len(of_dataset), 'dataset')} of these "
+            "crops:\n" + "\n".join(absent) + f"\nit holds {_some(list(volumes))}{hint}"
         )
-    return {name: str(volumes[name] / RAW) for name in datasets}
+    return {name: str(volumes[name] / RAW) for name in of_dataset}
 
 
 def read_manifest(path: str | Path, root: str | Path, options: Mapping[str, Any] | None = None) -> list[ListedCrop]:
@@ -249,6 +258,7 @@ def read_manifest(path: str | Path, root: str | Path, options: Mapping[str, Any]
                 str(volume / GROUNDTRUTH / crop.name.crop),
                 tuple(sorted(crop.classes)),
                 crop.box(),
+                crop.rows,
             )
         )
     return crops

@@ -1,12 +1,13 @@
 """Log lines and errors of ``cellmap-submit``."""
 
 import logging
+import zipfile
 
 import numpy as np
 import pytest
 
 from cellmap_lightning.commands.submit import submit
-from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, CellMapValueError
+from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapFileNotFoundError, CellMapValueError
 from tests.commands.test_cli import run_forked
 from tests.evaluation.test_challenge import manifest, predicted, row
 
@@ -116,3 +117,43 @@ def test_the_command_prints_the_lines(folder):
     )
     assert code == 1
     assert "'er' is not among instance_classes" in text
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_a_zip_file_that_exists_is_not_replaced(folder, kind):
+    file = folder / "s.zip"
+    if kind == "folder":
+        (file / "within").mkdir(parents=True)
+    elif kind == "link":
+        (folder / "other.zip").write_text("results of a year")
+        file.symlink_to("other.zip")
+    else:
+        file.write_text("results of a year")
+    for predictions in ("predictions", "nowhere"):  # the error comes before any work
+        with pytest.raises(CellMapFileExistsError, match=r"s\.zip, the zip file beside out=.*exists already"):
+            submit(folder / predictions, folder / "test_crop_manifest.csv", folder / "s.zarr")
+    assert (file / "within").is_dir() if kind == "folder" else file.read_text() == "results of a year"
+    assert not (folder / "s.zarr").exists()
+
+
+def test_a_zip_file_is_replaced_with_overwrite(folder):
+    (folder / "s.zip").write_text("an earlier one")
+    submit(folder / "predictions", folder / "test_crop_manifest.csv", folder / "s.zarr", overwrite=True)
+    assert zipfile.is_zipfile(folder / "s.zip")
+
+
+@pytest.mark.parametrize(("name", "overwrite"), [("s.zarr", False), ("s.zarr", True), ("s.zip", True)])
+def test_what_is_no_submission_stays_with_overwrite(folder, name, overwrite):
+    (folder / name).mkdir()
+    (folder / name / "notes.txt").write_text("mine")
+    with pytest.raises(CellMapFileExistsError, match=name):
+        submit(folder / "nowhere", folder / "test_crop_manifest.csv", folder / "s.zarr", overwrite=overwrite)
+    assert (folder / name / "notes.txt").read_text() == "mine"
+
+
+def test_the_command_names_overwrite(folder):
+    (folder / "submission.zip").write_text("mine")
+    code, text = run_forked("manifest=test_crop_manifest.csv", cwd=folder, command="submit")
+    assert code == 1
+    assert "overwrite=true" in text
+    assert (folder / "submission.zip").read_text() == "mine"

@@ -12,10 +12,10 @@ from tests.make import make_split
 PATCH = {"shape": [8, 8, 8], "scale": [8, 8, 8]}
 #: Scale, translation and shape of the class mito, with its box in the messages. Those of er are 8, 96, (24, 20, 16).
 APART = {
-    "lost": (8, [0, 0, 0], [24, 20, 16], "z [-4, 188] x y [-4, 156] x x [-4, 124] nm"),
-    "voxels": (8, [12, 12, 12], [24, 20, 16], "z [8, 200] x y [8, 168] x x [8, 136] nm"),
-    "scale": (4, [96, 96, 96], [24, 20, 16], "z [94, 190] x y [94, 174] x x [94, 158] nm"),
-    "transposed": (8, [96, 96, 96], [16, 20, 24], "z [92, 220] x y [92, 252] x x [92, 284] nm"),
+    "lost": (8, [0, 0, 0], [24, 20, 16], "z [-4, 188], y [-4, 156], x [-4, 124] nm"),
+    "voxels": (8, [12, 12, 12], [24, 20, 16], "z [8, 200], y [8, 168], x [8, 136] nm"),
+    "scale": (4, [96, 96, 96], [24, 20, 16], "z [94, 190], y [94, 174], x [94, 158] nm"),
+    "transposed": (8, [96, 96, 96], [16, 20, 24], "z [92, 220], y [92, 252], x [92, 284] nm"),
 }
 #: The same where boxes differ by a voxel of the coarser class at most.
 TOGETHER = {
@@ -64,7 +64,7 @@ def test_a_class_that_lies_elsewhere(crop, caplog, scale, origin, shape, box):
     source = crop(scale, origin, shape)
     (message,) = warned(caplog, source)
     # Of two boxes, the first is that of the others.
-    usual = "z [92, 284] x y [92, 252] x x [92, 220] nm"
+    usual = "z [92, 284], y [92, 252], x [92, 220] nm"
     assert f"jrc_a/crop1: er {usual}, mito {box}" in message
     (problem,), text = problems(source)
     assert problem.where == "jrc_a/crop1"

@@ -106,7 +106,7 @@ def test_permanent_errors_name_the_chunk(stored, through, fault):
     text = str(caught.value)
     assert text.startswith(f"crop1/mito: {stored}: voxels z[8:16], y[0:8], x[8:16] could not be read")
     assert f"(1.0.1, {attempts} attempt" in text
-    assert "level s0, z [32, 64] x y [0, 32] x x [32, 64] nm" in text
+    assert "level s0, z [32, 64], y [0, 32], x [32, 64] nm" in text
     assert asked["/1.0.1"] == (8 if fault == "reset" else attempts), "aiohttp itself asks again once after a reset"
     assert isinstance(caught.value, OSError)
 

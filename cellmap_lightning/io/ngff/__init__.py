@@ -10,12 +10,32 @@ from cellmap_lightning.io.ngff.multiscale import (
     shared_image,
     shared_metadata,
 )
-from cellmap_lightning.io.ngff.notes import Note, first_time, report
+from cellmap_lightning.io.ngff.notes import Note, first_time, report, volume_of
 from cellmap_lightning.io.ngff.overrides import NO_OVERRIDES, OVERRIDE_KEYS, LevelTranslations, Overrides
 
 __all__ = [
-    "NO_OVERRIDES", "OVERRIDE_KEYS", "UNITS_NM", "UNKNOWN_CODE", "ArrayInfo", "Encoding", "Level", "LevelTranslations",
-    "Multiscale", "NoImageError", "Note", "Overrides", "complement_counts", "declared_present", "fetch_versions",
-    "first_time", "read_array", "read_attributes", "read_encoding", "read_multiscale", "report", "shared_image",
+    "NO_OVERRIDES",
+    "OVERRIDE_KEYS",
+    "UNITS_NM",
+    "UNKNOWN_CODE",
+    "ArrayInfo",
+    "Encoding",
+    "Level",
+    "LevelTranslations",
+    "Multiscale",
+    "NoImageError",
+    "Note",
+    "Overrides",
+    "complement_counts",
+    "declared_present",
+    "fetch_versions",
+    "first_time",
+    "read_array",
+    "read_attributes",
+    "read_encoding",
+    "read_multiscale",
+    "report",
+    "shared_image",
     "shared_metadata",
+    "volume_of",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.errors import missing_extra
+from cellmap_lightning.io.own_files import picture_metadata
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +106,7 @@ def save(figure: "Figure", path: str | PathLike[str] | None) -> None:
     if path is not None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=DPI, facecolor="white")
+        figure.savefig(target, dpi=DPI, facecolor="white", metadata=picture_metadata(target))
 
 
 def as_pixels(figure: "Figure") -> npt.NDArray[np.uint8]:

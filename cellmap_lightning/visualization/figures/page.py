@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.io.own_files import MARK
 from cellmap_lightning.visualization.figures.canvas import Array, needs_matplotlib
 from cellmap_lightning.visualization.figures.outlines import outline_paths
 from cellmap_lightning.visualization.figures.palette import outline_colors
@@ -113,8 +114,8 @@ def write_page(
     # A closing tag inside the data would end the script.
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     page = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{MARK}">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
         f'<p class="classes">{boxes}</p>{_HATCH}{"".join(sections)}'
         f'<script type="application/json" id="data">{text}</script><script>{_SCRIPT}</script></body></html>\n'
     )
