@@ -15,6 +15,7 @@ from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.grids import touched_cells
 from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
 from cellmap_lightning.geometry.resample import AnyArray
+from cellmap_lightning.io.formats.chunk_folders import check_blocks
 from cellmap_lightning.io.formats.n5_blocks import N5Blocks
 from cellmap_lightning.io.formats.volume import FormatArray, FormatLevel, FormatVolume
 from cellmap_lightning.io.ngff.axes import unit_nm
@@ -91,6 +92,7 @@ class _N5Array(FormatArray):
             path, shape, self.blocks.dtype, blocks, attributes=attributes, codec=self.blocks.name,
             details=self.blocks.settings,
         )  # fmt: skip
+        check_blocks(path, [-(-n // size) for n, size in zip(shape, blocks, strict=True)][::-1])
 
     @property
     def metadata(self) -> StorePath:
@@ -107,10 +109,11 @@ class _N5Array(FormatArray):
         spans = touched_cells(start, shape, self.chunks)
         for index in np.ndindex(*map(len, spans)):
             place = [span[i] for span, i in zip(spans, index, strict=True)]
-            block = self.blocks.read(self.path, self.key(place))
+            corner = np.multiply(place, self.chunks)
+            cut = np.minimum(self.chunks, self.shape - corner)
+            block = self.blocks.read(self.path, self.key(place), cut[::-1].tolist())
             if block is None:
                 continue
-            corner = np.multiply(place, self.chunks)
             low = np.maximum(corner, start)
             high = np.minimum(corner + block.shape, np.add(start, shape))
             if (high > low).all():
