@@ -93,15 +93,15 @@ def check_blocks(folder: StorePath, grid: Sequence[int]) -> None:
             if odd or deeper:
                 example = "/".join("0" * len(grid))
                 raise MetadataError(
-                    f"{folder}: its blocks are named as {key}{(odd or deeper)[0]}, but by attributes.json as {example}, "
-                    "so that all would be read as 0; copy the dataset again, or rename them"
+                    f"{folder}: its blocks are named as {key}{(odd or deeper)[0]}, but by attributes.json as {example},"
+                    " so that all would be read as 0; copy the dataset again, or rename them"
                 )
             return
         if numbers[-1] >= count:
             raise MetadataError(
                 f"{folder}: its block {key}{numbers[-1]}{'' if is_last else '/...'} lies beyond the array, which "
-                f"has {list(grid)} blocks (x first): dimensions, blockSize or the order of the folders are those of another "
-                "dataset; N5 stores blocks in folders x/y/z"
+                f"has {list(grid)} blocks (x first): dimensions, blockSize or the order of the folders are those of "
+                "another dataset; N5 stores blocks in folders x/y/z"
             )
         key += f"{numbers[0]}/"
         place = place / str(numbers[0])

@@ -14,6 +14,7 @@ import numpy as np
 from cellmap_lightning.errors import CellMapFileNotFoundError, MetadataError, missing_extra
 from cellmap_lightning.geometry.lattice import AXES, Vector
 from cellmap_lightning.geometry.resample import AnyArray
+from cellmap_lightning.io.formats.hdf5_sources import has_gaps, is_incomplete
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
 from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatArray, FormatLevel, FormatVolume
 from cellmap_lightning.io.ngff import Note
@@ -43,7 +44,8 @@ class Hdf5Format:
         Raises:
             MissingExtraError: h5py is not installed.
             CellMapFileNotFoundError: the file has no such dataset; the message lists those that it has.
-            MetadataError: it is not an HDF5 file, or not a dataset of numbers.
+            MetadataError: it is not an HDF5 file, or not a dataset of numbers, or a virtual dataset of which a source
+                is missing.
         """
         parts = _split(path) if isinstance(path, Path) else None
         assert parts is not None
@@ -65,6 +67,8 @@ class Hdf5Format:
                 attributes=attributes, codec=dataset.compression or "none", details=(inside, str(container)),
             )  # fmt: skip
             nbytes = dataset.size * dataset.dtype.itemsize
+            gaps, fill = has_gaps(container, dataset), dataset.fillvalue
+            array.incomplete = is_incomplete(dataset)
         array.inside = inside
         notes = []
         if array.is_contiguous and nbytes > _LARGE:
@@ -73,6 +77,9 @@ class Hdf5Format:
                 "cellmap-convert, or store it with chunks"
             )
             notes.append(Note("access", text))
+        if gaps:
+            text = f"parts of the virtual dataset {inside} are not stored, and are read as its fill value {fill}"
+            notes.append(Note("gaps", text))
         size, translation = _voxels(container / inside, attributes, len(array.shape), axes)
         level = FormatLevel(inside, array, axes, size or (1.0, 1.0, 1.0), translation)
         return FormatVolume((level,), size is not None, attributes=attributes, notes=tuple(notes))
@@ -92,6 +99,18 @@ class _Hdf5Array(FormatArray):
     """A dataset. All reads of a process are serialized by h5py."""
 
     inside = ""
+    #: Whether some of its chunks were never written, or all of a dataset without chunks.
+    incomplete = False
+
+    def has_chunk(self, index: Sequence[int]) -> bool:
+        """Return whether a chunk was written; any other shows the fill value."""
+        if not self.incomplete:
+            return True
+        with OPEN_FILES.use(_opened, str(self.container)) as file:
+            if file[self.inside].chunks is None:
+                return False
+            corner = tuple(int(i) * n for i, n in zip(index, self.chunks, strict=True))
+            return file[self.inside].id.get_chunk_info_by_coord(corner).byte_offset is not None
 
     @property
     def is_contiguous(self) -> bool:
