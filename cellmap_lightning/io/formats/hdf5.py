@@ -79,7 +79,7 @@ class Hdf5Format:
             notes.append(Note("access", text))
         if gaps:
             text = f"parts of the virtual dataset {inside} are not stored, and are read as its fill value {fill}"
-            notes.append(Note("gaps", text))
+            notes.append(Note("sources", text))
         size, translation = _voxels(container / inside, attributes, len(array.shape), axes)
         level = FormatLevel(inside, array, axes, size or (1.0, 1.0, 1.0), translation)
         return FormatVolume((level,), size is not None, attributes=attributes, notes=tuple(notes))
