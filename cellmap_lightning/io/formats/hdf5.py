@@ -19,6 +19,7 @@ from cellmap_lightning.io.formats.open_files import OPEN_FILES
 from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatArray, FormatLevel, FormatVolume
 from cellmap_lightning.io.ngff import Note
 from cellmap_lightning.io.ngff.attribute_voxels import attribute_voxels
+from cellmap_lightning.io.ngff.notes import FOR_ENTRY
 from cellmap_lightning.io.store import StorePath
 from cellmap_lightning.validation import did_you_mean, first_few
 
@@ -80,9 +81,15 @@ class Hdf5Format:
         if gaps:
             text = f"parts of the virtual dataset {inside} are not stored, and are read as its fill value {fill}"
             notes.append(Note("sources", text))
-        size, translation = _voxels(container / inside, attributes, len(array.shape), axes)
+        size, translation, problem = None, (0.0, 0.0, 0.0), ""
+        try:
+            size, translation = _voxels(container / inside, attributes, len(array.shape), axes)
+        except MetadataError as e:  # the setting voxel_size may replace it
+            problem = str(e)
         level = FormatLevel(inside, array, axes, size or (1.0, 1.0, 1.0), translation)
-        return FormatVolume((level,), size is not None, attributes=attributes, notes=tuple(notes))
+        return FormatVolume(
+            (level,), size is not None, attributes=attributes, notes=tuple(notes), voxel_size_problem=problem
+        )
 
     def children(self, path: StorePath) -> list[str]:
         """Return the names of the datasets and groups in a file or a group."""
@@ -177,9 +184,15 @@ def _voxels(path: Path, attributes: Mapping[str, Any], ndim: int, names: str) ->
     names = names or AXIS_NAMES[-ndim:]
     if not set(AXES) <= set(names):
         return None, (0.0, 0.0, 0.0)
-    if "resolution" not in attributes and "voxel_size" not in attributes and "element_size_um" in attributes:
-        attributes = {"voxel_size": attributes["element_size_um"], "units": "um"}
-        stored = attribute_voxels(path, attributes, ndim, (0, 1, 2))  # always z, y, x
-        return (stored[0], (0.0, 0.0, 0.0)) if stored is not None else (None, (0.0, 0.0, 0.0))
     stored = attribute_voxels(path, attributes, ndim, (names.index("z"), names.index("y"), names.index("x")))
+    if "element_size_um" in attributes:
+        micrometers = {"voxel_size": attributes["element_size_um"], "units": "um"}
+        size, _ = attribute_voxels(path, micrometers, ndim, (0, 1, 2)) or (None, None)  # always z, y, x
+        if stored is None:
+            return size, (0.0, 0.0, 0.0)
+        if size is not None and not np.allclose(stored[0], size, rtol=1e-3, atol=0):
+            raise MetadataError(
+                f"{path}: its voxel size is {list(size)} nm by element_size_um and {list(stored[0])} nm by its other "
+                f"attributes (z, y, x), which contradict each other; set voxel_size=[z, y, x] in nm{FOR_ENTRY}"
+            )
     return stored if stored is not None else (None, (0.0, 0.0, 0.0))
