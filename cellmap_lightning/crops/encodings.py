@@ -14,7 +14,15 @@ from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.declared_counts import check_declared_counts, warn_of_empty_level
 from cellmap_lightning.io.label_ids import UNANNOTATED, LabelIds, unlisted_text
 from cellmap_lightning.io.label_values import CODE, MOST_IDS, MOST_VOXELS, LabelValues, label_values, stored_ids
-from cellmap_lightning.io.ngff import UNKNOWN_CODE, Encoding, Level, Multiscale, declared_present, read_encoding
+from cellmap_lightning.io.ngff import (
+    UNKNOWN_CODE,
+    Encoding,
+    Level,
+    Multiscale,
+    declared_present,
+    first_time,
+    read_encoding,
+)
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.validation import first_few, one_of
 
@@ -70,6 +78,7 @@ class LabelEncodings:
     Attributes:
         decided: for each class whose metadata do not define its encoding, how it is read, in words.
         averaged: for each class and level that holds values that the finest level does not, which.
+        filled: for each class that fills its whole crop, though no metadata has its encoding, its values.
         explicit: classes to which the setting ``unknown`` does not apply, with the code of their metadata.
     """
 
@@ -85,6 +94,7 @@ class LabelEncodings:
         self.thorough, self.retry_policy = thorough, retry_policy
         self.decided: dict[str, str] = {}
         self.explicit: dict[str, int | None] = {}
+        self.filled: dict[str, str] = {}
         self.averaged: dict[tuple[str, str], str] = {}
         self._encodings: dict[tuple[str, str], Encoding] = {}
 
@@ -109,10 +119,18 @@ class LabelEncodings:
         return encoding
 
     def report(self) -> None:
-        """Log the decided encodings in one line, and the classes to which a setting does not apply in another."""
+        """Log the decided encodings in one line, and those that may be wrong, or to which a setting does not apply."""
         if self.decided:
             listed = "; ".join(f"{name}: {text}" for name, text in self.decided.items())
             log.info("%s: labels whose metadata have no encoding are read by their values: %s", self.label, listed)
+        for name, values in self.filled.items():
+            if first_time(f"class {name}", "filled"):
+                log.warning(
+                    "%s: no voxel of %s is 0 (values %s), so that it is present in the whole crop; deep=true of "
+                    "cellmap-inspect lists all crops where it is. If one of the values means absent, as 1 in a mask of "
+                    "1 and 2, give the ids their meaning with labels: {2: %s}, see docs/targets.md",
+                    self.label, name, values, name,
+                )  # fmt: skip
         if self.explicit:
             listed = ", ".join(f"{name} {code}" for name, code in self.explicit.items())
             per_class = isinstance(self.unknown, Mapping)
@@ -168,11 +186,19 @@ class LabelEncodings:
                 f"{label}: {level.path} holds the negative label {values.negative} and no encoding that explains it; "
                 f"if it means unknown, set unknown={values.negative} for this crop or class"
             )
+        if values.code and not (values.zero or values.one or values.other):
+            raise MetadataError(
+                f"{label}: {level.path}: all {'' if values.complete else 'examined '}voxels are {CODE}, and no "
+                f"metadata say whether {CODE} means present, as in a mask of 0 and {CODE}, or unknown, as in CellMap's "
+                f"encoding: set unknown=null (present) or unknown={CODE} for this crop or class"
+            )
         if values.code and (values.one or values.other):
             raise MetadataError(
                 f"{label}: {level.path} holds {values}, and no metadata say whether {CODE} means unknown or is an id: "
                 f"set unknown={CODE} or unknown=null for this crop or class" + _averaged(values, level)
             )
+        if values.complete and not values.zero and (values.one or values.other):
+            self.filled[name] = str(values)
         self.decided[name] = (
             f"values {values}, a mask in which {CODE} is present" if values.code
             else f"values {values}, ids" if values.other

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -255,9 +256,12 @@ class StoredImage:
     def _missing_text(self, missed: Sequence[tuple[int, ...]], start: tuple[int, int, int], shape: Shape) -> str:
         part = self.reader.common(missed[0], start, shape)
         more = f" and {len(missed) - 1} more of the box" if len(missed) > 1 else ""
-        file = self.level.array.file(missed[0])
+        array = self.level.array
+        file = array.file(missed[0])
         empty = self.reader.local and self.reader.is_empty(missed[0])
         state = "is empty (0 bytes)" if empty else "is missing"
+        if not empty and self.reader.local and os.path.isfile(file):  # noqa: PTH113  of a file that holds many chunks
+            file = f"{array.key(missed[0])} of {file}"
         return f"{self.reader.where(*part)} are not stored: chunk {file}{more} {state}; {self.reader.box(*part)}"
 
     def count_missing(self) -> tuple[int, int] | None:

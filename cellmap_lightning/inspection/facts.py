@@ -152,6 +152,12 @@ class ClassFacts:
     gaps: tuple[tuple[int, int], ...] | None = None
     wrong: str | None = None
 
+    @property
+    def fills(self) -> bool:
+        """Whether it fills its whole crop, though its meaning was decided by the values."""
+        by_values = self.read_as is not None and self.read_as.startswith("values")
+        return by_values and self.voxels is not None and self.voxels == self.size
+
 
 @dataclass(frozen=True)
 class CropFacts:

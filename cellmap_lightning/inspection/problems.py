@@ -56,6 +56,8 @@ KINDS = {
     "config": "the configuration is refused, for the reason in the error at the end",
     "spelling": "classes under another spelling, which are unannotated",
     "access": "files that are slow to read patch by patch",
+    "sources": "virtual datasets of which parts are not stored",
+    "white": "TIFF files that mark 0 as white, and are read as stored",
     "unit": "images without a unit of length",
     "scale": "implausible voxel sizes",
     "levels": "pyramids whose levels are not placed by their metadata",
@@ -78,6 +80,7 @@ KINDS = {
     "lost": f"classes that lose more than {MOST_LOST:.0%} of their foreground at the level that is read",
     "unknown": f"crops that are unknown to more than {MOST_UNKNOWN:.0%}",
     "gaps": "empty sections inside objects, which cut them",
+    "filled": "classes without an encoding that fill their whole crop: does one of their values mean absent?",
     "empty": "classes without foreground",
     "rare": "classes in a single crop, which only data.split=blocks divides into training and validation",
     "one split": "classes without foreground in training or in validation",
@@ -203,6 +206,8 @@ def _of_content(crop: CropFacts, classes: Sequence[str]) -> Iterator[tuple[str, 
         yield "lost", f"{first_few(lost, _LISTED)}; {advice}"
     for name, facts in crop.classes.items():
         yield from (("averaged", f"{name}: {text}") for text in facts.averaged)
+        if facts.fills:
+            yield "filled", f"{name}: {facts.read_as}; no voxel is absent or unknown"
         if facts.contradiction:
             yield "counts", f"{name}: {facts.contradiction}"
         if facts.gaps and name in classes and facts.scale is not None and crop.box is not None:

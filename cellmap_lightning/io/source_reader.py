@@ -69,16 +69,21 @@ class SourceReader(ArrayReader):
     def missing_chunks(
         self, start: tuple[int, int, int], shape: Shape, voxels: AnyArray | None = None
     ) -> list[tuple[int, ...]]:
-        """Return the chunks that hold part of a box and have no file; none for a remote array."""
+        """Return the chunks that hold part of a box and are not stored; none for a remote array."""
         if not self.local:
             return []
         indices = [(index, self.source.file(index)) for index in self.files(start, shape)]
         absent = {file for file in dict.fromkeys(file for _, file in indices) if not _is_stored(file)}
-        return [index for index, file in indices if file in absent]
+        return [index for index, file in indices if file in absent or not self._has_part(index)]
 
     def has_chunk(self, index: tuple[int, ...]) -> bool:
-        """Return whether the file of a chunk exists and has any bytes; True for a remote array."""
-        return not self.local or _is_stored(self.source.file(index))
+        """Return whether a chunk is stored, and its file has any bytes; True for a remote array."""
+        return not self.local or (_is_stored(self.source.file(index)) and self._has_part(index))
+
+    def _has_part(self, index: tuple[int, ...]) -> bool:
+        """Return whether a chunk exists in its file; formats without a lookup store all of them."""
+        lookup = getattr(self.source, "has_chunk", None)
+        return lookup is None or bool(lookup(index))
 
     def is_empty(self, index: tuple[int, ...]) -> bool:
         """Return whether the file of a chunk has 0 bytes."""

@@ -111,6 +111,56 @@ def test_255_among_ids_is_ambiguous(tmp_path, stored, values, zarr_format):
         dataset(raw, target, unknown={"er": 255})
 
 
+@pytest.mark.parametrize("zarr_format", FORMATS)
+@pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
+def test_255_alone_is_ambiguous(tmp_path, dtype, zarr_format):
+    """Present in a mask whose crop lies inside an object, and unknown in CellMap's encoding."""
+    stored = np.full((32,) * 3, 255, dtype)
+    raw, target = write_pair(tmp_path, stored, zarr_format=zarr_format)
+    with pytest.raises(MetadataError, match=r"^v/crop1/mito: .*s0: all voxels are 255, and no metadata") as e:
+        dataset(raw, target)
+    assert "set unknown=null (present) or unknown=255" in str(e.value)
+    assert counted(sample(raw, target, unknown=255)) == (0, 0, 32**3)
+    assert counted(sample(raw, target, unknown=None)) == (32**3, 0, 0)
+    declared, target = write_pair(tmp_path / "declared", stored, attributes=annotated(SEMANTIC))
+    assert counted(sample(declared, target)) == (0, 0, 32**3)
+
+
+@pytest.mark.parametrize(
+    ("stored", "values"),
+    [
+        (cube(1) + 1, "1 and other ids"),
+        (np.ones((32,) * 3, "u1"), "1"),
+        (np.full((32,) * 3, 7, "u2"), "other ids"),
+        (cube(1), None),
+        (cube(255), None),
+    ],
+)
+def test_a_class_that_fills_its_crop(tmp_path, caplog, stored, values):
+    raw, target = write_pair(tmp_path, stored)
+    _, second = write_pair(tmp_path, stored, crop="crop2")
+    array = {"shape": [16] * 3, "scale": [8] * 3}
+    entries = [{"raw": raw, "gt": target}, {"raw": raw, "gt": second}]
+    with CellMapDataModule(["mito"], array, array, datasets={"train": entries, "val": []}) as data:
+        data.setup("fit")
+    lines = [r.message for r in caplog.records if "present in the whole crop" in r.message]
+    assert len(lines) == (values is not None)
+    assert all(f": no voxel of mito is 0 (values {values})" in line for line in lines)
+    for deep in (False, True):
+        report = inspect({"datasets": {"train": entries}, "classes": ["mito"]}, array, None, deep=deep)
+        found = [problem.where for problem in report.problems if problem.kind == "filled"]
+        assert found == (["v/crop1", "v/crop2"] if deep and values is not None else [])
+
+
+def test_declared_classes_may_fill_their_crop(tmp_path, caplog):
+    raw, target = write_pair(tmp_path, np.ones((32,) * 3, "u1"), attributes=annotated(SEMANTIC))
+    assert counted(sample(raw, target)) == (32**3, 0, 0)
+    array = {"shape": [16] * 3, "scale": [8] * 3}
+    settings = {"datasets": {"train": [{"raw": raw, "gt": target}]}, "classes": ["mito"]}
+    assert "filled" not in {problem.kind for problem in inspect(settings, array, None, deep=True).problems}
+    assert "present in the whole crop" not in caplog.text
+
+
 def test_ambiguous_labels_are_an_error_of_setup_in_one_table(tmp_path):
     raw, target = write_pair(tmp_path, objects(255, "u1"))
     write_pair(tmp_path, cube(255), crop="crop2")

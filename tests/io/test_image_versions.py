@@ -260,7 +260,7 @@ def test_keys_of_entries(tmp_path):
         CellMapDataModule(["mito"], {"shape": [8] * 3, "scale": [8] * 3}, datasets={}, level_translations="no")
 
 
-@pytest.mark.parametrize("key", ["_ARRAY_DIMENSIONS", "axis_names", "dimension_names"])
+@pytest.mark.parametrize("key", ["_ARRAY_DIMENSIONS", "axis_names", "axes", "dimension_names"])
 @pytest.mark.parametrize("names", ["xyz", "zyx", "yxz"])
 def test_plain_arrays_with_named_axes(tmp_path, key, names):
     data = ramp((10, 12, 14))

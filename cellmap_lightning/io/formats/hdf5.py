@@ -14,10 +14,12 @@ import numpy as np
 from cellmap_lightning.errors import CellMapFileNotFoundError, MetadataError, missing_extra
 from cellmap_lightning.geometry.lattice import AXES, Vector
 from cellmap_lightning.geometry.resample import AnyArray
+from cellmap_lightning.io.formats.hdf5_sources import has_gaps, is_incomplete
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
 from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatArray, FormatLevel, FormatVolume
 from cellmap_lightning.io.ngff import Note
 from cellmap_lightning.io.ngff.attribute_voxels import attribute_voxels
+from cellmap_lightning.io.ngff.notes import FOR_ENTRY
 from cellmap_lightning.io.store import StorePath
 from cellmap_lightning.validation import did_you_mean, first_few
 
@@ -43,7 +45,8 @@ class Hdf5Format:
         Raises:
             MissingExtraError: h5py is not installed.
             CellMapFileNotFoundError: the file has no such dataset; the message lists those that it has.
-            MetadataError: it is not an HDF5 file, or not a dataset of numbers.
+            MetadataError: it is not an HDF5 file, or not a dataset of numbers, or a virtual dataset of which a source
+                is missing.
         """
         parts = _split(path) if isinstance(path, Path) else None
         assert parts is not None
@@ -65,6 +68,8 @@ class Hdf5Format:
                 attributes=attributes, codec=dataset.compression or "none", details=(inside, str(container)),
             )  # fmt: skip
             nbytes = dataset.size * dataset.dtype.itemsize
+            gaps, fill = has_gaps(container, dataset), dataset.fillvalue
+            array.incomplete = is_incomplete(dataset)
         array.inside = inside
         notes = []
         if array.is_contiguous and nbytes > _LARGE:
@@ -73,9 +78,18 @@ class Hdf5Format:
                 "cellmap-convert, or store it with chunks"
             )
             notes.append(Note("access", text))
-        size, translation = _voxels(container / inside, attributes, len(array.shape), axes)
+        if gaps:
+            text = f"parts of the virtual dataset {inside} are not stored, and are read as its fill value {fill}"
+            notes.append(Note("sources", text))
+        size, translation, problem = None, (0.0, 0.0, 0.0), ""
+        try:
+            size, translation = _voxels(container / inside, attributes, len(array.shape), axes)
+        except MetadataError as e:  # the setting voxel_size may replace it
+            problem = str(e)
         level = FormatLevel(inside, array, axes, size or (1.0, 1.0, 1.0), translation)
-        return FormatVolume((level,), size is not None, attributes=attributes, notes=tuple(notes))
+        return FormatVolume(
+            (level,), size is not None, attributes=attributes, notes=tuple(notes), voxel_size_problem=problem
+        )
 
     def children(self, path: StorePath) -> list[str]:
         """Return the names of the datasets and groups in a file or a group."""
@@ -92,6 +106,18 @@ class _Hdf5Array(FormatArray):
     """A dataset. All reads of a process are serialized by h5py."""
 
     inside = ""
+    #: Whether some of its chunks were never written, or all of a dataset without chunks.
+    incomplete = False
+
+    def has_chunk(self, index: Sequence[int]) -> bool:
+        """Return whether a chunk was written; any other shows the fill value."""
+        if not self.incomplete:
+            return True
+        with OPEN_FILES.use(_opened, str(self.container)) as file:
+            if file[self.inside].chunks is None:
+                return False
+            corner = tuple(int(i) * n for i, n in zip(index, self.chunks, strict=True))
+            return file[self.inside].id.get_chunk_info_by_coord(corner).byte_offset is not None
 
     @property
     def is_contiguous(self) -> bool:
@@ -158,9 +184,15 @@ def _voxels(path: Path, attributes: Mapping[str, Any], ndim: int, names: str) ->
     names = names or AXIS_NAMES[-ndim:]
     if not set(AXES) <= set(names):
         return None, (0.0, 0.0, 0.0)
-    if "resolution" not in attributes and "voxel_size" not in attributes and "element_size_um" in attributes:
-        attributes = {"voxel_size": attributes["element_size_um"], "units": "um"}
-        stored = attribute_voxels(path, attributes, ndim, (0, 1, 2))  # always z, y, x
-        return (stored[0], (0.0, 0.0, 0.0)) if stored is not None else (None, (0.0, 0.0, 0.0))
     stored = attribute_voxels(path, attributes, ndim, (names.index("z"), names.index("y"), names.index("x")))
+    if "element_size_um" in attributes:
+        micrometers = {"voxel_size": attributes["element_size_um"], "units": "um"}
+        size, _ = attribute_voxels(path, micrometers, ndim, (0, 1, 2)) or (None, None)  # always z, y, x
+        if stored is None:
+            return size, (0.0, 0.0, 0.0)
+        if size is not None and not np.allclose(stored[0], size, rtol=1e-3, atol=0):
+            raise MetadataError(
+                f"{path}: its voxel size is {list(size)} nm by element_size_um and {list(stored[0])} nm by its other "
+                f"attributes (z, y, x), which contradict each other; set voxel_size=[z, y, x] in nm{FOR_ENTRY}"
+            )
     return stored if stored is not None else (None, (0.0, 0.0, 0.0))

@@ -21,7 +21,7 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
         overrides: settings that override the metadata.
 
     Raises:
-        MetadataError: the volume has no voxel size, several channels or no axes z, y and x, or cannot be read.
+        MetadataError: the volume has no usable voxel size, several channels or no axes z, y and x, or cannot be read.
     """
     found = find_format(path)
     if found is None:
@@ -32,6 +32,8 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
         raise MetadataError(
             f"{place}: multiscale={overrides.multiscale} is for groups of OME-NGFF images; leave it out"
         )
+    if volume.voxel_size_problem and overrides.voxel_size is None:
+        raise MetadataError(volume.voxel_size_problem)
     if not volume.has_voxel_size and overrides.voxel_size is None:
         raise MetadataError(
             f"{place}: no voxel size is stored in this {volume_format.name} volume; set "

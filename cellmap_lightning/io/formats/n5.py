@@ -15,8 +15,10 @@ from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.grids import touched_cells
 from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
 from cellmap_lightning.geometry.resample import AnyArray
+from cellmap_lightning.io.formats.chunk_folders import check_blocks
 from cellmap_lightning.io.formats.n5_blocks import N5Blocks
 from cellmap_lightning.io.formats.volume import FormatArray, FormatLevel, FormatVolume
+from cellmap_lightning.io.ngff.arrays import axis_names
 from cellmap_lightning.io.ngff.axes import unit_nm
 from cellmap_lightning.io.store import StorePath, children, read_json
 
@@ -64,13 +66,16 @@ class N5Format:
             if placed:
                 axes, size, translation = _transform(place, placed, len(array.shape))
             else:
-                axes = "zyx"[-len(array.shape) :].rjust(len(array.shape), "c") if len(array.shape) < 5 else "tczyx"
+                axes = _plain_axes(place, attributes, array)
                 factor = _factor(place, group, attributes, number)
                 known = base is not None
                 size = to_vector(np.multiply(base if base is not None else (1.0, 1.0, 1.0), factor))
                 # Voxels of coarser levels are means, so that all levels share the lower edge of the first.
                 shift = (np.asarray(factor) - 1) / 2 * np.divide(size, factor)
                 translation = to_vector(shift + _corner(place, group, levels[0][2], base))
+                # Lengths are listed as the axes are.
+                order = [[axis for axis in axes if axis in AXES].index(axis) for axis in AXES]
+                size, translation = (to_vector([values[i] for i in order]) for values in (size, translation))
             opened.append(FormatLevel(name, array, axes, size, translation))
         return FormatVolume(tuple(opened), known, attributes=group)
 
@@ -91,6 +96,7 @@ class _N5Array(FormatArray):
             path, shape, self.blocks.dtype, blocks, attributes=attributes, codec=self.blocks.name,
             details=self.blocks.settings,
         )  # fmt: skip
+        check_blocks(path, [-(-n // size) for n, size in zip(shape, blocks, strict=True)][::-1])
 
     @property
     def metadata(self) -> StorePath:
@@ -107,16 +113,37 @@ class _N5Array(FormatArray):
         spans = touched_cells(start, shape, self.chunks)
         for index in np.ndindex(*map(len, spans)):
             place = [span[i] for span, i in zip(spans, index, strict=True)]
-            block = self.blocks.read(self.path, self.key(place))
+            corner = np.multiply(place, self.chunks)
+            cut = np.minimum(self.chunks, self.shape - corner)
+            block = self.blocks.read(self.path, self.key(place), cut[::-1].tolist())
             if block is None:
                 continue
-            corner = np.multiply(place, self.chunks)
             low = np.maximum(corner, start)
             high = np.minimum(corner + block.shape, np.add(start, shape))
             if (high > low).all():
                 source = tuple(map(slice, low - corner, high - corner))
                 out[tuple(map(slice, low - start, high - start))] = block[source]
         return out
+
+
+def _plain_axes(path: StorePath, attributes: Mapping[str, Any], array: FormatArray) -> str:
+    """Return the names of the stored axes, slowest first, of a dataset without a transform.
+
+    The attribute ``axes`` lists the fastest first, as all attributes of N5 do: x, y, z where it is missing.
+
+    Raises:
+        MetadataError: it lists x, y and z after other axes, so that the lengths of other attributes are not theirs.
+    """
+    ndim = len(array.shape)
+    names = [name[:1] for name in axis_names(attributes.get("axes"), array)][::-1]
+    if not set(AXES) <= set(names):
+        return "zyx"[-ndim:].rjust(ndim, "c") if ndim < 5 else "tczyx"
+    if not set(AXES) <= set(names[-3:]):
+        raise MetadataError(
+            f"{path / ATTRIBUTES}: axes should list x, y and z first, in any order, got {attributes['axes']}; store "
+            "the other axes after them"
+        )
+    return "".join(names)
 
 
 def _reversed(path: StorePath, attributes: Mapping[str, Any], key: str) -> tuple[int, ...]:
@@ -166,15 +193,24 @@ def _numbers(path: StorePath, key: str, value: Any) -> Vector:
 def _base_size(path: StorePath, group: Mapping[str, Any], first: Mapping[str, Any]) -> Vector | None:
     """Return the voxel size of the first level in nm; None where no attribute has it."""
     for attributes in (first, group):
-        stored = attributes.get("pixelResolution")
-        if isinstance(stored, dict):
-            unit = unit_nm(stored.get("unit", "nm"))
-            if unit is None:
-                raise MetadataError(f"{path}: pixelResolution has the unit {stored.get('unit')!r}, not a length")
-            return to_vector(np.multiply(_numbers(path, "pixelResolution", stored.get("dimensions")), unit))
+        sizes = {}
         for key in ("pixelResolution", "resolution"):
-            if attributes.get(key) is not None:
-                return _numbers(path, key, attributes[key])
+            stored = attributes.get(key)
+            if isinstance(stored, dict):
+                unit = unit_nm(stored.get("unit", "nm"))
+                if unit is None:
+                    raise MetadataError(f"{path}: {key} has the unit {stored.get('unit')!r}, not a length")
+                sizes[key] = to_vector(np.multiply(_numbers(path, key, stored.get("dimensions")), unit))
+            elif stored is not None:
+                sizes[key] = _numbers(path, key, stored)
+        values = list(sizes.values())
+        if len(values) > 1 and not np.allclose(values[0], values[1], rtol=1e-3, atol=0):
+            raise MetadataError(
+                f"{path}: pixelResolution is {list(values[0])} nm and resolution {list(values[1])} nm (z, y, x), which "
+                "contradict each other; correct one of them"
+            )
+        if values:
+            return values[0]
     return None
 
 

@@ -5,15 +5,15 @@ Specification: https://github.com/saalfeldlab/n5#file-system-specification.
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.resample import AnyArray
-from cellmap_lightning.io.retrying import DEFAULT_RETRY, tried
-from cellmap_lightning.io.store import Remote, StorePath
+from cellmap_lightning.io.formats.stored_bytes import stored_bytes
+from cellmap_lightning.io.store import StorePath
 from cellmap_lightning.validation import did_you_mean
 
 _TYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float32", "float64")
@@ -46,17 +46,23 @@ class N5Blocks:
                 f"{file}: blocks are compressed with {self.name!r}; those of {', '.join(_CODECS)} can be read"
                 f"{did_you_mean(self.name, _CODECS)}"
             )
+        self.block: Sequence[int] = attributes["blockSize"]
         #: The size of a block at most; the header of a damaged one may have any.
         self.most = math.prod(attributes["blockSize"]) * self.dtype.itemsize
 
-    def read(self, folder: StorePath, key: str) -> AnyArray | None:
+    def read(self, folder: StorePath, key: str, cut: Sequence[int]) -> AnyArray | None:
         """Return the voxels of a block with reversed axes; None where it is not stored.
 
+        Args:
+            folder: the dataset.
+            key: the block.
+            cut: its voxels inside the array along the stored axes of N5, x first.
+
         Raises:
-            ValueError: the block is damaged.
+            ValueError: the block is damaged, or of another size than that of the grid.
             OSError: it cannot be read.
         """
-        stored = _content(folder, key)
+        stored = stored_bytes(folder, key)
         if not stored:
             return None
         mode, ndim = struct.unpack_from(">HH", stored)
@@ -65,6 +71,12 @@ class N5Blocks:
         nbytes = math.prod(shape) * self.dtype.itemsize
         if mode > 1 or nbytes > self.most:
             raise ValueError(f"block {key} has mode {mode} and {nbytes} bytes, and a block has {self.most} at most")
+        # At the upper edge of the array some programs cut blocks, others fill them.
+        if len(shape) != len(cut) or any(n not in (a, b) for n, a, b in zip(shape, cut, self.block, strict=True)):
+            raise ValueError(
+                f"block {key} has {list(shape)} voxels by its header, and the grid {list(cut)} there (x first): "
+                "dimensions, blockSize or the order of the folders are those of another dataset"
+            )
         decoded = self._decode(memoryview(stored)[head:], nbytes)
         if len(decoded) < nbytes:
             raise ValueError(f"block {key} decodes to {len(decoded)} bytes, its header declares {nbytes}")
@@ -88,23 +100,3 @@ class N5Blocks:
 
         settings = {"id": "lzma", "format": 1} if self.name == "xz" else {"id": _CODECS[self.name]}
         return memoryview(numcodecs.get_codec(settings).decode(data)).cast("B")
-
-
-def _content(folder: StorePath, key: str) -> bytes | None:
-    """Return the content of a block file; None where it does not exist."""
-    if not isinstance(folder, Remote):
-        try:
-            with open(f"{folder}/{key}", "rb") as file:  # noqa: PTH123  a Path costs more than the call
-                return file.read()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-    place = folder / key
-    fs = place.filesystem()
-
-    def read(_: Any) -> dict[str, Any]:
-        try:
-            return {place.key: fs.cat_file(place.key)}
-        except Exception as e:  # stores raise any type
-            return {place.key: e}
-
-    return tried(read, [place.key], DEFAULT_RETRY)[place.key]

@@ -11,6 +11,7 @@ import numpy as np
 from cellmap_lightning.errors import MetadataError, missing_extra
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
+from cellmap_lightning.io.formats.tiff import WHITE
 from cellmap_lightning.io.formats.tiff_pages import TiffPages
 from cellmap_lightning.io.formats.volume import FormatArray, FormatLevel, FormatVolume
 from cellmap_lightning.io.store import StorePath
@@ -40,17 +41,18 @@ class SlicesFormat:
         assert isinstance(path, Path)
         files = _files(path)
         _check_numbers(path, files)
-        shape, dtype = _header(path / files[0])
+        first = shape, dtype, is_white = _header(path / files[0])
         for name in files[1:]:
             other = _header(path / name)
-            if other != (shape, dtype):
+            if other != first:
                 raise MetadataError(
-                    f"{path / name}: has {_text(*other)}, and {files[0]} has {_text(shape, dtype)}; all slices of a "
-                    "volume have one size and type"
+                    f"{path / name}: has {_text(*other)}, and {files[0]} has {_text(*first)}; all slices of a "
+                    "volume have one size, type and meaning of 0"
                 )
         array = _SlicesArray(path, (len(files), *shape), dtype, (1, *shape), details=files, codec=_suffix(files[0])[1:])
         array.names = files
-        return FormatVolume((FormatLevel(path.name, array),), has_voxel_size=False)
+        notes = (WHITE,) if is_white else ()
+        return FormatVolume((FormatLevel(path.name, array),), has_voxel_size=False, notes=notes)
 
     def children(self, path: StorePath) -> list[str]:
         """Return no names: a folder holds one volume."""
@@ -120,8 +122,8 @@ def _check_numbers(folder: Path, files: Sequence[str]) -> None:
             )
 
 
-def _header(file: Path) -> tuple[tuple[int, int], str]:
-    """Return shape (y, x) and type of a slice.
+def _header(file: Path) -> tuple[tuple[int, int], str, bool]:
+    """Return shape (y, x) and type of a slice, and whether its 0 is marked as white.
 
     Raises:
         MetadataError: it cannot be read, or is a colour image.
@@ -134,7 +136,7 @@ def _header(file: Path) -> tuple[tuple[int, int], str]:
         if len(series.shape) != 2:
             raise MetadataError(f"{file}: should be one gray page, has shape {list(series.shape)} ({series.axes})")
         y, x = series.shape
-        return (int(y), int(x)), str(series.dtype)
+        return (int(y), int(x)), str(series.dtype), tiff.is_white
     finally:
         tiff.close()
 
@@ -143,11 +145,11 @@ def _header(file: Path) -> tuple[tuple[int, int], str]:
 _MODES = {"L": "uint8", "I;16": "uint16", "I;16B": "uint16", "I": "uint16", "1": "uint8"}
 
 
-def _png_header(file: Path) -> tuple[tuple[int, int], str]:
+def _png_header(file: Path) -> tuple[tuple[int, int], str, bool]:
     with _png(file) as image:
         if image.mode not in _MODES:
             raise MetadataError(f"{file}: has colours (mode {image.mode}); store it in gray values of 8 or 16 bits")
-        return (image.height, image.width), _MODES[image.mode]
+        return (image.height, image.width), _MODES[image.mode], False
 
 
 def _pixels(file: Path, shape: Sequence[int], dtype: "np.dtype[Any]") -> AnyArray:
@@ -174,5 +176,5 @@ def _png(file: Path) -> Any:
         raise MetadataError(f"{file}: not a whole PNG file ({e}); copy or write it again") from e
 
 
-def _text(shape: tuple[int, int], dtype: str) -> str:
-    return f"{shape[0]} x {shape[1]} pixels of {dtype}"
+def _text(shape: tuple[int, int], dtype: str, is_white: bool) -> str:
+    return f"{shape[0]} x {shape[1]} pixels of {dtype}" + (" in which 0 is white" if is_white else "")

@@ -24,6 +24,12 @@ from cellmap_lightning.io.store import StorePath
 
 #: Bytes of a compressed page in one piece from which slow access is reported.
 _LARGE_PAGE = 1 << 22
+#: The note of files whose 0 viewers show as white.
+WHITE = Note(
+    "white",
+    "its TIFF pages mark 0 as white (MINISWHITE), so that viewers show it inverted; it is read as stored: where 0 "
+    "should be bright, set invert: true in the entry of raw, and store labels with 0 for absent",
+)
 
 
 class TiffFormat:
@@ -48,6 +54,7 @@ class TiffFormat:
             axes = _named(path, file.levels[0])
             arrays = [TiffArray(path, file, number) for number in range(len(file.levels))]
             size, unit = _voxel_size(file.tiff)
+            is_white = file.is_white
         first = _extent(arrays[0].shape, axes)
         base = np.array(size if size is not None else (1.0, 1.0, 1.0))
         levels = []
@@ -56,7 +63,7 @@ class TiffFormat:
             factor = np.rint(first / _extent(array.shape, axes))
             shift = (factor - 1) / 2 * base  # voxels are means of those of the first level
             levels.append(FormatLevel(str(number), array, axes, to_vector(base * factor), to_vector(shift)))
-        notes = []
+        notes = [WHITE] if is_white else []
         chunk = math.prod(arrays[0].chunks) * arrays[0].dtype.itemsize
         if arrays[0].offset is None and chunk >= _LARGE_PAGE:
             text = (

@@ -17,6 +17,11 @@ from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
 from cellmap_lightning.io.formats.volume import FormatArray
 
+#: Photometric interpretations of TIFF: 0 is white, and indices of a table of colours.
+_WHITE, _PALETTE = 0, 3
+#: Where they are written, for messages.
+_TAG = "PhotometricInterpretation"
+
 
 @dataclass(frozen=True)
 class Page:
@@ -77,6 +82,7 @@ class TiffPages:
         except (tifffile.TiffFileError, ValueError, OSError) as e:
             raise MetadataError(f"{path}: not a whole TIFF file ({e}); copy or write it again") from e
         try:
+            _check_interpretation(path, self.tiff.series)
             self.levels = self.tiff.series[0].levels
             self.pages = [[self._page(path, page) for page in level.pages] for level in self.levels]
             if errors.texts:
@@ -88,6 +94,11 @@ class TiffPages:
             raise MetadataError(f"{path}: not a whole TIFF file ({e}); copy or write it again") from e
         finally:
             log.removeHandler(errors)
+
+    @property
+    def is_white(self) -> bool:
+        """Whether the pages mark 0 as white, so that viewers show them inverted."""
+        return bool(self.levels[0].keyframe.photometric == _WHITE)
 
     def _page(self, path: str, page: Any) -> Page | None:
         if page is None:
@@ -123,6 +134,35 @@ class TiffPages:
             tile = keyframe.decode(data, index, jpegtables=page.tables)[0] if count else None
             if tile is not None:
                 _copy(tile.reshape(tile.shape[-3:-1]), np.multiply(place, chunk), start, out)
+
+
+def _check_interpretation(path: str, series: Sequence[Any]) -> None:
+    """Check that the values of the pages are gray values, of one interpretation.
+
+    Raises:
+        MetadataError: they are indices of colours, differ in what 0 means, or are stored in tiles of several planes.
+    """
+    first = series[0].keyframe
+    if first.photometric == _PALETTE:
+        raise MetadataError(f"{path}: has colours (a palette); store it in gray values of 8 or 16 bits")
+    if first.is_tiled and first.tiledepth > 1:
+        raise MetadataError(
+            f"{path}: has tiles of {first.tiledepth} planes (TileDepth), which cannot be read; store each section as a "
+            "page, or convert it to Zarr or HDF5"
+        )
+    numbers = [page.index for page in series[0].pages if page is not None]
+    for other in series[1:]:
+        page = other.keyframe
+        if page.shape == first.shape and page.dtype == first.dtype and page.photometric != first.photometric:
+            raise MetadataError(
+                f"{path}: page {page.index} has {_TAG} {int(page.photometric)}, and page {first.index} has "
+                f"{int(first.photometric)} (0: 0 is white, 1: 0 is black, 3: a palette); store all pages alike"
+            )
+        if series[0].kind == "generic" and numbers[0] < page.index < numbers[-1]:
+            raise MetadataError(
+                f"{path}: page {page.index} has shape {list(page.shape)} and type {page.dtype}, and pages around it "
+                f"have {list(first.shape)} and {first.dtype}; all pages of a volume have one size and type"
+            )
 
 
 def _copy(tile: AnyArray, corner: npt.ArrayLike, start: npt.ArrayLike, out: AnyArray) -> None:

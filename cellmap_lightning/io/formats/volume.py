@@ -116,6 +116,7 @@ class FormatVolume:
     Attributes:
         levels: the resolutions.
         has_voxel_size: whether the voxel size is stored; otherwise it must be set.
+        voxel_size_problem: the error if the stored voxel size is malformed or contradicts itself; it must be set then.
         unit_nm: nm in the unit that was assumed for voxel sizes and translations; the setting ``unit`` replaces it.
         attributes: attributes of the volume.
         notes: assumptions made when it was opened.
@@ -126,6 +127,7 @@ class FormatVolume:
     unit_nm: float = 1.0
     attributes: Mapping[str, Any] = field(default_factory=dict, repr=False)
     notes: tuple[Note, ...] = ()
+    voxel_size_problem: str = ""
 
 
 class VolumeFormat(Protocol):

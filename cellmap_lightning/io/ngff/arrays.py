@@ -48,6 +48,7 @@ class ArrayInfo:
         checksum: checksum of the metadata.
         encoded: the stored form of a file.
         codec: compressor of a chunk, such as ``blosc-zstd``; ``none`` without one.
+        axis_names: names of the stored axes in the array's own metadata, in lower case; empty where some have none.
         document: JSON of the metadata on which opening depends; it is not pickled.
     """
 
@@ -63,6 +64,7 @@ class ArrayInfo:
     checksum: str = ""
     encoded: Encoded = _UNKNOWN
     codec: str = "none"
+    axis_names: tuple[str, ...] = ()
     document: str = field(default="", repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,10 +204,28 @@ def _stored(
 ) -> ArrayInfo:
     if separator not in (".", "/"):
         raise MetadataError(f"{file}: chunks are named with '.' or '/' between their indices, got {separator!r}")
+    own, xarrays = (
+        axis_names(names, info) for names in (meta.get("dimension_names"), info.attributes.get("_ARRAY_DIMENSIONS"))
+    )
     return replace(
         info, prefix=prefix, separator=separator, checksum=_checksum(meta), encoded=encoded,
-        document=_document(meta, info.files),
+        document=_document(meta, info.files), axis_names=own or xarrays,
     )  # fmt: skip
+
+
+def axis_names(names: Any, array: StoredArray) -> tuple[str, ...]:
+    """Return names of the stored axes in lower case; empty if they are not a name for each axis of an array.
+
+    Args:
+        names: a value of the metadata: a list of names or of objects with a name, or a letter for each axis.
+        array: the array.
+    """
+    values = list(names) if isinstance(names, list | str) else []
+    values = [value.get("name") if isinstance(value, dict) else value for value in values]
+    if len(values) != len(array.shape) or not all(isinstance(value, str) and value for value in values):
+        return ()
+    # funlib marks axes that are not spatial by "^".
+    return tuple(sys.intern(value.rstrip("^").lower()) for value in values)
 
 
 def _nbytes(info: ArrayInfo) -> int:

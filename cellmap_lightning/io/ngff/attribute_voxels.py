@@ -32,7 +32,8 @@ def attribute_voxels(
         unit: unit in place of the stored one.
 
     Raises:
-        MetadataError: the values are not a positive number for each axis, or their unit is not a length.
+        MetadataError: the values are not a positive number for each axis, their unit is not a length, or ``voxel_size``
+            and ``resolution`` contradict each other.
     """
     key = next((key for key in ("voxel_size", "resolution") if key in attributes), None)
     if key is None:
@@ -40,6 +41,13 @@ def attribute_voxels(
     order = [sorted(axes).index(axis) for axis in axes]
     size = _three(path, key, attributes[key], ndim, order)
     corner = _three(path, "offset", attributes.get("offset", [0, 0, 0]), ndim, order)
+    if key == "voxel_size" and "resolution" in attributes:
+        other = _three(path, "resolution", attributes["resolution"], ndim, order)
+        if not np.allclose(size, other, rtol=1e-3, atol=0):
+            raise MetadataError(
+                f"{path}: voxel_size is {list(size)} and resolution {list(other)} (z, y, x), which contradict each "
+                f"other; {_REMEDY}"
+            )
     if min(size) <= 0:
         raise MetadataError(f"{path}: {key} must be positive, got {list(size)} (z, y, x); {_REMEDY}")
     stored = attributes.get("units", ["nm"] * 3)

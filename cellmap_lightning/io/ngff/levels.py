@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
-from cellmap_lightning.geometry.lattice import Lattice, Shape, Turn, Vector, to_vector
+from cellmap_lightning.geometry.lattice import AXES, Lattice, Shape, Turn, Vector, to_vector
 from cellmap_lightning.io.array_window import ArrayWindow
 from cellmap_lightning.io.label_ids import LabelIds
 from cellmap_lightning.io.missing_paths import missing
-from cellmap_lightning.io.ngff.arrays import read_array
+from cellmap_lightning.io.ngff.arrays import ArrayInfo, read_array
 from cellmap_lightning.io.ngff.notes import Note
 from cellmap_lightning.io.store import StorePath
 from cellmap_lightning.io.stored_array import ArraySource, StoredArray
@@ -37,6 +37,7 @@ class Level:
         ids: meaning of the ids of a label map for one of its classes; None for any other array.
         channel: index along the stored axes that are not spatial; None where these have length 1.
         turn: see `Lattice`; None where the array's axes are those of space.
+        names: names of the stored axes by the image's metadata; empty where the array's own names do not matter.
         window: first voxel and voxels (z, y, x) of the box of the array that the level is; None for the whole array.
         whole: the level of the whole array, if the level is a box of it; see `part`.
 
@@ -55,6 +56,7 @@ class Level:
     ids: LabelIds | None = field(default=None, repr=False)
     channel: int | None = None
     turn: Turn | None = field(default=None, repr=False)
+    names: tuple[str, ...] = ()
     window: tuple[Shape, Shape] | None = None
     whole: "Level | None" = field(default=None, repr=False, compare=False)
 
@@ -71,6 +73,11 @@ class Level:
             raise MetadataError(
                 f"{self.path}: the array has {len(info.shape)} axes {list(info.shape)}, the image's "
                 f"metadata has {self.ndim}"
+            )
+        if isinstance(info, ArrayInfo) and self.names and _is_permuted(info.axis_names, self.names):
+            raise MetadataError(
+                f"{self.path}: its axes are {list(info.axis_names)} by the array's own metadata, and "
+                f"{list(self.names)} by those of the image; correct the one that is wrong"
             )
         if info is not None and self.channel is None:
             other = [n for i, n in enumerate(info.shape) if i not in self.axes]
@@ -115,6 +122,13 @@ class Level:
         """
         translation = to_vector(np.add(self.translation, np.multiply(start, self.scale)))
         return replace(self, translation=translation, window=(start, shape), whole=self)
+
+
+def _is_permuted(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether two lists name z, y and x, and place them differently; other names say nothing."""
+    if not (set(AXES) <= set(names) and set(AXES) <= set(others)):
+        return False
+    return any(names.index(axis) != others.index(axis) for axis in AXES)
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def _image(
     if overrides.voxel_size is not None or overrides.translation is not None:
         scales, translations = overrides.place(scales, translations)
     levels = tuple(
-        Level(group / name, name, s, t, *order, turn=turn)
+        Level(group / name, name, s, t, *order, turn=turn, names=() if is_placed else tuple(stored))
         for name, s, t, order, turn in zip(names, scales, translations, axes, turns, strict=True)
     )
     return Multiscale(group, levels, attributes, (*notes, *assumed), overrides.level_translations == "stored")

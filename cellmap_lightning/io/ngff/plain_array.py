@@ -5,7 +5,7 @@ from typing import Any
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import AXES
-from cellmap_lightning.io.ngff.arrays import ArrayInfo, read_attributes
+from cellmap_lightning.io.ngff.arrays import ArrayInfo, axis_names, read_attributes
 from cellmap_lightning.io.ngff.attribute_voxels import attribute_voxels
 from cellmap_lightning.io.ngff.levels import Level, Multiscale
 from cellmap_lightning.io.ngff.notes import FOR_ENTRY
@@ -67,25 +67,30 @@ def _check_not_in_image(path: StorePath) -> None:
 def _named_axes(array: ArrayInfo, replacement: str | None) -> tuple[int, int, int]:
     """Return the axes z, y and x of a plain array: as set, or by their names if it has any, else the last three.
 
-    Names are those of xarray (``_ARRAY_DIMENSIONS``), Zarr v3 (``dimension_names``) and funlib (``axis_names``).
+    Names are those of Zarr v3 (``dimension_names``), xarray (``_ARRAY_DIMENSIONS``), funlib (``axis_names``) and others
+    (``axes``).
+
+    Raises:
+        MetadataError: z, y and x are not among the names, two attributes contradict each other, or axes are missing.
     """
     attributes, ndim = array.attributes, len(array.shape)
     content = read_json(array.metadata) or {}
     if ndim < len(AXES):
         raise MetadataError(f"{array.path}: shape {list(array.shape)} has fewer axes than z, y and x")
-    for names in (
-        list(replacement) if replacement is not None else None,
-        attributes.get("_ARRAY_DIMENSIONS"),
-        content.get("dimension_names"),
-        attributes.get("axis_names"),
-    ):
-        if isinstance(names, list) and len(names) == ndim and all(isinstance(name, str) for name in names):
-            lower = [name.rstrip("^").lower() for name in names]
-            if set(AXES) <= set(lower):
-                return lower.index("z"), lower.index("y"), lower.index("x")
-            if any(lower):
-                raise MetadataError(f"{array.path}: the axes z, y and x are needed once each, got {names}")
-    return ndim - 3, ndim - 2, ndim - 1
+    named = {"axes": replacement} if replacement is not None else {
+        "dimension_names": content.get("dimension_names"),
+        **{key: attributes.get(key) for key in ("_ARRAY_DIMENSIONS", "axis_names", "axes")},
+    }  # fmt: skip
+    found = {key: names for key, value in named.items() if (names := axis_names(value, array))}
+    for key, names in found.items():
+        if not set(AXES) <= set(names):
+            raise MetadataError(f"{array.path}: the axes z, y and x are needed once each, got {list(names)} in {key}")
+    orders = {key: tuple(names.index(axis) for axis in AXES) for key, names in found.items()}
+    if len(set(orders.values())) > 1:
+        texts = " and ".join(f"{key} {list(names)}" for key, names in found.items())
+        raise MetadataError(f"{array.path}: its axes are {texts}; set axes to a letter for each stored axis{FOR_ENTRY}")
+    z, y, x = next(iter(orders.values()), (ndim - 3, ndim - 2, ndim - 1))
+    return z, y, x
 
 
 def listed_images(attributes: Mapping[str, Any], zarr_format: int) -> list[Any] | None:

@@ -1,0 +1,129 @@
+"""A check that the chunk files of precomputed and N5 volumes are named as their metadata declare.
+
+A chunk without a file is read as 0. Files with other names would all be read so, without an error; `chunk_names` is the
+same check for Zarr.
+"""
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Sequence
+
+from cellmap_lightning.errors import MetadataError
+from cellmap_lightning.io.store import Remote, StorePath
+
+#: Entries of a folder that are compared: all names of one writer follow the same convention.
+MOST_ENTRIES = 256
+#: Protocols whose folders are listed besides local ones: in other stores a folder may have many pages of names.
+_LISTED = ("zip", "memory")
+_SPAN = r"-?\d+--?\d+"
+#: A chunk of a precomputed volume: first and last voxel along x, y and z; and names that contain them.
+_CHUNK = re.compile(rf"({_SPAN})_({_SPAN})_({_SPAN})")
+_CHUNK_LIKE = re.compile(rf"{_SPAN}[_./]{_SPAN}[_./]{_SPAN}.*|[0-9a-f]+\.shard")
+_INDICES = re.compile(r"\d+([.,_-]\d+)*(\.\w+)?")
+
+#: Name of an entry of a folder, and whether it is a folder.
+Entry = tuple[str, bool]
+
+
+def suffix_of_chunks(folder: StorePath, example: str, is_sharded: bool, fits: Callable[[str], bool]) -> str:
+    """Return the suffix of the chunk files of one scale of a precomputed volume: ``.gz``, or none.
+
+    Args:
+        folder: the folder of the scale.
+        example: the name of its first chunk without a suffix.
+        is_sharded: whether the chunks lie in files of shards.
+        fits: whether a name without a suffix is that of a chunk of the grid.
+
+    Raises:
+        MetadataError: there are chunk files, but all have other names; or some have a suffix and some have none.
+    """
+    names = sorted(name for name, is_folder in _entries(folder) if not is_folder and _CHUNK_LIKE.fullmatch(name))
+    if is_sharded:
+        if names and not any(name.endswith(".shard") for name in names):
+            raise MetadataError(
+                f"{folder}: holds the chunk file {names[0]} and no shard, and by its info file its chunks lie in "
+                "shards, so that all would be read as 0; write the info file of these chunks, or copy the shards"
+            )
+        return ""
+    plain = [name for name in names if _CHUNK.fullmatch(name)]
+    packed = [name for name in names if name.endswith(".gz") and _CHUNK.fullmatch(name.removesuffix(".gz"))]
+    if names and not plain and not packed:
+        raise MetadataError(
+            f"{folder}: its chunks are named as {names[0]}, but by its info file as {example} or {example}.gz, so that "
+            "all would be read as 0; unpack or rename them, or copy the volume again"
+        )
+    if plain and packed:
+        raise MetadataError(
+            f"{folder}: holds the chunk files {packed[0]} and {plain[0]}; store all chunks with .gz, or all without it"
+        )
+    if names and not any(fits(name.removesuffix(".gz")) for name in (*plain, *packed)):
+        raise MetadataError(
+            f"{folder}: its chunk file {names[0]} is not in the grid of the info file, whose first chunk is {example}, "
+            "so that all would be read as 0; size, chunk_sizes or voxel_offset are those of another volume"
+        )
+    return ".gz" if packed else ""
+
+
+def check_blocks(folder: StorePath, grid: Sequence[int]) -> None:
+    """Check that the blocks of an N5 dataset lie in the folders of its grid.
+
+    Some entries are listed of the dataset's folder and of those on the path to its first block.
+
+    Args:
+        folder: the dataset.
+        grid: its blocks along the stored axes of N5, x first.
+
+    Raises:
+        MetadataError: there are blocks with other names, or beyond the grid.
+    """
+    place, key = folder, ""
+    for depth, count in enumerate(grid):
+        entries = dict(_entries(place))
+        if depth and "attributes.json" in entries:
+            return  # another dataset
+        is_last = depth == len(grid) - 1
+        numbers = sorted(int(name) for name, is_folder in entries.items() if name.isdigit() and is_folder != is_last)
+        odd = [
+            name for name, is_folder in entries.items()
+            if _INDICES.fullmatch(name) and not is_folder and not (is_last and name.isdigit())
+        ]  # fmt: skip
+        if not numbers:
+            deeper = [name for name, is_folder in entries.items() if is_last and is_folder and name.isdigit()]
+            if odd or deeper:
+                example = "/".join("0" * len(grid))
+                raise MetadataError(
+                    f"{folder}: its blocks are named as {key}{(odd or deeper)[0]}, but by attributes.json as {example},"
+                    " so that all would be read as 0; copy the dataset again, or rename them"
+                )
+            return
+        if numbers[-1] >= count:
+            raise MetadataError(
+                f"{folder}: its block {key}{numbers[-1]}{'' if is_last else '/...'} lies beyond the array, which "
+                f"has {list(grid)} blocks (x first): dimensions, blockSize or the order of the folders are those of "
+                "another dataset; N5 stores blocks in folders x/y/z"
+            )
+        key += f"{numbers[0]}/"
+        place = place / str(numbers[0])
+
+
+def _entries(folder: StorePath) -> list[Entry]:
+    """Return the first names in a folder; none of a remote store that lists pages of names."""
+    if isinstance(folder, Remote):
+        return _remote_entries(folder) if folder.protocol in _LISTED else []
+    try:
+        with os.scandir(folder) as entries:
+            return [(entry.name, entry.is_dir()) for entry in itertools.islice(entries, MOST_ENTRIES)]
+    except OSError:  # reading reports the error
+        return []
+
+
+def _remote_entries(folder: Remote) -> list[Entry]:
+    try:
+        entries = folder.filesystem().ls(folder.key, detail=True)
+        return [
+            (entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory")
+            for entry in entries[:MOST_ENTRIES]
+        ]
+    except Exception:  # stores raise any type; reading reports the error
+        return []
