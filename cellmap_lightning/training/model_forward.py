@@ -1,5 +1,6 @@
 """Class probabilities of any LightningModule, for pictures: at its precision, with either signature of forward."""
 
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -137,6 +138,36 @@ def names_in(arrays: Collection[str], named: Any) -> list[str]:
     """
     names = [named] if isinstance(named, str) else named if isinstance(named, list | tuple) else []
     return list(names) if names and set(names) <= set(arrays) else list(arrays)[:1]
+
+
+def no_predict_step(task: L.LightningModule, error: BaseException) -> CellMapTypeError | None:
+    """Return the error for a module that cannot predict a batch; None where the fault is another one.
+
+    That is a module with neither ``predict_step`` nor ``forward``; with a ``forward`` alone that does not take a batch,
+    as Lightning calls it; or with a ``predict_step`` that calls a module without ``forward``.
+
+    Args:
+        task: the module.
+        error: the error of its prediction.
+    """
+    name = type(task).__name__
+    if isinstance(error, NotImplementedError) and 'required "forward" function' in str(error):  # of torch
+        return CellMapTypeError(
+            f"{name}: predict_step calls a module without forward ({error}); define forward, or call the network "
+            "instead of the module"
+        )
+    if type(task).predict_step is not L.LightningModule.predict_step or not _raised_in_forward(error, task):
+        return None
+    return CellMapTypeError(
+        f"{name} has no predict_step, so its forward was called with the batch, a dict, and failed "
+        f"({first_line(error)}); define predict_step(self, batch, batch_idx), which returns [N, C, z, y, x]"
+    )
+
+
+def _raised_in_forward(error: BaseException, task: L.LightningModule) -> bool:
+    """Return True if an error was raised in the ``forward`` of a module, or in what it calls."""
+    code = getattr(type(task).forward, "__code__", None)
+    return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def first_line(error: BaseException) -> str:
