@@ -25,6 +25,7 @@ from cellmap_lightning.export.halo import measure_halo
 from cellmap_lightning.export.model_card import ModelCard
 from cellmap_lightning.export.reach import measure_reach
 from cellmap_lightning.prediction.channels import described_channels
+from cellmap_lightning.prediction.prediction_writer import PredictionWriter
 from cellmap_lightning.training.checkpoints import read_checkpoint
 from cellmap_lightning.training.heads import Head, channel_values, describe_channels, make_heads
 from cellmap_lightning.training.model_forward import no_predict_step
@@ -207,6 +208,7 @@ def _module(
     names = list(targets)[:1] if chosen is None else [chosen] if isinstance(chosen, str) else list(chosen)
     first = next((targets[n] for n in names if n in targets), None)
     if not isinstance(task, SegmentationTask):
+        PredictionWriter.check_module(task)
         described = [{"name": n, **description} for n, description in described_channels(task).items()]
         return TaskModel(task, name), described, first
     unknown = [n for n in names if n not in targets]
@@ -234,7 +236,7 @@ def _output(module: nn.Module, x: Tensor, where: str) -> Tensor:
         unusable = no_predict_step(module.task, error) if isinstance(module, TaskModel) else None
         if unusable is None:
             raise
-        raise type(unusable)(f"{where}: {unusable}") from error
+        raise unusable from error
     if not isinstance(output, Tensor) or output.ndim != x.ndim or len(output) != len(x):
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise CellMapTypeError(f"{where}: the model must return a tensor [N, C, ...] of {x.ndim} axes, got {got}")

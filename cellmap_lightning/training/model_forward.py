@@ -1,5 +1,6 @@
 """Class probabilities of any LightningModule, for pictures: at its precision, with either signature of forward."""
 
+import inspect
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -136,8 +137,33 @@ def names_in(arrays: Collection[str], named: Any) -> list[str]:
         named: an attribute of a task, such as ``input_name``; in user code it may mean something else and is ignored
             then.
     """
+    return _named(arrays, named) or list(arrays)[:1]
+
+
+def inputs_of(module: L.LightningModule, arrays: Collection[str], named: Any = None) -> list[str]:
+    """Return the inputs of a module's forward: those that it names, else as many as its forward takes.
+
+    Args:
+        module: the module.
+        arrays: inputs of a batch, in their order.
+        named: names in place of the attribute ``input_name`` of the module.
+    """
+    names = _named(arrays, named or getattr(module, "input_name", None))
+    if names:
+        return names
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [p for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
+    by_name = [p.name for p in required if p.name in arrays]
+    if len(by_name) == len(required) > 0:  # forward(context, raw)
+        return by_name
+    return list(arrays)[: max(1, len(required))]
+
+
+def _named(arrays: Collection[str], named: Any) -> list[str]:
+    """Return the names in an attribute of a task; none where it does not name arrays."""
     names = [named] if isinstance(named, str) else named if isinstance(named, list | tuple) else []
-    return list(names) if names and set(names) <= set(arrays) else list(arrays)[:1]
+    return list(names) if names and set(names) <= set(arrays) else []
 
 
 def no_predict_step(task: L.LightningModule, error: BaseException) -> CellMapTypeError | None:
