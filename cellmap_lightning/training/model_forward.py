@@ -35,7 +35,8 @@ def class_probabilities(
 ) -> torch.Tensor:
     """Return the probability of each class in each voxel of a batch.
 
-    The module is called with the inputs, or with the whole batch where that fails. Of several outputs (a tuple, a
+    The module is called with the inputs, by their names where its parameters have these, or with the whole batch where
+    that fails. Of several outputs (a tuple, a
     list, a mapping) the first one that has a channel per class, or one more, and the shape of the input is taken.
 
     Args:
@@ -108,8 +109,12 @@ def _forward(
     moved = precision_of(module).convert_input(moved)
     with inference_at_precision(module):
         # There is no convention of Lightning for forward: it may take the inputs or the batch.
+        by_name = {p.name for p in _parameters(module) if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
         try:
-            outputs = module(*(moved[name] for name in names))
+            if by_name >= set(names):  # in any order, as forward(context, raw)
+                outputs = module(**{name: moved[name] for name in names})
+            else:
+                outputs = module(*(moved[name] for name in names))
         except Exception as error:
             try:
                 outputs = module(moved)
@@ -151,13 +156,24 @@ def inputs_of(module: L.LightningModule, arrays: Collection[str], named: Any = N
     names = _named(arrays, named or getattr(module, "input_name", None))
     if names:
         return names
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(module.forward).parameters.values()
-    required = [p for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
-    by_name = [p.name for p in required if p.name in arrays]
-    if len(by_name) == len(required) > 0:  # forward(context, raw)
-        return by_name
-    return list(arrays)[: max(1, len(required))]
+    parameters = _parameters(module)
+    taken = [p for p in parameters if p.default is inspect.Parameter.empty or p.name in arrays]
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in taken):
+        return list(arrays)
+    if taken and all(p.name in arrays for p in taken):
+        return [name for name in arrays if name in {p.name for p in taken}]
+    return list(arrays)[: max(1, sum(p.default is inspect.Parameter.empty for p in taken))]
+
+
+def _parameters(module: L.LightningModule) -> list[inspect.Parameter]:
+    """Return the parameters of a module's forward that take inputs."""
+    kinds = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+    return [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
 
 
 def _named(arrays: Collection[str], named: Any) -> list[str]:
