@@ -1,11 +1,13 @@
-"""A check that the loss and the weights of a training are finite."""
+"""A check that the losses, the weights and the monitored metrics of a training are finite."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from cellmap_lightning.errors import CellMapValueError
@@ -19,20 +21,32 @@ _ADVICE = (
     "gradient_clip_val, or in 16-true the optimizer's eps to 1e-4"
 )
 
+_VALIDATION_ADVICE = (
+    "targets are NaN where unannotated, and a class or a batch can be so throughout: leave these voxels out before "
+    "values are averaged"
+)
+#: The metric that is compared beside the monitored ones.
+_LOSS = "val/loss"
+
 
 class LossMonitor(L.Callback):
-    """Ends a training whose weights are NaN or infinite, and warns once about a loss that is.
+    """Ends a training whose weights or monitored metric are NaN or infinite, and warns once about a loss that is.
 
     A loss that is NaN makes all weights NaN in its step, unless a gradient scaler leaves the step out; all that is
-    computed and saved afterwards is useless. The flag of each step stays on the device and is read in the first step of
-    an epoch, after every ``every_n_steps`` of them, at its end, and before any checkpoint is written. Ranks decide
-    together. With manual optimization the loss is what ``training_step`` returns.
+    computed and saved afterwards is useless. The flag of each step stays on the device, and reading it waits for the
+    device: it is read after 1, 2, 4, 8, ... steps of an epoch, after every ``every_n_steps`` of them, at its end, and
+    before any checkpoint is written. Ranks decide together. With manual optimization the loss is what ``training_step``
+    returns.
+
+    After a validation in a training, the metrics that callbacks monitor (``best.ckpt``, early stopping) are compared:
+    one that is NaN or infinite ranks no checkpoint. ``val/loss`` that is not monitored is a warning, once.
 
     Args:
         every_n_steps: number of steps after which the flags are read; reading waits for the device.
 
     Raises:
-        CellMapValueError: the number is below 1; in a training, the weights are NaN or infinite after such a loss.
+        CellMapValueError: the number is below 1; in a training, the weights are NaN or infinite after such a loss, or a
+            monitored metric is.
 
     Example:
         >>> Trainer(callbacks=[LossMonitor()])
@@ -42,11 +56,11 @@ class LossMonitor(L.Callback):
         self.every_n_steps = int_at_least("every_n_steps", every_n_steps, 1)
 
         self._infinite: Tensor | None = None
-        self._warned = False
+        self._warned = self._warned_of_validation = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget the steps of earlier trainings."""
-        self._infinite, self._warned = None, False
+        self._infinite, self._warned, self._warned_of_validation = None, False, False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,8 +70,31 @@ class LossMonitor(L.Callback):
         if isinstance(loss, Tensor):
             infinite = ~torch.isfinite(loss.detach()).all()
             self._infinite = infinite if self._infinite is None else self._infinite | infinite
-        if batch_idx == 0 or (batch_idx + 1) % self.every_n_steps == 0:
+        steps = batch_idx + 1
+        # Powers of two: a loss that diverges in the first steps is met soon, at few of them.
+        if steps % self.every_n_steps == 0 or steps & (steps - 1) == 0:
             self._check(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare the monitored metrics and ``val/loss``, before a checkpoint is ranked by them."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        monitors = {name for callback in callbacks if isinstance(name := getattr(callback, "monitor", None), str)}
+        values = {name: float(trainer.callback_metrics.get(name, 0.0)) for name in sorted({*monitors, _LOSS})}
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        together = trainer.strategy.reduce_boolean_decision
+        where = f"epoch {trainer.current_epoch}, optimizer step {trainer.global_step}"
+        if together(bool(monitors & {*wrong}), all=False):
+            name = next((name for name in wrong if name in monitors), "a monitored metric of another process")
+            value = values.get(name, math.nan)
+            raise CellMapValueError(
+                f"{where}: {name}={value} in the validation, by which the best weights are chosen; "
+                f"{_VALIDATION_ADVICE}, or choose another monitor"
+            )
+        if wrong and not self._warned_of_validation:
+            self._warned_of_validation = True
+            log.warning("%s: %s=%s in the validation; %s", where, wrong[0], values[wrong[0]], _VALIDATION_ADVICE)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read what the last steps noted."""

@@ -14,7 +14,7 @@ from cellmap_lightning.datasets.source import Draw
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError
 from cellmap_lightning.loading.dataloader import CellMapDataLoader
 from cellmap_lightning.loading.samples import Samples
-from cellmap_lightning.training.model_forward import first_line, names_in, predicted_values
+from cellmap_lightning.training.model_forward import first_line, inputs_of, names_in, predicted_values
 from cellmap_lightning.validation import int_at_least, one_of
 from cellmap_lightning.visualization.display import prediction_title
 from cellmap_lightning.visualization.figures.canvas import as_pixels
@@ -127,7 +127,7 @@ class BatchPreview(L.Callback):
             raise CellMapTypeError(f"batches of one CellMapDataLoader are drawn, got those of {type(loader).__name__}")
         samples = {name: value[: self.samples] for name, value in batch.items()}
         layout = loader.layout
-        inputs = names_in(layout.inputs, self.input_name or getattr(pl_module, "input_name", None))
+        inputs = inputs_of(pl_module, layout.inputs, self.input_name)
         targets = names_in(layout.targets, self.target_name or getattr(pl_module, "target_name", None))
         target = targets[0] if targets else None
         predicted = self._predicted(pl_module, samples, inputs, len(layout.classes), target)

@@ -1,13 +1,20 @@
 """Hints after Hydra's own errors about overrides."""
 
+import argparse
+import inspect
+import json
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from cellmap_lightning.commands.config_keys import flat_keys
+from cellmap_lightning.commands.config_values import target_nodes
 from cellmap_lightning.commands.resolvers import CONFIGS
 from cellmap_lightning.errors import install_command
 from cellmap_lightning.validation import did_you_mean
@@ -20,10 +27,14 @@ def override_hints(name: str, arguments: list[str]) -> list[str]:
         name: the command.
         arguments: its arguments.
     """
-    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    files = _option("--config-dir", "-cd", arguments)
+    folders = [CONFIGS, *([Path(files).resolve()] if files is not None and Path(files).is_dir() else [])]
+    groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
     # With the selected options, whose keys may be meant, but without the overrides that Hydra refused.
-    config = _composed(name, [o for o in overrides if _selects_option(o, groups)])
+    selected = [o for o in overrides if _selects_option(o, groups, folders)]
+    searched = [f"hydra.searchpath=[{', '.join(json.dumps(f'file://{folder}') for folder in folders[1:])}]"]
+    config = _composed(_option("--config-name", "-cn", arguments) or name, [*searched, *selected])
     if config is None:
         return []
     hints = []
@@ -32,7 +43,41 @@ def override_hints(name: str, arguments: list[str]) -> list[str]:
         hints.append(f"Jobs through Slurm need the extra slurm: {install_command('slurm')}")
     if "-m" in arguments[1:] and not arguments[0].startswith("-"):
         hints.append(f"-m comes first: cellmap-{name} -m {' '.join(a for a in arguments if a != '-m')}")
-    return hints + _key_hints(name, overrides, [*(key for key, _ in flat_keys(config)), *groups])
+    keys = [*(key for key, _ in flat_keys(config)), *groups]
+    overrides = [o for o in overrides if o != files]  # a folder may have a = in its name
+    nodes = {override.partition("=")[0].lstrip("+~").rpartition(".")[0] for override in overrides}
+    return hints + _key_hints(name, overrides, [*keys, *_arguments(config, keys, nodes)])
+
+
+def _option(name: str, short: str, arguments: list[str]) -> str | None:
+    """Return the value of an option of Hydra, such as ``--config-dir``; None where it is not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(short, name, dest="value")
+    try:
+        value: str | None = parser.parse_known_args(arguments)[0].value
+    except (argparse.ArgumentError, SystemExit):  # without a value
+        return None
+    return value
+
+
+def _arguments(config: Any, keys: Sequence[str], nodes: Collection[str]) -> list[str]:
+    """Return the keys of arguments that a configuration leaves at their defaults.
+
+    Args:
+        config: the configuration, as plain containers.
+        keys: its keys.
+        nodes: the keys of the classes whose arguments are returned; only these are imported.
+    """
+    found = []
+    for where, node in target_nodes(config):
+        if where not in nodes:
+            continue
+        try:
+            names = inspect.signature(get_object(node["_target_"])).parameters
+        except Exception:  # the hint must never hide the error that it belongs to
+            continue
+        found += [f"{where}.{name}" for name in names if f"{where}.{name}" not in keys]
+    return found
 
 
 def _key_hints(name: str, overrides: list[str], keys: list[str]) -> list[str]:
@@ -46,10 +91,10 @@ def _key_hints(name: str, overrides: list[str], keys: list[str]) -> list[str]:
     return hints
 
 
-def _selects_option(override: str, groups: set[str]) -> bool:
+def _selects_option(override: str, groups: set[str], folders: Sequence[Path]) -> bool:
     """Return whether an override selects an existing option of a group, such as ``model=unet``."""
     group, _, option = override.partition("=")
-    return group in groups and (CONFIGS / group / f"{option}.yaml").exists()
+    return group in groups and any((folder / group / f"{option}.yaml").exists() for folder in folders)
 
 
 def _composed(name: str, overrides: list[str]) -> Any:

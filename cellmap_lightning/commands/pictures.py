@@ -9,7 +9,7 @@ import torch
 
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.training import report
-from cellmap_lightning.training.model_forward import first_line, names_in, predicted_values
+from cellmap_lightning.training.model_forward import first_line, inputs_of, names_in, predicted_values
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def picture_title(name: str | None, folder: Path, source: str) -> str:
     return f"{name or within}: validation samples of {PurePath(source).name}"
 
 
-def draw_samples(task: Any, data: CellMapDataModule, path: Path, title: str) -> None:
+def draw_samples(task: Any, data: CellMapDataModule, path: Path, title: str) -> dict[str, str]:
     """Draw validation samples, with predictions if the task has a forward that returns them.
 
     Args:
@@ -49,13 +49,16 @@ def draw_samples(task: Any, data: CellMapDataModule, path: Path, title: str) -> 
         data: the data module with the validation samples.
         path: the PNG to write.
         title: a line at the top.
+
+    Returns:
+        The description of the picture, for the list of results, where it has no predictions.
     """
     task.eval()
     if hasattr(task, "write_samples"):  # a task without classes, such as a reconstruction
         attempt(f"{path.name} is not drawn", lambda: task.write_samples(data.val_dataset, path, title=title))
-        return
+        return {}
     classes = len(data.classes or ())
-    names = names_in(data.input_arrays, getattr(task, "input_name", None))
+    names = inputs_of(task, data.input_arrays)
     target = next(iter(names_in(data.target_arrays, getattr(task, "target_name", None))), None)
     failed = classes == 0
 
@@ -76,6 +79,7 @@ def draw_samples(task: Any, data: CellMapDataModule, path: Path, title: str) -> 
             data.val_dataset, predict, path, title=title, input_name=names[0], target_name=target
         ),
     )
+    return {path.name: "raw and target" if target else "raw"} if failed else {}
 
 
 def scores_of(task: Any) -> Mapping[str, Mapping[str, float]] | None:

@@ -1,6 +1,5 @@
 """The job of ``cellmap-predict``: predictions with the model of a checkpoint, one after the other."""
 
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
 from cellmap_lightning.commands.prediction_context import reach_of_task, set_context
 from cellmap_lightning.commands.prediction_report import check_files, csc_scores, describe_prediction
 from cellmap_lightning.commands.signals import ExitOnSignal
-from cellmap_lightning.errors import CellMapError, CellMapTypeError
+from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.training.checkpoints import check_checkpoint
-from cellmap_lightning.training.model_forward import first_line
+from cellmap_lightning.training.model_forward import no_predict_step
 from cellmap_lightning.wording import plural
 
 
@@ -65,32 +64,17 @@ def _predict(trainer: L.Trainer, task: L.LightningModule, data: L.LightningDataM
     """Predict all blocks.
 
     Raises:
-        CellMapTypeError: the module has neither ``predict_step`` nor ``forward``; only a ``forward`` that does not take
-            a batch, as Lightning calls it; or a ``predict_step`` that calls a module without ``forward``.
+        CellMapTypeError: see `no_predict_step`.
     """
-    name = type(task).__name__
     try:
         trainer.predict(task, datamodule=data, ckpt_path=ckpt, return_predictions=False, weights_only=True)
     except CellMapError:
         raise
     except Exception as error:
-        if isinstance(error, NotImplementedError) and 'required "forward" function' in str(error):  # of torch
-            raise CellMapTypeError(
-                f"{name}: predict_step calls a module without forward ({error}); define forward, or call the network "
-                "instead of the module"
-            ) from error
-        if type(task).predict_step is not L.LightningModule.predict_step or not _raised_in_forward(error, task):
+        unusable = no_predict_step(task, error)
+        if unusable is None:
             raise
-        raise CellMapTypeError(
-            f"{name} has no predict_step, so its forward was called with the batch, a dict, and failed "
-            f"({first_line(error)}); define predict_step(self, batch, batch_idx), which returns [N, C, z, y, x]"
-        ) from error
-
-
-def _raised_in_forward(error: BaseException, task: L.LightningModule) -> bool:
-    """Return True if an error was raised in the ``forward`` of a module, or in what it calls."""
-    code = getattr(type(task).forward, "__code__", None)
-    return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
+        raise unusable from error
 
 
 def run_all(configs: list[DictConfig], write_line: Callable[[str], None]) -> None:

@@ -12,7 +12,10 @@ from torch import nn
 from cellmap_lightning.batches.arrays import InputArray, TargetArray, parse_inputs, parse_targets
 from cellmap_lightning.commands.patch_plan import PatchNeeds, PatchPlan, plan_patch
 from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.export.exported_task import ExportedTask
+from cellmap_lightning.export.model_card import ModelCard, parse_reach
 from cellmap_lightning.export.reach import Reach, measure_reach
+from cellmap_lightning.export.trained_model import TaskModel
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.ngff import Overrides
@@ -42,11 +45,31 @@ def reach_of_task(cfg: DictConfig, task: L.LightningModule) -> Reach | ContextEr
         return None
     try:
         spec = _arrays(cfg)[0]
-        return measure_reach(_network(task), [n for n in spec.window.shape if n != 1])
+        if isinstance(task, ExportedTask):
+            return _recorded_reach(task.card)
+        return measure_reach(
+            _network(task, next(iter(cfg.data.input_arrays))), [n for n in spec.window.shape if n != 1]
+        )
     except ContextError as e:
         return e
     except Exception as e:  # the code of a network can raise anything
         return ContextError(next(iter(str(e).splitlines()), type(e).__name__))
+
+
+def _recorded_reach(card: ModelCard) -> Reach:
+    """Return the reach that the description of an exported model records.
+
+    A description with a halo alone does not say what other patches would cost: the patch stays as it is.
+
+    Raises:
+        ContextError: it has neither.
+    """
+    if card.reach is not None:
+        return parse_reach(card.reach)
+    if card.halo is None:
+        raise ContextError("the description of the exported model has neither reach nor halo")
+    halo = tuple(h for h, n in zip(card.halo, card.input_shape, strict=True) if n != 1)
+    return Reach(halo, (1,) * len(halo), 0.0, ())
 
 
 def set_context(cfg: DictConfig, reach: Reach | ContextError | None) -> None:
@@ -157,16 +180,18 @@ def _arrays(cfg: DictConfig) -> tuple[InputArray, InputArray | TargetArray]:
     return source, output
 
 
-def _network(task: L.LightningModule) -> nn.Module:
-    """Return the network of a task with one input.
+def _network(task: L.LightningModule, name: str) -> nn.Module:
+    """Return the network of a task with one input; its whole prediction, as exported, where it has none of that name.
 
     Raises:
-        ContextError: it has none, as an exported model.
+        ContextError: it has neither.
     """
     network = getattr(task, "network", None)
-    if not isinstance(network, nn.Module):
-        raise ContextError(f"{type(task).__name__} has no network that can be measured")
-    return network
+    if isinstance(network, nn.Module):
+        return network
+    if type(task).predict_step is L.LightningModule.predict_step:
+        raise ContextError(f"{type(task).__name__} has neither a network nor a predict_step that can be measured")
+    return TaskModel(task, name)
 
 
 def _needs(cfg: DictConfig, reach: Reach) -> PatchNeeds:
@@ -190,7 +215,8 @@ def _needs(cfg: DictConfig, reach: Reach) -> PatchNeeds:
     batch = 1 if cfg.adjustable.batch_size else cfg.data.batch_size
     return PatchNeeds(
         whole.shape, first, length, window.shape, _shape(context), _shape(steps), reach.voxel_bytes,
-        cfg.patch.memory_mb * 2**20 / batch, not cfg.adjustable.patch or source.flat,
+        cfg.patch.memory_mb * 2**20 / batch,
+        fixed=not cfg.adjustable.patch or not reach.voxel_bytes or source.flat,
     )  # fmt: skip
 
 
@@ -211,6 +237,6 @@ def _use_patch(cfg: DictConfig, needs: PatchNeeds, patch: Shape) -> None:
         for arrays in (cfg.data.input_arrays, cfg.data.target_arrays or {}):
             for array in arrays.values():
                 array.shape = [n + more for n, more in zip(array.shape, added, strict=True)]
-    if cfg.adjustable.batch_size:
+    if cfg.adjustable.batch_size and needs.voxel_bytes:
         allowed = int(needs.memory / (math.prod(patch) * needs.voxel_bytes))
         cfg.data.batch_size = max(1, min(cfg.data.batch_size, allowed))

@@ -87,8 +87,9 @@ def _scores(run: Path) -> dict[str, Any]:
 
 def _values(scores: Mapping[str, Any], classes: Sequence[str]) -> list[float]:
     """Return the monitored metric of a run and its score of each class; NaN where it has none."""
-    value, by_class = scores.get("value"), scores.get("classes", {})
-    return [math.nan if value is None else float(value), *(by_class.get(name, math.nan) for name in classes)]
+    by_class = scores.get("classes", {})
+    values = [scores.get("value"), *(by_class.get(name) for name in classes)]
+    return [math.nan if value is None else float(value) for value in values]
 
 
 def _number(value: float) -> str:
@@ -111,9 +112,13 @@ def write_scores(folder: Path, monitor: str, value: float | None, classes: Mappi
     Args:
         folder: the folder of the run.
         monitor: name of the monitored metric.
-        value: its value; None where nothing was validated.
+        value: its value; None where nothing was validated. NaN and infinity, which JSON has not, are written as null.
         classes: scores of each class; the first of them is written.
     """
-    first = {name: next(iter(scores.values())) for name, scores in classes.items() if scores}
-    content = {"monitor": monitor, "value": value, "classes": first}
-    (folder / SCORES).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    first = {name: _finite(next(iter(scores.values()))) for name, scores in classes.items() if scores}
+    content = {"monitor": monitor, "value": _finite(value), "classes": first}
+    (folder / SCORES).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

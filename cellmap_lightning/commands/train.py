@@ -124,10 +124,11 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.finalize("success")
+            others = _other_scores(cfg, validates)
             if validates:
                 title = picture_title(cfg.name, progress.folder, data.splits.source)
-                draw_samples(task, data, progress.folder / "samples.png", title)
-            _report(cfg, progress.folder, trainer, task, untrained)
+                others |= draw_samples(task, data, progress.folder / "samples.png", title)
+            _report(cfg, progress.folder, trainer, task, untrained, others)
         return _monitored(cfg.monitor, trainer)
     finally:
         data.close()
@@ -163,7 +164,14 @@ def _validate_best(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataMo
     trainer.validate(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
 
 
-def _report(cfg: DictConfig, folder: Path, trainer: Any, task: Any, untrained: Mapping[str, Any] | None) -> None:
+def _report(
+    cfg: DictConfig,
+    folder: Path,
+    trainer: Any,
+    task: Any,
+    untrained: Mapping[str, Any] | None,
+    others: Mapping[str, str],
+) -> None:
     """Draw the curves, and print the scores and the files of a run."""
     attempt("curves.png is not drawn", partial(report.write_curves, folder, list(cfg.data.classes or ())))
     scores, metric = scores_of(task), trainer.callback_metrics.get(cfg.monitor)
@@ -172,7 +180,14 @@ def _report(cfg: DictConfig, folder: Path, trainer: Any, task: Any, untrained: M
     elif metric is not None:  # the scores of each class stayed in the processes of ddp_spawn and ddp_fork
         print(f"\nvalidation\n{cfg.monitor} {float(metric):.3f}")
     write_scores(folder, cfg.monitor, None if metric is None else float(metric), scores or {})
-    print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder)))
+    print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder, others)))
+
+
+def _other_scores(cfg: DictConfig, validates: bool) -> dict[str, str]:
+    """Return what scores.json holds, for the list of results, where it is not the scores of the final validation."""
+    if validates and cfg.final_validation:
+        return {}
+    return {"scores.json": "the scores of the last validation" if validates else "no scores: nothing was validated"}
 
 
 def _monitored(monitor: str, trainer: Any) -> float | None:

@@ -10,6 +10,7 @@ import yaml
 
 from cellmap_lightning.batches.arrays import parse_classes
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapTypeError, CellMapValueError
+from cellmap_lightning.export.reach import Reach
 from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.transforms.normalization import Normalize
 from cellmap_lightning.validation import did_you_mean, int_at_least, one_of, positive_number
@@ -41,6 +42,8 @@ class ModelCard:
         channels: a description of each channel of the output, see `SegmentationTask.output_channels`.
         activation: the activation that the output still needs; None where the model applies it.
         halo: voxels on either side that an output voxel depends on, see `measure_halo`; None where not measured.
+        reach: the fields of `Reach`, by which `cellmap-predict` chooses patches as with the checkpoint; None where not
+            measured. ``voxel_bytes`` is 0 where the file takes inputs of ``input_shape`` alone.
         affine: ``{dtype, offset, factor}``: ``(stored - offset) * factor`` is the input; None where it depends on the
             volume.
         about: further facts, which nothing reads: versions, checkpoint, verification.
@@ -60,6 +63,7 @@ class ModelCard:
     channels: tuple[Mapping[str, Any], ...] = ()
     activation: str | None = None
     halo: tuple[int, ...] | None = None
+    reach: Mapping[str, Any] | None = None
     affine: Mapping[str, Any] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -87,6 +91,8 @@ class ModelCard:
         one_of("activation", self.activation, _ACTIVATIONS)
         if self.halo is not None:
             put("halo", tuple(int_at_least("halo", n, 0) for n in _listed("halo", self.halo)))
+        if self.reach is not None:
+            put("reach", asdict(parse_reach(self.reach)))
         put("channels", tuple(_channels(self.channels)))
 
     @property
@@ -139,6 +145,26 @@ def read_card(path: Path, setting: str) -> ModelCard:
     if not (path.parent / card.weights).is_file():
         raise CellMapFileNotFoundError(f"{where}: weights={card.weights} is not a file in {path.parent.absolute()}")
     return card
+
+
+def parse_reach(value: Any) -> Reach:
+    """Return the reach that a description records.
+
+    Raises:
+        CellMapTypeError: it is not a mapping with the fields of `Reach`, or one of them is not a list.
+        CellMapValueError: a number is invalid.
+    """
+    names = [f.name for f in fields(Reach)]
+    if not isinstance(value, Mapping) or set(value) != set(names):
+        got = list(value) if isinstance(value, Mapping) else repr(value)
+        raise CellMapTypeError(f"reach must be a mapping with {', '.join(names)}, got {got}")
+    halo = tuple(int_at_least("reach.halo", n, 0) for n in _listed("reach.halo", value["halo"]))
+    step = tuple(int_at_least("reach.step", n, 1) for n in _listed("reach.step", value["step"]))
+    if len(halo) != len(step):
+        raise CellMapValueError(f"reach.halo and reach.step must have one number per axis, got {halo} and {step}")
+    statistics = tuple(str(name) for name in _listed("reach.statistics", value["statistics"]))
+    size = value["voxel_bytes"]
+    return Reach(halo, step, positive_number("reach.voxel_bytes", size) if size != 0 else 0.0, statistics)
 
 
 def _listed(name: str, value: Any) -> Sequence[Any]:

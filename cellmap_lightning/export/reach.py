@@ -29,7 +29,7 @@ class Reach:
         step: product of the strides per axis: a shift of the input by ``step`` voxels shifts the output likewise, so
             that patches whose starts differ by multiples of it give the same values.
         voxel_bytes: bytes of the outputs of all layers for one voxel of the input, float32. A network that predicts
-            holds a part of them at a time.
+            holds a part of them at a time. 0 where it is not known: then the patch of the training is used.
         statistics: kinds of layers that normalize by statistics of the whole patch, such as ``InstanceNorm3d``. With
             them each voxel of a patch changes all of its output a little, also beyond ``halo``.
 

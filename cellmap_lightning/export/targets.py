@@ -58,7 +58,10 @@ def export_model(
         weights = _WEIGHTS[to](model, folder, where)
         verified = verify(model, weights, where)
         about = {**model.card.about, "verified": verified}
-        card = ModelCard(**(asdict(model.card) | {"weights": weights.name, "about": about}))
+        reach = model.card.reach
+        if reach is not None and verified["other_shape"] is None:
+            reach = {**reach, "voxel_bytes": 0.0}  # patches of other shapes need a file that takes them
+        card = ModelCard(**(asdict(model.card) | {"weights": weights.name, "reach": reach, "about": about}))
         np.save(folder / "test_input.npy", model.example.numpy())
         np.save(folder / "test_output.npy", model.expected.numpy())
         card.write(folder)

@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from lightning.pytorch.core.module import _jit_is_scripting
 
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.export.trained_model import TrainedModel
@@ -25,7 +26,8 @@ def write_torchscript(model: TrainedModel, folder: Path, where: str) -> Path:
     """
     path = folder / FILE
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        # The tracer reads all attributes of a module; without this, `trainer` of a LightningModule raises.
+        with warnings.catch_warnings(), torch.no_grad(), _jit_is_scripting():
             warnings.simplefilter("ignore")  # of the tracer, about sizes; other sizes are compared afterwards
             traced = torch.jit.trace(model.module, model.example, check_trace=False)  # type: ignore[no-untyped-call]
             traced.save(str(path))

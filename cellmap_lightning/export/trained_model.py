@@ -23,9 +23,12 @@ from cellmap_lightning.checkpointing.trust import check_trusted
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.export.halo import measure_halo
 from cellmap_lightning.export.model_card import ModelCard
+from cellmap_lightning.export.reach import measure_reach
 from cellmap_lightning.prediction.channels import described_channels
+from cellmap_lightning.prediction.prediction_writer import PredictionWriter
 from cellmap_lightning.training.checkpoints import read_checkpoint
 from cellmap_lightning.training.heads import Head, channel_values, describe_channels, make_heads
+from cellmap_lightning.training.model_forward import no_predict_step
 from cellmap_lightning.training.task import SegmentationTask
 from cellmap_lightning.transforms.normalization import Normalize
 
@@ -60,7 +63,7 @@ class SegmentationModel(nn.Module):
 
 
 class TaskModel(nn.Module):
-    """Any other task, called as `Trainer.predict` does: its ``predict_step``, or without one its ``forward``.
+    """Any other task, called as `Trainer.predict` does, with a batch of its input.
 
     Args:
         task: the task.
@@ -73,11 +76,10 @@ class TaskModel(nn.Module):
     def __init__(self, task: L.LightningModule, name: str) -> None:
         super().__init__()
         self.task, self.name = task, name
-        self.steps = type(task).predict_step is not L.LightningModule.predict_step
 
     def forward(self, x: Tensor) -> Any:
         """Return the output of the task for ``[N, 1, z, y, x]``."""
-        return self.task.predict_step({self.name: x}, 0) if self.steps else self.task(x)
+        return self.task.predict_step({self.name: x}, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +110,7 @@ def restore_model(path: Path, trust: Any = (), trust_checkpoint: Any = False, st
 
     Raises:
         CellMapFileNotFoundError: there is no such checkpoint.
+        CellMapTypeError: its task is no LightningModule, or has no usable ``predict_step``.
         CellMapValueError: it is not a checkpoint of ``cellmap-train``, is not trusted, or its network has several
             inputs.
     """
@@ -142,6 +145,7 @@ def restore_model(path: Path, trust: Any = (), trust_checkpoint: Any = False, st
     named = getattr(task, "network", None)
     network: nn.Module = named if isinstance(named, nn.Module) else module
     halo, exact = _halo(network, shape, where)
+    reach = _reach(network, shape)
     card = _card(checkpoint, path, spec, chosen, classes, channels, expected, stored)
     if halo is not None:  # a slice of a volume has no context along its axis
         along = iter(halo)
@@ -150,7 +154,7 @@ def restore_model(path: Path, trust: Any = (), trust_checkpoint: Any = False, st
         **card.about, "network": type(network).__name__, "halo_limited_by_patch": not exact,
         "parameters": sum(p.numel() for p in network.parameters()),
     }  # fmt: skip
-    return TrainedModel(module, _changed(card, halo=halo, about=about), example, expected)
+    return TrainedModel(module, _changed(card, halo=halo, reach=reach, about=about), example, expected)
 
 
 def _halo(network: nn.Module, shape: tuple[int, ...], where: str) -> tuple[tuple[int, ...] | None, bool]:
@@ -166,6 +170,15 @@ def _halo(network: nn.Module, shape: tuple[int, ...], where: str) -> tuple[tuple
             "%s: the halo is not measured: %s: %s", where, type(e).__name__, next(iter(str(e).splitlines()), "")
         )
         return None, False
+
+
+def _reach(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """Measure what `cellmap-predict` needs for its patches; None where the network does not allow it."""
+    try:
+        return asdict(measure_reach(network, shape))
+    except Exception as e:  # the code of a network can raise anything
+        log.info("the reach is not measured: %s", next(iter(str(e).splitlines()), type(e).__name__))
+        return None
 
 
 def _changed(card: ModelCard, **values: Any) -> ModelCard:
@@ -195,6 +208,7 @@ def _module(
     names = list(targets)[:1] if chosen is None else [chosen] if isinstance(chosen, str) else list(chosen)
     first = next((targets[n] for n in names if n in targets), None)
     if not isinstance(task, SegmentationTask):
+        PredictionWriter.check_module(task)
         described = [{"name": n, **description} for n, description in described_channels(task).items()]
         return TaskModel(task, name), described, first
     unknown = [n for n in names if n not in targets]
@@ -213,10 +227,16 @@ def _output(module: nn.Module, x: Tensor, where: str) -> Tensor:
     """Return the output for a test input.
 
     Raises:
-        CellMapTypeError: it is not a tensor ``[N, C, ...]``.
+        CellMapTypeError: it is not a tensor ``[N, C, ...]``; or see `no_predict_step`.
     """
-    with torch.no_grad():
-        output = module(x)
+    try:
+        with torch.no_grad():
+            output = module(x)
+    except Exception as error:  # the code of a task can raise anything
+        unusable = no_predict_step(module.task, error) if isinstance(module, TaskModel) else None
+        if unusable is None:
+            raise
+        raise unusable from error
     if not isinstance(output, Tensor) or output.ndim != x.ndim or len(output) != len(x):
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise CellMapTypeError(f"{where}: the model must return a tensor [N, C, ...] of {x.ndim} axes, got {got}")

@@ -1,5 +1,7 @@
 """Class probabilities of any LightningModule, for pictures: at its precision, with either signature of forward."""
 
+import inspect
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +35,8 @@ def class_probabilities(
 ) -> torch.Tensor:
     """Return the probability of each class in each voxel of a batch.
 
-    The module is called with the inputs, or with the whole batch where that fails. Of several outputs (a tuple, a
+    The module is called with the inputs, by their names where its parameters have these, or with the whole batch where
+    that fails. Of several outputs (a tuple, a
     list, a mapping) the first one that has a channel per class, or one more, and the shape of the input is taken.
 
     Args:
@@ -106,8 +109,12 @@ def _forward(
     moved = precision_of(module).convert_input(moved)
     with inference_at_precision(module):
         # There is no convention of Lightning for forward: it may take the inputs or the batch.
+        by_name = {p.name for p in _parameters(module) if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
         try:
-            outputs = module(*(moved[name] for name in names))
+            if by_name >= set(names):  # in any order, as forward(context, raw)
+                outputs = module(**{name: moved[name] for name in names})
+            else:
+                outputs = module(*(moved[name] for name in names))
         except Exception as error:
             try:
                 outputs = module(moved)
@@ -135,8 +142,74 @@ def names_in(arrays: Collection[str], named: Any) -> list[str]:
         named: an attribute of a task, such as ``input_name``; in user code it may mean something else and is ignored
             then.
     """
+    return _named(arrays, named) or list(arrays)[:1]
+
+
+def inputs_of(module: L.LightningModule, arrays: Collection[str], named: Any = None) -> list[str]:
+    """Return the inputs of a module's forward: those that it names, else as many as its forward takes.
+
+    Args:
+        module: the module.
+        arrays: inputs of a batch, in their order.
+        named: names in place of the attribute ``input_name`` of the module.
+    """
+    names = _named(arrays, named or getattr(module, "input_name", None))
+    if names:
+        return names
+    parameters = _parameters(module)
+    taken = [p for p in parameters if p.default is inspect.Parameter.empty or p.name in arrays]
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in taken):
+        return list(arrays)
+    if taken and all(p.name in arrays for p in taken):
+        return [name for name in arrays if name in {p.name for p in taken}]
+    return list(arrays)[: max(1, sum(p.default is inspect.Parameter.empty for p in taken))]
+
+
+def _parameters(module: L.LightningModule) -> list[inspect.Parameter]:
+    """Return the parameters of a module's forward that take inputs."""
+    kinds = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
+    return [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
+
+
+def _named(arrays: Collection[str], named: Any) -> list[str]:
+    """Return the names in an attribute of a task; none where it does not name arrays."""
     names = [named] if isinstance(named, str) else named if isinstance(named, list | tuple) else []
-    return list(names) if names and set(names) <= set(arrays) else list(arrays)[:1]
+    return list(names) if names and set(names) <= set(arrays) else []
+
+
+def no_predict_step(task: L.LightningModule, error: BaseException) -> CellMapTypeError | None:
+    """Return the error for a module that cannot predict a batch; None where the fault is another one.
+
+    That is a module with neither ``predict_step`` nor ``forward``; with a ``forward`` alone that does not take a batch,
+    as Lightning calls it; or with a ``predict_step`` that calls a module without ``forward``.
+
+    Args:
+        task: the module.
+        error: the error of its prediction.
+    """
+    name = type(task).__name__
+    if isinstance(error, NotImplementedError) and 'required "forward" function' in str(error):  # of torch
+        return CellMapTypeError(
+            f"{name}: predict_step calls a module without forward ({error}); define forward, or call the network "
+            "instead of the module"
+        )
+    if type(task).predict_step is not L.LightningModule.predict_step or not _raised_in_forward(error, task):
+        return None
+    return CellMapTypeError(
+        f"{name} has no predict_step, so its forward was called with the batch, a dict, and failed "
+        f"({first_line(error)}); define predict_step(self, batch, batch_idx), which returns [N, C, z, y, x]"
+    )
+
+
+def _raised_in_forward(error: BaseException, task: L.LightningModule) -> bool:
+    """Return True if an error was raised in the ``forward`` of a module, or in what it calls."""
+    code = getattr(type(task).forward, "__code__", None)
+    return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def first_line(error: BaseException) -> str:

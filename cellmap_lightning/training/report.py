@@ -185,10 +185,16 @@ def _sheet_sample(
     return sheet_sample(tile.sample[input_name][0], displays, tuple(window.scale.tolist()), header)
 
 
-def describe_run(folder: Path) -> list[str]:
-    """Return one line for each file of a run that exists."""
+def describe_run(folder: Path, others: Mapping[str, str] | None = None) -> list[str]:
+    """Return one line for each file of a run that exists.
+
+    Args:
+        folder: of the run.
+        others: descriptions of files in place of the usual ones.
+    """
     width = max(map(len, _FILES))
-    return [f"  {name:<{width}}  {text}" for name, text in _FILES.items() if (folder / name).exists()]
+    texts = _FILES | dict(others or {})
+    return [f"  {name:<{width}}  {text}" for name, text in texts.items() if (folder / name).exists()]
 
 
 def write_curves(folder: Path, classes: Sequence[str] | None = None) -> None:

@@ -88,7 +88,7 @@ def test_weights_that_are_nan_end_the_training_in_the_first_step(volume, tmp_pat
     assert task.steps == 1
 
 
-@pytest.mark.parametrize(("every", "steps"), [(1, 3), (4, 4), (50, 6)])
+@pytest.mark.parametrize(("every", "steps"), [(1, 3), (3, 3), (50, 4)])
 def test_a_loss_that_diverges_later_is_found_when_steps_are_logged(volume, tmp_path, every, steps):
     task, last = Own(growing), LastCheckpoint(tmp_path / "checkpoints")
     with pytest.raises(CellMapError, match=rf"optimizer step {steps}: the loss of Own is NaN or infinite, and so"):
@@ -160,3 +160,53 @@ def test_adam_in_float16_needs_a_larger_eps(volume, tmp_path, eps, dies):
             fit(volume, tmp_path, task, precision="16-true")
     else:
         assert fit(volume, tmp_path, task, precision="16-true").global_step == 6
+
+
+class Validated(Own):
+    """Logs what it is given in each validation."""
+
+    def __init__(self, *values, name="val/loss"):
+        super().__init__(masked)
+        self.values, self.name = list(values), name
+
+    def validation_step(self, batch, batch_idx):
+        if not self.trainer.sanity_checking:
+            self.log(self.name, self.values[self.trainer.current_epoch], batch_size=2)
+
+
+def validated(volume, folder, task, monitor=None, epochs=2):
+    saves = ModelCheckpoint(folder / "checkpoints", "best", monitor=monitor, mode="min")
+    callbacks = [LossMonitor(), *([saves] if monitor else [])]
+    fit(
+        volume, folder, task, callbacks=callbacks, enable_checkpointing=monitor is not None, limit_val_batches=1,
+        max_epochs=epochs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["val/loss", "val/score"])
+def test_a_monitored_metric_that_is_not_finite_ends_the_training(volume, tmp_path, name, value):
+    task = Validated(value, name=name)
+    with pytest.raises(CellMapError, match=rf"epoch 0, optimizer step 6: {name}={value} in the validation, by which"):
+        validated(volume, tmp_path, task, name)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_monitored_metric_that_becomes_nan_keeps_the_best_checkpoint(volume, tmp_path):
+    with pytest.raises(CellMapError, match="epoch 1, optimizer step 12: val/loss=nan"):
+        validated(volume, tmp_path, Validated(0.5, math.nan), "val/loss")
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_monitored_is_a_warning_once(volume, tmp_path, caplog, value):
+    validated(volume, tmp_path, Validated(value, value))
+    warnings = [r.getMessage() for r in caplog.records if r.name.endswith("loss_monitor")]
+    assert len(warnings) == 1
+    assert f"val/loss={value} in the validation; targets are NaN where unannotated" in warnings[0]
+
+
+def test_finite_validations_and_other_metrics_are_no_matter(volume, tmp_path, caplog):
+    validated(volume, tmp_path, Validated(0.5, 0.4), "val/loss")
+    validated(volume, tmp_path, Validated(math.nan, 0.5, name="val/other"))
+    assert not [r for r in caplog.records if r.name.endswith("loss_monitor")]

@@ -41,6 +41,7 @@ def voxels(path, name="mito"):
 
 
 def test_the_prediction_is_that_of_the_checkpoint(exported, volume, tmp_path):
+    contexts = []
     for name, ckpt in [("a.zarr", "best.ckpt"), ("b.zarr", "mito"), ("c.zarr", "mito/cellmap.json")]:
         code, text = predict(
             exported,
@@ -49,9 +50,11 @@ def test_the_prediction_is_that_of_the_checkpoint(exported, volume, tmp_path):
             f"ckpt={exported}/{ckpt}",
             f"out={name}",
             "writer.dtype=float32",
-            "writer.overlap=0.25",
         )
         assert code == 0, text
+        contexts.append([line.partition("context: ")[2] for line in text.splitlines() if "context: " in line])
+    assert contexts[0]
+    assert contexts[1:] == contexts[:1] * 2
     for name in ("mito", "er"):
         expected = voxels(tmp_path / "a.zarr", name)
         assert expected.std() > 0

@@ -10,7 +10,7 @@ from torch import nn
 
 from cellmap_lightning.callbacks import BatchPreview
 from cellmap_lightning.commands.pictures import attempt, draw_samples, picture_title
-from cellmap_lightning.training.model_forward import class_probabilities
+from cellmap_lightning.training.model_forward import class_probabilities, inputs_of
 from cellmap_lightning.training.report import write_curves
 from tests.commands.test_cli import run_forked, small
 from tests.runs import module, trainer
@@ -127,9 +127,11 @@ def test_training_succeeds_with_any_module(volume, tmp_path, kind):
         volume, tmp_path, f"task._target_={__name__}.{kind.__name__}", "callbacks.batch_preview.every_n_epochs=1"
     )
     lines = [line for line in output.splitlines() if "samples.png shows" in line or "is not drawn" in line]
+    assert ("raw, target and prediction" in output) == (KINDS[kind] is None)
     if KINDS[kind] is None:
         assert lines == []
     else:
+        assert re.search(r"samples.png +raw and target$", output, re.MULTILINE)
         assert len(lines) == 1
         assert re.search(KINDS[kind], lines[0]), lines
     assert len(re.findall("BatchPreview: the pictures show no predictions", output)) == (KINDS[kind] is not None)
@@ -160,6 +162,89 @@ def test_class_probabilities_select_the_matching_output(volume):
         expected = result if expected is None else expected
         assert result.shape == (2, 2, 4, 4, 4)
         assert torch.equal(result, expected)
+
+
+class TwoInputs(Plain):
+    """A network with a context, whose voxels it shifts the logits by."""
+
+    def two(self, raw, context):
+        return self.conv(raw) + context.mean()
+
+    def logits(self, batch):
+        return self.two(batch["raw"], batch["context"])
+
+    def forward(self, raw, context):
+        return self.two(raw, context)
+
+
+class OtherOrder(TwoInputs):
+    def forward(self, context, raw):
+        return self.two(raw, context)
+
+
+class OtherNames(TwoInputs):
+    def forward(self, x, wide):
+        return self.two(x, wide)
+
+
+class KeywordOnly(TwoInputs):
+    def forward(self, raw, *, context=None):
+        return self.two(raw, context)
+
+
+class Any(TwoInputs):
+    def forward(self, *inputs):
+        return self.two(*inputs)
+
+
+class Default(TwoInputs):
+    def forward(self, raw, scale=1.0):
+        return self.conv(raw) * scale
+
+
+class ContextAlone(TwoInputs):
+    def forward(self, context):
+        return self.conv(context)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (TwoInputs, ["raw", "context"]), (OtherOrder, ["raw", "context"]), (OtherNames, ["raw", "context"]),
+        (KeywordOnly, ["raw", "context"]), (Any, ["raw", "context"]), (Default, ["raw"]), (ContextAlone, ["context"]),
+        (OfTheInput, ["raw"]), (OfTheBatch, ["raw"]),
+    ],
+)  # fmt: skip
+def test_forward_gets_the_inputs_that_it_takes(kind, names):
+    generator = torch.Generator().manual_seed(0)
+    batch = {name: torch.rand(2, 1, 4, 4, 4, generator=generator) * size for name, size in [("raw", 1), ("context", 9)]}
+    torch.manual_seed(0)
+    task = kind()
+    assert inputs_of(task, ["raw", "context"]) == names
+    logits = {Default: task.conv(batch["raw"]), ContextAlone: task.conv(batch["context"])}.get(kind)
+    if logits is None:
+        logits = task.logits(batch) if isinstance(task, TwoInputs) else task.conv(batch["raw"])
+    torch.testing.assert_close(class_probabilities(task, batch, names, 2), logits.sigmoid())
+
+
+def test_names_of_a_task_come_first():
+    task = TwoInputs()
+    task.input_name = "context"
+    assert inputs_of(task, ["raw", "context"]) == ["context"]
+    assert inputs_of(task, ["raw", "context"], ["raw"]) == ["raw"]
+    task.input_name = "other"  # another meaning
+    assert inputs_of(task, ["raw", "context"]) == ["raw", "context"]
+
+
+@pytest.mark.parametrize("kind", [TwoInputs, pytest.param(OtherOrder, marks=pytest.mark.slow)])
+def test_samples_of_two_inputs_have_predictions(volume, tmp_path, kind):
+    output = train(
+        volume, tmp_path, f"task._target_={__name__}.{kind.__name__}", "callbacks.batch_preview.every_n_epochs=1",
+        "+data.input_arrays.context={shape: [8, 16, 16], scale: [16, 16, 16]}",
+    )  # fmt: skip
+    assert "no predictions" not in output
+    assert "raw, target and prediction" in output
+    assert "the scores of the final validation" in output
 
 
 class Unwritable(Plain):

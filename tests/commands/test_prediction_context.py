@@ -163,7 +163,7 @@ def test_networks_that_cannot_be_measured_use_the_overlap(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         set_context(cfg, reach_of_task(cfg, L.LightningModule()))
     assert (cfg.writer.blend, cfg.writer.context) == ("trim", None)
-    assert "LightningModule has no network that can be measured" in caplog.text
+    assert "LightningModule has neither a network nor a predict_step that can be measured" in caplog.text
 
 
 @pytest.mark.parametrize("context", ["automatic", "", "16"])

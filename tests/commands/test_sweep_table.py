@@ -1,5 +1,6 @@
 """The table of the runs of a sweep."""
 
+import json
 import math
 import statistics
 
@@ -60,3 +61,17 @@ def test_runs_are_in_order_and_without_scores_there_is_no_table(tmp_path):
     for number in range(1, 12):
         write_run(tmp_path / str(number), [f"seed={number}"], number / 100)
     assert [cells(line)[0] for line in sweep_table(tmp_path).splitlines()[1:]] == [str(n) for n in range(12)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
+def test_scores_that_are_not_finite_are_null(tmp_path, value):
+    run = tmp_path / "0"
+    write_run(run, ["seed=0"], 0.5)
+    write_scores(run, "val/dice", value, {"mito": {"dice": 0.25}, "er": {"dice": math.nan}})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    scores = json.loads((run / "scores.json").read_text(), parse_constant=refuse)
+    assert scores == {"monitor": "val/dice", "value": None, "classes": {"mito": 0.25, "er": None}}
+    assert cells(sweep_table(tmp_path).splitlines()[1]) == ["0", "failed", "0.250", "failed"]
