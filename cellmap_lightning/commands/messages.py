@@ -138,8 +138,3 @@ def quieten() -> None:
 def _log_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
     """Log a warning, so that it is wrapped, stands above progress bars, and is in the log of a run."""
     log.warning("%s (%s, %s, line %d)", message, category.__name__, filename, lineno)
-
-
-def permission_message(error: PermissionError) -> str:
-    """Return one line with the path that may not be read or written."""
-    return f"{error.filename or error}: permission denied; choose another folder, or change the permissions of this one"
