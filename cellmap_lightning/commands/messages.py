@@ -1,7 +1,6 @@
 """Error messages of commands, and filters of the messages of libraries."""
 
 import logging
-import re
 import shutil
 import sys
 import textwrap
@@ -81,15 +80,6 @@ def without_bars() -> Iterator[None]:
 def _is_shown(bar: Any) -> bool:
     """Return True if a bar of tqdm is on the terminal."""
     return hasattr(bar, "start_t") and not bar.disable and bar.last_print_t >= bar.start_t + bar.delay
-
-
-#: Values of Python and of the command line.
-_VALUES = {"True": "true", "False": "false", "None": "null"}
-
-
-def as_overrides(text: str) -> str:
-    """Return a message with arguments of Python, such as ``overwrite=True``, as overrides of a command."""
-    return re.sub(r"\b(\w+)=(True|False|None)\b", lambda match: f"{match[1]}={_VALUES[match[2]]}", text)
 
 
 #: Printed messages.

@@ -22,7 +22,8 @@ from cellmap_lightning.commands.config_values import check_model_shape, check_pa
 from cellmap_lightning.commands.file_errors import file_error_message, is_file_error
 from cellmap_lightning.commands.help_text import register_help, version_text
 from cellmap_lightning.commands.hydra_errors import HydraErrors
-from cellmap_lightning.commands.messages import Stopped, as_overrides, stop
+from cellmap_lightning.commands.messages import Stopped, stop
+from cellmap_lightning.commands.override_form import as_overrides
 from cellmap_lightning.commands.override_hints import NO_KEY, override_hints
 from cellmap_lightning.commands.private_run import contain_secrets, protect_logs, protect_run
 from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
@@ -70,7 +71,7 @@ def run_command(
     interrupts.install()
     # An alias of the command line; files are handled in `rename_voxel_sizes`.
     sys.argv[1:] = [re.sub(r"^\+{0,2}patch\.voxel_size=", "patch.scale=", a) for a in sys.argv[1:]]
-    protect_logs(sys.argv[1:])
+    protect_logs(sys.argv[1:], name)
     try:
         sys.argv[1:] = prepare_arguments(name, sys.argv[1:], CONFIGS)
     except CellMapError as error:
@@ -127,7 +128,7 @@ def _run_job(
         message = _message(error, _place(cfg))
         if message is not None:
             log.debug("traceback of the error", exc_info=error)
-            stop(as_overrides(message))
+            stop(as_overrides(message, name))
         if contain_secrets(sys.argv[1:]):  # Hydra would print the arguments
             stop("".join(traceback.format_exception(error)))
         raise
