@@ -58,3 +58,12 @@ def test_summary_of_a_prediction(blocks, voxels, text):
 )  # fmt: skip
 def test_sizes_have_the_unit_that_suits_them(count, text):
     assert size_text(count) == text
+
+
+@pytest.mark.parametrize(("blocks", "text"), [(1, "1 block"), (3, "3 blocks"), (1200, "1,200 blocks")])
+def test_summary_of_a_prediction_that_was_complete(blocks, text):
+    """The time and the speed of a run that wrote nothing mean nothing."""
+    summary = Summary(blocks, blocks, seconds=0.0097, fractions={"mito": 0.25}, complete=True)
+    assert str(summary).splitlines() == [f"complete already: {text}", "mito         25.00% of the voxels are positive"]
+    for other in (Summary(blocks, blocks, written=1, complete=True), Summary(blocks, 0), Summary(0, 0, complete=True)):
+        assert "complete already" not in str(other)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from cellmap_lightning.commands.config_keys import training_data
 from cellmap_lightning.commands.config_values import refuse_csv
 from cellmap_lightning.commands.messages import quieten
+from cellmap_lightning.commands.override_form import as_overrides
 from cellmap_lightning.commands.program import run_command
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.redaction import hide_address
@@ -71,7 +72,7 @@ def _inspect(configs: list[DictConfig]) -> None:
     patch: Any = OmegaConf.to_container(cfg.patch, resolve=True)
     device_bytes = int(cfg.device_gb * 2**30) if cfg.device_gb is not None else gpu_memory() or 16 << 30
     report = inspect(data, patch, cfg.input_path, cfg.deep, device_bytes)
-    print(hide_address(report.json() if cfg.json else str(report)))
+    print(hide_address(report.json() if cfg.json else as_overrides(str(report))))
     overrides = report.proposal.overrides if report.proposal is not None else None
     if not cfg.json and report.refused is None and overrides is not None:
         command = training_command(sys.argv[1:], overrides)

@@ -1,7 +1,6 @@
 """Error messages of commands, and filters of the messages of libraries."""
 
 import logging
-import re
 import shutil
 import sys
 import textwrap
@@ -83,15 +82,6 @@ def _is_shown(bar: Any) -> bool:
     return hasattr(bar, "start_t") and not bar.disable and bar.last_print_t >= bar.start_t + bar.delay
 
 
-#: Values of Python and of the command line.
-_VALUES = {"True": "true", "False": "false", "None": "null"}
-
-
-def as_overrides(text: str) -> str:
-    """Return a message with arguments of Python, such as ``overwrite=True``, as overrides of a command."""
-    return re.sub(r"\b(\w+)=(True|False|None)\b", lambda match: f"{match[1]}={_VALUES[match[2]]}", text)
-
-
 #: Printed messages.
 _printed: set[str] = set()
 
@@ -138,8 +128,3 @@ def quieten() -> None:
 def _log_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
     """Log a warning, so that it is wrapped, stands above progress bars, and is in the log of a run."""
     log.warning("%s (%s, %s, line %d)", message, category.__name__, filename, lineno)
-
-
-def permission_message(error: PermissionError) -> str:
-    """Return one line with the path that may not be read or written."""
-    return f"{error.filename or error}: permission denied; choose another folder, or change the permissions of this one"

@@ -19,6 +19,9 @@ from cellmap_lightning.commands.resolvers import CONFIGS
 from cellmap_lightning.errors import install_command
 from cellmap_lightning.validation import did_you_mean
 
+#: Start of the hint for a key that does not exist.
+NO_KEY = "There is no "
+
 
 def override_hints(name: str, arguments: list[str]) -> list[str]:
     """Return hints for a command line that Hydra refused, such as the keys that were probably meant.
@@ -87,7 +90,7 @@ def _key_hints(name: str, overrides: list[str], keys: list[str]) -> list[str]:
         key = override.partition("=")[0].lstrip("+~")
         if key not in keys and not key.startswith("hydra"):
             closest = did_you_mean(key, keys, f"; 'cellmap-{name} --cfg job' prints every key.")
-            hints.append(f"There is no {key!r}{closest}")
+            hints.append(f"{NO_KEY}{key!r}{closest}")
     return hints
 
 

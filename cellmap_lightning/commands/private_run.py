@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cellmap_lightning.commands.override_form import as_overrides
 from cellmap_lightning.redaction import hidden, hide_overrides, holds_credentials, redacted, secrets_of
 
 #: Secrets in the configuration of this process, which are removed from logs and errors.
@@ -30,11 +31,14 @@ def without_secrets(config: Any) -> Any:
     return redacted(config, _secrets)
 
 
-def protect_logs(arguments: list[str]) -> None:
-    """Hide credentials in every log record of this process; if its arguments contain credentials, make files private.
+def protect_logs(arguments: list[str], command: str = "train") -> None:
+    """Hide credentials in every log record of this process, and write settings in it as overrides.
+
+    If its arguments contain credentials, make files private.
 
     Args:
         arguments: the command line.
+        command: the command, in whose form settings are named.
     """
     create = logging.getLogRecordFactory()
 
@@ -44,7 +48,7 @@ def protect_logs(arguments: list[str]) -> None:
             text = new.getMessage()
         except Exception:  # logging itself reports a wrong format
             return new
-        safe = hide_overrides(hide(text))
+        safe = as_overrides(hide_overrides(hide(text)), command)
         if safe != text:
             new.msg, new.args = safe, None
         return new

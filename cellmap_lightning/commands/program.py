@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,9 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 from cellmap_lightning.commands.arguments import check_groups, prepare_arguments
 from cellmap_lightning.commands.config_keys import check_known, check_missing, rename_voxel_sizes
 from cellmap_lightning.commands.config_values import check_model_shape, check_patch, check_targets
+from cellmap_lightning.commands.file_errors import file_error_message, is_file_error
 from cellmap_lightning.commands.help_text import register_help, version_text
-from cellmap_lightning.commands.messages import Stopped, as_overrides, permission_message, stop
-from cellmap_lightning.commands.override_hints import override_hints
+from cellmap_lightning.commands.hydra_errors import HydraErrors
+from cellmap_lightning.commands.messages import Stopped, stop
+from cellmap_lightning.commands.override_form import as_overrides
+from cellmap_lightning.commands.override_hints import NO_KEY, override_hints
 from cellmap_lightning.commands.private_run import contain_secrets, protect_logs, protect_run
 from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 from cellmap_lightning.commands.signals import ExitOnSignal
@@ -56,34 +60,49 @@ def run_command(
         print(version_text())
         return None
     started = False
+    errors = HydraErrors()
 
     def run(cfg: DictConfig) -> Any:
         nonlocal started
         started = True
-        with ExitOnSignal():
+        with errors.suspended(), ExitOnSignal():
             return _run_job(cfg, name, job, prepare)
 
     interrupts.install()
     # An alias of the command line; files are handled in `rename_voxel_sizes`.
     sys.argv[1:] = [re.sub(r"^\+{0,2}patch\.voxel_size=", "patch.scale=", a) for a in sys.argv[1:]]
-    protect_logs(sys.argv[1:])
+    protect_logs(sys.argv[1:], name)
     try:
         sys.argv[1:] = prepare_arguments(name, sys.argv[1:], CONFIGS)
     except CellMapError as error:
         stop(str(error))
     main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(run)
     try:
-        result = main()
+        with errors.installed():
+            result = main()
         interrupts.settle()
         return result
     except KeyboardInterrupt:
         stop("interrupted", 130)
     except SystemExit as exit_:
-        # Hydra itself has printed why it cannot compose the configuration.
-        if exit_.code not in (0, None) and not started and not isinstance(exit_, Stopped):
-            for hint in override_hints(name, sys.argv[1:]):
-                print(hint, file=sys.stderr)
+        if isinstance(exit_, Stopped):
+            sys.stderr.write(errors.text)  # of a callback that stopped while it handled an error
+        elif exit_.code not in (0, None):
+            _explain(name, errors, started)
         raise
+
+
+def _explain(name: str, errors: HydraErrors, started: bool) -> None:
+    """Print why Hydra exits without or between jobs: in the words of this package, or else those of Hydra."""
+    if isinstance(errors.error, OSError) and is_file_error(errors.error):
+        stop(file_error_message(errors.error))
+    hints = [] if started else override_hints(name, sys.argv[1:])
+    if errors.text and any(hint.startswith(NO_KEY) for hint in hints):
+        # Hydra proposes to append the key, which would then be refused.
+        stop("\n".join(hints))
+    for text in (errors.text.rstrip("\n"), *hints):
+        if text:
+            print(text, file=sys.stderr)
 
 
 def _run_job(
@@ -106,23 +125,37 @@ def _run_job(
             check_model_shape(config)
         return job(configs)
     except Exception as error:
-        message = _message(error)
+        message = _message(error, _place(cfg))
         if message is not None:
             log.debug("traceback of the error", exc_info=error)
-            stop(as_overrides(message))
+            stop(as_overrides(message, name))
         if contain_secrets(sys.argv[1:]):  # Hydra would print the arguments
             stop("".join(traceback.format_exception(error)))
         raise
 
 
-def _message(error: Exception) -> str | None:
-    """Return the message of an error that the user can act on; None for any other error."""
+def _place(cfg: DictConfig) -> str:
+    """Return the file or folder that a command writes to."""
+    for key in ("output", "out", "writer.output"):
+        value = OmegaConf.select(cfg, key, throw_on_missing=False)
+        if isinstance(value, str):
+            return value
+    return str(HydraConfig.get().runtime.output_dir)
+
+
+def _message(error: Exception, place: str | None = None) -> str | None:
+    """Return the message of an error that the user can act on; None for any other error.
+
+    Args:
+        error: the error.
+        place: the file or folder that the command writes to.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, CellMapError | OmegaConfBaseException):
             return str(cause)
-        if isinstance(cause, PermissionError):
-            return permission_message(cause)
+        if isinstance(cause, OSError) and is_file_error(cause):
+            return file_error_message(cause, place)
         if type(cause).__name__ == "MisconfigurationException":  # Lightning's class, which is not imported here
             return f"{cause}{'; trainer=cpu runs without one' if 'gpu backend' in str(cause) else ''}"
         cause = cause.__cause__

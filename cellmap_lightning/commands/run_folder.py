@@ -8,7 +8,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from cellmap_lightning.commands.messages import permission_message, stop
+from cellmap_lightning.commands.file_errors import file_error_message, is_file_error
+from cellmap_lightning.commands.messages import stop
 from cellmap_lightning.validation import first_few
 
 #: Files that show that a run has started; its configuration and its log alone do not.
@@ -70,8 +71,10 @@ def _make(folder: Path) -> None:
     """Make the folder, or exit with an error; Hydra would print a traceback."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except PermissionError as error:
-        stop(permission_message(error))
+    except OSError as error:
+        if not is_file_error(error):
+            raise
+        stop(file_error_message(error, folder))
 
 
 def _check(config: DictConfig, folder: Path, results: list[Path]) -> None:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks.preemption import PreemptionCheckpoint
 from cellmap_lightning.checkpointing.checkpoint_config import CheckpointConfig
+from cellmap_lightning.commands.finished_run import finished_text, finished_value
 from cellmap_lightning.commands.messages import quieten
 from cellmap_lightning.commands.monitors import MonitorCheck
 from cellmap_lightning.commands.pictures import attempt, draw_samples, picture_title, scores_of
@@ -86,6 +87,10 @@ def run(cfg: DictConfig) -> float | None:
 def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | None:
     """Create data, task and Trainer, and run all phases."""
     checkpoint, start = _checkpoint(cfg.resume, progress.folder)
+    finished = finished_text(cfg, checkpoint, progress.folder) if cfg.resume == "auto" else None
+    if finished is not None:
+        log.info("%s", finished)
+        return finished_value(progress.folder)
     stored: Any = without_secrets(OmegaConf.to_container(cfg, resolve=True))
     L.seed_everything(cfg.seed, verbose=False)
     quieten()

@@ -77,7 +77,10 @@ def _read(options: ConversionOptions) -> Multiscale:
     except MetadataError as e:
         e.args = (without_entry(str(e)),)
         raise
-    report(image.path, [Note(note.kind, without_entry(note.text)) for note in image.notes if note.kind != "access"])
+    notes = [Note(note.kind, without_entry(note.text)) for note in image.notes if note.kind != "access"]
+    # What is wrong with the voxel size is seen after the conversion, whose output is then in the way.
+    again = ", with overwrite=True where the output exists already"
+    report(image.path, [Note(n.kind, n.text + again if n.kind in ("scale", "unit") else n.text) for n in notes])
     return image
 
 

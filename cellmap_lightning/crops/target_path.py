@@ -161,8 +161,7 @@ class TargetPath:
             close = difflib.get_close_matches(name.lower(), [*known, *stored], 1, 0.5)
             hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(stored) or 'no classes'}"
             raise CellMapFileNotFoundError(
-                f"{self.label}: the bracket [{','.join(self.names)}] names {name!r}, which is neither one of the "
-                f"classes {', '.join(known)} nor in {self.crop}{hint}"
+                f"{self.label} has no {name!r}, which the bracket [{','.join(self.names)}] names{hint}"
             )
 
     def check_spelling(self, classes: Collection[str], known: Collection[str]) -> None:

@@ -487,7 +487,14 @@ class PredictionOutput:
         except CellMapError:
             raise
         except OSError as e:
-            raise OutputError(
-                f"{self.path} {problem}: {write_failure(e)}. Finished blocks remain; run the same command again to "
-                "resume"
-            ) from e
+            remedy = "; choose another output, or make this place writable"
+            if self._has_blocks():
+                remedy = ". Finished blocks remain; run the same command again to resume"
+            raise OutputError(f"{self.path} {problem}: {write_failure(e)}{remedy}") from e
+
+    def _has_blocks(self) -> bool:
+        """Return True if an earlier start, or this one, has begun the output."""
+        try:
+            return self.journal.settings is not None
+        except (OSError, CellMapError):  # it cannot be read either
+            return False

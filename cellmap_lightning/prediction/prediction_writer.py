@@ -233,9 +233,10 @@ class PredictionWriter(L.Callback):
             signed_positions(names, targets, StoredValues(options.storage.dtype)),
         )  # fmt: skip
         self._background = BackgroundWriter()
+        blocks = sum(len(job.plan.blocks) for job in self._jobs)
         self._bar = tqdm(
-            total=sum(len(job.plan.blocks) for job in self._jobs), desc="predicting", unit="block",
-            disable=None if rank == 0 else True, dynamic_ncols=True,
+            total=blocks, desc="predicting", unit="block", dynamic_ncols=True,
+            disable=None if rank == 0 and blocks else True,
         )  # fmt: skip
         # The threads of one volume belong to the datamodule's own dataset.
         close_source = source.close if len(placed) > 1 else placed[0].store.close

@@ -47,6 +47,8 @@ class Summary:
             f"of the time: waiting for data {self.waited:.3g} s, model {model:.3g} s, "
             f"blending and writing {self.stored:.3g} s"
         )
-        lines = [f"{blocks}; {self.skipped} more were skipped" if self.skipped else blocks, times]
+        if self.blocks and self.complete and self.finished == self.blocks and not self.written + self.skipped:
+            blocks, times = f"complete already: {plural(self.blocks, 'block')}", ""
+        lines = [f"{blocks}; {self.skipped} more were skipped" if self.skipped else blocks, *([times] if times else [])]
         lines += [f"{name:<12} {part:.2%} of the voxels are positive" for name, part in (self.fractions or {}).items()]
         return "\n".join(lines)

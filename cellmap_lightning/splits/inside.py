@@ -175,6 +175,8 @@ class InsideSplit:
         if self.division.classes is not None:
             target = entry.target
             assert target is not None  # checked when the crops were listed
+            if not self.tolerant:  # a typing error, before "no crop annotates the class" blames the setting
+                target.check_names([*self.division.classes, *self.division.read_classes(target.names)])
             annotated = [n for n in self.division.read_classes(target.names) if n in target.names]
             annotated = [n for n in annotated if image_exists(target.of(n)) or not self.tolerant]
             images = {n: target.read(n, overrides[1]) for n in annotated}

@@ -23,9 +23,12 @@ _FILES = {
     "checkpoints/best.ckpt": "weights of the best validation",
     "checkpoints/last.ckpt": "newest state, to resume from",
     "config.yaml": "the configuration, resolved",
+    "hparams.yaml": "the hyperparameters of the task",
+    "train.log": "the log",
     "split.csv": "the crops of each split",
     "metrics.csv": "losses and scores per step and epoch",
-    "curves.png": "the same, drawn",
+    "metrics.1.csv": "those of the first start; each start has a file",
+    "curves.png": "the same of all starts, drawn",
     "scores.json": "the scores of the final validation",
     "samples.png": "raw, target and prediction",
 }
@@ -198,13 +201,20 @@ def describe_run(folder: Path, others: Mapping[str, str] | None = None) -> list[
 
 
 def write_curves(folder: Path, classes: Sequence[str] | None = None) -> None:
-    """Draw ``metrics.csv`` as ``curves.png``, if there are metrics.
+    """Draw the metrics of all starts of a run as ``curves.png``, if there are any.
 
     Args:
         folder: of the run.
         classes: the classes in the order of the samples, so that they have the same colours; the file sorts its
             columns.
     """
-    metrics = folder / "metrics.csv"
-    if metrics.exists():
-        training_curves(metrics, folder / "curves.png", classes=classes)
+    files = metrics_files(folder)
+    if files:
+        training_curves(files, folder / "curves.png", classes=classes)
+
+
+def metrics_files(folder: Path) -> list[Path]:
+    """Return the metrics of each start of a run, in their order: ``metrics.1.csv``, ..., ``metrics.csv``."""
+    numbered = {path: path.suffixes[0][1:] for path in folder.glob("metrics.*.csv") if len(path.suffixes) == 2}
+    earlier = sorted((path for path, number in numbered.items() if number.isdigit()), key=lambda p: int(numbered[p]))
+    return [path for path in (*earlier, folder / "metrics.csv") if path.exists()]

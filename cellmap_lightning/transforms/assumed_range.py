@@ -32,8 +32,8 @@ def contradiction(low: float, high: float) -> str | None:
     lowest, highest = _range(low, high)
     return (
         f"the middle 99 % of its values span {low:.6g} to {high:.6g}, and normalize=dtype keeps float values as they "
-        f"are, for about 0 to 1; set normalize={{range: [{lowest:.10g}, {highest:.10g}]}} for its entry, or "
-        "{percentile: [0.5, 99.5]} for all volumes (for cellmap-predict: metadata.normalize)"
+        f'are, for about 0 to 1; set normalize={{"range": [{lowest:.10g}, {highest:.10g}]}}, '
+        'or normalize={"percentile": [0.5, 99.5]} for volumes that differ; an entry of datasets can have its own'
     )
 
 

@@ -3,13 +3,17 @@
 import logging
 import os
 import pty
+import shlex
 import sys
 
 import numpy as np
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from cellmap_lightning.commands.messages import TerminalFormatter, as_overrides
+from cellmap_lightning.commands.messages import TerminalFormatter
+from cellmap_lightning.commands.override_form import as_overrides
 from cellmap_lightning.commands.program import _message
+from tests import processes
 from tests.commands.test_cli import run_forked
 
 
@@ -79,3 +83,30 @@ def test_errors_of_permissions_are_found_below_others():
     error = RuntimeError("a store failed")
     error.__cause__ = PermissionError(13, "Permission denied", "out.zarr")
     assert _message(error).startswith("out.zarr: permission denied; choose another folder")
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "expected"),
+    [
+        ("train", 'normalize={"range": [0, 255]}', "'data.normalize={range: [0,255]}'"),
+        ("preview", 'a normalize={"percentile": [0.5, 99.5]}.', "a 'data.normalize={percentile: [0.5,99.5]}'."),
+        ("predict", 'normalize={"range": [0, 2e4]}', "'metadata.normalize={range: [0,2e4]}'"),
+        ("train", 'data.normalize={"range": [0, 1]}', 'data.normalize={"range": [0, 1]}'),
+    ],
+)
+def test_a_normalization_can_be_typed_as_it_is_printed(command, text, expected):
+    assert as_overrides(text, command) == expected
+    if expected != text:
+        key, value = shlex.split(expected.strip("a. "))[0].split("=", 1)
+        parsed = OverridesParser.create().parse_override(f"{key}={value}")
+        assert list(parsed.value()) == [text.split('"')[1]]
+
+
+def test_log_records_of_a_command_have_the_form_of_overrides():
+    code = (
+        "import logging\nfrom cellmap_lightning.commands.private_run import protect_logs\nprotect_logs([], 'predict')\n"
+        "logging.basicConfig(format='%(message)s')\n"
+        "logging.warning('set normalize={\"range\": [%d, 3]} or overwrite=%s', 1, True)"
+    )
+    done = processes.run([sys.executable, "-c", code], 60)
+    assert done.stderr == "set 'metadata.normalize={range: [1,3]}' or overwrite=true\n"

@@ -1,12 +1,15 @@
 """An existing run folder is resumed or replaced only on request."""
 
 import hashlib
+import os
 import shutil
 
 import hydra
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from cellmap_lightning.commands.finished_run import finished_text
 from cellmap_lightning.commands.messages import Stopped
 from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 from cellmap_lightning.commands.run_folder import KeepRuns
@@ -62,6 +65,33 @@ def test_finished_run_is_not_replaced(volume, tmp_path, finished, more):
         "continues it, overwrite=true replaces it, and another run.name=... keeps it\n"
     )
     assert files(finished) == before
+
+
+@pytest.mark.parametrize("more", [[], ["seed=5"], ["trainer.max_epochs=-1", "trainer.max_steps=3"]])
+def test_a_finished_run_that_is_started_again_stays_as_it_is(volume, tmp_path, finished, more):
+    results = [name for name in files(finished) if not name.startswith((".hydra", "train.log"))]
+    before = files(finished)
+    arguments = small(volume, "run.name=mine", "trainer.max_epochs=1", "resume=auto", *more)
+    code, output = run_forked(*arguments, cwd=tmp_path)
+    assert code == 0, output
+    done, key = ("3 of 3 steps", "max_steps") if more[1:] else ("1 of 1 epoch", "max_epochs")
+    assert f"already finished: {done}; raise trainer.{key} to go on" in output
+    after = files(finished)
+    assert {name: after[name] for name in results} == {name: before[name] for name in results}
+    assert "metrics.1.csv" not in after
+
+
+@pytest.mark.parametrize("change", ["no scores", "older scores", "more epochs"])
+def test_a_run_with_something_left_is_not_finished(finished, change):
+    """The final validation of a run that was interrupted in it is left to do."""
+    scores, last = finished / "scores.json", finished / "checkpoints/last.ckpt"
+    cfg = OmegaConf.create({"trainer": {"max_epochs": 2 if change == "more epochs" else 1}})
+    assert (finished_text(cfg, last, finished) is None) == (change == "more epochs")
+    if change == "no scores":
+        scores.unlink()
+    elif change == "older scores":
+        os.utime(scores, ns=(0, 0))
+    assert finished_text(cfg, last, finished) is None
 
 
 def test_finished_run_is_resumed(volume, tmp_path, finished):

@@ -207,6 +207,16 @@ def test_errors_of_the_command(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("size", [[0.04, 0.008, 0.008], [8, 8, 8e6], [2e6, 2e6, 2e6], [40, 8, 8]])
+def test_an_implausible_voxel_size_is_corrected_by_a_second_conversion(tmp_path, caplog, size):
+    """The command that corrects it finds a complete output, and so needs ``overwrite``."""
+    path = writers.npy(tmp_path, VOXELS[:8, :8, :8])
+    convert(options(path, voxel_size=size))
+    assert ("overwrite=True where the output exists already" in caplog.text) == (size != [40, 8, 8])
+    convert(options(path, voxel_size=[40, 8, 8], overwrite=True))
+    assert read_multiscale(tmp_path / "out.zarr").finest.scale == (40, 8, 8)
+
+
 def files(path):
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 

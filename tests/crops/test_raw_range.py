@@ -63,7 +63,7 @@ def test_values_of_another_range_are_reported_once(tmp_path, caplog, values, pro
     lines, mean = warned(caplog, entries)
     (line,) = lines
     assert line.startswith(f"raw {entries[0]['raw']}: the middle 99 % of its values span ")
-    assert f"normalize={{range: {proposal}}} for its entry" in line
+    assert f'set normalize={{"range": {proposal}}}, or normalize={{"percentile": [0.5, 99.5]}} for' in line
     assert mean == pytest.approx(values.astype(dtype).mean(), rel=0.1)
     (problem,) = problems(entries)
     assert line.endswith(problem.text)
@@ -134,4 +134,4 @@ def test_a_chunk_that_cannot_be_read_is_reported_where_it_is_read(tmp_path, capl
 )  # fmt: skip
 def test_the_proposed_range_holds_the_values(low, high, text):
     message = contradiction(low, high)
-    assert message is None if text is None else f"{{range: {text}}}" in message
+    assert message is None if text is None else f'normalize={{"range": {text}}}' in message

@@ -70,7 +70,7 @@ def check_channels(target, classes, nowhere):
     [
         ("mito,er", r"no crop for 'train' annotates 'golgi'; they annotate er, mito: .* unannotated_classes=unknown"),
         ("mito,golgi,er", "class 'golgi' is in the bracket of the target path, but .* does not exist"),
-        ("mito,er,gogli", r"names 'gogli', which is neither one of the classes .*; did you mean 'golgi'\?"),
+        ("mito,er,gogli", r"crop2 has no 'gogli', which the bracket .* names; did you mean 'golgi'\?"),
     ],
     ids=["in-no-bracket", "without-folder", "typo"],
 )

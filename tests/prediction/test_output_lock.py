@@ -246,3 +246,13 @@ def test_a_finished_output_that_cannot_be_written_to_is_recognised(tmp_path, mon
     (out / journal_folder("prediction")).mkdir()
     with pytest.raises(OutputError, match="read-only"):
         new(out).open(settings())
+
+
+@pytest.mark.parametrize("place", ["a", "a/b", "a/b/out.zarr"])
+def test_a_place_that_cannot_be_written_to_has_no_blocks_to_resume(tmp_path, place):
+    """Nothing was begun there; a file stands in for a folder, as even root cannot make folders in it."""
+    (tmp_path / "a").write_text("")
+    with pytest.raises(OutputError, match="cannot be begun") as caught:
+        new(tmp_path / place / "p.zarr").open(settings())
+    assert str(caught.value).endswith("; choose another output, or make this place writable")
+    assert "Finished blocks" not in str(caught.value)

@@ -63,3 +63,14 @@ def test_curves_have_the_colors_of_the_samples(tmp_path, monkeypatch, classes):
     lines = {line.get_gid(): to_hex(line.get_color()) for axes in drawn[0].axes for line in axes.lines}
     # The first three of the palette, as dark as a white ground needs.
     assert [lines[f"dice:{name}"] for name in classes] == ["#438cb5", "#ac7700", "#009b6e"]
+
+
+def test_the_metrics_of_a_run_are_in_the_order_of_its_starts(tmp_path):
+    names = ["metrics.csv", "metrics.10.csv", "metrics.2.csv", "metrics.1.csv", "metrics.old.csv"]
+    for name in names:
+        (tmp_path / name).write_text("step\n")
+    found = [path.name for path in report.metrics_files(tmp_path)]
+    assert found == ["metrics.1.csv", "metrics.2.csv", "metrics.10.csv", "metrics.csv"]
+    (tmp_path / "metrics.csv").unlink()
+    assert [path.name for path in report.metrics_files(tmp_path)] == found[:-1]
+    assert report.metrics_files(tmp_path / "none") == []

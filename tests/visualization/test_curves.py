@@ -125,3 +125,35 @@ def test_colors_of_curves_follow_the_order_of_classes(tmp_path):
 def test_missing_metrics_file():
     with pytest.raises(CellMapFileNotFoundError, match=r"no metrics file nowhere\.csv"):
         training_curves("nowhere.csv")
+
+
+def losses(steps, value):
+    return [{"step": s, "train/loss": value} for s in steps]
+
+
+@pytest.mark.parametrize(
+    ("starts", "expected"),
+    [
+        ([(range(4), 1.0), (range(4, 6), 2.0)], [1, 1, 1, 1, 2, 2]),
+        ([(range(5), 1.0), (range(3, 6), 2.0)], [1, 1, 1, 2, 2, 2]),
+        ([(range(5), 1.0), (range(2, 6), 2.0), (range(4, 8), 3.0)], [1, 1, 2, 2, 3, 3, 3, 3]),
+        ([(range(2), 1.0), (range(2), 2.0)], [2, 2]),
+    ],
+)
+def test_curves_of_several_starts(tmp_path, starts, expected):
+    """Steps that are repeated after a resume are drawn once, with their later values."""
+    files = []
+    for number, (steps, value) in enumerate(starts):
+        files.append(write_metrics(tmp_path / f"{number}.csv", losses(steps, value)))
+    line = curves(training_curves(files), "loss")["train"]
+    np.testing.assert_array_equal(line.get_xdata(), np.arange(len(expected)))
+    np.testing.assert_array_equal(line.get_ydata(), expected)
+
+
+def test_a_later_start_replaces_only_what_it_has(tmp_path):
+    """The untrained network is validated again at step 0; the losses of that step are in the first file."""
+    first = write_metrics(tmp_path / "1.csv", [*losses(range(3), 1.0), {"step": 0, "val/loss": 5.0}])
+    second = write_metrics(tmp_path / "2.csv", [{"step": 0, "val/loss": 4.0}, *losses(range(3, 5), 2.0)])
+    drawn = curves(training_curves([first, second]), "loss")
+    np.testing.assert_array_equal(drawn["train"].get_ydata(), [1, 1, 1, 2, 2])
+    np.testing.assert_array_equal(drawn["val"].get_ydata(), [4])

@@ -22,7 +22,7 @@ _WIDTH, _LEFT, _TOP, _RIGHT = 10.0, 0.62, 0.35, 0.25
 
 
 def training_curves(
-    metrics_csv: str | PathLike[str],
+    metrics_csv: str | PathLike[str] | Sequence[str | PathLike[str]],
     path: str | PathLike[str] | None = None,
     *,
     classes: Sequence[str] | None = None,
@@ -35,7 +35,7 @@ def training_curves(
     Losses that are not finite are counted in the legend; classes without any value are named below the plot.
 
     Args:
-        metrics_csv: the file.
+        metrics_csv: the file; or those of all starts of a run, in their order, as ``[metrics.1.csv, metrics.csv]``.
         path: file to write the figure to, or None.
         classes: names in the order of the contact sheets, to get the same colours; else the order of the columns.
 
@@ -46,7 +46,8 @@ def training_curves(
         CellMapFileNotFoundError: the file does not exist.
         MissingExtraError: matplotlib is not installed.
     """
-    metrics = Metrics(Path(metrics_csv))
+    files = [metrics_csv] if isinstance(metrics_csv, str | PathLike) else metrics_csv
+    metrics = Metrics([Path(file) for file in files])
     with default_style():
         figure = _draw_curves(metrics, classes or ())
         save(figure, path)

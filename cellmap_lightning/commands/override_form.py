@@ -1,0 +1,28 @@
+"""Settings in messages: in the form of Python, and in that of the overrides of a command."""
+
+import re
+
+#: Values of Python and of the command line.
+_VALUES = {"True": "true", "False": "false", "None": "null"}
+#: Commands whose key for the normalization is not ``data.normalize``.
+_NORMALIZE = {"predict": "metadata.normalize"}
+
+
+def as_overrides(text: str, command: str = "train") -> str:
+    """Return a message with arguments of Python, such as ``overwrite=True``, as overrides of a command.
+
+    Args:
+        text: the message.
+        command: the command, such as ``train``, whose keys are named.
+
+    Example:
+        >>> as_overrides('set normalize={"range": [0, 255]}, or overwrite=True')
+        "set 'data.normalize={range: [0,255]}', or overwrite=true"
+    """
+    text = re.sub(r"\b(\w+)=(True|False|None)\b", lambda match: f"{match[1]}={_VALUES[match[2]]}", text)
+    key = _NORMALIZE.get(command, "data.normalize")
+
+    def quoted(match: re.Match[str]) -> str:
+        return f"'{key}={{{match[1]}: [{match[2].replace(', ', ',')}]}}'"
+
+    return re.sub(r'(?<![\w.])normalize=\{"(\w+)": \[([^]]*)\]\}', quoted, text)
