@@ -21,6 +21,7 @@ from cellmap_lightning.commands.config_values import check_model_shape, check_pa
 from cellmap_lightning.commands.help_text import register_help, version_text
 from cellmap_lightning.commands.messages import Stopped, as_overrides, permission_message, stop
 from cellmap_lightning.commands.override_hints import override_hints
+from cellmap_lightning.commands.path_keys import check_paths
 from cellmap_lightning.commands.private_run import contain_secrets, protect_logs, protect_run
 from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 from cellmap_lightning.commands.signals import ExitOnSignal
@@ -98,6 +99,7 @@ def _run_job(
         check_groups(OmegaConf.to_container(cfg, resolve=False), CONFIGS)  # type: ignore[arg-type]
         rename_voxel_sizes(cfg, name)
         check_known(cfg, name)
+        check_paths(cfg, name)
         check_patch(cfg, slices=name == "predict")
         configs = prepare(cfg)
         for config in configs:

@@ -34,6 +34,7 @@ class SegmentationOutput(PredictionOutput):
         grid: the voxels, in blocks.
         storage: the options of its files.
         raw: voxel sizes of the levels of the input, which the pyramid follows.
+        source: the group of the annotation whose objects are numbered; None for a prediction.
 
     Raises:
         CellMapValueError: the arguments contradict each other.
@@ -42,8 +43,15 @@ class SegmentationOutput(PredictionOutput):
     work = "segmentation"
 
     def __init__(
-        self, path: Path, name: str, grid: BlockGrid, storage: StorageOptions, raw: Sequence[Sequence[float]] = ()
+        self,
+        path: Path,
+        name: str,
+        grid: BlockGrid,
+        storage: StorageOptions,
+        raw: Sequence[Sequence[float]] = (),
+        source: Path | None = None,
     ) -> None:
+        self._source = source
         ids = ObjectIds(np.uint32 if storage.ids == "auto" else storage.ids)
         z, y, x = storage.chunks
         self._folder, self._group = path / journal_folder(self.work), path / name
@@ -116,6 +124,11 @@ class SegmentationOutput(PredictionOutput):
             for name in files:
                 if name.endswith(".partial"):
                     Path(folder, name).unlink(missing_ok=True)
+
+    def _root_attributes(self) -> dict[str, Any]:
+        """Return CellMap's attributes of the root group, by which scores recognize a crop that was trained on."""
+        attributes = super()._root_attributes()
+        return attributes if self._source is None else attributes | {"numbered_from": str(self._source.absolute())}
 
     def _attributes(self, name: str) -> dict[str, Any]:
         """Return CellMap's attributes of labels with ids."""

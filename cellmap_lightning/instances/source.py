@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -71,6 +72,12 @@ class SegmentationSource:
     def depth(self) -> int:
         """The planes of a stored chunk."""
         return max(reader.chunks[0] for reader in self.readers)
+
+    @property
+    def annotation(self) -> Path | None:
+        """The group, if it is a mask on this machine that is no recorded prediction; else None."""
+        is_annotation = self.kind == "mask" and not self.record["checksum"]
+        return self.path if is_annotation and isinstance(self.path, Path) else None
 
     def read(self, start: Shape, shape: Shape) -> Floats:
         """Return probabilities, or distances in nm, of a box; ``[C, z, y, x]`` for affinities, else ``[z, y, x]``.

@@ -90,7 +90,7 @@ class VolumeSegmentation:
         block = self._storage.block_shape(lattice.shape, segmenter.halo, segmenter.voxel_bytes)
         grid = BlockGrid(lattice, (0, 0, 0), lattice.shape, block)
         raw = [level.scale for level in read_multiscale(source.path).levels] if not source.record["channels"] else []
-        self._output = SegmentationOutput(path, source.name, grid, self._storage, raw[1:])
+        self._output = SegmentationOutput(path, source.name, grid, self._storage, raw[1:], source.annotation)
         self._source, self._segmenter, self._options, self._grid = source, segmenter, options, grid
         self._tasks = BlockTasks(
             source, segmenter, grid, path / journal_folder("segmentation"), path, self._output.chunks,
