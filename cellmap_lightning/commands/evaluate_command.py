@@ -27,10 +27,17 @@ def _evaluate(cfg: DictConfig) -> None:
     threshold = settings["threshold"]
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         raise CellMapValueError(f"threshold must be a probability above 0 and at most 1, got {threshold!r}")
-    from cellmap_lightning.evaluation.evaluate import check_prediction, crop_folders
+    prediction = Path(settings["prediction"])
+    out = Path(settings["out"] or prediction.with_name(f"{prediction.stem}-evaluation"))
+    out = out.with_suffix("") if out.suffix in (".csv", ".json", ".png") else out
+    files = [out.with_name(out.name + ending) for ending in (".csv", ".json", ".png", "-worst.png")]
+    there = [file for file in files if file.exists()]
+    if there and not settings["overwrite"]:
+        raise CellMapFileExistsError(f"{there[0]} exists; set overwrite=true to replace it, or another out=...")
+
+    from cellmap_lightning.evaluation.evaluate import check_prediction
     from cellmap_lightning.evaluation.predicted_crops import crop_groups
 
-    prediction, truth = Path(settings["prediction"]), Path(settings["truth"])
     groups = list(crop_groups(settings["prediction"]).values())
     if groups:
         raise CellMapValueError(
@@ -38,20 +45,7 @@ def _evaluate(cfg: DictConfig) -> None:
             f"{groups[0]}; cellmap-predict crops=[...] evaluate=true scores all of them together"
         )
     classes = check_prediction(prediction, settings["classes"])
-    if not truth.is_dir():
-        raise CellMapKeyError(
-            f"truth={truth} does not exist{similar_path(truth)}; give the folder of the annotated crops, or of one crop"
-        )
-    if truth.resolve() in (prediction.resolve(), prediction.resolve().parent):
-        raise CellMapValueError(f"truth={truth} is the prediction itself; give the folder of the annotated crops")
-    if not crop_folders(truth, classes):
-        raise CellMapKeyError(f"truth={truth} holds no crops: no folder in it has a group per class")
-    out = Path(settings["out"] or prediction.with_name(f"{prediction.stem}-scores"))
-    out = out.with_suffix("") if out.suffix in (".csv", ".json", ".png") else out
-    files = [out.with_name(out.name + ending) for ending in (".csv", ".json", ".png", "-worst.png")]
-    there = [file for file in files if file.exists()]
-    if there and not settings["overwrite"]:
-        raise CellMapFileExistsError(f"{there[0]} exists; set overwrite=true to replace it, or another out=...")
+    truth = _truth(settings["truth"], prediction, classes)
     _check_surface(metrics, settings["metric"])
     out.parent.mkdir(parents=True, exist_ok=True)
     if metrics == ("csc",) and settings["box"] is not None:
@@ -60,6 +54,37 @@ def _evaluate(cfg: DictConfig) -> None:
         _evaluate_challenge(settings, prediction, truth, classes, files[0])
     else:
         _evaluate_crops(settings, prediction, truth, classes, metrics, files)
+
+
+def _truth(setting: str | list[str], prediction: Path, classes: list[str]) -> list[Path]:
+    """Return the folders of annotated crops, or of one crop each, after a check.
+
+    Raises:
+        CellMapKeyError: one does not exist, or holds no crops.
+        CellMapValueError: one is the prediction itself, or two of them hold crops of one name.
+    """
+    from cellmap_lightning.evaluation.evaluate import crop_folders, is_group
+
+    folders = [Path(folder) for folder in ([setting] if isinstance(setting, str) else setting)]
+    named: dict[str, Path] = {}
+    for number, given in enumerate(folders):
+        truth = given.resolve() if given.name in ("", "..") else given  # a crop is named by its folder
+        folders[number] = truth
+        if not truth.is_dir():
+            raise CellMapKeyError(
+                f"truth={truth} does not exist{similar_path(truth)}; give the folder of the annotated crops, or of one "
+                "crop"
+            )
+        if truth.resolve() in (prediction.resolve(), prediction.resolve().parent):
+            raise CellMapValueError(f"truth={truth} is the prediction itself; give the folder of the annotated crops")
+        crops = crop_folders(truth, classes)
+        if not crops:
+            raise CellMapKeyError(f"truth={truth} holds no crops: no folder in it has a group per class")
+        for crop in (crop for crop in crops if any(is_group(crop / name) for name in classes)):
+            other = named.setdefault(crop.name, crop)
+            if other is not crop:
+                raise CellMapValueError(f"truth: two folders hold a crop {crop.name}, {other} and {crop}; give one")
+    return folders
 
 
 def _metrics(setting: Any) -> tuple[str, ...]:
@@ -94,7 +119,7 @@ def _check_surface(metrics: tuple[str, ...], setting: Any) -> None:
 def _evaluate_crops(
     settings: dict[str, Any],
     prediction: Path,
-    truth: Path,
+    truth: list[Path],
     classes: list[str],
     metrics: tuple[str, ...],
     files: list[Path],
@@ -128,23 +153,30 @@ def _evaluate_crops(
         scores, prediction, truth, files[3], settings["threshold"], settings["unknown"], settings["values"],
         settings["raw"],
     )  # fmt: skip
-    print("\n".join(["", score_files.table(scores), *matching_notes(trained, _folders(truth, scores)), ""]))
+    notes = matching_notes(trained, _folders(truth, classes, scores))
+    print("\n".join(["", score_files.table(scores), *notes, ""]))
     print("\n".join(str(file) for file in files))
 
 
 def _evaluate_challenge(
-    settings: dict[str, Any], prediction: Path, truth: Path, classes: list[str], file: Path
+    settings: dict[str, Any], prediction: Path, truth: list[Path], classes: list[str], file: Path
 ) -> None:
     from cellmap_lightning.evaluation.crop_parts import matching_notes, trained_crops
     from cellmap_lightning.evaluation.csc_evaluation import Predicted, Scoring, csc_table, evaluate_csc, write_csc_csv
 
     trained = trained_crops(Path(settings["trained"])) if settings["trained"] else None
     scoring = Scoring(settings["threshold"], values=settings["values"], unknown=settings["unknown"])
-    score = evaluate_csc([Predicted(prediction, truth, tuple(classes))], scoring, trained)
+    score = evaluate_csc([Predicted(prediction, folder, tuple(classes)) for folder in truth], scoring, trained)
     write_csc_csv(score, file)
-    print("\n".join(["", csc_table(score), *matching_notes(trained, _folders(truth, score.crops)), "", str(file)]))
+    print(
+        "\n".join(
+            ["", csc_table(score), *matching_notes(trained, _folders(truth, classes, score.crops)), "", str(file)]
+        )
+    )
 
 
-def _folders(truth: Path, scores: Iterable[Any]) -> list[Path]:
-    """Return the folders of the crops that were scored, in ``truth`` or ``truth`` itself."""
-    return [truth if truth.name == score.crop else truth / score.crop for score in scores]
+def _folders(truth: list[Path], classes: list[str], scores: Iterable[Any]) -> list[Path]:
+    """Return the folders of the crops that were scored."""
+    from cellmap_lightning.commands.prediction_truth import scored_folders
+
+    return scored_folders(truth, classes, [score.crop for score in scores])

@@ -25,6 +25,7 @@ from cellmap_lightning.commands.hydra_errors import HydraErrors
 from cellmap_lightning.commands.messages import Stopped, stop
 from cellmap_lightning.commands.override_form import as_overrides
 from cellmap_lightning.commands.override_hints import NO_KEY, override_hints
+from cellmap_lightning.commands.path_keys import check_paths
 from cellmap_lightning.commands.private_run import contain_secrets, protect_logs, protect_run
 from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 from cellmap_lightning.commands.signals import ExitOnSignal
@@ -117,6 +118,7 @@ def _run_job(
         check_groups(OmegaConf.to_container(cfg, resolve=False), CONFIGS)  # type: ignore[arg-type]
         rename_voxel_sizes(cfg, name)
         check_known(cfg, name)
+        check_paths(cfg, name)
         check_patch(cfg, slices=name == "predict")
         configs = prepare(cfg)
         for config in configs:

@@ -15,7 +15,8 @@ from cellmap_lightning.instances.segmenter import BlockSegmenter
 from cellmap_lightning.instances.source import SegmentationSource, open_source
 from cellmap_lightning.instances.tuned import OPTION_KEYS, SOURCE_KEYS, read_tuned, with_explicit
 from cellmap_lightning.instances.volume import VolumeSegmentation
-from cellmap_lightning.io.meanings import Meaning, ValuesSetting
+from cellmap_lightning.io.meanings import ValuesSetting, meaning_of
+from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.splits.manifests import ManifestRow
 from cellmap_lightning.validation import did_you_mean, one_of
 
@@ -128,7 +129,9 @@ class InstanceMethods:
         """
         out = self._folder / row.dataset / row.crop / f"{row.name}.zarr"
         summary = VolumeSegmentation(self._open(row, path, values), out, self._options[row.name]).run()
-        ids = prediction_labels(row, summary.labels, 0.5, _unchanged, Meaning("ids"))
+        ids = prediction_labels(
+            row, summary.labels, 0.5, _unchanged, meaning_of(read_multiscale(summary.labels), row.label)
+        )
         return np.asarray(library("cc3d").connected_components(np.ascontiguousarray(ids), connectivity=26))
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cellmap_lightning.crops.crop_box import CropBox, restricted
 from cellmap_lightning.errors import CellMapFileNotFoundError
 from cellmap_lightning.geometry.lattice import Box
 from cellmap_lightning.io.missing_paths import similar_path
-from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.ngff import read_attributes, read_multiscale
 from cellmap_lightning.splits.entries import CropRecord, read_csv
 from cellmap_lightning.validation import first_few
 
@@ -106,13 +107,24 @@ def used_parts(trained: Mapping[Path, Sequence[CropPart]], crop: Path) -> Sequen
     """Return the parts of a crop that a training used; none if it did not use the crop.
 
     The crop is that of the same folder, with links resolved; or else, since data are copied and mounted at other paths,
-    that of the same dataset and name: the same path from ``<dataset>.zarr`` on.
+    that of the same dataset and name: the same path from ``<dataset>.zarr`` on. Objects that ``cellmap-segment`` has
+    numbered count as the crop that they were numbered from.
 
     Args:
         trained: see `trained_crops`.
         crop: folder of the crop.
     """
-    return trained.get(crop.resolve()) or next(iter(_same_name(trained, crop)), [])
+    parts = trained.get(crop.resolve()) or next(iter(_same_name(trained, crop)), [])
+    source = None if parts else numbered_from(crop)
+    return parts if source is None else trained.get(source.resolve()) or next(iter(_same_name(trained, source)), [])
+
+
+def numbered_from(crop: Path) -> Path | None:
+    """Return the folder of the annotated crop whose objects ``cellmap-segment`` has numbered; None of any other."""
+    attributes = read_attributes(crop)
+    block: Any = attributes[0].get("cellmap") if attributes is not None else None
+    source = block.get("numbered_from") if isinstance(block, Mapping) else None
+    return Path(source).parent if isinstance(source, str) else None
 
 
 def is_trained(trained: Mapping[Path, Sequence[CropPart]] | None, crop: Path) -> bool | None:
@@ -141,14 +153,20 @@ def matching_notes(trained: Mapping[Path, Sequence[CropPart]] | None, crops: Ite
         if any(beside & {f.resolve().parent, *_name(f.absolute().parent), *_name(f.resolve().parent)} for f in folders):
             return ["none of the crops that were scored was trained on"]
         listed = first_few(list(map(str, used)), 1) if used else "none"
-        note = (
-            f"none of the crops that were scored ({folders[0].parent}) is among those trained on ({listed}), by path "
-        )
+        scored = folders[0].parent if folders[0].parent.name else first_few([str(folder) for folder in folders])
+        note = f"none of the crops that were scored ({scored}) is among those trained on ({listed}), by path "
         return [note + "or by dataset and name: all count as held out"]
-    renamed = [f.name for f in folders if not trained.get(f.resolve()) and used_parts(trained, f)]
+    numbered = {f.name: numbered_from(f) for f in folders if not _matches(trained, f) and used_parts(trained, f)}
+    notes = [f"{name}: objects numbered from {source}, which was trained on" for name, source in numbered.items()]
+    renamed = [f.name for f in folders if not trained.get(f.resolve()) and _matches(trained, f)]
     if not renamed:
-        return []
-    return [f"at another path than in the training, and matched by dataset and name: {first_few(renamed, 12)}"]
+        return notes
+    return [*notes, f"at another path than in the training, and matched by dataset and name: {first_few(renamed, 12)}"]
+
+
+def _matches(trained: Mapping[Path, Sequence[CropPart]], crop: Path) -> bool:
+    """Return True for a crop that is known by its own path, or its dataset and name."""
+    return bool(trained.get(crop.resolve()) or next(iter(_same_name(trained, crop)), []))
 
 
 def _same_name(trained: Mapping[Path, Sequence[CropPart]], crop: Path) -> Iterator[Sequence[CropPart]]:

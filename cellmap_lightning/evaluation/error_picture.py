@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cellmap_lightning.crops.encodings import Unknown
 from cellmap_lightning.crops.image import CellMapImage
-from cellmap_lightning.evaluation.evaluate import CropScore, crop_folders
+from cellmap_lightning.evaluation.evaluate import CropScore, crop_folders, is_group
 from cellmap_lightning.evaluation.pairs import CropPair
 from cellmap_lightning.geometry.lattice import FloatArray, Shape
 from cellmap_lightning.io.meanings import ValuesSetting
@@ -26,7 +26,7 @@ _OPACITY = 0.6
 def draw_worst(
     scores: Sequence[CropScore],
     output: Path,
-    crops: Path,
+    crops: Path | Sequence[Path],
     path: Path,
     threshold: float = 0.5,
     unknown: Unknown = "metadata",
@@ -38,7 +38,7 @@ def draw_worst(
     Args:
         scores: the scores, see `evaluate`; those with a defined Dice are ranked.
         output: the prediction, with one group per class.
-        crops: folder of the crops, or of a single crop.
+        crops: folder of the crops, or of a single crop; or several of them.
         path: the PNG to write.
         threshold: see `evaluate`.
         unknown: see `evaluate`.
@@ -49,7 +49,8 @@ def draw_worst(
         MissingExtraError: matplotlib is not installed.
     """
     ranked = sorted((s for s in scores if not math.isnan(s.voxels.dice)), key=lambda s: s.voxels.dice)[:MAX_ROWS]
-    folders = {folder.name: folder for folder in crop_folders(crops, [s.name for s in scores])}
+    places, names = [crops] if isinstance(crops, Path) else crops, [s.name for s in scores]
+    folders = {f.name: f for place in places for f in crop_folders(place, names) if any(is_group(f / n) for n in names)}
     with default_style():
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch

@@ -151,7 +151,8 @@ class Tuner:
         if self.instances and not any(has_instances(np.unique(crop.truth)) for crop in crops):
             raise CellMapValueError(
                 f"{source.name}: no annotation of {', '.join(crop.name for crop in crops)} has instances, which "
-                f"metric={metric} needs; use metric=dice"
+                f"metric={metric} needs; use metric=dice, or number the objects of the masks with cellmap-segment "
+                "method=components and give them as truth"
             )
         self._scores: dict[SegmentationOptions, float] = {}
 

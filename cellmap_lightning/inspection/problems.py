@@ -229,7 +229,8 @@ def _gaps_text(name: str, gaps: Sequence[tuple[int, int]], lower: float, thickne
         runs.append(f"{first} ({ends})" if first == last else f"{first} to {last} ({ends})")
     return (
         f"{name}: no voxel in section {first_few(runs, _LISTED)}, though objects continue on both sides; annotate them "
-        "there, or mark the sections as unknown"
+        "there, or mark the sections as unknown; objects are cut there in either case, so for ids, affinities and "
+        "distances they have to be annotated"
     )
 
 

@@ -84,7 +84,12 @@ class BlockTasks:
     # -- label
 
     def label(self, number: int) -> list[int]:
-        """Segment a block; return the numbers of its objects and of its components of the background, and a stamp."""
+        """Segment a block.
+
+        Returns:
+            The numbers of its objects and of its components of the background, a stamp, and the number of its
+            unannotated voxels.
+        """
         start, shape = self.grid[number]
         lower, extent, core = self._with_halo(start, shape)
         stamp = self.source.stamp(lower, extent)  # before it is read, so that a later change is noticed
@@ -103,10 +108,13 @@ class BlockTasks:
         faces = _planes(numbers, inside)
         block = _compacted(numbers, inside)
         faces |= measure(block, objects + background, start, self.grid.shape).as_arrays()
+        unknown = self.source.unknown(start, shape)
+        if unknown is not None and background:  # what they hide is not known: their background is no hole
+            faces["border"][np.unique(block[unknown]) - 1] += 1
         faces["objects"] = np.array([objects])
         faces["touching"] = _touching(block, objects) if background else np.empty((0, 2), np.uint32)
         flush([self.files("labels").write(number, {"labels": block}), self.files("faces").write(number, faces)])
-        return [objects, background, stamp]
+        return [objects, background, stamp, 0 if unknown is None else int(np.count_nonzero(unknown))]
 
     def _segment(self, start: Shape, shape: Shape) -> npt.NDArray[np.uint32]:
         """Return the objects of a box; `components` need a mask alone, which is made of some planes at a time."""
@@ -213,13 +221,14 @@ class BlockTasks:
 
     # -- write
 
-    def write(self, number: int, dtype: str, first: int) -> list[int]:
+    def write(self, number: int, dtype: str, first: int, unknown_id: int | None = None) -> list[int]:
         """Write the ids of a block to the output, and the coarser chunks that it determines; return nothing.
 
         Args:
             number: number of the block.
             dtype: type of the ids.
             first: row of the block's number 0 in the file of ids.
+            unknown_id: the stored value of unannotated voxels; None without such voxels.
         """
         labels = self.files("labels").read(number)["labels"]
         ids = np.load(self.folder / IDS, mmap_mode="r")
@@ -227,6 +236,9 @@ class BlockTasks:
         written = labels if labels.dtype == dtype else np.empty(labels.shape, dtype)
         for plane, out in zip(labels, written, strict=True):  # see `_renumber`
             out[...] = table[plane]
+        unknown = None if unknown_id is None else self.source.unknown(*self.grid[number])
+        if unknown is not None:
+            written[unknown] = unknown_id
         levels = OutputLevels(
             self.output, self.grid, ObjectIds(dtype), self.chunks, self.shards, self.zarr_format, self.pyramid
         )

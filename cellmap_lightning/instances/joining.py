@@ -180,18 +180,31 @@ def _filled(
     return target[group], background & ~single
 
 
-def id_type(count: int, setting: IdType, where: str) -> np.dtype[Any]:
+def unknown_id_of(dtype: np.dtype[Any]) -> int:
+    """Return the id of unannotated voxels: the largest of the type, as far as it fits into int64, as ids are read."""
+    return min(int(np.iinfo(dtype).max), int(np.iinfo(np.int64).max))
+
+
+def id_type(count: int, setting: IdType, where: str, with_unknown: bool = False) -> np.dtype[Any]:
     """Return the type of ids.
+
+    Args:
+        count: number of objects.
+        setting: see `IdType`.
+        where: the output, for messages.
+        with_unknown: unannotated voxels need an id too, see `unknown_id_of`.
 
     Raises:
         CellMapValueError: there are more objects than the type has ids.
     """
+    if with_unknown:
+        count += 1
     if setting == "auto":
         return np.dtype(np.uint32 if count <= np.iinfo(np.uint32).max else np.uint64)
     dtype = np.dtype(setting)
     if count > np.iinfo(dtype).max:
         raise CellMapValueError(
-            f"{where}: {plural(count, 'object')}, and ids={setting} ends at {np.iinfo(dtype).max}; use ids=auto, or a "
-            "larger min_volume"
+            f"{where}: {plural(count - with_unknown, 'object')}{' and unknown voxels' if with_unknown else ''}, and "
+            f"ids={setting} ends at {np.iinfo(dtype).max}; use ids=auto, or a larger min_volume"
         )
     return dtype

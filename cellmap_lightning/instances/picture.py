@@ -14,7 +14,7 @@ from cellmap_lightning.crops.image import CellMapImage
 from cellmap_lightning.geometry.lattice import AXES, Lattice, Shape
 from cellmap_lightning.instances.source import SegmentationSource
 from cellmap_lightning.io.chunks import ChunkReader
-from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.ngff import Encoding, read_encoding, read_multiscale
 from cellmap_lightning.visualization.figures.canvas import (
     DPI,
     LINE_HEIGHT,
@@ -60,8 +60,10 @@ def draw_objects(
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    reader = ChunkReader(read_multiscale(labels).finest, source.name, empty="missing")
-    sections = [_section(source, reader, axis, raw) for axis in range(3)]
+    stored = read_multiscale(labels)
+    reader = ChunkReader(stored.finest, source.name, empty="missing")
+    encoding = read_encoding(stored, stored.finest)
+    sections = [_section(source, reader, axis, raw, encoding) for axis in range(3)]
     sizes = [_size(grey.shape, source.lattice.step, axis) for axis, (grey, _) in enumerate(sections)]
     width = 2 * MARGIN + 2 * max(w for _, w in sizes) + _GAP
     head = MARGIN + LINE_HEIGHT[TITLE] + 0.1
@@ -89,7 +91,7 @@ def draw_objects(
 
 
 def _section(
-    source: SegmentationSource, labels: ChunkReader, axis: int, raw: str | None
+    source: SegmentationSource, labels: ChunkReader, axis: int, raw: str | None, encoding: Encoding | None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Return raw or the prediction, from 0 to 1, and the ids in the middle plane along an axis."""
     count = [1 if a == axis else min(n, _MOST) for a, n in enumerate(source.lattice.shape)]
@@ -98,7 +100,9 @@ def _section(
     shape: Shape = (count[0], count[1], count[2])
     values = _prediction(source, start, shape) if raw is None else _raw(raw, source.lattice, start, shape)
     plane = np.take(np.clip(values, 0, 1), 0, axis)
-    return plane, np.take(labels.read(start, shape), 0, axis).astype(np.int64)
+    ids = labels.read(start, shape)
+    ids = ids if encoding is None else np.where(encoding.present(ids), ids, 0)
+    return plane, np.take(ids, 0, axis).astype(np.int64)
 
 
 def _prediction(source: SegmentationSource, start: Shape, shape: Shape) -> npt.NDArray[np.float32]:

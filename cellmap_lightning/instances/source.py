@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -72,6 +73,12 @@ class SegmentationSource:
         """The planes of a stored chunk."""
         return max(reader.chunks[0] for reader in self.readers)
 
+    @property
+    def annotation(self) -> Path | None:
+        """The group, if it is a mask on this machine that is no recorded prediction; else None."""
+        is_annotation = self.kind == "mask" and not self.record["checksum"]
+        return self.path if is_annotation and isinstance(self.path, Path) else None
+
     def read(self, start: Shape, shape: Shape) -> Floats:
         """Return probabilities, or distances in nm, of a box; ``[C, z, y, x]`` for affinities, else ``[z, y, x]``.
 
@@ -86,6 +93,17 @@ class SegmentationSource:
             values[channel] = self._values(reader, start, shape)
         return values
 
+    def unknown(self, start: Shape, shape: Shape) -> npt.NDArray[np.bool_] | None:
+        """Return a mask ``[z, y, x]`` of the unannotated voxels of a box; None where no value means unknown.
+
+        Raises:
+            ChunkError: a chunk cannot be read.
+        """
+        if self.meaning is None or not self.meaning.is_labels or self.meaning.encoding.unknown is None:
+            return None
+        unknown: npt.NDArray[np.bool_] = self.readers[0].read(start, shape) == self.meaning.encoding.unknown
+        return unknown
+
     def stamp(self, start: Shape, shape: Shape) -> int:
         """Return a number (63 bits) that changes when the stored files of a box do; see `ChunkReader.stamp`."""
         total = sum(n * reader.stamp(start, shape) for n, reader in enumerate(self.readers, 1))
@@ -97,6 +115,8 @@ class SegmentationSource:
             values = (stored.astype(np.float32) - np.float32(self.zero)) * np.float32(self.scale)
         elif self.meaning.is_labels:
             values = self.meaning.present(stored, 1).astype(np.float32)
+            if self.kind == "boundary" and self.meaning.encoding.unknown is not None:
+                values[stored == self.meaning.encoding.unknown] = 1  # no object lies there
         else:
             values = stored.astype(np.float32)
             if self.meaning.one != 1:

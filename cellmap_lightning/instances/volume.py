@@ -90,7 +90,7 @@ class VolumeSegmentation:
         block = self._storage.block_shape(lattice.shape, segmenter.halo, segmenter.voxel_bytes)
         grid = BlockGrid(lattice, (0, 0, 0), lattice.shape, block)
         raw = [level.scale for level in read_multiscale(source.path).levels] if not source.record["channels"] else []
-        self._output = SegmentationOutput(path, source.name, grid, self._storage, raw[1:])
+        self._output = SegmentationOutput(path, source.name, grid, self._storage, raw[1:], source.annotation)
         self._source, self._segmenter, self._options, self._grid = source, segmenter, options, grid
         self._tasks = BlockTasks(
             source, segmenter, grid, path / journal_folder("segmentation"), path, self._output.chunks,
@@ -153,15 +153,17 @@ class VolumeSegmentation:
             objects = join_objects(numbers, tasks.files("faces"), tasks.files("pairs"), self._limits())
             self._check_seeds(numbers)
             where = f"{output.path / self._source.name}"
-            output.store(objects, id_type(len(objects.measures), self._storage.ids, where))
+            unknown = self._unknown_voxels()
+            output.store(objects, id_type(len(objects.measures), self._storage.ids, where, unknown > 0), unknown)
             del objects  # its measures are mapped from their files from here on
             stored = output.stored()
         if stored is None:
             raise OutputError(f"{output.path}: the joined objects were removed; start over with overwrite=True")
         dtype, measures = stored
+        code = output.unknown_id
         count = len(measures)
         first = BlockNumbers.of(journal.reached("labelled")).first
-        self._step(scheduler, "done", partial(_write, tasks, dtype.name, first.tolist()), report)
+        self._step(scheduler, "done", partial(_write, tasks, dtype.name, first.tolist(), code), report)
         output.remove_drafts()
         write_objects(self.table, self._source.name, measures, self._source.lattice)
         del stored, measures  # the files are removed with the journal
@@ -199,6 +201,10 @@ class VolumeSegmentation:
             self._output.check_owned()
             journal.write(word, number, notes)
         report(f"{word}: {len(self._grid)} of {plural(len(self._grid), 'block')}")
+
+    def _unknown_voxels(self) -> int:
+        """Return the number of unannotated voxels of the input, from the notes of labelled blocks."""
+        return sum(notes[3] for notes in self._output.journal.reached("labelled").values() if len(notes) > 3)
 
     def _limits(self) -> tuple[int, float]:
         """Return the least and the largest number of voxels of an object."""
@@ -252,6 +258,6 @@ def _local(output: str | Path) -> Path:
     return Path(output)
 
 
-def _write(tasks: BlockTasks, dtype: str, first: list[int], number: int) -> list[int]:
+def _write(tasks: BlockTasks, dtype: str, first: list[int], unknown_id: int | None, number: int) -> list[int]:
     """Write a block; see `BlockTasks.write`."""
-    return tasks.write(number, dtype, first[number])
+    return tasks.write(number, dtype, first[number], unknown_id)

@@ -90,7 +90,8 @@ def downsample_mean(data: NDArray[Any], factors: Sequence[int] = (2, 2, 2)) -> N
 def downsample_mode(data: NDArray[Any], factors: Sequence[int] = (2, 2, 2)) -> NDArray[Any]:
     """Take the most frequent value of every window of ``factors`` voxels.
 
-    A tie goes to the smaller value: background before foreground, foreground before ``unknown``.
+    A tie goes to the first voxel of the window (lowest z, y, x) if its value is among the most frequent, as in
+    tinybrain, else to the smallest of these. No value is preferred, so that objects keep their volume over many levels.
 
     Args:
         data: Integer or boolean array.
@@ -111,18 +112,46 @@ def downsample_mode(data: NDArray[Any], factors: Sequence[int] = (2, 2, 2)) -> N
     for part in parts[1:]:
         np.minimum(least, part, out=least)
         np.maximum(most, part, out=most)
-    # Nearly all windows of a label volume hold one value; only the others are sorted.
+    # Nearly all windows of a label volume hold one value; only the others are counted.
     mixed = np.nonzero(least != most)
     if mixed[0].size:
-        members = np.sort(np.stack([part[mixed] for part in parts]), axis=0)
-        # The longest run of equal values wins; of equally long runs the first, which has the smaller value.
-        winner = members[0].copy()
-        run = np.ones(winner.shape, np.int32)
-        longest = run.copy()
-        for before, value in pairwise(members):
-            run = np.where(value == before, run + 1, 1).astype(np.int32)
-            better = run > longest
-            winner[better] = value[better]
-            np.maximum(longest, run, out=longest)
-        least[mixed] = winner
+        least[mixed] = _mixed_mode([part[mixed] for part in parts], least[mixed], most[mixed])
     return least
+
+
+def _mixed_mode(members: Sequence[NDArray[Any]], least: NDArray[Any], most: NDArray[Any]) -> NDArray[Any]:
+    """Return the mode of windows with several values; see `downsample_mode`.
+
+    Args:
+        members: the members of the windows, ``[windows]`` each, first the first voxel.
+        least: the smallest value of each window.
+        most: the largest.
+    """
+    low, high = np.zeros(least.shape, np.int32), np.zeros(least.shape, np.int32)
+    for member in members:
+        low += member == least
+        high += member == most
+    # Two values, as at the surface of an object: the counts decide, and on a tie the first voxel.
+    winner = np.where(low == high, members[0], np.where(low > high, least, most))
+    several = np.flatnonzero(low + high < len(members))
+    if several.size:
+        winner[several] = _sorted_mode([member[several] for member in members])
+    return winner
+
+
+def _sorted_mode(members: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return the mode of windows with any number of values, by their longest run of sorted values."""
+    ordered = np.sort(np.stack(members), axis=0)
+    # Of equally long runs the first wins, which has the smaller value.
+    winner = ordered[0].copy()
+    run = np.ones(winner.shape, np.int32)
+    longest = run.copy()
+    for before, value in pairwise(ordered):
+        run = np.where(value == before, run + 1, 1).astype(np.int32)
+        better = run > longest
+        winner[better] = value[better]
+        np.maximum(longest, run, out=longest)
+    first, count = members[0], np.ones(winner.shape, np.int32)
+    for member in members[1:]:
+        count += member == first
+    return np.where(count == longest, first, winner)

@@ -145,7 +145,9 @@ def meaning_of(image: Multiscale, name: str, setting: ValuesSetting = "auto") ->
     label = name.rpartition("/")[2]
     value: Values = setting.get(label, setting.get("*", "auto")) if isinstance(setting, Mapping) else setting
     if value != "auto":
-        return Meaning(value, _one(value, dtype), _PLAIN)
+        # Voxels that an annotation marks as unknown are so with any setting.
+        encoding = read_encoding(image, image.finest) if value in ("mask", "ids") else None
+        return Meaning(value, _one(value, dtype), encoding or _PLAIN)
     recorded = _recorded(image, name)
     if recorded is not None:
         return recorded
@@ -166,6 +168,8 @@ def _recorded(image: Multiscale, name: str) -> Meaning | None:
     """Return the meaning that is recorded in the attributes of a group, or None."""
     block = _mapping(image.attributes.get("cellmap"))
     annotation = block.get("annotation")
+    if annotation is None and "prediction" not in block:  # CellMap's own crops have it in the arrays alone
+        annotation = _mapping(image.finest.array.attributes.get("cellmap")).get("annotation")
     if isinstance(annotation, Mapping):
         instances = _mapping(annotation.get("annotation_type")).get("type") == "instance_segmentation"
         encoding = read_encoding(image, image.finest) or _PLAIN

@@ -42,20 +42,20 @@ def test_scores_are_printed_and_written(folder):
     assert code == 0, text
     assert "crop1 *" in text
     assert "* trained on" in text
-    rows = list(csv.DictReader((folder / "pred-scores.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((folder / "pred-evaluation.csv").read_text().splitlines()))
     assert [row["crop"] for row in rows] == ["crop1", "crop2"]
     assert [row["usage"] for row in rows] == ["train", "held out"]
     assert [float(row["dice"]) for row in rows] == [1, 0]
     assert [float(row["f1_50"]) for row in rows] == [1, 0]
     assert float(rows[0]["hausdorff_nm"]) == 0
     assert rows[1]["hausdorff_nm"] == "inf"
-    first, second = json.loads((folder / "pred-scores.json").read_text())
+    first, second = json.loads((folder / "pred-evaluation.json").read_text())
     assert (first["panoptic_quality"], second["hausdorff_nm"], second["trained"]) == (1, None, False)
-    for name in ("pred-scores.png", "pred-scores-worst.png"):
+    for name in ("pred-evaluation.png", "pred-evaluation-worst.png"):
         assert (folder / name).stat().st_size > 5000
     code, text = evaluate(folder, "prediction=pred.zarr")
     assert code == 1
-    assert "pred-scores.csv exists; set overwrite=true to replace it, or another out=..." in text
+    assert "pred-evaluation.csv exists; set overwrite=true to replace it, or another out=..." in text
 
 
 def test_a_single_crop_and_the_challenge_score(folder):
@@ -65,9 +65,49 @@ def test_a_single_crop_and_the_challenge_score(folder):
     assert "overall" in text
 
 
+def test_a_list_of_crops_is_scored_in_one_table(folder):
+    shutil.copytree(folder / "crops" / "crop2", folder / "more" / "crop3")
+    truth = "[crops/crop1,more]"
+    code, text = evaluate(folder, "prediction=pred.zarr", "trained=split.csv", truth=truth)
+    assert code == 0, text
+    rows = list(csv.DictReader((folder / "pred-evaluation.csv").read_text().splitlines()))
+    assert [(row["crop"], row["usage"]) for row in rows] == [("crop1", "train"), ("crop3", "held out")]
+    code, text = evaluate(folder, "prediction=pred.zarr", "metric=csc", "out=csc", truth=truth)
+    assert code == 0, text
+    assert {"crop1", "crop3"} <= {row["crop"] for row in csv.DictReader((folder / "csc.csv").read_text().splitlines())}
+    code, text = evaluate(folder, "prediction=pred.zarr", "out=other", truth="[crops,crops/crop1]")
+    assert code == 1, text
+    assert "truth: two folders hold a crop crop1, crops/crop1 and crops/crop1; give one" in text
+
+
+def test_scores_of_the_prediction_are_no_obstacle(folder):
+    """`cellmap-predict truth=...` writes <out>-scores.csv and .png."""
+    for ending in (".csv", ".png"):
+        (folder / f"pred-scores{ending}").write_text("of the prediction")
+    code, text = evaluate(folder, "prediction=pred.zarr", "metric=voxels")
+    assert code == 0, text
+    assert (folder / "pred-scores.csv").read_text() == "of the prediction"
+
+
+def test_an_output_that_exists_is_an_error_before_anything_is_read(folder):
+    (folder / "pred-evaluation.json").write_text("[]")
+    for file in [*folder.glob("pred.zarr/mito/s0/*/*/*"), *folder.glob("crops/*/mito/s0/*/*/*")]:
+        file.write_bytes(b"damaged")
+    code, text = evaluate(folder, "prediction=pred.zarr")
+    assert code == 1
+    assert "pred-evaluation.json exists; set overwrite=true" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["prediction=[pred.zarr,pred.zarr]"], "prediction must be one path, got ['pred.zarr', 'pred.zarr']"),
+        (["prediction=pred.zarr", "truth={a: crops}"], "truth must be a path or a list of paths, got {'a': 'crops'}"),
+        (["prediction=pred.zarr", "truth=[]"], "truth must be a path or a list of paths, got []"),
+        (["prediction=pred.zarr", "truth=5"], "got 5; of a folder with that name give truth=./5"),
+        (["prediction=pred.zarr", "trained=[split.csv]"], "trained must be one path, got ['split.csv']"),
+        (["prediction=pred.zarr", "out=[a]"], "out must be one path, got ['a']"),
+        (["prediction=pred.zarr", "raw={a: b}"], "raw must be one path, got {'a': 'b'}"),
         (["prediction=nothing.zarr"], "the prediction nothing.zarr does not exist"),
         (["prediction=predictions"], "of 1 crop; give that of one, as predictions/jrc_a.zarr/crop1; cellmap-predict"),
         (["prediction=predictions/jrc_a.zarr"], "give that of one, as predictions/jrc_a.zarr/crop1"),
@@ -118,4 +158,4 @@ def test_metrics_that_need_scipy_name_one_that_does_not(folder, monkeypatch, met
     assert code == 1, text
     assert f"Error: {what}, which is not installed; in a clone: pip install -e " in text
     assert ", or set metric=voxels" in text
-    assert not (folder / "pred-scores.csv").exists()
+    assert not (folder / "pred-evaluation.csv").exists()

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from cellmap_lightning.commands.segment import segment
 from cellmap_lightning.errors import CellMapFileNotFoundError
 from cellmap_lightning.evaluation.crop_parts import is_trained, matching_notes, trained_crops
 from cellmap_lightning.evaluation.csc_evaluation import Predicted, csc_table, evaluate_csc, write_csc_csv
@@ -209,3 +210,38 @@ def test_the_heat_map_marks_trained_crops(tmp_path, marks, labels):
         assert (f"<!-- {label} -->" in drawn) == (label in labels)
     assert drawn.count("<!-- 0.90 -->") == 12  # of Dice, precision and recall, in two crops and classes each
     assert all(label in table(scores) for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "expected", "note"),
+    [
+        (1, lambda _: "data", True, "obj.zarr: objects numbered from "),
+        (1, linked_crops, True, "obj.zarr: objects numbered from "),
+        (1, moved, True, "obj.zarr: objects numbered from "),
+        (2, lambda _: "data", False, "none of the crops that were scored (obj.zarr) is among those trained on ("),
+    ],
+)
+def test_objects_numbered_from_a_crop_are_that_crop(folder, monkeypatch, number, place, expected, note):
+    """They are recognized by the mask that they record, also where it has been moved since the training."""
+    data = place(folder)
+    crops = "link" if data == "link" else f"{data.split('/')[0]}/jrc_a.zarr/crops"
+    monkeypatch.chdir(folder)
+    segment(f"{crops}/crop{number}", "obj.zarr", "er", method="components", picture=False)
+    assert is_trained(trained_crops(folder), folder / "obj.zarr") is expected
+    code, text = run_forked(
+        "prediction=pred.zarr", "truth=obj.zarr", "trained=split.csv", "metric=voxels", cwd=folder, command="evaluate"
+    )
+    assert code == 0, text
+    assert ("obj.zarr *" in text) is expected
+    assert text.count(note) == 1
+    assert "(.)" not in text
+
+
+def test_a_crop_in_the_working_directory_has_a_name(folder):
+    crop = folder / "data" / "jrc_a.zarr" / "crops" / "crop1"
+    code, text = run_forked(
+        f"prediction={folder}/pred.zarr", "truth=.", f"trained={folder}", "metric=voxels", "out=s", cwd=crop,
+        command="evaluate",
+    )  # fmt: skip
+    assert code == 0, text
+    assert "crop1 *" in text

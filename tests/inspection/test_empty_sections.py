@@ -63,7 +63,8 @@ def test_empty_sections_that_cut_objects_are_named(look, sections, text):
     (problem,) = (problem for problem in report.problems if problem.kind == "gaps")
     assert problem.where == "jrc_a/crop0"
     assert problem.text.startswith(f"mito: no voxel in {text}, though objects continue on both sides")
-    assert "mark the sections as unknown" in problem.text
+    assert "mark the sections as unknown; objects are cut there in either case" in problem.text
+    assert problem.text.endswith("they have to be annotated")
 
 
 def ends():

@@ -198,7 +198,8 @@ def next_level(data, step, dtype):
     """The next level by plain numpy."""
     parts = windows(data, step)
     if dtype == "labels":
-        return (parts.sum(-1) * 2 > parts.shape[-1]).astype(np.uint8)  # as many of both: 0
+        present, half = parts.astype(int).sum(-1) * 2, parts.shape[-1]
+        return np.where(present == half, parts[..., 0], present > half).astype(np.uint8)
     if dtype == "uint8":
         return np.floor(parts.mean(-1) + 0.5 + 1e-9).astype(np.uint8)
     return parts.astype(np.float64).mean(-1).astype(np.float32)
