@@ -85,11 +85,20 @@ def _is_shown(bar: Any) -> bool:
 
 #: Values of Python and of the command line.
 _VALUES = {"True": "true", "False": "false", "None": "null"}
+#: Settings of the data module in messages; ``split`` is a setting of cellmap-preview too, with other values.
+_OF_DATA = re.compile(
+    r"(?<![\w.])(?:(?:too_coarse|unannotated_classes|leakage|missing_raw|max_upsampling)=(?=\w)"
+    r"|split=(?=random|stratified|by_dataset|leave_one_dataset_out|kfold|blocks))"
+)
 
 
 def as_overrides(text: str) -> str:
-    """Return a message with arguments of Python, such as ``overwrite=True``, as overrides of a command."""
-    return re.sub(r"\b(\w+)=(True|False|None)\b", lambda match: f"{match[1]}={_VALUES[match[2]]}", text)
+    """Return a message with arguments of Python, such as ``overwrite=True``, as overrides of a command.
+
+    Settings of the data module, such as ``leakage=warn``, get their prefix ``data.``.
+    """
+    text = re.sub(r"\b(\w+)=(True|False|None)\b", lambda match: f"{match[1]}={_VALUES[match[2]]}", text)
+    return _OF_DATA.sub(r"data.\g<0>", text)
 
 
 #: Printed messages.
