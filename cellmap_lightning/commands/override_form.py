@@ -4,12 +4,19 @@ import re
 
 #: Values of Python and of the command line.
 _VALUES = {"True": "true", "False": "false", "None": "null"}
+#: Settings of the data module in messages; ``split`` is a setting of cellmap-preview too, with other values.
+_OF_DATA = re.compile(
+    r"(?<![\w.])(?:(?:too_coarse|unannotated_classes|leakage|missing_raw|max_upsampling)=(?=\w)"
+    r"|split=(?=random|stratified|by_dataset|leave_one_dataset_out|kfold|blocks))"
+)
 #: Commands whose key for the normalization is not ``data.normalize``.
 _NORMALIZE = {"predict": "metadata.normalize"}
 
 
 def as_overrides(text: str, command: str = "train") -> str:
     """Return a message with arguments of Python, such as ``overwrite=True``, as overrides of a command.
+
+    Settings of the data module, such as ``leakage=warn``, get their prefix ``data.``.
 
     Args:
         text: the message.
@@ -20,6 +27,7 @@ def as_overrides(text: str, command: str = "train") -> str:
         "set 'data.normalize={range: [0,255]}', or overwrite=true"
     """
     text = re.sub(r"\b(\w+)=(True|False|None)\b", lambda match: f"{match[1]}={_VALUES[match[2]]}", text)
+    text = _OF_DATA.sub(r"data.\g<0>", text)
     key = _NORMALIZE.get(command, "data.normalize")
 
     def quoted(match: re.Match[str]) -> str:

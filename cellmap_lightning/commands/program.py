@@ -154,14 +154,26 @@ def _message(error: Exception, place: str | None = None) -> str | None:
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, CellMapError | OmegaConfBaseException):
+        if isinstance(cause, CellMapError):
             return str(cause)
+        if isinstance(cause, OmegaConfBaseException):
+            return _configuration_message(cause)
         if isinstance(cause, OSError) and is_file_error(cause):
             return file_error_message(cause, place)
         if type(cause).__name__ == "MisconfigurationException":  # Lightning's class, which is not imported here
             return f"{cause}{'; trainer=cpu runs without one' if 'gpu backend' in str(cause) else ''}"
         cause = cause.__cause__
     return _instantiation_message(error) if isinstance(error, InstantiationException) else None
+
+
+def _configuration_message(error: OmegaConfBaseException) -> str:
+    """Return the message of an error of OmegaConf; that of the package's own error where a resolver raised one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, CellMapError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
 
 
 def _instantiation_message(error: InstantiationException) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from cellmap_lightning.commands.submit_instances import InstanceMethods, Methods, tuned_methods
-from cellmap_lightning.errors import CellMapFileExistsError, CellMapFileNotFoundError, CellMapValueError
+from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.evaluation.challenge import INSTANCE_CLASSES, listed_crops
 from cellmap_lightning.evaluation.evaluate import is_group
 from cellmap_lightning.evaluation.numbering import (
@@ -23,8 +23,10 @@ from cellmap_lightning.evaluation.numbering import (
     remove_small,
 )
 from cellmap_lightning.evaluation.prediction_labels import check_covers, prediction_labels, stored_meaning
+from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting, check_values, prediction_attributes
 from cellmap_lightning.io.missing_paths import similar_path
+from cellmap_lightning.io.ngff import read_multiscale
 from cellmap_lightning.io.store import children
 from cellmap_lightning.io.writer import check_room, codec_of, create_level, make_room, write_group
 from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD
@@ -102,6 +104,7 @@ def submit(
     others = sorted({row.name for row, _ in rows if row.name not in segmented}) if tuned is not None else []
     if others:
         log.info("tuned=%s: it has no parameters of %s; threshold %g is used", tuned, ", ".join(others), threshold)
+    _report_voxel_sizes(rows)
     meanings = _checked_meanings(rows, segmented, values)  # all are checked before anything is written
     make_room(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +161,21 @@ def _checked_meanings(
         segmented.check(row, path, values)
         meanings.append(stored_meaning(row, path, values) if row.name not in segmented else _IDS)
     return meanings
+
+
+def _report_voxel_sizes(rows: Sequence[tuple[ManifestRow, Path]]) -> None:
+    """Log the crops whose predictions have other voxel sizes than the manifest asks for; they are resampled."""
+    differing: dict[tuple[str, str], list[str]] = {}
+    for row, path in rows:
+        try:
+            step = read_multiscale(path).finest.lattice.step
+        except CellMapError:
+            continue  # reported by the check of what it covers
+        if not np.allclose(step, row.lattice.step, rtol=SCALE_TOLERANCE, atol=0):
+            sizes = f"{list(step)} nm, and the manifest asks for {list(row.lattice.step)} nm"
+            differing.setdefault((row.crop, sizes), []).append(row.name)
+    for (crop, sizes), names in differing.items():
+        log.info("%s: predictions of %s have voxels of %s: they are resampled", crop, first_few(names), sizes)
 
 
 def _without_small(labels: Labels, row: ManifestRow, min_volume: MinVolume) -> tuple[Labels, str]:

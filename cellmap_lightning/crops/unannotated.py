@@ -78,7 +78,8 @@ def report_unannotated(
 
 
 def _hint(nowhere: Sequence[str], listed: Sequence[str]) -> str:
-    close = [c for c in (closest_class(name, listed) for name in nowhere) if c is not None]
+    closest = (closest_class(name, listed) for name in nowhere)
+    close = list(dict.fromkeys(name for name in closest if name is not None))[:_NAMED]
     return f" (did you mean {' and '.join(map(repr, close))}?)" if close else ""
 
 

@@ -26,7 +26,7 @@ def listed_crops(manifest: str | Path, crops: str | int | Sequence[str | int] = 
     """
     listed = manifest_crops(manifest)
     patterns = None if crops == "test" else [crops] if isinstance(crops, str | int) else list(crops)
-    selected = Filter(None, patterns).matches([crop.name for crop in listed])
+    selected = Filter(None, patterns, "crops").matches([crop.name for crop in listed])
     return [crop for crop, use in zip(listed, selected, strict=True) if use]
 
 

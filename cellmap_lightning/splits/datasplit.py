@@ -24,6 +24,7 @@ from cellmap_lightning.splits.division import Division
 from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping, table_of
 from cellmap_lightning.splits.inside import InsideSplit
 from cellmap_lightning.splits.leakage import check_leakage
+from cellmap_lightning.splits.manifest_classes import report_unknown_classes
 from cellmap_lightning.splits.manifest_geometry import report_geometry
 from cellmap_lightning.splits.manifests import ListedCrop, ManifestRow, find_crops, read_manifest
 from cellmap_lightning.splits.opening import for_all
@@ -315,6 +316,8 @@ class CellMapDataSplit:
                 f"none of the {plural(len(crops), 'crop')} of {self.source} annotates any of "
                 f"{', '.join(self.classes)}; they annotate {', '.join(annotated) or 'nothing'}"
             )
+        if self.options.manifest is not None:
+            report_unknown_classes(self.options.manifest, annotated, self.classes)
         if len(entries) < len(crops):
             log.info("%d of the %d crops annotate none of the classes", len(crops) - len(entries), len(crops))
         return entries

@@ -157,3 +157,16 @@ def test_the_command_names_overwrite(folder):
     assert code == 1
     assert "overwrite=true" in text
     assert (folder / "submission.zip").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("step", "shape", "count"), [((8, 8, 8), (8, 8, 8), 0), ((16, 8, 8), (4, 8, 8), 1), ((4, 4, 4), (16, 16, 16), 1)]
+)
+def test_other_voxel_sizes_are_reported_once_per_crop(folder, caplog, step, shape, count):
+    origin = tuple(s / 2 for s in step)
+    manifest(folder, *(row(7, name, step, origin, shape) for name in ("mito", "er", "pm", "ves")))
+    lines = [line for line in submitted(folder, caplog) if "the manifest asks for" in line]
+    assert len(lines) == count
+    for line in lines:
+        assert line.startswith("crop7: predictions of mito, er, pm and 1 more have voxels of [8.0, 8.0, 8.0] nm")
+        assert f"asks for {[float(n) for n in step]} nm" in line
