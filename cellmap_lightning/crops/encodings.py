@@ -14,7 +14,15 @@ from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.declared_counts import check_declared_counts, warn_of_empty_level
 from cellmap_lightning.io.label_ids import UNANNOTATED, LabelIds, unlisted_text
 from cellmap_lightning.io.label_values import CODE, MOST_IDS, MOST_VOXELS, LabelValues, label_values, stored_ids
-from cellmap_lightning.io.ngff import UNKNOWN_CODE, Encoding, Level, Multiscale, declared_present, read_encoding
+from cellmap_lightning.io.ngff import (
+    UNKNOWN_CODE,
+    Encoding,
+    Level,
+    Multiscale,
+    declared_present,
+    is_semantic,
+    read_encoding,
+)
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.validation import first_few, one_of
 
@@ -70,6 +78,7 @@ class LabelEncodings:
     Attributes:
         decided: for each class whose metadata do not define its encoding, how it is read, in words.
         averaged: for each class and level that holds values that the finest level does not, which.
+        masks: classes of which every object has the same stored value, by the metadata or the values.
         explicit: classes to which the setting ``unknown`` does not apply, with the code of their metadata.
     """
 
@@ -85,6 +94,7 @@ class LabelEncodings:
         self.thorough, self.retry_policy = thorough, retry_policy
         self.decided: dict[str, str] = {}
         self.explicit: dict[str, int | None] = {}
+        self.masks: set[str] = set()
         self.averaged: dict[tuple[str, str], str] = {}
         self._encodings: dict[tuple[str, str], Encoding] = {}
 
@@ -133,6 +143,8 @@ class LabelEncodings:
 
     def _decide(self, name: str, image: Multiscale, level: Level) -> Encoding:
         """Return the encoding of present, absent and unknown voxels."""
+        if level.ids is not None or level.array.dtype.kind == "b" or is_semantic(image, level):
+            self.masks.add(name)
         if level.ids is not None:
             return self._by_map(name, level, level.ids)
         dtype = level.array.dtype
@@ -178,6 +190,8 @@ class LabelEncodings:
             else f"values {values}, ids" if values.other
             else f"values {values}, 1 is present"
         )  # fmt: skip
+        if values.complete and not values.other:
+            self.masks.add(name)
         return Encoding(0, None, assumed="" if values.complete else "mask" if values.code else "ids")
 
     def _ambiguous(self, name: str, level: Level, declared: Encoding, code: Code) -> Encoding:
