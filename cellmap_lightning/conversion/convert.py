@@ -14,7 +14,15 @@ from tqdm import tqdm
 from cellmap_lightning.conversion.journal import Block, ConversionJournal
 from cellmap_lightning.conversion.label_like import MOST_VALUES, few_values, report_few_values
 from cellmap_lightning.conversion.options import ConversionOptions
-from cellmap_lightning.conversion.output import begun, check_apart, check_output, is_complete, opened, record_of
+from cellmap_lightning.conversion.output import (
+    begun,
+    check_apart,
+    check_output,
+    is_complete,
+    opened,
+    record_of,
+    write_parents,
+)
 from cellmap_lightning.errors import MetadataError, OutputError
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
@@ -67,6 +75,7 @@ def convert(options: ConversionOptions) -> Path:
     workers = default_workers(options.workers, not open_reader(level).local)
     with open_scheduler(options.scheduler, workers, options.address) as scheduler:
         _convert(output, level, options, scheduler)
+    write_parents(output, options.zarr_format)
     return output
 
 

@@ -14,9 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from zarr.errors import ContainsGroupError
+
 from cellmap_lightning.conversion.journal import ConversionJournal
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
 from cellmap_lightning.io.store import Remote, StorePath
+from cellmap_lightning.io.writer import ZarrFormat, write_group
 from cellmap_lightning.prediction.output_lock import FILE, OutputLock
 
 log = logging.getLogger(__name__)
@@ -127,6 +130,23 @@ def check_apart(output: Path, source: StorePath) -> None:
         raise CellMapValueError(
             f"output={output} and input={source} must not be inside of each other; choose another output"
         )
+
+
+def write_parents(output: Path, zarr_format: ZarrFormat) -> None:
+    """Write group metadata into the folders above an output, up to the outermost ``*.zarr``, that have none.
+
+    Metadata that is there is not changed, so that any of them may hold a group of another program.
+
+    Args:
+        output: the output.
+        zarr_format: 2 or 3.
+    """
+    parents = output.absolute().parents
+    roots = [number for number, parent in enumerate(parents) if parent.suffix == ".zarr"]
+    for parent in reversed(parents[: roots[-1] + 1] if roots else ()):
+        if not any((parent / name).exists() for name in (*_NODES, ".zarray")):
+            with suppress(ContainsGroupError):  # another job writes to the same volume
+                write_group(parent, zarr_format=zarr_format)
 
 
 def _foreign(path: Path) -> CellMapFileExistsError:

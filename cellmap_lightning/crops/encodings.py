@@ -21,6 +21,7 @@ from cellmap_lightning.io.ngff import (
     Multiscale,
     declared_present,
     first_time,
+    is_semantic,
     read_encoding,
 )
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
@@ -79,6 +80,7 @@ class LabelEncodings:
         decided: for each class whose metadata do not define its encoding, how it is read, in words.
         averaged: for each class and level that holds values that the finest level does not, which.
         filled: for each class that fills its whole crop, though no metadata has its encoding, its values.
+        masks: classes of which every object has the same stored value, by the metadata or the values.
         explicit: classes to which the setting ``unknown`` does not apply, with the code of their metadata.
     """
 
@@ -95,6 +97,7 @@ class LabelEncodings:
         self.decided: dict[str, str] = {}
         self.explicit: dict[str, int | None] = {}
         self.filled: dict[str, str] = {}
+        self.masks: set[str] = set()
         self.averaged: dict[tuple[str, str], str] = {}
         self._encodings: dict[tuple[str, str], Encoding] = {}
 
@@ -151,6 +154,8 @@ class LabelEncodings:
 
     def _decide(self, name: str, image: Multiscale, level: Level) -> Encoding:
         """Return the encoding of present, absent and unknown voxels."""
+        if level.ids is not None or level.array.dtype.kind == "b" or is_semantic(image, level):
+            self.masks.add(name)
         if level.ids is not None:
             return self._by_map(name, level, level.ids)
         dtype = level.array.dtype
@@ -204,6 +209,8 @@ class LabelEncodings:
             else f"values {values}, ids" if values.other
             else f"values {values}, 1 is present"
         )  # fmt: skip
+        if values.complete and not values.other:
+            self.masks.add(name)
         return Encoding(0, None, assumed="" if values.complete else "mask" if values.code else "ids")
 
     def _ambiguous(self, name: str, level: Level, declared: Encoding, code: Code) -> Encoding:

@@ -1,7 +1,7 @@
 """Classes that no crop annotates: an error, or targets that are unknown everywhere."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from cellmap_lightning.crops.spelling import closest_class
@@ -11,6 +11,8 @@ log = logging.getLogger(__name__)
 
 #: What becomes of a class that no crop annotates, or that a bracket names without a folder.
 UnannotatedClasses = Literal["error", "unknown"]
+#: Kinds of targets that separate objects which touch.
+_SEPARATING = ("affinities", "boundary", "instances", "lsd", "flow")
 #: Crops that a warning names.
 _NAMED = 3
 
@@ -74,6 +76,30 @@ def report_unannotated(
         log.warning(
             "%s: %s; their targets are unknown (NaN) there, so that nothing is learnt or measured of them%s",
             split, ", and ".join(parts), more,
+        )  # fmt: skip
+
+
+def report_masks(crops: Iterable[Any], kinds: Collection[str], reported: set[str]) -> None:
+    """Warn of classes whose objects targets separate, and whose annotations are masks in all crops; once for each.
+
+    Args:
+        crops: the crops of a split, as `Crop`.
+        kinds: the kinds of the targets.
+        reported: classes of earlier warnings, to which new ones are added.
+    """
+    apart = [kind for kind in _SEPARATING if kind in kinds]
+    if not apart:
+        return
+    masks: dict[str, bool] = {}
+    for crop in crops:
+        for name in crop.annotated:
+            masks[name] = masks.get(name, True) and name in crop.labels.encodings.masks
+    for name in [name for name, is_mask in masks.items() if is_mask and name not in reported]:
+        reported.add(name)
+        log.warning(
+            "%s: its annotations are masks without ids of objects: all objects are one in targets of kind %s; number "
+            "them with cellmap-segment method=components, and give its output as the labels",
+            name, " and ".join(map(repr, apart)),
         )  # fmt: skip
 
 

@@ -84,6 +84,7 @@ def propose(
     pad: bool = True,
     holds: Callable[[tuple[int, int, int], Vector], bool] | None = None,
     why_split: str | None = None,
+    deep: bool = False,
 ) -> Proposal | None:
     """Return settings that fit; None without a volume that can be read.
 
@@ -97,6 +98,7 @@ def propose(
         pad: whether crops may be smaller than a patch.
         holds: whether the crops can be cut for a patch of a shape and voxel size; None if they are not cut.
         why_split: reason of the split in ``source``, if it is proposed.
+        deep: voxels of labels are counted, after the proposal.
     """
     usable = [crop for crop in crops if crop.wrong is None and crop.scale is not None and crop.off is not None]
     readable = [volume for volume in volumes if volume.present]
@@ -114,7 +116,7 @@ def propose(
         shape, why_shape = _cut_shape(shape, scale, why_shape, holds, pad)
     if not (chosen.get("shape") and chosen.get("scale")) and holds is None:
         why_shape += _smaller(fitting, scale, shape, pad)
-    classes, why_classes = _classes(usable, cut=holds is not None)
+    classes, why_classes = _classes(usable, cut=holds is not None, counted=deep)
     if chosen.get("classes"):
         classes, why_classes = tuple(chosen["classes"]), "as given"
     batch_size, why_batch_size = _batch_size(shape, device_bytes)
@@ -329,12 +331,13 @@ def _normalize(volumes: Sequence[VolumeFacts]) -> tuple[Any, str]:
     return "dtype", f"{kind} to [0, 1] by the range of its type; {measured}"
 
 
-def _classes(crops: Sequence[CropFacts], cut: bool) -> tuple[tuple[str, ...], str]:
+def _classes(crops: Sequence[CropFacts], cut: bool, counted: bool) -> tuple[tuple[str, ...], str]:
     """Return the classes that both train and val can have.
 
     Args:
         crops: the crops.
         cut: whether parts of each crop are for train and for val.
+        counted: whether voxels are counted for the report.
     """
     names = list(dict.fromkeys(name for crop in crops for name in crop.classes))
     present = {name: sum(name in crop.held for crop in crops) for name in names}
@@ -344,7 +347,7 @@ def _classes(crops: Sequence[CropFacts], cut: bool) -> tuple[tuple[str, ...], st
     if least == 1:
         text = "with foreground in the only crop" if len(crops) == 1 else "with foreground in a crop, which is cut"
     uncounted = [n for n in chosen if all(c.classes[n].voxels is None for c in crops if n in c.classes)]
-    if uncounted:
+    if uncounted and not counted:
         text += f"; the voxels of {first_few(uncounted, _LISTED)} are not counted, deep=true counts them"
     left_out = [f"{name} ({present[name]})" for name in names if name not in chosen]
     return chosen, text + (f"; left out: {first_few(left_out, _LISTED)}" if left_out else "")

@@ -137,7 +137,7 @@ def inspect(
         whole = _annotated(splits.uncut) if cut_later else listed
         uncut = _read_crops(whole, settings) if cut_later else crops
         lacks = of_folder.get("split") == "blocks" or _lacks_validation(settings, splits.entries)
-        planner = _Planner(volumes, uncut, chosen, device_bytes, splits.classes)
+        planner = _Planner(volumes, uncut, chosen, device_bytes, splits.classes, deep)
         rule = str(settings.get("split") or "csv")
         settings, proposal = planner.plan(settings, cut_later, lacks)
         noted: list[Problem] = []
@@ -187,6 +187,7 @@ class _Planner:
         chosen: the user's ``scale``, ``shape`` and ``classes``, or None for each.
         device_bytes: memory of the device that trains.
         classes: classes by which crops are cut.
+        deep: voxels are counted for the report.
     """
 
     def __init__(
@@ -196,7 +197,9 @@ class _Planner:
         chosen: Mapping[str, Any],
         device_bytes: int,
         classes: Sequence[str] | None,
+        deep: bool,
     ) -> None:
+        self._deep = deep
         self._volumes, self._crops, self._chosen = volumes, crops, chosen
         self._device_bytes, self._classes = device_bytes, classes
 
@@ -229,6 +232,7 @@ class _Planner:
             bool(settings.get("pad", True)),
             (lambda shape, scale: self._can_be_cut(settings, shape, scale)) if cut else None,
             why_split,
+            self._deep,
         )
 
     def _can_be_cut(self, settings: Mapping[str, Any], shape: Sequence[int], scale: Vector) -> bool:

@@ -13,7 +13,7 @@ from cellmap_lightning.crops.crop_labels import TooCoarseError
 from cellmap_lightning.crops.opening import NotAnnotatedError
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.crops.target_path import TargetPath
-from cellmap_lightning.crops.unannotated import refuse_unannotated, report_unannotated
+from cellmap_lightning.crops.unannotated import refuse_unannotated, report_masks, report_unannotated
 from cellmap_lightning.datasets.dataset import CellMapDataset
 from cellmap_lightning.datasets.multidataset import CellMapMultiDataset
 from cellmap_lightning.errors import CellMapError, CellMapKeyError, CellMapTypeError, CellMapValueError
@@ -130,6 +130,7 @@ class CellMapDataSplit:
         self._affine: dict[str, tuple[float, float]] = {}
         self._lock = threading.RLock()
         self._reported: set[str] = set()  # unannotated classes
+        self._masks: set[str] = set()  # classes without ids of objects
         self._compared: set[str] = set()  # labels whose boxes were compared
 
     @property
@@ -390,6 +391,8 @@ class CellMapDataSplit:
         """Refuse or report classes that no crop annotates: they would be learnt from nothing."""
         if not multi.layout.targets:
             return
+        kinds = [target.kind.name for target in multi.layout.targets.values()]
+        report_masks(multi.crops, kinds, self._masks)
         nowhere = [c for c, n in multi.annotated_in().items() if n == 0]
         listed = sorted({n for c in multi.crops if c.target_path for n in c.target_path.names})
         if self.labels.unannotated_classes == "error":
@@ -402,7 +405,6 @@ class CellMapDataSplit:
         new = [name for name in nowhere if name not in self._reported]
         folders = {name: crops for name, crops in absent.items() if name not in self._reported}
         self._reported |= {*new, *folders}
-        kinds = [target.kind.name for target in multi.layout.targets.values()]
         report_unannotated(split, new, listed, folders, "labels" in kinds)
 
     @property

@@ -316,3 +316,35 @@ def test_a_killed_command_blocks_no_other(tmp_path):
 def test_overwrite_is_true_or_false(tmp_path, value):
     with pytest.raises(CellMapError, match="overwrite must be true or false, got"):
         options(tmp_path, overwrite=value)
+
+
+# -- groups above the output
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(
+    ("place", "groups"), [("v.zarr/em", ["v.zarr"]), ("a/v.zarr/b/em", ["a/v.zarr", "a/v.zarr/b"])]
+)
+def test_folders_above_an_output_are_groups(tmp_path, zarr_format, place, groups):
+    convert(options(tmp_path, output=str(tmp_path / place), zarr_format=zarr_format))
+    for name in groups:
+        group = zarr.open_group(str(tmp_path / name), mode="r", zarr_format=zarr_format)
+        assert dict(group.attrs) == {}
+    assert "em" in zarr.open(str(tmp_path / groups[-1]), mode="r")
+    assert not any((tmp_path / folder / name).exists() for folder in (".", "a") for name in (".zgroup", "zarr.json"))
+
+
+def test_groups_above_an_output_that_exist_are_not_changed(tmp_path):
+    root = zarr.create_group(str(tmp_path / "v.zarr"), zarr_format=3, attributes={"mine": 1})
+    root.create_group("b")
+    before = files(tmp_path / "v.zarr")
+    convert(options(tmp_path, output=str(tmp_path / "v.zarr" / "b" / "c" / "em"), zarr_format=3))
+    after = files(tmp_path / "v.zarr")
+    assert before.items() <= after.items()
+    assert dict(zarr.open_group(str(tmp_path / "v.zarr"), mode="r").attrs) == {"mine": 1}
+    assert "em" in zarr.open_group(str(tmp_path / "v.zarr" / "b" / "c"), mode="r")
+
+
+def test_masks_of_a_label_map_lie_in_groups(tmp_path):
+    convert(options(tmp_path, IDS, output=str(tmp_path / "v.zarr" / "crop1"), classes=ALL))
+    assert sorted(zarr.open_group(str(tmp_path / "v.zarr"), mode="r")["crop1"].group_keys()) == ["er", "mito", "pm"]

@@ -140,3 +140,13 @@ def test_levels_that_share_the_values_are_no_problem(tmp_path, mode):
     solid = np.zeros((16, 16, 16), np.uint8)
     solid[8:] = 255
     assert not of_kind(look(tmp_path, {"mito": solid}, True, levels=2, mode=mode), "averaged")
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("names", [["mito"], ["mito", "er"]])
+def test_what_is_counted_is_not_proposed_to_be_counted(tmp_path, deep, names):
+    report = look(tmp_path, {name: voxels_with(STORED, 0) for name in names}, deep)
+    assert (report.crops[0].classes["mito"].voxels is not None) is deep
+    text = f"the voxels of {', '.join(names)} are not counted, deep=true counts them"
+    assert (text in report.proposal.reasons["classes"]) is not deep
+    assert ("deep=true counts" in " ".join(str(report).split())) is not deep

@@ -2,7 +2,14 @@
 
 from cellmap_lightning.io.ngff.arrays import ArrayInfo, fetch_versions, read_array, read_attributes
 from cellmap_lightning.io.ngff.axes import UNITS_NM
-from cellmap_lightning.io.ngff.labels import UNKNOWN_CODE, Encoding, complement_counts, declared_present, read_encoding
+from cellmap_lightning.io.ngff.labels import (
+    UNKNOWN_CODE,
+    Encoding,
+    complement_counts,
+    declared_present,
+    is_semantic,
+    read_encoding,
+)
 from cellmap_lightning.io.ngff.levels import Level, Multiscale
 from cellmap_lightning.io.ngff.multiscale import (
     NoImageError,
@@ -30,6 +37,7 @@ __all__ = [
     "declared_present",
     "fetch_versions",
     "first_time",
+    "is_semantic",
     "read_array",
     "read_attributes",
     "read_encoding",

@@ -122,6 +122,11 @@ def read_encoding(image: Multiscale, level: Level) -> Encoding | None:
     return Encoding(absent, unknown, ambiguous=unknown is not None and kind.get("type") != "semantic_segmentation")
 
 
+def is_semantic(image: Multiscale, level: Level) -> bool:
+    """Return True if the metadata declare a mask, whose objects have no ids."""
+    return _kind(image, level).get("type") == "semantic_segmentation"
+
+
 def declared_present(image: Multiscale, level: Level) -> int | None:
     """Return the value of present voxels by the encoding in the metadata; None without one, or if it is no number."""
     codes = _kind(image, level).get("encoding")
