@@ -20,6 +20,11 @@ def as_overrides(text: str, command: str = "train") -> str:
         "set 'data.normalize={range: [0,255]}', or overwrite=true"
     """
     text = re.sub(r"\b(\w+)=(True|False|None)\b", lambda match: f"{match[1]}={_VALUES[match[2]]}", text)
+    text = re.sub(
+        r"; give classes=\[('[^]]*')\]",
+        lambda match: f"; give data.classes=[{match[1].replace(chr(39), '').replace(', ', ',')}]",
+        text,
+    )
     key = _NORMALIZE.get(command, "data.normalize")
 
     def quoted(match: re.Match[str]) -> str:
