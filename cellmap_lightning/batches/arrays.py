@@ -161,7 +161,9 @@ def parse_classes(classes: Sequence[str]) -> tuple[str, ...]:
         CellMapValueError: it is empty or has a duplicate.
     """
     if isinstance(classes, str) or not all(isinstance(c, str) for c in classes):
-        raise CellMapTypeError(f"classes must be a list of names, got {classes!r}")
+        names = [name.strip() for name in classes.split(",") if name.strip()] if isinstance(classes, str) else []
+        hint = f"; give classes={names}" if names else ""
+        raise CellMapTypeError(f"classes must be a list of names, got {classes!r}{hint}")
     twice = sorted({c for c in classes if list(classes).count(c) > 1})
     if twice or not classes:
         raise CellMapValueError(f"classes must be named once each, got {list(classes)}")

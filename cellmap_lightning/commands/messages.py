@@ -1,6 +1,7 @@
 """Error messages of commands, and filters of the messages of libraries."""
 
 import logging
+import re
 import shutil
 import sys
 import textwrap
@@ -26,11 +27,29 @@ class TerminalFormatter(logging.Formatter):
         text = super().format(record)
         if not sys.stdout.isatty():
             return text
-        width = shutil.get_terminal_size().columns
-        return "\n".join(
-            textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-            for line in text.split("\n")
-        )
+        return wrapped(text, shutil.get_terminal_size().columns)
+
+
+#: What is copied from a message, and so is not broken at its blanks: text in quotes, and commands.
+_QUOTED = r"""(?<!\w)(?:'[^'\n]*'|"[^"\n]*")(?!\w)"""
+_COPIED = re.compile(rf"{_QUOTED}|(?:cellmap-\w+|pip install)(?: (?:{_QUOTED}|-{{1,2}}[\w-]+|[^\s=]+=\S*))+")
+_BLANK = "\0"
+
+
+def wrapped(text: str, width: int) -> str:
+    """Return a text with lines of at most a width; words, paths, quoted text and commands are not broken.
+
+    Args:
+        text: one or more lines.
+        width: characters of a line.
+    """
+    return "\n".join(
+        textwrap.fill(
+            _COPIED.sub(lambda match: match[0].replace(" ", _BLANK), line),
+            width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False,
+        ).replace(_BLANK, " ")
+        for line in text.split("\n")
+    )  # fmt: skip
 
 
 class TerminalHandler(logging.StreamHandler[TextIO]):
@@ -100,7 +119,8 @@ def stop(message: str | None, code: int = 1) -> NoReturn:
         text = hide(f"Error: {message}" if code == 1 else message)
         if text not in _printed:  # a second Ctrl-C may arrive here
             _printed.add(text)
-            sys.stderr.write(f"{text}\n")
+            shown = wrapped(text, shutil.get_terminal_size().columns) if sys.stderr.isatty() else text
+            sys.stderr.write(f"{shown}\n")
     raise Stopped(code)
 
 

@@ -28,6 +28,11 @@ def as_overrides(text: str, command: str = "train") -> str:
     """
     text = re.sub(r"\b(\w+)=(True|False|None)\b", lambda match: f"{match[1]}={_VALUES[match[2]]}", text)
     text = _OF_DATA.sub(r"data.\g<0>", text)
+    text = re.sub(
+        r"; give classes=\[('[^]]*')\]",
+        lambda match: f"; give data.classes=[{match[1].replace(chr(39), '').replace(', ', ',')}]",
+        text,
+    )
     key = _NORMALIZE.get(command, "data.normalize")
 
     def quoted(match: re.Match[str]) -> str:

@@ -15,10 +15,18 @@ from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.io.own_files import check_replaceable
 from cellmap_lightning.validation import one_of
 
+#: Samples that are read for each one that is drawn.
+_CANDIDATES = 4
+
 
 def main() -> Any:
     """Run ``cellmap-preview``: draw batches exactly as a training step receives them."""
     return run_command("preview", _preview, lambda cfg: [training_data(cfg)])
+
+
+def _candidates(samples: Any) -> int | None:
+    """Return the number of samples to choose from; None for a number that `collect` refuses."""
+    return _CANDIDATES * samples if isinstance(samples, int) else None
 
 
 def _preview(configs: list[DictConfig]) -> None:
@@ -36,7 +44,8 @@ def _preview(configs: list[DictConfig]) -> None:
     pages = [out.with_suffix(".html")] if cfg.html else []
     check_replaceable([out, *pages, links], f"out={out}", "choose another out=..., or move that file")
     with instantiate(cfg.data, _convert_="all") as data:
-        previews = collect(getattr(data, f"{cfg.split}_dataloader")(), cfg.samples, cfg.epoch, cfg.serve)
+        loader = getattr(data, f"{cfg.split}_dataloader")()
+        previews = collect(loader, cfg.samples, cfg.epoch, cfg.serve, _candidates(cfg.samples))
         title = f"{cfg.split}, epoch {cfg.epoch}, seed {cfg.seed}"
         files = write(previews, data.classes or (), out, title, cfg.overlay, cfg.html)
     links.write_text("\n\n".join(f"{p.sample.header}\n{p.napari}\n{p.neuroglancer}" for p in previews) + "\n")

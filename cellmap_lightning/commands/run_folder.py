@@ -123,4 +123,5 @@ def how_to_continue(folder: Path, trained: bool, saved: Path | None = None) -> s
     if checkpoints:
         return f"the same command with {name} resume=auto continues from the newest checkpoint"
     # Metrics of the first steps may be there, which a start without it refuses to replace.
-    return "no checkpoint was saved yet; the same command with overwrite=true starts again"
+    again = " with overwrite=true" if results_in(folder) else ""
+    return f"no checkpoint was saved yet; the same command{again} starts again"

@@ -237,7 +237,9 @@ def _prepare_folder(cfg: DictConfig, folder: Path, stored: Any, data: CellMapDat
     OmegaConf.save(OmegaConf.create(stored), folder / "config.yaml")
     data.splits.write_csv(folder / "split.csv")
     if data.splits.options.rule != "csv":
-        print(f"\ncrops that hold each class, and its voxels in them\n{data.splits.table()}\n", flush=True)
+        table = data.splits.table()
+        dash = " (-: the metadata have no number of them)" if "-" in table.split() else ""
+        print(f"\ncrops that hold each class, and its voxels in them{dash}\n{table}\n", flush=True)
 
 
 def _not_measured(monitor: str, trainer: Any) -> CellMapKeyError:

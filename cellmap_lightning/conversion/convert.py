@@ -27,7 +27,15 @@ from cellmap_lightning.errors import MetadataError, OutputError
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.images import read_image
-from cellmap_lightning.io.label_ids import UNANNOTATED, LabelIds, class_names, ids_of, unlisted_text
+from cellmap_lightning.io.label_ids import (
+    BACKGROUND,
+    UNANNOTATED,
+    UNKNOWN,
+    LabelIds,
+    class_names,
+    ids_of,
+    unlisted_text,
+)
 from cellmap_lightning.io.label_values import read_labels, stored_ids
 from cellmap_lightning.io.ngff import Level, Multiscale, Note, report
 from cellmap_lightning.io.ngff.notes import without_entry
@@ -125,7 +133,16 @@ def _check_ids(level: Level, options: ConversionOptions) -> None:
         MetadataError: it does not; the message names all of them.
     """
     listed = dict(options.label_map)
-    unlisted = [i for i in stored_ids(level, options.input) if i not in listed and i != 0]
+    stored = stored_ids(level, options.input)
+    unlisted = [i for i in stored if i not in listed and i != 0]
+    named = [i for i, name in listed.items() if name not in (BACKGROUND, UNKNOWN)]
+    if len(unlisted) == len(named) == 1 and named[0] not in stored:  # such as 255 for a mask of 0 and 1
+        (right,), (wrong,) = unlisted, named
+        pairs = [f"{right if i == wrong else i}: {name}" for i, name in listed.items()]
+        raise MetadataError(
+            f"{unlisted_text(options.input, unlisted)}; the id {wrong} of {listed[wrong]} does not occur in it, so "
+            f"'classes={{{', '.join(pairs)}}}' is probably right"
+        )
     if unlisted:
         pairs = [f"{i}: {name}" for i, name in listed.items()] + [f"{i}: NAME" for i in unlisted]
         example = f", as in 'classes={{{', '.join(pairs)}}}'" if len(pairs) <= MOST_VALUES else ""

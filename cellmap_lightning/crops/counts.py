@@ -76,11 +76,16 @@ def count_foreground(
         counts.append(int(np.count_nonzero(encoding.present(stored))))
 
     reason = (
-        "no complement_counts in the metadata" if level.whole is None else "complement_counts are of the whole crop"
+        "the metadata have no number of them (complement_counts)"
+        if level.whole is None
+        else "the number in the metadata (complement_counts) is that of the whole crop, and a box of it is used"
     )
-    log.info("%s: %s; the voxels of %s are counted once", label, reason, plural(len(boxes), "chunk"))
+    log.info(
+        "%s: counting the foreground voxels (%s), as %s; the number is kept for later runs",
+        label, plural(len(boxes), "chunk"), reason,
+    )  # fmt: skip
     batch = 4 * pool.workers  # so that the queue stays short and the bar moves
-    with tqdm(total=len(boxes), desc=f"counting {label}", unit="chunk", disable=None, leave=False) as bar:
+    with tqdm(total=len(boxes), desc=f"counting {label}", unit="chunk", disable=None, leave=False, delay=1) as bar:
         for first in range(0, len(boxes), batch):
             part = boxes[first : first + batch]
             pool.run([lambda b=box: count(b) for box in part])  # type: ignore[misc]

@@ -142,10 +142,15 @@ def _report_upsampled(name: str, image: Multiscale, level: Level, scale: Sequenc
     )  # fmt: skip
 
 
+def _ratio(value: float) -> str:
+    """Return a ratio with three digits, never as a power of ten: ``2.62`` or ``1,000``."""
+    return f"{float(f'{value:.3g}'):,.15g}"
+
+
 def _too_coarse_text(where: str, image: Multiscale, level: Level, scale: Sequence[float], max_upsampling: float) -> str:
     """Return the message of a scale that is too fine for the finest level of an image."""
     ratios = np.divide(level.scale, scale)
-    finer = [f"{r:.3g}x finer along {a}" for a, r in zip(AXES, ratios, strict=True) if r > 1 + SCALE_TOLERANCE]
+    finer = [f"{_ratio(r)}x finer along {a}" for a, r in zip(AXES, ratios, strict=True) if r > 1 + SCALE_TOLERANCE]
     absent = [m.name for m in image.levels if m.info is None]
     return (
         f"{where}: the scale {[float(s) for s in scale]} nm is {', '.join(finer)} than its finest level {level.name} "

@@ -87,13 +87,24 @@ def parse_label_map(value: Any) -> tuple[tuple[int, str], ...]:
     for key, name in value.items():
         digits = str(key).strip()
         if isinstance(key, bool) or not digits.removeprefix("-").isdigit():
-            raise CellMapTypeError(f"a label map must be {{id: class}} with whole numbers as ids, got the id {key!r}")
+            raise CellMapTypeError(
+                f"a label map must be {{id: class}} with whole numbers as ids, got the id {key!r}{_swapped(value)}"
+            )
         if not isinstance(name, str) or not name.strip() or set(name) & set("{}[],:/"):
             raise CellMapTypeError(f"a label map must be {{id: class}}, got {name!r} for the id {key}")
         ids[int(digits)] = name.strip()
     if not class_names(ids.items()):
         raise CellMapKeyError(f"a label map must name a class beside {BACKGROUND!r} and {UNKNOWN!r}, got {dict(ids)}")
     return tuple(sorted(ids.items()))
+
+
+def _swapped(value: Mapping[Any, Any]) -> str:
+    """Return the end of a message with the label map whose ids and classes were swapped; empty for another mistake."""
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in value.values()):
+        return ""
+    if len(set(value.values())) < len(value):  # one id cannot be two classes
+        return ""
+    return f"; swap ids and classes: {{{', '.join(f'{i}: {name}' for name, i in value.items())}}}"
 
 
 def class_names(ids: Any) -> tuple[str, ...]:

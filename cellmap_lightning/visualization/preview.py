@@ -218,15 +218,20 @@ def _label_paths(crop: Crop) -> dict[str, str]:
 
 
 def collect(
-    loader: CellMapDataLoader, samples: int, epoch: int = 0, serve: str = "http://localhost:8000"
+    loader: CellMapDataLoader,
+    samples: int,
+    epoch: int = 0,
+    serve: str = "http://localhost:8000",
+    candidates: int | None = None,
 ) -> list[PreviewSample]:
-    """Return the first samples of an epoch.
+    """Return the first samples of an epoch, or of more of them those whose places differ most.
 
     Args:
         loader: yields finished batches.
         samples: number of samples.
         epoch: number of the epoch, from 0.
         serve: see `viewer_links.neuroglancer`.
+        candidates: number of the first samples to choose from; by default ``samples``, so that none is left out.
 
     Raises:
         CellMapValueError: ``samples`` or ``epoch`` is not a whole number of at least 1 or 0.
@@ -236,19 +241,46 @@ def collect(
     loader.set_epoch(epoch)
     view = loader.dataset
     assert isinstance(view, Samples)
+    wanted = max(samples, candidates or samples)
     collected: list[PreviewSample] = []
     batches = iter(loader)
     with (
         contextlib.closing(batches),
-        tqdm(total=samples, desc="reading samples", unit="sample", disable=None, leave=False, delay=1) as bar,
+        tqdm(total=wanted, desc="reading samples", unit="sample", disable=None, leave=False, delay=1) as bar,
     ):
         for number, batch in enumerate(batches):
             draws = view.draws(loader.numbers(number))
             collected += show(loader.source, loader.layout, batch, draws, serve=serve)
             bar.update(len(batch["idx"]))
-            if len(collected) >= samples:
+            if len(collected) >= wanted:
                 break
-    return collected[:samples]
+    return spread(collected[:wanted], samples)
+
+
+def spread(previews: Sequence[PreviewSample], count: int) -> list[PreviewSample]:
+    """Return some samples whose places differ, in their order.
+
+    They are chosen one after the other, beginning with the first: of the crop with the fewest chosen ones, that
+    farthest from those chosen in its crop. Sampling by class repeats the crops with rare classes, and small crops have
+    few places.
+
+    Args:
+        previews: the samples to choose from.
+        count: number of samples.
+    """
+    left = list(range(len(previews)))
+    chosen: list[int] = []
+    while left and len(chosen) < count:
+
+        def rank(number: int) -> tuple[int, float]:
+            one = previews[number]
+            others = [previews[n].center for n in chosen if previews[n].crop == one.crop]
+            return -len(others), min((math.dist(one.center, other) for other in others), default=math.inf)
+
+        best = max(left, key=rank)  # of equal ones the first
+        chosen.append(best)
+        left.remove(best)
+    return [previews[number] for number in sorted(chosen)]
 
 
 def write(

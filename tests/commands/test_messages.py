@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from cellmap_lightning.commands.messages import TerminalFormatter
+from cellmap_lightning.batches.arrays import parse_classes
+from cellmap_lightning.commands.messages import TerminalFormatter, wrapped
 from cellmap_lightning.commands.override_form import as_overrides
 from cellmap_lightning.commands.program import _message
+from cellmap_lightning.errors import CellMapTypeError
 from tests import processes
 from tests.commands.test_cli import run_forked
 
@@ -102,6 +104,17 @@ def test_a_normalization_can_be_typed_as_it_is_printed(command, text, expected):
         assert list(parsed.value()) == [text.split('"')[1]]
 
 
+@pytest.mark.parametrize(
+    ("classes", "python", "command"),
+    [("mito", "['mito']", "[mito]"), ("mito,er", "['mito', 'er']", "[mito,er]"), (" a ", "['a']", "[a]")],
+)
+def test_one_name_of_a_class_in_place_of_a_list(classes, python, command):
+    with pytest.raises(CellMapTypeError) as caught:
+        parse_classes(classes)
+    assert str(caught.value).endswith(f"; give classes={python}")
+    assert as_overrides(str(caught.value)).endswith(f"; give data.classes={command}")
+
+
 def test_log_records_of_a_command_have_the_form_of_overrides():
     code = (
         "import logging\nfrom cellmap_lightning.commands.private_run import protect_logs\nprotect_logs([], 'predict')\n"
@@ -110,3 +123,35 @@ def test_log_records_of_a_command_have_the_form_of_overrides():
     )
     done = processes.run([sys.executable, "-c", code], 60)
     assert done.stderr == "set 'metadata.normalize={range: [1,3]}' or overwrite=true\n"
+
+
+@pytest.mark.parametrize("width", [20, 40, 100])
+@pytest.mark.parametrize(
+    "copied",
+    [
+        "/a/long/path/that/is/not/to/be/broken/anywhere-at-all.zarr",
+        "'data.normalize={range: [0, 255]}'",
+        "cellmap-convert input=a.tif output=a.zarr 'classes={1: mito, 2: er}' voxel_size=[8,8,8]",
+        "pip install 'cellmap-lightning[slurm] @ x' --upgrade-strategy=eager",
+        "cellmap-train -m data.fold=0,1,2 run.name=mito",
+    ],
+)
+def test_what_is_copied_is_never_broken(width, copied):
+    text = wrapped(f"Error: {'word ' * 30}; it doesn't fit, so run {copied}, and then {'more ' * 30}", width)
+    assert copied in text
+    assert all(len(line) <= width or copied[:20] in line for line in text.split("\n"))
+    assert text.count("\n") > 1
+    assert " ".join(text.split()) == " ".join(wrapped(text, 10_000).split())
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_errors_fit_the_terminal_and_stay_one_line_elsewhere(tmp_path, columns):
+    arguments = ["data.csv_path=none.csv", "data.classes=[mito]", "data.split=stratifed"]
+    code, text = run_forked(*arguments, cwd=tmp_path, columns=columns)
+    assert code == 1
+    shown = text[text.index("Error: ") :].splitlines()
+    code, plain = run_forked(*arguments, cwd=tmp_path)
+    (line,) = [line for line in plain.splitlines() if line.startswith("Error: ")]
+    assert all(len(one) <= columns for one in shown)
+    assert " ".join(" ".join(shown).split()) == line

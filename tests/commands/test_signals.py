@@ -89,8 +89,8 @@ def ended(process, errors, reader, number):
 SIGNALS = {"interrupted": (signal.SIGINT, 130), "terminated": (signal.SIGTERM, 143)}
 ALWAYS = {("compare_untrained", "terminated"), ("final validation", "interrupted")}
 PHASES = {
-    "setup": ("no checkpoint was saved yet; the same command with overwrite=true starts again", []),
-    "compare_untrained": ("no checkpoint was saved yet; the same command with overwrite=true starts again", []),
+    "setup": ("no checkpoint was saved yet; the same command starts again", []),
+    "compare_untrained": ("no checkpoint was saved yet; the same command starts again", []),
     "sanity check": ("no checkpoint was saved yet; the same command with overwrite=true starts again", []),
     "fit": ("the same command with run.name=mine resume=auto continues from", ["best", "last"]),
     "validation in fit": ("no checkpoint was saved yet; the same command with overwrite=true starts again", []),

@@ -18,6 +18,7 @@ from cellmap_lightning.conversion.journal import NAME
 from cellmap_lightning.conversion.options import ConversionOptions
 from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, MetadataError, OutputError
 from cellmap_lightning.io.formats.tiff_pages import TiffPages
+from cellmap_lightning.io.label_ids import parse_label_map
 from cellmap_lightning.io.ngff import read_encoding, read_multiscale
 from tests.io.formats import writers
 
@@ -215,6 +216,38 @@ def test_an_implausible_voxel_size_is_corrected_by_a_second_conversion(tmp_path,
     assert ("overwrite=True where the output exists already" in caplog.text) == (size != [40, 8, 8])
     convert(options(path, voxel_size=[40, 8, 8], overwrite=True))
     assert read_multiscale(tmp_path / "out.zarr").finest.scale == (40, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "ids", "end"),
+    [
+        ({255: "mito"}, [0, 1], "the id 255 of mito does not occur in it, so 'classes={1: mito}' is probably right"),
+        ({1: "mito"}, [0, 255], "the id 1 of mito does not occur in it, so 'classes={255: mito}' is probably right"),
+        ({255: "a", 9: "unknown"}, [0, 1, 9], "so 'classes={9: unknown, 1: a}' is probably right"),
+        ({1: "mito"}, [0, 1, 2], "as in 'classes={1: mito, 2: NAME}'"),
+        ({1: "a", 3: "b"}, [0, 1, 2], "as in 'classes={1: a, 3: b, 2: NAME}'"),
+    ],
+)
+def test_the_id_of_a_mask_is_corrected(tmp_path, given, ids, end):
+    path = writers.npy(tmp_path, np.resize(np.array(ids, np.uint8), (8, 8, 8)))
+    with pytest.raises(MetadataError) as caught:
+        convert(options(path, classes=given))
+    assert str(caught.value).endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("given", "end"),
+    [
+        ({"mito": 1}, "; swap ids and classes: {1: mito}"),
+        ({"mito": 1, "er": 2}, "; swap ids and classes: {1: mito, 2: er}"),
+        ({"mito": 1, "er": 1}, "got the id 'mito'"),
+        ({"mito": "er"}, "got the id 'mito'"),
+    ],
+)
+def test_a_swapped_label_map_is_turned(given, end):
+    with pytest.raises(CellMapError) as caught:
+        parse_label_map(given)
+    assert str(caught.value).endswith(end)
 
 
 def files(path):

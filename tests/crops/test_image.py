@@ -289,3 +289,13 @@ def test_patches_are_zyx_for_any_stored_order(write, version, axes):
     image = CellMapImage(path, "raw", (5.24, 4, 4), SHAPE)
     assert len(image) == 1
     assert (image[image.get_center(0)].numpy() == RAW).all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "text"),
+    [(0.004, "1,000x finer along x"), (0.0001, "40,000x finer along x"), (0.3, "13.3x finer along x")],
+)
+def test_a_large_ratio_is_no_power_of_ten(path, scale, text):
+    with pytest.raises(CellMapValueError) as caught:
+        CellMapImage(path, "em", (scale,) * 3, (4, 4, 4))
+    assert text in str(caught.value)

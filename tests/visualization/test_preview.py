@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from cellmap_lightning.callbacks import BatchPreview
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.transforms.spatial import rotation
-from cellmap_lightning.visualization.preview import collect, describe_transforms, show
+from cellmap_lightning.visualization.preview import PreviewSample, collect, describe_transforms, show, spread
 from tests.commands.test_cli import run_forked
 from tests.runs import Watch, module, task, trainer
 from tests.visualization.drawings import Page
@@ -306,3 +306,30 @@ def test_real_volume_has_outlines_on_its_membranes(real_volume, tmp_path):
     for one in shown:
         inside, outside = (one.sample.raw[one.sample.target[1] == value].mean() for value in (1, 0))
         assert inside < outside - 0.1
+
+
+def placed(crop, x):
+    return PreviewSample(None, crop, (0.0, 0.0, float(x)), "", "")
+
+
+@pytest.mark.parametrize(
+    ("places", "count", "expected"),
+    [
+        ([("a", 0), ("a", 1), ("a", 2), ("b", 0)], 2, [("a", 0), ("b", 0)]),
+        ([("a", 0), ("a", 1), ("a", 9), ("a", 4)], 3, [("a", 0), ("a", 9), ("a", 4)]),
+        ([("a", 0), ("a", 5), ("b", 0), ("b", 1), ("b", 7)], 4, [("a", 0), ("a", 5), ("b", 0), ("b", 7)]),
+        ([("a", 0), ("a", 0)], 2, [("a", 0), ("a", 0)]),
+        ([("a", 0)], 3, [("a", 0)]),
+    ],
+)
+def test_samples_of_different_crops_and_places_are_chosen(places, count, expected):
+    chosen = spread([placed(*place) for place in places], count)
+    assert [(one.crop, int(one.center[2])) for one in chosen] == expected
+
+
+def test_samples_are_chosen_among_the_first_ones(volume):
+    with module(volume) as data:
+        data.setup("fit")
+        first, chosen = collect(data.train_dataloader(), 6), collect(data.train_dataloader(), 3, candidates=6)
+    assert [one.sample.header for one in chosen] == [one.sample.header for one in spread(first, 3)]
+    assert len({one.crop for one in chosen}) == min(3, len({one.crop for one in first}))
