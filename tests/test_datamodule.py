@@ -407,3 +407,29 @@ def test_class_weights(data, tmp_path, caplog):
         task(class_weights={"golgi": 1})
     with pytest.raises(ValueError, match="class_weights must be"):
         task(class_weights="balanced")
+
+
+def test_the_crop_of_a_sample_follows_from_its_idx(volume):
+    with module(volume) as data:
+        data.setup("fit")
+        train, val = data.train_dataset, data.val_dataset
+        assert {train.get_crop(idx) for idx in (0, len(train) - 1, -1)} == {crop.label for crop in train.crops}
+        assert [train.get_crop(i) for i in (0, -len(train))] == [train.crops[0].label] * 2
+        assert val.get_crop(val.tile(0)).endswith("crop4")
+        batch = next(iter(data.train_dataloader()))
+        for idx in batch["idx"]:
+            assert train.get_crop(idx) == train.locate(idx)[0].label
+        with pytest.raises(IndexError, match="is outside its"):
+            train.get_crop(len(train))
+
+
+def test_log_lines_name_the_use_of_crops(volume, caplog):
+    with caplog.at_level("INFO", "cellmap_lightning"), module(volume) as data:
+        data.setup("fit")
+        data.setup("test")
+        next(iter(data.val_dataloader()))
+    for text in ("2 crops for training, ", "1 crop for validation, ", "1 crop for testing, "):
+        assert text in caplog.text
+    cached = [r.getMessage() for r in caplog.records if "decoded voxels are" in r.getMessage()]
+    assert cached
+    assert all("crop for validation" in line and "CellMapMultiDataset" not in line for line in cached)

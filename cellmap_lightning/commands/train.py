@@ -40,6 +40,7 @@ from cellmap_lightning.training.checkpoints import (
     check_hyperparameters,
     saved_checkpoints,
 )
+from cellmap_lightning.training.module_errors import BatchShapes, short_errors
 from cellmap_lightning.training.weight_files import load_weights, read_weights, rename_weights
 from cellmap_lightning.validation import did_you_mean
 from cellmap_lightning.wording import plural
@@ -114,7 +115,8 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         untrained = None
         if cfg.compare_untrained and validates and not trainer.fast_dev_run:
             log.info("validation of the untrained network, for comparison")
-            trainer.validate(task, datamodule=data, verbose=False)
+            with short_errors(task, trainer, data):
+                trainer.validate(task, datamodule=data, verbose=False)
             ending.check()
             untrained = dict(scores_of(task) or {})
         _fit(cfg, trainer, task, data, checkpoint)
@@ -153,7 +155,8 @@ def _nothing_to_validate(data: CellMapDataModule) -> CellMapValueError:
 
 def _fit(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataModule, checkpoint: Path | None) -> None:
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with short_errors(task, trainer, data):
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except MisconfigurationException as e:
         if "could not find the monitored key" in str(e):
             raise _not_measured(cfg.monitor, trainer) from e
@@ -211,7 +214,7 @@ def _trainer(cfg: DictConfig, checkpoint_config: CheckpointConfig) -> Any:
     loggers = [instantiate(c, _convert_="all") for c in (cfg.get("logger") or {}).values() if c is not None]
     if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
         cfg.trainer.enable_progress_bar = False
-    own = [*callbacks.values(), checkpoint_config, MonitorCheck(cfg.monitor, callbacks)]
+    own = [*callbacks.values(), checkpoint_config, MonitorCheck(cfg.monitor, callbacks), BatchShapes()]
     return instantiate(cfg.trainer, _convert_="all", callbacks=own, logger=loggers or False)
 
 

@@ -189,6 +189,10 @@ class CellMapDataset(SampleSource):
         self.crop.raw.affine = affine
         self.layout = dataclasses.replace(self.layout, scaling=Scaling.of([0], [affine]))
 
+    def describe(self) -> str:
+        """Return the crop and the number of positions, for log lines."""
+        return f"{self.label}, {plural(len(self), 'position')} of a patch"
+
     def __repr__(self) -> str:
         return (
             f"CellMapDataset({self.label}: {plural(len(self), 'position')}, {len(self.annotated)} of "

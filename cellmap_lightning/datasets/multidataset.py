@@ -28,6 +28,8 @@ class CellMapMultiDataset(SampleSource):
         strategy: sampling strategy: ``mix``, ``uniform``, ``per_crop``, ``weighted``, ``class_balanced`` or
             ``foreground``, or ``{name: one of them, and its options}``; see docs/sampling.md.
         balance_datasets: make raw volumes equally likely, regardless of the number and size of their crops.
+        purpose: the use of the crops in log lines, such as ``validation``; by default ``training`` where they are made
+            for it.
 
     Raises:
         CellMapValueError: there are no datasets, or they have different classes, arrays or options.
@@ -39,10 +41,15 @@ class CellMapMultiDataset(SampleSource):
     """
 
     def __init__(
-        self, datasets: Sequence[CellMapDataset], strategy: Any = "mix", balance_datasets: bool = False
+        self,
+        datasets: Sequence[CellMapDataset],
+        strategy: Any = "mix",
+        balance_datasets: bool = False,
+        purpose: str | None = None,
     ) -> None:
         _check_joinable(datasets)
         self._datasets = tuple(datasets)
+        self._purpose = purpose or ("training" if datasets[0].is_train else None)
         first = self._datasets[0]
         crops = [dataset.crop for dataset in self._datasets]
         dtypes = {crop.raw_dtype for crop in crops}
@@ -63,11 +70,16 @@ class CellMapMultiDataset(SampleSource):
             dataset.share(pool, store)
         annotated = ", ".join(f"{name} {number}" for name, number in self.annotated_in().items() if number)
         log.info(
-            "%s, %s of a patch%s; %s",
-            plural(len(crops), "crop") + " for training" * self.is_train, plural(len(self), "position"),
+            "%s%s; %s",
+            self.describe(),
             f"; crops that annotate each class: {annotated}" if annotated else "",
             plural(self.max_workers, "reading thread"),
         )  # fmt: skip
+
+    def describe(self) -> str:
+        """Return the number of crops, their use and the number of positions, for log lines."""
+        purpose = f" for {self._purpose}" if self._purpose else ""
+        return f"{plural(len(self.crops), 'crop')}{purpose}, {plural(len(self), 'position')} of a patch"
 
     def _scale(self) -> None:
         scaling = Scaling.of(self.first_positions, [crop.raw.affine for crop in self.crops])

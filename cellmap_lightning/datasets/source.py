@@ -162,6 +162,14 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         crop, local = self.locate(position)
         return dict(zip(AXES, crop.placement.center(local).tolist(), strict=True))
 
+    def get_crop(self, position: int) -> str:
+        """Return the name of the crop that holds a position, as in split.csv and messages.
+
+        Raises:
+            CellMapIndexError: the position does not exist.
+        """
+        return self.locate(position)[0].label
+
     @property
     def tile_count(self) -> int:
         """Number of tiles: patches that together cover every crop."""
@@ -234,6 +242,10 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         batch = self.read([draw])
         batch.layout = dataclasses.replace(self.layout, seed=request.seed)
         return {name: value[0] for name, value in batch.finish().items()}
+
+    def describe(self) -> str:
+        """Return the number of crops and positions, for log lines."""
+        return f"{plural(len(self.crops), 'crop')}, {plural(len(self), 'position')} of a patch"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({plural(len(self.crops), 'crop')}, {plural(len(self), 'position')})"
@@ -416,7 +428,7 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
             if self._store.mode not in ("none", "chunks"):  # these two modes reuse nothing across processes
                 fetch_read(self.crops)
             regions = [region for crop in self.crops for region in crop.regions]
-            self._store.plan(regions, not self.is_train, str(self))
+            self._store.plan(regions, not self.is_train, self.describe())
 
     @property
     def cache(self) -> CacheMode:

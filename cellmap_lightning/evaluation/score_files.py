@@ -106,7 +106,7 @@ def _number(column: str, value: float) -> str:
 
 
 def draw(scores: Sequence[CropScore], path: Path) -> None:
-    """Draw one heat map per score, crops against classes, with the numbers; classes that a crop lacks are left white.
+    """Draw one heat map per score, crops against classes, with the numbers; "-" where a crop lacks a class or a score.
 
     Crops that were trained on are marked, as in `table`.
 
@@ -131,12 +131,9 @@ def draw(scores: Sequence[CropScore], path: Path) -> None:
         axes.set_title(_title(metric))
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axes.set_yticks(range(len(crops)), crops if number == 0 else [""] * len(crops))
-        for row, column in np.argwhere(~np.isnan(values)).tolist():
-            value = values[row, column]
-            axes.text(
-                column, row, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                color="black" if value > 0.6 else "white",
-            )  # fmt: skip
+        for (row, column), value in np.ndenumerate(values):
+            text, color = ("-", "black") if np.isnan(value) else (f"{value:.2f}", "black" if value > 0.6 else "white")
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
     if any(score.trained for score in scores):
         figure.supxlabel(_LEGEND, x=0, ha="left", fontsize=8)
     figure.savefig(path, dpi=150, metadata=picture_metadata(path))

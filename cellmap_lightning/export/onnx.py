@@ -1,8 +1,10 @@
 """Export as ONNX, which onnxruntime and many other programs run."""
 
 import io
+import logging
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -34,7 +36,7 @@ def write_onnx(model: TrainedModel, folder: Path, where: str) -> Path:
     x = torch.cat([model.example] * 2)  # a batch of one would become a constant
     sizes = dict.fromkeys([0, *range(2, x.ndim)], torch.export.Dim.AUTO)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), torch.no_grad():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), _without_hints(), torch.no_grad():
             warnings.simplefilter("ignore")  # of torch.onnx, about itself
             program = torch.onnx.export(
                 model.module, (x,), dynamo=True, dynamic_shapes=(sizes,), input_names=["raw"],
@@ -45,3 +47,18 @@ def write_onnx(model: TrainedModel, folder: Path, where: str) -> Path:
     except Exception as e:  # the code of a network can raise anything
         raise CellMapValueError(f"{where}: {untraceable(model, e)}") from e
     return path
+
+
+@contextmanager
+def _without_hints() -> Iterator[None]:
+    """Leave out log lines of torch.onnx on operators of torchvision, which no network of volumes has."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "torchvision is not installed" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

@@ -38,6 +38,9 @@ from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
+#: Uses of crops, in log lines.
+_PURPOSES = {"train": "training", "val": "validation", "test": "testing", "predict": "prediction"}
+
 
 class CellMapDataSplit:
     """Datasets of each split, created at first use and cached.
@@ -265,8 +268,8 @@ class CellMapDataSplit:
             )  # fmt: skip
         self._left_out[split] = dropped
         options = self.options
-        how = (options.strategy, options.balance_datasets) if split == "train" else ()
-        multi = CellMapMultiDataset(datasets, *how)
+        how = {"strategy": options.strategy, "balance_datasets": options.balance_datasets} if split == "train" else {}
+        multi = CellMapMultiDataset(datasets, purpose=_PURPOSES.get(split), **how)
         multi.set_affine(self._affine)
         self._check_classes(split, multi)
         report_boxes(multi.crops, self._compared)

@@ -77,6 +77,33 @@ class Failing(Module):
         return batch["image"]
 
 
+class Convolves(Module):
+    def training_step(self, batch, batch_idx):
+        return self.network(batch["raw"][:, 0]).mean()
+
+
+class Compares(Module):
+    def training_step(self, batch, batch_idx):
+        logits = self.network(batch["raw"])[..., 1:]
+        return (logits - batch["labels"]).mean()
+
+
+class Validates(Module):
+    def validation_step(self, batch, batch_idx):
+        logits = self.network(batch["raw"])[:, :1]
+        binary_cross_entropy_with_logits(logits, batch["labels"])
+
+
+class Refuses(Module):
+    def training_step(self, batch, batch_idx):
+        raise RuntimeError("of the user")
+
+
+class Misspells(Module):
+    def training_step(self, batch, batch_idx):
+        return self.netwrk(batch["raw"])
+
+
 class Storing(Module):
     def __init__(self, network, classes, lr=0.01):
         super().__init__(network, classes, lr)
@@ -345,3 +372,43 @@ def test_messages_need_no_running_command():
     node = {"_target_": "torch.nn.Conv3d", "spatial_dims": 3}
     with pytest.raises(KeyError, match=r"model\.spatial_dims: Conv3d has no argument 'spatial_dims'"):
         check_targets(OmegaConf.create({"model": copy.deepcopy(node)}))
+
+
+SHAPES = "with a batch of inputs raw [2, 1, 8, 16, 16] and targets labels [2, 2, 8, 16, 16]: "
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize(
+    ("target", "row", "message"),
+    [
+        ("Convolves", 'return self.network(batch["raw"][:, 0]).mean()', "RuntimeError: Given groups=1, "),
+        ("Compares", 'return (logits - batch["labels"]).mean()', "RuntimeError: The size of tensor a (15)"),
+        (
+            "Validates",
+            'binary_cross_entropy_with_logits(logits, batch["labels"])',
+            "ValueError: Target size (torch.Size(",
+        ),
+    ],
+)
+def test_shapes_that_torch_refuses_are_one_error(volume, tmp_path, target, row, message):
+    code, text = train(volume, tmp_path, f"task._target_=own_package.{target}")
+    assert (code, "Traceback" in text) == (1, False), text
+    (line,) = [line for line in text.splitlines() if line.startswith("Error: ")]
+    number = next(n for n, content in enumerate(PACKAGE.splitlines(), 1) if content.strip() == row)
+    step = "validation_step" if target == "Validates" else "training_step"
+    assert line.startswith(f"Error: {target}: modules/own_package.py, line {number}, in {step} ({row}) fails {SHAPES}")
+    for part in [message, "docs/own_module.md", "HYDRA_FULL_ERROR=1 shows the traceback"]:
+        assert part in line
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize("target", ["Refuses", "Misspells", "Compares with HYDRA_FULL_ERROR"])
+def test_other_errors_of_a_step_have_a_traceback(volume, tmp_path, monkeypatch, target):
+    target, _, variable = target.partition(" with ")
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    code, text = train(volume, tmp_path, f"task._target_=own_package.{target}")
+    assert code == (99 if variable else 1)  # with the variable, Hydra raises the error itself
+    assert ("own_package.py" in text and "Traceback" in text) != bool(variable)
+    assert f"Error: {target}" not in text
+    assert "docs/own_module.md" not in text

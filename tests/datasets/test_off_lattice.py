@@ -10,7 +10,7 @@ LOWER = 64.0  # nm, on the lattice of raw
 
 
 def first_sample(folder, offset, label_size, target_size):
-    """Return the stored raw (8 nm) and labels, first sample, and its centre; labels are shifted along all axes."""
+    """Return the stored raw (8 nm) and labels (shifted along all axes), the first sample, and its centre."""
     rng = np.random.default_rng(0)
     raw, labels = rng.integers(0, 256, (40, 40, 40), np.uint8), rng.integers(0, 2, (32, 32, 32), np.uint8)
     write_multiscale(folder / "raw", raw, scale=(8.0,) * 3, translation=(4.0,) * 3)

@@ -1,5 +1,7 @@
 """Scores as a table and as a picture."""
 
+import pytest
+
 from cellmap_lightning.evaluation.evaluate import CropScore
 from cellmap_lightning.evaluation.score_files import draw, table
 from cellmap_lightning.evaluation.voxel_scores import Score
@@ -11,5 +13,23 @@ def test_a_class_without_a_true_voxel_is_not_in_the_crop(tmp_path):
     first, second = table([present, absent]).splitlines()[1:]
     assert "0.900" in first
     assert second.split() == ["crop1", "pm", "not", "in", "this", "crop;", "1,234", "voxels", "are", "predicted"]
-    draw([present, absent], tmp_path / "scores.png")  # white where there is nothing to score
+    draw([present, absent], tmp_path / "scores.png")
     assert (tmp_path / "scores.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("missing", [[], ["er"], ["mito", "er"]])
+def test_cells_of_classes_that_a_crop_lacks_have_a_dash(tmp_path, monkeypatch, missing):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    full = [CropScore("crop1", name, Score("crop1", name, known=100, tp=9, fp=1, fn=1)) for name in ("mito", "er")]
+    other = [
+        CropScore("crop2", name, Score("crop2", name, known=100, tp=0 if name in missing else 9, fp=1, fn=0))
+        for name in ("mito", "er")
+    ]
+    draw([*full, *other], tmp_path / "scores.png")
+    texts = {text.get_position(): text.get_text() for text in drawn[0].axes[0].texts}
+    assert len(texts) == 4
+    assert [texts[column, 1] == "-" for column in (0, 1)] == [name in missing for name in ("mito", "er")]
+    assert "-" not in (texts[0, 0], texts[1, 0])

@@ -22,7 +22,7 @@ def has_onnx():
 
 
 @pytest.mark.parametrize("to", ["torchscript", pytest.param("onnx", marks=pytest.mark.slow)])
-def test_the_file_computes_the_probabilities_of_the_checkpoint(save, tmp_path, to):
+def test_the_file_computes_the_probabilities_of_the_checkpoint(save, tmp_path, caplog, to):
     if to == "onnx":
         has_onnx()
     path = save()
@@ -38,6 +38,7 @@ def test_the_file_computes_the_probabilities_of_the_checkpoint(save, tmp_path, t
     given, expected = (np.load(tmp_path / "out" / f"test_{name}.npy") for name in ("input", "output"))
     assert given.shape == (1, 1, *SHAPE)
     np.testing.assert_allclose(loaded(torch.from_numpy(given)).detach().numpy(), expected, atol=1e-5)
+    assert "torchvision" not in caplog.text
     assert card.about["verified"]["max_difference"] < 1e-5
     assert card.about["verified"]["other_shape"] == [4, 8, 8]
 

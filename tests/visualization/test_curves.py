@@ -101,7 +101,7 @@ def test_losses_that_are_not_finite_are_counted(tmp_path):
     rows += [{"step": 5, "train/loss": ""}]
     figure = training_curves(write_metrics(tmp_path / "m.csv", rows))
     entries = [text.get_text() for text in panel(figure, "loss").get_legend().get_texts()]
-    assert "train (2 not finite)" in entries
+    assert "train\n(2 not finite)" in entries
 
 
 def test_names_of_many_classes_do_not_overlap(tmp_path):
@@ -157,3 +157,18 @@ def test_a_later_start_replaces_only_what_it_has(tmp_path):
     drawn = curves(training_curves([first, second]), "loss")
     np.testing.assert_array_equal(drawn["train"].get_ydata(), [1, 1, 1, 2, 2])
     np.testing.assert_array_equal(drawn["val"].get_ydata(), [4])
+
+
+@pytest.mark.parametrize("lost", [0, 3])
+@pytest.mark.parametrize("kinds", [("train/loss", "val/loss"), ("train/loss",), ("val/loss",)])
+def test_the_legend_covers_neither_curves_nor_the_title(tmp_path, kinds, lost):
+    rows = [{"step": step, **dict.fromkeys(kinds, 1.0)} for step in range(100)]
+    rows += [{"step": 100 + step, **dict.fromkeys(kinds, "nan")} for step in range(lost)]
+    figure = training_curves(write_metrics(tmp_path / "m.csv", rows))
+    axes = panel(figure, "loss")
+    figure.canvas.draw()
+    legend = axes.get_legend().get_window_extent()
+    assert not legend.overlaps(axes.get_window_extent().shrunk(0.99, 0.99))
+    assert not legend.overlaps(axes._left_title.get_window_extent())
+    assert figure.bbox.y1 >= legend.y1
+    assert len(axes.get_legend().get_texts()) == len(kinds) + ("train/loss" in kinds)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _PREFIX = "val/dice_"
 _MEAN = "mean of classes"
 #: Inches: width of the figure, left of each plot, above the plots, and between the names of curves and the edge.
-_WIDTH, _LEFT, _TOP, _RIGHT = 10.0, 0.62, 0.35, 0.25
+_WIDTH, _LEFT, _TOP, _RIGHT = 10.0, 0.62, 0.4, 0.25
 
 
 def training_curves(
@@ -138,7 +138,7 @@ def _draw_loss(axes: "Axes", metrics: Metrics) -> None:
     val = metrics.series("val/loss")
 
     def label(name: str, lost: int) -> str:
-        return name + (f" ({lost} not finite)" if lost else "")
+        return name + (f"\n({lost} not finite)" if lost else "")
 
     if len(train):
         axes.plot(
@@ -159,7 +159,11 @@ def _draw_loss(axes: "Axes", metrics: Metrics) -> None:
         return
     if values.min() > 0 and values.max() > 30 * values.min():
         axes.set_yscale("log")
-    axes.legend(fontsize=TEXT, loc="upper right", facecolor="white", edgecolor="none", framealpha=0.75)
+    # Above the curves, right of the title: within the axes it would cover some of them.
+    axes.legend(
+        fontsize=TEXT, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.1, frameon=False,
+        handlelength=1, columnspacing=0.6, handletextpad=0.4, borderpad=0.1,
+    )  # fmt: skip
 
 
 def _smooth(values: Array) -> Array:
