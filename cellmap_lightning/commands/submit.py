@@ -23,6 +23,7 @@ from cellmap_lightning.evaluation.numbering import (
     remove_small,
 )
 from cellmap_lightning.evaluation.prediction_labels import check_covers, prediction_labels, stored_meaning
+from cellmap_lightning.io.files import make_folder
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting, check_values, prediction_attributes
 from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.io.store import children
@@ -102,7 +103,7 @@ def submit(
         log.info("tuned=%s: it has no parameters of %s; threshold %g is used", tuned, ", ".join(others), threshold)
     meanings = _checked_meanings(rows, segmented, values)  # all are checked before anything is written
     make_room(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_group(out)
     empty = []
     for (row, path), meaning in zip(rows, meanings, strict=True):

@@ -40,7 +40,7 @@ from cellmap_lightning.training.checkpoints import (
     saved_checkpoints,
 )
 from cellmap_lightning.training.weight_files import load_weights, read_weights, rename_weights
-from cellmap_lightning.validation import did_you_mean
+from cellmap_lightning.validation import did_you_mean, whole_number
 from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
     """Create data, task and Trainer, and run all phases."""
     checkpoint, start = _checkpoint(cfg.resume, progress.folder)
     stored: Any = without_secrets(OmegaConf.to_container(cfg, resolve=True))
-    L.seed_everything(cfg.seed, verbose=False)
+    L.seed_everything(whole_number("seed", cfg.seed), verbose=False)
     quieten()
     unresolved = deepcopy(cfg)  # instantiate resolves in place what a part refers to
     data = instantiate(cfg.data, _convert_="all")

@@ -16,6 +16,7 @@ from typing import Any
 
 from cellmap_lightning.conversion.journal import ConversionJournal
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
+from cellmap_lightning.io.files import make_folder
 from cellmap_lightning.io.store import Remote, StorePath
 from cellmap_lightning.prediction.output_lock import FILE, OutputLock
 
@@ -77,7 +78,7 @@ def begun(output: Path, settings: Mapping[str, Any], overwrite: bool) -> Iterato
             writes there.
     """
     check_output(output, settings, overwrite)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     lock = OutputLock(output)
     lock.acquire()
     try:
