@@ -43,7 +43,7 @@ from cellmap_lightning.splits.leakage import Leakage
 from cellmap_lightning.splits.options import SplitOptions
 from cellmap_lightning.splits.rules import SplitRule
 from cellmap_lightning.transforms.normalization import AUTO
-from cellmap_lightning.validation import int_at_least, one_of
+from cellmap_lightning.validation import int_at_least, not_negative, one_of
 
 _STAGES: dict[str, tuple[str, ...]] = {
     "fit": ("train", "val"),
@@ -234,7 +234,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         self.pin_memory = pin_memory
         self.persistent_workers = persistent_workers
         self.prefetch_factor = prefetch_factor
-        self.timeout = timeout
+        self.timeout = not_negative("timeout", timeout)
         self.multiprocessing_context = multiprocessing_context
         self.drop_last = drop_last
         #: Set by `StreamPrefetch`.

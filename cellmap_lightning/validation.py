@@ -2,7 +2,8 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from cellmap_lightning.errors import CellMapError, CellMapValueError
@@ -31,6 +32,53 @@ def int_at_least(name: str, value: Any, least: int, error: type[CellMapError] = 
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise error(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return a whole number (no bool) of any type as Python's.
+
+    Raises:
+        CellMapValueError: it is something else, as a text with digits.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise CellMapValueError(f"{name} must be a whole number, got {value!r}")
+
+
+def mapping_or_none(name: str, value: Any) -> Mapping[str, Any] | None:
+    """Return a value if it is None or a mapping with texts as keys.
+
+    Raises:
+        CellMapValueError: it is something else.
+    """
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise CellMapValueError(f"{name} must be a mapping such as {{anon: true}}, or null, got {value!r}")
+    return value
+
+
+def not_negative(name: str, value: Any) -> float:
+    """Return a value if it is a finite number (no bool) of at least 0.
+
+    Raises:
+        CellMapValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise CellMapValueError(f"{name} must be a number of at least 0, got {value!r}")
+    return value
+
+
+def yes_or_no(name: str, value: Any) -> bool:
+    """Return a value if it is True or False: a text such as ``"no"`` would count as True.
+
+    Raises:
+        CellMapValueError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise CellMapValueError(f"{name} must be true or false, got {value!r}")
     return value
 
 

@@ -1,11 +1,14 @@
 """Checks of arguments."""
 
 import math
+import re
 
+import numpy as np
 import pytest
 
+from cellmap_lightning import CellMapDataModule, CellMapDataset
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
-from cellmap_lightning.validation import did_you_mean, first_few, int_at_least, one_of, positive_number
+from cellmap_lightning.validation import did_you_mean, first_few, int_at_least, one_of, positive_number, whole_number
 
 
 @pytest.mark.parametrize("value", ["disk", "none"])
@@ -35,6 +38,42 @@ def test_not_a_positive_number(value):
     with pytest.raises(CellMapValueError, match=r"seconds must be a number above 0, got"):
         positive_number("seconds", value)
     assert positive_number("seconds", 2) == 2.0
+
+
+@pytest.mark.parametrize("value", ["abc", "7", 1.5, 7.0, None, True, [1]])
+def test_seeds_that_are_no_whole_numbers(volume, value):
+    arrays = {"shape": [16] * 3, "scale": [8] * 3}
+    text = re.escape(f"seed must be a whole number, got {value!r}")
+    with pytest.raises(CellMapValueError, match=text):
+        CellMapDataModule(["mito"], arrays, arrays, csv_path=volume.csv_path, seed=value)
+    with pytest.raises(CellMapValueError, match=text):
+        CellMapDataset("raw.zarr/em", "raw.zarr/crop1/[mito]", ["mito"], arrays, arrays, seed=value)
+    assert whole_number("seed", np.int64(-5)) == -5
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "text"),
+    [
+        ("storage_options", [5, "anon", ["anon"], {1: 2}], "must be a mapping such as {anon: true}, or null, got"),
+        ("nan_targets", ["no", 0, None], "must be true or false, got"),
+        ("pad", ["no", 1, None], "must be true or false, got"),
+        ("timeout", [-1, "60", None, math.inf], "must be a number of at least 0, got"),
+        ("max_upsampling", [0, -2, "2", None], "must be a number above 0, got"),
+    ],
+)
+def test_settings_of_another_type(volume, name, values, text):
+    arrays = {"shape": [16] * 3, "scale": [8] * 3}
+    for value in values:
+        with pytest.raises(CellMapValueError, match=re.escape(f"{name} {text} {value!r}")):
+            CellMapDataModule(["mito"], arrays, arrays, csv_path=volume.csv_path, **{name: value})
+
+
+@pytest.mark.parametrize("value", [5, "anon", ["anon"]])
+def test_storage_options_of_an_entry(value):
+    arrays = {"shape": [16] * 3, "scale": [8] * 3}
+    entry = {"raw": "a.zarr/em", "gt": "a.zarr/crop1/[mito]", "storage_options": value}
+    with pytest.raises(CellMapValueError, match=r"train\[0\]: storage_options must be a mapping"):
+        CellMapDataModule(["mito"], arrays, arrays, datasets={"train": [entry]}).setup("fit")
 
 
 def test_hints_and_lists():

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.commands.program import run_command
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapKeyError, CellMapValueError, missing_extra
+from cellmap_lightning.io.files import make_folder
 from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.validation import one_of
 from cellmap_lightning.wording import plural
@@ -47,7 +48,7 @@ def _evaluate(cfg: DictConfig) -> None:
     classes = check_prediction(prediction, settings["classes"])
     truth = _truth(settings["truth"], prediction, classes)
     _check_surface(metrics, settings["metric"])
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     if metrics == ("csc",) and settings["box"] is not None:
         raise CellMapValueError("metric=csc scores whole crops; leave box out, or choose another metric")
     if metrics == ("csc",):

@@ -24,6 +24,7 @@ from cellmap_lightning.evaluation.numbering import (
 )
 from cellmap_lightning.evaluation.prediction_labels import check_covers, prediction_labels, stored_meaning
 from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE
+from cellmap_lightning.io.files import make_folder
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting, check_values, prediction_attributes
 from cellmap_lightning.io.missing_paths import similar_path
 from cellmap_lightning.io.ngff import read_multiscale
@@ -107,7 +108,7 @@ def submit(
     _report_voxel_sizes(rows)
     meanings = _checked_meanings(rows, segmented, values)  # all are checked before anything is written
     make_room(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_group(out)
     empty = []
     for (row, path), meaning in zip(rows, meanings, strict=True):

@@ -42,7 +42,7 @@ from cellmap_lightning.training.checkpoints import (
 )
 from cellmap_lightning.training.module_errors import BatchShapes, short_errors
 from cellmap_lightning.training.weight_files import load_weights, read_weights, rename_weights
-from cellmap_lightning.validation import did_you_mean
+from cellmap_lightning.validation import did_you_mean, whole_number
 from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         log.info("%s", finished)
         return finished_value(progress.folder)
     stored: Any = without_secrets(OmegaConf.to_container(cfg, resolve=True))
-    L.seed_everything(cfg.seed, verbose=False)
+    L.seed_everything(whole_number("seed", cfg.seed), verbose=False)
     quieten()
     unresolved = deepcopy(cfg)  # instantiate resolves in place what a part refers to
     data = instantiate(cfg.data, _convert_="all")
@@ -104,8 +104,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
             check_checkpoint(checkpoint, data, task, "resume", "resume")
         elif cfg.init_from is not None:  # a resumed run has weights
             _initialize_weights(unresolved, data, task)
-        count = sum(p.numel() for p in task.parameters())
-        log.info("%s: %s", type(getattr(task, "network", task)).__name__, plural(count, "parameter"))
+        _log_size(task)
         trainer = progress.trainer = _trainer(cfg, CheckpointConfig(stored, start))
         validates = data.splits.has_crops("val") and trainer.limit_val_batches != 0
         if not data.splits.has_crops("val") and trainer.limit_val_batches != 0:
@@ -139,6 +138,11 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         return _monitored(cfg.monitor, trainer)
     finally:
         data.close()
+
+
+def _log_size(task: L.LightningModule) -> None:
+    count = sum(p.numel() for p in task.parameters())
+    log.info("%s: %s", type(getattr(task, "network", task)).__name__, plural(count, "parameter"))
 
 
 def _nothing_to_validate(data: CellMapDataModule) -> CellMapValueError:

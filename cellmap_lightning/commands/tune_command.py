@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.commands.program import run_command
 from cellmap_lightning.errors import CellMapFileExistsError
+from cellmap_lightning.io.files import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def _tune(cfg: DictConfig) -> None:
     result = tuner.run(_progress)
     if sys.stderr.isatty():
         sys.stderr.write("\n")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     kind = {} if settings["kind"] is None else {"kind": settings["kind"]}
     parameters = {name: {**kind, **settings_of(result.options, list(tuner.lists))}}
     out.write_text(yaml.safe_dump(parameters, sort_keys=False), encoding="utf-8")

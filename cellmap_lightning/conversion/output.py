@@ -18,6 +18,7 @@ from zarr.errors import ContainsGroupError
 
 from cellmap_lightning.conversion.journal import ConversionJournal
 from cellmap_lightning.errors import CellMapFileExistsError, CellMapValueError
+from cellmap_lightning.io.files import make_folder
 from cellmap_lightning.io.store import Remote, StorePath
 from cellmap_lightning.io.writer import ZarrFormat, write_group
 from cellmap_lightning.prediction.output_lock import FILE, OutputLock
@@ -80,7 +81,7 @@ def begun(output: Path, settings: Mapping[str, Any], overwrite: bool) -> Iterato
             writes there.
     """
     check_output(output, settings, overwrite)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     lock = OutputLock(output)
     lock.acquire()
     try:

@@ -17,7 +17,7 @@ from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy
 from cellmap_lightning.runtime.location import CacheMode, check_mode
 from cellmap_lightning.transforms.intensity import IntensityTransforms
 from cellmap_lightning.transforms.normalization import AUTO, Normalize
-from cellmap_lightning.validation import did_you_mean, int_at_least, one_of
+from cellmap_lightning.validation import did_you_mean, int_at_least, mapping_or_none, one_of, positive_number, yes_or_no
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,9 @@ class ReadOptions:
             int_at_least("device_cache_bytes", self.device_cache_bytes, 1)
         check_reader(self.reader)
         check_missing_raw(self.missing_raw)
+        yes_or_no("pad", self.pad)
+        positive_number("max_upsampling", self.max_upsampling)
+        mapping_or_none("storage_options", self.storage_options)
         _ = self.retry_policy, self.overrides, self.crop_box
 
     @cached_property
@@ -153,6 +156,7 @@ class LabelOptions:
         check_missing_labels(self.missing_labels)
         check_unannotated_classes(self.unannotated_classes)
         one_of("label_downsample", self.label_downsample, DOWNSAMPLE)
+        yes_or_no("nan_targets", self.nan_targets)
         one_of("too_coarse", self.too_coarse, ("error", "upsample", "drop"))
 
 

@@ -24,6 +24,7 @@ from cellmap_lightning.transforms.intensity import IntensityTransforms
 from cellmap_lightning.transforms.normalization import Scaling, input_transforms
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.transforms.targets import class_transforms
+from cellmap_lightning.validation import whole_number
 from cellmap_lightning.wording import plural
 
 
@@ -79,6 +80,7 @@ class CellMapDataset(SampleSource):
         read, labels, intensity = read or ReadOptions(), labels or LabelOptions(), intensity or IntensityOptions()
         if labels.too_coarse == "drop":
             raise CellMapValueError("too_coarse must be 'error' or 'upsample', got 'drop', which only splits support")
+        seed = whole_number("seed", seed)
         arrays = ArraySet.parse(input_arrays, target_arrays, classes, target_path is not None)
         spatial = SpatialTransforms(spatial_transforms)
         spatial.check({name: spec.window for name, spec in arrays.specs.items()})
@@ -99,10 +101,10 @@ class CellMapDataset(SampleSource):
             else {},
             Scaling.of([0], [crop.raw.affine]),
             bool(labels.nan_targets),
-            int(seed),
+            seed,
             IntensityTransforms(intensity.intensity_transforms) if is_train else None,
         )
-        super().__init__([crop], layout, int(seed), bool(is_train), spatial, crop.pool, crop.store)
+        super().__init__([crop], layout, seed, bool(is_train), spatial, crop.pool, crop.store)
 
     @property
     def crop(self) -> Crop:

@@ -68,6 +68,7 @@ KINDS = {
     "versions": "groups with metadata of two versions of OME-NGFF that differ",
     "outside": "crops outside their raw volume",
     "leakage": "crops that are trained on, and validate or test as well",
+    "contradiction": "crops for training that overlap, with labels that contradict each other",
     "validation": "nothing to validate on",
     "missing level": "levels that are listed and not on disk",
     "raw absent": "raw under a crop that was never written, and reads as the fill value",

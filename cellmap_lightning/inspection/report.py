@@ -19,6 +19,7 @@ from cellmap_lightning.datamodule import CellMapDataModule
 from cellmap_lightning.errors import CellMapError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
 from cellmap_lightning.inspection import text
+from cellmap_lightning.inspection.contradictions import contradicting_crops
 from cellmap_lightning.inspection.costs import Costs, compute_costs
 from cellmap_lightning.inspection.facts import (
     CropFacts,
@@ -172,7 +173,10 @@ def inspect(
         problems = find_problems(
             volumes, crops, names, scale, chosen["shape"], pad, settings.get("too_coarse", "drop"),
             settings.get("held_out"), splits.other_spellings,
-            [*noted, *range_problems(volumes, splits.entries, settings)],
+            [
+                *noted, *range_problems(volumes, splits.entries, settings),
+                *(contradicting_crops(crops, names) if deep else ()),
+            ],
         )  # fmt: skip
     complete = None not in chosen.values()
     return Inspection(volumes, crops, problems, proposal, costs, refused, complete, rule)

@@ -110,7 +110,7 @@ class _Voxels:
 
 def _with_loss(of_class: ClassFacts, name: str, crop: CropFacts, scale: Vector, voxels: _Voxels) -> ClassFacts:
     """Return the facts of a class with the part of its foreground that the level read at a scale has lost."""
-    image = _image(crop, name)
+    image = class_image(crop, name)
     level = choose_level(image, scale)
     try:
         fine = voxels.foreground(name, image, image.finest)
@@ -147,7 +147,7 @@ def _contradiction(image: Multiscale, stored: SectionFacts) -> str | None:
     return "; ".join(texts) or None
 
 
-def _image(crop: CropFacts, name: str) -> Multiscale:
+def class_image(crop: CropFacts, name: str) -> Multiscale:
     """Return the label image of a class, inside of the box that restricts the crop."""
     image = TargetPath.parse(crop.target).read(name, crop_overrides(crop)[1])
     if crop.metadata.get("box") is None or crop.box is None:

@@ -7,6 +7,9 @@ it is read. Links to regular files are followed.
 
 import os
 import stat
+from pathlib import Path
+
+from cellmap_lightning.errors import CellMapValueError
 
 #: Flags for reading: opening a FIFO returns at once, and a terminal does not become the controlling terminal.
 READ_FLAGS = os.O_RDONLY
@@ -28,6 +31,22 @@ class IrregularFileError(ValueError):
 
 class LargeFileError(ValueError):
     """A file that is larger than its format allows."""
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        CellMapValueError: it or a part of its path is a file.
+        OSError: it cannot be made for another reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), folder)
+        raise CellMapValueError(
+            f"{folder}: cannot be made, since {file} is a file; choose another output, or remove the file"
+        ) from None
 
 
 def irregularity(mode: int) -> str:

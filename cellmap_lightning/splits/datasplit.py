@@ -33,7 +33,7 @@ from cellmap_lightning.splits.part_classes import report_parts
 from cellmap_lightning.splits.spellings import OtherSpelling, report_spellings, spelt_otherwise
 from cellmap_lightning.splits.summary import class_table, write_csv
 from cellmap_lightning.transforms.spatial import SpatialTransforms
-from cellmap_lightning.validation import did_you_mean
+from cellmap_lightning.validation import did_you_mean, whole_number
 from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class CellMapDataSplit:
         _check_source(self.options, csv_path=csv_path, datasets=datasets, search_path=search_path)
         SpatialTransforms(spatial_transforms)  # checked once here instead of for each crop
         self.classes = parse_classes(classes) if classes is not None else None
-        self.seed = seed
+        self.seed = seed = whole_number("seed", seed)
         self.input_arrays, self.target_arrays, self.spatial_transforms = input_arrays, target_arrays, spatial_transforms
         #: Source of the crops, for messages.
         self.source = "datasets" if datasets is not None else str(csv_path or manifest or search_path)

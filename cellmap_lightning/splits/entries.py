@@ -28,7 +28,7 @@ from cellmap_lightning.io.ngff import OVERRIDE_KEYS, Overrides
 from cellmap_lightning.io.store import local_path
 from cellmap_lightning.sampling.strategy import check_weight
 from cellmap_lightning.splits.csv_columns import Header, check_quotes, delimiter
-from cellmap_lightning.validation import did_you_mean
+from cellmap_lightning.validation import did_you_mean, mapping_or_none
 
 SPLITS = ("train", "val", "test", "predict")
 _USAGES = {**{s: s for s in SPLITS}, "validate": "val", "validation": "val"}
@@ -334,7 +334,7 @@ def _entry(item: Any, where: str) -> CropRecord:
         normalize=values.get("normalize"),
         invert=values.get("invert"),
         weight=check_weight(values["weight"], f"{where}: weight") if values.get("weight") is not None else None,
-        storage_options=values.get("storage_options"),
+        storage_options=mapping_or_none(f"{where}: storage_options", values.get("storage_options")),
         metadata=_checked_in(where, {key: values[key] for key in METADATA_KEYS if key in values}),
     )
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from cellmap_lightning.io.files import make_folder
 from cellmap_lightning.io.store import absolute, local_path
 from cellmap_lightning.redaction import hide_address
 from cellmap_lightning.splits.crop_metadata import CropMetadata
@@ -37,7 +38,7 @@ def write_csv(entries: Mapping[str, Sequence[CropRecord]], path: str | Path) -> 
     if left_out:
         log.warning("%s has no columns for normalize and invert, which are set for %s", path, ", ".join(left_out))
     file = local_path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     with file.open("w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
         writer.writerow(["usage", "raw", "target", *(["weight"] if weighted else []), *columns])

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellmap_lightning.errors import missing_extra
+from cellmap_lightning.io.files import make_folder
 from cellmap_lightning.io.own_files import picture_metadata
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def save(figure: "Figure", path: str | PathLike[str] | None) -> None:
     """Write a figure, unless ``path`` is None; folders are created."""
     if path is not None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         figure.savefig(target, dpi=DPI, facecolor="white", metadata=picture_metadata(target))
 
 

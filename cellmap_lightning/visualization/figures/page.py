@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.io.files import make_folder
 from cellmap_lightning.io.own_files import MARK
 from cellmap_lightning.visualization.figures.canvas import Array, needs_matplotlib
 from cellmap_lightning.visualization.figures.outlines import outline_paths
@@ -120,7 +121,7 @@ def write_page(
         f'<script type="application/json" id="data">{text}</script><script>{_SCRIPT}</script></body></html>\n'
     )
     file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     file.write_text(page, encoding="utf-8")
 
 
