@@ -44,6 +44,7 @@ def fetched(folder, start=(48, 48, 48), size=32, dropped=None):
         if dropped(index, touches) if dropped else not touches:
             file.unlink()
     labels = np.ones((size,) * 3, np.uint8)
+    labels[0, 0, 0] = 0  # a class that fills its crop is warned of
     write_multiscale(folder / "crop1" / "mito", labels, scale=SCALE, translation=origin(start))
     return folder
 
