@@ -106,18 +106,12 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
             _initialize_weights(unresolved, data, task)
         _log_size(task)
         trainer = progress.trainer = _trainer(cfg, CheckpointConfig(stored, start))
-        validates = data.splits.has_crops("val") and trainer.limit_val_batches != 0
-        if not data.splits.has_crops("val") and trainer.limit_val_batches != 0:
-            raise _nothing_to_validate(data)
+        validates = _validates(trainer, data)
         if trainer.is_global_zero:
             _prepare_folder(cfg, progress.folder, stored, data)
         untrained = None
         if cfg.compare_untrained and validates and not trainer.fast_dev_run:
-            log.info("validation of the untrained network, for comparison")
-            with short_errors(task, trainer, data):
-                trainer.validate(task, datamodule=data, verbose=False)
-            ending.check()
-            untrained = dict(scores_of(task) or {})
+            untrained = _untrained_scores(trainer, task, data, ending)
         _fit(cfg, trainer, task, data, checkpoint)
         progress.trained = True
         ended = describe_time_limit(trainer, progress.folder)
@@ -130,10 +124,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.finalize("success")
-            others = _other_scores(cfg, validates)
-            if validates:
-                title = picture_title(cfg.name, progress.folder, data.splits.source)
-                others |= draw_samples(task, data, progress.folder / "samples.png", title)
+            others = _other_results(cfg, progress.folder, task, data, validates)
             _report(cfg, progress.folder, trainer, task, untrained, others)
         return _monitored(cfg.monitor, trainer)
     finally:
@@ -143,6 +134,20 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
 def _log_size(task: L.LightningModule) -> None:
     count = sum(p.numel() for p in task.parameters())
     log.info("%s: %s", type(getattr(task, "network", task)).__name__, plural(count, "parameter"))
+
+
+def _validates(trainer: Any, data: CellMapDataModule) -> bool:
+    """Return True if a run validates, False if ``trainer.limit_val_batches`` is 0.
+
+    Raises:
+        CellMapValueError: it is to validate, and no crop is for validation.
+    """
+    has_crops = data.splits.has_crops("val")  # reads the crops: their errors do not depend on the Trainer
+    if trainer.limit_val_batches == 0:
+        return False
+    if not has_crops:
+        raise _nothing_to_validate(data)
+    return True
 
 
 def _nothing_to_validate(data: CellMapDataModule) -> CellMapValueError:
@@ -155,6 +160,15 @@ def _nothing_to_validate(data: CellMapDataModule) -> CellMapValueError:
     if not override:
         return CellMapValueError(f"{start}; list some, for those for training cannot be cut; {without}. {text}")
     return CellMapValueError(f"{start}; {override} cuts those for training, and {without}. The cut would be\n{text}")
+
+
+def _untrained_scores(trainer: Any, task: Any, data: CellMapDataModule, ending: ExitOnSignal) -> dict[str, Any]:
+    """Validate the untrained network, and return its scores; empty where another process has them."""
+    log.info("validation of the untrained network, for comparison")
+    with short_errors(task, trainer, data):
+        trainer.validate(task, datamodule=data, verbose=False)
+    ending.check()
+    return dict(scores_of(task) or {})
 
 
 def _fit(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataModule, checkpoint: Path | None) -> None:
@@ -193,6 +207,17 @@ def _report(
         print(f"\nvalidation\n{cfg.monitor} {float(metric):.3f}")
     write_scores(folder, cfg.monitor, None if metric is None else float(metric), scores or {})
     print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder, others)))
+
+
+def _other_results(
+    cfg: DictConfig, folder: Path, task: Any, data: CellMapDataModule, validates: bool
+) -> dict[str, str]:
+    """Draw the samples if the run validates, and return the descriptions of files that depend on the run."""
+    others = _other_scores(cfg, validates)
+    if validates:
+        title = picture_title(cfg.name, folder, data.splits.source)
+        others |= draw_samples(task, data, folder / "samples.png", title)
+    return others
 
 
 def _other_scores(cfg: DictConfig, validates: bool) -> dict[str, str]:

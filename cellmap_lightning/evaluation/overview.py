@@ -139,28 +139,18 @@ def samples_of(
     metadata = metadata or {}
     image = read_multiscale(str(output / classes[0]))
     lattice = image.finest.lattice
-    z, y, x = (min(n, m) for n, m in zip(lattice.shape, _PLACE, strict=True))
-    shape: Shape = (z, y, x)
+    shape = _at_most(lattice, _PLACE)
+    masks = _whole_masks(output, classes, image, threshold)
     samples: list[SheetSample] = []
-    masks: Masks | None = None
-    affordable = [level for level in image.levels if math.prod(level.lattice.shape) * len(classes) <= _WHOLE]
-    if affordable:
-        whole = affordable[0].lattice
-        masks = _masks(output, classes, whole, whole.box.center, threshold)
+    if masks is not None:
         deepest = max(1, _WHOLE // (len(classes) * math.prod(_OVERVIEW)))
-        z, y, x = (min(n, m) for n, m in zip(lattice.shape, (deepest, *_OVERVIEW), strict=True))
-        overview = Lattice(lattice.origin, lattice.step, (z, y, x))
+        overview = Lattice(lattice.origin, lattice.step, _at_most(lattice, (deepest, *_OVERVIEW)))
         if shape != overview.shape:
             center = _densest_places(masks, lattice, overview.shape)[0]
             shown = _masks(output, classes, overview, center, threshold)
             samples.append(_sample(raw, overview, center, shown, None, _overview_header(overview, lattice), metadata))
     folders = [crops] if isinstance(crops, Path) else list(crops or ())
-    found = [crop for folder in folders if folder.is_dir() for crop in crop_folders(folder, classes)]
-    annotated = merge(
-        _in_folders(classes, found, trained, entries), _listed(classes, entries, found), key=lambda crop: crop.rank
-    )
-    covered = (crop for crop in annotated if all(covers(lattice, box) for box in crop.lattices))
-    places = [_best_place(classes, lattice, shape, crop) for crop in islice(covered, _PLACES)]
+    places = _annotated_places(classes, lattice, shape, folders, trained, entries)
     if not places:
         patch = Lattice(lattice.origin, lattice.step, shape)
         centers = _densest_places(masks, lattice, shape)
@@ -171,6 +161,53 @@ def samples_of(
         header = f"{place.name}, centre {position} nm"
         samples.append(_sample(raw, place.patch, place.center, place_masks, place.target, header, metadata))
     return samples
+
+
+def _at_most(lattice: Lattice, most: Shape) -> Shape:
+    """Return the shape of the largest part of a lattice that has at most so many voxels along each axis."""
+    z, y, x = (min(n, m) for n, m in zip(lattice.shape, most, strict=True))
+    return z, y, x
+
+
+def _whole_masks(output: Path, classes: Sequence[str], image: Multiscale, threshold: Threshold) -> Masks | None:
+    """Return the masks of the whole prediction, ``[C, z, y, x]``, at its finest level that is small enough; else None.
+
+    Args:
+        output: the prediction.
+        classes: names of the classes.
+        image: the prediction of one of them, whose levels are those of all.
+        threshold: see `draw_prediction`.
+    """
+    for level in image.levels:
+        if math.prod(level.lattice.shape) * len(classes) <= _WHOLE:
+            return _masks(output, classes, level.lattice, level.lattice.box.center, threshold)
+    return None
+
+
+def _annotated_places(
+    classes: Sequence[str],
+    lattice: Lattice,
+    most: Shape,
+    folders: Sequence[Path],
+    trained: Mapping[Path, Sequence[CropPart]] | None,
+    entries: Sequence[tuple[str, CropRecord]],
+) -> list[_Place]:
+    """Return the best place of each of the first crops that the prediction covers, by their ranks.
+
+    Args:
+        classes: names of the classes.
+        lattice: the voxels of the prediction.
+        most: shape of a place at most, voxels.
+        folders: folders of crops, or of one crop; those that do not exist have none.
+        trained: see `draw_prediction`.
+        entries: see `draw_prediction`.
+    """
+    crops = [crop for folder in folders if folder.is_dir() for crop in crop_folders(folder, classes)]
+    annotated = merge(
+        _in_folders(classes, crops, trained, entries), _listed(classes, entries, crops), key=lambda crop: crop.rank
+    )
+    covered = (crop for crop in annotated if all(covers(lattice, box) for box in crop.lattices))
+    return [_best_place(classes, lattice, most, crop) for crop in islice(covered, _PLACES)]
 
 
 def _sample(

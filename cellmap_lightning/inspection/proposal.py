@@ -109,13 +109,7 @@ def propose(
         scale, why_scale = to_vector(chosen["scale"]), "as given"
     largest = np.multiply(scale, 1 + SCALE_TOLERANCE)
     fitting = [crop for crop in usable if (np.asarray(crop.scale) <= largest).all()]
-    shape, why_shape = _shape(scale, fitting, readable, device_bytes, pad)
-    if chosen.get("shape"):
-        shape, why_shape = tuple(chosen["shape"]), "as given"
-    elif holds is not None:
-        shape, why_shape = _cut_shape(shape, scale, why_shape, holds, pad)
-    if not (chosen.get("shape") and chosen.get("scale")) and holds is None:
-        why_shape += _smaller(fitting, scale, shape, pad)
+    shape, why_shape = _patch_shape(scale, fitting, readable, device_bytes, chosen, pad, holds)
     classes, why_classes = _classes(usable, cut=holds is not None, counted=deep)
     if chosen.get("classes"):
         classes, why_classes = tuple(chosen["classes"]), "as given"
@@ -133,11 +127,22 @@ def propose(
     data = source if not classes else {**source, "classes": list(classes)}
     text = _yaml(scale, shape, batch_size, normalize, data, reasons)
     settings = {**data, "batch_size": batch_size, "normalize": normalize}
-    overrides = None
-    if data.get("datasets") is None:
-        overrides = {f"data.{name}": override_text(value) for name, value in settings.items() if value is not None}
-        overrides |= {"patch.shape": override_text(list(shape)), "patch.scale": override_text(_whole(scale))}
+    overrides = _overrides(settings, shape, scale)
     return Proposal(scale, shape, batch_size, normalize, classes, only, reasons, text, overrides)
+
+
+def _overrides(settings: Mapping[str, Any], shape: Sequence[int], scale: Vector) -> dict[str, str] | None:
+    """Return settings as overrides of a command line; None where the crops are given by ``datasets``.
+
+    Args:
+        settings: keys of ``data``.
+        shape: voxels of a patch.
+        scale: voxel size, nm.
+    """
+    if settings.get("datasets") is not None:
+        return None
+    overrides = {f"data.{name}": override_text(value) for name, value in settings.items() if value is not None}
+    return overrides | {"patch.shape": override_text(list(shape)), "patch.scale": override_text(_whole(scale))}
 
 
 def _scale(volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts]) -> tuple[Vector, str]:
@@ -196,6 +201,36 @@ def _fine_enough_datasets(
     others = sorted({volume.name for volume in volumes if volume.path not in paths})
     reason = f"raw of {first_few(others, _LISTED)} is more than {max_upsampling:g}x coarser, which is refused"
     return tuple(names), reason
+
+
+def _patch_shape(
+    scale: Vector,
+    crops: Sequence[CropFacts],
+    volumes: Sequence[VolumeFacts],
+    device_bytes: int,
+    chosen: Mapping[str, Any],
+    pad: bool,
+    holds: Callable[[tuple[int, int, int], Vector], bool] | None,
+) -> tuple[tuple[int, int, int], str]:
+    """Return the voxels of a patch, the user's or those that the crops contain, and the reason.
+
+    Args:
+        scale: voxel size, nm.
+        crops: the crops whose labels fit it.
+        volumes: readable raw volumes.
+        device_bytes: see `propose`.
+        chosen: see `propose`.
+        pad: see `propose`.
+        holds: see `propose`.
+    """
+    shape, reason = _shape(scale, crops, volumes, device_bytes, pad)
+    if chosen.get("shape"):
+        shape, reason = tuple(chosen["shape"]), "as given"
+    elif holds is not None:
+        shape, reason = _cut_shape(shape, scale, reason, holds, pad)
+    if not (chosen.get("shape") and chosen.get("scale")) and holds is None:
+        reason += _smaller(crops, scale, shape, pad)
+    return shape, reason
 
 
 def _shape(

@@ -31,6 +31,7 @@ from cellmap_lightning.inspection.formats import by_axis
 from cellmap_lightning.inspection.problems import PROPOSED_CUT, Problem, find_problems
 from cellmap_lightning.inspection.proposal import Proposal, propose
 from cellmap_lightning.inspection.ranges import range_problems
+from cellmap_lightning.inspection.refusals import refusal
 from cellmap_lightning.inspection.scale_facts import at_scale
 from cellmap_lightning.inspection.usages import left_out, placed
 from cellmap_lightning.io.ngff import shared_metadata
@@ -130,42 +131,28 @@ def inspect(
     pad = bool(settings.get("pad", True))
     with shared_metadata():
         splits = _splits(settings)
-        listed = _annotated(splits.entries)
         volumes = _read_volumes(splits.entries, deep)
-        crops = _read_crops(listed, settings)
-        # How crops are cut depends on the patch, so that a patch is proposed for the crops before they are cut.
-        cut_later = splits.options.blocks is not None and splits.input_arrays is None
-        whole = _annotated(splits.uncut) if cut_later else listed
-        uncut = _read_crops(whole, settings) if cut_later else crops
+        listed = _read_listed(splits, settings)
+        crops = listed.crops
         lacks = of_folder.get("split") == "blocks" or _lacks_validation(settings, splits.entries)
-        planner = _Planner(volumes, uncut, chosen, device_bytes, splits.classes, deep)
+        planner = _Planner(volumes, listed.uncut, chosen, device_bytes, splits.classes, deep)
         rule = str(settings.get("split") or "csv")
-        settings, proposal = planner.plan(settings, cut_later, lacks)
+        settings, proposal = planner.plan(settings, listed.cut_later, lacks)
         noted: list[Problem] = []
         if proposal is not None and proposal.cuts:
-            noted.append(Problem("validation", first_few([crop.name for crop in uncut]), PROPOSED_CUT))
-        costs, refused = None, _unreadable(volumes, crops if input_path is None else (), chosen["classes"])
-        if proposal is not None and refused is None and not chosen["classes"] and not proposal.classes:
-            refused = _no_class(crops)
+            noted.append(Problem("validation", first_few([crop.name for crop in listed.uncut]), PROPOSED_CUT))
+        costs, refused = None, refusal(volumes, crops, chosen["classes"], proposal, input_path is None)
         if proposal is not None and refused is None:
             settings["batch_size"] = settings.get("batch_size") or proposal.batch_size
             arguments = _complete(settings, proposal.shape, proposal.scale, proposal.classes, proposal.only_datasets)
             try:
                 with CellMapDataModule(**arguments) as module:
                     costs = compute_costs(module, arguments, device_bytes, deep)
-                    coarse, only = _coarser(chosen["scale"], proposal.scale), proposal.only_datasets
-                    if proposal.cuts:  # the report shows the crops as they are listed
-                        crops = left_out(uncut, module.splits, coarse, only)
-                    else:
-                        entries = [entry for _, entry in whole]
-                        reread = partial(_read_crops, settings=settings)
-                        crops = placed(crops, entries, module.splits, coarse, only, reread)
+                    coarse = _coarser(chosen["scale"], proposal.scale)
+                    crops = _usages(listed, module.splits, proposal, coarse, settings)
             except CellMapError as e:
                 refused = str(e)
-        # Without raw there is no proposal, and labels are counted at their own scale.
-        in_use = proposal.scale if proposal is not None else next((c.scale for c in crops if c.scale), None)
-        if in_use is not None:
-            crops = at_scale(crops, in_use, deep)
+        crops = _at_scale_in_use(crops, proposal, deep)
         noted += [Problem("config", "", refused)] if refused is not None else []
         names = _named_classes(chosen["classes"], crops)
         # What does not fit a proposal is no fault of the data; its reasons name such crops.
@@ -180,6 +167,60 @@ def inspect(
         )  # fmt: skip
     complete = None not in chosen.values()
     return Inspection(volumes, crops, problems, proposal, costs, refused, complete, rule)
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The annotated crops of a configuration.
+
+    Attributes:
+        entries: split and entry of each crop, before crops are cut if ``cut_later``.
+        uncut: their facts.
+        crops: facts of the crops as the settings cut them.
+        cut_later: True if the cut depends on a patch that is not given.
+    """
+
+    entries: Sequence[tuple[str, CropRecord]]
+    uncut: Sequence[CropFacts]
+    crops: Sequence[CropFacts]
+    cut_later: bool
+
+
+def _read_listed(splits: CellMapDataSplit, settings: Mapping[str, Any]) -> _Listed:
+    """Read the facts of annotated crops, before they are cut too where the cut depends on a patch to be proposed."""
+    entries = _annotated(splits.entries)
+    crops = _read_crops(entries, settings)
+    # How crops are cut depends on the patch, so that a patch is proposed for the crops before they are cut.
+    if splits.options.blocks is None or splits.input_arrays is not None:
+        return _Listed(entries, crops, crops, False)
+    whole = _annotated(splits.uncut)
+    return _Listed(whole, _read_crops(whole, settings), crops, True)
+
+
+def _usages(
+    listed: _Listed, splits: CellMapDataSplit, proposal: Proposal, coarse: str, settings: Mapping[str, Any]
+) -> list[CropFacts]:
+    """Return the facts of crops with the split of each in a configuration, or the reason why it is left out.
+
+    Args:
+        listed: the annotated crops.
+        splits: the opened splits of the configuration.
+        proposal: the proposal that completes it.
+        coarse: the reason where the labels of a crop are too coarse.
+        settings: arguments of `CellMapDataModule`.
+    """
+    only = proposal.only_datasets
+    if proposal.cuts:  # the report shows the crops as they are listed
+        return left_out(listed.uncut, splits, coarse, only)
+    entries = [entry for _, entry in listed.entries]
+    return placed(listed.crops, entries, splits, coarse, only, partial(_read_crops, settings=settings))
+
+
+def _at_scale_in_use(crops: Sequence[CropFacts], proposal: Proposal | None, deep: bool) -> Sequence[CropFacts]:
+    """Return the facts of crops at the voxel size of the proposal."""
+    # Without raw there is no proposal, and labels are counted at their own scale.
+    in_use = proposal.scale if proposal is not None else next((c.scale for c in crops if c.scale), None)
+    return crops if in_use is None else at_scale(crops, in_use, deep)
 
 
 class _Planner:
@@ -266,17 +307,6 @@ def _lacks_validation(settings: Mapping[str, Any], entries: Mapping[str, Sequenc
     return is_listed and bool(train) and all(entry.target_path and entry.dataset is None for entry in train)
 
 
-def _no_class(crops: Sequence[CropFacts]) -> str | None:
-    """Return the error for crops of which no two hold the same class; None without a crop that holds any."""
-    held = [f"{name} only in {crop.name} ({crop.usage})" for crop in crops for name in crop.held]
-    if not held:
-        return None
-    return (
-        f"no class has foreground in two crops, one to train on and one to validate on: {first_few(held, 8)}; list the "
-        "crops for training and set data.split=blocks, which cuts a part of each for validation, or give data.classes"
-    )
-
-
 def _named_classes(chosen: Sequence[str] | None, crops: Sequence[CropFacts]) -> list[str]:
     """Return the requested classes, or else those of the crops."""
     return list(chosen or dict.fromkeys(name for crop in crops for name in crop.classes))
@@ -341,18 +371,6 @@ def _splits(settings: Mapping[str, Any], arrays: Mapping[str, Any] | None = None
         **chosen("csv_path", "datasets", "search_path", "seed"),
         **(_patches(settings) if arrays is None else arrays),
     )
-
-
-def _unreadable(volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts], classes: Any) -> str | None:
-    """Return an error if no volume, or no crop, can be read; otherwise None."""
-    wrong = [volume for volume in volumes if not volume.present]
-    if wrong and len(wrong) == len(volumes):
-        text = wrong[0].wrong or "no level exists"
-        return f"none of the {len(wrong)} raw volumes can be read: {wrong[0].name}: {text}"
-    # With classes, the data module opens the crops, and its error lists them.
-    if not classes and crops and all(crop.wrong for crop in crops):
-        return f"none of the {len(crops)} annotated crops can be read: {crops[0].name}: {crops[0].wrong}"
-    return None
 
 
 def _coarser(chosen: Any, scale: Vector) -> str:
