@@ -34,22 +34,61 @@ def override_hints(name: str, arguments: list[str]) -> list[str]:
     folders = [CONFIGS, *([Path(files).resolve()] if files is not None and Path(files).is_dir() else [])]
     groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
-    # With the selected options, whose keys may be meant, but without the overrides that Hydra refused.
-    selected = [o for o in overrides if _selects_option(o, groups, folders)]
-    searched = [f"hydra.searchpath=[{', '.join(json.dumps(f'file://{folder}') for folder in folders[1:])}]"]
-    config = _composed(_option("--config-name", "-cn", arguments) or name, [*searched, *selected])
+    accepted = _accepted_overrides(overrides, groups, folders)
+    config = _composed(_option("--config-name", "-cn", arguments) or name, accepted)
     if config is None:
         return []
-    hints = []
+    overrides = [o for o in overrides if o != files]  # a folder may have a = in its name
+    keys = _existing_keys(config, groups, overrides)
+    return [*_slurm_hints(arguments), *_multirun_hints(name, arguments), *_key_hints(name, overrides, keys)]
+
+
+def _accepted_overrides(overrides: Sequence[str], groups: set[str], folders: Sequence[Path]) -> list[str]:
+    """Return the overrides with which a configuration is composed to search it for keys.
+
+    The selected options are among them, whose keys may be meant, but not the overrides that Hydra refused.
+
+    Args:
+        overrides: those of the command line.
+        groups: names of the groups of configurations.
+        folders: the folders of configurations, the package's first.
+    """
+    selected = [o for o in overrides if _selects_option(o, groups, folders)]
+    searched = f"hydra.searchpath=[{', '.join(json.dumps(f'file://{folder}') for folder in folders[1:])}]"
+    return [searched, *selected]
+
+
+def _existing_keys(config: Any, groups: Collection[str], overrides: Sequence[str]) -> list[str]:
+    """Return the keys that can be overridden: those of a configuration, its groups, and arguments left at defaults.
+
+    Args:
+        config: the configuration, as plain containers.
+        groups: names of the groups of configurations.
+        overrides: those of the command line; only classes that they name are imported for their arguments.
+    """
+    keys = [*(key for key, _ in flat_keys(config)), *groups]
+    nodes = {_key_of(override).rpartition(".")[0] for override in overrides}
+    return [*keys, *_arguments(config, keys, nodes)]
+
+
+def _slurm_hints(arguments: Sequence[str]) -> list[str]:
+    """Return a hint for jobs through Slurm without the extra that they need."""
     slurm = any("submitit" in a or a.endswith("=slurm_ddp") for a in arguments)
     if slurm and not find_spec("submitit"):
-        hints.append(f"Jobs through Slurm need the extra slurm: {install_command('slurm')}")
+        return [f"Jobs through Slurm need the extra slurm: {install_command('slurm')}"]
+    return []
+
+
+def _multirun_hints(name: str, arguments: Sequence[str]) -> list[str]:
+    """Return a hint for ``-m`` after an override."""
     if "-m" in arguments[1:] and not arguments[0].startswith("-"):
-        hints.append(f"-m comes first: cellmap-{name} -m {' '.join(a for a in arguments if a != '-m')}")
-    keys = [*(key for key, _ in flat_keys(config)), *groups]
-    overrides = [o for o in overrides if o != files]  # a folder may have a = in its name
-    nodes = {override.partition("=")[0].lstrip("+~").rpartition(".")[0] for override in overrides}
-    return hints + _key_hints(name, overrides, [*keys, *_arguments(config, keys, nodes)])
+        return [f"-m comes first: cellmap-{name} -m {' '.join(a for a in arguments if a != '-m')}"]
+    return []
+
+
+def _key_of(override: str) -> str:
+    """Return the key of an override, such as ``data.seed`` of ``+data.seed=1``."""
+    return override.partition("=")[0].lstrip("+~")
 
 
 def _option(name: str, short: str, arguments: list[str]) -> str | None:
@@ -87,7 +126,7 @@ def _key_hints(name: str, overrides: list[str], keys: list[str]) -> list[str]:
     """Return a hint for each override of a key that does not exist."""
     hints = []
     for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
+        key = _key_of(override)
         if key not in keys and not key.startswith("hydra"):
             closest = did_you_mean(key, keys, f"; 'cellmap-{name} --cfg job' prints every key.")
             hints.append(f"{NO_KEY}{key!r}{closest}")

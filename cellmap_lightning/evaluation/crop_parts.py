@@ -147,21 +147,50 @@ def matching_notes(trained: Mapping[Path, Sequence[CropPart]] | None, crops: Ite
     folders = list(dict.fromkeys(crops))
     if trained is None or not folders:
         return []
-    if not any(used_parts(trained, folder) for folder in folders):
-        used = [folder for folder, parts in trained.items() if any(part.trained for part in parts)]
-        beside = {place for folder in used for place in (folder.parent, *_name(folder.parent))}
-        if any(beside & {f.resolve().parent, *_name(f.absolute().parent), *_name(f.resolve().parent)} for f in folders):
-            return ["none of the crops that were scored was trained on"]
-        listed = first_few(list(map(str, used)), 1) if used else "none"
-        scored = folders[0].parent if folders[0].parent.name else first_few([str(folder) for folder in folders])
-        note = f"none of the crops that were scored ({scored}) is among those trained on ({listed}), by path "
-        return [note + "or by dataset and name: all count as held out"]
+    if any(used_parts(trained, folder) for folder in folders):
+        return [*_numbering_notes(trained, folders), *_renaming_notes(trained, folders)]
+    used = [folder for folder, parts in trained.items() if any(part.trained for part in parts)]
+    if _is_any_beside(folders, used):
+        return ["none of the crops that were scored was trained on"]
+    return [_no_match_note(folders, used)]
+
+
+def _is_any_beside(folders: Iterable[Path], used: Iterable[Path]) -> bool:
+    """Return True if a scored crop lies beside one that was trained on, by path or by dataset and name.
+
+    Args:
+        folders: folders of the scored crops.
+        used: folders of the crops that were trained on.
+    """
+    beside = {place for folder in used for place in (folder.parent, *_name(folder.parent))}
+    return any(beside & {f.resolve().parent, *_name(f.absolute().parent), *_name(f.resolve().parent)} for f in folders)
+
+
+def _no_match_note(folders: Sequence[Path], used: Sequence[Path]) -> str:
+    """Return a note that no scored crop was matched to the training, with examples of both.
+
+    Args:
+        folders: folders of the scored crops, at least one.
+        used: folders of the crops that were trained on.
+    """
+    listed = first_few(list(map(str, used)), 1) if used else "none"
+    scored = folders[0].parent if folders[0].parent.name else first_few([str(folder) for folder in folders])
+    note = f"none of the crops that were scored ({scored}) is among those trained on ({listed}), by path "
+    return note + "or by dataset and name: all count as held out"
+
+
+def _numbering_notes(trained: Mapping[Path, Sequence[CropPart]], folders: Iterable[Path]) -> list[str]:
+    """Return a note for each scored crop whose objects were numbered from a crop of the training."""
     numbered = {f.name: numbered_from(f) for f in folders if not _matches(trained, f) and used_parts(trained, f)}
-    notes = [f"{name}: objects numbered from {source}, which was trained on" for name, source in numbered.items()]
+    return [f"{name}: objects numbered from {source}, which was trained on" for name, source in numbered.items()]
+
+
+def _renaming_notes(trained: Mapping[Path, Sequence[CropPart]], folders: Iterable[Path]) -> list[str]:
+    """Return a note that lists the scored crops at another path than in the training; none without such crops."""
     renamed = [f.name for f in folders if not trained.get(f.resolve()) and _matches(trained, f)]
     if not renamed:
-        return notes
-    return [*notes, f"at another path than in the training, and matched by dataset and name: {first_few(renamed, 12)}"]
+        return []
+    return [f"at another path than in the training, and matched by dataset and name: {first_few(renamed, 12)}"]
 
 
 def _matches(trained: Mapping[Path, Sequence[CropPart]], crop: Path) -> bool:

@@ -33,7 +33,7 @@ from cellmap_lightning.prediction.block_patches import (
     PlanBatches,
     Step,
 )
-from cellmap_lightning.prediction.channels import check_flips, described_channels, signed_positions
+from cellmap_lightning.prediction.channels import Targets, check_flips, described_channels, signed_positions
 from cellmap_lightning.prediction.job import JobPlanner, PredictionJob
 from cellmap_lightning.prediction.model_output import ModelOutput
 from cellmap_lightning.prediction.options import (
@@ -210,22 +210,12 @@ class PredictionWriter(L.Callback):
         volumes = volumes_of(data.predict_dataset.crops)
         if len(volumes) > 1 and options.region.region is not None:
             raise CellMapValueError(f"a region needs a single volume to predict, got {len(volumes)}")
-        described = described_channels(pl_module)
-        names = self._channel_names(data, list(described))
-        targets = {name: described[name] for name in names if name in described and name not in (data.classes or ())}
-        self.names = written = self._chosen_names(names)
-        self._check_thresholds(names)
-        self._written_channels = [names.index(name) for name in written]
+        names, targets = self._plan_channels(data, pl_module)
         array, spec = next(iter({**data.target_arrays, **data.input_arrays}.items()))
 
-        check_flips(options.blending.flips, written, targets)
-        planner = JobPlanner(options, trainer, pl_module, written, spec, targets)
-        self._jobs, self._outputs = [], planner.outputs
-        placed: list[Crop] = []
-        for name, planes in volumes.items():
-            job, crops = planner.plan(self.output / name if len(volumes) > 1 else self.output, name, planes)
-            self._jobs.append(job)
-            placed += crops
+        check_flips(options.blending.flips, self.names, targets)
+        planner = JobPlanner(options, trainer, pl_module, self.names, spec, targets)
+        placed = self._plan_jobs(planner, volumes)
         self._source = source = volumes_source(placed, data.predict_dataset.layout, data.seed)
         self._model_output = ModelOutput(
             names, array, spec.window.shape, source.layout, options.channels.key, options.channels.activation,
@@ -233,25 +223,62 @@ class PredictionWriter(L.Callback):
             signed_positions(names, targets, StoredValues(options.storage.dtype)),
         )  # fmt: skip
         self._background = BackgroundWriter()
-        blocks = sum(len(job.plan.blocks) for job in self._jobs)
-        self._bar = tqdm(
-            total=blocks, desc="predicting", unit="block", dynamic_ncols=True,
-            disable=None if rank == 0 and blocks else True,
-        )  # fmt: skip
+        self._bar = self._progress_bar(rank)
         # The threads of one volume belong to the datamodule's own dataset.
         close_source = source.close if len(placed) > 1 else placed[0].store.close
         self._closers = [source.cancel_ahead, self._background.close, close_source, self._bar.close]
 
+        self._reset_progress(data.waiting.waited)
+        self._context_unchecked = options.blending.check_context and options.blending.blend == "trim" and rank == 0
+        # Worker processes decode ahead themselves.
+        ahead = source.decode_ahead if data.num_workers == 0 else None
+        return PatchSamples(source, data.seed, pin), PlanBatches([job.plan for job in self._jobs], ahead)
+
+    def _plan_channels(self, data: Any, pl_module: L.LightningModule) -> tuple[list[str], Targets]:
+        """Choose the channels to write.
+
+        Returns:
+            The names of the model's channels, and the descriptions of those that are not classes of the data.
+
+        Raises:
+            CellMapKeyError: a channel to write, or one with a threshold, is not a channel of the model.
+            CellMapValueError: the channels are unknown, or in another order than the datamodule's.
+        """
+        described = described_channels(pl_module)
+        names = self._channel_names(data, list(described))
+        targets = {name: described[name] for name in names if name in described and name not in (data.classes or ())}
+        self.names = self._chosen_names(names)
+        self._check_thresholds(names)
+        self._written_channels = [names.index(name) for name in self.names]
+        return names, targets
+
+    def _plan_jobs(self, planner: JobPlanner, volumes: Mapping[str, Sequence[Crop]]) -> list[Crop]:
+        """Plan the volumes, given by name in each plane; return them in each plane, placed for their patches."""
+        # Before the first is planned: an output whose planning fails is released too.
+        self._jobs, self._outputs = [], planner.outputs
+        placed: list[Crop] = []
+        for name, planes in volumes.items():
+            job, crops = planner.plan(self.output / name if len(volumes) > 1 else self.output, name, planes)
+            self._jobs.append(job)
+            placed += crops
+        return placed
+
+    def _progress_bar(self, rank: int) -> "tqdm[Any]":
+        """Return the bar that counts blocks, which the first process shows if there are any."""
+        blocks = sum(len(job.plan.blocks) for job in self._jobs)
+        return tqdm(
+            total=blocks, desc="predicting", unit="block", dynamic_ncols=True,
+            disable=None if rank == 0 and blocks else True,
+        )  # fmt: skip
+
+    def _reset_progress(self, waited: float) -> None:
+        """Reset summary, steps and times; ``waited``: seconds that the datamodule has waited for batches so far."""
         self.redundancy = max(job.plan.redundancy for job in self._jobs)
         self.summary = Summary(sum(len(job.plan.grid) for job in self._jobs), sum(job.done for job in self._jobs))
         self._steps = self._all_steps()
         self._next: tuple[PredictionJob, BlockBatch] | None = None
         self._writing: Future[None] | None = None
-        self._context_unchecked = options.blending.check_context and options.blending.blend == "trim" and rank == 0
-        self._began, self._waited_before = time.perf_counter(), data.waiting.waited
-        # Worker processes decode ahead themselves.
-        ahead = source.decode_ahead if data.num_workers == 0 else None
-        return PatchSamples(source, data.seed, pin), PlanBatches([job.plan for job in self._jobs], ahead)
+        self._began, self._waited_before = time.perf_counter(), waited
 
     # -- batches
 

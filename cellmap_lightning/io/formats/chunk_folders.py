@@ -7,7 +7,7 @@ same check for Zarr.
 import itertools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.io.store import Remote, StorePath
@@ -40,14 +40,9 @@ def suffix_of_chunks(folder: StorePath, example: str, is_sharded: bool, fits: Ca
     """
     names = sorted(name for name, is_folder in _entries(folder) if not is_folder and _CHUNK_LIKE.fullmatch(name))
     if is_sharded:
-        if names and not any(name.endswith(".shard") for name in names):
-            raise MetadataError(
-                f"{folder}: holds the chunk file {names[0]} and no shard, and by its info file its chunks lie in "
-                "shards, so that all would be read as 0; write the info file of these chunks, or copy the shards"
-            )
+        _check_shards(folder, names)
         return ""
-    plain = [name for name in names if _CHUNK.fullmatch(name)]
-    packed = [name for name in names if name.endswith(".gz") and _CHUNK.fullmatch(name.removesuffix(".gz"))]
+    plain, packed = _by_suffix(names)
     if names and not plain and not packed:
         raise MetadataError(
             f"{folder}: its chunks are named as {names[0]}, but by its info file as {example} or {example}.gz, so that "
@@ -63,6 +58,30 @@ def suffix_of_chunks(folder: StorePath, example: str, is_sharded: bool, fits: Ca
             "so that all would be read as 0; size, chunk_sizes or voxel_offset are those of another volume"
         )
     return ".gz" if packed else ""
+
+
+def _by_suffix(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the names of chunk files without a suffix, and those with ``.gz``; other names are left out."""
+    plain = [name for name in names if _CHUNK.fullmatch(name)]
+    packed = [name for name in names if name.endswith(".gz") and _CHUNK.fullmatch(name.removesuffix(".gz"))]
+    return plain, packed
+
+
+def _check_shards(folder: StorePath, names: Sequence[str]) -> None:
+    """Check that a scale whose chunks lie in shards has shards, if it has files of chunks.
+
+    Args:
+        folder: the folder of the scale.
+        names: its files that are named as chunks or shards.
+
+    Raises:
+        MetadataError: there are chunk files and no shard.
+    """
+    if names and not any(name.endswith(".shard") for name in names):
+        raise MetadataError(
+            f"{folder}: holds the chunk file {names[0]} and no shard, and by its info file its chunks lie in "
+            "shards, so that all would be read as 0; write the info file of these chunks, or copy the shards"
+        )
 
 
 def check_blocks(folder: StorePath, grid: Sequence[int]) -> None:
@@ -84,18 +103,8 @@ def check_blocks(folder: StorePath, grid: Sequence[int]) -> None:
             return  # another dataset
         is_last = depth == len(grid) - 1
         numbers = sorted(int(name) for name, is_folder in entries.items() if name.isdigit() and is_folder != is_last)
-        odd = [
-            name for name, is_folder in entries.items()
-            if _INDICES.fullmatch(name) and not is_folder and not (is_last and name.isdigit())
-        ]  # fmt: skip
         if not numbers:
-            deeper = [name for name, is_folder in entries.items() if is_last and is_folder and name.isdigit()]
-            if odd or deeper:
-                example = "/".join("0" * len(grid))
-                raise MetadataError(
-                    f"{folder}: its blocks are named as {key}{(odd or deeper)[0]}, but by attributes.json as {example},"
-                    " so that all would be read as 0; copy the dataset again, or rename them"
-                )
+            _check_no_blocks(folder, key, entries, len(grid), is_last)
             return
         if numbers[-1] >= count:
             raise MetadataError(
@@ -105,6 +114,32 @@ def check_blocks(folder: StorePath, grid: Sequence[int]) -> None:
             )
         key += f"{numbers[0]}/"
         place = place / str(numbers[0])
+
+
+def _check_no_blocks(folder: StorePath, key: str, entries: Mapping[str, bool], ndim: int, is_last: bool) -> None:
+    """Check that a folder without blocks of the grid has none with other names.
+
+    Args:
+        folder: the dataset.
+        key: path of the folder in the dataset, with a slash at its end; empty for the dataset's own.
+        entries: the names in the folder, and whether each is a folder.
+        ndim: number of axes of the grid.
+        is_last: whether blocks are files of this folder, and not of folders in it.
+
+    Raises:
+        MetadataError: there are blocks with other names.
+    """
+    misnamed = [
+        name for name, is_folder in entries.items()
+        if _INDICES.fullmatch(name) and not is_folder and not (is_last and name.isdigit())
+    ]  # fmt: skip
+    deeper = [name for name, is_folder in entries.items() if is_last and is_folder and name.isdigit()]
+    if misnamed or deeper:
+        example = "/".join("0" * ndim)
+        raise MetadataError(
+            f"{folder}: its blocks are named as {key}{(misnamed or deeper)[0]}, but by attributes.json as {example},"
+            " so that all would be read as 0; copy the dataset again, or rename them"
+        )
 
 
 def _entries(folder: StorePath) -> list[Entry]:
