@@ -9,6 +9,7 @@ import pytest
 
 from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.errors import CacheError
+from cellmap_lightning.wording import size_text
 from tests.cache.regions import (
     GRID,
     Array,
@@ -50,7 +51,7 @@ def test_arrays_beyond_the_budget_are_not_cached_and_correct(mode, ordered, capl
     kept = sum(r.layout.nbytes for r, k in zip(regions, store.mapped, strict=True) if k)
     rest = sum(r.layout.nbytes for r in regions) - kept
     assert kept <= budget
-    for part in ("some crops: 1 of 3 arrays", f"{rest / 1e9:.2f} GB", f"{budget / 1e9:.2f} GB", "raise cache_bytes"):
+    for part in ("some crops: 1 of 3 arrays", size_text(rest), size_text(budget), "raise cache_bytes"):
         assert part in record.getMessage()
     for _ in range(2):
         for region in regions:
