@@ -139,7 +139,10 @@ def _run_job(
 def _place(cfg: DictConfig) -> str:
     """Return the file or folder that a command writes to."""
     for key in ("output", "out", "writer.output"):
-        value = OmegaConf.select(cfg, key, throw_on_missing=False)
+        try:
+            value = OmegaConf.select(cfg, key, throw_on_missing=False)
+        except OmegaConfBaseException:
+            continue  # it refers to a value that is not given
         if isinstance(value, str):
             return value
     return str(HydraConfig.get().runtime.output_dir)

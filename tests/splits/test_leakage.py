@@ -200,11 +200,11 @@ def test_inspect_lists_them(volume, small):
 @pytest.mark.parametrize(
     ("bracket", "match"),
     [
-        ("mitoo,er", "names 'mitoo', which is neither .*; did you mean 'mito'?"),
-        ("Mito,er", "names 'Mito', .*; did you mean 'mito'?"),
-        ("mito er,er", "names 'mito er', .*; did you mean 'mito'?"),
-        ("mito,er,zzzzzz", "names 'zzzzzz', .*; it has "),
-        ("mitoo", "names 'mitoo', .*; did you mean 'mito'?"),
+        ("mitoo,er", "has no 'mitoo', which .*; did you mean 'mito'?"),
+        ("Mito,er", "has no 'Mito', which .*; did you mean 'mito'?"),
+        ("mito er,er", "has no 'mito er', which .*; did you mean 'mito'?"),
+        ("mito,er,zzzzzz", "has no 'zzzzzz', which .*; it has "),
+        ("mitoo", "has no 'mitoo', which .*; did you mean 'mito'?"),
     ],
 )
 def test_a_name_of_no_class(volume, bracket, match):
