@@ -105,7 +105,7 @@ def test_all_bad_crops_in_one_table(write):
     assert "line 2  " in str(caught.value)
     assert "line 3  " in str(caught.value)
     assert "did you mean 'fibsem-uint8'?" in str(caught.value)
-    assert "line 4  volume/crop2: the bracket [mito,gogli] names 'gogli', which is neither" in str(caught.value)
+    assert "line 4  volume/crop2 has no 'gogli', which the bracket [mito,gogli] names" in str(caught.value)
 
 
 def test_unannotated_crops_are_left_out_and_logged(write, caplog):
