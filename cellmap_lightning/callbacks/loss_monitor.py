@@ -25,12 +25,16 @@ _VALIDATION_ADVICE = (
     "targets are NaN where unannotated, and a class or a batch can be so throughout: leave these voxels out before "
     "values are averaged"
 )
+_SCORE_ADVICE = (
+    "a score is NaN where no class occurs in the validated samples, and then ranks no weights; validate more of them, "
+    "or choose another monitor"
+)
 #: The metric that is compared beside the monitored ones.
 _LOSS = "val/loss"
 
 
 class LossMonitor(L.Callback):
-    """Ends a training whose weights or monitored metric are NaN or infinite, and warns once about a loss that is.
+    """Ends a training whose weights or validation loss are NaN or infinite, and warns once about a loss that is.
 
     A loss that is NaN makes all weights NaN in its step, unless a gradient scaler leaves the step out; all that is
     computed and saved afterwards is useless. The flag of each step stays on the device, and reading it waits for the
@@ -38,15 +42,16 @@ class LossMonitor(L.Callback):
     before any checkpoint is written. Ranks decide together. With manual optimization the loss is what ``training_step``
     returns.
 
-    After a validation in a training, the metrics that callbacks monitor (``best.ckpt``, early stopping) are compared:
-    one that is NaN or infinite ranks no checkpoint. ``val/loss`` that is not monitored is a warning, once.
+    After a validation in a training, ``val/loss`` and the metrics that callbacks monitor (``best.ckpt``, early
+    stopping) are compared. It is an error where both are NaN or infinite, and else a warning, once: a score is NaN where no class
+    occurs in the validation.
 
     Args:
         every_n_steps: number of steps after which the flags are read; reading waits for the device.
 
     Raises:
-        CellMapValueError: the number is below 1; in a training, the weights are NaN or infinite after such a loss, or a
-            monitored metric is.
+        CellMapValueError: the number is below 1; in a training, the weights are NaN or infinite after such a loss, or
+            ``val/loss`` is and a monitored metric too.
 
     Example:
         >>> Trainer(callbacks=[LossMonitor()])
@@ -83,9 +88,10 @@ class LossMonitor(L.Callback):
         monitors = {name for callback in callbacks if isinstance(name := getattr(callback, "monitor", None), str)}
         values = {name: float(trainer.callback_metrics.get(name, 0.0)) for name in sorted({*monitors, _LOSS})}
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        together = trainer.strategy.reduce_boolean_decision
         where = f"epoch {trainer.current_epoch}, optimizer step {trainer.global_step}"
-        if together(bool(monitors & {*wrong}), all=False):
+        together = trainer.strategy.reduce_boolean_decision
+        # A score alone is NaN where no class occurs in the validation, which is no fault of the network.
+        if together(bool(monitors & {*wrong}) and _LOSS in wrong, all=False):
             name = next((name for name in wrong if name in monitors), "a monitored metric of another process")
             value = values.get(name, math.nan)
             raise CellMapValueError(
@@ -94,7 +100,9 @@ class LossMonitor(L.Callback):
             )
         if wrong and not self._warned_of_validation:
             self._warned_of_validation = True
-            log.warning("%s: %s=%s in the validation; %s", where, wrong[0], values[wrong[0]], _VALIDATION_ADVICE)
+            name = _LOSS if _LOSS in wrong else wrong[0]
+            advice = _VALIDATION_ADVICE if name == _LOSS else _SCORE_ADVICE
+            log.warning("%s: %s=%s in the validation; %s", where, name, values[name], advice)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read what the last steps noted."""

@@ -184,12 +184,19 @@ def validated(volume, folder, task, monitor=None, epochs=2):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["val/loss", "val/score"])
-def test_a_monitored_metric_that_is_not_finite_ends_the_training(volume, tmp_path, name, value):
-    task = Validated(value, name=name)
-    with pytest.raises(CellMapError, match=rf"epoch 0, optimizer step 6: {name}={value} in the validation, by which"):
-        validated(volume, tmp_path, task, name)
+def test_a_monitored_loss_that_is_not_finite_ends_the_training(volume, tmp_path, value):
+    with pytest.raises(CellMapError, match=rf"epoch 0, optimizer step 6: val/loss={value} in the validation, by which"):
+        validated(volume, tmp_path, Validated(value), "val/loss")
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_monitored_score_alone_that_is_not_finite_is_a_warning(volume, tmp_path, caplog, value):
+    """No class occurs in the validation."""
+    validated(volume, tmp_path, Validated(value, value, name="val/score"), "val/score")
+    warnings = [r.getMessage() for r in caplog.records if r.name.endswith("loss_monitor")]
+    assert len(warnings) == 1
+    assert f"val/score={value} in the validation; a score is NaN where no class occurs" in warnings[0]
 
 
 def test_a_monitored_metric_that_becomes_nan_keeps_the_best_checkpoint(volume, tmp_path):

@@ -72,7 +72,7 @@ def test_fewer_crops_held_out_than_asked_for_are_warned_of(folder):  # noqa: F81
         ("crops=[crop1]", "'crop1' is the name of several crops; give one of jrc_a.zarr/crop1, jrc_b.zarr/crop1"),
         ("class=mitto", "no crop is both predicted and annotated with 'mitto'; predicted are jrc_a.zarr/crop1, "),
         ("class=mitto", "annotated with it none; did you mean 'mito'?"),
-        ("truth=[]", "prediction and truth must name a folder each"),
+        ("truth=[]", "truth must be a path or a list of paths, got []"),
         ("method=watersheds", "did you mean 'watershed'?"),
     ],
 )
