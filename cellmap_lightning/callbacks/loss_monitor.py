@@ -43,8 +43,8 @@ class LossMonitor(L.Callback):
     returns.
 
     After a validation in a training, ``val/loss`` and the metrics that callbacks monitor (``best.ckpt``, early
-    stopping) are compared. It is an error where both are NaN or infinite, and else a warning, once: a score is NaN where no class
-    occurs in the validation.
+    stopping) are compared. It is an error where both are NaN or infinite, and else a warning, once: a score is NaN
+    where no class occurs in the validation.
 
     Args:
         every_n_steps: number of steps after which the flags are read; reading waits for the device.
