@@ -1,7 +1,10 @@
 """Keys that name paths, of every command: a list, a mapping or a number is an error of one line."""
 
 import pytest
+from hydra import compose, initialize_config_dir
 
+from cellmap_lightning.commands.path_keys import check_paths
+from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
 from tests.commands.test_cli import run_forked
 
 ONE, SEVERAL = "must be one path, got", "must be a path or a list of paths, got"
@@ -39,3 +42,11 @@ def test_what_is_no_path_is_an_error_of_one_line(tmp_path, command, key, value, 
     assert f"{key} {message}" in text
     assert "Traceback" not in text
     assert len(text.strip().splitlines()) == 1, text
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
+def test_paths_of_the_experiments(name):
+    """The demo computes its path: a ``_target_``, which writes the crops."""
+    register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        check_paths(compose("train", [f"experiment={name}"]), "train")
