@@ -13,7 +13,7 @@ from cellmap_lightning.wording import plural
 
 
 def finished_text(cfg: DictConfig, checkpoint: Path | None, folder: Path) -> str | None:
-    """Return how to go on with a run that is finished; None for one with something left to do.
+    """Return the message for a finished run, with the way to continue it; None if the run is unfinished.
 
     Args:
         cfg: the configuration, with ``trainer.max_epochs`` and ``trainer.max_steps``.
@@ -35,7 +35,7 @@ def finished_text(cfg: DictConfig, checkpoint: Path | None, folder: Path) -> str
         wanted = cfg.trainer.get(key)
         if wanted is not None and 0 <= wanted <= done:
             return (
-                f"already finished: {done} of {plural(wanted, unit)}; raise trainer.{key} to go on, with "
+                f"already finished: {done} of {plural(wanted, unit)}; to continue, raise trainer.{key}, with "
                 f"{overrides_of_run(folder)} resume=auto"
             )
     return None

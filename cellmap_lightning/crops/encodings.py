@@ -80,7 +80,7 @@ class LabelEncodings:
         decided: for each class whose metadata do not define its encoding, how it is read, in words.
         averaged: for each class and level that holds values that the finest level does not, which.
         filled: for each class that fills its whole crop, though no metadata has its encoding, its values.
-        masks: classes of which every object has the same stored value, by the metadata or the values.
+        masks: classes whose objects all have the same stored value, by the metadata or the values.
         explicit: classes to which the setting ``unknown`` does not apply, with the code of their metadata.
     """
 

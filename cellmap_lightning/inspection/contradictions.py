@@ -27,7 +27,7 @@ def contradicting_crops(crops: Sequence[CropFacts], classes: Sequence[str]) -> I
     """Yield a problem for each pair of crops for training that share voxels, and label them differently.
 
     Args:
-        crops: the crops, of which those for training are compared.
+        crops: the crops; those for training are compared.
         classes: the classes in use.
     """
     trained = [crop for crop in crops if crop.usage == "train" and crop.box is not None and crop.wrong is None]

@@ -56,7 +56,7 @@ KINDS = {
     "config": "the configuration is refused, for the reason in the error at the end",
     "spelling": "classes under another spelling, which are unannotated",
     "access": "files that are slow to read patch by patch",
-    "sources": "virtual datasets of which parts are not stored",
+    "sources": "virtual datasets with parts that are not stored",
     "white": "TIFF files that mark 0 as white, and are read as stored",
     "unit": "images without a unit of length",
     "scale": "implausible voxel sizes",

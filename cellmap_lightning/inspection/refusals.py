@@ -43,7 +43,7 @@ def _unreadable(volumes: Sequence[VolumeFacts], crops: Sequence[CropFacts], clas
 
 
 def _no_class(crops: Sequence[CropFacts]) -> str | None:
-    """Return the error for crops of which no two hold the same class; None without a crop that holds any."""
+    """Return the error if no two crops hold the same class; None without a crop that holds any."""
     held = [f"{name} only in {crop.name} ({crop.usage})" for crop in crops for name in crop.held]
     if not held:
         return None

@@ -7,23 +7,18 @@ Names of chunks: https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html (``dim
 https://zarr-specs.readthedocs.io/en/latest/v3/core/v3.0.html#chunk-key-encoding.
 """
 
-import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from cellmap_lightning.errors import CellMapError, MetadataError
+from cellmap_lightning.io.folder_entries import LISTED, archive_entries, local_entries
 from cellmap_lightning.io.ngff.arrays import ArrayInfo
 from cellmap_lightning.io.store import NODE_FILES, Remote, StorePath, read_json
 from cellmap_lightning.io.stored_array import StoredArray
 
-#: Entries of a folder that are compared: all names of one writer follow the same convention.
-MOST_ENTRIES = 256
-#: Protocols whose folders are listed besides local ones: in other stores a folder may have many pages of names.
-_LISTED = ("zip", "memory")
 _NUMBER = r"(?:0|[1-9]\d*)"
 #: Names of chunks in one folder: as Zarr writes them, and in any way that looks like indices.
 _FLAT = re.compile(rf"(c\.)?{_NUMBER}(\.{_NUMBER})*")
@@ -49,7 +44,8 @@ def check_chunk_names(info: StoredArray, label: str = "") -> bool:
         label: name of the crop and class, for messages.
 
     Returns:
-        Whether the first chunk exists; False for arrays that are not listed. Always True for other formats than Zarr.
+        Whether the first chunk exists; False for arrays that are not listed. Always True for other formats than Zarr:
+            `io.formats.chunk_folders` checks those that have chunk files when they are opened.
 
     Raises:
         MetadataError: there are chunk files with other names, beyond the array, or of an interrupted copy; the message
@@ -58,12 +54,12 @@ def check_chunk_names(info: StoredArray, label: str = "") -> bool:
     if not isinstance(info, ArrayInfo):
         return True
     if isinstance(info.path, Remote):
-        if info.path.protocol not in _LISTED:
+        if info.path.protocol not in LISTED:
             _check_elsewhere(info, label)
             return False
-        listing: Listing = partial(_remote_entries, info.path)
+        listing: Listing = partial(archive_entries, info.path)
     else:
-        listing = partial(_entries, str(info.path))
+        listing = partial(local_entries, str(info.path))
     wrong, has_first = _Names(info, listing).compare()
     if wrong:
         raise MetadataError(f"{label}: {info.path}: {wrong}" if label else f"{info.path}: {wrong}")
@@ -257,29 +253,6 @@ def _style(name: str, is_folder: bool) -> Style | tuple[()] | None:
 def _is_index(name: str) -> bool:
     """Return whether a name is a number as Zarr writes it, without leading zeros."""
     return name.isdigit() and str(int(name)) == name
-
-
-def _entries(root: str, folder: str) -> list[tuple[str, bool]]:
-    """Return the first names in a local folder."""
-    # Tens of thousands of arrays are checked, and a Path costs more than the call.
-    try:
-        with os.scandir(f"{root}/{folder}" if folder else root) as entries:
-            return [(entry.name, entry.is_dir()) for entry in itertools.islice(entries, MOST_ENTRIES)]
-    except OSError:  # reading reports the error
-        return []
-
-
-def _remote_entries(root: Remote, folder: str) -> list[tuple[str, bool]]:
-    """Return the first names in a folder of an archive."""
-    try:
-        place = root / folder if folder else root
-        entries = place.filesystem().ls(place.key, detail=True)
-        return [
-            (entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory")
-            for entry in entries[:MOST_ENTRIES]
-        ]
-    except Exception:  # stores raise any type; reading reports the error
-        return []
 
 
 # -- other stores

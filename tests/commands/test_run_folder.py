@@ -75,7 +75,7 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(volume, tmp_path, f
     code, output = run_forked(*arguments, cwd=tmp_path)
     assert code == 0, output
     done, key = ("3 of 3 steps", "max_steps") if more[1:] else ("1 of 1 epoch", "max_epochs")
-    assert f"already finished: {done}; raise trainer.{key} to go on" in output
+    assert f"already finished: {done}; to continue, raise trainer.{key}, with " in output
     after = files(finished)
     assert {name: after[name] for name in results} == {name: before[name] for name in results}
     assert "metrics.1.csv" not in after

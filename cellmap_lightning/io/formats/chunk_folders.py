@@ -4,26 +4,18 @@ A chunk without a file is read as 0. Files with other names would all be read so
 same check for Zarr.
 """
 
-import itertools
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 
 from cellmap_lightning.errors import MetadataError
+from cellmap_lightning.io.folder_entries import LISTED, Entry, archive_entries, local_entries
 from cellmap_lightning.io.store import Remote, StorePath
 
-#: Entries of a folder that are compared: all names of one writer follow the same convention.
-MOST_ENTRIES = 256
-#: Protocols whose folders are listed besides local ones: in other stores a folder may have many pages of names.
-_LISTED = ("zip", "memory")
 _SPAN = r"-?\d+--?\d+"
 #: A chunk of a precomputed volume: first and last voxel along x, y and z; and names that contain them.
 _CHUNK = re.compile(rf"({_SPAN})_({_SPAN})_({_SPAN})")
 _CHUNK_LIKE = re.compile(rf"{_SPAN}[_./]{_SPAN}[_./]{_SPAN}.*|[0-9a-f]+\.shard")
 _INDICES = re.compile(r"\d+([.,_-]\d+)*(\.\w+)?")
-
-#: Name of an entry of a folder, and whether it is a folder.
-Entry = tuple[str, bool]
 
 
 def suffix_of_chunks(folder: StorePath, example: str, is_sharded: bool, fits: Callable[[str], bool]) -> str:
@@ -143,22 +135,7 @@ def _check_no_blocks(folder: StorePath, key: str, entries: Mapping[str, bool], n
 
 
 def _entries(folder: StorePath) -> list[Entry]:
-    """Return the first names in a folder; none of a remote store that lists pages of names."""
+    """Return the first entries of a folder; none of a remote store that lists pages of names."""
     if isinstance(folder, Remote):
-        return _remote_entries(folder) if folder.protocol in _LISTED else []
-    try:
-        with os.scandir(folder) as entries:
-            return [(entry.name, entry.is_dir()) for entry in itertools.islice(entries, MOST_ENTRIES)]
-    except OSError:  # reading reports the error
-        return []
-
-
-def _remote_entries(folder: Remote) -> list[Entry]:
-    try:
-        entries = folder.filesystem().ls(folder.key, detail=True)
-        return [
-            (entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory")
-            for entry in entries[:MOST_ENTRIES]
-        ]
-    except Exception:  # stores raise any type; reading reports the error
-        return []
+        return archive_entries(folder) if folder.protocol in LISTED else []
+    return local_entries(str(folder))

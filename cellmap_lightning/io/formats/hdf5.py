@@ -45,8 +45,7 @@ class Hdf5Format:
         Raises:
             MissingExtraError: h5py is not installed.
             CellMapFileNotFoundError: the file has no such dataset; the message lists those that it has.
-            MetadataError: it is not an HDF5 file, or not a dataset of numbers, or a virtual dataset of which a source
-                is missing.
+            MetadataError: it is not an HDF5 file, not a dataset of numbers, or a virtual dataset that lacks a source.
         """
         parts = _split(path) if isinstance(path, Path) else None
         assert parts is not None
