@@ -49,7 +49,11 @@ def test_chunks_that_end_in_gz(tmp_path, encoding, offset):
     assert len(first.missing_chunks((0, 0, 0), VOXELS.shape)) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(bytes(9999))[:-9], gzip.compress(bytes(1 << 22))])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no gzip", gzip.compress(bytes(9999), mtime=0)[:-9], gzip.compress(bytes(1 << 22), mtime=0)],
+    ids=["empty", "no gzip", "cut", "larger than a chunk"],
+)
 def test_a_damaged_chunk_that_ends_in_gz(tmp_path, content):
     path = writers.precomputed(tmp_path, VOXELS)
     files = chunk_files(path)
