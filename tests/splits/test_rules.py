@@ -1,5 +1,6 @@
 """Rules of division, on random crops and on real ones."""
 
+import csv
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -253,6 +254,10 @@ def test_real_crops_are_divided_with_every_class_on_both_sides(real_crops):
 
 def test_the_manifest_alone_is_enough_to_divide(challenge, tmp_path):
     classes = ["mito", "er", "nuc"]
+    with challenge.open() as rows:  # the crops must be there, but nothing in them is read
+        for row in csv.DictReader(rows):
+            crop = tmp_path / row["dataset"] / f"{row['dataset']}.zarr" / GT / f"crop{row['crop_name']}"
+            crop.mkdir(parents=True, exist_ok=True)
     crops = split(search_path=tmp_path, manifest=challenge, split="stratified", val_fraction=0.2, classes=classes)
     assert {usage: len(entries) for usage, entries in crops.entries.items()} == {"train": 222, "val": 55}
     first = crops.entries["train"][0]
