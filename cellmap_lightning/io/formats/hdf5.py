@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.errors import CellMapFileNotFoundError, MetadataError, missing_extra
-from cellmap_lightning.geometry.lattice import AXES, Vector
+from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.formats.hdf5_sources import has_gaps, is_incomplete
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
 from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatArray, FormatLevel, FormatVolume
 from cellmap_lightning.io.ngff import Note
 from cellmap_lightning.io.ngff.attribute_voxels import attribute_voxels
-from cellmap_lightning.io.ngff.notes import FOR_ENTRY
+from cellmap_lightning.io.ngff.near_keys import check_voxel_size, unread_offset, unread_voxel_size
+from cellmap_lightning.io.ngff.notes import FOR_ENTRY, OF_PREDICT
 from cellmap_lightning.io.store import StorePath
 from cellmap_lightning.validation import did_you_mean, first_few
 
@@ -187,11 +188,31 @@ def _voxels(path: Path, attributes: Mapping[str, Any], ndim: int, names: str) ->
     if "element_size_um" in attributes:
         micrometers = {"voxel_size": attributes["element_size_um"], "units": "um"}
         size, _ = attribute_voxels(path, micrometers, ndim, (0, 1, 2)) or (None, None)  # always z, y, x
-        if stored is None:
+        if stored is None and size is not None:
+            _check_others(path, attributes, size)
             return size, (0.0, 0.0, 0.0)
-        if size is not None and not np.allclose(stored[0], size, rtol=1e-3, atol=0):
+        if stored is not None and size is not None and not np.allclose(stored[0], size, rtol=1e-3, atol=0):
             raise MetadataError(
                 f"{path}: its voxel size is {list(size)} nm by element_size_um and {list(stored[0])} nm by its other "
                 f"attributes (z, y, x), which contradict each other; set voxel_size=[z, y, x] in nm{FOR_ENTRY}"
             )
+    unread = unread_voxel_size(attributes) if stored is None else ""
+    if unread:
+        raise MetadataError(f"{path}: {unread}; rename it, or set voxel_size=[z, y, x] in nm{FOR_ENTRY}{OF_PREDICT}")
     return stored if stored is not None else (None, (0.0, 0.0, 0.0))
+
+
+def _check_others(path: Path, attributes: Mapping[str, Any], size: Vector) -> None:
+    """Check that a dataset whose voxel size is that of ``element_size_um`` has no other voxel size and no position.
+
+    Raises:
+        MetadataError: an attribute has another voxel size, or a position whose unit is not known.
+    """
+    remedy = f"set voxel_size=[z, y, x] in nm and translation{FOR_ENTRY}{OF_PREDICT}"
+    check_voxel_size(path, attributes, [size, to_vector(np.divide(size, 1000))], remedy)
+    unread = unread_offset(attributes)
+    if unread:
+        raise MetadataError(
+            f"{path}: {unread}, since positions are read beside voxel_size or resolution only, and the voxel size is "
+            f"element_size_um; store resolution in the same unit, or {remedy}"
+        )

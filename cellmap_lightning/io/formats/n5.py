@@ -20,11 +20,13 @@ from cellmap_lightning.io.formats.n5_blocks import N5Blocks
 from cellmap_lightning.io.formats.volume import FormatArray, FormatLevel, FormatVolume
 from cellmap_lightning.io.ngff.arrays import axis_names
 from cellmap_lightning.io.ngff.axes import unit_nm
+from cellmap_lightning.io.ngff.near_keys import TRANSLATE, check_offset, check_units
 from cellmap_lightning.io.store import StorePath, children, read_json
 
 #: File that describes a dataset or group.
 ATTRIBUTES = "attributes.json"
 _MOST_LEVELS = 100
+_REMEDY = f"correct the values in {ATTRIBUTES}"
 
 
 class N5Format:
@@ -173,6 +175,10 @@ def _transform(path: StorePath, transform: Mapping[str, Any], ndim: int) -> tupl
         size, place = to_vector([sizes[i] for i in order]), to_vector([places[i] for i in order])
     except (KeyError, TypeError, ValueError) as e:
         raise MetadataError(f"{path}: transform needs axes z, y, x, with scale, translate and units ({e!r})") from e
+    factors = [1.0 if unit is None else unit for unit in units]
+    check_units(path, transform, factors[-3:], _REMEDY)
+    spans = [[float(value) for value in values][-3:] for values in (starts, transform["scale"])]
+    check_offset(path, transform, to_vector(spans[0]), to_vector(spans[1]), factors[-3:], _REMEDY, TRANSLATE)
     if len(axes) != ndim or not all(map(math.isfinite, (*size, *place))) or min(size) <= 0:
         raise MetadataError(f"{path}: transform should have a positive scale for each axis, got {dict(transform)}")
     return axes, size, place
@@ -201,8 +207,9 @@ def _base_size(path: StorePath, group: Mapping[str, Any], first: Mapping[str, An
                 if unit is None:
                     raise MetadataError(f"{path}: {key} has the unit {stored.get('unit')!r}, not a length")
                 sizes[key] = to_vector(np.multiply(_numbers(path, key, stored.get("dimensions")), unit))
+                _check_unit(path, key, stored)
             elif stored is not None:
-                sizes[key] = _numbers(path, key, stored)
+                sizes[key] = to_vector(np.multiply(_numbers(path, key, stored), _units(path, attributes)))
         values = list(sizes.values())
         if len(values) > 1 and not np.allclose(values[0], values[1], rtol=1e-3, atol=0):
             raise MetadataError(
@@ -212,6 +219,35 @@ def _base_size(path: StorePath, group: Mapping[str, Any], first: Mapping[str, An
         if values:
             return values[0]
     return None
+
+
+def _check_unit(path: StorePath, key: str, stored: Mapping[str, Any]) -> None:
+    """Check that a voxel size has no unit under another name than ``unit``.
+
+    Raises:
+        MetadataError: it has, and that unit is another one.
+    """
+    unit = unit_nm(stored.get("unit", "nm"))
+    for name, value in stored.items():
+        if name != "unit" and name.lower().rstrip("s") == "unit" and unit_nm(value) != unit:
+            raise MetadataError(
+                f"{path}: {key} has {name}={value!r}, which is not read; the right key is unit: rename it, or {_REMEDY}"
+            )
+
+
+def _units(path: StorePath, attributes: Mapping[str, Any]) -> Vector:
+    """Return the nm in the attribute ``units`` of a dataset, along z, y and x; 1 without it.
+
+    Raises:
+        MetadataError: it has no lengths, or an attribute with nearly its name has others.
+    """
+    stored = attributes.get("units") or ["nm"] * 3
+    units = [unit_nm(unit) for unit in ([stored] * 3 if isinstance(stored, str) else stored)[: len(AXES)]]
+    factors = [unit for unit in units if unit is not None]
+    if len(factors) != len(AXES):
+        raise MetadataError(f"{path}: units should be three lengths such as nm (x, y, z), got {stored!r}; {_REMEDY}")
+    check_units(path, attributes, factors, _REMEDY)
+    return to_vector(factors[::-1])
 
 
 def _factor(path: StorePath, group: Mapping[str, Any], attributes: Mapping[str, Any], number: int) -> Vector:
@@ -229,5 +265,13 @@ def _factor(path: StorePath, group: Mapping[str, Any], attributes: Mapping[str, 
 
 def _corner(path: StorePath, group: Mapping[str, Any], first: Mapping[str, Any], base: Vector | None) -> Any:
     """Return the centre of voxel 0 of the first level by Paintera's ``offset``, which is a centre too; else 0."""
-    stored = first.get("offset", group.get("offset"))
-    return np.zeros(3) if stored is None or base is None else np.asarray(_numbers(path, "offset", stored))
+    attributes = first if "offset" in first else group
+    stored = attributes.get("offset")
+    if base is None:
+        return np.zeros(3)
+    nm = _units(path, attributes)
+    place = np.zeros(3) if stored is None else np.multiply(_numbers(path, "offset", stored), nm)
+    size = to_vector(np.asarray(base)[::-1])
+    for entry in (first, group):
+        check_offset(path, entry, to_vector(place[::-1]), size, [1.0] * 3, _REMEDY)
+    return place

@@ -9,6 +9,7 @@ import numpy as np
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import Vector, to_vector
 from cellmap_lightning.io.ngff.axes import unit_nm
+from cellmap_lightning.io.ngff.near_keys import check_offset, check_units, check_voxel_size
 from cellmap_lightning.io.ngff.notes import FOR_ENTRY
 from cellmap_lightning.io.store import StorePath
 
@@ -16,7 +17,12 @@ _REMEDY = f"set voxel_size=[z, y, x] in nm and translation{FOR_ENTRY}"
 
 
 def attribute_voxels(
-    path: StorePath, attributes: Mapping[str, Any], ndim: int, axes: tuple[int, int, int], unit: str | None = None
+    path: StorePath,
+    attributes: Mapping[str, Any],
+    ndim: int,
+    axes: tuple[int, int, int],
+    unit: str | None = None,
+    is_placed: bool = False,
 ) -> tuple[Vector, Vector] | None:
     """Return voxel size and centre of voxel 0 in nm (z, y, x), or None where the attributes have no voxel size.
 
@@ -30,10 +36,11 @@ def attribute_voxels(
         ndim: number of stored axes.
         axes: the stored axes that are z, y, x.
         unit: unit in place of the stored one.
+        is_placed: whether a setting replaces the position, so that other names of ``offset`` do not matter.
 
     Raises:
-        MetadataError: the values are not a positive number for each axis, their unit is not a length, or ``voxel_size``
-            and ``resolution`` contradict each other.
+        MetadataError: the values are not a positive number for each axis, their unit is not a length, ``voxel_size``
+            and ``resolution`` contradict each other, or an attribute with nearly one of the names has another value.
     """
     key = next((key for key in ("voxel_size", "resolution") if key in attributes), None)
     if key is None:
@@ -56,6 +63,13 @@ def attribute_voxels(
     if len(factors) != 3:
         raise MetadataError(f"{path}: units should be three lengths such as nm, got {stored!r}; {_REMEDY}")
     nm = [factors[i] for i in order]
+    if unit is None:
+        check_units(path, attributes, factors, _REMEDY)
+    plain = _three(path, key, attributes[key], ndim, [0, 1, 2])
+    check_voxel_size(path, attributes, [plain, to_vector(np.multiply(plain, factors))], _REMEDY)
+    if not is_placed:
+        place = _three(path, "offset", attributes.get("offset", [0, 0, 0]), ndim, [0, 1, 2])
+        check_offset(path, attributes, place, plain, factors, _REMEDY)
     scale = to_vector(np.multiply(size, nm))
     return scale, to_vector(np.multiply(corner, nm) + np.divide(scale, 2))
 

@@ -8,7 +8,8 @@ from cellmap_lightning.geometry.lattice import AXES
 from cellmap_lightning.io.ngff.arrays import ArrayInfo, axis_names, read_attributes
 from cellmap_lightning.io.ngff.attribute_voxels import attribute_voxels
 from cellmap_lightning.io.ngff.levels import Level, Multiscale
-from cellmap_lightning.io.ngff.notes import FOR_ENTRY
+from cellmap_lightning.io.ngff.near_keys import unread_offset, unread_voxel_size
+from cellmap_lightning.io.ngff.notes import FOR_ENTRY, Note
 from cellmap_lightning.io.ngff.overrides import Overrides
 from cellmap_lightning.io.ngff.transformations import implausible_setting, implausible_voxel_size
 from cellmap_lightning.io.store import StorePath, read_json
@@ -33,12 +34,24 @@ def read_plain_array(array: ArrayInfo, overrides: Overrides) -> Multiscale:
     size, origin = overrides.voxel_size, (0.0, 0.0, 0.0)
     if size is not None:
         notes = implausible_setting(size)
+        unread = unread_offset(array.attributes) if overrides.translation is None else ""
+        if unread:
+            notes.append(
+                Note(
+                    "offset",
+                    f"voxel_size is set and translation is not: {unread}, and the array begins at 0; set "
+                    f"translation=[z, y, x] in nm, the centre of voxel 0{FOR_ENTRY}",
+                )
+            )
     else:
-        stored = attribute_voxels(path, array.attributes, len(array.shape), axes, overrides.unit)
+        is_placed = overrides.translation is not None
+        stored = attribute_voxels(path, array.attributes, ndim, axes, overrides.unit, is_placed)
         if stored is None:
+            unread = unread_voxel_size(array.attributes)
             raise MetadataError(
                 f"{path} is a plain Zarr array without OME-NGFF metadata, and its attributes have no voxel_size or "
-                f"resolution: set voxel_size=[z, y, x] in nm and translation{FOR_ENTRY}"
+                f"resolution{f' ({unread})' if unread else ''}: set voxel_size=[z, y, x] in nm and "
+                f"translation{FOR_ENTRY}"
             )
         size, origin = stored
         notes = implausible_voxel_size(size, (1.0, 1.0, 1.0))
