@@ -196,7 +196,9 @@ def prediction_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictCo
         if not any(override.startswith("picture=") for override in overrides):
             config.picture = False  # it would lie among the groups of the predictions
         scale = _restrict_to_crop(config, crop, only, str(folder))
-        check_geometry(crop, raw[crop.name.dataset], scale, _raw_overrides(config))
+        volume = check_geometry(crop, raw[crop.name.dataset], scale, _raw_overrides(config))
+        box = crop.box(scale)  # the crop lies in raw, and its margin may not
+        config.writer.region = (box.intersection(volume) if box.intersects(volume) else box).as_dict()
         configs.append(config)
     report_unknown_classes(cfg.manifest, [name for crop in crops for name in crop.classes], known)
     if not configs:
@@ -226,9 +228,9 @@ def _raw_overrides(config: DictConfig) -> Overrides:
 
 
 def _restrict_to_crop(config: DictConfig, crop: ManifestCrop, classes: Sequence[str], folder: str) -> list[float]:
-    """Restrict a prediction to the box and the classes of a crop; return its voxel size, nm."""
+    """Restrict a prediction to the classes of a crop; return its voxel size, nm."""
     scale: list[float] = list(next(iter((config.data.target_arrays or config.data.input_arrays).values())).scale)
-    config.writer.only, config.writer.region = list(classes), crop.box(scale).as_dict()
+    config.writer.only = list(classes)
     config.crop, config.listed, config.folder = crop.name.crop, list(crop.classes), folder
     return scale
 

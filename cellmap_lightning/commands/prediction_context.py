@@ -211,7 +211,9 @@ def _needs(cfg: DictConfig, reach: Reach) -> PatchNeeds:
     image = read_image(parse_location(cfg.input_path, _storage(cfg)), Overrides.parse(**options))
     whole = output_lattice(window, image.finest.lattice.box, [level.lattice for level in image.levels])
     region = OmegaConf.to_container(cfg.writer.region) if cfg.writer.region else None
-    first, length = ((0, 0, 0), whole.shape) if region is None else voxels_of(whole, parse_region(region))
+    first, length = (0, 0, 0), whole.shape
+    if region is not None:
+        first, length = voxels_of(whole, parse_region(region), image.finest.lattice.box, str(cfg.input_path))
     batch = 1 if cfg.adjustable.batch_size else cfg.data.batch_size
     return PatchNeeds(
         whole.shape, first, length, window.shape, _shape(context), _shape(steps), reach.voxel_bytes,

@@ -82,6 +82,10 @@ class Box:
         """Return the smallest box that holds both."""
         return Box(to_vector(np.minimum(self.lower, other.lower)), to_vector(np.maximum(self.upper, other.upper)))
 
+    def intersection(self, other: "Box") -> "Box":
+        """Return the box that two boxes share; they must intersect."""
+        return Box(to_vector(np.maximum(self.lower, other.lower)), to_vector(np.minimum(self.upper, other.upper)))
+
     def as_dict(self) -> dict[str, list[float]]:
         """Return ``{"z": [lower, upper], ...}`` in nm."""
         return {a: [self.lower[i], self.upper[i]] for i, a in enumerate(AXES)}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
+import numpy.typing as npt
 
 from cellmap_lightning.errors import CellMapIndexError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, LATTICE_TOLERANCE, Box, Lattice, Shape, to_vector
@@ -48,20 +49,64 @@ def output_lattice(window: Window, volume: Box, levels: Sequence[Lattice]) -> La
     return Lattice(to_vector(origin), to_vector(step), (shape[0], shape[1], shape[2]))
 
 
-def voxels_of(lattice: Lattice, box: Box) -> tuple[Shape, Shape]:
+def voxels_of(lattice: Lattice, box: Box, volume: Box, where: str = "") -> tuple[Shape, Shape]:
     """Return the first voxel and the number of voxels that intersect a physical box.
 
+    Args:
+        lattice: all output voxels of a volume.
+        box: the box.
+        volume: the box of raw, nm. Output voxels may end up to a voxel before or after it.
+        where: the path of raw, for messages.
+
     Raises:
-        CellMapValueError: no voxel does.
+        CellMapValueError: the box extends outside the volume by more than half a voxel, or shares no voxel with it.
     """
-    if not lattice.box.intersects(box):
-        raise CellMapValueError(f"the region {box} lies outside the volume; choose one inside {lattice.box}")
+    whole = lattice.box.union(volume)
+    beyond = np.maximum(np.subtract(whole.lower, box.lower), np.subtract(box.upper, whole.upper))
+    if not lattice.box.intersects(box) or (beyond > (0.5 + LATTICE_TOLERANCE) * np.asarray(lattice.step)).any():
+        raise CellMapValueError(_outside(lattice, box, whole, where))
+    lo, hi = _indices(lattice, box)
+    lo, hi = np.maximum(lo, 0), np.minimum(hi, lattice.shape)
+    shape = np.maximum(1, hi - lo).tolist()
+    first = lo.tolist()
+    return (first[0], first[1], first[2]), (shape[0], shape[1], shape[2])
+
+
+def _indices(lattice: Lattice, box: Box) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the first index of the voxels that intersect a box, and the one after the last; both may be outside."""
     lower = np.subtract(box.lower, lattice.box.lower) / lattice.step
     upper = np.subtract(box.upper, lattice.box.lower) / lattice.step
-    lo = np.maximum(np.floor(lower + LATTICE_TOLERANCE), 0).astype(int).tolist()
-    hi = np.minimum(np.ceil(upper - LATTICE_TOLERANCE), lattice.shape).astype(int).tolist()
-    shape = [max(1, b - a) for a, b in zip(lo, hi, strict=True)]
-    return (lo[0], lo[1], lo[2]), (shape[0], shape[1], shape[2])
+    return np.floor(lower + LATTICE_TOLERANCE).astype(np.int64), np.ceil(upper - LATTICE_TOLERANCE).astype(np.int64)
+
+
+def _outside(lattice: Lattice, box: Box, volume: Box, where: str) -> str:
+    """Return the message for a region that lies outside a volume; it has the part inside, or what may be meant."""
+
+    def described(part: Box) -> str:
+        spans = zip(AXES, *(ends.tolist() for ends in _indices(lattice, part)), strict=True)
+        return f"{part} (voxels {', '.join(f'{axis} {lo}:{hi}' for axis, lo, hi in spans)})"
+
+    def setting(part: Box) -> str:
+        ends = zip(AXES, part.lower, part.upper, strict=True)
+        return f"region={{{', '.join(f'{axis}: [{lo:.10g}, {hi:.10g}]' for axis, lo, hi in ends)}}}"
+
+    def is_inside(part: Box) -> bool:
+        slack = 1e-6 * np.asarray(lattice.step)
+        return bool((part.lower >= volume.lower - slack).all() and (part.upper <= volume.upper + slack).all())
+
+    reverse = Box(box.lower[::-1], box.upper[::-1])
+    intersects = volume.intersects(box)
+    if intersects:
+        remedy = f"give the part inside, {setting(box.intersection(volume))}"
+    else:
+        remedy = f"give a box in nm inside, such as {setting(volume)}"
+    if is_inside(reverse):
+        remedy += f", or, if its ends are in the order x, y, z, {setting(reverse)}"
+    part = "partly outside" if intersects else "outside"
+    return (
+        f"{f'{where}: ' if where else ''}the region {described(box)} lies {part} the volume, {described(volume)}, of "
+        f"voxels of {list(lattice.step)} nm, and nothing is predicted there; {remedy}"
+    )
 
 
 def centred_voxels(lattice: Lattice, box: Box) -> Lattice:

@@ -112,7 +112,7 @@ class JobPlanner:
         windows = output_windows(self._spec.window, self._spec.flat, crops)
         whole = output_lattice(windows[0], raw.box, [level.lattice for level in raw.levels.values()])
         tilings = [Tiling(whole.shape, w.shape, blending.blend, blending.overlap, blending.context) for w in windows]
-        first, shape = ((0, 0, 0), whole.shape) if box is None else voxels_of(whole, box)
+        first, shape = ((0, 0, 0), whole.shape) if box is None else voxels_of(whole, box, raw.box, crops[0].input_path)
         values = StoredValues(storage.dtype, [threshold_of(storage.threshold, name) for name in self._classes])
         cut = self._block_cutter(first, shape, tilings, values)
         grid = BlockGrid(whole, first, shape, cut(options.block_size_mb))

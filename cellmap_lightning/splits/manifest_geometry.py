@@ -7,7 +7,7 @@ import numpy as np
 
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.errors import CellMapError, CellMapValueError
-from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, Lattice
+from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, Box, Lattice
 from cellmap_lightning.io.images import image_exists, read_image
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Multiscale, Overrides
 from cellmap_lightning.io.store import parse_location
@@ -20,7 +20,7 @@ _LINES = 20
 _REVERSED = "; is the manifest in x y z order? Its lists must be [z;y;x]"
 
 
-def check_geometry(crop: ManifestCrop, raw: str, scale: Sequence[float], overrides: Overrides = NO_OVERRIDES) -> None:
+def check_geometry(crop: ManifestCrop, raw: str, scale: Sequence[float], overrides: Overrides = NO_OVERRIDES) -> Box:
     """Check the voxels that a manifest lists for a crop against its labels, where they are on disk, and against raw.
 
     Args:
@@ -28,6 +28,9 @@ def check_geometry(crop: ManifestCrop, raw: str, scale: Sequence[float], overrid
         raw: the raw group in the challenge's layout.
         scale: voxel size of the prediction, nm; voxels may end half of it outside raw.
         overrides: settings that replace the metadata of raw.
+
+    Returns:
+        The box of raw, nm.
 
     Raises:
         CellMapValueError: a class has other voxels on disk, or lies partly outside raw.
@@ -39,7 +42,7 @@ def check_geometry(crop: ManifestCrop, raw: str, scale: Sequence[float], overrid
     image = read_image(parse_location(raw), overrides, allow_turned=True)
     levels = [level.lattice for level in image.levels]
     if any(level.turn is not None for level in levels):
-        return  # refused with its own error
+        return levels[0].box  # refused with its own error
     for row in crop.rows:
         if not _within(row.lattice, levels[0], scale):
             fits = _within(_reversed(row.lattice), levels[0], scale)
@@ -52,6 +55,7 @@ def check_geometry(crop: ManifestCrop, raw: str, scale: Sequence[float], overrid
                 f"{row.label}: the manifest lists voxels of {list(row.lattice.step)} nm, and raw has "
                 f"{', '.join(str(list(level.step)) for level in levels)} nm{_REVERSED}"
             )
+    return levels[0].box
 
 
 def report_geometry(crops: Iterable[Crop], listed: Mapping[str, Sequence[ManifestRow]]) -> None:

@@ -133,6 +133,8 @@ def test_prediction_resumes_after_ctrl_c(checkpoint, volume, tmp_path):
         (["out=???"], "out is required: set it with out=..."),
         (["data=demo"], "the data are those of the checkpoint"),
         (["region=crop99"], "region=crop99: there is no crop of that name"),
+        (["region={z: [0, 200], y: [0, 500], x: [0, 5000000]}"], "lies partly outside the volume"),
+        (["region={z: [0, 200], y: [-500, -100], x: [0, 500]}"], "lies outside the volume"),
         (["patch.shape=[8,15,16]"], "15 is not a multiple of 2"),
         (["data.input_path=nowhere.zarr/em"], "nowhere.zarr/em"),
     ],
