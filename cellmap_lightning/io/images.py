@@ -25,11 +25,17 @@ def read_image(path: str | StorePath, overrides: Overrides = NO_OVERRIDES, allow
     # OME-NGFF is tried first, so that its images cost no look at other formats.
     try:
         return read_multiscale(path, overrides, allow_turned)
-    except (NoImageError, CellMapFileNotFoundError):
+    except (NoImageError, CellMapFileNotFoundError) as e:
         from cellmap_lightning.io.formats.multiscale import read_foreign
 
         image = shared_image(parse_location(path), overrides, read_foreign)
         if image is None:
+            from cellmap_lightning.io.formats.slices import stray_entries
+
+            place = parse_location(path)
+            strays = stray_entries(place) if isinstance(e, NoImageError) and not isinstance(place, Remote) else ""
+            if strays:
+                raise NoImageError(f"{place}: {strays}") from None
             raise
         return image
 

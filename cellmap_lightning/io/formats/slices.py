@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from cellmap_lightning.validation import first_few
 
 #: Suffixes of the files of a folder, which has files of one suffix.
 SUFFIXES = (".tif", ".tiff", ".png")
+#: Files and folders of Windows, macOS and network drives that are ignored, in lower case; so are hidden ones.
+_OF_SYSTEMS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "$recycle.bin", "lost+found"}
 
 
 class SlicesFormat:
@@ -28,7 +31,7 @@ class SlicesFormat:
     suffixes: tuple[str, ...] = ()
 
     def matches(self, path: StorePath) -> bool:
-        """Return whether a location is a folder with two slices or more, and nothing but slices."""
+        """Return whether a location is a folder with two slices or more, and nothing else that is not of the system."""
         return isinstance(path, Path) and path.is_dir() and len(_files(path)) > 1
 
     def open(self, path: StorePath) -> FormatVolume:
@@ -47,7 +50,7 @@ class SlicesFormat:
             if other != first:
                 raise MetadataError(
                     f"{path / name}: has {_text(*other)}, and {files[0]} has {_text(*first)}; all slices of a "
-                    "volume have one size, type and meaning of 0"
+                    "volume have one size, type and meaning of 0: move what is no slice elsewhere, or write it again"
                 )
         array = _SlicesArray(path, (len(files), *shape), dtype, (1, *shape), details=files, codec=_suffix(files[0])[1:])
         array.names = files
@@ -89,11 +92,41 @@ class _SlicesArray(FormatArray):
 
 def _files(folder: Path) -> tuple[str, ...]:
     """Return the names of the slices of a folder in the order of their numbers; empty if it holds other files too."""
-    names = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    names = _entries(folder)
     kinds = {_suffix(name) for name in names}
     if len(kinds) != 1 or not kinds <= set(SUFFIXES):
         return ()
     return tuple(sorted(names, key=_natural))
+
+
+def _entries(folder: Path) -> list[str]:
+    """Return the names in a folder, without hidden ones and those of operating systems."""
+    names = [entry.name for entry in folder.iterdir()]
+    return [name for name in names if not name.startswith(".") and name.lower() not in _OF_SYSTEMS]
+
+
+def stray_entries(folder: Path) -> str:
+    """Return a sentence on what a folder holds beside slices; empty if it holds less than two slices, or little else.
+
+    Args:
+        folder: a folder that is not a folder of slices.
+    """
+    try:
+        names = sorted(_entries(folder), key=_natural)
+    except OSError:
+        return ""
+    counts = Counter(suffix for name in names if (suffix := _suffix(name)) in SUFFIXES)
+    if not counts:
+        return ""
+    suffix, count = counts.most_common(1)[0]
+    others = [name for name in names if _suffix(name) != suffix]
+    numbered = all(re.search(r"\d", Path(name).stem) for name in names if _suffix(name) == suffix)
+    if count < 2 or count <= len(others) or not numbered:
+        return ""
+    return (
+        f"holds {count} slices ({suffix}) and beside them {first_few(others)}: a folder of slices has files of one "
+        "suffix and nothing else; move what is no slice elsewhere, or give slices one suffix"
+    )
 
 
 def _suffix(name: str) -> str:
@@ -113,12 +146,16 @@ def _check_numbers(folder: Path, files: Sequence[str]) -> None:
     """
     numbers = [int(found[-1]) for name in files if (found := re.findall(r"\d+", Path(name).stem))]
     if len(numbers) != len(files):
-        raise MetadataError(f"{folder}: slices need a number in their names, got {first_few(files)}")
+        bare = [name for name in files if not re.search(r"\d", Path(name).stem)]
+        raise MetadataError(
+            f"{folder}: slices need a number in their names, and {first_few(bare)} "
+            f"{'has' if len(bare) == 1 else 'have'} none; move what is no slice elsewhere, or rename it"
+        )
     for (first, second), (one, other) in zip(itertools.pairwise(numbers), itertools.pairwise(files), strict=True):
         if second != first + 1:
             raise MetadataError(
                 f"{folder}: {other} follows {one}, so that slices are missing between them or their numbers are not in "
-                "the order of the sections; add or rename them"
+                "the order of the sections; add or rename them, or move what is no slice elsewhere"
             )
 
 
