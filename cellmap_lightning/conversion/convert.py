@@ -37,6 +37,7 @@ from cellmap_lightning.io.label_ids import (
     unlisted_text,
 )
 from cellmap_lightning.io.label_values import read_labels, stored_ids
+from cellmap_lightning.io.local_paths import expanded
 from cellmap_lightning.io.ngff import Level, Multiscale, Note, report
 from cellmap_lightning.io.ngff.notes import without_entry
 from cellmap_lightning.io.readers import open_reader
@@ -76,7 +77,7 @@ def convert(options: ConversionOptions) -> Path:
         >>> convert(ConversionOptions(input="stack.tif", output="vol.zarr", voxel_size=[50, 4.6, 4.6]))
         PosixPath('vol.zarr')
     """
-    output = Path(options.output).expanduser()
+    output = expanded(str(options.output))
     image = _read(options)
     check_apart(output, image.path)
     level = image.finest

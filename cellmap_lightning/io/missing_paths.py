@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from cellmap_lightning.errors import CellMapFileNotFoundError
+from cellmap_lightning.io.local_paths import dead_link, expanded
 from cellmap_lightning.io.store import NODE_FILES, Remote, StorePath, children, exists
 from cellmap_lightning.validation import first_few
 
@@ -12,6 +13,8 @@ from cellmap_lightning.validation import first_few
 _CLOSE = 0.7
 #: Names that a message suggests, and lists.
 _SUGGESTED, _LISTED = 3, 12
+#: Suffixes of archives, which are read by their address.
+ARCHIVES = (".zip", ".ozx")
 
 
 def missing(path: StorePath, name: str) -> CellMapFileNotFoundError:
@@ -25,6 +28,12 @@ def missing(path: StorePath, name: str) -> CellMapFileNotFoundError:
         return _missing_remote(path, name)
     existing, part = _existing(path)
     text = f"{name} {path} does not exist"
+    link = dead_link(path)
+    if link:
+        return CellMapFileNotFoundError(f"{text}: {link}")
+    if existing.suffix.lower() in ARCHIVES and existing.is_file():
+        inside = path.relative_to(existing).as_posix()
+        return CellMapFileNotFoundError(f"{text}: {existing} is an archive; give zip://{inside}::{existing}")
     if part:
         text += f": {_title(existing)} has no {part!r}{_alternatives(part, _names(existing))}"
     return CellMapFileNotFoundError(text)
@@ -37,14 +46,18 @@ def similar_path(path: Path | str) -> str:
         path: the path that does not exist.
 
     Returns:
-        The similar names in the folder that exists, such as ``" (did you mean 'crops.csv'?)"``; empty without any.
+        A link that leads nowhere, or the similar names in the folder that exists, such as
+            ``" (did you mean 'crops.csv'?)"``; empty without any.
 
     Example:
         >>> similar_path("data/crop.csv")  # doctest: +SKIP
         " (did you mean 'crops.csv'?)"
     """
-    place = Path(path).expanduser()
+    place = expanded(str(path))
     existing, part = _existing(place)
+    link = dead_link(place)
+    if link:
+        return f" ({link})"
     close = _close(part, _names(existing)) if part else []
     if not close:
         return ""
@@ -84,7 +97,11 @@ def _missing_remote(path: Remote, name: str) -> CellMapFileNotFoundError:
     for place in above:
         names = children(place)
         if names:
-            part = inside.removeprefix(place.url_parts[1]).strip("/").partition("/")[0]
+            rest = inside.removeprefix(place.url_parts[1]).strip("/")
+            part = rest.partition("/")[0]
+            below = [place / f"{other}/{rest}" for other in names[:_LISTED] if exists(place / f"{other}/{rest}")]
+            if below and part not in names:
+                return CellMapFileNotFoundError(f"{text}: {place.title} has no {part!r}; did you mean {below[0]}?")
             return CellMapFileNotFoundError(f"{text}: {place.title} has no {part!r}{_alternatives(part, names)}")
     return CellMapFileNotFoundError(
         f"{text}: the store has none of {', '.join(NODE_FILES)} there, and nothing may be listed there or above"

@@ -16,6 +16,7 @@ from typing import Any, Self
 from cellmap_lightning.errors import CellMapError, CellMapValueError, MetadataError
 from cellmap_lightning.io.files import IrregularFileError, LargeFileError, read_regular
 from cellmap_lightning.io.filesystems import FILE_SYSTEMS, PROTOCOLS, is_open
+from cellmap_lightning.io.local_paths import expanded, is_folder, reason
 from cellmap_lightning.io.stamps import file_stamp
 from cellmap_lightning.redaction import HIDDEN, hidden, hide_address, option_secrets, redacted
 from cellmap_lightning.runtime.shared_context import SharedContext
@@ -291,12 +292,12 @@ def parse_location(path: "str | Path | Remote", options: Mapping[str, Any] | Non
 
 def absolute(path: str) -> str:
     """Return a path or an address with its part on this machine absolute and ``~`` expanded; no link is resolved."""
-    if path.startswith("/"):
+    if path.startswith("/") and "$" not in path:
         return path
     head, chain, last = path.rpartition("::") if "://" in path else ("", "", path)
     if "://" in last and not last.startswith("file://"):
         return path
-    local = Path(last.removeprefix("file://")).expanduser()
+    local = expanded(last.removeprefix("file://"))
     return f"{head}{chain}{local if local.is_absolute() else local.absolute()}"
 
 
@@ -309,7 +310,7 @@ def local_path(path: str | Path) -> Path:
     location = parse_location(path)
     if isinstance(location, Remote):
         raise CellMapValueError(f"{location}: only a path of this machine will do here")
-    return Path(str(path).removeprefix("file://")).expanduser()  # relative paths stay so, for messages
+    return expanded(str(path).removeprefix("file://"))  # relative paths stay so, for messages
 
 
 def parts_of(path: str) -> PurePosixPath:
@@ -448,7 +449,7 @@ def exists(path: StorePath) -> bool:
     except CellMapError:
         raise
     except (OSError, ValueError) as e:
-        raise MetadataError(f"{path}: cannot be examined ({getattr(e, 'strerror', None) or e})") from e
+        raise MetadataError(f"{path}: cannot be examined ({reason(e) if isinstance(e, OSError) else e})") from e
 
 
 def read_json(path: StorePath) -> dict[str, Any] | None:
@@ -467,7 +468,7 @@ def read_json(path: StorePath) -> dict[str, Any] | None:
     except CellMapError:
         raise
     except OSError as e:
-        raise MetadataError(f"{path}: cannot be read ({e.strerror})") from e
+        raise MetadataError(f"{path}: cannot be read ({reason(e)})") from e
     except (ValueError, RecursionError) as e:
         raise MetadataError(f"{path}: not valid JSON ({e})") from e
     if not isinstance(content, dict):
@@ -493,7 +494,7 @@ def children(path: StorePath) -> list[str]:
         if isinstance(path, Remote):
             names = path.children()
         else:
-            names = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+            names = sorted(p.name for p in path.iterdir() if is_folder(p) and not p.name.startswith("."))
     except (OSError, CellMapError):
         return []
     return [name for name in names if name != LISTING]

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.errors import CellMapFileNotFoundError, MetadataError, missing_extra
+from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError, MetadataError, missing_extra
 from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
 from cellmap_lightning.geometry.resample import AnyArray
+from cellmap_lightning.io.formats.hdf5_links import link_names, resolved
 from cellmap_lightning.io.formats.hdf5_sources import has_gaps, is_incomplete
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
 from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatArray, FormatLevel, FormatVolume
@@ -55,6 +56,8 @@ class Hdf5Format:
             names = _datasets(file)
             if not inside and len(names) == 1:
                 inside = names[0]
+            if inside and inside not in names:
+                inside = resolved(file, container, inside)
             if inside not in names:
                 wrong = f"has no dataset {inside!r}{did_you_mean(inside, names)}" if inside else "needs a dataset"
                 raise CellMapFileNotFoundError(
@@ -97,8 +100,7 @@ class Hdf5Format:
         if parts is None:
             return []
         with OPEN_FILES.use(_opened, str(parts[0])) as file:
-            start = f"{parts[1]}/" if parts[1] else ""
-            names = [name.removeprefix(start) for name in _datasets(file) if name.startswith(start)]
+            names = _names(file, *parts)
         return sorted({name.partition("/")[0] for name in names})
 
 
@@ -146,6 +148,24 @@ def _split(path: Path) -> tuple[Path, str] | None:
         if place.suffix in SUFFIXES and place.is_file():
             return place, path.relative_to(place).as_posix().strip(".")
     return None
+
+
+def _names(file: Any, container: Path, group: str) -> list[str]:
+    """Return the paths of datasets below a group, with those of links to datasets and of links that lead nowhere."""
+    try:
+        start = f"{resolved(file, container, group)}/" if group else ""
+    except CellMapError:  # opening it reports the error
+        return []
+    datasets = _datasets(file)
+    names = list(datasets)
+    for name in link_names(file):
+        try:
+            target = resolved(file, container, name)
+        except CellMapError:
+            names.append(name)
+        else:
+            names += [name] if any(f"{dataset}/".startswith(f"{target}/") for dataset in datasets) else []
+    return [name.removeprefix(start) for name in names if name.startswith(start)]
 
 
 def _datasets(file: Any) -> list[str]:

@@ -7,14 +7,14 @@ https://ngff.openmicroscopy.org/0.6/.
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import Shape, Turn, Vector, to_vector
-from cellmap_lightning.io.missing_paths import missing
+from cellmap_lightning.io.missing_paths import ARCHIVES, missing
 from cellmap_lightning.io.ngff.arrays import read_array, read_attributes
 from cellmap_lightning.io.ngff.axes import read_axes
 from cellmap_lightning.io.ngff.coordinate_systems import intrinsic_system, place_level, turned_axes
@@ -295,7 +295,9 @@ def _is_identity(step: Any) -> bool:
 
 
 def _near(group: StorePath) -> str:
-    """Return a hint about a group without an image: the images below it, or its children."""
+    """Return a hint about a group without an image: the images below it, its children, or the address of an archive."""
+    if group.suffix.lower() in ARCHIVES and isinstance(group, Path):
+        return f"; it is an archive: give zip://<path in it>::{group}"
     names = children(group)
     images = [name for name in names[:24] if listed_images(*(read_attributes(group / name) or ({}, 2))) is not None]
     if images:
