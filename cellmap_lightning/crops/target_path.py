@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from cellmap_lightning.crops.crop_name import CropName, container_of
@@ -11,6 +12,7 @@ from cellmap_lightning.crops.spelling import other_spellings
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.io.images import image_children, image_exists, read_image
 from cellmap_lightning.io.label_ids import class_names, ids_of, parse_label_map
+from cellmap_lightning.io.local_paths import dead_link
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Multiscale, NoImageError, Overrides
 from cellmap_lightning.io.store import StorePath, parse_location, parts_of
@@ -192,6 +194,9 @@ class TargetPath:
             return path
         if not image_exists(self.crop):
             raise missing(self.crop, f"{self.label}: crop")
+        link = dead_link(path) if isinstance(path, Path) else ""
+        if link:
+            raise CellMapFileNotFoundError(f"{self.label}: class {name!r} cannot be read: {link}")
         raise CellMapFileNotFoundError(
             f"{self.label}: class {name!r} is in the bracket of the target path, but {path} does not exist; "
             f"{self.crop} has {', '.join(image_children(self.crop)) or 'no classes'}"

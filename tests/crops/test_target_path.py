@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from cellmap_lightning.crops.target_path import TargetPath
-from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.splits.entries import read_csv
 from tests.foreign import SEMANTIC as KIND
 from tests.foreign import annotated, cube, sample, write_pair
@@ -72,3 +72,15 @@ def test_folders_with_brackets_are_read(tmp_path, folder):
     bad.write_text("train,v.zarr/em,v.zarr/crop1/[mito,er]\n")
     with pytest.raises(CellMapValueError, match="needs quotes"):
         read_csv(bad)
+
+
+@pytest.mark.parametrize("target", ["gone", "/nowhere/mito", "../crop2/mito"])
+def test_a_class_behind_a_dead_link_is_named_with_the_link(tmp_path, target):
+    (tmp_path / "crop1" / "er").mkdir(parents=True)
+    (tmp_path / "crop1" / "mito").symlink_to(target)
+    path = TargetPath.parse(f"{tmp_path}/crop1/[er,mito]")
+    assert path.existing("er") == tmp_path / "crop1" / "er"
+    with pytest.raises(CellMapFileNotFoundError) as caught:
+        path.existing("mito")
+    link = f"{tmp_path}/crop1/mito is a symbolic link to {target}, which does not exist; restore it, or correct the"
+    assert f"class 'mito' cannot be read: {link}" in str(caught.value)
