@@ -46,7 +46,7 @@ def lines(volume, tmp_path, caplog, monitor="val/loss", **kwargs):
     ("kwargs", "epochs", "scored"),
     [
         ({}, ["1/2", "2/2"], [True, True]),
-        ({"check_val_every_n_epoch": 2}, ["1/2", "2/2"], [False, True]),
+        ({"max_epochs": 3, "check_val_every_n_epoch": 2}, ["1/3", "2/3", "3/3"], [False, True, False]),
         ({"limit_val_batches": 0}, ["1/2", "2/2"], [False, False]),
         ({"max_epochs": -1, "max_steps": 6}, ["1", "2"], [True, True]),
         ({"monitor": "val/none"}, ["1/2", "2/2"], [False, False]),
@@ -55,7 +55,7 @@ def lines(volume, tmp_path, caplog, monitor="val/loss", **kwargs):
 )
 def test_each_epoch_has_a_line(volume, tmp_path, caplog, kwargs, epochs, scored):
     texts, losses = lines(volume, tmp_path, caplog, **kwargs)
-    assert len(texts) == len(losses) == 2
+    assert len(texts) == len(losses) == len(epochs)
     for number, text in enumerate(texts):
         score = r", val/loss [\d.e-]+" if scored[number] else ""
         start = f"epoch {epochs[number]} (step {3 * number + 3}): loss {losses[number]:.3g}"
