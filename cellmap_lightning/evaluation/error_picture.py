@@ -58,7 +58,7 @@ def draw_worst(
         columns = max(1, len(ranked))
         figure = Figure(figsize=(3.2 * columns, 3.9), layout="constrained")
         for number, score in enumerate(ranked):
-            folder = folders[score.crop]
+            folder = score.folder or folders[score.crop]
             pair = CropPair(output / score.name, folder, score.name, threshold, unknown, values, score.box)
             z, kinds = _worst_slice(pair)
             axes = figure.add_subplot(1, columns, number + 1)
