@@ -65,7 +65,7 @@ def draw_worst(
             extent = pair.voxel_size[1] / pair.voxel_size[2]
             background = _background(raw, pair, z)
             axes.imshow(_painted(background, kinds), interpolation="nearest", aspect=extent)
-            place = f"slice {z}" if score.box is None else f"slice {z} of {score.box}"
+            place = f"slice z={z}" if score.box is None else f"slice z={z} of z y x {score.box}"
             axes.set_title(f"{score.crop} {score.name}: Dice {score.voxels.dice:.2f}\n{place}", fontsize=9, color=INK)
             axes.set_xticks([])
             axes.set_yticks([])

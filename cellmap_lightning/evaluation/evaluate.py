@@ -69,7 +69,7 @@ class CropScore:
     @property
     def label(self) -> str:
         """Name of the crop, with the part that was scored."""
-        return self.crop if self.box is None else f"{self.crop} [{self.box}]"
+        return self.crop if self.box is None else f"{self.crop} [z y x {self.box}]"
 
     def values(self) -> dict[str, float]:
         """Return every score by name; NaN for undefined ones."""
@@ -193,7 +193,7 @@ def annotated_parts(
             if is_group(output / name) and not covers(
                 read_multiscale(output / name).finest.lattice, inside.finest.lattice
             ):
-                outside.add(crop.name if part.box is None else f"{crop.name} [{part.box}]")
+                outside.add(crop.name if part.box is None else f"{crop.name} [z y x {part.box}]")
             else:
                 yield crop, name, part
     if outside:
