@@ -23,3 +23,13 @@ def size_text(count: float) -> str:
         if count >= size * (1 - 5e-4):  # rounded to three digits it is at least one
             return f"{float(f'{count / size:.3g}'):,.15g} {unit}"
     return plural(round(count), "byte")
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in the unit that suits it, such as ``40 s``, ``12 min`` or ``2 h 30 min``."""
+    if seconds < 59.5:
+        return f"{round(seconds)} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if not hours:
+        return f"{minutes} min"
+    return f"{hours:,} h {minutes} min" if minutes and hours < 10 else f"{hours:,} h"

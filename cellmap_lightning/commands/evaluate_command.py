@@ -62,12 +62,12 @@ def _truth(setting: str | list[str], prediction: Path, classes: list[str]) -> li
 
     Raises:
         CellMapKeyError: one does not exist, or holds no crops.
-        CellMapValueError: one is the prediction itself, or two of them hold crops of one name.
+        CellMapValueError: one is the prediction itself, or a crop is given twice.
     """
     from cellmap_lightning.evaluation.evaluate import crop_folders, is_group
 
     folders = [Path(folder) for folder in ([setting] if isinstance(setting, str) else setting)]
-    named: dict[str, Path] = {}
+    annotated: dict[Path, Path] = {}
     for number, given in enumerate(folders):
         truth = given.resolve() if given.name in ("", "..") else given  # a crop is named by its folder
         folders[number] = truth
@@ -82,9 +82,11 @@ def _truth(setting: str | list[str], prediction: Path, classes: list[str]) -> li
         if not crops:
             raise CellMapKeyError(f"truth={truth} holds no crops: no folder in it has a group per class")
         for crop in (crop for crop in crops if any(is_group(crop / name) for name in classes)):
-            other = named.setdefault(crop.name, crop)
+            other = annotated.setdefault(crop.resolve(), crop)
             if other is not crop:
-                raise CellMapValueError(f"truth: two folders hold a crop {crop.name}, {other} and {crop}; give one")
+                raise CellMapValueError(
+                    f"truth: the crop {crop.name} is given twice, as {other} and {crop}; give it once"
+                )
     return folders
 
 
@@ -154,7 +156,7 @@ def _evaluate_crops(
         scores, prediction, truth, files[3], settings["threshold"], settings["unknown"], settings["values"],
         settings["raw"],
     )  # fmt: skip
-    notes = matching_notes(trained, _folders(truth, classes, scores))
+    notes = matching_notes(trained, _folders(scores))
     print("\n".join(["", score_files.table(scores), *notes, ""]))
     print("\n".join(str(file) for file in files))
 
@@ -169,15 +171,9 @@ def _evaluate_challenge(
     scoring = Scoring(settings["threshold"], values=settings["values"], unknown=settings["unknown"])
     score = evaluate_csc([Predicted(prediction, folder, tuple(classes)) for folder in truth], scoring, trained)
     write_csc_csv(score, file)
-    print(
-        "\n".join(
-            ["", csc_table(score), *matching_notes(trained, _folders(truth, classes, score.crops)), "", str(file)]
-        )
-    )
+    print("\n".join(["", csc_table(score), *matching_notes(trained, _folders(score.crops)), "", str(file)]))
 
 
-def _folders(truth: list[Path], classes: list[str], scores: Iterable[Any]) -> list[Path]:
+def _folders(scores: Iterable[Any]) -> list[Path]:
     """Return the folders of the crops that were scored."""
-    from cellmap_lightning.commands.prediction_truth import scored_folders
-
-    return scored_folders(truth, classes, [score.crop for score in scores])
+    return list(dict.fromkeys(score.folder for score in scores))

@@ -1,5 +1,6 @@
 """The job of ``cellmap-predict``: predictions with the model of a checkpoint, one after the other."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
-from cellmap_lightning.commands.prediction_context import reach_of_task, set_context
+from cellmap_lightning.commands.crop_progress import CropProgress
+from cellmap_lightning.commands.prediction_context import predicted_voxels, reach_of_task, set_contexts
 from cellmap_lightning.commands.prediction_report import check_files, csc_scores, describe_prediction
 from cellmap_lightning.commands.signals import ExitOnSignal
 from cellmap_lightning.errors import CellMapError
@@ -18,12 +20,13 @@ from cellmap_lightning.training.model_forward import no_predict_step
 from cellmap_lightning.wording import plural
 
 
-def run(cfg: DictConfig, task: Any) -> str | None:
+def run(cfg: DictConfig, task: Any, progress: CropProgress | None = None) -> str | None:
     """Predict one volume or crop.
 
     Args:
-        cfg: see `effective_config` and `set_context`.
+        cfg: see `effective_config` and `set_contexts`.
         task: the model; its weights are replaced by those of the checkpoint.
+        progress: the progress of several predictions, to which this one is added.
 
     Returns:
         On the first process, the files and scores as text; None on others.
@@ -31,6 +34,7 @@ def run(cfg: DictConfig, task: Any) -> str | None:
     Raises:
         SystemExit: it was interrupted; see `ExitOnSignal`.
     """
+    began = time.perf_counter()
     data = instantiate(cfg.data, _convert_="all")
     if cfg.ckpt is not None:  # an exported model holds its weights
         check_checkpoint(Path(cfg.ckpt), data, task, "evaluate", "ckpt")
@@ -57,6 +61,8 @@ def run(cfg: DictConfig, task: Any) -> str | None:
     report = str(writer.output)  # the counts of blocks are in the log, which the command shows
     if writer.summary.complete:
         report += describe_prediction(cfg, writer, data.classes or writer.names)
+    if progress is not None:
+        progress.add(writer.summary.voxels, time.perf_counter() - began, trainer.world_size)
     return report
 
 
@@ -92,11 +98,14 @@ def run_all(configs: list[DictConfig], write_line: Callable[[str], None]) -> Non
     with ExitOnSignal(lambda: "the same command continues"):
         task = instantiate(configs[0].task, _convert_="all")
         reach = reach_of_task(configs[0], task)
+        set_contexts(configs, reach)
+        progress = CropProgress([predicted_voxels(config) for config in configs]) if len(configs) > 1 else None
         report = None
         for config in configs:
-            set_context(config, reach)
-            report = run(config, task)
+            report = run(config, task, progress)
             if report is not None:
                 write_line(f"\n{report}")
+                if progress is not None:
+                    progress.log_left()
         if report is not None and configs[0].evaluate and configs[0].metric == "csc":
             write_line(f"\n{csc_scores(configs)}")

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -17,11 +18,13 @@ from cellmap_lightning.export.model_card import ModelCard, parse_reach
 from cellmap_lightning.export.reach import Reach, measure_reach
 from cellmap_lightning.export.trained_model import TaskModel
 from cellmap_lightning.geometry.lattice import Shape
+from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.ngff import Overrides
 from cellmap_lightning.io.store import parse_location
 from cellmap_lightning.prediction.blending import Tiling
 from cellmap_lightning.prediction.blocks import output_lattice, parse_region, voxels_of
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +75,30 @@ def _recorded_reach(card: ModelCard) -> Reach:
     return Reach(halo, (1,) * len(halo), 0.0, ())
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What is logged about the context of a prediction.
+
+    Attributes:
+        text: the choice, in which ``{patch}`` is that of the patch.
+        patch: the patch, voxels.
+        computed: voxels that the network computes for each one of the output; None if it is not logged.
+        level: the level of the log record.
+    """
+
+    text: str
+    patch: Shape | None = None
+    computed: float | None = None
+    level: int = logging.INFO
+
+
 def set_context(cfg: DictConfig, reach: Reach | ContextError | None) -> None:
-    """Replace ``auto`` in the configuration of a prediction, and log what it becomes.
+    """Replace ``auto`` in the configuration of a prediction, and log what it becomes; see `set_contexts`."""
+    set_contexts([cfg], reach)
+
+
+def set_contexts(configs: Sequence[DictConfig], reach: Reach | ContextError | None) -> None:
+    """Replace ``auto`` in the configurations of predictions, and log what it becomes, once for all that agree.
 
     Where the reach of the network is finite, patches are as large as the memory and the volume allow at the least
     cost, and are trimmed by their context: the prediction is that of the whole volume at once. Layers that normalize
@@ -81,12 +106,40 @@ def set_context(cfg: DictConfig, reach: Reach | ContextError | None) -> None:
     that overlap by half are blended.
 
     Args:
-        cfg: the configuration; its blending, context, patch and batch size are changed in place.
+        configs: the configurations; their blending, context, patch and batch size are changed in place.
         reach: see `reach_of_task`.
 
     Raises:
         CellMapValueError: the context is neither auto nor numbers.
     """
+    choices: dict[tuple[int, str], list[_Choice]] = {}
+    for cfg in configs:
+        choice = _choose(cfg, reach)
+        if choice is not None:
+            choices.setdefault((choice.level, choice.text), []).append(choice)
+    for (level, text), alike in choices.items():
+        some = f" of {len(alike)} of {plural(len(configs), 'crop')}" if len(alike) < len(configs) else ""
+        patches = [choice.patch for choice in alike if choice.patch is not None]
+        costs = [f"{cost:.1f}" for cost in sorted(choice.computed for choice in alike if choice.computed is not None)]
+        cost = f": {_ends(costs)} times the voxels of the output" if costs else ""
+        log.log(level, "context%s: %s%s", some, text.replace("{patch}", _patch_range(patches)), cost)
+
+
+def _ends(texts: Sequence[str]) -> str:
+    """Return the first and the last of sorted values, or the only one."""
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
+
+
+def _patch_range(patches: Sequence[Shape]) -> str:
+    """Return the lengths of patches along z, y, x, of several the least and the largest ones."""
+    if not patches:
+        return ""
+    axes = list(zip(*patches, strict=True))
+    return _ends([str([min(lengths) for lengths in axes]), str([max(lengths) for lengths in axes])])
+
+
+def _choose(cfg: DictConfig, reach: Reach | ContextError | None) -> _Choice | None:
+    """Replace ``auto`` in the configuration of one prediction; return what is logged, None if nothing is chosen."""
     writer = cfg.writer
     if isinstance(writer.context, str) and writer.context != "auto":
         raise CellMapValueError(
@@ -97,42 +150,39 @@ def set_context(cfg: DictConfig, reach: Reach | ContextError | None) -> None:
     writer.blend = "trim" if blends else writer.blend
     writer.context = None if writer.context == "auto" else writer.context
     if not automatic or reach is None:
-        return
+        return None
     try:
         if isinstance(reach, ContextError):
             raise reach
         needs = _needs(cfg, reach)
     except ContextError as e:
-        log.info("context: an eighth of a patch on either side, as the reach of the network is not known: %s", e)
-        return
+        return _Choice(f"an eighth of a patch on either side, as the reach of the network is not known: {e}")
     plan = plan_patch(needs)
     if blends and (reach.statistics or plan is None or plan.computed > DEAREST):
-        _blend(cfg, needs, reach)
-    elif plan is not None:
-        _trim(cfg, needs, plan)
-    else:
-        log.warning(
-            "context: the network needs %s voxels (z, y, x) on either side, and a patch of %s has no more: an eighth "
-            "of a patch is used; give a larger patch.shape, or writer.blend=gaussian",
-            list(needs.context), list(needs.patch),
-        )  # fmt: skip
+        return _blend(cfg, needs, reach)
+    if plan is not None:
+        return _trim(cfg, needs, plan)
+    return _Choice(
+        f"the network needs {list(needs.context)} voxels (z, y, x) on either side, and a patch of {{patch}} has no "
+        "more: an eighth of a patch is used; give a larger patch.shape, or writer.blend=gaussian",
+        needs.patch, None, logging.WARNING,
+    )  # fmt: skip
 
 
-def _trim(cfg: DictConfig, needs: PatchNeeds, plan: PatchPlan) -> None:
+def _trim(cfg: DictConfig, needs: PatchNeeds, plan: PatchPlan) -> _Choice:
     """Use patches with a context that is computed and not written."""
     cfg.writer.context = max(plan.context) if len(set(plan.context)) == 1 else list(plan.context)
     _use_patch(cfg, needs, plan.patch)
     if not any(plan.context):
-        log.info("context: none is needed, as one patch of %s voxels (z, y, x) is the volume", list(plan.patch))
-        return
-    log.info(
-        "context: each patch of %s voxels (z, y, x) is computed with %s voxels of context on either side, which the "
-        "network needs: %.1f times the voxels of the output",
-        list(plan.patch), list(plan.context), plan.computed,
+        return _Choice("none is needed, as one patch of {patch} voxels (z, y, x) is the volume", plan.patch)
+    return _Choice(
+        f"each patch of {{patch}} voxels (z, y, x) is computed with {list(plan.context)} voxels of context on either "
+        "side, which the network needs",
+        plan.patch, plan.computed,
     )  # fmt: skip
 
 
-def _blend(cfg: DictConfig, needs: PatchNeeds, reach: Reach) -> None:
+def _blend(cfg: DictConfig, needs: PatchNeeds, reach: Reach) -> _Choice:
     """Use patches that overlap by half and are blended, of the size of the training."""
     cfg.writer.blend = "gaussian"
     _use_patch(cfg, needs, needs.patch)
@@ -140,11 +190,25 @@ def _blend(cfg: DictConfig, needs: PatchNeeds, reach: Reach) -> None:
         reason = f"{' and '.join(reach.statistics)} normalizes by the whole patch, so that no context is large enough"
     else:
         reason = f"the network needs {list(needs.context)} voxels of context, for which the patch is too small"
-    log.info(
-        "context: %s; patches of %s voxels (z, y, x) that overlap by half are blended (writer.blend=gaussian): %.1f "
-        "times the voxels of the output",
-        reason, list(needs.patch), _computed_by_blending(needs),
+    return _Choice(
+        f"{reason}; patches of {{patch}} voxels (z, y, x) that overlap by half are blended (writer.blend=gaussian)",
+        needs.patch, _computed_by_blending(needs),
     )  # fmt: skip
+
+
+def predicted_voxels(cfg: DictConfig) -> int:
+    """Return the number of voxels that a prediction writes, of one channel.
+
+    Args:
+        cfg: the configuration of a prediction, see `effective_config`.
+    """
+    data: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    inputs = parse_inputs(data.get("input_arrays") or {})
+    specs = data.get("target_arrays")
+    targets = parse_targets(specs, len(data.get("classes") or ())) if specs else {}
+    output: InputArray | TargetArray = next(iter(targets.values()), next(iter(inputs.values())))
+    z, y, x = _predicted_part(cfg, output.window)[2]
+    return z * y * x
 
 
 def _computed_by_blending(needs: PatchNeeds) -> float:
@@ -206,20 +270,25 @@ def _needs(cfg: DictConfig, reach: Reach) -> PatchNeeds:
         # Patches whose starts differ by multiples of the step see the strides of the network alike.
         context.append(math.ceil(max(0, halo - inside) / step) * step)
         steps.append(step)
+    volume, first, length = _predicted_part(cfg, window)
+    batch = 1 if cfg.adjustable.batch_size else cfg.data.batch_size
+    return PatchNeeds(
+        volume, first, length, window.shape, _shape(context), _shape(steps), reach.voxel_bytes,
+        cfg.patch.memory_mb * 2**20 / batch,
+        fixed=not cfg.adjustable.patch or not reach.voxel_bytes or source.flat,
+    )  # fmt: skip
+
+
+def _predicted_part(cfg: DictConfig, window: Window) -> tuple[Shape, Shape, Shape]:
+    """Return the voxels of the output of the whole volume, and the first and the number of those to predict."""
     metadata: Any = OmegaConf.to_container(cfg.metadata, resolve=True)
     options = {key: value for key, value in metadata.items() if key not in ("normalize", "invert")}
     image = read_image(parse_location(cfg.input_path, _storage(cfg)), Overrides.parse(**options))
     whole = output_lattice(window, image.finest.lattice.box, [level.lattice for level in image.levels])
     region = OmegaConf.to_container(cfg.writer.region) if cfg.writer.region else None
-    first, length = (0, 0, 0), whole.shape
-    if region is not None:
-        first, length = voxels_of(whole, parse_region(region), image.finest.lattice.box, str(cfg.input_path))
-    batch = 1 if cfg.adjustable.batch_size else cfg.data.batch_size
-    return PatchNeeds(
-        whole.shape, first, length, window.shape, _shape(context), _shape(steps), reach.voxel_bytes,
-        cfg.patch.memory_mb * 2**20 / batch,
-        fixed=not cfg.adjustable.patch or not reach.voxel_bytes or source.flat,
-    )  # fmt: skip
+    if region is None:
+        return whole.shape, (0, 0, 0), whole.shape
+    return whole.shape, *voxels_of(whole, parse_region(region), image.finest.lattice.box, str(cfg.input_path))
 
 
 def _storage(cfg: DictConfig) -> Mapping[str, Any] | None:

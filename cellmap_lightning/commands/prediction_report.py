@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cellmap_lightning.commands.prediction_truth import groundtruth, run_folder, scored_folders, truth_folders
+from cellmap_lightning.commands.prediction_truth import groundtruth, run_folder, truth_folders
 from cellmap_lightning.errors import ChunkError, MissingExtraError
 from cellmap_lightning.evaluation.crop_parts import CropPart, matching_notes, run_crops, trained_crops
 from cellmap_lightning.evaluation.csc_evaluation import Predicted, Scoring, csc_table, evaluate_csc, write_csc_csv
@@ -90,7 +90,7 @@ def _scores(cfg: DictConfig, writer: Any, classes: Sequence[str]) -> str:
     table_file, matrix = _score_files(writer.output)
     write_csv(scores, table_file)
     draw(scores, matrix)
-    folders = scored_folders(truth, classes, [score.crop for score in scores])
+    folders = list(dict.fromkeys(score.folder for score in scores if score.folder is not None))
     notes = "".join(f"\n{note}" for note in matching_notes(trained, folders))
     return f"{table(scores)}{notes}\n\n{table_file}\n{matrix}\n{_NOT_CSC}"
 
@@ -167,10 +167,7 @@ def csc_scores(configs: Sequence[DictConfig]) -> str:
     scoring = Scoring(configs[0].writer.threshold, unknown=data.get("unknown", "metadata"))
     trained = _trained(configs[0].get("ckpt"))
     score = evaluate_csc(predictions, scoring, trained)
-    rows = [row.crop for row in score.crops]
-    folders = [
-        f for one in predictions for f in scored_folders([one.crops], one.classes, rows) if one.crop in (None, f.name)
-    ]
+    folders = list(dict.fromkeys(row.folder for row in score.crops if row.folder is not None))
     notes = "".join(f"\n{note}" for note in matching_notes(trained, folders))
     file = _challenge_file(configs[0])
     write_csc_csv(score, file)

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.evaluation.crop_parts import run_crops
-from cellmap_lightning.evaluation.evaluate import crop_folders, is_group
+from cellmap_lightning.evaluation.evaluate import is_group
 from cellmap_lightning.io.store import StorePath, parse_location
 from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW
@@ -115,15 +115,3 @@ def _group_folder(entry: CropRecord) -> Path | None:
         return None
     folder = target.crop
     return folder if isinstance(folder, Path) and any(is_group(folder / name) for name in target.names) else None
-
-
-def scored_folders(truth: Sequence[Path], classes: Sequence[str], names: Sequence[str]) -> list[Path]:
-    """Return the folders of crops by their names.
-
-    Args:
-        truth: folders of crops, or of one crop each.
-        classes: names of the classes.
-        names: the names; a name that several crops share stands for all of them.
-    """
-    folders = [crop for folder in truth for crop in crop_folders(folder, classes)]
-    return [crop for crop in folders if crop.name in names]

@@ -41,7 +41,7 @@ def segment(
         input: see `open_source`, as ``class_name``.
         out: the Zarr group to write.
         class_name: the class.
-        source: the kind, the channels and the values of the prediction.
+        source: the kind, the channels and the values of the prediction, or of the annotation.
         tuned: a file of ``cellmap-tune`` with the parameters of the class; those that are given here replace them.
         storage: fields of `StorageOptions`.
         scheduling: the processes, or the Dask cluster; by default this process.
@@ -65,7 +65,7 @@ def segment(
         explicit = options | {key: value for key, value in given.items() if value is not None}
         class_name, options = _tuned(tuned, class_name, explicit)
         source = replace(source, **{key: options.pop(key, None) for key in SOURCE_KEYS})
-    opened = open_source(input, class_name, source.kind, source.offsets, source.channels, source.values)
+    opened = open_source(input, class_name, source.kind, source.offsets, source.channels, source.values, source.unknown)
     if picture and raw is not None:
         read_image(raw)  # an error now rather than after the segmentation
     files = StorageOptions(overwrite=overwrite, **(storage or {}))

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from cellmap_lightning import CellMapDataModule
 from cellmap_lightning.callbacks.preemption import PreemptionCheckpoint
 from cellmap_lightning.checkpointing.checkpoint_config import CheckpointConfig
+from cellmap_lightning.commands.epoch_lines import EpochLines
 from cellmap_lightning.commands.finished_run import finished_text, finished_value
 from cellmap_lightning.commands.messages import quieten
 from cellmap_lightning.commands.monitors import MonitorCheck
@@ -182,12 +183,24 @@ def _fit(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataModule, chec
 
 
 def _validate_best(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataModule) -> None:
-    """Validate the best weights; the last ones, if the run ended before its first validation."""
+    """Validate the best weights; the last ones, if the run ended before its first validation.
+
+    After other validations, loggers get these scores as ``final_val/...``: as ``val/...`` at the last step they would
+    be taken for those of the last weights, and curves would end in two points.
+    """
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if any(method in str(cfg.trainer.strategy) for method in ("spawn", "fork")):
         trainer.loggers = []  # new processes would overwrite their files
+    loggers = trainer.loggers
+    is_point = not best and cfg.monitor not in trainer.callback_metrics  # nothing was validated before
+    if not is_point:
+        trainer.loggers = []
     log.info("validation of the %s weights", "best" if best else "last")
-    trainer.validate(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
+    scores = trainer.validate(task, datamodule=data, ckpt_path=best or None, weights_only=True, verbose=False)
+    trainer.loggers = loggers
+    if scores and not is_point:
+        for logger in loggers:
+            logger.log_metrics({f"final_{name}": value for name, value in scores[0].items()}, trainer.global_step)
 
 
 def _report(
@@ -244,6 +257,7 @@ def _trainer(cfg: DictConfig, checkpoint_config: CheckpointConfig) -> Any:
     if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
         cfg.trainer.enable_progress_bar = False
     own = [*callbacks.values(), checkpoint_config, MonitorCheck(cfg.monitor, callbacks), BatchShapes()]
+    own.append(EpochLines(cfg.monitor))
     return instantiate(cfg.trainer, _convert_="all", callbacks=own, logger=loggers or False)
 
 

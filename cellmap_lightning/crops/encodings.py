@@ -56,6 +56,11 @@ def check_unknown(value: Any) -> Unknown:
     return dict(value) if isinstance(value, Mapping) else value
 
 
+def code_of(unknown: Unknown, name: str) -> Code:
+    """Return the code that the setting ``unknown`` has for a class."""
+    return unknown.get(name, unknown.get("*", "metadata")) if isinstance(unknown, Mapping) else unknown
+
+
 def check_missing_labels(value: Any) -> MissingLabels:
     """Check the setting ``missing_labels`` and return it.
 
@@ -148,9 +153,7 @@ class LabelEncodings:
         return "error" if self.missing_labels == "error" else "missing"
 
     def _code(self, name: str) -> Code:
-        if not isinstance(self.unknown, Mapping):
-            return self.unknown
-        return self.unknown.get(name, self.unknown.get("*", "metadata"))
+        return code_of(self.unknown, name)
 
     def _decide(self, name: str, image: Multiscale, level: Level) -> Encoding:
         """Return the encoding of present, absent and unknown voxels."""

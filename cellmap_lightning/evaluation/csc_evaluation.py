@@ -13,6 +13,7 @@ import numpy as np
 from cellmap_lightning.crops.encodings import LabelEncodings, Unknown
 from cellmap_lightning.errors import CellMapKeyError
 from cellmap_lightning.evaluation.challenge import INSTANCE_CLASSES
+from cellmap_lightning.evaluation.crop_names import crop_names
 from cellmap_lightning.evaluation.crop_parts import USAGE, CropPart, is_trained
 from cellmap_lightning.evaluation.csc_score import (
     ChallengeScore,
@@ -105,7 +106,9 @@ def evaluate_csc(
             f"nothing to evaluate {listed} with: no crop in {', '.join(sorted({str(p.crops) for p in predictions}))} "
             f"lies in it and annotates any of {sorted({name for p in predictions for name in p.classes})}"
         )
-    return pooled(rows, scoring.instance_classes)
+    names = crop_names(row.folder for row in rows if row.folder is not None)
+    named = [replace(row, crop=row.crop if row.folder is None else names[row.folder]) for row in rows]
+    return pooled(named, scoring.instance_classes)
 
 
 def _counts(
@@ -115,7 +118,7 @@ def _counts(
     pattern = prediction.crop or "*"
     for crop, name in annotated_classes(prediction.output, prediction.crops, prediction.classes, pattern):
         counts = _class_counts(prediction.output / name, crop, name, scoring)
-        yield replace(counts, trained=is_trained(trained, crop))
+        yield replace(counts, trained=is_trained(trained, crop), folder=crop)
 
 
 def _class_counts(group: Path, crop: Path, name: str, scoring: Scoring) -> CropCounts:

@@ -7,6 +7,7 @@ June 2026, including unexpected ones; ``docs/challenge.md`` lists them.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ class CropCounts:
         counts: its counts.
         status: ``scored``, ``missing`` (not submitted) or ``skipped`` (too many objects).
         trained: True if the crop, or a part of it, was trained on; None if unknown.
+        folder: folder of the crop; None if unknown.
     """
 
     crop: str
@@ -71,6 +73,7 @@ class CropCounts:
     counts: Counts
     status: str = "scored"
     trained: bool | None = None
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)

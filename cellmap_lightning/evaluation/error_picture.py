@@ -58,14 +58,14 @@ def draw_worst(
         columns = max(1, len(ranked))
         figure = Figure(figsize=(3.2 * columns, 3.9), layout="constrained")
         for number, score in enumerate(ranked):
-            folder = folders[score.crop]
+            folder = score.folder or folders[score.crop]
             pair = CropPair(output / score.name, folder, score.name, threshold, unknown, values, score.box)
             z, kinds = _worst_slice(pair)
             axes = figure.add_subplot(1, columns, number + 1)
             extent = pair.voxel_size[1] / pair.voxel_size[2]
             background = _background(raw, pair, z)
             axes.imshow(_painted(background, kinds), interpolation="nearest", aspect=extent)
-            place = f"slice {z}" if score.box is None else f"slice {z} of {score.box}"
+            place = f"slice z={z}" if score.box is None else f"slice z={z} of z y x {score.box}"
             axes.set_title(f"{score.crop} {score.name}: Dice {score.voxels.dice:.2f}\n{place}", fontsize=9, color=INK)
             axes.set_xticks([])
             axes.set_yticks([])

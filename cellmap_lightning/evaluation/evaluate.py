@@ -12,6 +12,7 @@ import numpy as np
 from cellmap_lightning.crops.crop_box import CropBox, image_part
 from cellmap_lightning.crops.encodings import Unknown
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError
+from cellmap_lightning.evaluation.crop_names import crop_names
 from cellmap_lightning.evaluation.crop_parts import CropPart, parts_of
 from cellmap_lightning.evaluation.instance_scores import (
     INSTANCE_METRICS,
@@ -43,13 +44,14 @@ class CropScore:
     """Scores of one class in one crop; see docs/evaluation.md.
 
     Attributes:
-        crop: name of the crop.
+        crop: name of the crop, see `crop_names`.
         name: name of the class.
         voxels: voxel counts and scores.
         surface: surface distances, if they were asked for.
         instances: scores of objects, likewise, and where the annotation has instances.
         trained: True if the crop was trained on; None if unknown.
         box: the part of the crop that was scored; None for all of it.
+        folder: folder of the crop; None if unknown.
 
     Example:
         >>> [s.voxels.dice for s in evaluate(Path("pred.zarr"), crops, ["mito"])]
@@ -62,11 +64,12 @@ class CropScore:
     instances: InstanceScore | None = None
     trained: bool | None = None
     box: CropBox | None = None
+    folder: Path | None = None
 
     @property
     def label(self) -> str:
         """Name of the crop, with the part that was scored."""
-        return self.crop if self.box is None else f"{self.crop} [{self.box}]"
+        return self.crop if self.box is None else f"{self.crop} [z y x {self.box}]"
 
     def values(self) -> dict[str, float]:
         """Return every score by name; NaN for undefined ones."""
@@ -107,6 +110,7 @@ def evaluate(
 
     Raises:
         CellMapKeyError: the prediction covers no crop that annotates any of the classes.
+        CellMapValueError: a crop is given twice.
         NoInstancesError: objects are to be scored, and no annotation has instances.
     """
     folders = [crops] if isinstance(crops, Path) else list(crops)
@@ -120,6 +124,7 @@ def evaluate(
             f"nothing to evaluate {output} with: no crop in {first_few(folders)} lies in it and annotates any of "
             f"{list(classes)}"
         )
+    names = crop_names(crop for crop, _, _ in places)
     results: list[CropScore] = []
     without: list[NoInstancesError] = []
     for pair, (_, _, part) in zip(pairs, places, strict=True):
@@ -131,7 +136,8 @@ def evaluate(
                 without.append(e)
         surface = surface_score(pair) if "surface" in scores else None
         voxels = voxel_score(pair)
-        results.append(CropScore(pair.crop.name, pair.name, voxels, surface, instances, part.trained, part.box))
+        crop = pair.crop
+        results.append(CropScore(names[crop], pair.name, voxels, surface, instances, part.trained, part.box, crop))
     if len(without) == len(pairs):
         raise without[0]
     for error in without:
@@ -187,7 +193,7 @@ def annotated_parts(
             if is_group(output / name) and not covers(
                 read_multiscale(output / name).finest.lattice, inside.finest.lattice
             ):
-                outside.add(crop.name if part.box is None else f"{crop.name} [{part.box}]")
+                outside.add(crop.name if part.box is None else f"{crop.name} [z y x {part.box}]")
             else:
                 yield crop, name, part
     if outside:

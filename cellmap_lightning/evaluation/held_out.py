@@ -62,7 +62,8 @@ def _aliases(name: str) -> list[str]:
     volume, _, crop = name.rpartition("/")
     number = crop.removeprefix("crop")
     short = [crop, *([number] if number.isdigit() else [])]
-    return [*short, name, f"{volume.removesuffix('.zarr')}/{crop}"] if volume else short
+    dataset = volume.removesuffix(".zarr")
+    return [*short, name, f"{dataset}/{crop}", f"{dataset}.zarr/{crop}"] if volume else short
 
 
 def _last_crops(names: Sequence[str], searched: Sequence[str], number: int) -> list[str]:

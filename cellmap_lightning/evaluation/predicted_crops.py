@@ -7,11 +7,11 @@ are in the folders of the challenge, ``<dataset>.zarr/recon-1/labels/groundtruth
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapKeyError, CellMapValueError
+from cellmap_lightning.evaluation.crop_names import crop_names
 from cellmap_lightning.evaluation.evaluate import covers, crop_folders, is_group
 from cellmap_lightning.instances.options import InputKind
 from cellmap_lightning.instances.source import SegmentationSource, open_source
@@ -38,7 +38,7 @@ class PredictedCrop:
     """A crop that a prediction covers and an annotation describes.
 
     Attributes:
-        name: ``<dataset>.zarr/<crop>`` of a prediction per crop, ``<crop>`` of one prediction of several crops.
+        name: ``<dataset>.zarr/<crop>`` of a prediction per crop, of one prediction of several crops see `crop_names`.
         annotation: folder of the annotated crop.
         source: the prediction of the class.
 
@@ -106,18 +106,16 @@ def predicted_crops(
 def _covered(source: SegmentationSource, folders: Sequence[Path], name: str) -> list[PredictedCrop]:
     """Return the annotated crops that lie in one prediction."""
     annotated = [crop for folder in folders for crop in _annotated(folder, name).values()]
-    annotated.sort(key=lambda crop: crop.name)
-    for first, second in pairwise(annotated):
-        if first.name == second.name:
-            raise CellMapValueError(f"truth: two folders hold a crop {first.name}, {first} and {second}; give one")
+    names = crop_names(annotated)
+    annotated.sort(key=lambda crop: names[crop])
     inside = [c for c in annotated if covers(source.lattice, read_multiscale(c / name).finest.lattice)]
-    _report("annotated, not covered by the prediction", [crop.name for crop in annotated if crop not in inside])
+    _report("annotated, not covered by the prediction", [names[crop] for crop in annotated if crop not in inside])
     if not inside:
         raise CellMapKeyError(
             f"truth={_listed(folders)}: no crop in it annotates {name!r} and lies in the prediction; give the folder "
             "of the annotated crops of the volume that was predicted"
         )
-    return [PredictedCrop(crop.name, crop, source) for crop in inside]
+    return [PredictedCrop(names[crop], crop, source) for crop in inside]
 
 
 def _matched(

@@ -383,7 +383,10 @@ def _classes(crops: Sequence[CropFacts], cut: bool, counted: bool) -> tuple[tupl
         text = "with foreground in the only crop" if len(crops) == 1 else "with foreground in a crop, which is cut"
     uncounted = [n for n in chosen if all(c.classes[n].voxels is None for c in crops if n in c.classes)]
     if uncounted and not counted:
-        text += f"; the voxels of {first_few(uncounted, _LISTED)} are not counted, deep=true counts them"
+        text += (
+            f"; the metadata do not say how many voxels of {first_few(uncounted, _LISTED)} the crops have, so a crop "
+            "without any would count too: repeat the cellmap-inspect command with deep=true at its end to count them"
+        )
     left_out = [f"{name} ({present[name]})" for name in names if name not in chosen]
     return chosen, text + (f"; left out: {first_few(left_out, _LISTED)}" if left_out else "")
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from cellmap_lightning.crops.encodings import Unknown, check_unknown
 from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.instances.components import Connectivity
@@ -135,20 +136,24 @@ class SourceOptions:
         offsets: the offset of each channel of affinities, voxels (z, y, x); None for those in the metadata.
         channels: names of the groups that are the channels of affinities; None for the channels of one array.
         values: the meaning of stored values, see `meaning_of`.
+        unknown: the stored value of unannotated voxels of an annotation, if the metadata do not define it; see
+            `LabelOptions`.
 
     Raises:
-        CellMapError: the kind or the meaning is unknown.
+        CellMapError: the kind or the meaning is unknown, or the code of unannotated voxels is invalid.
     """
 
     kind: InputKind | None = None
     offsets: Sequence[Sequence[int]] | None = None
     channels: Sequence[str] | None = None
     values: ValuesSetting = "auto"
+    unknown: Unknown = "metadata"
 
     def __post_init__(self) -> None:
         if self.kind is not None:
             one_of("kind", self.kind, get_args(InputKind))
         check_values(self.values)
+        check_unknown(self.unknown)
 
 
 @dataclass(frozen=True)

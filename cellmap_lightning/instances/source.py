@@ -1,5 +1,6 @@
 """The prediction that is segmented: its kind, its channels and its voxels."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
+from cellmap_lightning.crops.encodings import Code, Unknown, check_unknown, code_of
 from cellmap_lightning.errors import (
     CellMapError,
     CellMapFileNotFoundError,
@@ -23,11 +25,13 @@ from cellmap_lightning.instances.predicted_channels import channels_of, target_o
 from cellmap_lightning.io.chunks import ChunkReader
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting, meaning_of
 from cellmap_lightning.io.missing_paths import similar_path
-from cellmap_lightning.io.ngff import Level, Multiscale, read_attributes, read_multiscale
+from cellmap_lightning.io.ngff import Encoding, Level, Multiscale, read_attributes, read_encoding, read_multiscale
 from cellmap_lightning.io.ngff.arrays import read_array
 from cellmap_lightning.io.store import Remote, StorePath, children, exists, parse_location
 from cellmap_lightning.prediction.output_checks import check_finished
 from cellmap_lightning.validation import did_you_mean, one_of
+
+log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 #: Keys of attributes about the values of a prediction.
@@ -133,6 +137,7 @@ def open_source(
     offsets: Sequence[Sequence[int]] | None = None,
     channels: Sequence[str] | None = None,
     values: ValuesSetting = "auto",
+    unknown: Unknown = "metadata",
 ) -> SegmentationSource:
     """Open a prediction, as ``cellmap-predict`` writes it.
 
@@ -144,11 +149,14 @@ def open_source(
         channels: names of the groups in ``location`` that are the channels of affinities, each with one; None for the
             channels of the array of the class.
         values: see `meaning_of`.
+        unknown: the stored value of unannotated voxels of an annotation, if the metadata do not define it; see
+            `LabelOptions`.
 
     Raises:
         CellMapFileNotFoundError: it does not exist.
         CellMapKeyError: there is no such class.
-        CellMapValueError: the prediction is not finished, or of a kind that cannot be segmented.
+        CellMapValueError: the prediction is not finished, or of a kind that cannot be segmented; or ``unknown`` is
+            given for values that are no labels.
     """
     if kind is not None:
         one_of("kind", kind, get_args(InputKind))
@@ -165,15 +173,20 @@ def open_source(
     images = _read_images(path, [path] if channels is None else [_child(root, channel) for channel in channels])
     notes = _joined_notes(images)
     levels = [level for image in images for level in _channels(image)]
-    kind = kind or _kind(notes, images[0], len(levels), values)
+    code = code_of(check_unknown(unknown), name)
+    number = code if isinstance(code, int) else None
+    kind = kind or _kind(notes, images[0], len(levels), values, number)
     where = f"input={location}, class={name}"
     if kind != "affinities" and len(levels) != 1:
         raise CellMapValueError(f"{where}: {len(levels)} channels are no {kind}; set kind=affinities and offsets")
     directions = _directions(where, offsets or notes.get("offsets"), len(levels)) if kind == "affinities" else ()
     readers = _readers(where, levels, name)
-    meaning = None if kind == "distance" else _meaning(images[0], name, values, kind, readers[0].dtype)
+    meaning = None if kind == "distance" else _meaning(images[0], name, values, kind, readers[0].dtype, number)
+    meaning = _with_unknown(where, meaning, images[0], code)
     scale, zero = _distance_scale(notes, readers[0].dtype)
-    record = {"input": str(path), "channels": list(channels or ()), "checksum": _identity(root)}
+    record: dict[str, Any] = {"input": str(path), "channels": list(channels or ()), "checksum": _identity(root)}
+    if code != "metadata":
+        record["unknown"] = code
     return SegmentationSource(path, name, kind, levels[0].lattice, directions, readers, meaning, scale, zero, record)
 
 
@@ -284,7 +297,9 @@ def _channels(image: Multiscale) -> list[Level]:
     return [replace(level, channel=channel) for channel in range(others[0][1])] if others else [image.finest]
 
 
-def _kind(notes: Mapping[str, Any], image: Multiscale, channels: int, values: ValuesSetting) -> InputKind:
+def _kind(
+    notes: Mapping[str, Any], image: Multiscale, channels: int, values: ValuesSetting, unknown: int | None
+) -> InputKind:
     """Return the kind of a prediction, from its metadata."""
     recorded = notes.get("kind")
     if recorded is not None:
@@ -296,19 +311,48 @@ def _kind(notes: Mapping[str, Any], image: Multiscale, channels: int, values: Va
         return _NAMES[str(recorded)]
     if channels > 1 or "offsets" in notes:
         return "affinities"
-    stored = meaning_of(image, str(image.path.name), values).kind
+    stored = meaning_of(image, str(image.path.name), values, unknown).kind
     if stored == "ids":
         raise CellMapValueError(f"{image.path}: it holds ids of objects already; segment the probabilities")
     return "mask" if stored == "mask" else "probability"
 
 
-def _meaning(image: Multiscale, name: str, values: ValuesSetting, kind: InputKind, dtype: np.dtype[Any]) -> Meaning:
+def _meaning(
+    image: Multiscale, name: str, values: ValuesSetting, kind: InputKind, dtype: np.dtype[Any], unknown: int | None
+) -> Meaning:
     """Return the meaning of stored probabilities."""
     if kind == "affinities" and values == "auto" and dtype.kind in "iu":
         return Meaning("scaled", float(np.iinfo(dtype).max))
     if kind == "affinities" and values == "auto":
         return Meaning("probability")
-    return meaning_of(image, name, values)
+    return meaning_of(image, name, values, unknown)
+
+
+def _with_unknown(where: str, meaning: Meaning | None, image: Multiscale, code: Code) -> Meaning | None:
+    """Return a meaning with the code of unannotated voxels, where the metadata leave it open.
+
+    Raises:
+        CellMapValueError: the values are no labels, of which some voxels could be unannotated.
+    """
+    if code == "metadata" or (code is None and (meaning is None or not meaning.is_labels)):
+        return meaning
+    if meaning is None or not meaning.is_labels:
+        raise CellMapValueError(
+            f"{where}: unknown={code} is the value of unannotated voxels of a mask, and the values are "
+            f"{'distances' if meaning is None else meaning.kind}; leave unknown out, or set values=mask if they are one"
+        )
+    declared = read_encoding(image, image.finest)
+    if (declared is None or declared.ambiguous) and image.finest.array.dtype.kind != "b":
+        encoding = Encoding(0 if declared is None else declared.absent, code)
+        return replace(meaning, encoding=encoding)
+    own = None if declared is None else declared.unknown
+    if code != own:
+        log.warning(
+            "%s: unknown=%s does not apply, as %s", where, "null" if code is None else code,
+            "a boolean mask has no unknown voxels" if declared is None
+            else f"the metadata define the code of unknown voxels: {'none' if own is None else own}",
+        )  # fmt: skip
+    return meaning
 
 
 def _distance_scale(notes: Mapping[str, Any], dtype: np.dtype[Any]) -> tuple[float, float]:

@@ -129,13 +129,15 @@ def prediction_attributes(name: str, kind: Kind | None, dtype: npt.DTypeLike = n
     return {"prediction": block}
 
 
-def meaning_of(image: Multiscale, name: str, setting: ValuesSetting = "auto") -> Meaning:
+def meaning_of(image: Multiscale, name: str, setting: ValuesSetting = "auto", unknown: int | None = None) -> Meaning:
     """Return the meaning of a prediction: as set, as recorded in its metadata, or inferred from its values.
 
     Args:
         image: the prediction of a class.
         name: the class, and where it lies, for messages.
         setting: see `ValuesSetting`; a kind takes precedence over the metadata.
+        unknown: the stored value of unannotated voxels, if it is known that values are labels: those of a mask or ids
+            are inferred from the other values alone. None if it is not.
 
     Raises:
         MetadataError: the metadata are malformed, or the values are ambiguous.
@@ -153,7 +155,11 @@ def meaning_of(image: Multiscale, name: str, setting: ValuesSetting = "auto") ->
         return recorded
     if dtype.kind == "b":
         return Meaning("mask")
-    kind, reason = _inferred(_read_range(image.finest, name), dtype, f"{name}: {image.finest.path}", label)
+    where = f"{name}: {image.finest.path}"
+    if unknown is not None:
+        kind, reason = _inferred_labels(_read_range(image.finest, name, unknown), dtype, where, unknown)
+    else:
+        kind, reason = _inferred(_read_range(image.finest, name), dtype, where, label)
     log.info("%s: the metadata do not record the meaning of its values; %s: read as %s", name, reason, kind)
     return Meaning(kind, _one(kind, dtype))
 
@@ -228,8 +234,8 @@ class _Range:
         )  # fmt: skip
 
 
-def _read_range(level: Level, name: str) -> _Range:
-    """Read the range of the values of an array, chunk by chunk."""
+def _read_range(level: Level, name: str, without: int | None = None) -> _Range:
+    """Read the range of the values of an array, chunk by chunk, apart from one value."""
     reader = open_reader(level, name, empty="missing")
     most = max(1, _MOST_VOXELS // math.prod(level.array.files))
     files = sorted(reader.stored())
@@ -238,15 +244,16 @@ def _read_range(level: Level, name: str) -> _Range:
     values = _Range(low=0, high=0)
     for file in files:
         for start, shape in reader.chunks_of(file):
-            values |= _range_of(reader.read(start, shape))
+            stored = reader.read(start, shape)
+            values |= _range_of(stored if without is None else stored[stored != without])
     return values
 
 
 def _range_of(stored: npt.NDArray[Any]) -> _Range:
     if stored.dtype.kind == "f":
         stored = stored[np.isfinite(stored)]
-        if not stored.size:
-            return _Range()
+    if not stored.size:
+        return _Range()
     low, high = float(stored.min()), float(stored.max())
     if low == high == 0:
         return _Range(0, 0)
@@ -293,6 +300,29 @@ def _inferred(seen: _Range, dtype: np.dtype[Any], where: str, label: str) -> tup
         f"{where} holds {text}, and its metadata do not record their meaning; set {settings}, or for this class alone "
         f"values={{{label}: {kinds[0]}}}"
     )
+
+
+def _inferred_labels(seen: _Range, dtype: np.dtype[Any], where: str, unknown: int) -> tuple[Kind, str]:
+    """Return the kind of labels, whose voxels of one value are unannotated, and the reason.
+
+    Args:
+        seen: range of the other values.
+        dtype: their stored type.
+        where: name and path of the array, for messages.
+        unknown: the value of unannotated voxels.
+
+    Raises:
+        MetadataError: the values are no labels.
+    """
+    text = f"{dtype} values from {seen.low:g} to {seen.high:g}, apart from unknown={unknown}"
+    if seen.low < 0 or not seen.whole:
+        raise MetadataError(
+            f"{where} holds {text}, which are no labels; unknown is the value of unannotated voxels of masks and ids: "
+            "leave it out, or give the value that the labels have there"
+        )
+    if seen.high <= 1 or not (seen.between or seen.one):
+        return "mask", text
+    return "ids", text
 
 
 class WrittenMeaning:

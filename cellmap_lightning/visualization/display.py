@@ -83,7 +83,7 @@ def prediction_title(kind: TargetKind | None) -> str:
     """Return the title of predictions of a kind."""
     if kind is not None and kind.name in ("affinities", "lsd", "flow", "skeleton_distance"):
         return "prediction"
-    return "prediction > 0" if kind is not None and kind.name == "sdt" else "prediction > 0.5"
+    return "prediction ≥ 0" if kind is not None and kind.name == "sdt" else "prediction ≥ 0.5"
 
 
 def _instances(ids: Tensor) -> Display:

@@ -77,7 +77,7 @@ def test_a_list_of_crops_is_scored_in_one_table(folder):
     assert {"crop1", "crop3"} <= {row["crop"] for row in csv.DictReader((folder / "csc.csv").read_text().splitlines())}
     code, text = evaluate(folder, "prediction=pred.zarr", "out=other", truth="[crops,crops/crop1]")
     assert code == 1, text
-    assert "truth: two folders hold a crop crop1, crops/crop1 and crops/crop1; give one" in text
+    assert "truth: the crop crop1 is given twice, as crops/crop1 and crops/crop1; give it once" in text
 
 
 def test_scores_of_the_prediction_are_no_obstacle(folder):

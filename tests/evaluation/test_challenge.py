@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import zipfile
 from pathlib import Path
@@ -248,11 +249,17 @@ def test_predict_and_submit_test_crops_from_the_command_line(checkpoint, layout,
         row(8, "er", step, (301.3, 302.0, 602.0), shape), row(8, "np", step, (301.3, 302.0, 602.0), shape),
     )  # fmt: skip
     overrides = [f"ckpt={checkpoint}", "crops=test", f"manifest={listed}", f"search_path={layout}", "trainer=cpu"]
+    there = tmp_path / "predictions" / "jrc_a.zarr"
     for finished in (0, 2):  # the second run finds both crops done
         code, errors = run_forked(*overrides, cwd=tmp_path, command="predict")
         assert code == 0, errors
         assert errors.count(": complete already: ") == finished  # once for each crop
-    there = tmp_path / "predictions" / "jrc_a.zarr"
+        assert errors.count("context: ") == 1
+        # The voxels of both crops before the first, and an estimate where something was computed.
+        assert re.findall(r"2 crops, ([\d,]+) voxels in all|of (2 crops) done; about \d+ \w+ left", errors) == [
+            (f"{sum(read(there / crop / 'er' / 's0').size for crop in ('crop7', 'crop8')):,}", ""),
+            *([] if finished else [("", "2 crops")]),
+        ]
     assert sorted(p.parent.name + "/" + p.name for p in there.glob("*/[!.]*") if p.is_dir()) == [
         "crop7/OME", "crop7/er", "crop7/mito", "crop8/OME", "crop8/er",
     ]  # fmt: skip

@@ -34,7 +34,7 @@ def scene(tmp_path_factory):
 
 
 def unboxed(scores):
-    return [replace(s, crop="", box=None, trained=None, voxels=replace(s.voxels, crop="")) for s in scores]
+    return [replace(s, crop="", box=None, trained=None, folder=None, voxels=replace(s.voxels, crop="")) for s in scores]
 
 
 def test_scores_of_a_box_are_those_of_a_smaller_crop(scene):
@@ -43,7 +43,7 @@ def test_scores_of_a_box_are_those_of_a_smaller_crop(scene):
         boxed = evaluate(
             folder / "pred.zarr", whole, CLASSES, scores=("voxels", "surface"), box=CropBox.parse(box)
         )  # fmt: skip
-        assert [score.label for score in boxed] == ["crop1 [288:688 224:608 192:752 nm]"] * 2
+        assert [score.label for score in boxed] == ["crop1 [z y x 288:688 224:608 192:752 nm]"] * 2
         small = evaluate(folder / "pred.zarr", part, CLASSES, scores=("voxels", "surface"))
         assert unboxed(boxed) == unboxed(small)
         assert 0 < boxed[0].voxels.dice < 1
@@ -109,7 +109,7 @@ def test_files_name_the_box(scene, tmp_path):
     with (tmp_path / "s.csv").open() as file:
         assert [row["box"] for row in csv.DictReader(file)] == ["288:688 224:608 192:752 nm"] * 2
     assert json.loads((tmp_path / "s.json").read_text())[0]["box"] == "288:688 224:608 192:752 nm"
-    assert "crop1 [288:688 224:608 192:752 nm]" in score_files.table(scores)
+    assert "crop1 [z y x 288:688 224:608 192:752 nm]" in score_files.table(scores)
     assert (tmp_path / "worst.png").stat().st_size > 10_000
 
 

@@ -6,10 +6,13 @@ import torch
 
 from cellmap_lightning import CellMapError
 from cellmap_lightning.geometry.placement import Window
+from cellmap_lightning.io.meanings import Meaning
 from cellmap_lightning.transforms.kinds.registry import make_kind
 from cellmap_lightning.visualization.display import display, display_prediction, prediction_title
 from cellmap_lightning.visualization.figures import SheetSample, contact_sheet
 from cellmap_lightning.visualization.figures.canvas import as_pixels
+from cellmap_lightning.visualization.figures.samples import SampleArrays
+from cellmap_lightning.visualization.figures.slices import best_slice
 
 NAN = float("nan")
 SHAPE = (3, 8, 9)
@@ -39,7 +42,7 @@ def test_distances_are_outlined_at_zero():
     assert shown.picture is None
     assert (shown.masks > 0.5).sum() == (values > 0).sum()
     assert shown.masks[0, 0, 0, 0].isnan()
-    assert prediction_title(kind_of("sdt", nm=20)) == "prediction > 0"
+    assert prediction_title(kind_of("sdt", nm=20)) == "prediction ≥ 0"
 
 
 def test_affinities_are_red_green_and_blue():
@@ -99,3 +102,13 @@ def test_pictures_that_do_not_fit_are_refused(picture):
         CellMapError, match=r"a picture of (target|prediction) needs an array .* beside it and the shape"
     ):
         contact_sheet([sample], ["mito"])
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.49, False), (0.5, True), (0.51, True), (float("nan"), False)])
+def test_a_voxel_at_the_threshold_is_outlined_as_predictions_store_it(value, shown):
+    values = np.zeros((1, 3, 8, 8), np.float32)
+    values[0, 2] = value
+    assert Meaning("probability").present(values, 0.5).any() == shown
+    assert (best_slice(None, values, (3, 8, 8)) == 2) == shown
+    arrays = SampleArrays(np.zeros((3, 8, 8)), {"prediction": values}, (8.0, 8.0, 8.0))
+    assert arrays.occurring == ({0} if shown else set())

@@ -88,7 +88,7 @@ class SampleArrays:
     @property
     def occurring(self) -> set[int]:
         """Classes with a voxel in target or prediction."""
-        return {c for stack in self.stacks.values() for c, mask in enumerate(stack) if (mask > THRESHOLD).any()}
+        return {c for stack in self.stacks.values() for c, mask in enumerate(stack) if (mask >= THRESHOLD).any()}
 
     @cached_property
     def annotated(self) -> tuple[int, ...]:
@@ -110,7 +110,7 @@ class SampleArrays:
             partly = {c: mask for c, mask in differing.items() if mask.any()}
         return Cut(
             raw=self.raw[index],
-            masks={name: plane > THRESHOLD for name, plane in planes.items()},
+            masks={name: plane >= THRESHOLD for name, plane in planes.items()},
             unknown=unknown,
             partly=partly,
             nm=(sy, sx) if len(index) == 1 else (sz, sx),

@@ -79,7 +79,7 @@ def contact_sheet(
     title: str | None = None,
     max_rows: int = 6,
     overlay: Overlay = "outline",
-    predicted: str = f"prediction > {THRESHOLD:g}",
+    predicted: str = f"prediction ≥ {THRESHOLD:g}",
     colors: Sequence[str] | None = None,
 ) -> "Figure":
     """Draw samples with the outlines of targets and predictions.

@@ -91,7 +91,7 @@ def best_slice(target: FloatArray | None, prediction: FloatArray | None, shape: 
         classes, voxels = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
         if stack is not None:
             for channel in stack:  # one class at a time: a patch with 48 classes is large
-                inside = (channel > THRESHOLD).sum(axis=(1, 2))
+                inside = (channel >= THRESHOLD).sum(axis=(1, 2))
                 classes += inside > 0
                 voxels += inside
                 if stack is target:
