@@ -95,9 +95,9 @@ def test_target_is_solid_prediction_dashed_in_the_color_of_the_class():
     assert any(str(g).startswith("prediction:") for g in gids)
 
 
-def test_prediction_threshold_is_above_one_half():
+def test_a_prediction_is_outlined_from_one_half_on():
     probability = np.zeros((1, 4, 4))
-    probability[0, 0, 0], probability[0, 2, 2] = 0.5, 0.51
+    probability[0, 0, 0], probability[0, 2, 2] = 0.499, 0.5
     figure = contact_sheet([SheetSample(np.zeros((4, 4)), None, probability, (8, 8))], ["mito"])
     (line,) = by_gid(panel(figure, "0:prediction"), "prediction:mito")
     assert len(line.get_path()) == 5
