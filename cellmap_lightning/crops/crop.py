@@ -428,15 +428,21 @@ class Crop:
         hidden = self.hidden(place, wide, turn, warp)
         self.labels.read_into(name, place, turn, out, spec.kind, wide, hidden, warp)
         if advance is not None:
-            spec.kind.forget(out, self.voxels_before(window, advance))
+            spec.kind.forget(out, self.voxels_before(window, advance, place))
 
-    def voxels_before(self, window: Window, advance: FloatArray) -> list[int]:
-        """Return the voxels along each axis of a patch that the previous tile covers; see `Placement.advance`.
+    def voxels_before(self, window: Window, advance: FloatArray, place: Shape) -> list[int]:
+        """Return the voxels along each axis of a tile that the previous one covers, or that lie before the crop.
 
-        Voxels whose centres lie in it are unknown in the targets, so that no voxel is evaluated twice.
+        These are unknown in the targets, so that no voxel is evaluated twice: those whose centres lie in the previous
+        tile, see `Placement.advance`, and those whose centres lie on the crop's lower edge. These show the voxel above
+        it, as those on an edge inside the crop show the one below.
         """
-        before = np.ceil(window.shape - advance[list(self.plane.axes)] / window.scale - 0.5 - LATTICE_TOLERANCE)
-        counts: list[int] = before.clip(0).astype(int).tolist()
+        axes = list(self.plane.axes)
+        covered = np.ceil(window.shape - advance[axes] / window.scale - 0.5 - LATTICE_TOLERANCE)
+        center = self.placement.first + self.placement.step * place
+        edge = (self.box.lower - center)[axes] / window.scale + np.divide(window.shape, 2)
+        before = np.floor(edge + 0.5 + LATTICE_TOLERANCE)
+        counts: list[int] = np.maximum(covered, before).clip(0, window.shape).astype(int).tolist()
         return counts
 
     def hidden(

@@ -114,7 +114,7 @@ def describe(
         if parts is None:
             return None
         pieces += parts
-    before = () if advance is None else tuple(crop.voxels_before(window, advance))
+    before = () if advance is None else tuple(crop.voxels_before(window, advance, place))
     return Description(tuple(pieces), unknown, before, target.kind)
 
 

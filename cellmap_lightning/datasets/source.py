@@ -23,6 +23,7 @@ from cellmap_lightning.cache.region import Region
 from cellmap_lightning.cache.region_store import RegionStore
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.crops.remote_arrays import fetch_counted, fetch_read
+from cellmap_lightning.datasets.left_out import report_left_out
 from cellmap_lightning.datasets.requests import Request, current_request, requesting
 from cellmap_lightning.errors import CellMapIndexError
 from cellmap_lightning.geometry.lattice import AXES, FloatArray, Shape
@@ -188,7 +189,12 @@ class SampleSource(Dataset[dict[str, torch.Tensor]]):
         return Draw(sample, self._offsets[crop] + placement.tile(local), None, placement.advance(local))
 
     def tile_order(self) -> TileOrder:
-        """Return all tiles, in an order with every prefix spread over all crops."""
+        """Return all tiles, in an order with every prefix spread over all crops; log once what they leave out."""
+        return self._tile_order
+
+    @cached_property
+    def _tile_order(self) -> TileOrder:
+        report_left_out(self.crops, self.describe())
         return TileOrder([crop.placement.tiles_along for crop in self.crops])
 
     def select_tiles(self, count: int, seed: int) -> Sequence[int]:

@@ -92,6 +92,10 @@ class Placement:
         array. With ``pad`` the last of them may end less than a voxel beyond the box. No step is longer than the
         smallest of ``windows``, so that tiles leave no gap.
 
+        With ``cover``, patches reach over the edges of the box instead of staying off them where the lattice begins
+        elsewhere, and steps are whole numbers of voxels of every one of ``windows``, so that overlapping tiles show the
+        same voxels. A lattice that does not allow it makes way for the next finer one.
+
         Args:
             box: what is annotated, or the whole volume; nm.
             windows: patches that must lie in it.
@@ -99,7 +103,7 @@ class Placement:
             pad: allow boxes smaller than a window.
             label: name of the box, for messages.
             limits: further boxes; each must contain its window at every position (raw volumes).
-            cover: only the smallest of ``windows`` must lie inside, so that it reaches the edges.
+            cover: tiles of the smallest of ``windows`` cover the box; larger ones reach beyond it.
 
         Raises:
             CellMapValueError: a window is larger than its box and ``pad`` is off.
@@ -108,22 +112,23 @@ class Placement:
         for axis in range(3):
             smallest = min(float(w.extent[axis]) for w in windows)
             extent = smallest if cover else max(float(w.extent[axis]) for w in windows)
-            s, anchor = _voxel_step(axis, windows, arrays, smallest)
-            low, high, holds = _center_range(axis, box, extent, pad, limits, label, s * LATTICE_TOLERANCE)
-            tied = anchor is not None
-            anchor = box.lower[axis] + extent / 2 if anchor is None else anchor
-            # Centres are anchor + k * s for whole numbers k.
-            k_low = math.ceil((low - anchor) / s - LATTICE_TOLERANCE)
-            k_high = math.floor((high - anchor) / s + LATTICE_TOLERANCE)
-            if pad and not tied and not holds:  # the last patch may extend less than a voxel beyond the box
-                k_high = math.ceil((high - anchor) / s - LATTICE_TOLERANCE)
-            if k_high < k_low:  # no position on the lattice lets the patch in: it is centred in its range
-                anchor, k_low, k_high = (low + high) / 2, 0, 0
-            first.append(anchor + k_low * s)
-            step.append(s)
-            counts.append(k_high - k_low + 1)
-            strides.append(max(1, math.floor(smallest / s + LATTICE_TOLERANCE)))
-            held.append(holds and smallest >= box.extent[axis] - s * LATTICE_TOLERANCE)
+            tied = _tied_lattices(axis, arrays, smallest)
+            free = min(smallest, max(float(w.scale[axis]) for w in windows)), box.lower[axis] + extent / 2
+            ties = [*tied, free]
+            slack = ties[0][0] * LATTICE_TOLERANCE
+            low, high, holds = _center_range(axis, box, extent, pad, limits, label, slack)
+            held.append((cover or holds) and smallest >= box.extent[axis] - slack)
+            if not cover:
+                # With pad, the last patch off the lattices may extend less than a voxel beyond the box.
+                centers = _inside(low, high, ties[0], pad and not tied and not holds)
+            elif held[-1]:
+                centers = _holding(low, high, ties)
+            else:
+                centers = _covering(low, high, ties, [float(w.scale[axis]) for w in windows], smallest)
+            first.append(centers[0])
+            step.append(centers[1])
+            counts.append(centers[2])
+            strides.append(max(1, math.floor(smallest / centers[1] + LATTICE_TOLERANCE)))
         return cls(
             np.asarray(first), np.asarray(step), (counts[0], counts[1], counts[2]),
             (strides[0], strides[1], strides[2]), (held[0], held[1], held[2]),
@@ -172,6 +177,12 @@ class Placement:
         """
         return self.index([self._along(axis, at) for axis, at in enumerate(self._tile_place(number))])
 
+    def left_out(self, box: Box, window: Window) -> float:
+        """Return the share of a box that lies in no tile of ``window``, which is at least as large as the smallest."""
+        lower = np.maximum(box.lower, self.centers.lower - window.extent / 2)
+        upper = np.minimum(box.upper, self.centers.upper + window.extent / 2)
+        return 1 - float(np.prod(np.clip((upper - lower) / box.extent, 0, 1)))
+
     def advance(self, number: int) -> FloatArray:
         """Return the distance of a tile from the one before it along z, y and x, nm; infinity for the first.
 
@@ -210,18 +221,21 @@ class Placement:
         return self.counts[axis] // 2 if self.held[axis] else min(at * self.stride[axis], self.counts[axis] - 1)
 
 
-def _voxel_step(
-    axis: int, windows: Sequence[Window], arrays: Sequence[tuple[Window, Lattice]], smallest: float
-) -> tuple[float, float | None]:
-    """Return the distance of neighbouring centres, and one centre on the lattice; None for it where none has the scale.
+#: A step and one centre of a lattice along an axis, nm.
+_Ties = list[tuple[float, float]]
+#: Lowest centre and step along an axis, nm, and number of centres.
+_Centers = tuple[float, float, int]
 
-    The lattice is the coarsest of ``arrays`` that has the voxel size of its window, the first of equals.
+
+def _tied_lattices(axis: int, arrays: Sequence[tuple[Window, Lattice]], smallest: float) -> _Ties:
+    """Return step and one centre of each lattice of ``arrays`` that has the voxel size of its window, coarsest first.
+
+    Of lattices with equal steps only the first of ``arrays`` is returned.
 
     Args:
         axis: 0, 1 or 2.
-        windows: shapes and resolutions of the patches.
         arrays: the arrays, with the window that each is read by.
-        smallest: extent of the smallest window, nm; the step is not longer.
+        smallest: extent of the smallest patch, nm; no step is longer.
     """
     tied = [
         (lattice.step[axis], lattice.box.lower[axis] + w.extent[axis] / 2)
@@ -230,11 +244,79 @@ def _voxel_step(
         and abs(lattice.step[axis] / w.scale[axis] - 1) * w.shape[axis] < LATTICE_TOLERANCE
         and lattice.step[axis] < smallest * (1 + LATTICE_TOLERANCE)
     ]
-    if not tied:
-        return min(smallest, max(float(w.scale[axis]) for w in windows)), None
-    coarsest = max(step for step, _ in tied)
-    # The same voxel size may be stored with different float noise, hence the tolerance.
-    return next((step, anchor) for step, anchor in tied if step > coarsest * (1 - LATTICE_TOLERANCE))
+    distinct: _Ties = []
+    while tied:
+        coarsest = max(step for step, _ in tied)
+        # The same voxel size may be stored with different float noise, hence the tolerance.
+        equal = [tie for tie in tied if tie[0] > coarsest * (1 - LATTICE_TOLERANCE)]
+        distinct.append(equal[0])
+        tied = [tie for tie in tied if tie not in equal]
+    return distinct
+
+
+def _inside(low: float, high: float, tie: tuple[float, float], beyond: bool) -> _Centers:
+    """Return the centres of a lattice from ``low`` to ``high``, nm; with ``beyond`` one more unless the last is there.
+
+    Where the lattice has none, it is the middle.
+    """
+    s, anchor = tie
+    # Centres are anchor + k * s for whole numbers k.
+    k_low = math.ceil((low - anchor) / s - LATTICE_TOLERANCE)
+    k_high = math.floor((high - anchor) / s + LATTICE_TOLERANCE)
+    if beyond:
+        k_high = math.ceil((high - anchor) / s - LATTICE_TOLERANCE)
+    if k_high < k_low:
+        return (low + high) / 2, s, 1
+    return anchor + k_low * s, s, k_high - k_low + 1
+
+
+def _holding(low: float, high: float, ties: _Ties) -> _Centers:
+    """Return the centres from ``low`` to ``high``, nm, of the first lattice that has any; the last one has."""
+    low, high = min(low, high), max(low, high)
+    for s, anchor in ties:
+        if math.ceil((low - anchor) / s - LATTICE_TOLERANCE) <= math.floor((high - anchor) / s + LATTICE_TOLERANCE):
+            return _inside(low, high, (s, anchor), False)
+    return _inside(low, high, ties[-1], False)
+
+
+def _covering(low: float, high: float, ties: _Ties, voxels: Sequence[float], smallest: float) -> _Centers:
+    """Return centres of which the first is at most ``low`` and the last at least ``high``, nm.
+
+    Args:
+        low: centre of a patch at the lower edge of the box.
+        high: that of one at its upper edge.
+        ties: step and one centre of each lattice, the preferred one first; the last one is that of the box.
+        voxels: voxel sizes of the patches.
+        smallest: extent of the smallest patch; no step is longer.
+    """
+    commons = [common_step(s, voxels, smallest) for s, _ in ties]
+    number = next((n for n, common in enumerate(commons) if common is not None), len(ties) - 1)
+    s, anchor = ties[number]
+    # Without a common multiple, tiles are in steps of the largest voxel: of the others, they share parts of voxels.
+    step = commons[number] or s
+    first = anchor + math.floor((low - anchor) / s + LATTICE_TOLERANCE) * s
+    return first, step, max(0, math.ceil((high - first) / step - LATTICE_TOLERANCE)) + 1
+
+
+def common_step(base: float, voxels: Sequence[float], longest: float) -> float | None:
+    """Return the smallest multiple of ``base`` that is a whole number of each of ``voxels``; None if it is too long.
+
+    Args:
+        base: nm.
+        voxels: voxel sizes, nm.
+        longest: longest step, nm.
+
+    Example:
+        >>> common_step(16, [8, 12], 256)
+        48.0
+        >>> common_step(16, [7.3], 64)
+    """
+    multiples = base * np.arange(1, math.floor(longest / base + LATTICE_TOLERANCE) + 1)
+    ratios = multiples[:, None] / np.asarray(voxels)
+    # Each of two voxel sizes may miss its whole number by the tolerance, over the length of a patch.
+    drift = np.abs(ratios / np.maximum(np.rint(ratios), 1) - 1) * (longest / np.asarray(voxels))
+    fits = np.flatnonzero((drift < 2 * LATTICE_TOLERANCE).all(axis=1))
+    return float(multiples[fits[0]]) if len(fits) else None
 
 
 def _center_range(

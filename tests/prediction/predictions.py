@@ -62,7 +62,7 @@ def raw_volume(folder, shape, dtype="uint8", **kwargs):
 def module(path, patch, classes=("a",), **kwargs):
     spec = {"shape": list(patch), "scale": list(SCALE)}
     given: dict[str, Any] = {"datasets": {"predict": [{"raw": str(path)}]}, "batch_size": 3}
-    return CellMapDataModule(list(classes), {"raw": spec}, **(given | kwargs))
+    return CellMapDataModule(list(classes), **({"input_arrays": {"raw": spec}} | given | kwargs))
 
 
 def predict(path, patch, output, model=None, classes=("a",), world=1, data=None, limit=None, **kwargs):

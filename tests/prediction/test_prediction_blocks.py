@@ -133,3 +133,20 @@ def test_real_volume_is_reproduced(real_volume, tmp_path):
         run.predict(Identity(), datamodule=data)
     assert np.array_equal(read(tmp_path / "out.zarr"), zarr.open_array(str(level.path), mode="r")[...])
     assert read_multiscale(tmp_path / "out.zarr" / "a").finest.lattice.matches(level.lattice)
+
+
+@pytest.mark.parametrize(("blend", "times"), [("trim", 2), ("average", 3), ("trim", 4)])
+def test_blocks_have_no_gaps_beside_a_coarser_input(tmp_path, blend, times):
+    """The coarser input is stored at twice and four times the voxel size; the region begins off its voxels."""
+    path, values = raw_volume(tmp_path, (19, 41, 40), levels=3)
+    patch, out = (8, 16, 16), tmp_path / "out.zarr"
+    context = {"shape": list(patch), "scale": np.multiply(SCALE, times).tolist()}
+    data = {"input_arrays": {"raw": {"shape": list(patch), "scale": list(SCALE)}, "context": context}}
+    lower, upper = (3, 3, 5), (18, 38, 40)
+    region = {
+        axis: [t + (a - 0.5) * s, t + (b - 0.5) * s]
+        for axis, t, s, a, b in zip("zyx", TRANSLATION, SCALE, lower, upper, strict=True)
+    }
+    predict(path, patch, out, data=data, blend=blend, overlap=0.25, region=region, check_context=False)
+    expected = values[tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))] / 255
+    np.testing.assert_allclose(read(out), expected, atol=1e-6)
