@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from cellmap_lightning.conversion.empty_sections import report_empty_sections
 from cellmap_lightning.conversion.journal import Block, ConversionJournal
 from cellmap_lightning.conversion.label_like import MOST_VALUES, few_values, report_few_values
 from cellmap_lightning.conversion.options import ConversionOptions
@@ -124,6 +125,7 @@ def _convert(output: Path, level: Level, options: ConversionOptions, scheduler: 
             image.write(scheduler, opened(image.path, image.settings))
         write_group(output, {"cellmap": record_of(settings)}, options.zarr_format)
         journal.finish()
+    report_empty_sections(output, names, options)
 
 
 def _check_ids(level: Level, options: ConversionOptions) -> None:
