@@ -212,9 +212,9 @@ class _Image:
         size = " x ".join(f"{length:g}" for length in self.level.lattice.step)
         box = " ".join(f"{axis} {a:g}..{b:g}" for axis, (a, b) in self.level.lattice.box.as_dict().items())
         log.info(
-            "%s: %s voxels of %s nm (z, y, x) as %s, box %s nm", name, list(self.reader.shape), size,
-            self.levels.values.dtype, box,
-        )  # fmt: skip
+            "%s: %s voxels of %s nm (z, y, x) as %s", name, list(self.reader.shape), size, self.levels.values.dtype
+        )
+        log.info("%s: box %s nm", name, box)
         for number in range(self.pyramid.levels):
             if not any((self.path / f"s{number}" / name).is_file() for name in (".zarray", "zarr.json")):
                 self.levels.create("", number, None)
