@@ -17,6 +17,8 @@ from cellmap_lightning.validation import one_of
 
 #: Samples that are read for each one that is drawn.
 _CANDIDATES = 4
+#: Legend of the unknown voxels of tiles, each voxel of a crop being scored once.
+_TILED = "scored in another tile, or unknown for every class"
 
 
 def main() -> Any:
@@ -30,6 +32,7 @@ def _candidates(samples: Any) -> int | None:
 
 
 def _preview(configs: list[DictConfig]) -> None:
+    from cellmap_lightning.visualization.figures.legend import UNKNOWN_TEXT
     from cellmap_lightning.visualization.preview import collect, write
 
     quieten()
@@ -47,7 +50,8 @@ def _preview(configs: list[DictConfig]) -> None:
         loader = getattr(data, f"{cfg.split}_dataloader")()
         previews = collect(loader, cfg.samples, cfg.epoch, cfg.serve, _candidates(cfg.samples))
         title = f"{cfg.split}, epoch {cfg.epoch}, seed {cfg.seed}"
-        files = write(previews, data.classes or (), out, title, cfg.overlay, cfg.html)
+        unknown = UNKNOWN_TEXT if cfg.split == "train" else _TILED
+        files = write(previews, data.classes or (), out, title, cfg.overlay, cfg.html, unknown)
     links.write_text("\n\n".join(f"{p.sample.header}\n{p.napari}\n{p.neuroglancer}" for p in previews) + "\n")
     width = shutil.get_terminal_size().columns
     for preview in previews:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cellmap_lightning.commands.signals import ExitOnSignal
+from cellmap_lightning.crops.section_gaps import fits_memory, gaps_text, section_facts, unknown_setting
 from cellmap_lightning.errors import CellMapError, CellMapValueError, MissingExtraError
 from cellmap_lightning.instances.options import SegmentationOptions, SourceOptions, StorageOptions
 from cellmap_lightning.instances.picture import draw_objects
@@ -66,6 +67,7 @@ def segment(
         class_name, options = _tuned(tuned, class_name, explicit)
         source = replace(source, **{key: options.pop(key, None) for key in SOURCE_KEYS})
     opened = open_source(input, class_name, source.kind, source.offsets, source.channels, source.values, source.unknown)
+    _report_empty_sections(opened)
     if picture and raw is not None:
         read_image(raw)  # an error now rather than after the segmentation
     files = StorageOptions(overwrite=overwrite, **(storage or {}))
@@ -76,6 +78,29 @@ def segment(
     if picture:
         _draw(opened, summary, raw, input)
     return summary
+
+
+def _report_empty_sections(source: SegmentationSource) -> None:
+    """Log the sections of an annotation without a voxel of the class whose objects continue on both sides.
+
+    Raises:
+        ChunkError: the annotation cannot be read.
+    """
+    if source.annotation is None or source.meaning is None:
+        return
+    level = source.readers[0].level
+    if not fits_memory(level):
+        log.info("%s: not searched for empty sections; cellmap-inspect deep=true does", source.path)
+        return
+    gaps = section_facts(level, source.meaning.encoding, source.name).gaps
+    if gaps:
+        setting = unknown_setting({255: source.name})
+        log.warning(
+            "%s: no voxel of %s in section %s, counted from 0, though objects continue on both sides and are cut "
+            "there; annotate these sections, or make them unknown: in a mask from Fiji fill them with %s, and convert "
+            "it with %s",
+            source.path, source.name, gaps_text(gaps, source.lattice.box.lower[0], source.lattice.step[0]), *setting,
+        )  # fmt: skip
 
 
 def _draw(source: SegmentationSource, summary: SegmentationSummary, raw: str | None, prediction: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from cellmap_lightning.conversion.empty_sections import report_empty_sections
 from cellmap_lightning.conversion.journal import Block, ConversionJournal
 from cellmap_lightning.conversion.label_like import MOST_VALUES, few_values, report_few_values
 from cellmap_lightning.conversion.options import ConversionOptions
@@ -125,6 +126,7 @@ def _convert(output: Path, level: Level, options: ConversionOptions, scheduler: 
             image.write(scheduler, opened(image.path, image.settings))
         write_group(output, {"cellmap": record_of(settings)}, options.zarr_format)
         journal.finish()
+    report_empty_sections(output, names, options)
 
 
 def _check_ids(level: Level, options: ConversionOptions) -> None:
@@ -211,9 +213,9 @@ class _Image:
         size = " x ".join(f"{length:g}" for length in self.level.lattice.step)
         box = " ".join(f"{axis} {a:g}..{b:g}" for axis, (a, b) in self.level.lattice.box.as_dict().items())
         log.info(
-            "%s: %s voxels of %s nm (z, y, x) as %s, box %s nm", name, list(self.reader.shape), size,
-            self.levels.values.dtype, box,
-        )  # fmt: skip
+            "%s: %s voxels of %s nm (z, y, x) as %s", name, list(self.reader.shape), size, self.levels.values.dtype
+        )
+        log.info("%s: box %s nm", name, box)
         for number in range(self.pyramid.levels):
             if not any((self.path / f"s{number}" / name).is_file() for name in (".zarray", "zarr.json")):
                 self.levels.create("", number, None)

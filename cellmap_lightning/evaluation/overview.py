@@ -148,7 +148,9 @@ def samples_of(
         if shape != overview.shape:
             center = _densest_places(masks, lattice, overview.shape)[0]
             shown = _masks(output, classes, overview, center, threshold)
-            samples.append(_sample(raw, overview, center, shown, None, _overview_header(overview, lattice), metadata))
+            samples.append(
+                _sample(raw, overview, center, shown, None, _overview_header(overview, lattice, center), metadata)
+            )
     folders = [crops] if isinstance(crops, Path) else list(crops or ())
     places = _annotated_places(classes, lattice, shape, folders, trained, entries)
     if not places:
@@ -245,11 +247,13 @@ def _masks(output: Path, classes: Sequence[str], patch: Lattice, center: FloatAr
     return masks
 
 
-def _overview_header(overview: Lattice, lattice: Lattice) -> str:
+def _overview_header(overview: Lattice, lattice: Lattice, center: FloatArray) -> str:
     if overview.shape == lattice.shape:
         return "whole prediction"
     part, whole = (" × ".join(map(str, lattice.shape)) for lattice in (overview, lattice))
-    return f"overview, {part} of {whole} voxels (z, y, x)"
+    lower, upper = (center + sign * np.multiply(overview.shape, overview.step) / 2 for sign in (-1, 1))
+    box = " ".join(f"{axis} {a:.0f}..{b:.0f}" for axis, a, b in zip(AXES, lower, upper, strict=True))
+    return f"overview, {part} of {whole} voxels (z, y, x), where most was predicted: {box} nm"
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,14 +58,17 @@ class Costs:
     unknown: str | None = None
 
 
-def compute_costs(data: CellMapDataModule, settings: Mapping[str, Any], device_bytes: int, deep: bool) -> Costs:
+def compute_costs(
+    data: CellMapDataModule, settings: Mapping[str, Any], device_bytes: int, deep: bool, counts: bool
+) -> Costs:
     """Compute the costs of a configuration.
 
     Args:
         data: its data module.
         settings: the arguments of the data module.
         device_bytes: memory of the CUDA device for which prefetching is decided.
-        deep: read some samples, and count voxels where the metadata has no counts.
+        deep: read some samples.
+        counts: count voxels where the metadata has no counts.
 
     Raises:
         CellMapError: the configuration does not fit the data.
@@ -77,7 +80,7 @@ def compute_costs(data: CellMapDataModule, settings: Mapping[str, Any], device_b
     regions = {r.digest(): r.layout.nbytes for s in splits.values() for crop in s.crops for r in crop.regions}
     sampling: dict[str, Any] = {}
     if "train" in splits and splits["train"].layout.targets:
-        sampling = dict(_sampling(splits["train"], deep))
+        sampling = dict(_sampling(splits["train"], deep, counts))
     left_out = {split: len(data.splits.left_out.get(split, ())) for split in splits}
     return Costs(
         batch_size=data.batch_size,
@@ -117,10 +120,10 @@ def _prefetch(memory: BatchMemory, device_bytes: int) -> dict[str, str]:
     }
 
 
-def _sampling(train: SampleSource, deep: bool) -> Iterator[tuple[str, Any]]:
+def _sampling(train: SampleSource, deep: bool, counts: bool) -> Iterator[tuple[str, Any]]:
     """Yield attributes of `Costs` on strategy and frequencies of classes."""
     yield "strategy", repr(train.strategy)
-    if not deep and not all(crop.labels.counted for crop in train.crops):
+    if not counts and not all(crop.labels.counted for crop in train.crops):
         yield "unknown", "some metadata has no voxel counts of classes; deep=true counts them"
     else:
         has_class = train.crop_table.counts > 0

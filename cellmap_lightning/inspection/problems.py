@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cellmap_lightning.crops.section_gaps import gaps_text
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.geometry.lattice import AXES, SCALE_TOLERANCE, Box, Vector, to_vector
 from cellmap_lightning.inspection.facts import CropFacts, VolumeFacts
@@ -27,6 +28,12 @@ CONTRAST_RATIO = 2.0
 PROPOSED_CUT = (
     "no crop validates; the proposal sets data.split to blocks, which cuts a part of each crop for validation, see "
     "docs/data.md"
+)
+#: End of the text about empty sections, with the place of the class.
+_GAPS_ADVICE = (
+    "counted from 0, though objects continue on both sides; annotate them there, or mark the sections as unknown: in a "
+    "mask from Fiji fill them with 128, and convert it with 'classes={{255:{0},128:unknown}}'; objects are cut there "
+    "in either case, so for ids, affinities and distances they have to be annotated"
 )
 #: Names that one problem lists.
 _LISTED = 8
@@ -212,27 +219,8 @@ def _of_content(crop: CropFacts, classes: Sequence[str]) -> Iterator[tuple[str, 
         if facts.contradiction:
             yield "counts", f"{name}: {facts.contradiction}"
         if facts.gaps and name in classes and facts.scale is not None and crop.box is not None:
-            yield "gaps", _gaps_text(name, facts.gaps, crop.box["z"][0], facts.scale[0])
-
-
-def _gaps_text(name: str, gaps: Sequence[tuple[int, int]], lower: float, thickness: float) -> str:
-    """Return the sections of gaps by their numbers and in nm.
-
-    Args:
-        name: the class.
-        gaps: first and last section of each.
-        lower: where section 0 begins, nm.
-        thickness: of a section, nm.
-    """
-    runs = []
-    for first, last in gaps:
-        ends = f"z {lower + first * thickness:g}..{lower + (last + 1) * thickness:g} nm"
-        runs.append(f"{first} ({ends})" if first == last else f"{first} to {last} ({ends})")
-    return (
-        f"{name}: no voxel in section {first_few(runs, _LISTED)}, though objects continue on both sides; annotate them "
-        "there, or mark the sections as unknown; objects are cut there in either case, so for ids, affinities and "
-        "distances they have to be annotated"
-    )
+            sections = gaps_text(facts.gaps, crop.box["z"][0], facts.scale[0])
+            yield "gaps", f"{name}: no voxel in section {sections}, {_GAPS_ADVICE.format(name)}"
 
 
 def _of_scale(

@@ -35,13 +35,15 @@ from cellmap_lightning.inspection.refusals import refusal
 from cellmap_lightning.inspection.scale_facts import at_scale
 from cellmap_lightning.inspection.usages import left_out, placed
 from cellmap_lightning.io.ngff import shared_metadata
-from cellmap_lightning.io.store import children, local_path
+from cellmap_lightning.io.store import Remote, children, local_path, parse_location
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, find_crops, read_manifest
 from cellmap_lightning.splits.options import SplitOptions
 from cellmap_lightning.validation import first_few
 
+#: Voxels of all labels together up to which they are counted without ``deep``: a few seconds on a disk.
+COUNTED_AT_ONCE = 1 << 26
 #: Settings that name crops; the proposal repeats them.
 _SOURCES = ("csv_path", "search_path", "manifest", "datasets", "split", "only_datasets", "only_crops")
 #: Settings that assign the crops to splits.
@@ -61,6 +63,7 @@ class Inspection:
         refused: the error if the configuration does not fit the data.
         complete: whether the user gave all of classes, scale and shape.
         split: the rule that assigns crops to splits.
+        counted: whether the voxels of labels were read.
 
     Example:
         >>> print(inspect({"csv_path": "crops.csv"}, {}, None))
@@ -74,6 +77,7 @@ class Inspection:
     refused: str | None
     complete: bool
     split: str = "csv"
+    counted: bool = True
 
     def json(self) -> str:
         """Return everything as one JSON document, with the versions of the libraries."""
@@ -93,7 +97,7 @@ class Inspection:
                 text.classes_text(self.crops),
                 text.encodings_text(self.crops),
             ]
-        parts.append(text.problems_text(self.problems))
+        parts.append(text.problems_text(self.problems, self.counted))
         if self.costs is not None:
             parts.append(text.costs_text(self.costs, self.complete))
         if self.proposal is not None:
@@ -116,7 +120,8 @@ def inspect(
         data: arguments of `CellMapDataModule`; classes and arrays may be missing.
         patch: ``shape`` and ``scale``, each perhaps None.
         input_path: a raw volume instead of crops; those of its ground truth are inspected too.
-        deep: read voxels: values of volumes, counts that the metadata does not have, some samples.
+        deep: read voxels: values of volumes, counts that the metadata does not have, some samples. Labels of at most
+            `COUNTED_AT_ONCE` voxels on this machine are read in any case.
         device_bytes: memory of the device that will train.
 
     Raises:
@@ -134,8 +139,9 @@ def inspect(
         volumes = _read_volumes(splits.entries, deep)
         listed = _read_listed(splits, settings)
         crops = listed.crops
+        counts = deep or _are_few(listed.uncut)
         lacks = of_folder.get("split") == "blocks" or _lacks_validation(settings, splits.entries)
-        planner = _Planner(volumes, listed.uncut, chosen, device_bytes, splits.classes, deep)
+        planner = _Planner(volumes, listed.uncut, chosen, device_bytes, splits.classes, counts)
         rule = str(settings.get("split") or "csv")
         settings, proposal = planner.plan(settings, listed.cut_later, lacks)
         noted: list[Problem] = []
@@ -147,12 +153,12 @@ def inspect(
             arguments = _complete(settings, proposal.shape, proposal.scale, proposal.classes, proposal.only_datasets)
             try:
                 with CellMapDataModule(**arguments) as module:
-                    costs = compute_costs(module, arguments, device_bytes, deep)
+                    costs = compute_costs(module, arguments, device_bytes, deep, counts)
                     coarse = _coarser(chosen["scale"], proposal.scale)
                     crops = _usages(listed, module.splits, proposal, coarse, settings)
             except CellMapError as e:
                 refused = str(e)
-        crops = _at_scale_in_use(crops, proposal, deep)
+        crops = _at_scale_in_use(crops, proposal, counts)
         noted += [Problem("config", "", refused)] if refused is not None else []
         names = _named_classes(chosen["classes"], crops)
         # What does not fit a proposal is no fault of the data; its reasons name such crops.
@@ -162,11 +168,11 @@ def inspect(
             settings.get("held_out"), splits.other_spellings,
             [
                 *noted, *range_problems(volumes, splits.entries, settings),
-                *(contradicting_crops(crops, names) if deep else ()),
+                *(contradicting_crops(crops, names) if counts else ()),
             ],
         )  # fmt: skip
     complete = None not in chosen.values()
-    return Inspection(volumes, crops, problems, proposal, costs, refused, complete, rule)
+    return Inspection(volumes, crops, problems, proposal, costs, refused, complete, rule, counts)
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,13 @@ def _usages(
         return left_out(listed.uncut, splits, coarse, only)
     entries = [entry for _, entry in listed.entries]
     return placed(listed.crops, entries, splits, coarse, only, partial(_read_crops, settings=settings))
+
+
+def _are_few(crops: Sequence[CropFacts]) -> bool:
+    """Return True for labels of at most `COUNTED_AT_ONCE` voxels, all of which are stored on this machine."""
+    local = all(not isinstance(parse_location(crop.target), Remote) for crop in crops)
+    sizes = (facts.size or 0 for crop in crops for facts in crop.classes.values())
+    return local and sum(sizes) <= COUNTED_AT_ONCE
 
 
 def _at_scale_in_use(crops: Sequence[CropFacts], proposal: Proposal | None, deep: bool) -> Sequence[CropFacts]:

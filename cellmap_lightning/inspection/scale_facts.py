@@ -10,11 +10,11 @@ from cellmap_lightning.crops.counts import count_foreground, counted_foreground,
 from cellmap_lightning.crops.crop_box import image_part
 from cellmap_lightning.crops.encodings import LabelEncodings
 from cellmap_lightning.crops.image import choose_level
+from cellmap_lightning.crops.section_gaps import SectionFacts, section_facts
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError
 from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, Box, Vector, to_vector
 from cellmap_lightning.inspection.facts import ClassFacts, CropFacts, crop_overrides
-from cellmap_lightning.inspection.sections import SectionFacts, section_facts
 from cellmap_lightning.io.declared_counts import declared_foreground, declared_unknown
 from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.ngff import Level, Multiscale

@@ -239,10 +239,15 @@ def encodings_text(crops: Sequence[CropFacts]) -> str:
     return f"Labels without an encoding in their metadata ({len(rows)})\n\n{shown}{end}"
 
 
-def problems_text(problems: Sequence[Problem]) -> str:
-    """Return the section of the problems."""
+def problems_text(problems: Sequence[Problem], counted: bool = True) -> str:
+    """Return the section of the problems.
+
+    Args:
+        problems: the problems.
+        counted: whether the voxels of labels were read.
+    """
     if not problems:
-        return "No problems found"
+        return "No problems found" if counted else "No problems found in the metadata; deep=true reads the voxels"
     lines = [f"Problems ({len(problems)})"]
     for kind, heading in KINDS.items():
         of_kind = [problem for problem in problems if problem.kind == kind]

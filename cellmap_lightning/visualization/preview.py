@@ -21,6 +21,7 @@ from cellmap_lightning.loading.dataloader import CellMapDataLoader
 from cellmap_lightning.loading.samples import Samples
 from cellmap_lightning.validation import did_you_mean, int_at_least
 from cellmap_lightning.visualization.display import Display, display, display_prediction
+from cellmap_lightning.visualization.figures.legend import UNKNOWN_TEXT
 from cellmap_lightning.visualization.figures.page import write_page
 from cellmap_lightning.visualization.figures.samples import SheetSample
 from cellmap_lightning.visualization.figures.sheet import contact_sheet
@@ -37,6 +38,7 @@ class PreviewSample:
         center: centre of the patch, nm (z, y, x).
         neuroglancer: a link to the place.
         napari: a command that shows the place.
+        number: number of the sample; None without its draw.
 
     Example:
         >>> for preview in collect(data.train_dataloader(), samples=3):
@@ -48,6 +50,7 @@ class PreviewSample:
     center: tuple[float, float, float]
     neuroglancer: str
     napari: str
+    number: int | None = None
 
 
 def show(
@@ -109,7 +112,9 @@ def show(
         sample = sheet_sample(raw, displays, scale, "   ·   ".join(facts + notes))
         labels = _label_paths(crop)
         link = neuroglancer(crop.input_path, labels, center, min(shape.scale.tolist()), serve)
-        samples.append(PreviewSample(sample, crop.label, center, link, napari(crop.input_path, labels, center)))
+        command = napari(crop.input_path, labels, center)
+        number = draws[row].sample if draws else None
+        samples.append(PreviewSample(sample, crop.label, center, link, command, number))
     return samples
 
 
@@ -258,7 +263,7 @@ def collect(
 
 
 def spread(previews: Sequence[PreviewSample], count: int) -> list[PreviewSample]:
-    """Return some samples whose places differ, in their order.
+    """Return some samples whose places differ, by their numbers, else in their order.
 
     They are chosen one after the other, beginning with the first: of the crop with the fewest chosen ones, that
     farthest from those chosen in its crop. Sampling by class repeats the crops with rare classes, and small crops have
@@ -280,7 +285,8 @@ def spread(previews: Sequence[PreviewSample], count: int) -> list[PreviewSample]
         best = max(left, key=rank)  # of equal ones the first
         chosen.append(best)
         left.remove(best)
-    return [previews[number] for number in sorted(chosen)]
+    # Tiles are read in an order that spreads them over the crops.
+    return sorted((previews[place] for place in sorted(chosen)), key=lambda one: one.number or 0)
 
 
 def write(
@@ -290,10 +296,21 @@ def write(
     title: str,
     overlay: Any = "outline",
     html: bool = False,
+    unknown: str = UNKNOWN_TEXT,
 ) -> list[Path]:
-    """Draw a contact sheet, and with ``html`` a page beside it. Return the files that were written."""
+    """Draw a contact sheet, and with ``html`` a page beside it. Return the files that were written.
+
+    Args:
+        previews: the samples.
+        classes: names of the classes.
+        path: the file of the sheet.
+        title: a line above everything.
+        overlay: see `contact_sheet`, as ``unknown``.
+        html: write the page.
+        unknown: text for voxels that are unknown for every class.
+    """
     samples = [preview.sample for preview in previews]
-    contact_sheet(samples, classes, path=path, title=title, max_rows=len(samples), overlay=overlay)
+    contact_sheet(samples, classes, path=path, title=title, max_rows=len(samples), overlay=overlay, unknown=unknown)
     if not html:
         return [path]
     page = path.with_suffix(".html")

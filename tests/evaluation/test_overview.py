@@ -1,5 +1,7 @@
 """The picture of a prediction: raw, annotation and prediction are aligned in nm."""
 
+import re
+
 import numpy as np
 import pytest
 import zarr
@@ -105,7 +107,15 @@ def test_an_overview_of_a_large_prediction_is_a_part_of_it(volume, tmp_path, mon
     out = predicted(tmp_path / "out.zarr", raw, values, levels=2, attributes=about)
     overview, *_ = samples_of(out, volume.raw_path, ["mito"])
     whole = " × ".join(map(str, values.shape))
-    assert overview.header == f"overview, {len(values)} × 64 × 64 of {whole} voxels (z, y, x)"
+    start = f"overview, {len(values)} × 64 × 64 of {whole} voxels (z, y, x), where most was predicted: z "
+    assert overview.header.startswith(start)
+    boxes = re.findall(r"([zyx]) (-?\d+)\.\.(-?\d+)", overview.header)
+    assert [axis for axis, *_ in boxes] == list("zyx")
+    extents = np.multiply(overview.raw.shape, raw.lattice.step)
+    assert np.abs(np.subtract([int(b) - int(a) for _, a, b in boxes], extents)).max() <= 1
+    y, x = (raw.lattice.origin[n] + raw.lattice.step[n] * at for n, at in ((1, 115), (2, 35)))
+    assert int(boxes[1][1]) < y < int(boxes[1][2])
+    assert int(boxes[2][1]) < x < int(boxes[2][2])
     assert overview.raw.shape == (len(values), 64, 64)
     assert overview.scale == raw.lattice.step  # a voxel of the prediction, not a coarser one
     assert overview.prediction.any()

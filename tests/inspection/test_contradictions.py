@@ -3,10 +3,17 @@
 import numpy as np
 import pytest
 
+from cellmap_lightning.inspection import report as report_module
 from cellmap_lightning.inspection.report import inspect
 from tests.foreign import SEMANTIC, annotated, cube, ramp, write_image
 
 ARRAY = {"shape": [16] * 3, "scale": [8] * 3}
+
+
+@pytest.fixture(autouse=True)
+def large_labels(monkeypatch):
+    """Labels count as too large to be read without ``deep``."""
+    monkeypatch.setattr(report_module, "COUNTED_AT_ONCE", 0)
 
 
 def problems(folder, first, second, shift=(0, 0, 0), usages=("train", "train"), deep=True, attributes=None):

@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 
+from cellmap_lightning.inspection import report as report_module
 from cellmap_lightning.inspection.formats import wrapped
 from cellmap_lightning.inspection.report import inspect
 from cellmap_lightning.io.writer import write_multiscale
@@ -62,8 +63,8 @@ def test_empty_sections_that_cut_objects_are_named(look, sections, text):
     report = look(without(*sections))
     (problem,) = (problem for problem in report.problems if problem.kind == "gaps")
     assert problem.where == "jrc_a/crop0"
-    assert problem.text.startswith(f"mito: no voxel in {text}, though objects continue on both sides")
-    assert "mark the sections as unknown; objects are cut there in either case" in problem.text
+    assert problem.text.startswith(f"mito: no voxel in {text}, counted from 0, though objects continue on both sides")
+    assert "mark the sections as unknown: in a mask from Fiji fill them with 128" in problem.text
     assert problem.text.endswith("they have to be annotated")
 
 
@@ -84,11 +85,34 @@ def test_sections_that_cut_nothing_are_no_problem(look, make):
 
 
 @pytest.mark.parametrize("make", [ball, lambda: np.zeros((12, 32, 32), np.uint8), apart])
-def test_deep_leaves_nothing_open(look, make):
+def test_deep_leaves_nothing_open(look, monkeypatch, make):
+    monkeypatch.setattr(report_module, "COUNTED_AT_ONCE", 0)
     shallow, deep = (look(make(), deep=deep) for deep in (False, True))
     assert "?: not in the metadata" in str(shallow)
     assert "?" not in str(deep)
     assert deep.crops[0].classes["mito"].unknown == 0
+
+
+@pytest.mark.parametrize("sizes", [1, 2])
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_small_labels_are_counted_at_once(look, monkeypatch, sizes, extra):
+    monkeypatch.setattr(report_module, "COUNTED_AT_ONCE", sizes * ball().size + extra)
+    report = look(*[without(5)] * sizes, deep=False)
+    is_counted = extra >= 0
+    assert report.counted is is_counted
+    assert (report.crops[0].classes["mito"].voxels is not None) is is_counted
+    assert len([problem for problem in report.problems if problem.kind == "gaps"]) == sizes * is_counted
+    assert ("?: not in the metadata" in str(report)) is not is_counted
+    assert ("deep=true counts" in " ".join(str(report).split())) is not is_counted
+
+
+@pytest.mark.parametrize(("limit", "deep"), [(0, False), (0, True), (1 << 26, False)])
+def test_no_problems_are_found_where_they_were_looked_for(look, monkeypatch, limit, deep):
+    monkeypatch.setattr(report_module, "COUNTED_AT_ONCE", limit)
+    lines = str(look(ball(), ball(), deep=deep)).splitlines()
+    of_metadata = "No problems found in the metadata; deep=true reads the voxels"
+    assert lines.count(of_metadata) == (not deep and not limit)
+    assert lines.count("No problems found") == (deep or limit > 0)
 
 
 @pytest.mark.parametrize("others", [1, 2, 3])

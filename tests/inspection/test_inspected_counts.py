@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from cellmap_lightning.inspection import report as report_module
 from cellmap_lightning.inspection.report import inspect
 from cellmap_lightning.io.writer import ArrayOptions, write_multiscale
 
@@ -18,6 +19,12 @@ KIND = {"type": "semantic_segmentation", "encoding": {"absent": 0, "present": 1,
 def empty_cache(tmp_path, monkeypatch):
     """Use a cache folder that no other test has written to."""
     monkeypatch.setenv("CELLMAP_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def large_labels(monkeypatch):
+    """Labels count as too large to be read without ``deep``."""
+    monkeypatch.setattr(report_module, "COUNTED_AT_ONCE", 0)
 
 
 def look(folder, labels, deep, attributes=None, levels=1, mode="mode", scale=8):

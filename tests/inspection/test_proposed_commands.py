@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from cellmap_lightning.commands.config_values import check_model_shape
 from cellmap_lightning.commands.inspect_command import training_command
 from cellmap_lightning.commands.resolvers import CONFIGS, register_resolvers
+from cellmap_lightning.inspection import report as report_module
 from cellmap_lightning.inspection.proposal import override_text
 from cellmap_lightning.inspection.report import inspect
 from cellmap_lightning.io.writer import write_multiscale
@@ -139,7 +140,8 @@ def test_a_split_that_is_given_stays(write, split):
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_a_class_in_no_two_crops_is_refused_with_the_way_out(write, tmp_path, deep):
+def test_a_class_in_no_two_crops_is_refused_with_the_way_out(write, tmp_path, monkeypatch, deep):
+    monkeypatch.setattr(report_module, "COUNTED_AT_ONCE", 0)
     settings = write("one per class")
     path = tmp_path / "crops.csv"
     second = path.read_text().splitlines()[1]

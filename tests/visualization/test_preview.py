@@ -308,8 +308,24 @@ def test_real_volume_has_outlines_on_its_membranes(real_volume, tmp_path):
         assert inside < outside - 0.1
 
 
-def placed(crop, x):
-    return PreviewSample(None, crop, (0.0, 0.0, float(x)), "", "")
+def placed(crop, x, number=None):
+    return PreviewSample(None, crop, (0.0, 0.0, float(x)), "", "", number)
+
+
+@pytest.mark.parametrize("numbers", [(0, 5, 2, 7), (3, 2, 1, 0), (0, 1, 2, 3)])
+def test_chosen_samples_are_in_the_order_of_their_numbers(numbers):
+    previews = [placed("a", 10 * place, number) for place, number in enumerate(numbers)]
+    assert [one.number for one in spread(previews, 4)] == sorted(numbers)
+    assert [one.number for one in spread(previews, 2)] == sorted([numbers[0], numbers[3]])
+
+
+def test_samples_of_tiles_are_sorted_and_have_their_numbers(volume):
+    with module(volume) as data:
+        data.setup("validate")
+        shown = collect(data.val_dataloader(), 6, candidates=24)
+    numbers = [one.number for one in shown]
+    assert numbers == sorted(set(numbers))
+    assert [one.sample.header.split()[1] for one in shown] == [str(number) for number in numbers]
 
 
 @pytest.mark.parametrize(

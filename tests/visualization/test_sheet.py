@@ -191,6 +191,9 @@ def test_unknown_for_all_classes_is_hatched_and_for_some_is_named(tmp_path):
     assert "partly unknown: ves (25 %)" in facts
     assert "mito" not in facts
     assert "unknown for every class" in texts(figure)
+    tiled = texts(contact_sheet([masked], CLASSES, unknown="scored in another tile"))
+    assert "scored in another tile" in tiled
+    assert "unknown for every class" not in tiled
     # Of a class that is annotated elsewhere in the sample, in its colour; er is annotated nowhere.
     (partly,) = by_gid(panel(figure, "0:target"), "unknown:ves")
     assert matplotlib.colors.to_hex(partly.get_edgecolor()) == outline_colors(len(CLASSES))[2]

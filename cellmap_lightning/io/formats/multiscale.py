@@ -1,11 +1,13 @@
 """Conversion of volumes of any format to multiscale images."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
 from cellmap_lightning.io.formats.registry import find_format
-from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatLevel
+from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatLevel, FormatVolume
 from cellmap_lightning.io.ngff import Level, Multiscale, Overrides
 from cellmap_lightning.io.ngff.axes import unit_nm
 from cellmap_lightning.io.ngff.notes import FOR_ENTRY, OF_PREDICT
@@ -35,10 +37,7 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
     if volume.voxel_size_problem and overrides.voxel_size is None:
         raise MetadataError(volume.voxel_size_problem)
     if not volume.has_voxel_size and overrides.voxel_size is None:
-        raise MetadataError(
-            f"{place}: no voxel size is stored in this {volume_format.name} volume; set "
-            f"voxel_size=[z, y, x] in nm{FOR_ENTRY}{OF_PREDICT}"
-        )
+        raise MetadataError(f"{place}: {_missing_size(volume_format.name, volume)}{FOR_ENTRY}{OF_PREDICT}")
     factor = (unit_nm(overrides.unit) or 1.0) / volume.unit_nm if overrides.unit is not None else 1.0
     scales = [_scaled(level.voxel_size, factor) for level in volume.levels]
     translations = [_scaled(level.translation, factor) for level in volume.levels]
@@ -57,8 +56,30 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
     return Multiscale(place, levels, volume.attributes, tuple(notes), overrides.level_translations == "stored")
 
 
+def _missing_size(name: str, volume: FormatVolume) -> str:
+    """Return the message that the voxel size is not stored, with the setting in which known axes are filled in."""
+    sizes = volume.known_voxel_size
+    known = [f"{axis} {size:.6g}" for axis, size in zip(AXES, sizes, strict=True) if size is not None]
+    if not known:
+        return f"no voxel size is stored in this {name} volume; set voxel_size=[z, y, x] in nm"
+    missing = [axis for axis, size in zip(AXES, sizes, strict=True) if size is None]
+    setting = ",".join(axis.upper() if size is None else f"{size:.6g}" for axis, size in zip(AXES, sizes, strict=True))
+    return (
+        f"no voxel size along {' and '.join(missing)} is stored in this {name} volume ({', '.join(known)} nm are); set "
+        f"voxel_size=[{setting}] in nm"
+    )
+
+
 def _scaled(values: Vector, factor: float) -> Vector:
     return to_vector(np.multiply(values, factor))
+
+
+def _frames(names: str, shape: Sequence[int]) -> str:
+    """Return the reason why a stack has frames or channels in place of sections; "" of other axes."""
+    if "z" in names or len(shape) != 3 or len(names) != 3 or names[0] not in "tc":
+        return ""
+    kind = {"t": "frames (time)", "c": "channels"}[names[0]]
+    return f"; its {shape[0]} planes are stored as {kind}, as Fiji stores a stack whose properties do not list slices"
 
 
 def _axes(path: StorePath, level: FormatLevel, replacement: str | None) -> tuple[tuple[int, int, int], int]:
@@ -73,7 +94,7 @@ def _axes(path: StorePath, level: FormatLevel, replacement: str | None) -> tuple
         text = f"axes={names}" if replacement else f"the axes are {names!r}"
         raise MetadataError(
             f"{path}: {text}, and its shape is {list(shape)}; set axes to one letter for each stored axis, with z, y "
-            "and x once each, such as axes=zyx"
+            f"and x once each, such as axes=zyx{_frames(names, shape)}"
         )
     for name, count in zip(names, shape, strict=True):
         if name not in AXES and count != 1:

@@ -24,6 +24,8 @@ from cellmap_lightning.io.store import StorePath
 
 #: Bytes of a compressed page in one piece from which slow access is reported.
 _LARGE_PAGE = 1 << 22
+#: Nm of the largest unit in which a calibration counts as one: mm.
+_LARGEST_UNIT = 1e6
 #: The note of files whose 0 viewers show as white.
 WHITE = Note(
     "white",
@@ -54,6 +56,7 @@ class TiffFormat:
             axes = _named(path, file.levels[0])
             arrays = [TiffArray(path, file, number) for number in range(len(file.levels))]
             size, unit = _voxel_size(file.tiff)
+            known = _known_size(file.tiff) if size is None else (None, None, None)
             is_white = file.is_white
         first = _extent(arrays[0].shape, axes)
         base = np.array(size if size is not None else (1.0, 1.0, 1.0))
@@ -71,7 +74,7 @@ class TiffFormat:
                 "convert it with cellmap-convert, or store it in tiles"
             )
             notes.append(Note("access", text))
-        return FormatVolume(tuple(levels), size is not None, unit, notes=tuple(notes))
+        return FormatVolume(tuple(levels), size is not None, unit, notes=tuple(notes), known_voxel_size=known)
 
     def children(self, path: StorePath) -> list[str]:
         """Return no names: a file holds one volume."""
@@ -133,10 +136,30 @@ def _imagej_size(tiff: Any) -> tuple[Vector | None, float]:
     x_unit, y_unit, z_unit = (unit_nm(str(metadata.get(key, named))) for key in ("unit", "yunit", "zunit"))
     if x_unit is None or y_unit is None or z_unit is None:
         return None, 1.0
-    if not spacing or "XResolution" not in tags or "YResolution" not in tags:
+    plane = _plane_size(tags)
+    if not spacing or plane is None:
         return None, 1.0
+    y, x = plane
+    return (abs(float(spacing)) * z_unit, y * y_unit, x * x_unit), x_unit
+
+
+def _plane_size(tags: Any) -> tuple[float, float] | None:
+    """Return the stored size of a pixel along y and x, in the unit of ImageJ; None without it."""
+    if "XResolution" not in tags or "YResolution" not in tags:
+        return None
     ratios = [tags[name].value for name in ("YResolution", "XResolution")]
     if any(0 in ratio for ratio in ratios):
-        return None, 1.0
+        return None
     y, x = (denominator / numerator for numerator, denominator in ratios)
-    return (abs(float(spacing)) * z_unit, y * y_unit, x * x_unit), x_unit
+    return y, x
+
+
+def _known_size(tiff: Any) -> tuple[float | None, float | None, float | None]:
+    """Return the nm along y and x of a calibration of ImageJ without the distance of the sections, else None."""
+    metadata = (tiff.imagej_metadata or {}) if tiff.is_imagej else {}
+    unit = unit_nm(str(metadata.get("unit", "")))
+    plane = _plane_size(tiff.pages[0].tags)
+    # Inches and cm are the default of printers, and no calibration of a microscope.
+    if metadata.get("spacing") or unit is None or unit > _LARGEST_UNIT or plane is None or "yunit" in metadata:
+        return None, None, None
+    return None, plane[0] * unit, plane[1] * unit

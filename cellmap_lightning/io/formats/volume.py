@@ -117,6 +117,7 @@ class FormatVolume:
         levels: the resolutions.
         has_voxel_size: whether the voxel size is stored; otherwise it must be set.
         voxel_size_problem: the error if the stored voxel size is malformed or contradicts itself; it must be set then.
+        known_voxel_size: without a voxel size, nm along z, y and x where the format stores it, else None.
         unit_nm: nm in the unit that was assumed for voxel sizes and translations; the setting ``unit`` replaces it.
         attributes: attributes of the volume.
         notes: assumptions made when it was opened.
@@ -128,6 +129,7 @@ class FormatVolume:
     attributes: Mapping[str, Any] = field(default_factory=dict, repr=False)
     notes: tuple[Note, ...] = ()
     voxel_size_problem: str = ""
+    known_voxel_size: tuple[float | None, float | None, float | None] = (None, None, None)
 
 
 class VolumeFormat(Protocol):

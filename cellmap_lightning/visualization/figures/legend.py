@@ -27,8 +27,16 @@ class LegendEntry:
     """Style of the patch."""
 
 
+#: Text for voxels that are unknown for every class.
+UNKNOWN_TEXT = "unknown for every class"
+
+
 def legend_entries(
-    cuts: Sequence[Cut], occurring: set[int], classes: Sequence[str], colors: Sequence[str]
+    cuts: Sequence[Cut],
+    occurring: set[int],
+    classes: Sequence[str],
+    colors: Sequence[str],
+    unknown: str = UNKNOWN_TEXT,
 ) -> list[LegendEntry]:
     """Return the entries for the planes that are drawn; none if there is neither target nor prediction.
 
@@ -37,6 +45,7 @@ def legend_entries(
         occurring: indices of the classes with a voxel in a sample, on its planes or not.
         classes: names of the classes.
         colors: colour of each class.
+        unknown: text for voxels that are unknown for every class.
     """
     names = {name for cut in cuts for name in cut.masks}
     if not names:
@@ -54,7 +63,7 @@ def legend_entries(
             entries.append(LegendEntry(name, {"color": GREY, "linewidth": 1.2, "linestyle": style}))
     if any(cut.unknown is not None and cut.unknown.any() for cut in cuts):
         patch = {"facecolor": "#4c4c4c", "edgecolor": "white", "hatch": UNKNOWN_HATCH}
-        entries.append(LegendEntry("unknown for every class", hatch=patch))
+        entries.append(LegendEntry(unknown, hatch=patch))
     for c in sorted({c for cut in cuts for c in cut.partly}):
         patch = {"facecolor": "#8a8a8a", "edgecolor": colors[c], "hatch": PARTLY_HATCH}
         entries.append(LegendEntry(f"{classes[c]} unknown", hatch=patch))

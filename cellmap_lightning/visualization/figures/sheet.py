@@ -21,7 +21,7 @@ from cellmap_lightning.visualization.figures.canvas import (
     save,
     wrap,
 )
-from cellmap_lightning.visualization.figures.legend import Legend, legend_entries
+from cellmap_lightning.visualization.figures.legend import UNKNOWN_TEXT, Legend, legend_entries
 from cellmap_lightning.visualization.figures.outlines import Overlay
 from cellmap_lightning.visualization.figures.palette import outline_colors
 from cellmap_lightning.visualization.figures.panels import Panel
@@ -81,6 +81,7 @@ def contact_sheet(
     overlay: Overlay = "outline",
     predicted: str = f"prediction ≥ {THRESHOLD:g}",
     colors: Sequence[str] | None = None,
+    unknown: str = UNKNOWN_TEXT,
 ) -> "Figure":
     """Draw samples with the outlines of targets and predictions.
 
@@ -102,6 +103,7 @@ def contact_sheet(
         overlay: ``"outline"``, or ``"fill"`` to tint the insides as well.
         predicted: title of the panels of predictions.
         colors: one for each class, as ``"#rrggbb"``, instead of those of `outline_colors`.
+        unknown: text of the legend for voxels that are unknown for every class.
 
     Returns:
         The figure, 1400 px wide with four columns.
@@ -121,7 +123,7 @@ def contact_sheet(
     if len(samples) > max_rows:
         notes.append(f"the first {max_rows} of {len(samples)} samples")
     with default_style():
-        figure = _draw_sheet(rows, classes, " — ".join(notes), overlay, predicted, colors)
+        figure = _draw_sheet(rows, classes, " — ".join(notes), overlay, predicted, colors, unknown)
         save(figure, path)
     return figure
 
@@ -214,6 +216,7 @@ def _draw_sheet(
     overlay: Overlay,
     predicted: str,
     palette: Sequence[str] | None,
+    unknown: str,
 ) -> "Figure":
     colors = list(palette) if palette is not None else outline_colors(len(classes))
     columns = ["raw", *(name for name in OUTLINED if any(name in row.xy.masks for row in rows))]
@@ -224,7 +227,8 @@ def _draw_sheet(
     # Everything is laid out from the top first, then drawn on a figure of just that height.
     title_lines = wrap(title, width, TITLE, bold=True)
     occurring = set().union(*(row.occurring for row in rows))
-    legend = Legend(legend_entries([c for row in rows for c in row.cuts], occurring, classes, colors), width)
+    cuts = [cut for row in rows for cut in row.cuts]
+    legend = Legend(legend_entries(cuts, occurring, classes, colors, unknown), width)
     blocks = [_Block(row, column, width) for row in rows]
     top = MARGIN * 0.7 + LINE_HEIGHT[TITLE] * len(title_lines)
     canvas = Canvas(width, top + legend.height + sum(block.height for block in blocks) - 0.04)

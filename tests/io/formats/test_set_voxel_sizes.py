@@ -12,7 +12,7 @@ from cellmap_lightning.conversion.options import ConversionOptions
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.inspection.report import inspect
 from cellmap_lightning.io.images import read_image
-from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.ngff import Overrides, read_multiscale
 from cellmap_lightning.io.writer import write_multiscale
 from tests.io.formats import writers
 
@@ -100,6 +100,35 @@ def test_calibrations_of_imagej_are_read_in_their_unit(tmp_path, unit, nm):
 def test_axes_with_units_of_their_own(tmp_path, units, scale):
     path = imagej(tmp_path, per_unit=(1 / 8, 1 / 4), spacing=50, **units)
     np.testing.assert_allclose(read_image(path).finest.scale, scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("unit", "nm"), [("nm", 1), ("micron", 1e3), ("mm", 1e6)])
+def test_known_axes_are_filled_in_where_the_sections_have_no_distance(tmp_path, unit, nm):
+    path = tmp_path / "stack.tif"
+    metadata = {"axes": "ZYX", "unit": unit}
+    tifffile.imwrite(path, VOXELS, imagej=True, resolution=(nm / 4, nm / 8), metadata=metadata)
+    with pytest.raises(MetadataError) as info:
+        read_image(path)
+    text = "no voxel size along z is stored in this TIFF volume (y 8, x 4 nm are); set voxel_size=[Z,8,4]"
+    assert text in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("unit", "axes", "reason"),
+    [
+        ("nm", "TYX", f"; its {len(VOXELS)} planes are stored as frames (time), as Fiji"),
+        ("nm", "CYX", f"; its {len(VOXELS)} planes are stored as channels, as Fiji"),
+        ("micron", "TYX", f"; its {len(VOXELS)} planes are stored as frames (time), as Fiji"),
+    ],
+)
+def test_planes_that_are_no_sections_have_a_reason(tmp_path, unit, axes, reason):
+    path = tmp_path / "stack.tif"
+    metadata = {"axes": axes, "unit": unit, "spacing": 50}
+    tifffile.imwrite(path, VOXELS, imagej=True, resolution=(1 / 4, 1 / 8), metadata=metadata)
+    with pytest.raises(MetadataError) as info:
+        read_image(path)
+    assert reason in str(info.value)
+    read_image(path, Overrides.parse(axes="zyx", voxel_size=[50, 8, 4]))
 
 
 @pytest.mark.parametrize("units", [{"zunit": "pixel"}, {"yunit": "sec"}, {"yunit": "", "zunit": ""}])
