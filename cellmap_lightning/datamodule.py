@@ -35,12 +35,14 @@ from cellmap_lightning.loading.samples import NumberedSamples
 from cellmap_lightning.loading.split_residents import SplitResidents
 from cellmap_lightning.loading.trainer_steps import Stream, TrainingSteps, used_loaders
 from cellmap_lightning.loading.waiting import WaitTimes
+from cellmap_lightning.loading.weight_check import WeightCheck
 from cellmap_lightning.runtime.location import CacheMode
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.entries import SPLITS
 from cellmap_lightning.splits.hydra_entries import instantiate_entries
 from cellmap_lightning.splits.leakage import Leakage
 from cellmap_lightning.splits.options import SplitOptions
+from cellmap_lightning.splits.proposed_validation import no_validation, python_setting
 from cellmap_lightning.splits.rules import SplitRule
 from cellmap_lightning.transforms.normalization import AUTO
 from cellmap_lightning.validation import int_at_least, not_negative, one_of
@@ -246,6 +248,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         #: Seconds that steps waited for batches of this module, over all of its loaders.
         self.waiting = WaitTimes()
         self._dropped = DroppedSamples()
+        self._weights = WeightCheck()
         #: Voxels on the device, shared by the loaders of all splits.
         self.residents = SplitResidents(device_cache_bytes)
         #: The crops of each split.
@@ -343,10 +346,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
     def val_dataloader(self) -> CellMapDataLoader:
         """Return a loader of the tiles of the val split: the same ``val_samples`` during ``fit``, otherwise all."""
         if not self.splits.has_crops("val"):
-            raise CellMapKeyError(
-                f"{self.splits.source} has no crops for 'val'; add some (in a CSV with the usage 'validate'), cut "
-                "those for 'train' with split='blocks', or train without validation by limit_val_batches=0"
-            )
+            raise CellMapKeyError(no_validation(self.splits, python_setting, "Trainer(limit_val_batches=0)"))
         run = self._run
         if self.val_samples is None or not (run.is_running and run.is_fit):
             return self._loader("val", None)
@@ -431,6 +431,7 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         began = time.perf_counter()
         batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
         if self.trainer is not None:
+            self._weights.at_batch(self.trainer)
             # Several loaders make a list or a mapping of batches.
             batch = apply_to_collection(batch, CompactBatch, self._finished)
         self.waiting.moved += time.perf_counter() - began
@@ -459,6 +460,11 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         load_data_state(self, state_dict)
 
     # -- shutdown
+
+    def teardown(self, stage: str) -> None:
+        """Warn once about weights that are NaN after a training without `LossMonitor`."""
+        if stage == "fit" and self.trainer is not None:
+            self._weights.at_end(self.trainer)
 
     def on_exception(self, exception: BaseException) -> None:
         """Cancel queued reads, end every thread and free the device: Lightning calls no ``teardown`` after this.

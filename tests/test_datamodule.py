@@ -255,7 +255,7 @@ def test_split_without_crops(volume):
     with module(volume, datasets={"train": [entry]}) as data:
         data.setup("fit")
         data.setup("test")
-        with pytest.raises(KeyError, match="has no crops for 'val'"):
+        with pytest.raises(KeyError, match="has no crops for validation; list some; or split="):
             data.val_dataloader()
 
 

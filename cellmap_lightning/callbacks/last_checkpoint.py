@@ -36,11 +36,11 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save after an epoch; the state of an epoch that ended early is saved before, while its position is known."""
         if self._at_end(trainer) or self._step != trainer.global_step:
-            self._save(trainer)
+            self.save(trainer)
 
     def _save_in_epoch(self, trainer: L.Trainer) -> None:
         if not self._at_end(trainer):
-            self._save(trainer)
+            self.save(trainer)
 
     @staticmethod
     def _at_end(trainer: L.Trainer) -> bool:
@@ -49,7 +49,13 @@ class LastCheckpoint(Checkpoint):
         progress = trainer.fit_loop.epoch_loop.batch_progress
         return progress.is_last_batch or progress.current.ready >= trainer.num_training_batches
 
-    def _save(self, trainer: L.Trainer) -> None:
+    def path(self, trainer: L.Trainer) -> Path:
+        """Return the path of the checkpoint."""
+        return Path(self.dirpath or trainer.default_root_dir) / "last.ckpt"
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Save the state of a training, on all of its processes."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(Path(self.dirpath or trainer.default_root_dir) / "last.ckpt")
+            # Given explicitly: Lightning prints a line on its default with each checkpoint.
+            trainer.save_checkpoint(self.path(trainer), weights_only=False)
             self._step = trainer.global_step

@@ -50,5 +50,5 @@ class PreemptionCheckpoint(L.Callback):
         training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if isinstance(exception, SIGTERMException) and training:
             path = Path(self.dirpath or trainer.default_root_dir) / f"{PREEMPTED}.ckpt"
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             self.saved = path

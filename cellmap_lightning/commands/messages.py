@@ -136,6 +136,7 @@ def quieten() -> None:
     for message in (
         ".*does not have many workers.*",  # patches are read in threads
         ".*callbacks used to create the checkpoint need to be provided.*",  # in a prediction
+        ".*could not find the monitored key.*",  # without validation, where no epoch has it; see `MonitorCheck`
         ".*Experiment logs directory.*",  # it contains log and configuration already
         ".*Checkpoint directory .* exists and is not empty.*",  # of a run that is resumed
         ".*smaller than the logging interval.*",  # which counts the steps of all epochs

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning import CellMapDataModule
@@ -25,7 +24,7 @@ from cellmap_lightning.checkpointing.checkpoint_config import CheckpointConfig
 from cellmap_lightning.commands.epoch_lines import EpochLines
 from cellmap_lightning.commands.finished_run import finished_text, finished_value
 from cellmap_lightning.commands.messages import quieten
-from cellmap_lightning.commands.monitors import MonitorCheck
+from cellmap_lightning.commands.monitors import MonitorCheck, best_of, describe_best
 from cellmap_lightning.commands.pictures import attempt, draw_samples, picture_title, scores_of
 from cellmap_lightning.commands.private_run import without_secrets
 from cellmap_lightning.commands.run_folder import how_to_continue, remove_run, results_in
@@ -33,7 +32,7 @@ from cellmap_lightning.commands.signals import ExitOnSignal
 from cellmap_lightning.commands.sweep_table import write_scores
 from cellmap_lightning.commands.time_limit import describe_time_limit
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
-from cellmap_lightning.splits.proposed_blocks import proposed_blocks
+from cellmap_lightning.splits.proposed_validation import no_validation, override
 from cellmap_lightning.training import report
 from cellmap_lightning.training.checkpoints import (
     check_checkpoint,
@@ -113,7 +112,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         untrained = None
         if cfg.compare_untrained and validates and not trainer.fast_dev_run:
             untrained = _untrained_scores(trainer, task, data, ending)
-        _fit(cfg, trainer, task, data, checkpoint)
+        _fit(trainer, task, data, checkpoint)
         progress.trained = True
         ended = describe_time_limit(trainer, progress.folder)
         if ended is not None and trainer.is_global_zero:
@@ -125,8 +124,8 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.finalize("success")
-            others = _other_results(cfg, progress.folder, task, data, validates)
-            _report(cfg, progress.folder, trainer, task, untrained, others)
+            others = _other_results(cfg, progress.folder, trainer, task, data, validates)
+            _report(cfg, progress.folder, trainer, task, untrained, others, validates)
         return _monitored(cfg.monitor, trainer)
     finally:
         data.close()
@@ -147,20 +146,8 @@ def _validates(trainer: Any, data: CellMapDataModule) -> bool:
     if trainer.limit_val_batches == 0:
         return False
     if not has_crops:
-        raise _nothing_to_validate(data)
+        raise CellMapValueError(no_validation(data.splits, override, "trainer.limit_val_batches=0"))
     return True
-
-
-def _nothing_to_validate(data: CellMapDataModule) -> CellMapValueError:
-    """Return the error for a training without crops for validation, with the override that cuts those for training."""
-    start = f"{data.splits.source} has no crops for validation"
-    if not data.splits.has_crops("train"):
-        return CellMapValueError(f"{start}, and none for training; list some with the usages train and validate")
-    override, text = proposed_blocks(data.splits)
-    without = "trainer.limit_val_batches=0 trains without validation"
-    if not override:
-        return CellMapValueError(f"{start}; list some, for those for training cannot be cut; {without}. {text}")
-    return CellMapValueError(f"{start}; {override} cuts those for training, and {without}. The cut would be\n{text}")
 
 
 def _untrained_scores(trainer: Any, task: Any, data: CellMapDataModule, ending: ExitOnSignal) -> dict[str, Any]:
@@ -172,14 +159,15 @@ def _untrained_scores(trainer: Any, task: Any, data: CellMapDataModule, ending: 
     return dict(scores_of(task) or {})
 
 
-def _fit(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataModule, checkpoint: Path | None) -> None:
+def _fit(trainer: Any, task: Any, data: CellMapDataModule, checkpoint: Path | None) -> None:
     try:
         with short_errors(task, trainer, data):
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except MisconfigurationException as e:
-        if "could not find the monitored key" in str(e):
-            raise _not_measured(cfg.monitor, trainer) from e
-        raise
+    except (MisconfigurationException, RuntimeError) as e:
+        error = next((c.error for c in trainer.callbacks if isinstance(c, MonitorCheck)), None)
+        if error is None:
+            raise
+        raise error from e
 
 
 def _validate_best(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataModule) -> None:
@@ -210,34 +198,41 @@ def _report(
     task: Any,
     untrained: Mapping[str, Any] | None,
     others: Mapping[str, str],
+    validates: bool,
 ) -> None:
     """Draw the curves, and print the scores and the files of a run."""
     attempt("curves.png is not drawn", partial(report.write_curves, folder, list(cfg.data.classes or ())))
     scores, metric = scores_of(task), trainer.callback_metrics.get(cfg.monitor)
     if scores is not None:
         print("\nvalidation\n" + report.score_table(scores, untrained, list(cfg.data.classes or ())))
-    elif metric is not None:  # the scores of each class stayed in the processes of ddp_spawn and ddp_fork
-        print(f"\nvalidation\n{cfg.monitor} {float(metric):.3f}")
+    elif metric is not None:  # of training, or the scores of each class stayed in the processes of ddp_spawn
+        print(f"\n{'validation' if validates else 'training'}\n{cfg.monitor} {float(metric):.3f}")
     write_scores(folder, cfg.monitor, None if metric is None else float(metric), scores or {})
     print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder, others)))
 
 
 def _other_results(
-    cfg: DictConfig, folder: Path, task: Any, data: CellMapDataModule, validates: bool
+    cfg: DictConfig, folder: Path, trainer: Any, task: Any, data: CellMapDataModule, validates: bool
 ) -> dict[str, str]:
     """Draw the samples if the run validates, and return the descriptions of files that depend on the run."""
-    others = _other_scores(cfg, validates)
+    others = _other_scores(cfg, trainer, validates)
     if validates:
         title = picture_title(cfg.name, folder, data.splits.source)
         others |= draw_samples(task, data, folder / "samples.png", title)
     return others
 
 
-def _other_scores(cfg: DictConfig, validates: bool) -> dict[str, str]:
-    """Return what scores.json holds, for the list of results, where it is not the scores of the final validation."""
-    if validates and cfg.final_validation:
-        return {}
-    return {"scores.json": "the scores of the last validation" if validates else "no scores: nothing was validated"}
+def _other_scores(cfg: DictConfig, trainer: Any, validates: bool) -> dict[str, str]:
+    """Return the descriptions of best.ckpt and scores.json where they are not those of a run that validates."""
+    if validates:
+        return {} if cfg.final_validation else {"scores.json": "the scores of the last validation"}
+    if cfg.monitor not in trainer.callback_metrics:
+        return {"scores.json": "no scores: nothing was validated"}
+    others = {"scores.json": f"{cfg.monitor} of the last epoch; no scores, as nothing was validated"}
+    best = trainer.checkpoint_callback
+    if getattr(best, "monitor", None) == cfg.monitor:
+        others["checkpoints/best.ckpt"] = f"weights of the {best_of(best)}"
+    return others
 
 
 def _monitored(monitor: str, trainer: Any) -> float | None:
@@ -252,23 +247,15 @@ def _trainer(cfg: DictConfig, checkpoint_config: CheckpointConfig) -> Any:
     """Return the Trainer of a run, with its callbacks and loggers."""
     named = {key: c for key, c in (cfg.get("callbacks") or {}).items() if c is not None}
     callbacks = {str(key): instantiate(c, _convert_="all") for key, c in named.items()}
-    _log_best([*callbacks.values()])
     loggers = [instantiate(c, _convert_="all") for c in (cfg.get("logger") or {}).values() if c is not None]
     if cfg.trainer.enable_progress_bar is None and not sys.stdout.isatty():
         cfg.trainer.enable_progress_bar = False
     own = [*callbacks.values(), checkpoint_config, MonitorCheck(cfg.monitor, callbacks), BatchShapes()]
     own.append(EpochLines(cfg.monitor))
-    return instantiate(cfg.trainer, _convert_="all", callbacks=own, logger=loggers or False)
-
-
-def _log_best(callbacks: Sequence[Any]) -> None:
-    """Log which value of the monitored metric is best, for it may follow from the metric's name."""
-    for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-            best = "lowest" if callback.mode == "min" else "highest"
-            log.info(
-                "%s.ckpt: the %s %s; callbacks.checkpoint.mode changes it", callback.filename, best, callback.monitor
-            )
+    trainer = instantiate(cfg.trainer, _convert_="all", callbacks=own, logger=loggers or False)
+    for line in describe_best([*callbacks.values()], trainer.limit_val_batches != 0):
+        log.info("%s", line)
+    return trainer
 
 
 def _prepare_folder(cfg: DictConfig, folder: Path, stored: Any, data: CellMapDataModule) -> None:

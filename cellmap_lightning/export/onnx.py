@@ -2,10 +2,12 @@
 
 import io
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,8 +32,7 @@ def write_onnx(model: TrainedModel, folder: Path, where: str) -> Path:
         CellMapValueError: the network cannot be traced.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
     """
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        extra_library(name, where)
+    onnx, *_ = [extra_library(name, where) for name in ("onnx", "onnxscript", "onnxruntime")]
     path = folder / FILE
     x = torch.cat([model.example] * 2)  # a batch of one would become a constant
     sizes = dict.fromkeys([0, *range(2, x.ndim)], torch.export.Dim.AUTO)
@@ -43,10 +44,28 @@ def write_onnx(model: TrainedModel, folder: Path, where: str) -> Path:
                 output_names=["prediction"], verbose=False,
             )  # fmt: skip
             assert program is not None
-            program.save(str(path), external_data=False)
+            proto = program.model_proto
+            _name_axes(proto.graph, ["batch", "channel", *"zyx"[5 - x.ndim :]])
+            onnx.save(proto, str(path))
     except Exception as e:  # the code of a network can raise anything
         raise CellMapValueError(f"{where}: {untraceable(model, e)}") from e
     return path
+
+
+def _name_axes(graph: Any, names: Sequence[str]) -> None:
+    """Name the axes of free length, which torch calls ``s77`` and so on, in all shapes of a graph.
+
+    Args:
+        graph: the graph of an ONNX model, which is changed.
+        names: of the axes of its only input.
+    """
+    axes = graph.input[0].type.tensor_type.shape.dim
+    # Axes that must have the same length share a symbol, and then the name of the first of them.
+    renamed = {axis.dim_param: name for axis, name in reversed([*zip(axes, names, strict=True)]) if axis.dim_param}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param:  # a name, or a term such as s53 - 2
+                axis.dim_param = re.sub(r"[A-Za-z_]\w*", lambda match: renamed.get(match[0], match[0]), axis.dim_param)
 
 
 @contextmanager

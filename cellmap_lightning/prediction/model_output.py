@@ -11,6 +11,7 @@ from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.errors import CellMapKeyError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import AXES, Shape
 from cellmap_lightning.prediction.blending import Tiling
+from cellmap_lightning.validation import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class ModelOutput:
         if isinstance(outputs, Mapping):
             key = self.key if self.key is not None else next(iter(outputs)) if len(outputs) == 1 else None
             if key not in outputs:
-                raise CellMapKeyError(f"predict_step returned {list(outputs)}; select one of them with key=...")
+                raise CellMapKeyError(_select(self.key, outputs))
             outputs = outputs[key]
         if not isinstance(outputs, torch.Tensor):
             raise CellMapTypeError(
@@ -158,6 +159,20 @@ class ModelOutput:
                 "check_context=False disables this check",
                 change, list(tiling.trim),
             )  # fmt: skip
+
+
+def _select(key: str | None, outputs: Mapping[Any, Any]) -> str:
+    """Return the message for a mapping of which no entry, or one that is not there, is selected."""
+    shapes = [
+        f"{name} {list(value.shape) if hasattr(value, 'shape') else type(value).__name__}"
+        for name, value in outputs.items()
+    ]
+    wrong = "" if key is None else f", and key={key!r} is none of them{did_you_mean(key, map(str, outputs))}"
+    first = next(iter(outputs), "...")
+    return (
+        f"predict_step returned {', '.join(shapes) or 'an empty mapping'}{wrong}; select one of them, as with "
+        f"key={str(first)!r}; dtype='float32' stores values that are not probabilities"
+    )
 
 
 def _dims(shape: Shape, axes: Sequence[int]) -> list[int]:

@@ -161,6 +161,14 @@ class CellMapDataSplit:
         """
         return self._division.divide(self._listed)
 
+    def divided_by(self, **options: Any) -> dict[str, list[CropRecord]]:
+        """Return the crops of each split by another rule, with ``options`` in place of those of `SplitOptions`.
+
+        Raises:
+            CellMapError: the rule cannot divide these crops.
+        """
+        return self._division.with_options(replace(self.options, **options)).divide(self._listed)
+
     def inside(self, blocks: BlockOptions) -> InsideSplit:
         """Return the rule that cuts these crops into boxes for training and validation."""
         arrays = None

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,12 @@ class Division:
         self._seed, self._root = seed, root
         self._filter = Filter(options.only_datasets, options.only_crops)
         self._metadata: dict[tuple[str, str | None, CropBox | None], CropMetadata | None] = {}
+
+    def with_options(self, options: SplitOptions) -> "Division":
+        """Return the division of the same crops by other options."""
+        other = copy(self)
+        other.options = options
+        return other
 
     def read_classes(self, annotated: Sequence[str]) -> tuple[str, ...]:
         """Return the requested classes, and those that imply something about them."""

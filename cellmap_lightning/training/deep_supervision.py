@@ -1,6 +1,6 @@
 """Losses of networks that return outputs at several scales."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,21 @@ def pooled(target: Tensor, shape: torch.Size) -> Tensor:
     known = ~torch.isnan(target)
     part = pool(known.to(target.dtype), tuple(shape))
     return pool(torch.nan_to_num(target, nan=0.0), tuple(shape)) / part  # 0 / 0 is NaN
+
+
+def describe_scales(outputs: Sequence[Tensor]) -> str:
+    """Return a sentence on the weights that `over_scales` gives to several outputs.
+
+    Args:
+        outputs: two or more; see `scales_of`.
+    """
+    total = 2 ** len(outputs) - 1
+    weights = [f"{2 ** (len(outputs) - level)}/{total}" for level in range(1, len(outputs) + 1)]
+    sizes = [f"{list(output.shape[2:])}" for output in outputs]
+    return (
+        f"{len(outputs)} outputs, deep supervision: weights {', '.join(weights[:-1])} and {weights[-1]} of the losses "
+        f"at {', '.join(sizes[:-1])} and {sizes[-1]} voxels"
+    )
 
 
 def over_scales(loss: Callable[[Tensor, Tensor], Tensor], outputs: list[Tensor], target: Tensor) -> Tensor:

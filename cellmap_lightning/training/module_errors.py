@@ -1,9 +1,10 @@
 """Short errors of the tensors of an own module, with the place in its code and the shapes of the batch."""
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,13 @@ def short_errors(task: L.LightningModule, trainer: Any, data: Any) -> Iterator[N
             if any(name in shapes for name in names)
         ]
         batch = f" with a batch of {' and '.join(listed)}" if listed else ""
+        tensors = _tensors(error, task)
+        variables = f", where {', '.join(f'{name} is {shape}' for name, shape in tensors.items())}" if tensors else ""
         reason = next(iter(str(error).splitlines()), "")
         raise CellMapValueError(
-            f"{type(task).__name__}: {place} fails{batch}: {type(error).__name__}: {reason}; docs/own_module.md "
-            "describes the shapes that a module gets and returns, and HYDRA_FULL_ERROR=1 shows the traceback"
+            f"{type(task).__name__}: {place} fails{batch}{variables}: {type(error).__name__}: {reason}; "
+            "docs/own_module.md describes the shapes that a module gets and returns, and HYDRA_FULL_ERROR=1 shows the "
+            "traceback"
         ) from error
 
 
@@ -91,6 +95,27 @@ def _place(error: BaseException, task: L.LightningModule) -> str | None:
     file = Path(own[-1].filename)
     file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
     return f"{file}, line {own[-1].lineno}, in {own[-1].name} ({own[-1].line})"
+
+
+def _tensors(error: BaseException, task: L.LightningModule) -> dict[str, list[int]]:
+    """Return the shapes of the tensors in the innermost own line that an error has passed.
+
+    That is, of the variables that the line names, such as the output of the network; or where it nests calls, as in
+    ``bce(self(x), y)``, of the arguments of the library's function that it calls.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    rows = traceback.extract_tb(error.__traceback__)
+    last = max(n for n, row in enumerate(rows) if _is_own(Path(row.filename), task))
+    named = re.findall(r"(?<![\w.])[A-Za-z_]\w*", rows[last].line or "")
+    variables = _shapes(frames[last].f_locals, named)
+    if len(variables) > 1 or last + 1 == len(frames):
+        return variables
+    called = frames[last + 1]
+    return variables | _shapes(called.f_locals, called.f_code.co_varnames[: called.f_code.co_argcount])
+
+
+def _shapes(variables: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[int]]:
+    return {name: list(variables[name].shape) for name in names if isinstance(variables.get(name), Tensor)}
 
 
 def _is_own(file: Path, task: L.LightningModule) -> bool:

@@ -2,6 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,26 @@ class NetworkCall:
         self._check_channels(scales[0], several)
         for head, target in zip(self.heads or (None,), self.targets, strict=True):
             self._check_voxels(head.name if head else None, scales[0], target, several)
-        for number, scale in enumerate(scales[1:], 2):
-            if scale.ndim != scales[0].ndim or scale.shape[1] != scales[0].shape[1]:
-                raise CellMapValueError(
-                    f"{self.name}: the network returns {len(scales)} tensors, which are read as the same output at "
-                    f"lower and lower resolutions (deep supervision), and number {number} is {list(scale.shape)} where "
-                    f"number 1 is {list(scales[0].shape)}; return the logits alone, {self.wanted}"
-                )
+        if not isinstance(output, Tensor):  # MONAI's stacked outputs are of one size
+            self._check_scales(scales)
         return scales
+
+    def _check_scales(self, scales: Sequence[Tensor]) -> None:
+        for number, (before, scale) in enumerate(pairwise(scales), 2):
+            start = (
+                f"{self.name}: the network returns {len(scales)} tensors, which are read as the same output at lower "
+                f"and lower resolutions (deep supervision), and number {number} is {list(scale.shape)} where number "
+            )
+            if scale.ndim != scales[0].ndim or scale.shape[1] != scales[0].shape[1]:
+                raise CellMapValueError(f"{start}1 is {list(scales[0].shape)}; return the logits alone, {self.wanted}")
+            smaller = [n <= m for n, m in zip(scale.shape[2:], before.shape[2:], strict=True)]
+            if not all(smaller) or scale.shape == before.shape:
+                raise CellMapValueError(
+                    f"{start}{number - 1} is {list(before.shape)}; for several targets return one tensor with the "
+                    "channels of all, in the order of task.target_name, or write a module with the losses of both "
+                    "(docs/own_module.md); else return the logits alone, or for deep supervision at one resolution "
+                    "torch.stack(outputs, 1)"
+                )
 
     @property
     def _axes(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
-from cellmap_lightning.training.deep_supervision import over_scales, scales_of
+from cellmap_lightning.training.deep_supervision import describe_scales, over_scales, scales_of
 from cellmap_lightning.training.head_scores import Scorers, dice_by_class, epoch_scores, loggable, score_names
 from cellmap_lightning.training.heads import (
     Head,
@@ -161,7 +161,7 @@ class SegmentationTask(RestorableTask):
         self.val_loss = MeanOverSamples()
         self.test_loss = MeanOverSamples()
         self._heads: tuple[Head, ...] = ()
-        self._has_run = False
+        self._has_run = self._has_scales = False
 
     def forward(self, *inputs: Tensor) -> Any:
         """Return the output of the network for finished inputs."""
@@ -229,6 +229,9 @@ class SegmentationTask(RestorableTask):
         output = self(*inputs) if self._has_run else call.run(self)
         scales = call.scales(output)
         self._has_run = True
+        if len(scales) > 1 and not self._has_scales:  # in training alone, with some networks
+            self._has_scales = True
+            log.info("%s: %s", call.name, describe_scales(scales))
         return scales
 
     def losses(self, output: Any, targets: Sequence[Tensor]) -> dict[str, Tensor]:

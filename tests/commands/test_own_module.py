@@ -94,6 +94,24 @@ class Validates(Module):
         binary_cross_entropy_with_logits(logits, batch["labels"])
 
 
+class Nests(Module):
+    def training_step(self, batch, batch_idx):
+        return binary_cross_entropy_with_logits(self.network(batch["raw"])[:, :, 2:], batch["labels"])
+
+
+class Masks(Module):
+    def training_step(self, batch, batch_idx):
+        logits, target = self.network(batch["raw"])[..., 2:], batch["labels"]
+        known = target.isfinite()
+        return (logits[known] - target[known]).mean()
+
+
+class TwoOutputs(Module):
+    def predict_step(self, batch, batch_idx):
+        logits = self.network(batch["raw"])
+        return {"labels": logits.sigmoid(), "distance": logits.tanh()}
+
+
 class Refuses(Module):
     def training_step(self, batch, batch_idx):
         raise RuntimeError("of the user")
@@ -172,7 +190,8 @@ def predict(volume, trained, tmp_path, target, more="trust=[own_package]"):
     torch.save(content, tmp_path / "used.ckpt")
     given = ["ckpt=used.ckpt", f"data.input_path={volume.raw_path}", f"out={target}.zarr", "trainer=cpu"]
     region = "region={z:[0,160],y:[0,160],x:[0,160]}"
-    return run_forked(*given, region, "picture=false", more, cwd=tmp_path, command="predict")
+    more = [more] if isinstance(more, str) else [*dict.fromkeys(more)]
+    return run_forked(*given, region, "picture=false", *more, cwd=tmp_path, command="predict")
 
 
 def test_the_best_metric_is_logged(trained):
@@ -203,6 +222,26 @@ def test_modules_that_cannot_predict(volume, trained, tmp_path, target, message)
     code, text = predict(volume, trained, tmp_path, target)
     assert (code, message in text, "Traceback" in text) == (1, True, False), text
     assert not (tmp_path / f"{target}.zarr").exists()
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            "trust=[own_package]",
+            "select one of them, as with writer.key=labels; writer.dtype=float32 stores values that",
+        ),
+        ("writer.key=label", ", and writer.key=label is none of them; did you mean 'labels'?; select one of them"),
+        ("writer.key=labels", None),
+    ],
+)
+def test_outputs_of_predict_step_are_listed_with_their_shapes(volume, trained, tmp_path, more, message):
+    code, text = predict(volume, trained, tmp_path, "TwoOutputs", ["trust=[own_package]", more])
+    assert (code, "Traceback" in text) == (0 if message is None else 1, False), text
+    if message is not None:
+        assert "Error: predict_step returned labels [2, 2, 8, 16, 16], distance [2, 2, 8, 16, 16]" in text
+        assert message in text
 
 
 @pytest.mark.usefixtures("package")
@@ -374,30 +413,49 @@ def test_messages_need_no_running_command():
         check_targets(OmegaConf.create({"model": copy.deepcopy(node)}))
 
 
-SHAPES = "with a batch of inputs raw [2, 1, 8, 16, 16] and targets labels [2, 2, 8, 16, 16]: "
+SHAPES = "with a batch of inputs raw [2, 1, 8, 16, 16] and targets labels [2, 2, 8, 16, 16]"
 
 
 @pytest.mark.usefixtures("package")
 @pytest.mark.parametrize(
-    ("target", "row", "message"),
+    ("target", "row", "variables", "message"),
     [
-        ("Convolves", 'return self.network(batch["raw"][:, 0]).mean()', "RuntimeError: Given groups=1, "),
-        ("Compares", 'return (logits - batch["labels"]).mean()', "RuntimeError: The size of tensor a (15)"),
+        ("Convolves", 'return self.network(batch["raw"][:, 0]).mean()', "", "RuntimeError: Given groups=1, "),
+        (
+            "Compares",
+            'return (logits - batch["labels"]).mean()',
+            ", where logits is [2, 2, 8, 16, 15]",
+            "RuntimeError: The size of tensor a (15)",
+        ),
+        (
+            "Masks",
+            "return (logits[known] - target[known]).mean()",
+            ", where logits is [2, 2, 8, 16, 14], known is [2, 2, 8, 16, 16], target is [2, 2, 8, 16, 16]",
+            "IndexError: The shape of the mask",
+        ),
+        (
+            "Nests",
+            'return binary_cross_entropy_with_logits(self.network(batch["raw"])[:, :, 2:], batch["labels"])',
+            ", where input is [2, 2, 6, 16, 16], target is [2, 2, 8, 16, 16]",
+            "ValueError: Target size (torch.Size(",
+        ),
         (
             "Validates",
             'binary_cross_entropy_with_logits(logits, batch["labels"])',
+            ", where logits is [2, 1, 8, 16, 16], input is [2, 1, 8, 16, 16], target is [2, 2, 8, 16, 16]",
             "ValueError: Target size (torch.Size(",
         ),
     ],
 )
-def test_shapes_that_torch_refuses_are_one_error(volume, tmp_path, target, row, message):
+def test_shapes_that_torch_refuses_are_one_error(volume, tmp_path, target, row, variables, message):
     code, text = train(volume, tmp_path, f"task._target_=own_package.{target}")
     assert (code, "Traceback" in text) == (1, False), text
     (line,) = [line for line in text.splitlines() if line.startswith("Error: ")]
     number = next(n for n, content in enumerate(PACKAGE.splitlines(), 1) if content.strip() == row)
     step = "validation_step" if target == "Validates" else "training_step"
-    assert line.startswith(f"Error: {target}: modules/own_package.py, line {number}, in {step} ({row}) fails {SHAPES}")
-    for part in [message, "docs/own_module.md", "HYDRA_FULL_ERROR=1 shows the traceback"]:
+    place = f"modules/own_package.py, line {number}, in {step} ({row})"
+    assert line.startswith(f"Error: {target}: {place} fails {SHAPES}{variables}: {message}")
+    for part in ["docs/own_module.md", "HYDRA_FULL_ERROR=1 shows the traceback"]:
         assert part in line
 
 

@@ -30,6 +30,21 @@ def test_settings_of_the_data_have_their_prefix(text, expected):
     assert as_overrides(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("as with key='labels'; dtype='float32' stores", "as with writer.key=labels; writer.dtype=float32 stores"),
+        ("activation='sigmoid' (or 'softmax') converts", "writer.activation=sigmoid (or 'softmax') converts"),
+        ("and dtype=uint8 stores", "and writer.dtype=uint8 stores"),
+        ("writer.dtype=uint8, my_key='a'", "writer.dtype=uint8, my_key='a'"),
+        ("check_context=False disables", "writer.check_context=false disables"),
+    ],
+)
+def test_settings_of_the_writer_have_their_prefix_in_predictions(text, expected):
+    assert as_overrides(text, "predict") == expected
+    assert "writer." in text or "writer." not in as_overrides(text, "train")
+
+
 def test_a_command_names_its_setting_with_the_prefix(volume, tmp_path):
     settings = [f"data.csv_path={volume.csv_path}", "data.classes=[mito,qqq]", "patch.shape=[8,16,16]"]
     settings += ["patch.scale=[10.48,8,8]", "data.unannotated_classes=error"]

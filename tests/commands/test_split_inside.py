@@ -26,7 +26,7 @@ def folder(tmp_path):
 def test_the_error_proposes_an_override(folder):
     code, text = run_forked(*SMALL, cwd=folder)
     assert code == 1
-    assert "crops.csv has no crops for validation; data.split=blocks cuts those for training" in text
+    assert "crops.csv has no crops for validation; list some; or data.split=blocks cuts those for training (" in text
     assert "jrc_a/crop1: cut along x into 536 nm for training and 144 nm for validation" in text
     assert not (folder / "out" / "checkpoints").exists()
 
@@ -53,5 +53,8 @@ def test_one_crop_is_trained_on_and_validated(folder):
 def test_a_crop_that_cannot_be_cut_is_explained(folder):
     code, text = run_forked(*SMALL, "patch.shape=[48,48,48]", cwd=folder)
     assert code == 1
-    assert "those for training cannot be cut; trainer.limit_val_batches=0 trains without validation" in text
+    assert (
+        "those for training can neither be divided nor cut; trainer.limit_val_batches=0 trains without validation"
+        in text
+    )
     assert "a patch needs 384 nm" in text

@@ -39,6 +39,9 @@ def test_the_file_computes_the_probabilities_of_the_checkpoint(save, tmp_path, c
     assert given.shape == (1, 1, *SHAPE)
     np.testing.assert_allclose(loaded(torch.from_numpy(given)).detach().numpy(), expected, atol=1e-5)
     assert "torchvision" not in caplog.text
+    if to == "onnx":
+        axes = pytest.importorskip("onnx").load(tmp_path / "out" / card.weights).graph.input[0].type.tensor_type.shape
+        assert [axis.dim_param or axis.dim_value for axis in axes.dim] == ["batch", 1, "z", "y", "x"]
     assert card.about["verified"]["max_difference"] < 1e-5
     assert card.about["verified"]["other_shape"] == [4, 8, 8]
 

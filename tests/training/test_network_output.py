@@ -101,6 +101,21 @@ NETWORKS = {
             r"\[2, 2, 8, 16, 24\]; return the logits alone, \[2, 2, 8, 16, 24\]"
         ),
     ),
+    "two outputs of one size": (
+        lambda: Returning(lambda logits, _: (logits, logits.tanh())),
+        (
+            r"^Returning: the network returns 2 tensors, .* number 2 is \[2, 2, 8, 16, 24\] where number 1 is "
+            r"\[2, 2, 8, 16, 24\]; for several targets return one tensor with the channels of all, .*own_module.md"
+        ),
+    ),
+    "a third output of the second's size": (
+        lambda: Returning(lambda logits, _: [logits, *[nn.functional.avg_pool3d(logits, 2)] * 2]),
+        r"returns 3 tensors, .* number 3 is \[2, 2, 4, 8, 12\] where number 2 is \[2, 2, 4, 8, 12\]; for several",
+    ),
+    "a larger second output": (
+        lambda: Returning(lambda logits, _: [logits, nn.functional.interpolate(logits, scale_factor=2)]),
+        r"number 2 is \[2, 2, 16, 32, 48\] where number 1 is \[2, 2, 8, 16, 24\]; for several targets",
+    ),
     "features before logits": (
         lambda: Returning(lambda logits, x: (x, logits)),
         r"returns 1 channel, and .*; set its out_channels to 2; of the 2 outputs that it returns the first is meant",
@@ -196,7 +211,34 @@ def test_reconstructions_have_the_shape_of_the_input(volume, tmp_path, network, 
         trainer(tmp_path).fit(ReconstructionTask(network), data)
 
 
-def test_deep_supervision_is_no_mistake(volume, tmp_path, caplog):
-    network = Returning(lambda logits, _: [logits, nn.functional.avg_pool3d(logits, 2)])
-    with data_of(volume) as data, caplog.at_level(logging.ERROR):
-        trainer(tmp_path).fit(SegmentationTask(network, ["mito", "er"]), data)
+def pooled(logits, *factors):
+    return [logits, *(nn.functional.avg_pool3d(logits, factor) for factor in factors)]
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda logits, _: pooled(logits, 2),
+            ("2 outputs, deep supervision: weights 2/3 and 1/3 of the losses at [8, 16, 24] and [4, 8, 12] voxels"),
+        ),
+        (
+            lambda logits, _: tuple(pooled(logits, (1, 2, 2), (2, 4, 4))),
+            (
+                "3 outputs, deep supervision: weights 4/7, 2/7 and 1/7 of the losses at [8, 16, 24], [8, 8, 12] "
+                "and [4, 4, 6] voxels"
+            ),
+        ),
+        (
+            lambda logits, _: torch.stack([logits, logits], 1),
+            ("2 outputs, deep supervision: weights 2/3 and 1/3 of the losses at [8, 16, 24] and [8, 16, 24] voxels"),
+        ),
+        (lambda logits, _: [logits], None),
+    ],
+    ids=["two", "anisotropic", "stacked", "one"],
+)
+def test_deep_supervision_is_logged_once(volume, tmp_path, caplog, make, text):
+    with data_of(volume) as data, caplog.at_level(logging.INFO, "cellmap_lightning.training.task"):
+        trainer(tmp_path).fit(SegmentationTask(Returning(make), ["mito", "er"]), data)
+    lines = [r.getMessage() for r in caplog.records if "deep supervision" in r.getMessage()]
+    assert lines == ([] if text is None else [f"Returning: {text}"])
