@@ -94,6 +94,11 @@ class StreamPrefetch(L.Callback):
             log.info("stream prefetch: off, since the Trainer's data is not a CellMapDataModule")
             return
         datamodule.prefetch = self._decide
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the settings as hyperparameters, once per training and after those of the module."""
+        if not hasattr(getattr(trainer, "datamodule", None), "prefetch"):
+            return
         # Decisions are not logged: they may differ between runs of one Trainer, and loggers refuse changed values.
         settings = {f"stream_prefetch/{name}": value for name, value in dataclasses.asdict(self.settings).items()}
         for logger in trainer.loggers:

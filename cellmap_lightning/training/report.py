@@ -23,7 +23,7 @@ _FILES = {
     "checkpoints/best.ckpt": "weights of the best validation",
     "checkpoints/last.ckpt": "newest state, to resume from",
     "config.yaml": "the configuration, resolved",
-    "hparams.yaml": "the hyperparameters of the task",
+    "hparams.yaml": "the hyperparameters of the task, then those of stream_prefetch",
     "train.log": "the log",
     "split.csv": "the crops of each split",
     "metrics.csv": "losses and scores per step and epoch",

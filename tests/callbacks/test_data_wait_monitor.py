@@ -194,9 +194,10 @@ class Refuses(CSVLogger):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.logged = {}
+        self.logged, self.calls = {}, []
 
     def log_hyperparams(self, params):
+        self.calls.append([*dict(params)])
         for name, value in dict(params).items():
             assert self.logged.setdefault(name, value) == value, name
         super().log_hyperparams(params)
@@ -220,6 +221,21 @@ def test_prefetch_settings_are_hyperparameters(volume, tmp_path, caplog):
     assert stored["stream_prefetch/enabled"] is True
     for split in ("train", "val", "test"):
         assert f"stream prefetch for {split}: on, 2 ahead in a thread" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stages", "calls"), [(["fit"], 1), (["fit", "validate", "test"], 1), (["validate"], 0), (["fit", "fit"], 2)]
+)
+def test_prefetch_settings_are_logged_once_per_training_after_the_task(volume, tmp_path, stages, calls):
+    logger, model = Refuses(tmp_path, "", ""), task()
+    model.save_hyperparameters({"width": 8})
+    with module(volume) as data:
+        for stage in stages:
+            run = trainer(tmp_path, logger=logger, callbacks=[StreamPrefetch()])
+            getattr(run, stage)(model, data)
+    of_prefetch = [n for n, names in enumerate(logger.calls) if any("stream_prefetch" in name for name in names)]
+    assert len(of_prefetch) == calls
+    assert all(n > 0 and "width" in logger.calls[n - 1] for n in of_prefetch)
 
 
 NAMES = ["mito", "er (smooth)", "pm.x"]
