@@ -12,6 +12,19 @@ def plural(count: int, noun: str, several: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else several or f'{noun}s'}"
 
 
+def part_of(count: int, total: int, noun: str) -> str:
+    """Return some of several things, such as ``3 of the 5 crops``; or ``the only crop``.
+
+    Args:
+        count: the count, at least 1.
+        total: the count of all.
+        noun: the noun of one thing.
+    """
+    if count == total == 1:
+        return f"the only {noun}"
+    return f"{count:,} of the {plural(total, noun)}"
+
+
 def large_count(count: float) -> str:
     """Return a large number: in full below a million, such as ``240,000``, else as ``3.78 million``."""
     return f"{round(count):,}" if count < 10**6 else f"{float(f'{count / 1e6:.3g}'):,.15g} million"

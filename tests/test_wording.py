@@ -3,7 +3,7 @@
 import pytest
 
 from cellmap_lightning.prediction.summary import Summary
-from cellmap_lightning.wording import large_count, plural, size_text
+from cellmap_lightning.wording import large_count, part_of, plural, size_text
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,14 @@ from cellmap_lightning.wording import large_count, plural, size_text
 )
 def test_nouns_follow_their_count(count, noun, several, text):
     assert plural(count, noun, several) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "text"),
+    [(1, 1, "the only crop"), (1, 2, "1 of the 2 crops"), (3, 1200, "3 of the 1,200 crops")],
+)
+def test_parts_of_things(count, total, text):
+    assert part_of(count, total, "crop") == text
 
 
 @pytest.mark.parametrize(

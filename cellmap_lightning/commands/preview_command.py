@@ -13,12 +13,14 @@ from cellmap_lightning.commands.messages import quieten
 from cellmap_lightning.commands.program import run_command
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.io.own_files import check_replaceable
-from cellmap_lightning.validation import one_of
+from cellmap_lightning.validation import first_few, one_of
 
 #: Samples that are read for each one that is drawn.
 _CANDIDATES = 4
 #: Legend of the unknown voxels of tiles, each voxel of a crop being scored once.
 _TILED = "scored in another tile, or unknown for every class"
+#: Crops without a sample that are listed.
+_LISTED = 8
 
 
 def main() -> Any:
@@ -50,10 +52,15 @@ def _preview(configs: list[DictConfig]) -> None:
         loader = getattr(data, f"{cfg.split}_dataloader")()
         previews = collect(loader, cfg.samples, cfg.epoch, cfg.serve, _candidates(cfg.samples))
         title = f"{cfg.split}, epoch {cfg.epoch}, seed {cfg.seed}"
+        absent = [crop.label for crop in loader.source.crops if crop.label not in {one.crop for one in previews}]
         unknown = UNKNOWN_TEXT if cfg.split == "train" else _TILED
         files = write(previews, data.classes or (), out, title, cfg.overlay, cfg.html, unknown)
     links.write_text("\n\n".join(f"{p.sample.header}\n{p.napari}\n{p.neuroglancer}" for p in previews) + "\n")
     width = shutil.get_terminal_size().columns
     for preview in previews:
         print("\n".join(textwrap.wrap(preview.sample.header, width, subsequent_indent="    ")))
+    if absent:
+        others = "more samples=..., another epoch=... or data.strategy=uniform may show others"
+        text = f"not shown: {first_few(absent, _LISTED)}; {others}"
+        print("\n" + "\n".join(textwrap.wrap(text, width, subsequent_indent="    ")))
     print("\n" + "\n".join(map(str, (*files, links))))

@@ -164,7 +164,8 @@ def _message(error: Exception, place: str | None = None) -> str | None:
         if isinstance(cause, OSError) and is_file_error(cause):
             return file_error_message(cause, place)
         if type(cause).__name__ == "MisconfigurationException":  # Lightning's class, which is not imported here
-            return f"{cause}{'; trainer=cpu runs without one' if 'gpu backend' in str(cause) else ''}"
+            without = "; trainer=cpu runs without one" if "gpu backend" in str(cause) else ""
+            return f"{str(cause).rstrip('.!') if without else cause}{without}"
         cause = cause.__cause__
     return _instantiation_message(error) if isinstance(error, InstantiationException) else None
 

@@ -27,7 +27,7 @@ from cellmap_lightning.conversion.output import (
 from cellmap_lightning.errors import MetadataError, OutputError
 from cellmap_lightning.geometry.lattice import Shape
 from cellmap_lightning.geometry.resample import AnyArray
-from cellmap_lightning.io.images import read_image
+from cellmap_lightning.io.images import read_image, replaced_values
 from cellmap_lightning.io.label_ids import (
     BACKGROUND,
     UNANNOTATED,
@@ -99,6 +99,8 @@ def _read(options: ConversionOptions) -> Multiscale:
     notes = [Note(note.kind, without_entry(note.text)) for note in image.notes if note.kind != "access"]
     # What is wrong with the voxel size is seen after the conversion, whose output is then in the way.
     again = ", with overwrite=True where the output exists already"
+    for text in replaced_values(options.input, options.overrides):
+        log.warning("%s: %s", options.input, text)
     report(image.path, [Note(n.kind, n.text + again if n.kind in ("scale", "unit") else n.text) for n in notes])
     return image
 

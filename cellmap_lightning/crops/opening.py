@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from cellmap_lightning.crops.counts import unknown_in_metadata
 from cellmap_lightning.crops.spelling import meant
-from cellmap_lightning.crops.target_hints import target_hint
+from cellmap_lightning.crops.target_hints import misread_target, target_hint
 from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.errors import CellMapError, CellMapValueError
-from cellmap_lightning.io.images import image_exists, read_image
-from cellmap_lightning.io.ngff import Multiscale, Overrides, report
+from cellmap_lightning.io.images import image_exists, read_image, replaced_values
+from cellmap_lightning.io.ngff import Multiscale, Note, Overrides, report
 from cellmap_lightning.io.store import StorePath, prefetch_metadata
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,9 @@ def open_images(
             target_path.check_names(known)
             target_path.check_spelling(classes, known)
         annotated = [name for name in read if name in target_path.names]
+        misread = misread_target(target_path, read) if annotated else ""
+        if misread:
+            raise CellMapValueError(f"{label}: {misread}")
         if not annotated:
             raise NotAnnotatedError(
                 f"{label}: none of the classes {list(classes)} is annotated in it; it has {list(target_path.names)}"
@@ -83,6 +86,8 @@ def open_images(
     for key, path in paths.items():
         try:
             image = _read(key, path, target_path, overrides)
+            reversed_values = replaced_values(path, overrides[0 if key == "raw" else 1], reversed_only=True)
+            report(image.path, [Note("order", text) for text in reversed_values])
             _ = image.finest.lattice  # raises if the metadata have no usable geometry
             report(image.path, image.notes)
             images[key] = image

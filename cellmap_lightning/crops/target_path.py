@@ -37,6 +37,7 @@ class TargetPath:
         after: path after the bracket, usually empty.
         options: ``storage_options`` of an address.
         label_map: ids and names of a label map, in which all classes share one array; else empty.
+        bracketed: whether the classes were written in a bracket; without one, the last part of the path is the class.
 
     Example:
         >>> TargetPath.parse("jrc_a.zarr/crop1/[mito,er]").names
@@ -48,6 +49,7 @@ class TargetPath:
     after: str
     options: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
     label_map: tuple[tuple[int, str], ...] = ()
+    bracketed: bool = field(default=True, repr=False, compare=False)
 
     @classmethod
     def parse(cls, path: str, options: Mapping[str, Any] | None = None) -> "TargetPath":
@@ -72,7 +74,7 @@ class TargetPath:
         before, inside, after = _split(head)
         if inside is None:
             before, _, name = head.rstrip("/").rpartition("/")
-            return cls((before or ".") + chain + archive, (name,), "", items)
+            return cls((before or ".") + chain + archive, (name,), "", items, bracketed=False)
         names = tuple(name.strip() for name in inside.split(","))
         if not any(names):
             raise CellMapValueError(

@@ -1,6 +1,7 @@
 """A proposal of settings that fit the data, each with its reason."""
 
 import json
+import math
 import re
 import textwrap
 from bisect import bisect_left
@@ -360,9 +361,11 @@ def _normalize(volumes: Sequence[VolumeFacts]) -> tuple[Any, str]:
             f"in {len(narrow)} of the {len(known)} volumes whose values are known the middle 99 % span less than 40 % "
             f"of {kind}"
         )
-    measured = (
-        f"the values of {len(known)} of {len(volumes)} volumes fill it" if known else "deep=true reads the values"
-    )
+    measured = "deep=true reads the values"
+    if known:  # the least span of any volume
+        span = min(v.high - v.low for v in known) / 255
+        where = "" if len(known) == len(volumes) == 1 else f" in {len(known)} of {len(volumes)} volumes"
+        measured = f"the middle 99 % of the values span at least {math.floor(100 * span)} % of it{where}"
     return "dtype", f"{kind} to [0, 1] by the range of its type; {measured}"
 
 

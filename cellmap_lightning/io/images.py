@@ -1,6 +1,11 @@
 """Reading of images of any volume format."""
 
-from cellmap_lightning.errors import CellMapFileNotFoundError
+from dataclasses import replace
+
+import numpy as np
+
+from cellmap_lightning.errors import CellMapError, CellMapFileNotFoundError
+from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, Vector
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Multiscale, NoImageError, Overrides, read_multiscale, shared_image
 from cellmap_lightning.io.store import Remote, StorePath, children, exists, parse_location
 
@@ -38,6 +43,51 @@ def read_image(path: str | StorePath, overrides: Overrides = NO_OVERRIDES, allow
                 raise NoImageError(f"{place}: {strays}") from None
             raise
         return image
+
+
+def replaced_values(path: str | StorePath, overrides: Overrides, reversed_only: bool = False) -> list[str]:
+    """Return a message for the voxel size and the translation of a file, where overrides replace them by others.
+
+    Args:
+        path: the image.
+        overrides: the settings.
+        reversed_only: leave out values that are not the stored ones in the reversed order.
+
+    Returns:
+        Messages without the path; none where nothing is stored, a translation of 0 included.
+
+    Example:
+        >>> replaced_values("volume.h5/raw", Overrides(voxel_size=(8, 4, 4)))
+        ['the file says voxel_size=[8, 4.6, 4.6] nm; voxel_size=[8, 4, 4] replaces it']
+    """
+    if overrides.voxel_size is None and overrides.translation is None:
+        return []
+    try:
+        stored = read_image(path, replace(overrides, voxel_size=None, translation=None), allow_turned=True).finest
+    except CellMapError:  # it stores no voxel size; other errors are raised when the image is read
+        return []
+    pairs = {
+        "voxel_size": (stored.scale, overrides.voxel_size),
+        "translation": (stored.translation if any(stored.translation) else None, overrides.translation),
+    }
+    texts = []
+    for key, (old, new) in pairs.items():
+        if old is None or new is None or _same(old, new, stored.scale):
+            continue
+        is_reversed = _same(old, new[::-1], stored.scale)
+        if is_reversed or not reversed_only:
+            order = " and is probably in the order x, y, z; the order is z, y, x" if is_reversed else ""
+            texts.append(f"the file says {key}={_listed(old)} nm; {key}={_listed(new)} replaces it{order}")
+    return texts
+
+
+def _same(stored: Vector, given: Vector, scale: Vector) -> bool:
+    """Return True if values in nm are the same but for rounding, in parts of a voxel."""
+    return bool((np.abs(np.subtract(stored, given)) <= SCALE_TOLERANCE * np.asarray(scale)).all())
+
+
+def _listed(values: Vector) -> str:
+    return f"[{', '.join(f'{value:g}' for value in values)}]"
 
 
 def image_exists(path: StorePath) -> bool:

@@ -34,7 +34,7 @@ from cellmap_lightning.splits.spellings import OtherSpelling, report_spellings, 
 from cellmap_lightning.splits.summary import class_table, write_csv
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.validation import did_you_mean, whole_number
-from cellmap_lightning.wording import plural
+from cellmap_lightning.wording import part_of, plural
 
 log = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ class CellMapDataSplit:
         if problems:
             also = f"; {len(dropped)} more would be dropped" if dropped else ""
             raise CellMapValueError(
-                f"{len(problems)} of the {plural(len(entries), 'crop')} for {split!r} cannot be used{also}:\n"
+                f"{part_of(len(problems), len(entries), 'crop')} for {split!r} cannot be used{also}:\n"
                 f"{table_of(problems)}"
             ) from (problems[0][1] if len(problems) == 1 else None)
         if not datasets:

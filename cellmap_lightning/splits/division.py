@@ -10,17 +10,19 @@ import numpy as np
 from cellmap_lightning.batches.arrays import ArraySpecs, parse_targets
 from cellmap_lightning.crops.crop_box import CropBox
 from cellmap_lightning.crops.options import LabelOptions
-from cellmap_lightning.errors import CellMapTypeError, CellMapValueError
+from cellmap_lightning.crops.target_hints import misread_target
+from cellmap_lightning.errors import CellMapError, CellMapTypeError, CellMapValueError
 from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, FloatArray
 from cellmap_lightning.splits.absent_crops import check_on_disk
 from cellmap_lightning.splits.crop_metadata import CropMetadata, read_crop_metadata
 from cellmap_lightning.splits.crop_names import crop_name, crop_names, target_of
-from cellmap_lightning.splits.entries import CropRecord
+from cellmap_lightning.splits.entries import CropRecord, table_of
 from cellmap_lightning.splits.manifests import Filter
 from cellmap_lightning.splits.opening import for_all
 from cellmap_lightning.splits.options import SplitOptions
 from cellmap_lightning.splits.rules import CandidateCrop, assign, missing_classes
 from cellmap_lightning.transforms.implied import Implications
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class Division:
                 disk.
         """
         splits = self._filtered(listed)
+        self._check_targets(splits)
         if self._root is not None and self.options.manifest is not None:
             annotated = [entry for entries in splits.values() for entry in entries if entry.target_path is not None]
             check_on_disk(annotated, self.options.manifest, self._root)
@@ -104,6 +107,31 @@ class Division:
             for split in ("train", "val")
         }
         return {**{split: entries for split, entries in divided.items() if entries}, **rest}
+
+    def _check_targets(self, splits: Mapping[str, list[CropRecord]]) -> None:
+        """Refuse targets whose last part was read as a class and is a file, an array or a folder of classes.
+
+        Raises:
+            CellMapValueError: there are some; the message lists all of them.
+        """
+        if self.classes is None:
+            return
+        entries = [entry for split in ("train", "val", "test") for entry in splits.get(split, [])]
+        targets = [(entry, target_of(entry)) for entry in entries if entry.dataset is None]
+        read = [(entry, target, self.read_classes(target.names)) for entry, target in targets if target is not None]
+        annotate = any(name in names for _, target, names in read for name in target.names)
+        problems: list[tuple[CropRecord, CellMapError]] = []
+        for entry, target, names in read:
+            text = misread_target(target, names, annotate)
+            if text:
+                problems.append((entry, CellMapValueError(text)))
+        if len(problems) == 1:
+            raise CellMapValueError(f"{problems[0][0].where}: {problems[0][1]}")
+        if problems:
+            raise CellMapValueError(
+                f"the targets of {len(problems)} of the {plural(len(entries), 'crop')} of {self.source} do not name "
+                f"their classes:\n{table_of(problems)}"
+            )
 
     def _filtered(self, listed: Mapping[str, list[CropRecord]]) -> dict[str, list[CropRecord]]:
         """Return the crops of each split that match the filters; crops for ``predict`` are not filtered."""

@@ -26,7 +26,7 @@ from cellmap_lightning.splits.opening import for_all
 from cellmap_lightning.splits.patch_reach import PatchReach, patch_reach
 from cellmap_lightning.transforms.spatial import SpatialTransforms
 from cellmap_lightning.validation import first_few
-from cellmap_lightning.wording import plural
+from cellmap_lightning.wording import part_of
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class InsideSplit:
         problems = [(entry, e) for entry, e in zip(train, results, strict=True) if isinstance(e, CellMapError)]
         if problems:
             raise CellMapValueError(
-                f"split=blocks cannot cut {len(problems)} of the {plural(len(train), 'crop')}:\n{table_of(problems)}"
+                f"split=blocks cannot cut {part_of(len(problems), len(train), 'crop')}:\n{table_of(problems)}"
             )
         divided = {"train": [entry for result in results for entry in result[0]]}  # type: ignore[index]
         divided["val"] = [entry for result in results for entry in result[1]]  # type: ignore[index]
@@ -124,9 +124,13 @@ class InsideSplit:
         classes = list(self.division.classes or ())
         targets = [target_of(entry) for entry in entries]
         stored = sorted({name for target in targets if target is not None for name in target.names})
+        names, held = ", ".join(classes), f"{first_few(stored, _LISTED)}{meant(classes, stored)}"
+        start = "split=blocks leaves nothing for validation: "
+        if len(entries) == 1:
+            return f"{start}the only crop that it cuts annotates none of the classes {names}; it annotates {held}"
         return (
-            f"split=blocks leaves nothing for validation: none of the {len(entries)} crops that it cuts annotates any "
-            f"of the classes {', '.join(classes)}; they annotate {first_few(stored, _LISTED)}{meant(classes, stored)}"
+            f"{start}none of the {len(entries)} crops that it cuts annotates any of the classes {names}; they annotate "
+            f"{held}"
         )
 
     def _parts(self, entry: CropRecord, name: str) -> _Parts:

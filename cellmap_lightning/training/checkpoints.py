@@ -165,7 +165,14 @@ def check_exists(path: Path, setting: str, hint: str = "") -> None:
         advice = f"did you mean {' or '.join(map(str, inside[:3]))}?" if inside else "it holds no checkpoints"
         raise CellMapFileNotFoundError(f"{setting}={path} is a folder; {advice}{hint}")
     if not path.is_file():
-        others = ", ".join(map(str, sorted(path.parent.glob("*.ckpt")))) or "none"
+        # A run has its checkpoints one folder below, where a path of the run's folder misses them.
+        beside = sorted(path.parent.glob("*.ckpt")) or sorted(path.parent.glob("checkpoints/*.ckpt"))
+        below = [other for other in path.parent.glob("checkpoints/*.ckpt") if other.name == path.name]
+        if below:
+            raise CellMapFileNotFoundError(
+                f"{setting}={path}: there is no such checkpoint; did you mean {below[0]}?{hint}"
+            )
+        others = ", ".join(map(str, beside)) or "none"
         raise CellMapFileNotFoundError(
             f"{setting}={path}: there is no such checkpoint{similar_path(path)}; checkpoints beside it: {others}{hint}"
         )

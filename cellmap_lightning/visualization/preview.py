@@ -27,6 +27,9 @@ from cellmap_lightning.visualization.figures.samples import SheetSample
 from cellmap_lightning.visualization.figures.sheet import contact_sheet
 from cellmap_lightning.visualization.viewer_links import napari, neuroglancer
 
+#: Times the wanted samples that are read at most, to find one of each crop.
+_FURTHER = 4
+
 
 @dataclass(frozen=True, eq=False)
 class PreviewSample:
@@ -236,7 +239,8 @@ def collect(
         samples: number of samples.
         epoch: number of the epoch, from 0.
         serve: see `viewer_links.neuroglancer`.
-        candidates: number of the first samples to choose from; by default ``samples``, so that none is left out.
+        candidates: number of the first samples to choose from; by default ``samples``, so that none is left out. While
+            too few crops are among them, up to `_FURTHER` times as many are read.
 
     Raises:
         CellMapValueError: ``samples`` or ``epoch`` is not a whole number of at least 1 or 0.
@@ -247,6 +251,8 @@ def collect(
     view = loader.dataset
     assert isinstance(view, Samples)
     wanted = max(samples, candidates or samples)
+    most = wanted if wanted == samples else _FURTHER * wanted
+    different = min(samples, len({crop.label for crop in loader.source.crops}))
     collected: list[PreviewSample] = []
     batches = iter(loader)
     with (
@@ -257,9 +263,18 @@ def collect(
             draws = view.draws(loader.numbers(number))
             collected += show(loader.source, loader.layout, batch, draws, serve=serve)
             bar.update(len(batch["idx"]))
-            if len(collected) >= wanted:
+            enough = wanted if len({one.crop for one in collected}) >= different else most
+            if len(collected) >= enough:
                 break
-    return spread(collected[:wanted], samples)
+    return spread(collected[: max(wanted, _last_new(collected) + 1)] if most > wanted else collected[:wanted], samples)
+
+
+def _last_new(previews: Sequence[PreviewSample]) -> int:
+    """Return the number of the last sample that is the first of its crop."""
+    first: dict[str, int] = {}
+    for number, one in enumerate(previews):
+        first.setdefault(one.crop, number)
+    return max(first.values(), default=-1)
 
 
 def spread(previews: Sequence[PreviewSample], count: int) -> list[PreviewSample]:

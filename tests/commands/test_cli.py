@@ -276,7 +276,7 @@ def test_cross_validation_sweep_over_challenge_folders(volume, tmp_path):
         (["patch.shape=[8,15,16]"], ["patch.shape=[8, 15, 16]: 15 is not a multiple of 2", "14 and 16 are"]),
         (["patch.shape=16"], ["Error: patch.shape=16 is a single number; give three lengths", "[16, 16, 16]"]),
         (["patch.scale=[-8,8,8]"], ["Error: patch.scale=[-8, 8, 8]: the voxel size along z is -8"]),
-        (["trainer=gpu"], ["No supported gpu backend found", "trainer=cpu runs without one"]),
+        (["trainer=gpu"], ["No supported gpu backend found; trainer=cpu runs without one"]),
         (["data.batch_size=2", "-m", "seed=1"], ["-m comes first: cellmap-train -m"]),
         (
             ["patch.shape=[8,16]"],

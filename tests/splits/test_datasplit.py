@@ -133,7 +133,7 @@ def test_labels_that_are_too_coarse(write, policy, caplog):
             crops["train"]
         assert "1.33x coarser than the 1.5 nm asked for" in str(caught.value)
     else:
-        with pytest.raises(ValueError, match="1 of the 1 crop for 'train' cannot be used"):
+        with pytest.raises(ValueError, match="the only crop for 'train' cannot be used"):
             crops["train"]
 
 

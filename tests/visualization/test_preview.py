@@ -343,6 +343,19 @@ def test_samples_of_different_crops_and_places_are_chosen(places, count, expecte
     assert [(one.crop, int(one.center[2])) for one in chosen] == expected
 
 
+def test_reading_goes_on_until_each_crop_has_a_sample(volume):
+    rare = {"strategy": {"name": "weighted", "weights": [8, 1]}}
+    lacking = False
+    with module(volume, batch_size=1, batches_per_epoch=40, **rare) as data:
+        loader = data.train_dataloader()
+        for epoch in range(8):
+            crops = [one.crop for one in collect(loader, 12, epoch)]
+            lacking |= len(set(crops[:3])) == 1 and len(set(crops)) == 2
+            assert {one.crop for one in collect(loader, 2, epoch, candidates=3)} == set(crops)
+            assert [one.crop for one in collect(loader, 2, epoch)] == crops[:2]
+    assert lacking  # in an epoch, the first three samples are of one crop, and the next nine have the other
+
+
 def test_samples_are_chosen_among_the_first_ones(volume):
     with module(volume) as data:
         data.setup("fit")

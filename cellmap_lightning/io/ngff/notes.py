@@ -34,8 +34,8 @@ class Note:
     """One assumption about an image.
 
     Attributes:
-        kind: ``unit``, ``scale``, ``levels``, ``boxes``, ``multiscales`` or ``versions``; each kind is reported once
-            per volume.
+        kind: ``unit``, ``scale``, ``levels``, ``boxes``, ``multiscales``, ``versions`` or ``order``; each is reported
+            once per volume.
         text: the value in the file, its interpretation, and the setting that changes it.
 
     Example:
