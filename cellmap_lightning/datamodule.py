@@ -245,6 +245,8 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         self.prediction: PredictionPolicy | None = None
         #: Positions of the training loaders from a checkpoint, until they are applied.
         self.resume_positions: list[dict[str, int]] = []
+        #: Classes that no crop of the training of a loaded checkpoint annotates.
+        self.unannotated: tuple[str, ...] = ()
         #: Seconds that steps waited for batches of this module, over all of its loaders.
         self.waiting = WaitTimes()
         self._dropped = DroppedSamples()
@@ -287,9 +289,10 @@ class CellMapDataModule(PrivateHyperparameters, L.LightningDataModule):
         self._trainer = trainer
         if trainer is not None and trainer.state.fn == TrainerFn.PREDICTING:
             # Lightning's own check comes before any hook of the callback, and asks for forward.
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if hasattr(callback, "check_module"):
-                    callback.check_module(trainer.lightning_module)
+            writers = [c for c in trainer.callbacks if hasattr(c, "check_module")]  # type: ignore[attr-defined]
+            for writer in writers:
+                writer.check_module(trainer.lightning_module)
+            self.splits.counts_later = bool(writers)  # their plan knows what the patches reach
 
     # -- datasets
 

@@ -41,7 +41,7 @@ def test_a_missing_chunk_of_raw_is_an_error_when_a_sample_shows_it(root, caplog,
     chunk(root, "1/1/1").unlink()
     for _ in range(2):
         with dataset(root, cache=cache, reader=reader) as data:
-            assert "crop1: 1 of the 8 chunks of raw that it can show are not stored" in caplog.text, "at setup"
+            assert "crop1: 1 of the 8 chunks of raw that its patches reach are not stored" in caplog.text, "at setup"
             assert "with missing_raw=error a sample that shows one of them is an error" in caplog.text
             for _ in range(2):
                 with pytest.raises(ChunkError) as caught:
@@ -147,7 +147,7 @@ def test_volumes_to_predict_may_have_holes(root, caplog):
     split = CellMapDataSplit(datasets={"predict": [{"raw": str(root / "raw")}]}, input_arrays={"raw": SPEC})
     with split["predict"] as data:
         assert (data[0]["raw"] == 0).all()
-    assert "1 of the 27 chunks of raw that it can show are not stored" in caplog.text
+    assert "1 of the 27 chunks of raw that its patches reach are not stored" in caplog.text
     assert "missing_raw=warn" in caplog.text
 
 

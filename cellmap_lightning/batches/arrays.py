@@ -163,6 +163,8 @@ def parse_classes(classes: Sequence[str]) -> tuple[str, ...]:
     if isinstance(classes, str) or not all(isinstance(c, str) for c in classes):
         names = [name.strip() for name in classes.split(",") if name.strip()] if isinstance(classes, str) else []
         hint = f"; give classes={names}" if names else ""
+        if isinstance(classes, str) and not names:  # as a shell leaves it
+            hint = "; ${...} needs single quotes in a shell: 'data.classes=${classes:tested_classes.csv}'"
         raise CellMapTypeError(f"classes must be a list of names, got {classes!r}{hint}")
     twice = sorted({c for c in classes if list(classes).count(c) > 1})
     if twice or not classes:

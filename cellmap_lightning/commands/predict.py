@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.callbacks.stream_prefetch import StreamPrefetch
 from cellmap_lightning.commands.crop_progress import CropProgress
@@ -15,6 +15,8 @@ from cellmap_lightning.commands.prediction_context import predicted_voxels, reac
 from cellmap_lightning.commands.prediction_report import check_files, csc_scores, describe_prediction
 from cellmap_lightning.commands.signals import ExitOnSignal
 from cellmap_lightning.errors import CellMapError
+from cellmap_lightning.prediction.blocks import parse_region
+from cellmap_lightning.prediction.raw_gaps import NamedBox
 from cellmap_lightning.training.checkpoints import check_checkpoint
 from cellmap_lightning.training.model_forward import no_predict_step
 from cellmap_lightning.wording import plural
@@ -39,6 +41,9 @@ def run(cfg: DictConfig, task: Any, progress: CropProgress | None = None) -> str
     if cfg.ckpt is not None:  # an exported model holds its weights
         check_checkpoint(Path(cfg.ckpt), data, task, "evaluate", "ckpt")
     writer = instantiate(cfg.writer, _convert_="all")
+    if cfg.get("crop_box") is not None:
+        named = OmegaConf.to_container(cfg.crop_box)
+        writer.named = NamedBox(named["name"], parse_region(named["box"]))  # type: ignore[index,call-overload]
     cfg.trainer.enable_progress_bar = False  # the writer has a bar that counts blocks
     cfg.trainer.enable_model_summary = cfg.trainer.enable_checkpointing = False
     callbacks = [writer, StreamPrefetch()]

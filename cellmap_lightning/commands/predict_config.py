@@ -19,7 +19,7 @@ from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.ngff import Overrides, read_attributes
 from cellmap_lightning.io.store import children, exists, parse_location
 from cellmap_lightning.redaction import HIDDEN
-from cellmap_lightning.splits.manifest_classes import report_unknown_classes
+from cellmap_lightning.splits.manifest_classes import report_lacking_classes, report_unknown_classes
 from cellmap_lightning.splits.manifest_geometry import check_geometry
 from cellmap_lightning.splits.manifests import RAW, ManifestCrop, raw_of
 from cellmap_lightning.training.checkpoints import read_checkpoint
@@ -201,6 +201,8 @@ def prediction_configs(cfg: DictConfig, overrides: Sequence[str]) -> list[DictCo
         config.writer.region = (box.intersection(volume) if box.intersects(volume) else box).as_dict()
         configs.append(config)
     report_unknown_classes(cfg.manifest, [name for crop in crops for name in crop.classes], known)
+    if configs:
+        report_lacking_classes(cfg.manifest, [name for crop in crops for name in crop.classes], known)
     if not configs:
         raise CellMapValueError(
             f"the model predicts no class that {cfg.manifest} lists for these crops; it predicts {known}"
@@ -232,6 +234,7 @@ def _restrict_to_crop(config: DictConfig, crop: ManifestCrop, classes: Sequence[
     scale: list[float] = list(next(iter((config.data.target_arrays or config.data.input_arrays).values())).scale)
     config.writer.only = list(classes)
     config.crop, config.listed, config.folder = crop.name.crop, list(crop.classes), folder
+    config.crop_box = {"name": str(crop.name), "box": crop.box().as_dict()}  # without the margin, for messages
     return scale
 
 

@@ -27,9 +27,11 @@ from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE
 from cellmap_lightning.io.files import make_folder
 from cellmap_lightning.io.meanings import Meaning, ValuesSetting, check_values, prediction_attributes
 from cellmap_lightning.io.missing_paths import similar_path
-from cellmap_lightning.io.ngff import read_multiscale
+from cellmap_lightning.io.ngff import read_attributes, read_multiscale
 from cellmap_lightning.io.store import children
 from cellmap_lightning.io.writer import check_room, codec_of, create_level, make_room, write_group
+from cellmap_lightning.prediction.channels import UNTRAINED, untrained_text
+from cellmap_lightning.prediction.output_checks import check_finished
 from cellmap_lightning.prediction.quantize import DEFAULT_THRESHOLD
 from cellmap_lightning.splits.manifests import ManifestRow, manifest_rows
 from cellmap_lightning.validation import first_few
@@ -106,6 +108,7 @@ def submit(
     if others:
         log.info("tuned=%s: it has no parameters of %s; threshold %g is used", tuned, ", ".join(others), threshold)
     _report_voxel_sizes(rows)
+    _report_untrained(rows)
     meanings = _checked_meanings(rows, segmented, values)  # all are checked before anything is written
     make_room(out, overwrite)
     make_folder(out.parent)
@@ -179,6 +182,18 @@ def _report_voxel_sizes(rows: Sequence[tuple[ManifestRow, Path]]) -> None:
         log.info("%s: predictions of %s have voxels of %s: they are resampled", crop, first_few(names), sizes)
 
 
+def _report_untrained(rows: Sequence[tuple[ManifestRow, Path]]) -> None:
+    """Warn of classes that no crop of the training annotated, as the prediction records."""
+    marked = set()
+    for row, path in rows:
+        attributes, _ = read_attributes(path) or ({}, None)
+        block = attributes.get("cellmap")
+        if isinstance(block, Mapping) and block.get(UNTRAINED):
+            marked.add(row.name)
+    if marked:
+        log.warning("%s; their labels mean nothing", untrained_text(sorted(marked)))
+
+
 def _without_small(labels: Labels, row: ManifestRow, min_volume: MinVolume) -> tuple[Labels, str]:
     """Return objects of at least the minimum volume, and the number of those removed as text; empty for none."""
     minimum = min_voxels(min_volume, row.name, float(np.prod(row.lattice.step)))
@@ -209,18 +224,36 @@ def _predicted_rows(
     missing: list[str] = []
     for crop in listed_crops(manifest, crops):
         for row in crop.rows:
-            path = crop.within(predictions) / row.name
+            folder = crop.within(predictions)
+            path = folder / row.name
+            check_finished(folder, path)
             if is_group(path):
                 rows.append((row, path))
             else:
                 missing.append(row.label)
     if not rows or (missing and not allow_missing):
         hint = "; allow_missing=true leaves them out" if rows else _layout_hint(predictions)
+        hint = _other_names(predictions, missing) + hint
         raise CellMapFileNotFoundError(
             f"{len(missing)} of {len(missing) + len(rows)} classes of crops that {manifest.name} lists are not "
             f"in {predictions}: {', '.join(missing) if rows else first_few(missing, 12)}{hint}"
         )
     return rows, missing
+
+
+def _other_names(predictions: Path, missing: Sequence[str]) -> str:
+    """Return the middle of the error for predictions that are there under another name of the dataset."""
+    folders = [folder for folder in predictions.glob("*.zarr") if folder.is_dir()]
+    found = {}
+    for label in missing:
+        dataset, crop, _ = label.split("/")
+        if (predictions / f"{dataset}.zarr" / crop).is_dir():
+            continue
+        elsewhere = [str(folder / crop) for folder in sorted(folders) if (folder / crop).is_dir()]
+        if elsewhere:
+            found[f"{dataset}.zarr/{crop}"] = " and ".join(elsewhere)
+    named = [f"{place} for {wanted}" for wanted, place in found.items()]
+    return f"; there is {first_few(named)}: is the dataset right in the manifest?" if named else ""
 
 
 def _layout_hint(predictions: Path) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from cellmap_lightning.errors import CellMapTypeError, CellMapValueError, MetadataError
 from cellmap_lightning.io.array_reader import Empty
 from cellmap_lightning.io.chunk_names import check_chunk_names
-from cellmap_lightning.io.declared_counts import check_declared_counts, warn_of_empty_level
+from cellmap_lightning.io.declared_counts import check_declared_counts, check_empty_level
 from cellmap_lightning.io.label_ids import UNANNOTATED, LabelIds, unlisted_text
 from cellmap_lightning.io.label_values import CODE, MOST_IDS, MOST_VOXELS, LabelValues, label_values, stored_ids
 from cellmap_lightning.io.ngff import (
@@ -243,7 +243,7 @@ class LabelEncodings:
         label = f"{self.label}/{name}"
         problem = check_declared_counts(level, encoding, label, thorough, self.retry_policy, has_first, image)
         if not has_first and level != image.finest:
-            warn_of_empty_level(level, image, label)
+            problem = problem or check_empty_level(level, image, encoding, label, self.retry_policy)
         if problem is None:
             return encoding
         if self.missing_labels == "error":

@@ -231,12 +231,12 @@ class StoredImage:
         missed = self.reader.missing_chunks(start, shape, voxels) if self.missing is not None else []
         if missed and self.missing in ("error", "auto"):
             raise ChunkError(self._missing_text(missed, start, shape) + f". {ADVICE}")
-        for _ in missed:
+        for index in missed:
             self._missing_reads += 1
             if power_of_two(self._missing_reads) and self._is_reporting():
                 log.warning(
                     "%s and reads as the fill value (times that this happened: %d)",
-                    self._missing_text(missed, start, shape), self._missing_reads,
+                    self._missing_text([index], start, shape), self._missing_reads,
                 )  # fmt: skip
         if self.missing is not None:  # raw
             check_finite(self.reader, voxels, start, shape, is_stored=not missed)

@@ -1,9 +1,11 @@
 """Missing chunks of raw: counted when a crop is opened, to choose and report the policy."""
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from itertools import product
 
 from cellmap_lightning.crops.image import MissingRaw, StoredImage
@@ -25,6 +27,18 @@ _PROBES = 3
 _probed: dict[str, tuple[float, dict[tuple[int, ...], bool]]] = {}
 #: Seconds for which results are reused.
 _PROBE_LIFETIME = 60.0
+#: True while volumes are opened whose missing chunks are counted later.
+_counted_later: ContextVar[bool] = ContextVar("counted_later", default=False)
+
+
+@contextlib.contextmanager
+def counted_later() -> Iterator[None]:
+    """Open volumes in this thread without a count of missing chunks: a prediction counts those of its own patches."""
+    token = _counted_later.set(True)
+    try:
+        yield
+    finally:
+        _counted_later.reset(token)
 
 
 def resolve(label: str, images: Iterable[StoredImage], policy: MissingRaw, crop: Box | None) -> MissingRaw:
@@ -39,6 +53,8 @@ def resolve(label: str, images: Iterable[StoredImage], policy: MissingRaw, crop:
         policy: the policy that was set.
         crop: box of the labels; None without labels, when nothing can be masked.
     """
+    if _counted_later.get():
+        return "error" if policy == "auto" else policy
     distinct = {image.level.path: image for image in images}.values()
     incomplete = [(image, *counts) for image in distinct if (counts := image.count_missing()) and counts[0]]
     if policy == "auto":
@@ -49,14 +65,14 @@ def resolve(label: str, images: Iterable[StoredImage], policy: MissingRaw, crop:
         policy = "error"
     for image, missing, files in incomplete:
         log.warning(
-            "%s: %d of the %s of raw that it can show are not stored (%s); with missing_raw=%s %s",
+            "%s: %d of the %s of raw that its patches reach are not stored (%s); with missing_raw=%s %s",
             label, missing, plural(files, "chunk"), image.level.path, policy, _CONSEQUENCE[policy],
         )  # fmt: skip
         image.quiet = policy == "fill"
     return policy
 
 
-def _within(image: StoredImage, crop: Box) -> tuple[Shape, Shape] | None:
+def within(image: StoredImage, crop: Box) -> tuple[Shape, Shape] | None:
     """Return the first voxel and the shape of the part of raw that a crop covers; None if it covers nothing."""
     lattice = image.lattice
     parts = []
@@ -72,10 +88,10 @@ def _within(image: StoredImage, crop: Box) -> tuple[Shape, Shape] | None:
 
 def _is_partial(image: StoredImage, crop: Box) -> bool:
     """Return True if all chunks that touch a crop are stored, but fewer than half of evenly spaced ones elsewhere."""
-    within = _within(image, crop)
-    if within is None:
+    part = within(image, crop)
+    if part is None:
         return False
-    inside = set(image.reader.files(*within))
+    inside = set(image.reader.files(*part))
     if not all(image.stored(index) for index in inside):
         return False
     elsewhere = [is_stored for index, is_stored in _probe(image).items() if index not in inside]
@@ -105,14 +121,14 @@ def _report_partial(label: str, image: StoredImage, missing: int, files: int, cr
     if not log.isEnabledFor(level):
         return
     start, shape = image.region.extent
-    low, size = _within(image, crop) or (start, shape)
+    low, size = within(image, crop) or (start, shape)
     before = [a - b for a, b in zip(low, start, strict=True)]
     after = [b + n - a - m for a, m, b, n in zip(low, size, start, shape, strict=True)]
     padding = max(1, *before, *after)
     log.log(
         level,
-        "%s: %s is a partial copy, with chunks around crops alone: %d of the %d chunks (%.0f %%) that patches can show "
-        "are not stored; they show the fill value, and targets there are unknown (missing_raw=auto). "
+        "%s: %s is a partial copy, with chunks around crops alone: %d of the %d chunks (%.0f %%) that its patches "
+        "reach are not stored; they show the fill value, and targets there are unknown (missing_raw=auto). "
         "csc fetch-data --raw-padding %d fetches them",
         label, image.level.path, missing, files, 100 * missing / files, padding,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from cellmap_lightning.crops.spelling import closest_class
 from cellmap_lightning.errors import CellMapValueError
+from cellmap_lightning.validation import first_few
 
 log = logging.getLogger(__name__)
 
@@ -13,8 +14,8 @@ log = logging.getLogger(__name__)
 UnannotatedClasses = Literal["error", "unknown"]
 #: Kinds of targets that separate objects which touch.
 _SEPARATING = ("affinities", "boundary", "instances", "lsd", "flow")
-#: Crops that a warning names.
-_NAMED = 3
+#: Crops, and classes, that a message names.
+_NAMED, _LISTED = 3, 8
 
 
 def check_unannotated_classes(value: Any) -> UnannotatedClasses:
@@ -44,11 +45,14 @@ def refuse_unannotated(split: str, nowhere: Sequence[str], listed: Sequence[str]
     """
     if nowhere and split == "train":
         raise CellMapValueError(
-            f"no crop for 'train' annotates {', '.join(map(repr, nowhere))}{_hint(nowhere, listed)}; they annotate "
-            f"{', '.join(listed)}: leave it out of classes, or set unannotated_classes=unknown for targets that are NaN"
+            f"no crop for 'train' annotates {first_few([*map(repr, nowhere)], _LISTED)}{_hint(nowhere, listed)}; "
+            f"they annotate {', '.join(listed)}: leave it out of classes, or set unannotated_classes=unknown for "
+            "targets that are NaN"
         )
     if nowhere:
-        log.warning("no crop for %r annotates %s: nothing is measured for them there", split, ", ".join(nowhere))
+        log.warning(
+            "no crop for %r annotates %s: nothing is measured for them there", split, first_few(nowhere, _LISTED)
+        )
 
 
 def report_unannotated(
@@ -67,7 +71,7 @@ def report_unannotated(
         absent: classes without a folder, with the crops whose brackets name them.
         labels_kind: whether a target numbers the classes, for which all of them must be known.
     """
-    parts = [f"no crop annotates {', '.join(nowhere)}{_hint(nowhere, listed)}"] if nowhere else []
+    parts = [f"no crop annotates {first_few(nowhere, _LISTED)}{_hint(nowhere, listed)}"] if nowhere else []
     if absent:
         places = "; ".join(f"{name} in {first_crops(crops)}" for name, crops in absent.items())
         parts.append(f"classes in brackets of target paths have no folder ({places})")

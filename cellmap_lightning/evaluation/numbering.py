@@ -1,7 +1,9 @@
 """Numbering of objects: connected components or a user function, and the minimum volume of an object."""
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,8 +49,16 @@ def numbering(function: str | Numbering | None) -> Numbering:
     try:
         imported: Numbering = getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError) as e:
-        raise CellMapTypeError(f"instances={function}: there is no such function ({e})") from None
+        raise CellMapTypeError(f"instances={function}: there is no such function ({e}){_advice(module)}") from None
     return imported
+
+
+def _advice(module: str) -> str:
+    """Return the end of a message for a module in the working directory that is not on Python's path."""
+    first = module.partition(".")[0]
+    if not first or not (Path(f"{first}.py").is_file() or Path(first).is_dir()) or Path.cwd() in map(Path, sys.path):
+        return ""
+    return f"; {first} is in the working directory, which is not on Python's path: put PYTHONPATH=. before the command"
 
 
 def check_min_volume(value: Any) -> MinVolume:

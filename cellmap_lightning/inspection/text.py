@@ -218,8 +218,11 @@ def _unknown(annotated: Sequence[ClassFacts]) -> str:
 
 
 def _lost(annotated: Sequence[ClassFacts]) -> str:
-    """Return the share of foreground that is lost at the scale; "" if no crop has it."""
-    lost = [facts.lost for facts in annotated if facts.lost is not None]
+    """Return the share of foreground that is lost at the scale; "" if no crop has it.
+
+    A coarser level may hold more foreground than the finest: nothing is lost there.
+    """
+    lost = [max(0.0, facts.lost) for facts in annotated if facts.lost is not None]
     return f"{np.mean(lost):.0%} (worst {max(lost):.0%})" if lost else ""
 
 

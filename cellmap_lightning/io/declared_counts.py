@@ -152,23 +152,60 @@ def _files_to_check(level: Level, declared: int, grid: int, thorough: bool) -> l
     return files
 
 
-def warn_of_empty_level(level: Level, image: Multiscale, label: str) -> None:
-    """Warn of a coarser level without chunks where the finest level declares foreground.
+def check_empty_level(
+    level: Level, image: Multiscale, encoding: Encoding, label: str, retry_policy: RetryPolicy = DEFAULT_RETRY
+) -> str | None:
+    """Return an error message for a coarser level without chunks where the finest level has foreground; else None.
 
-    Thin structures may be lost in a pyramid, so this is not an error.
+    Thin structures may be lost in a pyramid, which is only warned of. A voxel of the coarser level whose finest voxels
+    are all foreground cannot be lost: the level was not copied.
 
     Args:
         level: the level that is read.
         image: its image.
+        encoding: meaning of the values.
         label: name of the crop and class, for messages.
+        retry_policy: retries and timeouts of the reads.
+
+    Raises:
+        ChunkError: a chunk of the finest level cannot be read.
     """
     declared = declared_foreground(image.finest, image)
-    if declared and not isinstance(level.path, Remote) and next(_files(level), None) is None:
-        log.warning(
-            "%s: level %s, which is read, has no chunk, but %s declares %d voxels of the class: either the level was "
-            "not copied, or it has lost thin structures; label_downsample=any reads the finest level",
-            label, level.name, image.finest.name, declared,
-        )  # fmt: skip
+    if not declared or isinstance(level.path, Remote) or next(_files(level), None) is not None:
+        return None
+    text = (
+        f"{label}: level {level.name}, which is read, has no chunk, but {image.finest.name} declares {declared} voxels "
+        "of the class"
+    )
+    if _has_whole_voxel(level, image.finest, encoding, label, retry_policy):
+        return f"{text}, more than a pyramid loses: chunks are missing; {_ADVICE}"
+    log.warning(
+        "%s: either the level was not copied, or it has lost thin structures; label_downsample=any reads the finest "
+        "level",
+        text,
+    )  # fmt: skip
+    return None
+
+
+def _has_whole_voxel(level: Level, finest: Level, encoding: Encoding, label: str, retry_policy: RetryPolicy) -> bool:
+    """Return True if all voxels of the finest level in some voxel of a coarser level are foreground."""
+    factor = np.maximum(np.rint(np.divide(level.scale, finest.scale)).astype(int), 1)
+    reader = open_reader(finest, label, retry_policy=retry_policy, empty=encoding.empty)
+    for index in _files(finest):
+        for start, shape in reader.chunks_of(finest.zyx(index)):
+            values = read_labels(reader, start, shape)
+            present = (values != encoding.absent) & (
+                values != (encoding.unknown if encoding.unknown is not None else -1)
+            )
+            skipped = -np.asarray(start) % factor
+            count = (np.asarray(shape) - skipped) // factor
+            if (count < 1).any():
+                continue
+            whole = present[tuple(slice(a, a + n * f) for a, n, f in zip(skipped, count, factor, strict=True))]
+            (nz, ny, nx), (fz, fy, fx) = count, factor
+            if whole.reshape(nz, fz, ny, fy, nx, fx).all(axis=(1, 3, 5)).any():
+                return True
+    return False
 
 
 def compare_counts(level: Level, encoding: Encoding, counted: int, label: str, image: Multiscale | None = None) -> None:

@@ -10,6 +10,9 @@ from cellmap_lightning.prediction.quantize import StoredValues
 #: Kinds whose channels are probabilities of classes, which need no further description.
 _CLASSES = ("binary", "labels")
 
+#: Key of CellMap's attributes of a channel whose class no crop of the training annotates.
+UNTRAINED = "untrained"
+
 #: Of each described channel, by its name: kind, class, range, and the numbers of the kind, as plain values.
 Targets = Mapping[str, Mapping[str, Any]]
 
@@ -52,22 +55,31 @@ def check_flips(flips: str, names: Sequence[str], targets: Targets) -> None:
         )
 
 
-def channel_attributes(name: str, values: StoredValues, target: Mapping[str, Any] | None) -> dict[str, Any]:
+def channel_attributes(
+    name: str, values: StoredValues, target: Mapping[str, Any] | None, untrained: bool = False
+) -> dict[str, Any]:
     """Return CellMap's attributes of a channel: those of labels, or of predicted numbers with their kind.
 
     Args:
         name: the channel.
         values: the conversion to stored values.
         target: its description, see `described_channels`; None for the probabilities of a class.
+        untrained: no crop of the training annotates the class.
     """
+    mark = {UNTRAINED: True} if untrained else {}
     if values.kind == "labels":
         encoding = {"absent": 0, "present": 1, "unknown": 255}
         annotation_type = {"type": "semantic_segmentation", "encoding": encoding}
-        return {"annotation": {"class_name": name, "annotation_type": annotation_type}}
+        return {"annotation": {"class_name": name, "annotation_type": annotation_type}} | mark
     if values.kind == "uint8":
         attributes = prediction_attributes(name, "scaled", values.dtype)
     else:
         attributes = prediction_attributes(name, None if is_signed(target) else "probability", values.dtype)
     if target is not None and target.get("kind") not in _CLASSES:
         attributes["prediction"]["target"] = {k: v for k, v in target.items() if k not in ("target", "directional")}
-    return attributes
+    return attributes | mark
+
+
+def untrained_text(names: Sequence[str]) -> str:
+    """Return the warning of classes whose predictions mean nothing."""
+    return f"no crop of the training annotated {', '.join(names)}: the model has learnt nothing of them"

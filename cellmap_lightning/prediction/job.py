@@ -30,6 +30,7 @@ from cellmap_lightning.prediction.options import PredictionOptions
 from cellmap_lightning.prediction.output import PredictionOutput
 from cellmap_lightning.prediction.output_checks import check_apart
 from cellmap_lightning.prediction.quantize import StoredValues, threshold_of
+from cellmap_lightning.prediction.raw_gaps import NamedBox, RawGaps
 from cellmap_lightning.prediction.skipping import Skipping
 from cellmap_lightning.prediction.volumes import output_windows, passes_by, passing_bytes
 from cellmap_lightning.wording import plural, size_text
@@ -71,6 +72,7 @@ class JobPlanner:
         classes: the classes to write.
         spec: the array whose patches the model returns.
         targets: descriptions of channels; see `channels`.
+        named: the crop that is predicted, for messages; None for another box.
 
     Attributes:
         outputs: the outputs, also one whose planning has failed.
@@ -84,7 +86,9 @@ class JobPlanner:
         classes: Sequence[str],
         spec: InputArray | TargetArray,
         targets: Targets,
+        named: NamedBox | None = None,
     ) -> None:
+        self._named = named
         self.outputs: list[PredictionOutput] = []
         self._options, self._trainer, self._module = options, trainer, module
         self._classes, self._spec, self._targets = tuple(classes), spec, targets
@@ -120,10 +124,15 @@ class JobPlanner:
             path, self._classes, grid, values, storage.chunk, storage.shard, storage.zarr_format, storage.levels,
             trainer.global_rank, raw.scales, self._targets,
         )  # fmt: skip
+        output.untrained = self._data.unannotated
         self.outputs.append(output)
         skips = self._skipping(crops[0], whole)
         inputs = InputStamps(grid, tilings, crops, skips)
         left = self._open(output, inputs, crops, windows[0], tilings)
+        # Process 0 logs; all processes come to the same result, so that none waits for another that has stopped.
+        computed = [n for n in left if skips is None or not skips.is_masked(grid.box(n))]
+        gaps = RawGaps(crops, grid, tilings, box, self._named)
+        gaps.check(computed, self._data.splits.read.missing_raw, trainer.global_rank == 0)
 
         # The decoded chunks that patches still need, if raw is read past the cache.
         ahead = AHEAD * self._data.batch_size

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice, product
 from pathlib import Path
@@ -94,8 +94,8 @@ class PredictionOutput:
                 f"classes {invalid} cannot be names of groups; choose names without / and leading ."
             )
         self.path = output_path(path)
-        self.classes, self.grid, self.values = tuple(classes), grid, values
-        self.targets = targets or {}
+        self.classes, self.grid, self.values, self.targets = tuple(classes), grid, values, targets or {}
+        self.untrained: Collection[str] = ()
         self.chunks, self.shards = chunks, shards
         self.pyramid = plan_pyramid(grid.shape, grid.whole.step, levels, raw)
         self.levels = self.pyramid.levels
@@ -291,7 +291,7 @@ class PredictionOutput:
 
     def _attributes(self, name: str) -> dict[str, Any]:
         """Return CellMap's attributes of a channel."""
-        return channel_attributes(name, self.values, self.targets.get(name))
+        return channel_attributes(name, self.values, self.targets.get(name), name in self.untrained)
 
     def _remove(self) -> None:
         """Remove the files of an earlier prediction, and no others."""

@@ -33,7 +33,13 @@ from cellmap_lightning.prediction.block_patches import (
     PlanBatches,
     Step,
 )
-from cellmap_lightning.prediction.channels import Targets, check_flips, described_channels, signed_positions
+from cellmap_lightning.prediction.channels import (
+    Targets,
+    check_flips,
+    described_channels,
+    signed_positions,
+    untrained_text,
+)
 from cellmap_lightning.prediction.job import JobPlanner, PredictionJob
 from cellmap_lightning.prediction.model_output import ModelOutput
 from cellmap_lightning.prediction.options import (
@@ -46,6 +52,7 @@ from cellmap_lightning.prediction.options import (
 )
 from cellmap_lightning.prediction.output import PredictionOutput
 from cellmap_lightning.prediction.quantize import StoredValues
+from cellmap_lightning.prediction.raw_gaps import NamedBox
 from cellmap_lightning.prediction.summary import Summary
 from cellmap_lightning.prediction.volumes import volumes_of, volumes_source
 from cellmap_lightning.validation import did_you_mean, one_of
@@ -100,6 +107,7 @@ class PredictionWriter(L.Callback):
         summary: the summary of the last prediction.
         names: the channels that it writes.
         redundancy: number of patches that are computed, divided by their number if everything were one block.
+        named: the crop of a manifest that is predicted, whose raw must be stored without a margin; None without one.
 
     Raises:
         CellMapTypeError: names of classes are no list.
@@ -129,6 +137,7 @@ class PredictionWriter(L.Callback):
         self.summary = Summary()
         self.names: list[str] = []
         self.redundancy = 1.0
+        self.named: NamedBox | None = None
         self._jobs: list[PredictionJob] = []
         self._outputs: list[PredictionOutput] = []
         self._closers: list[Callable[[], None]] = []
@@ -214,7 +223,7 @@ class PredictionWriter(L.Callback):
         array, spec = next(iter({**data.target_arrays, **data.input_arrays}.items()))
 
         check_flips(options.blending.flips, self.names, targets)
-        planner = JobPlanner(options, trainer, pl_module, self.names, spec, targets)
+        planner = JobPlanner(options, trainer, pl_module, self.names, spec, targets, self.named)
         placed = self._plan_jobs(planner, volumes)
         self._source = source = volumes_source(placed, data.predict_dataset.layout, data.seed)
         self._model_output = ModelOutput(
@@ -249,6 +258,9 @@ class PredictionWriter(L.Callback):
         targets = {name: described[name] for name in names if name in described and name not in (data.classes or ())}
         self.names = self._chosen_names(names)
         self._check_thresholds(names)
+        untrained = [name for name in self.names if name in data.unannotated]
+        if untrained:
+            log.warning("%s: %s", self.output, untrained_text(untrained))
         self._written_channels = [names.index(name) for name in self.names]
         return names, targets
 

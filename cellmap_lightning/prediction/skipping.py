@@ -37,10 +37,11 @@ class Skipping:
     def __call__(self, box: Box) -> bool:
         """Return True if the box is skipped; computed once per box, so that all callers agree."""
         if box not in self._known:
-            self._known[box] = self._masked(box) or self._empty(box)
+            self._known[box] = self.is_masked(box) or self._empty(box)
         return self._known[box]
 
-    def _masked(self, box: Box) -> bool:
+    def is_masked(self, box: Box) -> bool:
+        """Return True if the mask has no voxel above 0 in a box; always False without a mask."""
         if self.mask is None:
             return False
         stored = stored_box(self.mask.level.lattice, box, 0)

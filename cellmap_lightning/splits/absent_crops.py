@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cellmap_lightning.crops.spelling import closest_class
 from cellmap_lightning.errors import CellMapFileNotFoundError
 from cellmap_lightning.io.store import exists
 from cellmap_lightning.splits.crop_names import crop_names
@@ -38,7 +39,7 @@ def check_on_disk(entries: Sequence[CropRecord], manifest: str | Path, root: str
         crops.setdefault(name.dataset, {})[name.crop] = is_there
     absent = {dataset: [name for name, there in of.items() if not there] for dataset, of in crops.items()}
     lines = [
-        f"  {dataset}: {_line(names, len(crops[dataset]), volumes[dataset])}"
+        f"  {dataset}: {_line(names, len(crops[dataset]), volumes[dataset], _similar(dataset, Path(root)))}"
         for dataset, names in absent.items()
         if names
     ]
@@ -51,9 +52,22 @@ def check_on_disk(entries: Sequence[CropRecord], manifest: str | Path, root: str
     )
 
 
-def _line(names: Sequence[str], count: int, has_volume: bool) -> str:
+def _similar(dataset: str, root: Path) -> str:
+    """Return the end of a line with the dataset on disk whose name is closest."""
+    names = sorted(folder.name for folder in root.iterdir() if folder.is_dir()) if root.is_dir() else []
+    others = [name for name in names if name != dataset and exists(root / name / f"{name}.zarr")]
+    # Datasets such as jrc_mus-liver-2 and -3 differ in a number alone, and are others.
+    closest = closest_class(dataset, [name for name in others if _digits(name) == _digits(dataset)])
+    return f"; did you mean {closest!r}?" if closest is not None else ""
+
+
+def _digits(name: str) -> list[str]:
+    return [sign for sign in name if sign.isdigit()]
+
+
+def _line(names: Sequence[str], count: int, has_volume: bool, similar: str) -> str:
     if not has_volume:
-        return f"the dataset is not there, {plural(count, 'crop')}"
+        return f"the dataset is not there, {plural(count, 'crop')}{similar}"
     return f"{len(names)} of its {plural(count, 'crop')}: {first_few(names, 4)}"
 
 

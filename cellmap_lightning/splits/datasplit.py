@@ -10,6 +10,7 @@ from typing import Any, Never
 
 from cellmap_lightning.batches.arrays import ArraySet, ArraySpecs, parse_classes, parse_inputs
 from cellmap_lightning.crops.crop_labels import TooCoarseError
+from cellmap_lightning.crops.missing_raw import counted_later
 from cellmap_lightning.crops.opening import NotAnnotatedError
 from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, ReadOptions
 from cellmap_lightning.crops.target_path import TargetPath
@@ -33,7 +34,7 @@ from cellmap_lightning.splits.part_classes import report_parts
 from cellmap_lightning.splits.spellings import OtherSpelling, report_spellings, spelt_otherwise
 from cellmap_lightning.splits.summary import class_table, write_csv
 from cellmap_lightning.transforms.spatial import SpatialTransforms
-from cellmap_lightning.validation import did_you_mean, whole_number
+from cellmap_lightning.validation import did_you_mean, first_few, whole_number
 from cellmap_lightning.wording import part_of, plural
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class CellMapDataSplit:
         seed: see `CellMapDataset`.
         options: options of the splits and of sampling.
         read: options of reading and caching. Volumes for prediction are not refused for missing chunks, which most
-            programs omit where a volume is empty: ``missing_raw`` of ``error`` and ``auto`` is ``warn`` there.
+            programs omit where a volume is empty: ``missing_raw="auto"`` is ``warn`` there.
         labels: options of the meaning of stored labels; ``too_coarse`` is by default ``drop``: such crops are left out,
             which is logged.
         intensity: options of the values of inputs; intensity transforms are applied to the train split.
@@ -133,8 +134,11 @@ class CellMapDataSplit:
         self._affine: dict[str, tuple[float, float]] = {}
         self._lock = threading.RLock()
         self._reported: set[str] = set()  # unannotated classes
+        self._annotated = {name for crop in crops for name in crop.classes}
         self._masks: set[str] = set()  # classes without ids of objects
         self._compared: set[str] = set()  # labels whose boxes were compared
+        #: True if the missing chunks of volumes to predict are counted by the caller, and not when they are opened.
+        self.counts_later = False
 
     @property
     def entries(self) -> Mapping[str, list[CropRecord]]:
@@ -326,7 +330,7 @@ class CellMapDataSplit:
         if not entries:
             raise CellMapValueError(
                 f"none of the {plural(len(crops), 'crop')} of {self.source} annotates any of "
-                f"{', '.join(self.classes)}; they annotate {', '.join(annotated) or 'nothing'}"
+                f"{first_few(self.classes, 8)}; they annotate {', '.join(annotated) or 'nothing'}"
             )
         if self.options.manifest is not None:
             report_unknown_classes(self.options.manifest, annotated, self.classes)
@@ -357,7 +361,7 @@ class CellMapDataSplit:
         changes = {key: value for key, value in entry.metadata.items() if key != "unknown"}
         if entry.storage_options is not None:
             changes["storage_options"] = entry.storage_options
-        if split == "predict" and self.read.missing_raw in ("error", "auto"):
+        if split == "predict" and self.read.missing_raw == "auto":
             changes["missing_raw"] = "warn"
         labels, intensity = self.labels, self.intensity
         if "unknown" in entry.metadata:
@@ -366,20 +370,21 @@ class CellMapDataSplit:
             labels = replace(labels, too_coarse="error")
         settings = {"normalize": entry.normalize, "invert": entry.invert}
         intensity = replace(intensity, **{key: value for key, value in settings.items() if value is not None})
-        dataset = CellMapDataset(
-            entry.input_path,
-            None if split == "predict" else entry.target_path,
-            self.classes,
-            self.input_arrays,
-            self.target_arrays,
-            self.spatial_transforms if training else None,
-            training,
-            self.seed,
-            plane,
-            replace(self.read, **changes),
-            labels,
-            intensity,
-        )
+        with counted_later() if self.counts_later and split == "predict" else contextlib.nullcontext():
+            dataset = CellMapDataset(
+                entry.input_path,
+                None if split == "predict" else entry.target_path,
+                self.classes,
+                self.input_arrays,
+                self.target_arrays,
+                self.spatial_transforms if training else None,
+                training,
+                self.seed,
+                plane,
+                replace(self.read, **changes),
+                labels,
+                intensity,
+            )
         dataset.crop.weight = entry.weight
         return dataset
 
@@ -405,7 +410,8 @@ class CellMapDataSplit:
         kinds = [target.kind.name for target in multi.layout.targets.values()]
         report_masks(multi.crops, kinds, self._masks)
         nowhere = [c for c, n in multi.annotated_in().items() if n == 0]
-        listed = sorted({n for c in multi.crops if c.target_path for n in c.target_path.names})
+        # A search finds more classes in the crops than those that are read.
+        listed = sorted({n for c in multi.crops if c.target_path for n in c.target_path.names} | self._annotated)
         if self.labels.unannotated_classes == "error":
             refuse_unannotated(split, nowhere, listed)
             return

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cellmap_lightning.transforms.implied import DEFAULT_TABLE, read_table
 from cellmap_lightning.validation import did_you_mean, first_few
+from cellmap_lightning.wording import plural
 
 log = logging.getLogger(__name__)
 
@@ -33,3 +34,19 @@ def report_unknown_classes(manifest: str | Path, listed: Iterable[str], used: Se
         "%s lists classes that are not used here, and that are no classes of the challenge: %s",
         Path(manifest).name, first_few(names, 8),
     )  # fmt: skip
+
+
+def report_lacking_classes(manifest: str | Path, listed: Iterable[str], known: Sequence[str]) -> None:
+    """Warn of listed classes that a model does not predict, in one line.
+
+    Args:
+        manifest: the manifest.
+        listed: the classes of its crops.
+        known: the classes that the model predicts.
+    """
+    lacking = [name for name in dict.fromkeys(listed) if name not in known]
+    if lacking:
+        log.warning(
+            "%s lists %s that the model does not predict: %s",
+            Path(manifest).name, plural(len(lacking), "class", "classes"), first_few(lacking, 12),
+        )  # fmt: skip

@@ -115,6 +115,15 @@ def test_one_name_of_a_class_in_place_of_a_list(classes, python, command):
     assert as_overrides(str(caught.value)).endswith(f"; give data.classes={command}")
 
 
+@pytest.mark.parametrize("classes", ["", " ", ","])
+def test_classes_that_a_shell_has_emptied(classes):
+    with pytest.raises(CellMapTypeError, match="classes must be a list of names") as caught:
+        parse_classes(classes)
+    hint = "; ${...} needs single quotes in a shell: 'data.classes=${classes:tested_classes.csv}'"
+    assert str(caught.value).endswith(hint)
+    assert as_overrides(str(caught.value)).endswith(hint)
+
+
 def test_log_records_of_a_command_have_the_form_of_overrides():
     code = (
         "import logging\nfrom cellmap_lightning.commands.private_run import protect_logs\nprotect_logs([], 'predict')\n"

@@ -1,5 +1,6 @@
 """Log lines and errors of ``cellmap-submit``."""
 
+import json
 import logging
 import zipfile
 
@@ -7,7 +8,13 @@ import numpy as np
 import pytest
 
 from cellmap_lightning.commands.submit import submit
-from cellmap_lightning.errors import CellMapError, CellMapFileExistsError, CellMapFileNotFoundError, CellMapValueError
+from cellmap_lightning.errors import (
+    CellMapError,
+    CellMapFileExistsError,
+    CellMapFileNotFoundError,
+    CellMapTypeError,
+    CellMapValueError,
+)
 from tests.commands.test_cli import run_forked
 from tests.evaluation.test_challenge import manifest, predicted, row
 
@@ -170,3 +177,51 @@ def test_other_voxel_sizes_are_reported_once_per_crop(folder, caplog, step, shap
     for line in lines:
         assert line.startswith("crop7: predictions of mito, er, pm and 1 more have voxels of [8.0, 8.0, 8.0] nm")
         assert f"asks for {[float(n) for n in step]} nm" in line
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["er"], "er"), (["pm", "mito"], "mito, pm"), ([], None), (["ves", "er", "pm"], "er, pm, ves")],
+)
+def test_classes_that_the_training_did_not_annotate(folder, caplog, names, expected):
+    for name in names:
+        file = folder / "predictions" / "jrc_a.zarr" / "crop7" / name / ".zattrs"
+        content = json.loads(file.read_text())
+        content["cellmap"]["untrained"] = True
+        file.write_text(json.dumps(content))
+    submitted(folder, caplog)
+    lines = [r for r in caplog.records if "no crop of the training annotated" in r.getMessage()]
+    assert [r.levelno for r in lines] == [logging.WARNING] * (expected is not None)
+    assert all(r.getMessage().startswith(f"no crop of the training annotated {expected}: ") for r in lines)
+
+
+@pytest.mark.parametrize("place", ["crop7", "crop7/er", "crop7/mito"])
+def test_a_prediction_that_was_interrupted(folder, place):
+    """Its journal is still there; groups of classes exist already, without metadata."""
+    group = folder / "predictions" / "jrc_a.zarr" / place
+    (group / ".cellmap-prediction").mkdir()
+    (group / ".cellmap-prediction" / "settings.json").write_text("{}")
+    (folder / "predictions" / "jrc_a.zarr" / "crop7" / "er" / ".zattrs").write_text("{}")
+    with pytest.raises(CellMapValueError, match=rf"{place}: the prediction is not finished; run the same cellmap-pred"):
+        submit(folder / "predictions", folder / "test_crop_manifest.csv", folder / "s.zarr")
+    assert not (folder / "s.zarr").exists()
+
+
+@pytest.mark.parametrize(("dataset", "allow"), [("jrc_A", False), ("other", False), ("jrc_a-2", False)])
+def test_a_crop_under_another_dataset(folder, dataset, allow):
+    manifest(folder, *(row(7, name, STEP, (4, 4, 4), SHAPE, dataset) for name in ("mito", "er")))
+    with pytest.raises(CellMapFileNotFoundError) as caught:
+        submit(folder / "predictions", folder / "test_crop_manifest.csv", folder / "s.zarr", allow_missing=allow)
+    place = folder / "predictions" / "jrc_a.zarr" / "crop7"
+    assert f"; there is {place} for {dataset}.zarr/crop7: is the dataset right in the manifest?" in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["my_numbers.py", "my_numbers/__init__.py", None])
+def test_a_function_in_the_working_directory(folder, monkeypatch, place):
+    monkeypatch.chdir(folder)
+    if place is not None:
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_text("def run(present):\n    return present\n")
+    with pytest.raises(CellMapTypeError, match=r"instances=my_numbers\.run: there is no such function") as caught:
+        submit(folder / "predictions", folder / "test_crop_manifest.csv", folder / "s.zarr", instances="my_numbers.run")
+    assert ("put PYTHONPATH=. before the command" in str(caught.value)) == (place is not None)

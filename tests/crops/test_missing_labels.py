@@ -235,18 +235,50 @@ def test_a_shard_without_some_of_its_chunks(tmp_path, caplog):
     assert "declare 4096 voxels that are not absent, but its shards hold 2048" in caplog.text
 
 
-def test_an_empty_level_is_a_warning(tmp_path, caplog):
+def two_levels(folder, stored, other=None):
+    """An annotation with two levels, of which only the finest has counts that can be right."""
     levels = {"s0": ([8] * 3, [0] * 3), "s1": ([16] * 3, [4] * 3)}
-    stored = cube()
-    raw, target = write_pair(
-        tmp_path, {"s0": stored, "s1": stored[::2, ::2, ::2].copy()}, levels=levels,
+    return write_pair(
+        folder, {"s0": stored, "s1": stored[::2, ::2, ::2].copy() if other is None else other}, levels=levels,
         attributes=annotated(SEMANTIC), array_attributes=annotated(SEMANTIC, counts_of(stored)),
     )  # fmt: skip
-    for expected in (0, 1):
-        with caplog.at_level(logging.WARNING), dataset(raw, target, size=16, scale=(16, 16, 16)):
-            pass
-        assert sum("s1, which is read, has no chunk" in r.message for r in caplog.records) == expected
-        remove_chunks(tmp_path / "v.zarr" / "crop1" / "mito" / "s1")
+
+
+def thin(axis, value=1):
+    """A sheet of one voxel, which downsampling may lose."""
+    stored = np.zeros((32,) * 3, np.uint8)
+    stored[(slice(None),) * axis + (9,)] = value
+    return stored
+
+
+@pytest.mark.parametrize("stored", [thin(0), thin(1), thin(2)])
+def test_an_empty_level_of_thin_structures_is_a_warning(tmp_path, caplog, stored):
+    raw, target = two_levels(tmp_path, stored)
+    remove_chunks(tmp_path / "v.zarr" / "crop1" / "mito" / "s1")
+    with caplog.at_level(logging.WARNING), dataset(raw, target, size=16, scale=(16, 16, 16)):
+        pass
+    assert sum("s1, which is read, has no chunk" in r.message for r in caplog.records) == 1
+
+
+def small(start):
+    """A cube of three voxels, which holds one voxel of the coarser level."""
+    stored = np.zeros((32,) * 3, np.uint8)
+    stored[tuple(slice(a, a + 3) for a in start)] = 1
+    return stored
+
+
+@pytest.mark.parametrize("stored", [cube(), small((7, 15, 20)), small((29, 0, 15))], ids=["cube", "small", "edge"])
+def test_a_level_that_was_not_copied_is_an_error(tmp_path, stored, caplog):
+    raw, target = two_levels(tmp_path, stored)
+    remove_chunks(tmp_path / "v.zarr" / "crop1" / "mito" / "s1")
+    given = {"size": 16, "scale": (16, 16, 16)}
+    text = f"level s1, which is read, has no chunk, but s0 declares {int(stored.sum())} voxels of the class, more than"
+    with pytest.raises(MetadataError, match=text) as caught:
+        dataset(raw, target, **given)
+    assert "missing_labels=unknown" in str(caught.value)
+    found = sample(raw, target, missing_labels="unknown", **given)["labels"]
+    assert np.isnan(found).all()
+    assert "missing_labels=unknown" in caplog.text
 
 
 def test_a_misspelled_class_in_unknown(tmp_path):

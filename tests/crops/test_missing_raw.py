@@ -211,7 +211,7 @@ def test_prediction_reads_missing_chunks_as_fill_value(tmp_path, caplog, stored,
     written = zarr.open_array(str(tmp_path / "out.zarr" / "mito" / "s0"), mode="r")[...]
     np.testing.assert_array_equal(written, values)
     (line,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
-    assert f"{27 - stored} of the 27 chunks of raw that it can show are not stored" in line.getMessage()
+    assert f"{27 - stored} of the 27 chunks of raw that its patches reach are not stored" in line.getMessage()
 
 
 def test_a_writer_warns_once_where_chunks_are_not_counted(tmp_path, caplog, monkeypatch):
@@ -284,3 +284,21 @@ class Voxels:
 
     def read_into(self, start, out):
         out[...] = self.read(start, out.shape)
+
+
+@pytest.mark.parametrize("gaps", [["0/0/1"], ["0/0/1", "1/0/0"], ["0/1/0", "0/1/1", "1/0/1", "1/1/0", "1/1/1"]])
+def test_each_warning_names_a_chunk_that_is_missing(tmp_path, caplog, gaps):
+    """A box that is decoded at a time holds several chunks; the first of it is stored here."""
+    write_multiscale(
+        tmp_path / "raw", RAW[:32, :32, :32], scale=SCALE, translation=(4, 4, 4), storage=ArrayOptions(chunks=(16,) * 3)
+    )
+    for gap in gaps:
+        (tmp_path / "raw" / "s0" / gap).unlink()
+    image = StoredImage(read_multiscale(tmp_path / "raw").finest, ChunkCache(), "raw", missing="warn")
+    image.region.read((0, 0, 0), (32, 32, 32))
+    lines = [record for record in caplog.records if "reads as the fill value" in record.getMessage()]
+    assert {record.levelno for record in lines} == {logging.WARNING}
+    times = [n for n in (1, 2, 4) if n <= len(gaps)]
+    for record, number in zip(lines, times, strict=True):
+        assert f"chunk {tmp_path}/raw/s0/{gaps[number - 1]} is missing" in record.getMessage()
+        assert record.getMessage().endswith(f"(times that this happened: {number})")

@@ -162,7 +162,7 @@ def test_empty_chunks_of_raw_follow_missing_raw(root, reader, cache, caplog):
     file = empty(root / "raw" / "s0")
     hole = holed(np.zeros(SHAPE, bool), True)
     with dataset(root, reader=reader, cache=cache) as data:
-        assert "1 of the 8 chunks of raw that it can show are not stored" in caplog.text
+        assert "1 of the 8 chunks of raw that its patches reach are not stored" in caplog.text
         with pytest.raises(EmptyChunkError) as caught:
             data[0]
         assert "it is empty: 0 bytes are stored" in str(caught.value)

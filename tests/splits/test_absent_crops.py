@@ -5,9 +5,11 @@ import shutil
 import pytest
 
 from cellmap_lightning.crops.crop_name import CropName
-from cellmap_lightning.errors import CellMapFileNotFoundError
+from cellmap_lightning.errors import CellMapFileNotFoundError, CellMapValueError
 from cellmap_lightning.inspection.report import inspect
+from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, raw_of
+from cellmap_lightning.splits.options import SplitOptions
 from tests.commands.test_cli import run_forked
 from tests.geometries import write_challenge
 
@@ -90,3 +92,49 @@ def test_predictions_name_the_crops_that_are_there(data):
     shutil.rmtree(data / "data" / "jrc_b")
     with pytest.raises(CellMapFileNotFoundError, match=r"2 of the 3 datasets[^!]*crops=\[6\]"):
         raw_of(data / "data", names)
+
+
+@pytest.mark.parametrize(
+    ("listed", "hint"),
+    [
+        ("jrc_A", "did you mean 'jrc_a'?"),
+        ("jrc__a", "did you mean 'jrc_a'?"),
+        ("jrc-a", "did you mean 'jrc_a'?"),
+        ("other", ""),
+    ],
+)
+def test_a_dataset_under_another_name(data, listed, hint):
+    manifest = data / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace(",jrc_a,", f",{listed},"))
+    with pytest.raises(CellMapFileNotFoundError) as caught:
+        inspect(settings(data), {}, None)
+    (line,) = [line for line in str(caught.value).splitlines() if line.startswith(f"  {listed}: ")]
+    assert line == f"  {listed}: the dataset is not there, 3 crops" + f"; {hint}" * bool(hint)
+
+
+def test_datasets_of_other_numbers_are_others(data):
+    for old, new in (("jrc_b", "jrc_mus-2"), ("jrc_c", "jrc_mus-3")):
+        (data / "data" / old / f"{old}.zarr").rename(data / "data" / old / f"{new}.zarr")
+        (data / "data" / old).rename(data / "data" / new)
+    manifest = data / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace(",jrc_b,", ",jrc_mus-1,").replace(",jrc_c,", ",jrc_mus-3,"))
+    with pytest.raises(CellMapFileNotFoundError, match="jrc_mus-1: the dataset is not there, 2 crops\n"):
+        inspect(settings(data), {}, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "close"), [("mitos", "'mito'"), ("er_membrane", "'er'"), ("mit", "'mito'"), ("golgi", None)]
+)
+def test_a_misspelt_class_beside_another(data, name, close):
+    """The error lists the classes of the crops, not those alone that are read."""
+    classes = ["er", name] if name != "er_membrane" else ["mito", name]
+    spec = {"shape": [16] * 3, "scale": STEP}
+    split = CellMapDataSplit(
+        search_path=str(data / "data"), classes=classes, input_arrays={"raw": spec}, target_arrays={"labels": spec},
+        options=SplitOptions(split="stratified"),
+    )  # fmt: skip
+    with pytest.raises(CellMapValueError) as caught:
+        split["train"]
+    assert f"no crop for 'train' annotates {name!r}" in str(caught.value)
+    assert "; they annotate er, mito: " in str(caught.value)
+    assert (f"did you mean {close}?" in str(caught.value)) == (close is not None)

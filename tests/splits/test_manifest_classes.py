@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
-from cellmap_lightning.splits.manifest_classes import report_unknown_classes
+from cellmap_lightning.splits.manifest_classes import report_lacking_classes, report_unknown_classes
 from cellmap_lightning.splits.options import SplitOptions
 from tests.commands.test_cli import run_forked
 from tests.commands.test_predict_command import checkpoint  # noqa: F401
@@ -57,3 +57,20 @@ def test_a_prediction_names_them(checkpoint, volume, tmp_path):  # noqa: F811
     code, text = run_forked(*settings, cwd=tmp_path, command="predict")
     assert code == 0, text
     assert " ".join(text.split()).count("'mitto' (did you mean 'mito'?)") == 1
+    assert " ".join(text.split()).count("lists 1 class that the model does not predict: mitto") == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "text"),
+    [
+        (["mito", "nuc", "mito", "nuc"], ["mito"], "1 class that the model does not predict: nuc"),
+        (["er", "nuc", "ves"], ["mito"], "3 classes that the model does not predict: er, nuc, ves"),
+        ([f"c{n}" for n in range(67)], ["c0"], "c11, c12 and 54 more"),
+        (["mito"], ["mito", "er"], None),
+    ],
+)
+def test_classes_that_the_model_lacks(caplog, names, known, text):
+    report_lacking_classes("folder/test_crop_manifest.csv", names, known)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.startswith("test_crop_manifest.csv lists ") for line in lines] == [True] * (text is not None)
+    assert all(line.endswith(text) for line in lines)
