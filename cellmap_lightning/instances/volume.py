@@ -47,6 +47,7 @@ class SegmentationSummary:
         objects: number of objects.
         blocks: number of blocks.
         resumed: number of blocks that were finished before.
+        picture: the picture, if one was drawn.
     """
 
     output: Path
@@ -55,6 +56,7 @@ class SegmentationSummary:
     objects: int
     blocks: int
     resumed: int
+    picture: Path | None = None
 
 
 class VolumeSegmentation:
