@@ -82,7 +82,7 @@ def _draw(source: SegmentationSource, summary: SegmentationSummary, raw: str | N
     Returns:
         The file; None without matplotlib, which is logged.
     """
-    path, shown = summary.output.with_suffix(".png"), raw or _recorded_raw(prediction)
+    path, shown = summary.output.with_suffix(".png"), raw or recorded_raw(prediction)
     try:
         try:
             draw_objects(source, summary.labels, path, summary.objects, shown, summary.table)
@@ -97,7 +97,7 @@ def _draw(source: SegmentationSource, summary: SegmentationSummary, raw: str | N
     return path
 
 
-def _recorded_raw(prediction: str) -> str | None:
+def recorded_raw(prediction: str) -> str | None:
     """Return the raw volume of a prediction of this package; None if it is not recorded."""
     root = parse_location(prediction)
     for group in (root, root.parent):
