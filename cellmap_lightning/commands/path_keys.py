@@ -9,7 +9,7 @@ from cellmap_lightning.errors import CellMapTypeError
 #: Keys with one path, of each command; keys that a command lacks are not checked.
 _ONE = {
     "evaluate": ("prediction", "trained", "raw", "out"),
-    "tune": ("out",),
+    "tune": ("out", "trained"),
     "segment": ("input", "out", "tuned", "raw"),
     "convert": ("input", "output"),
     "submit": ("predictions", "manifest", "out", "tuned"),

@@ -75,9 +75,7 @@ def segment(
     workers = open_scheduler(scheduling.scheduler, scheduling.processes, scheduling.address)
     with ExitOnSignal(lambda: "the same command continues"), workers as scheduler:
         summary = volume.run(scheduler)
-    if picture:
-        _draw(opened, summary, raw, input)
-    return summary
+    return replace(summary, picture=_draw(opened, summary, raw, input)) if picture else summary
 
 
 def _report_empty_sections(source: SegmentationSource) -> None:
@@ -103,22 +101,28 @@ def _report_empty_sections(source: SegmentationSource) -> None:
         )  # fmt: skip
 
 
-def _draw(source: SegmentationSource, summary: SegmentationSummary, raw: str | None, prediction: str) -> None:
-    """Draw the objects over raw, or beside the prediction where the recorded raw volume cannot be read."""
-    path, shown = summary.output.with_suffix(".png"), raw or _recorded_raw(prediction)
+def _draw(source: SegmentationSource, summary: SegmentationSummary, raw: str | None, prediction: str) -> Path | None:
+    """Draw the objects over raw, or beside the prediction where the recorded raw volume cannot be read.
+
+    Returns:
+        The file; None without matplotlib, which is logged.
+    """
+    path, shown = summary.output.with_suffix(".png"), raw or recorded_raw(prediction)
     try:
         try:
-            draw_objects(source, summary.labels, path, summary.objects, shown)
+            draw_objects(source, summary.labels, path, summary.objects, shown, summary.table)
         except CellMapError as e:
             if raw is not None or shown is None or isinstance(e, MissingExtraError):
                 raise
             log.info("%s shows the prediction: raw cannot be read (%s); set raw=... to show it", path, e)
-            draw_objects(source, summary.labels, path, summary.objects)
+            draw_objects(source, summary.labels, path, summary.objects, table=summary.table)
     except MissingExtraError as e:
         log.warning("%s: no picture is drawn: %s", path, e)
+        return None
+    return path
 
 
-def _recorded_raw(prediction: str) -> str | None:
+def recorded_raw(prediction: str) -> str | None:
     """Return the raw volume of a prediction of this package; None if it is not recorded."""
     root = parse_location(prediction)
     for group in (root, root.parent):

@@ -32,3 +32,5 @@ def _segment(configs: list[DictConfig]) -> None:
     rest = {key: value for key, value in settings.items() if key not in flat}
     summary = segment(class_name=rest.pop("class"), **grouped, **rest)
     print(f"\n{summary.labels}: {plural(summary.objects, 'object')}\n{summary.table}")
+    if summary.picture is not None:
+        print(summary.picture)

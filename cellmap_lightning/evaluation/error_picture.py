@@ -64,8 +64,11 @@ def draw_worst(
             axes = figure.add_subplot(1, columns, number + 1)
             extent = pair.voxel_size[1] / pair.voxel_size[2]
             background = _background(raw, pair, z)
-            axes.imshow(_painted(background, kinds), interpolation="nearest", aspect=extent)
-            place = f"slice z={z}" if score.box is None else f"slice z={z} of z y x {score.box}"
+            axes.imshow(
+                _painted(background, kinds, 1.0 if raw is None else _OPACITY), interpolation="nearest", aspect=extent
+            )
+            nm = pair.center((z, 0, 0), (1, *pair.shape[1:]))[0]
+            place = f"slice z={z} at {nm:,.0f} nm" + ("" if score.box is None else f", of z y x {score.box}")
             axes.set_title(f"{score.crop} {score.name}: Dice {score.voxels.dice:.2f}\n{place}", fontsize=9, color=INK)
             axes.set_xticks([])
             axes.set_yticks([])
@@ -107,11 +110,12 @@ def _background(raw: str | None, pair: CropPair, z: int) -> FloatArray:
     return grey
 
 
-def _painted(background: FloatArray, kinds: npt.NDArray[np.uint8]) -> FloatArray:
-    """Return red, green and blue of a slice, ``[y, x, 3]``."""
+def _painted(background: FloatArray, kinds: npt.NDArray[np.uint8], opacity: float) -> FloatArray:
+    """Return red, green and blue of a slice, ``[y, x, 3]``; at an opacity of 1 in the colours of the legend."""
     picture = np.repeat(background[:, :, None], 3, axis=2)
     for kind, color in enumerate(_COLORS.values(), 1):
         where = kinds == kind
-        picture[where] = (1 - _OPACITY) * picture[where] + _OPACITY * np.asarray(color)
-    picture[kinds == 4] = 0.5 * picture[kinds == 4] + 0.2
+        picture[where] = (1 - opacity) * picture[where] + opacity * np.asarray(color)
+    unknown = kinds == 4
+    picture[unknown] = 0.6 if opacity == 1 else 0.5 * picture[unknown] + 0.2
     return picture

@@ -7,7 +7,9 @@ from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.validation import did_you_mean, first_few
 
 
-def split_crops(names: Sequence[str], crops: Any, held_out: Any) -> tuple[list[str], list[str]]:
+def split_crops(
+    names: Sequence[str], crops: Any, held_out: Any, trained: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
     """Return the crops to search on, and those held out: by name, or the last ones of a number.
 
     Args:
@@ -15,6 +17,8 @@ def split_crops(names: Sequence[str], crops: Any, held_out: Any) -> tuple[list[s
         crops: names of the crops of the search; None for all but those held out. A crop of a dataset may be named
             ``<dataset>.zarr/<crop>``, ``<dataset>/<crop>``, or ``<crop>`` or its number where one crop has it.
         held_out: such names, or a number of crops; None for none.
+        trained: names of crops that the network was trained on. Where ``crops`` names none, they are searched only
+            if there are no others, and held out by number only if no others are left.
 
     Raises:
         CellMapKeyError: there is no such crop.
@@ -30,9 +34,12 @@ def split_crops(names: Sequence[str], crops: Any, held_out: Any) -> tuple[list[s
         named = [_named(crop, names) for crop in held_out]
         others = [name for name in names if name in named]
     else:
-        others = _last_crops(names, searched, int(held_out or 0))
+        others = _last_crops(names, searched, int(held_out or 0), trained)
     # In the order of all crops, so that sums over them do not depend on the order of a setting.
     chosen = [name for name in names if name in (searched or names) and name not in others]
+    untrained = [name for name in chosen if name not in trained]
+    if not searched and untrained:
+        chosen = untrained
     if not chosen:
         raise CellMapValueError("held_out: no crop is left for the search; hold out fewer of them")
     return chosen, others
@@ -66,8 +73,14 @@ def _aliases(name: str) -> list[str]:
     return [*short, name, f"{dataset}/{crop}", f"{dataset}.zarr/{crop}"] if volume else short
 
 
-def _last_crops(names: Sequence[str], searched: Sequence[str], number: int) -> list[str]:
-    """Return the last crops outside of the search, up to a number; one is left where the search names none."""
+def _last_crops(names: Sequence[str], searched: Sequence[str], number: int, trained: Sequence[str]) -> list[str]:
+    """Return the last crops outside of the search, up to a number; one is left where the search names none.
+
+    The one that is left was not trained on, if there is such a crop; of the others, those not trained on come first.
+    """
     pool = [name for name in names if name not in searched]
-    count = min(number, len(pool) if searched else len(pool) - 1)
-    return pool[len(pool) - count :] if count > 0 else []
+    if not searched and pool:
+        pool.remove(next((name for name in pool if name not in trained), pool[0]))
+    pool.sort(key=lambda name: name not in trained)  # stable: by name within both
+    last = pool[len(pool) - min(number, len(pool)) :]
+    return [name for name in names if name in last]

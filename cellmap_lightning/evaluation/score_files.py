@@ -16,8 +16,16 @@ from cellmap_lightning.evaluation.surface_scores import SURFACE_METRICS
 from cellmap_lightning.evaluation.voxel_scores import METRICS
 from cellmap_lightning.io.own_files import picture_metadata
 
-#: Columns of the table and of the heat map: voxel scores, and the most used ones of surfaces and objects.
-_SHOWN = (*METRICS, "hausdorff_nm", "surface_distance_nm", "f1_50", "ap", "panoptic_quality", "voi_split", "voi_merge")
+#: Columns of the tables and of the heat map: voxel scores, and the most used ones of surfaces and objects.
+_VOXELS = (*METRICS, "hausdorff_nm", "surface_distance_nm")
+_OBJECTS = (*METRICS, "objects", "predicted", "matched", "f1_50", "ap", "panoptic_quality", "voi_split", "voi_merge")
+_TITLES = {
+    "objects": "true",
+    "surface_distance_nm": "surface_nm",
+    "panoptic_quality": "pq",
+    "voi_split": "split",
+    "voi_merge": "merge",
+}
 _HEAT = (*METRICS, "f1_50", "ap", "panoptic_quality")
 _LEGEND = "* trained on"
 _COUNTS = ("objects", "predicted", "matched")
@@ -66,25 +74,30 @@ def _columns(scores: Sequence[CropScore], names: Sequence[str]) -> list[str]:
 
 
 def table(scores: Sequence[CropScore]) -> str:
-    """Return the scores as a table in text."""
-    columns = _columns(scores, _SHOWN)
-    crops = [_marked(score) for score in scores]
-    width = max(map(len, [*crops, "crop"])) + 2, max(5, *(len(s.name) for s in scores)) + 2
-    titles = [_title(column) for column in columns]
-    widths = [max(11, len(title) + 2) for title in titles]
-    head = "".join(f"{title:>{w}}" for title, w in zip(titles, widths, strict=True))
-    lines = ["crop".ljust(width[0]) + "class".ljust(width[1]) + head]
-    for crop, score in zip(crops, scores, strict=True):
-        values = score.values()
-        if _is_absent(score):  # its scores are 0 or undefined for any prediction
-            text = f"not in this crop; {score.voxels.fp:,} voxels are predicted"
-            lines.append(f"{crop:<{width[0]}}{score.name:<{width[1]}}  {text}")
-            continue
-        cells = "".join(f"{_number(c, values[c]):>{w}}" for c, w in zip(columns, widths, strict=True))
-        lines.append(crop.ljust(width[0]) + score.name.ljust(width[1]) + cells)
+    """Return the scores as tables in text: one of voxels and surfaces, and one of objects where they are scored."""
+    voxels = _rows(scores, _columns(scores, _VOXELS))
+    objects = _columns(scores, _OBJECTS)[len(METRICS) :]  # without those of voxels, which are always defined
+    scored = [score for score in scores if score.instances is not None and not _is_absent(score)]
+    lines = [*voxels, *(["", *_rows(scored, objects)] if scored and objects else [])]
     if any(score.trained for score in scores):
         lines.append(_LEGEND)
     return "\n".join(lines)
+
+
+def _rows(scores: Sequence[CropScore], columns: Sequence[str]) -> list[str]:
+    """Return the lines of a table, with the names of the columns first."""
+    crops = [_marked(score) for score in scores]
+    width = max(map(len, [*crops, "crop"])) + 2, max(5, *(len(s.name) for s in scores))
+    values = [score.values() for score in scores]
+    cells = [[_title(c) for c in columns], *([_number(c, row[c]) for c in columns] for row in values)]
+    widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+    lines = ["".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in cells]
+    rows = ["crop".ljust(width[0]) + "class".ljust(width[1]) + lines[0]]
+    for crop, score, line in zip(crops, scores, lines[1:], strict=True):
+        absent = f"  not in this crop; {score.voxels.fp:,} voxels are predicted"
+        # Scores of a class that is not in the crop are 0 or undefined for any prediction.
+        rows.append(crop.ljust(width[0]) + score.name.ljust(width[1]) + (absent if _is_absent(score) else line))
+    return rows
 
 
 def _marked(score: CropScore) -> str:
@@ -98,10 +111,12 @@ def _is_absent(score: CropScore) -> bool:
 
 
 def _title(column: str) -> str:
-    return {"surface_distance_nm": "surface_nm", "panoptic_quality": "pq"}.get(column, column)
+    return _TITLES.get(column, column)
 
 
 def _number(column: str, value: float) -> str:
+    if column in _COUNTS:
+        return "-" if math.isnan(value) else f"{value:.0f}"
     return f"{value:.1f}" if column.endswith("_nm") else f"{value:.3f}"
 
 

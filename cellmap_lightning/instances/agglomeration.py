@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.instances.components import Labels
+from cellmap_lightning.instances.components import Connectivity, Labels
 from cellmap_lightning.instances.libraries import library
 from cellmap_lightning.instances.mutex_watershed import Offsets, check_offsets, compact, foreground, is_direct
 from cellmap_lightning.instances.watershed import Floats, Mask, distance_watershed, mask_distance
@@ -32,6 +32,7 @@ def agglomerate_affinities(
     merge_threshold: float = 0.5,
     smoothing: float = 0.0,
     seed_distance: float | None = None,
+    connectivity: Connectivity = 26,
 ) -> Labels:
     """Divide the foreground of affinities into objects by agglomeration of fragments.
 
@@ -44,6 +45,7 @@ def agglomerate_affinities(
         merge_threshold: the mean affinity above which fragments are merged.
         smoothing: see `distance_watershed`.
         seed_distance: see `distance_watershed`.
+        connectivity: see `distance_watershed`.
 
     Returns:
         Numbers from 1, and 0 in the background.
@@ -59,7 +61,8 @@ def agglomerate_affinities(
     direct = [channel for channel, offset in enumerate(checked) if is_direct(offset)]
     mask = foreground(affinities, checked, threshold)
     inside = (np.mean(affinities[direct], axis=0) >= threshold) & mask
-    fragments = distance_watershed(mask, voxel_size, mask_distance(inside, voxel_size), smoothing, seed_distance)
+    distance = mask_distance(inside, voxel_size)
+    fragments = distance_watershed(mask, voxel_size, distance, smoothing, seed_distance, connectivity=connectivity)
     values, neighbours = np.ascontiguousarray(affinities[direct], np.float32), [list(checked[c]) for c in direct]
 
     def weights(graph: Any, features: Any) -> Any:
@@ -75,6 +78,7 @@ def agglomerate_boundaries(
     merge_threshold: float = 0.5,
     smoothing: float = 0.0,
     seed_distance: float | None = None,
+    connectivity: Connectivity = 26,
 ) -> Labels:
     """Divide the voxels between boundaries into objects by agglomeration of fragments.
 
@@ -85,6 +89,7 @@ def agglomerate_boundaries(
         merge_threshold: fragments are merged if one minus the mean probability of their contact is above it.
         smoothing: see `distance_watershed`.
         seed_distance: see `distance_watershed`.
+        connectivity: see `distance_watershed`.
 
     Returns:
         Numbers from 1, and 0 in the background.
@@ -93,7 +98,7 @@ def agglomerate_boundaries(
         MissingExtraError: a library is not installed.
     """
     mask: Mask = boundaries < threshold
-    fragments = distance_watershed(mask, voxel_size, None, smoothing, seed_distance)
+    fragments = distance_watershed(mask, voxel_size, None, smoothing, seed_distance, connectivity=connectivity)
     values = np.ascontiguousarray(boundaries, np.float32)
 
     def weights(graph: Any, features: Any) -> Any:

@@ -45,10 +45,10 @@ class SegmentationOptions:
         method: the method; None for that of the input's kind.
         threshold: probability, affinity, or signed distance in nm, from which a voxel is foreground; of boundaries,
             the probability below which it is. None for 0.5, and 0 nm.
-        connectivity: neighbours of a voxel, for ``components``.
+        connectivity: neighbours of a voxel, for ``components``, ``watershed`` and ``agglomeration``.
         smoothing: standard deviation of the Gaussian on distances, nm; None for the longest side of a voxel.
         seed_distance: the shortest distance of two seeds, nm; None for four times the longest side of a voxel.
-        seed_depth: the smallest distance of a seed to the background, nm.
+        seed_depth: the smallest distance of a seed to the background, nm; a component without a seed is one object.
         merge_threshold: mean affinity above which ``agglomeration`` merges fragments.
         strides: distances, in voxels, of those whose repulsive edges ``mutex_watershed`` uses.
         halo: margin of a block that is segmented and not written, nm; None for 32 voxels, or for affinities 16 and

@@ -1,9 +1,11 @@
-"""Picture of a segmentation: three sections through the volume.
+"""Picture of a segmentation: three sections through the volume, each in the plane with the most objects.
 
 Each shows raw beside raw with outlines of the objects, or without raw the prediction beside the objects in colours.
 """
 
+import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +45,16 @@ _ROOM = (0.4, 0.6)
 
 
 def draw_objects(
-    source: SegmentationSource, labels: Path, path: Path, objects: int, raw: str | None = None
+    source: SegmentationSource,
+    labels: Path,
+    path: Path,
+    objects: int,
+    raw: str | None = None,
+    table: Path | None = None,
 ) -> "Figure":
-    """Draw the sections through the centre of a volume, at full resolution.
+    """Draw a section along each axis, in the plane with the most objects, at full resolution.
+
+    Of planes with equally many it is the one with the largest boxes of objects, and of those the nearest to the middle.
 
     Args:
         source: the prediction.
@@ -53,6 +62,7 @@ def draw_objects(
         path: the file.
         objects: number of objects, for the title.
         raw: the raw multiscale group; None to draw the prediction.
+        table: the list of objects, ``<out>-objects.csv``; None for the planes in the middle.
 
     Returns:
         The figure.
@@ -63,7 +73,8 @@ def draw_objects(
     stored = read_multiscale(labels)
     reader = ChunkReader(stored.finest, source.name, empty="missing")
     encoding = read_encoding(stored, stored.finest)
-    sections = [_section(source, reader, axis, raw, encoding) for axis in range(3)]
+    fullest = _fullest_planes(table, source.lattice)
+    sections = [_section(source, reader, axis, raw, encoding, fullest) for axis in range(3)]
     sizes = [_size(grey.shape, source.lattice.step, axis) for axis, (grey, _) in enumerate(sections)]
     width = 2 * MARGIN + 2 * max(w for _, w in sizes) + _GAP
     head = MARGIN + LINE_HEIGHT[TITLE] + 0.1
@@ -74,7 +85,8 @@ def draw_objects(
         y = head
         for axis, ((grey, ids), (tall, wide)) in enumerate(zip(sections, sizes, strict=True)):
             plane = "".join(name for name in reversed(AXES) if name != AXES[axis])
-            canvas.text(MARGIN, y, f"{plane}, at the middle of {AXES[axis]}")
+            nm_at = source.lattice.origin[axis] + fullest[axis] * source.lattice.step[axis]
+            canvas.text(MARGIN, y, f"{plane}, at {AXES[axis]} = {nm_at:,.0f} nm")
             nm = [size for name, size in zip(AXES, source.lattice.step, strict=True) if name != AXES[axis]]
             y += LINE_HEIGHT[TEXT]
             marked = _coloured(grey, ids) if raw is None else _outlined(grey, ids, (tall, wide))
@@ -90,12 +102,50 @@ def draw_objects(
     return canvas.figure
 
 
+def _drawn(shape: Shape) -> tuple[list[int], list[int]]:
+    """Return the first voxel and the number of voxels along each axis of the part of a volume that is drawn."""
+    count = [min(n, _MOST) for n in shape]
+    return [(n - c) // 2 for n, c in zip(shape, count, strict=True)], count
+
+
+def _fullest_planes(table: Path | None, lattice: Lattice) -> list[int]:
+    """Return the plane along each axis with the most objects, in the part that is drawn; see `draw_objects`.
+
+    An object is connected, and so it lies in each plane between the ends of its box.
+    """
+    first, count = _drawn(lattice.shape)
+    if table is None:
+        return [n // 2 for n in lattice.shape]
+    changes = np.zeros((3, 2, max(count) + 1))  # of the number of objects, and of the areas of their boxes, per plane
+    with table.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            nm = np.array([[float(row[f"{end}_{axis}_nm"]) for axis in AXES] for end in ("min", "max")])
+            planes = np.rint((nm - lattice.origin) / lattice.step + 0.5).astype(np.int64) - first
+            low, high = np.clip(planes, 0, count)
+            sides = high - low
+            for axis in range(3 if sides.all() else 0):  # other objects lie outside of what is drawn
+                change = np.array([1.0, np.prod(np.delete(sides, axis))])
+                changes[axis, :, low[axis]] += change
+                changes[axis, :, high[axis]] -= change
+    fullest = []
+    for axis, n in enumerate(count):
+        objects, areas = np.rint(np.cumsum(changes[axis], axis=1)[:, :n])
+        aside = np.abs(np.arange(n) - n // 2)
+        fullest.append(first[axis] + int(np.lexsort((aside, -areas, -objects))[0]))
+    return fullest
+
+
 def _section(
-    source: SegmentationSource, labels: ChunkReader, axis: int, raw: str | None, encoding: Encoding | None
+    source: SegmentationSource,
+    labels: ChunkReader,
+    axis: int,
+    raw: str | None,
+    encoding: Encoding | None,
+    fullest: Sequence[int],
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Return raw or the prediction, from 0 to 1, and the ids in the middle plane along an axis."""
-    count = [1 if a == axis else min(n, _MOST) for a, n in enumerate(source.lattice.shape)]
-    first = [(n - c) // 2 for n, c in zip(source.lattice.shape, count, strict=True)]
+    """Return raw or the prediction, from 0 to 1, and the ids in the chosen plane along an axis."""
+    first, count = _drawn(source.lattice.shape)
+    first[axis], count[axis] = fullest[axis], 1
     start: Shape = (first[0], first[1], first[2])
     shape: Shape = (count[0], count[1], count[2])
     values = _prediction(source, start, shape) if raw is None else _raw(raw, source.lattice, start, shape)

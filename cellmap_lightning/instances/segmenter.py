@@ -115,7 +115,8 @@ class BlockSegmenter:
             Numbers from 1, and 0 in the background, ``[z, y, x]``.
         """
         options = self.options
-        seeds = {"smoothing": self.smoothing, "seed_distance": self.seed_distance}
+        seeds: dict[str, Any] = {"smoothing": self.smoothing, "seed_distance": self.seed_distance}
+        seeds["connectivity"] = options.connectivity
         if self.method == "components":
             return label_components(self.mask(values), options.connectivity)
         if self.method == "mutex_watershed":

@@ -47,6 +47,7 @@ class SegmentationSummary:
         objects: number of objects.
         blocks: number of blocks.
         resumed: number of blocks that were finished before.
+        picture: the picture, if one was drawn.
     """
 
     output: Path
@@ -55,6 +56,7 @@ class SegmentationSummary:
     objects: int
     blocks: int
     resumed: int
+    picture: Path | None = None
 
 
 class VolumeSegmentation:
@@ -112,7 +114,7 @@ class VolumeSegmentation:
         Raises:
             CellMapFileExistsError: the output is that of another segmentation, or something else.
             OutputError: the output cannot be written.
-            CellMapValueError: there are no seeds, or more objects than ids.
+            CellMapValueError: there is no foreground for a watershed, or there are more objects than ids.
         """
         scheduler = scheduler or SerialScheduler()
         output = self._output
@@ -213,7 +215,7 @@ class VolumeSegmentation:
         return max(1, math.ceil(options.min_volume / voxel - 1e-9)), largest
 
     def _check_seeds(self, numbers: BlockNumbers) -> None:
-        """Check that a watershed has found any seed.
+        """Check that a watershed has found foreground.
 
         Raises:
             CellMapValueError: it has not.
@@ -222,8 +224,8 @@ class VolumeSegmentation:
             return
         options = self._segmenter
         raise CellMapValueError(
-            f"{self._source.path}: there are no seeds: no voxel is foreground at threshold={options.threshold:g} and "
-            f"seed_depth={options.options.seed_depth:g} nm from the background; use a lower threshold or seed_depth"
+            f"{self._source.path}: there are no seeds: no voxel is foreground at threshold={options.threshold:g}; "
+            f"use a {'higher' if options.kind == 'boundary' else 'lower'} threshold"
         )
 
     def _settings(self) -> dict[str, Any]:

@@ -159,3 +159,21 @@ def test_metrics_that_need_scipy_name_one_that_does_not(folder, monkeypatch, met
     assert f"Error: {what}, which is not installed; in a clone: pip install -e " in text
     assert ", or set metric=voxels" in text
     assert not (folder / "pred-evaluation.csv").exists()
+
+
+@pytest.mark.parametrize("recorded", ["there", "missing", "none"])
+def test_the_picture_shows_the_raw_volume_that_the_prediction_records(folder, recorded):
+    grey = np.random.default_rng(0).integers(0, 256, (8, 16, 40)).astype(np.uint8)
+    write_multiscale(folder / "raw.zarr" / "em", grey, **POSITION)
+    if recorded != "none":
+        raw = folder / ("raw.zarr" if recorded == "there" else "gone.zarr") / "em"
+        attributes = json.dumps({"cellmap": {"prediction": {"settings": {"raw": str(raw)}}}})
+        (folder / "pred.zarr" / ".zattrs").write_text(attributes)
+        (folder / "pred.zarr" / ".zgroup").write_text('{"zarr_format": 2}')
+    code, text = evaluate(folder, "prediction=pred.zarr", "out=scores")
+    assert code == 0, text
+    assert ("scores-worst.png has no raw: it cannot be read" in text) == (recorded == "missing")
+    code, text = evaluate(folder, "prediction=pred.zarr", "out=shown", "raw=raw.zarr/em")
+    assert code == 0, text
+    same = (folder / "scores-worst.png").read_bytes() == (folder / "shown-worst.png").read_bytes()
+    assert same == (recorded == "there")

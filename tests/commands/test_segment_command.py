@@ -53,6 +53,7 @@ def test_the_command_writes_labels_list_and_picture(prediction, truth, tmp_path)
     assert f"{labels.max()} objects" in text
     assert len((tmp_path / "s-objects.csv").read_text().splitlines()) == labels.max() + 1
     assert (tmp_path / "s.png").stat().st_size > 10_000
+    assert [line for line in text.splitlines() if line.endswith((".csv", ".png"))] == ["s-objects.csv", "s.png"]
     code, text = run_forked(*arguments, cwd=tmp_path, command="segment")
     assert code == 0, text
     assert "finished before" in text

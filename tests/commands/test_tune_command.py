@@ -63,6 +63,55 @@ def test_fewer_crops_held_out_than_asked_for_are_warned_of(folder):  # noqa: F81
     assert "held_out=5: 2 crops are held out, since there are no more" in text
 
 
+@pytest.mark.parametrize("values", [(150, 140), (175, 20), (128, 10)])
+def test_parameters_that_are_worse_than_the_defaults_are_named(folder, values):  # noqa: F811
+    shutil.rmtree(folder / "predictions" / "jrc_b.zarr" / "crop1")
+    predict(folder, "jrc_b.zarr/crop1", inside=values[0], outside=values[1])  # a high threshold loses its objects
+    code, text = tune(folder, "out=mito.yaml")
+    assert code == 0, text
+    content = (folder / "mito.yaml").read_text()
+    (advice,) = [line for line in text.splitlines() if line.startswith("on the held-out crops")]
+    assert ": keep the defaults, or search on other crops" in advice
+    default, tuned = (next(line for line in text.splitlines() if line.startswith("held out"))).split()[2:4]
+    assert f"({default} to {tuned})" in advice
+    assert float(tuned) < float(default)
+    assert content.startswith(f"# {advice}\nmito:")
+    assert yaml.safe_load(content)["mito"]["method"] == "components"
+
+
+def test_parameters_that_are_better_have_no_comment(folder):  # noqa: F811
+    code, text = tune(folder, "out=mito.yaml")
+    assert code == 0, text
+    assert "keep the defaults" not in text
+    assert (folder / "mito.yaml").read_text().startswith("mito:")
+
+
+@pytest.mark.parametrize(
+    ("trained", "search", "held_out"),
+    [
+        (CROPS[:1], "jrc_a.zarr/crop12", "jrc_b.zarr/crop1"),
+        (CROPS[2:], "jrc_a.zarr/crop1", "jrc_a.zarr/crop12"),
+        (CROPS[1:], "jrc_a.zarr/crop1", "jrc_b.zarr/crop1 *"),
+    ],
+)
+def test_crops_that_were_trained_on_are_marked(folder, trained, search, held_out):  # noqa: F811
+    lines = ["usage,raw,target"]
+    for crop in trained:
+        (path,) = (folder / "data").rglob(crop.replace("/", "/recon-1/labels/groundtruth/"))
+        lines.append(f"train,{folder / 'raw'},{path}/[mito]")
+    (folder / "crops.csv").write_text("\n".join(lines) + "\n")
+    code, text = tune(folder, "out=mito.yaml", "trained=crops.csv")
+    assert code == 0, text
+    rows = {line[:8].strip(): line.split("  ")[-1] for line in text.splitlines()}
+    assert (rows["search"], rows["held out"]) == (search, held_out)
+    assert ("* trained on" in text.splitlines()) == held_out.endswith("*")
+    assert ("the network was trained on jrc_b.zarr/crop1: the held-out score is too high" in text) == (
+        held_out.endswith("*")
+    )
+    unused = [crop for crop in trained if crop != held_out.removesuffix(" *")]
+    assert f"left out (trained on): {', '.join(unused)}" in text
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

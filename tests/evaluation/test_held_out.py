@@ -41,3 +41,25 @@ def test_crops_are_split(crops, held_out, expected):
 def test_wrong_names_of_crops(crops, held_out, message):
     with pytest.raises(CellMapError, match=message):
         split_crops(CROPS, crops, held_out)
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out", "expected"),
+    [
+        ("a", 1, ("bc", "d")),
+        ("d", 1, ("ab", "c")),
+        ("abd", 1, ("c", "d")),  # the only one that was not trained on is searched
+        ("acd", 2, ("b", "cd")),
+        ("abcd", 1, ("abc", "d")),
+        ("bc", ["a"], ("d", "a")),
+        ("ab", 0, ("cd", "")),
+        ("", 1, ("abc", "d")),
+    ],
+)
+def test_crops_that_were_not_trained_on_are_searched_first(trained, held_out, expected):
+    assert split_crops("abcd", None, held_out, trained) == tuple(list(part) for part in expected)
+
+
+@pytest.mark.parametrize(("trained", "expected"), [("a", ("a", "d")), ("acd", ("a", "b")), ("abcd", ("a", "d"))])
+def test_crops_that_are_named_are_searched(trained, expected):
+    assert split_crops("abcd", ["a"], 1, trained) == tuple(list(part) for part in expected)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cellmap_lightning.commands.segment import segment
 from cellmap_lightning.instances.picture import draw_objects
 from cellmap_lightning.instances.source import open_source
 from cellmap_lightning.io.writer import write_multiscale
@@ -53,9 +54,10 @@ def test_each_section_has_a_scale_bar_of_its_length(figure, shape, step, lengths
         assert bar.get_width() * nm[plane[0]] == pytest.approx(expected)
         assert not by_gid(axes[f"{plane}1"], "scale-bar")
     titles = [text.get_text() for text in drawn.texts]
-    assert [title for title in titles if "at the middle" in title] == [
-        "xy, at the middle of z", "xz, at the middle of y", "yz, at the middle of x"
-    ]  # fmt: skip
+    assert [title for title in titles if ", at " in title] == [
+        f"{plane}, at {axis} = {n // 2 * s:,.0f} nm"
+        for plane, axis, n, s in zip(("xy", "xz", "yz"), "zyx", shape, step, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("depth", "has_bar"), [(1, False), (4, False), (16, True)])
@@ -65,3 +67,36 @@ def test_only_sections_with_room_have_a_scale_bar(figure, depth, has_bar):
     for plane in ("xz0", "yz0"):
         assert bool(by_gid(axes[plane], "scale-bar")) == has_bar
         assert bool(axes[plane].texts) == has_bar
+
+
+@pytest.mark.parametrize(
+    ("boxes", "planes"),
+    [
+        # the middle has no objects at all; most are at the end, of which the largest come first
+        ([((2, 4), (30, 34), (2, 6)), ((3, 8), (32, 36), (20, 30)), ((3, 5), (2, 6), (40, 44))], {"z": (3, 4)}),
+        ([((2, 4), (30, 34), (2, 6)), ((9, 12), (31, 36), (20, 30)), ((12, 14), (31, 33), (40, 44))], {"y": (31, 33)}),
+        ([((2, 4), (1, 9), (2, 9)), ((9, 12), (11, 19), (4, 7)), ((12, 14), (21, 29), (6, 12))], {"x": (6, 7)}),
+        ([((5, 9), (1, 3), (2, 9)), ((1, 3), (11, 39), (41, 47))], {"z": (1, 3), "y": (1, 3), "x": (41, 47)}),
+    ],
+)
+def test_sections_are_in_the_planes_with_the_most_objects(tmp_path, boxes, planes):
+    mask = np.zeros((16, 40, 48), np.uint8)
+    for box in boxes:
+        mask[tuple(slice(*side) for side in box)] = 255
+    write_multiscale(tmp_path / "p.zarr" / "mito", mask, scale=(50, 8, 8), translation=(100, 4, 12))
+    summary = segment(str(tmp_path / "p.zarr"), tmp_path / "o.zarr", "mito", method="components")
+    assert summary.objects == len(boxes)
+    assert summary.picture == tmp_path / "o.png"
+    assert summary.picture.is_file()
+    source = open_source(str(tmp_path / "p.zarr"), "mito")
+    drawn = draw_objects(source, summary.labels, tmp_path / "a.png", summary.objects, table=summary.table)
+    titles = [text.get_text() for text in drawn.texts]
+    for axis, (low, high) in planes.items():
+        number = "zyx".index(axis)
+        origin, step = (100, 4, 12)[number], (50, 8, 8)[number]
+        (nm,) = [float(t.split("= ")[1][:-3].replace(",", "")) for t in titles if f"at {axis} = " in t]
+        assert low <= (nm - origin) / step < high
+        image = panels(drawn)[f"{'xyz'.replace(axis, '')}1"].get_images()[0].get_array()
+        colors = {tuple(c) for c in np.rint(np.asarray(image).reshape(-1, 3) * 1000).astype(int) if len(set(c)) > 1}
+        inside = [box for box in boxes if box[number][0] <= (nm - origin) / step < box[number][1]]
+        assert len(colors) >= len(inside)
