@@ -71,7 +71,8 @@ def check_reads(label: str, reads: Iterable[tuple[str, Window, Lattice]]) -> Non
         if ratio[axis] > MOST_AVERAGED:
             raise CellMapValueError(
                 f"{where} from an array with voxels of {sizes} nm are means over {ratio[axis]:.3g} of them "
-                f"along {AXES[axis]}, and at most {MOST_AVERAGED} are allowed; {advice}{FOR_ENTRY}, or a finer scale of {name}"
+                f"along {AXES[axis]}, and at most {MOST_AVERAGED} are allowed; {advice}{FOR_ENTRY}, or choose a finer "
+                f"scale of {name}"
             )
         stored = np.minimum(np.ceil(np.minimum(window.shape, BLOCK) * ratio) + 2, lattice.shape)
         nbytes = 4 * float(np.prod(stored))

@@ -52,7 +52,10 @@ def lattice(path, **overrides):
         ("unit", "um", "units"),
         ("Units", ["um"] * 3, "units"),
         ("voxel_size_units", "micrometer", "units"),
-        ("unit", "furlong", "units"),
+        ("unit", "pixel", "units"),
+        ("Unit", "voxels", "units"),
+        ("unit", "micrometr", "units"),
+        ("unit", "angstrom", "units"),
         ("translation", [160, 80, 40], "offset"),
         ("translate", [160, 80, 40], "offset"),
         ("Offset", [160, 80, 40], "offset"),
@@ -91,6 +94,9 @@ def test_another_value_is_an_error(tmp_path, write, key, value, right):
         ({"offset": [160, 80, 40], "translate": [168, 84, 42]}, (160, 80, 40)),
         ({"resolution": [16, 8, 4], "scale": [16, 8, 4], "pixel_size_um": [0.016, 0.008, 0.004]}, (0, 0, 0)),
         ({"scale": 2.5, "origin": "Janelia", "start": "2020-01-01", "spacing": None}, (0, 0, 0)),  # other meanings
+        ({"unit": "HU"}, (0, 0, 0)),
+        ({"unit": "counts", "Units": "a.u."}, (0, 0, 0)),
+        ({"unit": ["intensity"], "unit_": 7}, (0, 0, 0)),
         ({"solutions": 3, "limits": [0, 255], "description": "x", "uint": 8}, (0, 0, 0)),
     ],
 )
