@@ -77,6 +77,7 @@ KINDS = {
     "small": "crops smaller than the patch",
     "off lattice": "crops off raw's lattice, so that raw is interpolated at the scale of the labels",
     "averaged": "labels whose coarser levels hold values that the finest does not",
+    "stale": "pyramids whose coarser levels do not show what the finer ones do: write them again from the finest",
     "counts": "wrong complement_counts in the metadata, by which classes are sampled: correct or remove them",
     "lost": f"classes that lose more than {MOST_LOST:.0%} of their foreground at the level that is read",
     "unknown": f"crops that are unknown to more than {MOST_UNKNOWN:.0%}",
