@@ -19,6 +19,8 @@ from cellmap_lightning.wording import plural
 MOST_LOST = 0.3
 #: Unknown part of a crop from which it is reported.
 MOST_UNKNOWN = 0.5
+#: Part of the known voxels of a crop from which a class is reported that is annotated beside others.
+MOSTLY = 0.9
 #: Skew of the values from which a volume counts as having a dark or a bright tail.
 CLEAR_SKEW = 0.15
 #: Ratio between the width of the middle 99 % of a volume's values and the median width, from which it is reported.
@@ -83,6 +85,7 @@ KINDS = {
     "unknown": f"crops that are unknown to more than {MOST_UNKNOWN:.0%}",
     "gaps": "empty sections inside objects, which cut them",
     "filled": "classes without an encoding that fill their whole crop: does one of their values mean absent?",
+    "mostly": "classes without an encoding that fill over 90 % of a crop beside others: is the mask inverted?",
     "empty": "classes without foreground",
     "rare": "classes in a single crop, which only data.split=blocks divides into training and validation",
     "one split": "classes without foreground in training or in validation",
@@ -210,6 +213,8 @@ def _of_content(crop: CropFacts, classes: Sequence[str]) -> Iterator[tuple[str, 
         yield from (("averaged", f"{name}: {text}") for text in facts.averaged)
         if facts.fills:
             yield "filled", f"{name}: {facts.read_as}; no voxel is absent or unknown"
+        elif len(crop.classes) > 1 and (share := facts.share) is not None and share > MOSTLY:
+            yield "mostly", f"{name}: {share:.1%} of the known voxels, read as {facts.read_as}"
         if facts.contradiction:
             yield "counts", f"{name}: {facts.contradiction}"
         if facts.gaps and name in classes and facts.scale is not None and crop.box is not None:

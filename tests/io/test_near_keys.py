@@ -197,3 +197,11 @@ def test_n5_that_agrees(tmp_path, attributes, origin):
 def test_units_of_n5_that_are_no_lengths(tmp_path):
     with pytest.raises(MetadataError, match=r"units should be three lengths such as nm \(x, y, z\), got \['px', "):
         lattice(n5(tmp_path, resolution=[4, 8, 16], units=["px", "px", "px"]))
+
+
+@pytest.mark.parametrize("value", ["0.008 0.008 0.008", [0.008, 0.008], [0.008, -0.008, 0.008], 0.008])
+def test_a_wrong_element_size_is_named(tmp_path, value):
+    path = hdf5(tmp_path, element_size_um=value)
+    with pytest.raises(MetadataError, match=r"v\.h5/raw: element_size_um (should be three numbers|must be positive)"):
+        lattice(path)
+    assert lattice(path, voxel_size=[8, 8, 8]).step == (8, 8, 8)
