@@ -62,6 +62,7 @@ KINDS = {
     "white": "TIFF files that mark 0 as white, and are read as stored",
     "unit": "images without a unit of length",
     "scale": "implausible voxel sizes",
+    "offset": "positions in attributes that are not read, so that the array begins at 0",
     "levels": "pyramids whose levels are not placed by their metadata",
     "boxes": "pyramids whose levels cover different boxes",
     "class boxes": "classes that lie elsewhere than the other classes of their crop, perhaps by wrong metadata",
