@@ -38,12 +38,21 @@ def may_log(name: str, module: Any, callbacks: Sequence[Any]) -> bool:
         codes = [code for cls in classes for code in _called_code(cls)]
         if any("sanity_checking" in code.co_names for code in codes):
             return True
-        texts = [constant for code in codes for constant in code.co_consts]
-        texts += [value for cls in classes for value in vars(cls).values()]
-        texts += vars(part).values() if classes else ()
-        if any(isinstance(text, str) and _is_part(text, name) for text in texts):
+        values = [constant for code in codes for constant in code.co_consts]
+        values += [value for cls in classes for value in vars(cls).values()]
+        values += vars(part).values() if classes else ()
+        if any(_is_part(text, name) for value in values for text in _texts(value)):
             return True
     return False
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts of a value: itself, the items of a collection, such as the constant keys of a dict in code."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple | list | set | frozenset | dict):
+        for item in value:
+            yield from _texts(item)
 
 
 def _is_part(text: str, name: str) -> bool:

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -113,6 +113,7 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         if cfg.compare_untrained and validates and not trainer.fast_dev_run:
             untrained = _untrained_scores(trainer, task, data, ending)
         _fit(trainer, task, data, checkpoint)
+        measured = dict(trainer.callback_metrics)
         progress.trained = True
         ended = describe_time_limit(trainer, progress.folder)
         if ended is not None and trainer.is_global_zero:
@@ -121,12 +122,14 @@ def _run(cfg: DictConfig, progress: _Progress, ending: ExitOnSignal) -> float | 
         if validates and cfg.final_validation and not trainer.fast_dev_run:
             _validate_best(cfg, trainer, task, data)
             ending.check()
+        metric = _monitored(cfg.monitor, trainer, measured)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.finalize("success")
             others = _other_results(cfg, progress.folder, trainer, task, data, validates)
-            _report(cfg, progress.folder, trainer, task, untrained, others, validates)
-        return _monitored(cfg.monitor, trainer)
+            _report(cfg, progress.folder, metric, task, untrained, others, validates)
+        _check_measured(cfg.monitor, {*trainer.callback_metrics, *measured})
+        return metric
     finally:
         data.close()
 
@@ -194,7 +197,7 @@ def _validate_best(cfg: DictConfig, trainer: Any, task: Any, data: CellMapDataMo
 def _report(
     cfg: DictConfig,
     folder: Path,
-    trainer: Any,
+    metric: float | None,
     task: Any,
     untrained: Mapping[str, Any] | None,
     others: Mapping[str, str],
@@ -202,12 +205,12 @@ def _report(
 ) -> None:
     """Draw the curves, and print the scores and the files of a run."""
     attempt("curves.png is not drawn", partial(report.write_curves, folder, list(cfg.data.classes or ())))
-    scores, metric = scores_of(task), trainer.callback_metrics.get(cfg.monitor)
+    scores = scores_of(task)
     if scores is not None:
         print("\nvalidation\n" + report.score_table(scores, untrained, list(cfg.data.classes or ())))
     elif metric is not None:  # of training, or the scores of each class stayed in the processes of ddp_spawn
-        print(f"\n{'validation' if validates else 'training'}\n{cfg.monitor} {float(metric):.3f}")
-    write_scores(folder, cfg.monitor, None if metric is None else float(metric), scores or {})
+        print(f"\n{'validation' if validates else 'training'}\n{cfg.monitor} {metric:.3f}")
+    write_scores(folder, cfg.monitor, metric, scores or {})
     print(f"\nresults in {folder}\n" + "\n".join(report.describe_run(folder, others)))
 
 
@@ -235,12 +238,32 @@ def _other_scores(cfg: DictConfig, trainer: Any, validates: bool) -> dict[str, s
     return others
 
 
-def _monitored(monitor: str, trainer: Any) -> float | None:
-    """Return the monitored metric; None where the run has not validated."""
+def _monitored(monitor: str, trainer: Any, measured: Mapping[str, Any]) -> float | None:
+    """Return the monitored metric; None where it was not measured.
+
+    Args:
+        monitor: the setting.
+        trainer: after the final validation, whose metrics replace those of the epochs.
+        measured: the metrics of the last epoch: one that training alone logs is that of the best weights, or else this.
+    """
     metric = trainer.callback_metrics.get(monitor)
-    if metric is None and any(key.startswith("val/") for key in trainer.callback_metrics):
-        raise _not_measured(monitor, trainer)
-    return float(metric) if metric is not None else None
+    best = trainer.checkpoint_callback
+    if metric is None and getattr(best, "monitor", None) == monitor:
+        metric = best.best_model_score
+    if metric is None:
+        metric = measured.get(monitor)
+    return None if metric is None else float(metric)
+
+
+def _check_measured(monitor: str, names: Collection[str]) -> None:
+    """Check that a run that has validated has measured the monitored metric.
+
+    Raises:
+        CellMapKeyError: it has not; the message has the closest name that it has.
+    """
+    if monitor not in names and any(name.startswith("val/") for name in names):
+        hint = did_you_mean(monitor, names)
+        raise CellMapKeyError(f"monitor={monitor} was not measured{hint}; measured were {', '.join(sorted(names))}")
 
 
 def _trainer(cfg: DictConfig, checkpoint_config: CheckpointConfig) -> Any:
@@ -273,13 +296,6 @@ def _prepare_folder(cfg: DictConfig, folder: Path, stored: Any, data: CellMapDat
         table = data.splits.table()
         dash = " (-: the metadata have no number of them)" if "-" in table.split() else ""
         print(f"\ncrops that hold each class, and its voxels in them{dash}\n{table}\n", flush=True)
-
-
-def _not_measured(monitor: str, trainer: Any) -> CellMapKeyError:
-    """Return the error for a ``monitor`` that is not logged."""
-    names = sorted(trainer.callback_metrics)
-    hint = did_you_mean(monitor, names)
-    return CellMapKeyError(f"monitor={monitor} was not measured; measured were {', '.join(names)}{hint}")
 
 
 def _checkpoint(resume: str | None, folder: Path) -> tuple[Path | None, int]:

@@ -24,8 +24,8 @@ from cellmap_lightning.crops.options import IntensityOptions, LabelOptions, Read
 from cellmap_lightning.crops.planes import Plane
 from cellmap_lightning.crops.raw import RawInputs
 from cellmap_lightning.crops.raw_range import report_range
+from cellmap_lightning.crops.read_limits import check_inside, check_reads
 from cellmap_lightning.crops.target_path import TargetPath
-from cellmap_lightning.errors import CellMapValueError
 from cellmap_lightning.geometry.lattice import (
     LATTICE_TOLERANCE,
     Box,
@@ -134,6 +134,7 @@ class Crop:
             self.store,
         )  # fmt: skip
         self.box = self._crop_box()
+        check_reads(self.label, self._reads())
         if read.pad:
             self.raw.check_fill(self.label, raw_transforms.values())
         self.placement = self._plan()
@@ -189,17 +190,20 @@ class Crop:
     def _crop_box(self) -> Box:
         if not self.arrays.targets:
             return self.within or self.raw.box
-        box, volume = self.labels.box, self.raw.box
-        if not box.intersects(volume):
-            raise CellMapValueError(
-                f"{self.label}: the labels ({box}) lie outside the raw volume {self.input_path} ({volume})"
-            )
+        box = self.labels.box
+        voxel = np.min([image.finest.scale for image in self.labels.images.values()], axis=0)
+        check_inside(self.label, self.input_path, box, voxel, self.raw.box, self.raw.scales[0])
         return box
+
+    def _reads(self) -> list[tuple[str, Window, Lattice]]:
+        """Return each target and input with its patch, along the axes of the volume, and a lattice it is read from."""
+        world = self._world
+        reads = [(name, world[name], lattice) for name, lattice in self.labels.lattices]
+        return [*reads, *((name, world[name], level.lattice) for name, level in self.raw.levels.items())]
 
     def _plan(self) -> Placement:
         world, inputs, pad = self._world, self.arrays.inputs, self.read_options.pad
-        lattices = [(world[name], lattice) for name, lattice in self.labels.lattices]
-        lattices += [(world[name], level.lattice) for name, level in self.raw.levels.items()]
+        lattices = [(window, lattice) for _, window, lattice in self._reads()]
         return Placement.plan(
             self.box,
             [world[name] for name in self.arrays.targets or inputs],

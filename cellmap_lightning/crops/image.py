@@ -36,6 +36,7 @@ from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.chunks import Reader
 from cellmap_lightning.io.images import read_image
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Level, Multiscale, Overrides, first_time, report, volume_of
+from cellmap_lightning.io.ngff.notes import FOR_ENTRY
 from cellmap_lightning.io.readers import open_reader
 from cellmap_lightning.io.retrying import DEFAULT_RETRY, RetryPolicy, power_of_two
 from cellmap_lightning.io.store import identity_of
@@ -166,6 +167,14 @@ def _scale_hint(scale: Sequence[float], stored: Sequence[float]) -> str:
     def fits(values: Sequence[float]) -> bool:
         return bool(np.all(np.divide(values, stored) > 1 / 1.5) and np.all(np.divide(values, stored) < 16))
 
+    for power in (3, 6):
+        meant = [s / 10**power for s in stored]
+        if min(scale) >= 1 and min(meant) >= 1 and max(np.divide(meant, scale)) < 1.5:
+            unit = {3: "micrometers", 6: "millimeters"}[power]
+            return (
+                f". If its voxel size is in nm and was stored as {unit}, correct its metadata, or set "
+                f"voxel_size={[round(v, 6) for v in meant]}{FOR_ENTRY}"
+            )
     for text, values in (
         ("the order is z, y, x", list(scale)[::-1]),
         ("the unit is nm", [s * 1000 for s in scale]),

@@ -2,8 +2,10 @@
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cellmap_lightning.crops.counts import unknown_in_metadata
 from cellmap_lightning.crops.spelling import meant
@@ -58,6 +60,7 @@ def open_images(
 
     Raises:
         NotAnnotatedError: none of ``read`` is annotated.
+        CellMapValueError: raw is the label array of a class.
         CellMapError: the problem with one image, or a list of all problems.
     """
     paths: dict[str, StorePath] = {"raw": raw_path}
@@ -104,8 +107,28 @@ def open_images(
             f"{label}: {len(problems)} things are wrong:" + "".join(f"\n    - {e}" for e in problems)
         )
     raw = images.pop("raw")
+    _check_not_raw(label, raw, images)
     _warn_of_unknown(label, images)
     return CropImages(raw, {key.removeprefix("class "): image for key, image in images.items()}, tuple(absent))
+
+
+def _check_not_raw(label: str, raw: Multiscale, images: Mapping[str, Multiscale]) -> None:
+    """Check that raw is not the label array of a class.
+
+    Raises:
+        CellMapValueError: it is, so that the input would be the target.
+    """
+
+    def place(image: Multiscale) -> str:
+        path = image.finest.path
+        return os.path.realpath(path) if isinstance(path, Path) else str(path)
+
+    for key, image in images.items():
+        if place(image) == place(raw):
+            raise CellMapValueError(
+                f"{label}: raw and the {key} are the same array {raw.finest.path}, so that the input would be the "
+                "target; give the path of the grey values as raw"
+            )
 
 
 def _warn_of_unknown(label: str, images: Mapping[str, Multiscale]) -> None:

@@ -179,6 +179,13 @@ class TargetPath:
             CellMapValueError: it does.
         """
         for name, stored in other_spellings(classes, self.names, known).items():
+            if self.label_map:
+                listed = ", ".join(f"{number}: {of_map}" for number, of_map in self.label_map)
+                raise CellMapValueError(
+                    f"{self.label}: the label map {{{listed}}} names {stored!r}, and classes has {name!r}, which would "
+                    f"be unannotated here; write {name!r} in the label map, or list {stored!r} in classes too if it is "
+                    "another class"
+                )
             raise CellMapValueError(
                 f"{self.label}: the bracket [{','.join(self.names)}] names {stored!r}, and classes has {name!r}, which "
                 f"would be unannotated here; rename the folder {self.crop}/{stored} and the name in the bracket, or "

@@ -42,7 +42,8 @@ def linear_weights(points: FloatArray, width: float, count: int) -> tuple[npt.ND
         # knots cut the window [a, b] at the voxel centres inside it; those clipped to an end have length 0.
         a = np.maximum(points - width / 2, -0.5)
         b = np.minimum(points + width / 2, count - 0.5)
-        knots = np.floor(a)[:, None] + np.arange(int(np.ceil(width)) + 2)
+        # No more than the array has: a wrong voxel size in metadata may make a window of billions of voxels.
+        knots = np.floor(a)[:, None] + np.arange(min(int(np.ceil(width)), count) + 2)
         knots = np.clip(knots, a[:, None], b[:, None])
         knots[:, -1] = b
         lengths = np.diff(knots) / (b - a)[:, None]

@@ -158,6 +158,15 @@ class ClassFacts:
         by_values = self.read_as is not None and self.read_as.startswith("values")
         return by_values and self.voxels is not None and self.voxels == self.size
 
+    @property
+    def share(self) -> float | None:
+        """Part of the known voxels that it fills, where its meaning was decided by the values; None otherwise."""
+        by_values = self.read_as is not None and self.read_as.startswith("values")
+        if not by_values or self.voxels is None or not self.size:
+            return None
+        known = self.size * (1 - (self.unknown or 0))
+        return self.voxels / known if known >= 1 else None
+
 
 @dataclass(frozen=True)
 class CropFacts:

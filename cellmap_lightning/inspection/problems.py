@@ -20,6 +20,8 @@ from cellmap_lightning.wording import plural
 MOST_LOST = 0.3
 #: Unknown part of a crop from which it is reported.
 MOST_UNKNOWN = 0.5
+#: Part of the known voxels of a crop from which a class is reported that is annotated beside others.
+MOSTLY = 0.9
 #: Skew of the values from which a volume counts as having a dark or a bright tail.
 CLEAR_SKEW = 0.15
 #: Ratio between the width of the middle 99 % of a volume's values and the median width, from which it is reported.
@@ -67,6 +69,7 @@ KINDS = {
     "white": "TIFF files that mark 0 as white, and are read as stored",
     "unit": "images without a unit of length",
     "scale": "implausible voxel sizes",
+    "offset": "positions in attributes that are not read, so that the array begins at 0",
     "levels": "pyramids whose levels are not placed by their metadata",
     "boxes": "pyramids whose levels cover different boxes",
     "class boxes": "classes that lie elsewhere than the other classes of their crop, perhaps by wrong metadata",
@@ -84,11 +87,13 @@ KINDS = {
     "small": "crops smaller than the patch",
     "off lattice": "crops off raw's lattice, so that raw is interpolated at the scale of the labels",
     "averaged": "labels whose coarser levels hold values that the finest does not",
+    "stale": "pyramids whose coarser levels do not show what the finer ones do: write them again from the finest",
     "counts": "wrong complement_counts in the metadata, by which classes are sampled: correct or remove them",
     "lost": f"classes that lose more than {MOST_LOST:.0%} of their foreground at the level that is read",
     "unknown": f"crops that are unknown to more than {MOST_UNKNOWN:.0%}",
     "gaps": "empty sections inside objects, which cut them",
     "filled": "classes without an encoding that fill their whole crop: does one of their values mean absent?",
+    "mostly": "classes without an encoding that fill over 90 % of a crop beside others: is the mask inverted?",
     "empty": "classes without foreground",
     "rare": "classes in a single crop, which only data.split=blocks divides into training and validation",
     "one split": "classes without foreground in training or in validation",
@@ -216,6 +221,8 @@ def _of_content(crop: CropFacts, classes: Sequence[str]) -> Iterator[tuple[str, 
         yield from (("averaged", f"{name}: {text}") for text in facts.averaged)
         if facts.fills:
             yield "filled", f"{name}: {facts.read_as}; no voxel is absent or unknown"
+        elif len(crop.classes) > 1 and (share := facts.share) is not None and share > MOSTLY:
+            yield "mostly", f"{name}: {share:.1%} of the known voxels, read as {facts.read_as}"
         if facts.contradiction:
             yield "counts", f"{name}: {facts.contradiction}"
         if facts.gaps and name in classes and facts.scale is not None and crop.box is not None:

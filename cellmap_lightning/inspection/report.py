@@ -33,8 +33,9 @@ from cellmap_lightning.inspection.proposal import Proposal, propose
 from cellmap_lightning.inspection.ranges import range_problems
 from cellmap_lightning.inspection.refusals import refusal
 from cellmap_lightning.inspection.scale_facts import at_scale
+from cellmap_lightning.inspection.stale_levels import stale_labels, stale_raw
 from cellmap_lightning.inspection.usages import left_out, placed
-from cellmap_lightning.io.ngff import shared_metadata
+from cellmap_lightning.io.ngff import Overrides, shared_metadata
 from cellmap_lightning.io.store import Remote, children, local_path, parse_location
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.entries import SPLITS, CropRecord, read_csv, read_mapping
@@ -169,6 +170,8 @@ def inspect(
             [
                 *noted, *range_problems(volumes, splits.entries, settings),
                 *(contradicting_crops(crops, names) if counts else ()),
+                *(stale_labels(crops, names) if counts else ()),
+                *(stale_raw(_volume_overrides(splits.entries)) if deep else ()),
             ],
         )  # fmt: skip
     complete = None not in chosen.values()
@@ -407,8 +410,13 @@ def _patches(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_volumes(entries: Mapping[str, Sequence[CropRecord]], deep: bool) -> list[VolumeFacts]:
-    overrides = {entry.input_path: entry.overrides[0] for split in SPLITS for entry in entries.get(split, [])}
+    overrides = _volume_overrides(entries)
     return read_volume_facts(list(overrides), deep, overrides)
+
+
+def _volume_overrides(entries: Mapping[str, Sequence[CropRecord]]) -> dict[str, Overrides]:
+    """Return the overrides of each raw volume, by its path."""
+    return {entry.input_path: entry.overrides[0] for split in SPLITS for entry in entries.get(split, [])}
 
 
 def _read_crops(entries: Sequence[tuple[str, CropRecord]], settings: Mapping[str, Any]) -> list[CropFacts]:

@@ -1,6 +1,7 @@
 """Errors for paths that do not exist, with the part that does and similar names in it."""
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
@@ -58,10 +59,13 @@ def similar_path(path: Path | str) -> str:
     link = dead_link(place)
     if link:
         return f" ({link})"
-    close = _close(part, _names(existing)) if part else []
+    where = "" if existing == place.parent else f"{_title(existing)} has no {part!r}; "
+    names = _names(existing) if part else []
+    if same := _other_form(part, names):
+        return f" ({where}{same})"
+    close = _close(part, names) if part else []
     if not close:
         return ""
-    where = "" if existing == place.parent else f"{_title(existing)} has no {part!r}; "
     return f" ({where}did you mean {_either(close)}?)"
 
 
@@ -109,10 +113,22 @@ def _missing_remote(path: Remote, name: str) -> CellMapFileNotFoundError:
 
 
 def _alternatives(name: str, names: Sequence[str]) -> str:
+    same = _other_form(name, names)
+    if same:
+        return f"; {same}"
     close = _close(name, names)
     if close:
         return f"; did you mean {_either(close)}?"
     return f"; it has {first_few(names, _LISTED)}" if names else ""
+
+
+def _other_form(name: str, names: Sequence[str]) -> str:
+    """Return a sentence on the same name in another Unicode form, which looks alike; empty without one."""
+    for other in names:
+        if other != name and unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name):
+            form = next((f for f in ("NFC", "NFD") if unicodedata.is_normalized(f, other)), "neither NFC nor NFD")
+            return f"the name there differs in its Unicode form ({form}): rename it, or copy the name from the folder"
+    return ""
 
 
 def _either(names: Sequence[str]) -> str:

@@ -72,7 +72,7 @@ def report_spellings(found: Sequence[OtherSpelling]) -> None:
             f"{name!r} is {stored!r} in {first_few(crops, _LISTED)}" for (name, stored), crops in pairs.items()
         )
         log.warning(
-            "classes are spelt otherwise in some crops, and unannotated there: %s; rename the folders, or list the "
-            "other spelling in classes too if it is another class",
+            "classes are spelt otherwise in some crops, and unannotated there: %s; rename the folders, correct the "
+            "label maps, or list the other spelling in classes too if it is another class",
             lines,
         )

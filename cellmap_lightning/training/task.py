@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cellmap_lightning.batches.arrays import parse_classes
 from cellmap_lightning.errors import CellMapKeyError, CellMapValueError
 from cellmap_lightning.training.deep_supervision import describe_scales, over_scales, scales_of
 from cellmap_lightning.training.head_scores import Scorers, dice_by_class, epoch_scores, loggable, score_names
@@ -129,7 +130,7 @@ class SegmentationTask(RestorableTask):
     ) -> None:
         super().__init__()
         self.network = network
-        self.classes = tuple(classes)
+        self.classes = parse_classes(classes)
         self.optimizer = optimizer
         self.scheduler = scheduler
         if dice_weight is not None and (not isinstance(dice_weight, int | float) or not 0 <= dice_weight <= 1):

@@ -369,8 +369,8 @@ def test_sweep_returns_the_monitored_metric(volume, tmp_path):
     assert code == 0, output
     (returned,) = re.findall(r"Succeeded with return value: (\S+)", output)
     with (tmp_path / "sweep" / "0" / "metrics.csv").open() as file:
-        measured = [row["val/dice"] for row in csv.DictReader(file) if row["val/dice"]]
-    assert float(returned) == pytest.approx(float(measured[-1]))
+        (measured,) = [row["final_val/dice"] for row in csv.DictReader(file) if row["final_val/dice"]]
+    assert float(returned) == pytest.approx(float(measured))
 
 
 @pytest.mark.parametrize("more", [[], ["callbacks=none_of_them"]], ids=["checkpoints", "no callbacks"])

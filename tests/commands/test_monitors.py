@@ -99,6 +99,26 @@ class Shared(Literal):
         return loss
 
 
+class Dictionary(Literal):
+    """A module that logs several metrics of the training at once, by the constant keys of a dict."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch["raw"]).square().mean()
+        self.log_dict({"train/loss": loss, "train/bce": loss, "train/jaccards": loss}, on_step=False, on_epoch=True)
+        return loss
+
+
+class Listed(Literal):
+    """A module that logs metrics of the training by the names in an attribute."""
+
+    names = (("train/loss",), {"other": "train/mse"})
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch["raw"]).square().mean()
+        self.log_dict(dict.fromkeys([*self.names[0], *self.names[1]], loss), on_step=False, on_epoch=True)
+        return loss
+
+
 class Later(Literal):
     """A module that logs a metric of the validation after the sanity validation alone."""
 
@@ -286,6 +306,10 @@ def test_a_wrong_name_is_an_error_after_the_sanity_validation(fit, task, monitor
         (Literal, "val/jaccard", {}),
         (Literal, "train/loss", {}),
         (Shared, "fit_error", {}),
+        (Dictionary, "train/bce", {}),
+        (Dictionary, "train/jaccards", {}),
+        (Listed, "train/loss", {}),
+        (Listed, "other", {}),
         (Later, "val/iou", {}),
         (Prefixed, "val/mito", {}),
         (Literal, "mine", {"logs": LoggingCallback()}),

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import json
 import math
 
 import hydra
@@ -56,6 +57,13 @@ class Module(L.LightningModule):
 class Rising(Module):
     def training_step(self, batch, batch_idx):
         return -self.loss(batch)
+
+
+class OfTraining(Module):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/only", -self.current_epoch, on_step=False, on_epoch=True)
+        return loss
 
 
 class Silent(Module):
@@ -349,6 +357,20 @@ def test_best_checkpoint_of_a_loss(volume, tmp_path, more, best, word):
     assert content["epoch"] == losses.index(best(losses))
     (state,) = [s for s in content["callbacks"].values() if s.get("monitor") == "val/loss"]
     assert math.isclose(float(state["best_model_score"]), best(losses), rel_tol=1e-5)
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize("more", [[], ["callbacks.checkpoint=null"], ["final_validation=false"]], ids=" ".join)
+def test_a_monitor_of_training_alone(volume, tmp_path, more):
+    """The final validation of the best weights, which lacks it, leaves their value; without it, that of the last epoch."""
+    given = ["task._target_=own_package.OfTraining", "trainer.max_epochs=2", "monitor=train/only"]
+    code, text = train(volume, tmp_path, *given, *more)
+    assert code == 0, text
+    with (tmp_path / "out" / "metrics.csv").open() as file:
+        values = [float(row["train/only"]) for row in csv.DictReader(file) if row["train/only"]]
+    value = json.loads((tmp_path / "out" / "scores.json").read_text())["value"]
+    assert value == pytest.approx(values[-1] if more else max(values))
+    assert len({*values}) == 2, "the choice matters"
 
 
 # -- arguments of the option that is replaced

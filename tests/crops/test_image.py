@@ -172,6 +172,23 @@ def test_a_scale_in_another_order_or_unit_is_suspected(write, scale, hint):
     assert (hint in str(e.value)) if hint else ("it would be" not in str(e.value))
 
 
+@pytest.mark.parametrize(
+    ("stored", "scale", "unit", "meant"),
+    [
+        ((8000, 8000, 8000), (8, 8, 8), "micrometers", [8.0, 8.0, 8.0]),
+        ((40000, 4000, 4000), (64, 8, 8), "micrometers", [40.0, 4.0, 4.0]),
+        ((8e6, 8e6, 8e6), (8, 8, 8), "millimeters", [8.0, 8.0, 8.0]),
+    ],
+)
+def test_a_stored_voxel_size_in_another_unit_is_suspected(write, stored, scale, unit, meant):
+    """The advice is about the metadata, since no patch has such voxels."""
+    path = write({"s0": (np.zeros((4, 8, 8), np.uint8), stored, None)})
+    with pytest.raises(CellMapValueError, match="finer along") as e:
+        choose_level(read_multiscale(path), scale, "raw", 2.0)
+    assert f"was stored as {unit}, correct its metadata, or set voxel_size={meant} for its entry" in str(e.value)
+    assert "it would be" not in str(e.value)
+
+
 def test_a_missing_level_is_announced(write, caplog):
     path = str(write(pyramid(absent=[1])))
     with caplog.at_level(logging.WARNING):

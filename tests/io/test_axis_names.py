@@ -46,6 +46,56 @@ def test_axes_without_names_are_ignored(tmp_path, axes):
     np.testing.assert_array_equal(voxels, VOXELS)
 
 
+UNREAD = [
+    ("dims", list("xyz")), ("dimension_names", list("xyz")), ("axis_labels", list("xyz")), ("axis_order", "XYZ"),
+    ("axes_order", "x, y, z"), ("Axes", ["X", "Y", "Z"]), ("dimensions", [{"name": a} for a in "yxz"]),
+    ("axes", "x,y,z"), ("axes", "cxyz"), ("array_dimensions", "xyz"), ("order", "XYZ"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize(("key", "value"), UNREAD)
+def test_attributes_that_are_nearly_names_of_axes(tmp_path, key, value, zarr_format):
+    path = array(tmp_path / "raw", VOXELS, zarr_format, resolution=[16, 8, 4], **{key: value})
+    with pytest.raises(MetadataError) as caught:
+        read(path)
+    assert f"raw: the attribute {key}={value!r} is not read, and contradicts the order that is, z, y, x" in str(
+        caught.value
+    )
+    assert (
+        f"the right key is axes, with a letter for each of the 3 stored axes: rename or remove {key}, or set axes="
+        in (str(caught.value))
+    )
+    np.testing.assert_array_equal(read(path, axes="zyx")[0], VOXELS)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{key: "zyx"} for key, _ in UNREAD] + [
+        {"axes": "xyz", "dims": ["X", "Y", "Z"]}, {"axis_order": ["t", "c", "z", "y", "x"]}, {"axis_order": "c^ z y x"},
+        {"dimension_order": "XYZCT"}, {"DimensionOrder": "XYCZT"},
+        {"order": "C", "dims": [14, 12, 10], "dimensions": {"x": 14}, "layout": "zy", "axis_labels": ["a", "b", "c"]},
+        {"orientation": "LPS", "coordinates": "x y", "axis_order": None, "dims": ["x", "y", "z", "lambda"]},
+    ],
+)  # fmt: skip
+def test_the_same_order_and_other_meanings_are_read(tmp_path, attributes):
+    stored = VOXELS.T if attributes.get("axes") == "xyz" else VOXELS
+    size = [4, 8, 16] if attributes.get("axes") == "xyz" else [16, 8, 4]
+    voxels, _ = read(array(tmp_path / "raw", stored, resolution=size, **attributes))
+    np.testing.assert_array_equal(voxels, VOXELS)
+
+
+@pytest.mark.parametrize(
+    ("key", "order"), [("dims", "cxyz"), ("axis_labels", ["c", "z", "x", "y"]), ("Axes", "ZYXC"), ("dims", "zxy")]
+)
+def test_a_channel_axis_beside_them(tmp_path, key, order):
+    path = array(tmp_path / "raw", VOXELS[None], resolution=[16, 8, 4], **{key: order})
+    with pytest.raises(MetadataError, match=f"{key}=.* contradicts .* the 4 stored axes"):
+        read(path)
+    same = array(tmp_path / "same", VOXELS[None], resolution=[1, 16, 8, 4], dims="CZYX")
+    np.testing.assert_array_equal(read(same)[0], VOXELS)
+
+
 @pytest.mark.parametrize(
     ("zarr_format", "names", "attributes"),
     [

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 
@@ -108,3 +109,15 @@ def test_commands_suggest_files(folder, command, arguments, meant):
     assert done.returncode == 1
     assert f"did you mean '{meant}'?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("stored", "given"), [("NFD", "NFC"), ("NFC", "NFD")])
+@pytest.mark.parametrize("name", ["zelle_\u00e4.zarr", "\u00e9chantillon", "\u30ac"])
+def test_names_in_another_unicode_form(tmp_path, stored, given, name):
+    """As macOS wrote them: both look alike, so that a suggestion would repeat the name."""
+    (tmp_path / unicodedata.normalize(stored, name)).mkdir()
+    path = tmp_path / unicodedata.normalize(given, name)
+    expected = f"differs in its Unicode form ({stored}): rename it, or copy the name from the folder"
+    for text in (str(missing(path / "em", "image")), similar_path(path)):
+        assert expected in text
+        assert "did you mean" not in text

@@ -52,7 +52,10 @@ def lattice(path, **overrides):
         ("unit", "um", "units"),
         ("Units", ["um"] * 3, "units"),
         ("voxel_size_units", "micrometer", "units"),
-        ("unit", "furlong", "units"),
+        ("unit", "pixel", "units"),
+        ("Unit", "voxels", "units"),
+        ("unit", "micrometr", "units"),
+        ("unit", "angstrom", "units"),
         ("translation", [160, 80, 40], "offset"),
         ("translate", [160, 80, 40], "offset"),
         ("Offset", [160, 80, 40], "offset"),
@@ -91,6 +94,9 @@ def test_another_value_is_an_error(tmp_path, write, key, value, right):
         ({"offset": [160, 80, 40], "translate": [168, 84, 42]}, (160, 80, 40)),
         ({"resolution": [16, 8, 4], "scale": [16, 8, 4], "pixel_size_um": [0.016, 0.008, 0.004]}, (0, 0, 0)),
         ({"scale": 2.5, "origin": "Janelia", "start": "2020-01-01", "spacing": None}, (0, 0, 0)),  # other meanings
+        ({"unit": "HU"}, (0, 0, 0)),
+        ({"unit": "counts", "Units": "a.u."}, (0, 0, 0)),
+        ({"unit": ["intensity"], "unit_": 7}, (0, 0, 0)),
         ({"solutions": 3, "limits": [0, 255], "description": "x", "uint": 8}, (0, 0, 0)),
     ],
 )
@@ -191,3 +197,11 @@ def test_n5_that_agrees(tmp_path, attributes, origin):
 def test_units_of_n5_that_are_no_lengths(tmp_path):
     with pytest.raises(MetadataError, match=r"units should be three lengths such as nm \(x, y, z\), got \['px', "):
         lattice(n5(tmp_path, resolution=[4, 8, 16], units=["px", "px", "px"]))
+
+
+@pytest.mark.parametrize("value", ["0.008 0.008 0.008", [0.008, 0.008], [0.008, -0.008, 0.008], 0.008])
+def test_a_wrong_element_size_is_named(tmp_path, value):
+    path = hdf5(tmp_path, element_size_um=value)
+    with pytest.raises(MetadataError, match=r"v\.h5/raw: element_size_um (should be three numbers|must be positive)"):
+        lattice(path)
+    assert lattice(path, voxel_size=[8, 8, 8]).step == (8, 8, 8)

@@ -151,3 +151,16 @@ def test_other_splits_name_it_too(crops, name):
 def listed(folder):
     base = folder / "jrc_a" / "jrc_a.zarr"
     return {"train": [{"raw": str(base / RAW), "gt": f"{base / GROUNDTRUTH}/crop{n}/[mito,er]"} for n in (1, 2, 3)]}
+
+
+@pytest.mark.parametrize(("stored", "name"), [("Mito", "mito"), ("er-mem", "er_mem"), ("MITO", "mito")])
+def test_a_label_map_is_named_instead_of_a_folder(crops, tmp_path, stored, name):
+    base = crops(name, name) / "jrc_a" / "jrc_a.zarr"
+    entry = {"raw": f"{base}/{RAW}", "gt": f"{base}/{GROUNDTRUTH}/crop1/{name}", "labels": {3: stored, 5: "er"}}
+    with pytest.raises(CellMapValueError) as caught:
+        _ = split([name], datasets={"train": [entry]})["train"]
+    text = str(caught.value)
+    assert f"the label map {{3: {stored}, 5: er}} names {stored!r}, and classes has {name!r}" in text
+    assert f"write {name!r} in the label map" in text
+    assert "bracket" not in text
+    assert "folder" not in text

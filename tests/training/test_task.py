@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cellmap_lightning import CellMapDataModule, CellMapError
+from cellmap_lightning.errors import CellMapTypeError
 from cellmap_lightning.training.task import SegmentationTask
 from tests.runs import GT, trainer
 
@@ -174,3 +175,10 @@ def test_a_target_of_other_voxels_than_the_output_is_refused(volume, tmp_path):
 def test_dice_weight_and_loss_exclude_each_other():
     with pytest.raises(CellMapError, match=r"dice_weight=0.5 and loss=\{'bce': 1\} are both given; leave dice_weight"):
         task_of(2, dice_weight=0.5, loss={"bce": 1})
+
+
+@pytest.mark.parametrize("classes", ["mito", "mito,er", ["mito", 3]])
+def test_classes_that_are_no_list_of_names(classes):
+    """A text would be read as one class for each of its letters."""
+    with pytest.raises(CellMapTypeError, match="classes must be a list of names, got"):
+        SegmentationTask(nn.Conv3d(1, 1, 1), classes)

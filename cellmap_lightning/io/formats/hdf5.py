@@ -19,7 +19,7 @@ from cellmap_lightning.io.formats.hdf5_sources import has_gaps, is_incomplete
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
 from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatArray, FormatLevel, FormatVolume
 from cellmap_lightning.io.ngff import Note
-from cellmap_lightning.io.ngff.attribute_voxels import attribute_voxels
+from cellmap_lightning.io.ngff.attribute_voxels import attribute_voxels, element_size
 from cellmap_lightning.io.ngff.near_keys import check_voxel_size, unread_offset, unread_voxel_size
 from cellmap_lightning.io.ngff.notes import FOR_ENTRY, OF_PREDICT
 from cellmap_lightning.io.store import StorePath
@@ -206,12 +206,11 @@ def _voxels(path: Path, attributes: Mapping[str, Any], ndim: int, names: str) ->
         return None, (0.0, 0.0, 0.0)
     stored = attribute_voxels(path, attributes, ndim, (names.index("z"), names.index("y"), names.index("x")))
     if "element_size_um" in attributes:
-        micrometers = {"voxel_size": attributes["element_size_um"], "units": "um"}
-        size, _ = attribute_voxels(path, micrometers, ndim, (0, 1, 2)) or (None, None)  # always z, y, x
-        if stored is None and size is not None:
+        size = element_size(path, attributes["element_size_um"], ndim)
+        if stored is None:
             _check_others(path, attributes, size)
             return size, (0.0, 0.0, 0.0)
-        if stored is not None and size is not None and not np.allclose(stored[0], size, rtol=1e-3, atol=0):
+        if not np.allclose(stored[0], size, rtol=1e-3, atol=0):
             raise MetadataError(
                 f"{path}: its voxel size is {list(size)} nm by element_size_um and {list(stored[0])} nm by its other "
                 f"attributes (z, y, x), which contradict each other; set voxel_size=[z, y, x] in nm{FOR_ENTRY}"

@@ -74,6 +74,23 @@ def attribute_voxels(
     return scale, to_vector(np.multiply(corner, nm) + np.divide(scale, 2))
 
 
+def element_size(path: StorePath, value: Any, ndim: int) -> Vector:
+    """Return the voxel size in nm of HDF5's attribute ``element_size_um``, which is z, y, x whatever the axes.
+
+    Args:
+        path: the dataset, for messages.
+        value: the attribute, in micrometers.
+        ndim: number of stored axes.
+
+    Raises:
+        MetadataError: it is not a positive number for each axis.
+    """
+    size = _three(path, "element_size_um", value, ndim, [0, 1, 2])
+    if min(size) <= 0:
+        raise MetadataError(f"{path}: element_size_um must be positive, got {list(size)} (z, y, x); {_REMEDY}")
+    return to_vector(np.multiply(size, 1000.0))
+
+
 def _three(path: StorePath, key: str, value: Any, ndim: int, order: list[int]) -> Vector:
     """Return an attribute with a number for each spatial or each stored axis, in the order z, y, x."""
     values = list(value) if isinstance(value, list | tuple | np.ndarray) else []

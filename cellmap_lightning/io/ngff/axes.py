@@ -66,7 +66,7 @@ def read_axes(
         factor = unit_nm(value)
         if factor is not None:
             known[name] = factor
-        elif needed and not _is_unitless(value):
+        elif needed and not is_unitless(value):
             raise MetadataError(
                 f"{file}: axis {name!r} has the unit {value!r}, which is not a length such as nanometer or micrometer; "
                 "set unit=..., or voxel_size=[z, y, x] in nm, for this entry"
@@ -90,7 +90,8 @@ def _names_and_units(file: StorePath, image: dict[str, Any]) -> tuple[list[str],
     return names, {name: axes[names.index(name)].get("unit") for name in AXES}
 
 
-def _is_unitless(unit: Any) -> bool:
+def is_unitless(unit: Any) -> bool:
+    """Return whether a value stands for a missing unit, or counts voxels."""
     return unit is None or (isinstance(unit, str) and unit.strip().lower() in _UNITLESS)
 
 

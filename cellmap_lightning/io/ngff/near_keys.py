@@ -14,11 +14,13 @@ import numpy as np
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import Vector
-from cellmap_lightning.io.ngff.axes import unit_nm
+from cellmap_lightning.io.ngff.axes import UNITS_NM, is_unitless, unit_nm
 from cellmap_lightning.io.store import StorePath
 
 #: Similarity from which on a name is a misspelling of another; ``offsets`` and ``units_`` are.
-_CLOSE = 0.85
+CLOSE = 0.85
+#: Units of length whose misspellings are recognized; abbreviations are too short for that.
+_LONG_UNITS = [name for name in UNITS_NM if len(name) > 4]
 #: Relative difference up to which two lengths are equal.
 _TOLERANCE = 1e-3
 #: A voxel size that HDF5 files have, compared with the others in `io.formats.hdf5`.
@@ -54,6 +56,8 @@ class Key:
             if plain in self.others:
                 if self._fits(value):
                     yield str(name), value
+            elif self is UNITS and not self._fits(value):
+                continue  # the unit of intensities, such as HU
             elif any(_is_close(_plain(last), _plain(key)) or plain == _plain(key) for key in self.names):
                 yield str(name), value
 
@@ -61,7 +65,7 @@ class Key:
         """Return whether a value may be one of this attribute: units, or a number for each axis."""
         values = [value] if isinstance(value, str) else _listed(value)
         if self is UNITS:
-            return bool(values) and all(unit_nm(unit) is not None for unit in values)
+            return bool(values) and any(_is_length(unit) for unit in values)
         return len(values) > 1 and all(_is_number(number) for number in values)
 
 
@@ -203,13 +207,25 @@ def _without_unit(name: str) -> tuple[str, float | None]:
     return (name, None) if factor is None else (base, factor)
 
 
+def _is_length(unit: Any) -> bool:
+    """Return whether a value is a unit of length, a misspelled one, or stands for voxels."""
+    if unit_nm(unit) is not None:
+        return True
+    if not isinstance(unit, str):
+        return False
+    name = unit.strip().lower()
+    return (is_unitless(unit) and name[:1] in ("p", "v")) or bool(
+        difflib.get_close_matches(name, _LONG_UNITS, 1, CLOSE)
+    )
+
+
 def _plain(name: str) -> str:
     """Return a name in lower case without punctuation."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _is_close(one: str, other: str) -> bool:
-    return difflib.SequenceMatcher(None, one, other).ratio() >= _CLOSE
+    return difflib.SequenceMatcher(None, one, other).ratio() >= CLOSE
 
 
 def _listed(value: Any) -> list[Any]:

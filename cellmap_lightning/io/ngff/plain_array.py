@@ -8,6 +8,7 @@ from cellmap_lightning.geometry.lattice import AXES
 from cellmap_lightning.io.ngff.arrays import ArrayInfo, axis_names, read_attributes
 from cellmap_lightning.io.ngff.attribute_voxels import attribute_voxels
 from cellmap_lightning.io.ngff.levels import Level, Multiscale
+from cellmap_lightning.io.ngff.near_axes import check_axes
 from cellmap_lightning.io.ngff.near_keys import unread_offset, unread_voxel_size
 from cellmap_lightning.io.ngff.notes import FOR_ENTRY, Note
 from cellmap_lightning.io.ngff.overrides import Overrides
@@ -84,7 +85,8 @@ def _named_axes(array: ArrayInfo, replacement: str | None) -> tuple[int, int, in
     (``axes``).
 
     Raises:
-        MetadataError: z, y and x are not among the names, two attributes contradict each other, or axes are missing.
+        MetadataError: z, y and x are not among the names, two attributes contradict each other, one with nearly
+            the right name has another order, or axes are missing.
     """
     attributes, ndim = array.attributes, len(array.shape)
     content = read_json(array.metadata) or {}
@@ -103,6 +105,8 @@ def _named_axes(array: ArrayInfo, replacement: str | None) -> tuple[int, int, in
         texts = " and ".join(f"{key} {list(names)}" for key, names in found.items())
         raise MetadataError(f"{array.path}: its axes are {texts}; set axes to a letter for each stored axis{FOR_ENTRY}")
     z, y, x = next(iter(orders.values()), (ndim - 3, ndim - 2, ndim - 1))
+    if replacement is None:
+        check_axes(array.path, attributes, (z, y, x), ndim)
     return z, y, x
 
 

@@ -17,7 +17,7 @@ from cellmap_lightning.io.ngff.notes import FOR_ENTRIES, Note
 from cellmap_lightning.io.store import StorePath
 
 #: Plausible voxel sizes, nm: smallest, largest, and largest ratio between axes. A warning is logged for others.
-SMALLEST_VOXEL, LARGEST_VOXEL, MOST_ANISOTROPIC = 0.05, 2e4, 100.0
+SMALLEST_VOXEL, LARGEST_VOXEL, MOST_ANISOTROPIC = 0.1, 2e4, 100.0
 #: Longest side, nm, of a voxel size that is set: up to here it is more likely one of microscopes in micrometers.
 LARGEST_IN_UM = 0.1
 #: Resolutions of screens and printers, which programs store for images without a voxel size; nm in an inch, and the
@@ -155,3 +155,24 @@ def implausible_voxel_size(scale: Vector, units: Vector) -> list[Note]:
     else:
         return []
     return [Note("scale", f"{why} set unit=... or voxel_size=[z, y, x] in nm{FOR_ENTRIES}")]
+
+
+def suspected_unit(scale: Vector, owner: str = "its") -> str:
+    """Return a sentence on the unit that a voxel size far too small probably has, and the setting that corrects it.
+
+    Args:
+        scale: voxel size, taken for nm.
+        owner: the image, as a possessive.
+
+    Returns:
+        Text for a message; empty where the voxel size is plausible.
+    """
+    if min(scale) >= SMALLEST_VOXEL:
+        return ""
+    size = " x ".join(f"{s:g}" for s in scale)
+    for unit, factor in (("micrometers", 1e3), ("millimeters", 1e6), ("meters", 1e9)):
+        meant = [s * factor for s in scale]
+        if min(meant) >= 1 and max(meant) <= LARGEST_VOXEL:
+            text = ", ".join(f"{s:g}" for s in meant)
+            return f"{owner} voxel size of {size} nm is probably one in {unit}: set voxel_size=[{text}]"
+    return f"{owner} voxel size of {size} nm is implausible: set voxel_size=[z, y, x] in nm"
