@@ -42,7 +42,8 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
     factor = (unit_nm(overrides.unit) or 1.0) / volume.unit_nm if overrides.unit is not None else 1.0
     scales = [_scaled(level.voxel_size, factor) for level in volume.levels]
     translations = [_scaled(level.translation, factor) for level in volume.levels]
-    notes = list(volume.notes)
+    # A position that is set takes the place of one that is stored.
+    notes = [note for note in volume.notes if note.kind != "position" or overrides.translation is None]
     if overrides.voxel_size is None:
         notes += implausible_voxel_size(scales[0], _scaled((volume.unit_nm,) * 3, factor))
     else:
