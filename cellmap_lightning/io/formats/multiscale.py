@@ -1,10 +1,12 @@
 """Conversion of volumes of any format to multiscale images."""
 
+from pathlib import Path
+
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
-from cellmap_lightning.io.formats.registry import find_format
+from cellmap_lightning.io.formats.registry import find_format, images_named
 from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatLevel
 from cellmap_lightning.io.ngff import Level, Multiscale, Overrides
 from cellmap_lightning.io.ngff.axes import unit_nm
@@ -27,6 +29,13 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
     if found is None:
         return None
     volume_format, place = found
+    if place != path and isinstance(path, Path):
+        several = images_named(path.parent, [path.name])
+        if several:
+            raise MetadataError(
+                f"{path}: {path.parent} has {' and '.join(several[path.name])}, each of which may be meant; give the "
+                "path with its suffix, or move the others elsewhere"
+            )
     volume = volume_format.open(place)
     if overrides.multiscale is not None:
         raise MetadataError(
