@@ -199,9 +199,9 @@ class LabelEncodings:
         if len(stored) >= _GRAY and stored[-2] > CODE // 2:  # ids are rather counted from 1
             raise MetadataError(
                 f"{label}: {level.path} holds {values}, {len(stored)} different values: a mask that was resized, "
-                "smoothed or saved as JPEG needs a threshold, as in (mask >= 128) * 255; if they are ids of objects, no "
-                f"metadata say whether {CODE} means unknown or is an id: set unknown={CODE} or unknown=null for this "
-                "crop or class"
+                "smoothed or saved as JPEG needs a threshold, as in (mask >= 128) * 255; if they are ids of objects, "
+                f"no metadata say whether {CODE} means unknown or is an id: set unknown={CODE} or unknown=null for "
+                "this crop or class"
             )
 
     def _by_values(self, name: str, level: Level) -> Encoding:
