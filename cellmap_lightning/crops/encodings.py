@@ -39,6 +39,10 @@ MissingLabels = Literal["error", "unknown"]
 MISSING_LABELS: tuple[MissingLabels, ...] = ("error", "unknown")
 
 
+#: Different values up to `CODE` from which on an array may be a mask with gray edges.
+_GRAY = 8
+
+
 def check_unknown(value: Any) -> Unknown:
     """Check the setting ``unknown`` and return it.
 
@@ -185,6 +189,21 @@ class LabelEncodings:
         self.decided[name] = f"id {' or '.join(map(str, ids.present))} of a label map"
         return Encoding(0, UNANNOTATED if ids.unknown else None, ids=ids)
 
+    def _check_gray(self, label: str, level: Level, values: LabelValues) -> None:
+        """Check that the values up to 255 of an array are not many, as in a mask with smooth or blurred edges.
+
+        Raises:
+            MetadataError: they are.
+        """
+        stored = stored_ids(level, label, self.retry_policy, self._empty)
+        if len(stored) >= _GRAY and stored[-2] > CODE // 2:  # ids are rather counted from 1
+            raise MetadataError(
+                f"{label}: {level.path} holds {values}, {len(stored)} different values: a mask that was resized, "
+                "smoothed or saved as JPEG needs a threshold, as in (mask >= 128) * 255; if they are ids of objects, "
+                f"no metadata say whether {CODE} means unknown or is an id: set unknown={CODE} or unknown=null for "
+                "this crop or class"
+            )
+
     def _by_values(self, name: str, level: Level) -> Encoding:
         """Decide the encoding of an array without metadata for it, by its values."""
         label = f"{self.label}/{name}"
@@ -200,6 +219,8 @@ class LabelEncodings:
                 f"metadata say whether {CODE} means present, as in a mask of 0 and {CODE}, or unknown, as in CellMap's "
                 f"encoding: set unknown=null (present) or unknown={CODE} for this crop or class"
             )
+        if values.code and values.other and not values.above:
+            self._check_gray(label, level, values)
         if values.code and (values.one or values.other):
             raise MetadataError(
                 f"{label}: {level.path} holds {values}, and no metadata say whether {CODE} means unknown or is an id: "

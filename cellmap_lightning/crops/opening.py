@@ -81,6 +81,7 @@ def open_images(
                 f"{label}: none of the classes {list(classes)} is annotated in it; it has {list(target_path.names)}"
                 f"{target_hint(target_path, read) or meant(classes, target_path.names)}"
             )
+        target_path.check_single(annotated)
         groups = {f"class {name}": target_path.of(name) for name in annotated}
         prefetch_metadata(list(groups.values()))
         paths |= groups

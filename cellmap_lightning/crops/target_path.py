@@ -1,6 +1,7 @@
 """Target paths in bracket form: ``.../crop1/[mito,er]``."""
 
 import difflib
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from cellmap_lightning.io.label_ids import class_names, ids_of, parse_label_map
 from cellmap_lightning.io.local_paths import dead_link
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Multiscale, NoImageError, Overrides
-from cellmap_lightning.io.store import StorePath, parse_location, parts_of
+from cellmap_lightning.io.store import Remote, StorePath, parse_location, parts_of
 
 #: Classes that a suggested bracket has at most.
 _LISTED = 12
@@ -192,6 +193,26 @@ class TargetPath:
                 f"list {stored!r} in classes too if it is another class"
             )
 
+    def check_single(self, names: Collection[str]) -> None:
+        """Check that the crop has one image of each class in a bracket.
+
+        Args:
+            names: the classes that are read.
+
+        Raises:
+            CellMapValueError: it has several, such as a folder and a file of the same name.
+        """
+        crop = self.crop
+        if not self.bracketed or self.label_map or self.after or isinstance(crop, Remote):
+            return
+        from cellmap_lightning.io.formats.registry import images_named
+
+        for name, images in images_named(crop, names).items():
+            raise CellMapValueError(
+                f"{self.label}: {crop} has {' and '.join(images)}, each of which may be the class {name!r}; move all "
+                "but one elsewhere, or rename them"
+            )
+
     def existing(self, name: str) -> StorePath:
         """Return the location of the label image of a class, after a check that it exists.
 
@@ -224,6 +245,10 @@ def _split(path: str) -> tuple[str, str | None, str]:
     first = max((i for i, part in enumerate(parts) if part.endswith((".zarr", ".n5"))), default=-1) + 1
     brackets = [i for i in range(first, len(parts)) if _BRACKET.fullmatch(parts[i])]
     last = parts[-1]
+    if "\\" in last and os.sep == "/" and "[" in last.rpartition("\\")[2]:
+        raise CellMapValueError(
+            f"target path {path!r}: a backslash separates no folders on this system; write {path.replace(chr(92), '/')}"
+        )
     if ("[" in last or "]" in last) and brackets[-1:] != [len(parts) - 1]:
         raise CellMapValueError(
             f"target path {path!r}: the classes should stand in one bracket that is the last part of the path, as in "

@@ -20,6 +20,7 @@ from cellmap_lightning.geometry.lattice import (
     Shape,
     Vector,
 )
+from cellmap_lightning.inspection.report_names import report_names
 from cellmap_lightning.io.chunk_names import check_chunk_names
 from cellmap_lightning.io.declared_counts import implausible_counts
 from cellmap_lightning.io.images import image_exists, read_image
@@ -282,19 +283,20 @@ def read_crop_facts(
         unknown: the code of unknown voxels for entries that do not set it; see `LabelOptions`.
         tolerant: a class without a folder is unannotated, instead of unreadable.
     """
+    labels = report_names([entry for _, entry in entries])
 
-    def read(item: tuple[str, CropRecord]) -> CropFacts:
-        usage, entry = item
+    def read(item: tuple[str, tuple[str, CropRecord]]) -> CropFacts:
+        label, (usage, entry) = item
         facts = CropFacts(entry.where, entry.where, usage, entry.input_path, entry.target_path or "")
         try:
             target = entry.target
             assert target is not None
-            facts = replace(facts, name=target.label, metadata={"unknown": unknown, **entry.metadata})
+            facts = replace(facts, name=label, metadata={"unknown": unknown, **entry.metadata})
             return _crop_facts(facts, target, tolerant)
         except CellMapError as e:
             return replace(facts, wrong=str(e))
 
-    return for_all(read, entries, "reading metadata of crops")
+    return for_all(read, list(zip(labels, entries, strict=True)), "reading metadata of crops")
 
 
 def _crop_facts(facts: CropFacts, target: TargetPath, tolerant: bool) -> CropFacts:

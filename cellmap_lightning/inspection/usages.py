@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from cellmap_lightning.crops.crop_labels import TooCoarseError
 from cellmap_lightning.inspection.facts import CropFacts
+from cellmap_lightning.splits.crop_names import crop_name
 from cellmap_lightning.splits.datasplit import CellMapDataSplit
 from cellmap_lightning.splits.entries import SPLITS, CropRecord
 
@@ -79,7 +80,8 @@ def _reasons(splits: CellMapDataSplit, coarse: str) -> dict[_Key, str]:
 
 def _excluded(crop: CropFacts, only_datasets: Sequence[str] | None) -> CropFacts:
     """Return the facts of a crop that a configuration does not have, with the reason."""
-    is_other = only_datasets is not None and crop.name.partition("/")[0] not in only_datasets
+    dataset = crop_name(CropRecord(crop.where, crop.raw, crop.target)).dataset
+    is_other = only_datasets is not None and dataset not in only_datasets
     return replace(crop, left_out=OTHER_DATASET if is_other else NO_CLASS)
 
 

@@ -36,9 +36,15 @@ def read_image(path: str | StorePath, overrides: Overrides = NO_OVERRIDES, allow
         image = shared_image(parse_location(path), overrides, read_foreign)
         if image is None:
             from cellmap_lightning.io.formats.slices import stray_entries
+            from cellmap_lightning.io.formats.unread import unread_format
 
             place = parse_location(path)
-            strays = stray_entries(place) if isinstance(e, NoImageError) and not isinstance(place, Remote) else ""
+            if isinstance(place, Remote):
+                raise
+            text = unread_format(place)
+            if text:
+                raise NoImageError(text) from None
+            strays = stray_entries(place) if isinstance(e, NoImageError) else ""
             if strays:
                 raise NoImageError(f"{place}: {strays}") from None
             raise

@@ -1,6 +1,7 @@
 """Errors for paths that do not exist, with the part that does and similar names in it."""
 
 import difflib
+import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -35,6 +36,10 @@ def missing(path: StorePath, name: str) -> CellMapFileNotFoundError:
     if existing.suffix.lower() in ARCHIVES and existing.is_file():
         inside = path.relative_to(existing).as_posix()
         return CellMapFileNotFoundError(f"{text}: {existing} is an archive; give zip://{inside}::{existing}")
+    if "\\" in str(path) and os.sep == "/":
+        other = Path(str(path).replace("\\", "/"))
+        end = ", which exists" if exists(other) else ""
+        return CellMapFileNotFoundError(f"{text}: a backslash separates no folders on this system; write {other}{end}")
     if part:
         text += f": {_title(existing)} has no {part!r}{_alternatives(part, _names(existing))}"
     return CellMapFileNotFoundError(text)

@@ -60,10 +60,9 @@ class SourceReader(ArrayReader):
             raise
         except Exception as e:
             cause = e.cause if isinstance(e, ObjectError) else e
-            raise ChunkError(
-                f"{self.where(start, shape)} could not be read: {self._hide(f'{type(cause).__name__}: {cause}')}; "
-                f"{self.box(start, shape)}"
-            ) from e
+            notes = "".join(f" ({note})" for note in getattr(cause, "__notes__", ()))  # such as the file of a slice
+            detail = self._hide(f"{type(cause).__name__}: {cause}{notes}")
+            raise ChunkError(f"{self.where(start, shape)} could not be read: {detail}; {self.box(start, shape)}") from e
         return self._in_order(stored.reshape([counts[axis] for axis in sorted(self.level.axes)]))
 
     def missing_chunks(

@@ -201,10 +201,26 @@ def _header(cells: Sequence[str], file: Path, line: int) -> Header:
         raise
 
 
+#: First bytes of files that spreadsheets write in place of a CSV in UTF-8.
+_NO_CSV = {
+    b"PK\x03\x04": "a spreadsheet or another zip file (such as .xlsx or .ods)",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet of old versions of Excel (.xls)",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+}
+
+
 def _read_text(file: Path) -> str:
     """Return the text of the CSV, without a byte order mark."""
     try:
-        return file.read_text(encoding="utf-8-sig")
+        content = file.read_bytes()
+        for begin, format_name in _NO_CSV.items():
+            if content.startswith(begin):
+                raise CellMapValueError(f"{file} is {format_name}, no text in UTF-8; save it as CSV in UTF-8")
+        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
+        if "\0" in text:
+            raise CellMapValueError(f"{file} holds bytes of 0, as text in UTF-16 does; save it as CSV in UTF-8")
+        return text
     except (FileNotFoundError, NotADirectoryError):
         raise missing(file, "the CSV of crops") from None
     except IsADirectoryError:

@@ -362,7 +362,7 @@ def test_best_checkpoint_of_a_loss(volume, tmp_path, more, best, word):
 @pytest.mark.usefixtures("package")
 @pytest.mark.parametrize("more", [[], ["callbacks.checkpoint=null"], ["final_validation=false"]], ids=" ".join)
 def test_a_monitor_of_training_alone(volume, tmp_path, more):
-    """The final validation of the best weights, which lacks it, leaves their value; without it, that of the last epoch."""
+    """The final validation, which lacks it, leaves that of the best weights; without it, that of the last epoch."""
     given = ["task._target_=own_package.OfTraining", "trainer.max_epochs=2", "monitor=train/only"]
     code, text = train(volume, tmp_path, *given, *more)
     assert code == 0, text

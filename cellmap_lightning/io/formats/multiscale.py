@@ -1,12 +1,13 @@
 """Conversion of volumes of any format to multiscale images."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
-from cellmap_lightning.io.formats.registry import find_format
+from cellmap_lightning.io.formats.registry import find_format, images_named
 from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatLevel, FormatVolume
 from cellmap_lightning.io.ngff import Level, Multiscale, Overrides
 from cellmap_lightning.io.ngff.axes import unit_nm
@@ -29,6 +30,13 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
     if found is None:
         return None
     volume_format, place = found
+    if place != path and isinstance(path, Path):
+        several = images_named(path.parent, [path.name])
+        if several:
+            raise MetadataError(
+                f"{path}: {path.parent} has {' and '.join(several[path.name])}, each of which may be meant; give the "
+                "path with its suffix, or move the others elsewhere"
+            )
     volume = volume_format.open(place)
     if overrides.multiscale is not None:
         raise MetadataError(
@@ -41,7 +49,8 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
     factor = (unit_nm(overrides.unit) or 1.0) / volume.unit_nm if overrides.unit is not None else 1.0
     scales = [_scaled(level.voxel_size, factor) for level in volume.levels]
     translations = [_scaled(level.translation, factor) for level in volume.levels]
-    notes = list(volume.notes)
+    # A position that is set takes the place of one that is stored.
+    notes = [note for note in volume.notes if note.kind != "position" or overrides.translation is None]
     if overrides.voxel_size is None:
         notes += implausible_voxel_size(scales[0], _scaled((volume.unit_nm,) * 3, factor))
     else:

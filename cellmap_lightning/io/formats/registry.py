@@ -1,9 +1,10 @@
 """The volume formats: those of this package, and those that other packages add by an entry point."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from cellmap_lightning.io.formats.volume import VolumeFormat
 from cellmap_lightning.io.store import Remote, StorePath, exists
@@ -51,6 +52,31 @@ def _candidates(path: StorePath) -> Iterator[StorePath]:
         file = path.parent / f"{path.name}{suffix}"
         if exists(file):
             yield file
+
+
+def images_named(folder: Path, names: Collection[str]) -> dict[str, list[str]]:
+    """Return the files and folders that may each be the image of a name, sorted, of names with several of them.
+
+    Args:
+        folder: the folder that is listed; one that cannot be has none.
+        names: names of images without suffixes, such as those of classes.
+
+    Example:
+        >>> images_named(Path("crop1"), ["mito"])  # doctest: +SKIP
+        {'mito': ['mito', 'mito.tif']}
+    """
+    suffixes = {suffix for volume_format in formats() for suffix in volume_format.suffixes}
+    found: dict[str, list[str]] = {}
+    try:
+        entries = sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return {}
+    for entry in entries:
+        stem, dot, suffix = entry.rpartition(".")
+        for name in {entry, stem} & set(names):
+            if name == entry or dot + suffix.lower() in suffixes:
+                found.setdefault(name, []).append(entry)
+    return {name: images for name, images in found.items() if len(images) > 1}
 
 
 def format_children(path: StorePath) -> list[str]:

@@ -1,20 +1,23 @@
 """Folders with one TIFF or PNG file per section, in the order of the numbers in their names."""
 
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cellmap_lightning.errors import MetadataError, missing_extra
+from cellmap_lightning.errors import CellMapError, MetadataError, missing_extra
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
-from cellmap_lightning.io.formats.tiff import WHITE
-from cellmap_lightning.io.formats.tiff_pages import TiffPages
+from cellmap_lightning.io.formats.tiff_notes import page_notes
+from cellmap_lightning.io.formats.tiff_pages import TiffArray, TiffPages
 from cellmap_lightning.io.formats.volume import FormatArray, FormatLevel, FormatVolume
+from cellmap_lightning.io.ngff import Note
 from cellmap_lightning.io.store import StorePath
 from cellmap_lightning.validation import first_few
 
@@ -44,18 +47,18 @@ class SlicesFormat:
         assert isinstance(path, Path)
         files = _files(path)
         _check_numbers(path, files)
-        first = shape, dtype, is_white = _header(path / files[0])
+        first = _header(path / files[0])
         for name in files[1:]:
             other = _header(path / name)
-            if other != first:
+            if str(other) != str(first):
                 raise MetadataError(
-                    f"{path / name}: has {_text(*other)}, and {files[0]} has {_text(*first)}; all slices of a "
-                    "volume have one size, type and meaning of 0: move what is no slice elsewhere, or write it again"
+                    f"{path / name}: has {other}, and {files[0]} has {first}; all slices of a volume have one size, "
+                    "type, meaning of 0 and orientation: move what is no slice elsewhere, or write it again"
                 )
-        array = _SlicesArray(path, (len(files), *shape), dtype, (1, *shape), details=files, codec=_suffix(files[0])[1:])
+        shape, codec = first.shape, _suffix(files[0])[1:]
+        array = _SlicesArray(path, (len(files), *shape), first.dtype, (1, *shape), details=files, codec=codec)
         array.names = files
-        notes = (WHITE,) if is_white else ()
-        return FormatVolume((FormatLevel(path.name, array),), has_voxel_size=False, notes=notes)
+        return FormatVolume((FormatLevel(path.name, array),), has_voxel_size=False, notes=first.notes)
 
     def children(self, path: StorePath) -> list[str]:
         """Return no names: a folder holds one volume."""
@@ -81,13 +84,23 @@ class _SlicesArray(FormatArray):
         out = np.empty(tuple(shape), self.dtype)
         for number, plane in enumerate(out):
             file = Path(self.file((start[0] + number,)))
-            if _suffix(file.name) == ".png":
-                _, y, x = (slice(first, first + count) for first, count in zip(start, shape, strict=True))
-                plane[...] = _pixels(file, self.shape[1:], self.dtype)[y, x]
-            else:
-                with OPEN_FILES.use(TiffPages, str(file)) as tiff:
-                    tiff.read_into(0, 0, start[1:], plane)
+            try:
+                self._read_slice(file, start[1:], plane)
+            except CellMapError:
+                raise
+            except Exception as e:  # codecs raise any type
+                e.add_note(f"in {file}")  # of thousands of slices
+                raise
         return out
+
+    def _read_slice(self, file: Path, start: Sequence[int], plane: AnyArray) -> None:
+        """Write a part of a slice to ``plane``."""
+        if _suffix(file.name) == ".png":
+            y, x = (slice(first, first + count) for first, count in zip(start, plane.shape, strict=True))
+            plane[...] = _pixels(file, self.shape[1:], self.dtype)[y, x]
+        else:
+            with OPEN_FILES.use(TiffPages, str(file)) as tiff:
+                tiff.read_into(0, 0, start, plane)
 
 
 def _files(folder: Path) -> tuple[str, ...]:
@@ -159,11 +172,35 @@ def _check_numbers(folder: Path, files: Sequence[str]) -> None:
             )
 
 
-def _header(file: Path) -> tuple[tuple[int, int], str, bool]:
-    """Return shape (y, x) and type of a slice, and whether its 0 is marked as white.
+@dataclass(frozen=True)
+class _Header:
+    """The header of a slice.
+
+    Attributes:
+        shape: rows and columns.
+        dtype: type of its gray values.
+        is_white: whether its 0 is marked as white.
+        orientation: the tag Orientation of TIFF.
+        notes: assumptions about it.
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    is_white: bool = False
+    orientation: int = 1
+    notes: tuple[Note, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.shape[0]} x {self.shape[1]} pixels of {self.dtype}"
+        text += " in which 0 is white" if self.is_white else ""
+        return text + (f" with Orientation {self.orientation}" if self.orientation != 1 else "")
+
+
+def _header(file: Path) -> _Header:
+    """Return the header of a slice.
 
     Raises:
-        MetadataError: it cannot be read, or is a colour image.
+        MetadataError: it cannot be read, is cut off, or is a colour image.
     """
     if _suffix(file.name) == ".png":
         return _png_header(file)
@@ -172,8 +209,9 @@ def _header(file: Path) -> tuple[tuple[int, int], str, bool]:
         series = tiff.levels[0]
         if len(series.shape) != 2:
             raise MetadataError(f"{file}: should be one gray page, has shape {list(series.shape)} ({series.axes})")
+        TiffArray(file, tiff)  # which compares the size of the file with its tags
         y, x = series.shape
-        return (int(y), int(x)), str(series.dtype), tiff.is_white
+        return _Header((int(y), int(x)), str(series.dtype), tiff.is_white, tiff.orientation, page_notes(tiff))
     finally:
         tiff.close()
 
@@ -182,11 +220,40 @@ def _header(file: Path) -> tuple[tuple[int, int], str, bool]:
 _MODES = {"L": "uint8", "I;16": "uint16", "I;16B": "uint16", "I": "uint16", "1": "uint8"}
 
 
-def _png_header(file: Path) -> tuple[tuple[int, int], str, bool]:
+def _png_header(file: Path) -> _Header:
+    _check_png_end(file)
     with _png(file) as image:
         if image.mode not in _MODES:
             raise MetadataError(f"{file}: has colours (mode {image.mode}); store it in gray values of 8 or 16 bits")
-        return (image.height, image.width), _MODES[image.mode], False
+        return _Header((image.height, image.width), _MODES[image.mode])
+
+
+#: The last chunk of a PNG file: its length of 0, its name and its checksum.
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def _check_png_end(file: Path) -> None:
+    """Check that a PNG file is not cut off, by its last bytes, and where others follow them by its chunks.
+
+    Raises:
+        MetadataError: it is.
+    """
+    with file.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - len(_PNG_END)))
+        if stream.read() == _PNG_END:
+            return
+        place = 8  # the signature
+        while place + 8 <= size:
+            stream.seek(place)
+            head = stream.read(8)
+            place += 12 + int.from_bytes(head[:4], "big")
+            if head[4:] == b"IEND":
+                break
+        else:
+            place = size + 1
+        if place > size:
+            raise MetadataError(f"{file}: is cut off after {size} bytes, or no PNG file; copy or write it again")
 
 
 def _pixels(file: Path, shape: Sequence[int], dtype: "np.dtype[Any]") -> AnyArray:
@@ -211,7 +278,3 @@ def _png(file: Path) -> Any:
         return Image.open(file, formats=["PNG"])
     except (UnidentifiedImageError, OSError) as e:
         raise MetadataError(f"{file}: not a whole PNG file ({e}); copy or write it again") from e
-
-
-def _text(shape: tuple[int, int], dtype: str, is_white: bool) -> str:
-    return f"{shape[0]} x {shape[1]} pixels of {dtype}" + (" in which 0 is white" if is_white else "")

@@ -16,6 +16,7 @@ import numpy as np
 from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import AXES, FloatArray, Vector, to_vector
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
+from cellmap_lightning.io.formats.tiff_notes import page_notes, position_notes
 from cellmap_lightning.io.formats.tiff_pages import TiffArray, TiffPages
 from cellmap_lightning.io.formats.volume import FormatLevel, FormatVolume
 from cellmap_lightning.io.ngff import Note
@@ -26,12 +27,6 @@ from cellmap_lightning.io.store import StorePath
 _LARGE_PAGE = 1 << 22
 #: Nm of the largest unit in which a calibration counts as one: mm.
 _LARGEST_UNIT = 1e6
-#: The note of files whose 0 viewers show as white.
-WHITE = Note(
-    "white",
-    "its TIFF pages mark 0 as white (MINISWHITE), so that viewers show it inverted; it is read as stored: where 0 "
-    "should be bright, set invert: true in the entry of raw, and store labels with 0 for absent",
-)
 
 
 class TiffFormat:
@@ -57,7 +52,7 @@ class TiffFormat:
             arrays = [TiffArray(path, file, number) for number in range(len(file.levels))]
             size, unit = _voxel_size(file.tiff)
             known = _known_size(file.tiff) if size is None else (None, None, None)
-            is_white = file.is_white
+            notes = [*page_notes(file), *position_notes(file.tiff, size)]
         first = _extent(arrays[0].shape, axes)
         base = np.array(size if size is not None else (1.0, 1.0, 1.0))
         levels = []
@@ -66,7 +61,6 @@ class TiffFormat:
             factor = np.rint(first / _extent(array.shape, axes))
             shift = (factor - 1) / 2 * base  # voxels are means of those of the first level
             levels.append(FormatLevel(str(number), array, axes, to_vector(base * factor), to_vector(shift)))
-        notes = [WHITE] if is_white else []
         chunk = math.prod(arrays[0].chunks) * arrays[0].dtype.itemsize
         if arrays[0].offset is None and chunk >= _LARGE_PAGE:
             text = (

@@ -15,12 +15,8 @@ from cellmap_lightning.errors import MetadataError, missing_extra
 from cellmap_lightning.geometry.grids import touched_cells
 from cellmap_lightning.geometry.resample import AnyArray
 from cellmap_lightning.io.formats.open_files import OPEN_FILES
+from cellmap_lightning.io.formats.tiff_tags import PALETTE, WHITE, check_pages, read_chain
 from cellmap_lightning.io.formats.volume import FormatArray
-
-#: Photometric interpretations of TIFF: 0 is white, and indices of a table of colours.
-_WHITE, _PALETTE = 0, 3
-#: Where they are written, for messages.
-_TAG = "PhotometricInterpretation"
 
 
 @dataclass(frozen=True)
@@ -64,10 +60,13 @@ class TiffPages:
         tiff: the file, of tifffile.
         levels: its resolutions, of tifffile.
         pages: the pages of each; None for planes that are not stored.
+        orientation: the tag Orientation; 1 if the first row is the upper one and the first column the left one.
+        thumbnail: the tags of a smaller last page that is no plane of the volume, or None.
 
     Raises:
         MissingExtraError: tifffile is not installed.
-        MetadataError: it is not a TIFF file, is cut off, or is one of several files of a volume.
+        MetadataError: it is not a TIFF file, is cut off, is one of several files of a volume, holds several images, or
+            its pages are not stored alike.
     """
 
     def __init__(self, path: str) -> None:
@@ -77,16 +76,18 @@ class TiffPages:
             raise missing_extra("tiff", f"{path}: TIFF files need tifffile") from None
         log, errors = logging.getLogger("tifffile"), _PageErrors()
         log.addHandler(errors)
+        self.tiff: Any = None
         try:
-            self.tiff = tifffile.TiffFile(path)
-        except (tifffile.TiffFileError, ValueError, OSError) as e:
-            raise MetadataError(f"{path}: not a whole TIFF file ({e}); copy or write it again") from e
-        try:
-            _check_interpretation(path, self.tiff.series)
-            self.levels = self.tiff.series[0].levels
+            self.tiff = _opened(path)
+            series = self.tiff.series
+            _check_interpretation(path, series[0].keyframe)
+            self.levels = series[0].levels
             self.pages = [[self._page(path, page) for page in level.pages] for level in self.levels]
             if errors.texts:
                 raise ValueError(errors.texts[0])
+            chain = read_chain(self.tiff)
+            self.orientation = chain[0].values["Orientation"] if chain else 1
+            self.thumbnail = check_pages(path, self.tiff, series, chain)
         except (tifffile.TiffFileError, ValueError, OSError, IndexError, KeyError, TypeError) as e:
             self.close()
             if isinstance(e, MetadataError):
@@ -98,7 +99,7 @@ class TiffPages:
     @property
     def is_white(self) -> bool:
         """Whether the pages mark 0 as white, so that viewers show them inverted."""
-        return bool(self.levels[0].keyframe.photometric == _WHITE)
+        return bool(self.levels[0].keyframe.photometric == WHITE)
 
     def _page(self, path: str, page: Any) -> Page | None:
         if page is None:
@@ -109,7 +110,8 @@ class TiffPages:
 
     def close(self) -> None:
         """Close the file."""
-        self.tiff.close()
+        if self.tiff is not None:
+            self.tiff.close()
 
     def read_into(self, level: int, number: int, start: Sequence[int], out: AnyArray) -> None:
         """Write a part of a page to ``out``, decoding the tiles or strips that hold it.
@@ -136,33 +138,43 @@ class TiffPages:
                 _copy(tile.reshape(tile.shape[-3:-1]), np.multiply(place, chunk), start, out)
 
 
-def _check_interpretation(path: str, series: Sequence[Any]) -> None:
+def _opened(path: str) -> Any:
+    """Return a file, of tifffile.
+
+    Pages that a program wrote one by one with tifffile are as many images for it; where these are alike, they are the
+    planes of a stack.
+    """
+    import tifffile
+
+    tiff = tifffile.TiffFile(path)
+    try:
+        series = tiff.series
+    except RuntimeError as e:
+        chain = read_chain(tiff)
+        tiff.close()
+        for tags in chain[1:]:
+            tags.check_like(path, chain[0])
+        raise ValueError(e) from e
+    kinds = {(one.kind, one.shape, one.dtype) for one in series}
+    if len(series) == 1 or len(kinds) > 1 or series[0].kind != "shaped" or len(series[0].shape) != 2:
+        return tiff
+    tiff.close()
+    return tifffile.TiffFile(path, is_shaped=False)
+
+
+def _check_interpretation(path: str, first: Any) -> None:
     """Check that the values of the pages are gray values, of one interpretation.
 
     Raises:
-        MetadataError: they are indices of colours, differ in what 0 means, or are stored in tiles of several planes.
+        MetadataError: they are indices of colours, or are stored in tiles of several planes.
     """
-    first = series[0].keyframe
-    if first.photometric == _PALETTE:
+    if first.photometric == PALETTE:
         raise MetadataError(f"{path}: has colours (a palette); store it in gray values of 8 or 16 bits")
     if first.is_tiled and first.tiledepth > 1:
         raise MetadataError(
             f"{path}: has tiles of {first.tiledepth} planes (TileDepth), which cannot be read; store each section as a "
             "page, or convert it to Zarr or HDF5"
         )
-    numbers = [page.index for page in series[0].pages if page is not None]
-    for other in series[1:]:
-        page = other.keyframe
-        if page.shape == first.shape and page.dtype == first.dtype and page.photometric != first.photometric:
-            raise MetadataError(
-                f"{path}: page {page.index} has {_TAG} {int(page.photometric)}, and page {first.index} has "
-                f"{int(first.photometric)} (0: 0 is white, 1: 0 is black, 3: a palette); store all pages alike"
-            )
-        if series[0].kind == "generic" and numbers[0] < page.index < numbers[-1]:
-            raise MetadataError(
-                f"{path}: page {page.index} has shape {list(page.shape)} and type {page.dtype}, and pages around it "
-                f"have {list(first.shape)} and {first.dtype}; all pages of a volume have one size and type"
-            )
 
 
 def _copy(tile: AnyArray, corner: npt.ArrayLike, start: npt.ArrayLike, out: AnyArray) -> None:
