@@ -362,7 +362,7 @@ def test_entries_of_one_volume_may_differ_in_normalization(volume):
 def test_fit_without_validation_crops_is_an_error_with_advice(volume, tmp_path):
     entry = {"raw": volume.raw_path, "gt": f"{volume.path}/{GT}/crop2/[mito,er,pm]"}
     with module(volume, datasets={"train": [entry]}) as data:
-        with pytest.raises(KeyError, match="or train without validation by limit_val_batches=0"):
+        with pytest.raises(KeyError, match=r"Trainer\(limit_val_batches=0\) trains without validation"):
             trainer(tmp_path).fit(task(), data)
         trainer(tmp_path, limit_val_batches=0).fit(task(), data)
 

@@ -60,7 +60,10 @@ def _preview(configs: list[DictConfig]) -> None:
     for preview in previews:
         print("\n".join(textwrap.wrap(preview.sample.header, width, subsequent_indent="    ")))
     if absent:
-        others = "more samples=..., another epoch=... or data.strategy=uniform may show others"
-        text = f"not shown: {first_few(absent, _LISTED)}; {others}"
+        text = (
+            f"not shown, as no sample that was read is of them: {first_few(absent, _LISTED)}; "
+            f"data.only_crops=[{','.join(absent[:_LISTED])}] data.unannotated_classes=unknown shows "
+            "them alone"
+        )
         print("\n" + "\n".join(textwrap.wrap(text, width, subsequent_indent="    ")))
     print("\n" + "\n".join(map(str, (*files, links))))

@@ -232,7 +232,11 @@ def _predicted_rows(
             else:
                 missing.append(row.label)
     if not rows or (missing and not allow_missing):
-        hint = "; allow_missing=true leaves them out" if rows else _layout_hint(predictions)
+        hint = (
+            "; the same cellmap-predict completes what was interrupted, allow_missing=true leaves them out"
+            if rows
+            else _layout_hint(predictions)
+        )
         hint = _other_names(predictions, missing) + hint
         raise CellMapFileNotFoundError(
             f"{len(missing)} of {len(missing) + len(rows)} classes of crops that {manifest.name} lists are not "

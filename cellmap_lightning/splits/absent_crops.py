@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cellmap_lightning.crops.spelling import closest_class
 from cellmap_lightning.errors import CellMapFileNotFoundError
 from cellmap_lightning.io.store import exists
 from cellmap_lightning.splits.crop_names import crop_names
 from cellmap_lightning.splits.entries import CropRecord
-from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW
+from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW, similar_dataset
 from cellmap_lightning.validation import first_few
 from cellmap_lightning.wording import plural
 
@@ -38,8 +37,9 @@ def check_on_disk(entries: Sequence[CropRecord], manifest: str | Path, root: str
         is_there = volumes[name.dataset] and exists(volume / GROUNDTRUTH / name.crop)
         crops.setdefault(name.dataset, {})[name.crop] = is_there
     absent = {dataset: [name for name, there in of.items() if not there] for dataset, of in crops.items()}
+    others = [name for name in _datasets(Path(root)) if name not in crops]
     lines = [
-        f"  {dataset}: {_line(names, len(crops[dataset]), volumes[dataset], _similar(dataset, Path(root)))}"
+        f"  {dataset}: {_line(names, len(crops[dataset]), volumes[dataset], similar_dataset(dataset, others))}"
         for dataset, names in absent.items()
         if names
     ]
@@ -52,17 +52,10 @@ def check_on_disk(entries: Sequence[CropRecord], manifest: str | Path, root: str
     )
 
 
-def _similar(dataset: str, root: Path) -> str:
-    """Return the end of a line with the dataset on disk whose name is closest."""
+def _datasets(root: Path) -> list[str]:
+    """Return the names of the datasets on disk."""
     names = sorted(folder.name for folder in root.iterdir() if folder.is_dir()) if root.is_dir() else []
-    others = [name for name in names if name != dataset and exists(root / name / f"{name}.zarr")]
-    # Datasets such as jrc_mus-liver-2 and -3 differ in a number alone, and are others.
-    closest = closest_class(dataset, [name for name in others if _digits(name) == _digits(dataset)])
-    return f"; did you mean {closest!r}?" if closest is not None else ""
-
-
-def _digits(name: str) -> list[str]:
-    return [sign for sign in name if sign.isdigit()]
+    return [name for name in names if exists(root / name / f"{name}.zarr")]
 
 
 def _line(names: Sequence[str], count: int, has_volume: bool, similar: str) -> str:

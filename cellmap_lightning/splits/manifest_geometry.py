@@ -96,9 +96,13 @@ def _differs_on_disk(row: ManifestRow, raw: str) -> str | None:
 
 
 def _differs(row: ManifestRow, image: Multiscale) -> str | None:
-    """Return how the levels of labels differ from a row; None if one of them has its voxels."""
-    levels = [level.lattice for level in (image.whole or image).levels]
-    if any(level.turn is not None for level in levels) or any(_alike(row.lattice, level) for level in levels):
+    """Return how the levels of labels on disk differ from a row; None if one of them has its voxels."""
+    levels = [level.lattice for level in (image.whole or image).levels if level.info is not None]
+    if (
+        not levels
+        or any(level.turn is not None for level in levels)
+        or any(_alike(row.lattice, level) for level in levels)
+    ):
         return None
     hint = _REVERSED if any(_alike(_reversed(row.lattice), level) for level in levels) else ""
     return f"the manifest lists {_described(row.lattice)}, and the labels on disk have {_described(levels[0])}{hint}"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cellmap_lightning.crops.crop_name import CropName
+from cellmap_lightning.crops.spelling import closest_class
 from cellmap_lightning.errors import (
     CellMapFileNotFoundError,
     CellMapKeyError,
@@ -209,6 +210,19 @@ def _table(file: Path, columns: Sequence[str]) -> list[dict[str, str | None]]:
     return rows
 
 
+def similar_dataset(name: str, names: Sequence[str]) -> str:
+    """Return the end of a line with the closest name of a dataset, such as ``"; did you mean 'jrc_mus-liver'?"``.
+
+    Datasets such as jrc_mus-liver-2 and -3 differ in a number alone, and are others.
+    """
+    closest = closest_class(name, [other for other in names if _digits(other) == _digits(name)])
+    return f"; did you mean {closest!r}?" if closest is not None else ""
+
+
+def _digits(name: str) -> list[str]:
+    return [sign for sign in name if sign.isdigit()]
+
+
 def raw_of(root: str | Path, crops: Iterable[CropName]) -> dict[str, str]:
     """Return the raw volume of each dataset of some crops, in the challenge's folders below ``root``.
 
@@ -219,7 +233,12 @@ def raw_of(root: str | Path, crops: Iterable[CropName]) -> dict[str, str]:
     of_dataset: dict[str, list[str]] = {}
     for name in crops:
         of_dataset.setdefault(name.dataset, []).append(name.crop.removeprefix("crop"))
-    absent = [f"  {name}: {plural(len(of), 'crop')}" for name, of in of_dataset.items() if name not in volumes]
+    others = [name for name in volumes if name not in of_dataset]
+    absent = [
+        f"  {name}: {plural(len(of), 'crop')}{similar_dataset(name, others)}"
+        for name, of in of_dataset.items()
+        if name not in volumes
+    ]
     if absent:
         there = [crop for name, of in of_dataset.items() if name in volumes for crop in of]
         hint = f"; crops=[{','.join(there)}] takes those of the datasets that are there" if there else ""

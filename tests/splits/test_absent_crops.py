@@ -138,3 +138,13 @@ def test_a_misspelt_class_beside_another(data, name, close):
     assert f"no crop for 'train' annotates {name!r}" in str(caught.value)
     assert "; they annotate er, mito: " in str(caught.value)
     assert (f"did you mean {close}?" in str(caught.value)) == (close is not None)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "hint"),
+    [("jrc_A", "; did you mean 'jrc_a'?"), ("jrc-b", "; did you mean 'jrc_b'?"), ("mouse", ""), ("jrc_a2", "")],
+)
+def test_predictions_name_the_dataset_that_is_meant(data, dataset, hint):
+    with pytest.raises(CellMapFileNotFoundError) as caught:
+        raw_of(data / "data", [CropName(dataset, "crop1")])
+    assert str(caught.value).splitlines()[1] == f"  {dataset}: 1 crop{hint}"

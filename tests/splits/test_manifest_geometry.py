@@ -1,6 +1,7 @@
 """The voxels that a manifest lists are compared with labels and raw on disk."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -101,3 +102,26 @@ def test_a_training_warns_of_other_voxels(data, caplog, lists, words):
     assert len(lines) == bool(words)
     for word in words:
         assert word in lines[0]
+
+
+@pytest.mark.parametrize(("absent", "warned"), [("s1", False), ("s0", False), ("s1", True)])
+def test_levels_that_are_not_on_disk_are_not_compared(data, caplog, absent, warned):
+    """A training reads the other level, with a warning of its own."""
+    group = data / "data" / "jrc_a" / "jrc_a.zarr" / GROUNDTRUTH / "crop7" / "mito"
+    shutil.rmtree(group)
+    write_multiscale(group, np.ones(SHAPE, np.uint8), scale=STEP, translation=ORIGIN, levels=2)
+    shutil.rmtree(group / absent)
+    # The manifest lists the finest level; where it is gone, the voxels of the other differ.
+    lists = (STEP, (96, 20, 11), SHAPE) if warned else ((16, 8, 4), (84, 22, 12), (5, 10, 15))
+    if absent == "s1" and not warned:
+        lists = (STEP, ORIGIN, SHAPE)
+    path = listed(data, (7, "mito", *lists), (8, "mito", STEP, (200, *ORIGIN[1:]), SHAPE))
+    arrays = {"shape": [2, 2, 2], "scale": [n * 2 for n in STEP]}
+    split = CellMapDataSplit(
+        classes=["mito"], input_arrays={"raw": arrays}, target_arrays={"labels": arrays},
+        search_path=str(data / "data"), options=SplitOptions(manifest=str(path), split="random", leakage="warn"),
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        _ = split["train"], split["val"]
+    lines = [r.getMessage() for r in caplog.records if r.name.endswith("manifest_geometry")]
+    assert len(lines) == warned
