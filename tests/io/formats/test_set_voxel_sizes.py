@@ -63,7 +63,7 @@ def test_a_size_that_is_not_in_nm_is_warned_of(tmp_path, caplog, write, size, te
 
 
 @pytest.mark.parametrize("write", [writers.tiff, plain_zarr, ngff])
-@pytest.mark.parametrize("size", [[50, 8, 8], [1, 1, 1], [0.135, 0.135, 0.135], [0.3, 0.05, 0.05], [2e4, 2e4, 2e4]])
+@pytest.mark.parametrize("size", [[50, 8, 8], [1, 1, 1], [0.135, 0.135, 0.135], [0.3, 0.12, 0.12], [2e4, 2e4, 2e4]])
 def test_sizes_of_microscopes_are_not(tmp_path, caplog, write, size):
     path = write(tmp_path, VOXELS)
     with caplog.at_level(logging.WARNING):
