@@ -208,6 +208,24 @@ class LabelEncodings:
         """Decide the encoding of an array without metadata for it, by its values."""
         label = f"{self.label}/{name}"
         values = label_values(level, label, CODE, self.retry_policy, self._empty)
+        self._check_unambiguous(label, level, values)
+        if values.complete and not values.zero and (values.one or values.other):
+            self.filled[name] = str(values)
+        self.decided[name] = (
+            f"values {values}, a mask in which {CODE} is present" if values.code
+            else f"values {values}, ids" if values.other
+            else f"values {values}, 1 is present"
+        )  # fmt: skip
+        if values.complete and not values.other:
+            self.masks.add(name)
+        return Encoding(0, None, assumed="" if values.complete else "mask" if values.code else "ids")
+
+    def _check_unambiguous(self, label: str, level: Level, values: LabelValues) -> None:
+        """Check that the values of an array without an encoding have one meaning.
+
+        Raises:
+            MetadataError: a value is negative, or the code may mean unknown, present or an id.
+        """
         if values.negative is not None:
             raise MetadataError(
                 f"{label}: {level.path} holds the negative label {values.negative} and no encoding that explains it; "
@@ -226,16 +244,6 @@ class LabelEncodings:
                 f"{label}: {level.path} holds {values}, and no metadata say whether {CODE} means unknown or is an id: "
                 f"set unknown={CODE} or unknown=null for this crop or class" + _averaged(values, level)
             )
-        if values.complete and not values.zero and (values.one or values.other):
-            self.filled[name] = str(values)
-        self.decided[name] = (
-            f"values {values}, a mask in which {CODE} is present" if values.code
-            else f"values {values}, ids" if values.other
-            else f"values {values}, 1 is present"
-        )  # fmt: skip
-        if values.complete and not values.other:
-            self.masks.add(name)
-        return Encoding(0, None, assumed="" if values.complete else "mask" if values.code else "ids")
 
     def _ambiguous(self, name: str, level: Level, declared: Encoding, code: Code) -> Encoding:
         """Decide an instance segmentation in which the code of unknown voxels may also be an id."""

@@ -66,51 +66,74 @@ def open_images(
     paths: dict[str, StorePath] = {"raw": raw_path}
     absent: list[str] = []
     if target_path is not None:
-        known = list(dict.fromkeys((*classes, *read)))
-        if tolerant:
-            absent += target_path.unknown_names(known)
-        else:
-            target_path.check_names(known)
-            target_path.check_spelling(classes, known)
-        annotated = [name for name in read if name in target_path.names]
-        misread = misread_target(target_path, read) if annotated else ""
-        if misread:
-            raise CellMapValueError(f"{label}: {misread}")
-        if not annotated:
-            raise NotAnnotatedError(
-                f"{label}: none of the classes {list(classes)} is annotated in it; it has {list(target_path.names)}"
-                f"{target_hint(target_path, read) or meant(classes, target_path.names)}"
-            )
-        target_path.check_single(annotated)
-        groups = {f"class {name}": target_path.of(name) for name in annotated}
+        absent += _check_classes(target_path, classes, read, tolerant)
+        groups = _class_groups(label, target_path, classes, read)
         prefetch_metadata(list(groups.values()))
         paths |= groups
     images: dict[str, Multiscale] = {}
     problems: list[CellMapError] = []
     for key, path in paths.items():
         try:
-            image = _read(key, path, target_path, overrides)
-            reversed_values = replaced_values(path, overrides[0 if key == "raw" else 1], reversed_only=True)
-            report(image.path, [Note("order", text) for text in reversed_values])
-            _ = image.finest.lattice  # raises if the metadata have no usable geometry
-            report(image.path, image.notes)
-            images[key] = image
+            images[key] = _read(key, path, target_path, overrides)
         except CellMapError as e:
             missing = _missing_class(target_path, key)
             if missing is not None and tolerant:
                 absent.append(key.removeprefix("class "))
             else:
                 problems.append(missing or e)
+    _raise_all(label, problems)
+    raw = images.pop("raw")
+    _check_not_raw(label, raw, images)
+    _warn_of_unknown(label, images)
+    return CropImages(raw, {key.removeprefix("class "): image for key, image in images.items()}, tuple(absent))
+
+
+def _check_classes(
+    target_path: TargetPath, classes: Sequence[str], read: Sequence[str], tolerant: bool
+) -> Sequence[str]:
+    """Return the names in the bracket that are unknown, which only a tolerant reader accepts.
+
+    Raises:
+        CellMapError: a name is unknown, or a class is spelled differently.
+    """
+    known = list(dict.fromkeys((*classes, *read)))
+    if tolerant:
+        return target_path.unknown_names(known)
+    target_path.check_names(known)
+    target_path.check_spelling(classes, known)
+    return ()
+
+
+def _class_groups(
+    label: str, target_path: TargetPath, classes: Sequence[str], read: Sequence[str]
+) -> dict[str, StorePath]:
+    """Return the label image of each class that is read and annotated.
+
+    Raises:
+        NotAnnotatedError: there is none.
+        CellMapValueError: the labels are not those of single classes.
+    """
+    annotated = [name for name in read if name in target_path.names]
+    misread = misread_target(target_path, read) if annotated else ""
+    if misread:
+        raise CellMapValueError(f"{label}: {misread}")
+    if not annotated:
+        raise NotAnnotatedError(
+            f"{label}: none of the classes {list(classes)} is annotated in it; it has {list(target_path.names)}"
+            f"{target_hint(target_path, read) or meant(classes, target_path.names)}"
+        )
+    target_path.check_single(annotated)
+    return {f"class {name}": target_path.of(name) for name in annotated}
+
+
+def _raise_all(label: str, problems: Sequence[CellMapError]) -> None:
+    """Raise the only problem, or a list of several; nothing without any."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
         raise CellMapValueError(
             f"{label}: {len(problems)} things are wrong:" + "".join(f"\n    - {e}" for e in problems)
         )
-    raw = images.pop("raw")
-    _check_not_raw(label, raw, images)
-    _warn_of_unknown(label, images)
-    return CropImages(raw, {key.removeprefix("class "): image for key, image in images.items()}, tuple(absent))
 
 
 def _check_not_raw(label: str, raw: Multiscale, images: Mapping[str, Multiscale]) -> None:
@@ -142,10 +165,20 @@ def _warn_of_unknown(label: str, images: Mapping[str, Multiscale]) -> None:
 def _read(
     key: str, path: StorePath, target_path: TargetPath | None, overrides: tuple[Overrides, Overrides]
 ) -> Multiscale:
-    """Return the image of raw or of a class; see `open_images`."""
+    """Return the image of raw or of a class, after a report of what was assumed about its metadata.
+
+    Raises:
+        CellMapError: it cannot be read, or its metadata have no usable geometry.
+    """
     if target_path is None or key == "raw":
-        return read_image(path, overrides[0], allow_turned=True)
-    return target_path.read(key.removeprefix("class "), overrides[1])
+        image = read_image(path, overrides[0], allow_turned=True)
+    else:
+        image = target_path.read(key.removeprefix("class "), overrides[1])
+    reversed_values = replaced_values(path, overrides[0 if key == "raw" else 1], reversed_only=True)
+    report(image.path, [Note("order", text) for text in reversed_values])
+    _ = image.finest.lattice  # raises if the metadata have no usable geometry
+    report(image.path, image.notes)
+    return image
 
 
 def _missing_class(target_path: TargetPath | None, key: str) -> CellMapError | None:

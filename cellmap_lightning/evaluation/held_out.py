@@ -24,25 +24,40 @@ def split_crops(
         CellMapKeyError: there is no such crop.
         CellMapValueError: a name is that of several crops, no crop is left for the search, or a value is invalid.
     """
-    number = isinstance(held_out, int) and not isinstance(held_out, bool) and held_out >= 0
-    if not (held_out is None or number or isinstance(held_out, list)):
-        raise CellMapValueError(f"held_out must be names of crops or a number of them, got {held_out!r}")
-    if not (crops is None or isinstance(crops, list)):
-        raise CellMapValueError(f"crops must be a list of names of crops, got {crops!r}")
+    _check_settings(crops, held_out)
     searched = [_named(crop, names) for crop in crops or []]
     if isinstance(held_out, list):
         named = [_named(crop, names) for crop in held_out]
         others = [name for name in names if name in named]
     else:
         others = _last_crops(names, searched, int(held_out or 0), trained)
-    # In the order of all crops, so that sums over them do not depend on the order of a setting.
-    chosen = [name for name in names if name in (searched or names) and name not in others]
-    untrained = [name for name in chosen if name not in trained]
-    if not searched and untrained:
-        chosen = untrained
+    chosen = _crops_of_search(names, searched, others, trained)
     if not chosen:
         raise CellMapValueError("held_out: no crop is left for the search; hold out fewer of them")
     return chosen, others
+
+
+def _check_settings(crops: Any, held_out: Any) -> None:
+    """Check the types of both settings.
+
+    Raises:
+        CellMapValueError: one of them is invalid.
+    """
+    number = isinstance(held_out, int) and not isinstance(held_out, bool) and held_out >= 0
+    if not (held_out is None or number or isinstance(held_out, list)):
+        raise CellMapValueError(f"held_out must be names of crops or a number of them, got {held_out!r}")
+    if not (crops is None or isinstance(crops, list)):
+        raise CellMapValueError(f"crops must be a list of names of crops, got {crops!r}")
+
+
+def _crops_of_search(
+    names: Sequence[str], searched: Sequence[str], others: Sequence[str], trained: Sequence[str]
+) -> list[str]:
+    """Return the crops of the search that are not held out; where none are named, those not trained on if any."""
+    # In the order of all crops, so that sums over them do not depend on the order of a setting.
+    chosen = [name for name in names if name in (searched or names) and name not in others]
+    untrained = [name for name in chosen if name not in trained]
+    return untrained if untrained and not searched else chosen
 
 
 def _named(crop: Any, names: Sequence[str]) -> str:

@@ -220,17 +220,23 @@ def _of_content(crop: CropFacts, classes: Sequence[str]) -> Iterator[tuple[str, 
     if lost:
         advice = "label_downsample=any keeps thin structures, or use a finer scale"
         yield "lost", f"{first_few(lost, _LISTED)}; {advice}"
-    for name, facts in crop.classes.items():
-        yield from (("averaged", f"{name}: {text}") for text in facts.averaged)
-        if facts.fills:
-            yield "filled", f"{name}: {facts.read_as}; no voxel is absent or unknown"
-        elif len(crop.classes) > 1 and (share := facts.share) is not None and share > MOSTLY:
-            yield "mostly", f"{name}: {share:.1%} of the known voxels, read as {facts.read_as}"
-        if facts.contradiction:
-            yield "counts", f"{name}: {facts.contradiction}"
-        if facts.gaps and name in classes and facts.scale is not None and crop.box is not None:
-            sections = gaps_text(facts.gaps, crop.box["z"][0], facts.scale[0])
-            yield "gaps", f"{name}: no voxel in section {sections}, {_GAPS_ADVICE.format(name)}"
+    for name in crop.classes:
+        yield from _of_labels(crop, name, classes)
+
+
+def _of_labels(crop: CropFacts, name: str, classes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield problems of the stored labels of one class."""
+    facts = crop.classes[name]
+    yield from (("averaged", f"{name}: {text}") for text in facts.averaged)
+    if facts.fills:
+        yield "filled", f"{name}: {facts.read_as}; no voxel is absent or unknown"
+    elif len(crop.classes) > 1 and (share := facts.share) is not None and share > MOSTLY:
+        yield "mostly", f"{name}: {share:.1%} of the known voxels, read as {facts.read_as}"
+    if facts.contradiction:
+        yield "counts", f"{name}: {facts.contradiction}"
+    if facts.gaps and name in classes and facts.scale is not None and crop.box is not None:
+        sections = gaps_text(facts.gaps, crop.box["z"][0], facts.scale[0])
+        yield "gaps", f"{name}: no voxel in section {sections}, {_GAPS_ADVICE.format(name)}"
 
 
 def _of_scale(

@@ -160,12 +160,7 @@ def open_source(
     """
     if kind is not None:
         one_of("kind", kind, get_args(InputKind))
-    root = parse_location(location)
-    if not exists(root):
-        similar = "" if isinstance(root, Remote) else similar_path(root)
-        raise CellMapFileNotFoundError(
-            f"input={location}: it does not exist{similar}; give the output of cellmap-predict"
-        )
+    root = _existing_group(location)
     if channels is None and class_name is not None:
         channels = _described_channels(root, class_name, kind)
     path, name = (root / channels[0], str(class_name)) if channels and class_name else _class_group(root, class_name)
@@ -177,17 +172,28 @@ def open_source(
     number = code if isinstance(code, int) else None
     kind = kind or _kind(notes, images[0], len(levels), values, number)
     where = f"input={location}, class={name}"
-    if kind != "affinities" and len(levels) != 1:
-        raise CellMapValueError(f"{where}: {len(levels)} channels are no {kind}; set kind=affinities and offsets")
-    directions = _directions(where, offsets or notes.get("offsets"), len(levels)) if kind == "affinities" else ()
+    directions = _directions(where, kind, offsets or notes.get("offsets"), len(levels))
     readers = _readers(where, levels, name)
     meaning = None if kind == "distance" else _meaning(images[0], name, values, kind, readers[0].dtype, number)
     meaning = _with_unknown(where, meaning, images[0], code)
     scale, zero = _distance_scale(notes, readers[0].dtype)
-    record: dict[str, Any] = {"input": str(path), "channels": list(channels or ()), "checksum": _identity(root)}
-    if code != "metadata":
-        record["unknown"] = code
+    record = _record(root, path, channels or (), code)
     return SegmentationSource(path, name, kind, levels[0].lattice, directions, readers, meaning, scale, zero, record)
+
+
+def _existing_group(location: str) -> StorePath:
+    """Return the group at a location.
+
+    Raises:
+        CellMapFileNotFoundError: it does not exist.
+    """
+    root = parse_location(location)
+    if not exists(root):
+        similar = "" if isinstance(root, Remote) else similar_path(root)
+        raise CellMapFileNotFoundError(
+            f"input={location}: it does not exist{similar}; give the output of cellmap-predict"
+        )
+    return root
 
 
 def _described_channels(root: StorePath, name: str, kind: InputKind | None) -> list[str] | None:
@@ -209,12 +215,16 @@ def _read_images(path: StorePath, groups: Sequence[StorePath]) -> list[Multiscal
         raise MetadataError(f"{path} cannot be read, or its prediction is not finished: {e}") from e
 
 
-def _directions(where: str, offsets: Any, count: int) -> tuple[Shape, ...]:
-    """Return the offsets of affinities after a check.
+def _directions(where: str, kind: InputKind, offsets: Any, count: int) -> tuple[Shape, ...]:
+    """Return the offsets of affinities after a check; none for other kinds, which have one channel.
 
     Raises:
-        CellMapValueError: they are missing, or do not fit the channels.
+        CellMapValueError: they are missing, or do not fit the channels, or another kind has several channels.
     """
+    if kind != "affinities":
+        if count != 1:
+            raise CellMapValueError(f"{where}: {count} channels are no {kind}; set kind=affinities and offsets")
+        return ()
     if not isinstance(offsets, Sequence) or not offsets:
         raise CellMapValueError(f"{where}: affinities without offsets in the metadata; set offsets=[[-1,0,0],...]")
     return check_offsets(offsets, count)
@@ -273,6 +283,14 @@ def _notes(image: Multiscale) -> dict[str, Any]:
             if isinstance(part, Mapping):
                 notes.update({key: part[key] for key in _NOTES if part.get(key) is not None})
     return notes
+
+
+def _record(root: StorePath, path: StorePath, channels: Sequence[str], code: Code) -> dict[str, Any]:
+    """Return what identifies a prediction, and the setting ``unknown`` that replaces its metadata."""
+    record: dict[str, Any] = {"input": str(path), "channels": list(channels), "checksum": _identity(root)}
+    if code != "metadata":
+        record["unknown"] = code
+    return record
 
 
 def _joined_notes(images: Sequence[Multiscale]) -> dict[str, Any]:

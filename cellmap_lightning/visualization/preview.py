@@ -15,7 +15,8 @@ from cellmap_lightning.batches.layout import BatchLayout
 from cellmap_lightning.crops.crop import Crop
 from cellmap_lightning.datasets.source import Draw, SampleSource
 from cellmap_lightning.errors import CellMapKeyError
-from cellmap_lightning.geometry.lattice import AXES, Box, FloatArray, to_vector
+from cellmap_lightning.geometry.lattice import AXES, Box, FloatArray, Vector, to_vector
+from cellmap_lightning.geometry.placement import Window
 from cellmap_lightning.geometry.sample_map import Warp
 from cellmap_lightning.loading.dataloader import CellMapDataLoader
 from cellmap_lightning.loading.samples import Samples
@@ -86,39 +87,52 @@ def show(
     target_name = _checked_name("target", target_name, layout.targets)
     assert input_name is not None
     positions = batch["idx"].tolist()
-    draws = list(draws)[: len(positions)]
-    if [draw.position for draw in draws] != positions:
-        draws = ()
     notes = [] if not target_name else _lattice_notes(layout, input_name, target_name)
+    kind = layout.targets[target_name].kind if target_name else None
     samples = []
-    for row, position in enumerate(positions):
+    for row, (position, draw) in enumerate(zip(positions, _draws_of(positions, draws), strict=True)):
         crop, place = source.locate(position)
         center = to_vector(crop.placement.center(place))
-        turn = crop.plane.turn(draws[row].turn) if draws else crop.plane.turn(None)
-        shape = crop.windows[input_name]
-        extent = shape.extent if turn is None else np.abs(turn) @ shape.extent
-        box = Box(to_vector(center - extent / 2), to_vector(center + extent / 2))
-        facts = [f"sample {draws[row].sample}"] if draws else []
-        facts += [crop.label, f"box {_box_text(box)} nm"]
-        facts += [describe_transforms(turn, layout, draws[row].warp)] if draws else []
+        window = crop.windows[input_name]
         raw = batch[input_name][row, 0]
-        has_target = target_name is not None and not notes
-        kind = layout.targets[target_name].kind if target_name else None
         displays: dict[str, Display] = {}
-        if target_name is not None and kind is not None and has_target:
+        if target_name is not None and kind is not None and not notes:
             displays["target"] = display(kind, batch[target_name][row])
         if predictions is not None:
             displays["prediction"] = display_prediction(kind, predictions[row], len(layout.classes))
-        scale = shape.scale.tolist()
-        if raw.ndim == 2:  # a dropped axis has no voxel size in the figure
-            scale = [s for s, n in zip(scale, shape.shape, strict=True) if n != 1] or scale
-        sample = sheet_sample(raw, displays, scale, "   ·   ".join(facts + notes))
+        header = "   ·   ".join(_facts(crop, window, center, layout, draw) + notes)
+        sample = sheet_sample(raw, displays, _drawn_scale(window, raw.ndim), header)
         labels = _label_paths(crop)
-        link = neuroglancer(crop.input_path, labels, center, min(shape.scale.tolist()), serve)
+        link = neuroglancer(crop.input_path, labels, center, min(window.scale.tolist()), serve)
         command = napari(crop.input_path, labels, center)
-        number = draws[row].sample if draws else None
+        number = None if draw is None else draw.sample
         samples.append(PreviewSample(sample, crop.label, center, link, command, number))
     return samples
+
+
+def _draws_of(positions: list[int], draws: Sequence[Draw]) -> Sequence[Draw | None]:
+    """Return the draw of each sample of a batch; None of each where the draws are not those of the batch."""
+    first = list(draws)[: len(positions)]
+    return first if [draw.position for draw in first] == positions else [None] * len(positions)
+
+
+def _facts(crop: Crop, window: Window, center: Vector, layout: BatchLayout, draw: Draw | None) -> list[str]:
+    """Return the parts of a sample's header: its number, crop, box in the volume and transforms."""
+    turn = crop.plane.turn(None if draw is None else draw.turn)
+    extent = window.extent if turn is None else np.abs(turn) @ window.extent
+    box = Box(to_vector(center - extent / 2), to_vector(center + extent / 2))
+    facts = [crop.label, f"box {_box_text(box)} nm"]
+    if draw is None:
+        return facts
+    return [f"sample {draw.sample}", *facts, describe_transforms(turn, layout, draw.warp)]
+
+
+def _drawn_scale(window: Window, axes: int) -> list[float]:
+    """Return the voxel size, nm, along the axes of a patch that are drawn."""
+    scale: list[float] = window.scale.tolist()
+    if axes == 2:  # a dropped axis has no voxel size in the figure
+        return [s for s, n in zip(scale, window.shape, strict=True) if n != 1] or scale
+    return scale
 
 
 def sheet_sample(

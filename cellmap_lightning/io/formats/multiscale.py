@@ -9,7 +9,7 @@ from cellmap_lightning.errors import MetadataError
 from cellmap_lightning.geometry.lattice import AXES, Vector, to_vector
 from cellmap_lightning.io.formats.registry import find_format, images_named
 from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatLevel, FormatVolume
-from cellmap_lightning.io.ngff import Level, Multiscale, Overrides
+from cellmap_lightning.io.ngff import Level, Multiscale, Note, Overrides
 from cellmap_lightning.io.ngff.axes import unit_nm
 from cellmap_lightning.io.ngff.notes import FOR_ENTRY, OF_PREDICT
 from cellmap_lightning.io.ngff.transformations import check_finest_first, implausible_setting, implausible_voxel_size
@@ -31,30 +31,18 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
         return None
     volume_format, place = found
     if place != path and isinstance(path, Path):
-        several = images_named(path.parent, [path.name])
-        if several:
-            raise MetadataError(
-                f"{path}: {path.parent} has {' and '.join(several[path.name])}, each of which may be meant; give the "
-                "path with its suffix, or move the others elsewhere"
-            )
+        _check_one_image(path)
     volume = volume_format.open(place)
     if overrides.multiscale is not None:
         raise MetadataError(
             f"{place}: multiscale={overrides.multiscale} is for groups of OME-NGFF images; leave it out"
         )
-    if volume.voxel_size_problem and overrides.voxel_size is None:
-        raise MetadataError(volume.voxel_size_problem)
-    if not volume.has_voxel_size and overrides.voxel_size is None:
-        raise MetadataError(f"{place}: {_missing_size(volume_format.name, volume)}{FOR_ENTRY}{OF_PREDICT}")
+    if overrides.voxel_size is None:
+        _check_voxel_size(place, volume_format.name, volume)
     factor = (unit_nm(overrides.unit) or 1.0) / volume.unit_nm if overrides.unit is not None else 1.0
     scales = [_scaled(level.voxel_size, factor) for level in volume.levels]
     translations = [_scaled(level.translation, factor) for level in volume.levels]
-    # A position that is set takes the place of one that is stored.
-    notes = [note for note in volume.notes if note.kind != "position" or overrides.translation is None]
-    if overrides.voxel_size is None:
-        notes += implausible_voxel_size(scales[0], _scaled((volume.unit_nm,) * 3, factor))
-    else:
-        notes += implausible_setting(overrides.voxel_size)
+    notes = _notes(volume, scales[0], _scaled((volume.unit_nm,) * 3, factor), overrides)
     if overrides.voxel_size is not None or overrides.translation is not None:
         scales, translations = overrides.place(scales, translations)
     check_finest_first(place, [level.name for level in volume.levels], scales)
@@ -62,7 +50,44 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
         Level(level.array.path, level.name, scale, translation, *_axes(place, level, overrides.axes), level.array)
         for level, scale, translation in zip(volume.levels, scales, translations, strict=True)
     )
-    return Multiscale(place, levels, volume.attributes, tuple(notes), overrides.level_translations == "stored")
+    return Multiscale(place, levels, volume.attributes, notes, overrides.level_translations == "stored")
+
+
+def _check_one_image(path: Path) -> None:
+    """Check that a path without its suffix names one image.
+
+    Raises:
+        MetadataError: it names several.
+    """
+    several = images_named(path.parent, [path.name])
+    if several:
+        raise MetadataError(
+            f"{path}: {path.parent} has {' and '.join(several[path.name])}, each of which may be meant; give the "
+            "path with its suffix, or move the others elsewhere"
+        )
+
+
+def _check_voxel_size(place: StorePath, name: str, volume: FormatVolume) -> None:
+    """Check that a volume of the format ``name`` stores a usable voxel size.
+
+    Raises:
+        MetadataError: it stores none, or a malformed one.
+    """
+    if volume.voxel_size_problem:
+        raise MetadataError(volume.voxel_size_problem)
+    if not volume.has_voxel_size:
+        raise MetadataError(f"{place}: {_missing_size(name, volume)}{FOR_ENTRY}{OF_PREDICT}")
+
+
+def _notes(volume: FormatVolume, scale: Vector, unit: Vector, overrides: Overrides) -> tuple[Note, ...]:
+    """Return the notes of a volume, and those about its voxel size ``scale`` in a unit of ``unit`` nm."""
+    # A position that is set takes the place of one that is stored.
+    notes = [note for note in volume.notes if note.kind != "position" or overrides.translation is None]
+    if overrides.voxel_size is None:
+        notes += implausible_voxel_size(scale, unit)
+    else:
+        notes += implausible_setting(overrides.voxel_size)
+    return tuple(notes)
 
 
 def _missing_size(name: str, volume: FormatVolume) -> str:
