@@ -160,7 +160,12 @@ def test_a_sample_is_right_or_setup_is_an_error(made):
     if outcome == "error":
         assert any(
             words in text
-            for words in ("chunks are named as", "complement_counts declare", "set unknown=255 or unknown=null")
+            for words in (
+                "chunks are named as",
+                "complement_counts declare",
+                "set unknown=255 or unknown=null",
+                "has no chunk, but s0 declares",
+            )
         ), text
         # No valid volume is refused: its own files, all there, and values that say what they are.
         assert not (same_names(made) and made["lost"] == 0 and made["kind"] != "ids with 255"), text

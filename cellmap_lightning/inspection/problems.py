@@ -72,6 +72,7 @@ KINDS = {
     "position": "TIFF files with a stored position, which is not applied",
     "unit": "images without a unit of length",
     "scale": "implausible voxel sizes",
+    "order": "voxel sizes or positions that are set, perhaps in the order x, y, z",
     "offset": "positions in attributes that are not read, so that the array begins at 0",
     "levels": "pyramids whose levels are not placed by their metadata",
     "boxes": "pyramids whose levels cover different boxes",

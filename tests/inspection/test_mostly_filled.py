@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cellmap_lightning.inspection import report
 from cellmap_lightning.inspection.report import inspect
 from tests.foreign import SEMANTIC, annotated, cube, ramp, write_image
 
@@ -36,8 +37,9 @@ def test_less_is_not_reported(tmp_path, share):
     assert reported(tmp_path, mito=filled(share), er=cube()) == []
 
 
-def test_alone_with_an_encoding_or_wholly_filled(tmp_path):
+def test_alone_with_an_encoding_or_wholly_filled(tmp_path, monkeypatch):
     assert reported(tmp_path / "alone", mito=filled(0.95)) == []
     assert reported(tmp_path / "encoded", mito=filled(0.95), er=cube(), of_mito=annotated(SEMANTIC)) == []
     assert reported(tmp_path / "filled", mito=filled(1), er=cube()) == []  # another problem
+    monkeypatch.setattr(report, "COUNTED_AT_ONCE", 0)
     assert reported(tmp_path / "shallow", deep=False, mito=filled(0.95), er=cube()) == []

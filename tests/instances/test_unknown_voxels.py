@@ -215,6 +215,6 @@ def test_the_picture_has_no_object_at_unknown_voxels(tmp_path):
     image = read_multiscale(tmp_path / "t.zarr" / "mito")
     _, ids = _section(
         open_source(str(tmp_path / "crop1"), "mito"), ChunkReader(image.finest, "mito"), 0, None,
-        read_encoding(image, image.finest),
+        read_encoding(image, image.finest), (15, 15, 15),
     )  # fmt: skip
     assert ((ids > 0) == (mask[15] == 1)).all()
