@@ -51,5 +51,5 @@ def test_a_folder_above_the_image(volume, below):
 @pytest.mark.parametrize("classes", [["mito"], ["mito", "er"], ["er"]])
 def test_a_target_without_its_classes(volume, classes):
     crop = f"{volume.path}/recon-1/labels/groundtruth/crop1"
-    with pytest.raises(CellMapError, match=rf"name the classes in a bracket, as in .*crop1/\[{','.join(classes)}\]"):
+    with pytest.raises(CellMapError, match=rf'is a folder of classes .*; write ".*crop1/\[{",".join(classes)}\]"'):
         CellMapDataset(volume.raw_path, crop, classes, INPUTS, TARGETS)
