@@ -76,7 +76,8 @@ def write_label(path, scale, origin, shape, voxels, unknown=0, levels=2):
     array = {"cellmap": {"annotation": {"annotation_type": kind, "complement_counts": counts}}}
     group = {"cellmap": {"annotation": {"annotation_type": kind}}}
     write_image(path, scale, origin, shape, levels=levels, array=array, group=group)
-    write_voxels(Path(path) / "s0", voxels, unknown)
+    for level in range(levels):
+        write_voxels(Path(path) / f"s{level}", voxels >> 3 * level, unknown >> 3 * level)
 
 
 def write_challenge(root, crops, share=0.4):

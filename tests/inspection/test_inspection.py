@@ -32,7 +32,7 @@ from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.splits.manifests import GROUNDTRUTH, RAW
 from tests.commands.test_cli import run_forked
 from tests.conftest import CLASSES, INPUTS, TARGETS
-from tests.geometries import write_challenge, write_image, write_label, write_voxels
+from tests.geometries import write_challenge, write_image, write_label
 
 MANIFEST = Path(__file__).parents[3] / "shared" / "data" / "challenge" / "train_crop_manifest.csv"
 
@@ -124,8 +124,6 @@ def crops_with_problems(tmp_path):
         )
         write_label(base / GROUNDTRUTH / name / "er", scale, origin, shape, size // 8 * (name == "crop1"))
         write_label(base / GROUNDTRUTH / name / "ld", scale, origin, shape, 0)
-        write_voxels(base / GROUNDTRUTH / name / "mito" / "s1", size // 32)
-        write_voxels(base / GROUNDTRUTH / name / "er" / "s1", size // 64 * (name == "crop1"))
         entries.append(("train", CropRecord(name, str(raw), f"{base / GROUNDTRUTH / name}/[mito,er,ld]")))
     return str(raw), entries, base
 
