@@ -33,4 +33,4 @@ def test_the_title_has_the_place_of_an_annotated_slice(tmp_path, monkeypatch, z,
     scores = evaluate(tmp_path / "p.zarr", tmp_path / "crop1", ["mito"], unknown=255)
     draw_worst(scores, tmp_path / "p.zarr", tmp_path / "crop1", tmp_path / "w.png", unknown=255)
     title = drawn[0].axes[0].get_title()
-    assert f"slice {z}, z = {origin + 50 * z:,} nm" in title
+    assert f"slice z={z} at {origin + 50 * z:,} nm" in title
