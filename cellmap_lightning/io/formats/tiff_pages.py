@@ -59,14 +59,14 @@ class TiffPages:
     Attributes:
         tiff: the file, of tifffile.
         levels: its resolutions, of tifffile.
-        pages: the pages of each; None for planes that are not stored.
+        pages: the pages of each.
         orientation: the tag Orientation; 1 if the first row is the upper one and the first column the left one.
         thumbnail: the tags of a smaller last page that is no plane of the volume, or None.
 
     Raises:
         MissingExtraError: tifffile is not installed.
-        MetadataError: it is not a TIFF file, is cut off, is one of several files of a volume, holds several images, or
-            its pages are not stored alike.
+        MetadataError: it is not a TIFF file, is cut off, is one of several files of a volume, lacks planes that its
+            metadata declare, holds several images, or its pages are not stored alike.
     """
 
     def __init__(self, path: str) -> None:
@@ -82,7 +82,7 @@ class TiffPages:
             series = self.tiff.series
             _check_interpretation(path, series[0].keyframe)
             self.levels = series[0].levels
-            self.pages = [[self._page(path, page) for page in level.pages] for level in self.levels]
+            self.pages = [_stored(path, [self._page(path, page) for page in level.pages]) for level in self.levels]
             if errors.texts:
                 raise ValueError(errors.texts[0])
             chain = read_chain(self.tiff)
@@ -123,8 +123,6 @@ class TiffPages:
             out: ``[y, x]``.
         """
         page, keyframe = self.pages[level][number], self.levels[level].keyframe
-        if page is None:
-            return
         chunk, columns = keyframe.chunks[:2], keyframe.chunked[1]
         descriptor = self.tiff.filehandle.fileno()
         for place in itertools.product(*touched_cells(start, out.shape, chunk)):
@@ -234,3 +232,19 @@ class TiffArray(FormatArray):
             for number, plane in zip(numbers.ravel().tolist(), out.reshape(-1, *out.shape[-2:]), strict=True):
                 tiff.read_into(self.number, number, start[-2:], plane)
         return out
+
+
+def _stored(path: str, pages: Sequence[Page | None]) -> list[Page]:
+    """Return the pages of a level after a check that all planes that the metadata declare are stored.
+
+    Raises:
+        MetadataError: some are not, as in one file of a set of OME-TIFF files.
+    """
+    absent = [number for number, page in enumerate(pages) if page is None]
+    if absent:
+        raise MetadataError(
+            f"{path}: {len(absent)} of the {len(pages)} planes that its metadata declare are not stored in it, the "
+            f"first is plane {absent[0]}, counted from 0; was it cut, or is it one of several files? Write the whole "
+            "volume as one file"
+        )
+    return [page for page in pages if page is not None]

@@ -167,3 +167,42 @@ def test_a_page_of_another_type_in_a_pyramid(tmp_path, number, name, value, text
     content[place] = value
     (tmp_path / "v.ome.tif").write_bytes(content)
     assert f"page {number} has {text}" in refusal(tmp_path / "v.ome.tif")
+
+
+def ome_with(path, data, stored, declared=16):
+    """Write an OME-TIFF of so many stored pages whose XML declares more, with these elements TiffData."""
+    xml = (
+        '<?xml version="1.0" encoding="UTF-8"?>'
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+        'UUID="urn:uuid:11111111-1111-1111-1111-111111111111"><Image ID="Image:0"><Pixels ID="Pixels:0" '
+        f'DimensionOrder="XYZCT" Type="uint8" SizeX="48" SizeY="32" SizeZ="{declared}" SizeC="1" SizeT="1">'
+        f'<Channel ID="Channel:0:0" SamplesPerPixel="1"/>{data}</Pixels></Image></OME>'
+    )
+    return pages(path, VOXELS[:stored], {0: {"description": xml}})
+
+
+ONE = '<TiffData IFD="0" PlaneCount="{}"/>'
+EACH = "".join(f'<TiffData IFD="{z}" FirstZ="{z}" PlaneCount="1"/>' for z in range(16))
+ELSEWHERE = "".join(
+    f'<TiffData IFD="{z % 8}" FirstZ="{z}" PlaneCount="1"><UUID FileName="{name}">urn:uuid:{digit * 8}-1111-1111-1111-'
+    f"{digit * 12}</UUID></TiffData>"
+    for z in range(16)
+    for name, digit in [("volume.ome.tif", "1") if z < 8 else ("other.ome.tif", "2")]
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("data", "stored", "first"),
+    [(ONE.format(16), 12, 12), (ONE.format(10), 10, 10), (EACH, 12, 12), (ELSEWHERE, 8, 8)],
+    ids=["one element", "one element of fewer", "one for each", "a file that is gone"],
+)
+def test_planes_that_are_declared_and_not_stored(tmp_path, data, stored, first):
+    text = refusal(ome_with(tmp_path / "volume.ome.tif", data, stored))
+    assert f"{16 - stored} of the 16 planes that its metadata declare are not stored in it" in text
+    assert f"the first is plane {first}, counted from 0" in text
+
+
+def test_planes_that_are_all_stored(tmp_path):
+    voxels, _ = read(ome_with(tmp_path / "volume.ome.tif", ONE.format(12), 12, declared=12))
+    np.testing.assert_array_equal(voxels, VOXELS)
