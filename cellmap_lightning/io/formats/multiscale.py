@@ -11,9 +11,13 @@ from cellmap_lightning.io.formats.registry import find_format, images_named
 from cellmap_lightning.io.formats.volume import AXIS_NAMES, FormatLevel, FormatVolume
 from cellmap_lightning.io.ngff import Level, Multiscale, Note, Overrides
 from cellmap_lightning.io.ngff.axes import unit_nm
+from cellmap_lightning.io.ngff.near_axes import check_axes
 from cellmap_lightning.io.ngff.notes import FOR_ENTRY, OF_PREDICT
 from cellmap_lightning.io.ngff.transformations import check_finest_first, implausible_setting, implausible_voxel_size
 from cellmap_lightning.io.store import StorePath
+
+#: Where the order of the axes of HDF5 datasets is read from.
+_HDF5_AXES = "the order of HDF5 is that of its dimension labels, or of axistags"
 
 
 def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
@@ -50,6 +54,9 @@ def read_foreign(path: StorePath, overrides: Overrides) -> Multiscale | None:
         Level(level.array.path, level.name, scale, translation, *_axes(place, level, overrides.axes), level.array)
         for level, scale, translation in zip(volume.levels, scales, translations, strict=True)
     )
+    if volume_format.name == "HDF5" and overrides.axes is None:
+        finest = levels[0]
+        check_axes(finest.path, volume.attributes, finest.axes, finest.ndim, _HDF5_AXES)
     return Multiscale(place, levels, volume.attributes, notes, overrides.level_translations == "stored")
 
 

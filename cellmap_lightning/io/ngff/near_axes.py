@@ -28,7 +28,13 @@ _OTHERS = {"c", "t", "ch", "channel", "channels", "time"}
 _OME_ORDER = re.compile("XY(ZCT|ZTC|CTZ|TCZ|CZT|TZC)")
 
 
-def check_axes(path: StorePath, attributes: Mapping[str, Any], axes: tuple[int, int, int], ndim: int) -> None:
+def check_axes(
+    path: StorePath,
+    attributes: Mapping[str, Any],
+    axes: tuple[int, int, int],
+    ndim: int,
+    right: str = "the right key is axes, with a letter for each of the {ndim} stored axes",
+) -> None:
     """Check that no attribute with nearly the name of the names of axes has another order than the one that is read.
 
     Args:
@@ -36,6 +42,7 @@ def check_axes(path: StorePath, attributes: Mapping[str, Any], axes: tuple[int, 
         attributes: its attributes.
         axes: the stored axes that are read as z, y, x.
         ndim: number of stored axes.
+        right: where the order is read from, for messages.
 
     Raises:
         MetadataError: one has another order.
@@ -53,8 +60,8 @@ def check_axes(path: StorePath, attributes: Mapping[str, Any], axes: tuple[int, 
             letters = "".join(n[:1] for n in names) if len(names) == ndim else "..."
             raise MetadataError(
                 f"{path}: the attribute {name}={value!r} is not read, and contradicts the order that is, "
-                f"{', '.join(order)}; the right key is axes, with a letter for each of the {ndim} stored axes: rename "
-                f"or remove {name}, or set axes={letters}{FOR_ENTRY}"
+                f"{', '.join(order)}; {right.format(ndim=ndim)}: rename or remove {name}, or set "
+                f"axes={letters}{FOR_ENTRY}"
             )
 
 
