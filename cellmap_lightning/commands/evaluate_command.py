@@ -8,11 +8,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from cellmap_lightning.commands.program import run_command
 from cellmap_lightning.errors import (
-    CellMapError,
     CellMapFileExistsError,
     CellMapKeyError,
     CellMapValueError,
-    MissingExtraError,
     missing_extra,
 )
 from cellmap_lightning.io.files import make_folder
@@ -134,7 +132,7 @@ def _evaluate_crops(
     metrics: tuple[str, ...],
     files: list[Path],
 ) -> None:
-    from cellmap_lightning.commands.segment import recorded_raw
+    from cellmap_lightning.commands.recorded_raw import draw_over_raw
     from cellmap_lightning.crops.crop_box import CropBox
     from cellmap_lightning.evaluation import evaluate, score_files
     from cellmap_lightning.evaluation.crop_parts import matching_notes, trained_crops
@@ -160,19 +158,12 @@ def _evaluate_crops(
     score_files.write_csv(scores, files[0])
     score_files.write_json(scores, files[1])
     score_files.draw(scores, files[2])
-    raw = settings["raw"] or recorded_raw(str(prediction))
 
     def draw(raw: str | None) -> None:
         draw_worst(scores, prediction, truth, files[3], settings["threshold"], settings["unknown"], settings["values"],
                    raw)  # fmt: skip
 
-    try:
-        draw(raw)
-    except CellMapError as error:
-        if settings["raw"] is not None or raw is None or isinstance(error, MissingExtraError):
-            raise
-        print(f"{files[3]} has no raw: it cannot be read ({error}); set raw=... to show it")
-        draw(None)
+    draw_over_raw(draw, settings["raw"], str(prediction), files[3])
     notes = matching_notes(trained, _folders(scores))
     print("\n".join(["", score_files.table(scores), *notes, ""]))
     print("\n".join(str(file) for file in files))

@@ -6,17 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cellmap_lightning.commands.recorded_raw import draw_over_raw
 from cellmap_lightning.commands.signals import ExitOnSignal
 from cellmap_lightning.crops.section_gaps import fits_memory, gaps_text, section_facts, unknown_setting
-from cellmap_lightning.errors import CellMapError, CellMapValueError, MissingExtraError
+from cellmap_lightning.errors import CellMapValueError, MissingExtraError
 from cellmap_lightning.instances.options import SegmentationOptions, SourceOptions, StorageOptions
 from cellmap_lightning.instances.picture import draw_objects
 from cellmap_lightning.instances.source import SegmentationSource, open_source
 from cellmap_lightning.instances.tuned import SOURCE_KEYS, parameters_of, read_tuned, with_explicit
 from cellmap_lightning.instances.volume import SegmentationSummary, VolumeSegmentation
 from cellmap_lightning.io.images import read_image
-from cellmap_lightning.io.ngff import read_attributes
-from cellmap_lightning.io.store import local_path, parse_location
+from cellmap_lightning.io.store import local_path
 from cellmap_lightning.runtime.scheduling import SchedulerOptions, open_scheduler
 
 log = logging.getLogger(__name__)
@@ -107,32 +107,17 @@ def _draw(source: SegmentationSource, summary: SegmentationSummary, raw: str | N
     Returns:
         The file; None without matplotlib, which is logged.
     """
-    path, shown = summary.output.with_suffix(".png"), raw or recorded_raw(prediction)
+    path = summary.output.with_suffix(".png")
+
+    def draw(shown: str | None) -> None:
+        draw_objects(source, summary.labels, path, summary.objects, shown, summary.table)
+
     try:
-        try:
-            draw_objects(source, summary.labels, path, summary.objects, shown, summary.table)
-        except CellMapError as e:
-            if raw is not None or shown is None or isinstance(e, MissingExtraError):
-                raise
-            log.info("%s shows the prediction: raw cannot be read (%s); set raw=... to show it", path, e)
-            draw_objects(source, summary.labels, path, summary.objects, table=summary.table)
+        draw_over_raw(draw, raw, prediction, path)
     except MissingExtraError as e:
         log.warning("%s: no picture is drawn: %s", path, e)
         return None
     return path
-
-
-def recorded_raw(prediction: str) -> str | None:
-    """Return the raw volume of a prediction of this package; None if it is not recorded."""
-    root = parse_location(prediction)
-    for group in (root, root.parent):
-        attributes = read_attributes(group)
-        part: Any = attributes[0] if attributes is not None else {}
-        for key in ("cellmap", "prediction", "settings", "raw"):
-            part = part.get(key) if isinstance(part, Mapping) else None
-        if isinstance(part, str):
-            return part
-    return None
 
 
 def _tuned(path: str | Path, name: str | None, explicit: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -280,7 +280,7 @@ def _holding(low: float, high: float, ties: _Ties) -> _Centers:
 
 
 def _covering(low: float, high: float, ties: _Ties, voxels: Sequence[float], smallest: float) -> _Centers:
-    """Return centres of which the first is at most ``low`` and the last at least ``high``, nm.
+    """Return centres that cover a range: the first is at most ``low``, the last at least ``high``, nm.
 
     Args:
         low: centre of a patch at the lower edge of the box.

@@ -226,7 +226,7 @@ def _usages(
 
 
 def _are_few(crops: Sequence[CropFacts]) -> bool:
-    """Return True for labels of at most `COUNTED_AT_ONCE` voxels, all of which are stored on this machine."""
+    """Return True for labels of at most `COUNTED_AT_ONCE` voxels that are all stored on this machine."""
     local = all(not isinstance(parse_location(crop.target), Remote) for crop in crops)
     sizes = (facts.size or 0 for crop in crops for facts in crop.classes.values())
     return local and sum(sizes) <= COUNTED_AT_ONCE

@@ -172,7 +172,7 @@ def open_source(
     number = code if isinstance(code, int) else None
     kind = kind or _kind(notes, images[0], len(levels), values, number)
     where = f"input={location}, class={name}"
-    directions = _directions(where, kind, offsets or notes.get("offsets"), len(levels))
+    directions = _directions(where, kind, offsets if offsets is not None else notes.get("offsets"), len(levels))
     readers = _readers(where, levels, name)
     meaning = None if kind == "distance" else _meaning(images[0], name, values, kind, readers[0].dtype, number)
     meaning = _with_unknown(where, meaning, images[0], code)
@@ -350,7 +350,7 @@ def _with_unknown(where: str, meaning: Meaning | None, image: Multiscale, code: 
     """Return a meaning with the code of unannotated voxels, where the metadata leave it open.
 
     Raises:
-        CellMapValueError: the values are no labels, of which some voxels could be unannotated.
+        CellMapValueError: the values are no labels, so that no code means unannotated.
     """
     if code == "metadata" or (code is None and (meaning is None or not meaning.is_labels)):
         return meaning

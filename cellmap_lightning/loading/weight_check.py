@@ -43,7 +43,7 @@ class WeightCheck:
         self._epoch, self._warned = None, False
 
     def _check(self, trainer: Any) -> None:
-        if self._warned or any(type(callback).__name__ == "LossMonitor" for callback in trainer.callbacks):
+        if self._warned or any(map(_is_loss_monitor, trainer.callbacks)):
             return
         module = trainer.lightning_module
         wrong = [name for name, weight in module.named_parameters() if not _is_finite(weight)]
@@ -54,6 +54,11 @@ class WeightCheck:
                 "epoch %d, optimizer step %d: the weights of %s are NaN or infinite (%s%s); %s",
                 trainer.current_epoch, trainer.global_step, type(module).__name__, wrong[0], more, _ADVICE,
             )  # fmt: skip
+
+
+def _is_loss_monitor(callback: Any) -> bool:
+    """Return True for `LossMonitor` and classes derived from it; callbacks are above this package, so by name."""
+    return any(cls.__name__ == "LossMonitor" for cls in type(callback).__mro__)
 
 
 def _is_finite(weight: torch.nn.Parameter) -> bool:

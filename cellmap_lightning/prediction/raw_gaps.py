@@ -17,7 +17,7 @@ from cellmap_lightning.geometry.lattice import SCALE_TOLERANCE, Box, FloatArray,
 from cellmap_lightning.geometry.placement import Placement, Window
 from cellmap_lightning.prediction.blending import Tiling
 from cellmap_lightning.prediction.blocks import BlockGrid
-from cellmap_lightning.wording import plural
+from cellmap_lightning.wording import part_of
 
 log = logging.getLogger(__name__)
 
@@ -244,29 +244,34 @@ class RawGaps:
     def _refusal(self, found: _Reached, missing: set[Index], inside: bool, policy: MissingRaw) -> str:
         level, of = found.image.level, found.inside if inside else found.chunks
         place = f"inside the {self._what}" if inside else f"around the {self._what}, as context,"
-        setting = "" if policy == "auto" else f" (data.missing_raw={policy})"
+        setting = "" if policy == "auto" else f" (missing_raw={policy})"
         return (
-            f"{self._where}: {len(missing)} of the {plural(len(of), 'chunk')} of raw that its patches reach {place} "
-            f"are not stored{setting}: level {level.name} ({level.path}), as "
+            f"{self._where}: {part_of(len(missing), len(of), 'chunk')} of raw that its patches reach {place} "
+            f"{_is(len(missing))} not stored{setting}: level {level.name} ({level.path}), as "
             f"{found.nearest(missing, self._middle(found.image))}; fetch them, for data of the challenge with "
-            f"{self._command(found)}, or set data.missing_raw=warn to predict from the fill value there"
+            f"{self._command(found)}, or set missing_raw=warn to predict from the fill value there"
         )
 
     def _report(self, found: _Reached, missing: set[Index], policy: MissingRaw) -> str:
         level, count = found.image.level, len(found.chunks)
         around = not missing & found.inside
         nearest = found.nearest(missing, self._middle(found.image))
+        place = f", all around the {self._what}" if around else ""
         text = (
-            f"{self._where}: {len(missing)} of the {plural(count, 'chunk')} ({100 * len(missing) / count:.0f} %) of "
-            f"raw that its patches reach are not stored{f', all around the {self._what}' if around else ''}: level "
+            f"{self._where}: {part_of(len(missing), count, 'chunk')} ({100 * len(missing) / count:.0f} %) of raw that "
+            f"its patches reach {_is(len(missing))} not stored{place}: level "
             f"{level.name} ({level.path}), nearest to the middle of the {self._what} {nearest}; they show the fill "
             f"value"
         )
         if around:
             return f"{text} as context; {self._command(found)} fetches them"
         if self._box is None and policy == "auto":
-            return f"{text}, which is right where empty chunks are left out; data.missing_raw=error refuses them"
-        return f"{text} (data.missing_raw={policy})"
+            return f"{text}, which is right where empty chunks are left out; missing_raw=error refuses them"
+        return f"{text} (missing_raw={policy})"
+
+
+def _is(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _is_aligned(window: Window, image: StoredImage) -> bool:

@@ -172,7 +172,7 @@ def test_the_picture_shows_the_raw_volume_that_the_prediction_records(folder, re
         (folder / "pred.zarr" / ".zgroup").write_text('{"zarr_format": 2}')
     code, text = evaluate(folder, "prediction=pred.zarr", "out=scores")
     assert code == 0, text
-    assert ("scores-worst.png has no raw: it cannot be read" in text) == (recorded == "missing")
+    assert ("scores-worst.png is drawn without raw, which cannot be read (" in text) == (recorded == "missing")
     code, text = evaluate(folder, "prediction=pred.zarr", "out=shown", "raw=raw.zarr/em")
     assert code == 0, text
     same = (folder / "scores-worst.png").read_bytes() == (folder / "shown-worst.png").read_bytes()

@@ -164,7 +164,7 @@ def test_recorded_raw_that_cannot_be_read_is_no_error(prediction, raw, tmp_path,
     with caplog.at_level("INFO"):
         segment(str(prediction), tmp_path / "s.zarr", "mito", storage={"chunks": (16, 16, 16)})
     assert (tmp_path / "s.png").stat().st_size > 5000
-    assert "shows the prediction: raw cannot be read" in caplog.text
+    assert "s.png is drawn without raw, which cannot be read (" in caplog.text
 
 
 def test_given_raw_that_does_not_exist_is_an_error_before_the_segmentation(prediction, tmp_path):

@@ -39,6 +39,10 @@ def without(folder, gone):
     return path, values
 
 
+def is_(count):
+    return "is" if count == 1 else "are"
+
+
 def warnings_of(caplog):
     lines = [r for r in caplog.records if r.name.startswith("cellmap_lightning")]
     return [r.getMessage() for r in lines if r.levelno >= logging.WARNING]
@@ -60,10 +64,10 @@ def test_a_gap_inside_the_region_is_an_error(tmp_path, gone, count, example, ble
     with pytest.raises(ChunkError) as caught:
         predict(path, PATCH, tmp_path / "out.zarr", region=INNER, **given)
     text = str(caught.value)
-    assert f"{count} of the 8 chunks of raw that its patches reach inside the region are not stored" in text
+    assert f"{count} of the 8 chunks of raw that its patches reach inside the region {is_(count)} not stored" in text
     assert re.search(rf"level s0 \({re.escape(str(path))}/s0\), as chunk {re.escape(str(path))}/{example};", text)
     assert "csc fetch-data --raw-padding " in text
-    assert text.endswith("set data.missing_raw=warn to predict from the fill value there")
+    assert text.endswith("set missing_raw=warn to predict from the fill value there")
     assert not (tmp_path / "out.zarr").exists(), "nothing was predicted"
 
 
@@ -73,7 +77,7 @@ def test_the_override_predicts_from_the_fill_value(tmp_path, caplog, policy):
     predict(path, PATCH, tmp_path / "out.zarr", region=INNER, data={"missing_raw": policy}, **CONTEXT)
     (first,) = warnings_of(caplog)
     assert "1 of the " in first
-    assert f"s0/2/1/1; they show the fill value (data.missing_raw={policy})" in first
+    assert f"s0/2/1/1; they show the fill value (missing_raw={policy})" in first
     values = values.copy()
     values[32:48, 16:32, 16:32] = 0
     expected = values[16:48, 16:48, 16:48].astype(np.float32) * np.float32(1 / 255)
@@ -88,9 +92,8 @@ def test_a_gap_of_the_context_is_one_warning(tmp_path, caplog, gone, count):
     path, _ = without(tmp_path, gone)
     predict(path, PATCH, tmp_path / "out.zarr", region=INNER, **CONTEXT)
     (line,) = warnings_of(caplog)
-    assert (
-        f"{count} of the 64 chunks ({100 * count / 64:.0f} %) of raw that its patches reach are not stored, all" in line
-    )
+    share = f"{count} of the 64 chunks ({100 * count / 64:.0f} %)"
+    assert f"{share} of raw that its patches reach {is_(count)} not stored, all" in line
     padding = int(re.search(r"csc fetch-data --raw-padding (\d+) fetches them", line).group(1))
     assert 4 <= padding <= PATCH[0]
 
@@ -127,7 +130,7 @@ def test_chunks_that_no_patch_reaches_are_not_mentioned(tmp_path, caplog, policy
 )
 def test_an_explicit_error_is_obeyed(tmp_path, gone, place):
     path, _ = without(tmp_path, gone)
-    with pytest.raises(ChunkError, match=rf"{place} are not stored \(data.missing_raw=error\)"):
+    with pytest.raises(ChunkError, match=rf"{place} (is|are) not stored \(missing_raw=error\)"):
         predict(path, PATCH, tmp_path / "out.zarr", data={"missing_raw": "error"})
 
 

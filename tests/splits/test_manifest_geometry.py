@@ -45,6 +45,18 @@ def check(data, *row):
     check_geometry(crop, str(data / "data" / "jrc_a" / "jrc_a.zarr" / RAW), STEP)
 
 
+def warnings_of_training(data, caplog, manifest, scale):
+    """The warnings about the geometry when the crops of a manifest are opened at a voxel size."""
+    arrays = {"shape": [2, 2, 2], "scale": list(scale)}
+    split = CellMapDataSplit(
+        classes=["mito"], input_arrays={"raw": arrays}, target_arrays={"labels": arrays},
+        search_path=str(data / "data"), options=SplitOptions(manifest=str(manifest), split="random", leakage="warn"),
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        _ = split["train"], split["val"]
+    return [r.getMessage() for r in caplog.records if r.name.endswith("manifest_geometry")]
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -91,14 +103,7 @@ def test_other_voxels_are_refused_before_a_prediction(data, row, words):
 )
 def test_a_training_warns_of_other_voxels(data, caplog, lists, words):
     path = listed(data, (7, "mito", *lists), (8, "mito", STEP, (200, *ORIGIN[1:]), SHAPE))
-    arrays = {"shape": [4, 4, 4], "scale": list(STEP)}
-    split = CellMapDataSplit(
-        classes=["mito"], input_arrays={"raw": arrays}, target_arrays={"labels": arrays},
-        search_path=str(data / "data"), options=SplitOptions(manifest=str(path), split="random", leakage="warn"),
-    )  # fmt: skip
-    with caplog.at_level(logging.WARNING):
-        _ = split["train"], split["val"]
-    lines = [r.getMessage() for r in caplog.records if r.name.endswith("manifest_geometry")]
+    lines = warnings_of_training(data, caplog, path, STEP)
     assert len(lines) == bool(words)
     for word in words:
         assert word in lines[0]
@@ -116,12 +121,5 @@ def test_levels_that_are_not_on_disk_are_not_compared(data, caplog, absent, warn
     if absent == "s1" and not warned:
         lists = (STEP, ORIGIN, SHAPE)
     path = listed(data, (7, "mito", *lists), (8, "mito", STEP, (200, *ORIGIN[1:]), SHAPE))
-    arrays = {"shape": [2, 2, 2], "scale": [n * 2 for n in STEP]}
-    split = CellMapDataSplit(
-        classes=["mito"], input_arrays={"raw": arrays}, target_arrays={"labels": arrays},
-        search_path=str(data / "data"), options=SplitOptions(manifest=str(path), split="random", leakage="warn"),
-    )  # fmt: skip
-    with caplog.at_level(logging.WARNING):
-        _ = split["train"], split["val"]
-    lines = [r.getMessage() for r in caplog.records if r.name.endswith("manifest_geometry")]
+    lines = warnings_of_training(data, caplog, path, [n * 2 for n in STEP])
     assert len(lines) == warned

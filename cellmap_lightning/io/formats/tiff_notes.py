@@ -90,7 +90,7 @@ def _ome_position(text: str) -> list[tuple[float, str]]:
 
 
 def _imagej_position(metadata: Any, voxel_size: Vector | None) -> list[tuple[float, str]]:
-    """Return the position of voxel 0, z, y, x, of which ImageJ stores the pixel that lies at 0."""
+    """Return the position of voxel 0 (z, y, x); ImageJ stores the pixel that lies at 0."""
     origins = [_number(metadata.get(f"{axis}origin")) for axis in AXES]
     if voxel_size is None:
         return [(0.0 - origin, "pixels") for origin in origins]
