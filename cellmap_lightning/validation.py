@@ -3,6 +3,7 @@
 import difflib
 import math
 import operator
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -95,8 +96,38 @@ def positive_number(name: str, value: Any, error: type[CellMapError] = CellMapVa
 
 def did_you_mean(value: Any, options: Iterable[str], otherwise: str = "") -> str:
     """Return the end of a message with the option closest to a value, or ``otherwise`` where none is close."""
-    close = difflib.get_close_matches(str(value), list(options), 1)
+    options = list(options)
+    same = other_form(str(value), options)
+    if same:
+        return f"; {same}"
+    close = difflib.get_close_matches(str(value), options, 1)
     return f"; did you mean {close[0]!r}?" if close else otherwise
+
+
+def other_form(name: str, names: Iterable[str]) -> str:
+    """Return a sentence on the same name in another Unicode form, which looks alike; empty without one."""
+    form = next(filter(None, (_form(other, name) for other in names)), "")
+    return f"the name there differs in its Unicode form ({form}): rename it, or copy the name from the folder" * bool(
+        form
+    )
+
+
+def with_form(name: str, other: str) -> str:
+    """Return a name in quotes, with its Unicode form if it differs from another name in that alone.
+
+    Example:
+        >>> with_form("mito", "Mito")
+        "'mito'"
+    """
+    form = _form(name, other)
+    return f"{name!r} (in the Unicode form {form}, which looks alike)" if form else repr(name)
+
+
+def _form(name: str, other: str) -> str:
+    """Return the Unicode form of a name; empty unless it differs from another name in the form alone."""
+    if name == other or unicodedata.normalize("NFC", name) != unicodedata.normalize("NFC", other):
+        return ""
+    return next((form for form in ("NFC", "NFD") if unicodedata.is_normalized(form, name)), "neither NFC nor NFD")
 
 
 def first_few(items: Sequence[Any], count: int = 3) -> str:

@@ -2,7 +2,10 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Sequence
+
+from cellmap_lightning.validation import other_form
 
 #: Similarity of names from which one is a typing error of the other.
 _VERY_SIMILAR = 0.75
@@ -17,7 +20,7 @@ def other_spellings(classes: Iterable[str], stored: Iterable[str], known: Collec
         stored: the names that the crop annotates.
         known: names that are classes of their own, besides ``classes``.
 
-    Spellings differ by case, and by blanks, underscores and hyphens.
+    Spellings differ by case, by blanks, underscores and hyphens, and by the form of Unicode.
 
     Example:
         >>> other_spellings(["mito", "er"], ["Mito", "er"])
@@ -63,10 +66,13 @@ def meant(names: Iterable[str], stored: Sequence[str]) -> str:
     found = [(name, other) for name, other in pairs if other is not None]
     if not found:
         return ""
+    same = next(filter(None, (other_form(name, stored) for name, _ in found)), "")
+    if same:
+        return f"; {same}"
     if len(pairs) == 1:
         return f"; did you mean {found[0][1]!r}?"
     return "; did you mean " + ", ".join(f"{other!r} for {name!r}" for name, other in found) + "?"
 
 
 def _plain(name: str) -> str:
-    return _SEPARATORS.sub("", name).casefold()
+    return unicodedata.normalize("NFC", _SEPARATORS.sub("", name)).casefold()

@@ -17,6 +17,7 @@ from cellmap_lightning.io.local_paths import dead_link
 from cellmap_lightning.io.missing_paths import missing
 from cellmap_lightning.io.ngff import NO_OVERRIDES, Multiscale, NoImageError, Overrides
 from cellmap_lightning.io.store import Remote, StorePath, parse_location, parts_of
+from cellmap_lightning.validation import other_form, with_form
 
 #: Classes that a suggested bracket has at most.
 _LISTED = 12
@@ -180,15 +181,16 @@ class TargetPath:
             CellMapValueError: it does.
         """
         for name, stored in other_spellings(classes, self.names, known).items():
+            shown = with_form(stored, name)
             if self.label_map:
                 listed = ", ".join(f"{number}: {of_map}" for number, of_map in self.label_map)
                 raise CellMapValueError(
-                    f"{self.label}: the label map {{{listed}}} names {stored!r}, and classes has {name!r}, which would "
+                    f"{self.label}: the label map {{{listed}}} names {shown}, and classes has {name!r}, which would "
                     f"be unannotated here; write {name!r} in the label map, or list {stored!r} in classes too if it is "
                     "another class"
                 )
             raise CellMapValueError(
-                f"{self.label}: the bracket [{','.join(self.names)}] names {stored!r}, and classes has {name!r}, which "
+                f"{self.label}: the bracket [{','.join(self.names)}] names {shown}, and classes has {name!r}, which "
                 f"would be unannotated here; rename the folder {self.crop}/{stored} and the name in the bracket, or "
                 f"list {stored!r} in classes too if it is another class"
             )
@@ -227,9 +229,11 @@ class TargetPath:
         link = dead_link(path) if isinstance(path, Path) else ""
         if link:
             raise CellMapFileNotFoundError(f"{self.label}: class {name!r} cannot be read: {link}")
+        names = image_children(self.crop)
+        same = other_form(name, names)
         raise CellMapFileNotFoundError(
             f"{self.label}: class {name!r} is in the bracket of the target path, but {path} does not exist; "
-            f"{self.crop} has {', '.join(image_children(self.crop)) or 'no classes'}"
+            f"{self.crop} has {', '.join(names) or 'no classes'}{same and f'; {same}'}"
         )
 
 

@@ -2,14 +2,13 @@
 
 import difflib
 import os
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from cellmap_lightning.errors import CellMapFileNotFoundError
 from cellmap_lightning.io.local_paths import dead_link, expanded
 from cellmap_lightning.io.store import NODE_FILES, Remote, StorePath, children, exists
-from cellmap_lightning.validation import first_few
+from cellmap_lightning.validation import first_few, other_form
 
 #: Similarity from which on a name may be the one that was meant: of whole names, and of names without suffixes.
 _CLOSE = 0.7
@@ -66,7 +65,7 @@ def similar_path(path: Path | str) -> str:
         return f" ({link})"
     where = "" if existing == place.parent else f"{_title(existing)} has no {part!r}; "
     names = _names(existing) if part else []
-    if same := _other_form(part, names):
+    if same := other_form(part, names):
         return f" ({where}{same})"
     close = _close(part, names) if part else []
     if not close:
@@ -118,22 +117,13 @@ def _missing_remote(path: Remote, name: str) -> CellMapFileNotFoundError:
 
 
 def _alternatives(name: str, names: Sequence[str]) -> str:
-    same = _other_form(name, names)
+    same = other_form(name, names)
     if same:
         return f"; {same}"
     close = _close(name, names)
     if close:
         return f"; did you mean {_either(close)}?"
     return f"; it has {first_few(names, _LISTED)}" if names else ""
-
-
-def _other_form(name: str, names: Sequence[str]) -> str:
-    """Return a sentence on the same name in another Unicode form, which looks alike; empty without one."""
-    for other in names:
-        if other != name and unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name):
-            form = next((f for f in ("NFC", "NFD") if unicodedata.is_normalized(f, other)), "neither NFC nor NFD")
-            return f"the name there differs in its Unicode form ({form}): rename it, or copy the name from the folder"
-    return ""
 
 
 def _either(names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from cellmap_lightning.crops.target_path import TargetPath
 from cellmap_lightning.splits.crop_names import target_of
 from cellmap_lightning.splits.entries import CropRecord
 from cellmap_lightning.splits.manifests import ListedCrop
-from cellmap_lightning.validation import first_few
+from cellmap_lightning.validation import first_few, with_form
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ def report_spellings(found: Sequence[OtherSpelling]) -> None:
         pairs.setdefault((item.name, item.stored), []).append(item.crop)
     if pairs:
         lines = "; ".join(
-            f"{name!r} is {stored!r} in {first_few(crops, _LISTED)}" for (name, stored), crops in pairs.items()
+            f"{name!r} is {with_form(stored, name)} in {first_few(crops, _LISTED)}"
+            for (name, stored), crops in pairs.items()
         )
         log.warning(
             "classes are spelt otherwise in some crops, and unannotated there: %s; rename the folders, correct the "
